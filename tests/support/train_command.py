@@ -22,7 +22,7 @@ from tunerkit_cli.running import (
     record as _record,
     run as _run,  # noqa: F401  # a server that has it imported forks in milliseconds
 )
-from tunerkit_cli.running.callbacks import Watching
+from tunerkit_cli.running.watching import Watching
 from tunerkit_testing.registering import registered
 
 machines.believe_()  # in forks of the server too, which see no conftest.py

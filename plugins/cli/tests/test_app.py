@@ -148,7 +148,7 @@ def end_of(problem: BaseException, monkeypatch: pytest.MonkeyPatch) -> Any:
     def command() -> None:
         raise problem
 
-    monkeypatch.setattr(app, "_COMMANDS", {"fail": command, "other": lambda: None})
+    monkeypatch.setattr(app, "COMMANDS", {"fail": command, "other": lambda: None})
     return CliRunner().invoke(app.build(), ["fail"])
 
 

@@ -8,9 +8,8 @@ import pytest
 
 from benchmarks.quality.collapse import AFTER
 from tunerkit import ConfigError
-from tunerkit_cli.running import names
-from tunerkit_cli.running.arguments import trainer_arguments
-from tunerkit_cli.running.building import build_trainer
+from tunerkit_cli.running import trainer
+from tunerkit_cli.running.trainer import build_trainer, trainer_arguments
 from tunerkit_cli.tasks import TASKS, task_of
 from tunerkit_cli.tasks.base import MissingPackageError
 
@@ -103,17 +102,16 @@ def test_what_a_trainer_refuses_when_it_is_built_is_an_error_of_ours() -> None:
 def test_without_a_task_the_arguments_of_every_trainer_may_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """The task may follow from the data. A trainer whose package is missing has none."""
     pytest.importorskip("trl", reason="the task preference needs the extra [lm]")
-    assert {"beta", "packing", "generation_max_length"} <= names.trainer_arguments({}, [])
-    assert "packing" not in names.trainer_arguments({"task": "preference"}, [])
-    assert "beta" not in names.trainer_arguments({"task": "preference"}, ["task=causal-lm"])
+    assert {"beta", "packing", "generation_max_length"} <= trainer.argument_names({}, [])
+    assert "packing" not in trainer.argument_names({"task": "preference"}, [])
+    assert "beta" not in trainer.argument_names({"task": "preference"}, ["task=causal-lm"])
 
     def missing(name: str, task: str, extra: str) -> None:
         raise MissingPackageError(name)
 
-    for module in ("causal_lm", "preference"):
-        monkeypatch.setattr(f"tunerkit_cli.tasks.{module}.require_package", missing)
-    assert "beta" not in names.trainer_arguments({}, [])
-    assert "learning_rate" in names.trainer_arguments({}, [])
+    monkeypatch.setattr("tunerkit_cli.tasks.language.require_package", missing)
+    assert "beta" not in trainer.argument_names({}, [])
+    assert "learning_rate" in trainer.argument_names({}, [])
 
 
 def test_heads_that_start_at_random_are_trained_as_was_measured() -> None:

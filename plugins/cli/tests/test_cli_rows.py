@@ -12,8 +12,17 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, strategies as st
 
-from tunerkit_cli.rows.labels import class_names, class_numbers, look_alikes, split, split_by_class, tidy
-from tunerkit_cli.rows.reading import DataError, column, read_table
+from tunerkit_cli.rows import (
+    DataError,
+    class_names,
+    class_numbers,
+    column,
+    look_alikes,
+    read_table,
+    split,
+    split_by_class,
+    tidy,
+)
 
 texts = st.text(st.characters(codec="utf-8"), max_size=30)
 label_names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=5)

@@ -26,23 +26,23 @@ from tests.support.tiny_classifier import WORDS, save_tiny_classifier
 from tests.support.tiny_models import SIDE, save_tiny_llama, save_tiny_roberta, save_tiny_t5, save_tiny_vit
 from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.report.record import GREATEST
-from tunerkit_cli.rows.reading import DataError, Table, read_table
+from tunerkit_cli.rows import DataError, Table, read_table
 from tunerkit_cli.running.data import prepare_data, read_rows
 from tunerkit_cli.running.hardware import computing_in
 from tunerkit_cli.running.preparing import prepare
-from tunerkit_cli.running.record import model_facts, write_record
+from tunerkit_cli.running.record import model_facts, write_json
 from tunerkit_cli.running.training import evaluate, train
 from tunerkit_cli.tasks import TASKS, TaskError, task_of
 from tunerkit_cli.tasks.answering import Answering
 from tunerkit_cli.tasks.base import MissingPackageError, require_package
-from tunerkit_cli.tasks.classifying import classification_scores, confusion_of
-from tunerkit_cli.tasks.generating import GenerationTask, generate
+from tunerkit_cli.tasks.generating import generate
 from tunerkit_cli.tasks.infer import infer
+from tunerkit_cli.tasks.language import GenerationTask
 from tunerkit_cli.tasks.texts import short_to_long, token_limit
-from tunerkit_cli.tasks.token_classification import entities
+from tunerkit_cli.tasks.tokens import entities
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
-from tunerkit_transformers.output_folder import load_run, read_run
+from tunerkit_transformers.output_folder import RECORD, load_run, read_run
 from tunerkit_transformers.pretrained import load_pretrained
 
 Rows = list[dict[str, Any]]
@@ -216,15 +216,9 @@ def test_each_task_learns_and_predicts_the_same_after_loading(
         json.dumps(before)
         tunerkit.save(session.loaded.model, "out")
         session.loaded.processor.save_pretrained("out")
-        write_record(
-            Path("out"),
-            {
-                "version": 1,
-                "task": task.name,
-                "model": model_facts(session.loaded, session.trainer.args.seed),
-                "labels": list(rows.labels),
-            },
-        )
+        model = model_facts(session.loaded, session.trainer.args.seed)
+        record = {"version": 1, "task": task.name, "model": model, "labels": list(rows.labels)}
+        write_json(Path("out", RECORD), record)
         fresh = load_run(read_run("out"))
         assert same(task.predict(fresh, rows.held_out, batch_size=4), before)
         assert same(task.predict(fresh, rows.held_out[:1], batch_size=1), before[:1])
@@ -265,8 +259,8 @@ def results_of(task: str, truth: object, predictions: object) -> dict[str, float
 def test_accuracy_f1_and_confusion_are_those_by_hand() -> None:
     """Class 0: 2 of 3 found, 2 of 3 right; class 1: 2 of 2, 2 of 3 right; class 2: never predicted, so its F1 is 0."""
     truth, logits = np.array([0, 0, 0, 1, 1, 2]), np.eye(3)[[0, 0, 1, 1, 1, 0]]
-    assert confusion_of(logits, truth) == [[2, 1, 0], [0, 2, 0], [1, 0, 0]]
-    assert classification_scores(logits, truth) == {
+    assert task_of("text-classification").confusion(logits, truth) == [[2, 1, 0], [0, 2, 0], [1, 0, 0]]
+    assert task_of("text-classification").scores(logits, truth) == {
         "accuracy": pytest.approx(4 / 6),
         "f1": pytest.approx((2 / 3 + 0.8 + 0) / 3),
     }
@@ -275,8 +269,10 @@ def test_accuracy_f1_and_confusion_are_those_by_hand() -> None:
 def test_a_class_that_no_row_has_is_not_counted_in_the_mean() -> None:
     """Class 2 is neither true nor predicted, class 3 is predicted alone and counts 0: as in scikit-learn's default."""
     truth, logits = np.array([0, 0, 1]), np.eye(4)[[0, 3, 1]]
-    assert classification_scores(logits, truth)["f1"] == pytest.approx((2 / 3 + 1 + 0) / 3)
-    assert len(confusion_of(logits, truth)) == 4
+    assert task_of("text-classification").scores(logits, truth)["f1"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    confusion = task_of("text-classification").confusion(logits, truth)
+    assert confusion is not None
+    assert len(confusion) == 4
 
 
 def test_tokens_without_a_tag_do_not_count() -> None:

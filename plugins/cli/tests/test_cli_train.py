@@ -36,7 +36,7 @@ from tests.support.train_command import (
 from tunerkit_cli.plugin_commands import PluginCommands
 from tunerkit_cli.recipes import reading, schema
 from tunerkit_cli.recipes.recipe import Recipe, to_mapping
-from tunerkit_cli.rows.reading import read_table
+from tunerkit_cli.rows import read_table
 from tunerkit_cli.running import (
     baseline,
     data as running_data,
@@ -46,14 +46,13 @@ from tunerkit_cli.running import (
     run as running,
     using,
 )
-from tunerkit_cli.running.callbacks import Watching
 from tunerkit_cli.running.hardware import computing_in
 from tunerkit_cli.running.output import PICTURES
 from tunerkit_cli.running.preparing import settled
-from tunerkit_cli.running.restarting import LostError
 from tunerkit_cli.running.training import train
+from tunerkit_cli.running.watching import LostError, Watching
 from tunerkit_cli.tasks import task_of
-from tunerkit_cli.tasks.text_classification import TextClassification
+from tunerkit_cli.tasks.texts import TextClassification
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
 from tunerkit_transformers.output_folder import read_run
@@ -471,7 +470,7 @@ def test_rows_to_predict_may_have_any_labels(out: Path, tmp_path: Path) -> None:
     (tmp_path / "labelled.csv").write_text("text,label\ngood film,\nbad plot,ugly\n")
     (tmp_path / "bare.csv").write_text("text\ngood film\nbad plot\n")
     labelled, bare = (
-        using.predict_rows(out, tmp_path / name, base=None, batch_size=2) for name in ("labelled.csv", "bare.csv")
+        using.predict_rows(out, [tmp_path / name], base=None, batch_size=2) for name in ("labelled.csv", "bare.csv")
     )
     assert labelled == bare
 
@@ -814,7 +813,7 @@ def test_second_texts_are_left_out_where_single_texts_were_trained(out: Path, tm
     (tmp_path / "pairs.csv").write_text("text,text_pair\nfilm good,film bad\nplot bad,a\n")
     (tmp_path / "texts.csv").write_text("text\nfilm good\nplot bad\n")
     pairs, texts = (
-        using.predict_rows(out, tmp_path / name, base=None, batch_size=2) for name in ("pairs.csv", "texts.csv")
+        using.predict_rows(out, [tmp_path / name], base=None, batch_size=2) for name in ("pairs.csv", "texts.csv")
     )
     assert pairs == texts
 

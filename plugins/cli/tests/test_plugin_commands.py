@@ -1,6 +1,5 @@
 """Commands of plugins: found by their entry points, asked through the hook, and never in the way of core's."""
 
-import pkgutil
 import sys
 import types
 from collections.abc import Callable
@@ -12,7 +11,8 @@ import typer
 from typer.testing import CliRunner
 
 import tunerkit
-from tunerkit_cli import app, commands, plugin_commands
+from tunerkit_cli import app, plugin_commands
+from tunerkit_cli.commands import COMMANDS
 from tunerkit_cli.plugin_commands import GROUP, PluginCommands
 from tunerkit_cli.recipes import reading, schema
 
@@ -84,10 +84,12 @@ def test_a_broken_plugin_is_named_and_the_other_commands_work(
     assert run("export-other", "x").output == "x as plain\n"
 
 
-def test_a_commands_module_has_its_name() -> None:
-    """By the modules' names, without importing them, core knows which names plugins cannot have."""
-    names = {command.name for command in app.build().registered_commands}
-    assert {module.name for module in pkgutil.iter_modules(commands.__path__)} <= names
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_plugin_replaces_a_command_of_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: each of our own commands keeps its name, and the plugin's author is told."""
+    found = plugin_commands.plugin_commands([module(monkeypatch, "acme", lambda: {name: export})])
+    assert found.commands == {}
+    assert found.problems == (f"acme: there is a command {name!r} already; its author must rename it",)
 
 
 def test_of_two_plugins_with_one_name_the_first_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,7 @@ from hypothesis import given, strategies as st
 from tunerkit import FileError
 from tunerkit_cli.report.record import Problem, Restart
 from tunerkit_cli.running import written
-from tunerkit_cli.running.callbacks import slow_down_
-from tunerkit_cli.running.restarting import LostError, read_restarts, roll_back, slower
+from tunerkit_cli.running.watching import LostError, read_restarts, roll_back, slow_down_, slower
 
 
 def lost(good: int) -> LostError:

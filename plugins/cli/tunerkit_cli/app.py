@@ -18,44 +18,13 @@ import typer
 
 import tunerkit
 from tunerkit.errors import TunerkitError, cut, half_character
-from tunerkit_cli.commands.chat import chat
-from tunerkit_cli.commands.config import config
-from tunerkit_cli.commands.convert import convert
-from tunerkit_cli.commands.diff import diff
-from tunerkit_cli.commands.doctor import doctor
-from tunerkit_cli.commands.eval import evaluate
-from tunerkit_cli.commands.init import init
-from tunerkit_cli.commands.merge import merge
-from tunerkit_cli.commands.methods import methods
-from tunerkit_cli.commands.predict import predict
-from tunerkit_cli.commands.report import report
-from tunerkit_cli.commands.schema import schema
-from tunerkit_cli.commands.show import show
-from tunerkit_cli.commands.train import train
-from tunerkit_cli.commands.verify import verify
+from tunerkit_cli.commands import COMMANDS
 from tunerkit_cli.plugin_commands import plugin_commands
 
 # Their warnings at import are of builds and releases, not of what the user does: transformers imports torchao wherever
 # it is installed.
 _LOUD = ("torchao", "bitsandbytes", "torch.utils")
 _IN_FULL = "TUNERKIT_TRACEBACK"  # the environment variable with which errors of our own are printed in full
-_COMMANDS: Mapping[str, Callable[..., object]] = {
-    "init": init,
-    "train": train,
-    "predict": predict,
-    "eval": evaluate,
-    "chat": chat,
-    "merge": merge,
-    "show": show,
-    "convert": convert,
-    "verify": verify,
-    "diff": diff,
-    "report": report,
-    "methods": methods,
-    "config": config,
-    "schema": schema,
-    "doctor": doctor,
-}
 # The commands that other distributions of ours add, with the extra that brings each.
 _ELSEWHERE: Mapping[str, str] = {"check": "testing", "new": "testing", "check-serving": "serving"}
 
@@ -94,7 +63,7 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback()(_options)
-    for name, command in {**_COMMANDS, **found.commands}.items():
+    for name, command in {**COMMANDS, **found.commands}.items():
         app.command(name)(with_one_line_errors(command))
     for name in _ELSEWHERE.keys() - found.commands.keys():
         anything = {"ignore_unknown_options": True, "allow_extra_args": True}

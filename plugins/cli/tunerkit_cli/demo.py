@@ -7,7 +7,7 @@ import attrs
 
 from tunerkit import TunerkitError
 from tunerkit_cli import assets
-from tunerkit_cli.rows.reading import Table
+from tunerkit_cli.rows import Table
 
 _QUESTION = "Is this sentence from a film review positive or negative? Answer with one word. {}"
 

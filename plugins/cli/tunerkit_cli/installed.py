@@ -47,7 +47,7 @@ def show(console: Console) -> bool:
     """
     console.print(f"tunerkit {tunerkit.__version__}, Python {platform.python_version()}, {escape(platform.platform())}")
     console.print(f"devices: {', '.join(devices())}")
-    console.print(_plugins())
+    console.print(methods_table("Plugins"))
     console.print(_parts())
     problems = plugin_commands().problems
     for problem in problems:
@@ -76,7 +76,11 @@ def parts() -> Iterator[Part]:
     found: dict[str, Part] = {}
     for extra in ("", *EXTRAS):
         for requirement in _asked("tunerkit", extra):
-            found.setdefault(requirement.name, _part(extra, requirement))
+            try:
+                version = metadata.version(requirement.name)
+            except metadata.PackageNotFoundError:
+                version = None
+            found.setdefault(requirement.name, Part(extra, requirement, version))
     yield from found.values()
 
 
@@ -95,27 +99,17 @@ def _asked(distribution: str, extra: str) -> Iterator[Requirement]:
                     yield from _asked(each.name, inner)
 
 
-def _part(extra: str, requirement: Requirement) -> Part:
-    try:
-        return Part(extra, requirement, metadata.version(requirement.name))
-    except metadata.PackageNotFoundError:
-        return Part(extra, requirement, None)
-
-
-def _plugins() -> Table:
-    table = Table("method", "distribution", "version", "error", title="Plugins", title_justify="left")
+def methods_table(title: str | None = None) -> Table:
+    """The installed methods, with the errors of those that failed to load."""
+    table = Table("method", "distribution", "version", "error", title=title, title_justify="left")
     for name, info in tunerkit.methods().items():
-        table.add_row(escape(name), escape(info.distribution), escape(info.version), escape(info.error or ""))
+        table.add_row(*map(escape, (name, info.distribution, info.version, info.error or "")))
     return table
 
 
 def _parts() -> Table:
     table = Table("part", "distribution", "version", "", title="Libraries", title_justify="left")
     for part in parts():
-        table.add_row(
-            part.extra or "tunerkit itself",
-            escape(str(part.requirement.name)),
-            part.version or "-",
-            escape(part.problem),
-        )
+        extra = part.extra or "tunerkit itself"
+        table.add_row(extra, escape(part.requirement.name), part.version or "-", escape(part.problem))
     return table

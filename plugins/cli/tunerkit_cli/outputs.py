@@ -139,23 +139,19 @@ def new_folder(folder: Path) -> Iterator[Path]:
         prepare(folder.parent)
         if folder.is_dir():
             prepare(folder)
-        yield from _filled(folder)
-
-
-def _filled(folder: Path) -> Iterator[Path]:
-    with scratch_beside(folder.parent, folder.name, alone=True) as scratch:
-        whole = scratch / "whole"  # the scratch folder itself is closed to other users
-        whole.mkdir()
-        with writing(folder):
-            yield whole
-        if os.path.isdir(folder):
-            whole.chmod(stat.S_IMODE(folder.stat().st_mode))
-        try:
-            if folder.exists() and folder.samefile("."):
-                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-            whole.rename(folder)  # in one step, also in place of an empty folder
-        except OSError:
-            if not folder.is_dir() or any(folder.iterdir()):
-                raise OutputError(f"--out {folder}: is not empty any more; pass a new folder") from None
-            for file in sorted(whole.iterdir()):  # the working folder, or another file system's
-                shutil.move(file, folder / file.name)
+        with scratch_beside(folder.parent, folder.name, alone=True) as scratch:
+            whole = scratch / "whole"  # the scratch folder itself is closed to other users
+            whole.mkdir()
+            with writing(folder):
+                yield whole
+            if os.path.isdir(folder):
+                whole.chmod(stat.S_IMODE(folder.stat().st_mode))
+            try:
+                if folder.exists() and folder.samefile("."):
+                    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+                whole.rename(folder)  # in one step, also in place of an empty folder
+            except OSError:
+                if not folder.is_dir() or any(folder.iterdir()):
+                    raise OutputError(f"--out {folder}: is not empty any more; pass a new folder") from None
+                for file in sorted(whole.iterdir()):  # the working folder, or another file system's
+                    shutil.move(file, folder / file.name)

@@ -1,6 +1,5 @@
 """What plugins add to the command: commands, and keys of recipes."""
 
-import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
@@ -10,7 +9,6 @@ import attrs
 import pluggy
 
 from tunerkit.errors import cut, shown
-from tunerkit_cli import commands as own
 from tunerkit_cli.recipes.fragments import Fragment, objection
 from tunerkit_cli.recipes.recipe import Recipe
 
@@ -60,10 +58,13 @@ class PluginCommands:
 def plugin_commands(found: Iterable[EntryPoint] | None = None) -> PluginCommands:
     """Import the modules of all plugins that extend the command, and ask them. No exception of a plugin passes.
 
+    No plugin replaces the command's own commands.
+
     Args:
         found: The entry points; by default those of the installed distributions.
     """
-    taken = {module.name for module in pkgutil.iter_modules(own.__path__)}  # no plugin replaces core's own commands
+    from tunerkit_cli.commands import COMMANDS  # which import this module
+
     commands: dict[str, Callable[..., object]] = {}
     keys: dict[str, Fragment] = {}
     problems: list[str] = []
@@ -78,7 +79,7 @@ def plugin_commands(found: Iterable[EntryPoint] | None = None) -> PluginCommands
             problems.append(f"the commands of {owner} cannot be loaded: {text}")
             continue
         for name, command in added.items():
-            if name in taken or name in commands:
+            if name in COMMANDS or name in commands:
                 problems.append(f"{owner}: there is a command {shown(name)} already; its author must rename it")
             else:
                 commands[name] = command

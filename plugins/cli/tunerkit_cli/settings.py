@@ -74,7 +74,11 @@ def read_settings(path: Path) -> dict[str, object]:
     if suffix not in (".yaml", ".yml", ".json"):
         raise ConfigError([f"{path}: settings files end in .yaml, .yml or .json, got {path.suffix or 'no ending'!r}"])
     try:
-        text = _read_text(path)
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ValueError(f"settings files have at most {_MAX_BYTES} bytes; is it the right file?")
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such file"]) from None
     except UnicodeDecodeError as problem:
@@ -115,14 +119,6 @@ def _check_limits(found: object, path: str) -> None:
             raise ConfigError([f"{path}: {reason}; write the values out"])
         if number >= _MAX_VALUES:
             raise ConfigError([f"{path}: has more than {_MAX_VALUES} values, with YAML aliases written out; use fewer"])
-
-
-def _read_text(path: Path) -> str:
-    with path.open("rb") as file:
-        content = file.read(_MAX_BYTES + 1)
-    if len(content) > _MAX_BYTES:
-        raise ValueError(f"settings files have at most {_MAX_BYTES} bytes; is it the right file?")
-    return content.decode("utf-8")
 
 
 def _depths(value: object, depth: int = 0) -> Iterator[int]:

@@ -1,4 +1,30 @@
-"""The commands of ``tunerkit``, one file each: a function whose parameters typer reads as options and arguments.
+"""The commands of ``tunerkit``: functions whose parameters typer reads as options and arguments.
 
 Every call of the command imports them, ``--help`` included, so torch and transformers are imported inside them.
 """
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from tunerkit_cli.commands.adapters import convert, diff, merge, show, verify
+from tunerkit_cli.commands.installation import config, doctor, init, methods, schema
+from tunerkit_cli.commands.train import train
+from tunerkit_cli.commands.trained import chat, evaluate, predict, report
+
+COMMANDS: Final[Mapping[str, Callable[..., object]]] = {
+    "init": init,
+    "train": train,
+    "predict": predict,
+    "eval": evaluate,
+    "chat": chat,
+    "merge": merge,
+    "show": show,
+    "convert": convert,
+    "verify": verify,
+    "diff": diff,
+    "report": report,
+    "methods": methods,
+    "config": config,
+    "schema": schema,
+    "doctor": doctor,
+}

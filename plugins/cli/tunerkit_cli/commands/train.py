@@ -13,14 +13,15 @@ from tunerkit_cli.recipes.recipe import TASKS
 from tunerkit_cli.settings import read_settings
 
 _TASKS = ", ".join(TASKS)
-_OUT = "out"
 
 
 def train(
     recipe: Annotated[
         Path | None, typer.Argument(help="A recipe, as `tunerkit init` writes it. Options replace its values.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help=f"One of {_TASKS}. Default: what the data asks for.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(TASKS)}. Default: what the data asks for.")
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help="The method. `tunerkit methods` lists the installed ones. Default: adalora.")
     ] = None,
@@ -77,28 +78,14 @@ def train(
     ] = False,
 ) -> None:
     """Train an adapter. Without options: all-MiniLM-L6-v2 on movie sentences, with AdaLoRA."""
-    flags = {
-        "task": task,
-        "method": method,
-        "from": from_,
-        "model": model,
-        "data": data or None,
-        "eval_data": eval_data or None,
-        "config": config,
-        "out": out,
-        "epochs": epochs,
-        "lr": lr,
-        "batch_size": batch_size,
-        "seed": seed,
-        "max_length": max_length,
-        "precision": precision,
-        "baseline": baseline,
-        "text_column": text_column,
-        "label_column": label_column,
-    }
-    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    options: dict[str, Any] = {**locals(), "from": from_}  # the parameters that are flags have their names in FLAGS
+    given = {name: options[name] for name in setting.FLAGS if options[name] not in (None, [])}
     is_bare = recipe is None and not set_ and {*given} <= {"out", "precision"}
-    mapping = _kept(Path(given.setdefault("out", _OUT)).expanduser()) if resume and is_bare else _read(recipe)
+    mapping = read_settings(recipe) if recipe is not None else {}
+    if resume and is_bare:  # the run's own recipe, but for its `out`: the folder may have been moved
+        from tunerkit_cli.running.output import recipe_file
+
+        mapping = read_settings(recipe_file(Path(given.setdefault("out", "out")).expanduser()))
     source = str(recipe or "the recipe")
     merged = _merged(mapping, given, set_ or [])
     chosen = reading.structure(merged, source)
@@ -117,27 +104,16 @@ def train(
         raise typer.Exit(130) from None
 
 
-def _read(recipe: Path | None) -> dict[str, Any]:
-    return read_settings(recipe) if recipe is not None else {}
-
-
-def _kept(folder: Path) -> dict[str, Any]:
-    """The recipe of the run in a folder. Its ``out`` is replaced: the folder may have been moved."""
-    from tunerkit_cli.running.output import recipe_file
-
-    return read_settings(recipe_file(folder))
-
-
 def _merged(mapping: dict[str, Any], given: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """A recipe's mapping with the values of flags and of ``--set``, which replace its own."""
-    for name, value in (("lr", given.get("lr")), ("epochs", given.get("epochs"))):
-        if value is not None and not 0 < value < float("inf"):
-            raise TunerkitError(f"--{name}: expected a number above 0, got {value}")
+    for name in ("lr", "epochs"):
+        if name in given and not 0 < given[name] < float("inf"):
+            raise TunerkitError(f"--{name}: expected a number above 0, got {given[name]}")
     mapping = setting.merge(mapping, given)
     if settings:
-        from tunerkit_cli.running.names import method_settings, trainer_arguments
+        from tunerkit_cli.running.trainer import argument_names, setting_names
 
-        names = trainer_arguments(mapping, settings), method_settings(mapping, settings)
+        names = argument_names(mapping, settings), setting_names(mapping, settings)
         mapping = setting.apply(mapping, settings, *names)
     # The demo shows what the head alone reaches.
     is_demo = mapping.get("data") is None and mapping.get("task") in (None, "text-classification")

@@ -10,9 +10,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from tunerkit import TunerkitError
-from tunerkit_cli.running.arguments import trainer_arguments
-from tunerkit_cli.running.building import build_trainer
-from tunerkit_cli.running.callbacks import Watching
+from tunerkit_cli.running.trainer import build_trainer, trainer_arguments
+from tunerkit_cli.running.watching import Watching
 from tunerkit_cli.tasks.base import Row, Task
 from tunerkit_cli.tasks.texts import short_to_long
 from tunerkit_transformers.pretrained import Pretrained

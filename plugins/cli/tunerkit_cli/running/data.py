@@ -13,8 +13,7 @@ from tunerkit.paths import few
 from tunerkit_cli import assets
 from tunerkit_cli.demo import demo_of
 from tunerkit_cli.recipes.recipe import Recipe, files_of
-from tunerkit_cli.rows.labels import look_alikes, split, split_by_class
-from tunerkit_cli.rows.reading import DataError, Table, read_table
+from tunerkit_cli.rows import DataError, Table, class_numbers, look_alikes, read_table, split, split_by_class
 from tunerkit_cli.running.telling import say
 from tunerkit_cli.tasks import task_of
 from tunerkit_cli.tasks.base import Row, Task
@@ -29,9 +28,8 @@ SPLIT_SEED = 0
 class Data:
     """The rows of a run, and the names of their classes.
 
-    Where a part of the training data is held out, a class may have rows in that part alone. ``columns`` are the names
-    in the training data of the columns that are used, by ours, and ``unused`` are its other columns. ``findings`` are
-    what the record says of the held-out rows.
+    Where a part of the training data is held out, a class may have rows in that part alone. ``columns`` and ``unused``
+    are as in `Rows`. ``findings`` are what the record says of the held-out rows.
     """
 
     train: list[Row]
@@ -60,11 +58,16 @@ class Placed:
 
 @attrs.frozen
 class Rows:
-    """The checked rows of one or several files, and what the user should know of them."""
+    """The checked rows of one or several files, and what the user should know of them.
+
+    ``columns`` are the names in the files of the columns that are used, by ours, and ``unused`` are the other columns.
+    """
 
     source: str
     placed: list[Placed]
     notes: list[str]
+    columns: Mapping[str, str]
+    unused: tuple[str, ...]
 
     @property
     def rows(self) -> list[Row]:
@@ -81,7 +84,7 @@ def prepare_data(recipe: Recipe, console: Console, *, by_class: bool = True) -> 
         by_class: Whether a fifth of each class is held out. Earlier versions held out a fifth of all rows.
     """
     if recipe.data is None:
-        task, tables, read, parts = _demo(recipe, console)
+        task, read, parts = _demo(recipe, console)
         source, notes = "others of them", read.notes
     else:
         tables = [read_table(Path(path)) for path in files_of(recipe.data)]
@@ -96,16 +99,16 @@ def prepare_data(recipe: Recipe, console: Console, *, by_class: bool = True) -> 
             other = read_rows(task, [read_table(Path(path)) for path in files_of(recipe.eval_data)], recipe.columns)
             parts, source = (read.placed, other.placed), other.source
             notes = list(dict.fromkeys((*read.notes, *other.notes)))
-    labels, columns = task.labels(read.rows), _columns(task, tables, recipe.columns)
+    labels = task.labels(read.rows)
     train, held_out = ([each.row for each in part] for part in parts)
-    task.check_classes(held_out, labels)
+    class_numbers((name for row in held_out for name in task.classes_of(row)), labels)  # refuses unknown ones
     findings, more = _compared(task, *parts)
     for note in (*notes, *_alike(task, read.rows), *more):
         say(console, f"note: {note}")
-    return task, Data(train, held_out, read.source, source, labels, *columns, findings)
+    return task, Data(train, held_out, read.source, source, labels, read.columns, read.unused, findings)
 
 
-def _demo(recipe: Recipe, console: Console) -> tuple[Task, list[Table], Rows, tuple[list[Placed], list[Placed]]]:
+def _demo(recipe: Recipe, console: Console) -> tuple[Task, Rows, tuple[list[Placed], list[Placed]]]:
     """The task's demo, of which published results have this split."""
     if recipe.eval_data is not None:
         raise DataError("eval_data needs data: the demo has its own held-out sentences; pass --data too")
@@ -114,7 +117,7 @@ def _demo(recipe: Recipe, console: Console) -> tuple[Task, list[Table], Rows, tu
     table = demo.rows(assets.cache_folder(), lambda text: say(console, text))
     read = read_rows(task, [table], {})
     train, rest = split(read.placed, train_rows=demo.train_rows, seed=SPLIT_SEED)
-    return task, [table], read, (train, rest[: demo.held_out_rows])
+    return task, read, (train, rest[: demo.held_out_rows])
 
 
 def read_rows(
@@ -128,13 +131,13 @@ def read_rows(
         DataError: A file's rows do not fit, or files have different columns.
     """
     placed: list[Placed] = []
-    shapes: list[dict[str, tuple[str, str]]] = []
+    shapes: list[dict[str, tuple[str, bool]]] = []  # for each of our columns: its name, and whether it has lists
     changed: Counter[tuple[str, str]] = Counter()
     for table in tables:
         found = task.rows(table, names, predicting=predicting, renaming=renaming)
         rows = [task.tidied(row, changed) for row in found]
-        read = {each.name: name for each, name in task.columns_read(table, names, predicting=predicting)}
-        shapes.append({ours: (name, _kind(rows[0].get(ours))) for ours, name in read.items()})
+        read = task.columns_read(table, names, predicting=predicting)
+        shapes.append({each.name: (name, isinstance(rows[0].get(each.name), list)) for each, name in read})
         placed += [Placed(row, table.source, number) for number, row in enumerate(rows, start=1)]
     for table, shape in zip(tables, shapes, strict=True):
         if shape != shapes[0]:
@@ -149,25 +152,25 @@ def read_rows(
             f"labels are read without white space around them and in the Unicode form NFC, which changes "
             f"{changed.total()} of them: {such}"
         )
-    return Rows(" and ".join(table.source for table in tables), placed, notes)
+    columns = {ours: name for ours, (name, _) in shapes[0].items()}
+    there = dict.fromkeys(name for table in tables for name in table.columns)
+    unused = tuple(name for name in there if name not in columns.values())
+    return Rows(" and ".join(table.source for table in tables), placed, notes, columns, unused)
 
 
-def _kind(value: object) -> str:
-    return ", lists" if isinstance(value, list) else ""
-
-
-def _described(shape: Mapping[str, tuple[str, str]]) -> str:
-    return ", ".join(f"{ours} (column {shown(name)}{kind})" for ours, (name, kind) in shape.items())
+def _described(shape: Mapping[str, tuple[str, bool]]) -> str:
+    kinds = {ours: f"column {shown(name)}{', lists' if has_lists else ''}" for ours, (name, has_lists) in shape.items()}
+    return ", ".join(f"{ours} ({kind})" for ours, kind in kinds.items())
 
 
 def _split(read: Rows, *, by_class: bool) -> tuple[list[Placed], list[Placed]]:
     """Hold out a fifth of the rows, or of those of each class."""
     placed = read.placed
-    held_out = round(len(placed) / HELD_OUT_EVERY)
     if by_class:
         labels = [each.row["label"] for each in placed]
         parts = split_by_class(placed, labels, every=HELD_OUT_EVERY, seed=SPLIT_SEED)
     else:
+        held_out = round(len(placed) / HELD_OUT_EVERY)
         parts = split(placed, train_rows=len(placed) - held_out, seed=SPLIT_SEED)
     if len(parts[1]) < 2:
         raise DataError(
@@ -219,10 +222,3 @@ def _compared(task: Task, train: Sequence[Placed], held_out: Sequence[Placed]) -
             findings[key] = alone
             notes.append(f"classes {what}: {few([f'{shown(name)} ({here[name]})' for name in alone], shown=10)}")
     return findings, notes
-
-
-def _columns(task: Task, tables: Sequence[Table], names: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The names of the columns that a task reads, by ours, and the columns that it does not read."""
-    read = {each.name: name for each, name in task.columns_read(tables[0], names)}
-    there = dict.fromkeys(name for table in tables for name in table.columns)
-    return read, tuple(name for name in there if name not in read.values())

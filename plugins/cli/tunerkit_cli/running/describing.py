@@ -1,7 +1,7 @@
 """What ``tunerkit train`` prints of a run: before training, and after it."""
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,80 +14,61 @@ from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.report.record import Problem, Restart
 from tunerkit_cli.report.verdict import failure
 from tunerkit_cli.running.fitting import NO_ROOM, Fit
+from tunerkit_cli.running.preparing import Session
 from tunerkit_cli.running.record import Trained
-from tunerkit_cli.running.session import Session
 from tunerkit_cli.running.telling import say
 from tunerkit_cli.tasks.texts import positions_of, token_limit
 
 
-def describe(session: Session, console: Console) -> None:
-    """Print what is about to be trained: data, columns, lengths, steps and parameters."""
+def described(session: Session) -> Iterator[str]:
+    """Yield lines on what is about to be trained: data, columns, lengths, steps and parameters."""
     data, arguments, train_set = session.data, session.trainer.args, session.trainer.train_dataset
-    say(
-        console, f"{session.task.name}: {len(data.train)} training rows of {data.source}, {len(data.held_out)} held out"
-    )
+    yield f"{session.task.name}: {len(data.train)} training rows of {data.source}, {len(data.held_out)} held out"
     used = ", ".join(name if name == ours else f"{ours} ({name})" for ours, name in data.columns.items())
-    say(console, f"columns: {used}{f'; left out: {few(data.unused, shown=10)}' if data.unused else ''}")
+    yield f"columns: {used}{f'; left out: {few(data.unused, shown=10)}' if data.unused else ''}"
     for part, fit in session.fits.items():
-        _describe_fit(session, part, fit, console)
+        yield from _described_fit(session, part, fit)
     if not session.fits and "input_ids" in (train_set.column_names or ()):
-        _describe_lengths(session, sorted(len(row) for row in train_set["input_ids"]), console)
+        yield _described_lengths(session, sorted(len(row) for row in train_set["input_ids"]))
     if data.labels:
-        say(console, f"{len(data.labels)} classes: {', '.join(data.labels[:10])}{' …' * (len(data.labels) > 10)}")
-    if session.task.trains_on_prompts is not None:
-        say(console, _learned(session))
+        yield f"{len(data.labels)} classes: {', '.join(data.labels[:10])}{' …' * (len(data.labels) > 10)}"
+    if session.task.trains_on_prompts:
+        yield "trains on whole rows, prompts included (train_on_prompts)"
+    elif session.task.trains_on_prompts is not None:
+        what = "assistant's turns" if "messages" in data.train[0] else "completions"
+        yield f"trains on the {what} only; --set train_on_prompts=true is for the prompts too"
     _, of_an_epoch, *_, steps = session.trainer.set_initial_training_values(
         arguments, session.trainer.get_train_dataloader()
     )
     capped = arguments.max_steps > 0
     epochs = f"{float(f'{steps / of_an_epoch:.3g}') if capped else arguments.num_train_epochs:g}"
-    how = f"{_counted(steps, 'step')}{' (max_steps)' if capped else ''}, {epochs} epoch{'' if epochs == '1' else 's'}"
-    say(console, f"{how}, batches of {arguments.train_batch_size}")
-    say(console, _precision_line(session))
+    how = f"{steps} step{'' if steps == 1 else 's'}{' (max_steps)' if capped else ''}"
+    yield f"{how}, {epochs} epoch{'' if epochs == '1' else 's'}, batches of {arguments.train_batch_size}"
+    precision, device = session.precision, arguments.device.type
+    other = "" if precision == "fp32" or device == "cpu" else "; --precision fp32 is slower and rounds less"
+    yield f"precision: {precision} on {device}{other}"
     if session.start is not None:
-        say(console, f"goes on from {session.start.source}")
+        yield f"goes on from {session.start.source}"
     parameters = tunerkit.trainable_parameters(session.loaded.model)
-    say(console, f"{session.tuner.method} on {len(session.tuner.targets)} matrices: {parameters}")
+    yield f"{session.tuner.method} on {len(session.tuner.targets)} matrices: {parameters}"
 
 
-def _precision_line(session: Session) -> str:
-    """In what the run computes, and where."""
-    device = session.trainer.args.device.type
-    other = "" if session.precision == "fp32" or device == "cpu" else "; --precision fp32 is slower and rounds less"
-    return f"precision: {session.precision} on {device}{other}"
-
-
-def _describe_fit(session: Session, part: str, fit: Fit, console: Console) -> None:
-    """Print how long a language model's rows are, how many are cut, and how many leave nothing to learn."""
+def _described_fit(session: Session, part: str, fit: Fit) -> Iterator[str]:
+    """How long a language model's rows are, how many are cut, and how many leave nothing to learn."""
     if part == "train" and fit.lengths:
         lengths = f"lengths: {fit.lengths[len(fit.lengths) // 2]} tokens in the middle, {fit.lengths[-1]} at most"
         longer = f"{fit.longer} {'row is' if fit.longer == 1 else 'rows are'} longer"
-        say(console, f"{lengths} ({'not cut' if fit.limit is None else f'cut at {fit.limit} tokens; {longer}'})")
+        yield f"{lengths} ({'not cut' if fit.limit is None else f'cut at {fit.limit} tokens; {longer}'})"
     if fit.missing:
         named = {"train": "training rows", "eval": "held-out rows"}[part]
         why = ", ".join(f"{count}: {reason}" for reason, count in fit.left_out.items())
         advice = f"; {fit.advice(positions_of(session.loaded))}" if NO_ROOM in fit.left_out else ""
-        say(
-            console,
-            f"left out: {fit.missing} of {len(session.data.parts[part])} {named}, which leave nothing to learn "
-            f"({why}){advice}",
-        )
+        of = f"{fit.missing} of {len(session.data.parts[part])} {named}"
+        yield f"left out: {of}, which leave nothing to learn ({why}){advice}"
 
 
-def _learned(session: Session) -> str:
-    """Which tokens of rows with prompts are learned."""
-    if session.task.trains_on_prompts:
-        return "trains on whole rows, prompts included (train_on_prompts)"
-    what = "assistant's turns" if "messages" in session.data.train[0] else "completions"
-    return f"trains on the {what} only; --set train_on_prompts=true is for the prompts too"
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def _describe_lengths(session: Session, lengths: Sequence[int], console: Console) -> None:
-    """Print how long the texts are, which are sorted by length, and how many of them are as long as they may be."""
+def _described_lengths(session: Session, lengths: Sequence[int]) -> str:
+    """How long the texts are, which are sorted by length, and how many of them are as long as they may be."""
     limit = vars(session.trainer.args).get("max_length", token_limit(session.loaded, session.task.limit))
     cut = "not cut"
     if "window" in session.trainer.train_dataset.column_names:
@@ -95,7 +76,7 @@ def _describe_lengths(session: Session, lengths: Sequence[int], console: Console
     elif limit is not None:
         reaching = len(lengths) - bisect_left(lengths, limit)
         cut = f"cut at {limit} tokens, which {reaching} {'row reaches' if reaching == 1 else 'rows reach'}"
-    say(console, f"lengths: {lengths[len(lengths) // 2]} tokens in the middle, {lengths[-1]} at most ({cut})")
+    return f"lengths: {lengths[len(lengths) // 2]} tokens in the middle, {lengths[-1]} at most ({cut})"
 
 
 def tell(session: Session, trained: Trained, console: Console) -> None:

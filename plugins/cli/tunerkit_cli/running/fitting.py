@@ -5,13 +5,12 @@ from typing import Any
 
 import attrs
 
-from tunerkit_cli.rows.reading import DataError
-from tunerkit_cli.running.building import build_trainer
-from tunerkit_cli.tasks.base import Task
-from tunerkit_cli.tasks.causal_lm import CausalLm
-from tunerkit_cli.tasks.generating import GenerationTask, prompt_length, refusing_template
+from tunerkit_cli.rows import DataError
+from tunerkit_cli.running.trainer import build_trainer
+from tunerkit_cli.tasks.base import NOT_LEARNED, Task
+from tunerkit_cli.tasks.generating import prompt_length, refusing_template
+from tunerkit_cli.tasks.language import CausalLm, GenerationTask
 from tunerkit_cli.tasks.texts import positions_of
-from tunerkit_cli.tasks.turns import NOT_LEARNED
 from tunerkit_transformers.pretrained import Pretrained
 
 NO_ROOM = "the prompt fills max_length"
@@ -61,7 +60,11 @@ def cut_at_positions_(arguments: Any, loaded: Pretrained) -> str:
 
 
 def build_fitted(
-    task: Task, arguments: Any, loaded: Pretrained, sources: Mapping[str, str], **settings: Any
+    task: Task,
+    arguments: Any,
+    loaded: Pretrained,
+    parts: Mapping[str, tuple[str, Any]],
+    callbacks: Sequence[Any] = (),
 ) -> tuple[Any, Mapping[str, Fit]]:
     """Build the trainer of a task, and for language models cut the rows and leave out those with nothing to learn.
 
@@ -71,8 +74,8 @@ def build_fitted(
         task: The task.
         arguments: The trainer's arguments.
         loaded: The model.
-        sources: Where the rows of ``train`` and ``eval`` are from, for messages.
-        settings: The rest of what `build_trainer` takes.
+        parts: For ``train`` and ``eval``, where the rows are from, for messages, and the encoded rows, or None.
+        callbacks: What the trainer calls.
 
     Returns:
         The trainer, and how the rows of ``train`` and ``eval`` fit.
@@ -81,6 +84,8 @@ def build_fitted(
         DataError: No row has anything to learn.
     """
     kind, _ = task.trainer_classes()
+    settings = {f"{part}_dataset": rows for part, (_, rows) in parts.items()} | task.trainer_settings(loaded)
+    settings |= {"model": loaded.model, "processing_class": loaded.processor, "callbacks": callbacks}
     if not isinstance(task, GenerationTask) or task.name == "seq2seq" or vars(arguments).get("packing"):
         return build_trainer(kind, arguments, **settings), {}
     limit, is_plain = arguments.max_length, isinstance(task, CausalLm)
@@ -90,17 +95,25 @@ def build_fitted(
         trainer = build_trainer(kind, arguments, **settings)
     arguments.max_length = trainer.args.max_length = limit
     fits = {}
-    for part, source in sources.items():
+    for part, (source, encoded) in parts.items():
         name = f"{part}_dataset"
-        if getattr(trainer, name) is None:
+        if encoded is None:
             continue
         if is_plain:
             rows, fit = _fitted(getattr(trainer, name), limit, arguments.truncation_mode)
             setattr(trainer, name, rows)
         else:
-            fit = _fit_of_pairs(settings[name], getattr(trainer, name), limit, loaded)
+            fit = _fit_of_pairs(encoded, getattr(trainer, name), limit, loaded)
         if not len(getattr(trainer, name)):
-            raise DataError(_nothing_left(source, fit, positions_of(loaded)))
+            if NO_ROOM not in fit.left_out:
+                raise DataError(
+                    f"{source}: no conversation has a turn of the assistant, so there is nothing to learn; add its "
+                    "answers"
+                )
+            raise DataError(
+                f"{source}: no row has anything to learn: each prompt fills the {fit.limit} tokens at which rows are "
+                f"cut (max_length), and the longest prompt has {fit.needed - 1}; {fit.advice(positions_of(loaded))}"
+            )
         fits[part] = fit
     return trainer, fits
 
@@ -134,12 +147,3 @@ def _fit_of_pairs(rows: Any, kept: Any, limit: int | None, loaded: Pretrained) -
         return Fit(limit, lengths, 0 if limit is None else sum(length > limit for length in lengths))
     needed = max(prompt_length(loaded, row["prompt"]) for row in rows) + 1
     return Fit(limit, left_out={NO_ROOM: missing}, needed=needed)
-
-
-def _nothing_left(source: str, fit: Fit, positions: int | None) -> str:
-    if NO_ROOM not in fit.left_out:
-        return f"{source}: no conversation has a turn of the assistant, so there is nothing to learn; add its answers"
-    return (
-        f"{source}: no row has anything to learn: each prompt fills the {fit.limit} tokens at which rows are cut "
-        f"(max_length), and the longest prompt has {fit.needed - 1}; {fit.advice(positions)}"
-    )

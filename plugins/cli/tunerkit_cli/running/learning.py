@@ -195,7 +195,9 @@ class Learning:
         else:
             where = "what guessing gives" if self.guess is not None else "where it began"
             text = f"the loss is back at {lost.now:.3g}, {where}, after {lost.low.loss:.3g} at step {lost.low.step}"
-        return Problem("collapse", f"{text} ({_when(last, self.total)})", last.step, last.rate, self.advice)
+        rate = "" if last.rate is None else f", learning rate {last.rate:.3g}"
+        text += f" (step {last.step} of {self.total}{rate})"
+        return Problem("collapse", text, last.step, last.rate, self.advice)
 
     @property
     def good(self) -> int:
@@ -220,11 +222,6 @@ class Learning:
 
 def _latest(points: Sequence[Point]) -> float:
     return median(point.loss for point in points[-RECENT:])
-
-
-def _when(point: Point, total: int) -> str:
-    rate = "" if point.rate is None else f", learning rate {point.rate:.3g}"
-    return f"step {point.step} of {total}{rate}"
 
 
 def advice(rate: float, warmup: float, *, usual: float) -> str:

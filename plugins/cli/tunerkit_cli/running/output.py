@@ -18,20 +18,9 @@ from tunerkit_cli.outputs import OutputError, publishing, writing as writing_to
 from tunerkit_cli.recipes import writing
 from tunerkit_cli.recipes.reading import read_recipe
 from tunerkit_cli.recipes.recipe import Recipe, files_of, to_mapping, with_full_paths, with_precision
-from tunerkit_cli.running.arguments import arguments_of
-from tunerkit_cli.running.written import (
-    CARD,
-    CHECKPOINTS,
-    DIGESTS,
-    LIST,
-    LOGS,
-    PICTURES,
-    RECIPE,
-    files_in,
-    note,
-    remove,
-    run_files,
-)
+from tunerkit_cli.running import written
+from tunerkit_cli.running.trainer import arguments_of
+from tunerkit_cli.running.written import CARD, CHECKPOINTS, DIGESTS, LIST, LOGS, PICTURES, RECIPE
 from tunerkit_cli.tasks import task_of
 from tunerkit_transformers.output_folder import RECORD
 from tunerkit_transformers.pretrained import Pretrained
@@ -53,7 +42,7 @@ def check(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Non
         raise OutputError("--resume and --overwrite exclude each other: pass one of them")
     held = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
     kept = [name for name in held if not name.startswith(".")]
-    ours = run_files(folder) if kept else None
+    ours = written.run_files(folder) if kept else None
     if resume:
         if ours is None:
             raise _no_run(folder)
@@ -87,7 +76,7 @@ def refuse_theirs(folder: Path, ours: Collection[str], wanted: Collection[str]) 
     folders = (CHECKPOINTS, LOGS, PICTURES)
     not_folders = [name for name in folders if os.path.islink(folder / name) or os.path.isfile(folder / name)]
     named = [path for path in wanted if os.path.lexists(folder / path)]
-    deleted = [path for path in files_in(folder, CHECKPOINTS) if path.startswith(f"{CHECKPOINTS}/checkpoint-")]
+    deleted = [path for path in written.files_in(folder, CHECKPOINTS) if path.startswith(f"{CHECKPOINTS}/checkpoint-")]
     if theirs := sorted({*not_folders, *named, *deleted} - {*ours}):
         is_place = theirs[0] in folders
         what = "is a link or a file, where the run has a folder" if is_place else "was not written by the run there"
@@ -106,12 +95,12 @@ def begin(folder: Path, recipe: Recipe, earlier: Collection[str] = (), *, resume
         resume: Whether the run there is resumed.
     """
     if resume:
-        note(folder, run_files(folder) or ())  # an earlier version kept no list
+        written.note(folder, written.run_files(folder) or ())  # an earlier version kept no list
         return
     if earlier:
-        note(folder, earlier)  # first: a folder that is half removed is still a run's
-        remove(folder, earlier)
-    note(folder, [RECIPE, DIGESTS])
+        written.note(folder, earlier)  # first: a folder that is half removed is still a run's
+        written.remove(folder, earlier)
+    written.note(folder, [RECIPE, DIGESTS])
     lines = [f"{digest}  {path}\n" for path, digest in _digests(recipe).items()]
     serialization.replace(folder / DIGESTS, ["".join(lines).encode()])
     serialization.replace(folder / RECIPE, [writing.dump(recipe).encode()])
@@ -119,21 +108,21 @@ def begin(folder: Path, recipe: Recipe, earlier: Collection[str] = (), *, resume
 
 def refuse_processor(folder: Path, processor: Any) -> None:
     """Refuse a folder where a file is in the way of a processor's. Raises `OutputError`."""
-    ours = run_files(folder) or frozenset()
+    ours = written.run_files(folder) or frozenset()
     if any(name not in ours for name in os.listdir(folder) if (folder / name).is_file()):
         # Only the processor knows the names of its files.
         with tempfile.TemporaryDirectory() as scratch, writing_to(Path(scratch)):
             processor.save_pretrained(scratch)
-            refuse_theirs(folder, ours, files_in(Path(scratch), "."))
+            refuse_theirs(folder, ours, written.files_in(Path(scratch), "."))
 
 
 def save(loaded: Pretrained, folder: Path) -> None:
     """Write a trained adapter and its processor."""
-    note(folder, [ADAPTER])
+    written.note(folder, [ADAPTER])
     tunerkit.save(loaded.model, folder)
     with publishing(folder) as scratch:
         loaded.processor.save_pretrained(scratch)
-        note(folder, files_in(scratch, "."))
+        written.note(folder, written.files_in(scratch, "."))
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -141,12 +130,12 @@ def has_checkpoint(folder: Path) -> bool:
     return any((folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json"))
 
 
-def settings_begun_with(folder: Path) -> dict[str, Any] | None:
-    """The method's settings in the checkpoints of a run, every default written out; None if none can be read."""
+def settings_begun_with(folder: Path) -> Mapping[str, Any]:
+    """The method's settings in the checkpoints of a run, every default written out; none if none can be read."""
     for file in (folder / CHECKPOINTS).glob(f"checkpoint-*/{ADAPTER}"):
         with suppress(FileError):
             return serialization.read(file, content="adapter")[2].config
-    return None
+    return {}
 
 
 def after_interrupt(folder: Path) -> str:

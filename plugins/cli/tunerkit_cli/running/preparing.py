@@ -1,6 +1,6 @@
 """What a run needs before its first step: the recipe as it began, the model, the adapter, the rows, and the trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,25 +14,60 @@ from tunerkit_cli import assets
 from tunerkit_cli.demo import demo_of
 from tunerkit_cli.recipes.reading import read_recipe
 from tunerkit_cli.recipes.recipe import Recipe, with_precision
-from tunerkit_cli.report.record import Restart
 from tunerkit_cli.running import hardware, output
-from tunerkit_cli.running.adapting import adapt, head_labels, order_note
-from tunerkit_cli.running.arguments import asked_of, trainer_arguments
-from tunerkit_cli.running.building import refuse_untrainable
-from tunerkit_cli.running.callbacks import Watching
 from tunerkit_cli.running.data import Data
-from tunerkit_cli.running.fitting import build_fitted, cut_at_positions_
+from tunerkit_cli.running.fitting import Fit, build_fitted, cut_at_positions_
 from tunerkit_cli.running.learning import Learning, advice
-from tunerkit_cli.running.restarting import MOST, SLOWER, read_restarts, slower
-from tunerkit_cli.running.session import Session
-from tunerkit_cli.running.starting import start_of
+from tunerkit_cli.running.starting import Start, continued, head_labels, order_note, start_of, wrapped
 from tunerkit_cli.running.telling import say
+from tunerkit_cli.running.trainer import asked_of, refuse_untrainable, trainer_arguments
+from tunerkit_cli.running.watching import MOST, SLOWER, Watching, read_restarts, slower
 from tunerkit_cli.tasks.base import Task
-from tunerkit_cli.tasks.causal_lm import CausalLm, settle_prompts_
-from tunerkit_cli.tasks.generating import GenerationTask
+from tunerkit_cli.tasks.language import CausalLm, settle_prompts_
 from tunerkit_cli.tasks.texts import labels_of, short_to_long
 from tunerkit_transformers.pretrained import Pretrained, load_pretrained
 from tunerkit_transformers.quantising import bytes_of
+
+
+@attrs.frozen(eq=False)
+class Session:
+    """A run that is ready to train.
+
+    ``start`` is the adapter that it goes on from, or None if it trains a new one. ``fits`` says how the rows of
+    ``train`` and ``eval`` fit a language model.
+    """
+
+    recipe: Recipe
+    task: Task
+    data: Data
+    loaded: Pretrained
+    tuner: Tuner
+    trainer: Any
+    watching: Watching
+    start: Start | None
+    fits: Mapping[str, Fit]
+
+    def rows(self, part: str) -> int:
+        """How many rows of ``"train"`` or ``"eval"`` count: those that leave something to learn."""
+        missing = self.fits[part].missing if part in self.fits else 0
+        return len(self.data.parts[part]) - missing
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.recipe.out)
+
+    @property
+    def learning(self) -> Learning:
+        """What judges the losses, once the training has begun."""
+        assert self.watching.learning is not None
+        return self.watching.learning
+
+    @property
+    def precision(self) -> str:
+        """What matrix products are computed in."""
+        arguments = self.trainer.args
+        return "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
 
 
 def is_of_earlier_version(folder: Path) -> bool:
@@ -105,44 +140,19 @@ def prepare(
         )
     if data.labels:
         data = attrs.evolve(data, labels=labels_of(loaded))
-    begun = output.settings_begun_with(Path(recipe.out)) if resume and start is None else None
-    tuner = adapt(loaded, recipe, task, start, begun=begun, seed=seed)
+    if start is not None:
+        tuner = continued(loaded, recipe, task, start)
+    else:
+        begun = output.settings_begun_with(Path(recipe.out)) if resume else {}
+        tuner = wrapped(loaded, recipe, begun, seed=seed)
     if note := order_note(start, tuner, data.labels):
         say(console, note)
-    if isinstance(task, GenerationTask) and (note := cut_at_positions_(arguments, loaded)):
+    if note := cut_at_positions_(arguments, loaded):
         say(console, f"note: {note}")
-    watching = _watching(recipe, task, data, tuner, arguments, restarts, console)
-    trainer, fits = build_fitted(
-        task,
-        arguments,
-        loaded,
-        {"train": data.source, "eval": data.held_out_source},
-        model=loaded.model,
-        train_dataset=task.encode(data.train, loaded),
-        eval_dataset=_held_out(task, data, loaded),
-        processing_class=loaded.processor,
-        callbacks=[watching],
-        **task.trainer_settings(loaded),
-    )
-    refuse_untrainable(trainer)
-    tunerkit.attach(loaded.model, trainer)
-    return Session(recipe, task, data, loaded, tuner, trainer, watching, start, fits)
-
-
-def _watching(
-    recipe: Recipe,
-    task: Task,
-    data: Data,
-    tuner: Tuner,
-    arguments: Any,
-    restarts: Sequence[Restart],
-    console: Console,
-) -> Watching:
-    """What follows the training: it judges the losses by the task's, and restarts the run if the recipe says so."""
     guess = None if arguments.label_smoothing_factor else task.guess_loss(data.train)
     usual = task.defaults["learning_rate"]
     tried = advice(arguments.learning_rate, arguments.warmup_steps, usual=usual)
-    return Watching(
+    watching = Watching(
         console,
         tuner,
         tuner.method,
@@ -150,6 +160,12 @@ def _watching(
         slower=partial(slower, restarts),
         may_restart=recipe.on_collapse == "restart" and len(restarts) < MOST,
     )
+    parts = {"train": (data.source, task.encode(data.train, loaded))}
+    parts["eval"] = (data.held_out_source, _held_out(task, data, loaded))
+    trainer, fits = build_fitted(task, arguments, loaded, parts, [watching])
+    refuse_untrainable(trainer)
+    tunerkit.attach(loaded.model, trainer)
+    return Session(recipe, task, data, loaded, tuner, trainer, watching, start, fits)
 
 
 def _held_out(task: Task, data: Data, loaded: Pretrained) -> Any:

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from tunerkit_cli.report.record import Problem
 from tunerkit_cli.running import written
 from tunerkit_cli.running.telling import say
 from tunerkit_cli.running.written import PICTURES
-from tunerkit_transformers.output_folder import RECORD
 from tunerkit_transformers.pretrained import Pretrained
 
 _PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "scikit-learn")
@@ -50,6 +50,7 @@ class Trained:
 def adapter_facts(tuner: Tuner, trained: Trained) -> dict[str, Any]:
     """What a run's record says of its adapter: method, config, parameters, budget, ranks, sizes and spectrum."""
     ranks, counts = tuner.ranks(), tunerkit.trainable_parameters(tuner.model)
+    slots = [slot for _, slot in injection.slots_in(tuner)]
     own = {path: sum(p.numel() for p in adapter.parameters()) for path, adapter in tuner.adapters().items()}
     facts: dict[str, Any] = {
         "method": tuner.method,
@@ -58,13 +59,8 @@ def adapter_facts(tuner: Tuner, trained: Trained) -> dict[str, Any]:
             "trained": counts.trainable,
             "all": counts.total,
             "adapters": sum(own.values()),
-            "copies": sum(
-                p.numel()
-                for _, slot in injection.slots_in(tuner)
-                if slot.copy is not None
-                for p in slot.copy.parameters()
-            ),
-            "biases": sum(slot.bias.numel() for _, slot in injection.slots_in(tuner) if slot.bias is not None),
+            "copies": sum(p.numel() for slot in slots if slot.copy is not None for p in slot.copy.parameters()),
+            "biases": sum(slot.bias.numel() for slot in slots if slot.bias is not None),
         },
         "sizes": own,
         "config": tunerkit.unstructure(tuner.config),
@@ -92,10 +88,8 @@ def environment(method: str) -> dict[str, str]:
     owner = tunerkit.methods()[method]
     found = {"python": platform.python_version(), "platform": platform.platform(), "tunerkit": tunerkit.__version__}
     for name in (*_PACKAGES, owner.distribution):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -114,11 +108,6 @@ def model_facts(loaded: Pretrained, seed: int) -> dict[str, Any]:
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "quantisation": loaded.quantisation,
     }
-
-
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write the record; an older one is replaced in one step."""
-    write_json(folder / RECORD, record)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

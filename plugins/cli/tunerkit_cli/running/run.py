@@ -16,12 +16,11 @@ from tunerkit.errors import shown
 from tunerkit_cli import outputs
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, Recipe, to_mapping, with_full_paths, with_home, with_precision
 from tunerkit_cli.running import hardware, output, written
-from tunerkit_cli.running.arguments import arguments_of
 from tunerkit_cli.running.baseline import NoBaselineError, head_alone
 from tunerkit_cli.running.data import prepare_data
-from tunerkit_cli.running.describing import conclude, describe, tell
+from tunerkit_cli.running.describing import conclude, described, tell
 from tunerkit_cli.running.learning import below_baseline
-from tunerkit_cli.running.preparing import is_of_earlier_version, prepare, settled
+from tunerkit_cli.running.preparing import Session, is_of_earlier_version, prepare, settled
 from tunerkit_cli.running.record import (
     Trained,
     adapter_facts,
@@ -29,12 +28,10 @@ from tunerkit_cli.running.record import (
     finite,
     model_facts,
     write_json,
-    write_record,
     write_report,
 )
-from tunerkit_cli.running.restarting import read_restarts
-from tunerkit_cli.running.session import Session
 from tunerkit_cli.running.telling import say, telling_warnings
+from tunerkit_cli.running.trainer import arguments_of
 from tunerkit_cli.running.training import (
     EvaluationError,
     evaluate,
@@ -43,7 +40,8 @@ from tunerkit_cli.running.training import (
     replacing,
     train_with_restarts,
 )
-from tunerkit_cli.tasks.generating import are_conversations
+from tunerkit_cli.running.watching import read_restarts
+from tunerkit_cli.tasks.language import are_conversations
 from tunerkit_transformers.output_folder import RECORD, VERSION
 from tunerkit_transformers.pretrained import quiet
 
@@ -80,7 +78,8 @@ def run(
         with telling_warnings(console):
             task, data = prepare_data(recipe, console, by_class=not (resume and is_of_earlier_version(folder)))
             session = prepare(recipe, task, data, console, resume=resume, dry_run=dry_run)
-        describe(session, console)
+        for line in described(session):
+            say(console, line)
         if dry_run:
             rehearse(session, console, resume=resume)
             say(console, "dry run: nothing was trained and nothing was written")
@@ -103,7 +102,7 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
     Raises:
         EvaluationError: It could not be evaluated. The adapter and its record are written.
     """
-    recipe, task, folder = session.recipe, session.task, Path(session.recipe.out)
+    recipe, task, folder = session.recipe, session.task, session.folder
     failed: Exception | None = None
     try:
         trained = evaluate(session, trained)
@@ -112,7 +111,7 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
     record = record_of(session, trained, kept, before)
     written.note(folder, [output.ENVIRONMENT, RECORD, output.REPORT])
     write_json(folder / output.ENVIRONMENT, record["environment"])
-    write_record(folder, record)  # last, because it says that the run has ended
+    write_json(folder / RECORD, record)  # last, because it says that the run has ended
     if failed is not None:
         write_report(folder, record, console)
         raise EvaluationError(
@@ -126,7 +125,7 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
     try:
         if recipe.baseline and (baseline := compare(session, trained, console)) is not None:
             record |= _beside(session, trained, baseline)
-            write_record(folder, record)
+            write_json(folder / RECORD, record)
     finally:  # Ctrl-C stops the baseline, and the report is then without it
         conclude(recipe, record, console)
         write_report(folder, record, console)
@@ -171,23 +170,20 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
     }
     if session.start is not None:  # as in the copy of the adapter, from which a resumed run starts
         record["config"] = tunerkit.unstructure(session.tuner.config.settled())
-    if (conversations := are_conversations(task, data.train)) is not None:
-        record["conversations"] = conversations
-    if left_out := {part: dict(fit.left_out) for part, fit in session.fits.items() if fit.missing}:
-        record["left_out"] = left_out
-    if restarts := read_restarts(Path(session.recipe.out)):
-        record["restarts"] = [attrs.asdict(restart) for restart in restarts]
-    if trained.problems:
-        record["problems"] = [attrs.asdict(problem) for problem in trained.problems]
-    if trained.confusion is not None:
-        record["confusion"] = [list(row) for row in trained.confusion]
     with hardware.computing_in(session.precision, loaded.model.device):
         after = task.samples(loaded, data.held_out)
-    if after:
-        record["samples"] = [
+    further = {
+        "conversations": are_conversations(task, data.train),
+        "left_out": {part: dict(fit.left_out) for part, fit in session.fits.items() if fit.missing},
+        "restarts": [attrs.asdict(restart) for restart in read_restarts(session.folder)],
+        "problems": [attrs.asdict(problem) for problem in trained.problems],
+        "confusion": trained.confusion,
+        "samples": [
             {"prompt": old["prompt"], "before": old["answer"], "after": new["answer"]}
             for old, new in zip(before, after, strict=True)
-        ]
+        ],
+    }
+    record |= {name: value for name, value in further.items() if value not in (None, {}, [])}
     plain: dict[str, Any] = finite(record)
     return plain
 
@@ -196,8 +192,8 @@ def _beside(session: Session, trained: Trained, baseline: Mapping[str, Any]) -> 
     """What a baseline adds to the record: itself, and that it is better, if it is."""
     task = session.task
     own, other = trained.metrics[task.main_metric], baseline["metrics"][task.main_metric]
-    tried = session.watching.learning.advice if session.watching.learning is not None else ""
-    worse = below_baseline(task.main_metric, own, other, is_better_high=task.greater_is_better, advice=tried)
+    tried, is_better_high = session.learning.advice, task.greater_is_better
+    worse = below_baseline(task.main_metric, own, other, is_better_high=is_better_high, advice=tried)
     found: dict[str, Any] = {"baseline": finite(baseline)}
     if worse is not None:
         found["problems"] = [attrs.asdict(problem) for problem in (*trained.problems, worse)]
@@ -211,10 +207,9 @@ def compare(session: Session, trained: Trained, console: Console) -> dict[str, A
         say(console, "no baseline: it is for classifiers of which one module, the head, is trained in full")
         return None
     tunerkit.unwrap(session.loaded.model)
-    rows = (session.data.train, session.data.held_out)
-    folder = Path(session.recipe.out)
+    rows, training = (session.data.train, session.data.held_out), dict(session.recipe.training)
     try:
-        baseline = head_alone(task, session.loaded, heads, rows, dict(session.recipe.training), console, folder)
+        baseline = head_alone(task, session.loaded, heads, rows, training, console, session.folder)
     except NoBaselineError as problem:  # the adapter is written already
         say(console, str(problem))
         return None

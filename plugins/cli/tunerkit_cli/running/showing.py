@@ -94,18 +94,14 @@ def _facts(found: Shown) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def _warnings(record: Any) -> dict[str, str]:
-    """What is wrong with a run, and where it was restarted."""
-    known = {name: record[name] for name in ("problems", "restarts") if record.get(name)}
-    found = read({"version": VERSION, "task": "", "method": "", **known})
-    return {"problems": failure(found.problems), "restarts": "; ".join(map(str, found.restarts))}
-
-
 def _facts_of_run(folder: Path, source: str, record: Any) -> dict[str, str]:
     parameters, recipe = record.get("parameters", {}), record.get("recipe", {})
     size = (folder / "adapter.safetensors").stat().st_size if (folder / "adapter.safetensors").is_file() else 0
+    known = {name: record[name] for name in ("problems", "restarts") if record.get(name)}
+    wrong = read({"version": VERSION, "task": "", "method": "", **known})
     facts = {
-        **_warnings(record),
+        "problems": failure(wrong.problems),
+        "restarts": "; ".join(map(str, wrong.restarts)),
         "task": str(record["task"]),
         "method": str(record.get("method")),
         "base": source,

@@ -1,8 +1,10 @@
-"""The adapter that a training goes on from: what it says before a model is loaded, and its copy for resuming."""
+"""The adapter of a run: a new one, or the one that its training goes on from, with its copy for resuming."""
 
 import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os.path import exists, isabs
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,36 @@ import attrs
 from torch import nn
 
 import tunerkit
-from tunerkit import ConfigError, FileError, StepError, TunerkitError, serialization
+from tunerkit import (
+    BaseMismatchError,
+    ConfigError,
+    FileError,
+    StepError,
+    Tuner,
+    TunerkitError,
+    TunerkitWarning,
+    serialization,
+)
 from tunerkit.errors import shown
-from tunerkit_cli.recipes.recipe import DTYPES, PRECISIONS, Recipe
+from tunerkit.paths import few
+from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, DTYPES, PRECISIONS, Recipe
+from tunerkit_cli.rows import DataError, tidy
 from tunerkit_cli.running import written
+from tunerkit_cli.running.data import Data
 from tunerkit_cli.running.hardware import choose_device, obstacle
 from tunerkit_cli.running.record import write_json
 from tunerkit_cli.running.written import CHECKPOINTS, RECIPE
 from tunerkit_cli.settings import read_settings
+from tunerkit_cli.tasks.base import Task
+from tunerkit_cli.tasks.texts import labels_of
+from tunerkit_transformers import transformers_private
 from tunerkit_transformers.output_folder import RECORD, read_run
+from tunerkit_transformers.pretrained import Pretrained, classes_of
 
 # What a recipe need not say: an output folder's record does, and so does the recipe of a run that is resumed.
 _FROM_RUN = ("task", "model", "dtype", "precision", "method")
 _ADAPTER = "adapter.safetensors"
+_ANEW = "or train a new adapter without --from"
 _COPY = "start"  # in the folder of checkpoints
 _FACTS = "start.json"
 
@@ -63,7 +82,10 @@ def find_start(source: str) -> Start:
     path = Path(source).expanduser()
     format = serialization.format_at(path)
     if format is not None:
-        return _of_format(format, source, path)
+        found = tunerkit.Description("") if format.describe is None else format.describe(path)
+        # Another program's name of a method may differ from tunerkit's in its case alone.
+        method = found.method.lower() if found.method.lower() in tunerkit.methods() else None
+        return Start(source, str(path), method=method, model=found.base or None)
     folder = path.parent if path.name == _ADAPTER else path
     if (folder / RECORD).is_file():
         return _of_run(source, folder)
@@ -77,13 +99,6 @@ def find_start(source: str) -> Start:
     except FileError as problem:
         raise FileError(f"--from {source}: {problem}") from None
     return Start(source, str(path), method=header.method)
-
-
-def _of_format(format: tunerkit.Format, source: str, path: Path) -> Start:
-    found = tunerkit.Description("") if format.describe is None else format.describe(path)
-    # Another program's name of a method may differ from tunerkit's in its case alone.
-    method = found.method.lower() if found.method.lower() in tunerkit.methods() else None
-    return Start(source, str(path), method=method, model=found.base or None)
 
 
 def _of_run(source: str, folder: Path) -> Start:
@@ -113,24 +128,26 @@ def completed(mapping: Mapping[str, Any], recipe: Recipe, *, resume: bool) -> di
     Raises:
         TunerkitError: The adapter cannot be read, or something in the recipe contradicts it.
     """
-    said = _kept(Path(recipe.out).expanduser()) if resume else _said(recipe)
+    kept = Path(recipe.out).expanduser() / RECIPE
+    said = _said(recipe) if not resume else read_settings(kept) if kept.is_file() else {}
     known = {name: said[name] for name in _FROM_RUN if said.get(name) is not None}
     if {"bf16", "fp16"} & {*recipe.training}:  # another way to say the precision
         known.pop("precision", None)
     return {**known, **{name: value for name, value in mapping.items() if value is not None}}
 
 
-def _kept(folder: Path) -> dict[str, Any]:
-    return read_settings(folder / RECIPE) if (folder / RECIPE).is_file() else {}
-
-
 def _said(recipe: Recipe) -> dict[str, Any]:
     assert recipe.from_adapter is not None
     start = find_start(recipe.from_adapter)
-    refuse_settings(recipe, start)
+    if recipe.config:
+        raise TunerkitError(
+            f"--from {start.source}: the adapter keeps its own settings, so config ({', '.join(recipe.config)}) cannot "
+            "be set; leave it out, or train a new adapter without --from"
+        )
+    _refuse_method(recipe, start, start.method)
     if recipe.model is None and start.model is None:
         raise TunerkitError(f"--from {start.source}: the adapter does not say which base model it is for; pass --model")
-    if recipe.model is None and start.model is not None and _is_gone(start.model):
+    if recipe.model is None and start.model is not None and isabs(start.model) and not exists(start.model):
         raise TunerkitError(
             f"--from {start.source}: its base model was in {start.model}, which is gone; pass the folder where it is "
             "now with --model"
@@ -139,21 +156,7 @@ def _said(recipe: Recipe) -> dict[str, Any]:
     return attrs.asdict(start) if start.task is not None else {"model": start.model}
 
 
-def _is_gone(model: str) -> bool:
-    return Path(model).is_absolute() and not Path(model).exists()
-
-
-def refuse_settings(recipe: Recipe, start: Start) -> None:
-    """Raise `TunerkitError` if a recipe sets the adapter's method or settings, which are those of the adapter."""
-    if recipe.config:
-        raise TunerkitError(
-            f"--from {start.source}: the adapter keeps its own settings, so config ({', '.join(recipe.config)}) cannot "
-            "be set; leave it out, or train a new adapter without --from"
-        )
-    refuse_method(recipe, start, start.method)
-
-
-def refuse_method(recipe: Recipe, start: Start, method: str | None) -> None:
+def _refuse_method(recipe: Recipe, start: Start, method: str | None) -> None:
     """Raise `TunerkitError` if a recipe names another method than the adapter's, which is None as long as unknown."""
     if recipe.method is not None and method is not None and recipe.method != method:
         raise TunerkitError(
@@ -166,10 +169,16 @@ def start_of(recipe: Recipe, *, resume: bool) -> Start | None:
     """The adapter that a run goes on from; None if it trains a new one. A resumed run has its own copy."""
     if recipe.from_adapter is None:
         return None
-    folder = Path(recipe.out) / CHECKPOINTS
-    if resume and (folder / _FACTS).is_file():
-        return _read_copy(recipe.from_adapter, folder)
-    return find_start(recipe.from_adapter)
+    source, folder = recipe.from_adapter, Path(recipe.out) / CHECKPOINTS
+    if not (resume and (folder / _FACTS).is_file()):
+        return find_start(source)
+    try:
+        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        return Start(source, str(folder / _COPY), **{**facts, "labels": tuple(facts["labels"])})
+    except (OSError, ValueError, TypeError, KeyError) as problem:
+        raise FileError(
+            f"{folder / _FACTS}: is damaged ({shown(str(problem))}); delete it to start from {source} again"
+        ) from problem
 
 
 def keep_start(start: Start, model: nn.Module, scratch: Path) -> None:
@@ -203,11 +212,94 @@ def explaining(start: Start | None) -> Iterator[None]:
         ) from None
 
 
-def _read_copy(source: str, folder: Path) -> Start:
+# --- in the model ---
+
+
+def head_labels(start: Start | None, task: Task, data: Data) -> tuple[Sequence[str], bool]:
+    """The classes of a run's head, and whether their order is fixed: by the head of the adapter that it goes on from.
+
+    Raises:
+        DataError: The data has classes that this head has not.
+    """
+    if start is None or not (data.labels and start.labels) or start.task != task.name:
+        return data.labels, False
+    known = {*start.labels, *map(tidy, start.labels)}  # earlier versions kept the white space around names
+    if new := [name for name in data.labels if name not in known]:
+        raise DataError(
+            f"{data.source}: has the classes [{_listed(new)}], and the head of the adapter --from {start.source} is "
+            f"for [{_listed(start.labels)}]; leave these rows out, {_ANEW}"
+        )
+    return start.labels, True
+
+
+def wrapped(loaded: Pretrained, recipe: Recipe, begun: Mapping[str, object], *, seed: int) -> Tuner:
+    """Put a new adapter into the model, to be trained.
+
+    ``begun`` are the settings with which the run began whose training goes on, every default written out. They count
+    where the recipe is silent: a default of the method may have changed since.
+    """
+    trained = recipe.config.get("train_modules") or list(loaded.heads)
+    method = DEFAULT_METHOD if recipe.method is None else recipe.method
+    config, as_begun = (
+        tunerkit.structure(method, {**known, **recipe.config, "train_modules": trained}) for known in ({}, begun)
+    )
+    if config.settled() != as_begun.settled():  # else what the user left to defaults stays so in the record
+        config = as_begun
+    tunerkit.wrap(loaded.model, method, config, seed=seed)
+    return tunerkit.tuner(loaded.model)
+
+
+def continued(loaded: Pretrained, recipe: Recipe, task: Task, start: Start) -> Tuner:
+    """Put the adapter that a training goes on from into the model.
+
+    Raises:
+        TunerkitError: It does not fit the model, or leaves a new head untrained.
+    """
+    model, is_classifier = loaded.model, "Classification" in classes_of(task.name).model
+    # A classifier's modules outside its pretrained part that the checkpoint did not have; loading adds parameters too.
+    outside = [pair for pair in model.named_children() if pair[0] != model.base_model_prefix] if is_classifier else []
+    new = [name for name, child in outside if not all(map(transformers_private.is_loaded, child.parameters()))]
     try:
-        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-        return Start(source, str(folder / _COPY), **{**facts, "labels": tuple(facts["labels"])})
-    except (OSError, ValueError, TypeError, KeyError) as problem:
-        raise FileError(
-            f"{folder / _FACTS}: is damaged ({shown(str(problem))}); delete it to start from {source} again"
-        ) from problem
+        tunerkit.load(model, start.path, trainable=True)
+    except BaseMismatchError as problem:
+        labels = labels_of(loaded) if is_classifier else ()
+        here = f"{len(labels)}: {_listed(labels)}"
+        classes = f", and data with as many classes as its head has (here are {here})" if is_classifier else ""
+        raise BaseMismatchError(
+            f"{problem}\n- --from {start.source}: pass the base that the adapter was trained on with --model{classes}, "
+            f"{_ANEW}"
+        ) from None
+    tuner = tunerkit.tuner(model)
+    _refuse_method(recipe, start, tuner.method)
+    _refuse_new_heads(new, tuner, loaded, start)
+    return tuner
+
+
+def _refuse_new_heads(new: Sequence[str], tuner: Tuner, loaded: Pretrained, start: Start) -> None:
+    """Raise `TunerkitError` if the adapter trains no part of a new head; warn of parts that it does not train."""
+    trained = [place.path for place in tuner.copies]
+    left = [head for head in new if not any(path == head or path.startswith(f"{head}.") for path in trained)]
+    if left and len(left) == len(new):
+        raise TunerkitError(
+            f"--from {start.source}: the adapter trains no head, and {shown(loaded.source)} has none for this task, so "
+            f"its new {few(left, shown=3)} would stay random; pass the model that the adapter was trained on with "
+            f"--model, {_ANEW}"
+        )
+    if left:
+        warnings.warn(
+            f"{few(left, shown=3)} is new in this model and no part of the adapter --from {start.source}: it stays "
+            "random, as the seed of the run makes it",
+            TunerkitWarning,
+            stacklevel=2,
+        )
+
+
+def order_note(start: Start | None, tuner: Tuner, labels: Sequence[str]) -> str:
+    """What to say of a head whose classes have no names in the adapter's files; empty if they have."""
+    if start is None or start.labels or not labels or not tuner.copies:
+        return ""
+    return f"{start.source} does not name the classes of its head; they are taken in this order: {_listed(labels)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return few([shown(name) for name in names], shown=10)

@@ -12,26 +12,71 @@ from typing import Any
 
 import attrs
 from rich.console import Console
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 import tunerkit
 from tunerkit import RankChange, TunerkitError
 from tunerkit_cli import outputs
 from tunerkit_cli.recipes.recipe import Recipe
-from tunerkit_cli.running import output
-from tunerkit_cli.running.callbacks import DivergedError, Listing, Rehearsal, RehearsedError
+from tunerkit_cli.running import output, written
 from tunerkit_cli.running.learning import Reached, judged, reached
-from tunerkit_cli.running.preparing import prepare
+from tunerkit_cli.running.preparing import Session, prepare
 from tunerkit_cli.running.record import Trained
-from tunerkit_cli.running.restarting import LostError, roll_back
-from tunerkit_cli.running.session import Session
 from tunerkit_cli.running.starting import explaining, keep_start, place_start
 from tunerkit_cli.running.telling import say, telling_warnings
-from tunerkit_cli.running.written import CHECKPOINTS
+from tunerkit_cli.running.watching import DivergedError, LostError, roll_back
+from tunerkit_cli.running.written import CHECKPOINTS, LOGS
 
 
 class EvaluationError(TunerkitError):
     """An adapter that has been trained and written could not be evaluated."""
+
+
+class Listing(TrainerCallback):
+    """Keeps the list of what a run writes into its folder.
+
+    An earlier run in the folder is replaced once the first step is made: one that is refused before loses nothing.
+    """
+
+    def __init__(self, folder: Path, begin: Callable[[], None]) -> None:
+        self._folder, self._begin = folder, begin
+        self.has_begun = self.is_saving = False
+        self._before = written.files_in(folder, LOGS)
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Replace an earlier run, if that has not been done yet."""
+        if not self.has_begun:
+            self._begin()
+            self.has_begun = True
+            self._note()
+
+    def forget(self) -> None:
+        """Remove what a run wrote that was refused before its first step: its loggers' files."""
+        if not self.has_begun:
+            written.remove(self._folder, self._logged())
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save:
+            self.is_saving = True
+            self._note(f"{CHECKPOINTS}/checkpoint-{state.global_step}/")
+
+    on_epoch_end = on_step_end  # which asks for checkpoints too
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.is_saving = False
+        self._note(*written.files_in(self._folder, f"{CHECKPOINTS}/checkpoint-{state.global_step}"))
+
+    def _note(self, *paths: str) -> None:
+        """List some files beside the loggers' and TRL's card."""
+        card = [written.CARD] if (self._folder / written.CARD).is_file() else []
+        written.note(self._folder, [*paths, *self._logged(), *card])
+
+    def _logged(self) -> frozenset[str]:
+        return written.files_in(self._folder, LOGS) - self._before
 
 
 @contextmanager
@@ -43,12 +88,12 @@ def replacing(session: Session, kept: Recipe, *, resume: bool) -> Iterator[Listi
     Raises:
         OutputError: A checkpoint cannot be written.
     """
-    folder = Path(session.recipe.out)
+    folder = session.folder
     with outputs.scratch_beside(folder, "start") as scratch:
         if session.start is not None and not resume:
             keep_start(session.start, session.loaded.model, scratch)
 
-        earlier = output.run_files(folder) or frozenset()  # before a logger of the new run writes beside them
+        earlier = written.run_files(folder) or frozenset()  # before a logger of the new run writes beside them
 
         def begin() -> None:
             output.begin(folder, kept, earlier, resume=resume)
@@ -69,6 +114,17 @@ def replacing(session: Session, kept: Recipe, *, resume: bool) -> Iterator[Listi
             raise
 
 
+class RehearsedError(Exception):
+    """A training could have begun."""
+
+
+class Rehearsal(TrainerCallback):
+    """Ends a training before its first step, when all that it checks has been checked."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        raise RehearsedError
+
+
 def rehearse(session: Session, console: Console, *, resume: bool) -> None:
     """Begin the training and end it before its first step, so that all is checked that the training checks."""
     session.trainer.remove_callback(session.watching)  # it would draw its bar
@@ -79,9 +135,7 @@ def rehearse(session: Session, console: Console, *, resume: bool) -> None:
 
 def _train(session: Session, console: Console, *, resume: bool) -> None:
     with session.watching.interruptible(), telling_warnings(console), explaining(session.start):
-        session.trainer.train(
-            resume_from_checkpoint=True if resume and output.has_checkpoint(Path(session.recipe.out)) else None
-        )
+        session.trainer.train(resume_from_checkpoint=True if resume and output.has_checkpoint(session.folder) else None)
 
 
 def train_with_restarts(
@@ -92,7 +146,7 @@ def train_with_restarts(
     Returns:
         The session that trained to the end, and what it left.
     """
-    folder = Path(session.recipe.out)
+    folder = session.folder
     while True:
         try:
             return session, train(session, console, resume=resume)
@@ -135,9 +189,7 @@ def train(session: Session, console: Console, *, resume: bool) -> Trained:
     _train(session, console, resume=resume)
     if session.watching.interrupted:
         raise KeyboardInterrupt
-    learning = session.watching.learning
-    assert learning is not None  # of the training that has just ended
-    problems = judged(learning, Reached(), None, continued=session.start is not None)
+    problems = judged(session.learning, Reached(), None, continued=session.start is not None)
     return Trained(trainer.state.log_history, start, {"train": time.perf_counter() - began}, {}, None, problems)
 
 
@@ -149,7 +201,7 @@ def _evaluate_meanwhile(
     Raises:
         EvaluationError: The training chooses the best checkpoint by it. The adapter is written as it is now.
     """
-    state, folder = session.trainer.state, Path(session.recipe.out)
+    state, folder = session.trainer.state, session.folder
     try:
         return call(*arguments, **options)
     except TunerkitError:
@@ -175,8 +227,6 @@ def evaluate(session: Session, trained: Trained) -> Trained:
     """Evaluate on the held-out rows, if there are some, and judge whether the run learned."""
     if not session.data.held_out:
         return trained
-    learning = session.watching.learning
-    assert learning is not None  # of the training that has ended
     began = time.perf_counter()
     results = session.task.evaluate(session.trainer, session.trainer.eval_dataset)
     metrics, took = results.metrics, time.perf_counter() - began if results.seconds is None else results.seconds
@@ -186,11 +236,11 @@ def evaluate(session: Session, trained: Trained) -> Trained:
             f"--lr than {session.trainer.args.learning_rate:g}, or check the data and the model"
         )
     rows = session.rows("eval")
-    found = reached(metrics, results.confusion, session.data.labels, rows=rows, advice=learning.advice)
+    found = reached(metrics, results.confusion, session.data.labels, rows=rows, advice=session.learning.advice)
     return attrs.evolve(
         trained,
         seconds={**trained.seconds, "evaluate": took},
         metrics=metrics,
         confusion=results.confusion,
-        problems=judged(learning, found, metrics["loss"], continued=session.start is not None),
+        problems=judged(session.learning, found, metrics["loss"], continued=session.start is not None),
     )

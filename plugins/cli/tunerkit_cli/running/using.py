@@ -1,6 +1,6 @@
 """What the commands do with a trained folder: predict, evaluate, merge and talk."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,17 @@ from tunerkit.errors import shown
 from tunerkit_cli.converting.merging import merge_adapter
 from tunerkit_cli.outputs import OutputError, new_folder
 from tunerkit_cli.recipes.recipe import PRECISIONS
-from tunerkit_cli.rows.reading import DataError, Table, read_table
+from tunerkit_cli.rows import DataError, Table, read_table
 from tunerkit_cli.running import hardware
-from tunerkit_cli.running.arguments import trainer_arguments
 from tunerkit_cli.running.data import Rows, read_rows
 from tunerkit_cli.running.fitting import build_fitted, cut_at_positions_
 from tunerkit_cli.running.telling import say
+from tunerkit_cli.running.trainer import trainer_arguments
 from tunerkit_cli.tasks import task_of
 from tunerkit_cli.tasks.answering import Answering
 from tunerkit_cli.tasks.base import Row, Task, require_text
-from tunerkit_cli.tasks.causal_lm import settle_prompts_
-from tunerkit_cli.tasks.generating import GREEDY, GenerationTask, generate, require_system
+from tunerkit_cli.tasks.generating import GREEDY, generate, require_system
+from tunerkit_cli.tasks.language import GenerationTask, settle_prompts_
 from tunerkit_cli.tasks.texts import token_limit
 from tunerkit_transformers.adapter_files import has_no_record
 from tunerkit_transformers.output_folder import RECORD, Run, load_run, read_run
@@ -41,7 +41,7 @@ _HALF = ("bf16", "fp16")
 
 def predict_rows(
     folder: Path,
-    asked: Sequence[str] | Sequence[Path] | Path,
+    asked: Sequence[str] | Sequence[Path],
     *,
     base: str | None,
     batch_size: int,
@@ -57,20 +57,20 @@ def predict_rows(
     run, task = _run_in(folder)
     if answering.given and not isinstance(task, GenerationTask):
         raise TunerkitError(f"{answering.given[0]}: {run.task} generates no text; leave it out")
-    files = [asked] if isinstance(asked, Path) else [each for each in asked if isinstance(each, Path)]
+    files = [each for each in asked if isinstance(each, Path)]
+    if answering.system is not None and files:
+        raise TunerkitError("--system: is for --text; the rows of --data have messages of their own")
     if answering.system is not None:
-        _require_conversations(run, bool(files), default=False)
+        _require_conversations(run, _conversed(run, default=False))
     if files:
-        read = _read(run, task, files, predicting=True)
-        rows = _as_trained(run, read.rows, read.source)
-        places = [{**({"file": each.source} if len(files) > 1 else {}), "row": each.number} for each in read.placed]
+        tables, names = [read_table(path, predicting=True) for path in files], _names(run)
     else:
-        texts = [each for each in asked if isinstance(each, str)] if not isinstance(asked, Path) else []
-        rows = task.rows(_table(run, task, texts, answering.system), {}, predicting=True)
-        _as_trained(run, rows, "--text")
-        places = [{"row": number} for number in range(1, len(rows) + 1)]
-    loaded = _load(run, base)
-    with hardware.computing_in(_precision(run, loaded), loaded.model.device):
+        tables, names = [_table(run, task, [str(each) for each in asked], answering.system)], {}
+    read = _read(task, tables, names, predicting=True)
+    rows = _as_trained(run, read)
+    places = [{**({"file": each.source} if len(files) > 1 else {}), "row": each.number} for each in read.placed]
+    loaded, precision = _load(run, base)
+    with hardware.computing_in(precision, loaded.model.device):
         if isinstance(task, GenerationTask):
             if answering.system is not None:
                 require_system(loaded, answering.system)
@@ -80,36 +80,24 @@ def predict_rows(
     return [{**place, **answer} for place, answer in zip(places, answers, strict=True)]
 
 
-def evaluate_rows(folder: Path, data: Path | Sequence[Path], *, base: str | None, batch_size: int) -> dict[str, Any]:
+def evaluate_rows(folder: Path, data: Sequence[Path], *, base: str | None, batch_size: int) -> dict[str, Any]:
     """Evaluate on the rows of files, by the loss of the run, and return the metrics."""
     run, task = _run_in(folder)
-    read = _read(run, task, [data] if isinstance(data, Path) else data)
-    rows = _as_trained(run, read.rows, read.source)
-    loaded = _load(run, base)
+    read = _read(task, [read_table(path) for path in data], _names(run))
+    rows = _as_trained(run, read)
+    loaded, precision = _load(run, base)
     trained = run.record.get("recipe", {}).get("training", {})
     left_out = (*_OF_TRAINING, *_HALF, *(_OF_GPUS if loaded.model.device.type == "cpu" else ()))
     training = {
         name: value for name, value in trained.items() if name not in task.defaults and not name.startswith(left_out)
     }
     training |= {"per_device_eval_batch_size": batch_size, "save_strategy": "no"}
-    precision = _precision(run, loaded)
     arguments = trainer_arguments(task, training, folder, precision=precision, has_eval=True)
     prompts = run.record.get("recipe", {}).get("train_on_prompts")
     settle_prompts_(task, rows[0], prompts, training, arguments, earlier=True)
-    if isinstance(task, GenerationTask):
-        cut_at_positions_(arguments, loaded)
-    encoded = task.encode(rows, loaded)
-    trainer, fits = build_fitted(
-        task,
-        arguments,
-        loaded,
-        {"train": read.source, "eval": read.source},
-        model=loaded.model,
-        train_dataset=encoded,
-        eval_dataset=encoded,
-        processing_class=loaded.processor,
-        **task.trainer_settings(loaded),
-    )
+    cut_at_positions_(arguments, loaded)
+    part = (read.source, task.encode(rows, loaded))
+    trainer, fits = build_fitted(task, arguments, loaded, {"train": part, "eval": part})
     fit = fits.get("eval")
     found: dict[str, Any] = {"rows": len(rows) - (fit.missing if fit is not None else 0)}
     if fit is not None and fit.missing:
@@ -167,27 +155,22 @@ def conversation(folder: Path, *, base: str | None, answering: Answering) -> Cal
         raise TunerkitError(
             f"{folder} holds a model for {run.task}, which cannot talk; use `tunerkit predict {folder}`"
         )
-    loaded = _load(run, base)
+    loaded, precision = _load(run, base)
     remembers = _conversed(run, default=loaded.processor.chat_template is not None)
-    limit, precision = token_limit(loaded, task.limit), _precision(run, loaded)
+    limit = token_limit(loaded, task.limit)
     if answering.system is not None:
-        _require_conversations(run, False, default=remembers)
+        _require_conversations(run, remembers)
         require_system(loaded, answering.system)
     talked = _system(answering.system)
     answering.seed_draws()
 
-    def said(prompt: str | list[dict[str, str]]) -> str:
+    def answer(message: str) -> None:
+        talked.append({"role": "user", "content": message})
+        prompt = talked if remembers else message
         streamer = TextStreamer(loaded.processor, skip_prompt=True, skip_special_tokens=True)
         with hardware.computing_in(precision, loaded.model.device):
             answers = generate(loaded, [prompt], batch_size=1, answering=answering, max_length=limit, streamer=streamer)
-        return answers[0]
-
-    def answer(message: str) -> None:
-        if not remembers:
-            said(message)
-            return
-        talked.append({"role": "user", "content": message})
-        talked.append({"role": "assistant", "content": said(talked)})
+        talked.append({"role": "assistant", "content": answers[0]})
 
     return answer
 
@@ -197,19 +180,16 @@ def _run_in(folder: Path) -> tuple[Run, Task]:
     return run, task_of(run.task, run.record.get("max_length"))
 
 
-def _load(run: Run, base: str | None) -> Pretrained:
-    """Load a run's model onto the accelerator, if there is one."""
+def _load(run: Run, base: str | None) -> tuple[Pretrained, str]:
+    """Load a run's model onto the accelerator, if there is one.
+
+    Returns:
+        The model, and what the run computed in, as far as this machine has it, with a note where it has not. Earlier
+        versions did not record it, but for what the recipe asked of the trainer.
+    """
     quiet()
     loaded = load_run(run, base)
     loaded.model.to(hardware.choose_device())
-    return loaded
-
-
-def _precision(run: Run, loaded: Pretrained) -> str:
-    """What a run computed in, as far as this machine has it, with a note where it has not.
-
-    Earlier versions did not record it, but for what the recipe asked of the trainer.
-    """
     trained = run.record.get("recipe", {}).get("training", {})
     asked = next((name for name in _HALF if trained.get(name) is True), None)
     precision = str(run.record.get("precision") or asked or "fp32")
@@ -218,9 +198,9 @@ def _precision(run: Run, loaded: Pretrained) -> str:
         raise FileError(f"{run.folder / RECORD}: precision: expected {allowed}, got {shown(precision)}")
     problem = hardware.obstacle(loaded.model.device, precision)
     if problem is None:
-        return precision
+        return loaded, precision
     say(Console(stderr=True), f"note: {run.folder} was trained in {precision}, and {problem}; it is used in fp32")
-    return "fp32"
+    return loaded, "fp32"
 
 
 def _conversed(run: Run, *, default: bool) -> bool:
@@ -228,11 +208,9 @@ def _conversed(run: Run, *, default: bool) -> bool:
     return bool(run.record.get("conversations", default))
 
 
-def _require_conversations(run: Run, has_rows: bool, *, default: bool) -> None:
-    """Raise `TunerkitError` if a system's message has no place: rows of a file have their own, and texts have none."""
-    if has_rows:
-        raise TunerkitError("--system: is for --text; the rows of --data have messages of their own")
-    if not _conversed(run, default=default):
+def _require_conversations(run: Run, conversed: bool) -> None:
+    """Raise `TunerkitError` if a system's message has no place, as in a model for texts."""
+    if not conversed:
         raise TunerkitError(f"--system: {run.folder} was not trained on conversations; write it into your text")
 
 
@@ -241,25 +219,29 @@ def _system(text: str | None) -> list[dict[str, str]]:
     return [] if text is None else [{"role": "system", "content": text}]
 
 
-def _read(run: Run, task: Task, files: Sequence[Path], *, predicting: bool = False) -> Rows:
-    """Read rows whose columns are named as in the training data, and print what is odd about them on stderr."""
-    names = dict(run.record.get("recipe", {}).get("columns", {}))
-    tables = [read_table(path, predicting=predicting) for path in files]
+def _names(run: Run) -> dict[str, str]:
+    """The names of the columns in the training data, by ours."""
+    return dict(run.record.get("recipe", {}).get("columns", {}))
+
+
+def _read(task: Task, tables: Sequence[Table], names: Mapping[str, str], *, predicting: bool = False) -> Rows:
+    """Check rows, and print what is odd about them on stderr."""
     read = read_rows(task, tables, names, predicting=predicting, renaming=False)
     for note in read.notes:
         say(Console(stderr=True), f"note: {note}")
     return read
 
 
-def _as_trained(run: Run, rows: list[Row], source: str) -> list[Row]:
+def _as_trained(run: Run, read: Rows) -> list[Row]:
     """Refuse single texts where pairs were trained, and leave second texts out where single ones were."""
+    rows = read.rows
     trained = "text_pair" in run.record.get("columns", ())
     if "columns" not in run.record or not rows or trained == ("text_pair" in rows[0]):
         return rows
     if trained:
         raise DataError(
-            f"{source}: has no second texts, and pairs of texts were trained; pass --data with both columns, named as "
-            "in the training data"
+            f"{read.source}: has no second texts, and pairs of texts were trained; pass --data with both columns, "
+            "named as in the training data"
         )
     return [{name: value for name, value in row.items() if name != "text_pair"} for row in rows]
 

@@ -43,8 +43,9 @@ def note(folder: Path, paths: Iterable[str]) -> None:
     """Add files to the list, by their paths in the folder; the end ``/`` is for a checkpoint that is being written."""
     known = {path for path in _listed(folder) or () if os.path.lexists(folder / path)}
     found = sorted({*known, *paths, LIST})
-    # A checkpoint that has been written is listed file by file.
-    found = [path for path in found if not (path.endswith("/") and any(_in(path, each) for each in found))]
+    # A checkpoint that has been written is listed file by file: its folder is left out.
+    whole = {f"{parent}/" for path in found for parent in PurePosixPath(path.rstrip("/")).parents}
+    found = [path for path in found if path not in whole]
     text = json.dumps({"tunerkit": tunerkit.__version__, "files": found}, indent=1, ensure_ascii=False)
     serialization.replace(folder / LIST, [text.encode()])
 
@@ -90,17 +91,14 @@ def remove(folder: Path, paths: Iterable[str]) -> None:
 
 def _listed(folder: Path) -> frozenset[str] | None:
     """The paths in a folder's list; None if there is none that a run wrote."""
-    try:
-        found = json.loads((folder / LIST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    match found:
+    match _json(folder / LIST):
         case {"tunerkit": str(), "files": list(paths)}:
             return frozenset(path for path in paths if isinstance(path, str) and _is_inside(path))
     return None
 
 
 def _is_inside(path: str) -> bool:
+    """Whether a path leads to a file in the folder."""
     parts = PurePosixPath(path).parts
     return bool(parts) and parts[0] != "/" and ".." not in parts and not {"\0", "\\", ":"} & {*path}
 
@@ -111,30 +109,30 @@ def _is_plain(folder: Path, path: str) -> bool:
     return not any(os.path.islink(folder / each) for each in (place, *place.parents) if each != PurePosixPath("."))
 
 
-def _in(parent: str, path: str) -> bool:
-    return path != parent and path.startswith(parent)
-
-
 def _of_earlier_version(folder: Path) -> frozenset[str]:
     """The files of a run of a version that kept no list, by their content or their known names; none if it is no run's.
 
     A run that has ended has its record, and one that has not has a recipe with the digests of just its data, or with a
     whole checkpoint.
     """
-    recipe, record = _recipe(folder), _json(folder / RECORD)
+    recipe, record = {}, _json(folder / RECORD)
+    with suppress(TunerkitError):
+        recipe = read_settings(folder / RECIPE)
+    has_recipe = {"version", "task", "method", "training", "out"} <= {*recipe}  # as a run writes it, with every key
+    has_digests = has_recipe and _has_digests(folder, recipe)
     ended = isinstance(record.get("version"), int) and record.get("task") in TASKS and {"model", "recipe"} <= {*record}
-    begun = recipe is not None and (_has_digests(folder, recipe) or any(_checkpoints(folder, "trainer_state.json")))
+    begun = has_digests or (has_recipe and any(_checkpoints(folder, "trainer_state.json")))
     if not (ended or begun):
         return frozenset()
-    found = {
+    ours = {
         RECORD: ended,
-        RECIPE: recipe is not None,
-        DIGESTS: recipe is not None and _has_digests(folder, recipe),
+        RECIPE: has_recipe,
+        DIGESTS: has_digests,
         "adapter.safetensors": True,
         "environment.json": {"python", "tunerkit"} <= {*_json(folder / "environment.json")},
         "report.html": ended,
     }
-    names = {name for name, ours in found.items() if ours}
+    names = {name for name, is_ours in ours.items() if is_ours}
     if ended or (folder / "adapter.safetensors").is_file():  # after which it wrote its processor
         names |= {each.name for each in folder.iterdir() if _OF_PROCESSORS.fullmatch(each.name)}
     if ended:
@@ -152,15 +150,6 @@ def _checkpoints(folder: Path, wanted: str = "") -> Iterator[str]:
         known = name == wanted if wanted else _OF_CHECKPOINTS.fullmatch(name) or _OF_PROCESSORS.fullmatch(name)
         if _CHECKPOINT.fullmatch(place) and known:
             yield path
-
-
-def _recipe(folder: Path) -> Mapping[str, Any] | None:
-    """The recipe in a folder as a run writes it, with every key; None for another file."""
-    try:
-        found = read_settings(folder / RECIPE)
-    except TunerkitError:
-        return None
-    return found if {"version", "task", "method", "training", "out"} <= {*found} else None
 
 
 def _has_digests(folder: Path, recipe: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""The tasks of ``tunerkit train``: one file each. Importing this package imports no torch."""
+"""The tasks of ``tunerkit train``. Importing this package imports no torch."""
 
 import importlib
 from collections.abc import Mapping
@@ -15,16 +15,16 @@ class TaskError(TunerkitError):
     """There is no such task, or it cannot be told which one is meant."""
 
 
-# Name of the task -> the class's name in the module that is called like the task.
-TASKS: Mapping[str, str] = {
-    "text-classification": "TextClassification",
-    "regression": "Regression",
-    "multi-label": "MultiLabel",
-    "token-classification": "TokenClassification",
-    "causal-lm": "CausalLm",
-    "preference": "Preference",
-    "seq2seq": "Seq2Seq",
-    "image-classification": "ImageClassification",
+# Name of the task -> the module that has it, and the name of its class there.
+TASKS: Mapping[str, tuple[str, str]] = {
+    "text-classification": ("texts", "TextClassification"),
+    "regression": ("texts", "Regression"),
+    "multi-label": ("texts", "MultiLabel"),
+    "token-classification": ("tokens", "TokenClassification"),
+    "causal-lm": ("language", "CausalLm"),
+    "preference": ("language", "Preference"),
+    "seq2seq": ("language", "Seq2Seq"),
+    "image-classification": ("images", "ImageClassification"),
 }
 
 
@@ -32,6 +32,6 @@ def task_of(name: str, max_length: int | None = None) -> "Task":
     """Return a task by name, which truncates to ``max_length`` tokens. Raises `TaskError` with the closest name."""
     if name not in TASKS:
         raise TaskError(f"there is no task {name!r}{closest(name, TASKS)}; the tasks are {', '.join(TASKS)}")
-    module = importlib.import_module(f"tunerkit_cli.tasks.{name.replace('-', '_')}")
-    task: Task = getattr(module, TASKS[name])(max_length)
+    module, kind = TASKS[name]
+    task: Task = getattr(importlib.import_module(f"tunerkit_cli.tasks.{module}"), kind)(max_length)
     return task

@@ -1,5 +1,6 @@
 """How a language model is asked to answer: the options of ``predict`` and ``chat``."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -8,6 +9,17 @@ from tunerkit.errors import TunerkitError, shown
 
 # Outside of these, quotients of logits overflow, or nothing of them is left.
 _COLDEST, _HOTTEST = 0.01, 100.0
+# For each option, what its value should be, and whether one is.
+_RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "system": ("a text that is not empty", lambda text: bool(text.strip())),
+    "temperature": (
+        f"0, or a number from {_COLDEST:g} to {_HOTTEST:g}",
+        lambda value: value == 0 or _COLDEST <= value <= _HOTTEST,
+    ),
+    "top_p": ("a number above 0 and up to 1", lambda value: 0 < value <= 1),
+    "top_k": ("a whole number above 0", lambda value: value >= 1),
+    "seed": ("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32),
+}
 
 
 @attrs.frozen
@@ -32,16 +44,10 @@ class Answering:
 
     def __attrs_post_init__(self) -> None:
         """Raise `TunerkitError` if a value is out of its range, or would have no effect."""
-        _require("system", self.system, "a text that is not empty", lambda value: bool(value.strip()))
-        _require(
-            "temperature",
-            self.temperature,
-            f"0, or a number from {_COLDEST:g} to {_HOTTEST:g}",
-            lambda value: value == 0 or _COLDEST <= value <= _HOTTEST,
-        )
-        _require("top-p", self.top_p, "a number above 0 and up to 1", lambda value: 0 < value <= 1)
-        _require("top-k", self.top_k, "a whole number above 0", lambda value: value >= 1)
-        _require("seed", self.seed, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+        for name, (wanted, is_right) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not is_right(value):
+                raise TunerkitError(f"--{name.replace('_', '-')}: expected {wanted}, got {shown(value)}")
         idle = [name for name in ("top_p", "top_k", "seed") if getattr(self, name) is not None]
         if idle and not self.temperature:
             raise TunerkitError(
@@ -67,8 +73,3 @@ class Answering:
         import torch
 
         torch.manual_seed(self.seed or 0)
-
-
-def _require(name: str, value: Any, wanted: str, is_right: Any) -> None:
-    if value is not None and not is_right(value):
-        raise TunerkitError(f"--{name}: expected {wanted}, got {shown(value)}")

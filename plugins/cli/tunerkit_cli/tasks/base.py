@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import attrs
 
 from tunerkit.errors import TunerkitError, closest, shown
-from tunerkit_cli.rows.labels import class_numbers, tidy
-from tunerkit_cli.rows.reading import DataError, Table, column
+from tunerkit_cli.rows import DataError, Table, class_names, column, tidy
 from tunerkit_transformers.pretrained import Pretrained
 from tunerkit_transformers.task_classes import TASKS
 
@@ -68,8 +67,14 @@ TEXT = Column("text", ("sentence", "sentence1", "premise", "review", "content", 
 LABEL = Column("label", ("labels", "class", "category"), predicted=True, option="--label-column")
 
 
+NOT_LEARNED = -100  # a label that the loss leaves out, in torch and transformers
+
+
 class Task(ABC):
-    """One kind of training. A run calls the methods in this order: rows, labels, encode, evaluate."""
+    """One kind of training. A run calls the methods in this order: rows, labels, encode, evaluate.
+
+    What is written here of labels and metrics is for single classes, of a row or of each of its words.
+    """
 
     name: ClassVar[str]
     columns: ClassVar[tuple[Column, ...]]
@@ -83,6 +88,7 @@ class Task(ABC):
     # Our name of the column with a row's class, classes or number; empty for language models.
     label_column: ClassVar[str] = ""
     one_class: ClassVar[bool] = False  # whether each row has exactly one
+    labelled: ClassVar[str] = "training row has the label"  # for messages
 
     def __init__(self, max_length: int | None = None) -> None:
         self.limit = self.max_length if max_length is None else max_length
@@ -114,7 +120,12 @@ class Task(ABC):
         self, table: Table, names: Mapping[str, str], *, predicting: bool = False
     ) -> list[tuple[Column, str]]:
         """The columns that `rows` reads, each with its name in the table. The arguments are as there."""
-        self._check_names(names)
+        ours = [each.name for each in self.columns]
+        if unknown := [name for name in names if name not in ours]:
+            raise DataError(
+                f"columns.{unknown[0]}: the task {self.name} has no such column; its columns are {', '.join(ours)}"
+                f"{closest(unknown[0], ours)}"
+            )
         wanted = self.columns_for(table, names, predicting=predicting)
         read = [(each, name_in(table, each, names)) for each in wanted if not (predicting and each.predicted)]
         return [(each, name) for each, name in read if each.needed or each.name in names or name in table.columns]
@@ -132,24 +143,30 @@ class Task(ABC):
         return self.main_metric
 
     def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
-        """The names of the classes in the order of the logits; empty if the task has none."""
-        return ()
+        """The names of the classes in the order of the logits; empty if the task has none.
+
+        Raises:
+            DataError: There is only one.
+        """
+        names = class_names(name for row in rows for name in self.classes_of(row))
+        if len(names) == 1:
+            raise DataError(f"every {self.labelled} {names[0]!r}; a classifier needs at least two classes")
+        return names
 
     def classes_of(self, row: Row) -> Sequence[str]:
         """The classes that a row's labels name; none if the task has none."""
-        return ()
+        value = row.get(self.label_column)
+        return [value] if isinstance(value, str) else value if isinstance(value, list) else ()
 
     def tidied(self, row: Row, changed: Counter[tuple[str, str]]) -> Row:
         """Return a row with `tidy` names of its classes, and count in ``changed`` which names became which."""
-        value = row.get(self.label_column)
-        if not isinstance(value, str | list):
-            return row
-        names = [value] if isinstance(value, str) else value
+        names = self.classes_of(row)
         new = [tidy(name) for name in names]
-        if new == names:
+        different = [pair for pair in zip(names, new, strict=True) if pair[0] != pair[1]]
+        if not different:
             return row
-        changed.update(pair for pair in zip(names, new, strict=True) if pair[0] != pair[1])
-        return {**row, self.label_column: new[0] if isinstance(value, str) else new}
+        changed.update(different)
+        return {**row, self.label_column: new if isinstance(row[self.label_column], list) else new[0]}
 
     def identity(self, row: Row) -> Hashable:
         """What makes two rows the same input, whatever their labels."""
@@ -167,19 +184,6 @@ class Task(ABC):
         counts = Counter(name for row in rows for name in self.classes_of(row)).values()
         total = sum(counts)
         return -sum(count / total * math.log(count / total) for count in counts) if total else None
-
-    def check_classes(self, rows: Sequence[Row], labels: Sequence[str]) -> None:
-        """Raise `DataError` if rows have classes that are not among ``labels``: before a model is loaded."""
-        class_numbers((name for row in rows for name in self.classes_of(row)), labels)
-
-    def _check_names(self, names: Mapping[str, str]) -> None:
-        ours = [each.name for each in self.columns]
-        unknown = next((name for name in names if name not in ours), None)
-        if unknown is not None:
-            raise DataError(
-                f"columns.{unknown}: the task {self.name} has no such column; its columns are {', '.join(ours)}"
-                f"{closest(unknown, ours)}"
-            )
 
     # --- model and trainer ---
 
@@ -213,12 +217,26 @@ class Task(ABC):
     # --- results ---
 
     def scores(self, predictions: Any, truth: Any) -> dict[str, float]:
-        """The metrics beside the loss, of a trainer's predictions and label ids (arrays with a row for each row)."""
-        return {}
+        """The metrics beside the loss, of a trainer's predictions and label ids (arrays with a row for each row).
+
+        By default accuracy and macro F1 of logits (rows, classes), or (rows, words, classes), for class numbers. The
+        mean F1 is over the classes that are true or predicted in a row: others have none.
+        """
+        from sklearn.metrics import accuracy_score, f1_score
+
+        kept = truth != NOT_LEARNED
+        predicted, truth = predictions[kept].argmax(-1), truth[kept]
+        accuracy, f1 = accuracy_score(truth, predicted), f1_score(truth, predicted, average="macro", zero_division=0)
+        return {"accuracy": float(accuracy), "f1": float(f1)}
 
     def confusion(self, predictions: Any, truth: Any) -> list[list[int]] | None:
-        """The confusion matrix of a trainer's predictions and label ids; None if there are no single classes."""
-        return None
+        """The confusion matrix of the same, rows by true class; None if there are no single classes."""
+        from sklearn.metrics import confusion_matrix
+
+        kept, classes = truth != NOT_LEARNED, list(range(predictions.shape[-1]))
+        found: Any = confusion_matrix(truth[kept], predictions[kept].argmax(-1), labels=classes)
+        counts: list[list[int]] = found.tolist()
+        return counts
 
     def compute_metrics(self, prediction: Any) -> dict[str, float]:
         """`scores` of a `transformers.EvalPrediction`: a trainer logs them, and chooses the best checkpoint by them."""

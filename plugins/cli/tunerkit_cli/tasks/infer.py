@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from tunerkit.errors import shown
 from tunerkit.paths import few
-from tunerkit_cli.rows.reading import Table
+from tunerkit_cli.rows import Table
 from tunerkit_cli.tasks import TASKS, TaskError, task_of
 from tunerkit_cli.tasks.base import LABEL, TEXT, name_in
 

@@ -1,39 +1,46 @@
-"""What tasks on single texts share: encoding, padding and the pipeline's predictions."""
+"""The tasks on single texts, or pairs of texts: one class, a number, or any number of labels."""
 
-from collections.abc import Sequence
+import json
+import math
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from tunerkit.errors import shown
+from tunerkit_cli.rows import DataError, class_names, class_numbers
 from tunerkit_cli.tasks.base import LABEL, TEXT, Column, Row, Task, pipeline_of, require_text
 from tunerkit_transformers.pretrained import Pretrained
 
 PAIR = Column("text_pair", ("sentence2", "hypothesis", "question"), needed=False)
+THRESHOLD = 0.5
 
 
 class TextTask(Task):
     """A task whose rows are a text, or a pair of texts, and a label."""
 
     columns: ClassVar[tuple[Column, ...]] = (TEXT, PAIR, LABEL)
-    has_baseline: ClassVar[bool] = True
-    label_column: ClassVar[str] = "label"
+    label_column: ClassVar[str] = LABEL.name
+    pipeline_options: ClassVar[Mapping[str, Any]]  # of its call
 
     def checked(self, row: Row, where: str) -> Row:
-        """Check the texts and the label."""
         texts: Row = {name: require_text(row, name, where) for name in ("text", "text_pair") if name in row}
         return {**texts, **({"label": self.label(row["label"], where)} if "label" in row else {})}
 
+    @abstractmethod
     def label(self, value: object, where: str) -> Any:
         """Return a label of the task's type. Raises `DataError`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def targets(self, rows: Sequence[Row], labels: Sequence[str]) -> list[Any]:
         """The labels as the model's loss takes them."""
-        raise NotImplementedError
 
     def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
         """Tokenize, truncate to `limit` tokens or the model's limit, and number the labels."""
         import datasets
 
-        encoded = dict(tokenize(rows, loaded, self.limit))
+        texts = [[row[name] for row in rows] for name in ("text", "text_pair") if rows and name in rows[0]]
+        encoded = dict(loaded.processor(*texts, truncation=True, max_length=token_limit(loaded, self.limit)))
         if rows and "label" in rows[0]:
             encoded["labels"] = self.targets(rows, labels_of(loaded))
         return datasets.Dataset.from_dict(encoded)
@@ -49,21 +56,196 @@ class TextTask(Task):
 
         return {"data_collator": DataCollatorWithPadding(loaded.processor), "compute_metrics": self.compute_metrics}
 
-    def pipeline_options(self) -> dict[str, Any]:
-        """The options of the pipeline's call."""
-        return {}
-
     def predict(self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int) -> list[dict[str, Any]]:
         """Predict with the pipeline of transformers."""
         inputs = [{key: row[key] for key in ("text", "text_pair") if key in row} for row in rows]
         pipeline = pipeline_of(self.name, loaded)
         limit = token_limit(loaded, self.limit)
-        found = pipeline(inputs, batch_size=batch_size, truncation=True, max_length=limit, **self.pipeline_options())
+        found = pipeline(inputs, batch_size=batch_size, truncation=True, max_length=limit, **self.pipeline_options)
         return [self.prediction(each, labels_of(loaded)) for each in found]
 
+    @abstractmethod
     def prediction(self, found: Any, labels: Sequence[str]) -> dict[str, Any]:
         """One row's prediction, from the pipeline's answer."""
-        raise NotImplementedError
+
+
+class TextClassification(TextTask):
+    """Texts with one of several classes."""
+
+    name: ClassVar[str] = "text-classification"
+    main_metric: ClassVar[str] = "accuracy"
+    greater_is_better: ClassVar[bool] = True
+    has_baseline: ClassVar[bool] = True
+    one_class: ClassVar[bool] = True
+    pipeline_options: ClassVar[Mapping[str, Any]] = {"top_k": None}  # a probability for each class
+
+    def label(self, value: object, where: str) -> str:
+        return class_label(value, where)
+
+    def targets(self, rows: Sequence[Row], labels: Sequence[str]) -> list[int]:
+        return class_numbers((row["label"] for row in rows), labels)
+
+    def prediction(self, found: Any, labels: Sequence[str]) -> dict[str, Any]:
+        return chosen_class(found, labels)
+
+
+class Regression(TextTask):
+    """Texts with a number."""
+
+    name: ClassVar[str] = "regression"
+    pipeline_options: ClassVar[Mapping[str, Any]] = {"function_to_apply": "none"}
+
+    def label(self, value: object, where: str) -> float:
+        """A finite number."""
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise DataError(f"{where}, column 'label': regression needs a finite number, got {shown(value)}")
+        return number
+
+    def guess_loss(self, rows: Sequence[Row]) -> float | None:
+        """The variance of the numbers: the loss of answering with their mean."""
+        import numpy
+
+        with numpy.errstate(over="ignore", invalid="ignore"):  # numbers near 1e200 have squares that are infinite
+            return float(numpy.var([row["label"] for row in rows]))
+
+    def targets(self, rows: Sequence[Row], labels: Sequence[str]) -> list[float]:
+        return [row["label"] for row in rows]
+
+    def scores(self, predictions: Any, truth: Any) -> dict[str, float]:
+        """Mean absolute error and R², which needs two rows; the loss is the mean squared error."""
+        from sklearn.metrics import mean_absolute_error, r2_score
+
+        predicted = predictions.reshape(-1)
+        scores = {"mae": float(mean_absolute_error(truth, predicted))}
+        return {**scores, **({"r2": float(r2_score(truth, predicted))} if len(truth) > 1 else {})}
+
+    def confusion(self, predictions: Any, truth: Any) -> None:
+        return None
+
+    def prediction(self, found: Any, labels: Sequence[str]) -> dict[str, Any]:
+        return {"value": float(found["score"])}
+
+
+class MultiLabel(TextTask):
+    """Texts with a list of labels, which may be empty."""
+
+    name: ClassVar[str] = "multi-label"
+    columns: ClassVar[tuple[Column, ...]] = (
+        TEXT,
+        PAIR,
+        Column("label", ("labels", "classes", "tags"), predicted=True, option=LABEL.option),
+    )
+    main_metric: ClassVar[str] = "f1"
+    greater_is_better: ClassVar[bool] = True
+    pipeline_options: ClassVar[Mapping[str, Any]] = {"function_to_apply": "sigmoid", "top_k": None}
+
+    def label(self, value: object, where: str) -> list[str]:
+        """A list of labels; in csv and tsv, a JSON list such as ``["a", "b"]``."""
+        return tag_list(value, where, "label")
+
+    def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """All labels, of which there may be only one."""
+        names = class_names(label for row in rows for label in row["label"])
+        if not names:
+            raise DataError('no training row has a label; each row has a list of labels, such as ["sport", "war"]')
+        return names
+
+    def guess_loss(self, rows: Sequence[Row]) -> float | None:
+        """The mean entropy of the labels, each of which is there or not."""
+        counts = Counter(name for row in rows for name in {*row["label"]})
+        shares = [count / len(rows) for count in counts.values() if count < len(rows)]
+        return -sum(p * math.log(p) + (1 - p) * math.log(1 - p) for p in shares) / len(counts) if counts else None
+
+    def targets(self, rows: Sequence[Row], labels: Sequence[str]) -> list[list[float]]:
+        """A row of 0 and 1 for each text."""
+        chosen = [set(class_numbers(row["label"], labels)) for row in rows]
+        return [[float(number in own) for number in range(len(labels))] for own in chosen]
+
+    def scores(self, predictions: Any, truth: Any) -> dict[str, float]:
+        """Micro F1, and the share of rows with exactly the right labels. A label is predicted above 0.5."""
+        from sklearn.metrics import accuracy_score, f1_score
+
+        predicted = (predictions > 0).astype(int)  # a logit of 0 is a probability of THRESHOLD
+        wanted = truth.astype(int)
+        return {
+            "f1": float(f1_score(wanted, predicted, average="micro", zero_division=0)),
+            "exact": float(accuracy_score(wanted, predicted)),
+        }
+
+    def confusion(self, predictions: Any, truth: Any) -> None:
+        return None
+
+    def prediction(self, found: Any, labels: Sequence[str]) -> dict[str, Any]:
+        """The labels above the threshold, and all probabilities."""
+        scores = _probabilities(found, labels)
+        return {"labels": sorted(name for name, score in scores.items() if score > THRESHOLD), "scores": scores}
+
+
+# --- labels ---
+
+
+def class_label(value: object, where: str) -> str:
+    """Return the name of a class: a text, a whole number or a boolean. Raises `DataError`."""
+    if isinstance(value, list):
+        raise DataError(
+            f"{where}, column 'label': got a list, {shown(value)}; for several labels pass --task multi-label"
+        )
+    if isinstance(value, float) and not value.is_integer():
+        raise DataError(
+            f"{where}, column 'label': expected a class (text or whole number), got {shown(value)}. Is this "
+            "regression? Then pass --task regression"
+        )
+    if isinstance(value, str) and not value.strip():
+        raise DataError(f"{where}, column 'label': the label is empty; fill it in, or remove the row")
+    if not isinstance(value, str | int | float):
+        raise DataError(f"{where}, column 'label': expected a class (text or whole number), got {shown(value)}")
+    return str(int(value) if isinstance(value, float) else value)
+
+
+def tag_list(value: object, where: str, name: str) -> list[str]:
+    """Return a list of names of classes, none of which is blank. Raises `DataError`."""
+    found = label_list(value, where, name)
+    if not all(map(str.strip, found)):
+        raise DataError(f"{where}, column {name!r}: has an empty name in {shown(found)}; fill it in, or remove it")
+    return found
+
+
+def label_list(value: object, where: str, name: str) -> list[str]:
+    """Return a list of names, also from JSON in a cell. Raises `DataError`."""
+    found = value
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            found = None
+    if not isinstance(found, list) or not all(isinstance(each, str | int) and each != "" for each in found):
+        raise DataError(f'{where}, column {name!r}: expected a list of texts such as ["a", "b"], got {shown(value)}')
+    return [str(each) for each in found]
+
+
+def labels_of(loaded: Pretrained) -> tuple[str, ...]:
+    """The names of a model's classes, in the order of its logits."""
+    return tuple(loaded.model.config.id2label[number] for number in range(loaded.model.config.num_labels))
+
+
+def chosen_class(found: Iterable[Mapping[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
+    """The most probable class, and all probabilities, from what a pipeline of transformers answers for a row."""
+    scores = _probabilities(found, labels)
+    best = max(scores, key=scores.__getitem__)
+    return {"label": best, "score": scores[best], "scores": scores}
+
+
+def _probabilities(found: Iterable[Mapping[str, Any]], labels: Sequence[str]) -> dict[str, float]:
+    """The probability of each class, in the order of ``labels``, from a pipeline's answer for a row."""
+    scores = {each["label"]: float(each["score"]) for each in found}
+    return {name: scores[name] for name in labels}
+
+
+# --- tokens ---
 
 
 def token_limit(loaded: Pretrained, max_length: int) -> int:
@@ -82,14 +264,3 @@ def short_to_long(dataset: Any) -> list[int]:
     """The numbers of encoded rows in the order of their lengths: batches in this order need less padding."""
     lengths = [len(ids) for ids in dataset["input_ids"]]
     return sorted(range(len(lengths)), key=lengths.__getitem__)
-
-
-def tokenize(rows: Sequence[Row], loaded: Pretrained, max_length: int) -> Any:
-    """Tokenize texts or pairs of texts, truncated."""
-    texts = [[row[name] for row in rows] for name in ("text", "text_pair") if rows and name in rows[0]]
-    return loaded.processor(*texts, truncation=True, max_length=token_limit(loaded, max_length))
-
-
-def labels_of(loaded: Pretrained) -> tuple[str, ...]:
-    """The names of a model's classes, in the order of its logits."""
-    return tuple(loaded.model.config.id2label[number] for number in range(loaded.model.config.num_labels))

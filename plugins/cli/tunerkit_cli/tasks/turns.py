@@ -7,10 +7,10 @@ from typing import Any
 import jinja2
 
 from tunerkit.errors import shown
-from tunerkit_cli.rows.reading import DataError
+from tunerkit_cli.rows import DataError
+from tunerkit_cli.tasks.base import NOT_LEARNED
 from tunerkit_transformers.pretrained import Pretrained
 
-NOT_LEARNED = -100  # the label of a token that the loss leaves out, in torch and transformers
 # Stands for an answer, to see where a template puts it. No template cuts or changes a word.
 _PLACE = "tunerkitanswer"
 

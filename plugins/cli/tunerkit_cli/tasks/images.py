@@ -9,12 +9,9 @@ from typing import Any, ClassVar
 import attrs
 
 from tunerkit.errors import shown
-from tunerkit_cli.rows.labels import class_numbers
-from tunerkit_cli.rows.reading import DataError, Table
+from tunerkit_cli.rows import DataError, Table, class_numbers
 from tunerkit_cli.tasks.base import LABEL, Column, Row, Task, name_in, pipeline_of, require_package
-from tunerkit_cli.tasks.classifying import chosen_class, classification_scores, confusion_of
-from tunerkit_cli.tasks.text_classification import class_label, several_classes
-from tunerkit_cli.tasks.texts import labels_of
+from tunerkit_cli.tasks.texts import chosen_class, class_label, labels_of
 from tunerkit_transformers.pretrained import Pretrained
 
 
@@ -50,14 +47,6 @@ class ImageClassification(Task):
             pass
         return {"image": path, **({"label": class_label(row["label"], where)} if "label" in row else {})}
 
-    def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
-        """The classes."""
-        return several_classes(rows)
-
-    def classes_of(self, row: Row) -> Sequence[str]:
-        """The image's class."""
-        return [row["label"]]
-
     def identity(self, row: Row) -> Hashable:
         """The content of the file: copies of an image have other paths."""
         return _Content(row["image"])
@@ -86,14 +75,6 @@ class ImageClassification(Task):
         from transformers import DefaultDataCollator
 
         return {"compute_metrics": self.compute_metrics, "data_collator": DefaultDataCollator()}
-
-    def scores(self, predictions: Any, truth: Any) -> dict[str, float]:
-        """Accuracy and macro F1."""
-        return classification_scores(predictions, truth)
-
-    def confusion(self, predictions: Any, truth: Any) -> list[list[int]]:
-        """Rows by true class, columns by predicted class."""
-        return confusion_of(predictions, truth)
 
     def predict(self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int) -> list[dict[str, Any]]:
         """Predict with the pipeline of transformers."""

@@ -1,11 +1,14 @@
-"""Read the rows of a data file: csv, tsv, json lines, parquet, or a folder of images."""
+"""The rows of data files: csv, tsv, json lines, parquet, or folders of images; their classes, and the held-out rows."""
 
 import csv
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import random
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import attrs
 
@@ -13,9 +16,11 @@ from tunerkit import TunerkitError
 from tunerkit.errors import closest, cut, half_character, shown
 from tunerkit.paths import few
 
+T = TypeVar("T")
 # The csv reader keeps values beyond the header under the key None.
 Row = Mapping[str | None, object]
 _LONGEST_VALUE = 2**31 - 1  # the greatest limit that csv takes on every system
+_AS_NUMBERS = {"true": "1", "false": "0"}
 IMAGES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
@@ -67,7 +72,11 @@ def read_table(path: Path, *, predicting: bool = False) -> Table:
     except DataError:
         raise
     except UnicodeDecodeError as problem:
-        raise DataError(f"{path}: {_encoding_hint(problem)}") from problem
+        seems = "UTF-16" if problem.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "Windows-1252 or Latin-1"
+        raise DataError(
+            f"{path}: it is not UTF-8 ({problem.reason}), it seems to be {seems}; save it with the encoding UTF-8 (in "
+            "a spreadsheet: CSV UTF-8)"
+        ) from problem
     except csv.Error as problem:
         hint = "; is a quote never closed? Quotes inside a text in quotes are doubled"
         raise DataError(f"{path}: cannot be read as {path.suffix}: {_first_line(problem)}{hint}") from problem
@@ -114,15 +123,6 @@ def column(
     return tuple(row[name] for row in table.rows)
 
 
-def _encoding_hint(problem: UnicodeDecodeError) -> str:
-    start = bytes(problem.object[:2])
-    seems = "UTF-16" if start in (b"\xff\xfe", b"\xfe\xff") else "Windows-1252 or Latin-1"
-    return (
-        f"it is not UTF-8 ({problem.reason}), it seems to be {seems}; save it with the encoding UTF-8 (in a "
-        "spreadsheet: CSV UTF-8)"
-    )
-
-
 def _read_images(folder: Path, *, predicting: bool) -> Table:
     inside = sorted(folder.iterdir())
     hidden = [each.name for each in inside if each.is_dir() and each.name.startswith(".")]
@@ -146,25 +146,15 @@ def _is_image(file: Path) -> bool:
 
 
 def _read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
-    # utf-8-sig: spreadsheets write a byte-order mark before the first column's name.
-    with _long_values(), path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True, delimiter=delimiter)
-        _check_header(path, reader.fieldnames or (), delimiter)
-        yield from reader
-
-
-@contextmanager
-def _long_values() -> Iterator[None]:
-    """Inside the block, csv files may have values of any length; a document is often longer than csv's limit."""
-    before = csv.field_size_limit(_LONGEST_VALUE)
+    before = csv.field_size_limit(_LONGEST_VALUE)  # a document is often longer than csv's limit
     try:
-        yield
+        # utf-8-sig: spreadsheets write a byte-order mark before the first column's name.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True, delimiter=delimiter)
+            _check_header(path, reader.fieldnames or (), delimiter)
+            yield from reader
     finally:
         csv.field_size_limit(before)
-
-
-def _read_tsv(path: Path) -> Iterator[Row]:
-    return _read_csv(path, "\t")
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -200,7 +190,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
@@ -222,3 +212,71 @@ def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
 
 def _first_line(problem: Exception) -> str:
     return cut(str(problem).partition("\n")[0] or type(problem).__name__, 300)
+
+
+# --- classes and the split ---
+
+
+def tidy(name: str) -> str:
+    """A class's name without the white space around it, in Unicode's form NFC: these are not seen when it is shown."""
+    return unicodedata.normalize("NFC", name.strip())
+
+
+def look_alikes(names: Iterable[str]) -> list[list[str]]:
+    """The groups of names that differ in case, spaces or width alone, or as ``true`` and ``1`` do."""
+    groups = defaultdict(list)
+    for name in sorted(set(names)):
+        key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        groups[_AS_NUMBERS.get(key, key)].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def class_names(labels: Iterable[str]) -> tuple[str, ...]:
+    """Sort the classes: by number if all are whole numbers, else by name."""
+    names = set(labels)
+    # Python refuses to convert numbers of thousands of digits; such labels are names.
+    if all(name.removeprefix("-").isdecimal() and len(name) < 20 for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))
+
+
+def class_numbers(labels: Iterable[str], names: Sequence[str]) -> list[int]:
+    """Return each label's index in ``names``. Raises `DataError` for labels that are not in the training data.
+
+    Runs of earlier versions have names that are not tidy, which tidy labels are found by too.
+    """
+    number = {tidy(name): place for place, name in enumerate(names)}
+    number |= {name: place for place, name in enumerate(names)}
+    labels = list(labels)
+    unknown = sorted(set(labels) - number.keys())
+    if unknown:
+        new, there = (few([shown(name) for name in some], shown=10) for some in (unknown, names))
+        raise DataError(
+            f"labels [{new}] are not in the training data, which has [{there}]; leave these rows out, or train with "
+            "rows of these labels"
+        )
+    return [number[label] for label in labels]
+
+
+def split(rows: Sequence[T], *, train_rows: int, seed: int) -> tuple[list[T], list[T]]:
+    """Shuffle by ``seed`` and split into ``train_rows`` rows and the rest; the same split in every run."""
+    order = _shuffled(len(rows), seed)
+    return [rows[row] for row in order[:train_rows]], [rows[row] for row in order[train_rows:]]
+
+
+def split_by_class(rows: Sequence[T], labels: Sequence[str], *, every: int, seed: int) -> tuple[list[T], list[T]]:
+    """Shuffle by ``seed`` and hold one of ``every`` rows out, of each class as of all.
+
+    A class of ``n`` rows has ``n / every`` held-out ones, rounded up or down, and a class of one row has none. The
+    splitters of scikit-learn count in the same way, but refuse a class of one row, and data with many small classes.
+    """
+    order, counts = _shuffled(len(rows), seed), Counter(labels)
+    by_class = sorted((row for row in order if counts[labels[row]] > 1), key=labels.__getitem__)
+    held = {*by_class[every // 2 :: every]}
+    return [rows[row] for row in order if row not in held], [rows[row] for row in order if row in held]
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order

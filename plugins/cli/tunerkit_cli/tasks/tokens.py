@@ -6,15 +6,11 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any, ClassVar
 
-from tunerkit_cli.rows.labels import class_names, class_numbers
-from tunerkit_cli.rows.reading import DataError
-from tunerkit_cli.tasks.base import Column, Results, Row, Task, first_output
-from tunerkit_cli.tasks.classifying import classification_scores, confusion_of
-from tunerkit_cli.tasks.multi_label import label_list, tag_list
-from tunerkit_cli.tasks.texts import labels_of, token_limit
+from tunerkit_cli.rows import DataError, class_numbers
+from tunerkit_cli.tasks.base import NOT_LEARNED, Column, Results, Row, Task, first_output
+from tunerkit_cli.tasks.texts import label_list, labels_of, tag_list, token_limit
 from tunerkit_transformers.pretrained import Pretrained
 
-IGNORED = -100  # the label that the loss leaves out, as in torch and transformers
 _ENTITY_TAG = re.compile(r"O|[BIESLU]-.+")  # IOB2, and IOBES or BILOU, which mark an entity's last and only word too
 _PLACE = ("row", "window")  # columns of encoded rows that the model does not take
 
@@ -34,6 +30,7 @@ class TokenClassification(Task):
     main_metric: ClassVar[str] = "f1"
     greater_is_better: ClassVar[bool] = True
     label_column: ClassVar[str] = "tags"
+    labelled: ClassVar[str] = "token has the tag"
 
     def checked(self, row: Row, where: str) -> Row:
         """Words and tags are lists of the same length."""
@@ -53,18 +50,6 @@ class TokenClassification(Task):
         """Tags bear a higher rate than whole texts: see brown-tags in docs/quality-record.md."""
         return {**super().defaults, "learning_rate": 2e-3}
 
-    def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
-        """All tags."""
-        names = class_names(tag for row in rows for tag in row["tags"])
-        if len(names) < 2:
-            raise DataError(f"every token has the tag {names[0]!r}; a classifier needs at least two classes")
-        return names
-
-    def classes_of(self, row: Row) -> Sequence[str]:
-        """The tags of all words."""
-        tags: list[str] = row["tags"]
-        return tags
-
     def main_metric_of(self, labels: Sequence[str]) -> str:
         """F1 of entities, where the tags mark some."""
         return "entity_f1" if mark_entities(labels) else self.main_metric
@@ -78,7 +63,7 @@ class TokenClassification(Task):
         if rows and "tags" in rows[0]:
             numbers = [class_numbers(row["tags"], labels_of(loaded)) for row in rows]
             columns["labels"] = [
-                [IGNORED if word is None else numbers[row][word] for word in words]
+                [NOT_LEARNED if word is None else numbers[row][word] for word in words]
                 for row, words in zip(samples, _carried(encoded, samples), strict=True)
             ]
         return datasets.Dataset.from_dict(columns)
@@ -104,16 +89,6 @@ class TokenClassification(Task):
             }
 
         return {"data_collator": collated, "compute_metrics": metrics}
-
-    def scores(self, predictions: Any, truth: Any) -> dict[str, float]:
-        """Accuracy and macro F1 over all words."""
-        kept = truth != IGNORED
-        return classification_scores(predictions[kept], truth[kept])
-
-    def confusion(self, predictions: Any, truth: Any) -> list[list[int]]:
-        """Words by true tag, columns by predicted tag."""
-        kept = truth != IGNORED
-        return confusion_of(predictions[kept], truth[kept])
 
     def evaluate(self, trainer: Any, dataset: Any) -> Results:
         """The metrics over all words, and F1 of entities, for which the windows of a row are joined."""
@@ -218,7 +193,7 @@ def _entity_scores(names: Sequence[str], logits: Any, truth: Any, joined: Sequen
         return {}
     both, all_of_them = 0, 0
     for windows in joined:
-        kept = [(window, place) for window in windows for place in (truth[window] != IGNORED).nonzero()[0]]
+        kept = [(window, place) for window in windows for place in (truth[window] != NOT_LEARNED).nonzero()[0]]
         wanted = entities(names[truth[place]] for place in kept)
         given = entities(names[logits[place].argmax()] for place in kept)
         both += len(wanted & given)

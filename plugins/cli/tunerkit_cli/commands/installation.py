@@ -1,0 +1,54 @@
+"""The commands that need no run: what is installed, and what settings and recipes look like."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import tunerkit
+from tunerkit_cli import settings
+from tunerkit_cli.recipes import schema as recipe_schema, writing
+from tunerkit_cli.recipes.recipe import TASKS
+
+
+def init(
+    task: Annotated[str, typer.Argument(help=f"The task: {', '.join(TASKS)}.")],
+    out: Annotated[Path | None, typer.Option(help="A new file to write it to, such as recipe.yaml.")] = None,
+) -> None:
+    """Print a commented recipe for a task to start from, or write it to a file."""
+    if out is None:
+        typer.echo(writing.starter(task), nl=False)
+    else:
+        writing.write_starter(task, out)
+        typer.echo(f"written to {out}; set model and data in it")
+
+
+def schema() -> None:
+    """Print the JSON schema of recipes, with which an editor completes and checks them."""
+    typer.echo(json.dumps(recipe_schema.schema(), indent=2))
+
+
+def config(
+    method: Annotated[str, typer.Argument(help="The method.")] = "adalora",
+    file: Annotated[Path | None, typer.Option("--config", help="A settings file to check and complete.")] = None,
+) -> None:
+    """Print a method's settings as YAML, for `tunerkit train --config`: the defaults, or those in a file."""
+    given = settings.read_settings(file) if file is not None else {}
+    typer.echo(settings.write_settings(tunerkit.unstructure(tunerkit.structure(method, given))), nl=False)
+
+
+def methods() -> None:
+    """List the installed methods. A plugin that failed to load is listed with its error."""
+    from tunerkit_cli import installed
+
+    Console().print(installed.methods_table())
+
+
+def doctor() -> None:
+    """Show versions, devices, plugins with their errors, and optional parts. Exits with 1 if a plugin is broken."""
+    from tunerkit_cli import installed
+
+    if not installed.show(Console()):
+        raise typer.Exit(1)

@@ -1,0 +1,308 @@
+"""The trainer of a task: its arguments from a recipe's ``training``, and a trainer that can be resumed exactly."""
+
+import dataclasses
+import math
+import os
+import tempfile
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch.utils.data import BatchSampler
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, get_scheduler
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from tunerkit import ConfigError, TunerkitError, hooks
+from tunerkit.errors import closest, shown
+from tunerkit_cli.demo import demo_of
+from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, Recipe
+from tunerkit_cli.report.scores import is_better_high
+from tunerkit_cli.running import hardware
+from tunerkit_cli.running.written import CHECKPOINTS, LOGS
+from tunerkit_cli.tasks import TASKS, task_of
+from tunerkit_cli.tasks.base import MissingPackageError, Task
+
+# What the command decides: where checkpoints go, and what the trainer must not do with them.
+_OURS: Mapping[str, str] = {
+    "output_dir": "set the recipe's `out` instead",
+    "resume_from_checkpoint": "pass --resume instead",
+    "overwrite_output_dir": "pass --overwrite instead",
+    "disable_tqdm": "progress is shown by tunerkit instead",
+    "do_train": "`tunerkit train` trains instead",
+    "do_eval": "set eval_strategy instead",
+    "do_predict": "call `tunerkit predict` instead",
+    "debug": "leave it out: a loss that is not finite is reported anyway, and transformers' own search for it fails on "
+    "masks",
+    # A token in a recipe would stand in every file that is shared.
+    "hub_token": "log in with `hf auth login`, which private models need too; upload the folder afterwards: "
+    "hf upload NAME OUT",
+}
+_UPLOAD = "upload the folder afterwards: hf upload NAME OUT"
+_DEFAULTS: Mapping[str, Any] = {
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_strategy": "steps",
+    "logging_steps": 0.02,  # of all steps
+    "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
+    "save_strategy": "steps",
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "seed": 0,
+}
+# Numbers below these make no training, or fail in the middle of one.
+_LEAST = {
+    **{"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1},
+    **{"dataloader_num_workers": 0, "eval_accumulation_steps": 1},
+}
+_POSITIVE = ("learning_rate", "num_train_epochs")
+_SEEDS = ("seed", "data_seed")  # numpy takes no greater ones than 32 bits hold
+
+
+def asked_of(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """What a recipe asks of the trainer, itself or because it trains on the demo's data."""
+    return {**(demo_of(task.name, "data").training if recipe.data is None else {}), **recipe.training}
+
+
+def arguments_of(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """The trainer's arguments of a recipe, with the task's where it is silent."""
+    return {**task.defaults, **asked_of(recipe, task)}
+
+
+def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, precision: str, has_eval: bool) -> Any:
+    """Build the arguments of the task's trainer: ours, then the task's, then those of the recipe.
+
+    Args:
+        task: The task.
+        training: What a recipe asks for (`asked_of`), without its precision.
+        out: The output folder; checkpoints are written into its ``checkpoints``.
+        precision: What matrix products are computed in, such as ``"fp32"``.
+        has_eval: Whether there are held-out rows.
+
+    Raises:
+        ConfigError: An argument is unknown (with the closest name), belongs to the command, or has a wrong value.
+    """
+    _, kind = task.trainer_classes()
+    names = {field.name for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    problems = []
+    for name, value in training.items():
+        if name in _OURS or name.startswith(("hub_", "push_to_hub")):
+            problems.append(f"training.{name}: {_OURS.get(name, _UPLOAD)}")
+        elif name not in names:
+            problems.append(f"training.{name}: {kind.__name__} has no argument of this name{closest(name, names)}")
+        elif (wanted := _wanted(name, value, _kinds(hints[name]))) is not None:
+            given = "null" if value is None else shown(value)
+            problems.append(f"training.{name}: expected {wanted}, got {given}")
+    if problems:
+        raise ConfigError(problems)
+    ours = {**_DEFAULTS, **hardware.trainer_settings(hardware.choose_device(), precision)}
+    settings = {**ours, **task.defaults, **training, "output_dir": str(out / CHECKPOINTS)}
+    if not has_eval:
+        settings["eval_strategy"] = "no"
+    if "max_length" in names and "max_length" not in training:
+        settings["max_length"] = task.limit
+    if isinstance(best := training.get("metric_for_best_model"), str):  # transformers takes an error for a score
+        settings.setdefault("greater_is_better", is_better_high(best))
+    with _refusing():
+        arguments = kind(**settings)
+        # Where it is fp32, transformers would take what the environment says, as `accelerate config` may leave it.
+        arguments.mixed_precision = "no" if precision == "fp32" else precision
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()  # reports a logger that is unknown or not installed
+        return arguments
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Inside the block, a library's error about values that it was given is a `ConfigError`."""
+    try:
+        yield
+    except TunerkitError:
+        raise
+    except (TypeError, ValueError, ImportError, AttributeError, RuntimeError) as problem:
+        raise ConfigError([f"training: {' '.join(str(problem).split()) or type(problem).__name__}"]) from problem
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The types in an annotation: those of a union, else its only one."""
+    return {*typing.get_args(hint)} if typing.get_origin(hint) in (types.UnionType, typing.Union) else {hint}
+
+
+def _wanted(name: str, value: Any, allowed: set[Any]) -> str | None:
+    """What the value of a number or boolean should be, in words; None if it is all right. ``allowed`` are its types.
+
+    Of others the trainer says itself what is wrong; these would fail while training, or train nothing.
+    """
+    kind = type(value)
+    if not allowed <= {int, float, bool, type(None)}:
+        return None
+    if kind not in allowed and not (kind is int and (float in allowed or (bool in allowed and value in (0, 1)))):
+        numbers = allowed - {bool, type(None)}
+        return "true or false" if not numbers else "a whole number" if kind is float else "a number"
+    if kind is float and math.isnan(value):
+        return "a number"
+    if name in _SEEDS and value is not None and not 0 <= value < 2**32:
+        return "a whole number from 0 to 4294967295"
+    if name == "neftune_noise_alpha" and value is not None and not 0 <= value < math.inf:
+        return "a number from 0 up"
+    if name in _LEAST and value is not None and value < _LEAST[name]:
+        return f"at least {_LEAST[name]}"
+    return "a number above 0" if name in _POSITIVE and not 0 < value < math.inf else None
+
+
+# --- names ---
+
+
+def argument_names(mapping: Mapping[str, Any], settings: Iterable[str]) -> set[str]:
+    """The names of the arguments of the task's trainer, for ``--set``; without a task, those of any task's.
+
+    A trainer whose package is missing has none; that it is missing is reported later.
+    """
+    task = _given("task", mapping, settings)
+    names: set[str] = set()
+    for each in [task] if task is not None and task in TASKS else TASKS:
+        with suppress(MissingPackageError):
+            names |= {field.name for field in dataclasses.fields(task_of(each).trainer_classes()[1])}
+    return names
+
+
+def setting_names(mapping: Mapping[str, Any], settings: Iterable[str]) -> set[str]:
+    """The names of the method's settings, for ``--set``; of any installed method's if an adapter decides it.
+
+    Raises `UnknownMethodError` if the method is not installed.
+    """
+    method = _given("method", mapping, settings)
+    if method is None and _given("from_adapter", mapping, settings) is not None:
+        methods = [each for each, info in hooks.registry.methods().items() if info.error is None]
+    else:
+        methods = [method or DEFAULT_METHOD]
+    return {field.name for each in methods for field in attrs.fields(hooks.registry.get(each).config)}
+
+
+def _given(key: str, mapping: Mapping[str, Any], settings: Iterable[str]) -> str | None:
+    values = [text.partition("=")[2].strip() for text in settings if text.partition("=")[0].strip() == key]
+    found = values[-1] if values else mapping.get(key)
+    return found if isinstance(found, str) else None
+
+
+# --- the trainer itself ---
+
+
+def build_trainer(kind: type[Any], arguments: Any, *, callbacks: Sequence[Any] = (), **settings: Any) -> Any:
+    """Build a trainer.
+
+    A trainer creates its folder at once. The folder is created later, so that nothing is left of a run that is refused.
+
+    Args:
+        kind: The trainer's class.
+        arguments: Its arguments.
+        callbacks: What it calls beside the loggers of ``report_to``.
+        settings: What else it is given: model, data, processor.
+
+    Raises:
+        ConfigError: The trainer refuses its arguments.
+    """
+    wanted = Path(arguments.output_dir)
+    with tempfile.TemporaryDirectory() as scratch, _tensorboard_in(wanted.parent / LOGS), _refusing():
+        arguments.output_dir = scratch
+        trainer = kind(args=arguments, callbacks=[*callbacks, Resumable()], **settings)
+    arguments.output_dir = trainer.args.output_dir = str(wanted)  # a trainer may copy its arguments
+    trainer.remove_callback(PrinterCallback)
+    trainer.get_batch_samples = partial(_batches, trainer, trainer.get_batch_samples)
+    return trainer
+
+
+def refuse_untrainable(trainer: Any) -> None:
+    """Try out what the trainer builds only when training has begun: its optimizer, and the schedule of the rate.
+
+    Raises:
+        ConfigError: A value is one that the optimizer or the schedule refuses, a package is missing, or no batch is
+            full where others are dropped.
+    """
+    arguments = trainer.args
+    batches = {"train": (trainer.train_dataset, arguments.train_batch_size)}
+    if trainer.eval_dataset is not None and arguments.eval_strategy != "no":
+        batches["eval"] = (trainer.eval_dataset, arguments.eval_batch_size)
+    for name, (rows, size) in batches.items():
+        if arguments.dataloader_drop_last and len(rows) < size:
+            raise ConfigError(
+                [
+                    f"training.dataloader_drop_last: leaves nothing of {len(rows)} {name} rows, as a batch has {size}; "
+                    f"leave it out, or lower training.per_device_{name}_batch_size"
+                ]
+            )
+    with _refusing():
+        kind, settings = trainer.get_optimizer_cls_and_kwargs(arguments, trainer.model)
+        if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & settings.keys():
+            return  # it needs the model's own parameters
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1, 1))], **settings)
+        steps = 100  # any number: the schedule is thrown away
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+        )
+
+
+def _batches(trainer: Any, draw: Callable[..., Any], *arguments: Any) -> Any:
+    """The batches of the next step; none after the last one.
+
+    A training that ends inside an epoch, and that is resumed from its last step, goes through the rest of that epoch:
+    the epoch's evaluation is still due. Without this, the trainer would take one more step first.
+    """
+    return ([], None) if trainer.state.global_step >= trainer.state.max_steps else draw(*arguments)
+
+
+@contextmanager
+def _tensorboard_in(folder: Path) -> Iterator[None]:
+    """Inside the block, TensorBoard's callback is built to write into ``folder``, unless the environment names one."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    given = name in os.environ
+    os.environ.setdefault(name, str(folder))
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ[name]
+
+
+class Resumable(TrainerCallback):
+    """Lets a resumed training see the batches, the random numbers and the logs of one that was not interrupted.
+
+    Batches by length are drawn by the seed and the epoch alone. By themselves they depend on all random numbers drawn
+    before the epoch, dropout's too. And a checkpoint at the end of an epoch is written after the epoch's evaluation,
+    which it would lack otherwise. An epoch that is resumed after its evaluation is not evaluated again.
+    """
+
+    def __init__(self) -> None:
+        self._is_due = False  # whether a checkpoint waits for the end of the epoch
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        batches = kwargs["train_dataloader"].batch_sampler
+        if isinstance(batches, BatchSampler) and isinstance(batches.sampler, LengthGroupedSampler):
+            seed = args.seed if args.data_seed is None else args.data_seed
+            batches.sampler.lengths = batches.sampler.lengths[:]  # a column is read from its table for each row
+            batches.sampler.generator = torch.Generator().manual_seed(seed + int(state.epoch or 0))
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save and is_whole(state.epoch):
+            control.should_save, self._is_due = False, True
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_save, self._is_due = control.should_save or self._is_due, False
+        if any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history):
+            control.should_evaluate = False
+
+
+def is_whole(epoch: float | None) -> bool:
+    """Whether the training is at the end of an epoch."""
+    return epoch is not None and epoch == int(epoch)

@@ -1,0 +1,227 @@
+"""What follows a training: its progress, Ctrl-C, and losses that are not finite or lost, after which a run restarts."""
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import attrs
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from tunerkit import FileError, Tuner, TunerkitError
+from tunerkit.errors import shown
+from tunerkit_cli.report.record import Problem, Restart
+from tunerkit_cli.running import written
+from tunerkit_cli.running.learning import Learning
+from tunerkit_cli.running.record import write_json
+from tunerkit_cli.running.telling import say
+from tunerkit_cli.running.trainer import is_whole
+from tunerkit_cli.running.written import CHECKPOINTS
+
+# A quarter of the rate is as far as the rate alone is likely to be the reason.
+MOST: Final = 2
+SLOWER: Final = 0.5
+_FILE: Final = "restarts.json"  # in the folder of checkpoints, for --resume
+_CHECKPOINT: Final = "checkpoint-"
+
+
+class DivergedError(TunerkitError):
+    """The loss is not finite, so the weights are useless."""
+
+
+class LostError(TunerkitError):
+    """A run that may be restarted has collapsed.
+
+    Attributes:
+        problem: How.
+        good: The last step at which its loss was good.
+    """
+
+    def __init__(self, problem: Problem, good: int) -> None:
+        super().__init__(problem.text)
+        self.problem, self.good = problem, good
+
+
+class Watching(TrainerCallback):
+    """Shows the progress, in a terminal as a bar and elsewhere as a line for each log entry, and stops at NaN.
+
+    Ctrl-C ends the training at the end of the step, with a checkpoint; ``interrupted`` says so afterwards. A second one
+    stops at once. What ``follow`` returns, given the number of steps, is ``learning``, which judges the losses. Without
+    it, any losses are fine, and they are not printed. ``slower``, given the step from which a training is resumed, says
+    by how much the checkpoint's learning rate is multiplied. If the run may be restarted (``may_restart``), a loss that
+    is lost raises `LostError`.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        tuner: Tuner | None,
+        title: str,
+        *,
+        follow: Callable[[int], Learning] | None = None,
+        slower: Callable[[int], float] = lambda step: 1.0,
+        may_restart: bool = False,
+    ) -> None:
+        self.console, self.tuner, self.title, self.follow = console, tuner, title, follow
+        self.slower, self.may_restart = slower, may_restart
+        self.learning: Learning | None = None
+        self.interrupted = False
+        self._printed = 0  # tenths of the training for which a line was printed
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.console.is_terminal:
+            title, facts = TextColumn("{task.description}"), TextColumn("{task.fields[facts]}")
+            times = TimeElapsedColumn(), TimeRemainingColumn()
+            self._bar = Progress(title, BarColumn(), MofNCompleteColumn(), facts, *times, console=self.console)
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=state.max_steps, completed=state.global_step, facts="")
+        self.learning = None if self.follow is None else self.follow(state.max_steps)
+        for entry in state.log_history:  # of a run that is resumed
+            self._judge(entry)
+        if (factor := self.slower(state.global_step)) != 1:
+            slow_down_(kwargs["optimizer"], kwargs["lr_scheduler"], factor)
+
+    def _judge(self, entry: dict[str, Any]) -> None:
+        if self.learning is not None and (sentence := self.learning.add(entry)) is not None:
+            say(self.console, f"note: {sentence}")
+            if self.may_restart and self.learning.problem is not None:
+                raise LostError(self.learning.problem, self.learning.good)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+        if self.interrupted:
+            say(self.console, "interrupted: writing a checkpoint (Ctrl-C again stops at once)")
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.interrupted and not is_whole(state.epoch):
+            control.should_evaluate = False  # the epoch's evaluation comes when it is resumed
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        entry = kwargs.get("logs") or {}
+        lost = [entry[name] for name in ("loss", "eval_loss") if name in entry and not math.isfinite(entry[name])]
+        if lost and self.learning is not None:
+            rates = [each["learning_rate"] for each in state.log_history if "learning_rate" in each]
+            rate = f" (learning rate {rates[-1]:.3g})" if rates else ""
+            text = f"the loss is {lost[0]} at step {state.global_step} of {state.max_steps}{rate}"
+            if self.may_restart:
+                problem = Problem("diverged", text, state.global_step, rates[-1] if rates else None)
+                raise LostError(problem, self.learning.good)
+            raise DivergedError(
+                f"{text}, so training was stopped and no adapter was written; use a lower --lr than "
+                f"{args.learning_rate:g}, or check the data and the model"
+            )
+        self._judge({**entry, "step": state.global_step})
+        facts = _facts(entry, self.tuner)
+        if not facts:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, facts=facts)
+        elif self.follow is not None and ("eval_loss" in entry or self._is_due(state)):
+            say(self.console, f"{self.title}: step {state.global_step}/{state.max_steps}  {facts}")
+
+    def _is_due(self, state: TrainerState) -> bool:
+        """Whether another tenth of the training has passed since the last line: logs in a pipe stay short."""
+        tenth = 10 * state.global_step // max(state.max_steps, 1)
+        due, self._printed = tenth > self._printed, max(tenth, self._printed)
+        return due
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop drawing the bar, which must not outlive an error."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside the block, the first Ctrl-C only sets ``interrupted``."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+            self.close()
+
+
+def slow_down_(optimizer: torch.optim.Optimizer, scheduler: Any, factor: float) -> None:
+    """Multiply all learning rates, also those that the schedule goes by."""
+    for group in optimizer.param_groups:
+        for name in ("lr", "initial_lr"):
+            if name in group:
+                group[name] = factor * group[name]
+    if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [factor * rate for rate in scheduler.base_lrs]
+        scheduler._last_lr = [factor * rate for rate in scheduler._last_lr]
+
+
+def _facts(entry: dict[str, Any], tuner: Tuner | None) -> str:
+    names = ("loss", "eval_loss", "eval_accuracy")
+    shown = [f"{name} {entry[name]:.3g}" for name in names if isinstance(entry.get(name), float)]
+    if shown and "budget" in entry and tuner is not None:
+        shown.append(f"budget {entry['budget']:g}  rank {entry['rank_mean']:.1f}")
+    return "  ".join(shown)
+
+
+# --- restarts ---
+
+
+def read_restarts(folder: Path) -> tuple[Restart, ...]:
+    """The restarts of the run in an output folder, the oldest first."""
+    file = folder / CHECKPOINTS / _FILE
+    if not file.is_file():
+        return ()
+    try:
+        return tuple(Restart(**each) for each in json.loads(file.read_text(encoding="utf-8"))["restarts"])
+    except (OSError, ValueError, TypeError, KeyError) as problem:
+        raise FileError(f"{file}: is damaged ({shown(str(problem))}); pass --overwrite to begin again") from problem
+
+
+def roll_back(folder: Path, lost: LostError, rate: float) -> Restart:
+    """Remove the checkpoints after the last good one, and note the restart. ``rate`` is the peak so far."""
+    found = (folder / CHECKPOINTS).glob(f"{_CHECKPOINT}*")
+    names = {path.name.removeprefix(_CHECKPOINT): path.name for path in found}
+    steps = {int(number): name for number, name in names.items() if number.isdecimal()}
+    before = {restart.from_step for restart in read_restarts(folder)}  # never twice from the same checkpoint
+    good = max((step for step in steps if step <= lost.good and step not in before), default=0)
+    ours = written.run_files(folder) or ()
+    for step in sorted(steps, reverse=True):
+        if step > good:
+            written.remove(folder, [path for path in ours if path.startswith(f"{CHECKPOINTS}/{steps[step]}/")])
+    restart = Restart(lost.problem.text, lost.problem.step, good, SLOWER * rate)
+    noted = {"restarts": [attrs.asdict(each) for each in (*read_restarts(folder), restart)]}
+    written.note(folder, [f"{CHECKPOINTS}/{_FILE}"])
+    write_json(folder / CHECKPOINTS / _FILE, noted)  # last: a run that is killed before collapses again
+    return restart
+
+
+def slower(restarts: Sequence[Restart], step: int) -> float:
+    """By how much the learning rate of a checkpoint is to be multiplied: once for each restart since it was written.
+
+    A restart removes what is later than the step that it goes back to, so a later checkpoint was written after it.
+    """
+    since = takewhile(lambda restart: step <= restart.from_step, reversed(restarts))
+    return float(SLOWER ** len([*since])) if step else 1.0

@@ -1,0 +1,354 @@
+"""The tasks on language models: plain texts, prompts with completions, conversations, preferences, and translation."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import tunerkit
+from tunerkit.errors import ConfigError, shown
+from tunerkit.paths import few
+from tunerkit_cli.rows import DataError, Table
+from tunerkit_cli.tasks.answering import Answering
+from tunerkit_cli.tasks.base import USUAL, Column, Results, Row, Task, name_in, require_package, require_text
+from tunerkit_cli.tasks.generating import GREEDY, generate, require_tokens
+from tunerkit_cli.tasks.texts import token_limit
+from tunerkit_cli.tasks.turns import encode_turns
+from tunerkit_transformers.pretrained import Pretrained
+
+SAMPLES = 3
+_MOST = 230.0  # e to this power is within what a record may hold
+_SECOND = ("input", "context")  # columns that continue an instruction, in Alpaca's and Dolly's data
+_ROLES = ("system", "user", "assistant", "tool")
+_FORMS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
+
+
+class GenerationTask(Task):
+    """A task that trains a language model."""
+
+    max_length: ClassVar[int] = 1024
+    answer: ClassVar[str] = "completion"  # the name of what is predicted
+
+    def rows(
+        self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
+    ) -> list[Row]:
+        """The rows: all of texts, or all of lists of messages."""
+        read = {each.name: name for each, name in self.columns_read(table, names, predicting=predicting)}
+        if "prompt" not in names:
+            _refuse_second(table, read.get("prompt", "prompt"), renaming=renaming)
+        rows = super().rows(table, names, predicting=predicting, renaming=renaming)
+        _refuse_mixed(rows, table.source)
+        return rows
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Language models are larger, and their rows longer."""
+        sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
+        return {**super().defaults, "num_train_epochs": 1, "learning_rate": 2e-4, **sizes, **USUAL}
+
+    def evaluate(self, trainer: Any, dataset: Any) -> Results:
+        """The loss and the perplexity."""
+        found = measured(trainer, dataset)
+        loss = float(found["eval_loss"])
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, _MOST))}
+        if "eval_mean_token_accuracy" in found:
+            metrics["token_accuracy"] = float(found["eval_mean_token_accuracy"])
+        return Results(metrics, seconds=found.get("eval_runtime"))
+
+    def samples(self, loaded: Pretrained, rows: Sequence[Row]) -> list[dict[str, str]]:
+        """The answers to the first three held-out prompts."""
+        chosen = rows[:SAMPLES]
+        prompts = [prompt_of(row) for row in chosen]
+        texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+        answers = [each[self.answer] for each in self.predict(loaded, chosen, batch_size=SAMPLES)]
+        return [{"prompt": text, "answer": answer} for text, answer in zip(texts, answers, strict=True)]
+
+    def predict(
+        self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int, answering: Answering = GREEDY
+    ) -> list[dict[str, Any]]:
+        """Continue each row's prompt. Sources are cut as in training."""
+        prompts, limit = [prompt_of(row) for row in rows], token_limit(loaded, self.limit)
+        answers = generate(loaded, prompts, batch_size=batch_size, answering=answering, max_length=limit)
+        return [{self.answer: text} for text in answers]
+
+
+class CausalLm(GenerationTask):
+    """Rows with ``messages``, with ``prompt`` and ``completion``, or with ``text``; TRL's `SFTTrainer`."""
+
+    name: ClassVar[str] = "causal-lm"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("messages", ("conversations",)),
+        Column("prompt", ("instruction", "question")),
+        Column("completion", ("response", "answer", "output"), predicted=True),
+        Column("text"),
+    )
+
+    def columns_for(self, table: Table, names: Mapping[str, str], *, predicting: bool) -> Sequence[Column]:
+        """The columns of the first of the three forms that is there, among those with all columns the recipe names."""
+        forms = [form for form in _FORMS if {*names} <= {*form}]
+        if not forms:
+            raise DataError(
+                f"columns.{' and columns.'.join(names)}: no form of data has all of them; name 'messages', 'prompt' "
+                "and 'completion', or 'text'"
+            )
+        wanted = [each for each in self.columns if not (predicting and each.predicted)]
+        for form in forms:
+            found = [each for each in wanted if each.name in form]
+            if all(each.name in names or name_in(table, each, names) in table.columns for each in found):
+                return found
+        raise DataError(
+            f"{table.source}: has the columns {few([shown(each) for each in table.columns], shown=10)}; causal-lm "
+            "needs 'messages', 'prompt' and 'completion', or 'text' (set the columns' names with columns.NAME in "
+            "the recipe)"
+        )
+
+    def checked(self, row: Row, where: str) -> Row:
+        """Texts are not empty, and messages have roles, and an answer has something that it answers."""
+        if "text" in row or not ("messages" in row or require_one_kind(row, where)):
+            return {name: require_text(row, name, where) for name in row}
+        found = {name: checked_messages(row[name], where, name) for name in row}
+        if not prompt_of(found):
+            raise DataError(f"{where}, column 'messages': the only message is the assistant's; add what it answers")
+        return found
+
+    def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
+        """The rows as they are: the trainer tokenizes them. Of conversations, the tokens with their labels."""
+        import datasets
+
+        require_tokens(loaded, chat=isinstance(prompt_of(rows[0]), list))
+        if "messages" in rows[0] and not self.trains_on_prompts:
+            return encode_turns([row["messages"] for row in rows], loaded)
+        return datasets.Dataset.from_list(list(rows))
+
+    def trainer_classes(self) -> tuple[type[Any], type[Any]]:
+        require_package("trl", self.name, "lm")
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
+
+        return SFTTrainer, SFTConfig
+
+
+def settle_prompts_(
+    task: Task, row: Row, asked: bool | None, training: Mapping[str, Any], arguments: Any, *, earlier: bool = False
+) -> None:
+    """Decide whether the tokens of prompts are learned, for a task and in the arguments of its trainer.
+
+    Args:
+        task: The task.
+        row: One of its rows.
+        asked: The recipe's ``train_on_prompts``.
+        training: The recipe's ``training``, which may have TRL's arguments for it.
+        arguments: The trainer's arguments.
+        earlier: Whether a run that was begun before asks. If its recipe does not have the key, an earlier version wrote
+            it, which learned whole conversations.
+
+    Raises:
+        ConfigError: The task has no prompts to learn, or keys contradict each other.
+    """
+    if not isinstance(task, CausalLm):
+        if asked is not None:
+            raise ConfigError([f"train_on_prompts: {task.name} learns no prompts; leave the key out"])
+        return
+    if "text" in row:
+        if asked is not None and not earlier:
+            raise ConfigError(["train_on_prompts: rows of texts have no prompts; leave the key out"])
+        return
+    name = "assistant_only_loss" if "messages" in row else "completion_only_loss"
+    only = training.get(name)
+    if asked is not None and only is not None and asked == bool(only):
+        raise ConfigError(
+            [f"train_on_prompts is {str(asked).lower()}, and so is training.{name}, which is its opposite; set one"]
+        )
+    default = earlier and "messages" in row
+    task.trains_on_prompts = asked if asked is not None else default if only is None else not only
+    late = [each for each in ("chat_template_path", "eos_token") if getattr(arguments, each) is not None]
+    if late and "messages" in row and not task.trains_on_prompts:
+        raise ConfigError(
+            [
+                f"training.{late[0]}: is read after the assistant's turns are found; write it into the files of the "
+                "model's tokenizer, or set train_on_prompts: true"
+            ]
+        )
+    # The labels of conversations come from `encode`; TRL's own masks need templates that mark the turns.
+    arguments.assistant_only_loss = False
+    arguments.completion_only_loss = None if "messages" in row else not task.trains_on_prompts
+
+
+class Preference(GenerationTask):
+    """Rows with ``prompt``, ``chosen`` and ``rejected``, texts or conversations; TRL's `DPOTrainer`."""
+
+    name: ClassVar[str] = "preference"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("prompt", ("question", "instruction")),
+        Column("chosen", predicted=True),
+        Column("rejected", predicted=True),
+    )
+    main_metric: ClassVar[str] = "reward_accuracy"
+    greater_is_better: ClassVar[bool] = True
+
+    def checked(self, row: Row, where: str) -> Row:
+        """All three are texts, or all three are lists of messages."""
+        if require_one_kind(row, where):
+            return {name: checked_messages(row[name], where, name) for name in row}
+        return {name: require_text(row, name, where) for name in row}
+
+    def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
+        """The rows as they are: the trainer tokenizes them."""
+        import datasets
+
+        require_tokens(loaded, chat=isinstance(rows[0]["prompt"], list))
+        return datasets.Dataset.from_list(list(rows))
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """A lower learning rate than for supervised training, as is usual for DPO."""
+        return {**super().defaults, "learning_rate": 5e-5}
+
+    def trainer_classes(self) -> tuple[type[Any], type[Any]]:
+        require_package("trl", self.name, "lm")
+        from trl.trainer.dpo_config import DPOConfig
+        from trl.trainer.dpo_trainer import DPOTrainer
+
+        return DPOTrainer, DPOConfig
+
+    def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
+        """The reference is the model without its adapter, which may be trained already; no second model is loaded."""
+        name = tunerkit.tuner(loaded.model).name
+        tunerkit.activate(loaded.model, ())
+        try:
+            return {"ref_model": tunerkit.reference(loaded.model)}
+        finally:
+            tunerkit.activate(loaded.model, name)
+
+    def evaluate(self, trainer: Any, dataset: Any) -> Results:
+        """The loss, and how often the chosen answer has the greater reward."""
+        found = measured(trainer, dataset)
+        accuracy, margin = found["eval_rewards/accuracies"], found["eval_rewards/margins"]
+        metrics = {
+            "reward_accuracy": float(accuracy),
+            "reward_margin": float(margin),
+            "loss": float(found["eval_loss"]),
+        }
+        return Results(metrics, seconds=found.get("eval_runtime"))
+
+
+class Seq2Seq(GenerationTask):
+    """Rows with ``source`` and ``target``."""
+
+    name: ClassVar[str] = "seq2seq"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("source", ("input", "text", "document")),
+        Column("target", ("output", "summary", "translation"), predicted=True),
+    )
+    max_length: ClassVar[int] = 256
+    answer: ClassVar[str] = "target"
+
+    def checked(self, row: Row, where: str) -> Row:
+        """Both are texts."""
+        return {name: require_text(row, name, where) for name in row}
+
+    def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
+        """Tokenize sources and targets, each truncated."""
+        import datasets
+
+        targets = [row["target"] for row in rows] if rows and "target" in rows[0] else None
+        limit = token_limit(loaded, self.limit)
+        encoded = loaded.processor(
+            [row["source"] for row in rows], text_target=targets, truncation=True, max_length=limit
+        )
+        return datasets.Dataset.from_dict(dict(encoded))
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Encoder-decoder models are trained longer than other language models, at a higher rate."""
+        return {**super().defaults, "num_train_epochs": 3, "learning_rate": 1e-3}
+
+    def trainer_classes(self) -> tuple[type[Any], type[Any]]:
+        """The trainer of transformers for encoder-decoder models."""
+        from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+        return Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
+        """Pad sources and targets, and shift the targets for the decoder."""
+        from transformers import DataCollatorForSeq2Seq
+
+        return {"data_collator": DataCollatorForSeq2Seq(loaded.processor, model=loaded.model)}
+
+
+# --- rows ---
+
+
+def _refuse_second(table: Table, prompt: str, *, renaming: bool) -> None:
+    """Raise `DataError` if a prompt that was found by another name goes on in a second column, which would be lost."""
+    second = next((name for name in _SECOND if name in table.columns), None)
+    if prompt == "prompt" or second is None:
+        return
+    leave = f"set columns.prompt to {prompt} in the recipe" if renaming else "remove that column"
+    raise DataError(
+        f"{table.source}: has the columns {prompt!r} and {second!r}, and a prompt is one column; join them into one, "
+        f"or, to leave {second!r} out, {leave}"
+    )
+
+
+def require_one_kind(row: Row, where: str) -> bool:
+    """Return whether the values of a row are lists of messages. Raises `DataError` if only some of them are lists."""
+    kinds = {isinstance(value, list) for value in row.values()}
+    if len(kinds) > 1:
+        seen = ", ".join(f"{name} is a {_kind(value)}" for name, value in row.items())
+        raise DataError(f"{where}: {seen}; write all of them as texts, or all of them as lists of messages")
+    return kinds == {True}
+
+
+def _refuse_mixed(rows: Sequence[Row], source: str) -> None:
+    """Raise `DataError` if a column has texts in some rows and lists of messages in others."""
+    for number, row in enumerate(rows, start=1):
+        for name, value in row.items():
+            if _kind(value) != _kind(rows[0][name]):
+                raise DataError(
+                    f"{source}: row {number}, column {name!r}: is a {_kind(value)}, and row 1 has a "
+                    f"{_kind(rows[0][name])}; write all rows as texts, or all as lists of messages"
+                )
+
+
+def _kind(value: object) -> str:
+    return "list" if isinstance(value, list) else "text"
+
+
+def checked_messages(value: object, where: str, name: str) -> list[dict[str, str]]:
+    """Return a conversation. Raises `DataError`."""
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}, column {name!r}: expected a list of messages, got {shown(value)}")
+    for message in value:
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise DataError(f"{where}, column {name!r}: a message has a role and a content, got {shown(message)}")
+        if message["role"] not in _ROLES or not isinstance(message["content"], str):
+            raise DataError(
+                f"{where}, column {name!r}: expected a role of {', '.join(_ROLES)} and a text, got {shown(message)}"
+            )
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def prompt_of(row: Row) -> str | list[dict[str, str]]:
+    """What a row asks the model: the messages before the last answer, the prompt, the source, or the text."""
+    if "messages" in row:
+        messages: list[dict[str, str]] = row["messages"]
+        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    prompt: str | list[dict[str, str]] = next(row[name] for name in ("prompt", "source", "text") if name in row)
+    return prompt
+
+
+def are_conversations(task: Task, rows: Sequence[Row]) -> bool | None:
+    """Whether the prompts of a language model's rows are lists of messages; None for other tasks."""
+    if not isinstance(task, GenerationTask) or not {"messages", "prompt", "text"} & {*rows[0]}:
+        return None
+    return isinstance(prompt_of(rows[0]), list)
+
+
+def measured(trainer: Any, dataset: Any) -> Mapping[str, Any]:
+    """Evaluate encoded rows by the trainer's loss; what it found in its last step counts, as the model is the same."""
+    step, history = trainer.state.global_step, trainer.state.log_history
+    if dataset is trainer.eval_dataset and step > 0 and not trainer.args.load_best_model_at_end:
+        found = [entry for entry in history if "eval_loss" in entry and entry["step"] == step]
+        if found:
+            return found[-1]  # type: ignore[no-any-return]  # a trainer is of any class here
+    return trainer.evaluate(dataset)  # type: ignore[no-any-return]
