@@ -3,29 +3,26 @@
 import copy
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import PurePath
-from types import MappingProxyType
 from typing import Any, Final
 
 from tunerkit import ConfigError
 from tunerkit.errors import closest, shown
 from tunerkit_cli.recipes.fragments import Fragment
-from tunerkit_cli.recipes.schema import schema
+from tunerkit_cli.recipes.reading import schema
 from tunerkit_cli.settings import DEEPEST, given_settings, given_value
 
 # For each flag of `tunerkit train`, the key that it sets.
-FLAGS: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        **{name: name for name in ("task", "method", "model", "data", "eval_data", "config", "out")},
-        "from": "from_adapter",
-        "epochs": "training.num_train_epochs",
-        "lr": "training.learning_rate",
-        "batch_size": "training.per_device_train_batch_size",
-        "seed": "training.seed",
-        **{name: name for name in ("max_length", "precision", "baseline")},
-        "text_column": "columns.text",
-        "label_column": "columns.label",
-    }
-)
+FLAGS: Final[Mapping[str, str]] = {
+    **{name: name for name in ("task", "method", "model", "data", "eval_data", "config", "out")},
+    "from": "from_adapter",
+    "epochs": "training.num_train_epochs",
+    "lr": "training.learning_rate",
+    "batch_size": "training.per_device_train_batch_size",
+    "seed": "training.seed",
+    **{name: name for name in ("max_length", "precision", "baseline")},
+    "text_column": "columns.text",
+    "label_column": "columns.label",
+}
 _EXAMPLE: Final = "expected key=value, as in --set learning_rate=1e-3"
 
 
