@@ -172,7 +172,7 @@ def files_of(data: str | list[str] | None) -> list[str]:
 def _with_paths(recipe: Recipe, names: Iterable[str], change: Callable[[str], str]) -> Recipe:
     """Return the recipe with each path of these keys changed, those in lists too."""
     paths = {name: getattr(recipe, name) for name in names}
-    changed = {
+    changed: dict[str, Any] = {
         name: [change(each) for each in path] if isinstance(path, list) else change(path)
         for name, path in paths.items()
         if path is not None
