@@ -9,9 +9,9 @@ from tunerkit.errors import cut
 from tunerkit_cli.report import curves, scores, wording
 from tunerkit_cli.report.curves import Curve, Panel
 from tunerkit_cli.report.html import tables
-from tunerkit_cli.report.html.page import capped, drawn, highest_rank, rank_heatmap, rank_summary
+from tunerkit_cli.report.html.facts import capped, highest_rank, rank_heatmap, rank_summary
+from tunerkit_cli.report.html.page import drawn, filled
 from tunerkit_cli.report.html.tables import Table
-from tunerkit_cli.report.html.template import filled
 from tunerkit_cli.report.record import RecordError, Run, read
 from tunerkit_cli.report.verdict import failure, verdict
 

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import attrs
 
-from tunerkit_cli.report import mistakes, scores, verdict, wording
+from tunerkit_cli.report import scores, wording
 from tunerkit_cli.report.record import Baseline, Run
 
 MOST_ROWS: Final = 400
@@ -79,12 +79,12 @@ def targets(run: Run) -> Table | None:
 
 def labels(run: Run) -> Table | None:
     """Return recall, precision and F1 of each label, from the confusion matrix."""
-    names = mistakes.label_names(run)
+    names = scores.label_names(run)
     if not 1 < len(run.confusion) <= _MOST_LABELS:
         return None
     rows = [
         (names[n], wording.number(found.rows), *map(_share, (found.recall, found.precision, found.f1)))
-        for n, found in enumerate(mistakes.label_scores(run))
+        for n, found in enumerate(scores.label_scores(run))
     ]
     return Table(("label", "rows", "recall", "precision", "F1"), tuple(rows))
 
@@ -147,11 +147,3 @@ def _needed(values: Sequence[float], share: float) -> int:
         if reached >= share * total:
             return count
     return len(squares)
-
-
-def baseline_note(run: Run, metric: str) -> str:
-    """Return how far the main metric is from the baseline's; empty without one."""
-    if run.baseline is None or metric not in run.baseline.metrics:
-        return ""
-    difference = run.metrics[metric] - run.baseline.metrics[metric]
-    return f"{scores.signed(metric, difference)} vs. {verdict.baseline_name(run.baseline.what)}"
