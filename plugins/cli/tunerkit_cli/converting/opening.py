@@ -1,23 +1,23 @@
-"""Open an adapter of any format over the shapes of its base model: no weight of the base is read."""
+"""Open an adapter of any format over its base model, with the base's weights or without, and collect our warnings."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import attrs
 from torch import nn
 
 import tunerkit
-from tunerkit import BaseMismatchError, Tuner, serialization
+from tunerkit import BaseMismatchError, Tuner, TunerkitWarning, serialization
 from tunerkit_transformers.base_choice import choose_base, with_base
-from tunerkit_transformers.bases import Base, skeleton, whole
+from tunerkit_transformers.bases import Base, skeleton
+from tunerkit_transformers.pretrained import quiet
 
 
 @attrs.frozen(eq=False)
 class Opened:
-    """An adapter in its base model.
-
-    Attributes:
-        model: The base model with the adapter.
-        tuner: The handle on the adapter.
-        base: The base model.
-    """
+    """An adapter in its base model: the model with the adapter, the handle on the adapter, and the base."""
 
     model: nn.Module
     tuner: Tuner
@@ -25,7 +25,7 @@ class Opened:
 
 
 def open_adapter(source: str, *, base: str | None, task: str | None, beside: str | None = None) -> Opened:
-    """Open an adapter over its base on the meta device; its own tensors are on the CPU.
+    """Open an adapter over its base on the meta device; its own tensors are on the CPU. No weight of the base is read.
 
     Args:
         source: The adapter: a folder, a file, or a name that a format knows.
@@ -54,6 +54,22 @@ def load_adapter(model: nn.Module, source: str, base: Base) -> nn.Module:
         raise with_base(problem, base, model, source) from problem
 
 
-def load_base(base: Base, *, keep_dtype: bool = False) -> nn.Module:
-    """Load the base with its weights: in fp32, or in the dtype of its files."""
-    return whole(base, dtype="auto") if keep_dtype else whole(base)
+@contextmanager
+def collected() -> Iterator[list[str]]:
+    """Yield a list that gets each of our own warnings inside the block, once and as one line.
+
+    The libraries are quiet from then on, and their warnings are left out.
+    """
+    found: list[str] = []
+
+    def note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        lines = str(message).replace(":\n- ", ": ").splitlines()
+        text = "; ".join(line.removeprefix("- ").strip() for line in lines)
+        if issubclass(category, TunerkitWarning) and text not in found:
+            found.append(text)
+
+    quiet()
+    with warnings.catch_warnings():  # restores showwarning too
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        yield found
