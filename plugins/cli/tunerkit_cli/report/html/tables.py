@@ -1,7 +1,8 @@
 """The tables of a report, as texts."""
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -97,17 +98,15 @@ def settings(values: Mapping[str, Any]) -> Table | None:
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Return settings as texts, by dotted names."""
-    return dict(_flat(values, prefix))
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    found: dict[str, str] = {}
     for name, value in values.items():
         if name.lower() in _SECRETS and value is not None:
-            yield f"{prefix}{name}", "(hidden)"
+            found[f"{prefix}{name}"] = "(hidden)"
         elif isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            found |= flattened(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", wording.short_text(_text(value), _LONGEST_SETTING)
+            found[f"{prefix}{name}"] = wording.short_text(_text(value), _LONGEST_SETTING)
+    return found
 
 
 def _measured(value: object) -> str:
@@ -141,9 +140,5 @@ def _share(value: float | None) -> str:
 def _needed(values: Sequence[float], share: float) -> int:
     """Return how many of the greatest singular values hold a share of the sum of all squares."""
     squares = sorted((value * value for value in values), reverse=True)
-    total, reached = sum(squares), 0.0
-    for count, square in enumerate(squares, 1):
-        reached += square
-        if reached >= share * total:
-            return count
-    return len(squares)
+    wanted = share * sum(squares)
+    return next(count for count, held in enumerate(itertools.accumulate(squares), 1) if held >= wanted)
