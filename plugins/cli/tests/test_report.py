@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from rich.console import Console
 
+from tests.support import run_records
 from tunerkit_cli.report.rank_map import RankMap, rank_map, rank_table, shortened
-from tunerkit_cli.report.record import Change
 
 MATRICES = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
 ranks_of_layers = st.dictionaries(
@@ -97,18 +97,22 @@ def test_the_curves_hold_the_budget_and_the_mean_least_and_greatest_rank() -> No
     """Curves show the history; a value stays until the next change."""
     pictures = pytest.importorskip("tunerkit_cli.report.pictures", reason="pictures need the extra [plot]")
     history = [
-        Change(0, (4, 4), 8),
-        Change(10, (5, 1), 6),
-        Change(20, (6, 0), 6),
+        {"step": 0, "budget": 8, "ranks": [4, 4]},
+        {"step": 10, "budget": 6, "ranks": [5, 1]},
+        {"step": 20, "budget": 6, "ranks": [6, 0]},
     ]
-    above, below = pictures.draw_budget(history, title="t", unit="rank").axes
-    (budget,) = above.lines
+    figures = pictures.draw(run_records.minimal(ranks={"a": 6, "b": 0}, history=history))
+    (budget,) = figures["budget"].axes[0].lines
     assert list(budget.get_xdata()) == [0, 10, 20]
     assert list(budget.get_ydata()) == [8, 6, 6]
     assert budget.get_drawstyle() == "steps-post"
-    curves = {line.get_label(): list(line.get_ydata()) for line in below.lines}
-    assert curves == {"greatest": [4, 5, 6], "mean": [4, 3, 3], "least": [4, 1, 0]}
-    assert "rank" in above.get_ylabel()
+    axes = figures["rank"].axes[0]
+    assert {line.get_label(): list(line.get_ydata()) for line in axes.lines} == {
+        **{"greatest": [4, 5, 6], "mean": [4, 3, 3]},
+        "least": [4, 1, 0],
+    }
+    assert "rank" in axes.get_ylabel()
+    assert axes.get_ylim()[0] < 0  # a line at 0 would coincide with the frame
 
 
 def test_pictures_are_written_and_their_labels_do_not_overlap(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from tunerkit_cli.report import curves, scores, wording
 from tunerkit_cli.report.curves import Curve, Panel
 from tunerkit_cli.report.rank_map import RankMap, by_layer, by_matrix, rank_map
-from tunerkit_cli.report.record import Change, Run, read
+from tunerkit_cli.report.record import Run, read
 
 _MOST_LABELS: Final = 30
 _LONGEST_LABEL: Final = 30
@@ -31,19 +31,15 @@ def draw(record: Mapping[str, Any]) -> Mapping[str, Figure]:
 
 def _curves(run: Run) -> Iterator[tuple[str, Figure]]:
     for panel in (*curves.panels(run), curves.spectrum(run)):
-        if panel is not None and panel.name not in ("budget", "rank"):
+        if panel is not None:
             yield panel.name, draw_panel(panel)
 
 
 def _ranks(run: Run) -> Iterator[tuple[str, Figure]]:
-    method = wording.method_title(run.method)
-    history = [change for change in run.history if change.budget is not None]
-    if history and any(curves.rank_panels(run)):
-        unit = run.budget.unit if run.budget is not None else "rank"
-        yield "budget", draw_budget(history, title=f"{method}: budget and ranks", unit=unit)
     if len(set(run.ranks.values())) > 1:
         highest = max((rank for change in run.history for rank in change.ranks), default=None)
-        title = f"{method}: live ranks" + (f" after {run.steps:,} steps" if run.steps is not None else "")
+        title = f"{wording.method_title(run.method)}: live ranks"
+        title += f" after {run.steps:,} steps" if run.steps is not None else ""
         yield "ranks", draw_ranks(rank_map(run.ranks), title=title, initial=highest)
 
 
@@ -56,10 +52,8 @@ def _amounts(run: Run) -> Iterator[tuple[str, Figure]]:
     elif errors := scores.errors_by_label(run):
         rates = {name: found.errors / found.rows for name, found in errors.items() if found.rows}
         worst = sorted(rates, key=lambda name: -rates[name])[:_MOST_LABELS]
-        yield (
-            "errors",
-            draw_amounts({"share of wrong rows": {name: rates[name] for name in worst}}, title="Errors by label"),
-        )
+        shares = {"share of wrong rows": {name: rates[name] for name in worst}}
+        yield "errors", draw_amounts(shares, title="Errors by label")
 
 
 def draw_ranks(map_: RankMap, *, title: str, initial: int | None = None) -> Figure:
@@ -96,32 +90,6 @@ def draw_confusion(confusion: Sequence[Sequence[int]], labels: Sequence[str]) ->
     return figure
 
 
-def draw_budget(history: Sequence[Change], *, title: str, unit: str = "rank") -> Figure:
-    """Draw two panels over optimizer steps: the budget in force, and the mean, minimum and maximum rank.
-
-    ``history`` starts with the state before the first step. Each value holds until the next change. ``unit`` is the
-    unit of the budget.
-    """
-    figure = Figure((8, 6), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    _draw(above, curves.budget_curve(history), "C0")
-    above.set_ylabel(f"budget in force ({unit})")
-    above.set_title(title)
-    for curve, colour in zip(curves.rank_curves(history), ("C1", "C0", "C2"), strict=True):
-        _draw(below, curve, colour)
-    below.set_ylabel("rank of a matrix")
-    below.set_xlabel("optimizer step")
-    for axes in (above, below):
-        # Start below 0: a line at 0 would coincide with the frame.
-        axes.set_ylim(bottom=-0.04 * axes.get_ylim()[1])
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    # Between the panels, the legend covers no curve.
-    below.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
-    return figure
-
-
 def draw_panel(panel: Panel) -> Figure:
     """Draw the curves of a panel on common axes."""
     figure = Figure((8, 4.5), layout="constrained")
@@ -130,10 +98,10 @@ def draw_panel(panel: Panel) -> Figure:
     for curve in panel.curves:
         _draw(axes, curve, f"C{colour % 10}")
         colour += curve.style not in ("faint", "mark")  # a faint curve has the colour of the one that summarises it
-    axes.set_title(panel.title)
-    axes.set_xlabel(panel.x_title)
-    axes.set_ylabel(panel.unit)
-    axes.set_yscale("log" if panel.is_log else "linear")
+    axes.set(title=panel.title, xlabel=panel.x_title, ylabel=panel.unit, yscale="log" if panel.is_log else "linear")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if panel.unit:  # amounts; a line at 0 would coincide with the frame
+        axes.set_ylim(bottom=-0.04 * axes.get_ylim()[1])
     axes.grid(alpha=0.3)
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(frameon=False)

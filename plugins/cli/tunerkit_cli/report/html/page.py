@@ -1,6 +1,5 @@
 """The report of one run, and the templates of all pages, filled in."""
 
-import functools
 import json
 import shlex
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,16 @@ from tunerkit_cli.report.verdict import failure, verdict
 _OF_RANKS: Final = ("rank", "budget")
 _MOST_PAIRS: Final = 10
 _MOST_ERRORS: Final = 30
+_TEMPLATES: Final = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters["short"] = wording.short_text
+_CONTROLS: Final = {*range(0x20), *range(0x7F, 0xA0), 0xFFFE, 0xFFFF} - {0x9, 0xA, 0xD}
+_UNPRINTABLE: Final = dict.fromkeys(_CONTROLS, "\N{REPLACEMENT CHARACTER}")
 
 
 def render(record: Mapping[str, Any], *, title: str | None = None) -> str:
@@ -79,28 +88,9 @@ def drawn(panels: Iterable[Panel]) -> list[Chart]:
 
 def filled(name: str, values: dict[str, Any]) -> str:
     """Fill in a template. Values are escaped, and characters that HTML forbids are replaced."""
-    page = _environment().get_template(name).render(values)
+    page = _TEMPLATES.get_template(name).render(values)
     # A lone surrogate in a label could not be written as UTF-8.
-    return page.encode("utf-8", "replace").decode("utf-8").translate(_unprintable())
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["short"] = wording.short_text
-    return environment
-
-
-@functools.cache
-def _unprintable() -> dict[int, str]:
-    controls = {*range(0x20), *range(0x7F, 0xA0), 0xFFFE, 0xFFFF} - {0x9, 0xA, 0xD}
-    return dict.fromkeys(controls, "\N{REPLACEMENT CHARACTER}")
+    return page.encode("utf-8", "replace").decode("utf-8").translate(_UNPRINTABLE)
 
 
 def _mistakes(run: Run) -> dict[str, Any]:
