@@ -63,19 +63,10 @@ def convert_adapter(
     options: Sequence[str],
     overwrite: bool = False,
 ) -> Converted:
-    """Convert an adapter, without reading a weight of its base.
+    """Convert an adapter to the format ``to``, where ``"tunerkit"`` is our own, without reading a weight of its base.
 
-    Args:
-        source: The adapter, in any format.
-        to: The new format's name; ``"tunerkit"`` is our own file.
-        out: Where to write it.
-        base: The folder of the base; None for what the adapter's files say.
-        task: The task, if it does not follow from the files.
-        options: The format's options, each as ``key=value``.
-        overwrite: Whether an older adapter at ``out`` may be replaced.
-
-    Raises:
-        TunerkitError: The adapter cannot be opened or written. Nothing is written then.
+    ``base`` and ``task`` are for what the adapter's files do not say, and ``options`` are the format's, each as
+    ``key=value``. Raises `TunerkitError` if the adapter cannot be opened or written; then nothing is written.
     """
     given = dict(_option(each) for each in options)
     _check(source, to, out, given)
@@ -174,17 +165,8 @@ def _refuse_occupied(out: Path, *, overwrite: bool) -> None:
 def merge_adapter(source: str, out: Path, *, base: str | None, task: str | None) -> tuple[str, ...]:
     """Write the merged model, in the dtype of the base's files, and the base's tokenizer or processor if it has one.
 
-    Args:
-        source: The adapter, in any format.
-        out: A new folder.
-        base: The folder of the base; None for what the adapter's files say.
-        task: The task, if it does not follow from the files.
-
-    Returns:
-        What the user should know.
-
-    Raises:
-        TunerkitError: The adapter or its base cannot be loaded, or the folder cannot be written.
+    ``out`` is a new folder. Returns what the user should know. Raises `TunerkitError` if the adapter or its base cannot
+    be loaded, or the folder cannot be written.
     """
     with collected() as remarks:
         chosen = choose_base(source, base=base, task=task)

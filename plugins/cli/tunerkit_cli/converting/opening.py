@@ -27,15 +27,9 @@ class Opened:
 def open_adapter(source: str, *, base: str | None, task: str | None, beside: str | None = None) -> Opened:
     """Open an adapter over its base on the meta device; its own tensors are on the CPU. No weight of the base is read.
 
-    Args:
-        source: The adapter: a folder, a file, or a name that a format knows.
-        base: The folder of the base, or its name on the hub; None for what the adapter's files say.
-        task: The task of the adapter, if it does not follow from its files.
-        beside: Another adapter of the same base, whose files may name it.
-
-    Raises:
-        FileError: There is no adapter, or its files are damaged, or it is of another base.
-        ModelError: The base cannot be found.
+    ``base`` and ``task`` are for what its files do not say; those of ``beside``, another adapter of the same base, may
+    name it too. Raises `FileError` if there is no adapter, or a damaged one, or one of another base; and `ModelError`
+    if the base cannot be found.
     """
     chosen = choose_base(source, base=base, task=task, beside=beside)
     model = skeleton(chosen)

@@ -16,14 +16,11 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def stand_in(shapes: Shapes, targets: Sequence[str], copies: Sequence[str], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a model on the meta device with these parameters.
+    """Return a model on the meta device with parameters of these shapes, as a header lists them.
 
-    Args:
-        shapes: The base's parameters by name, as the header has them.
-        targets: The paths of the adapted modules.
-        copies: The paths of the modules that are trained in full.
-        tensors: The tensors of the file: those of copies and biases are parameters of the model too, and those of an
-            adapter say which side of a weight is its input.
+    ``targets`` are the paths of the adapted modules, and ``copies`` those of the modules that are trained in full.
+    ``tensors`` are the file's: copies and biases are parameters of the model too, and those of an adapter say which
+    side of a weight is its input.
     """
     adapted, copied = {*targets}, {*copies}  # a file may list hundreds of thousands
     own: dict[str, dict[str, Sequence[int]]] = defaultdict(dict)

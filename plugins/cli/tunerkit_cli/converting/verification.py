@@ -55,15 +55,8 @@ class Verified:
 def verify_adapters(one: str, other: str, *, base: str | None, task: str | None, tolerance: float) -> Verified:
     """Compare the outputs of two adapters, in fp32 on the CPU. The base is loaded once.
 
-    Args:
-        one: An adapter in any format.
-        other: Another one, or the folder of a merged model.
-        base: The folder of the base; None for what the files of ``one`` say, or else those of ``other``.
-        task: The task, if it does not follow from the files.
-        tolerance: The largest relative difference of equal outputs.
-
-    Raises:
-        TunerkitError: One of them cannot be loaded or run, or its outputs are not finite.
+    ``other`` may be the folder of a merged model. The files of ``one``, or else those of ``other``, name the base.
+    Raises `TunerkitError` if one of them cannot be loaded or run, or its outputs are not finite.
     """
     if not 0 <= tolerance < math.inf:
         raise ConfigError([f"--tolerance: expected a number from 0, got {tolerance}"])

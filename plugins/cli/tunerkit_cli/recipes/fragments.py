@@ -38,12 +38,9 @@ _WITHIN: Final = ("items", "additionalProperties")  # keywords whose value may b
 
 
 def problems(value: object, fragment: Fragment, where: str = "") -> Iterator[str]:
-    """Yield one line for everything in a value that its fragment does not allow.
+    """Yield one line for everything in a value at ``where`` that its fragment does not allow.
 
-    Args:
-        value: Any value. What the fragment leaves open must be plain: what JSON can express.
-        fragment: JSON schema with the keywords that `objection` allows.
-        where: The value's place, as in ``training.learning_rate``.
+    What the fragment leaves open must be plain: what JSON can express.
     """
     for place, problem in _problems(value, fragment, where):
         yield f"{place}: {problem}" if place else problem

@@ -20,8 +20,7 @@ from tunerkit_cli.settings import read_settings
 def schema(plugin_keys: Mapping[str, Fragment] | None = None) -> dict[str, Any]:
     """Return the JSON schema (draft 2020-12) of recipes, with which an editor completes and checks them.
 
-    Args:
-        plugin_keys: The further keys and their fragments; by default those that the installed plugins declare.
+    ``plugin_keys`` are further keys with their fragments; by default those that the installed plugins declare.
     """
     declared = plugin_commands().recipe_keys if plugin_keys is None else plugin_keys
     own = {field.name: field.metadata for field in attrs.fields(Recipe) if field.metadata}
@@ -48,18 +47,10 @@ def _or_null(fragment: Fragment) -> dict[str, Any]:
 
 
 def read_recipe(path: Path, plugin_keys: Mapping[str, Fragment] | None = None) -> Recipe:
-    """Read a recipe from a YAML or JSON file.
+    """Read a recipe from a YAML or JSON file. A key without a value has its default.
 
-    Args:
-        path: The file.
-        plugin_keys: The further keys and their fragments; by default those that the installed plugins declare.
-
-    Returns:
-        The recipe. A key without a value has its default.
-
-    Raises:
-        ConfigError: The file cannot be read, or the recipe has an unknown key, a value of another type, or another
-            version.
+    Raises `ConfigError` if the file cannot be read, or the recipe has an unknown key, a value of another type, or
+    another version. ``plugin_keys`` is as for `schema`.
     """
     return structure(read_settings(path), str(path), plugin_keys)
 

@@ -143,9 +143,8 @@ def starter(task: str) -> str:
 def write_starter(task: str, path: Path) -> None:
     """Write the recipe to start from into a new file.
 
-    Raises:
-        ConfigError: There is no such task.
-        RecipeFileError: The file exists, cannot be written, or has an ending that no recipe has.
+    Raises `ConfigError` if there is no such task, and `RecipeFileError` if the file exists, cannot be written, or has
+    an ending that no commented recipe has.
     """
     text = starter(task)
     if path.suffix.lower() not in (".yaml", ".yml"):

@@ -2,14 +2,14 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean, median
 from typing import Final, Literal
 
 import attrs
 
 from tunerkit_cli.report import scores, wording
-from tunerkit_cli.report.record import GREATEST, Change, Run
+from tunerkit_cli.report.record import GREATEST, Run
 
 Points = tuple[tuple[float, float], ...]
 
@@ -51,7 +51,7 @@ class Panel:
 
 def panels(run: Run) -> tuple[Panel, ...]:
     """Return the panels over optimizer steps that say something: loss, metrics, learning rate, budget and ranks."""
-    found = (loss(run), *_metrics(run), *_schedule(run), *rank_panels(run))
+    found = (loss(run), *_metrics(run), *_schedule(run), *_rank_panels(run))
     return tuple(panel for panel in found if panel is not None)
 
 
@@ -68,54 +68,38 @@ def is_logarithmic(curves: Sequence[Curve]) -> bool:
     return least > max(_ROUNDING * greatest, _TINY) and greatest > 30 * least
 
 
-def rank_panels(run: Run) -> Iterator[Panel]:
+def _rank_panels(run: Run) -> Iterator[Panel]:
     """Yield the mean, least and greatest rank over steps, and the budget; without what never changed."""
-    unit = run.budget.unit if run.budget is not None else "rank"
     if len({change.ranks for change in run.history}) > 1:
-        yield Panel("rank", "Rank of a matrix", rank_curves(run.history), unit="rank")
-    budget = budget_curve(run.history)
-    if len({value for _, value in budget.points}) > 1:
-        yield Panel("budget", "Budget in force", (budget,), unit=unit)
-
-
-def rank_curves(history: Sequence[Change]) -> tuple[Curve, ...]:
-    """Return the greatest, mean and least rank of all targets over steps."""
-    summaries: dict[str, Callable[[Sequence[int]], float]] = {"greatest": max, "mean": fmean, "least": min}
-    changes = [change for change in history if change.ranks]
-    return tuple(
-        Curve(name, thinned(tuple((float(c.step), float(summary(c.ranks))) for c in changes)), "steps")
-        for name, summary in summaries.items()
-    )
-
-
-def budget_curve(history: Sequence[Change]) -> Curve:
-    """Return the budget in force over steps."""
-    points = tuple((float(change.step), change.budget) for change in history if change.budget is not None)
-    return Curve("budget", thinned(points), "steps")
+        summaries: dict[str, Callable[[Sequence[int]], float]] = {"greatest": max, "mean": fmean, "least": min}
+        ranks = (
+            Curve(name, thinned(tuple((float(c.step), float(summary(c.ranks))) for c in run.history)), "steps")
+            for name, summary in summaries.items()
+        )
+        yield Panel("rank", "Rank of a matrix", tuple(ranks), unit="rank")
+    budget = tuple((float(change.step), change.budget) for change in run.history if change.budget is not None)
+    if len({value for _, value in budget}) > 1:
+        unit = run.budget.unit if run.budget is not None else "rank"
+        yield Panel("budget", "Budget in force", (Curve("budget", thinned(budget), "steps"),), unit=unit)
 
 
 def spectrum(run: Run) -> Panel | None:
     """Return the sorted singular values of each target with their median; None if no target has two of them."""
     greatest = max((value for found in run.spectrum.values() for value in found), default=0.0)
     least = max(_ROUNDING * greatest, _TINY)
-    values = {path: [value for value in found if value > least] for path, found in run.spectrum.items()}
-    longest = max(map(len, values.values()), default=0)
-    if longest < 2:
+    values = {path: sorted((v for v in found if v > least), reverse=True) for path, found in run.spectrum.items()}
+    if max(map(len, values.values()), default=0) < 2:
         return None
-    curves = [
-        Curve(path, tuple((float(n), value) for n, value in enumerate(sorted(found, reverse=True), 1)), "faint")
-        for path, found in values.items()
-        if found
-    ]
-    columns: list[list[float]] = [[] for _ in range(longest)]
-    for curve in curves:
-        for column, (_, value) in zip(columns, curve.points, strict=False):
-            column.append(value)
+    curves = [Curve(path, _numbered(found), "faint") for path, found in values.items() if found]
+    columns = ([v for v in column if v is not None] for column in itertools.zip_longest(*values.values()))
     # Where most targets have no such value, the median of the others would rise again.
-    common = [column for column in columns if 2 * len(column) >= len(curves)]
-    middle = tuple((float(n), median(column)) for n, column in enumerate(common, 1))
+    middle = _numbered(median(column) for column in columns if 2 * len(column) >= len(curves))
     title = "Singular values of what each adapter adds"
     return Panel("spectrum", title, (*curves, Curve("median", middle)), x_title="singular value number", is_log=True)
+
+
+def _numbered(values: Iterable[float]) -> Points:
+    return tuple((float(n), value) for n, value in enumerate(values, 1))
 
 
 def thinned(points: Points, limit: int = MOST_POINTS) -> Points:
