@@ -21,8 +21,7 @@ from tests.support.train_command import command, succeeded
 from tunerkit_cli.converting import description
 from tunerkit_cli.converting.comparison import difference, norm, relative, relative_tensor
 from tunerkit_cli.converting.inputs import random_inputs
-from tunerkit_cli.converting.opening import collected
-from tunerkit_cli.converting.stand_in import stand_in
+from tunerkit_cli.converting.opening import collected, stand_in
 from tunerkit_testing.registering import registered
 from tunerkit_transformers.base_choice import choose_base
 from tunerkit_transformers.bases import Base, skeleton, whole

@@ -4,7 +4,7 @@ Products of small matrices are compared without the large matrices that they sta
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tunerkit import BaseMismatchError, Factors, Tuner, biases_of, copies_of, factors_of, unstructure
 from tunerkit.paths import join
-from tunerkit_cli.converting.opening import Opened, collected, open_adapter
+from tunerkit_cli.converting.opening import collected, open_adapter
 
+_Value = TypeVar("_Value")
 EQUAL = 1e-6  # a relative difference up to which two fp32 adapters are the same
 # They say where an adapter is, in patterns: the targets themselves are compared.
 _PLACES = ("targets", "exclude", "layers", "train_modules", "rank_pattern", "alpha_pattern")
@@ -63,52 +64,39 @@ def compare_adapters(one: str, other: str, *, base: str | None, task: str | None
         TunerkitError: One of them cannot be opened, or they are of different base models.
     """
     with collected() as remarks:
-        opened = (
-            open_adapter(one, base=base, task=task, beside=other),
-            open_adapter(other, base=base, task=task, beside=one),
-        )
-        _refuse_other_base((one, other), opened)
-        first, second = (each.tuner for each in opened)
-        factors, ranks = (factors_of(first), factors_of(second)), (first.ranks(), second.ranks())
-        settings = unstructure(first.config), unstructure(second.config)
-        shared = [name for name in settings[0] if name in settings[1] and name not in _PLACES]
+        first, own_base = open_adapter(one, base=base, task=task, beside=other)
+        second, other_base = open_adapter(other, base=base, task=task, beside=one)
+        for path, (here, there) in _changed(_shapes(first), _shapes(second)).items():
+            raise BaseMismatchError(
+                f"{one} and {other} are of different base models, {own_base.source} and {other_base.source}: {path} "
+                f"has {here} and {there}. Pass two adapters of one base"
+            )
+        settings = _changed(unstructure(first.config), unstructure(second.config))
+        mine, theirs = factors_of(first), factors_of(second)
+        only = [path for path in mine if path not in theirs], [path for path in theirs if path not in mine]
         return Compared(
             one=one,
             other=other,
             methods=(first.method, second.method),
-            settings={
-                name: (settings[0][name], settings[1][name])
-                for name in shared
-                if settings[0][name] != settings[1][name]
-            },
-            only=(_missing(factors[0], factors[1]), _missing(factors[1], factors[0])),
-            ranks={path: (rank, ranks[1][path]) for path, rank in ranks[0].items() if ranks[1].get(path, rank) != rank},
-            products=_differences(relative, *factors),
+            settings={name: pair for name, pair in settings.items() if name not in _PLACES},
+            only=(tuple(only[0]), tuple(only[1])),
+            ranks=_changed(first.ranks(), second.ranks()),
+            products=_differences(relative, mine, theirs),
             copies=_differences(relative_tensor, _flat(copies_of(first)), _flat(copies_of(second))),
             biases=_differences(relative_tensor, biases_of(first), biases_of(second)),
             remarks=tuple(remarks),
         )
 
 
-def _refuse_other_base(names: tuple[str, str], opened: tuple[Opened, Opened]) -> None:
-    """Raise `BaseMismatchError` if the weights of the two bases have other shapes: nothing could be compared."""
-    shapes, beside = (_shapes(each.tuner) for each in opened)
-    for path in shapes:
-        if beside.get(path, shapes[path]) != shapes[path]:
-            raise BaseMismatchError(
-                f"{names[0]} and {names[1]} are of different base models, {opened[0].base.source} and "
-                f"{opened[1].base.source}: {path} has {shapes[path]} and {beside[path]}. Pass two adapters of one base"
-            )
+def _changed(one: Mapping[str, _Value], other: Mapping[str, _Value]) -> dict[str, tuple[_Value, _Value]]:
+    """What both have with different values, each with the two values."""
+    return {name: (value, other[name]) for name, value in one.items() if name in other and other[name] != value}
 
 
 def _shapes(tuner: Tuner) -> dict[str, dict[str, tuple[int, ...]]]:
     """The shapes of the base's parameters at each target, by path and by name."""
     own = {target.path: target.module.named_parameters(recurse=False) for target in tuner.targets}
     return {path: {name: tuple(each.shape) for name, each in parameters} for path, parameters in own.items()}
-
-
-def _missing(one: Mapping[str, Factors], other: Mapping[str, Factors]) -> tuple[str, ...]:
-    return tuple(path for path in one if path not in other)
 
 
 def _flat(copies: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -73,17 +73,16 @@ def convert_adapter(
     _refuse_occupied(out, overwrite=overwrite)
     before = _inodes(out)
     with collected() as remarks:
-        opened = open_adapter(source, base=base, task=task)
-        model = opened.model
-        written = tunerkit.save(model, out) if to == OWN else tunerkit.export(model, out, to, **given)
+        tuner, opened = open_adapter(source, base=base, task=task)
+        written = tunerkit.save(tuner.model, out) if to == OWN else tunerkit.export(tuner.model, out, to, **given)
     files = [file for file, inode in _inodes(written).items() if before.get(file) != inode]
     return Converted(
         format=to,
         out=str(written),
-        method=opened.tuner.method,
-        base=opened.base.source,
-        ranks=opened.tuner.ranks(),
-        padded=_padded(to, written, opened.tuner.ranks()),
+        method=tuner.method,
+        base=opened.source,
+        ranks=tuner.ranks(),
+        padded=_padded(to, written, tuner.ranks()),
         files=tuple(sorted(file.name for file in files)),
         size=sum(file.stat().st_size for file in files),
         remarks=(*remarks, _SHAPES_ONLY) if to == OWN else tuple(remarks),

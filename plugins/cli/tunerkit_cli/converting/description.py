@@ -146,8 +146,7 @@ def _ranks(source: str, shapes: Mapping[str, list[int]], header: Any, tensors: M
     if not 0 < len(header.targets) <= len(tensors):  # no file of an adapter: building what it lists could take minutes
         return {}
     from tunerkit import serialization
-    from tunerkit_cli.converting.opening import collected
-    from tunerkit_cli.converting.stand_in import stand_in
+    from tunerkit_cli.converting.opening import collected, stand_in
 
     try:
         with collected():
