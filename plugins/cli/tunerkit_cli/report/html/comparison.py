@@ -192,6 +192,4 @@ def _differences(runs: Mapping[str, Run]) -> Table | None:
     ]
     names = dict.fromkeys(name for settings in found for name in settings)
     rows = [(name, *(settings.get(name, _NONE) for settings in found)) for name in names]
-    differing = tuple(row for row in rows if len(set(row[1:])) > 1)
-    shown = differing[: tables.MOST_ROWS]
-    return Table(("setting", *runs), shown, left_out=len(differing) - len(shown)) if differing else None
+    return tables.shortened(("setting", *runs), [row for row in rows if len(set(row[1:])) > 1])

@@ -10,7 +10,7 @@ import attrs
 from tunerkit_cli.report import scores, wording
 from tunerkit_cli.report.record import Baseline, Run
 
-MOST_ROWS: Final = 400
+_MOST_ROWS: Final = 400
 _MOST_EVALUATIONS: Final = 50
 _MOST_METRICS: Final = 12
 _MOST_LABELS: Final = 30
@@ -72,10 +72,8 @@ def targets(run: Run) -> Table | None:
         "values for 90 %": {path: str(_needed(values, 0.9)) for path, values in run.spectrum.items() if any(values)},
     }
     known = {name: texts for name, texts in columns.items() if texts}
-    if not known:
-        return None
-    rows = [(path, *(texts.get(path, _NONE) for texts in known.values())) for path in paths[:MOST_ROWS]]
-    return Table(("target", *known), tuple(rows), left_out=len(paths) - len(rows))
+    rows = [(path, *(texts.get(path, _NONE) for texts in known.values())) for path in paths if known]
+    return shortened(("target", *known), rows)
 
 
 def labels(run: Run) -> Table | None:
@@ -83,17 +81,22 @@ def labels(run: Run) -> Table | None:
     names = scores.label_names(run)
     if not 1 < len(run.confusion) <= _MOST_LABELS:
         return None
-    rows = [
-        (names[n], wording.number(found.rows), *map(_share, (found.recall, found.precision, found.f1)))
-        for n, found in enumerate(scores.label_scores(run))
-    ]
+    rows = []
+    for name, found in zip(names, scores.label_scores(run), strict=True):
+        ratios = (_NONE if ratio is None else f"{ratio:.3f}" for ratio in (found.recall, found.precision, found.f1))
+        rows.append((name, wording.number(found.rows), *ratios))
     return Table(("label", "rows", "recall", "precision", "F1"), tuple(rows))
 
 
 def settings(values: Mapping[str, Any]) -> Table | None:
     """Return settings with their values; nested ones have dotted names."""
-    rows = tuple(flattened(values).items())
-    return Table(("setting", "value"), rows[:MOST_ROWS], left_out=max(len(rows) - MOST_ROWS, 0)) if rows else None
+    return shortened(("setting", "value"), list(flattened(values).items()))
+
+
+def shortened(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table | None:
+    """Return a table of the first rows, which counts the others; None without rows."""
+    shown = tuple(rows[:_MOST_ROWS])
+    return Table(tuple(columns), shown, left_out=len(rows) - len(shown)) if rows else None
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -131,10 +134,6 @@ def _beside(run: Run, name: str, baseline: Baseline) -> tuple[str, str]:
         return value, "none"
     is_better = (difference > 0) == scores.is_better_high(name, run)
     return value, f"{scores.signed(name, difference)}, {'better' if is_better else 'worse'}"
-
-
-def _share(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.3f}"
 
 
 def _needed(values: Sequence[float], share: float) -> int:
