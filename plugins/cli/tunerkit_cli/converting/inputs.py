@@ -1,7 +1,7 @@
 """Random inputs for a model, by what its config says that it takes."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -75,20 +75,16 @@ def _texts(config: Any, taken: Mapping[str, object], length: int, generator: tor
 def _ids(config: Any, length: int, generator: torch.Generator) -> Tensor:
     """Ids of ordinary tokens (1, length), with the end token last: some classifiers read its place."""
     size = int(config.get_text_config().vocab_size)
-    special = {token for token in _special(config) if token < size}
+    # Padding, ends, and the places of pictures, which a text alone must not have.
+    found = [value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))]
+    tokens = [token for value in found for token in (value if isinstance(value, list) else [value])]
+    special = {token for token in tokens if isinstance(token, int)}
     ordinary = torch.tensor([token for token in range(size) if token not in special] or [0])
     ids = ordinary[torch.randint(len(ordinary), (1, length), generator=generator)]
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and 0 <= end < size:
         ids[:, -1] = end
     return ids
-
-
-def _special(config: Any) -> Iterator[int]:
-    """The tokens with a meaning: padding, ends, and the places of pictures, which a text alone must not have."""
-    for name, value in config.to_dict().items():
-        if name.endswith(("token_id", "token_index")):
-            yield from (each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int))
 
 
 def _picture(config: Any, generator: torch.Generator) -> Tensor:

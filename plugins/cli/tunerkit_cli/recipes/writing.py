@@ -17,33 +17,33 @@ class RecipeFileError(TunerkitError):
     """A recipe cannot be written to its file."""
 
 
+_ENCODER: Final = "distilbert/distilbert-base-uncased"
+_CHAT: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
 @attrs.frozen
 class _Start:
     """What differs between the tasks' recipes: columns of the data with an example of each, a model, and rates."""
 
     columns: tuple[str, ...]
-    model: str
+    model: str = _ENCODER
     learning_rate: str = "1e-3"
     epochs: int = 3
     batch_size: int = 32
     max_length: int | None = 128
 
 
-_ENCODER: Final = "distilbert/distilbert-base-uncased"
-_CHAT: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _A_TEXT: Final = "text: a text, such as: Great film!"
 _STARTS: Final[Mapping[str, _Start]] = {
-    "text-classification": _Start((_A_TEXT, "label: the name of its class, such as: positive"), _ENCODER),
-    "regression": _Start((_A_TEXT, "label: a number, such as: 4.5"), _ENCODER),
-    "multi-label": _Start(
-        (_A_TEXT, "labels: the list of its labels, which may be empty, such as: [funny, short]"), _ENCODER
-    ),
+    "text-classification": _Start((_A_TEXT, "label: the name of its class, such as: positive")),
+    "regression": _Start((_A_TEXT, "label: a number, such as: 4.5")),
+    "multi-label": _Start((_A_TEXT, "labels: the list of its labels, which may be empty, such as: [funny, short]")),
     "token-classification": _Start(
         (
             "tokens: the list of the words, such as: [Ada, lives, in, London]",
             "tags: the list of their tags, one for each word, such as: [B-PER, O, O, B-LOC]",
         ),
-        *(_ENCODER, "2e-3"),
+        learning_rate="2e-3",
     ),
     "causal-lm": _Start(
         (

@@ -1,10 +1,10 @@
-"""Charts of curves and of columns, as SVG that stretches to the width of its box.
+"""Charts of curves, as SVG that stretches to the width of its box.
 
 The drawing has no text, as that would be stretched too: ticks and legend are HTML beside it.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Final
 
@@ -13,10 +13,10 @@ import attrs
 from tunerkit_cli.report import wording
 from tunerkit_cli.report.curves import Curve, Panel
 
-SIZE: Final = 1000  # the drawing's own units in both directions
+_SIZE: Final = 1000  # the drawing's own units in both directions
+_TICKS: Final = 5
 _TINY: Final = 1e-100
 _MOST_STRIPS: Final = 80  # stretches of the x-axis with a hover text of their own
-_MOST_NAMES: Final = 12  # below columns
 _COLOURS: Final = 8
 
 
@@ -41,9 +41,9 @@ class Axis:
         low, high, at = (math.log(v) if self.is_log else v for v in (self.low, self.high, value))
         return 100 * (at - low) / (high - low)
 
-    def ticks(self, wanted: int = 5) -> tuple[Tick, ...]:
-        """Return about ``wanted`` ticks at round values."""
-        values = _decades(self.low, self.high, wanted) if self.is_log else _round_values(self.low, self.high, wanted)
+    def ticks(self) -> tuple[Tick, ...]:
+        """Return about `_TICKS` ticks at round values."""
+        values = (_decades if self.is_log else _round_values)(self.low, self.high)
         return tuple(Tick(self.place(value), wording.number(float(f"{value:.6g}"))) for value in values)
 
 
@@ -62,18 +62,18 @@ def fitted(values: Iterable[float], *, is_log: bool = False, from_zero: bool = F
     return Axis(low - margin, high + margin)
 
 
-def _round_values(low: float, high: float, wanted: int) -> Sequence[float]:
-    rough = (high - low) / wanted
+def _round_values(low: float, high: float) -> Sequence[float]:
+    rough = (high - low) / _TICKS
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]
 
 
-def _decades(low: float, high: float, wanted: int) -> Sequence[float]:
+def _decades(low: float, high: float) -> Sequence[float]:
     """Return powers of ten, or 1, 2 and 5 times these; fewer decades if there are many."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    every = max(1, round((last - first) / wanted))
+    every = max(1, round((last - first) / _TICKS))
     for factors in ((1,), (1, 3), (1, 2, 5)):
         values = [factor * 10.0**power for power in range(first, last + 1, every) for factor in factors]
         inside = [value for value in values if low <= value <= high]
@@ -83,31 +83,23 @@ def _decades(low: float, high: float, wanted: int) -> Sequence[float]:
 
 
 @attrs.frozen
-class Box:
-    """A rectangle in the drawing's units, with what hovering shows and its classes."""
-
-    x: float
-    width: float
-    title: str
-    y: float = 0
-    height: float = SIZE
-    style: str = "strip"
-
-
-@attrs.frozen
 class Chart:
-    """A drawing with what stands around it. Lines and the legend's entries have classes; ``label`` is for the blind."""
+    """A drawing with what stands around it, and ``label`` for those who cannot see it.
+
+    ``lines`` are paths with their classes, and ``legend`` has texts with the same. ``strips`` are invisible stretches
+    of the x-axis over the whole height: start, width, and what hovering shows.
+    """
 
     title: str
     label: str
     x_title: str
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
-    lines: tuple[tuple[str, str], ...] = ()
-    boxes: tuple[Box, ...] = ()
-    unit: str = ""
-    legend: tuple[tuple[str, str], ...] = ()
-    is_crowded: bool = False
+    lines: tuple[tuple[str, str], ...]
+    strips: tuple[tuple[int, int, str], ...]
+    legend: tuple[tuple[str, str], ...]
+    unit: str
+    is_crowded: bool
 
     @property
     def y_width(self) -> int:
@@ -121,7 +113,8 @@ def chart(panel: Panel, *, x_values: Sequence[float] = ()) -> Chart:
     x_axis = fitted([*x_values, *(x for x, _ in points)], room=0.02)
     y_axis = fitted((y for _, y in points), is_log=panel.is_log, from_zero=panel.unit != "" and not panel.is_log)
     x_ticks, y_ticks = x_axis.ticks(), y_axis.ticks()
-    at_ticks = "".join(f"M{_units(tick.place)} 0V{SIZE}" for tick in x_ticks)
+    at_ticks = [f"M{_units(tick.place)} 0V{_SIZE}" for tick in x_ticks]
+    at_ticks += [f"M0 {_units(100 - tick.place)}H{_SIZE}" for tick in y_ticks]
     styles = _styles(panel.curves)
     curves = [line for pair in zip(panel.curves, styles, strict=True) for line in _lines(*pair, x_axis, y_axis)]
     return Chart(
@@ -131,39 +124,10 @@ def chart(panel: Panel, *, x_values: Sequence[float] = ()) -> Chart:
         x_title=panel.x_title,
         x_ticks=x_ticks,
         y_ticks=y_ticks,
-        lines=((at_ticks + _across(y_ticks), "grid-line"), *curves),
-        boxes=tuple(_strips(panel, x_axis)),
+        lines=(("".join(at_ticks), "grid-line"), *curves),
+        strips=tuple(_strips(panel, x_axis)),
         legend=_legend(panel, styles),
         is_crowded=len(panel.curves) > 12,
-    )
-
-
-def columns(title: str, x_title: str, amounts: Mapping[str, float]) -> Chart:
-    """Draw an upright bar for each amount, side by side in their order."""
-    axis = fitted(amounts.values(), from_zero=True)
-    width, total = SIZE / len(amounts), sum(amounts.values()) or 1
-    boxes = [
-        Box(
-            *(width * (number + 0.1), 0.8 * width),
-            f"{x_title} {name}: {wording.number(amount)}, {wording.percent(amount / total)}",
-            y=SIZE * (1 - axis.place(amount) / 100),
-            height=SIZE * (axis.place(amount) - axis.place(0.0)) / 100,
-            style="bar c0",
-        )
-        for number, (name, amount) in enumerate(amounts.items())
-    ]
-    every = -(-len(amounts) // _MOST_NAMES)
-    places = ((100 * (number + 0.5) / len(amounts), name) for number, name in enumerate(amounts))
-    greatest = max(amounts, key=lambda name: amounts[name])
-    least, most = wording.number(min(amounts.values())), wording.number(amounts[greatest])
-    return Chart(
-        title=title,
-        label=f"{title}: from {least} to {most} in {greatest}",
-        x_title=x_title,
-        x_ticks=tuple(Tick(place, name.rpartition(".")[2]) for place, name in places)[::every],
-        y_ticks=axis.ticks(),
-        lines=((_across(axis.ticks()), "grid-line"),),
-        boxes=tuple(boxes),
     )
 
 
@@ -193,10 +157,6 @@ def _faint(panel: Panel) -> int:
     return sum(curve.style == "faint" for curve in panel.curves)
 
 
-def _across(ticks: Sequence[Tick]) -> str:
-    return "".join(f"M0 {_units(100 - tick.place)}H{SIZE}" for tick in ticks)
-
-
 def _lines(curve: Curve, style: str, x_axis: Axis, y_axis: Axis) -> Iterator[tuple[str, str]]:
     places = [(_units(x_axis.place(x)), _units(100 - y_axis.place(y))) for x, y in curve.points]
     straight = "M" + "L".join(f"{x} {y}" for x, y in places)
@@ -210,15 +170,15 @@ def _lines(curve: Curve, style: str, x_axis: Axis, y_axis: Axis) -> Iterator[tup
         yield straight, style
 
 
-def _strips(panel: Panel, x_axis: Axis) -> Iterator[Box]:
-    """Yield invisible strips over the whole height, with the values of all curves there as their titles."""
+def _strips(panel: Panel, x_axis: Axis) -> Iterator[tuple[int, int, str]]:
+    """Yield the strips, with the values of all curves there."""
     steps = sorted({x for curve in panel.curves if curve.style != "mark" for x, _ in curve.points})
     count = min(len(steps), _MOST_STRIPS)
     steps = [steps[number * len(steps) // count] for number in range(count)]
     edges = [0.0, *((x_axis.place(a) + x_axis.place(b)) / 2 for a, b in pairwise(steps)), 100.0]
     for step, (left, right) in zip(steps, pairwise(map(_units, edges)), strict=True):
         title = "\n".join([f"{panel.x_title} {wording.number(int(step))}", *_values(panel, step)])
-        yield Box(left, right - left, title)
+        yield left, right - left, title
 
 
 def _values(panel: Panel, step: float) -> Iterator[str]:
@@ -251,4 +211,4 @@ def _described(panel: Panel) -> str:
 
 
 def _units(percent: float) -> int:
-    return round(percent * SIZE / 100)
+    return round(percent * _SIZE / 100)

@@ -11,7 +11,7 @@ import jinja2
 from tunerkit_cli.report import curves, scores, wording
 from tunerkit_cli.report.curves import Panel
 from tunerkit_cli.report.html import facts, tables
-from tunerkit_cli.report.html.charts import Chart, chart, columns
+from tunerkit_cli.report.html.charts import Chart, chart
 from tunerkit_cli.report.html.grids import MOST_LABELS, bars, confusion_matrix
 from tunerkit_cli.report.rank_map import by_layer, by_matrix, parts_of
 from tunerkit_cli.report.record import Run, read
@@ -67,7 +67,7 @@ def render(record: Mapping[str, Any], *, title: str | None = None) -> str:
         "capped": facts.capped(run),
         "parts": facts.parts(run),
         "matrix_bars": bars(matrices, parts_of(matrices)),
-        "layer_columns": columns("By layer", "layer", layers) if layers else None,
+        "layer_bars": bars(layers, parts_of(layers)),
         "spectrum": None if spectrum is None else chart(spectrum),
         **_mistakes(run),
         "labels": tables.labels(run),
