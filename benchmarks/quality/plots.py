@@ -14,7 +14,7 @@ from benchmarks.quality.grids import BETWEEN, ENDS, Rows, made_for
 from benchmarks.quality.runs import Run
 from benchmarks.quality.scores import best, points_of
 from benchmarks.quality.store import Row
-from tunerkit_cli.report.plots import draw_ranks
+from tunerkit_cli.report.pictures import draw_ranks
 from tunerkit_cli.report.rank_map import rank_map
 
 _COLUMNS = 3

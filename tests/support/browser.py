@@ -23,11 +23,9 @@ addEventListener("load", () => {
   const sticksOut = (box) => box.right > innerWidth + 0.5 || box.left < 0;
   const shown = [...document.querySelectorAll("main *")].filter((e) => !hidden(e));
   const over = shown.filter((e) => sticksOut(e.getBoundingClientRect()));
-  const clipped = [...document.querySelectorAll(".grid text")].filter((e) => {
-    const [text, drawing] = [e.getBoundingClientRect(), e.ownerSVGElement.getBoundingClientRect()];
-    return ["left", "top"].some((side) => text[side] < drawing[side] - 1)
-      || ["right", "bottom"].some((side) => text[side] > drawing[side] + 1);
-  });
+  const clipped = [...document.querySelectorAll(".grid th, .grid td")].filter((e) =>
+    e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1
+  );
   const style = getComputedStyle(document.body);
   parent.postMessage({
     name: name,

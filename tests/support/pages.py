@@ -65,5 +65,6 @@ def drawings(text: str) -> list[ElementTree.Element]:
 
 
 def titles(text: str) -> list[str]:
-    """What the parts of all drawings show when the pointer rests on them."""
-    return [title.text or "" for drawing in drawings(text) for title in drawing.iter("title")]
+    """What the parts of all drawings, and the cells of those made of tables, show when the pointer rests on them."""
+    drawn = [title.text or "" for drawing in drawings(text) for title in drawing.iter("title")]
+    return drawn + [attrs["title"] or "" for tag, attrs in Page(text).tags if tag == "td" and "title" in attrs]

@@ -19,10 +19,9 @@ from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.tiny_models import save_tiny_llama, save_tiny_t5, save_tiny_vit
 from tests.support.train_command import command, succeeded
 from tunerkit_cli.converting import description
+from tunerkit_cli.converting.comparison import difference, norm, relative, relative_tensor
 from tunerkit_cli.converting.inputs import random_inputs
-from tunerkit_cli.converting.products import difference, norm, relative, relative_tensor
-from tunerkit_cli.converting.remarks import collected
-from tunerkit_cli.converting.stand_in import stand_in
+from tunerkit_cli.converting.opening import collected, stand_in
 from tunerkit_testing.registering import registered
 from tunerkit_transformers.base_choice import choose_base
 from tunerkit_transformers.bases import Base, skeleton, whole

@@ -34,7 +34,7 @@ from tests.support.train_command import (
     write_rows,
 )
 from tunerkit_cli.plugin_commands import PluginCommands
-from tunerkit_cli.recipes import reading, schema
+from tunerkit_cli.recipes import reading
 from tunerkit_cli.recipes.recipe import Recipe, to_mapping
 from tunerkit_cli.rows import read_table
 from tunerkit_cli.running import (
@@ -1069,8 +1069,7 @@ def test_a_recipe_gives_way_to_flags_and_flags_to_set(folder: Path, tmp_path: Pa
 def test_keys_of_plugins_are_kept(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a plugin's key was set to stands in the folder's recipe and in the record."""
     keys = PluginCommands({}, (), {"acme": {"type": "object", "description": "Acme's options."}})
-    for module in (reading, schema):
-        monkeypatch.setattr(module, "plugin_commands", lambda: keys)
+    monkeypatch.setattr(reading, "plugin_commands", lambda: keys)
     new = tmp_path / "new"
     succeeded(*arguments, "--out", new, "--set", "acme.level=3", "--set", "max_steps=1")
     assert yaml.safe_load((new / "recipe.yaml").read_text())["acme"] == {"level": 3}

@@ -14,7 +14,7 @@ import tunerkit
 from tunerkit_cli import app, plugin_commands
 from tunerkit_cli.commands import COMMANDS
 from tunerkit_cli.plugin_commands import GROUP, PluginCommands
-from tunerkit_cli.recipes import reading, schema
+from tunerkit_cli.recipes import reading
 
 
 def export(path: str, form: str = "plain") -> None:
@@ -160,7 +160,6 @@ def test_of_two_plugins_with_one_key_the_first_keeps_it(monkeypatch: pytest.Monk
     assert found.problems == (
         "zeta: the recipe key 'acme' is left out: there is a key of this name already; its author must change it",
     )
-    monkeypatch.setattr(schema, "plugin_commands", lambda: found)
-    assert schema.schema()["properties"]["acme"]["description"] == "alpha."
     monkeypatch.setattr(reading, "plugin_commands", lambda: found)
+    assert reading.schema()["properties"]["acme"]["description"] == "alpha."
     assert reading.structure({"acme": {"a": 1}}).extra == {"acme": {"a": 1}}

@@ -12,9 +12,8 @@ from typer.testing import CliRunner
 
 import tunerkit
 from tunerkit_cli import app, settings
-from tunerkit_cli.recipes.reading import structure
+from tunerkit_cli.recipes.reading import schema, structure
 from tunerkit_cli.recipes.recipe import TASKS, Recipe
-from tunerkit_cli.recipes.schema import schema
 from tunerkit_cli.recipes.writing import starter
 
 DOCS = Path(__file__).parents[3] / "docs"

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from rich.console import Console
 
-from tunerkit import RankChange
-from tunerkit_cli.report.rank_map import RankMap, rank_map, shortened
+from tests.support import run_records
+from tunerkit_cli.report.rank_map import RankMap, rank_map, rank_table, shortened
 
 MATRICES = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
 ranks_of_layers = st.dictionaries(
@@ -61,11 +62,8 @@ def test_one_stack_is_named_by_numbers_alone() -> None:
 @given(ranks_of_layers)
 def test_the_terminal_table_shows_every_rank_and_the_sums(ranks: dict[tuple[int, str], int]) -> None:
     """The printed table has each layer's ranks in order with their sum, and the total below."""
-    console_module = pytest.importorskip("rich.console", reason="the table needs the extra [cli]")
-    from tunerkit_cli.report.terminal import rank_table
-
     map_ = rank_map(by_path(ranks))
-    console = console_module.Console(width=200, record=True, file=io.StringIO())
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(rank_table(map_, initial=12))
     lines = console.export_text().splitlines()
     numbers = [[int(part) for part in line.split("│") if part.strip().isdigit()] for line in lines]
@@ -79,9 +77,9 @@ def test_the_terminal_table_shows_every_rank_and_the_sums(ranks: dict[tuple[int,
 @given(ranks_of_layers)
 def test_the_heatmap_has_the_ranks_as_colours_and_as_numbers(ranks: dict[tuple[int, str], int]) -> None:
     """Each cell's colour and its number are the rank; cells without a target stay blank."""
-    plots = pytest.importorskip("tunerkit_cli.report.plots", reason="pictures need the extra [plot]")
+    pictures = pytest.importorskip("tunerkit_cli.report.pictures", reason="pictures need the extra [plot]")
     map_ = rank_map(by_path(ranks))
-    axes = plots.draw_ranks(map_, title="ranks", initial=12).axes[0]
+    axes = pictures.draw_ranks(map_, title="ranks", initial=12).axes[0]
     image = axes.images[0]
     values = image.get_array().filled(-1)
     expected = [[-1 if cell is None else cell for cell in row] for row in map_.cells]
@@ -97,32 +95,36 @@ def test_the_heatmap_has_the_ranks_as_colours_and_as_numbers(ranks: dict[tuple[i
 
 def test_the_curves_hold_the_budget_and_the_mean_least_and_greatest_rank() -> None:
     """Curves show the history; a value stays until the next change."""
-    plots = pytest.importorskip("tunerkit_cli.report.plots", reason="pictures need the extra [plot]")
+    pictures = pytest.importorskip("tunerkit_cli.report.pictures", reason="pictures need the extra [plot]")
     history = [
-        RankChange(0, 8, {"a": 4, "b": 4}),
-        RankChange(10, 6, {"a": 5, "b": 1}),
-        RankChange(20, 6, {"a": 6, "b": 0}),
+        {"step": 0, "budget": 8, "ranks": [4, 4]},
+        {"step": 10, "budget": 6, "ranks": [5, 1]},
+        {"step": 20, "budget": 6, "ranks": [6, 0]},
     ]
-    above, below = plots.draw_budget(history, title="t", unit="rank").axes
-    (budget,) = above.lines
+    figures = pictures.draw(run_records.minimal(ranks={"a": 6, "b": 0}, history=history))
+    (budget,) = figures["budget"].axes[0].lines
     assert list(budget.get_xdata()) == [0, 10, 20]
     assert list(budget.get_ydata()) == [8, 6, 6]
     assert budget.get_drawstyle() == "steps-post"
-    curves = {line.get_label(): list(line.get_ydata()) for line in below.lines}
-    assert curves == {"greatest": [4, 5, 6], "mean": [4, 3, 3], "least": [4, 1, 0]}
-    assert "rank" in above.get_ylabel()
+    axes = figures["rank"].axes[0]
+    assert {line.get_label(): list(line.get_ydata()) for line in axes.lines} == {
+        **{"greatest": [4, 5, 6], "mean": [4, 3, 3]},
+        "least": [4, 1, 0],
+    }
+    assert "rank" in axes.get_ylabel()
+    assert axes.get_ylim()[0] < 0  # a line at 0 would coincide with the frame
 
 
 def test_pictures_are_written_and_their_labels_do_not_overlap(tmp_path: Path) -> None:
     """With many layers and long names, tick labels don't overlap, and the file is a PNG."""
-    plots = pytest.importorskip("tunerkit_cli.report.plots", reason="pictures need the extra [plot]")
+    pictures = pytest.importorskip("tunerkit_cli.report.pictures", reason="pictures need the extra [plot]")
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "a_projection_with_a_long_name")
     map_ = RankMap(
         layers=tuple(str(n) for n in range(40)),
         matrices=names,
         cells=tuple(tuple((n + k) % 13 for k in range(len(names))) for n in range(40)),
     )
-    figure = plots.draw_ranks(map_, title="ranks")
+    figure = pictures.draw_ranks(map_, title="ranks")
     figure.savefig(tmp_path / "ranks.png")
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
     boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]

@@ -6,7 +6,7 @@ import math
 import pytest
 from hypothesis import assume, given, strategies as st
 
-from tunerkit_cli.report.html.axes import fitted
+from tunerkit_cli.report.html.charts import fitted
 
 values = st.lists(st.floats(-1e100, 1e100), min_size=1, max_size=9)
 positive = st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=9)

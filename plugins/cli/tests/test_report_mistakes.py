@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from tests.support import run_records
-from tunerkit_cli.report.mistakes import errors_by_label, label_scores, most_confused
 from tunerkit_cli.report.record import LabelErrors, read
+from tunerkit_cli.report.scores import errors_by_label, label_scores, most_confused
 
 NAMES = ("a", "b", "c")
 predictions = st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(NAMES)), max_size=40)

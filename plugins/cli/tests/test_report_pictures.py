@@ -14,7 +14,7 @@ from tunerkit_cli.report.record import RecordError, read
 def test_each_panel_that_says_something_has_a_picture() -> None:
     """Under a name that a file can have; the others have none."""
     curves_of_training = ["loss", "metric-accuracy", "metric-f1", "learning-rate", "grad-norm"]
-    expected = [*curves_of_training, "spectrum", "budget", "ranks", "parameters", "confusion"]
+    expected = [*curves_of_training, "rank", "budget", "spectrum", "ranks", "parameters", "confusion"]
     assert list(draw(run_records.classifier(2))) == expected
     assert list(draw(run_records.regression())) == ["errors"]
     assert dict(draw(run_records.minimal())) == {}
@@ -53,7 +53,7 @@ def test_the_confusion_matrix_has_counts_and_shares() -> None:
 def test_a_history_without_budget_has_no_picture_of_one() -> None:
     """The ranks have theirs."""
     history = [{"step": 0, "ranks": [2, 2]}, {"step": 1, "ranks": [1, 3]}]
-    assert list(draw(run_records.minimal(ranks={"a.0.q": 1, "a.1.q": 3}, history=history))) == ["ranks"]
+    assert list(draw(run_records.minimal(ranks={"a.0.q": 1, "a.1.q": 3}, history=history))) == ["rank", "ranks"]
 
 
 def test_a_damaged_record_is_refused() -> None:

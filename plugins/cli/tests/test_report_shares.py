@@ -2,7 +2,7 @@
 
 from hypothesis import given, strategies as st
 
-from tunerkit_cli.report.shares import by_layer, by_matrix, parts_of
+from tunerkit_cli.report.rank_map import by_layer, by_matrix, parts_of
 
 sizes = st.dictionaries(st.tuples(st.integers(0, 5), st.sampled_from("qkvo")), st.integers(0, 99))
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 import tunerkit
 from tunerkit_cli import settings
-from tunerkit_cli.recipes import schema as recipe_schema, writing
+from tunerkit_cli.recipes import reading, writing
 from tunerkit_cli.recipes.recipe import TASKS
 
 
@@ -27,7 +27,7 @@ def init(
 
 def schema() -> None:
     """Print the JSON schema of recipes, with which an editor completes and checks them."""
-    typer.echo(json.dumps(recipe_schema.schema(), indent=2))
+    typer.echo(json.dumps(reading.schema(), indent=2))
 
 
 def config(

@@ -1,17 +1,20 @@
-"""Compare what two adapters hold: settings, places, ranks and products. No model runs."""
+"""Compare what two adapters hold: settings, places, ranks and products. No model runs.
 
-from collections.abc import Mapping, Sequence
+Products of small matrices are compared without the large matrices that they stand for.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import attrs
+import torch
 from torch import Tensor
 
 from tunerkit import BaseMismatchError, Factors, Tuner, biases_of, copies_of, factors_of, unstructure
 from tunerkit.paths import join
-from tunerkit_cli.converting.opening import Opened, open_adapter
-from tunerkit_cli.converting.products import relative, relative_tensor
-from tunerkit_cli.converting.remarks import collected
-from tunerkit_transformers.pretrained import quiet
+from tunerkit_cli.converting.opening import collected, open_adapter
 
+_Value = TypeVar("_Value")
 EQUAL = 1e-6  # a relative difference up to which two fp32 adapters are the same
 # They say where an adapter is, in patterns: the targets themselves are compared.
 _PLACES = ("targets", "exclude", "layers", "train_modules", "rank_pattern", "alpha_pattern")
@@ -19,12 +22,9 @@ _PLACES = ("targets", "exclude", "layers", "train_modules", "rank_pattern", "alp
 
 @attrs.frozen
 class Compared:
-    """How two adapters differ.
+    """How two adapters differ, the first beside the second.
 
     Attributes:
-        one: The first one's path.
-        other: The second one's path.
-        methods: Their methods.
         settings: The settings that both have with different values, each with the two values.
         only: The targets that only the first and only the second one has.
         ranks: The targets with different ranks, each with the two ranks.
@@ -63,39 +63,34 @@ def compare_adapters(one: str, other: str, *, base: str | None, task: str | None
     Raises:
         TunerkitError: One of them cannot be opened, or they are of different base models.
     """
-    quiet()
     with collected() as remarks:
-        first = open_adapter(one, base=base, task=task, beside=other)
-        second = open_adapter(other, base=base, task=task, beside=one)
-        _refuse_others(one, first, other, second)
-        tuners = first.tuner, second.tuner
-        factors = factors_of(tuners[0]), factors_of(tuners[1])
-        ranks = tuners[0].ranks(), tuners[1].ranks()
+        first, own_base = open_adapter(one, base=base, task=task, beside=other)
+        second, other_base = open_adapter(other, base=base, task=task, beside=one)
+        for path, (here, there) in _changed(_shapes(first), _shapes(second)).items():
+            raise BaseMismatchError(
+                f"{one} and {other} are of different base models, {own_base.source} and {other_base.source}: {path} "
+                f"has {here} and {there}. Pass two adapters of one base"
+            )
+        settings = _changed(unstructure(first.config), unstructure(second.config))
+        mine, theirs = factors_of(first), factors_of(second)
+        only = [path for path in mine if path not in theirs], [path for path in theirs if path not in mine]
         return Compared(
             one=one,
             other=other,
-            methods=(tuners[0].method, tuners[1].method),
-            settings=_settings(*tuners),
-            only=(_missing(factors[0], factors[1]), _missing(factors[1], factors[0])),
-            ranks={path: (rank, ranks[1][path]) for path, rank in ranks[0].items() if ranks[1].get(path, rank) != rank},
-            products=_worst_first(
-                {path: relative(factors[0].get(path), factors[1].get(path)) for path in {**factors[0], **factors[1]}}
-            ),
-            copies=_worst_first(_tensors(_flat(copies_of(tuners[0])), _flat(copies_of(tuners[1])))),
-            biases=_worst_first(_tensors(biases_of(tuners[0]), biases_of(tuners[1]))),
+            methods=(first.method, second.method),
+            settings={name: pair for name, pair in settings.items() if name not in _PLACES},
+            only=(tuple(only[0]), tuple(only[1])),
+            ranks=_changed(first.ranks(), second.ranks()),
+            products=_differences(relative, mine, theirs),
+            copies=_differences(relative_tensor, _flat(copies_of(first)), _flat(copies_of(second))),
+            biases=_differences(relative_tensor, biases_of(first), biases_of(second)),
             remarks=tuple(remarks),
         )
 
 
-def _refuse_others(one: str, first: Opened, other: str, second: Opened) -> None:
-    """Raise `BaseMismatchError` if the weights of the two bases have other shapes: nothing could be compared."""
-    beside = _shapes(second.tuner)
-    for path, shapes in _shapes(first.tuner).items():
-        if beside.get(path, shapes) != shapes:
-            raise BaseMismatchError(
-                f"{one} and {other} are of different base models, {first.base.source} and {second.base.source}: "
-                f"{path} has {shapes} and {beside[path]}. Pass two adapters of one base"
-            )
+def _changed(one: Mapping[str, _Value], other: Mapping[str, _Value]) -> dict[str, tuple[_Value, _Value]]:
+    """What both have with different values, each with the two values."""
+    return {name: (value, other[name]) for name, value in one.items() if name in other and other[name] != value}
 
 
 def _shapes(tuner: Tuner) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -104,27 +99,56 @@ def _shapes(tuner: Tuner) -> dict[str, dict[str, tuple[int, ...]]]:
     return {path: {name: tuple(each.shape) for name, each in parameters} for path, parameters in own.items()}
 
 
-def _settings(one: Tuner, other: Tuner) -> dict[str, tuple[object, object]]:
-    mine, theirs = unstructure(one.config), unstructure(other.config)
-    shared = [name for name in mine if name in theirs and name not in _PLACES]
-    return {name: (mine[name], theirs[name]) for name in shared if mine[name] != theirs[name]}
-
-
-def _missing(one: Mapping[str, Factors], other: Mapping[str, Factors]) -> tuple[str, ...]:
-    return tuple(path for path in one if path not in other)
-
-
 def _flat(copies: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {join(path, name): tensor for path, own in copies.items() for name, tensor in own.items()}
 
 
-def _tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:
-    return {
-        name: relative_tensor(one[name], other[name]) if name in one and name in other else 1.0
-        for name in {**one, **other}
-    }
+def _differences(
+    relative: Callable[[Any, Any], float], one: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, float]:
+    """The relative difference by name, the worst first."""
+    found = {name: relative(one.get(name), other.get(name)) for name in {**one, **other}}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def _worst_first(found: Mapping[str, float]) -> dict[str, float]:
-    names: Sequence[str] = sorted(found, key=lambda name: -found[name])
-    return {name: found[name] for name in names}
+def norm(product: Factors) -> float:
+    """Return ‖P Q‖_F of q (r, in) and p (out, r), in the time of r² (in + out)."""
+    if product.rank == 0:
+        return 0.0
+    # Not by Gram matrices: their entries are squares, so that a difference below 1e-8 of the norm would be lost.
+    left, right = _triangle(product.p), _triangle(product.q.T)
+    return float(torch.linalg.matrix_norm(left @ right.T))
+
+
+def difference(one: Factors, other: Factors) -> float:
+    """Return ‖P Q − P' Q'‖_F of two products for one weight."""
+    return norm(Factors(q=torch.cat([one.q, other.q]), p=torch.cat([one.p, -other.p], dim=1)))
+
+
+def relative(one: Factors | None, other: Factors | None) -> float:
+    """Return the difference relative to the norm of ``one``, or to that of ``other`` if ``one`` is 0 or missing."""
+    sizes = [norm(each) if each is not None else 0.0 for each in (one, other)]
+    if one is None or other is None:
+        return 1.0 if max(sizes) > 0 else 0.0
+    scale = sizes[0] or sizes[1]
+    return difference(one, other) / scale if scale > 0 else 0.0
+
+
+def relative_tensor(one: Tensor | None, other: Tensor | None) -> float:
+    """Return the largest difference between two tensors relative to the largest value of ``one``, or else of ``other``.
+
+    It is 1 for other shapes, and where one is missing. Integers are compared as numbers.
+    """
+    if one is None or other is None or one.shape != other.shape:
+        return 1.0
+    if one.numel() == 0:
+        return 0.0
+    gap = float((one.double() - other.double()).abs().max())
+    scale = float(one.double().abs().max()) or float(other.double().abs().max())
+    return gap / scale if scale > 0 else 0.0
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    """R of the QR decomposition: it has the matrix's own lengths and angles."""
+    found: Tensor = torch.linalg.qr(matrix.double(), mode="r")[1]
+    return found

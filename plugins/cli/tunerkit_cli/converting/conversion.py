@@ -1,9 +1,9 @@
-"""Write an adapter in another format."""
+"""Write an adapter in another format, or its base with the adapter in its weights."""
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
@@ -14,14 +14,22 @@ from tunerkit.errors import closest, shown
 from tunerkit.extras import READERS
 from tunerkit.paths import few
 from tunerkit_cli.converting.description import OWN
-from tunerkit_cli.converting.destination import refuse_occupied
-from tunerkit_cli.converting.opening import open_adapter
-from tunerkit_cli.converting.remarks import collected
+from tunerkit_cli.converting.opening import collected, load_adapter, open_adapter
+from tunerkit_cli.outputs import new_folder
 from tunerkit_cli.settings import given_value
 from tunerkit_transformers.adapter_files import description_at
-from tunerkit_transformers.pretrained import quiet
+from tunerkit_transformers.base_choice import choose_base
+from tunerkit_transformers.bases import whole
 
-_SHAPES_ONLY = (
+_WEIGHTS: Final = (".safetensors", ".bin")
+# Files with such endings that are no weights of a model.
+_OTHERS: Final = (
+    "adapter.safetensors",
+    "training_args.bin",
+    *(name for each in READERS for name in each.files),
+)
+_PROCESSORS: Final = ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor")
+_SHAPES_ONLY: Final = (
     "no weights of the base were read, so the file lists its parameters and shapes alone: a base with other values in "
     "the same shapes will not be refused. To store a sample of the values, load the adapter onto its base and save it"
 )
@@ -29,18 +37,9 @@ _SHAPES_ONLY = (
 
 @attrs.frozen
 class Converted:
-    """What was written.
+    """What was written, with the method that the adapter has in tunerkit, and the base over which it was opened.
 
-    Attributes:
-        format: The format's name.
-        out: The folder or the file.
-        method: The method that the adapter has in tunerkit.
-        base: The base model over which it was opened.
-        ranks: The rank of each target.
-        padded: The rank to which the format fills up those of all targets; 0 if it keeps them.
-        files: The names of the files that were written.
-        size: Their size in bytes.
-        remarks: What the user should know of them.
+    ``padded`` is the rank to which the format fills up those of all targets; 0 if it keeps them.
     """
 
     format: str
@@ -64,37 +63,26 @@ def convert_adapter(
     options: Sequence[str],
     overwrite: bool = False,
 ) -> Converted:
-    """Convert an adapter, without reading a weight of its base.
+    """Convert an adapter to the format ``to``, where ``"tunerkit"`` is our own, without reading a weight of its base.
 
-    Args:
-        source: The adapter, in any format.
-        to: The new format's name; ``"tunerkit"`` is our own file.
-        out: Where to write it.
-        base: The folder of the base; None for what the adapter's files say.
-        task: The task, if it does not follow from the files.
-        options: The format's options, each as ``key=value``.
-        overwrite: Whether an older adapter at ``out`` may be replaced.
-
-    Raises:
-        TunerkitError: The adapter cannot be opened or written. Nothing is written then.
+    ``base`` and ``task`` are for what the adapter's files do not say, and ``options`` are the format's, each as
+    ``key=value``. Raises `TunerkitError` if the adapter cannot be opened or written; then nothing is written.
     """
-    quiet()
     given = dict(_option(each) for each in options)
     _check(source, to, out, given)
-    refuse_occupied(out, overwrite=overwrite)
+    _refuse_occupied(out, overwrite=overwrite)
     before = _inodes(out)
     with collected() as remarks:
-        opened = open_adapter(source, base=base, task=task)
-        model = opened.model
-        written = tunerkit.save(model, out) if to == OWN else tunerkit.export(model, out, to, **given)
+        tuner, opened = open_adapter(source, base=base, task=task)
+        written = tunerkit.save(tuner.model, out) if to == OWN else tunerkit.export(tuner.model, out, to, **given)
     files = [file for file, inode in _inodes(written).items() if before.get(file) != inode]
     return Converted(
         format=to,
         out=str(written),
-        method=opened.tuner.method,
-        base=opened.base.source,
-        ranks=opened.tuner.ranks(),
-        padded=_padded(to, written, opened.tuner.ranks()),
+        method=tuner.method,
+        base=opened.source,
+        ranks=tuner.ranks(),
+        padded=_padded(to, written, tuner.ranks()),
         files=tuple(sorted(file.name for file in files)),
         size=sum(file.stat().st_size for file in files),
         remarks=(*remarks, _SHAPES_ONLY) if to == OWN else tuple(remarks),
@@ -144,3 +132,60 @@ def _inodes(place: Path) -> dict[Path, int]:
     if place.is_dir():
         return {file: file.stat().st_ino for file in place.iterdir() if file.is_file()}
     return {place: place.stat().st_ino} if place.is_file() else {}
+
+
+def _refuse_occupied(out: Path, *, overwrite: bool) -> None:
+    """Raise `TunerkitError` if ``out`` holds something that the adapter must not be mixed with.
+
+    ``overwrite`` replaces an older adapter, and never a model: transformers applies an adapter that lies in its folder,
+    so all who load the model would get another one.
+    """
+    try:
+        # What a writer that was killed has left is removed by the next one.
+        names = sorted(name for name in os.listdir(out) if not name.startswith(serialization.SCRATCH))
+    except (OSError, ValueError):  # it is no folder, or none that can be read, as writing will say
+        names = []
+    weights = [name for name in names if name.endswith(_WEIGHTS) and name not in _OTHERS]
+    if "config.json" in names and weights:
+        raise TunerkitError(
+            f"--out {out}: the folder holds a model ({weights[0]}), and transformers would load the adapter together "
+            "with it; pass another folder"
+        )
+    if overwrite:
+        return
+    if names:
+        raise TunerkitError(
+            f"--out {out}: the folder is not empty; pass a new one, or --overwrite to replace an older adapter in it"
+        )
+    if os.path.isfile(out):
+        raise TunerkitError(f"--out {out}: there is such a file; pass a new one, or --overwrite to replace it")
+
+
+def merge_adapter(source: str, out: Path, *, base: str | None, task: str | None) -> tuple[str, ...]:
+    """Write the merged model, in the dtype of the base's files, and the base's tokenizer or processor if it has one.
+
+    ``out`` is a new folder. Returns what the user should know. Raises `TunerkitError` if the adapter or its base cannot
+    be loaded, or the folder cannot be written.
+    """
+    with collected() as remarks:
+        chosen = choose_base(source, base=base, task=task)
+        with new_folder(out) as scratch:
+            model: Any = whole(chosen, dtype="auto")  # Any: of transformers or diffusers
+            load_adapter(model, source, chosen)
+            tunerkit.unwrap(model, keep_merged=True)
+            model.save_pretrained(scratch)
+            _copy_processor(chosen.source, scratch)
+    return tuple(remarks)
+
+
+def _copy_processor(source: str, folder: Path) -> None:
+    """Save the first kind of processor that the base has; a base of hidden states alone may have none."""
+    import transformers
+
+    for name in _PROCESSORS:
+        try:
+            processor = getattr(transformers, name).from_pretrained(source)
+        except Exception:  # what a library raises where a folder has no such file differs between its classes
+            continue
+        processor.save_pretrained(folder)
+        return

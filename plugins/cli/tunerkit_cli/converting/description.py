@@ -7,7 +7,7 @@ for files in other formats, and for what is damaged or from an earlier version.
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,21 +28,11 @@ _DTYPES = {
 
 @attrs.frozen
 class Shown:
-    """An adapter without its base model.
+    """An adapter without its base model. What its files do not state is empty, 0 or None.
 
-    Attributes:
-        source: Its path.
-        format: The format's name; ``"tunerkit"`` for our own file.
-        method: The method.
-        base: The name or path of the base; empty if the files do not state it.
-        model_class: The class that loaded the base; empty likewise.
-        labels: The number of classes of its head; 0 if it is not known.
-        ranks: The rank of each target; empty if it cannot be told without the base.
-        copies: The modules that are trained in full, if it is known.
-        steps: The optimizer steps of its training; None if it is not known.
-        parameters: The number of its values; None if it is not known.
-        size: The bytes of its files; 0 for a name on the hub.
-        settings: The settings of the method or of the format.
+    ``base`` is the base's name or path, ``model_class`` the class that loaded it, and ``labels`` the number of classes
+    of its head. ``copies`` are the modules that are trained in full, ``parameters`` the number of the adapter's values,
+    ``size`` the bytes of its files, and ``settings`` those of the method or of the format.
     """
 
     source: str
@@ -142,7 +132,7 @@ def _own(source: str) -> Shown:
         source=source,
         format=OWN,
         method=header.method,
-        ranks=_ranks(source, shapes, header.targets, header.copies, tensors),
+        ranks=_ranks(source, shapes, header, tensors),
         copies=tuple(header.copies),
         steps=header.steps,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
@@ -151,23 +141,16 @@ def _own(source: str) -> Shown:
     )
 
 
-def _ranks(
-    source: str,
-    shapes: Mapping[str, list[int]],
-    targets: Sequence[str],
-    copies: Sequence[str],
-    tensors: Mapping[str, Any],
-) -> dict[str, int]:
+def _ranks(source: str, shapes: Mapping[str, list[int]], header: Any, tensors: Mapping[str, Any]) -> dict[str, int]:
     """The ranks by target; empty for a base whose layers cannot be told by the shapes of their weights."""
-    if not 0 < len(targets) <= len(tensors):  # no file of an adapter: building all that it lists could take minutes
+    if not 0 < len(header.targets) <= len(tensors):  # no file of an adapter: building what it lists could take minutes
         return {}
     from tunerkit import serialization
-    from tunerkit_cli.converting.remarks import collected
-    from tunerkit_cli.converting.stand_in import stand_in
+    from tunerkit_cli.converting.opening import collected, stand_in
 
     try:
         with collected():
-            model = stand_in(shapes, targets, copies, tensors)
+            model = stand_in(shapes, header.targets, header.copies, tensors)
             serialization.open_unloaded(model, source)
             return tunerkit.tuner(model).ranks()
     except TunerkitError:

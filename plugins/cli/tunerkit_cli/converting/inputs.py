@@ -1,7 +1,7 @@
 """Random inputs for a model, by what its config says that it takes."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,18 +16,13 @@ _SAMPLES = 8000  # of sound: half a second
 _LATENTS = 32  # the side of a picture that a diffusion model gets, at most
 
 
-def random_inputs(model: nn.Module, *, seed: int = 0) -> list[Inputs]:
-    """Return three inputs for a model's forward, each a batch of one: some classifiers take no padding.
+def random_inputs(model: nn.Module) -> list[Inputs]:
+    """Return three inputs for a model of transformers or a UNet of diffusers, each a batch of one.
 
-    Args:
-        model: A model of transformers, or a UNet of diffusers.
-        seed: Decides the values.
-
-    Raises:
-        TunerkitError: It is not known what the model takes.
+    Some classifiers take no padding. Raises `TunerkitError` if it is not known what the model takes.
     """
     taken = inspect.signature(model.forward).parameters
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     try:
         return [_inputs(model, taken, length, generator) for length in _LENGTHS]
     except (AttributeError, TypeError, ValueError) as problem:  # its config lacks a field, or has another kind of value
@@ -80,20 +75,16 @@ def _texts(config: Any, taken: Mapping[str, object], length: int, generator: tor
 def _ids(config: Any, length: int, generator: torch.Generator) -> Tensor:
     """Ids of ordinary tokens (1, length), with the end token last: some classifiers read its place."""
     size = int(config.get_text_config().vocab_size)
-    special = {token for token in _special(config) if token < size}
+    # Padding, ends, and the places of pictures, which a text alone must not have.
+    found = [value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))]
+    tokens = [token for value in found for token in (value if isinstance(value, list) else [value])]
+    special = {token for token in tokens if isinstance(token, int)}
     ordinary = torch.tensor([token for token in range(size) if token not in special] or [0])
     ids = ordinary[torch.randint(len(ordinary), (1, length), generator=generator)]
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and 0 <= end < size:
         ids[:, -1] = end
     return ids
-
-
-def _special(config: Any) -> Iterator[int]:
-    """The tokens with a meaning: padding, ends, and the places of pictures, which a text alone must not have."""
-    for name, value in config.to_dict().items():
-        if name.endswith(("token_id", "token_index")):
-            yield from (each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int))
 
 
 def _picture(config: Any, generator: torch.Generator) -> Tensor:

@@ -1,8 +1,8 @@
 """Print the results of the commands on adapters: as lines, or as JSON."""
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import typer
@@ -20,8 +20,6 @@ _SHOWN = 10  # targets in a list
 
 def print_converted(found: "Converted", *, as_json: bool) -> None:
     """Print what was written."""
-    if as_json:
-        return _print_json(attrs.asdict(found))
     facts = {
         "format": found.format,
         "written": f"{found.out} ({', '.join(found.files)})" if found.files != (found.out,) else found.out,
@@ -30,13 +28,11 @@ def print_converted(found: "Converted", *, as_json: bool) -> None:
         "ranks": ranks_in_words(found.ranks) + (f", padded to {found.padded}" if found.padded else ""),
         "size": size_in_words(found.size),
     }
-    _print_facts(facts, found.remarks)
+    _print(attrs.asdict(found), facts, as_json=as_json)
 
 
 def print_verified(found: "Verified", *, as_json: bool) -> None:
     """Print the differences."""
-    if as_json:
-        return _print_json({**attrs.asdict(found), "is_equal": found.is_equal})
     effect = "none: A changes no output" if found.of_effect is None else f"{found.of_effect:.2e} of the effect of A"
     facts = {
         "compared": f"{found.outputs:,} outputs, the largest {found.largest:.4g}",
@@ -44,13 +40,11 @@ def print_verified(found: "Verified", *, as_json: bool) -> None:
         "relative": f"{found.relative:.2e} of the largest output, {effect}",
         "verdict": f"{'equal within' if found.is_equal else 'differ by more than'} {found.tolerance:g}",
     }
-    _print_facts(facts, found.remarks)
+    _print({**attrs.asdict(found), "is_equal": found.is_equal}, facts, as_json=as_json)
 
 
 def print_compared(found: "Compared", *, as_json: bool) -> None:
     """Print how two adapters differ."""
-    if as_json:
-        return _print_json({**attrs.asdict(found), "largest": found.largest, "is_equal": found.is_equal})
     facts = {
         "method": " and ".join(dict.fromkeys(found.methods)),
         "settings": "; ".join(f"{name}: {a} and {b}" for name, (a, b) in found.settings.items()),
@@ -62,7 +56,8 @@ def print_compared(found: "Compared", *, as_json: bool) -> None:
         "biases": _differences(found.biases),
         "verdict": f"{'equal' if found.is_equal else 'different'}: at most {found.largest:.2e} apart",
     }
-    _print_facts(facts, found.remarks)
+    values = {**attrs.asdict(found), "largest": found.largest, "is_equal": found.is_equal}
+    _print(values, facts, as_json=as_json)
 
 
 def ranks_in_words(ranks: Mapping[str, int]) -> str:
@@ -83,13 +78,13 @@ def _differences(found: Mapping[str, float]) -> str:
     return few([f"{name} {value:.2e}" for name, value in found.items()], shown=_SHOWN)
 
 
-def _print_facts(facts: Mapping[str, str], remarks: Sequence[str]) -> None:
+def _print(found: Mapping[str, Any], facts: Mapping[str, str], *, as_json: bool) -> None:
+    """Print everything that was found as JSON, or the facts that say something, and the remarks below them."""
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
     for name, value in facts.items():
         if value:
             typer.echo(f"{name:<12}{value}")
-    for remark in remarks:
+    for remark in found["remarks"]:
         typer.echo(f"note: {remark}")
-
-
-def _print_json(found: Mapping[str, object]) -> None:
-    typer.echo(json.dumps(found, indent=2))

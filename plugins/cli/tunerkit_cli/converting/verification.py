@@ -12,12 +12,10 @@ from torch import Tensor, nn
 import tunerkit
 from tunerkit import ConfigError, TunerkitError
 from tunerkit_cli.converting.inputs import Inputs, random_inputs
-from tunerkit_cli.converting.opening import load_adapter, load_base
-from tunerkit_cli.converting.remarks import collected
+from tunerkit_cli.converting.opening import collected, load_adapter
 from tunerkit_transformers.adapter_files import base_facts, holds_adapter
 from tunerkit_transformers.base_choice import choose_base
-from tunerkit_transformers.bases import Base, refuse_other_type
-from tunerkit_transformers.pretrained import quiet
+from tunerkit_transformers.bases import refuse_other_type, whole
 
 _NO_EFFECT = "{} changes no output of the base, so equal outputs say little: is it trained?"
 _RUNNING = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, NotImplementedError)
@@ -25,11 +23,9 @@ _RUNNING = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, Key
 
 @attrs.frozen
 class Verified:
-    """How far the outputs of two adapters are apart, on random inputs.
+    """How far the outputs of two adapters, or of one and of a merged model, are apart on random inputs.
 
     Attributes:
-        one: The first adapter.
-        other: The second adapter, or the merged model.
         difference: The largest difference of two outputs.
         relative: The same, relative to the largest output of ``one``.
         of_effect: The same, relative to the largest change that ``one`` makes to the base's outputs; None if it makes
@@ -59,19 +55,11 @@ class Verified:
 def verify_adapters(one: str, other: str, *, base: str | None, task: str | None, tolerance: float) -> Verified:
     """Compare the outputs of two adapters, in fp32 on the CPU. The base is loaded once.
 
-    Args:
-        one: An adapter in any format.
-        other: Another one, or the folder of a merged model.
-        base: The folder of the base; None for what the files of ``one`` say, or else those of ``other``.
-        task: The task, if it does not follow from the files.
-        tolerance: The largest relative difference of equal outputs.
-
-    Raises:
-        TunerkitError: One of them cannot be loaded or run, or its outputs are not finite.
+    ``other`` may be the folder of a merged model. The files of ``one``, or else those of ``other``, name the base.
+    Raises `TunerkitError` if one of them cannot be loaded or run, or its outputs are not finite.
     """
     if not 0 <= tolerance < math.inf:
         raise ConfigError([f"--tolerance: expected a number from 0, got {tolerance}"])
-    quiet()
     merged = not holds_adapter(other) and (Path(other) / "config.json").is_file()
     with collected() as remarks:
         chosen = choose_base(one, base=base, task=task, beside=None if merged else other)
@@ -80,29 +68,13 @@ def verify_adapters(one: str, other: str, *, base: str | None, task: str | None,
             refuse_other_type(other, chosen.source)
         else:
             base_facts(other)
-        model = load_base(chosen)
+        model = whole(chosen)
         inputs = random_inputs(model)
         plain = _outputs(model, inputs, chosen.source)
-        load_adapter(model, one, chosen)
-        first = _outputs(model, inputs, one)
+        first = _outputs(load_adapter(model, one, chosen), inputs, one)
         tunerkit.unwrap(model)
-        second = _outputs(_second(model, other, chosen, merged=merged), inputs, other)
-    return _verified(one, other, first, second, plain, tolerance, remarks)
-
-
-def _second(model: nn.Module, other: str, base: Base, *, merged: bool) -> nn.Module:
-    return load_base(attrs.evolve(base, source=other, revision=None)) if merged else load_adapter(model, other, base)
-
-
-def _verified(
-    one: str,
-    other: str,
-    first: Sequence[Tensor],
-    second: Sequence[Tensor],
-    plain: Sequence[Tensor],
-    tolerance: float,
-    remarks: Sequence[str],
-) -> Verified:
+        elsewhere = attrs.evolve(chosen, source=other, revision=None)
+        second = _outputs(whole(elsewhere) if merged else load_adapter(model, other, chosen), inputs, other)
     if [each.shape for each in first] != [each.shape for each in second]:
         raise TunerkitError(
             f"{one} and {other} give outputs of different shapes, {tuple(first[0].shape)} and "

@@ -1,10 +1,12 @@
-"""Read a recipe strictly: every mistake in it is named, all of them in one error."""
+"""The schema of recipes, and reading one strictly: every mistake in it is named, all of them in one error."""
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import attrs
 
 import tunerkit
 from tunerkit import ConfigError
@@ -12,23 +14,43 @@ from tunerkit.errors import half_character, shown
 from tunerkit_cli.plugin_commands import plugin_commands
 from tunerkit_cli.recipes.fragments import Fragment, problems
 from tunerkit_cli.recipes.recipe import VERSION, Recipe
-from tunerkit_cli.recipes.schema import schema
 from tunerkit_cli.settings import read_settings
 
 
+def schema(plugin_keys: Mapping[str, Fragment] | None = None) -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of recipes, with which an editor completes and checks them.
+
+    ``plugin_keys`` are further keys with their fragments; by default those that the installed plugins declare.
+    """
+    declared = plugin_commands().recipe_keys if plugin_keys is None else plugin_keys
+    own = {field.name: field.metadata for field in attrs.fields(Recipe) if field.metadata}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A recipe of tunerkit",
+        "description": "Arguments of the trainer stand in `training`, and the method's settings in `config`. "
+        "Plugins may add keys.",
+        "type": "object",
+        "properties": {name: _or_null(fragment) for name, fragment in {**own, **declared}.items()},
+        "additionalProperties": False,
+    }
+
+
+def _or_null(fragment: Fragment) -> dict[str, Any]:
+    """Return a copy that also allows a key without a value, which means the default."""
+    widened = copy.deepcopy(dict(fragment))
+    if "type" in widened:
+        kinds = widened["type"]
+        widened["type"] = list(dict.fromkeys([*([kinds] if isinstance(kinds, str) else kinds), "null"]))
+    if "enum" in widened:
+        widened["enum"] = [*widened["enum"], *([] if None in widened["enum"] else [None])]
+    return widened
+
+
 def read_recipe(path: Path, plugin_keys: Mapping[str, Fragment] | None = None) -> Recipe:
-    """Read a recipe from a YAML or JSON file.
+    """Read a recipe from a YAML or JSON file. A key without a value has its default.
 
-    Args:
-        path: The file.
-        plugin_keys: The further keys and their fragments; by default those that the installed plugins declare.
-
-    Returns:
-        The recipe. A key without a value has its default.
-
-    Raises:
-        ConfigError: The file cannot be read, or the recipe has an unknown key, a value of another type, or another
-            version.
+    Raises `ConfigError` if the file cannot be read, or the recipe has an unknown key, a value of another type, or
+    another version. ``plugin_keys`` is as for `schema`.
     """
     return structure(read_settings(path), str(path), plugin_keys)
 
@@ -38,25 +60,23 @@ def structure(
 ) -> Recipe:
     """Convert a mapping to a recipe. ``source`` names it in errors; the rest is as for `read_recipe`."""
     declared = plugin_commands().recipe_keys if plugin_keys is None else plugin_keys
-    _raise_if(_version_problems(mapping), source)  # another version has other keys
-    _raise_if(problems(dict(mapping), schema(declared)), source)
-    _raise_if(_half_characters(mapping), source)
+    # Another version has other keys, and a mapping of other types cannot be searched for half characters.
+    for find in (_version_problems, lambda mapping: problems(dict(mapping), schema(declared)), _half_characters):
+        if found := [f"{source}: {problem}" for problem in find(mapping)]:
+            raise ConfigError(found)
     given = {name: copy.deepcopy(value) for name, value in mapping.items() if value is not None}
     extra = {name: copy.deepcopy(each["default"]) for name, each in declared.items() if "default" in each}
     extra |= {name: given.pop(name) for name in declared if name in given}
     return Recipe(**given, extra=extra)
 
 
-def _version_problems(mapping: Mapping[str, Any]) -> list[str]:
+def _version_problems(mapping: Mapping[str, Any]) -> Iterator[str]:
     version = mapping.get("version")
-    if version is None or (version == VERSION and isinstance(version, int) and not isinstance(version, bool)):
-        return []
-    ours = f"tunerkit {tunerkit.__version__} reads version {VERSION}"
-    if isinstance(version, int) and version > VERSION:
-        do = "a later one reads this recipe: pip install --upgrade tunerkit, or start anew from `tunerkit init`"
-    else:
+    if version is not None and (version != VERSION or type(version) is not int):
         do = f"no recipe has another one yet; write version: {VERSION}, or start anew from `tunerkit init`"
-    return [f"version: got {shown(version)}, and {ours}; {do}"]
+        if isinstance(version, int) and version > VERSION:
+            do = "a later one reads this recipe: pip install --upgrade tunerkit, or start anew from `tunerkit init`"
+        yield f"version: got {shown(version)}, and tunerkit {tunerkit.__version__} reads version {VERSION}; {do}"
 
 
 def _half_characters(mapping: Mapping[str, Any]) -> Iterator[str]:
@@ -64,9 +84,3 @@ def _half_characters(mapping: Mapping[str, Any]) -> Iterator[str]:
     for name, value in mapping.items():
         if (problem := half_character(json.dumps(value, ensure_ascii=False, default=str))) is not None:
             yield f"{name}: {problem}"
-
-
-def _raise_if(found: Iterable[str], source: str) -> None:
-    lines = [f"{source}: {problem}" for problem in found]
-    if lines:
-        raise ConfigError(lines)

@@ -1,7 +1,9 @@
 """A recipe: one training run, described by plain values."""
 
+# ruff: noqa: RUF009 (what defines a key returns an attrs field, which is no shared default)
+
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import attrs
@@ -22,23 +24,29 @@ TASKS: Final = (
     "seq2seq",
     "image-classification",
 )
-# The recipe's paths; a model or an adapter is one, or a name on the hub.
-_PATHS: Final = ("data", "eval_data", "out", "model", "from_adapter")
 
 
-def _key(kind: str, description: str, **limits: Any) -> dict[str, Any]:
-    """Return the JSON schema of a key, which is the metadata of its field."""
-    return {"type": kind, "description": description, **limits}
+def _key(
+    kind: str | tuple[str, ...],
+    description: str,
+    default: Any = None,
+    converter: Callable[[Any], Any] | None = None,
+    **limits: Any,
+) -> Any:
+    """Define a key of recipes: its default, and its JSON schema, which is the metadata of its field."""
+    schema = {"type": kind, "description": description, **limits, **({} if default is None else {"default": default})}
+    if isinstance(default, dict):
+        return attrs.field(factory=dict, metadata=schema)
+    return attrs.field(default=default, converter=converter, metadata=schema)
 
 
-def _files(description: str) -> dict[str, Any]:
-    """Return the JSON schema of a path, or a list of paths."""
+def _files(description: str) -> Any:
+    """Define a key for a path, or for a list of paths. A list of one means the same as that path."""
     one = {"type": "string", "minLength": 1}
-    return {**one, "type": ("string", "array"), "description": description, "items": one, "minItems": 1}
+    return _key(("string", "array"), description, converter=_alone, minLength=1, items=one, minItems=1)
 
 
 def _alone(paths: str | list[str] | None) -> str | list[str] | None:
-    """A list of one path as that path, so that both mean the same run."""
     return paths[0] if isinstance(paths, list) and len(paths) == 1 else paths
 
 
@@ -46,133 +54,72 @@ def _alone(paths: str | list[str] | None) -> str | list[str] | None:
 class Recipe:
     """A training run. Values are plain: text, numbers, booleans, None, lists and mappings with text as keys.
 
-    Attributes:
-        version: The form of the recipe; this tunerkit knows 1.
-        task: One of `TASKS`, or None: it follows from the model and the data.
-        model: A folder or a name on the hub, or None: the command's default.
-        data: The path of the training data, or the paths of several files, or None: the command's default.
-        eval_data: The same of the held-out data, or None: a part of ``data``.
-        from_adapter: The adapter that the training goes on from: a file, a folder, or a name that a format's plugin
-            knows; or None: it trains a new one.
-        method: The method's name, or None: that of ``from_adapter``, or else `DEFAULT_METHOD`.
-        config: The method's settings; `tunerkit.structure` checks them.
-        training: Arguments of the trainer, which checks them when it is built.
-        columns: For a column's name in tunerkit, such as ``"text"``, its name in the data.
-        max_length: The greatest number of tokens of a text, or None: as the model allows.
-        train_on_prompts: Whether a language model learns the tokens of prompts too; None: as the command decides.
-        dtype: The dtype of the base's weights; ``"auto"`` is the checkpoint's.
-        precision: What matrix products are computed in, one of `PRECISIONS`; or None: fp32 on a CPU, bf16 on an
-            accelerator that has it.
-        quantisation: How the base is quantised as it is loaded, or None: it is not.
-        baseline: Whether the head alone is trained too, for comparison.
-        on_collapse: What to do when a run is seen to collapse: ``"tell"``, or ``"restart"``.
-        out: The path of the output folder.
-        extra: The values of the further keys that plugins declare, by key.
+    Each field has a description in its metadata. ``extra`` holds the values of the keys that plugins declare, by key.
     """
 
-    version: int = attrs.field(
-        default=VERSION, metadata=_key("integer", "The form of this file; others are refused.", enum=(VERSION,))
+    version: int = _key("integer", "The form of this file; others are refused.", VERSION, enum=(VERSION,))
+    task: str | None = _key("string", "The task. Without it, the task is inferred from model and labels.", enum=TASKS)
+    model: str | None = _key("string", "The base model: a local folder, or a name on the hub.", minLength=1)
+    data: str | list[str] | None = _files(
+        "The path of the training data, or a list of paths: .csv, .tsv, .jsonl, .parquet, or folders of images."
     )
-    task: str | None = attrs.field(
-        default=None,
-        metadata=_key("string", "The task. Without it, the task is inferred from model and labels.", enum=TASKS),
+    eval_data: str | list[str] | None = _files(
+        "The path of the held-out data, or a list of paths. Without it, a part of `data` is held out."
     )
-    model: str | None = attrs.field(
-        default=None, metadata=_key("string", "The base model: a local folder, or a name on the hub.", minLength=1)
+    from_adapter: str | None = _key(
+        "string",
+        "An adapter to go on training, of tunerkit's or of another program's, such as a PEFT folder. It keeps its "
+        "method and settings.",
+        minLength=1,
     )
-    data: str | list[str] | None = attrs.field(
-        default=None,
-        converter=_alone,
-        metadata=_files(
-            "The path of the training data, or a list of paths: .csv, .tsv, .jsonl, .parquet, or folders of images."
-        ),
+    method: str | None = _key(
+        "string",
+        "The method. `tunerkit methods` lists the installed ones. Without it: that of from_adapter, or else "
+        f"{DEFAULT_METHOD}.",
+        minLength=1,
     )
-    eval_data: str | list[str] | None = attrs.field(
-        default=None,
-        converter=_alone,
-        metadata=_files("The path of the held-out data, or a list of paths. Without it, a part of `data` is held out."),
+    config: dict[str, Any] = _key(
+        "object", "The method's settings, which `tunerkit config` prints. A file goes with --config.", {}
     )
-    from_adapter: str | None = attrs.field(
-        default=None,
-        metadata=_key(
-            "string",
-            "An adapter to go on training, of tunerkit's or of another program's, such as a PEFT folder. It keeps its "
-            "method and settings.",
-            minLength=1,
-        ),
+    training: dict[str, Any] = _key(
+        "object", "Arguments of the trainer, such as learning_rate and num_train_epochs.", {}
     )
-    method: str | None = attrs.field(
-        default=None,
-        metadata=_key(
-            "string",
-            "The method. `tunerkit methods` lists the installed ones. Without it: that of from_adapter, or else "
-            f"{DEFAULT_METHOD}.",
-            minLength=1,
-        ),
+    columns: dict[str, str] = _key(
+        "object",
+        "Columns with other names in the data, as in `text: sentence`.",
+        {},
+        additionalProperties={"type": "string", "minLength": 1},
     )
-    config: dict[str, Any] = attrs.field(
-        factory=dict,
-        metadata=_key("object", "The method's settings, which `tunerkit config` prints. A file goes with --config."),
+    max_length: int | None = _key("integer", "Longer texts are cut to this many tokens.", minimum=4)
+    train_on_prompts: bool | None = _key(
+        "boolean", "Whether a language model learns the prompts too, and not only completions or the assistant's turns."
     )
-    training: dict[str, Any] = attrs.field(
-        factory=dict, metadata=_key("object", "Arguments of the trainer, such as learning_rate and num_train_epochs.")
+    dtype: str = _key(
+        "string",
+        "The dtype of the base's weights; auto is the checkpoint's. Adapters have their own, adapter_dtype.",
+        "float32",
+        enum=DTYPES,
     )
-    columns: dict[str, str] = attrs.field(
-        factory=dict,
-        metadata=_key(
-            "object",
-            "Columns with other names in the data, as in `text: sentence`.",
-            additionalProperties={"type": "string", "minLength": 1},
-        ),
+    precision: str | None = _key(
+        "string",
+        "What matrix products are computed in. Without it: fp32 on a CPU, bf16 on an accelerator that has it. "
+        "Weights keep their own dtype.",
+        enum=PRECISIONS,
     )
-    max_length: int | None = attrs.field(
-        default=None, metadata=_key("integer", "Longer texts are cut to this many tokens.", minimum=4)
+    quantisation: str | None = _key(
+        "string",
+        "How the base is quantised as it is loaded: nf4 takes an eighth of fp32's memory, int8 a quarter. It needs "
+        "bitsandbytes and tunerkit-quant.",
+        enum=("nf4", "int8"),
     )
-    train_on_prompts: bool | None = attrs.field(
-        default=None,
-        metadata=_key(
-            "boolean",
-            "Whether a language model learns the prompts too, and not only completions or the assistant's turns.",
-        ),
+    baseline: bool = _key("boolean", "Whether to train the head alone too, for comparison.", False)
+    on_collapse: str = _key(
+        "string",
+        "What to do when the loss is lost: tell, or restart from the last good checkpoint at half the rate.",
+        "tell",
+        enum=("tell", "restart"),
     )
-    dtype: str = attrs.field(
-        default="float32",
-        metadata=_key(
-            "string",
-            "The dtype of the base's weights; auto is the checkpoint's. Adapters have their own, adapter_dtype.",
-            enum=DTYPES,
-        ),
-    )
-    precision: str | None = attrs.field(
-        default=None,
-        metadata=_key(
-            "string",
-            "What matrix products are computed in. Without it: fp32 on a CPU, bf16 on an accelerator that has it. "
-            "Weights keep their own dtype.",
-            enum=PRECISIONS,
-        ),
-    )
-    quantisation: str | None = attrs.field(
-        default=None,
-        metadata=_key(
-            "string",
-            "How the base is quantised as it is loaded: nf4 takes an eighth of fp32's memory, int8 a quarter. It needs "
-            "bitsandbytes and tunerkit-quant.",
-            enum=("nf4", "int8"),
-        ),
-    )
-    baseline: bool = attrs.field(
-        default=False, metadata=_key("boolean", "Whether to train the head alone too, for comparison.")
-    )
-    on_collapse: str = attrs.field(
-        default="tell",
-        metadata=_key(
-            "string",
-            "What to do when the loss is lost: tell, or restart from the last good checkpoint at half the rate.",
-            enum=("tell", "restart"),
-        ),
-    )
-    out: str = attrs.field(default="out", metadata=_key("string", "The path of the output folder.", minLength=1))
+    out: str = _key("string", "The path of the output folder.", "out", minLength=1)
     extra: dict[str, Any] = attrs.field(factory=dict)
 
 
@@ -205,18 +152,16 @@ def with_precision(recipe: Recipe) -> Recipe:
 
 def with_full_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with full paths, so that it means the same in every working folder."""
-    paths = {name: getattr(recipe, name) for name in ("data", "eval_data", "out")}
-    for name in ("model", "from_adapter"):
-        path = getattr(recipe, name)
-        if path is not None and _is_there(path):
-            paths[name] = path  # the others are names on the hub
-    return attrs.evolve(recipe, **_changed(paths, lambda path: os.path.abspath(os.path.expanduser(path))))
+    given = {name: getattr(recipe, name) for name in ("model", "from_adapter")}
+    # A model or an adapter that is not there is a name on the hub.
+    there = [name for name, path in given.items() if path is not None and os.path.exists(os.path.expanduser(path))]
+    names = ("data", "eval_data", "out", *there)
+    return _with_paths(recipe, names, lambda path: os.path.abspath(os.path.expanduser(path)))
 
 
 def with_home(recipe: Recipe) -> Recipe:
     """Return the recipe with the home folder for ``~``, which a shell leaves in a recipe and after ``=``."""
-    paths = {name: getattr(recipe, name) for name in _PATHS}
-    return attrs.evolve(recipe, **_changed(paths, os.path.expanduser))
+    return _with_paths(recipe, ("data", "eval_data", "out", "model", "from_adapter"), os.path.expanduser)
 
 
 def files_of(data: str | list[str] | None) -> list[str]:
@@ -224,17 +169,12 @@ def files_of(data: str | list[str] | None) -> list[str]:
     return data if isinstance(data, list) else [] if data is None else [data]
 
 
-def _changed(paths: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """Paths, or lists of them, by key, each path changed; without the keys that are None."""
-    return {
+def _with_paths(recipe: Recipe, names: Iterable[str], change: Callable[[str], str]) -> Recipe:
+    """Return the recipe with each path of these keys changed, those in lists too."""
+    paths = {name: getattr(recipe, name) for name in names}
+    changed: dict[str, Any] = {
         name: [change(each) for each in path] if isinstance(path, list) else change(path)
         for name, path in paths.items()
         if path is not None
     }
-
-
-def _is_there(path: str) -> bool:
-    try:
-        return os.path.exists(os.path.expanduser(path))
-    except ValueError:  # NUL
-        return False
+    return attrs.evolve(recipe, **changed)

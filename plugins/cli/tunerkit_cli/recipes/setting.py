@@ -3,42 +3,34 @@
 import copy
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import PurePath
-from types import MappingProxyType
 from typing import Any, Final
 
 from tunerkit import ConfigError
 from tunerkit.errors import closest, shown
 from tunerkit_cli.recipes.fragments import Fragment
-from tunerkit_cli.recipes.schema import schema
+from tunerkit_cli.recipes.reading import schema
 from tunerkit_cli.settings import DEEPEST, given_settings, given_value
 
 # For each flag of `tunerkit train`, the key that it sets.
-FLAGS: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        **{name: name for name in ("task", "method", "model", "data", "eval_data", "config", "out")},
-        "from": "from_adapter",
-        "epochs": "training.num_train_epochs",
-        "lr": "training.learning_rate",
-        "batch_size": "training.per_device_train_batch_size",
-        "seed": "training.seed",
-        **{name: name for name in ("max_length", "precision", "baseline")},
-        "text_column": "columns.text",
-        "label_column": "columns.label",
-    }
-)
+FLAGS: Final[Mapping[str, str]] = {
+    **{name: name for name in ("task", "method", "model", "data", "eval_data", "config", "out")},
+    "from": "from_adapter",
+    "epochs": "training.num_train_epochs",
+    "lr": "training.learning_rate",
+    "batch_size": "training.per_device_train_batch_size",
+    "seed": "training.seed",
+    **{name: name for name in ("max_length", "precision", "baseline")},
+    "text_column": "columns.text",
+    "label_column": "columns.label",
+}
 _EXAMPLE: Final = "expected key=value, as in --set learning_rate=1e-3"
 
 
 def merge(mapping: Mapping[str, Any], flags: Mapping[str, object]) -> dict[str, Any]:
-    """Return a recipe's mapping with the values of flags, which replace its own.
+    """Return a recipe's mapping with the values of flags, by the names in `FLAGS`, which replace its own.
 
-    Args:
-        mapping: The recipe's mapping, which stays as it is.
-        flags: Values by the names in `FLAGS`; None means that the flag was not given. ``config`` is a mapping, a
-            mapping written out, or the path of a file.
-
-    Raises:
-        ConfigError: The method's settings cannot be read, or the recipe has a plain value where a flag needs a mapping.
+    None means that a flag was not given. ``config`` is a mapping, a mapping written out, or the path of a file. Raises
+    `ConfigError` if it cannot be read, or if the recipe has a plain value where a flag needs a mapping.
     """
     merged = copy.deepcopy(dict(mapping))
     for flag, given in flags.items():
@@ -59,17 +51,9 @@ def apply(
 ) -> dict[str, Any]:
     """Return a recipe's mapping with settings as ``--set`` takes them; of two with the same key, the later one wins.
 
-    Args:
-        mapping: The recipe's mapping, which stays as it is.
-        settings: ``key=value`` each. The value is YAML. The key is one of the recipe, an argument of the trainer or a
-            setting of the method. With its section before it, as in ``config.rank``, it is never ambiguous.
-        trainer_arguments: The names that ``training`` may have.
-        method_settings: The names that ``config`` may have.
-        plugin_keys: The further keys of recipes; by default those that the installed plugins declare.
-
-    Raises:
-        ConfigError: A setting is malformed, its key is unknown or ambiguous, or its value is not YAML. All such
-            settings are named.
+    Each is ``key=value``, and the value is YAML. The key is one of the recipe, one of ``trainer_arguments`` or one of
+    ``method_settings``. With its section before it, as in ``config.rank``, it is never ambiguous. Raises `ConfigError`
+    for all settings that are malformed, whose key is unknown or ambiguous, or whose value is not YAML.
     """
     changed = copy.deepcopy(dict(mapping))
     names = {"": (*schema(plugin_keys)["properties"],), "training": trainer_arguments, "config": method_settings}

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
-from types import MappingProxyType
 from typing import Final
 
 import attrs
@@ -18,70 +17,59 @@ class RecipeFileError(TunerkitError):
     """A recipe cannot be written to its file."""
 
 
+_ENCODER: Final = "distilbert/distilbert-base-uncased"
+_CHAT: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
 @attrs.frozen
 class _Start:
     """What differs between the tasks' recipes: columns of the data with an example of each, a model, and rates."""
 
     columns: tuple[str, ...]
-    model: str
+    model: str = _ENCODER
     learning_rate: str = "1e-3"
     epochs: int = 3
     batch_size: int = 32
     max_length: int | None = 128
 
 
-_ENCODER: Final = "distilbert/distilbert-base-uncased"
-_CHAT: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_STARTS: Final[Mapping[str, _Start]] = MappingProxyType(
-    {
-        "text-classification": _Start(
-            ("text: a text, such as: Great film!", "label: the name of its class, such as: positive"),
-            _ENCODER,
+_A_TEXT: Final = "text: a text, such as: Great film!"
+_STARTS: Final[Mapping[str, _Start]] = {
+    "text-classification": _Start((_A_TEXT, "label: the name of its class, such as: positive")),
+    "regression": _Start((_A_TEXT, "label: a number, such as: 4.5")),
+    "multi-label": _Start((_A_TEXT, "labels: the list of its labels, which may be empty, such as: [funny, short]")),
+    "token-classification": _Start(
+        (
+            "tokens: the list of the words, such as: [Ada, lives, in, London]",
+            "tags: the list of their tags, one for each word, such as: [B-PER, O, O, B-LOC]",
         ),
-        "regression": _Start(("text: a text, such as: Great film!", "label: a number, such as: 4.5"), _ENCODER),
-        "multi-label": _Start(
-            (
-                "text: a text, such as: Great film!",
-                "labels: the list of its labels, which may be empty, such as: [funny, short]",
-            ),
-            _ENCODER,
+        learning_rate="2e-3",
+    ),
+    "causal-lm": _Start(
+        (
+            "text: a text to learn; or",
+            "prompt and completion: two texts, of which the completion is learned; or",
+            "messages: a chat, such as: [{role: user, content: Hi}, {role: assistant, content: Hello!}]",
         ),
-        "token-classification": _Start(
-            (
-                "tokens: the list of the words, such as: [Ada, lives, in, London]",
-                "tags: the list of their tags, one for each word, such as: [B-PER, O, O, B-LOC]",
-            ),
-            *(_ENCODER, "2e-3"),
+        *(_CHAT, "2e-4", 1, 8, 512),
+    ),
+    "preference": _Start(
+        (
+            "prompt: a text, such as: Name a colour.",
+            "chosen: the better answer, such as: Blue.",
+            "rejected: the worse answer, such as: No.",
         ),
-        "causal-lm": _Start(
-            (
-                "text: a text to learn; or",
-                "prompt and completion: two texts, of which the completion is learned; or",
-                "messages: a chat, such as: [{role: user, content: Hi}, {role: assistant, content: Hello!}]",
-            ),
-            *(_CHAT, "2e-4", 1, 8, 512),
-        ),
-        "preference": _Start(
-            (
-                "prompt: a text, such as: Name a colour.",
-                "chosen: the better answer, such as: Blue.",
-                "rejected: the worse answer, such as: No.",
-            ),
-            *(_CHAT, "5e-5", 1, 4, 512),
-        ),
-        "seq2seq": _Start(
-            ("source: the text to read, such as: Guten Tag", "target: the text to write, such as: Good day"),
-            *("google-t5/t5-small", "1e-3", 3, 16, 128),
-        ),
-        "image-classification": _Start(
-            (
-                "image: the path of an image file, such as: images/1.png",
-                "label: the name of its class, such as: cat",
-            ),
-            *("google/vit-base-patch16-224-in21k", "2e-3", 3, 16, None),
-        ),
-    }
-)
+        *(_CHAT, "5e-5", 1, 4, 512),
+    ),
+    "seq2seq": _Start(
+        ("source: the text to read, such as: Guten Tag", "target: the text to write, such as: Good day"),
+        *("google-t5/t5-small", "1e-3", 3, 16, 128),
+    ),
+    "image-classification": _Start(
+        ("image: the path of an image file, such as: images/1.png", "label: the name of its class, such as: cat"),
+        *("google/vit-base-patch16-224-in21k", "2e-3", 3, 16, None),
+    ),
+}
 _TEXT: Final = Template("""\
 # A recipe for: tunerkit train
 # Every key may be left out; `tunerkit schema` prints what each one may be.
@@ -155,9 +143,8 @@ def starter(task: str) -> str:
 def write_starter(task: str, path: Path) -> None:
     """Write the recipe to start from into a new file.
 
-    Raises:
-        ConfigError: There is no such task.
-        RecipeFileError: The file exists, cannot be written, or has an ending that no recipe has.
+    Raises `ConfigError` if there is no such task, and `RecipeFileError` if the file exists, cannot be written, or has
+    an ending that no commented recipe has.
     """
     text = starter(task)
     if path.suffix.lower() not in (".yaml", ".yml"):

@@ -2,14 +2,14 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean, median
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import attrs
 
 from tunerkit_cli.report import scores, wording
-from tunerkit_cli.report.record import GREATEST, Change, Run
+from tunerkit_cli.report.record import GREATEST, Run
 
 Points = tuple[tuple[float, float], ...]
 
@@ -51,21 +51,14 @@ class Panel:
 
 def panels(run: Run) -> tuple[Panel, ...]:
     """Return the panels over optimizer steps that say something: loss, metrics, learning rate, budget and ranks."""
-    rows = [row for row in run.logs if _is_number(row.get("step"))]
-    found = (loss(run), *_metrics(run, rows), *_schedule(rows), *rank_panels(run))
+    found = (loss(run), *_metrics(run), *_schedule(run), *_rank_panels(run))
     return tuple(panel for panel in found if panel is not None)
 
 
 def loss(run: Run) -> Panel | None:
     """Return the training loss, smoothed if it has many points, with the loss on held-out rows."""
-    rows = [row for row in run.logs if _is_number(row.get("step"))]
-    train, held_out = _points(rows, "loss"), _points(rows, f"{_EVAL}loss")
-    if len(train) < 2 and len(held_out) < 2:
-        return None
-    curves = [*_smoothed_curves("training", train)]
-    if held_out:
-        curves.append(Curve("held-out", thinned(held_out), "dots"))
-    return Panel("loss", "Loss", tuple(curves), is_log=is_logarithmic(curves))
+    curves = _measured(run, "loss")
+    return Panel("loss", "Loss", curves, is_log=is_logarithmic(curves)) if curves else None
 
 
 def is_logarithmic(curves: Sequence[Curve]) -> bool:
@@ -75,54 +68,38 @@ def is_logarithmic(curves: Sequence[Curve]) -> bool:
     return least > max(_ROUNDING * greatest, _TINY) and greatest > 30 * least
 
 
-def rank_panels(run: Run) -> Iterator[Panel]:
+def _rank_panels(run: Run) -> Iterator[Panel]:
     """Yield the mean, least and greatest rank over steps, and the budget; without what never changed."""
-    unit = run.budget.unit if run.budget is not None else "rank"
     if len({change.ranks for change in run.history}) > 1:
-        yield Panel("rank", "Rank of a matrix", rank_curves(run.history), unit="rank")
-    budget = budget_curve(run.history)
-    if len({value for _, value in budget.points}) > 1:
-        yield Panel("budget", "Budget in force", (budget,), unit=unit)
-
-
-def rank_curves(history: Sequence[Change]) -> tuple[Curve, ...]:
-    """Return the greatest, mean and least rank of all targets over steps."""
-    summaries: dict[str, Callable[[Sequence[int]], float]] = {"greatest": max, "mean": fmean, "least": min}
-    changes = [change for change in history if change.ranks]
-    return tuple(
-        Curve(name, thinned(tuple((float(c.step), float(summary(c.ranks))) for c in changes)), "steps")
-        for name, summary in summaries.items()
-    )
-
-
-def budget_curve(history: Sequence[Change]) -> Curve:
-    """Return the budget in force over steps."""
-    points = tuple((float(change.step), change.budget) for change in history if change.budget is not None)
-    return Curve("budget", thinned(points), "steps")
+        summaries: dict[str, Callable[[Sequence[int]], float]] = {"greatest": max, "mean": fmean, "least": min}
+        ranks = (
+            Curve(name, thinned(tuple((float(c.step), float(summary(c.ranks))) for c in run.history)), "steps")
+            for name, summary in summaries.items()
+        )
+        yield Panel("rank", "Rank of a matrix", tuple(ranks), unit="rank")
+    budget = tuple((float(change.step), change.budget) for change in run.history if change.budget is not None)
+    if len({value for _, value in budget}) > 1:
+        unit = run.budget.unit if run.budget is not None else "rank"
+        yield Panel("budget", "Budget in force", (Curve("budget", thinned(budget), "steps"),), unit=unit)
 
 
 def spectrum(run: Run) -> Panel | None:
     """Return the sorted singular values of each target with their median; None if no target has two of them."""
     greatest = max((value for found in run.spectrum.values() for value in found), default=0.0)
     least = max(_ROUNDING * greatest, _TINY)
-    values = {path: [value for value in found if value > least] for path, found in run.spectrum.items()}
-    longest = max(map(len, values.values()), default=0)
-    if longest < 2:
+    values = {path: sorted((v for v in found if v > least), reverse=True) for path, found in run.spectrum.items()}
+    if max(map(len, values.values()), default=0) < 2:
         return None
-    curves = [
-        Curve(path, tuple((float(n), value) for n, value in enumerate(sorted(found, reverse=True), 1)), "faint")
-        for path, found in values.items()
-        if found
-    ]
-    columns: list[list[float]] = [[] for _ in range(longest)]
-    for curve in curves:
-        for column, (_, value) in zip(columns, curve.points, strict=False):
-            column.append(value)
+    curves = [Curve(path, _numbered(found), "faint") for path, found in values.items() if found]
+    columns = ([v for v in column if v is not None] for column in itertools.zip_longest(*values.values()))
     # Where most targets have no such value, the median of the others would rise again.
-    common = [column for column in columns if 2 * len(column) >= len(curves)]
-    middle = tuple((float(n), median(column)) for n, column in enumerate(common, 1))
+    middle = _numbered(median(column) for column in columns if 2 * len(column) >= len(curves))
     title = "Singular values of what each adapter adds"
     return Panel("spectrum", title, (*curves, Curve("median", middle)), x_title="singular value number", is_log=True)
+
+
+def _numbered(values: Iterable[float]) -> Points:
+    return tuple((float(n), value) for n, value in enumerate(values, 1))
 
 
 def thinned(points: Points, limit: int = MOST_POINTS) -> Points:
@@ -153,45 +130,39 @@ def smoothed(points: Points) -> Points:
     return tuple(means)
 
 
-def _smoothed_curves(name: str, points: Points) -> Iterator[Curve]:
-    if len(points) >= _AT_LEAST_SMOOTHED:
-        yield Curve(f"{name}, each log", thinned(points), "faint")
-        yield Curve(f"{name}, smoothed", thinned(smoothed(points)))
-    elif points:
-        yield Curve(name, points)
+def _measured(run: Run, name: str) -> tuple[Curve, ...]:
+    """Return the values of training and those on held-out rows; nothing if neither has two points."""
+    train, held_out = _points(run, name), _points(run, f"{_EVAL}{name}")
+    if max(len(train), len(held_out)) < 2:
+        return ()
+    curves = [Curve("training", train)] if train else []
+    if len(train) >= _AT_LEAST_SMOOTHED:
+        each = Curve("training, each log", thinned(train), "faint")
+        curves = [each, Curve("training, smoothed", thinned(smoothed(train)))]
+    return (*curves, *([Curve("held-out", thinned(held_out), "dots")] if held_out else []))
 
 
-def _metrics(run: Run, rows: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
+def _metrics(run: Run) -> Iterator[Panel]:
     """Yield a panel per metric with two points or more, the main one first; those on held-out rows before others."""
-    names = dict.fromkeys(key for row in rows for key in row if _is_metric(key))
+    names = dict.fromkeys(key for row in run.logs for key in row if _is_metric(key))
     held_out = [name.removeprefix(_EVAL) for name in names if name.startswith(_EVAL)]
     ordered = dict.fromkeys([*held_out, *(name for name in names if not name.startswith(_EVAL))])
     main = scores.main_metric(run.metrics, run.main_metric)
-    shown = 0
-    for name in sorted(ordered, key=lambda name: name != main):
-        train, measured = _points(rows, name), _points(rows, f"{_EVAL}{name}")
-        if max(len(train), len(measured)) < 2 or shown == _MOST_METRICS:
-            continue
-        shown += 1
-        curves = [*_smoothed_curves("training", train)]
-        if measured:
-            curves.append(Curve("held-out", thinned(measured), "dots"))
+    found = {name: _measured(run, name) for name in sorted(ordered, key=lambda name: name != main)}
+    for name in [name for name, curves in found.items() if curves][:_MOST_METRICS]:
+        curves = found[name]
         if run.baseline is not None and name in run.baseline.metrics:
-            ends = [point[0] for curve in curves for point in (curve.points[0], curve.points[-1])]
+            steps = [step for curve in curves for step, _ in curve.points]
             level = run.baseline.metrics[name]
-            curves.append(
-                Curve(wording.short_baseline(run.baseline.what), ((min(ends), level), (max(ends), level)), "mark")
-            )
-        yield Panel(f"metric-{_file_name(name)}", wording.capitalised(scores.title(name)), tuple(curves))
+            mark = ((min(steps), level), (max(steps), level))
+            curves = (*curves, Curve(wording.short_baseline(run.baseline.what), mark, "mark"))
+        file_name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        yield Panel(f"metric-{file_name}", wording.capitalised(scores.title(name)), curves)
 
 
-def _file_name(metric: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", metric.lower()).strip("-")
-
-
-def _schedule(rows: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
+def _schedule(run: Run) -> Iterator[Panel]:
     for name, title in (("learning_rate", "Learning rate"), ("grad_norm", "Norm of the gradient")):
-        points = _points(rows, name)
+        points = _points(run, name)
         if len({value for _, value in points}) > 1:
             yield Panel(name.replace("_", "-"), title, (Curve(title.lower(), thinned(points)),))
 
@@ -207,10 +178,10 @@ def _is_metric(key: str) -> bool:
     )
 
 
-def _points(rows: Iterable[Mapping[str, Any]], key: str) -> Points:
+def _points(run: Run, key: str) -> Points:
     """Return the values of ``key`` over steps; of rows with the same step, the last."""
-    found = {float(row["step"]): float(row[key]) for row in rows if _is_number(row.get(key))}
-    return tuple(sorted(found.items()))
+    rows = (row for row in run.logs if _is_number(row.get("step")) and _is_number(row.get(key)))
+    return tuple(sorted({float(row["step"]): float(row[key]) for row in rows}.items()))
 
 
 def _is_number(value: object) -> bool:

@@ -1,9 +1,14 @@
-"""Ranks by target path, arranged as a table: layer by matrix."""
+"""Ranks and sizes by target path, arranged as a table, layer by matrix: for the terminal, and as sums."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Final
 
 import attrs
+from rich.table import Table
+
+_SHADES: Final = ("grey50", "steel_blue", "cyan", "green", "bold yellow")
+Cells = Iterable[int | None]
 
 
 @attrs.frozen
@@ -17,7 +22,12 @@ class RankMap:
     @property
     def total(self) -> int:
         """The number of live triplets in all targets: the budget, if it counts ranks."""
-        return sum(cell for row in self.cells for cell in row if cell is not None)
+        return sum(map(_sum, self.cells))
+
+    @property
+    def columns(self) -> tuple[tuple[int | None, ...], ...]:
+        """The cells of each matrix."""
+        return tuple(zip(*self.cells, strict=True))
 
 
 def rank_map(ranks: Mapping[str, int]) -> RankMap:
@@ -26,12 +36,15 @@ def rank_map(ranks: Mapping[str, int]) -> RankMap:
     Rows and columns keep the model's order. Paths without a number share a row named "-".
     """
     places = {path: _place(path) for path in ranks}
-    stacks = {stack for stack, _, _ in places.values()}
+    stacks = {stack for stack, number, _ in places.values() if number}
     rows = dict.fromkeys(place[:2] for place in places.values())
     columns = dict.fromkeys(place[2] for place in places.values())
     found = {places[path]: rank for path, rank in ranks.items()}
     return RankMap(
-        layers=tuple(_layer_label(stack, number, stacks) for stack, number in rows),
+        # The name of the only stack would say nothing.
+        layers=tuple(
+            (number if len(stacks) == 1 else f"{stack}.{number}".lstrip(".")) or "-" for stack, number in rows
+        ),
         matrices=tuple(shortened(columns)),
         cells=tuple(tuple(found.get((*row, column)) for column in columns) for row in rows),
     )
@@ -53,9 +66,45 @@ def _place(path: str) -> tuple[str, str, str]:
     return (match[1], match[2], match[3]) if match else ("", "", path)
 
 
-def _layer_label(stack: str, number: str, stacks: set[str]) -> str:
-    if not number:
-        return "-"
-    if len(stacks - {""}) == 1:
-        return number
-    return f"{stack}.{number}".lstrip(".")
+def rank_table(map_: RankMap, *, initial: int | None = None) -> Table:
+    """Build a table with a row per layer, a column per matrix, and sums. A rank of ``initial`` has the full colour."""
+    full = initial or max((cell or 0 for row in map_.cells for cell in row), default=1) or 1
+    table = Table(title=f"live ranks, {map_.total} in total", title_justify="left", show_footer=True)
+    table.add_column("layer", footer="sum")
+    for name, column in zip(map_.matrices, map_.columns, strict=True):
+        # Break long names at their dots, so that the columns stay narrow.
+        table.add_column(name.replace(".", ".\n"), footer=str(_sum(column)), justify="right")
+    table.add_column("sum", footer=str(map_.total), justify="right")
+    last = len(_SHADES) - 1
+    for layer, row in zip(map_.layers, map_.cells, strict=True):
+        shades = ["" if rank is None else _SHADES[min(rank * last // full, last)] for rank in row]
+        texts = (f"[{shade}]{rank}[/]" if shade else "" for shade, rank in zip(shades, row, strict=True))
+        table.add_row(layer, *texts, str(_sum(row)))
+    return table
+
+
+def by_matrix(sizes: Mapping[str, int]) -> Mapping[str, int]:
+    """Return the sum of each kind of matrix over all layers, the greatest first; empty if all have the same."""
+    map_ = rank_map(sizes)
+    return dict(sorted(_sums(map_.matrices, map_.columns).items(), key=lambda item: -item[1]))
+
+
+def by_layer(sizes: Mapping[str, int]) -> Mapping[str, int]:
+    """Return the sum of each layer over its matrices, in the model's order; empty if all have the same."""
+    map_ = rank_map(sizes)
+    return _sums(map_.layers, map_.cells)
+
+
+def parts_of(amounts: Mapping[str, int]) -> Mapping[str, float]:
+    """Return each amount as a share of their sum."""
+    total = sum(amounts.values()) or 1
+    return {name: amount / total for name, amount in amounts.items()}
+
+
+def _sums(names: Sequence[str], lines: Iterable[Cells]) -> dict[str, int]:
+    sums = dict(zip(names, map(_sum, lines), strict=True))
+    return sums if len(set(sums.values())) > 1 else {}
+
+
+def _sum(cells: Cells) -> int:
+    return sum(filter(None, cells))

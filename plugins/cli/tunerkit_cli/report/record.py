@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from types import NoneType
-from typing import Any, Final, NoReturn, get_args, get_origin
+from typing import Any, Final, get_args, get_origin
 
 import attrs
 from cattrs import Converter, transform_error
@@ -182,10 +182,12 @@ def read(record: Mapping[str, Any]) -> Run:
     try:
         run = _CONVERTER.structure({key: value for key, value in record.items() if value is not None}, Run)
     except Exception as problem:
-        _refuse(transform_error(problem, path="run", format_exception=_described))
-    problems = _misfits(run)
+        problems = transform_error(problem, path="run", format_exception=_described)
+    else:
+        problems = _misfits(run)
     if problems:
-        _refuse(problems)
+        listed = "; ".join(first(problems, 5))
+        raise RecordError(f"{listed}; restore the file as `tunerkit train` wrote it, or train again")
     return run
 
 
@@ -201,11 +203,6 @@ def _misfits(run: Run) -> list[str]:
     return problems
 
 
-def _refuse(problems: list[str]) -> NoReturn:
-    listed = "; ".join(first(problems, 5))
-    raise RecordError(f"{listed}; restore the file as `tunerkit train` wrote it, or train again")
-
-
 def _described(problem: BaseException, kind: type | None) -> str:
     if isinstance(problem, KeyError):
         return "a required key is missing"
@@ -213,11 +210,9 @@ def _described(problem: BaseException, kind: type | None) -> str:
 
 
 def _name(kind: Any) -> str:
-    if NoneType in get_args(kind):
-        return _name(get_args(kind)[0])
-    origin = get_origin(kind) or kind
+    kind = get_args(kind)[0] if NoneType in get_args(kind) else kind
     names = {tuple: "a list", int: "a whole number", float: "a number", str: "text", bool: "a bool"}
-    return names.get(origin, "a mapping")
+    return names.get(get_origin(kind) or kind, "a mapping")
 
 
 def _got(value: object) -> str:

@@ -26,10 +26,12 @@ def verdict(run: Run) -> Verdict:
     if metric is None:
         return Verdict(_without_metrics(run), "open")
     named = "a loss of" if metric == "loss" else scores.title(metric)
-    reached = f"{wording.method_title(run.method)} reaches {named} "
-    reached += f"{wording.decimals(run.metrics[metric])} on {_held_out(run)}{_trained(run)}"
+    reached = f"{wording.method_title(run.method)} reaches {named} {wording.decimals(run.metrics[metric])}"
+    rows, share = run.rows.get("eval"), trained_share(run)
+    on = "the held-out rows" if rows is None else f"{rows:,} held-out row{'' if rows == 1 else 's'}"
+    trained = "" if share is None else f" with {wording.percent(share)} of the parameters trained"
     compared, outcome = _comparison(run, metric)
-    return Verdict(f"{reached}{compared}.", outcome)
+    return Verdict(f"{reached} on {on}{trained}{compared}.", outcome)
 
 
 def failure(problems: Sequence[Problem]) -> str:
@@ -59,18 +61,6 @@ def _comparison(run: Run, metric: str) -> tuple[str, Literal["better", "worse", 
     side = "above" if difference > 0 else "below"
     judged = "" if is_better and difference > 0 else ", which is better" if is_better else ", which is worse"
     return f", {scores.distance(metric, difference)} {side} {name}{judged}", "better" if is_better else "worse"
-
-
-def _held_out(run: Run) -> str:
-    rows = run.rows.get("eval")
-    if rows is None:
-        return "the held-out rows"
-    return f"{rows:,} held-out row{'' if rows == 1 else 's'}"
-
-
-def _trained(run: Run) -> str:
-    share = trained_share(run)
-    return "" if share is None else f" with {wording.percent(share)} of the parameters trained"
 
 
 def trained_share(run: Run) -> float | None:

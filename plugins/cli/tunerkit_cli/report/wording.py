@@ -59,7 +59,7 @@ def duration(seconds: float) -> str:
     return f"{minutes}{SPACE}min{SPACE}{rest}{SPACE}s" if minutes else f"{rest}{SPACE}s"
 
 
-def short_text(text: str, width: int) -> str:
+def short_text(text: str, width: int = 60) -> str:
     """Return a text of at most ``width`` characters, with an ellipsis for its middle."""
     if len(text) <= width:
         return text

@@ -81,8 +81,7 @@ def _described_lengths(session: Session, lengths: Sequence[int]) -> str:
 
 def tell(session: Session, trained: Trained, console: Console) -> None:
     """Print the ranks and the metrics."""
-    from tunerkit_cli.report.rank_map import rank_map
-    from tunerkit_cli.report.terminal import rank_table
+    from tunerkit_cli.report.rank_map import rank_map, rank_table
 
     tuner = session.tuner
     if (ranks := tuner.ranks()) and injection.needs_steps(tuner):

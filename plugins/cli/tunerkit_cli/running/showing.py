@@ -14,9 +14,8 @@ from rich.table import Table
 from tunerkit.errors import cut
 from tunerkit_cli.converting.description import Shown, describe_adapter
 from tunerkit_cli.converting.printing import ranks_in_words, size_in_words
-from tunerkit_cli.report.rank_map import rank_map
+from tunerkit_cli.report.rank_map import rank_map, rank_table
 from tunerkit_cli.report.record import VERSION, read
-from tunerkit_cli.report.terminal import rank_table
 from tunerkit_cli.report.verdict import failure
 from tunerkit_cli.running.telling import say
 from tunerkit_cli.settings import write_settings

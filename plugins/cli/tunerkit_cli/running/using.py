@@ -9,7 +9,7 @@ from rich.console import Console
 import tunerkit
 from tunerkit import FileError, TunerkitError
 from tunerkit.errors import shown
-from tunerkit_cli.converting.merging import merge_adapter
+from tunerkit_cli.converting.conversion import merge_adapter
 from tunerkit_cli.outputs import OutputError, new_folder
 from tunerkit_cli.recipes.recipe import PRECISIONS
 from tunerkit_cli.rows import DataError, Table, read_table

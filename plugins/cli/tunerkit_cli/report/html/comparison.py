@@ -1,6 +1,6 @@
 """The comparison of several runs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -9,9 +9,9 @@ from tunerkit.errors import cut
 from tunerkit_cli.report import curves, scores, wording
 from tunerkit_cli.report.curves import Curve, Panel
 from tunerkit_cli.report.html import tables
-from tunerkit_cli.report.html.page import capped, drawn, highest_rank, rank_heatmap, rank_summary
+from tunerkit_cli.report.html.facts import capped, highest_rank, rank_heatmap, rank_summary
+from tunerkit_cli.report.html.page import drawn, filled
 from tunerkit_cli.report.html.tables import Table
-from tunerkit_cli.report.html.template import filled
 from tunerkit_cli.report.record import RecordError, Run, read
 from tunerkit_cli.report.verdict import failure, verdict
 
@@ -146,19 +146,17 @@ def _metrics(runs: Mapping[str, Run]) -> Table:
 
 
 def _costs(runs: Mapping[str, Run]) -> Iterator[tuple[str, ...]]:
-    times = [run.seconds.get("train") for run in runs.values()]
-    costs: dict[str, list[str]] = {
-        "method": [wording.method_title(run.method) for run in runs.values()],
-        "trained parameters": [_text(run.parameters.trained) for run in runs.values()],
-        "optimizer steps": [_text(run.steps) for run in runs.values()],
-        "precision": [run.precision or _NONE for run in runs.values()],
-        "training time": [_NONE if seconds is None else wording.duration(seconds) for seconds in times],
+    def texts(value_of: Callable[[Run], Any], write: Callable[[Any], str] = str) -> list[str]:
+        return [_NONE if (value := value_of(run)) is None else write(value) for run in runs.values()]
+
+    costs = {
+        "method": texts(lambda run: run.method, wording.method_title),
+        "trained parameters": texts(lambda run: run.parameters.trained, wording.number),
+        "optimizer steps": texts(lambda run: run.steps, wording.number),
+        "precision": texts(lambda run: run.precision or None),
+        "training time": texts(lambda run: run.seconds.get("train"), wording.duration),
     }
-    return ((title, *texts) for title, texts in costs.items() if {*texts} != {_NONE})
-
-
-def _text(value: float | None) -> str:
-    return _NONE if value is None else wording.number(value)
+    return ((title, *found) for title, found in costs.items() if {*found} != {_NONE})
 
 
 def _panels(runs: Mapping[str, Run]) -> Iterator[Panel]:
@@ -194,6 +192,4 @@ def _differences(runs: Mapping[str, Run]) -> Table | None:
     ]
     names = dict.fromkeys(name for settings in found for name in settings)
     rows = [(name, *(settings.get(name, _NONE) for settings in found)) for name in names]
-    differing = tuple(row for row in rows if len(set(row[1:])) > 1)
-    shown = differing[: tables.MOST_ROWS]
-    return Table(("setting", *runs), shown, left_out=len(differing) - len(shown)) if differing else None
+    return tables.shortened(("setting", *runs), [row for row in rows if len(set(row[1:])) > 1])

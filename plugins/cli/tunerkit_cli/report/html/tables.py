@@ -1,15 +1,16 @@
 """The tables of a report, as texts."""
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import attrs
 
-from tunerkit_cli.report import mistakes, scores, verdict, wording
+from tunerkit_cli.report import scores, wording
 from tunerkit_cli.report.record import Baseline, Run
 
-MOST_ROWS: Final = 400
+_MOST_ROWS: Final = 400
 _MOST_EVALUATIONS: Final = 50
 _MOST_METRICS: Final = 12
 _MOST_LABELS: Final = 30
@@ -71,43 +72,44 @@ def targets(run: Run) -> Table | None:
         "values for 90 %": {path: str(_needed(values, 0.9)) for path, values in run.spectrum.items() if any(values)},
     }
     known = {name: texts for name, texts in columns.items() if texts}
-    if not known:
-        return None
-    rows = [(path, *(texts.get(path, _NONE) for texts in known.values())) for path in paths[:MOST_ROWS]]
-    return Table(("target", *known), tuple(rows), left_out=len(paths) - len(rows))
+    rows = [(path, *(texts.get(path, _NONE) for texts in known.values())) for path in paths if known]
+    return shortened(("target", *known), rows)
 
 
 def labels(run: Run) -> Table | None:
     """Return recall, precision and F1 of each label, from the confusion matrix."""
-    names = mistakes.label_names(run)
+    names = scores.label_names(run)
     if not 1 < len(run.confusion) <= _MOST_LABELS:
         return None
-    rows = [
-        (names[n], wording.number(found.rows), *map(_share, (found.recall, found.precision, found.f1)))
-        for n, found in enumerate(mistakes.label_scores(run))
-    ]
+    rows = []
+    for name, found in zip(names, scores.label_scores(run), strict=True):
+        ratios = (_NONE if ratio is None else f"{ratio:.3f}" for ratio in (found.recall, found.precision, found.f1))
+        rows.append((name, wording.number(found.rows), *ratios))
     return Table(("label", "rows", "recall", "precision", "F1"), tuple(rows))
 
 
 def settings(values: Mapping[str, Any]) -> Table | None:
     """Return settings with their values; nested ones have dotted names."""
-    rows = tuple(flattened(values).items())
-    return Table(("setting", "value"), rows[:MOST_ROWS], left_out=max(len(rows) - MOST_ROWS, 0)) if rows else None
+    return shortened(("setting", "value"), list(flattened(values).items()))
+
+
+def shortened(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table | None:
+    """Return a table of the first rows, which counts the others; None without rows."""
+    shown = tuple(rows[:_MOST_ROWS])
+    return Table(tuple(columns), shown, left_out=len(rows) - len(shown)) if rows else None
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Return settings as texts, by dotted names."""
-    return dict(_flat(values, prefix))
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    found: dict[str, str] = {}
     for name, value in values.items():
         if name.lower() in _SECRETS and value is not None:
-            yield f"{prefix}{name}", "(hidden)"
+            found[f"{prefix}{name}"] = "(hidden)"
         elif isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            found |= flattened(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", wording.short_text(_text(value), _LONGEST_SETTING)
+            found[f"{prefix}{name}"] = wording.short_text(_text(value), _LONGEST_SETTING)
+    return found
 
 
 def _measured(value: object) -> str:
@@ -134,24 +136,8 @@ def _beside(run: Run, name: str, baseline: Baseline) -> tuple[str, str]:
     return value, f"{scores.signed(name, difference)}, {'better' if is_better else 'worse'}"
 
 
-def _share(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.3f}"
-
-
 def _needed(values: Sequence[float], share: float) -> int:
     """Return how many of the greatest singular values hold a share of the sum of all squares."""
     squares = sorted((value * value for value in values), reverse=True)
-    total, reached = sum(squares), 0.0
-    for count, square in enumerate(squares, 1):
-        reached += square
-        if reached >= share * total:
-            return count
-    return len(squares)
-
-
-def baseline_note(run: Run, metric: str) -> str:
-    """Return how far the main metric is from the baseline's; empty without one."""
-    if run.baseline is None or metric not in run.baseline.metrics:
-        return ""
-    difference = run.metrics[metric] - run.baseline.metrics[metric]
-    return f"{scores.signed(metric, difference)} vs. {verdict.baseline_name(run.baseline.what)}"
+    wanted = share * sum(squares)
+    return next(count for count, held in enumerate(itertools.accumulate(squares), 1) if held >= wanted)

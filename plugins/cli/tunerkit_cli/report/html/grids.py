@@ -1,0 +1,124 @@
+"""Tables that draw: the rank heatmap, the confusion matrix, and bars beside names."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import attrs
+
+from tunerkit_cli.report import wording
+from tunerkit_cli.report.rank_map import rank_map
+
+MOST_BARS: Final = 128
+MOST_CELLS: Final = 2000
+MOST_LABELS: Final = 20
+LONGEST_NAME: Final = 26
+_ROOM: Final = 960  # pixels for the cells, on a wide screen
+_LETTER: Final = 8  # pixels that a letter takes at most, or nearly so
+_NO_CAP: Final = -1
+
+
+@attrs.frozen
+class Cell:
+    """A cell: its text, a second line below it, what hovering shows, and how dark it is, from 0 to 1.
+
+    ``kind`` names its colour. ``is_marked`` puts a mark into its corner.
+    """
+
+    text: str
+    title: str
+    shade: float
+    kind: str = "amount"
+    detail: str = ""
+    is_marked: bool = False
+
+
+@attrs.frozen
+class Grid:
+    """``cells[row][column]``, of so many pixels each; None leaves a cell out. ``label`` is for those who cannot see."""
+
+    rows: Sequence[str]
+    columns: Sequence[str]
+    cells: Sequence[Sequence[Cell | None]]
+    cell_width: int
+    cell_height: int
+    x_title: str
+    y_title: str
+    label: str
+
+    @property
+    def is_upright(self) -> bool:
+        """Whether the names of columns are too long to lie above them."""
+        return _width(self.columns) > self.cell_width
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it needs more than half of a wide screen."""
+        return _width(self.rows) + len(self.columns) * self.cell_width > 520
+
+
+def _width(names: Sequence[str]) -> int:
+    return _LETTER * min(max(map(len, names), default=0), LONGEST_NAME)
+
+
+def heatmap(ranks: Mapping[str, int], caps: Mapping[str, int], *, highest: int) -> Grid:
+    """Draw the first `MOST_CELLS` live ranks, with a mark on those at their cap, and the full colour at ``highest``.
+
+    Layers lie side by side: there are often more of them than matrices, and their names are short.
+    """
+    shown = dict(list(ranks.items())[:MOST_CELLS])
+    map_, limits = rank_map(shown), rank_map({path: caps.get(path, _NO_CAP) for path in shown})
+    cells = [
+        [
+            None if rank is None or cap is None else _rank_cell(rank, cap, f"layer {layer}, {matrix}", highest)
+            for layer, rank, cap in zip(map_.layers, line, line_limits, strict=True)
+        ]
+        for matrix, line, line_limits in zip(map_.matrices, map_.columns, limits.columns, strict=True)
+    ]
+    width = min(50, max(30, _ROOM // len(map_.layers)))
+    label = f"Live rank by matrix and layer, {map_.total:,} in total: "
+    label += f"from {min(shown.values())} to {max(shown.values())}"
+    return Grid(map_.matrices, map_.layers, cells, width, 40 if width > 36 else 28, "layer", "matrix", label)
+
+
+def _rank_cell(rank: int, cap: int, place: str, highest: int) -> Cell:
+    is_capped = 0 < cap <= rank
+    limit = f" of at most {cap}" if cap != _NO_CAP else ""
+    title = f"{place}: rank {rank}{limit}{', at its cap' if is_capped else ''}"
+    return Cell(str(rank), title, min(rank / highest, 1.0), is_marked=is_capped)
+
+
+def confusion_matrix(confusion: Sequence[Sequence[int]], labels: Sequence[str]) -> Grid:
+    """Draw true labels as rows and predicted ones as columns. Right predictions have another colour than wrong ones."""
+    cells = [
+        [_share_cell(rows, sum(line), labels[n], labels[k], n == k) for k, rows in enumerate(line)]
+        for n, line in enumerate(confusion)
+    ]
+    right, total = sum(line[n] for n, line in enumerate(confusion)), sum(map(sum, confusion))
+    label = f"Confusion matrix: {right:,} of {total:,} rows predicted as they are labelled"
+    return Grid(labels, labels, cells, min(76, max(50, _ROOM // len(labels))), 46, "predicted", "true", label)
+
+
+def _share_cell(rows: int, of: int, true: str, predicted: str, is_right: bool) -> Cell:
+    share = rows / of if of else 0.0
+    title = f"{true} predicted as {predicted}: {rows:,} of {of:,} rows, {wording.percent(share)}"
+    text = f"{100 * share:.1f}{wording.SPACE}%" if of else "–"
+    return Cell(text, title, share, kind="right" if is_right else "wrong", detail=f"{rows:,}")
+
+
+@attrs.frozen
+class Bar:
+    """A row of a table: a name, the bar's length in percent, the amount and its share."""
+
+    name: str
+    length: float
+    amount: str
+    share: str
+
+
+def bars(amounts: Mapping[str, float], shares: Mapping[str, float]) -> tuple[Bar, ...]:
+    """Draw a bar for each amount, the first `MOST_BARS` of them. Its length is its part of the greatest share."""
+    longest = max(shares.values(), default=0.0) or 1.0
+    return tuple(
+        Bar(name, 100 * shares[name] / longest, wording.number(amount), wording.percent(shares[name]))
+        for name, amount in list(amounts.items())[:MOST_BARS]
+    )
