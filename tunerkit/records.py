@@ -450,19 +450,19 @@ class Format:
 
 
 # Any: nothing is known of the value yet, and types have no common type.
-def mistyped(value: Any, declared: Any, path: str = "") -> tuple[str, object, str] | None:
+def mistyped(value: Any, declared: Any, path: str = "") -> tuple[str, object, Any] | None:
     """Find the first part of a value that is not of its declared type, also inside containers and the records here.
 
     Returns:
-        The part's path in the value, the part, and its type in words; None if all parts are of their types.
+        The part's path in the value, the part, and its declared type; None if all parts are of their types.
     """
     kind, parts = get_origin(declared) or declared, get_args(declared)
     if kind in (Union, UnionType):
-        found = [wrong for part in parts if (wrong := mistyped(value, part, path)) is not None]
-        inner = [wrong for wrong in found if wrong[0] != path]  # of the type that is meant
-        return None if len(found) < len(parts) else next(iter(inner), (path, value, type_name(declared)))
+        found = [mistyped(value, part, path) for part in parts]
+        inner = (wrong for wrong in found if wrong is not None and wrong[0] != path)  # of the type that is meant
+        return None if None in found else next(inner, (path, value, declared))
     if not _is_of(value, kind, parts):
-        return path, value, type_name(declared)
+        return path, value, declared
     inside = (mistyped(each, its_type, path + step) for step, each, its_type in _inside(value, kind, parts))
     return next((found for found in inside if found is not None), None)
 

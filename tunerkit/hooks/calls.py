@@ -97,10 +97,11 @@ def unlike(answer: object, declared: Any) -> tuple[str, str] | None:
     """What was answered and what must be, for a message; None if the answer is of its declared type."""
     if (wrong := mistyped(answer, declared)) is None:
         return None
-    path, part, expected = wrong
+    path, part, its_type = wrong
     if not path:
-        return in_short(answer), expected
-    return f"{in_short(answer)} with {in_short(part)} at {path}", f"{type_name(declared)}, with {expected} there"
+        return in_short(answer), type_name(declared)
+    found = f"{in_short(answer)} with {in_short(part)} at {path}"
+    return found, f"{type_name(declared)}, with {type_name(its_type)} there"
 
 
 def in_short(value: object) -> str:

@@ -14,7 +14,7 @@ from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, closest, error_text, is_of_user, shown
 from tunerkit.hooks import specs
 from tunerkit.paths import few
-from tunerkit.records import Method, MethodInfo, StatisticsRequest, mistyped
+from tunerkit.records import Method, MethodInfo, StatisticsRequest, mistyped, type_name
 
 GROUP = "tunerkit"
 VARIABLE = "TUNERKIT_PLUGINS"
@@ -311,6 +311,6 @@ def _checked_name(method: Any) -> str:
             "with the ranks of what it wants, as in tunerkit.StatisticsRequest(inputs=16)"
         )
     if (wrong := mistyped(method, Method)) is not None:
-        path, part, expected = wrong
-        raise PluginError(f"{path[1:]} of method {shown(name)} is {shown(part)}; expected {expected}")
+        path, part, its_type = wrong
+        raise PluginError(f"{path[1:]} of method {shown(name)} is {shown(part)}; expected {type_name(its_type)}")
     return str.__str__(name)
