@@ -11,6 +11,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit.hooks import specs
+from tunerkit.hooks.loading import Catalog
 from tunerkit.hooks.registry import Answer, Registry
 from tunerkit.layers import as_base_layer, weights
 from tunerkit_testing.small import trainable
@@ -35,7 +36,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Registry, "gather", without)
     monkeypatch.setattr(Registry, "ask", alone)
-    monkeypatch.setattr(Registry, "absence", lambda self, name: f"{name} is not installed")
+    monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_a_process_of_a_group_is_refused_with_the_extra(toys: "Toys") -> None:
     for asked in (None, True):
         with pytest.raises(tunerkit.StepError, match=said):
             attached(toys, data_parallel=asked)
-    with pytest.warns(tunerkit.TunerkitWarning, match="wrap the model first, then put it into DDP"):
+    with pytest.warns(tunerkit.TunerkitWarning, match="Wrap the model first, then put it into DDP"):
         model = attached(toys, data_parallel=False)
     optimizer = tunerkit.optimizer_of(tunerkit.tuner(model))
     assert "DDP" in str(tunerkit.resize_obstacle(trainable(model), optimizer))

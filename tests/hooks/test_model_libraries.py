@@ -12,6 +12,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit.errors import BaseMismatchError, TunerkitWarning
+from tunerkit.hooks.loading import Catalog
 from tunerkit.hooks.registry import Registry
 from tunerkit_testing.registering import registered
 
@@ -79,13 +80,13 @@ def test_settings_that_no_plugin_compares_are_named(
     """A file with settings is loaded without the plugin that compares them, and a warning says which ones."""
     with library(settings=lambda model: {"epsilon": 1.0}):
         path = tunerkit.save(tunerkit.wrap(toys.net(), "toy-shift", LAYER), tmp_path)
-    monkeypatch.setattr(Registry, "absence", lambda self, name: f"{name} is not installed")
+    monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")
     with pytest.warns(TunerkitWarning, match=r"not compared: epsilon\. tunerkit-transformers compares them.*not inst"):
         tunerkit.load(toys.net(), path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tunerkit.load(toys.net(), path, check_config=False)
-        monkeypatch.setattr(Registry, "absence", lambda self, name: None)
+        monkeypatch.setattr(Catalog, "absence", lambda self, name: None)
         tunerkit.load(toys.net(), path)
 
 
@@ -178,6 +179,6 @@ def test_a_reference_is_what_a_plugin_makes(toys: "Toys", monkeypatch: pytest.Mo
     with registered(plugin):
         assert tunerkit.reference(model) is twin
     monkeypatch.setattr(Registry, "ask", lambda *_, **__: iter(()))
-    monkeypatch.setattr(Registry, "absence", lambda self, name: f"{name} is not installed")
+    monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")
     with pytest.raises(tunerkit.AdapterError, match=r"tunerkit-transformers makes references.*\[transformers\]"):
         tunerkit.reference(model)

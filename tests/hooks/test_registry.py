@@ -229,13 +229,13 @@ def test_why_a_distribution_is_absent_is_said_as_it_is(site: Site, monkeypatch: 
     site.good("tunerkit-good", "good")
     site.add("tunerkit-broken", {"broken": "1 / 0"})
     found = site.registry()
-    assert found.absence("tunerkit-good") is None
-    absent = found.absence("tunerkit-broken") or ""
+    assert found.loaded().absence("tunerkit-good") is None
+    absent = found.loaded().absence("tunerkit-broken") or ""
     assert absent.startswith("tunerkit-broken cannot be used: ZeroDivisionError: division by zero")
     assert absent.endswith("(to upgrade it: pip install -U tunerkit-broken)")
-    assert found.absence("tunerkit-gone") == "tunerkit-gone is not installed"
+    assert found.loaded().absence("tunerkit-gone") == "tunerkit-gone is not installed"
     monkeypatch.setenv("TUNERKIT_PLUGINS", "")
-    assert "TUNERKIT_PLUGINS limits what is loaded" in str(site.registry().absence("tunerkit-good"))
+    assert "TUNERKIT_PLUGINS limits what is loaded" in str(site.registry().loaded().absence("tunerkit-good"))
 
 
 def test_a_plugin_that_fails_leaves_no_hook_behind(site: Site) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import tunerkit
+from tunerkit.hooks.loading import Catalog
 from tunerkit.hooks.registry import Registry
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, trainable
@@ -90,12 +91,12 @@ def test_a_trainer_that_no_plugin_knows_is_refused_with_the_extra_that_does(monk
     """By the library of its class, if the plugin for it is not there; otherwise it is told what to pass instead."""
     model = wrapped()
     trainer = type("SFTTrainer", (), {"__module__": "trl.trainer.sft_trainer"})()
-    monkeypatch.setattr(Registry, "absence", lambda self, name: f"{name} is not installed")
+    monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")
     with pytest.raises(tunerkit.StepError, match=r'tunerkit-transformers is not installed.*"tunerkit\[transformers\]"'):
         tunerkit.attach(model, trainer)
     with pytest.raises(tunerkit.StepError, match="got object; pass the optimizer that steps the adapter"):
         tunerkit.attach(model, object())
-    monkeypatch.setattr(Registry, "absence", lambda self, name: None)
+    monkeypatch.setattr(Catalog, "absence", lambda self, name: None)
     with pytest.raises(tunerkit.StepError, match="got SFTTrainer; pass the optimizer that steps the adapter"):
         tunerkit.attach(model, trainer)
 
@@ -168,7 +169,7 @@ def test_a_model_of_a_library_without_its_plugin_says_how_its_targets_were_chose
         built.__class__ = type("BertModel", (nn.Sequential,), {"__module__": "transformers.models.bert"})
         return built  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(Registry, "absence", lambda self, name: f"{name} is not installed")
+    monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")
     lost = r"new modules of this BertModel.*stay frozen.*do not record its settings.*transformers is not installed"
     said = f"default targets of this BertModel are chosen by the kinds of its layers; {lost}"
     with pytest.warns(tunerkit.TunerkitWarning, match=said) as caught:
@@ -178,5 +179,5 @@ def test_a_model_of_a_library_without_its_plugin_says_how_its_targets_were_chose
         tunerkit.wrap(model(), "toy-low-rank", TARGETS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        monkeypatch.setattr(Registry, "absence", lambda self, name: None)
+        monkeypatch.setattr(Catalog, "absence", lambda self, name: None)
         tunerkit.wrap(model(), "toy-low-rank")

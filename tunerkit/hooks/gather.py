@@ -105,9 +105,7 @@ def gather_restrictions() -> tuple[Restriction, ...]:
     """What is refused with which library, as all plugins say it; then what core would do wrong without a plugin."""
     found = [*_records(specs.tunerkit_restrictions)]
     for library in extras.LIBRARIES:
-        distribution = extras.distribution(library.extra)
-        if library.verbs and (absent := registry.absence(distribution)) is not None:
-            why = f"{distribution} knows what it does, and {absent} ({extras.install(library.extra)})"
+        if library.verbs and (why := registry.lacking(library.extra, "knows what it does")) is not None:
             classes = (library.package,) if library.package else ()
             marks = dict.fromkeys(library.marks)
             found.append(Restriction(library.name, dict.fromkeys(library.verbs, why), classes, marks))
@@ -117,14 +115,11 @@ def gather_restrictions() -> tuple[Restriction, ...]:
 def adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """Tell every plugin which modules of a model have adapters now."""
     tell(specs.tunerkit_adapted, model=model, modules=modules)
-    distribution = extras.distribution(extras.ENGINES)
     grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
     trained = (parameter.requires_grad for module in modules for parameter in module.parameters())
-    if grouped and any(trained) and (absent := registry.absence(distribution)) is not None:
-        warn(
-            f"this process is in a group, and {absent} ({extras.install(extras.ENGINES)}), which would notice adapters "
-            "that DistributedDataParallel does not synchronise: wrap the model first, then put it into DDP"
-        )
+    notices = "notices adapters that DistributedDataParallel does not synchronise"
+    if grouped and any(trained) and (lacking := registry.lacking(extras.ENGINES, notices)) is not None:
+        warn(f"this process is in a group. {lacking}. Wrap the model first, then put it into DDP")
 
 
 def ranks_changed(

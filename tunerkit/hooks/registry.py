@@ -68,17 +68,16 @@ class Registry:
         """Describe the plugin that owns ``method``, for an error."""
         return f"the plugin of method {method!r} ({self.owner_of(method).distribution})"
 
-    def absence(self, distribution: str) -> str | None:
-        """Say why no plugin of a distribution is loaded, and what to do; None if one is."""
-        return self.loaded().absence(distribution)
+    def lacking(self, extra: str, what: str) -> str | None:
+        """Say ``what`` an extra's distribution does, why it is not loaded, and how to get it; None if it is loaded."""
+        distribution = extras.distribution(extra)
+        absent = self.loaded().absence(distribution)
+        return None if absent is None else f"{distribution} {what}, and {absent} ({extras.install(extra)})"
 
     def unserved(self, thing: object) -> str:
         """Say how to get the plugin that knows the library of an object; empty if it is loaded, or if there is none."""
         extra = extras.serving(thing)
-        absent = None if extra is None else self.absence(extras.distribution(extra))
-        if extra is None or absent is None:
-            return ""
-        return f"{extras.distribution(extra)} knows its library, and {absent} ({extras.install(extra)})"
+        return "" if extra is None else self.lacking(extra, "knows its library") or ""
 
     def implements(self, hook: Callable[..., object], method: str) -> bool:
         """Whether the plugin that owns the method implements the hook; False if no plugin owns it."""

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from tunerkit import hooks
 from tunerkit.errors import AdapterError, PluginError
-from tunerkit.injection.models import slots_of
-from tunerkit.injection.slots import Slot, Slots
+from tunerkit.injection.slots import Slot, Slots, slots_of
 from tunerkit.injection.tuner import Tuner, modules_in, slots_in
 from tunerkit.layers import Adapter, BaseLayer, bias_name, torch_private
 from tunerkit.records import Delta

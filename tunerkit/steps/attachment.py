@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from tunerkit import hooks, injection
 from tunerkit.errors import StepError, shown, warn
-from tunerkit.extras import ENGINES, distribution, install
+from tunerkit.extras import ENGINES
 from tunerkit.hooks import Engine, Removable
 from tunerkit.injection import Tuner, slots_in
 from tunerkit.layers import torch_private
@@ -203,8 +203,8 @@ def engine_for(
     if data_parallel or (data_parallel is None and is_one_of_several):
         raise StepError(
             "this process is one of a group, or has to be, and no installed plugin keeps the adapters of a group "
-            f"alike, so each process would train its own in silence: {hooks.registry.absence(distribution(ENGINES))} "
-            f"({install(ENGINES)}). If they are meant to be apart, attach with data_parallel=False"
+            f"alike, so each process would train its own in silence: {hooks.registry.lacking(ENGINES, 'does')}. If "
+            "they are meant to be apart, attach with data_parallel=False"
         )
     return None, candidate
 
