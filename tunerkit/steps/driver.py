@@ -138,9 +138,10 @@ def drive(
     for tuner in tuners:
         check_attachable(tuner, optimizer)
     totals = [agree_on_total(tuner, total_steps) for tuner in tuners]
-    if optimizer is not None:
-        vars(optimizer)[ENGINE] = engine
     with ExitStack() as undo:
+        if optimizer is not None:
+            undo.callback(vars(optimizer).update, {ENGINE: vars(optimizer).get(ENGINE)})
+            vars(optimizer)[ENGINE] = engine
         for tuner, total in zip(tuners, totals, strict=True):
             detach(tuner)  # from an optimizer that is gone
             undo.callback(_restore_, tuner, attrs.evolve(tuner.progress), tuner.state, tuner.engine)
