@@ -17,6 +17,7 @@ from tunerkit.injection.tuner import Tuner, tuners_of
 from tunerkit.layers import is_named, torch_private, weights
 from tunerkit.paths import CHILD, is_under, join
 from tunerkit.patterns import matcher
+from tunerkit.records import Restriction
 from tunerkit.targets import Scan
 
 _NAME = r"[^./\ud800-\udfff]{1,64}"
@@ -68,13 +69,19 @@ def refuse_restricted(modules: Iterable[tuple[str, nn.Module]], verb: str) -> No
     The modules inside them are not searched.
     """
     restrictions = [each for each in hooks.gather_restrictions() if verb in each.refused]
-    is_of: Callable[[type, str], bool] = functools.cache(is_named)  # a model has many layers of few classes
+    marks = {name for each in restrictions for name in each.marks}
+    of_class: dict[type, list[Restriction]] = {}  # a model has many layers of few classes
     for path, module in modules:
         things: list[tuple[str, nn.Module | nn.Parameter]] = [(path, module)]
         things += [(join(path, name), p) for name, p in torch_private.own_parameters(module).items() if p is not None]
         for place, thing in things:
+            kind = type(thing)
+            if kind not in of_class:
+                of_class[kind] = [each for each in restrictions if any(is_named(kind, name) for name in each.classes)]
+            if not of_class[kind] and marks.isdisjoint(vars(thing)):
+                continue
             for each in restrictions:
-                if any(is_of(type(thing), name) for name in each.classes) or _is_marked(thing, each.marks):
+                if each in of_class[kind] or _is_marked(thing, each.marks):
                     where = f"at {place!r}" if place else "in the model itself"
                     error = each.error or AdapterError
                     raise error(f"cannot {verb} with {each.name}, found {where}: {each.refused[verb]}")

@@ -156,9 +156,7 @@ class Slots(nn.Module):
 
         If the original was merged, its module held the base at that time, so the copy is not merged.
         """
-        # Pickles of earlier versions lack these.
-        earlier: dict[str, Any] = {"rounding": None, "whole": {}, "parting": None}
-        super().__setstate__(earlier | state)  # type: ignore[no-untyped-call]  # torch's own
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
         if not self.enabled:
             self.enabled = True
             self.forget_merge()
