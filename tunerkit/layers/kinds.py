@@ -5,7 +5,7 @@ Each method names the shapes that it takes and gives; `BaseLayer` says what it d
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NoReturn, cast, final
+from typing import ClassVar, NoReturn, cast, final
 
 import attrs
 import torch.nn.functional as F
