@@ -314,9 +314,8 @@ def _scalar(value: Any, cls: type) -> object:
     # What derives from a number or from text, such as an IntEnum, becomes one: YAML cannot write it.
     if not isinstance(value, (int, float) if cls is float else cls) or (isinstance(value, bool) and cls is not bool):
         _refuse(value, cls)
-    if (
-        cls is float and not abs(cast(float, value)) <= sys.float_info.max
-    ):  # also if it is NaN, or an int too large for a float
+    # Also if it is NaN, or an int too large for a float.
+    if cls is float and not abs(cast(float, value)) <= sys.float_info.max:
         raise ValueError(f"expected a finite float, {_got(value)}")
     if cls is str:
         return str.__str__(value)
