@@ -335,11 +335,10 @@ def _load(
 def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tuner:
     beside, model = beside_of(header, source), scanned.root.module
     try:
-        found = targets.from_paths(scanned, [*header.targets, *header.copies, *header.biases, *beside])
+        targets.from_paths(scanned, [*header.targets, *header.copies, *header.biases, *beside])
     except TargetError as error:
         raise BaseMismatchError(f"{source} was trained on another base model: {error}") from error
-    by_path = {place.path: place for place in found}
-    chosen, copies, biases = (tuple(by_path[path] for path in paths) for paths in header.places.values())
+    chosen, copies, biases = (targets.from_paths(scanned, paths) for paths in header.places.values())
     outputs = hooks.registry.get(header.method).targets == "outputs"
     refuse_places(scanned, chosen, header.copies, source, outputs=outputs)
     calibration = None
