@@ -49,7 +49,7 @@ MUTATIONS = (
     Mutation(
         "forged files",
         "tunerkit/serialization/tensor_checks.py",
-        "and not {found, built.dtype} <= _PRECISIONS:",
+        "and not {found.dtype, built.dtype} <= _PRECISIONS:",
         "and False:",
     ),
     Mutation(

@@ -49,7 +49,9 @@ def export(
         serialization.tensors_of(tuner)  # which raises for NaN and inf
         return serialization.write_format(tuner, place, found, settings)
 
-    return serialization.write_trained(tuner, place, write)
+    written = serialization.write_trained(tuner, place, write)
+    injection.warn_of_base_changes([tuner])
+    return written
 
 
 def from_folder(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:

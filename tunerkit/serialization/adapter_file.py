@@ -74,14 +74,16 @@ def save(
     """
     tuner, place = injection.tuner(model, adapter), file_at(path, "adapter")
     steps.report_undriven(tuner, saving=True)
-    return write_trained(tuner, place, functools.partial(_write, tuner, place, allow_nonfinite))
+    written = write_trained(tuner, place, functools.partial(_write, tuner, place, allow_nonfinite))
+    injection.warn_of_base_changes([tuner])
+    return written
 
 
 def write_trained(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
     """Call ``write`` in one process, after the checks of an adapter at the end of its training; return its path.
 
     A method that needs steps must have seen one, unless the adapter came from a file. Warn if the ranks are above their
-    final budget, if nothing was trained, or if the base was.
+    final budget, or if nothing was trained.
     """
     if injection.needs_steps(tuner) and _is_fresh(tuner):
         raise AdapterError(
@@ -93,7 +95,6 @@ def write_trained(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
     with tuner.whole():
         written = written_once(tuner, place, write)
         _warn_of_untrained(tuner)
-    injection.warn_of_base_changes([tuner])
     return written
 
 
@@ -215,14 +216,13 @@ def _warn_of_untrained(tuner: Tuner) -> None:
     """Warn of what nothing trained. A method that needs steps cannot miss them, and `attach` looks at what it holds."""
     if tuner.progress.loaded or injection.needs_steps(tuner) or (tuner.steps == 0 and not _is_fresh(tuner)):
         return
-    saved = f"adapter {tuner.name!r} was saved"
-    untrained = injection.is_untrained(tuner)
-    if untrained and tuner.steps == 0 and injection.adds_nothing(tuner):
+    saved, has_idle_matrices = f"adapter {tuner.name!r} was saved", injection.is_untrained(tuner)
+    if has_idle_matrices and tuner.steps == 0 and injection.adds_nothing(tuner):
         warn(
             f"{saved} untrained: it adds nothing to the model. Most often the optimizer was built before "
             f"tunerkit.wrap, or from other parameters: {_REBUILD}"
         )
-    elif untrained:
+    elif has_idle_matrices:
         after = f" after {tuner.steps} steps" if tuner.steps else ""
         warn(
             f"{saved}{after}, and none of its matrices is trained: they add nothing to the model. Check that the "
@@ -336,11 +336,10 @@ def _load(
 def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tuner:
     beside, model = beside_of(header, source), scanned.root.module
     try:
-        found = targets.from_paths(scanned, [*header.targets, *header.copies, *header.biases, *beside])
+        targets.from_paths(scanned, [*header.targets, *header.copies, *header.biases, *beside])
     except TargetError as error:
         raise BaseMismatchError(f"{source} was trained on another base model: {error}") from error
-    by_path = {place.path: place for place in found}
-    chosen, copies, biases = (tuple(by_path[path] for path in paths) for paths in header.places.values())
+    chosen, copies, biases = (targets.from_paths(scanned, paths) for paths in header.places.values())
     outputs = hooks.registry.get(header.method).targets == "outputs"
     refuse_places(scanned, chosen, header.copies, source, outputs=outputs)
     calibration = None

@@ -18,6 +18,7 @@ from tunerkit.paths import CHILD, few, join
 from tunerkit.records import Resized, Target
 from tunerkit.serialization.header import numbers_in
 
+_Shapes = tuple[Sequence[int], Sequence[int]]  # in the file, and in this model
 _NOTHING: Mapping[str, Tensor] = {}
 _TO_READ = (
     "A model with them computes nothing useful: load an earlier file. To look at this one, read its tensors with "
@@ -96,18 +97,17 @@ def fill(
     """
     filled: dict[str, Slot] = {}
     problems: list[str] = []
-    resized: dict[str, tuple[Sequence[int], Sequence[int]]] = {}
+    resized: dict[str, _Shapes] = {}
     used: set[str] = set()
     cast: list[tuple[str, Slot]] = []
     for path, slot in slots:
         state = {join(path, name): built for name, built in slot.state_dict().items()}
         used.update(state)
-        misfits = list(_misfits(state, tensors))
+        misfits = dict(_misfits(path, state, tensors))
+        problems += [line for line, shapes in misfits.items() if shapes is None]
+        resized |= {line: shapes for line, shapes in misfits.items() if shapes is not None}
         if not misfits:
-            others = _resized(path, state, tensors)
-            resized |= others
-            misfits = [] if others else _load_slot(path, slot, {name: tensors[name] for name in state})
-        problems += misfits
+            problems += _load_slot(path, slot, {name: tensors[name] for name in state})
         if not (problems or resized):
             filled[path] = slot
             if any(built.dtype != tensors[name].dtype for name, built in state.items()):
@@ -131,25 +131,24 @@ def fill(
     return filled
 
 
-def _misfits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def _misfits(
+    path: str, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, _Shapes | None]]:
+    """Say what does not fit a slot: with the shapes of copies and trained biases that have another size in this base.
+
+    An adapter's own shapes are checked as it is loaded, since it may have another rank.
+    """
     for name, built in state.items():
         if name not in tensors:
-            yield f"missing: {name}"
-        elif (found := tensors[name].dtype) != built.dtype and not {found, built.dtype} <= _PRECISIONS:
-            kinds = [str(dtype).removeprefix("torch.") for dtype in (found, built.dtype)]
-            yield f"{cut(name, 200)} is {kinds[0]}, expected {kinds[1]}"
-
-
-def _resized(
-    path: str, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> dict[str, tuple[Sequence[int], Sequence[int]]]:
-    """The copies and trained biases that have another size in this base: their shapes by a line that says so."""
-    found: dict[str, tuple[Sequence[int], Sequence[int]]] = {}
-    for name, built in state.items():
-        saved, here = list(tensors[name].shape), list(built.shape)
-        if saved != here and (name.startswith(join(path, "copy.")) or name == join(path, "bias")):
-            found[f"at {cut(path, 200)}: {cut(name, 200)} {saved} -> {here}"] = (saved, here)
-    return found
+            yield f"missing: {name}", None
+            continue
+        found = tensors[name]
+        saved, here = list(found.shape), list(built.shape)
+        if found.dtype != built.dtype and not {found.dtype, built.dtype} <= _PRECISIONS:
+            kinds = [str(dtype).removeprefix("torch.") for dtype in (found.dtype, built.dtype)]
+            yield f"{cut(name, 200)} is {kinds[0]}, expected {kinds[1]}", None
+        elif saved != here and (name.startswith(join(path, "copy.")) or name == join(path, "bias")):
+            yield f"at {cut(path, 200)}: {cut(name, 200)} {saved} -> {here}", (saved, here)
 
 
 def _load_slot(path: str, slot: Slot, tensors: Mapping[str, Tensor]) -> list[str]:
