@@ -31,7 +31,6 @@ class Demo:
 
     Attributes:
         model: Return the model's folder, given the cache folder and how to print a line.
-        name: The model's name.
         rows: Return the rows, given the same.
         train_rows: How many of them are trained on.
         held_out_rows: How many of the others are held out.
@@ -40,7 +39,6 @@ class Demo:
     """
 
     model: Callable[[Path, Callable[[str], None]], Path]
-    name: str
     rows: Callable[[Path, Callable[[str], None]], Table]
     train_rows: int
     held_out_rows: int
@@ -70,7 +68,6 @@ def conversations(cache: Path, say: Callable[[str], None]) -> Table:
 _DEMOS = {
     "text-classification": Demo(
         model=assets.demo_model,
-        name="all-MiniLM-L6-v2",
         rows=assets.demo_sentences,
         train_rows=4000,
         held_out_rows=3000,
@@ -79,5 +76,5 @@ _DEMOS = {
         # 0). On fewer of the same sentences, movie-2 in docs/quality-record.md has 0.839 (LoRA) and 0.841 (AdaLoRA).
         good=Good("accuracy", 0.83, 0.86, head_alone=0.70),
     ),
-    "causal-lm": Demo(assets.demo_language_model, "SmolLM2-135M-Instruct", conversations, 128, 16),
+    "causal-lm": Demo(assets.demo_language_model, conversations, 128, 16),
 }

@@ -12,8 +12,6 @@ from tunerkit_cli.recipes import reading, setting
 from tunerkit_cli.recipes.recipe import TASKS
 from tunerkit_cli.settings import read_settings
 
-_TASKS = ", ".join(TASKS)
-
 
 def train(
     recipe: Annotated[

@@ -4,7 +4,6 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from os.path import exists, isabs
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +146,8 @@ def _said(recipe: Recipe) -> dict[str, Any]:
     _refuse_method(recipe, start, start.method)
     if recipe.model is None and start.model is None:
         raise TunerkitError(f"--from {start.source}: the adapter does not say which base model it is for; pass --model")
-    if recipe.model is None and start.model is not None and isabs(start.model) and not exists(start.model):
+    base = Path(start.model or "")
+    if recipe.model is None and base.is_absolute() and not base.exists():
         raise TunerkitError(
             f"--from {start.source}: its base model was in {start.model}, which is gone; pass the folder where it is "
             "now with --model"

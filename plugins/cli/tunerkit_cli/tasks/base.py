@@ -89,6 +89,16 @@ class Task(ABC):
     label_column: ClassVar[str] = ""
     one_class: ClassVar[bool] = False  # whether each row has exactly one
     labelled: ClassVar[str] = "training row has the label"  # for messages
+    # The trainer's arguments, where a recipe does not set them.
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "num_train_epochs": 3,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+        "weight_decay": 0.0,
+        "eval_strategy": "epoch",
+        **STEADY,
+    }
 
     def __init__(self, max_length: int | None = None) -> None:
         self.limit = self.max_length if max_length is None else max_length
@@ -190,19 +200,6 @@ class Task(ABC):
     @abstractmethod
     def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
         """Return the rows as a `datasets.Dataset` that the trainer takes."""
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The trainer's arguments, where a recipe does not set them."""
-        return {
-            "num_train_epochs": 3,
-            "learning_rate": 1e-3,
-            "per_device_train_batch_size": 32,
-            "per_device_eval_batch_size": 64,
-            "weight_decay": 0.0,
-            "eval_strategy": "epoch",
-            **STEADY,
-        }
 
     def trainer_classes(self) -> tuple[type[Any], type[Any]]:
         """The classes of the trainer and of its arguments."""

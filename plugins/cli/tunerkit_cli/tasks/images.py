@@ -24,6 +24,8 @@ class ImageClassification(Task):
     greater_is_better: ClassVar[bool] = True
     label_column: ClassVar[str] = LABEL.name
     one_class: ClassVar[bool] = True
+    # Images bear a higher rate than texts. The trainer keeps their column, which the transform reads.
+    defaults: ClassVar[Mapping[str, Any]] = {**Task.defaults, "learning_rate": 2e-3, "remove_unused_columns": False}
 
     def rows(
         self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
@@ -64,11 +66,6 @@ class ImageClassification(Task):
             return {**found, **({"labels": batch["labels"]} if "labels" in batch else {})}
 
         return datasets.Dataset.from_dict(columns).with_transform(processed)
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Images bear a higher rate than texts. The trainer keeps their column, which the transform reads."""
-        return {**super().defaults, "learning_rate": 2e-3, "remove_unused_columns": False}
 
     def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
         """Log the metrics."""

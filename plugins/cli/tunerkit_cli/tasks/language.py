@@ -27,6 +27,13 @@ class GenerationTask(Task):
 
     max_length: ClassVar[int] = 1024
     answer: ClassVar[str] = "completion"  # the name of what is predicted
+    # Language models are larger, and their rows longer.
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **Task.defaults,
+        **{"num_train_epochs": 1, "learning_rate": 2e-4},
+        **{"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8},
+        **USUAL,
+    }
 
     def rows(
         self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
@@ -38,12 +45,6 @@ class GenerationTask(Task):
         rows = super().rows(table, names, predicting=predicting, renaming=renaming)
         _refuse_mixed(rows, table.source)
         return rows
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Language models are larger, and their rows longer."""
-        sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
-        return {**super().defaults, "num_train_epochs": 1, "learning_rate": 2e-4, **sizes, **USUAL}
 
     def evaluate(self, trainer: Any, dataset: Any) -> Results:
         """The loss and the perplexity."""
@@ -184,6 +185,8 @@ class Preference(GenerationTask):
     )
     main_metric: ClassVar[str] = "reward_accuracy"
     greater_is_better: ClassVar[bool] = True
+    # A lower learning rate than for supervised training, as is usual for DPO.
+    defaults: ClassVar[Mapping[str, Any]] = {**GenerationTask.defaults, "learning_rate": 5e-5}
 
     def checked(self, row: Row, where: str) -> Row:
         """All three are texts, or all three are lists of messages."""
@@ -197,11 +200,6 @@ class Preference(GenerationTask):
 
         require_tokens(loaded, chat=isinstance(rows[0]["prompt"], list))
         return datasets.Dataset.from_list(list(rows))
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """A lower learning rate than for supervised training, as is usual for DPO."""
-        return {**super().defaults, "learning_rate": 5e-5}
 
     def trainer_classes(self) -> tuple[type[Any], type[Any]]:
         require_package("trl", self.name, "lm")
@@ -241,6 +239,8 @@ class Seq2Seq(GenerationTask):
     )
     max_length: ClassVar[int] = 256
     answer: ClassVar[str] = "target"
+    # Encoder-decoder models are trained longer than other language models, at a higher rate.
+    defaults: ClassVar[Mapping[str, Any]] = {**GenerationTask.defaults, "num_train_epochs": 3, "learning_rate": 1e-3}
 
     def checked(self, row: Row, where: str) -> Row:
         """Both are texts."""
@@ -256,11 +256,6 @@ class Seq2Seq(GenerationTask):
             [row["source"] for row in rows], text_target=targets, truncation=True, max_length=limit
         )
         return datasets.Dataset.from_dict(dict(encoded))
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Encoder-decoder models are trained longer than other language models, at a higher rate."""
-        return {**super().defaults, "num_train_epochs": 3, "learning_rate": 1e-3}
 
     def trainer_classes(self) -> tuple[type[Any], type[Any]]:
         """The trainer of transformers for encoder-decoder models."""

@@ -22,6 +22,8 @@ class TextTask(Task):
     columns: ClassVar[tuple[Column, ...]] = (TEXT, PAIR, LABEL)
     label_column: ClassVar[str] = LABEL.name
     pipeline_options: ClassVar[Mapping[str, Any]]  # of its call
+    # Texts of similar length share a batch, which saves padding.
+    defaults: ClassVar[Mapping[str, Any]] = {**Task.defaults, "train_sampling_strategy": "group_by_length"}
 
     def checked(self, row: Row, where: str) -> Row:
         texts: Row = {name: require_text(row, name, where) for name in ("text", "text_pair") if name in row}
@@ -44,11 +46,6 @@ class TextTask(Task):
         if rows and "label" in rows[0]:
             encoded["labels"] = self.targets(rows, labels_of(loaded))
         return datasets.Dataset.from_dict(encoded)
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Texts of similar length share a batch, which saves padding."""
-        return {**super().defaults, "train_sampling_strategy": "group_by_length"}
 
     def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
         """Pad each batch to its longest text, and log the metrics."""

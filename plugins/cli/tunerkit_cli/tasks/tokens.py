@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -31,6 +31,8 @@ class TokenClassification(Task):
     greater_is_better: ClassVar[bool] = True
     label_column: ClassVar[str] = "tags"
     labelled: ClassVar[str] = "token has the tag"
+    # Tags bear a higher rate than whole texts: see brown-tags in docs/quality-record.md.
+    defaults: ClassVar[Mapping[str, Any]] = {**Task.defaults, "learning_rate": 2e-3}
 
     def checked(self, row: Row, where: str) -> Row:
         """Words and tags are lists of the same length."""
@@ -44,11 +46,6 @@ class TokenClassification(Task):
                     f"{where}: has {len(found['tokens'])} tokens and {len(found['tags'])} tags; expected one tag each"
                 )
         return found
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Tags bear a higher rate than whole texts: see brown-tags in docs/quality-record.md."""
-        return {**super().defaults, "learning_rate": 2e-3}
 
     def main_metric_of(self, labels: Sequence[str]) -> str:
         """F1 of entities, where the tags mark some."""
@@ -83,10 +80,8 @@ class TokenClassification(Task):
 
         def metrics(prediction: Any) -> dict[str, float]:
             logits, truth = first_output(prediction.predictions), prediction.label_ids
-            return {
-                **self.scores(logits, truth),
-                **_entity_scores(names, logits, truth, [[n] for n in range(len(truth))]),
-            }
+            alone = [[window] for window in range(len(truth))]
+            return {**self.scores(logits, truth), **_entity_scores(names, logits, truth, alone)}
 
         return {"data_collator": collated, "compute_metrics": metrics}
 
