@@ -12,7 +12,7 @@ import tunerkit
 from tests.support.interrupting import interrupt
 from tests.support.tied_models import COPIES, HOW, MODELS, logits, sharing, tied, trained, untie_
 from tunerkit.errors import AdapterError
-from tunerkit.hooks.registry import Registry
+from tunerkit.hooks.loading import Catalog
 from tunerkit.injection import is_merged, walk
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def test_settings_that_nothing_changes_are_named(toys: "Toys", monkeypatch: pyte
     """Without the plugin that knows a library, merging says that its config is left as it is."""
     model = trained(toys, "toy")
     model.__class__ = type("Tied", (type(model),), {"__module__": "transformers.models.tied"})
-    monkeypatch.setattr(Registry, "absence", lambda self, name: f"{name} is not installed")
+    monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")
     words = "still says that they are tied: tunerkit-transformers knows"
     with pytest.warns(tunerkit.TunerkitWarning, match=words) as told:
         tunerkit.merge(model)
