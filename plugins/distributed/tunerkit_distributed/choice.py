@@ -9,10 +9,10 @@ from tunerkit.errors import StepError, warn
 from tunerkit.hooks import Engine
 from tunerkit.paths import few
 from tunerkit_distributed import group
+from tunerkit_distributed.averaging import OF_DEEPSPEED, Replicated
 from tunerkit_distributed.deepspeed_names import DEEPSPEED, is_of_deepspeed
 from tunerkit_distributed.dtensors import is_split, reshard_
 from tunerkit_distributed.holdings import is_sharded
-from tunerkit_distributed.replicated import OF_DEEPSPEED, Replicated
 from tunerkit_distributed.sharded import Sharded
 from tunerkit_distributed.single import Apart, Single
 

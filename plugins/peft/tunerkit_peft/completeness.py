@@ -9,11 +9,11 @@ from torch import nn
 
 from tunerkit.errors import first
 from tunerkit.plugin import FileError, TargetError
+from tunerkit_peft.adapter_config import Settings
 from tunerkit_peft.others import Others
 from tunerkit_peft.parts import Parts
 from tunerkit_peft.selecting import few
 from tunerkit_peft.selection import ALL_LINEAR, ends
-from tunerkit_peft.settings import Settings
 from tunerkit_peft.tasks import HEADS, is_task_class
 from tunerkit_peft.weights import PREFIX, Weights
 

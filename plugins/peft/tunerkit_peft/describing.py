@@ -5,8 +5,8 @@ from typing import Final
 
 from tunerkit.plugin import Description
 from tunerkit_peft import files
+from tunerkit_peft.adapter_config import Settings, read_settings
 from tunerkit_peft.others import copy_around
-from tunerkit_peft.settings import Settings, read_settings
 from tunerkit_peft.tasks import auto_class
 from tunerkit_peft.weights import Weights, open_weights
 

@@ -8,10 +8,10 @@ from torch import nn
 
 from tunerkit.errors import first, shown
 from tunerkit.plugin import BaseMismatchError, FileError
+from tunerkit_peft.adapter_config import Settings
 from tunerkit_peft.others import TABLES, Others
 from tunerkit_peft.parts import Parts
 from tunerkit_peft.selecting import few
-from tunerkit_peft.settings import Settings
 from tunerkit_peft.tasks import HEADS, auto_class
 from tunerkit_peft.weights import Weights
 

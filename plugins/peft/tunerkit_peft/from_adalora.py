@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tunerkit.plugin import Factors, low_rank_factors
+from tunerkit_peft.adapter_config import Settings
 from tunerkit_peft.parts import Parts, matrices, refuse_ranks
 from tunerkit_peft.places import place_of
 from tunerkit_peft.products import Lazy, Read
-from tunerkit_peft.settings import Settings
 from tunerkit_peft.weights import Weights
 
 EPSILON: Final = 1e-5  # PEFT divides by the rank plus this

@@ -8,11 +8,11 @@ import attrs
 from torch import Tensor
 
 from tunerkit.plugin import Factors, exact_patterns, is_broad, low_rank_factors
+from tunerkit_peft.adapter_config import Settings
 from tunerkit_peft.parts import Parts, matrices, refuse_ranks
 from tunerkit_peft.products import Lazy, Read
 from tunerkit_peft.rules import Rule, rules_for
 from tunerkit_peft.selection import ends
-from tunerkit_peft.settings import Settings
 from tunerkit_peft.weights import Weights
 
 

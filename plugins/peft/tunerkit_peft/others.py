@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tunerkit.errors import first, shown
 from tunerkit.plugin import BaseMismatchError, FileError
+from tunerkit_peft.adapter_config import Settings
 from tunerkit_peft.places import Rename, place_of
-from tunerkit_peft.settings import Settings
 from tunerkit_peft.weights import PREFIX, Weights
 
 _BASE: Final = ".base_layer"

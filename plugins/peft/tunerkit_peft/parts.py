@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tunerkit.errors import first, shown
 from tunerkit.plugin import FileError
+from tunerkit_peft.adapter_config import Settings
 from tunerkit_peft.places import Place, Rename, place_of
-from tunerkit_peft.settings import Settings
 from tunerkit_peft.weights import Weights
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from tunerkit.errors import shown
 from tunerkit.plugin import FileError, Foreign
 from tunerkit_peft import files
+from tunerkit_peft.adapter_config import Settings, read_settings
 from tunerkit_peft.completeness import missing
 from tunerkit_peft.fitting import refuse_others
 from tunerkit_peft.from_adalora import read_adalora
@@ -17,7 +18,6 @@ from tunerkit_peft.moving import moving
 from tunerkit_peft.others import Others, read_others
 from tunerkit_peft.parts import Parts, parts_of
 from tunerkit_peft.places import modules_of, refuse_convolutions
-from tunerkit_peft.settings import Settings, read_settings
 from tunerkit_peft.weights import Weights, open_weights
 
 

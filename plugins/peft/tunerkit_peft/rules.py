@@ -8,7 +8,7 @@ import attrs
 
 from tunerkit.errors import shown
 from tunerkit.plugin import FileError, TargetError, file_matchers
-from tunerkit_peft.settings import Settings
+from tunerkit_peft.adapter_config import Settings
 
 Value = TypeVar("Value")
 # Nothing in it repeats or chooses, so the standard library matches it at once. Files have hundreds of these.
