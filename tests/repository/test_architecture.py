@@ -43,7 +43,7 @@ _OF_GROUPS = "tunerkit_distributed"
 PROCESS_STATE = {
     *(f"{CORE}.hooks.registry.registry", f"{CORE}.layers.weights.plugins"),
     # Of the process group.
-    *(f"{_OF_GROUPS}.replicated._engines", f"{_OF_GROUPS}.group._written", f"{_OF_GROUPS}.writing._counts"),
+    *(f"{_OF_GROUPS}.averaging._engines", f"{_OF_GROUPS}.group._written", f"{_OF_GROUPS}.writing._counts"),
     *(f"{_OF_GROUPS}.meeting._rooms", f"{_OF_GROUPS}.agreement._begun"),
 }
 # What the plugins that know engines and trainers take from inside the core. It may only shrink: others need no more
