@@ -155,8 +155,10 @@ def test_a_folder_that_no_plugin_opens_is_refused_with_the_extra_that_does(
         with pytest.raises(tunerkit.PluginError, match=words):
             tunerkit.from_folder(tmp_path)
     monkeypatch.setattr(Registry, "ask", lambda *_, **__: iter(()))
-    with pytest.raises(tunerkit.FileError, match=r"no installed plugin knows this folder.*tunerkit\[transformers\]"):
-        tunerkit.from_folder(tmp_path)
+    for absent, words in ("it is not installed", r"tunerkit\[transformers\]"), (None, "knows this folder. An adapter"):
+        monkeypatch.setattr(Catalog, "absence", lambda self, name, absent=absent: absent)
+        with pytest.raises(tunerkit.FileError, match=f"no installed plugin.*{words}"):
+            tunerkit.from_folder(tmp_path)
 
 
 def test_a_model_of_a_library_without_its_plugin_says_how_its_targets_were_chosen(
