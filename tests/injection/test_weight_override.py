@@ -19,7 +19,7 @@ import tunerkit
 from tunerkit.errors import AdapterError, PluginError, TargetError, TunerkitWarning
 from tunerkit.injection import eject_
 from tunerkit.injection.weight_override import override, restore
-from tunerkit.layers import as_base_layer
+from tunerkit.layers import as_base_layer, torch_private
 from tunerkit.layers.kinds import AttentionLayer
 from tunerkit.serialization.fingerprint import fingerprint
 
@@ -383,6 +383,32 @@ def test_two_threads_at_once_are_refused_and_merged_they_are_not(toys: "Toys") -
     tunerkit.merge(model)
     assert toys.close(model(batch()), expected)
     assert len(errors) == 1
+
+
+def test_a_call_of_another_thread_may_end_at_any_moment(toys: "Toys", monkeypatch: Any) -> None:
+    """Also just after this thread has seen it at the start of its own call."""
+    model = adapted(toys)
+    expected = model(batch())
+    inside, leave = threading.Event(), threading.Event()
+
+    def wait(module: nn.Module, args: Any) -> None:
+        if threading.current_thread() is thread:
+            inside.set()
+            assert leave.wait(300)
+
+    def end_other(function: Any) -> Any:
+        leave.set()
+        if threading.current_thread() is not thread:
+            thread.join()
+        return function
+
+    thread = threading.Thread(target=lambda: model(batch()))
+    model.attention.register_forward_pre_hook(wait)
+    thread.start()
+    assert inside.wait(300)
+    monkeypatch.setattr(torch_private, "uncompiled", end_other)
+    assert torch.equal(model(batch()), expected)
+    assert overridden(model) == []
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

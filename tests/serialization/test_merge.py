@@ -481,6 +481,16 @@ def test_states_of_one_permanent_merge_fit_another(toys: "Toys") -> None:
     assert torch.equal(other(toys.x()), model(toys.x()))
 
 
+def test_a_permanent_merge_beside_an_inactive_adapter_loads_its_own_state(toys: "Toys") -> None:
+    """The state is marked as merged. A module that only the inactive adapter adapts is not, and refuses nothing."""
+    model = tunerkit.wrap(toys.trained(targets=["layers.0"]), "toy-low-rank", {"targets": ["conv"]}, adapter="other")
+    tunerkit.activate(model, "default")
+    tunerkit.merge(model, permanent=True)
+    output = model(toys.x())
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert torch.equal(model(toys.x()), output)
+
+
 def test_the_state_inside_disabled_is_that_of_the_base(toys: "Toys") -> None:
     """It may be loaded into an unmerged model, which it gives the base's weights and the adapters."""
     model = tunerkit.merge(toys.trained())

@@ -123,7 +123,7 @@ def report(model: nn.Module, *call: Any) -> None:
     loop that attaches nothing would train without these adapters.
     """
     watched: _Watch | None = vars(model).get(WATCHED)
-    if watched is None or torch.compiler.is_compiling():
+    if watched is None or torch.compiler.is_compiling() or not watched.ran:
         return
     due = [path for path, (owner, _) in watched.owners.items() if owner in watched.ran]
     if not due:

@@ -52,15 +52,17 @@ def refuse_state(
     marked, found = _MERGED in metadata, None
     places = list(walk(module))
     for path, part, slots in places:
+        if slots.permanent:  # also a module without an active adapter, which is not merged
+            continue
         start = prefix + join(path, "")
-        if slots.merged and not slots.permanent:
+        if slots.merged:
             own = dict(part.named_parameters())
             names = [name for name in slots.originals if name in own and start + name in state]
             if not all(_is_equal(own[name], state[start + name]) for name in names):
                 raise AdapterError(_LOST)
-        elif marked and not slots.merged:
+        elif marked:
             raise AdapterError(_TWICE)
-        elif not slots.merged and found is None:  # one other weight is enough: it is of another base, or merged
+        elif found is None:  # one other weight is enough: it is of another base, or merged
             found = _has_sum(path, part, slots, state, start)
             if found:
                 raise AdapterError(_TWICE)

@@ -115,29 +115,34 @@ def _override(owner: nn.Module) -> None:
 
 def _restore_last(owner: nn.Module) -> None:
     """Undo the last call of ``owner``, unless another thread runs it: then the call of this thread was rejected."""
-    if vars(owner)[_CALLS].thread == threading.get_ident():
-        _undo_(owner)
+    if (calls := _calls_here(owner)) is not None:
+        _undo_(owner, calls)
 
 
 def _restore_own(owner: nn.Module) -> None:
     """Undo every call of ``owner`` if they are this thread's."""
-    if vars(owner)[_CALLS].thread == threading.get_ident():
+    if _calls_here(owner) is not None:
         _restore_all(owner)
+
+
+def _calls_here(owner: nn.Module) -> _Calls | None:
+    """Return the open calls of ``owner`` if they are this thread's. Those of another thread may end at any moment."""
+    calls: _Calls | None = vars(owner).get(_CALLS)
+    return calls if calls is not None and calls.thread == threading.get_ident() else None
 
 
 def _restore_all(owner: nn.Module) -> None:
     """Undo every call of ``owner``, whichever thread made it."""
-    while _CALLS in vars(owner):
-        _undo_(owner)
+    while (calls := vars(owner).get(_CALLS)) is not None:
+        _undo_(owner, calls)
 
 
-def _undo_(owner: nn.Module) -> None:
-    """Undo the last call of ``owner``. It may be repeated after an interrupt."""
-    replaced = vars(owner)[_CALLS].replaced
-    for module, name, value in reversed(replaced[-1] if replaced else []):
+def _undo_(owner: nn.Module, calls: _Calls) -> None:
+    """Undo the last of the ``calls`` of ``owner``. It may be repeated after an interrupt."""
+    for module, name, value in reversed(calls.replaced[-1] if calls.replaced else []):
         _set_(module, name, value)
-    if len(replaced) > 1:
-        replaced.pop()
+    if len(calls.replaced) > 1:
+        calls.replaced.pop()
     else:
         vars(owner).pop(_CALLS, None)
 
