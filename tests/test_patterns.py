@@ -136,9 +136,22 @@ def test_an_expression_in_a_file_takes_bounded_time(expression: str) -> None:
 def test_the_expressions_of_a_table_share_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: a file with many expressions takes no longer than one with a slow one."""
     monkeypatch.setattr(patterns, "_STEPS", 2000)
+    with pytest.raises(TargetError, match="too many steps"):
+        file_matchers([f"(a|aa)*{number}" for number in range(100)])
+    monkeypatch.setattr(patterns, "_STEPS", 14000)
     matchers = file_matchers([f"(a|aa)*{number}" for number in range(100)])
     with pytest.raises(TargetError, match="too many steps"):
         assert not any([matches("a" * 20) for matches in matchers.values()])
+
+
+def test_many_sets_beyond_latin_1_take_bounded_time_too() -> None:
+    """Law: compiling one takes much longer than matching it, and counts."""
+    sets = "".join(f"[{chr(0x100 + number)}-{chr(0x3000 + number)}a]" for number in range(160))
+    start = time.process_time()
+    with pytest.raises(TargetError, match="too many steps"):
+        file_matchers([f"{number:03}{sets}" for number in range(1000)])
+    assert time.process_time() - start < 20
+    assert file_matchers(["[a-\u3000]+"])["[a-\u3000]+"]("a\u00e9\u2030")
 
 
 @pytest.mark.parametrize("expression", ["q(?=(?i:_))_proj", "q(?=_(?<!x)p)_proj"])

@@ -20,6 +20,8 @@ from tunerkit.errors import TargetError, shown
 
 _LONGEST: Final = 1000  # characters of an expression in a file
 _STEPS: Final = 10_000_000  # of all expressions of one table in a file together: about three seconds
+_TO_COMPILE: Final = 20  # as many steps as compiling one character takes
+_TO_COMPILE_WIDE: Final = 2000  # and a set with one beyond Latin-1
 _COMPILED: Final = 4096  # patterns: one for each target of a large model is nothing unusual
 Matcher = Callable[[str], bool]
 Value = TypeVar("Value")
@@ -154,6 +156,8 @@ class _Walk:
             if parsed.state.flags != re.UNICODE:
                 raise ValueError("flags are not supported in files")
             ends = self._sequence(parsed)
+        except TargetError:
+            raise
         except Exception as error:
             raise _malformed(expression, error) from error
         return lambda path: len(path) in ends(path, {0})
@@ -163,13 +167,16 @@ class _Walk:
 
         def ends(path: str, places: set[int]) -> set[int]:
             for step in steps:
-                self.left -= 1 + len(places)
-                if self.left < 0:
-                    raise TargetError("the regular expressions in this file take too many steps; use plain names in it")
+                self._spend(1 + len(places))
                 places = step(path, places)
             return places
 
         return ends
+
+    def _spend(self, steps: int) -> None:
+        self.left -= steps
+        if self.left < 0:
+            raise TargetError("the regular expressions in this file take too many steps; use plain names in it")
 
     def _step(self, state: Any, part: tuple[Any, Any]) -> _Step:
         kind, value = part
@@ -187,9 +194,16 @@ class _Walk:
                 return lambda path, places: {place for place in places if bool(ahead(path, {place})) is wanted}
             case sre.AT | sre.ANY | sre.LITERAL | sre.NOT_LITERAL | sre.IN:
                 # One character, or none: Python's own matcher cannot go back in it.
+                self._spend(_TO_COMPILE_WIDE if kind is sre.IN and _is_wide(value) else _TO_COMPILE)
                 one = _compiler.compile(_parser.SubPattern(state, [part]))
                 return lambda path, places: {end.end() for place in places if (end := one.match(path, place))}
         raise ValueError(f"{str(kind).lower()} is not supported in files")
+
+
+def _is_wide(parts: Any) -> bool:
+    """Whether a set has a character beyond Latin-1: compiling it makes a table of all characters."""
+    last = (value[1] if kind is sre.RANGE else value for kind, value in parts if kind in (sre.RANGE, sre.LITERAL))
+    return any(code > 255 for code in last)
 
 
 def _repeated(least: int, most: int, step: _Step, path: str, places: set[int]) -> set[int]:

@@ -495,9 +495,8 @@ def _inside(value: Any, kind: Any, parts: tuple[Any, ...]) -> Iterator[tuple[str
         for index, (each, its_type) in enumerate(zip(value, types, strict=False)):
             yield f"[{index}]", each, its_type
     elif kind.__module__ == __name__ and attrs.has(kind):
-        fields = attrs.asdict(value, recurse=False)
         for field in attrs.fields(kind):
-            yield f".{field.name}", fields[field.name], field.type
+            yield f".{field.name}", getattr(value, field.name), field.type
 
 
 def type_name(declared: Any) -> str:

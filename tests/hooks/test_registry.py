@@ -519,6 +519,30 @@ def test_registering_twice_is_refused_and_keeps_the_first() -> None:
     assert found.get("mine").name == "mine"
 
 
+def test_a_plugin_that_registers_another_one_loses_neither() -> None:
+    """It may do so when it is asked for its methods."""
+    found, other = Registry([]), InProcess("theirs")
+
+    class Helped(InProcess):
+        @hookimpl
+        def tunerkit_methods(self) -> list[Method]:
+            found.register(other)
+            return super().tunerkit_methods()
+
+    found.register(Helped("mine"))
+    assert sorted(found.methods()) == ["mine", "theirs"]
+
+
+def test_a_module_with_two_entry_points_is_one_plugin(site: Site) -> None:
+    """Its hooks are called once, and the second entry point is listed as a failure."""
+    site.add("aaa", {"one": "import tunerkit\n@tunerkit.hookimpl\ndef tunerkit_base_layers():\n    return [1]\n"})
+    points = site.folder / "aaa-1.0.dist-info" / "entry_points.txt"
+    points.write_text(f"{points.read_text()}\ntwo = {points.read_text().rpartition(' ')[2]}")
+    found = site.registry()
+    assert [answer.value for answer in found.gather(SPECS.tunerkit_base_layers)] == [[1]]
+    assert found.methods()["two"].error == "it is loaded already, as plugin 'one' (aaa)"
+
+
 def test_a_plugin_that_comes_later_does_not_answer_for_others(site: Site) -> None:
     """An implementation may be kept, as `attach` does: it is that of the method's own plugin."""
     site.good("aaa", "first")

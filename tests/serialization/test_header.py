@@ -12,7 +12,7 @@ from hypothesis import example, given, strategies as st
 
 import tunerkit
 from tunerkit.errors import BaseMismatchError, ConfigError, FileError, TargetError, UnknownMethodError
-from tunerkit.serialization.header import decode, digest, read
+from tunerkit.serialization.header import Header, decode, digest, read
 from tunerkit_testing.registering import registered
 
 if TYPE_CHECKING:
@@ -35,6 +35,27 @@ def test_the_digest_covers_name_dtype_and_shape_of_equal_bytes() -> None:
     )
     assert len({digest("text", tensors) for tensors in variants}) == len(variants)
     assert digest("text", {"a": zeros, "b": zeros + 1}) == digest("text", {"b": zeros + 1, "a": zeros})
+
+
+def test_a_setting_may_be_any_finite_number_of_its_type() -> None:
+    """What a config accepts can be saved: only integers have a limit, which Python takes long to print."""
+
+    def made(size: float) -> Header:
+        return Header(
+            kind="adapter",
+            method="toy",
+            config={"scale": size},
+            targets=[],
+            copies=[],
+            biases=[],
+            steps=0,
+            total_steps=None,
+            versions={},
+        )
+
+    assert made(1e300).config == {"scale": 1e300}
+    with pytest.raises(ValueError, match="integers below"):
+        made(10**101)
 
 
 @pytest.mark.parametrize("word", ["toy-low-rank", "conv", "sample", '\\"steps\\": 0'])

@@ -55,3 +55,13 @@ def test_tensors_must_fill_the_file_one_after_the_other(tmp_path: Path, case: st
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
     with pytest.raises(FileError, match="cannot be read as a safetensors file"):
         read(path, lambda metadata, names: None)
+
+
+@pytest.mark.parametrize("size", [2**63, 2**64 - 1])
+def test_a_tensor_without_values_may_not_be_longer_than_torch_can_count(tmp_path: Path, size: int) -> None:
+    """The library reads it, as it has 64-bit sizes without a sign."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [0, size], "data_offsets": [0, 0]}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(FileError, match="cannot be read as a safetensors file"):
+        read(path, lambda metadata, names: None)

@@ -134,13 +134,17 @@ def load(distributions: Iterable[metadata.Distribution] | None) -> Catalog:
     """
     sources, unreadable = _discover(metadata.distributions() if distributions is None else distributions)
     limit = _read_limit(point.name for point, _ in sources)
-    plugins, failures = [], unreadable if limit is None else []
+    plugins: list[Plugin] = []
+    failures = unreadable if limit is None else []
     for point, info in sources:
         if limit is None or point.name in limit:
             try:
                 if not point.pattern.match(point.value):
                     raise PluginError(f"its entry point is not a module: {point.value!r}")
-                plugins.append(admit(point.load(), point.name, info))
+                plugin = point.load()
+                if (same := next((known for known in plugins if known.plugin is plugin), None)) is not None:
+                    raise PluginError(f"it is loaded already, as {same}")
+                plugins.append(admit(plugin, point.name, info))
             except BaseException as error:
                 if is_of_user(error):
                     raise

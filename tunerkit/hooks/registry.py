@@ -137,8 +137,7 @@ class Registry:
         """
         entry = plugin.__name__ if isinstance(plugin, ModuleType | type) else type(plugin).__name__
         with self._lock:
-            catalog = self.loaded()
-            if any(known.plugin is plugin for known in catalog.plugins):
+            if any(known.plugin is plugin for known in self.loaded().plugins):
                 raise PluginError(f"the plugin {entry!r} is already registered")
             try:
                 found = admit(plugin, entry, MethodInfo(IN_PROCESS, ""))
@@ -146,6 +145,7 @@ class Registry:
                 if isinstance(error, PluginError) or is_of_user(error):
                     raise
                 raise PluginError(f"plugin {entry!r} cannot be registered: {error_text(error)}") from error
+            catalog = self.loaded()  # as it is now: what the plugin did meanwhile may have changed it
             taken = [name for name in found.methods if name in catalog.owners]
             if taken:
                 owner = catalog.owners[taken[0]].info

@@ -29,7 +29,7 @@ _DTYPES = {
 _MOST_DIMENSIONS = 64  # torch's own limit for most operations
 _LONGEST_HEADER = 100_000_000  # bytes: the limit of the safetensors library
 # What the library and torch raise, and what reading JSON raises: also RecursionError, a RuntimeError.
-_UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError)
+_UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError)
 
 
 def file_at(path: str | os.PathLike[str], content: str) -> Path:
