@@ -225,7 +225,7 @@ class Summing(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for parameter in self.param_groups[0]["params"]:
             if parameter.grad is not None:
                 self.state[parameter].setdefault("sum", torch.zeros_like(parameter)).add_(parameter.grad)
