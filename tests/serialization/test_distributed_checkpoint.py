@@ -216,3 +216,26 @@ def test_an_added_state_that_does_not_begin_at_0_has_its_first_value(toys: "Toys
         float(size) for name, each in states.items() if name.endswith(".b") for size in each["step_size"].flatten()
     }
     assert first == pytest.approx(0.1)
+
+
+class Summing(torch.optim.Optimizer):
+    """An optimizer of another library: its state has the name of Adagrad's, and it has no such setting."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                self.state[parameter].setdefault("sum", torch.zeros_like(parameter)).add_(parameter.grad)
+
+
+def test_a_state_of_a_known_name_begins_at_0_without_the_setting(toys: "Toys", holding: HoldingPlugin) -> None:
+    """As any other state of an optimizer that is not torch's."""
+    model, optimizer = attached(toys, Summing)
+    train(toys, model, optimizer, 1)
+    states: Any = state_dict.get_optimizer_state_dict(model, optimizer)["state"]
+    added = [each["sum"] for name, each in states.items() if name.endswith(".b")]
+    assert added
+    assert not any(value.any() for value in added)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tunerkit import steps
 from tunerkit.steps.driver import Withheld
 from tunerkit_testing.counting import Counting
 from tunerkit_testing.registering import registered
@@ -321,3 +322,38 @@ def test_gradients_that_were_cleared_after_a_failed_step_stay_cleared() -> None:
     optimizer.step()
     assert tunerkit.tuner(model).steps == 0
     assert gate_of(model).grad is None
+
+
+class FirstStepPlugin(GatePlugin):
+    """Withholds the gate from the first step alone."""
+
+    @tunerkit.hookimpl
+    def tunerkit_before_step(self, tuner: tunerkit.Tuner) -> object:
+        note(tuner, "before")
+        return gates(tuner) if len(noted(tuner)) == 1 else None
+
+
+class Moving(tunerkit.Engine):
+    """Its optimizer moves a parameter without a gradient too."""
+
+    withholds = False
+
+
+@pytest.mark.parametrize("_plugin", [FirstStepPlugin], indirect=True)
+def test_a_skipped_step_keeps_no_value_for_a_later_one() -> None:
+    """The value from before a step that was skipped is not put back after the next one, which may move it."""
+    torch.manual_seed(0)
+    model: nn.Module = tunerkit.wrap(nn.Sequential(nn.Linear(3, 2)), "gated", {"targets": ["0"]})
+    optimizer: Any = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    overflowing = optimizer.register_step_post_hook(lambda *_: setattr(optimizer, "found_inf", True))  # as ZeRO says it
+    steps.drive([tunerkit.tuner(model)], optimizer, total_steps=9, engine=Moving())
+    backward(model)
+    optimizer.step()
+    overflowing.remove()
+    optimizer.found_inf = None
+    gate = gate_of(model)
+    assert gate.grad is not None
+    expected = gate.detach() - 0.1 * gate.grad
+    optimizer.step()
+    assert tunerkit.tuner(model).steps == 1
+    torch.testing.assert_close(gate.detach(), expected)

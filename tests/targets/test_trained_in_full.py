@@ -200,3 +200,22 @@ def test_a_module_in_a_block_with_parameters_beside_its_layers_is_copied_whole_w
     with pytest.warns(tunerkit.TunerkitWarning, match=r"parameters beside their layers: layers\.1\. .*use_cache=False"):
         model = tunerkit.wrap(Body(), "toy-low-rank", {"targets": ["out"], "train_modules": ["layers.1"]})
     assert [copied.path for copied in tunerkit.tuner(model).copies] == ["layers.1"]
+
+
+def test_a_module_that_blocks_share_is_trained_once_with_the_one_that_is_copied_whole() -> None:
+    """It is found first in another block, and so before the module whose copy holds a copy of it."""
+
+    class Mixer(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.gate = nn.Parameter(torch.ones(4))
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return cast(torch.Tensor, self.gate * self.inner(x))
+
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"layers": nn.ModuleList([shared, Mixer(shared)]), "out": nn.Linear(4, 4)})
+    with pytest.warns(tunerkit.TunerkitWarning, match=r"parameters beside their layers: layers\.1\. "):
+        tunerkit.wrap(model, "toy-low-rank", {"targets": ["out"], "train_modules": ["layers.1"]})
+    assert [copied.path for copied in tunerkit.tuner(model).copies] == ["layers.1"]

@@ -201,6 +201,7 @@ def _before(
     if drive.is_idle:
         return None
     drive.last.version = None
+    drive.fixed = {}  # those of a step that was skipped or raised
     if drive.withheld.gradients:
         # The last step raised, so no hook ran after it. If its gradients were cleared since, so are the withheld ones.
         if all(parameter.grad is None for parameter in drive.tuner.parameters()):

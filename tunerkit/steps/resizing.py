@@ -200,10 +200,11 @@ def _fresh(name: str, values: Tensor, settings: Mapping[str, Any]) -> Tensor:
     """An optimizer's state of entries that had no gradient so far, by its name and their values."""
     if name == _AVERAGE:
         return values
-    setting = _FRESH.get(name)
-    # A scheduler keeps the learning rate that training began with, which is Rprop's first step size.
-    first = 0.0 if setting is None else float(settings.get(f"initial_{setting}", settings[setting]))
-    return torch.full_like(values, first)
+    setting = _FRESH.get(name, "")
+    # A scheduler keeps the learning rate that training began with, which is Rprop's first step size. Another library's
+    # optimizer may have a state of the same name without the setting.
+    first = settings.get(f"initial_{setting}", settings.get(setting, 0.0))
+    return torch.full_like(values, float(first))
 
 
 def complete_(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

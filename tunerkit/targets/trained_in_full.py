@@ -62,20 +62,24 @@ def _parts(scanned: Scan, path: str) -> Iterator[tuple[str, bool]]:
     A copy runs after its original. That is right for a layer, but attention would add its keys to the cache twice. With
     each path comes whether the module holds parameters beside its layers, which are told after it.
     """
-    inside = {own: each for own, each in scanned.by_path.items() if f"{own}.".startswith(f"{path}.")}
-    if not any(each.in_block for each in inside.values()):
+    if any(each.in_block for each in scanned.modules if f"{each.path}.".startswith(f"{path}.")):
+        yield from _layers(scanned, path)
+    else:
         yield path, False
+
+
+def _layers(scanned: Scan, path: str) -> Iterator[tuple[str, bool]]:
+    module = scanned.by_path[path].module
+    if _is_layer(module):
+        if _has_tensors(module):
+            yield path, False
         return
-    layers: set[str] = set()
-    for own, each in inside.items():
-        if is_under(parent(own), layers):
-            continue
-        if _is_layer(each.module):
-            layers.add(own)
-            if _has_tensors(each.module):
-                yield own, False
-        elif torch_private.parameters_of(each.module):
-            yield own, True
+    if torch_private.parameters_of(module):
+        yield path, True
+    # Through the children: the scan has a module that is held twice before the second module that holds it.
+    for name, child in torch_private.own_children(module).items():
+        if child is not None and name != CHILD:
+            yield from _layers(scanned, join(path, name))
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -2,6 +2,9 @@
 
 from hypothesis import given, strategies as st
 
+from tests.support import run_records
+from tests.support.pages import Page
+from tunerkit_cli.report.html.page import render
 from tunerkit_cli.report.rank_map import by_layer, by_matrix, parts_of
 
 sizes = st.dictionaries(st.tuples(st.integers(0, 5), st.sampled_from("qkvo")), st.integers(0, 99))
@@ -24,3 +27,11 @@ def test_parts_add_up_to_one(amounts: dict[str, int]) -> None:
     """Unless there is nothing to share."""
     total = sum(parts_of(amounts).values())
     assert abs(total - (1 if any(amounts.values()) else 0)) < 1e-9
+
+
+def test_the_page_has_every_layer_of_a_deep_model() -> None:
+    """However many there are: each has its row."""
+    sizes = {f"model.layers.{layer}.q_proj": 1000 + layer for layer in range(300)}
+    page = Page(render(run_records.minimal(sizes=sizes)))
+    rows = [attrs["title"] for tag, attrs in page.tags if tag == "tr" and "title" in attrs]
+    assert [row.partition(",")[0] for row in rows if row is not None] == [f"{n}: 1" for n in range(300)]

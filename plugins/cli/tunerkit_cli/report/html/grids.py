@@ -115,10 +115,10 @@ class Bar:
     share: str
 
 
-def bars(amounts: Mapping[str, float], shares: Mapping[str, float]) -> tuple[Bar, ...]:
-    """Draw a bar for each amount, the first `MOST_BARS` of them. Its length is its part of the greatest share."""
+def bars(amounts: Mapping[str, float], shares: Mapping[str, float], most: int = MOST_BARS) -> tuple[Bar, ...]:
+    """Draw a bar for each amount, the first ``most`` of them. Its length is its part of the greatest share."""
     longest = max(shares.values(), default=0.0) or 1.0
     return tuple(
         Bar(name, 100 * shares[name] / longest, wording.number(amount), wording.percent(shares[name]))
-        for name, amount in list(amounts.items())[:MOST_BARS]
+        for name, amount in list(amounts.items())[:most]
     )

@@ -67,7 +67,7 @@ def render(record: Mapping[str, Any], *, title: str | None = None) -> str:
         "capped": facts.capped(run),
         "parts": facts.parts(run),
         "matrix_bars": bars(matrices, parts_of(matrices)),
-        "layer_bars": bars(layers, parts_of(layers)),
+        "layer_bars": bars(layers, parts_of(layers), most=len(layers)),
         "spectrum": None if spectrum is None else chart(spectrum),
         **_mistakes(run),
         "labels": tables.labels(run),
