@@ -158,3 +158,43 @@ def test_a_weight_that_ignores_what_is_assigned_is_found(toys: "Toys") -> None:
     with pytest.raises(AdapterError, match=r"cannot merge into 'layers\.1'"):
         tunerkit.merge(model)
     assert torch.equal(layer.weight, before)
+
+
+class Normed(nn.Module):
+    """A linear layer that computes its weight of two parameters, and has none named ``weight``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 6, 4
+        self.length = nn.Parameter(torch.linspace(1, 2, 4)[:, None])
+        self.direction = nn.Parameter(torch.linspace(-1, 1, 24).reshape(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.length * F.normalize(self.direction, dim=1))
+
+
+class NormedLayer(PackedLayer):
+    """`Normed` as a base layer that writes both."""
+
+    module: Any
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return type(module) is Normed
+
+    def dense(self) -> Tensor:
+        return (self.module.length * F.normalize(self.module.direction, dim=1)).detach()
+
+    def merged(self, delta: Tensor) -> dict[str, Any]:
+        weight = self.dense() + delta
+        return {"length": weight.norm(dim=1, keepdim=True), "direction": weight}
+
+
+def test_a_kind_may_merge_into_tensors_of_which_the_weight_is_computed(toys: "Toys") -> None:
+    """There need be no tensor of the name that the kind declares."""
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    with registered(Plugin(NormedLayer)):
+        model = toys.fill_(tunerkit.wrap(nn.Sequential(Normed()), "toy-low-rank", {"targets": ["0"]}, seed=1))
+        output = model(x)
+        assert toys.close(tunerkit.merge(model)(x), output)
+        assert torch.equal(tunerkit.unmerge(model)(x), output)

@@ -264,6 +264,31 @@ def test_scaling_a_padding_row_that_is_not_zero_is_not_merged(method: str, paddi
         tunerkit.merge(model)
 
 
+class Unreadable(nn.Parameter):
+    """A weight that a library packed after wrapping, in a class without most of torch's functions."""
+
+    def any(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class Library:
+    """What merging into it does."""
+
+    @tunerkit.hookimpl
+    def tunerkit_restrictions(self) -> list[tunerkit.Restriction]:
+        name = f"{Unreadable.__module__}.{Unreadable.__qualname__}"
+        return [tunerkit.Restriction("a library", {"merge": "nothing can be added to it"}, classes=(name,))]
+
+
+def test_a_padding_row_is_not_read_of_a_weight_that_cannot_be_merged_at_all() -> None:
+    """The library is named, and what its class cannot do is not tried."""
+    model = stacked(nn.Sequential(nn.Embedding(9, 5, padding_idx=0)), ("toy-scale",))
+    model[0]._parameters["weight"] = model[0].weight.detach().as_subclass(Unreadable)
+    model[0].weight[0].fill_(1)
+    with registered(Library()), pytest.raises(tunerkit.AdapterError, match="cannot merge with a library, found at '0"):
+        tunerkit.merge(model)
+
+
 def test_an_adapter_that_only_adds_to_an_embedding_with_a_padding_row_merges() -> None:
     """It adds nothing there, so no test is needed."""
     torch.manual_seed(0)

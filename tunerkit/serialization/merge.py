@@ -201,10 +201,11 @@ def refuse_unmergeable(model: nn.Module) -> None:
     if not places:
         raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
     injection.refuse_running(injection.wrapped_model(model), "merging")
+    # First: weights that were packed after wrapping may not be readable.
+    injection.refuse_restricted([place[:2] for place in places if not _is_packed(place[2])], "merge")
     for path, module, slots in places:
         if (reason := next(_obstacles(module, slots), None)) is not None:
             raise AdapterError(f"cannot merge into {path!r}: {reason}")
-    injection.refuse_restricted([place[:2] for place in places if not _is_packed(place[2])], "merge")
     injection.refuse_lost(tuners.values())
 
 

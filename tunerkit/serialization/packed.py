@@ -84,11 +84,14 @@ def requiring_effect(path: str, slots: Slots, merged: Collection[str], noted: li
 
 
 def _is_assigned(base: BaseLayer, merged: Collection[str]) -> bool:
-    """Whether a weight becomes what is assigned to it: a matrix of plain numbers or a shard of one, or none is."""
-    if all(name == base.bias_name for name in merged):
-        return True
+    """Whether a weight becomes what is assigned to it: a matrix of plain numbers or a shard of one, or none is.
+
+    A kind may write other tensors, of which its module computes the weight.
+    """
     if base.packing is not None:
-        return False
+        return all(name == base.bias_name for name in merged)
+    if base.weight_name not in merged:
+        return True
     weight = base.tensor(base.weight_name)
     return (type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()) or layers.is_sharded(weight)
 
