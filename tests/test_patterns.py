@@ -144,6 +144,20 @@ def test_the_expressions_of_a_table_share_their_steps(monkeypatch: pytest.Monkey
         assert not any([matches("a" * 20) for matches in matchers.values()])
 
 
+def test_the_tables_of_a_file_share_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: neither many tables, nor many patterns for many paths, take longer than one slow expression."""
+    paths = [f"layers.{number}" for number in range(50)]
+    slow = {"re:(.|..)*x": 1}
+    monkeypatch.setattr(patterns, "_STEPS", 40_000)
+    assert patterns.at_paths({"a": slow}, paths, of_file=True) == {"a": {}}
+    many = {f"table {number}": slow for number in range(20)}
+    wide = {"re:x.": 1, **{f"name {number}": 1 for number in range(200)}}
+    for config in (many, {"a": wide}):
+        with pytest.raises(TargetError, match="too many steps"):
+            patterns.at_paths(config, paths, of_file=True)
+        patterns.at_paths(config, paths)  # a user's own may take as long as they take
+
+
 def test_many_sets_beyond_latin_1_take_bounded_time_too() -> None:
     """Law: compiling one takes much longer than matching it, and counts."""
     sets = "".join(f"[{chr(0x100 + number)}-{chr(0x3000 + number)}a]" for number in range(160))

@@ -91,7 +91,7 @@ def numbers_in(values: object) -> Iterator[float]:
 
 _is_count = _expect("an integer from 0 to 2**63 - 1", _is_size)
 _is_method = _expect("the name of a method", lambda value: isinstance(value, str) and len(value) <= _LONGEST_NAME)
-_has_settings = _expect("a mapping of settings, with integers below 10**100", _are_settings)
+_has_settings = _expect("a mapping, with integers in settings below 10**100", _are_settings)
 _lists_paths = _expect("a list of texts, none of them twice", _are_paths)
 _holds_entry = _expect("a shape of integers, a dtype and a sample of finite numbers", _is_entry)
 
