@@ -109,7 +109,7 @@ expressions = st.recursive(
 
 @given(expressions, st.text("ab0.", max_size=6))
 def test_an_expression_in_a_file_matches_as_python_s_would(expression: str, path: str) -> None:
-    """Law: without compiling it, every part that is supported gives the result of `re`."""
+    """Law: without compiling it as a whole, every part that is supported gives the result of `re`."""
     assert file_matchers([expression])[expression](path) == (re.fullmatch(expression, path) is not None)
 
 
