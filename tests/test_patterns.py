@@ -109,7 +109,7 @@ expressions = st.recursive(
 
 @given(expressions, st.text("ab0.", max_size=6))
 def test_an_expression_in_a_file_matches_as_python_s_would(expression: str, path: str) -> None:
-    """Law: without compiling it, every part that is supported gives the result of `re`."""
+    """Law: without compiling it as a whole, every part that is supported gives the result of `re`."""
     assert file_matchers([expression])[expression](path) == (re.fullmatch(expression, path) is not None)
 
 
@@ -142,6 +142,20 @@ def test_the_expressions_of_a_table_share_their_steps(monkeypatch: pytest.Monkey
     matchers = file_matchers([f"(a|aa)*{number}" for number in range(100)])
     with pytest.raises(TargetError, match="too many steps"):
         assert not any([matches("a" * 20) for matches in matchers.values()])
+
+
+def test_the_tables_of_a_file_share_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: neither many tables, nor many patterns for many paths, take longer than one slow expression."""
+    paths = [f"layers.{number}" for number in range(50)]
+    slow = {"re:(.|..)*x": 1}
+    monkeypatch.setattr(patterns, "_STEPS", 40_000)
+    assert patterns.at_paths({"a": slow}, paths, of_file=True) == {"a": {}}
+    many = {f"table {number}": slow for number in range(20)}
+    wide = {"re:x.": 1, **{f"name {number}": 1 for number in range(200)}}
+    for config in (many, {"a": wide}):
+        with pytest.raises(TargetError, match="too many steps"):
+            patterns.at_paths(config, paths, of_file=True)
+        patterns.at_paths(config, paths)  # a user's own may take as long as they take
 
 
 def test_many_sets_beyond_latin_1_take_bounded_time_too() -> None:

@@ -19,9 +19,12 @@ from typing import Any, Final, TypeVar
 from tunerkit.errors import TargetError, shown
 
 _LONGEST: Final = 1000  # characters of an expression in a file
-_STEPS: Final = 10_000_000  # of all expressions of one table in a file together: about three seconds
-_TO_COMPILE: Final = 20  # as many steps as compiling one character takes
-_TO_COMPILE_WIDE: Final = 2000  # and a set with one beyond Latin-1
+_STEPS: Final = 10_000_000  # of all patterns in a file together: about three seconds
+# As many steps as compiling takes: one character, a set with one beyond Latin-1, a glob.
+_TO_COMPILE: Final = 20
+_TO_COMPILE_WIDE: Final = 2000
+_TO_COMPILE_GLOB: Final = 300
+_TOO_MANY: Final = "the patterns in this file take too many steps; use plain names in it"
 _COMPILED: Final = 4096  # patterns: one for each target of a large model is nothing unusual
 Matcher = Callable[[str], bool]
 Value = TypeVar("Value")
@@ -110,21 +113,29 @@ def at_paths(config: Mapping[str, Any], paths: Collection[str], *, of_file: bool
         TargetError: An expression is malformed, or one of a file is not supported there or takes too long.
     """
 
-    def resolved(table: Any) -> Any:
-        keys = [key for key in table if key.startswith("re:") and not is_exact(key)] if type(table) is dict else []
-        if not keys:
-            return table
-        bounded = file_matchers(key[3:] for key in keys) if of_file else {}
-        rows = [(bounded[key[3:]] if of_file and key in keys else matcher(key), value) for key, value in table.items()]
-        exact = exact_patterns(paths).items()
-        found = ((pattern, next((row for row in rows if row[0](path)), None)) for path, pattern in exact)
+    def is_expression(key: str) -> bool:
+        return key.startswith("re:") and not is_exact(key)
+
+    tables = {name: table for name, table in config.items() if type(table) is dict and any(map(is_expression, table))}
+    bounded: dict[str, Matcher] = {}
+    if of_file:
+        keys = [key for table in tables.values() for key in table]
+        if len(keys) * (_TO_COMPILE_GLOB + len(paths)) > _STEPS:
+            raise TargetError(_TOO_MANY)
+        found = file_matchers(key[3:] for key in keys if is_expression(key))
+        bounded = {f"re:{expression}": matches for expression, matches in found.items()}
+    exact = exact_patterns(paths) if tables else {}
+
+    def resolved(table: Mapping[str, Any]) -> dict[str, Any]:
+        rows = [(bounded.get(key) or matcher(key), value) for key, value in table.items()]
+        found = ((pattern, next((row for row in rows if row[0](path)), None)) for path, pattern in exact.items())
         return {pattern: row[1] for pattern, row in found if row is not None}
 
-    return {name: resolved(value) for name, value in config.items()}
+    return {name: resolved(value) if name in tables else value for name, value in config.items()}
 
 
 def file_matchers(expressions: Iterable[str]) -> dict[str, Matcher]:
-    """Return a matcher of whole paths for each regular expression of a table in a file, which anybody may have written.
+    """Return a matcher of whole paths for each regular expression in a file, which anybody may have written.
 
     They are not compiled as a whole: a matcher follows all places in a path at once, so that it never goes back, and
     all of them share a number of steps. References to groups, flags and atomic groups are not supported.
@@ -176,7 +187,7 @@ class _Walk:
     def _spend(self, steps: int) -> None:
         self.left -= steps
         if self.left < 0:
-            raise TargetError("the regular expressions in this file take too many steps; use plain names in it")
+            raise TargetError(_TOO_MANY)
 
     def _step(self, state: Any, part: tuple[Any, Any]) -> _Step:
         kind, value = part

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 from tunerkit.errors import FileError
-from tunerkit.serialization.safetensors_file import _DTYPES, plain, read, write
+from tunerkit.serialization.safetensors_file import _DTYPES, bytes_of, plain, read, write
 
 
 def test_a_file_has_the_bytes_that_the_library_writes(tmp_path: Path) -> None:
@@ -32,6 +33,15 @@ def test_a_file_has_the_bytes_that_the_library_writes(tmp_path: Path) -> None:
 
 def _data_of(content: bytes) -> bytes:
     return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def test_writing_copies_no_tensor_that_is_on_the_cpu_and_contiguous() -> None:
+    """A file may be as large as the memory that is left: of an embedding and a head that are trained in full."""
+    tensor, spread = torch.arange(6.0).reshape(2, 3), torch.arange(6.0).reshape(3, 2).T
+    found = plain({"a": nn.Parameter(tensor), "b": spread})
+    assert found["a"].data_ptr() == tensor.data_ptr()
+    assert not found["a"].requires_grad
+    assert [bytes(bytes_of(found[name])) for name in "ab"] == [tensor.numpy().tobytes(), spread.numpy().tobytes()]
 
 
 PLACES: dict[str, dict[str, list[object]]] = {

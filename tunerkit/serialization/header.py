@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import attrs
-import torch
 from attrs.validators import deep_iterable, deep_mapping, instance_of, optional
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from tunerkit.errors import FileError, TargetError, cut, shown
 from tunerkit.extras import distribution, reader_of
 from tunerkit.patterns import at_paths
 from tunerkit.serialization import safetensors_file
-from tunerkit.serialization.safetensors_file import file_at, metadata_at, plain
+from tunerkit.serialization.safetensors_file import bytes_of, file_at, metadata_at, plain
 
 KEY = "tunerkit"
 FORMAT = 1
@@ -92,7 +91,7 @@ def numbers_in(values: object) -> Iterator[float]:
 
 _is_count = _expect("an integer from 0 to 2**63 - 1", _is_size)
 _is_method = _expect("the name of a method", lambda value: isinstance(value, str) and len(value) <= _LONGEST_NAME)
-_has_settings = _expect("a mapping of settings, with integers below 10**100", _are_settings)
+_has_settings = _expect("a mapping, with integers in settings below 10**100", _are_settings)
 _lists_paths = _expect("a list of texts, none of them twice", _are_paths)
 _holds_entry = _expect("a shape of integers, a dtype and a sample of finite numbers", _is_entry)
 
@@ -143,10 +142,9 @@ def encode(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     """Return the sha256 of the header's text and of each tensor's name, dtype, shape and bytes, sorted by name."""
     hasher = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in sorted(plain(tensors).items()):
         hasher.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        hasher.update(bytes_of(tensor))
     return hasher.hexdigest()
 
 
@@ -171,7 +169,10 @@ def decode(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], *, source
     if fields.get("format") != FORMAT:
         found = shown(fields.get("format"))
         raise FileError(f"{source} has format {found}, this tunerkit reads {FORMAT}; install a matching release")
+    lacking = [field.name for field in attrs.fields(Header) if field.name not in fields]
     try:
+        if lacking:
+            raise ValueError(f"it has no {lacking[0]!r}")
         header = Header(**fields)
     except (TypeError, ValueError) as error:
         why = cut(str(error.args[0] if error.args else error), 400)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
@@ -51,23 +52,30 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies of tensors on the CPU, each contiguous and with memory of its own."""
-    copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-    return {name: tensor.contiguous() for name, tensor in copies.items()}
+    """Return tensors on the CPU, each contiguous: those that are, are not copied."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the values of one of `plain`'s tensors as a file stores them."""
+    found: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return found
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file of what `plain` returned, completely or not at all."""
     if os.path.isdir(path):
         raise FileError(f"cannot write {path}: it is a folder; a path that ends in {_SUFFIX} names the file")
-    content = memoryview(safetensors.torch.save(dict(tensors), dict(metadata)))
-    end = 8 + int.from_bytes(content[:8], "little")
+    # The library orders tensors and names their dtypes, also where they hold nothing; it would copy all bytes twice.
+    entries = json.loads(safetensors.torch.save({name: each.new_empty(0) for name, each in tensors.items()})[8:])
+    stored = {name: bytes_of(tensors[name]) for name in entries}
+    for (name, data), end in zip(stored.items(), accumulate(map(len, stored.values())), strict=True):
+        entries[name] |= {"shape": list(tensors[name].shape), "data_offsets": [end - len(data), end]}
     # The library writes the metadata in random order. Sorted, equal adapters give equal bytes.
-    fields = json.loads(bytes(content[8:end]))
-    fields[_METADATA] = dict(sorted(metadata.items()))
+    fields = {_METADATA: dict(sorted(metadata.items())), **entries}
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    replace(path, (len(text).to_bytes(8, "little"), text, content[end:]))
+    replace(path, (len(text).to_bytes(8, "little"), text, *stored.values()))
 
 
 def read(
