@@ -19,6 +19,7 @@ from tunerkit.serialization.atomic_writing import replace
 
 _SUFFIX = ".safetensors"
 _METADATA = "__metadata__"
+_BEGINNING = f'{{"{_METADATA}":'
 # What a file may hold, by the names that safetensors gives them: each value is in bytes of its own.
 _DTYPES = {
     **{"BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64},
@@ -53,12 +54,16 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors on the CPU, each contiguous: those that are, are not copied."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def is_plain(tensor: Tensor) -> bool:  # quicker to ask than to convert, and a file may hold many small ones
+        return not tensor.requires_grad and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+    return {name: each if is_plain(each) else each.detach().cpu().contiguous() for name, each in tensors.items()}
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the values of one of `plain`'s tensors as a file stores them."""
-    found: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    found: memoryview = (tensor if tensor.ndim == 1 else tensor.reshape(-1)).view(torch.uint8).numpy().data
     return found
 
 
@@ -89,7 +94,8 @@ def read(
     """
     try:
         with open(path, "rb") as file:
-            head, names, metadata = _head_of(file)
+            head = _header_of(file)
+            names, metadata = _parsed(head[8:])
             accept(metadata, names)
             content = head + file.read()
         tensors = {}  # not by safetensors.torch.load, which does not know all dtypes that its `save` writes
@@ -98,7 +104,7 @@ def read(
             if len(shape) > _MOST_DIMENSIONS:
                 raise ValueError(f"its header has a shape for {shown(name)} that no tensor has: {shown(shape)}")
             values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-            tensors[name] = values.reshape(shape)
+            tensors[name] = values if len(shape) == 1 else values.reshape(shape)
         return tensors, metadata
     except FileError:
         raise
@@ -112,23 +118,32 @@ def metadata_at(path: Path) -> dict[str, str] | None:
         return None
     try:
         with open(path, "rb") as file:
-            return _head_of(file)[2]
+            text = _header_of(file)[8:].decode()
+        if not text.startswith(_BEGINNING):
+            return _parsed(text)[1]
+        # Nearly always the metadata comes first, and the rest, an entry for each tensor, need not be parsed.
+        metadata, _ = json.JSONDecoder().raw_decode(text, len(_BEGINNING))
+        return metadata if isinstance(metadata, dict) else None
     except _UNREADABLE:
         return None
 
 
-def _head_of(file: IO[bytes]) -> tuple[bytes, Collection[str], dict[str, str]]:
-    """Read a file up to its data: the bytes of its header, the tensors' names and the metadata."""
+def _header_of(file: IO[bytes]) -> bytes:
+    """Read a file up to its data: the length of the header, and the header."""
     size = file.read(8)
     length = int.from_bytes(size, "little")
     if len(size) < 8 or not 2 <= length <= min(_LONGEST_HEADER, os.fstat(file.fileno()).st_size - 8):
         raise ValueError("its header is incomplete")
-    text = file.read(length)
+    return size + file.read(length)
+
+
+def _parsed(text: str | bytes) -> tuple[Collection[str], dict[str, str]]:
+    """Return the tensors' names and the metadata of a header."""
     entries = json.loads(text)
     metadata = entries.pop(_METADATA, {}) if isinstance(entries, dict) else None
     if not isinstance(metadata, dict):
         raise ValueError("its header is not a JSON object, or its metadata is not one")
-    return size + text, entries.keys(), metadata
+    return entries.keys(), metadata
 
 
 # --- Folders of a checkpoint ------------------------------------------------------------------------------------------
