@@ -268,16 +268,20 @@ def _average_(
     finite = _is_finite(current) if given is None else given.view(-1, *(1 for _ in current.shape[1:]))
     # What is left out moves by 0 towards the new value: x + 0 · (y − x) is x, bit for bit, if y is finite.
     current.nan_to_num_(nan=0.0, posinf=0.0)
-    used = finite.to(mean.dtype)
     if restart:
-        forgotten = 1 - used
-        mean.mul_(forgotten)
-        spread.mul_(forgotten)
-    pace = used * (1 - beta1)
+        left_out = finite.logical_not()
+        mean.mul_(left_out)
+        spread.mul_(left_out)
+    pace = _pace(finite, beta1, mean.dtype)
     mean.lerp_(current, pace)
     current.sub_(mean).abs_()
-    spread.lerp_(current, pace if beta1 == beta2 else used * (1 - beta2))
+    spread.lerp_(current, pace if beta1 == beta2 else _pace(finite, beta2, mean.dtype))
     return finite.count_nonzero()
+
+
+def _pace(used: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
+    """1 − β for each weight that is averaged, 0 for the others. In the default dtype it takes one operation."""
+    return used * (1 - beta) if dtype == torch.get_default_dtype() else used.to(dtype) * (1 - beta)
 
 
 def _importance(weights: Sequence[Tensor], grads: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
