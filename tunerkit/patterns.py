@@ -6,7 +6,7 @@ There are three kinds of pattern:
 - a pattern with ``*``, ``?`` or ``[`` is a glob for the whole path, in which ``*`` also matches dots;
 - ``"re:..."`` is a regular expression of `re` for the whole path.
 
-Python compiles only the expressions of users. Those in files are matched here, in bounded time, see `file_matchers`.
+Python compiles only users' whole expressions. Those in files are matched here, in bounded time, see `file_matchers`.
 """
 
 import fnmatch
@@ -107,7 +107,7 @@ def at_paths(config: Mapping[str, Any], paths: Collection[str], *, of_file: bool
     Args:
         config: Settings by name, as JSON has them. A table maps target patterns to values.
         paths: The paths of the targets.
-        of_file: Whether the settings come from a file, so that no expression in them is compiled.
+        of_file: Whether the settings come from a file, so that no expression in them is compiled as a whole.
 
     Raises:
         TargetError: An expression is malformed, or one of a file is not supported there or takes too long.

@@ -205,7 +205,7 @@ def _refuse_started(tuner: Tuner) -> None:
                 f"adapter {tuner.name!r} is already {state}, and calibrating would overwrite it: calibrate right after "
                 "tunerkit.wrap"
             )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if hooks.in_group():
         raise AdapterError(
             "calibrating in a process group would give each process another start; calibrate in one process, save the "
             "adapter, and load it with trainable=True in all"

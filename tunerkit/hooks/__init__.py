@@ -24,7 +24,7 @@ from tunerkit.hooks.calls import (
     structure,
     watches_steps,
 )
-from tunerkit.hooks.engines import Engine, Pieces, Removable, is_grouped, same, whole_pieces
+from tunerkit.hooks.engines import Engine, Pieces, Removable, in_group, same, whole_pieces
 from tunerkit.hooks.gather import (
     adapted,
     first,

@@ -1,6 +1,5 @@
 """What hooks see of a training: the engine, by which processes hold adapters and keep them alike, and the tuner."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -213,9 +212,9 @@ class TunerView(Protocol):
         """The live rank by target path."""
 
 
-def is_grouped() -> bool:
-    """Whether this process belongs to a process group, or a launcher gave it a number; there may be no other one."""
-    return "WORLD_SIZE" in os.environ or (torch.distributed.is_available() and torch.distributed.is_initialized())
+def in_group() -> bool:
+    """Whether this process belongs to a process group; there may be no other one in it."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def same(parameter: Tensor) -> Tensor:

@@ -10,14 +10,13 @@ from functools import partial
 from typing import Any, Final, ParamSpec, TypeVar, get_args
 
 import attrs
-import torch
 from torch import nn
 
 from tunerkit import extras
 from tunerkit.errors import PluginError, error_text, is_of_user, shown, warn
 from tunerkit.hooks import specs
 from tunerkit.hooks.calls import declared, is_json, unlike
-from tunerkit.hooks.engines import TunerView
+from tunerkit.hooks.engines import TunerView, in_group
 from tunerkit.hooks.loading import Plugin
 from tunerkit.hooks.registry import registry
 from tunerkit.layers import CORE, BaseLayer, Knowledge
@@ -115,10 +114,9 @@ def gather_restrictions() -> tuple[Restriction, ...]:
 def adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """Tell every plugin which modules of a model have adapters now."""
     tell(specs.tunerkit_adapted, model=model, modules=modules)
-    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
     trained = (parameter.requires_grad for module in modules for parameter in module.parameters())
     notices = "notices adapters that DistributedDataParallel does not synchronise"
-    if grouped and any(trained) and (lacking := registry.lacking(extras.ENGINES, notices)) is not None:
+    if in_group() and any(trained) and (lacking := registry.lacking(extras.ENGINES, notices)) is not None:
         warn(f"this process is in a group. {lacking}. Wrap the model first, then put it into DDP")
 
 

@@ -6,6 +6,7 @@ their values out, which are random in each process, and the model needs the othe
 """
 
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -78,7 +79,7 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
 
 def note_base(tuner: Tuner, scanned: Scan) -> None:
     """Keep the base's fingerprint in a group of processes, also in one of a single process: it may shard the base."""
-    if hooks.is_grouped():
+    if hooks.in_group() or "WORLD_SIZE" in os.environ:  # a launcher sets the latter before there is a group
         tuner.progress.noted = fingerprint(tuner, scanned)
 
 

@@ -198,13 +198,13 @@ def engine_for(
     if found is not None:
         return found
     # A process group of one process counts too, since there may be DDP around it; or a launcher says so.
-    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-    is_one_of_several = grouped or os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+    is_one_of_several = hooks.in_group() or os.environ.get("WORLD_SIZE", "1") not in ("", "1")
     if data_parallel or (data_parallel is None and is_one_of_several):
+        lacking = hooks.registry.lacking(ENGINES, "keeps them alike")
         raise StepError(
             "this process is one of a group, or has to be, and no installed plugin keeps the adapters of a group "
-            f"alike, so each process would train its own in silence: {hooks.registry.lacking(ENGINES, 'does')}. If "
-            "they are meant to be apart, attach with data_parallel=False"
+            f"alike, so each process would train its own in silence. {f'{lacking}. ' if lacking else ''}If they are "
+            "meant to be apart, attach with data_parallel=False"
         )
     return None, candidate
 
