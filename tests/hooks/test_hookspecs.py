@@ -17,7 +17,7 @@ from tunerkit.hooks import specs as hookspecs
 
 _manager = pluggy.PluginManager("tunerkit")
 _manager.add_hookspecs(hookspecs)
-PAGE = Path(__file__).parents[2] / "docs" / "plugins.md"
+PAGE = Path(__file__).parents[2] / "docs" / "authors" / "write-a-plugin.md"
 HOOKS = sorted(vars(_manager.hook))
 ALL_ARE_ASKED = {"tunerkit_methods", "tunerkit_base_layers", "tunerkit_ranks_changed"}
 ALL_ARE_ASKED |= {"tunerkit_weight_readers", "tunerkit_default_targets", "tunerkit_formats"}

@@ -33,7 +33,7 @@ def default_of(field: "attrs.Attribute[object]") -> object:
 
 
 def methods_page() -> str:
-    return (DOCS / "methods.md").read_text(encoding="utf-8")
+    return (DOCS / "reference" / "methods.md").read_text(encoding="utf-8")
 
 
 def documented(heading: str) -> dict[str, object]:
@@ -63,7 +63,7 @@ def test_every_setting_is_explained() -> None:
 
 def test_the_header_of_a_file_is_documented() -> None:
     """Every field of a file's header, and no other, stands in its table."""
-    page = (DOCS / "files.md").read_text(encoding="utf-8")
+    page = (DOCS / "concepts" / "files.md").read_text(encoding="utf-8")
     assert set(rows(page, "tunerkit")) == {field.name for field in attrs.fields(Header)}
 
 

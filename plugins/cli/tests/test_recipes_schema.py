@@ -112,7 +112,7 @@ def test_the_command_prints_the_schema() -> None:
 
 def test_the_keys_are_documented() -> None:
     """Each key of the schema, and no other, has a row in the page on recipes, with its default."""
-    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    page = (DOCS / "how-to" / "recipes.md").read_text(encoding="utf-8")
     cells = re.findall(r"^\| `(\w+)` \|([^|]*)\|", page, re.MULTILINE)
     expected = {name: fragment.get("default") for name, fragment in schema({})["properties"].items()}
     assert {name: json.loads(text.strip(" `") or "null") for name, text in cells} == expected
