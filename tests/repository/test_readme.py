@@ -13,17 +13,17 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-PAGES = [README, *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
+PAGES = [README, *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
 EXAMPLES_NEED = ("tunerkit_adalora", "tunerkit_lora", "transformers", "accelerate")
 MORE_NEEDED = {
     "README.md": ("tunerkit_peft",),
-    "docs/from-peft.md": ("tunerkit_peft", "peft"),
-    "docs/preference.md": ("trl", "datasets", "tokenizers"),
+    "docs/how-to/from-peft.md": ("tunerkit_peft", "peft"),
+    "docs/how-to/preference-training.md": ("trl", "datasets", "tokenizers"),
     "plugins/diffusers/README.md": ("tunerkit_diffusers", "diffusers"),
     "plugins/gguf/README.md": ("tunerkit_gguf", "gguf"),
     "plugins/peft/README.md": ("tunerkit_peft",),
-    "docs/base-layers.md": ("tunerkit_quant",),
-    "docs/quantised.md": ("bitsandbytes", "tunerkit_quant"),
+    "docs/authors/base-layers.md": ("tunerkit_quant",),
+    "docs/how-to/quantised-models.md": ("bitsandbytes", "tunerkit_quant"),
 }
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -23,7 +23,7 @@ from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
 from tunerkit_transformers.bases import Base, whole
 
-PAGE = Path(__file__).parents[2] / "docs" / "bad-input.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "errors.md"
 _TRAIN = "--method toy-low-rank --out new --epochs 1 --batch-size 8"
 _INTRODUCTION = """# Bad input
 

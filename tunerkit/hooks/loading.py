@@ -18,8 +18,8 @@ from tunerkit.records import Method, MethodInfo, StatisticsRequest, mistyped, ty
 
 GROUP = "tunerkit"
 VARIABLE = "TUNERKIT_PLUGINS"
-# The version of the contract between core and plugins, and the oldest that still works; docs/plugins.md says what may
-# change when.
+# The version of the contract between core and plugins, and the oldest that still works;
+# docs/authors/write-a-plugin.md says what may change when.
 API, OLDEST_API = 1, 1
 API_NAME = "TUNERKIT_API"
 HOOKS = frozenset(name for name in dir(specs) if name.startswith("tunerkit_"))

@@ -158,7 +158,7 @@ def test_a_recipe_shares_nothing_with_its_mapping() -> None:
 
 def test_the_example_in_the_documentation_is_a_recipe(tmp_path: Path) -> None:
     """Every YAML block of the page on recipes is read as it stands."""
-    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    page = (DOCS / "how-to" / "recipes.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert blocks
     assert all(read(block, tmp_path).model for block in blocks)
