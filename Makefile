@@ -69,7 +69,7 @@ format: $(DEV_READY) ## format the code, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 
 docs: $(DEV_READY) ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 benchmark: $(DEV_READY) ## measure speed and memory compared with PEFT's, into out/speed
 	$(BIN)/python -m benchmarks.speed $(BENCHMARK_ARGS)

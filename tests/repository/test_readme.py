@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,9 +24,11 @@ MORE_NEEDED = {
     "plugins/gguf/README.md": ("tunerkit_gguf", "gguf"),
     "plugins/peft/README.md": ("tunerkit_peft",),
     "docs/authors/base-layers.md": ("tunerkit_quant",),
+    "docs/how-to/training.md": ("trl", "datasets", "tokenizers"),
     "docs/how-to/quantised-models.md": ("bitsandbytes", "tunerkit_quant"),
 }
-FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+# Blocks may be indented, as they are in tabs.
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 
 
 @attrs.frozen
@@ -39,7 +42,7 @@ class Block:
 
 def blocks(page: str, language: str) -> list[Block]:
     return [
-        Block(found["language"], found["text"], page.count("\n", 0, found.start("text")) + 1)
+        Block(found["language"], textwrap.dedent(found["text"]), page.count("\n", 0, found.start("text")) + 1)
         for found in FENCE.finditer(page)
         if found["language"] == language
     ]
