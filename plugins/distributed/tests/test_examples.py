@@ -36,7 +36,7 @@ LONG = pytest.mark.skipif(os.environ.get("TUNERKIT_LONG") != "1", reason="like t
     ids=["torchrun", "fsdp2", "accelerate launch", "torchrun with a Trainer"],
 )
 def test_an_example_trains_in_two_processes(name: str, launcher: tuple[str, ...], tmp_path: Path) -> None:
-    """One of them says so, and the file it names holds an adapter whose budget is spent. What we show warns of nothing."""
+    """One of them says so, and the file it names holds an adapter whose budget is spent; none warns."""
     absent = [each for each in _imports(name) if find_spec(each) is None]
     if absent:
         pytest.skip(f"the example needs {', '.join(absent)}")
