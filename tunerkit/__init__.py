@@ -3,11 +3,12 @@
 import ast
 import importlib
 import pkgutil
+import sys
 from typing import Any
 
 import pluggy
 
-from tunerkit.extras import MOVED, QUANTISED, install
+from tunerkit.extras import elsewhere
 
 __version__ = "0.1.0"
 hookimpl = pluggy.HookimplMarker(__name__)
@@ -29,10 +30,11 @@ __all__ = ["hookimpl", *(name for name, place in _places.items() if place)]
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: torch takes seconds, and the command's help and errors need none."""
-    if name in MOVED:  # an AttributeError would lose its text where the name is imported
-        raise ImportError(f"tunerkit.{name} is {MOVED[name]} now: {install(QUANTISED)}")
     if name not in _places:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # An AttributeError loses its text in `from tunerkit import name`, which asks through that function of Python's.
+        is_imported = elsewhere(name) and sys._getframe(1).f_code.co_name == "_handle_fromlist"
+        lacking = ImportError if is_imported else AttributeError
+        raise lacking(f"module {__name__!r} has no attribute {name!r}{elsewhere(name)}")
     place = _places[name]
     module = importlib.import_module(f".{place or name}", __name__)
     globals()[name] = getattr(module, name) if place else module

@@ -13,9 +13,10 @@ import attrs
 from torch import nn
 
 from tunerkit import extras
-from tunerkit.errors import PluginError, error_text, is_of_user, shown, warn
+from tunerkit.config import AdapterConfig
+from tunerkit.errors import ConfigError, PluginError, error_text, is_of_user, shown, warn
 from tunerkit.hooks import specs
-from tunerkit.hooks.calls import declared, is_json, unlike
+from tunerkit.hooks.calls import declared, is_json, structure, unlike
 from tunerkit.hooks.engines import TunerView, in_group
 from tunerkit.hooks.loading import Plugin
 from tunerkit.hooks.registry import registry
@@ -69,6 +70,30 @@ def gather_formats() -> dict[str, Format]:
     for each in _records(specs.tunerkit_formats):
         found.setdefault(each.name, each)
     return found
+
+
+def configure(method: str, config: object, model: nn.Module) -> AdapterConfig:
+    """Convert what the user passed as config to the method's config class.
+
+    It is an object of that class, a mapping, None, or an object of another program, which that format's plugin reads.
+    """
+    if config is None or isinstance(config, Mapping):
+        return structure(method, config or {})
+    expected, got = registry.get(method).config, type(config)
+    if isinstance(config, AdapterConfig) and isinstance(config, expected):
+        return config
+    for reads in (each.config for each in gather_formats().values() if each.config is not None):
+        if (found := reads(config, model)) is not None:
+            if found[0] != method:
+                wanted = f"describes method {found[0]!r}, got {method!r}"
+                raise ConfigError([f"this {got.__name__} {wanted}; write wrap(model, {found[0]!r}, config) @ $"])
+            return structure(method, found[1])
+    # Another library may have a class of the same name.
+    which = f" of {got.__module__}, not of {expected.__module__}" if got.__name__ == expected.__name__ else ""
+    how = f"; {unserved}" if (unserved := registry.unserved(config)) else ""
+    raise ConfigError(
+        [f"method {method!r} takes {expected.__name__}, a mapping or None, got {got.__name__}{which}{how} @ $"]
+    )
 
 
 def gather_holdings() -> tuple[Holding, ...]:

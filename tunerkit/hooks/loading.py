@@ -24,6 +24,7 @@ API, OLDEST_API = 1, 1
 API_NAME = "TUNERKIT_API"
 HOOKS = frozenset(name for name in dir(specs) if name.startswith("tunerkit_"))
 Failure = tuple[str, MethodInfo]
+_NAME_FIRST = "; the name comes before the config: tunerkit.wrap(model, 'lora', config)"
 
 
 @attrs.frozen(eq=False)
@@ -103,7 +104,8 @@ class Catalog:
         installed = (
             few(sorted(self.owners), shown=20) or "none (each is a separate distribution, such as tunerkit-lora)"
         )
-        parts = [f"no method named {shown(name)}; installed: {installed}{closest(str(name), self.owners)}"]
+        hint = closest(name, self.owners) if isinstance(name, str) else _NAME_FIRST
+        parts = [f"no method named {shown(name)}; installed: {installed}{hint}"]
         for failed, info in self.failures:
             whose = f"{info.distribution} {info.version}".rstrip()
             parts.append(f"not loaded: {failed!r} of {whose}: {info.error}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import attrs
@@ -113,6 +113,11 @@ class Tuner:
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             object.__setattr__(self, name, value)
+
+    if not TYPE_CHECKING:  # mypy would accept every name
+
+        def __getattr__(self, name: str) -> object:
+            raise AttributeError(f"'Tuner' object has no attribute {name!r}{hooks.elsewhere(name)}")
 
     def __repr__(self) -> str:
         steps = f"step {self.steps}" + ("" if self.total_steps is None else f" of {self.total_steps}")
