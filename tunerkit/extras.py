@@ -3,6 +3,12 @@
 from collections.abc import Collection, Iterable
 from typing import Final, NamedTuple
 
+# Whether an index has our distributions. Until then they come from a folder of wheels. `make install-lines` writes the
+# commands in all pages again.
+PUBLISHED: Final = False
+FOLDER: Final = "" if PUBLISHED else "--find-links dist "
+AFTER: Final = "" if PUBLISHED else ", after `make dist` in a clone"
+
 # The extras that do what core cannot.
 QUANTISED: Final = "quant"  # knows the layers of libraries that quantise
 ENGINES: Final = "distributed"  # trains in several processes
@@ -106,9 +112,9 @@ LIBRARIES: Final = (
 )
 
 
-def install(extra: str) -> str:
-    """The command that installs an extra."""
-    return f'pip install "tunerkit[{extra}]"'
+def install(*extras: str) -> str:
+    """The command that installs extras, which works today; every message and page that tells to install has it."""
+    return f'pip install {FOLDER}"tunerkit[{",".join(extras)}]"{AFTER}'
 
 
 def distribution(extra: str) -> str:
