@@ -3,19 +3,14 @@
 from collections.abc import Collection, Iterable
 from typing import Final, NamedTuple
 
-# Whether an index has our distributions. Until then they come from a folder of wheels. `make install-lines` writes the
-# commands in all pages again.
-PUBLISHED: Final = False
-FOLDER: Final = "" if PUBLISHED else "--find-links dist "
-AFTER: Final = "" if PUBLISHED else ", after `make dist` in a clone"
-
+PUBLISHED: Final = False  # whether an index has our distributions; after a change, `make pages` writes them again
+FROM, AFTER = ("", "") if PUBLISHED else ("--find-links dist ", ", after `make dist` in a clone")
 # The extras that do what core cannot.
 QUANTISED: Final = "quant"  # knows the layers of libraries that quantise
 ENGINES: Final = "distributed"  # trains in several processes
 SETTINGS: Final = "transformers"  # compares the settings of two bases
 RUNS: Final = "transformers"  # opens what `tunerkit train` writes
 REFERENCES: Final = "transformers"  # makes frozen references of models
-
 DEFAULT_FORMAT: Final = "peft"  # the one that most programs read
 MOVED: Final = {"PackedLinear": "tunerkit_quant.PackedLinear"}  # names that were public here, and where they are now
 # What the extra "transformers" serves, by the root of the library's modules.
@@ -114,7 +109,7 @@ LIBRARIES: Final = (
 
 def install(*extras: str) -> str:
     """The command that installs extras, which works today; every message and page that tells to install has it."""
-    return f'pip install {FOLDER}"tunerkit[{",".join(extras)}]"{AFTER}'
+    return f'pip install {FROM}"tunerkit[{",".join(extras)}]"{AFTER}'
 
 
 def distribution(extra: str) -> str:

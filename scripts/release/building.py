@@ -30,6 +30,14 @@ def address() -> str:
     return str(found).rstrip("/")
 
 
+def refuse_tag(tag: str) -> None:
+    """Stop a release whose tag is another version, or that messages and pages deny."""
+    if tag != f"v{version()}":
+        raise SystemExit(f"the tag is {tag}, and the version in tunerkit/__init__.py is {version()}")
+    if "PUBLISHED: Final = True" not in (ROOT / "tunerkit/extras.py").read_text("utf-8"):
+        raise SystemExit("PUBLISHED in tunerkit/extras.py is False: make it True, run `make pages`, tag that commit")
+
+
 def projects(root: Path = ROOT) -> list[Path]:
     """The folders of all distributions, the core first."""
     return [root, *(each.parent for each in sorted(root.glob("plugins/*/pyproject.toml")))]

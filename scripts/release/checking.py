@@ -51,7 +51,7 @@ def check(folder: Path, borrowed: Path | None) -> None:
 
 
 def lend(lender: Path, borrower: Path) -> None:
-    """Let one venv import what is installed in another, except what is ours, which must come from the wheels. pip comes along.
+    """Let one venv import what another has, pip too, except what is ours, which must come from the wheels.
 
     The links lie in a folder of their own, named by a .pth file: pip never removes what lies outside its venv.
     """

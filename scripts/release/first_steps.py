@@ -1,4 +1,4 @@
-"""The tutorial in small form: wrap, attach, train, generate, save, load, merge. Runs where only wheels are installed."""
+"""The tutorial in small form, run where only wheels are: wrap, attach, train, generate, save, load, merge."""
 
 import copy
 import sys

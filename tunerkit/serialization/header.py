@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tunerkit import hooks
 from tunerkit.errors import FileError, TargetError, cut, shown
-from tunerkit.extras import distribution, reader_of
+from tunerkit.extras import distribution, install, reader_of
 from tunerkit.patterns import at_paths
 from tunerkit.serialization import safetensors_file
 from tunerkit.serialization.safetensors_file import bytes_of, file_at, metadata_at, plain
