@@ -12,8 +12,8 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PARTS: Final = ("tunerkit", "plugins", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
-_JUNK: Final = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "dist", "tests")
-_LINK: Final = re.compile(r"\[([^\[\]]+)\]\((?!\w+:|#)([^()\s]+)\)")
+_JUNK: Final = shutil.ignore_patterns("__pycache__", "*.egg-info")
+_LINK: Final = re.compile(r"(!?)\[([^\[\]]*)\]\((?!\w+:|#)([^()\s]+)\)")
 
 
 def version() -> str:
@@ -57,11 +57,14 @@ def for_the_index(page: str, folder: str, repository: str) -> str:
     Args:
         page: The text.
         folder: The folder of the README below the root; empty for the root.
-        repository: The address that links get; if it is empty, only their words stay.
+        repository: The address that links get; if it is empty, only their words stay, and no picture.
     """
 
     def link(found: re.Match[str]) -> str:
-        return f"[{found[1]}]({repository}/blob/main/{_joined(folder, found[2])})" if repository else found[1]
+        picture, words, path = found.groups()
+        if not repository:
+            return "" if picture else words
+        return f"{picture}[{words}]({repository}/{'raw' if picture else 'blob'}/main/{_joined(folder, path)})"
 
     return _LINK.sub(link, page)
 

@@ -48,6 +48,7 @@ def check(folder: Path, borrowed: Path | None) -> None:
         for command in COMMANDS:
             _run(str(environment / "bin/tunerkit"), command, within=empty, shown=command != "doctor")
         _run(python, "-m", "tunerkit", "methods", within=empty)
+        _run(str(environment / "bin/tunerkit"), "new", "my-method", within=empty)
 
 
 def lend(lender: Path, borrower: Path) -> None:

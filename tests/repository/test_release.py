@@ -23,7 +23,7 @@ from scripts.release.install_lines import mended, pages, problems
 from tunerkit import extras
 
 PLUGINS = [each.name for each in projects()[1:]]
-WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+WORKFLOWS = [*ROOT.glob(".github/workflows/*.yml"), *ROOT.glob("plugins/testing/**/workflows/*.yml.txt")]
 FOLDER = "--find-links dist "
 
 
@@ -95,7 +95,7 @@ def test_an_sdist_of_a_plugin_is_built_where_there_is_no_clone(tmp_path: Path) -
 
 def test_without_an_address_nothing_is_shown_and_with_one_every_link_has_it() -> None:
     """Law: the address is one variable. Empty, it leaves no table and no link that leads nowhere."""
-    page = "[a](docs/a.md), [b](../lora/README.md#x), [c](https://c.org), [d](#d)"
+    page = "[a](docs/a.md), [b](../lora/README.md#x), [c](https://c.org), [d](#d)![e](e.png)"
     assert urls("") == ""
     assert for_the_index(page, "plugins/peft", "") == "a, b, [c](https://c.org), [d](#d)"
     table = tomllib.loads(urls("https://example.org/t"))["project"]["urls"]
@@ -103,7 +103,7 @@ def test_without_an_address_nothing_is_shown_and_with_one_every_link_has_it() ->
     shown = for_the_index(page, "plugins/peft", "https://example.org/t")
     assert "(https://example.org/t/blob/main/plugins/peft/docs/a.md)" in shown
     assert "(https://example.org/t/blob/main/plugins/lora/README.md#x)" in shown
-    assert "[c](https://c.org), [d](#d)" in shown
+    assert "[c](https://c.org), [d](#d)![e](https://example.org/t/raw/main/plugins/peft/e.png)" in shown
 
 
 def test_the_address_stands_in_no_second_place() -> None:
@@ -120,6 +120,14 @@ def test_what_is_staged_is_valid_and_has_the_address(tmp_path: Path) -> None:
     for each in projects(tmp_path):
         assert project_of(each)["project"]["urls"]["Source"] == "https://example.org/t"
         assert "](../" not in (each / "README.md").read_text("utf-8")
+
+
+def test_every_file_of_a_package_is_staged(tmp_path: Path) -> None:
+    """Templates too, whose folders are named like those of tests."""
+    building.stage(tmp_path, "")
+    for package in (ROOT / "tunerkit", *ROOT.glob("plugins/*/tunerkit_*")):
+        files = [each.relative_to(ROOT) for each in package.rglob("*") if each.is_file() and each.suffix != ".pyc"]
+        assert [file for file in files if not (tmp_path / file).is_file()] == []
 
 
 def test_what_comes_from_elsewhere_is_named() -> None:
@@ -204,6 +212,25 @@ def test_a_page_is_written_again_when_the_distributions_are_published(
     assert mended(written, FOLDER) == (today or written)
     assert mended(mended(written, FOLDER), "") == (later or written)
     assert bool(problems(written, FOLDER)) == (today is not None)
+
+
+@pytest.mark.parametrize("page", list(pages()), ids=lambda page: str(page.relative_to(ROOT)))
+def test_once_published_no_page_speaks_of_the_folder(page: Path) -> None:
+    """`make pages` after the change of one line leaves nothing behind."""
+    later = mended(page.read_text("utf-8"), "")
+    assert problems(later, "") == []
+    assert "on no index" not in later
+
+
+def test_one_line_changes_what_messages_say() -> None:
+    """Today a folder of wheels, later an index."""
+    assert extras.install("lora", "cli") == (
+        'pip install --find-links dist "tunerkit[lora,cli]", after `make dist` in a clone'
+    )
+    later: dict[str, Any] = {"__name__": "extras"}
+    source = (ROOT / "tunerkit/extras.py").read_text("utf-8")
+    exec(source.replace("PUBLISHED: Final = False", "PUBLISHED: Final = True"), later)
+    assert later["install"]("lora", "cli") == 'pip install "tunerkit[lora,cli]"'
 
 
 def test_a_distribution_is_installed_by_its_extra() -> None:
