@@ -3,13 +3,14 @@
 from collections.abc import Collection, Iterable
 from typing import Final, NamedTuple
 
+PUBLISHED: Final = False  # whether an index has our distributions; after a change, `make pages` writes them again
+FROM, AFTER = ("", "") if PUBLISHED else ("--find-links dist ", ", after `make dist` in a clone")
 # The extras that do what core cannot.
 QUANTISED: Final = "quant"  # knows the layers of libraries that quantise
 ENGINES: Final = "distributed"  # trains in several processes
 SETTINGS: Final = "transformers"  # compares the settings of two bases
 RUNS: Final = "transformers"  # opens what `tunerkit train` writes
 REFERENCES: Final = "transformers"  # makes frozen references of models
-
 DEFAULT_FORMAT: Final = "peft"  # the one that most programs read
 # What the extra "transformers" serves, by the root of the library's modules.
 _OF_TRANSFORMERS: Final = ("transformers", "trl", "accelerate", "timm", "torchvision")
@@ -105,9 +106,9 @@ LIBRARIES: Final = (
 )
 
 
-def install(extra: str) -> str:
-    """The command that installs an extra."""
-    return f'pip install "tunerkit[{extra}]"'
+def install(*extras: str) -> str:
+    """The command that installs extras, which works today; every message and page that tells to install has it."""
+    return f'pip install {FROM}"tunerkit[{",".join(extras)}]"{AFTER}'
 
 
 # --- What other libraries call it -------------------------------------------------------------------------------------

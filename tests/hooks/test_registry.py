@@ -232,7 +232,7 @@ def test_why_a_distribution_is_absent_is_said_as_it_is(site: Site, monkeypatch: 
     assert found.loaded().absence("tunerkit-good") is None
     absent = found.loaded().absence("tunerkit-broken") or ""
     assert absent.startswith("tunerkit-broken cannot be used: ZeroDivisionError: division by zero")
-    assert absent.endswith("(to upgrade it: pip install -U tunerkit-broken)")
+    assert absent.endswith("; another version may work")
     assert found.loaded().absence("tunerkit-gone") == "tunerkit-gone is not installed"
     monkeypatch.setenv("TUNERKIT_PLUGINS", "")
     assert "TUNERKIT_PLUGINS limits what is loaded" in str(site.registry().loaded().absence("tunerkit-good"))

@@ -129,7 +129,7 @@ def gather_restrictions() -> tuple[Restriction, ...]:
     """What is refused with which library, as all plugins say it; then what core would do wrong without a plugin."""
     found = [*_records(specs.tunerkit_restrictions)]
     for library in extras.LIBRARIES:
-        if library.verbs and (why := registry.lacking(library.extra, "knows what it does")) is not None:
+        if library.verbs and (why := registry.lacking("knows what it does", library.extra)) is not None:
             classes = (library.package,) if library.package else ()
             marks = dict.fromkeys(library.marks)
             found.append(Restriction(library.name, dict.fromkeys(library.verbs, why), classes, marks))
@@ -141,7 +141,7 @@ def adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     tell(specs.tunerkit_adapted, model=model, modules=modules)
     trained = (parameter.requires_grad for module in modules for parameter in module.parameters())
     notices = "notices adapters that DistributedDataParallel does not synchronise"
-    if in_group() and any(trained) and (lacking := registry.lacking(extras.ENGINES, notices)) is not None:
+    if in_group() and any(trained) and (lacking := registry.lacking(notices)) is not None:
         warn(f"this process is in a group. {lacking}. Wrap the model first, then put it into DDP")
 
 

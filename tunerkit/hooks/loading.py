@@ -119,7 +119,7 @@ class Catalog:
             return None
         failed = next((info for _, info in self.failures if info.distribution == distribution), None)
         if failed is not None:
-            return f"{distribution} cannot be used: {failed.error} (to upgrade it: pip install -U {distribution})"
+            return f"{distribution} cannot be used: {failed.error}; another version may work"
         if self.limit is not None:
             return f"{distribution} is not loaded, or not installed: {VARIABLE} limits what is loaded"
         return f"{distribution} is not installed"

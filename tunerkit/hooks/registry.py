@@ -74,7 +74,7 @@ class Registry:
         """Describe the plugin that owns ``method``, for an error."""
         return f"the plugin of method {method!r} ({self.owner_of(method).distribution})"
 
-    def lacking(self, extra: str, what: str) -> str | None:
+    def lacking(self, what: str, extra: str = extras.ENGINES) -> str | None:
         """Say ``what`` an extra's distribution does, why it is not loaded, and how to get it; None if it is loaded."""
         distribution = extras.distribution(extra)
         absent = self.loaded().absence(distribution)
@@ -83,7 +83,7 @@ class Registry:
     def unserved(self, thing: object) -> str:
         """Say how to get the plugin that knows the library of an object; empty if it is loaded, or if there is none."""
         extra = extras.serving(thing)
-        return "" if extra is None else self.lacking(extra, "knows its library") or ""
+        return "" if extra is None else self.lacking("knows its library", extra) or ""
 
     def implements(self, hook: Callable[..., object], method: str) -> bool:
         """Whether the plugin that owns the method implements the hook; False if no plugin owns it."""

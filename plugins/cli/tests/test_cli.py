@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import tunerkit
 from tests.support import bad_plugins
+from tunerkit.extras import install
 from tunerkit_cli import assets, settings
 from tunerkit_cli.app import build
 from tunerkit_cli.rows import Table
@@ -327,7 +328,7 @@ def test_without_the_extra_the_command_says_how_to_get_it(
     with pytest.raises(SystemExit) as caught:
         command.main()
     assert caught.value.code == 2
-    assert capsys.readouterr().err == 'tunerkit: the command needs typer: pip install "tunerkit[cli]"\n'
+    assert capsys.readouterr().err == f"tunerkit: the command needs typer: {install('cli')}\n"
 
 
 # --- check ---

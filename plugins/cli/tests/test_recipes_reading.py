@@ -97,7 +97,7 @@ def test_json_is_read_too(tmp_path: Path) -> None:
         ("baseline: 'yes'\n", "baseline: expected true or false, got 'yes'"),
         ("baseline: 1\n", "baseline: expected true or false, got 1"),
         ("out: null_\nout: x\n", "given twice: out"),
-        ("version: 2\n", "version: got 2, .* reads version 1; a later one reads this recipe: pip install --upgrade"),
+        ("version: 2\n", "version: got 2, .* reads version 1; a later tunerkit reads this recipe; upgrade"),
         ("version: 2\nsteps: 3\n", "version: got 2"),
         ("version: 0\n", "version: got 0, .* reads version 1; no recipe .*; write version: 1, or .* `tunerkit init`"),
         ("version: '1'\n", "version: got '1'"),

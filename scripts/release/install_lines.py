@@ -1,0 +1,77 @@
+"""The commands in pages that install our distributions: each says what works today, as `tunerkit.extras` knows it.
+
+    python -m scripts.release.install_lines --write    # after a change of PUBLISHED
+
+Without the option, it says what is wrong.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from scripts.release.building import ROOT
+from tunerkit.extras import FROM
+
+PAGES: Final = ("*.md", "llms.txt", "docs/**/*.md", "docs/**/*.ipynb", "plugins/*/README.md", "examples/**/*.md")
+# CHANGELOG.md says what was.
+_HISTORY: Final = ("CHANGELOG.md",)
+_COMMAND: Final = re.compile(r"(?P<tool>\bpip install|\buv add) (?P<rest>[^\n`#]*)")
+# The line before it, for as long as the wheels must be built.
+_BUILD: Final = "make dist  # in a clone: tunerkit is on no index yet\n"
+_FOLDER: Final = re.compile(r"(?:--find-links|-f)[ =](\S+) ?")
+# What a command takes from an index or a folder; a path after -e is no such word.
+_OURS: Final = re.compile(r"""(?<!-e )(?<![\w./-])["'\\]*tunerkit(?:-(?P<plugin>[a-z]+))?(?:\[[\w,-]+\])?(?![\w./-])""")
+
+
+def pages() -> Iterator[Path]:
+    """Every page that may tell how to install."""
+    for pattern in PAGES:
+        yield from (page for page in sorted(ROOT.glob(pattern)) if page.name not in _HISTORY)
+
+
+def problems(text: str, found_from: str = FROM) -> list[str]:
+    """Say of each command that installs ours what is wrong with it.
+
+    Args:
+        text: The page.
+        found_from: The option that names where our distributions are found; empty for an index.
+    """
+    wrong = []
+    for command in _COMMAND.finditer(text):
+        ours = list(_OURS.finditer(command["rest"]))
+        if ours and bool(_FOLDER.search(command["rest"])) != bool(found_from):
+            wrong.append(f"{command[0].strip()}: write {_mended(command, found_from).strip()}")
+        wrong += [
+            f"{command[0].strip()}: write tunerkit[{each['plugin']}] for {each[0]}" for each in ours if each["plugin"]
+        ]
+    return wrong
+
+
+def mended(text: str, found_from: str = FROM) -> str:
+    """The page with commands that find our distributions where they are."""
+    kept = text if found_from else text.replace(_BUILD, "")
+    return _COMMAND.sub(lambda command: _mended(command, found_from), kept)
+
+
+def _mended(command: re.Match[str], found_from: str) -> str:
+    if not _OURS.search(command["rest"]) or bool(_FOLDER.search(command["rest"])) == bool(found_from):
+        return command[0]
+    return f"{command['tool']} {found_from}{_FOLDER.sub('', command['rest'])}"
+
+
+def main() -> None:
+    """Write the pages again, or say what is wrong with them."""
+    wrong = []
+    for page in pages():
+        text = page.read_text("utf-8")
+        if "--write" in sys.argv[1:]:
+            page.write_text(text := mended(text), "utf-8")
+        wrong += [f"{page.relative_to(ROOT)}: {problem}" for problem in problems(text)]
+    print("\n".join(wrong))
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
