@@ -12,6 +12,7 @@ from pathlib import Path
 import attrs
 import pytest
 
+from scripts import notebooks
 from tests.support.py_blocks import SETTINGS
 
 ROOT = Path(__file__).parents[2]
@@ -98,10 +99,15 @@ def test_examples_keep_the_line_numbers_of_their_page() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if "```python" in p.read_text(encoding="utf-8")], ids=lambda p: str(p.relative_to(ROOT))
+    "page",
+    [p for p in PAGES if "```python" in p.read_text(encoding="utf-8") and p not in notebooks.PAGES],
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_examples_run_in_the_order_of_their_page(page: Path, tmp_path: Path) -> None:
-    """The Python blocks of a page, top to bottom in one fresh process, offline, in an empty folder."""
+    """The Python blocks of a page, top to bottom in one fresh process, offline, in an empty folder.
+
+    Pages that are notebooks too run as such.
+    """
     needed = (*EXAMPLES_NEED, *MORE_NEEDED.get(page.relative_to(ROOT).as_posix(), ()))
     absent = [name for name in needed if find_spec(name) is None]
     if absent:

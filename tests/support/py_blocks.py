@@ -1,4 +1,4 @@
-"""What surrounds the pages' blocks marked ``py`` when a test runs them: those that need a library or a process group."""
+"""What surrounds the pages' blocks marked ``py`` when a test runs them: they need a library or a process group."""
 
 from collections.abc import Mapping
 
@@ -29,7 +29,7 @@ class Setting:
 
 # The setting of each block, by a line that no other block has: pages are renamed more often than examples.
 SETTINGS = {
-    "packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=\"nf4\")": Setting(
+    'packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")': Setting(
         needs=("bitsandbytes", "tunerkit_quant", "trl", "datasets", "tunerkit_gguf", "tunerkit_peft"),
         after_the_page=True,
         after="assert tunerkit.tuner(model).steps == 20",
