@@ -1,5 +1,5 @@
-# The public names, and the modules that may be used after `import tunerkit` alone. Each name is exported by a package's
-# __init__, under the same name.
+# All names, and the modules that may be used after `import tunerkit` alone. Each name is exported by a package's
+# __init__, under the same name. Until version 0.3, those of `tunerkit.plugin` are still here.
 
 import pluggy
 

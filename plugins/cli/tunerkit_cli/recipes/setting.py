@@ -5,8 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import PurePath
 from typing import Any, Final
 
-from tunerkit import ConfigError
-from tunerkit.errors import closest, shown
+from tunerkit.errors import ConfigError, closest, shown
 from tunerkit_cli.recipes.fragments import Fragment
 from tunerkit_cli.recipes.reading import schema
 from tunerkit_cli.settings import DEEPEST, given_settings, given_value

@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 
 import tunerkit
-from tunerkit import RankChange, Tuner, hooks, injection, serialization
+from tunerkit import hooks, injection, serialization
+from tunerkit.plugin import RankChange, Tuner
 from tunerkit_cli.report.record import Problem
 from tunerkit_cli.running import written
 from tunerkit_cli.running.telling import say
