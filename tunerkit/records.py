@@ -133,7 +133,7 @@ class Target:
     """
 
     path: str
-    module: nn.Module
+    module: nn.Module = attrs.field(repr=lambda module: type(module).__name__)
 
 
 @attrs.frozen
@@ -237,7 +237,7 @@ class RankChange:
 
     step: int
     budget: int
-    ranks: Mapping[str, int]
+    ranks: Mapping[str, int] = attrs.field(repr=lambda ranks: f"<of {len(ranks)} targets>")
 
 
 @attrs.frozen(eq=False)
