@@ -48,17 +48,10 @@ __all__ = [
 hookimpl = pluggy.HookimplMarker(__name__)
 
 
-def _public() -> dict[str, str]:
-    """All names, and the module of each; for a module that is public itself, an empty text.
-
-    They stand in __init__.pyi, which type checkers and editors read too.
-    """
-    stub = ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or b"")
-    imports = (statement for statement in stub.body if isinstance(statement, ast.ImportFrom) and statement.level)
-    return {alias.name: each.module or "" for each in imports for alias in each.names}
-
-
-_PLACES: Final = {"plugin": "", **_public()}
+# All names, and the module of each; for a module that is public itself, an empty text. Type checkers read the stub too.
+_STUB: Final = ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or b"")
+_IMPORTS: Final = [each for each in _STUB.body if isinstance(each, ast.ImportFrom) and each.level]
+_PLACES: Final = {"plugin": "", **{name.name: each.module or "" for each in _IMPORTS for name in each.names}}
 
 
 def find(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Dotted module paths: their parts, layer numbers, whether they belong to an adapter, short lists and tables of them."""
+"""Dotted module paths: their parts and layer numbers, whether they belong to an adapter, lists and tables of them."""
 
 from collections.abc import Collection, Mapping, Sequence
 from html import escape

@@ -397,4 +397,4 @@ def test_a_tuner_is_a_small_handle() -> None:
         assert len([name for name in dir(tuner) if not name.startswith("_")]) <= 22
         lines = repr(tuner).splitlines()
     assert len(lines) <= 10
-    assert lines[0] == "tuner of adapter 'default': toy-low-rank in a ModuleDict, step 0"
+    assert lines[0] == "tuner of adapter 'default' in a ModuleDict"

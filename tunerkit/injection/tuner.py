@@ -120,7 +120,9 @@ class Tuner:
         for what, places in (("targets", self.targets), ("trained in full", self.copies), ("biases", self.biases)):
             if places:
                 lines.append(f"  {len(places)} {what}: {few([place.path for place in places], shown=3)}")
-        return "\n".join([*lines, f"  {cut(repr(self.config), 400)}"])
+        values = zip(attrs.fields(type(self.config)), attrs.astuple(self.config, recurse=False), strict=True)
+        chosen = [f"{field.name}={value!r}" for field, value in values if value not in (field.default, (), {})]
+        return "\n".join([*lines, cut(f"  settings: {', '.join(chosen) or 'the defaults'}", 400)])
 
     def _repr_html_(self) -> str:
         """Return the text and the rank map, for notebooks."""

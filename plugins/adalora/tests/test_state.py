@@ -27,6 +27,7 @@ from tunerkit import hooks, injection
 from tunerkit.plugin import State
 from tunerkit_adalora import AdaLoraConfig
 from tunerkit_adalora.state import restore
+from tunerkit_adalora.svd_layer import SvdLayer
 from tunerkit_adalora.training import training_of
 from tunerkit_testing.small import TARGETS, X, loss_of, net, step, train, trainable
 
@@ -470,3 +471,11 @@ def test_files_store_the_resolved_defaults(tmp_path: Path) -> None:
     assert isinstance(config, AdaLoraConfig)
     assert (config.target_rank, config.init_rank, config.alpha) == (2, 8, 4.0)
     assert (config.exact_svd, config.train_lambda) == (True, False)
+
+
+def test_a_layer_is_printed_with_the_ranks_that_are_left() -> None:
+    """One line: live and initial rank; without values, as on the meta device, nothing is known of the first."""
+    layer = SvdLayer(in_features=4, out_features=3, rank=3, scale=0.5, dropout=0.1, start="lora")
+    layer.mask = torch.tensor([True, False, True])
+    assert repr(layer) == "SvdLayer(rank=2 of 3, scale=0.5, dropout=0.1)"
+    assert repr(layer.to("meta")) == "SvdLayer(rank=? of 3, scale=0.5, dropout=0.1)"
