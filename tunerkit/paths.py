@@ -55,7 +55,7 @@ def table_of(ranks: Mapping[str, int]) -> str:
     columns, top = dict.fromkeys(matrix for row in rows.values() for matrix in row), max(ranks.values(), default=0)
     if not top or len(rows) * len(columns) > 10_000:
         return ""
-    lines = ["".join(f"<th>{escape(name)}</th>" for name in ("", *columns))]
+    lines = ["".join(f"<th>{escape(name).replace('.', '.<wbr>')}</th>" for name in ("", *columns))]
     for layer, row in rows.items():
         shades = {matrix: f"background:rgba(70,130,180,{0.6 * rank / top:.2f})" for matrix, rank in row.items()}
         cells = (f'<td style="{shades.get(matrix, "")}">{row.get(matrix, "")}</td>' for matrix in columns)

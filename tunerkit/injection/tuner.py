@@ -126,8 +126,9 @@ class Tuner:
 
     def _repr_html_(self) -> str:
         """Return the text and the rank map, for notebooks."""
-        present = wrapped_of(self.model).tuners.get(self.name) is self
-        return f"<pre>{html.escape(repr(self))}</pre>{table_of(self.ranks()) if present else ''}"
+        is_there = wrapped_of(self.model).tuners.get(self.name) is self
+        ranks = table_of(self.ranks()) if is_there else ""
+        return f'<pre style="white-space:pre-wrap">{html.escape(repr(self))}</pre>{ranks}'
 
     @property
     def steps(self) -> int:
