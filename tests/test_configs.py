@@ -561,10 +561,10 @@ def test_what_is_no_config_class_is_refused_in_words() -> None:
     """Structure and unstructure say what they expect."""
     wrong: Any
     for wrong in (int, dict, Sample()):
-        with pytest.raises(TypeError, match=r"derived from tunerkit\.AdapterConfig, got "):
+        with pytest.raises(TypeError, match=r"derived from tunerkit\.plugin\.AdapterConfig, got "):
             from_mapping(wrong, {})
     for wrong in ({}, None, Sample):
-        with pytest.raises(TypeError, match=r"derived from tunerkit\.AdapterConfig, got "):
+        with pytest.raises(TypeError, match=r"derived from tunerkit\.plugin\.AdapterConfig, got "):
             unstructure(wrong)
 
 

@@ -259,7 +259,7 @@ def unstructure(config: AdapterConfig) -> dict[str, Any]:
 def _settings(cls: object) -> dict[str, "attrs.Attribute[Any]"]:
     """Return the fields that a config is built from, by name. Raises `TypeError` if ``cls`` is no config class."""
     if not (isinstance(cls, type) and issubclass(cls, AdapterConfig)):
-        raise TypeError(f"expected a config class derived from tunerkit.AdapterConfig, got {cls!r}")
+        raise TypeError(f"expected a config class derived from tunerkit.plugin.AdapterConfig, got {cls!r}")
     return {field.name: field for field in attrs.fields(cls) if field.init}
 
 

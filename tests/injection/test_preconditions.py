@@ -89,15 +89,15 @@ def test_wrapping_while_disabled_or_merged_is_refused(toys: "Toys") -> None:
 
 def test_what_is_no_model_or_has_no_shape_yet_is_refused_in_words(toys: "Toys") -> None:
     """A name instead of a model, a lazy layer or a seed that is no number raises our error, and nothing is frozen."""
-    with pytest.raises(tunerkit.AdapterError, match=r"expected a torch\.nn\.Module, got str"):
+    with pytest.raises(tunerkit.errors.AdapterError, match=r"expected a torch\.nn\.Module, got str"):
         tunerkit.wrap("bert", "toy-shift")  # type: ignore[type-var]
     model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
-    with pytest.raises(tunerkit.AdapterError, match="run one batch first"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="run one batch first"):
         tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
     assert all(p.requires_grad for p in model.parameters())
     for seed in ("a", True, 2**70, -(2**64)):
         with pytest.raises(
-            tunerkit.ConfigError, match=rf"expected an int of 64 bits or None, got \w+ .*{seed}.* @ seed"
+            tunerkit.errors.ConfigError, match=rf"expected an int of 64 bits or None, got \w+ .*{seed}.* @ seed"
         ):
             tunerkit.wrap(toys.net(), "toy-shift", seed=seed)  # type: ignore[arg-type]
     with pytest.raises(UnknownMethodError, match=r"no method named \['toy-shift'\]; installed: .*toy-shift"):
@@ -120,7 +120,7 @@ def test_a_complex_weight_is_refused(toys: "Toys") -> None:
 def test_a_weight_computed_from_others_is_refused(toys: "Toys") -> None:
     """Merging cannot write into a parametrized weight: the error comes at wrap, not at merge."""
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
-    with pytest.raises(tunerkit.TargetError, match="parametrization"):
+    with pytest.raises(tunerkit.errors.TargetError, match="parametrization"):
         tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
 
 

@@ -142,8 +142,8 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float | None = No
 def calibrate(model: M, batches: Iterable[Any], adapter: str | None = None, *, loss: injection.Loss | None = None) -> M:
     """Run a model on data before training, and let an adapter's method set its start and its ranks from that.
 
-    The method says what it wants to know, see `tunerkit.StatisticsRequest`. Statistics are summed up over the batches,
-    so any amount of data takes the same memory. The base model and the caller's random state do not change.
+    The method says what it wants to know, see `tunerkit.plugin.StatisticsRequest`. Statistics are summed up over the
+    batches, so any amount of data takes the same memory. The base model and the caller's random state do not change.
 
     If the method wants gradients, modules that are trained in full are fitted to the batches first, because the
     gradients behind a new head say nothing. Embeddings are not fitted: most of their rows are pretrained.

@@ -307,14 +307,14 @@ def _checked_name(method: Any) -> str:
     if not (own and "__attrs_attrs__" in vars(config)):
         raise PluginError(
             f"the config of method {shown(name)} is {shown(config)}; "
-            "expected an attrs class derived from tunerkit.AdapterConfig"
+            "expected an attrs class derived from tunerkit.plugin.AdapterConfig"
         )
     asked = method.statistics
     ranks = (asked.inputs, asked.gradients) if isinstance(asked, StatisticsRequest) else ()
     if asked is not None and not (any(ranks) and all(type(rank) is int and rank >= 0 for rank in ranks)):
         raise PluginError(
-            f"statistics of method {shown(name)} is {shown(asked)}; expected tunerkit.StatisticsRequest "
-            "with the ranks of what it wants, as in tunerkit.StatisticsRequest(inputs=16)"
+            f"statistics of method {shown(name)} is {shown(asked)}; expected tunerkit.plugin.StatisticsRequest "
+            "with the ranks of what it wants, as in tunerkit.plugin.StatisticsRequest(inputs=16)"
         )
     if (wrong := mistyped(method, Method)) is not None:
         path, part, its_type = wrong

@@ -1,7 +1,7 @@
 """The weights and forwards of modules, also where a library holds or wraps them.
 
-Plugins say how, see `tunerkit.Holding`. About weights they are asked only where one is empty or on the meta device, so
-forwards of ordinary models cost nothing and can be compiled.
+Plugins say how, see `tunerkit.plugin.Holding`. About weights they are asked only where one is empty or on the meta
+device, so forwards of ordinary models cost nothing and can be compiled.
 """
 
 import copy

@@ -91,7 +91,7 @@ def test_numbers_without_a_dot_are_numbers_in_both_formats(ending: str, tmp_path
 def test_damaged_settings_are_one_line(name: str, content: str, message: str, tmp_path: Path) -> None:
     """Each kind of damage is a `ConfigError`; a settings file cannot run code."""
     (tmp_path / name).write_text(content)
-    with pytest.raises(tunerkit.ConfigError, match=message) as caught:
+    with pytest.raises(tunerkit.errors.ConfigError, match=message) as caught:
         settings.read_settings(tmp_path / name)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1500
@@ -100,7 +100,7 @@ def test_damaged_settings_are_one_line(name: str, content: str, message: str, tm
 def test_settings_in_another_encoding_say_how_to_save_them(tmp_path: Path) -> None:
     """The error names the byte and the encoding."""
     (tmp_path / "s.yaml").write_bytes("a: \xfc\n".encode("latin-1"))
-    with pytest.raises(tunerkit.ConfigError, match="byte 3 is not UTF-8; save the file as UTF-8"):
+    with pytest.raises(tunerkit.errors.ConfigError, match="byte 3 is not UTF-8; save the file as UTF-8"):
         settings.read_settings(tmp_path / "s.yaml")
 
 

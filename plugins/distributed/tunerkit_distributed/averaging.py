@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tunerkit import Tuner
 from tunerkit.errors import StepError, warn
 from tunerkit.hooks import Engine, Removable
 from tunerkit.paths import few
+from tunerkit.plugin import Tuner
 from tunerkit_distributed import group, torch_private
 from tunerkit_distributed.agreement import refuse_differing, starts_alike, take_from_first_
 from tunerkit_distributed.deepspeed_names import is_of_deepspeed

@@ -5,8 +5,8 @@ from typing import Any, ClassVar, cast, final
 import attrs
 from torch import Tensor, nn
 
-from tunerkit import BaseLayer, forward_name
 from tunerkit.layers import DenseLinear, EmbeddingLayer
+from tunerkit.plugin import BaseLayer, forward_name
 
 
 @final

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from tunerkit import BaseLayer, DefaultTargets, ModelLibrary, Tuner, WeightReader, hookimpl
 from tunerkit.layers import is_named
+from tunerkit.plugin import BaseLayer, DefaultTargets, ModelLibrary, Tuner, WeightReader, hookimpl
 from tunerkit_transformers.adapter_calls import unwatch_calls_, watch_calls_
 from tunerkit_transformers.base_layers import Conv1DLayer, FalconLinearLayer, ScaledEmbeddingLayer
 from tunerkit_transformers.default_targets import DEFAULT_TARGETS

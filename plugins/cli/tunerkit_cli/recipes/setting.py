@@ -7,9 +7,8 @@ from typing import Any, Final
 
 import attrs
 
-from tunerkit import ConfigError
 from tunerkit.config import meant
-from tunerkit.errors import closest, shown
+from tunerkit.errors import ConfigError, closest, shown
 from tunerkit_cli.recipes.fragments import Fragment
 from tunerkit_cli.recipes.reading import schema
 from tunerkit_cli.settings import DEEPEST, given_settings, given_value

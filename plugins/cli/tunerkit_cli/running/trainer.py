@@ -19,8 +19,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from tunerkit import ConfigError, TunerkitError, hooks
-from tunerkit.errors import closest, shown
+from tunerkit import TunerkitError, hooks
+from tunerkit.errors import ConfigError, closest, shown
 from tunerkit_cli.demo import demo_of
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, Recipe
 from tunerkit_cli.report.scores import is_better_high
