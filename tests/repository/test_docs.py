@@ -2,7 +2,6 @@
 
 import re
 import tomllib
-from importlib import import_module
 from pathlib import Path
 
 import attrs
