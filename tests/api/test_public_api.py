@@ -301,6 +301,7 @@ def test_what_authors_import_stands_in_one_module() -> None:
     names = vars(plugin)["__all__"]
     found = {name: getattr(plugin, name) for name in names}
     assert len(found) == len(names)
+    assert [name for name in dir(plugin) if not name.startswith("__")] == sorted(names)
     assert plugin.lookup({"q_proj": 1}, "layers.0.q_proj", default=2) == 1
     with pytest.raises(AttributeError, match=r"'tunerkit\.plugin' has no attribute 'wrap'"):
         getattr(plugin, "wrap")  # noqa: B009 - a type checker sees it
