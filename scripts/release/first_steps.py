@@ -16,8 +16,10 @@ STEPS = 20
 def main() -> None:
     """Train a tiny language model, and compare what is saved, loaded and merged."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    base = LlamaForCausalLM(config).eval()
     batch = torch.arange(16).repeat(4, 1)
 
     model = tunerkit.wrap(copy.deepcopy(base), "adalora", AdaLoraConfig(target_rank=2, init_rank=4))

@@ -18,11 +18,12 @@ PAGES: Final = ("*.md", "llms.txt", "docs/**/*.md", "docs/**/*.ipynb", "plugins/
 # CHANGELOG.md says what was.
 _HISTORY: Final = ("CHANGELOG.md",)
 _COMMAND: Final = re.compile(r"(?P<tool>\bpip install|\buv add) (?P<rest>[^\n`#]*)")
+_PLUGIN: Final = re.compile(r"""(?<!-e )(?<![\w./-])["']?tunerkit-([a-z]+)["']?(?![\w./\[-])""")
 # The line before it, for as long as the wheels must be built.
 _BUILD: Final = "make dist  # in a clone: tunerkit is on no index yet\n"
 _FOLDER: Final = re.compile(r"(?:--find-links|-f)[ =](\S+) ?")
 # What a command takes from an index or a folder; a path after -e is no such word.
-_OURS: Final = re.compile(r"""(?<!-e )(?<![\w./-])["'\\]*tunerkit(?:-(?P<plugin>[a-z]+))?(?:\[[\w,-]+\])?(?![\w./-])""")
+_OURS: Final = re.compile(r"""(?<!-e )(?<![\w./-])["'\\]*tunerkit(?:-[a-z]+)?(?:\[[\w,-]+\])?(?![\w./-])""")
 
 
 def pages() -> Iterator[Path]:
@@ -38,27 +39,21 @@ def problems(text: str, found_from: str = FROM) -> list[str]:
         text: The page.
         found_from: The option that names where our distributions are found; empty for an index.
     """
-    wrong = []
-    for command in _COMMAND.finditer(text):
-        ours = list(_OURS.finditer(command["rest"]))
-        if ours and bool(_FOLDER.search(command["rest"])) != bool(found_from):
-            wrong.append(f"{command[0].strip()}: write {_mended(command, found_from).strip()}")
-        wrong += [
-            f"{command[0].strip()}: write tunerkit[{each['plugin']}] for {each[0]}" for each in ours if each["plugin"]
-        ]
-    return wrong
+    right = ((command[0], _mended(command, found_from)) for command in _COMMAND.finditer(text))
+    return [f"{written.strip()}: write {wanted.strip()}" for written, wanted in right if written != wanted]
 
 
 def mended(text: str, found_from: str = FROM) -> str:
-    """The page with commands that find our distributions where they are."""
+    """The page with commands that find our distributions where they are, each by its extra."""
     kept = text if found_from else text.replace(_BUILD, "")
     return _COMMAND.sub(lambda command: _mended(command, found_from), kept)
 
 
 def _mended(command: re.Match[str], found_from: str) -> str:
-    if not _OURS.search(command["rest"]) or bool(_FOLDER.search(command["rest"])) == bool(found_from):
-        return command[0]
-    return f"{command['tool']} {found_from}{_FOLDER.sub('', command['rest'])}"
+    rest = _PLUGIN.sub(r'"tunerkit[\1]"', command["rest"])
+    if _OURS.search(rest) and bool(_FOLDER.search(rest)) != bool(found_from):
+        rest = f"{found_from}{_FOLDER.sub('', rest)}"
+    return f"{command['tool']} {rest}"
 
 
 def main() -> None:
@@ -66,7 +61,7 @@ def main() -> None:
     wrong = []
     for page in pages():
         text = page.read_text("utf-8")
-        if "--write" in sys.argv[1:]:
+        if "--write" in sys.argv[1:] and page.suffix != ".ipynb":  # a notebook's text is inside JSON
             page.write_text(text := mended(text), "utf-8")
         wrong += [f"{page.relative_to(ROOT)}: {problem}" for problem in problems(text)]
     print("\n".join(wrong))

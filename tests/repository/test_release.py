@@ -202,7 +202,7 @@ def test_the_command_names_extras_that_exist() -> None:
         ("pip install -e plugins/quant", None, None),
         ("pip install -e . torch", None, None),
         ('pip install -e "tunerkit-my-method[test]"', None, None),
-        ("pip install tunerkit-like", "pip install --find-links dist tunerkit-like", None),
+        ("pip install tunerkit-like", 'pip install --find-links dist "tunerkit[like]"', 'pip install "tunerkit[like]"'),
     ],
 )
 def test_a_page_is_written_again_when_the_distributions_are_published(
@@ -236,7 +236,7 @@ def test_one_line_changes_what_messages_say() -> None:
 def test_a_distribution_is_installed_by_its_extra() -> None:
     """One form in all pages, which also brings what the extra needs beside it."""
     assert problems("`pip install --find-links dist tunerkit-quant`", FOLDER) == [
-        "pip install --find-links dist tunerkit-quant: write tunerkit[quant] for tunerkit-quant"
+        'pip install --find-links dist tunerkit-quant: write pip install --find-links dist "tunerkit[quant]"'
     ]
 
 
