@@ -22,11 +22,7 @@ from .api import (
     unwrap as unwrap,
     wrap as wrap,
 )
-from .config import (
-    AdapterConfig as AdapterConfig,
-    setting as setting,
-    unstructure as unstructure,
-)
+from .config import AdapterConfig as AdapterConfig, setting as setting, unstructure as unstructure
 from .errors import (
     AdapterError as AdapterError,
     BaseMismatchError as BaseMismatchError,

@@ -204,7 +204,7 @@ def test_an_adapter_for_each_row_is_never_ignored(toys: "Toys") -> None:
     x = torch.ones(2, 3)
     model = tunerkit.wrap(Open(), "toy-low-rank", {"targets": ["layer"]})
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), nn.Sequential(model)[0]):
-        with pytest.raises(AdapterError, match=r"adapter_names= .* tunerkit\.activate\(model, \['name'\]\)"):
+        with pytest.raises(AdapterError, match=r"adapter_names= would be ignored.*: write tunerkit\.activate\("):
             each(x, adapter_names=["a", "b"])
         assert torch.equal(each(x, adapter_names=None), each(x, other=1))
     tunerkit.unwrap(model)
