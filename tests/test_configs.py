@@ -657,7 +657,8 @@ class Known(AdapterConfig):
 )
 def test_the_name_of_another_library_is_answered_with_ours(key: str, hint: str) -> None:
     """From a mapping and as an argument: the setting, or where there is none what to do instead."""
-    for build in (lambda: from_mapping(Known, {key: 1}), lambda: Known(**{key: 1})):
+    given: dict[str, Any] = {key: 1}
+    for build in (lambda: from_mapping(Known, given), lambda: Known(**given)):
         (problem,) = problems_of(build)
         assert problem.startswith(f"unknown key '{key}'{hint}")
         assert problem.endswith(f" @ $.{key}")
@@ -679,4 +680,4 @@ def test_unknown_arguments_are_all_named_and_the_signature_stays() -> None:
     assert len(problems_of(lambda: Known(r=1, lora_alpha=2))) == 2  # type: ignore[call-arg]
     assert [*inspect.signature(Known).parameters][:3] == ["rank", "first", "last"]
     with pytest.raises(TypeError, match="positional"):
-        Known(1, 2, 3, 4)  # type: ignore[call-arg, misc]
+        Known(*range(1, 5))  # type: ignore[call-arg, arg-type]

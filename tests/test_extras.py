@@ -29,7 +29,7 @@ def test_a_name_of_another_library_answers_with_ours(name: str) -> None:
 def test_every_line_to_write_names_what_there_is(name: str) -> None:
     """Each ``tunerkit.name`` in it is public."""
     for ours in re.findall(r"tunerkit\.(\w+)", CALLS_ELSEWHERE[name]):
-        assert ours in tunerkit.__all__
+        assert callable(getattr(tunerkit, ours))
 
 
 def test_other_names_are_as_unknown_as_in_any_module() -> None:

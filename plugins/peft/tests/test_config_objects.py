@@ -14,8 +14,8 @@ import tunerkit
 from tunerkit.errors import ConfigError, UnknownMethodError
 from tunerkit_peft.config_objects import settings_of
 
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
-METHODS = {"lora": peft.LoraConfig, "adalora": peft.AdaLoraConfig}
+SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+METHODS: Mapping[str, Callable[..., Any]] = {"lora": peft.LoraConfig, "adalora": peft.AdaLoraConfig}
 BRANCHED = r".*layers\.[01]\.self_attn\.(q|v)_proj"
 
 
@@ -163,7 +163,7 @@ def test_a_model_without_default_targets_asks_for_them() -> None:
 @pytest.mark.parametrize(("method", "config"), [("lora", "adalora"), ("adalora", "lora")])
 def test_another_method_is_refused_with_the_line_to_write(method: str, config: str) -> None:
     """And that line works."""
-    given = {"target_modules": ["q_proj"], **({"total_step": 10} if config == "adalora" else {})}
+    given: dict[str, Any] = {"target_modules": ["q_proj"], **({"total_step": 10} if config == "adalora" else {})}
     made = METHODS[config](**given)
     words = rf"this {type(made).__name__} describes method '{config}', got '{method}'; write wrap\(model, '{config}', "
     with pytest.raises(ConfigError, match=words):
