@@ -38,8 +38,6 @@ _ELSEWHERE: Final = {
     "task_type": "leave it out: the model's class says the task, and new heads are trained",
     "inference_mode": "leave it out: tunerkit.load(model, path) loads without training",
     "fan_in_fan_out": "leave it out: the kind of each layer is recognised",
-    "peft_type": "leave it out: the name of the method says it",
-    "base_model_name_or_path": "leave it out: the file of an adapter has the base's fingerprint",
     "layers_pattern": "leave it out: the first number in a path is the layer's",
     "use_dora": "no installed method is DoRA, and LoRA alone is another training: leave it out, or write a method",
     "lora_bias": "B has no bias here; bias='adapters' trains the biases of the adapted layers",
@@ -48,8 +46,6 @@ _ELSEWHERE: Final = {
     "trainable_token_indices": "rows cannot be trained alone: name the embedding in train_modules",
     "target_parameters": "only modules can be adapted, and no parameters such as stacks of experts: leave it out",
     "ensure_weight_tying": "leave it out: name both sides of the tied weight in train_modules, or untie them",
-    "layer_replication": "leave it out: build the larger base first, and wrap that",
-    "megatron_config": "leave it out: layers of Megatron cannot be adapted",
     "rank_pattern": "it belongs to method 'lora'; min_rank and max_rank bound AdaLoRA's ranks by pattern",
     **dict.fromkeys(("alpha_pattern", "use_rslora"), "it belongs to method 'lora'"),
     **dict.fromkeys(("init_r", "target_r", "tinit", "tfinal", "deltaT"), "it belongs to method 'adalora'"),
@@ -156,15 +152,14 @@ class AdapterConfig:
                     f"{cls.__name__}.{field.name} is annotated {_described(field.type)}, which a config cannot hold; "
                     "use bool, int, float, str, None, Literal, tuple[...], Mapping[str, ...] or a union of these"
                 )
-        made = cls.__init__
+        made: Any = cls.__init__
 
-        @functools.wraps(made)
-        def checked(self: Self, *values: object, **settings: object) -> None:
+        def checked(self: Self, *values: Any, **settings: Any) -> None:
             if unknown := settings.keys() - _settings(cls).keys():  # Python's TypeError would not say what is meant
                 raise ConfigError([_unknown(key, _settings(cls)) for key in sorted(unknown)])
             made(self, *values, **settings)
 
-        cls.__init__ = checked  # type: ignore[method-assign]
+        cls.__init__ = functools.wraps(made)(checked)  # type: ignore[assignment, method-assign]
 
     def __attrs_pre_init__(self) -> None:
         if "__attrs_attrs__" not in type(self).__dict__:

@@ -114,7 +114,7 @@ def install(*extras: str) -> str:
 # --- What other libraries call it -------------------------------------------------------------------------------------
 
 _LORA: Final = "tunerkit.wrap(model, 'lora', config)"
-_WEIGHTED: Final = "tunerkit.activate(model, ['a', 'b']) applies the sum of adapters, and none with weights"
+_TRAINED: Final = "print(tunerkit.trainable_parameters(model))"
 # What PEFT and transformers call functions, classes and methods, and what to write here.
 CALLS_ELSEWHERE: Final = {
     **dict.fromkeys(("get_peft_model", "inject_adapter_in_model", "LoraModel"), _LORA),
@@ -122,8 +122,7 @@ CALLS_ELSEWHERE: Final = {
     "AdaLoraConfig": "from tunerkit_adalora import AdaLoraConfig",
     **dict.fromkeys(("PeftModel", "PeftConfig", "AutoPeftModelForCausalLM"), "tunerkit.load(model, folder)"),
     "prepare_model_for_kbit_training": f"nothing before {_LORA}: it freezes the base, and adapters are fp32",
-    "print_trainable_parameters": "print(tunerkit.trainable_parameters(model))",
-    "get_nb_trainable_parameters": "tunerkit.trainable_parameters(model)",
+    **dict.fromkeys(("print_trainable_parameters", "get_nb_trainable_parameters"), _TRAINED),
     "merge_and_unload": "tunerkit.unwrap(model, keep_merged=True)",
     "unload": "tunerkit.unwrap(model)",
     "merge_adapter": "tunerkit.merge(model)",
@@ -136,17 +135,12 @@ CALLS_ELSEWHERE: Final = {
     **dict.fromkeys(("disable_adapter", "disable_adapters"), "with tunerkit.disabled(model):"),
     "enable_adapters": "tunerkit.activate(model, ['name']); the block of tunerkit.disabled(model) ends by itself",
     **dict.fromkeys(("get_adapter_state_dict", "get_peft_model_state_dict"), "tunerkit.save(model, path)"),
-    "add_weighted_adapter": _WEIGHTED,
+    "add_weighted_adapter": "tunerkit.activate(model, ['a', 'b']) for their plain sum; none has a weight",
+    "adapter_names": "tunerkit.activate(model, ['name']), and call the model with the rows of that adapter",
     "update_and_allocate": "tunerkit.attach(model, optimizer, total_steps=...) once: steps then allocate by themselves",
     "enable_peft_hotswap": "tunerkit.load(model, folder, adapter='new'); tunerkit.activate(model, ['new'])",
     "PackedLinear": f"from tunerkit_quant import PackedLinear ({install(QUANTISED)})",
 }
-# An argument of PEFT's forwards: an adapter for each row of a batch.
-ROWS: Final = "adapter_names"
-NO_ROWS: Final = (
-    "{0}= gives each row of a batch its own adapter in PEFT, and here all rows get the active ones: call "
-    "tunerkit.activate(model, ['name']), then the model with the rows of that adapter"
-)
 
 
 def elsewhere(name: str) -> str:

@@ -645,3 +645,19 @@ def test_the_default_registry_reads_what_is_installed_when_first_asked(
         assert registry.methods() == {}
     finally:
         registry.reset()
+
+
+def test_a_name_is_found_in_any_case_and_an_exact_one_first(site: Site) -> None:
+    """A user may write LoRA. Where two methods differ in case alone, only an exact name is one of them."""
+    site.good("tunerkit-lora", "lora")
+    site.add("acme", {"acme": GOOD.replace("{methods!r}", repr(("Fast", "fast")))})
+    found = site.registry()
+    assert [found.named(name) for name in ("LoRA", "lora", "LORA", "Fast", "fast")] == [
+        *("lora", "lora", "lora", "Fast", "fast")
+    ]
+    for name in ("FAST", "lorra"):
+        with pytest.raises(UnknownMethodError, match=f"no method named '{name}'"):
+            found.named(name)
+    for wrong in (["lora"], {"rank": 8}):
+        with pytest.raises(UnknownMethodError, match=r"name comes before the config: tunerkit\.wrap\(model, 'lora'"):
+            found.named(wrong)  # type: ignore[arg-type]

@@ -82,18 +82,17 @@ def configure(method: str, config: object, model: nn.Module) -> AdapterConfig:
     expected, got = registry.get(method).config, type(config)
     if isinstance(config, AdapterConfig) and isinstance(config, expected):
         return config
-    for reads in (each.config for each in gather_formats().values() if each.config is not None):
-        if (found := reads(config, model)) is not None:
-            if found[0] != method:
-                wanted = f"describes method {found[0]!r}, got {method!r}"
-                raise ConfigError([f"this {got.__name__} {wanted}; write wrap(model, {found[0]!r}, config) @ $"])
-            return structure(method, found[1])
+    for each in gather_formats().values():
+        if each.config is not None and (found := each.config(config, model)) is not None:
+            if found[0] == method:
+                return structure(*found)
+            wanted = f"describes method {found[0]!r}, got {method!r}; write wrap(model, {found[0]!r}, config)"
+            raise ConfigError([f"this {got.__name__} {wanted} @ $"])
     # Another library may have a class of the same name.
     which = f" of {got.__module__}, not of {expected.__module__}" if got.__name__ == expected.__name__ else ""
-    how = f"; {unserved}" if (unserved := registry.unserved(config)) else ""
-    raise ConfigError(
-        [f"method {method!r} takes {expected.__name__}, a mapping or None, got {got.__name__}{which}{how} @ $"]
-    )
+    which += f"; {unserved}" if (unserved := registry.unserved(config)) else ""
+    takes = f"method {method!r} takes {expected.__name__}, a mapping or None"
+    raise ConfigError([f"{takes}, got {got.__name__}{which} @ $"])
 
 
 def gather_holdings() -> tuple[Holding, ...]:
@@ -182,14 +181,8 @@ def _are_plain(*names: str) -> bool:
 # What each record must be beyond the types of its fields.
 _RULES: Final[Mapping[Callable[..., object], tuple[str, Callable[[Any], bool]]]] = {
     specs.tunerkit_base_layers: ("with all its abstract methods defined, and matrix() if linear", _is_complete),
-    specs.tunerkit_weight_readers: (
-        "with plain names",
-        lambda record: _are_plain(record.owner, *record.children),
-    ),
-    specs.tunerkit_default_targets: (
-        "with plain names",
-        lambda record: _are_plain(*record.model_types, *record.names),
-    ),
+    specs.tunerkit_weight_readers: ("with plain names", lambda record: _are_plain(record.owner, *record.children)),
+    specs.tunerkit_default_targets: ("with plain names", lambda record: _are_plain(*record.model_types, *record.names)),
     specs.tunerkit_restrictions: (
         "with plain names of classes, or marks, to recognise it by",
         lambda record: bool(record.classes or record.marks) and _are_plain(*record.classes),

@@ -45,7 +45,7 @@ class Registry:
     def named(self, name: str) -> str:
         """Return a method's own name, which a user may write in any case. Raises `UnknownMethodError` as `get` does."""
         owners = self.loaded().owners
-        alike = [own for own in owners if isinstance(name, str) and own.casefold() == name.casefold()]
+        alike = [own for own in owners if own.casefold() == str(name).casefold()]
         return alike[0] if name not in tuple(owners) and len(alike) == 1 else self.get(name).name
 
     def get(self, name: str) -> Method:

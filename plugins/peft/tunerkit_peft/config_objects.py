@@ -110,7 +110,7 @@ def _refused(found: Mapping[str, Any], method: str) -> Iterator[str]:
     if found.get("inference_mode"):
         yield (
             "'inference_mode' is True, and wrap makes an adapter to train; leave it out, and call "
-            "tunerkit.freeze(model) if it must not train"
+            "tunerkit.freeze(model, 'default') if it must not train"
         )
     if found.get("ensure_weight_tying"):
         yield (
