@@ -18,8 +18,10 @@ from tests.support.site import built, served
 
 WIDTHS = (1280, 390)
 # Tables and code that are wider than the text's column or than what they show of themselves. A cell that is wider than
-# its column counts too.
+# its column counts too. What is folded or behind a tab is shown for it.
 _TOO_WIDE = """() => {
+  document.querySelectorAll("details").forEach((e) => (e.open = true));
+  document.querySelectorAll(".tabbed-block").forEach((e) => (e.style.display = "block"));
   const column = document.querySelector("article").getBoundingClientRect();
   const style = getComputedStyle(document.querySelector("article"));
   const right = column.right - parseFloat(style.paddingRight);
