@@ -44,7 +44,7 @@ WANTED = {
     "dora": "concepts/features.html",
     "generate": "start/tutorial.html",
     "multiple gpus": "how-to/multiple-gpus.html",
-    "moe": "concepts/features.html",
+    "moe": "start/faq.html",
     "merge": "how-to/serving.html",
     "resume": "how-to/training.html",
 }
