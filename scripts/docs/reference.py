@@ -39,15 +39,19 @@ def first_sentence(text: str | None) -> str:
 # --- The public names ------------------------------------------------------------------------------------------------
 
 
+def users_names() -> list[str]:
+    """Return the names of `tunerkit`, without the marker of hooks, which is for authors."""
+    return [name for name in vars(tunerkit)["__all__"] if name != "hookimpl"]
+
+
 def api() -> str:
     """Describe the names of `tunerkit`."""
-    return _public_names(tunerkit, [name for name in tunerkit.__all__ if name != "hookimpl"], {})
+    return _public_names(tunerkit, users_names(), {})
 
 
 def plugin_api() -> str:
     """Describe the names of `tunerkit.plugin`. Those that users have too are described on the users' page alone."""
-    users = {name: "api.md" for name in tunerkit.__all__ if name != "hookimpl"}
-    return _public_names(plugin, plugin.__all__, users)
+    return _public_names(plugin, vars(plugin)["__all__"], dict.fromkeys(users_names(), "api.md"))
 
 
 def _public_names(module: Any, names: Iterable[str], elsewhere: Mapping[str, str]) -> str:
@@ -217,7 +221,8 @@ def _sentence(text: str) -> str:
 
 
 def _default(field: "attrs.Attribute[Any]") -> object:
-    return field.default.factory() if hasattr(field.default, "factory") else field.default
+    factory = getattr(field.default, "factory", None)
+    return field.default if factory is None else factory()
 
 
 def allowed(field: "attrs.Attribute[Any]") -> str:

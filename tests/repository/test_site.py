@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -18,8 +18,10 @@ from tests.support.site import built, served
 
 WIDTHS = (1280, 390)
 # Tables and code that are wider than the text's column or than what they show of themselves. A cell that is wider than
-# its column counts too.
+# its column counts too. What is folded or behind a tab is shown for it.
 _TOO_WIDE = """() => {
+  document.querySelectorAll("details").forEach((e) => (e.open = true));
+  document.querySelectorAll(".tabbed-block").forEach((e) => (e.style.display = "block"));
   const column = document.querySelector("article").getBoundingClientRect();
   const style = getComputedStyle(document.querySelector("article"));
   const right = column.right - parseFloat(style.paddingRight);
@@ -42,7 +44,7 @@ WANTED = {
     "dora": "concepts/features.html",
     "generate": "start/tutorial.html",
     "multiple gpus": "how-to/multiple-gpus.html",
-    "moe": "concepts/features.html",
+    "moe": "start/faq.html",
     "merge": "how-to/serving.html",
     "resume": "how-to/training.html",
 }
@@ -108,6 +110,23 @@ def test_a_table_and_code_that_do_not_fit_would_be_seen(address: str, page: Page
         over = too_wide(page)["over"]
         assert any(each.startswith("TABLE") for each in over)
         assert any(each.startswith("CODE") for each in over)
+
+
+def test_code_is_coloured_when_the_site_is_built_and_can_be_copied(site: Path, address: str, page: Page) -> None:
+    """The colours are in the file, so no script makes them; each block has a button that copies it."""
+    assert '<span class="kn">import</span>' in (site / "index.html").read_text(encoding="utf-8")
+    page.goto(f"{address}index.html")
+    page.locator("article pre").first.wait_for()
+    assert page.locator("article pre").count() == page.locator("article button[data-md-type=copy]").count()
+
+
+@pytest.mark.parametrize(("scheme", "name"), [("light", "default"), ("dark", "slate")])
+def test_colours_follow_the_system(address: str, page: Page, scheme: Literal["light", "dark"], name: str) -> None:
+    """Until someone chooses: a button leads through the system's setting, light and dark."""
+    page.emulate_media(color_scheme=scheme)
+    page.goto(f"{address}index.html")
+    assert page.evaluate("document.body.dataset.mdColorScheme") == name
+    assert page.locator("form[data-md-component=palette] input").count() == 3
 
 
 @pytest.mark.parametrize("asked", WANTED)
