@@ -75,7 +75,7 @@ format: $(DEV_READY) ## format the code, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 
 docs: $(DEV_READY) ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 dist: $(DIST_READY) ## build wheels and sdists of all distributions into dist/
 	.venv-dist/bin/python -m scripts.release build dist

@@ -18,9 +18,9 @@ def adapters(model: nn.Module) -> dict[str, Tuner]:
         model: A model, wrapped or not.
 
     Returns:
-        The tuners by adapter name, the oldest first; empty for a model without adapters.
+        The tuners by adapter name, the oldest first; empty for a model without adapters. Printed, a line for each.
     """
-    return injection.tuners_of(model)
+    return injection.Adapters(injection.tuners_of(model))
 
 
 def active(model: nn.Module) -> tuple[str, ...]:

@@ -42,6 +42,12 @@ class Registry:
         self._loading = False
         self.catalog: Catalog | None = None
 
+    def named(self, name: str) -> str:
+        """Return a method's own name, which a user may write in any case. Raises `UnknownMethodError` as `get` does."""
+        owners = self.loaded().owners
+        alike = [own for own in owners if own.casefold() == str(name).casefold()]
+        return alike[0] if name not in tuple(owners) and len(alike) == 1 else self.get(name).name
+
     def get(self, name: str) -> Method:
         """Return the method with this name. Raises `UnknownMethodError` with close matches and failed plugins."""
         return self._owner(name).methods[name]

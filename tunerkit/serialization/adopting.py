@@ -106,10 +106,10 @@ def _read(format: Format, path: Path, model: nn.Module) -> Foreign:
     with naming(format, "read"):
         found: Any = format.read(path, model)  # Any: the plugin may return anything
     if not isinstance(found, Foreign):
-        raise PluginError(f"read of format {format.name!r} returned {shown(found)}; it must return a tunerkit.Foreign")
+        raise PluginError(f"read of format {format.name!r} returned {shown(found)}; return a tunerkit.plugin.Foreign")
     if wrong := list(_wrong_fields(found)):
         raise PluginError(
-            f"read of format {format.name!r} returned a tunerkit.Foreign whose {few(wrong, shown=5)}; see its docstring"
+            f"read of format {format.name!r} returned a Foreign whose {few(wrong, shown=5)}; see its docstring"
         )
     return found
 

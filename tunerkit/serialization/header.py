@@ -98,7 +98,7 @@ _holds_entry = _expect("a shape of integers, a dtype and a sample of finite numb
 
 @attrs.frozen
 class Header:
-    """The fields of a header; docs/files.md explains each.
+    """The fields of a header; docs/concepts/files.md explains each.
 
     ``base`` is the base model's fingerprint. ``values`` are JSON values: in a training state the method's own, in an
     adapter's file what it says of the base beyond ``base``. ``history`` has one ``[step, budget, [rank of each

@@ -161,7 +161,7 @@ def caused(problem: Exception, cause: Exception) -> Exception:
 @pytest.mark.parametrize(
     ("problem", "code", "line"),
     [
-        (tunerkit.ConfigError(["a: b", "c"]), 2, "a: b; c"),
+        (tunerkit.errors.ConfigError(["a: b", "c"]), 2, "a: b; c"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "a/b: No space left on device; free some space"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device; free some space"),
         (PermissionError(errno.EACCES, "Permission denied", b"a"), 2, "a: Permission denied; check its permissions"),

@@ -9,8 +9,7 @@ from typing import Any
 import attrs
 
 import tunerkit
-from tunerkit import ConfigError
-from tunerkit.errors import half_character, shown
+from tunerkit.errors import ConfigError, half_character, shown
 from tunerkit_cli.plugin_commands import plugin_commands
 from tunerkit_cli.recipes.fragments import Fragment, problems
 from tunerkit_cli.recipes.recipe import VERSION, Recipe

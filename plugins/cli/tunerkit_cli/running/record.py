@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 
 import tunerkit
-from tunerkit import RankChange, Tuner, hooks, injection, serialization
+from tunerkit import hooks, injection, serialization
 from tunerkit.extras import install
+from tunerkit.plugin import RankChange, Tuner
 from tunerkit_cli.report.record import Problem
 from tunerkit_cli.running import written
 from tunerkit_cli.running.telling import say

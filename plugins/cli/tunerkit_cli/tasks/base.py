@@ -60,7 +60,7 @@ class Results:
 
 
 # How classifiers are trained, whose heads start at random. With Adam's usual values more runs were lost at twice the
-# default rate than with these (docs/quality-record.md, "How far the default rate is from collapse").
+# default rate than with these (docs/evidence/quality-record.md, "How far the default rate is from collapse").
 STEADY: Mapping[str, Any] = {"warmup_steps": 0.1, "adam_beta2": 0.95, "max_grad_norm": 0.3}
 # How language models are trained.
 USUAL: Mapping[str, Any] = {"warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}
