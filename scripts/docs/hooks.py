@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from scripts.docs.reference import FRAGMENTS
 from scripts.docs.tables import LabelledCells
+from scripts.release.building import address
 
 _PLACE: Final = re.compile(r"^<!-- generated: (?P<name>[a-z ]+) -->$", re.MULTILINE)
 # What someone who searches wants first, by folder: pages that begin something come before records of measurements.
@@ -13,8 +14,10 @@ _BOOSTS: Final[Mapping[str, float]] = {"start": 4, "how-to": 3, "concepts": 2, "
 
 
 def on_config(config: Any) -> Any:
-    """Add the extension of our own to Markdown's."""
+    """Add the extension of our own to Markdown's, and the link to the repository, once it has an address."""
     config["markdown_extensions"].append(LabelledCells())
+    if repository := address():
+        config["repo_url"], config["repo_name"] = repository, "Repository"
     return config
 
 
