@@ -36,7 +36,7 @@ from typing import Any, Final
 
 import pluggy
 
-from tunerkit.extras import MOVED, QUANTISED, install
+from tunerkit.extras import elsewhere
 
 __version__ = "0.1.0"
 __all__ = [
@@ -56,21 +56,26 @@ _PLACES: Final = {"plugin": "", **{name.name: each.module or "" for each in _IMP
 
 def find(name: str) -> Any:
     """Import the module of a name when it is first used: torch takes seconds, and the command's help needs none."""
-    if name in MOVED:  # an AttributeError would lose its text where the name is imported
-        raise ImportError(f"tunerkit.{name} is {MOVED[name]} now: {install(QUANTISED)}")
     if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{elsewhere(name)}")
     place = _PLACES[name]
     module = importlib.import_module(f".{place or name}", __name__)
     return getattr(module, name) if place else module
 
 
 def __getattr__(name: str) -> Any:
-    found = find(name)
+    caller = sys._getframe(1)
+    try:
+        found = find(name)
+    except AttributeError as error:
+        # It loses its text in `from tunerkit import name`, which asks through that function of Python's.
+        if elsewhere(name) and caller.f_code.co_name == "_handle_fromlist":
+            raise ImportError(*error.args) from None
+        raise
     if name in __all__ or not _PLACES[name]:
         return globals().setdefault(name, found)
     # ``from tunerkit import X`` asks twice, first from inside the import system. Nothing is kept: each use warns.
-    if sys._getframe(1).f_globals.get("__name__") != "importlib._bootstrap":
+    if caller.f_globals.get("__name__") != "importlib._bootstrap":
         home = f"{__name__}.{'errors' if _PLACES[name] == 'errors' else 'plugin'}"
         text = f"tunerkit.{name} will be removed in version 0.3; write: from {home} import {name}"
         warnings.warn(text, DeprecationWarning, stacklevel=2)

@@ -436,6 +436,8 @@ class Format:
         options: An attrs class with the options of ``write``; see `tunerkit.plugin.setting` for ranges.
             `tunerkit.export` takes them by name.
         describe: Says what the files at a path hold, without a model; None for a format that cannot.
+        config: Reads a config object of the program that `tunerkit.wrap` was given for a model: returns the method and
+            its settings, or None if the object is none of the program's.
     """
 
     name: str
@@ -444,6 +446,7 @@ class Format:
     write: Callable[[Any, Path, Any], Iterable[Path]]
     options: type = NoOptions
     describe: Callable[[Path], Description] | None = None
+    config: Callable[[object, nn.Module], tuple[str, Mapping[str, object]] | None] | None = None
 
 
 # --- Values and their declared types ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The errors of merging, beside that of quantising the dense W + ΔW directly, for docs/quantised.md.
+"""The errors of merging, beside that of quantising the dense W + ΔW directly, for docs/evidence/quantised-grids.md.
 
 ΔW are random products of rank 8, at three projections of four blocks. Run it with a folder of SmolLM2 in full
 precision, and forms that can be merged into::

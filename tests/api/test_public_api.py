@@ -113,7 +113,8 @@ ADDED = frozenset(
         "tunerkit.Foreign.tensors",
         "tunerkit.Format(POSITIONAL_OR_KEYWORD name, POSITIONAL_OR_KEYWORD sniff, "
         "POSITIONAL_OR_KEYWORD read, POSITIONAL_OR_KEYWORD write, POSITIONAL_OR_KEYWORD options = type, "
-        "POSITIONAL_OR_KEYWORD describe = None)",
+        "POSITIONAL_OR_KEYWORD describe = None, POSITIONAL_OR_KEYWORD config = None)",
+        "tunerkit.Format.config",
         "tunerkit.Format.describe",
         "tunerkit.Format.name",
         "tunerkit.Format.options",
@@ -215,6 +216,7 @@ GAINED = {
     "tunerkit.attach": ", KEYWORD_ONLY data_parallel = None",
     "tunerkit.load": ", KEYWORD_ONLY check_config = True",
     "tunerkit.save": ", KEYWORD_ONLY allow_nonfinite = False",
+    "tunerkit.setting": ", KEYWORD_ONLY aka = ()",
     "tunerkit.unwrap": ", KEYWORD_ONLY dtype = None",
 }
 # What core alone used: a tuner is made by `tunerkit.wrap` and `tunerkit.load`, and its bookkeeping lies in the model.

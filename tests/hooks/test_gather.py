@@ -56,6 +56,7 @@ def test_a_kind_that_raises_when_it_is_matched_is_left_out(toys: "Toys", error: 
     """It matches the first module and raises at the second: no module becomes one of its kind; wrapping goes on."""
 
     class Undecided(LinearLayer):  # type: ignore[misc]  # final: no plugin should derive from it
+        forwards = ()
         asked = 0
 
         @classmethod
@@ -229,6 +230,8 @@ def test_wrapping_and_loading_ask_each_module_once(toys: "Toys", tmp_path: Path)
     asked: list[nn.Module] = []
 
     class Kind(LinearLayer):  # type: ignore[misc]  # final: nobody else may derive from it
+        forwards = ()
+
         @classmethod
         def matches(cls, module: nn.Module) -> bool:
             asked.append(module)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tunerkit
+from tunerkit.extras import install
 from tunerkit.hooks import specs
 from tunerkit.hooks.loading import Catalog
 from tunerkit.hooks.registry import Answer, Registry
@@ -59,7 +60,7 @@ def attached(toys: "Toys", **options: Any) -> Any:
 @pytest.mark.usefixtures("_group")
 def test_a_process_of_a_group_is_refused_with_the_extra(toys: "Toys") -> None:
     """Also one of one process: DDP may be around it. Meant to be apart, it trains, and its shapes stay."""
-    said = r'tunerkit-distributed is not installed \(pip install "tunerkit\[distributed\]"\)'
+    said = re.escape(f"tunerkit-distributed is not installed ({install('distributed')})")
     for asked in (None, True):
         with pytest.raises(tunerkit.errors.StepError, match=said):
             attached(toys, data_parallel=asked)

@@ -165,6 +165,6 @@ def reference(model: nn.Module) -> Any:
     """
     found = hooks.first(hooks.specs.tunerkit_reference, model=model)
     if found is None:
-        lacking = hooks.registry.lacking(REFERENCES, "makes references")
+        lacking = hooks.registry.lacking("makes references", REFERENCES)
         raise AdapterError(lacking or "no installed plugin makes references of this model")
     return found

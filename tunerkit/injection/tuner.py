@@ -3,7 +3,7 @@
 import html
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import attrs
@@ -114,6 +114,11 @@ class Tuner:
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             object.__setattr__(self, name, value)
+
+    if not TYPE_CHECKING:  # mypy would accept every name
+
+        def __getattr__(self, name: str) -> object:
+            raise AttributeError(f"'Tuner' object has no attribute {name!r}{hooks.elsewhere(name)}")
 
     def __repr__(self) -> str:
         lines = [f"tuner of adapter {self.name!r} in a {type(self.model).__name__}", f"  {outline(self)}"]

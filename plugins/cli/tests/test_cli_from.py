@@ -126,7 +126,7 @@ def test_a_recipe_may_name_the_adapter(first: Path, folder: Path, tmp_path: Path
 
 def test_a_dry_run_writes_nothing(first: Path, folder: Path, tmp_path: Path) -> None:
     """It says where the training goes on from, and its steps."""
-    done = succeeded(*going_on(folder, first, "--out", tmp_path / "more", "--dry-run", "--method", "toy-growing"))
+    done = succeeded(*going_on(folder, first, "--out", tmp_path / "more", "--dry-run", "--method", "Toy-Growing"))
     assert f"goes on from {first}" in done.output
     assert "4 steps" in done.output
     assert not (tmp_path / "more").exists()

@@ -11,6 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import tunerkit
+from tunerkit.extras import AFTER, install
 from tunerkit.plugin import MethodInfo
 from tunerkit_cli import installed
 from tunerkit_cli.app import build
@@ -52,7 +53,7 @@ def test_a_missing_and_an_old_library_come_with_the_command_that_installs_them(
     monkeypatch.setattr(metadata, "version", version)
     fine, text = shown()
     assert fine == before
-    assert 'missing: pip install "tunerkit[plot]"' in text
+    assert f"missing: {install('plot').removesuffix(AFTER)}" in text
     assert 'needs >=1.1: pip install --upgrade "accelerate>=1.1"' in text
 
 

@@ -97,7 +97,7 @@ def test_json_is_read_too(tmp_path: Path) -> None:
         ("baseline: 'yes'\n", "baseline: expected true or false, got 'yes'"),
         ("baseline: 1\n", "baseline: expected true or false, got 1"),
         ("out: null_\nout: x\n", "given twice: out"),
-        ("version: 2\n", "version: got 2, .* reads version 1; a later one reads this recipe: pip install --upgrade"),
+        ("version: 2\n", "version: got 2, .* reads version 1; a later tunerkit reads this recipe; upgrade"),
         ("version: 2\nsteps: 3\n", "version: got 2"),
         ("version: 0\n", "version: got 0, .* reads version 1; no recipe .*; write version: 1, or .* `tunerkit init`"),
         ("version: '1'\n", "version: got '1'"),
@@ -158,7 +158,7 @@ def test_a_recipe_shares_nothing_with_its_mapping() -> None:
 
 def test_the_example_in_the_documentation_is_a_recipe(tmp_path: Path) -> None:
     """Every YAML block of the page on recipes is read as it stands."""
-    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    page = (DOCS / "how-to" / "recipes.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert blocks
     assert all(read(block, tmp_path).model for block in blocks)

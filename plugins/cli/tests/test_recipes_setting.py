@@ -3,9 +3,11 @@
 import contextlib
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given, strategies as st
 
@@ -17,8 +19,20 @@ TRAINER = {"learning_rate", "num_train_epochs", "seed", "max_length", "optim_arg
 METHOD = ("target_rank", "dropout", "rank_pattern", "targets")
 
 
+@attrs.frozen
+class MethodConfig(tunerkit.AdapterConfig):
+    """The settings of a method."""
+
+    target_rank: int | None = tunerkit.setting(None, doc="a rank", aka=("target_r",))
+    dropout: float = tunerkit.setting(0.0, doc="a share")
+    rank_pattern: Mapping[str, int] = tunerkit.setting(attrs.Factory(dict), doc="ranks")
+
+
+FIELDS = {name: field for name, field in attrs.fields_dict(MethodConfig).items() if name in METHOD}
+
+
 def applied(mapping: dict[str, Any], *settings: str, plugin_keys: Any = None) -> dict[str, Any]:
-    return apply(mapping, settings, TRAINER, METHOD, plugin_keys or {})
+    return apply(mapping, settings, TRAINER, FIELDS, plugin_keys or {})
 
 
 @pytest.mark.parametrize(
@@ -65,6 +79,9 @@ def test_a_setting_goes_where_its_key_belongs(setting: str, changed: dict[str, A
         ),
         ("training.sede=3", "there is no key 'sede' in 'training'; did you mean 'seed'"),
         ("config.target_rnk=3", "there is no key 'target_rnk' in 'config'; did you mean 'target_rank'"),
+        ("target_modules=[q]", r"--set target_modules: there is no key 'target_modules'; did you mean 'targets'\?"),
+        ("config.target_r=3", r"there is no key 'target_r' in 'config'; did you mean 'target_rank'\?"),
+        ("use_dora=true", "there is no key 'use_dora'; no installed method is DoRA"),
         ("trainig.seed=3", "there is no key 'trainig'; did you mean 'training'"),
         ("lr=3", r"there is no key 'lr'; did you mean 'training.learning_rate'\?"),
         ("epochs=3", r"there is no key 'epochs'; did you mean 'training.num_train_epochs'\?"),

@@ -65,7 +65,7 @@ def engine_for(
     if any(map(is_split, parameters)):
         return Sharded(model), candidate
     if group.in_group():
-        return Replicated(), candidate
+        return Replicated(expected=data_parallel is True), candidate
     if group.is_launched():
         warn(_UNJOINED)
     return Single(), candidate

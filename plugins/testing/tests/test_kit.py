@@ -30,7 +30,7 @@ UNUSUAL: Mapping[str, Mapping[str, object]] = {
     **{f"toy-{name}": {} for name in ("growing", "scale", "direction", "shared", "principal", "inputs", "gradients")},
     "toy-outputs": {"targets": ("1",), "features": 8},
 }
-PAGE = (Path(__file__).parents[3] / "docs" / "checks.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "authors" / "checks.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def base_facts(path: str) -> BaseFacts:
 
 
 def _of_header(file: Path) -> BaseFacts:
-    """Read the header alone, since the whole file is read and checked later. Docs/files.md explains its fields."""
+    """Read the header alone, since the whole file is checked later. Docs/concepts/files.md explains its fields."""
     with safe_open(file, framework="pt") as opened:
         header = json.loads(opened.metadata()["tunerkit"])
         stored = {name: tuple(opened.get_slice(name).get_shape()) for name in map(str, opened.keys())}

@@ -114,7 +114,7 @@ def _from_header(source: str) -> Shown | None:
 
 
 def _digest(text: str, entries: Mapping[str, Any], data: memoryview) -> str:
-    """The digest of a file, as docs/files.md defines it, from the entries of its tensors and their bytes."""
+    """The digest of a file, as docs/concepts/files.md defines it, from the entries of its tensors and their bytes."""
     hasher = hashlib.sha256(text.encode())
     for name, entry in sorted(entries.items()):
         hasher.update(f"\0{name}\0torch.{_DTYPES[entry['dtype']]}\0{tuple(entry['shape'])}\0".encode())

@@ -150,7 +150,7 @@ def _said(recipe: Recipe) -> dict[str, Any]:
 
 def _refuse_method(recipe: Recipe, start: Start, method: str | None) -> None:
     """Raise `TunerkitError` if a recipe names another method than the adapter's, which is None as long as unknown."""
-    if recipe.method is not None and method is not None and recipe.method != method:
+    if recipe.method is not None and method is not None and recipe.method.casefold() != method.casefold():
         raise TunerkitError(
             f"--from {start.source}: it is a {method} adapter, and --method is {recipe.method}; leave --method out, or "
             "train a new adapter without --from"
