@@ -1,7 +1,9 @@
 """What mkdocs calls while it builds the site: generated parts of pages, tables that fit, and the order of results."""
 
 import re
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from scripts.docs.reference import FRAGMENTS
@@ -13,9 +15,17 @@ _BOOSTS: Final[Mapping[str, float]] = {"start": 4, "how-to": 3, "concepts": 2, "
 
 
 def on_config(config: Any) -> Any:
-    """Add the extension of our own to Markdown's."""
+    """Add the extension of our own to Markdown's, and the link to the repository, once it has an address."""
     config["markdown_extensions"].append(LabelledCells())
+    project = tomllib.loads((Path(config["config_file_path"]).parent / "pyproject.toml").read_text(encoding="utf-8"))
+    config["extra"]["social"] = repository_links(project)
     return config
+
+
+def repository_links(project: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the footer's links. With mkdocs's ``repo_url``, the theme would ask the host for the number of stars."""
+    address = project["tool"].get("tunerkit", {}).get("repository", "")
+    return [{"icon": "fontawesome/brands/git-alt", "link": address, "name": "Repository"}] if address else []
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
