@@ -9,6 +9,7 @@ from typing import Any, Final
 from scripts.docs.reference import FRAGMENTS
 from scripts.docs.tables import LabelledCells
 
+_LITERAL: Final = re.compile(r"::</p>(?=\s*<div)")
 _PLACE: Final = re.compile(r"^<!-- generated: (?P<name>[a-z ]+) -->$", re.MULTILINE)
 # What someone who searches wants first, by folder: pages that begin something come before records of measurements.
 _BOOSTS: Final[Mapping[str, float]] = {"start": 4, "how-to": 3, "concepts": 2, "evidence": 0.5}
@@ -33,3 +34,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     boost = _BOOSTS.get(page.file.src_uri.partition("/")[0], 1)
     page.meta.setdefault("search", {"boost": boost})
     return _PLACE.sub(lambda found: FRAGMENTS[found["name"]](), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """End a sentence before code with one colon: docstrings have two, as reStructuredText wants them."""
+    return _LITERAL.sub(":</p>", html)
