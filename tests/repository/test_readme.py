@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -12,12 +13,15 @@ from pathlib import Path
 import attrs
 import pytest
 
+from scripts import notebooks
+from tests.support.py_blocks import SETTINGS
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
 EXAMPLES_NEED = ("tunerkit_adalora", "tunerkit_lora", "transformers", "accelerate")
 MORE_NEEDED = {
-    "README.md": ("tunerkit_peft",),
+    "README.md": ("tunerkit_peft", "tunerkit_gguf", "gguf", "datasets"),
     "docs/how-to/from-peft.md": ("tunerkit_peft", "peft"),
     "docs/how-to/preference-training.md": ("trl", "datasets", "tokenizers"),
     "plugins/diffusers/README.md": ("tunerkit_diffusers", "diffusers"),
@@ -98,21 +102,79 @@ def test_examples_keep_the_line_numbers_of_their_page() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if "```python" in p.read_text(encoding="utf-8")], ids=lambda p: str(p.relative_to(ROOT))
+    "page",
+    [p for p in PAGES if "```python" in p.read_text(encoding="utf-8") and p not in notebooks.PAGES],
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_examples_run_in_the_order_of_their_page(page: Path, tmp_path: Path) -> None:
-    """The Python blocks of a page, top to bottom in one fresh process, offline, in an empty folder."""
+    """The Python blocks of a page, top to bottom in one fresh process, offline, in an empty folder.
+
+    Pages that are notebooks too run as such.
+    """
     needed = (*EXAMPLES_NEED, *MORE_NEEDED.get(page.relative_to(ROOT).as_posix(), ()))
     absent = [name for name in needed if find_spec(name) is None]
     if absent:
         pytest.skip(f"the examples need {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not installed")
     example = tmp_path / f"{page.stem}.py"
     example.write_text(script(page.read_text(encoding="utf-8")), encoding="utf-8")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(example)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
+    done = run_in(tmp_path, str(example))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "TunerkitWarning" not in done.stderr
+    for arguments in commands_on_results(page, tmp_path):
+        done = run_in(tmp_path, "-m", "tunerkit_cli", *arguments)
+        assert done.returncode == 0, (arguments, done.stdout[-3000:], done.stderr[-3000:])
+
+
+def test_the_readme_checks_what_it_exported(tmp_path: Path) -> None:
+    """Two commands of the README read what its examples wrote, so the test above runs them."""
+    for name in ("out/peft", "out/adapter.gguf"):
+        (tmp_path / name).mkdir(parents=True)
+    assert [first for first, *_ in commands_on_results(README, tmp_path)] == ["check-serving", "check-serving"]
+    assert commands_on_results(README, tmp_path / "elsewhere") == []
+
+
+@pytest.mark.parametrize(
+    ("page", "number"),
+    [
+        pytest.param(page, number, id=f"{page.relative_to(ROOT)}-{number}")
+        for page in PAGES
+        for number, _ in enumerate(blocks(page.read_text(encoding="utf-8"), "py"))
+    ],
+)
+def test_a_block_that_needs_more_runs_in_its_setting(page: Path, number: int, tmp_path: Path) -> None:
+    """A block marked ``py`` runs in a process of its own, after the lines that its setting says, where that can run."""
+    text = page.read_text(encoding="utf-8")
+    block = blocks(text, "py")[number]
+    settings = [setting for line, setting in SETTINGS.items() if line in block.text.splitlines()]
+    assert len(settings) == 1, f"{page.name}, line {block.line}: tests/support/py_blocks.py has {len(settings)} for it"
+    (setting,) = settings
+    absent = [name for name in (*EXAMPLES_NEED, *setting.needs) if find_spec(name) is None]
+    if absent:
+        pytest.skip(f"the block needs {', '.join(absent)}")
+    before = script(text[: text.index(block.text)]) if setting.after_the_page else ""
+    example = tmp_path / f"{page.stem}.py"
+    example.write_text(f"{before}{setting.before}\n{block.text}{setting.after}\n", encoding="utf-8")
+    done = run_in(tmp_path, str(example), **setting.environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "TunerkitWarning" not in done.stderr
+
+
+def run_in(folder: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """Run Python in a folder, offline, with the variables added to the environment."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
+
+
+def commands_on_results(page: Path, folder: Path) -> list[list[str]]:
+    """The page's commands that read a file or folder which its examples wrote into ``folder``."""
+    found = []
+    for block in blocks(page.read_text(encoding="utf-8"), "sh"):
+        for line in block.text.splitlines():
+            if line.startswith(("tunerkit check-serving ", "tunerkit show ")):
+                arguments = shlex.split(line, comments=True)[1:]
+                found += [arguments] if (folder / arguments[1]).exists() else []
+    return found
 
 
 def test_the_make_targets_that_the_pages_name_exist() -> None:

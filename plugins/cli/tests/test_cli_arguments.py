@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quality.collapse import AFTER
-from tunerkit import ConfigError
+from tunerkit.errors import ConfigError
 from tunerkit_cli.running import trainer
 from tunerkit_cli.running.trainer import build_trainer, trainer_arguments
 from tunerkit_cli.tasks import TASKS, task_of

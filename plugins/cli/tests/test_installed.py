@@ -11,6 +11,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import tunerkit
+from tunerkit.extras import AFTER, install
+from tunerkit.plugin import MethodInfo
 from tunerkit_cli import installed
 from tunerkit_cli.app import build
 from tunerkit_cli.plugin_commands import PluginCommands
@@ -51,7 +53,7 @@ def test_a_missing_and_an_old_library_come_with_the_command_that_installs_them(
     monkeypatch.setattr(metadata, "version", version)
     fine, text = shown()
     assert fine == before
-    assert 'missing: pip install "tunerkit[plot]"' in text
+    assert f"missing: {install('plot').removesuffix(AFTER)}" in text
     assert 'needs >=1.1: pip install --upgrade "accelerate>=1.1"' in text
 
 
@@ -66,10 +68,10 @@ def test_it_lists_every_extra_for_users() -> None:
 @pytest.mark.parametrize("broken", ["method", "commands"])
 def test_a_broken_plugin_makes_the_exit_code_1(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its error is printed, whether the plugin adds methods or commands."""
-    methods: dict[str, Any] = {"acme": tunerkit.MethodInfo("acme-plugin", "3.1", None)}
+    methods: dict[str, Any] = {"acme": MethodInfo("acme-plugin", "3.1", None)}
     problems: tuple[str, ...] = ()
     if broken == "method":
-        methods["acme"] = tunerkit.MethodInfo("acme-plugin", "3.1", "ImportError: no libacme")
+        methods["acme"] = MethodInfo("acme-plugin", "3.1", "ImportError: no libacme")
     else:
         problems = ("the commands of acme-plugin cannot be loaded: ImportError: no libacme",)
     monkeypatch.setattr(tunerkit, "methods", lambda: methods)

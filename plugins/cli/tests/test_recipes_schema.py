@@ -85,7 +85,7 @@ def test_what_conforms_is_read_and_nothing_else(mapping: dict[str, Any]) -> None
     """Law: the schema and the reader agree about every mapping."""
     try:
         structure(mapping, plugin_keys={})
-    except tunerkit.ConfigError:
+    except tunerkit.errors.ConfigError:
         assert not valid(mapping, schema({}))
     else:
         assert valid(mapping, schema({}))

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import tunerkit
+from tunerkit.extras import AFTER, PUBLISHED, install
 from tunerkit_cli.plugin_commands import plugin_commands
 
 # The extras that users choose; the others are for those who work on tunerkit itself.
@@ -32,10 +33,12 @@ class Part:
     def problem(self) -> str:
         """What to do, or an empty string."""
         if self.version is None:
-            return f'missing: pip install "tunerkit[{self.extra}]"'
+            return f"missing: {install(self.extra).removesuffix(AFTER)}"
         wanted = self.requirement.specifier
         if not wanted.contains(self.version, prereleases=True):
-            return f'needs {wanted}: pip install --upgrade "{self.requirement.name}{wanted}"'
+            ours = self.requirement.name.startswith("tunerkit-")
+            upgrade = f'pip install --upgrade "{self.requirement.name}{wanted}"'
+            return f"needs {wanted}: {install(self.extra).removesuffix(AFTER) if ours else upgrade}"
         return ""
 
 
@@ -49,6 +52,8 @@ def show(console: Console) -> bool:
     console.print(f"devices: {', '.join(devices())}")
     console.print(methods_table("Plugins"))
     console.print(_parts())
+    if not PUBLISHED:
+        console.print("tunerkit is on no index yet: `make dist` in a clone writes its wheels into the folder dist.")
     problems = plugin_commands().problems
     for problem in problems:
         console.print(f"[bold red]{escape(problem)}[/]", soft_wrap=True)

@@ -2,7 +2,8 @@
 
 import tunerkit
 
-# Its names are imported when they are first asked for.
-for _name in vars(tunerkit)["__all__"]:
-    getattr(tunerkit, _name)
+# Names are imported when they are first asked for.
+for _module in (tunerkit, tunerkit.plugin):
+    for _name in vars(_module)["__all__"]:
+        getattr(_module, _name)
 tunerkit.methods()

@@ -162,7 +162,7 @@ def _objection(method: str) -> str | None:
             f"{_PREFIX!r}, which comes by itself"
         )
     names, methods = Names(method), tunerkit.methods()
-    clashing = {f"{names.classes}Config", f"{names.classes}Adapter"} & set(vars(tunerkit)["__all__"])
+    clashing = {f"{names.classes}Config", f"{names.classes}Adapter"} & set(vars(tunerkit.plugin)["__all__"])
     if clashing:
         return f"tunerkit itself has a class {clashing.pop()}; choose another name"
     if method in methods:

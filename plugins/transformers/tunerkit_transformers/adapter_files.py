@@ -108,7 +108,7 @@ def description_at(format: Format, path: str) -> Description | None:
     found: object = format.describe(Path(path))  # the plugin may return anything
     if not isinstance(found, Description):
         raise PluginError(
-            f"describe of format {format.name!r} returned {shown(found)}; it must return a tunerkit.Description"
+            f"describe of format {format.name!r} returned {shown(found)}; it must return a tunerkit.plugin.Description"
         )
     return found
 

@@ -16,7 +16,8 @@ import attrs
 from safetensors import SafetensorError, safe_open
 
 import tunerkit
-from tunerkit import FileError, TunerkitError
+from tunerkit import TunerkitError
+from tunerkit.errors import FileError
 
 OWN = "tunerkit"  # the name of our own format
 # The dtypes of an adapter's tensors in a file, as torch calls them. A file with others is read by torch.

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import attrs
 
 from tunerkit.errors import TunerkitError, closest, shown
+from tunerkit.extras import install
 from tunerkit_cli.rows import DataError, Table, class_names, column, tidy
 from tunerkit_transformers.pretrained import Pretrained
 from tunerkit_transformers.task_classes import TASKS
@@ -273,7 +274,7 @@ def pipeline_of(task: str, loaded: Pretrained) -> Callable[..., Any]:
 def require_package(name: str, task: str, extra: str) -> None:
     """Raise `MissingPackageError` if a module that a task needs cannot be found."""
     if importlib.util.find_spec(name) is None:
-        raise MissingPackageError(f'the task {task} needs {name}: pip install "tunerkit[{extra}]"')
+        raise MissingPackageError(f"the task {task} needs {name}: {install(extra)}")
 
 
 def require_text(row: Row, name: str, where: str) -> str:
