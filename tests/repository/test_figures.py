@@ -58,7 +58,6 @@ def test_a_count_on_a_page_is_that_of_the_code(name: str) -> None:
     assert wrong_counts(name, PAGES) == {}
 
 
-@pytest.mark.xfail(strict=False, reason="two lines under [Unreleased] have counts of the time when they were written")
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_count_in_the_changelog_is_that_of_the_code(name: str) -> None:
     """What a user can do now is counted now."""

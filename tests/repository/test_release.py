@@ -1,7 +1,6 @@
 """What is published: one version, complete sdists, and commands to install that work today."""
 
 import ast
-import importlib
 import re
 import subprocess
 import sys
@@ -112,16 +111,6 @@ def test_the_address_stands_in_no_second_place() -> None:
     assert [each.name for each in projects() if "urls" in project_of(each)["project"]] == []
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert citation.get("repository-code", "") == building.address()
-
-
-def test_the_site_links_the_repository_once_it_has_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Empty, nothing is shown."""
-    for needed in ("mkdocs", "tunerkit_cli"):
-        pytest.importorskip(needed, reason="the site is built with it")
-    hooks = importlib.import_module("scripts.docs.hooks")
-    assert "repo_url" not in hooks.on_config({"markdown_extensions": []})
-    monkeypatch.setattr(hooks, "address", lambda: "https://example.org/t")
-    assert hooks.on_config({"markdown_extensions": []})["repo_url"] == "https://example.org/t"
 
 
 def test_what_is_staged_is_valid_and_has_the_address(tmp_path: Path) -> None:
