@@ -6,6 +6,10 @@ WORKERS ?= 2
 THREADS ?= 1
 PYTEST_ARGS ?=
 BENCHMARK_ARGS ?=
+# The exact versions that are installed; empty: the newest that pyproject.toml allows.
+CONSTRAINTS ?= -c constraints.txt
+# Where dist-check finds what is not ours; empty: it is installed from an index, which takes minutes.
+BORROW ?= --borrow .venv
 DEMO_OUT ?= out/demo
 DEMO_LM_OUT ?= out/demo-lm
 
@@ -24,9 +28,11 @@ DEV_READY := .venv/.dev-ready
 CORE_READY := .venv-core/.ready
 QUANTISERS_READY := .venv-quantisers/.ready
 DEEPSPEED_READY := .venv-deepspeed/.ready
+DIST_READY := .venv-dist/.ready
+VENVS := .venv .venv-core .venv-quantisers .venv-deepspeed .venv-dist
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test test-everything environments test-core test-quantisers test-deepspeed check format docs benchmark clean
+.PHONY: help demo demo-lm test test-everything environments test-core test-quantisers test-deepspeed check format docs dist dist-check pages constraints benchmark clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -69,13 +75,29 @@ format: $(DEV_READY) ## format the code, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 
 docs: $(DEV_READY) ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+dist: $(DIST_READY) ## build wheels and sdists of all distributions into dist/
+	.venv-dist/bin/python -m scripts.release build dist
+	.venv-dist/bin/python -m twine check --strict dist/*
+
+dist-check: $(if $(BORROW),$(DEV_READY)) dist ## install from dist/ into a clean venv outside the clone, and run it
+	.venv-dist/bin/python -m scripts.release check dist $(BORROW)
+
+pages: $(DEV_READY) ## write again what pages say of the repository: commands that install, llms.txt
+	$(BIN)/python -m scripts.release.install_lines --write
+	$(BIN)/python -m scripts.release.llms
+
+constraints: ## write constraints.txt again, with the newest versions, in new environments
+	rm -rf $(VENVS)
+	$(MAKE) -j $(WORKERS) environments $(DIST_READY) CONSTRAINTS=
+	$(BIN)/python -m scripts.release.constraints $(VENVS)
 
 benchmark: $(DEV_READY) ## measure speed and memory compared with PEFT's, into out/speed
 	$(BIN)/python -m benchmarks.speed $(BENCHMARK_ARGS)
 
 clean: ## remove what the other targets created
-	rm -rf .venv .venv-core .venv-quantisers .venv-deepspeed site dist build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENVS) site dist build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # An existing venv is kept; missing packages are installed into it.
 $(BIN)/python:
@@ -90,29 +112,37 @@ $(CORE_BIN)/python:
 .venv-deepspeed/bin/python:
 	$(PYTHON) -m venv .venv-deepspeed
 
-$(DEMO_READY): $(PROJECTS) | $(BIN)/python
-	$(BIN)/python -m pip install -e ".[demo]" $(PLUGINS)
+.venv-dist/bin/python:
+	$(PYTHON) -m venv .venv-dist
+
+$(DEMO_READY): $(PROJECTS) constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e ".[demo]" $(PLUGINS)
 	touch $@
 
-$(LM_READY): $(PROJECTS) | $(BIN)/python
-	$(BIN)/python -m pip install -e ".[demo,lm]" $(PLUGINS)
+$(LM_READY): $(PROJECTS) constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e ".[demo,lm]" $(PLUGINS)
 	touch $@ $(DEMO_READY)
 
-$(DEV_READY): $(PROJECTS) | $(BIN)/python
-	$(BIN)/python -m pip install -e ".[dev]" $(PLUGINS)
+$(DEV_READY): $(PROJECTS) constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e ".[dev]" $(PLUGINS)
 	touch $@ $(DEMO_READY) $(LM_READY)
 
 # No plugin: tests that pass here depend on core alone.
-$(CORE_READY): pyproject.toml | $(CORE_BIN)/python
-	$(CORE_BIN)/python -m pip install -e ".[test]" "accelerate>=1.1" "transformers>=5,<6"
+$(CORE_READY): pyproject.toml constraints.txt | $(CORE_BIN)/python
+	$(CORE_BIN)/python -m pip install $(CONSTRAINTS) -e ".[test]" "accelerate>=1.1" "transformers>=5,<6"
 	touch $@
 
-$(QUANTISERS_READY): $(PROJECTS) | .venv-quantisers/bin/python
-	.venv-quantisers/bin/python -m pip install -e ".[cli,lm,quantisers,test]" $(PLUGINS)
+$(QUANTISERS_READY): $(PROJECTS) constraints.txt | .venv-quantisers/bin/python
+	.venv-quantisers/bin/python -m pip install $(CONSTRAINTS) -e ".[cli,lm,quantisers,test]" $(PLUGINS)
 	touch $@
 
 # DeepSpeed slows down every import of transformers. Building it needs a torch that is there.
-$(DEEPSPEED_READY): $(PROJECTS) | .venv-deepspeed/bin/python
-	.venv-deepspeed/bin/python -m pip install -e ".[test]" -e plugins/transformers -e plugins/distributed -e plugins/lora -e plugins/adalora
-	.venv-deepspeed/bin/python -m pip install -e ".[deepspeed]"
+$(DEEPSPEED_READY): $(PROJECTS) constraints.txt | .venv-deepspeed/bin/python
+	.venv-deepspeed/bin/python -m pip install $(CONSTRAINTS) -e ".[test]" -e plugins/transformers -e plugins/distributed -e plugins/lora -e plugins/adalora
+	.venv-deepspeed/bin/python -m pip install $(CONSTRAINTS) -e ".[deepspeed]"
+	touch $@
+
+# What builds and checks distributions, apart from what they need.
+$(DIST_READY): constraints.txt | .venv-dist/bin/python
+	.venv-dist/bin/python -m pip install $(CONSTRAINTS) "build>=1.3" "hatchling>=1.27" "twine>=6.2"
 	touch $@

@@ -27,7 +27,7 @@ for layer in model.model.layers:
     fully_shard(layer, ignored_params=adapters)
 fully_shard(model, ignored_params=adapters)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-tunerkit.attach(model, optimizer, total_steps=STEPS)  # after sharding
+tunerkit.attach(model, optimizer, total_steps=STEPS, data_parallel=True)  # after sharding
 
 generator = torch.Generator().manual_seed(distributed.get_rank())  # each process has data of its own
 for _ in range(STEPS):

@@ -24,7 +24,7 @@ loader = DataLoader(rows, BATCH, sampler=sampler, drop_last=True)  # as many bat
 
 tunerkit.wrap(model, "adalora", {"target_rank": 2, "targets": ["0", "2"]}, seed=0)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-tunerkit.attach(model, optimizer, total_steps=EPOCHS * len(loader))
+tunerkit.attach(model, optimizer, total_steps=EPOCHS * len(loader), data_parallel=True)
 for epoch in range(EPOCHS):
     sampler.set_epoch(epoch)
     for inputs, classes in loader:

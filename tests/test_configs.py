@@ -2,6 +2,7 @@
 
 import copy
 import enum
+import inspect
 import json
 import math
 import pickle
@@ -561,10 +562,10 @@ def test_what_is_no_config_class_is_refused_in_words() -> None:
     """Structure and unstructure say what they expect."""
     wrong: Any
     for wrong in (int, dict, Sample()):
-        with pytest.raises(TypeError, match=r"derived from tunerkit\.AdapterConfig, got "):
+        with pytest.raises(TypeError, match=r"derived from tunerkit\.plugin\.AdapterConfig, got "):
             from_mapping(wrong, {})
     for wrong in ({}, None, Sample):
-        with pytest.raises(TypeError, match=r"derived from tunerkit\.AdapterConfig, got "):
+        with pytest.raises(TypeError, match=r"derived from tunerkit\.plugin\.AdapterConfig, got "):
             unstructure(wrong)
 
 
@@ -627,3 +628,56 @@ def test_annotations_written_as_text_are_resolved() -> None:
 def test_every_shared_setting_says_what_it_means() -> None:
     """The documentation and the command line use these texts."""
     assert all(field.metadata["doc"] for field in attrs.fields(AdapterConfig))
+
+
+@attrs.frozen
+class Known(AdapterConfig):
+    """Settings that other libraries have under other names."""
+
+    rank: int = setting(8, doc="A rank.", aka=("r", "lora_r"))
+    first: int = setting(8, doc="A bound.", aka=("bounds",))
+    last: int = setting(8, doc="A bound.", aka=("bounds",))
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("r", "; did you mean 'rank'?"),
+        ("lora_r", "; did you mean 'rank'?"),
+        ("bounds", "; did you mean 'first' or 'last'?"),
+        ("target_modules", "; did you mean 'targets'?"),
+        ("exclude_modules", "; did you mean 'exclude'?"),
+        ("modules_to_save", "; did you mean 'train_modules'?"),
+        ("layers_to_transform", "; did you mean 'layers'?"),
+        ("use_dora", "; no installed method is DoRA"),
+        ("task_type", "; leave it out: the model's class says the task"),
+        ("tinit", "; it belongs to method 'adalora'"),
+        ("rnak", "; did you mean 'rank'?"),
+    ],
+)
+def test_the_name_of_another_library_is_answered_with_ours(key: str, hint: str) -> None:
+    """From a mapping and as an argument: the setting, or where there is none what to do instead."""
+    given: dict[str, Any] = {key: 1}
+    for build in (lambda: from_mapping(Known, given), lambda: Known(**given)):
+        (problem,) = problems_of(build)
+        assert problem.startswith(f"unknown key '{key}'{hint}")
+        assert problem.endswith(f" @ $.{key}")
+
+
+def test_a_setting_of_that_name_is_no_other_librarys() -> None:
+    """What a method has, it has under its own name, whatever others call it."""
+
+    @attrs.frozen
+    class Own(AdapterConfig):
+        use_dora: bool = setting(False, doc="A method that is DoRA.")
+        r: int = setting(1, doc="A rank.")
+
+    assert from_mapping(Own, {"use_dora": True, "r": 2}) == Own(use_dora=True, r=2)
+
+
+def test_unknown_arguments_are_all_named_and_the_signature_stays() -> None:
+    """Building a config by hand says as much as reading it; editors and ``help`` see the fields."""
+    assert len(problems_of(lambda: Known(r=1, lora_alpha=2))) == 2  # type: ignore[call-arg]
+    assert [*inspect.signature(Known).parameters][:3] == ["rank", "first", "last"]
+    with pytest.raises(TypeError, match="positional"):
+        Known(*range(1, 5))  # type: ignore[call-arg, arg-type]

@@ -26,7 +26,7 @@ from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import ShiftPlugin
 
 BIG = "x" * 1_000_000
-KINDS = [TunerkitError, TargetError, tunerkit.PluginError, tunerkit.FileError, TunerkitWarning]
+KINDS = [TunerkitError, TargetError, tunerkit.errors.PluginError, tunerkit.errors.FileError, TunerkitWarning]
 
 
 @given(st.text(max_size=300), st.integers(60, 200))
@@ -55,7 +55,7 @@ def test_a_bounded_text_has_few_lines_and_counts_the_others(lines: list[str]) ->
 
 
 @pytest.mark.parametrize(
-    "kind", [TunerkitError, TargetError, tunerkit.PluginError, tunerkit.FileError, TunerkitWarning]
+    "kind", [TunerkitError, TargetError, tunerkit.errors.PluginError, tunerkit.errors.FileError, TunerkitWarning]
 )
 def test_no_error_and_no_warning_is_longer_than_its_bound(kind: type[Exception]) -> None:
     """Law: the class itself cuts its text, so that no caller can forget it; the advice at the end stays."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tunerkit import Delta, Factors, ModelLibrary, ParamGroup, State, WeightReader
+from tunerkit.plugin import Delta, Factors, ModelLibrary, ParamGroup, State, WeightReader
 from tunerkit.records import mistyped, type_name
 
 
@@ -85,7 +85,7 @@ def test_the_first_part_of_another_type_is_found_by_its_path(value: object, decl
 
 def test_types_have_the_names_that_plugins_import() -> None:
     """Without the modules in which they happen to be defined."""
-    assert type_name(WeightReader) == "tunerkit.WeightReader"
-    assert type_name(Iterable[WeightReader] | None) == "Iterable[tunerkit.WeightReader] | None"
+    assert type_name(WeightReader) == "tunerkit.plugin.WeightReader"
+    assert type_name(Iterable[WeightReader] | None) == "Iterable[tunerkit.plugin.WeightReader] | None"
     assert type_name(Mapping[str, nn.Module]) == "Mapping[str, torch.nn.Module]"
     assert type_name(Literal["a", "b"]) == "one of ('a', 'b')"

@@ -4,12 +4,14 @@ import sys
 from importlib.metadata import entry_points
 from typing import Final
 
+from tunerkit.extras import install
+
 SCRIPTS: Final = [
     each
     for each in entry_points(group="console_scripts", name="tunerkit")
     if each.dist is not None and each.dist.name == "tunerkit-cli"
 ]
 if not SCRIPTS:
-    print('tunerkit: the command is a distribution of its own: pip install "tunerkit[cli]"', file=sys.stderr)
+    print(f"tunerkit: the command is a distribution of its own: {install('cli')}", file=sys.stderr)
     sys.exit(2)
 SCRIPTS[0].load()()

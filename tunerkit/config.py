@@ -5,6 +5,7 @@ of letters, 8.9 as 8, and True as 1.
 """
 
 # Without `from __future__ import annotations`: the checks need annotations that are types, not strings.
+import functools
 import operator
 import re
 import sys
@@ -19,6 +20,7 @@ from cattrs import Converter, transform_error
 from tunerkit.errors import ConfigError, closest, cut, shown
 
 Config = TypeVar("Config", bound="AdapterConfig")
+Fields = Mapping[str, "attrs.Attribute[Any]"]
 _NAMED: Final = 10  # unknown keys that an error lists
 _COMPARE: Final = {
     "ge": (">=", operator.ge),
@@ -31,6 +33,25 @@ _UNIONS: Final = (Union, UnionType)
 _MAPPINGS: Final = (dict, Mapping)
 _SCIENTIFIC: Final = re.compile(r"([+-]?\d+)(?:\.(\d*))?[eE]([+-]?)(\d+)")
 
+# Settings of other libraries that no method has, or one alone; `setting` takes the other names of those that one has.
+_ELSEWHERE: Final = {
+    "task_type": "leave it out: the model's class says the task, and new heads are trained",
+    "inference_mode": "leave it out: tunerkit.load(model, path) loads without training",
+    "fan_in_fan_out": "leave it out: the kind of each layer is recognised",
+    "layers_pattern": "leave it out: the first number in a path is the layer's",
+    "use_dora": "no installed method is DoRA, and LoRA alone is another training: leave it out, or write a method",
+    "lora_bias": "B has no bias here; bias='adapters' trains the biases of the adapted layers",
+    "loftq_config": "no start changes the base: quantise it, and wrap it as it is",
+    "eva_config": "no installed method starts by EVA; tunerkit_calibrate lets a method of yours do so",
+    "trainable_token_indices": "rows cannot be trained alone: name the embedding in train_modules",
+    "target_parameters": "only modules can be adapted, and no parameters such as stacks of experts: leave it out",
+    "ensure_weight_tying": "leave it out: name both sides of the tied weight in train_modules, or untie them",
+    "rank_pattern": "it belongs to method 'lora'; min_rank and max_rank bound AdaLoRA's ranks by pattern",
+    **dict.fromkeys(("alpha_pattern", "use_rslora"), "it belongs to method 'lora'"),
+    **dict.fromkeys(("init_r", "target_r", "tinit", "tfinal", "deltaT"), "it belongs to method 'adalora'"),
+    **dict.fromkeys(("orth_reg_weight", "total_step", "beta1", "beta2"), "it belongs to method 'adalora'"),
+}
+
 
 def setting(
     default: Any = attrs.NOTHING,
@@ -41,6 +62,7 @@ def setting(
     le: float | None = None,
     lt: float | None = None,
     converter: Callable[[Any], Any] | None = None,
+    aka: tuple[str, ...] = (),
 ) -> Any:
     """Define a config field: its default, its meaning and its range.
 
@@ -56,11 +78,12 @@ def setting(
         lt: Values must be below this.
         converter: Applied before the checks, also to values from a file. It must return values that it cannot convert
             unchanged, so that the check can report them.
+        aka: What other libraries call it. The error about such a key names this setting.
 
     Returns:
         An attrs field.
     """
-    metadata = {"doc": doc, "ge": ge, "gt": gt, "le": le, "lt": lt, "converter": converter}
+    metadata = {"doc": doc, "ge": ge, "gt": gt, "le": le, "lt": lt, "converter": converter, "aka": aka}
     return attrs.field(default=default, metadata=metadata)
 
 
@@ -91,10 +114,17 @@ class AdapterConfig:
         None,
         doc="Which layers get an adapter: path suffixes, globs, 're:' patterns, or 'all-linear'; "
         "None takes the architecture's default.",
+        aka=("target_modules",),
     )
-    exclude: tuple[str, ...] = setting((), doc="Targets to leave out, and new modules to keep frozen.")
-    layers: tuple[int, ...] | None = setting(None, doc="Numbers of the layers to adapt; None means all.")
-    train_modules: tuple[str, ...] = setting((), doc="Modules trained in full, as copies; if empty, new heads are.")
+    exclude: tuple[str, ...] = setting(
+        (), doc="Targets to leave out, and new modules to keep frozen.", aka=("exclude_modules",)
+    )
+    layers: tuple[int, ...] | None = setting(
+        None, doc="Numbers of the layers to adapt; None means all.", aka=("layers_to_transform",)
+    )
+    train_modules: tuple[str, ...] = setting(
+        (), doc="Modules trained in full, as copies; if empty, new heads are.", aka=("modules_to_save",)
+    )
     bias: Literal["none", "adapters", "all"] = setting(
         "none", doc="Which biases are trained, as copies: none, those of the adapted layers (adapters), or all."
     )
@@ -122,6 +152,14 @@ class AdapterConfig:
                     f"{cls.__name__}.{field.name} is annotated {_described(field.type)}, which a config cannot hold; "
                     "use bool, int, float, str, None, Literal, tuple[...], Mapping[str, ...] or a union of these"
                 )
+        made: Any = cls.__init__
+
+        def checked(self: Self, *values: Any, **settings: Any) -> None:
+            if unknown := settings.keys() - _settings(cls).keys():  # Python's TypeError would not say what is meant
+                raise ConfigError([_unknown(key, _settings(cls)) for key in sorted(unknown)])
+            made(self, *values, **settings)
+
+        cls.__init__ = functools.wraps(made)(checked)  # type: ignore[assignment, method-assign]
 
     def __attrs_pre_init__(self) -> None:
         if "__attrs_attrs__" not in type(self).__dict__:
@@ -187,7 +225,7 @@ def options_from(cls: Any, mapping: Mapping[str, object]) -> Any:
         raise ConfigError([f"{error} @ $"]) from error
 
 
-def _arguments(fields: Mapping[str, "attrs.Attribute[Any]"], mapping: Mapping[Any, Any]) -> dict[str, Any]:
+def _arguments(fields: Fields, mapping: Mapping[Any, Any]) -> dict[str, Any]:
     """Return what the class of ``fields`` is called with. Raises `ConfigError` for unknown, missing and wrong ones."""
     unknown = [key for key in mapping if key not in fields]
     problems = [_unknown(key, fields) for key in unknown[:_NAMED]]  # looking for the closest names takes time
@@ -216,20 +254,25 @@ def unstructure(config: AdapterConfig) -> dict[str, Any]:
 def _settings(cls: object) -> dict[str, "attrs.Attribute[Any]"]:
     """Return the fields that a config is built from, by name. Raises `TypeError` if ``cls`` is no config class."""
     if not (isinstance(cls, type) and issubclass(cls, AdapterConfig)):
-        raise TypeError(f"expected a config class derived from tunerkit.AdapterConfig, got {cls!r}")
+        raise TypeError(f"expected a config class derived from tunerkit.plugin.AdapterConfig, got {cls!r}")
     return {field.name: field for field in attrs.fields(cls) if field.init}
 
 
-def _unknown(key: object, names: Iterable[str]) -> str:
+def _unknown(key: object, fields: Fields) -> str:
     if not isinstance(key, str):
         return f"expected str keys, {_got(key)} @ $"
-    known = "; known keys: " + (", ".join(names) or "none")
-    return f"unknown key {shown(key)}{closest(key, names) or known} @ $.{cut(key, 80)}"
+    known = "; known keys: " + (", ".join(fields) or "none")
+    return f"unknown key {shown(key)}{meant(key, fields.values()) or closest(key, fields) or known} @ $.{cut(key, 80)}"
 
 
-def _read(
-    fields: Mapping[str, "attrs.Attribute[Any]"], mapping: Mapping[str, Any]
-) -> tuple[dict[str, object], list[str]]:
+def meant(key: str, fields: Iterable["attrs.Attribute[Any]"]) -> str:
+    """Return a hint for a key that another library has: which of ``fields`` it is here, or what to do instead."""
+    ours = [repr(field.name) for field in fields if key in field.metadata.get("aka", ())]
+    instead = _ELSEWHERE.get(key)
+    return f"; did you mean {' or '.join(ours)}?" if ours else f"; {instead}" if instead else ""
+
+
+def _read(fields: Fields, mapping: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
     """Return the valid settings of ``mapping`` as the fields store them, and the problems of the others."""
     values, problems = {}, []
     for name, field in fields.items():

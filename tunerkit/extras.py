@@ -3,15 +3,15 @@
 from collections.abc import Collection, Iterable
 from typing import Final, NamedTuple
 
+PUBLISHED: Final = False  # whether an index has our distributions; after a change, `make pages` writes them again
+FROM, AFTER = ("", "") if PUBLISHED else ("--find-links dist ", ", after `make dist` in a clone")
 # The extras that do what core cannot.
 QUANTISED: Final = "quant"  # knows the layers of libraries that quantise
 ENGINES: Final = "distributed"  # trains in several processes
 SETTINGS: Final = "transformers"  # compares the settings of two bases
 RUNS: Final = "transformers"  # opens what `tunerkit train` writes
 REFERENCES: Final = "transformers"  # makes frozen references of models
-
 DEFAULT_FORMAT: Final = "peft"  # the one that most programs read
-MOVED: Final = {"PackedLinear": "tunerkit_quant.PackedLinear"}  # names that were public here, and where they are now
 # What the extra "transformers" serves, by the root of the library's modules.
 _OF_TRANSFORMERS: Final = ("transformers", "trl", "accelerate", "timm", "torchvision")
 
@@ -106,9 +106,46 @@ LIBRARIES: Final = (
 )
 
 
-def install(extra: str) -> str:
-    """The command that installs an extra."""
-    return f'pip install "tunerkit[{extra}]"'
+def install(*extras: str) -> str:
+    """The command that installs extras, which works today; every message and page that tells to install has it."""
+    return f'pip install {FROM}"tunerkit[{",".join(extras)}]"{AFTER}'
+
+
+# --- What other libraries call it -------------------------------------------------------------------------------------
+
+_LORA: Final = "tunerkit.wrap(model, 'lora', config)"
+_TRAINED: Final = "print(tunerkit.trainable_parameters(model))"
+# What PEFT and transformers call functions, classes and methods, and what to write here.
+CALLS_ELSEWHERE: Final = {
+    **dict.fromkeys(("get_peft_model", "inject_adapter_in_model", "LoraModel"), _LORA),
+    "LoraConfig": "from tunerkit_lora import LoraConfig",
+    "AdaLoraConfig": "from tunerkit_adalora import AdaLoraConfig",
+    **dict.fromkeys(("PeftModel", "PeftConfig", "AutoPeftModelForCausalLM"), "tunerkit.load(model, folder)"),
+    "prepare_model_for_kbit_training": f"nothing before {_LORA}: it freezes the base, and adapters are fp32",
+    **dict.fromkeys(("print_trainable_parameters", "get_nb_trainable_parameters"), _TRAINED),
+    "merge_and_unload": "tunerkit.unwrap(model, keep_merged=True)",
+    "unload": "tunerkit.unwrap(model)",
+    "merge_adapter": "tunerkit.merge(model)",
+    "unmerge_adapter": "tunerkit.unmerge(model)",
+    "add_adapter": "tunerkit.wrap(model, 'lora', config, adapter='name')",
+    "load_adapter": "tunerkit.load(model, folder, adapter='name')",
+    "set_adapter": "tunerkit.activate(model, ['name'])",
+    "delete_adapter": "tunerkit.delete(model, 'name')",
+    **dict.fromkeys(("active_adapter", "active_adapters"), "tunerkit.active(model)"),
+    **dict.fromkeys(("disable_adapter", "disable_adapters"), "with tunerkit.disabled(model):"),
+    "enable_adapters": "tunerkit.activate(model, ['name']); the block of tunerkit.disabled(model) ends by itself",
+    **dict.fromkeys(("get_adapter_state_dict", "get_peft_model_state_dict"), "tunerkit.save(model, path)"),
+    "add_weighted_adapter": "tunerkit.activate(model, ['a', 'b']) for their plain sum; none has a weight",
+    "adapter_names": "tunerkit.activate(model, ['name']), and call the model with the rows of that adapter",
+    "update_and_allocate": "tunerkit.attach(model, optimizer, total_steps=...) once: steps then allocate by themselves",
+    "enable_peft_hotswap": "tunerkit.load(model, folder, adapter='new'); tunerkit.activate(model, ['new'])",
+    "PackedLinear": f"from tunerkit_quant import PackedLinear ({install(QUANTISED)})",
+}
+
+
+def elsewhere(name: str) -> str:
+    """Say what to write instead of a call of another library; empty if it is none that people try."""
+    return f": write {CALLS_ELSEWHERE[name]}" if name in CALLS_ELSEWHERE else ""
 
 
 def distribution(extra: str) -> str:
@@ -118,7 +155,10 @@ def distribution(extra: str) -> str:
 
 def serving(thing: object) -> str | None:
     """The extra for a library's object, by the classes that it derives from; None if no extra serves it."""
-    if not _roots(thing).isdisjoint(_OF_TRANSFORMERS):
+    roots = _roots(thing)
+    if "peft" in roots:  # its configs derive from a class of transformers'
+        return "peft"
+    if not roots.isdisjoint(_OF_TRANSFORMERS):
         return "transformers"
     return QUANTISED if any(map(quantiser, type(thing).__mro__)) else None
 

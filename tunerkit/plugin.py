@@ -19,11 +19,15 @@ __all__ = [
     *("shrink_", "optimizer_of", "resize_", "resize_obstacle", "Matcher", "exact_patterns", "file_matchers"),
     *("is_broad", "is_exact", "lookup", "matcher", "matches", "AdapterError", "BaseMismatchError", "ConfigError"),
     *("FileError", "PluginError", "StepError", "TargetError", "TunerkitError", "TunerkitWarning"),
-    *("UnknownFormatError", "UnknownMethodError"),
+    *("UnknownFormatError", "UnknownMethodError", "Summary"),
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return vars(importlib.import_module("tunerkit.patterns")).get(name) or tunerkit.__getattr__(name)
+    return vars(importlib.import_module("tunerkit.patterns")).get(name) or tunerkit.find(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

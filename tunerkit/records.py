@@ -33,7 +33,7 @@ class Method:
 
     Attributes:
         name: The name that users pass to `tunerkit.wrap`.
-        config: The config class: a frozen attrs class derived from `tunerkit.AdapterConfig`.
+        config: The config class: a frozen attrs class derived from `tunerkit.plugin.AdapterConfig`.
         needs_steps: Whether the method only works if optimizer steps drive it, as AdaLoRA does. Saving such an adapter
             untrained is an error.
         start: What wrapping does to the model's output: ``"exact"`` leaves every bit of it, ``"rounding"`` changes it
@@ -44,7 +44,7 @@ class Method:
         statistics: What the method wants to know of the data before training, see `tunerkit.calibrate`; None for a
             method that does not.
         pieces: Whether the method's hooks work on the pieces that a process holds where an engine has cut an adapter,
-            see `tunerkit.Tuner.pieces`. Hooks of other methods see whole weights, gathered around each of them.
+            see `tunerkit.plugin.Tuner.pieces`. Hooks of other methods see whole weights, gathered around each of them.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Method:
 
 @attrs.frozen
 class Packing:
-    """How a quantiser stores a weight, see `tunerkit.BaseLayer.packing`.
+    """How a quantiser stores a weight, see `tunerkit.plugin.BaseLayer.packing`.
 
     Attributes:
         name: The quantiser and its kind of numbers, such as ``"bitsandbytes nf4"``. Files and messages name it. It
@@ -133,7 +133,7 @@ class Target:
     """
 
     path: str
-    module: nn.Module
+    module: nn.Module = attrs.field(repr=lambda module: type(module).__name__)
 
 
 @attrs.frozen
@@ -237,7 +237,7 @@ class RankChange:
 
     step: int
     budget: int
-    ranks: Mapping[str, int]
+    ranks: Mapping[str, int] = attrs.field(repr=lambda ranks: f"<of {len(ranks)} targets>")
 
 
 @attrs.frozen(eq=False)
@@ -364,7 +364,7 @@ class Restriction:
         classes: The qualified names of the classes from which its modules or its parameters derive; one with a dot at
             its end stands for all classes of a package.
         marks: Attributes that it sets on modules or parameters, with their value; None stands for any value.
-        error: The exception that refusing raises; by default `tunerkit.AdapterError`.
+        error: The exception that refusing raises; by default `tunerkit.errors.AdapterError`.
     """
 
     name: str
@@ -420,7 +420,7 @@ class ModelLibrary:
     resize_hint: Callable[[nn.Module, Sequence[Resized]], str] = lambda model, resized: ""
 
 
-# Any: a writer takes a `tunerkit.Tuner` and its own options, which this file cannot name.
+# Any: a writer takes a `tunerkit.plugin.Tuner` and its own options, which this file cannot name.
 @attrs.frozen
 class Format:
     """Another program's way of writing an adapter to disk, as a plugin yields it from ``tunerkit_formats``.
@@ -429,13 +429,15 @@ class Format:
         name: The name that users pass to `tunerkit.export`.
         sniff: Whether a path leads to an adapter in this format: a file, a folder, or a name that is neither. It only
             looks at names and at the beginning of a file. It does not raise.
-        read: Reads the adapter at a path for a model, which it does not change. It raises `tunerkit.FileError` for
-            files that are damaged or hold what tunerkit cannot, and names the file and the key.
+        read: Reads the adapter at a path for a model, which it does not change. It raises `tunerkit.errors.FileError`
+            for files that are damaged or hold what tunerkit cannot, and names the file and the key.
         write: Writes an adapter into an empty folder, and returns the files that it wrote. Core moves them to where the
             user wants them once all are written.
-        options: An attrs class with the options of ``write``; see `tunerkit.setting` for ranges. `tunerkit.export`
-            takes them by name.
+        options: An attrs class with the options of ``write``; see `tunerkit.plugin.setting` for ranges.
+            `tunerkit.export` takes them by name.
         describe: Says what the files at a path hold, without a model; None for a format that cannot.
+        config: Reads a config object of the program that `tunerkit.wrap` was given for a model: returns the method and
+            its settings, or None if the object is none of the program's.
     """
 
     name: str
@@ -444,6 +446,7 @@ class Format:
     write: Callable[[Any, Path, Any], Iterable[Path]]
     options: type = NoOptions
     describe: Callable[[Path], Description] | None = None
+    config: Callable[[object, nn.Module], tuple[str, Mapping[str, object]] | None] | None = None
 
 
 # --- Values and their declared types ----------------------------------------------------------------------------------
@@ -506,4 +509,5 @@ def type_name(declared: Any) -> str:
     is_class = isinstance(declared, type) and not get_args(declared)
     name = f"{declared.__module__}.{declared.__qualname__}" if is_class else str(declared)
     # Without modules: all of them, or those inside tunerkit and torch.nn.
-    return re.sub(r"\b(tunerkit\.|torch\.nn\.|)(\w+\.)+(?=\w)", r"\1", name)
+    short = re.sub(r"\b(tunerkit\.|torch\.nn\.|)(\w+\.)+(?=\w)", r"\1", name)
+    return short.replace("tunerkit.", "tunerkit.plugin.")

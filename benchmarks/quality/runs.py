@@ -5,8 +5,10 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from datetime import date
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import torch
@@ -15,6 +17,8 @@ from benchmarks.quality import methods
 from benchmarks.quality.evaluation import Score, evaluate, majority
 from benchmarks.quality.tasks import BATCH_SIZE, TASKS
 from benchmarks.quality.training import Recipe, train
+
+LIBRARIES: Final = ("tunerkit", "torch", "transformers", "peft")  # whose versions a row records
 
 
 @attrs.frozen
@@ -91,6 +95,7 @@ def execute(run: Run, cache: Path) -> dict[str, object]:
         "majority": majority(parts.validation),
         **{name: _plain(score) for name, score in scores.items()},
         "seconds": {"train": round(trained - began, 1), "all": round(time.perf_counter() - began, 1)},
+        "made": {"date": str(date.today()), **{name: metadata.version(name) for name in LIBRARIES}},
     }
 
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 import tunerkit
 import tunerkit_adalora.step as inner
-from tunerkit import Tuner, optimizer_of
+from tunerkit.plugin import Tuner, optimizer_of
 from tunerkit_adalora import allocator
 from tunerkit_adalora.importance import Part, Stack, triplet_scores
 from tunerkit_adalora.svd_form import to_svd_form_

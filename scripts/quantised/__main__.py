@@ -1,4 +1,4 @@
-"""The table of docs/quantised.md: what works on quantised models, with tunerkit and with peft; each cell is run.
+"""The grid of docs/evidence/quantised-grids.md: what works, with tunerkit and with peft; each cell is run.
 
 Run it with a folder of a causal LM in full precision, and the forms that the installed libraries can make::
 
@@ -8,6 +8,7 @@ Run it with a folder of a causal LM in full precision, and the forms that the in
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from scripts.quantised.peft_row import of_peft
 from scripts.quantised.training import name_of
 from scripts.quantised.tunerkit_row import of_tunerkit
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "torchao", "hqq", "optimum-quanto", "gptqmodel")
+LIBRARIES = (
+    *("tunerkit", "torch", "transformers", "peft"),
+    *("bitsandbytes", "torchao", "hqq", "optimum-quanto", "gptqmodel"),
+)
 METHODS = ("lora", "adalora")
 COLUMNS = (
     *("base", "adapter", "package"),
@@ -37,7 +41,8 @@ def row(cells: Iterator[str]) -> list[str]:
 
 def main(folder: str, forms: Sequence[str]) -> None:
     """Print the versions and one row for each form, method and package."""
-    print(", ".join(f"{name} {found}" for name in LIBRARIES if (found := _version(name))), end="\n\n")
+    versions = (f"{name} {found}" for name in LIBRARIES if (found := _version(name)))
+    print(", ".join([str(date.today()), *versions]), end="\n\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for form in forms:
         for method in METHODS:

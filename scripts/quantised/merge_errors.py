@@ -1,4 +1,4 @@
-"""The errors of merging, beside that of quantising the dense W + ΔW directly, for docs/quantised.md.
+"""The errors of merging, beside that of quantising the dense W + ΔW directly, for docs/evidence/quantised-grids.md.
 
 ΔW are random products of rank 8, at three projections of four blocks. Run it with a folder of SmolLM2 in full
 precision, and forms that can be merged into::
@@ -20,6 +20,7 @@ import tunerkit
 from scripts.quantised.forms import FORMS, quantised
 from scripts.quantised.training import TARGETS
 from tunerkit import hooks
+from tunerkit.plugin import BaseLayer
 
 SIZES = (0.02, 0.3)  # of ΔW, relative to W
 CONFIG = {"rank": 8, "targets": list(TARGETS), "layers": [0, 10, 20, 29]}
@@ -50,7 +51,7 @@ def errors(plain: Any, folder: str, form: str, size: float) -> Iterator[tuple[fl
 
 @torch.no_grad()
 def _set_deltas(
-    model: Any, packed: Mapping[str, tunerkit.BaseLayer], weights: Mapping[str, Tensor], size: float
+    model: Any, packed: Mapping[str, BaseLayer], weights: Mapping[str, Tensor], size: float
 ) -> dict[str, Tensor]:
     deltas = {}
     for number, (path, adapter) in enumerate(tunerkit.tuner(model).adapters().items()):
@@ -77,7 +78,7 @@ def _quantised_directly(plain: Any, folder: str, form: str, deltas: Mapping[str,
     return {path: base.dense().float() for path, base in _bases(wrapped).items()}
 
 
-def _bases(model: Any) -> dict[str, tunerkit.BaseLayer]:
+def _bases(model: Any) -> dict[str, BaseLayer]:
     # Any: `nn.Module` declares no attribute of this name.
     targets: Any = tunerkit.tuner(model).targets
     return {target.path: target.module.tunerkit.base for target in targets}

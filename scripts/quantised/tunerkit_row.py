@@ -67,7 +67,7 @@ def _merged(model: Any, output: torch.Tensor, base: torch.Tensor) -> Iterator[st
         added, alone = (sum(getattr(each, name) for each in every) / len(every) for name in ("added", "own"))
         yield f"{share(logits(model), output, base)} (weights: {added:.1%}, own {alone:.1%})"
         yield "yes" if torch.equal(logits(tunerkit.unmerge(model)), output) else "**no**"
-    except tunerkit.AdapterError:
+    except tunerkit.errors.AdapterError:
         yield from ("refused", "–")
     yield share(logits(tunerkit.unwrap(model, keep_merged=True, dtype=torch.float32)), output, base)
 

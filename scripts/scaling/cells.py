@@ -1,6 +1,7 @@
 """What works with which engine: each cell is a training in several processes beside one in a single process."""
 
 import tempfile
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def main(processes: int = 2) -> None:
 
 def print_head(release: str, processes: int) -> None:
     """Print what was run, and the table's head."""
-    print(f"{release}, {processes} processes\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
+    print(f"{date.today()}, tunerkit {tunerkit.__version__}, {release}, {processes} processes\n")
+    print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
 
 
 def row(one: dict[str, Any], whole: list[dict[str, Any]], stopped: list[list[dict[str, Any]]]) -> list[str]:

@@ -18,6 +18,7 @@ from tests.support.noting import NotingPlugin, hooks_of, per_step
 from tunerkit.errors import AdapterError, StepError
 from tunerkit.injection import slots_of, walk
 from tunerkit.injection.slots import apply_slots
+from tunerkit.plugin import Adapter, BaseLayer, Method, Tuner
 from tunerkit.steps import detach, drive
 from tunerkit_testing.matrix import is_long
 from tunerkit_testing.registering import registered
@@ -31,26 +32,26 @@ LAYERS = {"targets": ["layers.0", "layers.1"]}
 WITH_HEAD = {**LAYERS, "train_modules": ["head"]}
 
 
-class Scaling(tunerkit.Adapter):
+class Scaling(Adapter):
     """Multiplies the output so far by 1 + v: the order in which it stands beside others can be seen."""
 
     reads_output = False  # so it is not given the base layer's own output
 
-    def __init__(self, base: tunerkit.BaseLayer) -> None:
+    def __init__(self, base: BaseLayer) -> None:
         super().__init__()
         self.v = nn.Parameter(torch.zeros(base.out_features))
 
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return y * (1 + self.v)
 
 
 class ScalingPlugin:
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-scaling", config=ShiftConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-scaling", config=ShiftConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Scaling:
+    def tunerkit_build_adapter(self, base: BaseLayer) -> Scaling:
         return Scaling(base)
 
 
@@ -561,7 +562,7 @@ def test_merging_takes_the_active_ones_only(toys: "Toys") -> None:
 # Whose step it is
 
 
-def noting(toys: "Toys") -> tuple[Any, list[tunerkit.Tuner], torch.optim.Optimizer]:
+def noting(toys: "Toys") -> tuple[Any, list[Tuner], torch.optim.Optimizer]:
     """Adapters "a" and "b" that record their step hooks, on one optimizer; "a" is active."""
     model = toys.net()
     for name in ("a", "b"):

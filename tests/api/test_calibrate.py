@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tunerkit
 from tests.support.toy_starts import Fitted, FittedPlugin
+from tunerkit.plugin import Method, Statistics, StatisticsRequest, Tuner
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import LABELS, X, loss_of, net, step, train, trainable
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
@@ -77,12 +78,12 @@ def test_the_base_its_modes_and_the_random_state_stay_as_they_are(method: str) -
 
     class Drawing(FittedPlugin):
         @tunerkit.hookimpl
-        def tunerkit_methods(self) -> list[tunerkit.Method]:
+        def tunerkit_methods(self) -> list[Method]:
             found = super().tunerkit_methods()
-            return [tunerkit.Method(f"{m.name}-drawing", m.config, statistics=m.statistics) for m in found]
+            return [Method(f"{m.name}-drawing", m.config, statistics=m.statistics) for m in found]
 
         @tunerkit.hookimpl
-        def tunerkit_calibrate(self, tuner: tunerkit.Tuner, statistics: Any) -> dict[str, int]:
+        def tunerkit_calibrate(self, tuner: Tuner, statistics: Any) -> dict[str, int]:
             torch.randn(3)
             return tuner.ranks()
 
@@ -158,13 +159,13 @@ def test_the_head_of_a_method_that_needs_steps_is_fitted_too(tmp_path: Path) -> 
 
     class Stepping(FittedPlugin):
         @tunerkit.hookimpl
-        def tunerkit_methods(self) -> list[tunerkit.Method]:
-            wanted = tunerkit.StatisticsRequest(gradients=2)
-            return [tunerkit.Method("toy-stepping", LowRankConfig, needs_steps=True, statistics=wanted)]
+        def tunerkit_methods(self) -> list[Method]:
+            wanted = StatisticsRequest(gradients=2)
+            return [Method("toy-stepping", LowRankConfig, needs_steps=True, statistics=wanted)]
 
     with registered(Stepping()):
         model = wrapped("toy-stepping", train_modules=["4"])
-        with pytest.raises(tunerkit.AdapterError, match="was trained with no step"):
+        with pytest.raises(tunerkit.errors.AdapterError, match="was trained with no step"):
             tunerkit.save(model, tmp_path)
         tunerkit.calibrate(model, BATCHES, loss=loss)
         with warnings.catch_warnings():  # to be loaded in several processes
@@ -180,12 +181,12 @@ class Keeping(FittedPlugin):
     """Keeps the statistics, of inputs and of gradients."""
 
     def __init__(self, **wanted: int) -> None:
-        self.wanted = tunerkit.StatisticsRequest(**wanted)
-        self.found: dict[str, tunerkit.Statistics] = {}
+        self.wanted = StatisticsRequest(**wanted)
+        self.found: dict[str, Statistics] = {}
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-keeping", config=LowRankConfig, statistics=self.wanted)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-keeping", config=LowRankConfig, statistics=self.wanted)]
 
     @tunerkit.hookimpl
     def tunerkit_calibrate(self, statistics: Any) -> None:  # type: ignore[override]
@@ -228,7 +229,7 @@ def test_what_a_checkpoint_computes_again_is_counted_once(wanted: dict[str, int]
 def test_one_of_several_adapters_is_calibrated() -> None:
     """It is named as everywhere; the other one stays."""
     model = wrapped("toy-inputs", tunerkit.wrap(net(), "toy-low-rank", {"targets": ["0"]}, adapter="other"))
-    with pytest.raises(tunerkit.AdapterError, match="several adapters"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="several adapters"):
         tunerkit.calibrate(model, BATCHES)
     before = {name: t.clone() for name, t in model.state_dict().items() if ".other." in name}
     tunerkit.calibrate(model, BATCHES, "default")
@@ -311,7 +312,7 @@ def test_what_cannot_be_calibrated_is_refused_in_words(case: str, tmp_path: Path
     model(X)  # from the second forward on, hooks that check the first one are gone
     before = copy.deepcopy(model.state_dict())
     hooks = [len(module._forward_hooks) for module in model.modules()]
-    with pytest.raises(tunerkit.AdapterError, match=f"(?s){words}"):
+    with pytest.raises(tunerkit.errors.AdapterError, match=f"(?s){words}"):
         tunerkit.calibrate(model, batches, loss=loss)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
@@ -321,7 +322,7 @@ def test_what_cannot_be_calibrated_is_refused_in_words(case: str, tmp_path: Path
 def test_inside_disabled_it_is_refused() -> None:
     """The base alone would run there."""
     model = wrapped()
-    with tunerkit.disabled(model), pytest.raises(tunerkit.AdapterError, match="disabled"):
+    with tunerkit.disabled(model), pytest.raises(tunerkit.errors.AdapterError, match="disabled"):
         tunerkit.calibrate(model, BATCHES)
 
 
@@ -333,7 +334,9 @@ def test_in_a_process_group_it_is_refused() -> None:
     model = wrapped()
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     try:
-        with pytest.raises(tunerkit.AdapterError, match="calibrate in one process, save the adapter, and load it"):
+        with pytest.raises(
+            tunerkit.errors.AdapterError, match="calibrate in one process, save the adapter, and load it"
+        ):
             tunerkit.calibrate(model, BATCHES)
     finally:
         torch.distributed.destroy_process_group()
@@ -346,7 +349,7 @@ def test_without_a_loss_only_gradients_are_refused(method: str) -> None:
     if method == "toy-inputs":
         tunerkit.calibrate(model, BATCHES)
     else:
-        with pytest.raises(tunerkit.AdapterError, match=r"Tensor instead of a loss; add labels.*loss=\.\.\."):
+        with pytest.raises(tunerkit.errors.AdapterError, match=r"Tensor instead of a loss; add labels.*loss=\.\.\."):
             tunerkit.calibrate(model, BATCHES)
 
 
@@ -357,8 +360,8 @@ class Answering(FittedPlugin):
         self.answer = answer
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-answering", config=LowRankConfig, statistics=tunerkit.StatisticsRequest(inputs=2))]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-answering", config=LowRankConfig, statistics=StatisticsRequest(inputs=2))]
 
     @tunerkit.hookimpl
     def tunerkit_calibrate(self) -> Any:  # type: ignore[override]
@@ -370,6 +373,6 @@ def test_a_wrong_answer_of_the_hook_names_the_plugin(answer: object) -> None:
     """Ranks have to be counts for exactly the targets."""
     with registered(Answering(answer)):
         model = wrapped("toy-answering")
-        with pytest.raises(tunerkit.PluginError, match=r"tunerkit_calibrate.*'toy-answering'.*must return"):
+        with pytest.raises(tunerkit.errors.PluginError, match=r"tunerkit_calibrate.*'toy-answering'.*must return"):
             tunerkit.calibrate(model, BATCHES)
         assert tunerkit.tuner(model).progress.calibration is None

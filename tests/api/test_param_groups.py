@@ -11,6 +11,7 @@ from torch import nn
 import tunerkit
 from tests.support.resumed_loop import assert_resumes
 from tests.support.toy_plus import PlusPlugin, ids, named
+from tunerkit.plugin import Method, ParamGroup, Tuner
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import net, train, trainable
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
@@ -61,7 +62,7 @@ def test_several_adapters_and_frozen_ones() -> None:
     (group,) = tunerkit.param_groups(model, lr=1.0)
     assert ids(group) == named(model, "plain.adapter.a", "plain.adapter.b")
     tunerkit.freeze(model, "plain")
-    with pytest.raises(tunerkit.StepError, match=r"every adapter is frozen.*tunerkit\.thaw"):
+    with pytest.raises(tunerkit.errors.StepError, match=r"every adapter is frozen.*tunerkit\.thaw"):
         tunerkit.param_groups(model, lr=1.0)
 
 
@@ -78,20 +79,20 @@ def test_shared_and_fixed_parameters_are_in_one_group_or_none() -> None:
 @pytest.mark.parametrize("value", ["1e-3", -1.0, float("nan"), None, True])
 def test_a_wrong_learning_rate_is_refused(value: Any) -> None:
     """Before anything is asked of a plugin."""
-    with pytest.raises(tunerkit.StepError, match="expected a finite number >= 0 as lr, got"):
+    with pytest.raises(tunerkit.errors.StepError, match="expected a finite number >= 0 as lr, got"):
         tunerkit.param_groups(wrapped(), lr=value)
 
 
 @pytest.mark.parametrize("value", ["0", -1.0, float("nan"), False])
 def test_a_wrong_weight_decay_is_refused(value: Any) -> None:
     """None alone leaves it to the optimizer."""
-    with pytest.raises(tunerkit.StepError, match="expected a finite number >= 0 as weight_decay, got"):
+    with pytest.raises(tunerkit.errors.StepError, match="expected a finite number >= 0 as weight_decay, got"):
         tunerkit.param_groups(wrapped(), lr=1.0, weight_decay=value)
 
 
 def test_a_model_without_adapters_has_no_groups() -> None:
     """The error says what to call first."""
-    with pytest.raises(tunerkit.AdapterError, match="has no adapter"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="has no adapter"):
         tunerkit.param_groups(net(), lr=1.0)
 
 
@@ -102,15 +103,15 @@ class Answering(LowRankPlugin):
         self.answer = answer
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-answering", config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-answering", config=LowRankConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_param_groups(self, tuner: tunerkit.Tuner) -> Any:
+    def tunerkit_param_groups(self, tuner: Tuner) -> Any:
         return self.answer(list(tuner.parameters()))
 
 
-Group: Any = tunerkit.ParamGroup
+Group: Any = ParamGroup
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_a_wrong_answer_of_the_hook_names_the_plugin(answer: Any, words: str) ->
     with registered(Answering(answer)):
         model = wrapped("toy-answering")
         expected = f"tunerkit_param_groups.*'toy-answering'.*{words}.*for adapter 'default'"
-        with pytest.raises(tunerkit.PluginError, match=expected):
+        with pytest.raises(tunerkit.errors.PluginError, match=expected):
             tunerkit.param_groups(model, lr=1.0)
 
 

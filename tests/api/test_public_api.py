@@ -1,10 +1,14 @@
-"""The public names: none is removed, and no parameter changes."""
+"""The public names: where users and authors find them, that none is removed, and that no parameter changes."""
 
 import importlib
 import inspect
 import json
+import pydoc
+import re
 import subprocess
 import sys
+import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +16,22 @@ import pytest
 import torch
 
 import tunerkit
+from tunerkit import patterns, plugin
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
 
-SNAPSHOT = Path(__file__).parents[1] / "fixtures" / "public_api.json"
+ROOT = Path(__file__).parents[2]
+SNAPSHOT = ROOT / "tests" / "fixtures" / "public_api.json"
+# What users call, by DESIGN.md, section 3: these stay where they are.
+CONTRACT = {
+    *("wrap", "attach", "tuner", "save", "load", "merge", "unmerge", "unwrap", "disabled", "methods", "structure"),
+    *("unstructure", "register", "export", "calibrate", "activate", "reference", "param_groups", "grow_"),
+    *("from_folder", "save_state", "TunerkitWarning"),
+}
 # What this release has beyond the snapshot, which was taken at commit 9d060d1.
 ADDED = frozenset(
     {
+        "tunerkit.BaseLayer.forwards",
         "tunerkit.Holding(KEYWORD_ONLY name = 'an engine', KEYWORD_ONLY way_out = 'load the model without it', "
         "KEYWORD_ONLY one_dtype = '', KEYWORD_ONLY offloads = function, KEYWORD_ONLY load = "
         "builtin_function_or_method, KEYWORD_ONLY device = function, KEYWORD_ONLY forward = function, "
@@ -101,7 +114,8 @@ ADDED = frozenset(
         "tunerkit.Foreign.tensors",
         "tunerkit.Format(POSITIONAL_OR_KEYWORD name, POSITIONAL_OR_KEYWORD sniff, "
         "POSITIONAL_OR_KEYWORD read, POSITIONAL_OR_KEYWORD write, POSITIONAL_OR_KEYWORD options = type, "
-        "POSITIONAL_OR_KEYWORD describe = None)",
+        "POSITIONAL_OR_KEYWORD describe = None, POSITIONAL_OR_KEYWORD config = None)",
+        "tunerkit.Format.config",
         "tunerkit.Format.describe",
         "tunerkit.Format.name",
         "tunerkit.Format.options",
@@ -203,6 +217,7 @@ GAINED = {
     "tunerkit.attach": ", KEYWORD_ONLY data_parallel = None",
     "tunerkit.load": ", KEYWORD_ONLY check_config = True",
     "tunerkit.save": ", KEYWORD_ONLY allow_nonfinite = False",
+    "tunerkit.setting": ", KEYWORD_ONLY aka = ()",
     "tunerkit.unwrap": ", KEYWORD_ONLY dtype = None",
 }
 # What core alone used: a tuner is made by `tunerkit.wrap` and `tunerkit.load`, and its bookkeeping lies in the model.
@@ -245,9 +260,19 @@ def described(name: str, found: object) -> Iterator[str]:
             yield f"{name}.{attribute}{arguments}"
 
 
+def names_of_users() -> dict[str, object]:
+    return {name: getattr(tunerkit, name) for name in vars(tunerkit)["__all__"]}
+
+
+def names_of_authors() -> dict[str, object]:
+    """Those of ``tunerkit.plugin``, without the functions on patterns, which have a module of their own."""
+    names = [name for name in vars(plugin)["__all__"] if name not in vars(patterns)]
+    return {name: getattr(plugin, name) for name in names}
+
+
 def public_api() -> list[str]:
-    """All public functions and classes, one per line."""
-    named = [(f"tunerkit.{name}", getattr(tunerkit, name)) for name in vars(tunerkit)["__all__"]]
+    """All public functions and classes, one per line, wherever they are imported from."""
+    named = [(f"tunerkit.{name}", found) for name, found in {**names_of_authors(), **names_of_users()}.items()]
     for module in map(importlib.import_module, MODULES):
         for name, found in vars(module).items():
             if not name.startswith("_") and getattr(found, "__module__", None) == module.__name__:
@@ -273,16 +298,93 @@ def test_no_public_name_is_gone_and_no_parameter_changed() -> None:
 
 
 def test_what_authors_import_stands_in_one_module() -> None:
-    """``tunerkit.plugin`` has the names of ``tunerkit`` that a plugin needs, and the functions on patterns."""
-    from tunerkit import patterns, plugin
-
+    """``tunerkit.plugin`` has what a plugin needs, and the functions on patterns; a verb of users it does not have."""
     names = vars(plugin)["__all__"]
     found = {name: getattr(plugin, name) for name in names}
     assert len(found) == len(names)
-    assert all(value is (getattr(patterns, name, None) or getattr(tunerkit, name)) for name, value in found.items())
+    assert [name for name in dir(plugin) if not name.startswith("__")] == sorted(names)
     assert plugin.lookup({"q_proj": 1}, "layers.0.q_proj", default=2) == 1
     with pytest.raises(AttributeError, match=r"'tunerkit\.plugin' has no attribute 'wrap'"):
         getattr(plugin, "wrap")  # noqa: B009 - a type checker sees it
+
+
+def test_users_find_few_names_and_authors_the_others() -> None:
+    """``tunerkit`` has at most 35 names: all of the contract's; every other one is an author's. ``dir`` shows them."""
+    users = vars(tunerkit)["__all__"]
+    assert len(users) == len(set(users)) <= 35
+    assert set(users) >= CONTRACT
+    assert [name for name in dir(tunerkit) if not name.startswith("__")] == sorted([*users, "errors", "plugin"])
+    listed = re.findall(r"(\w+) as \1\b", (ROOT / "tunerkit" / "__init__.pyi").read_text(encoding="utf-8"))
+    assert set(listed) - {*users, "errors", "patterns"} <= set(vars(plugin)["__all__"])
+
+
+def test_names_of_users_come_without_a_warning() -> None:
+    """The verbs, the modules, and the marker, which authors of pluggy's world look for at the top."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert names_of_users()["wrap"] is tunerkit.wrap
+        assert tunerkit.hookimpl is plugin.hookimpl
+        assert tunerkit.errors.TunerkitError is tunerkit.TunerkitError
+        assert tunerkit.patterns is patterns
+
+
+@pytest.mark.parametrize(("name", "home"), [("Adapter", "tunerkit.plugin"), ("ConfigError", "tunerkit.errors")])
+def test_an_old_name_warns_once_at_each_use_and_names_the_new_import(name: str, home: str) -> None:
+    """It is the same object; the warning is at the line that uses the old name, however it is written."""
+    line = f"write: from {home} import {name}$"
+    for use in (f"from tunerkit import {name}", f"import tunerkit; {name} = tunerkit.{name}"):
+        found: dict[str, object] = {}
+        with pytest.warns(DeprecationWarning, match=line) as told:
+            exec(compile(use, "a_users_file.py", "exec"), found)
+        assert [each.filename for each in told] == ["a_users_file.py"]
+        assert found[name] is getattr(importlib.import_module(home), name)
+
+
+def test_our_own_code_uses_no_old_name() -> None:
+    """Core, plugins, tests, examples, benchmarks, templates and pages: none shows what will be removed."""
+    old = set(vars(plugin)["__all__"]) - set(vars(tunerkit)["__all__"]) - {"hookimpl"}
+    files = [f for end in ("py", "md", "txt", "ipynb") for part in PARTS for f in (ROOT / part).rglob(f"*.{end}")]
+    assert len(files) > 500
+    found = {str(f.relative_to(ROOT)): old_names(f.read_text(encoding="utf-8"), old) for f in files}
+    on_purpose = {"tests/api/test_public_api.py", "tests/repository/test_architecture.py"}  # names in samples
+    assert {name for name, names in found.items() if names} == on_purpose
+
+
+PARTS = ("tunerkit", "plugins", "tests", "docs", "examples", "benchmarks", "scripts")
+
+
+def old_names(text: str, old: set[str]) -> set[str]:
+    """The names in ``old`` that a text takes from ``tunerkit`` itself, as attributes or by an import."""
+    names = set(re.findall(r"(?<![\w.])tunerkit\.(\w+)", text))
+    for imported in re.findall(r"from tunerkit import \(?([\w, \n]+)", text):
+        names.update(re.findall(r"\w+", imported))
+    return names & old
+
+
+@pytest.mark.parametrize(
+    "text", ["x = tunerkit.Adapter", "from tunerkit import wrap, Adapter", "from tunerkit import (\n    Adapter,\n)"]
+)
+def test_an_old_name_is_found_however_it_is_used(text: str) -> None:
+    """As an attribute and in an import of one or many lines; not where it comes from its new home."""
+    assert old_names(text, {"Adapter"}) == {"Adapter"}
+    new = text.replace("tunerkit.A", "tunerkit.plugin.A").replace("tunerkit import", "tunerkit.plugin import")
+    assert old_names(new, {"Adapter"}) == set()
+
+
+def test_help_begins_with_five_verbs_and_an_example(tmp_path: Path) -> None:
+    """The first lines of ``help(tunerkit)`` name what one calls, with an example; and all of it is under 800 lines."""
+    lines = pydoc.plain(pydoc.render_doc(tunerkit)).splitlines()
+    assert len(lines) < 800
+    start = "\n".join(lines[:32])
+    assert re.findall(r"^ {8}(\w+)\(.*\) {2,}\w", start, re.MULTILINE) == ["wrap", "attach", "save", "load", "merge"]
+    pytest.importorskip("tunerkit_lora", reason="the example wraps a model with LoRA")
+    example = re.search(r"^( {8}import torch.*?)^ {4}\S", start, re.MULTILINE | re.DOTALL)
+    assert example is not None
+    run = [sys.executable, "-W", "error::DeprecationWarning", "-c", textwrap.dedent(example[1])]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "step 10 of 10" in done.stdout
+    assert (tmp_path / "out" / "adapter.safetensors").is_file()
 
 
 def test_a_marker_is_imported_without_torch() -> None:
@@ -300,4 +402,4 @@ def test_a_tuner_is_a_small_handle() -> None:
         assert len([name for name in dir(tuner) if not name.startswith("_")]) <= 22
         lines = repr(tuner).splitlines()
     assert len(lines) <= 10
-    assert lines[0] == "tuner of adapter 'default': toy-low-rank in a ModuleDict, step 0"
+    assert lines[0] == "tuner of adapter 'default' in a ModuleDict"

@@ -212,6 +212,9 @@ def test_each_method_trains_on_each_kind_of_task(task: str, method: str, toy: Pa
         assert score["loss"] > 0
     for timed in (row, again):
         timed.pop("seconds")
+        made: Any = timed.pop("made")
+        assert made["torch"] == torch.__version__
+        assert made["date"].count("-") == 2
     assert row == again
     if method in (methods.LORA, methods.ADALORA):
         settled: Any = row["config"]
@@ -229,6 +232,7 @@ def test_a_row_does_not_depend_on_the_arithmetic_of_the_machine(toy: Path, monke
             monkeypatch.setattr(torch.cpu, question, lambda found=has_bf16: found)
         row = execute(run, toy)
         row.pop("seconds")
+        row.pop("made")
         found.append((row, parity.losses("toy", rank=2, learning_rate=5e-3, steps=2, cache=toy)))
     assert found[0] == found[1]
 

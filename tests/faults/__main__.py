@@ -30,7 +30,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--row", action="append", help="the name of a row; by default all of them")
     parser.add_argument("--subject", choices=("tunerkit", "peft"), help="one column; by default both")
     parser.add_argument("--long", action="store_true", help=f"all cases of the published table (also {LONG}=1)")
-    parser.add_argument("--write", action="store_true", help="write the results into docs/reliability.md")
+    parser.add_argument("--write", action="store_true", help="write the results into docs/concepts/reliability.md")
     return parser.parse_args()
 
 

@@ -5,7 +5,7 @@ import attrs
 HEAD = """
 import asyncio, attrs, math, sys, torch
 import tunerkit
-from tunerkit import Adapter, AdapterConfig, BaseLayer, Delta, Method, State, hookimpl
+from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, State, hookimpl
 from torch import nn
 """
 METHOD = """

@@ -1,4 +1,4 @@
-"""Write the results into docs/reliability.md: a table of all rows, with versions and date."""
+"""Write the results into docs/concepts/reliability.md: a table of all rows, with versions and date."""
 
 import platform
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.faults.harness import Result
 from tests.faults.table import ROWS
 
-PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+PAGE = Path(__file__).parents[2] / "docs" / "concepts" / "reliability.md"
 _MARKS = ("<!-- results: written by python -m tests.faults --write -->", "<!-- end of the results -->")
 _HEAD = ("| row | what is done | tunerkit | peft | what counts as a failure |", "|---|---|---|---|---|")
 _LIBRARIES = ("tunerkit", "tunerkit-lora", "tunerkit-adalora", "peft", "transformers", "torch", "safetensors")

@@ -12,7 +12,7 @@ from tests.faults.table import ROWS
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the faults are injected in forks")
 ROW = {row.name: row for row in ROWS}
-PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+PAGE = Path(__file__).parents[2] / "docs" / "concepts" / "reliability.md"
 
 
 def attacked(name: str) -> Result:

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 import tunerkit
-from tunerkit import hooks, injection
+from tunerkit import hooks, injection, plugin
 from tunerkit.errors import PluginError, TunerkitWarning
+from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Method, ParamGroup, RankChange
 from tunerkit_testing.registering import registered
 
 PATHS = ("0", "1")
@@ -57,29 +58,29 @@ PLACES = {
 
 
 def convert(model: nn.Module) -> None:
-    products = {path: tunerkit.Factors(q=torch.ones(1, 3), p=torch.ones(3, 1)) for path in PATHS}
+    products = {path: plugin.Factors(q=torch.ones(1, 3), p=torch.ones(3, 1)) for path in PATHS}
     bases = [slots.base for _, _, slots in injection.walk(model) if slots.base is not None]
     hooks.from_factors("toy-odd", tunerkit.tuner(model).targets, bases, products)
 
 
 @attrs.frozen
-class OddConfig(tunerkit.AdapterConfig):
+class OddConfig(AdapterConfig):
     """Nothing to set."""
 
 
 @attrs.frozen
-class OtherConfig(tunerkit.AdapterConfig):
+class OtherConfig(AdapterConfig):
     """Of another method."""
 
 
-class Shift(tunerkit.Adapter):
+class Shift(Adapter):
     """Adds a vector to the output."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
         self.v = nn.Parameter(torch.zeros(features))
 
-    def forward(self, base: tunerkit.BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, base: BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return y + self.v
 
 
@@ -88,10 +89,10 @@ def odd(hook: str, answer: Callable[[], object], *, from_call: int = 1) -> types
     plugin = types.ModuleType("odd")
     calls: list[str] = []
 
-    def methods() -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-odd", config=OddConfig)]
+    def methods() -> list[Method]:
+        return [Method("toy-odd", config=OddConfig)]
 
-    def build(base: tunerkit.BaseLayer) -> object:
+    def build(base: BaseLayer) -> object:
         return Shift(base.out_features)
 
     def implementation() -> object:
@@ -122,10 +123,10 @@ def raising(error: BaseException) -> Callable[[], object]:
     return answer
 
 
-Delta: Any = tunerkit.Delta  # Any: what the records hold here is wrong on purpose
-State: Any = tunerkit.State
-Factors: Any = tunerkit.Factors
-Group: Any = tunerkit.ParamGroup
+Delta: Any = plugin.Delta  # Any: what the records hold here is wrong on purpose
+State: Any = plugin.State
+Factors: Any = plugin.Factors
+Group: Any = ParamGroup
 WRONG: dict[str, tuple[object, ...]] = {
     "tunerkit_build_adapter": (None, 3, nn.Linear(1, 1)),
     "tunerkit_before_step": (True, ["v"], torch.ones(2), [None]),
@@ -179,7 +180,7 @@ def test_a_circular_state_is_refused(tmp_path: Path) -> None:
     circular: list[object] = []
     circular.append(circular)
     with pytest.raises(PluginError, match=r"state's value 'a'.*JSON can hold"):
-        fire("tunerkit_state", lambda: tunerkit.State(tensors={}, values={"a": circular}), tmp_path)
+        fire("tunerkit_state", lambda: plugin.State(tensors={}, values={"a": circular}), tmp_path)
 
 
 def test_right_answers_in_other_types_are_taken(tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_right_answers_in_other_types_are_taken(tmp_path: Path) -> None:
     assert all(type(rank) is int for rank in change.ranks.values())
     fire("tunerkit_before_step", lambda: (p for p in [nn.Parameter(torch.ones(1))]), tmp_path)
     values = {"a": [1, 2.5, "x", None, True, {"b": []}]}
-    fire("tunerkit_state", lambda: tunerkit.State(tensors={"t": torch.ones(1)}, values=values), tmp_path)
+    fire("tunerkit_state", lambda: plugin.State(tensors={"t": torch.ones(1)}, values=values), tmp_path)
 
 
 @pytest.mark.parametrize("hook", FIRES)
@@ -279,7 +280,7 @@ def test_a_watcher_that_raises_does_not_end_a_training(error: BaseException, tmp
 
     class Watching:
         @tunerkit.hookimpl
-        def tunerkit_ranks_changed(self, change: tunerkit.RankChange) -> None:
+        def tunerkit_ranks_changed(self, change: RankChange) -> None:
             seen.append(f"step {change.step}")
 
     with (

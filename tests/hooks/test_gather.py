@@ -21,13 +21,14 @@ from tunerkit.hooks import gather_knowledge
 from tunerkit.hooks.calls import in_short
 from tunerkit.layers import as_base_layer
 from tunerkit.layers.kinds import LinearLayer
+from tunerkit.plugin import BaseLayer, DefaultTargets, WeightReader
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 from tunerkit_testing.registering import registered
 
 
-class Unfinished(tunerkit.BaseLayer):
+class Unfinished(BaseLayer):
     """Defines none of the methods that a kind must define."""
 
 
@@ -46,7 +47,7 @@ def test_a_kind_that_is_none_is_left_out_by_name(toys: "Toys", offered: Any) -> 
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             tunerkit.wrap(toys.net(), "toy-shift")
-        assert "must return Iterable[type[tunerkit.BaseLayer]]" in str(tunerkit.methods()["Kinds"].error)
+        assert "must return Iterable[type[tunerkit.plugin.BaseLayer]]" in str(tunerkit.methods()["Kinds"].error)
     assert "Kinds" not in tunerkit.methods()
 
 
@@ -55,6 +56,7 @@ def test_a_kind_that_raises_when_it_is_matched_is_left_out(toys: "Toys", error: 
     """It matches the first module and raises at the second: no module becomes one of its kind; wrapping goes on."""
 
     class Undecided(LinearLayer):  # type: ignore[misc]  # final: no plugin should derive from it
+        forwards = ()
         asked = 0
 
         @classmethod
@@ -81,7 +83,7 @@ def test_good_kinds_come_after_cores_own(toys: "Toys") -> None:
 
     class Kinds:
         @tunerkit.hookimpl
-        def tunerkit_base_layers(self) -> Iterator[type[tunerkit.BaseLayer]]:
+        def tunerkit_base_layers(self) -> Iterator[type[BaseLayer]]:
             yield kinds[0]
 
     with registered(Kinds()):
@@ -92,11 +94,11 @@ def test_good_kinds_come_after_cores_own(toys: "Toys") -> None:
 WRONG = [
     ("tunerkit_weight_readers", "no list"),
     ("tunerkit_weight_readers", [("package.Owner", ("out",))]),
-    ("tunerkit_weight_readers", [tunerkit.WeightReader("package.Owner", "out")]),  # type: ignore[arg-type]
-    ("tunerkit_weight_readers", [tunerkit.WeightReader(nn.Linear, ("out",))]),  # type: ignore[arg-type]
-    ("tunerkit_default_targets", tunerkit.DefaultTargets(("decoder",), ("out",))),
-    ("tunerkit_default_targets", [tunerkit.DefaultTargets("decoder", ("out",))]),  # type: ignore[arg-type]
-    ("tunerkit_default_targets", [tunerkit.DefaultTargets(("decoder",), ("*.out",))]),
+    ("tunerkit_weight_readers", [WeightReader("package.Owner", "out")]),  # type: ignore[arg-type]
+    ("tunerkit_weight_readers", [WeightReader(nn.Linear, ("out",))]),  # type: ignore[arg-type]
+    ("tunerkit_default_targets", DefaultTargets(("decoder",), ("out",))),
+    ("tunerkit_default_targets", [DefaultTargets("decoder", ("out",))]),  # type: ignore[arg-type]
+    ("tunerkit_default_targets", [DefaultTargets(("decoder",), ("*.out",))]),
 ]
 
 
@@ -154,7 +156,7 @@ class Reader(nn.Module):
 
 def reading() -> Any:
     """A plugin that describes `Reader`."""
-    return answering("tunerkit_weight_readers", [tunerkit.WeightReader(f"{__name__}.Reader", ("out",))])
+    return answering("tunerkit_weight_readers", [WeightReader(f"{__name__}.Reader", ("out",))])
 
 
 @pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift"])
@@ -195,7 +197,7 @@ def test_the_detector_names_the_owner_as_the_hook_asks_for_it(toys: "Toys") -> N
         model(torch.ones(2, 3))
     named = re.search(r"names the owner \((.*)\) and", str(caught[0].message))
     assert named is not None
-    plugin = answering("tunerkit_weight_readers", [tunerkit.WeightReader(named[1], ("out",))])
+    plugin = answering("tunerkit_weight_readers", [WeightReader(named[1], ("out",))])
     tunerkit.unwrap(model)
     with registered(plugin), warnings.catch_warnings():
         warnings.simplefilter("error", TunerkitWarning)
@@ -207,7 +209,10 @@ def test_a_plugin_gives_an_architecture_its_default_targets(toys: "Toys") -> Non
     """Defaults depend on the model type. If their names match nothing, layer types decide."""
     plugin = answering(
         "tunerkit_default_targets",
-        [tunerkit.DefaultTargets(("decoder",), ("out",)), tunerkit.DefaultTargets(("other",), ("missing",))],
+        [
+            DefaultTargets(("decoder",), ("out",)),
+            DefaultTargets(("other",), ("missing",)),
+        ],
     )
     chosen = {}
     for model_type in ("decoder", "other", "unknown"):
@@ -225,6 +230,8 @@ def test_wrapping_and_loading_ask_each_module_once(toys: "Toys", tmp_path: Path)
     asked: list[nn.Module] = []
 
     class Kind(LinearLayer):  # type: ignore[misc]  # final: nobody else may derive from it
+        forwards = ()
+
         @classmethod
         def matches(cls, module: nn.Module) -> bool:
             asked.append(module)
@@ -232,7 +239,7 @@ def test_wrapping_and_loading_ask_each_module_once(toys: "Toys", tmp_path: Path)
 
     class Kinds:
         @tunerkit.hookimpl
-        def tunerkit_base_layers(self) -> list[type[tunerkit.BaseLayer]]:
+        def tunerkit_base_layers(self) -> list[type[BaseLayer]]:
             return [Kind]
 
     config = {"targets": ["layers.1"], "train_modules": ["batch_norm"], "bias": "adapters"}

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 import tunerkit
+from tunerkit.extras import install
 from tunerkit.hooks import specs
 from tunerkit.hooks.loading import Catalog
 from tunerkit.hooks.registry import Answer, Registry
 from tunerkit.layers import as_base_layer, weights
+from tunerkit.plugin import optimizer_of, resize_obstacle
 from tunerkit_testing.small import trainable
 
 if TYPE_CHECKING:
@@ -58,14 +60,14 @@ def attached(toys: "Toys", **options: Any) -> Any:
 @pytest.mark.usefixtures("_group")
 def test_a_process_of_a_group_is_refused_with_the_extra(toys: "Toys") -> None:
     """Also one of one process: DDP may be around it. Meant to be apart, it trains, and its shapes stay."""
-    said = r'tunerkit-distributed is not installed \(pip install "tunerkit\[distributed\]"\)'
+    said = re.escape(f"tunerkit-distributed is not installed ({install('distributed')})")
     for asked in (None, True):
-        with pytest.raises(tunerkit.StepError, match=said):
+        with pytest.raises(tunerkit.errors.StepError, match=said):
             attached(toys, data_parallel=asked)
     with pytest.warns(tunerkit.TunerkitWarning, match="Wrap the model first, then put it into DDP"):
         model = attached(toys, data_parallel=False)
-    optimizer = tunerkit.optimizer_of(tunerkit.tuner(model))
-    assert "DDP" in str(tunerkit.resize_obstacle(trainable(model), optimizer))
+    optimizer = optimizer_of(tunerkit.tuner(model))
+    assert "DDP" in str(resize_obstacle(trainable(model), optimizer))
 
 
 def test_a_launcher_is_believed_and_one_process_trains(toys: "Toys", monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,13 +76,15 @@ def test_a_launcher_is_believed_and_one_process_trains(toys: "Toys", monkeypatch
         monkeypatch.setenv("WORLD_SIZE", world)
         assert tunerkit.tuner(attached(toys)).engine is None
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(tunerkit.StepError, match="would train its own in silence"):
+    with pytest.raises(tunerkit.errors.StepError, match="would train its own in silence"):
         attached(toys)
     monkeypatch.delenv("WORLD_SIZE")
-    with pytest.raises(tunerkit.StepError, match="or has to be"):
+    with pytest.raises(tunerkit.errors.StepError, match="or has to be"):
         attached(toys, data_parallel=True)
     wrong: Any = "yes"
-    with pytest.raises(tunerkit.StepError, match=re.escape("data_parallel: expected True, False or None, got 'yes'")):
+    with pytest.raises(
+        tunerkit.errors.StepError, match=re.escape("data_parallel: expected True, False or None, got 'yes'")
+    ):
         attached(toys, data_parallel=wrong)
 
 
@@ -99,7 +103,7 @@ def test_weights_that_are_cut_are_refused_with_the_extra(toys: "Toys", tmp_path:
     }
     for verb, call in calls.items():
         said = rf"cannot {verb} with (FSDP|DTensor), found .* tunerkit-distributed is not installed \(pip install"
-        with pytest.raises(tunerkit.AdapterError, match=said):
+        with pytest.raises(tunerkit.errors.AdapterError, match=said):
             call()
     assert not (tmp_path / "out").exists()
 
@@ -136,7 +140,9 @@ def test_what_a_library_has_left_in_a_model_is_refused_with_its_extra(
         "save": lambda: tunerkit.save(model, tmp_path / "out"),
         "wrap": lambda: tunerkit.wrap(model, "toy-low-rank", TARGETS),
     }
-    with pytest.raises(tunerkit.AdapterError, match=rf"found at 'layers\.0.*: tunerkit-{extra} .* is not installed"):
+    with pytest.raises(
+        tunerkit.errors.AdapterError, match=rf"found at 'layers\.0.*: tunerkit-{extra} .* is not installed"
+    ):
         calls[verb]()
 
 
@@ -146,5 +152,7 @@ def test_a_weight_that_accelerate_has_offloaded_is_not_read_without_the_plugin()
     base = as_base_layer(layer)
     assert base is not None
     vars(layer.to("meta"))["forward"] = layer.forward
-    with pytest.raises(tunerkit.AdapterError, match=r"on the meta device, and nothing that is installed loads it"):
+    with pytest.raises(
+        tunerkit.errors.AdapterError, match=r"on the meta device, and nothing that is installed loads it"
+    ):
         base.dense()

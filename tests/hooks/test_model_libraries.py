@@ -14,6 +14,7 @@ import tunerkit
 from tunerkit.errors import BaseMismatchError, TunerkitWarning
 from tunerkit.hooks.loading import Catalog
 from tunerkit.hooks.registry import Registry
+from tunerkit.plugin import ModelLibrary, NewModules
 from tunerkit_testing.registering import registered
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ LAYER = {"targets": ["layers.0"]}
 def library(**functions: Any) -> Iterator[None]:
     """A plugin that knows toys, while the block runs."""
     plugin = types.ModuleType("library")
-    answer = tunerkit.hookimpl(lambda: [tunerkit.ModelLibrary(**functions)])
+    answer = tunerkit.hookimpl(lambda: [ModelLibrary(**functions)])
     plugin.tunerkit_model_libraries = answer  # type: ignore[attr-defined]
     with registered(plugin):
         yield
@@ -43,9 +44,9 @@ def test_new_modules_are_trained_in_full_with_a_warning(toys: "Toys") -> None:
     """The library is given the paths in numbered blocks, and those of heads."""
     given: list[Any] = []
 
-    def new(model: nn.Module, blocks: Any, heads: Any) -> tunerkit.NewModules:
+    def new(model: nn.Module, blocks: Any, heads: Any) -> NewModules:
         given.extend([model, set(blocks), set(heads)])
-        return tunerkit.NewModules("toys.load", whole=("head",), partly=("norm",), heads=("batch_norm",))
+        return NewModules("toys.load", whole=("head",), partly=("norm",), heads=("batch_norm",))
 
     model = toys.net()
     with library(new=new), pytest.warns(TunerkitWarning) as caught:
@@ -118,7 +119,7 @@ def test_a_library_says_how_to_load_a_base_of_another_size(toys: "Toys", tmp_pat
         tunerkit.load(base(2), path)
 
 
-@pytest.mark.parametrize("answer", [None, [1], [tunerkit.ModelLibrary(heads=None)]])  # type: ignore[arg-type]
+@pytest.mark.parametrize("answer", [None, [1], [ModelLibrary(heads=None)]])  # type: ignore[arg-type]
 def test_an_answer_of_another_form_is_left_out_by_name(toys: "Toys", answer: Any) -> None:
     """Wrapping goes on. None is no answer at all."""
     plugin = types.ModuleType("library")
@@ -127,13 +128,19 @@ def test_an_answer_of_another_form_is_left_out_by_name(toys: "Toys", answer: Any
         warnings.simplefilter("always")
         tunerkit.wrap(toys.net(), "toy-shift", LAYER)
     told = [str(each.message) for each in caught]
-    assert [("tunerkit.ModelLibrary" in text, "'library'" in text) for text in told] == [(True, True)] * bool(answer)
+    assert [("tunerkit.plugin.ModelLibrary" in text, "'library'" in text) for text in told] == [(True, True)] * bool(
+        answer
+    )
 
 
 WRONG: dict[str, tuple[str, Any, str]] = {
     "no list of modules": ("heads", lambda module: module, r"Sequence\[torch\.nn\.Module\]"),
-    "another record": ("new", lambda model, blocks, heads: ["head"], r"tunerkit\.NewModules \| None"),
-    "no module": ("new", lambda model, blocks, heads: tunerkit.NewModules("load", ("no.where",)), "has none: no.where"),
+    "another record": ("new", lambda model, blocks, heads: ["head"], r"tunerkit\.plugin\.NewModules \| None"),
+    "no module": (
+        "new",
+        lambda model, blocks, heads: NewModules("load", ("no.where",)),
+        "has none: no.where",
+    ),
     "values that are no JSON": ("settings", lambda model: {"epsilon": object()}, "a dict that JSON can hold"),
     "one name": ("tied_flags", lambda module: "config.tied", r"Sequence\[str\]"),
 }
@@ -149,7 +156,7 @@ def test_a_wrong_answer_of_a_function_names_the_plugin(toys: "Toys", tmp_path: P
         tunerkit.wrap(tied(model), "toy-low-rank", {"targets": ["layers.1", "other"]})
         tunerkit.save(tunerkit.merge(model), tmp_path)
 
-    with library(**{name: function}), pytest.raises(tunerkit.PluginError, match=words) as caught:
+    with library(**{name: function}), pytest.raises(tunerkit.errors.PluginError, match=words) as caught:
         run()
     assert "no.where" in words or f"{name} of a ModelLibrary of plugin 'library'" in str(caught.value)
     assert tunerkit.adapters(model) == {} or name in ("settings", "tied_flags")
@@ -180,5 +187,5 @@ def test_a_reference_is_what_a_plugin_makes(toys: "Toys", monkeypatch: pytest.Mo
         assert tunerkit.reference(model) is twin
     monkeypatch.setattr(Registry, "ask", lambda *_, **__: iter(()))
     monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")
-    with pytest.raises(tunerkit.AdapterError, match=r"tunerkit-transformers makes references.*\[transformers\]"):
+    with pytest.raises(tunerkit.errors.AdapterError, match=r"tunerkit-transformers makes references.*\[transformers\]"):
         tunerkit.reference(model)

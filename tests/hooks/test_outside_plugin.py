@@ -19,17 +19,17 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-import tunerkit
+from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, hookimpl, setting
 
 
 @attrs.frozen
-class ShiftConfig(tunerkit.AdapterConfig):
+class ShiftConfig(AdapterConfig):
     """What a user sets, beyond what every method has."""
 
-    scale: float = tunerkit.setting(1.0, gt=0, doc="Factor of the vector.")
+    scale: float = setting(1.0, gt=0, doc="Factor of the vector.")
 
 
-class Shift(tunerkit.Adapter):
+class Shift(Adapter):
     """``v`` (out,): adds scale * v to the base layer's output."""
 
     def __init__(self, features: int, scale: float) -> None:
@@ -37,23 +37,23 @@ class Shift(tunerkit.Adapter):
         self.v = nn.Parameter(torch.zeros(features))  # zeros: nothing is added at the start
         self.scale = scale
 
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return y + base.shape_bias(self.scale * self.v).to(y.dtype)
 
 
-@tunerkit.hookimpl
-def tunerkit_methods() -> list[tunerkit.Method]:
-    return [tunerkit.Method("shift", config=ShiftConfig)]
+@hookimpl
+def tunerkit_methods() -> list[Method]:
+    return [Method("shift", config=ShiftConfig)]
 
 
-@tunerkit.hookimpl
-def tunerkit_build_adapter(base: tunerkit.BaseLayer, config: ShiftConfig) -> Shift:
+@hookimpl
+def tunerkit_build_adapter(base: BaseLayer, config: ShiftConfig) -> Shift:
     return Shift(base.out_features, config.scale)
 
 
-@tunerkit.hookimpl
-def tunerkit_delta(adapter: Shift) -> tunerkit.Delta:
-    return tunerkit.Delta(bias=adapter.scale * adapter.v)
+@hookimpl
+def tunerkit_delta(adapter: Shift) -> Delta:
+    return Delta(bias=adapter.scale * adapter.v)
 '''
 
 PYPROJECT = """\
@@ -76,41 +76,41 @@ CARELESS = '''\
 
 import attrs
 import torch
-import tunerkit
+from tunerkit.plugin import Adapter, AdapterConfig, Delta, Method, hookimpl
 
 
 @attrs.frozen
-class CarelessConfig(tunerkit.AdapterConfig):
+class CarelessConfig(AdapterConfig):
     """Nothing to set."""
 
 
-class Noise(tunerkit.Adapter):
+class Noise(Adapter):
     def forward(self, base, x, y):
         return torch.randn_like(y)
 
 
-@tunerkit.hookimpl
+@hookimpl
 def tunerkit_methods():
-    return [tunerkit.Method("careless", config=CarelessConfig)]
+    return [Method("careless", config=CarelessConfig)]
 
 
-@tunerkit.hookimpl(tryfirst=True)
+@hookimpl(tryfirst=True)
 def tunerkit_build_adapter(target, base, config):
     return Noise()
 
 
-@tunerkit.hookimpl(tryfirst=True)
+@hookimpl(tryfirst=True)
 def tunerkit_before_step(tuner):
     for parameter in tuner.model.parameters():
         parameter.data.fill_(torch.nan)
 
 
-@tunerkit.hookimpl(tryfirst=True)
+@hookimpl(tryfirst=True)
 def tunerkit_delta(adapter):
-    return tunerkit.Delta(bias=torch.full((1000,), torch.nan))
+    return Delta(bias=torch.full((1000,), torch.nan))
 
 
-@tunerkit.hookimpl(tryfirst=True)
+@hookimpl(tryfirst=True)
 def tunerkit_base_layers():
     raise RuntimeError("careless")
 '''

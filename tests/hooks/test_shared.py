@@ -14,6 +14,7 @@ from torch import nn
 
 import tunerkit
 from tests.support.toy_shared import SharedPlugin
+from tunerkit.plugin import BaseLayer, Method, Target
 from tunerkit.serialization.header import digest
 from tunerkit_testing.checks.probing import shared_in
 from tunerkit_testing.registering import registered
@@ -211,7 +212,7 @@ def test_a_file_whose_shared_tensors_are_damaged_is_refused(name: str, damage: A
     tensors |= {} if changed is None else {name: changed}
     save_file(tensors, path, metadata={"tunerkit": text, "tunerkit.digest": digest(text, tensors)})
     base = net()
-    with pytest.raises(tunerkit.FileError, match=words.format(name=name)):
+    with pytest.raises(tunerkit.errors.FileError, match=words.format(name=name)):
         tunerkit.load(base, path)
     assert not list(tunerkit.adapters(base))
 
@@ -224,7 +225,9 @@ def test_a_file_that_asks_for_huge_shared_matrices_is_refused(tmp_path: Path) ->
         text = file.metadata()["tunerkit"].replace('"rank": 2', f'"rank": {10**10}')
     assert str(10**10) in text
     save_file(tensors, path, metadata={"tunerkit": text, "tunerkit.digest": digest(text, tensors)})
-    with pytest.raises(tunerkit.FileError, match=r"does not fit its own header.*'0' needs many times more memory"):
+    with pytest.raises(
+        tunerkit.errors.FileError, match=r"does not fit its own header.*'0' needs many times more memory"
+    ):
         tunerkit.load(net(), path)
 
 
@@ -235,12 +238,12 @@ class Mutating(SharedPlugin):
         self.change = change
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-mutating", config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-mutating", config=LowRankConfig)]
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(  # type: ignore[override]
-        self, base: tunerkit.BaseLayer, config: LowRankConfig, shared: Matrices
+        self, base: BaseLayer, config: LowRankConfig, shared: Matrices
     ) -> Weighting:
         adapter = Weighting(base, config.rank)
         self.change(adapter, shared)
@@ -276,7 +279,7 @@ def hold(adapter: Weighting, shared: Matrices) -> None:
 def test_building_an_adapter_must_not_change_or_hold_it(change: Any, words: str) -> None:
     """The error names the method, the hook and the target; the model is as it was."""
     model = net()
-    with registered(Mutating(change)), pytest.raises(tunerkit.PluginError, match=words) as error:
+    with registered(Mutating(change)), pytest.raises(tunerkit.errors.PluginError, match=words) as error:
         tunerkit.wrap(model, "toy-mutating", TARGETS)
     for part in ("toy-mutating", "tunerkit_build_adapter", "'0'"):
         assert part in str(error.value)
@@ -290,11 +293,11 @@ class Answering(SharedPlugin):
         self.answer = answer
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-answering", config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-answering", config=LowRankConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_shared(self, targets: Sequence[tunerkit.Target]) -> Any:  # type: ignore[override]
+    def tunerkit_shared(self, targets: Sequence[Target]) -> Any:  # type: ignore[override]
         return self.answer(targets)
 
 
@@ -307,7 +310,7 @@ class Answering(SharedPlugin):
 )
 def test_a_shared_module_is_a_module_of_its_own(answer: Any, words: str) -> None:
     """Anything else is named with the method and the hook."""
-    with registered(Answering(answer)), pytest.raises(tunerkit.PluginError, match=f"tunerkit_shared.*{words}"):
+    with registered(Answering(answer)), pytest.raises(tunerkit.errors.PluginError, match=f"tunerkit_shared.*{words}"):
         tunerkit.wrap(net(), "toy-answering", TARGETS)
 
 
@@ -326,11 +329,11 @@ class Trainable(SharedPlugin):
     """Trains the shared matrices too."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-shared-trainable", config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-shared-trainable", config=LowRankConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_shared(self, bases: Sequence[tunerkit.BaseLayer], config: LowRankConfig) -> Matrices:
+    def tunerkit_shared(self, bases: Sequence[BaseLayer], config: LowRankConfig) -> Matrices:
         return Matrices(8, 8, config.rank).requires_grad_(True)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 import tunerkit
 from tests.support.toy_growing import GrowingPlugin
 from tunerkit.hooks import Engine, Removable
+from tunerkit.plugin import Tuner, optimizer_of, resize_obstacle
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, trainable
 from tunerkit_testing.toy_methods import LowRankPlugin
@@ -27,13 +28,13 @@ class Side(Engine):
     name, is_shared = "several models of one process", True
     fixed_shapes = "the other models would keep theirs"
 
-    def __init__(self, others: list[tunerkit.Tuner]) -> None:
+    def __init__(self, others: list[Tuner]) -> None:
         self.all = others
 
-    def begin_(self, adapters: Sequence[tunerkit.Tuner], optimizer: Any) -> Mapping[str, tuple[Removable, ...]]:
+    def begin_(self, adapters: Sequence[Tuner], optimizer: Any) -> Mapping[str, tuple[Removable, ...]]:
         for tuner in adapters:
             if any(other.method != tuner.method for other in self.all):
-                raise tunerkit.StepError("the models of this training have adapters of other methods")
+                raise tunerkit.errors.StepError("the models of this training have adapters of other methods")
             for one, other in zip(_parameters(tuner), _parameters((*self.all, tuner)[0]), strict=True):
                 one.data.copy_(other)
             self.all.append(tuner)
@@ -46,7 +47,7 @@ class Side(Engine):
                 each.grad = mean.clone()
 
 
-def _parameters(tuner: tunerkit.Tuner) -> list[nn.Parameter]:
+def _parameters(tuner: Tuner) -> list[nn.Parameter]:
     return [p for p in tuner.parameters() if p.requires_grad]
 
 
@@ -55,7 +56,7 @@ class Several:
     """What a user of this library attaches: an optimizer of one of the models, and what they have in common."""
 
     optimizer: torch.optim.Optimizer
-    training: list[tunerkit.Tuner]
+    training: list[Tuner]
 
 
 class SeveralPlugin:
@@ -94,7 +95,7 @@ def wrapped(seed: int, method: str = "toy-low-rank") -> Any:
 
 def test_two_models_train_as_one_on_the_whole_batch() -> None:
     """Law: the mean over parts is the gradient of the batch, whatever the second model began with."""
-    training: list[tunerkit.Tuner] = []
+    training: list[Tuner] = []
     several = trained([wrapped(0), wrapped(1)], lambda m, o: tunerkit.attach(m, Several(o, training), total_steps=3))
     alone = trained([wrapped(0)], lambda m, o: tunerkit.attach(m, o, total_steps=3))
     assert tunerkit.tuner(several).steps == 3
@@ -107,14 +108,14 @@ def test_two_models_train_as_one_on_the_whole_batch() -> None:
 
 def test_what_the_engine_says_holds_for_methods_and_its_errors_reach_the_user() -> None:
     """A method that grows is told why shapes must stay; models that differ are refused, and nothing is attached."""
-    training: list[tunerkit.Tuner] = []
+    training: list[Tuner] = []
     model, other = wrapped(0), wrapped(0, "toy-growing")
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     tunerkit.attach(model, Several(optimizer, training), total_steps=3)
-    assert "the other models would keep theirs" in str(tunerkit.resize_obstacle(trainable(model), optimizer))
-    with pytest.raises(tunerkit.StepError, match="adapters of other methods"):
+    assert "the other models would keep theirs" in str(resize_obstacle(trainable(model), optimizer))
+    with pytest.raises(tunerkit.errors.StepError, match="adapters of other methods"):
         tunerkit.attach(other, Several(torch.optim.SGD(trainable(other), lr=0.1), training), total_steps=3)
-    assert tunerkit.optimizer_of(tunerkit.tuner(other)) is None
+    assert optimizer_of(tunerkit.tuner(other)) is None
 
 
 class Counted(Engine):

@@ -13,6 +13,7 @@ from torch import nn
 import tunerkit
 from tunerkit.hooks.loading import Catalog
 from tunerkit.hooks.registry import Registry
+from tunerkit.plugin import Tuner, optimizer_of
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, trainable
 from tunerkit_testing.toy_methods import LowRankPlugin
@@ -39,13 +40,11 @@ class Loop:
 
 class LoopPlugin:
     @tunerkit.hookimpl
-    def tunerkit_attach(
-        self, tuners: Sequence[tunerkit.Tuner], candidate: object, total_steps: int | None
-    ) -> bool | None:
+    def tunerkit_attach(self, tuners: Sequence[Tuner], candidate: object, total_steps: int | None) -> bool | None:
         if not isinstance(candidate, Loop):
             return None
         if total_steps not in (None, candidate.steps):
-            raise tunerkit.StepError(f"the loop takes {candidate.steps} steps, not {total_steps}")
+            raise tunerkit.errors.StepError(f"the loop takes {candidate.steps} steps, not {total_steps}")
         for tuner in tuners:
             attach = partial(tunerkit.attach, candidate.model, total_steps=candidate.steps, adapter=tuner.name)
             candidate.listening.append(attach)
@@ -82,7 +81,7 @@ def test_a_trainer_that_a_plugin_knows_drives_the_adapter() -> None:
 def test_what_the_plugin_raises_reaches_the_user_and_names_it() -> None:
     """It is no reason to go on with somebody else's way of attaching."""
     model = wrapped()
-    with pytest.raises(tunerkit.StepError, match="the loop takes 3 steps, not 5") as caught:
+    with pytest.raises(tunerkit.errors.StepError, match="the loop takes 3 steps, not 5") as caught:
         tunerkit.attach(model, Loop(model, 3), total_steps=5)
     assert any("tunerkit_attach of plugin 'LoopPlugin'" in note for note in caught.value.__notes__)
 
@@ -92,12 +91,14 @@ def test_a_trainer_that_no_plugin_knows_is_refused_with_the_extra_that_does(monk
     model = wrapped()
     trainer = type("SFTTrainer", (), {"__module__": "trl.trainer.sft_trainer"})()
     monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")
-    with pytest.raises(tunerkit.StepError, match=r'tunerkit-transformers is not installed.*"tunerkit\[transformers\]"'):
+    with pytest.raises(
+        tunerkit.errors.StepError, match=r'tunerkit-transformers is not installed.*"tunerkit\[transformers\]"'
+    ):
         tunerkit.attach(model, trainer)
-    with pytest.raises(tunerkit.StepError, match="got object; pass the optimizer that steps the adapter"):
+    with pytest.raises(tunerkit.errors.StepError, match="got object; pass the optimizer that steps the adapter"):
         tunerkit.attach(model, object())
     monkeypatch.setattr(Catalog, "absence", lambda self, name: None)
-    with pytest.raises(tunerkit.StepError, match="got SFTTrainer; pass the optimizer that steps the adapter"):
+    with pytest.raises(tunerkit.errors.StepError, match="got SFTTrainer; pass the optimizer that steps the adapter"):
         tunerkit.attach(model, trainer)
 
 
@@ -129,10 +130,10 @@ def test_what_would_end_the_program_is_an_error_that_names_the_plugin() -> None:
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     with (
         registered(Ending()),
-        pytest.raises(tunerkit.PluginError, match=r"tunerkit_attach of plugin 'Ending'.*SystemExit"),
+        pytest.raises(tunerkit.errors.PluginError, match=r"tunerkit_attach of plugin 'Ending'.*SystemExit"),
     ):
         tunerkit.attach(model, optimizer, total_steps=1)
-    assert tunerkit.optimizer_of(tunerkit.tuner(model)) is None
+    assert optimizer_of(tunerkit.tuner(model)) is None
 
 
 def test_a_folder_that_no_plugin_opens_is_refused_with_the_extra_that_does(
@@ -152,12 +153,12 @@ def test_a_folder_that_no_plugin_opens_is_refused_with_the_extra_that_does(
         assert tunerkit.from_folder(tmp_path, "mine")[1] == f"mine of {tmp_path}"
         plugin.answer = "a model"
         words = r"plugin 'Opening' .*returned 'a model'; it must return tuple\[torch\.nn\.Module, object\] \| None"
-        with pytest.raises(tunerkit.PluginError, match=words):
+        with pytest.raises(tunerkit.errors.PluginError, match=words):
             tunerkit.from_folder(tmp_path)
     monkeypatch.setattr(Registry, "ask", lambda *_, **__: iter(()))
     for absent, words in ("it is not installed", r"tunerkit\[transformers\]"), (None, "knows this folder. An adapter"):
         monkeypatch.setattr(Catalog, "absence", lambda self, name, absent=absent: absent)
-        with pytest.raises(tunerkit.FileError, match=f"no installed plugin.*{words}"):
+        with pytest.raises(tunerkit.errors.FileError, match=f"no installed plugin.*{words}"):
             tunerkit.from_folder(tmp_path)
 
 

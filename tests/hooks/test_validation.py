@@ -8,6 +8,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit.hooks import loading
+from tunerkit.plugin import Method, StatisticsRequest as Request
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
@@ -36,7 +37,7 @@ def test_a_plugin_without_a_number_is_of_the_first_contract(monkeypatch: pytest.
     monkeypatch.setattr(loading, "API", 4)
     monkeypatch.setattr(loading, "OLDEST_API", 2)
     with pytest.raises(
-        tunerkit.PluginError, match=r"was written for TUNERKIT_API 1, .*supports 2 to 4; install a newer"
+        tunerkit.errors.PluginError, match=r"was written for TUNERKIT_API 1, .*supports 2 to 4; install a newer"
     ):
         tunerkit.register(LowRankPlugin())
 
@@ -69,14 +70,14 @@ def test_the_oldest_and_the_newest_of_several_are_accepted(number: int, monkeypa
 )
 def test_another_number_is_refused_and_nothing_is_registered(number: Any, words: str) -> None:
     """A newer contract, one that is no number, or none that ever was; each error says what to do."""
-    with pytest.raises(tunerkit.PluginError, match=words):
+    with pytest.raises(tunerkit.errors.PluginError, match=words):
         tunerkit.register(numbered(number))
     assert "toy-low-rank" not in tunerkit.methods()
 
 
 def test_a_long_number_does_not_make_a_long_message() -> None:
     """Messages are bounded, whatever a plugin has there."""
-    with pytest.raises(tunerkit.PluginError) as error:
+    with pytest.raises(tunerkit.errors.PluginError) as error:
         tunerkit.register(numbered("1" * 100_000))
     assert len(str(error.value)) < 1000
 
@@ -88,8 +89,8 @@ class Declaring(LowRankPlugin):
         self.fields = fields
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-declaring", config=LowRankConfig, **self.fields)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-declaring", config=LowRankConfig, **self.fields)]
 
 
 class Calibrating(Declaring):
@@ -98,7 +99,7 @@ class Calibrating(Declaring):
         pass
 
 
-StatisticsRequest: Any = tunerkit.StatisticsRequest
+StatisticsRequest: Any = Request
 
 
 @pytest.mark.parametrize(
@@ -113,17 +114,20 @@ StatisticsRequest: Any = tunerkit.StatisticsRequest
         ({"targets": "norms"}, r"targets of method 'toy-declaring' is 'norms'; .*'weights', 'outputs'"),
         (
             {"statistics": "inputs"},
-            r"statistics of method 'toy-declaring' is 'inputs'; expected tunerkit\.StatisticsRequest",
+            r"statistics of method 'toy-declaring' is 'inputs'; expected tunerkit\.plugin\.StatisticsRequest",
         ),
-        ({"statistics": StatisticsRequest()}, r"expected tunerkit\.StatisticsRequest with the ranks"),
-        ({"statistics": StatisticsRequest(inputs=-1)}, r"as in tunerkit\.StatisticsRequest\(inputs=16\)"),
-        ({"statistics": StatisticsRequest(inputs=8, gradients=2.0)}, r"as in tunerkit\.StatisticsRequest\(inputs=16\)"),
-        ({"statistics": StatisticsRequest(inputs=True)}, r"as in tunerkit\.StatisticsRequest\(inputs=16\)"),
+        ({"statistics": StatisticsRequest()}, r"expected tunerkit\.plugin\.StatisticsRequest with the ranks"),
+        ({"statistics": StatisticsRequest(inputs=-1)}, r"as in tunerkit\.plugin\.StatisticsRequest\(inputs=16\)"),
+        (
+            {"statistics": StatisticsRequest(inputs=8, gradients=2.0)},
+            r"as in tunerkit\.plugin\.StatisticsRequest\(inputs=16\)",
+        ),
+        ({"statistics": StatisticsRequest(inputs=True)}, r"as in tunerkit\.plugin\.StatisticsRequest\(inputs=16\)"),
     ],
 )
 def test_a_record_with_a_wrong_field_is_refused(fields: Any, words: str) -> None:
     """The error names the method, the field, what it holds and what it may hold."""
-    with pytest.raises(tunerkit.PluginError, match=words):
+    with pytest.raises(tunerkit.errors.PluginError, match=words):
         tunerkit.register(Calibrating(**fields))
     assert "toy-declaring" not in tunerkit.methods()
 
@@ -131,7 +135,7 @@ def test_a_record_with_a_wrong_field_is_refused(fields: Any, words: str) -> None
 def test_statistics_without_the_hook_that_takes_them_are_refused() -> None:
     """The method could never be calibrated."""
     words = r"method 'toy-declaring' wants statistics but it has no tunerkit_calibrate"
-    with pytest.raises(tunerkit.PluginError, match=words):
+    with pytest.raises(tunerkit.errors.PluginError, match=words):
         tunerkit.register(Declaring(statistics=StatisticsRequest(inputs=2)))
     with registered(Calibrating(statistics=StatisticsRequest(inputs=2))):
         model = tunerkit.wrap(nn.Sequential(nn.Linear(3, 3)), "toy-declaring", {"targets": ["0"]})

@@ -8,6 +8,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit.errors import PluginError
+from tunerkit.plugin import Adapter, BaseLayer, Method, Target
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys
@@ -21,17 +22,17 @@ def plugin_of(toys: "Toys", build: Any, name: str = "toy-broken") -> object:
 
     class Broken:
         @tunerkit.hookimpl
-        def tunerkit_methods(self) -> list[tunerkit.Method]:
-            return [tunerkit.Method(name, config=config)]
+        def tunerkit_methods(self) -> list[Method]:
+            return [Method(name, config=config)]
 
         @tunerkit.hookimpl
-        def tunerkit_build_adapter(self, target: tunerkit.Target, base: tunerkit.BaseLayer) -> Any:
+        def tunerkit_build_adapter(self, target: Target, base: BaseLayer) -> Any:
             return build(target, base)
 
     return Broken()
 
 
-@pytest.mark.parametrize("built", [None, nn.Linear(1, 1), "adapter", tunerkit.Adapter])
+@pytest.mark.parametrize("built", [None, nn.Linear(1, 1), "adapter", Adapter])
 def test_what_is_no_adapter_is_refused_by_name(toys: "Toys", built: object) -> None:
     """The error names the method, its distribution, the target and the object that was built instead."""
     model = toys.net()
@@ -44,7 +45,7 @@ def test_what_is_no_adapter_is_refused_by_name(toys: "Toys", built: object) -> N
 def test_an_adapter_that_holds_its_base_layer_is_refused(toys: "Toys") -> None:
     """As a descendant of itself, the base layer would make module walks endless and be cast to the adapter's dtype."""
 
-    class Holder(tunerkit.Adapter):
+    class Holder(Adapter):
         def __init__(self, module: nn.Module) -> None:
             super().__init__()
             self.module = module
@@ -67,11 +68,11 @@ def test_a_build_that_fails_midway_leaves_the_model_as_it_was(
     """The plugin fails at any target, with or without another adapter in the model: nothing has changed."""
     calls: list[str] = []
 
-    def build(target: tunerkit.Target, base: tunerkit.BaseLayer) -> tunerkit.Adapter:
+    def build(target: Target, base: BaseLayer) -> Adapter:
         calls.append(target.path)
         if len(calls) > fails_at:
             raise ZeroDivisionError("the plugin's own")
-        return tunerkit.Adapter()
+        return Adapter()
 
     model = toys.net() if first else toys.trained(targets=["layers.0"])
     for bit, parameter in enumerate(list(model.parameters())[:6]):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import tunerkit
 from tunerkit import hooks, serialization
 from tunerkit.errors import TunerkitWarning
+from tunerkit.plugin import BaseLayer, Delta, Method, low_rank_delta
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import LowRank
 from tunerkit_testing.toy_methods import LowRankConfig
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class Started(LowRank):
     """Adds something from the start; ``zero`` is never used, so it stays 0."""
 
-    def __init__(self, base: tunerkit.BaseLayer) -> None:
+    def __init__(self, base: BaseLayer) -> None:
         super().__init__(base, 2)
         nn.init.ones_(self.b)
         self.zero = nn.Parameter(torch.zeros(2))
@@ -33,16 +34,16 @@ class StartedPlugin:
     """``started``: a method whose start is not zero."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("started", config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("started", config=LowRankConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Started:
+    def tunerkit_build_adapter(self, base: BaseLayer) -> Started:
         return Started(base)
 
     @tunerkit.hookimpl
-    def tunerkit_delta(self, adapter: Started, base: tunerkit.BaseLayer) -> tunerkit.Delta:
-        return tunerkit.Delta(weight=tunerkit.low_rank_delta(base, q=adapter.a, p=adapter.b, scale=1.0))
+    def tunerkit_delta(self, adapter: Started, base: BaseLayer) -> Delta:
+        return Delta(weight=low_rank_delta(base, q=adapter.a, p=adapter.b, scale=1.0))
 
 
 @pytest.fixture

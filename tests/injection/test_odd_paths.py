@@ -16,6 +16,7 @@ import tunerkit
 from tests.support.model_checks import losing
 from tunerkit.errors import StepError, TargetError
 from tunerkit.injection import walk
+from tunerkit.plugin import Adapter
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys
@@ -185,7 +186,7 @@ def test_apply_reaches_base_layers_and_adapters_by_their_types(toys: "Toys") -> 
     model = toys.trained()
 
     def zero(module: nn.Module) -> None:
-        if isinstance(module, nn.Conv2d | tunerkit.Adapter):
+        if isinstance(module, nn.Conv2d | Adapter):
             for parameter in module.parameters(recurse=False):
                 nn.init.zeros_(parameter)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import tunerkit
 from tests.support.toy_outputs import AffineConfig, OutputPlugin
 from tests.support.toy_readers import ScaleConfig, ScalePlugin
+from tunerkit.plugin import BaseLayer, Method
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import Affine, Scale
 from tunerkit_testing.toy_methods import LowRankPlugin
@@ -129,9 +130,9 @@ def test_merging_is_refused_in_words(places: list[str]) -> None:
     """The method has no delta; nothing changes."""
     model = trained(places)
     before = model(X)
-    with pytest.raises(tunerkit.AdapterError, match=r"'toy-outputs' cannot be merged: .*tunerkit_delta"):
+    with pytest.raises(tunerkit.errors.AdapterError, match=r"'toy-outputs' cannot be merged: .*tunerkit_delta"):
         tunerkit.merge(model)
-    with pytest.raises(tunerkit.AdapterError, match="cannot be merged"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="cannot be merged"):
         tunerkit.unwrap(model, keep_merged=True)
     assert torch.equal(model(X), before)
 
@@ -140,11 +141,11 @@ class ScaledOutputs(ScalePlugin):
     """A `ScalePlugin` that adapts any output; it has a delta where there is a weight."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-scaled-outputs", config=ScaleConfig, targets="outputs")]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-scaled-outputs", config=ScaleConfig, targets="outputs")]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Any:
+    def tunerkit_build_adapter(self, base: BaseLayer) -> Any:
         return Scale(base) if base.has_weight else Affine(8)
 
 
@@ -159,7 +160,7 @@ def test_with_a_delta_the_layers_that_have_a_weight_merge() -> None:
             expected = model(X)
             if refused:
                 words = r"cannot merge into 'last'.*'toy-scaled-outputs' changes the output of a LayerNorm"
-                with pytest.raises(tunerkit.AdapterError, match=words):
+                with pytest.raises(tunerkit.errors.AdapterError, match=words):
                     tunerkit.merge(model)
                 assert torch.equal(model(X), expected)
             else:
@@ -195,7 +196,7 @@ def test_what_has_no_output_of_its_own_is_refused(places: list[str], words: str)
     """With the path, the reason, and the closest name where it was mistyped."""
     model = Model()
     model.attention = nn.MultiheadAttention(8, 2)
-    with pytest.raises(tunerkit.TargetError, match=f"(?s){words}"):
+    with pytest.raises(tunerkit.errors.TargetError, match=f"(?s){words}"):
         wrapped(places, model)
 
 
@@ -218,13 +219,13 @@ class Reading(nn.Module):
 def test_an_output_that_is_no_tensor_is_refused_in_words() -> None:
     """The error names the method and the module, and what such a module returned."""
     model = wrapped(["part"], Reading())
-    with pytest.raises(tunerkit.AdapterError, match=r"(?s)'toy-outputs'.*Dictionary.*returned a dict.*tensor"):
+    with pytest.raises(tunerkit.errors.AdapterError, match=r"(?s)'toy-outputs'.*Dictionary.*returned a dict.*tensor"):
         model(X)
 
 
 def test_a_weight_method_leaves_norms_alone() -> None:
     """Only methods that say so adapt outputs."""
-    with pytest.raises(tunerkit.TargetError, match="LayerNorm, which cannot be adapted"):
+    with pytest.raises(tunerkit.errors.TargetError, match="LayerNorm, which cannot be adapted"):
         tunerkit.wrap(Model(), "toy-low-rank", {"targets": ["last"]})
 
 
@@ -233,8 +234,8 @@ def test_a_method_that_reads_weights_is_refused_where_there_is_none() -> None:
 
     class Reader(OutputPlugin):
         @tunerkit.hookimpl
-        def tunerkit_methods(self) -> list[tunerkit.Method]:
-            return [tunerkit.Method("toy-reader", config=AffineConfig, targets="outputs")]
+        def tunerkit_methods(self) -> list[Method]:
+            return [Method("toy-reader", config=AffineConfig, targets="outputs")]
 
         @tunerkit.hookimpl
         def tunerkit_build_adapter(self) -> Any:  # type: ignore[override]
@@ -243,7 +244,7 @@ def test_a_method_that_reads_weights_is_refused_where_there_is_none() -> None:
             return adapter
 
     with registered(Reader()):
-        with pytest.raises(tunerkit.TargetError, match=r"'last' is a LayerNorm.*'toy-reader' reads the weight"):
+        with pytest.raises(tunerkit.errors.TargetError, match=r"'last' is a LayerNorm.*'toy-reader' reads the weight"):
             tunerkit.wrap(Model(), "toy-reader", {"targets": ["last"]})
         tunerkit.wrap(Model(), "toy-reader", {"targets": ["pool.0"]})
 
@@ -254,7 +255,9 @@ def test_what_is_asked_of_a_missing_weight_is_named() -> None:
         model: Any = tunerkit.wrap(Model(), "toy-scaled-outputs", {"targets": ["last"]})
         base = model.last.tunerkit.base
         for ask in (lambda: base.in_features, lambda: base.out_features, base.dense, lambda: base.pack(X)):
-            with pytest.raises(tunerkit.AdapterError, match=r"LayerNorm, of which .* knows no weight.*target\.module"):
+            with pytest.raises(
+                tunerkit.errors.AdapterError, match=r"LayerNorm, of which .* knows no weight.*target\.module"
+            ):
                 ask()
         assert torch.equal(base.bias(), model.last.bias)
 
@@ -313,6 +316,6 @@ def test_an_output_method_works_where_another_adapter_trains_the_bias() -> None:
             parameter.add_(0.1)
     assert not torch.equal(model(X), Model()(X))
     with pytest.raises(
-        tunerkit.AdapterError, match=r"'toy-outputs' cannot be merged|cannot merge into 'blocks\.0\.norm'"
+        tunerkit.errors.AdapterError, match=r"'toy-outputs' cannot be merged|cannot merge into 'blocks\.0\.norm'"
     ):
         tunerkit.merge(model)

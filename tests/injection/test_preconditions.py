@@ -1,13 +1,14 @@
 """Models that cannot be wrapped are refused in words and stay as they were."""
 
 import copy
+import pickle
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tunerkit
 from tunerkit.errors import AdapterError, TargetError, TunerkitWarning, UnknownMethodError
@@ -89,15 +90,15 @@ def test_wrapping_while_disabled_or_merged_is_refused(toys: "Toys") -> None:
 
 def test_what_is_no_model_or_has_no_shape_yet_is_refused_in_words(toys: "Toys") -> None:
     """A name instead of a model, a lazy layer or a seed that is no number raises our error, and nothing is frozen."""
-    with pytest.raises(tunerkit.AdapterError, match=r"expected a torch\.nn\.Module, got str"):
+    with pytest.raises(tunerkit.errors.AdapterError, match=r"expected a torch\.nn\.Module, got str"):
         tunerkit.wrap("bert", "toy-shift")  # type: ignore[type-var]
     model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
-    with pytest.raises(tunerkit.AdapterError, match="run one batch first"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="run one batch first"):
         tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
     assert all(p.requires_grad for p in model.parameters())
     for seed in ("a", True, 2**70, -(2**64)):
         with pytest.raises(
-            tunerkit.ConfigError, match=rf"expected an int of 64 bits or None, got \w+ .*{seed}.* @ seed"
+            tunerkit.errors.ConfigError, match=rf"expected an int of 64 bits or None, got \w+ .*{seed}.* @ seed"
         ):
             tunerkit.wrap(toys.net(), "toy-shift", seed=seed)  # type: ignore[arg-type]
     with pytest.raises(UnknownMethodError, match=r"no method named \['toy-shift'\]; installed: .*toy-shift"):
@@ -120,7 +121,7 @@ def test_a_complex_weight_is_refused(toys: "Toys") -> None:
 def test_a_weight_computed_from_others_is_refused(toys: "Toys") -> None:
     """Merging cannot write into a parametrized weight: the error comes at wrap, not at merge."""
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
-    with pytest.raises(tunerkit.TargetError, match="parametrization"):
+    with pytest.raises(tunerkit.errors.TargetError, match="parametrization"):
         tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
 
 
@@ -176,3 +177,57 @@ def test_a_base_that_was_built_inside_inference_mode_is_refused_for_training_onl
         with pytest.raises(AdapterError, match=r"built inside torch\.inference_mode.*0\.weight.*outside"):
             call()
     tunerkit.load(other, tmp_path)
+
+
+class Open(nn.Module):
+    """A model that drops what it does not know, as those of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, **others: object) -> Tensor:
+        found: Tensor = self.layer(x)
+        return found
+
+
+class Own(Open):
+    """A model that has such an argument itself."""
+
+    def forward(self, x: Tensor, adapter_names: object = None, **others: object) -> Tensor:  # type: ignore[override]
+        assert adapter_names == ["a"]
+        return super().forward(x)
+
+
+def test_an_adapter_for_each_row_is_never_ignored(toys: "Toys") -> None:
+    """The forward would drop it in silence. It is refused whatever is active, and in copies; not after unwrapping."""
+    x = torch.ones(2, 3)
+    model = tunerkit.wrap(Open(), "toy-low-rank", {"targets": ["layer"]})
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), nn.Sequential(model)[0]):
+        with pytest.raises(AdapterError, match=r"adapter_names= would be ignored.*: write tunerkit\.activate\("):
+            each(x, adapter_names=["a", "b"])
+        assert torch.equal(each(x, adapter_names=None), each(x, other=1))
+    tunerkit.unwrap(model)
+    assert torch.equal(model(x, adapter_names=["a"]), model(x))
+
+
+def test_a_model_with_that_argument_gets_it(toys: "Toys") -> None:
+    """It is the model's own then."""
+    model = tunerkit.wrap(Own(), "toy-low-rank", {"targets": ["layer"]})
+    assert model(torch.ones(2, 3), adapter_names=["a"]).shape == (2, 3)
+
+
+def test_the_refusal_costs_one_look_up_per_forward_of_the_model(toys: "Toys") -> None:
+    """Nothing is added to a layer: the adapted one has the hook that applies adapters, and the model one before."""
+    model = tunerkit.wrap(Open(), "toy-low-rank", {"targets": ["layer"]})
+    model(torch.ones(2, 3))  # the watch of the first forward is over
+    assert (len(model._forward_pre_hooks), len(model.layer._forward_pre_hooks)) == (1, 0)
+
+
+def test_a_compiled_model_refuses_it_too(toys: "Toys") -> None:
+    """The check is compiled into the model's own call."""
+    model = tunerkit.wrap(Open(), "toy-low-rank", {"targets": ["layer"]})
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(compiled(torch.ones(2, 3)), model(torch.ones(2, 3)))
+    with pytest.raises(Exception, match=r"tunerkit\.activate"):
+        compiled(torch.ones(2, 3), adapter_names=["a"])

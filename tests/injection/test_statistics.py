@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit import Statistics, StatisticsRequest
+from tunerkit.plugin import Method, Statistics, StatisticsRequest
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
@@ -46,8 +46,8 @@ class Keeping(LowRankPlugin):
         self.found: dict[str, Statistics] = {}
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-keeping", config=LowRankConfig, statistics=self.wanted)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-keeping", config=LowRankConfig, statistics=self.wanted)]
 
     @tunerkit.hookimpl
     def tunerkit_calibrate(self, statistics: Any) -> None:

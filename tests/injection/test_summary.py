@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 import tunerkit
+from tunerkit.plugin import Summary
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys
@@ -19,7 +20,7 @@ def test_what_is_trained_is_counted(toys: "Toys") -> None:
     )
     one, two = 3 * (8 + 8), 8 + 8 + (6 * 3 + 3)
     found = tunerkit.trainable_parameters(model)
-    assert found == tunerkit.Summary(trainable=one + two, total=base + one + two, adapters={"one": one, "two": two})
+    assert found == Summary(trainable=one + two, total=base + one + two, adapters={"one": one, "two": two})
     share = 100 * (one + two) / (base + one + two)
     assert str(found) == f"{one + two} of {base + one + two} parameters are trained ({share:.2f} %)"
 
@@ -35,6 +36,6 @@ def test_a_loaded_adapter_is_not_trained(toys: "Toys", tmp_path: object) -> None
 def test_plain_and_empty_models_are_counted_too(toys: "Toys") -> None:
     """A model without adapters is trained as a whole; a model without parameters does not divide by zero."""
     total = sum(p.numel() for p in toys.net().parameters())
-    assert tunerkit.trainable_parameters(toys.net()) == tunerkit.Summary(trainable=total, total=total, adapters={})
+    assert tunerkit.trainable_parameters(toys.net()) == Summary(trainable=total, total=total, adapters={})
     assert str(tunerkit.trainable_parameters(nn.Identity())) == "0 of 0 parameters are trained (0.00 %)"
-    assert str(tunerkit.Summary(trainable=1_234, total=1_234_000, adapters={})).startswith("1,234 of 1,234,000 ")
+    assert str(Summary(trainable=1_234, total=1_234_000, adapters={})).startswith("1,234 of 1,234,000 ")

@@ -12,6 +12,7 @@ import tunerkit
 from tunerkit.errors import AdapterError
 from tunerkit.injection import record, slots_in, tuners_of
 from tunerkit.layers import Adapter
+from tunerkit.plugin import Method, RankChange, Tuner
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
@@ -164,7 +165,7 @@ def test_an_allocation_is_recorded_and_every_plugin_is_notified(toys: "Toys") ->
 
     class Watcher:
         @tunerkit.hookimpl
-        def tunerkit_ranks_changed(self, tuner: tunerkit.Tuner, change: tunerkit.RankChange) -> None:
+        def tunerkit_ranks_changed(self, tuner: Tuner, change: RankChange) -> None:
             heard.append((tuner, change))
 
     tuner = tunerkit.tuner(tunerkit.wrap(toys.net(), "toy-low-rank", {"targets": ["conv"]}))
@@ -172,7 +173,7 @@ def test_an_allocation_is_recorded_and_every_plugin_is_notified(toys: "Toys") ->
     with registered(watcher):
         record(tuner, None)
         record(tuner, {"conv": 1})
-    assert tuner.history == [tunerkit.RankChange(step=0, budget=2, ranks={"conv": 1})]
+    assert tuner.history == [RankChange(step=0, budget=2, ranks={"conv": 1})]
     assert heard == [(tuner, tuner.history[0])]
 
 
@@ -180,11 +181,11 @@ class HalvingPlugin(LowRankPlugin):
     """Halves its parameters in the final allocation."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("halving", config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("halving", config=LowRankConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_finish(self, tuner: tunerkit.Tuner) -> None:
+    def tunerkit_finish(self, tuner: Tuner) -> None:
         for parameter in tuner.parameters():
             parameter.mul_(0.5)
 

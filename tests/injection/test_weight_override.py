@@ -21,6 +21,7 @@ from tunerkit.injection import eject_
 from tunerkit.injection.weight_override import override, restore
 from tunerkit.layers import as_base_layer, torch_private
 from tunerkit.layers.kinds import AttentionLayer
+from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, setting
 from tunerkit.serialization.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -527,7 +528,7 @@ def test_a_saved_adapter_loads(toys: "Toys", tmp_path: Any) -> None:
     assert torch.equal(output(tunerkit.load(attends(), path, trainable=True)), output(model))
     other = attends()
     other.attention.in_proj_weight.data += 1
-    with pytest.raises(tunerkit.BaseMismatchError, match=r"attention\.in_proj_weight"):
+    with pytest.raises(tunerkit.errors.BaseMismatchError, match=r"attention\.in_proj_weight"):
         tunerkit.load(other, path)
     other = attends()
     other.attention.in_proj_bias.data += 1  # trained with the adapter: the base's own does not matter
@@ -571,10 +572,10 @@ def test_the_kind_has_no_input_to_project() -> None:
             call()
 
 
-class Shift(tunerkit.Adapter):
+class Shift(Adapter):
     """Adds a trained vector."""
 
-    def __init__(self, base: tunerkit.BaseLayer) -> None:
+    def __init__(self, base: BaseLayer) -> None:
         super().__init__()
         self.v = nn.Parameter(torch.zeros(base.out_features))
 
@@ -583,11 +584,11 @@ class Mute:
     """A method that does not define its delta."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("mute", config=MuteConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("mute", config=MuteConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> tunerkit.Adapter:
+    def tunerkit_build_adapter(self, base: BaseLayer) -> Adapter:
         return Shift(base)
 
 
@@ -595,15 +596,15 @@ class Detached(Mute):
     """A method that returns its delta without a gradient."""
 
     @tunerkit.hookimpl
-    def tunerkit_delta(self, adapter: Shift) -> tunerkit.Delta:
-        return tunerkit.Delta(bias=adapter.v.detach())
+    def tunerkit_delta(self, adapter: Shift) -> Delta:
+        return Delta(bias=adapter.v.detach())
 
 
 @attrs.frozen
-class MuteConfig(tunerkit.AdapterConfig):
+class MuteConfig(AdapterConfig):
     """With a dropout setting, which adapters may have."""
 
-    dropout: float = tunerkit.setting(0.0, ge=0, doc="Share dropped.")
+    dropout: float = setting(0.0, ge=0, doc="Share dropped.")
 
 
 @pytest.fixture

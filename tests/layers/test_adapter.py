@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tests.support.toy_growing import Growing, GrowingPlugin
+from tunerkit.plugin import Adapter, BaseLayer, Method, add_low_rank
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, step, train, trainable
 from tunerkit_testing.toy_methods import ShiftConfig
@@ -21,31 +22,31 @@ from tunerkit_testing.toy_methods import ShiftConfig
 TARGETS = {"targets": ["0", "2"]}
 
 
-class Fixed(tunerkit.Adapter):
+class Fixed(Adapter):
     """Adds ``d b a x`` with trained ``d`` (out,); ``a`` and ``b`` are fixed, as a parameter and as a buffer."""
 
     b: Tensor
 
-    def __init__(self, base: tunerkit.BaseLayer) -> None:
+    def __init__(self, base: BaseLayer) -> None:
         super().__init__()
         self.a = nn.Parameter(torch.randn(2, base.in_features), requires_grad=False)
         self.d = nn.Parameter(torch.zeros(base.out_features))
         self.register_buffer("b", torch.randn(base.out_features, 2))
         self.register_buffer("count", torch.arange(3), persistent=False)
 
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        return tunerkit.add_low_rank(base, x, y, q=self.a, p=self.d[:, None] * self.b, scale=1.0)
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        return add_low_rank(base, x, y, q=self.a, p=self.d[:, None] * self.b, scale=1.0)
 
 
 class FixedPlugin:
     """``toy-fixed``."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-fixed", config=ShiftConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-fixed", config=ShiftConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Fixed:
+    def tunerkit_build_adapter(self, base: BaseLayer) -> Fixed:
         return Fixed(base)
 
 
@@ -132,17 +133,17 @@ def test_an_adapter_with_nothing_to_train_counts_as_frozen() -> None:
 
     class Nothing(FixedPlugin):
         @tunerkit.hookimpl
-        def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Fixed:
+        def tunerkit_build_adapter(self, base: BaseLayer) -> Fixed:
             return Fixed(base).requires_grad_(False)
 
         @tunerkit.hookimpl
-        def tunerkit_methods(self) -> list[tunerkit.Method]:
-            return [tunerkit.Method("toy-nothing", config=ShiftConfig)]
+        def tunerkit_methods(self) -> list[Method]:
+            return [Method("toy-nothing", config=ShiftConfig)]
 
     with registered(Nothing()):
         model = tunerkit.wrap(net(), "toy-nothing", TARGETS)
         optimizer = torch.optim.SGD(list(model.parameters()), lr=1.0)
-        with pytest.raises(tunerkit.StepError, match="frozen"):
+        with pytest.raises(tunerkit.errors.StepError, match="frozen"):
             tunerkit.attach(model, optimizer)
 
 
@@ -250,14 +251,14 @@ def test_a_wrong_declaration_is_refused_when_wrapping(kind: type[Growing], words
 
     class Wrong(GrowingPlugin):
         @tunerkit.hookimpl
-        def tunerkit_methods(self) -> list[tunerkit.Method]:
-            return [tunerkit.Method("toy-wrong", config=ShiftConfig)]
+        def tunerkit_methods(self) -> list[Method]:
+            return [Method("toy-wrong", config=ShiftConfig)]
 
         @tunerkit.hookimpl
-        def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Growing:
+        def tunerkit_build_adapter(self, base: BaseLayer) -> Growing:
             return kind(base, 1)
 
     expected = rf"build_adapter.*'toy-wrong'.*{words}"
-    with registered(Wrong()), pytest.raises(tunerkit.PluginError, match=expected) as error:
+    with registered(Wrong()), pytest.raises(tunerkit.errors.PluginError, match=expected) as error:
         tunerkit.wrap(net(), "toy-wrong", TARGETS)
     assert "'0'" in str(error.value)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from tests.support.layer_law import check_law, described, known, random_
-from tunerkit.layers import KINDS, BaseLayer, as_base_layer
-from tunerkit.layers.kinds import AttentionLayer, ConvLayer, EmbeddingLayer, LinearLayer
+from tunerkit.layers import KINDS, BaseLayer, Knowledge, as_base_layer, as_base_layers
+from tunerkit.layers.kinds import AttentionLayer, ConvLayer, EmbeddingLayer, LinearLayer, OutputLayer
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MODES = ("zeros", "reflect", "replicate", "circular")
@@ -330,10 +330,49 @@ def test_the_first_kind_that_matches_wins_and_plugins_need_no_attrs() -> None:
         Anything(nn.LayerNorm(2))  # type: ignore[abstract]
 
 
+class Doubled(nn.Module):
+    """A layer that no kind of core knows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Inherited(Doubled):
+    """It keeps the forward."""
+
+
+class Overridden(Doubled):
+    """It has a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * x
+
+
+@pytest.mark.parametrize("name", [f"{__name__}.Doubled", f"{__name__}."])
+def test_a_kind_that_names_forwards_is_asked_about_modules_with_them_alone(name: str) -> None:
+    """Law: without `matches` of its own it is those; a package, with a dot at its end, stands for all its classes."""
+    asked: list[nn.Module] = []
+
+    class Named(OutputLayer):  # type: ignore[misc]  # final: nobody else may derive from it
+        forwards = (name,)
+
+        @classmethod
+        def matches(cls, module: nn.Module) -> bool:
+            asked.append(module)
+            return super().matches(module)
+
+    own = Doubled()
+    own.forward = lambda x: x  # type: ignore[method-assign]
+    inherited, overridden = Inherited(), Overridden()
+    found = as_base_layers([nn.Tanh(), own, inherited, overridden], Knowledge((Named,), (), ()))
+    assert list(found) == asked == ([inherited, overridden] if name.endswith(".") else [inherited])
+
+
 def test_kinds_are_final_and_frozen() -> None:
-    """A kind that can be built cannot be subclassed, and its module cannot be replaced."""
+    """No kind that matches something is subclassed, and its module cannot be replaced."""
     for kind in KINDS:
-        assert all(inspect.isabstract(parent) for parent in kind.__bases__)
+        assert kind.forwards
+        assert not set(kind.__bases__) & set(KINDS)
         assert not inspect.isabstract(kind)
     base = described(nn.Linear(2, 2))
     with pytest.raises(attrs.exceptions.FrozenInstanceError):

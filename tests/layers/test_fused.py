@@ -18,6 +18,7 @@ from tunerkit.hooks import gather_knowledge
 from tunerkit.injection.slots import Slot, Slots, apply_slots
 from tunerkit.layers import as_base_layer, low_rank
 from tunerkit.layers.low_rank import add_low_rank, mark_fresh, plain_form
+from tunerkit.plugin import Adapter, BaseLayer
 from tunerkit_testing.counting import Counting
 
 if TYPE_CHECKING:
@@ -27,21 +28,21 @@ if TYPE_CHECKING:
 NODE = "_FusedLowRankBackward"
 
 
-class Product(tunerkit.Adapter):
+class Product(Adapter):
     """Q (r, in), λ (r,) or None, P (out, r), with no value near 0."""
 
-    def __init__(self, base: tunerkit.BaseLayer, rank: int, *, diagonal: bool = True, dropout: float = 0.0) -> None:
+    def __init__(self, base: BaseLayer, rank: int, *, diagonal: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
         self.q = nn.Parameter(torch.randn(rank, base.in_features))
         self.p = nn.Parameter(torch.randn(base.out_features, rank))
         self.lam = nn.Parameter(torch.randn(rank)) if diagonal else None
         self.dropout = dropout
 
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return add_low_rank(base, x, y, q=self.q, p=self.p, lam=self.lam, scale=0.7, dropout=self.dropout)
 
 
-def adapted(layer: nn.Module, *adapters: Callable[[tunerkit.BaseLayer], tunerkit.Adapter]) -> Any:
+def adapted(layer: nn.Module, *adapters: Callable[[BaseLayer], Adapter]) -> Any:
     """``layer``, frozen, with adapters as `tunerkit.wrap` adds them."""
     base = as_base_layer(layer.requires_grad_(False), gather_knowledge().kinds)
     assert base is not None
@@ -277,27 +278,27 @@ def test_a_second_adapter_is_added_to_what_the_first_gives() -> None:
     assert_agree(layer, torch.randn(2, 3, 5, dtype=torch.float64), fused=False)
 
 
-class Gated(tunerkit.Adapter):
+class Gated(Adapter):
     """Changes y before adding to it, and adds twice."""
 
-    def __init__(self, base: tunerkit.BaseLayer) -> None:
+    def __init__(self, base: BaseLayer) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.rand(base.out_features))
         self.one, self.two = Product(base, 2), Product(base, 3)
 
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return self.two(base, x, self.one(base, x, y * self.gate))  # type: ignore[no-any-return]
 
 
 class Twice(Gated):
     """Adds twice to its input: the first product is fused, the second adds to the result."""
 
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return self.two(base, x, self.one(base, x, y)) + 0 * self.gate  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("kind", [Gated, Twice])
-def test_an_adapter_may_do_more_than_one_product(kind: type[tunerkit.Adapter]) -> None:
+def test_an_adapter_may_do_more_than_one_product(kind: type[Adapter]) -> None:
     """No other tensor is mistaken for the base's output."""
     layer = adapted(nn.Linear(5, 4), kind).double()
     assert_agree(layer, torch.randn(2, 3, 5, dtype=torch.float64), fused=False)
@@ -313,11 +314,11 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 class Reads(Product):
     """Uses another input than the base layer does."""
 
-    def __init__(self, base: tunerkit.BaseLayer, change: str) -> None:
+    def __init__(self, base: BaseLayer, change: str) -> None:
         super().__init__(base, 3)
         self.change = CHANGES[change]
 
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return super().forward(base, self.change(x), y)
 
 
@@ -331,7 +332,7 @@ def test_an_adapter_may_read_another_input_than_its_base_layer(change: str) -> N
 class Writes(Gated):
     """Changes y in place, which adapters must not do."""
 
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return self.two(base, x, y.mul_(self.gate))  # type: ignore[no-any-return]
 
 
@@ -504,11 +505,11 @@ def test_overwriting_an_output_saved_before_is_an_error_at_backward() -> None:
 class Saves(Product):
     """Uses y for something else before the product overwrites it, which the docs of add_low_rank forbid."""
 
-    def __init__(self, base: tunerkit.BaseLayer, saved: list[Tensor]) -> None:
+    def __init__(self, base: BaseLayer, saved: list[Tensor]) -> None:
         super().__init__(base, 2)
         self.saved = saved
 
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         self.saved.append(y.square())
         return super().forward(base, x, y)
 

@@ -68,7 +68,9 @@ def test_where_it_cannot_grow_attaching_is_refused() -> None:
     """The method asks for obstacles before training, with the optimizer at hand, and says which one."""
     model = tunerkit.wrap(net(), "toy-growing", CONFIG, seed=0)
     optimizer = torch.optim.Adafactor(trainable(model))
-    with pytest.raises(tunerkit.StepError, match="cannot grow here: Adafactor is not known to update each element"):
+    with pytest.raises(
+        tunerkit.errors.StepError, match="cannot grow here: Adafactor is not known to update each element"
+    ):
         tunerkit.attach(model, optimizer, total_steps=8)
     train(model, attached(model), 4)
     assert set(tunerkit.tuner(model).ranks().values()) == {3}

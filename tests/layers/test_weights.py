@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import tunerkit
 from tests.support.toy_readers import DirectionPlugin
 from tunerkit.layers import as_base_layer, weights
+from tunerkit.plugin import Holding
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net
 from tunerkit_testing.toy_methods import LowRankPlugin
@@ -46,8 +47,8 @@ class Cellar:
         module.to("meta")
 
     @tunerkit.hookimpl
-    def tunerkit_holdings(self) -> Sequence[tunerkit.Holding]:
-        emptied = tunerkit.Holding(
+    def tunerkit_holdings(self) -> Sequence[Holding]:
+        emptied = Holding(
             name="the cellar",
             way_out="fill it first",
             one_dtype="the cellar keeps one dtype",
@@ -55,7 +56,7 @@ class Cellar:
             shape=lambda tensor: tensor.kept.shape,  # type: ignore[attr-defined]
             gathered=self.gathered,
         )
-        offloaded = tunerkit.Holding(
+        offloaded = Holding(
             name="the cellar",
             way_out="call fetch(model)",
             offloads=lambda module: module in self.table,
@@ -93,7 +94,7 @@ def test_an_emptied_base_is_adapted_as_it_is_when_whole(cellar: Cellar, tmp_path
     assert all(parameter.numel() == 0 for parameter in base[0].parameters(recurse=False))
     plain: Any = net()[0]
     assert weights.whole_shape(base[0].weight) == plain.weight.shape
-    with pytest.raises(tunerkit.AdapterError, match="its fingerprint was not taken before"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="its fingerprint was not taken before"):
         tunerkit.save(model, tmp_path)
     cellar.fill_(model)
     same = tunerkit.load(net(), tunerkit.save(model, tmp_path))
@@ -105,7 +106,9 @@ def test_what_is_trained_beside_an_emptied_base_has_one_dtype(cellar: Cellar) ->
     """The library's own words are in the error."""
     base: Any = net()
     cellar.empty_(base)
-    with pytest.raises(tunerkit.AdapterError, match=r"dtypes bfloat16 and float32, and the cellar keeps one dtype\."):
+    with pytest.raises(
+        tunerkit.errors.AdapterError, match=r"dtypes bfloat16 and float32, and the cellar keeps one dtype\."
+    ):
         tunerkit.wrap(base, "toy-low-rank", {"targets": ["0"], "train_modules": ["2"], "adapter_dtype": "bfloat16"})
 
 
@@ -120,7 +123,7 @@ def test_an_offloaded_weight_is_read_loaded_and_not_merged_into(cellar: Cellar) 
     model = tunerkit.wrap(base, "toy-low-rank", {"targets": ["0", "2"]})
     assert {parameter.device.type for parameter in tunerkit.tuner(model).parameters()} == {"cpu"}
     words = r"cannot merge into '0': the cellar offloads its weights; call fetch\(model\), which loads them"
-    with pytest.raises(tunerkit.AdapterError, match=words):
+    with pytest.raises(tunerkit.errors.AdapterError, match=words):
         tunerkit.merge(model)
 
 
@@ -132,11 +135,11 @@ def test_offloaded_weights_that_are_tied_are_seen(cellar: Cellar) -> None:
         cellar.table[model[name]] = {leaf: tensor.data for leaf, tensor in model[name].named_parameters()}
     for name in ("one", "two"):
         model[name].weight = nn.Parameter(model[name].weight.to("meta"))
-    with pytest.raises(tunerkit.TargetError, match=r"tied weight, shared as one\.weight, two\.weight"):
+    with pytest.raises(tunerkit.errors.TargetError, match=r"tied weight, shared as one\.weight, two\.weight"):
         tunerkit.wrap(model, "toy-low-rank", {"targets": ["one"]})
 
 
-@pytest.mark.parametrize("answer", ["a holding", [tunerkit.Holding(load=None)], [tunerkit.Holding(name=1)]])  # type: ignore[arg-type]
+@pytest.mark.parametrize("answer", ["a holding", [Holding(load=None)], [Holding(name=1)]])  # type: ignore[arg-type]
 def test_a_wrong_answer_is_left_out(answer: Any) -> None:
     """It must not stop the user's call, and what other plugins say still holds."""
     layer = nn.Linear(2, 2).to("meta")
@@ -146,6 +149,6 @@ def test_a_wrong_answer_is_left_out(answer: Any) -> None:
         def tunerkit_holdings(self) -> Any:
             return answer
 
-    words = r"must return Iterable\[tunerkit\.Holding\]"
+    words = r"must return Iterable\[tunerkit\.plugin\.Holding\]"
     with registered(Wrong()), pytest.warns(tunerkit.TunerkitWarning, match=words):
         assert weights.offloading(layer) is None

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,15 +22,17 @@ PAGES = [README, *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("plugins/
 EXAMPLES_NEED = ("tunerkit_adalora", "tunerkit_lora", "transformers", "accelerate")
 MORE_NEEDED = {
     "README.md": ("tunerkit_peft", "tunerkit_gguf", "gguf", "datasets"),
-    "docs/from-peft.md": ("tunerkit_peft", "peft"),
-    "docs/preference.md": ("trl", "datasets", "tokenizers"),
+    "docs/how-to/from-peft.md": ("tunerkit_peft", "peft"),
+    "docs/how-to/preference-training.md": ("trl", "datasets", "tokenizers"),
     "plugins/diffusers/README.md": ("tunerkit_diffusers", "diffusers"),
     "plugins/gguf/README.md": ("tunerkit_gguf", "gguf"),
     "plugins/peft/README.md": ("tunerkit_peft",),
-    "docs/base-layers.md": ("tunerkit_quant",),
-    "docs/quantised.md": ("bitsandbytes", "tunerkit_quant"),
+    "docs/authors/base-layers.md": ("tunerkit_quant",),
+    "docs/how-to/training.md": ("trl", "datasets", "tokenizers"),
+    "docs/how-to/quantised-models.md": ("bitsandbytes", "tunerkit_quant"),
 }
-FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+# Blocks may be indented, as they are in tabs.
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 
 
 @attrs.frozen
@@ -43,7 +46,7 @@ class Block:
 
 def blocks(page: str, language: str) -> list[Block]:
     return [
-        Block(found["language"], found["text"], page.count("\n", 0, found.start("text")) + 1)
+        Block(found["language"], textwrap.dedent(found["text"]), page.count("\n", 0, found.start("text")) + 1)
         for found in FENCE.finditer(page)
         if found["language"] == language
     ]

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import state_dict, state_dict_loader, state_di
 
 import tunerkit
 from tunerkit.layers import torch_private
+from tunerkit.plugin import Method, State, Tuner
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
@@ -37,11 +38,11 @@ class HoldingPlugin(LowRankPlugin):
         self.fired: list[str] = []
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("holding", config=LowRankConfig, needs_steps=True)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("holding", config=LowRankConfig, needs_steps=True)]
 
     @tunerkit.hookimpl
-    def tunerkit_before_step(self, tuner: tunerkit.Tuner) -> list[nn.Parameter]:
+    def tunerkit_before_step(self, tuner: Tuner) -> list[nn.Parameter]:
         self.fired.append("before")
         return [adapter.get_parameter("b") for adapter in tuner.adapters().values()]
 
@@ -50,11 +51,11 @@ class HoldingPlugin(LowRankPlugin):
         self.fired.append("after")
 
     @tunerkit.hookimpl
-    def tunerkit_state(self, tuner: tunerkit.Tuner) -> tunerkit.State:
-        return tunerkit.State(tensors={}, values={})
+    def tunerkit_state(self, tuner: Tuner) -> State:
+        return State(tensors={}, values={})
 
     @tunerkit.hookimpl
-    def tunerkit_restore(self, tuner: tunerkit.Tuner, state: tunerkit.State) -> None:
+    def tunerkit_restore(self, tuner: Tuner, state: State) -> None:
         pass
 
 
@@ -137,7 +138,7 @@ def test_an_adapter_that_is_not_attached_yet_does_not_stop_it(toys: "Toys", hold
     model = wrapped(toys)
     optimizer = Adam(list(tunerkit.tuner(model).parameters()))
     assert told(lambda: state_dict.get_optimizer_state_dict(model, optimizer)) == []
-    with pytest.raises(tunerkit.StepError, match="nothing drives it"):
+    with pytest.raises(tunerkit.errors.StepError, match="nothing drives it"):
         train(toys, model, optimizer, 2)
 
 

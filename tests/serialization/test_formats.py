@@ -27,6 +27,22 @@ from tunerkit.errors import (
     UnknownFormatError,
     UnknownMethodError,
 )
+from tunerkit.plugin import (
+    BaseLayer,
+    Delta,
+    Factors,
+    Foreign,
+    Format,
+    Method,
+    Target,
+    Tuner,
+    biases_of,
+    copies_of,
+    factors_of,
+    low_rank_delta,
+    low_rank_factors,
+    setting,
+)
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import SCALE, LowRank
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
@@ -50,20 +66,20 @@ class ProductPlugin(LowRankPlugin):
     """``toy-product``: it can leave and come in, by products or by its own tensors."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-product", config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-product", config=LowRankConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> Product:
+    def tunerkit_build_adapter(self, base: BaseLayer, config: LowRankConfig) -> Product:
         return Product(base, config.rank)
 
     @tunerkit.hookimpl
-    def tunerkit_factors(self, adapter: Product) -> tunerkit.Factors:
-        return tunerkit.low_rank_factors(adapter.a, adapter.b, scale=SCALE)
+    def tunerkit_factors(self, adapter: Product) -> Factors:
+        return low_rank_factors(adapter.a, adapter.b, scale=SCALE)
 
     @tunerkit.hookimpl
     def tunerkit_from_factors(
-        self, targets: Sequence[tunerkit.Target], factors: Mapping[str, tunerkit.Factors]
+        self, targets: Sequence[Target], factors: Mapping[str, Factors]
     ) -> tuple[LowRankConfig, dict[str, Product]]:
         adapters = {}
         for path, each in factors.items():
@@ -80,13 +96,13 @@ class BiasedPlugin(ProductPlugin):
     """``toy-biased``: its factors are not all that it adds."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-biased", config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-biased", config=LowRankConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_delta(self, adapter: LowRank, base: tunerkit.BaseLayer) -> tunerkit.Delta:
-        weight = tunerkit.low_rank_delta(base, q=adapter.a, p=adapter.b, scale=SCALE)
-        return tunerkit.Delta(weight=weight, bias=torch.ones(base.out_features))
+    def tunerkit_delta(self, adapter: LowRank, base: BaseLayer) -> Delta:
+        weight = low_rank_delta(base, q=adapter.a, p=adapter.b, scale=SCALE)
+        return Delta(weight=weight, bias=torch.ones(base.out_features))
 
 
 class FormatPlugin:
@@ -94,10 +110,10 @@ class FormatPlugin:
 
     def __init__(self, **changed: Any) -> None:
         functions = {"sniff": toy_formats.sniff, "read": toy_formats.read, "write": toy_formats.write}
-        self.format = tunerkit.Format(**{"name": "toy", **functions, **changed})
+        self.format = Format(**{"name": "toy", **functions, **changed})
 
     @tunerkit.hookimpl
-    def tunerkit_formats(self) -> list[tunerkit.Format]:
+    def tunerkit_formats(self) -> list[Format]:
         return [self.format]
 
 
@@ -124,7 +140,7 @@ def trained(toys: "Toys", method: str = "toy-product", **config: Any) -> nn.Modu
 def reader(**fields: Any) -> FormatPlugin:
     """A format whose adapters are of ``toy-product``, with these fields."""
 
-    def read(path: Path, model: nn.Module) -> tunerkit.Foreign:
+    def read(path: Path, model: nn.Module) -> Foreign:
         return attrs.evolve(toy_formats.read(path, model), **{"method": "toy-product", **fields})
 
     return FormatPlugin(read=read)
@@ -165,12 +181,12 @@ def test_the_tensors_of_a_method_are_taken_as_they_are(toys: "Toys", exported: P
         "conv": {"a": torch.ones(3, 27), "b": torch.ones(4, 3)},
         "layers.1": {"a": torch.ones(1, 8), "b": torch.ones(8, 1)},
     }
-    factors = {path: tunerkit.Factors(q=own["a"], p=own["b"] * SCALE) for path, own in tensors.items()}
+    factors = {path: Factors(q=own["a"], p=own["b"] * SCALE) for path, own in tensors.items()}
     model = load(toys, exported, reader(tensors=tensors, factors=factors, config={"rank": 3}))
     tuner = tunerkit.tuner(model)
     assert tuner.ranks() == {"conv": 3, "layers.1": 1}
     assert tuner.config == LowRankConfig(rank=3, targets=("re:conv", r"re:layers\.1"))
-    assert torch.equal(tunerkit.factors_of(tuner)["conv"].p, torch.full((4, 3), SCALE))
+    assert torch.equal(factors_of(tuner)["conv"].p, torch.full((4, 3), SCALE))
 
 
 def test_copies_and_biases_come_too(toys: "Toys", exported: Path) -> None:
@@ -180,8 +196,8 @@ def test_copies_and_biases_come_too(toys: "Toys", exported: Path) -> None:
     model = load(toys, exported, reader(copies={"head": head}, biases=biases))
     tuner = tunerkit.tuner(model)
     assert [copied.path for copied in tuner.copies] == ["head.0", "head.2"]
-    assert all(bool((value == 0.5).all()) for own in tunerkit.copies_of(tuner).values() for value in own.values())
-    assert {path: float(bias.mean()) for path, bias in tunerkit.biases_of(tuner).items()} == {
+    assert all(bool((value == 0.5).all()) for own in copies_of(tuner).values() for value in own.values())
+    assert {path: float(bias.mean()) for path, bias in biases_of(tuner).items()} == {
         "layers.1": 0.25,
         "norm": 0.75,
     }
@@ -197,7 +213,7 @@ def test_a_method_that_is_not_installed_becomes_the_common_one(
         model = load(toys, exported, reader(method="absent", remarks=("the alpha was lost",)))
     assert torch.equal(model(toys.x()), trained(toys)(toys.x()))
     monkeypatch.setattr("tunerkit.serialization.adopting._COMMON", "absent-too")
-    with pytest.raises(UnknownMethodError, match=r"pip install tunerkit-absent or tunerkit-absent-too"):
+    with pytest.raises(UnknownMethodError, match=r"It takes absent or absent-too: pip install .*\[absent-too\]"):
         load(toys, exported, reader(method="absent"))
 
 
@@ -214,11 +230,11 @@ def test_opening_needs_no_weights_of_the_base(toys: "Toys", exported: Path, tmp_
             for path, product in toy_formats.read(exported, skeleton).factors.items():
                 again = toy_formats.read(written, skeleton).factors[path]
                 assert torch.equal(again.p @ again.q, product.p @ product.q)
-    assert torch.equal(tunerkit.copies_of(tunerkit.tuner(skeleton))["head.0"]["weight"], head["0.weight"])
+    assert torch.equal(copies_of(tunerkit.tuner(skeleton))["head.0"]["weight"], head["0.weight"])
 
 
-def at_conv(q: Tensor, p: Tensor) -> dict[str, tunerkit.Factors]:
-    return {"conv": tunerkit.Factors(q=q, p=p)}
+def at_conv(q: Tensor, p: Tensor) -> dict[str, Factors]:
+    return {"conv": Factors(q=q, p=p)}
 
 
 MISFITS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -311,16 +327,16 @@ def test_what_does_not_fit_is_refused_and_the_model_unchanged(toys: "Toys", expo
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (None, "returned None; it must return a tunerkit.Foreign"),
-        (tunerkit.Foreign(factors=[]), "factors and config, tensors and copies must be mappings"),  # type: ignore[arg-type]
-        (tunerkit.Foreign({}, method=3), "method and base must be texts"),  # type: ignore[arg-type]
-        (tunerkit.Foreign({}, remarks="text"), "remarks must be a tuple of texts"),  # type: ignore[arg-type]
-        (tunerkit.Foreign({}, copies={"head": 3}), "copies must be mappings of tensors"),  # type: ignore[dict-item]
-        (tunerkit.Foreign({}, copies={"head": {"w": 3}}), "copies must be"),  # type: ignore[dict-item]
-        (tunerkit.Foreign({}, biases={"head": 3}), "biases must be tensors by path"),  # type: ignore[dict-item]
-        (tunerkit.Foreign({"conv": 3}), "returned 3 for 'conv'; expected Factors"),  # type: ignore[dict-item]
-        (tunerkit.Foreign({"conv": tunerkit.Factors(torch.ones(2), torch.ones(2))}), "expected Factors"),
-        (tunerkit.Foreign(at_conv(torch.ones(1, 27), torch.ones(4, 1)), tensors={"x": {}}), "paths of factors"),
+        (None, "returned None; return a tunerkit.plugin.Foreign"),
+        (Foreign(factors=[]), "factors and config, tensors and copies must be mappings"),  # type: ignore[arg-type]
+        (Foreign({}, method=3), "method and base must be texts"),  # type: ignore[arg-type]
+        (Foreign({}, remarks="text"), "remarks must be a tuple of texts"),  # type: ignore[arg-type]
+        (Foreign({}, copies={"head": 3}), "copies must be mappings of tensors"),  # type: ignore[dict-item]
+        (Foreign({}, copies={"head": {"w": 3}}), "copies must be"),  # type: ignore[dict-item]
+        (Foreign({}, biases={"head": 3}), "biases must be tensors by path"),  # type: ignore[dict-item]
+        (Foreign({"conv": 3}), "returned 3 for 'conv'; expected Factors"),  # type: ignore[dict-item]
+        (Foreign({"conv": Factors(torch.ones(2), torch.ones(2))}), "expected Factors"),
+        (Foreign(at_conv(torch.ones(1, 27), torch.ones(4, 1)), tensors={"x": {}}), "paths of factors"),
     ],
 )
 def test_a_wrong_answer_of_a_reader_is_the_plugin_s_fault(
@@ -334,7 +350,7 @@ def test_a_wrong_answer_of_a_reader_is_the_plugin_s_fault(
 def test_an_error_of_a_reader_keeps_its_class_and_names_the_format(toys: "Toys", exported: Path) -> None:
     """Of a plugin's own mistake, a user sees where it came from."""
 
-    def read(path: Path, model: nn.Module) -> tunerkit.Foreign:
+    def read(path: Path, model: nn.Module) -> Foreign:
         raise ZeroDivisionError("one by zero")
 
     with pytest.raises(ZeroDivisionError) as raised:
@@ -365,7 +381,7 @@ def test_a_format_of_a_distribution_that_is_missing_names_it(
 ) -> None:
     """Also as the default."""
     monkeypatch.setattr(hooks, "gather_formats", dict)
-    with pytest.raises(UnknownFormatError, match="format 'peft' needs the distribution tunerkit-peft"):
+    with pytest.raises(UnknownFormatError, match="format 'peft' needs tunerkit-peft, which is not installed: pip"):
         tunerkit.export(trained(toys), tmp_path / "out")
 
 
@@ -373,15 +389,15 @@ def test_a_format_of_a_distribution_that_is_missing_names_it(
 class Options:
     """Two options, one of them bounded."""
 
-    form: str = tunerkit.setting("plain", doc="What it looks like.")
-    rank: int | None = tunerkit.setting(None, ge=1, doc="How wide it is.")
+    form: str = setting("plain", doc="What it looks like.")
+    rank: int | None = setting(None, ge=1, doc="How wide it is.")
 
 
 def test_options_are_checked_as_settings_are(toys: "Toys", products: None, tmp_path: Path) -> None:
     """Names, types and ranges, all problems at once; a valid one reaches the writer."""
     seen: list[object] = []
 
-    def write(tuner: tunerkit.Tuner, path: Path, options: object) -> list[Path]:
+    def write(tuner: Tuner, path: Path, options: object) -> list[Path]:
         seen.append(options)
         return toy_formats.write(tuner, path, options)
 
@@ -443,10 +459,10 @@ def test_an_older_adapter_is_replaced_and_other_files_stay(toys: "Toys", product
     assert sorted(each.name for each in exported.iterdir()) == ["notes.txt", "toy.json"]
 
 
-def cards(text: str) -> Callable[[tunerkit.Tuner, Path, object], list[Path]]:
+def cards(text: str) -> Callable[[Tuner, Path, object], list[Path]]:
     """A writer that also writes a card."""
 
-    def write(tuner: tunerkit.Tuner, path: Path, options: object) -> list[Path]:
+    def write(tuner: Tuner, path: Path, options: object) -> list[Path]:
         (path / "README.md").write_text(text)
         return [*toy_formats.write(tuner, path, options), path / "README.md"]
 
@@ -607,7 +623,7 @@ def test_with_warnings_as_errors_nothing_is_loaded(toys: "Toys", exported: Path)
 def test_a_target_at_several_paths_is_refused(products: None, exported: Path) -> None:
     """Other programs adapt the path that they name; here an adapter acts at all of them, so that is refused."""
     shared = nn.Linear(3, 3)
-    product = tunerkit.Factors(q=torch.ones(1, 3), p=torch.ones(3, 1))
+    product = Factors(q=torch.ones(1, 3), p=torch.ones(3, 1))
     for path in ("0", "1"):
         model = nn.Sequential(shared, shared, nn.Linear(3, 3))
         with (
@@ -630,7 +646,7 @@ def test_a_bias_that_core_cannot_add_is_refused(products: None, exported: Path) 
             return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
     model = nn.Sequential(nn.Linear(3, 3), Channels(3))
-    product = tunerkit.Factors(q=torch.ones(1, 3), p=torch.ones(3, 1))
+    product = Factors(q=torch.ones(1, 3), p=torch.ones(3, 1))
     with (
         registered(reader(factors={"0": product}, biases={"1": torch.ones(3)})),
         pytest.raises(TargetError, match=r"1 \(a Channels\).*Merge the adapter"),
@@ -654,19 +670,19 @@ def test_a_validator_of_the_options_is_heard(toys: "Toys", products: None, tmp_p
         tunerkit.export(trained(toys), tmp_path / "out", format="toy", rank=3)
 
 
-def liar(tuner: tunerkit.Tuner, path: Path, options: object) -> list[Path]:
+def liar(tuner: Tuner, path: Path, options: object) -> list[Path]:
     """Return a file that it did not write."""
     toy_formats.write(tuner, path, options)
     return [path / "other.json"]
 
 
-def failing(tuner: tunerkit.Tuner, path: Path, options: object) -> list[Path]:
+def failing(tuner: Tuner, path: Path, options: object) -> list[Path]:
     """Fail after one file."""
     toy_formats.write(tuner, path, options)
     raise KeyboardInterrupt
 
 
-def silent(tuner: tunerkit.Tuner, path: Path, options: object) -> None:
+def silent(tuner: Tuner, path: Path, options: object) -> None:
     """Write, and return nothing."""
     toy_formats.write(tuner, path, options)
 

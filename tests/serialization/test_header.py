@@ -12,6 +12,7 @@ from hypothesis import example, given, strategies as st
 
 import tunerkit
 from tunerkit.errors import BaseMismatchError, ConfigError, FileError, TargetError, UnknownMethodError
+from tunerkit.plugin import ModelLibrary
 from tunerkit.serialization.header import Header, decode, digest, read
 from tunerkit_testing.registering import registered
 
@@ -170,7 +171,7 @@ def test_errors_about_a_file_are_short(toys: "Toys", saved: Path, tmp_path: Path
     path = rewritten(saved, tmp_path / "x.safetensors", cast(Any, LONG_FILES[name]))
     base = toys.net()
     plugin = ModuleType("library")
-    library = tunerkit.ModelLibrary(settings=lambda model: {"rms_norm_eps": 1e-5} if model is base else {})
+    library = ModelLibrary(settings=lambda model: {"rms_norm_eps": 1e-5} if model is base else {})
     plugin.tunerkit_model_libraries = tunerkit.hookimpl(lambda: [library])  # type: ignore[attr-defined]
     with registered(plugin), pytest.raises(tunerkit.errors.TunerkitError) as caught:
         tunerkit.load(base, path)

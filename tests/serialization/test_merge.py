@@ -15,6 +15,7 @@ import tunerkit
 from tests.support.interrupting import half_done
 from tunerkit.errors import AdapterError, PluginError, StepError, TunerkitWarning
 from tunerkit.injection import is_merged
+from tunerkit.plugin import Adapter, BaseLayer, Delta, Method
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import ShiftConfig
 
@@ -292,22 +293,22 @@ def test_a_permanent_merge_keeps_no_originals_and_says_so(toys: "Toys", tmp_path
 def broken(delta: Any, *, unasked: bool = False) -> object:
     """A method like toy-shift whose delta hook returns ``delta(adapter, base)``, or is missing."""
 
-    class Adapter(tunerkit.Adapter):
-        def forward(self, base: tunerkit.BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    class Plain(Adapter):
+        def forward(self, base: BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return y
 
     class Plugin:
         @tunerkit.hookimpl
-        def tunerkit_methods(self) -> list[tunerkit.Method]:
-            return [tunerkit.Method("toy-broken", config=ShiftConfig)]
+        def tunerkit_methods(self) -> list[Method]:
+            return [Method("toy-broken", config=ShiftConfig)]
 
         @tunerkit.hookimpl
         def tunerkit_build_adapter(self) -> Adapter:
-            return Adapter()
+            return Plain()
 
     class WithDelta(Plugin):
         @tunerkit.hookimpl
-        def tunerkit_delta(self, adapter: Adapter, base: tunerkit.BaseLayer) -> Any:
+        def tunerkit_delta(self, adapter: Adapter, base: BaseLayer) -> Any:
             return delta(adapter, base)
 
     return Plugin() if unasked else WithDelta()
@@ -316,11 +317,11 @@ def broken(delta: Any, *, unasked: bool = False) -> object:
 def fail_at_the_second() -> Any:
     calls: list[int] = []
 
-    def delta(adapter: Any, base: tunerkit.BaseLayer) -> tunerkit.Delta:
+    def delta(adapter: Any, base: BaseLayer) -> Delta:
         calls.append(0)
         if len(calls) % 2 == 0:
             raise ZeroDivisionError("the plugin's own")
-        return tunerkit.Delta(weight=torch.ones(base.out_features, base.in_features))
+        return Delta(weight=torch.ones(base.out_features, base.in_features))
 
     return delta
 
@@ -333,15 +334,15 @@ def fail_at_the_second() -> Any:
         (
             broken(lambda adapter, base: None),
             PluginError,
-            r"'toy-broken' \(in-process\).* must return tunerkit.Delta",
+            r"'toy-broken' \(in-process\).* must return tunerkit.plugin.Delta",
         ),
         (broken(lambda adapter, base: torch.ones(1)), PluginError, "returned a Tensor"),
         (
-            broken(lambda adapter, base: tunerkit.Delta(weight=torch.ones(1, base.in_features))),
+            broken(lambda adapter, base: Delta(weight=torch.ones(1, base.in_features))),
             PluginError,
             r"weight of shape \(1, 4\) for 'layers.0'.* of shape \(8, 4\)",
         ),
-        (broken(lambda adapter, base: tunerkit.Delta(bias=torch.ones(1))), PluginError, r"bias of shape \(1,\)"),
+        (broken(lambda adapter, base: Delta(bias=torch.ones(1))), PluginError, r"bias of shape \(1,\)"),
     ],
 )
 def test_a_plugin_that_fails_to_merge_changes_nothing(
@@ -366,7 +367,7 @@ def test_a_bias_where_there_is_none_cannot_be_merged(toys: "Toys") -> None:
 
 def test_an_adapter_that_adds_nothing_is_merged_and_unmerged(toys: "Toys") -> None:
     """An empty delta stores no originals, and still is no permanent merge."""
-    with registered(broken(lambda adapter, base: tunerkit.Delta())):
+    with registered(broken(lambda adapter, base: Delta())):
         model = tunerkit.wrap(toys.net(), "toy-broken")
         output = model(toys.x())
         assert torch.equal(tunerkit.merge(model)(toys.x()), output)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import tunerkit
 from tunerkit.errors import AdapterError
 from tunerkit.injection import is_merged
+from tunerkit.plugin import BaseLayer
 from tunerkit_testing.registering import registered
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Packed(nn.Module):
 
 
 @attrs.frozen(eq=False)
-class PackedLayer(tunerkit.BaseLayer):
+class PackedLayer(BaseLayer):
     """`Packed` as a base layer. A delta is packed as the weight is; in ``real`` units it is not."""
 
     @classmethod
@@ -62,11 +63,11 @@ class NaiveLayer(PackedLayer):
 class Plugin:
     """Offers one of the two kinds."""
 
-    def __init__(self, kind: type[tunerkit.BaseLayer]) -> None:
+    def __init__(self, kind: type[BaseLayer]) -> None:
         self.kind = kind
 
     @tunerkit.hookimpl
-    def tunerkit_base_layers(self) -> list[type[tunerkit.BaseLayer]]:
+    def tunerkit_base_layers(self) -> list[type[BaseLayer]]:
         return [self.kind]
 
 

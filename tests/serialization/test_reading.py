@@ -142,7 +142,7 @@ def test_a_peft_adapter_is_named_with_what_reads_it(
         file = file.rename(tmp_path / "mine.safetensors")
     elif case == "file without its folder":
         file = file.rename(tmp_path / "adapter_model.safetensors")
-    with pytest.raises(FileError, match=r"PEFT.*pip install tunerkit-peft.*PeftModel\.from_pretrained"):
+    with pytest.raises(FileError, match=r"PEFT.*pip install .*\[peft\].*PeftModel\.from_pretrained"):
         read(folder if case in ("folder", "older folder") else file, content=content)
 
 

@@ -68,7 +68,7 @@ def test_another_run_s_state_is_refused_before_the_optimizer_s_is_touched(toys: 
     model, optimizer = attached(toys)
     train(toys, model, optimizer, 2)
     _, longer = attached(toys, total=TOTAL + 1)
-    with pytest.raises(tunerkit.FileError, match=r"state_dict belongs to another run.*\n- total_steps 9 -> 10"):
+    with pytest.raises(tunerkit.errors.FileError, match=r"state_dict belongs to another run.*\n- total_steps 9 -> 10"):
         longer.load_state_dict(stored(optimizer))
     assert not longer.state
 
@@ -83,7 +83,7 @@ def test_a_damaged_training_state_is_named(toys: "Toys", lost: str) -> None:
         [] if lost == "both" else {key: value for key, value in state["tunerkit"]["default"].items() if key != lost}
     )
     again, other = attached(toys)
-    with pytest.raises(tunerkit.FileError, match="the optimizer's state_dict has a damaged training state"):
+    with pytest.raises(tunerkit.errors.FileError, match="the optimizer's state_dict has a damaged training state"):
         other.load_state_dict(state)
     assert tunerkit.tuner(again).steps == 0
 

@@ -9,6 +9,7 @@ import torch
 import tunerkit
 from tests.support.adapter_files import rewritten
 from tunerkit.errors import FileError
+from tunerkit.plugin import Method, State, Tuner
 from tunerkit.serialization.training_state import restore_
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import Shift
@@ -22,19 +23,19 @@ class CarelessPlugin(Shifting):
     """``toy-careless``: restoring writes into the adapters and into the state, and then finds out what is missing."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-careless", config=ShiftConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-careless", config=ShiftConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_start(self, tuner: tunerkit.Tuner) -> dict[str, Any]:
+    def tunerkit_start(self, tuner: Tuner) -> dict[str, Any]:
         return {"average": torch.ones(3), "adapters": list(tuner.adapters().values())}
 
     @tunerkit.hookimpl
-    def tunerkit_state(self, tuner: tunerkit.Tuner) -> tunerkit.State:
-        return tunerkit.State(tensors={"average": torch.full((3,), 5.0)}, values={})
+    def tunerkit_state(self, tuner: Tuner) -> State:
+        return State(tensors={"average": torch.full((3,), 5.0)}, values={})
 
     @tunerkit.hookimpl
-    def tunerkit_restore(self, tuner: tunerkit.Tuner, state: tunerkit.State) -> None:
+    def tunerkit_restore(self, tuner: Tuner, state: State) -> None:
         live: Any = tuner.state
         live["average"].copy_(state.tensors["average"])
         for adapter in tuner.adapters().values():

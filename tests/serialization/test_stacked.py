@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tests.support.toy_readers import DirectionPlugin, ScalePlugin, SecretivePlugin
+from tunerkit.plugin import Restriction
 from tunerkit_testing.checks.probing import shared_in
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin, ShiftPlugin
@@ -224,7 +225,7 @@ def test_a_reader_of_an_embedding_with_a_padding_row_is_refused(methods: tuple[s
         layer.weight[2] = 1.0  # as in pretrained tables
     model, x = stacked(nn.Sequential(layer), methods), torch.arange(9)
     before = model(x)
-    with pytest.raises(tunerkit.AdapterError, match=r"'0': the merged Embedding.*exclude=") as error:
+    with pytest.raises(tunerkit.errors.AdapterError, match=r"'0': the merged Embedding.*exclude=") as error:
         tunerkit.merge(model)
     assert methods[0] in str(error.value)
     assert torch.equal(model(x), before)
@@ -260,7 +261,7 @@ def test_scaling_a_padding_row_that_is_not_zero_is_not_merged(method: str, paddi
     embedding = nn.Embedding(100, 5, padding_idx=padding)
     nn.init.normal_(embedding.weight)
     model = stacked(nn.Sequential(embedding), (method,))
-    with pytest.raises(tunerkit.AdapterError, match=r"cannot merge into '0': the merged .* for its padding"):
+    with pytest.raises(tunerkit.errors.AdapterError, match=r"cannot merge into '0': the merged .* for its padding"):
         tunerkit.merge(model)
 
 
@@ -275,9 +276,9 @@ class Library:
     """What merging into it does."""
 
     @tunerkit.hookimpl
-    def tunerkit_restrictions(self) -> list[tunerkit.Restriction]:
+    def tunerkit_restrictions(self) -> list[Restriction]:
         name = f"{Unreadable.__module__}.{Unreadable.__qualname__}"
-        return [tunerkit.Restriction("a library", {"merge": "nothing can be added to it"}, classes=(name,))]
+        return [Restriction("a library", {"merge": "nothing can be added to it"}, classes=(name,))]
 
 
 def test_a_padding_row_is_not_read_of_a_weight_that_cannot_be_merged_at_all() -> None:
@@ -285,7 +286,10 @@ def test_a_padding_row_is_not_read_of_a_weight_that_cannot_be_merged_at_all() ->
     model = stacked(nn.Sequential(nn.Embedding(9, 5, padding_idx=0)), ("toy-scale",))
     model[0]._parameters["weight"] = model[0].weight.detach().as_subclass(Unreadable)
     model[0].weight[0].fill_(1)
-    with registered(Library()), pytest.raises(tunerkit.AdapterError, match="cannot merge with a library, found at '0"):
+    with (
+        registered(Library()),
+        pytest.raises(tunerkit.errors.AdapterError, match="cannot merge with a library, found at '0"),
+    ):
         tunerkit.merge(model)
 
 

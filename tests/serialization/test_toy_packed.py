@@ -98,9 +98,9 @@ def test_the_fingerprint_has_what_the_weight_is_made_of(tmp_path: Path) -> None:
     for name in ("weight", "scale"):
         other = packed()
         other[0].get_buffer(name).view(-1)[0] += 1
-        with pytest.raises(tunerkit.BaseMismatchError, match=f"other values: 0.{name}"):
+        with pytest.raises(tunerkit.errors.BaseMismatchError, match=f"other values: 0.{name}"):
             tunerkit.load(other, path)
-    with pytest.raises(tunerkit.BaseMismatchError):
+    with pytest.raises(tunerkit.errors.BaseMismatchError):
         tunerkit.load(net(), path)
 
 
@@ -122,7 +122,7 @@ def test_a_delta_that_packing_rounds_away_is_refused() -> None:
         for adapter in tunerkit.tuner(model).adapters().values():
             adapter.get_parameter("b").add_(1e-6)
     before = state(model)
-    with pytest.raises(tunerkit.AdapterError, match=r"cannot merge into '0': its Int8Linear stores.*no effect"):
+    with pytest.raises(tunerkit.errors.AdapterError, match=r"cannot merge into '0': its Int8Linear stores.*no effect"):
         tunerkit.merge(model)
     assert same(state(model), before)
 
@@ -145,5 +145,5 @@ def test_its_tensors_are_found_by_name() -> None:
     assert base.tensor("weight").dtype == torch.int8
     assert base.tensor("bias") is base.module.bias
     assert torch.equal(base.bias(), base.module.bias)
-    with pytest.raises(tunerkit.AdapterError, match="Int8Linear has no parameter or buffer named 'wieght'"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="Int8Linear has no parameter or buffer named 'wieght'"):
         base.tensor("wieght")

@@ -10,6 +10,7 @@ import torch
 import tunerkit
 from tunerkit import injection
 from tunerkit.errors import AdapterError, FileError, TunerkitWarning
+from tunerkit.plugin import State
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys
@@ -75,10 +76,10 @@ def test_a_training_state_that_is_not_finite_is_neither_saved_nor_loaded(
     model = toys.trained("toy-shift", targets=["conv"])
     path = tunerkit.save_state(model, tmp_path)
     older = path.read_bytes()
-    wrong = tunerkit.State(tensors={"seen": torch.tensor([torch.nan])}, values={"steps": 0})
+    wrong = State(tensors={"seen": torch.tensor([torch.nan])}, values={"steps": 0})
     for state, error, words in (
         (wrong, AdapterError, r"NaN or inf in 1 of 1 tensors: seen"),
-        (tunerkit.State(tensors={}, values={"best": float("inf")}), FileError, "cannot hold NaN, inf"),
+        (State(tensors={}, values={"best": float("inf")}), FileError, "cannot hold NaN, inf"),
     ):
         monkeypatch.setattr(injection, "training_state", lambda tuner, state=state: state)
         with pytest.raises(error, match=words):

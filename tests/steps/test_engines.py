@@ -13,6 +13,7 @@ from torch import nn
 import tunerkit
 from tunerkit import hooks
 from tunerkit.errors import TargetError
+from tunerkit.plugin import Restriction
 from tunerkit_testing.registering import registered
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ class Plugin:
     """Refuses every verb with that layer."""
 
     @tunerkit.hookimpl
-    def tunerkit_restrictions(self) -> list[tunerkit.Restriction]:
+    def tunerkit_restrictions(self) -> list[Restriction]:
         refused = {verb: f"its tables would be lost. Call the library's own {verb} instead" for verb in VERBS}
-        return [tunerkit.Restriction("my tables", refused, (f"{__name__}.Table",), error=TargetError)]
+        return [Restriction("my tables", refused, (f"{__name__}.Table",), error=TargetError)]
 
 
 def test_what_a_plugin_refuses_is_refused(toys: "Toys", tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tunerkit import AdapterError, Cut, Growth, grow_, resize_, resize_obstacle, shrink_
+from tunerkit import grow_
+from tunerkit.errors import AdapterError
+from tunerkit.plugin import Cut, Growth, resize_, resize_obstacle, shrink_
 
 
 def stepped(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> tuple[nn.Parameter, torch.optim.Optimizer]:

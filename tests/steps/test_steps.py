@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import tunerkit
 from tests.support.noting import Call, NotingPlugin, calls_of, hooks_of, per_step
 from tunerkit.injection import tuners_of
+from tunerkit.plugin import Method, Tuner
 from tunerkit.steps import drive, is_attached, optimizer_of
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import ShiftConfig, Shifting
@@ -25,8 +26,8 @@ class Plain(Shifting):
     """A method that needs no steps and implements no step hook, like LoRA."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("plain", config=ShiftConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("plain", config=ShiftConfig)]
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +206,7 @@ def test_a_wrapper_with_a_separate_state_is_refused_where_steps_count() -> None:
     inner = sgd(model)
     outer = Averaging(inner)
     with pytest.raises(
-        tunerkit.StepError, match=r"Averaging keeps its own state in addition to that of SGD.*SGD alone"
+        tunerkit.errors.StepError, match=r"Averaging keeps its own state in addition to that of SGD.*SGD alone"
     ):
         tunerkit.attach(model, outer, total_steps=9)
     assert not is_attached(tunerkit.tuner(model))
@@ -228,7 +229,7 @@ def test_an_optimizer_that_takes_no_hooks_is_refused_and_nothing_is_attached() -
     model = wrapped()
     inner = sgd(model)
     with pytest.raises(
-        tunerkit.StepError,
+        tunerkit.errors.StepError,
         match=r"Lookahead does not support hooks.*If it wraps an optimizer that does, attach that one",
     ):
         tunerkit.attach(model, optim.Lookahead(inner), total_steps=9)
@@ -260,7 +261,7 @@ def test_a_method_that_needs_no_steps_takes_an_optimizer_without_hooks(make: Cal
         tunerkit.attach(model, make(), total_steps=9)
     tuner = tunerkit.tuner(model)
     assert (tuner.steps, tuner.total_steps) == (0, 9)
-    with pytest.raises(tunerkit.StepError, match="does not support hooks"):
+    with pytest.raises(tunerkit.errors.StepError, match="does not support hooks"):
         tunerkit.attach(wrapped(), make(), total_steps=9)
 
 
@@ -270,7 +271,9 @@ def test_a_method_that_needs_no_steps_takes_an_optimizer_without_hooks(make: Cal
 def test_what_cannot_step_is_refused_for_every_method(candidate: object) -> None:
     """A class or a model in the optimizer's place is a mistake, whether steps are needed or not."""
     for method in ("plain", None):
-        with pytest.raises(tunerkit.StepError, match="attach takes a torch optimizer, or a trainer that an installed"):
+        with pytest.raises(
+            tunerkit.errors.StepError, match="attach takes a torch optimizer, or a trainer that an installed"
+        ):
             tunerkit.attach(wrapped(method) if method else wrapped(), candidate, total_steps=9)
 
 
@@ -352,13 +355,13 @@ def test_steps_count_optimizer_steps_for_any_accumulation(micro: list[int], name
 def refusal(model: nn.Module, *args: Any, **kwargs: Any) -> str:
     """The message of a rejected attachment; also checks that the model is still unattached."""
     before = {name: (t.state, t.steps, t.total_steps, is_attached(t)) for name, t in tuners(model).items()}
-    with pytest.raises(tunerkit.StepError) as caught:
+    with pytest.raises(tunerkit.errors.StepError) as caught:
         tunerkit.attach(model, *args, **kwargs)
     assert {n: (t.state, t.steps, t.total_steps, is_attached(t)) for n, t in tuners(model).items()} == before
     return str(caught.value)
 
 
-def tuners(model: nn.Module) -> dict[str, tunerkit.Tuner]:
+def tuners(model: nn.Module) -> dict[str, Tuner]:
     return tuners_of(model)
 
 
@@ -494,7 +497,7 @@ def test_what_is_no_optimizer_is_refused_by_its_type(thing: object) -> None:
 def test_a_model_without_an_adapter_cannot_be_attached() -> None:
     """There is nothing to drive."""
     model = nn.Linear(2, 2)
-    with pytest.raises(tunerkit.AdapterError, match=r"tunerkit\.wrap"):
+    with pytest.raises(tunerkit.errors.AdapterError, match=r"tunerkit\.wrap"):
         tunerkit.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=5)
 
 
@@ -506,9 +509,9 @@ def test_stepping_while_merged_raises_and_moves_nothing() -> None:
     backward(model)
     before = [p.detach().clone() for p in trained(model)]
     tunerkit.merge(model)
-    with pytest.raises(tunerkit.StepError, match=r"tunerkit\.unmerge"):
+    with pytest.raises(tunerkit.errors.StepError, match=r"tunerkit\.unmerge"):
         optimizer.step()
-    with pytest.raises(tunerkit.StepError, match="merged"):
+    with pytest.raises(tunerkit.errors.StepError, match="merged"):
         optimizer.step(lambda: 0.0)
     assert all(torch.equal(p, old) for p, old in zip(trained(model), before, strict=True))
     assert names(model) == []
@@ -579,7 +582,7 @@ def test_attach_changes_nothing_when_one_of_several_adapters_is_refused(reason: 
     another = sgd(model)
     if reason == "attached":
         tunerkit.attach(model, another, total_steps=5, adapter="second")
-    with pytest.raises((tunerkit.StepError, tunerkit.ConfigError)):
+    with pytest.raises((tunerkit.errors.StepError, tunerkit.errors.ConfigError)):
         tunerkit.attach(model, optimizer, total_steps=5)
     assert not is_attached(first)
     assert (first.state, first.total_steps) == (None, None)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 import tunerkit
+from tunerkit.plugin import Method, optimizer_of
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
@@ -56,7 +57,7 @@ def test_training_without_attach_stops_after_the_first_step_of_adam_too(toys: "T
     """Torch does not count the changes that a fused optimizer makes."""
     model = wrapped(toys)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=fused)
-    with pytest.raises(tunerkit.StepError, match=NOTHING):
+    with pytest.raises(tunerkit.errors.StepError, match=NOTHING):
         step(toys, model, optimizer)
 
 
@@ -73,7 +74,7 @@ def test_a_backward_without_a_step_triggers_nothing(toys: "Toys") -> None:
 def test_training_without_attach_stops_after_the_first_step(toys: "Toys") -> None:
     """The error has the line to add. A method that does not act on steps loses nothing and triggers nothing."""
     model = wrapped(toys)
-    with pytest.raises(tunerkit.StepError, match=NOTHING):
+    with pytest.raises(tunerkit.errors.StepError, match=NOTHING):
         step(toys, model, sgd(model))
     plain = wrapped(toys, "toy-low-rank")
     assert told(toys, plain, sgd(plain)) == []
@@ -83,8 +84,8 @@ class PenaltyPlugin(LowRankPlugin):
     """Adds a gradient in each step, and does nothing after it."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("penalty", config=LowRankConfig, needs_steps=True)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("penalty", config=LowRankConfig, needs_steps=True)]
 
     @tunerkit.hookimpl
     def tunerkit_before_step(self) -> None:
@@ -95,7 +96,7 @@ def test_a_method_that_only_adds_gradients_stops_too(toys: "Toys") -> None:
     """Without attach the training would go on to its end, without the penalty."""
     with registered(PenaltyPlugin()):
         model = wrapped(toys, "penalty")
-        with pytest.raises(tunerkit.StepError, match=NOTHING):
+        with pytest.raises(tunerkit.errors.StepError, match=NOTHING):
             step(toys, model, sgd(model))
 
 
@@ -131,7 +132,7 @@ def test_a_copied_optimizer_that_lost_its_hooks_stops_after_its_first_step(toys:
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=9)
     twin, twin_optimizer = copied((model, optimizer))
-    with pytest.raises(tunerkit.StepError, match="lost its hooks"):
+    with pytest.raises(tunerkit.errors.StepError, match="lost its hooks"):
         step(toys, twin, twin_optimizer)
     assert tunerkit.tuner(twin).steps == 0
     tunerkit.attach(twin, twin_optimizer, total_steps=9)
@@ -166,8 +167,8 @@ class QuietPlugin(LowRankPlugin):
     """Acts on steps, but could do without."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("quiet", config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("quiet", config=LowRankConfig)]
 
     @tunerkit.hookimpl
     def tunerkit_after_step(self) -> None:
@@ -229,7 +230,7 @@ def test_a_loaded_adapter_is_watched_too(toys: "Toys", tmp_path: Path) -> None:
     tunerkit.tuner(model).progress.steps = 1
     path = tunerkit.save(model, tmp_path)
     loaded = tunerkit.load(toys.net(), path, trainable=True)
-    with pytest.raises(tunerkit.StepError, match="nothing drives it"):
+    with pytest.raises(tunerkit.errors.StepError, match="nothing drives it"):
         step(toys, loaded, sgd(loaded))
 
 
@@ -250,7 +251,7 @@ with registered(ShiftPlugin()):
     optimizer.step()
     try:
         model(torch.ones(2, 4))
-    except tunerkit.StepError as error:
+    except tunerkit.errors.StepError as error:
         print(str(error).count("nothing drives it"))
 """
 
@@ -272,7 +273,7 @@ def test_a_wrapped_model_is_pickled_with_every_protocol(toys: "Toys", protocol: 
     tunerkit.attach(model, sgd(model), total_steps=9)
     twin = tunerkit.tuner(pickle.loads(pickle.dumps(model, protocol=protocol)))
     assert (twin.method, twin.total_steps, list(twin.adapters())) == ("toy-stepper", 9, list(twin.ranks()))
-    assert tunerkit.optimizer_of(twin) is None
+    assert optimizer_of(twin) is None
 
 
 @pytest.mark.parametrize("run", ["forward", "compiled"])
@@ -284,7 +285,7 @@ def test_a_loop_that_never_calls_the_model_is_stopped_in_its_second_backward(toy
     call(toys.x()).square().mean().backward()
     optimizer.step()
     loss = call(toys.x()).square().mean()
-    with pytest.raises(tunerkit.StepError, match=NOTHING):
+    with pytest.raises(tunerkit.errors.StepError, match=NOTHING):
         loss.backward()
 
 

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit import steps
+from tunerkit.plugin import Adapter, BaseLayer, Engine, Method, Tuner, resize_
 from tunerkit.steps.driver import Withheld
 from tunerkit_testing.counting import Counting
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import ShiftConfig
 
 
-class Gated(tunerkit.Adapter):
+class Gated(Adapter):
     """``gate`` · ``v`` (out,), added to the output. Only the method sets the gate."""
 
     def __init__(self, features: int) -> None:
@@ -23,7 +24,7 @@ class Gated(tunerkit.Adapter):
         self.v = nn.Parameter(torch.ones(features))
         self.gate = nn.Parameter(torch.ones(1))
 
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return y + base.shape_bias(self.gate * self.v).to(y.dtype)
 
 
@@ -31,11 +32,11 @@ class GatePlugin:
     """Withholds the gate, and records its gradient whenever a hook fires."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("gated", config=ShiftConfig, needs_steps=True)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("gated", config=ShiftConfig, needs_steps=True)]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Gated:
+    def tunerkit_build_adapter(self, base: BaseLayer) -> Gated:
         return Gated(base.out_features)
 
     @tunerkit.hookimpl
@@ -43,12 +44,12 @@ class GatePlugin:
         return []
 
     @tunerkit.hookimpl
-    def tunerkit_before_step(self, tuner: tunerkit.Tuner) -> object:
+    def tunerkit_before_step(self, tuner: Tuner) -> object:
         note(tuner, "before")
         return gates(tuner)
 
     @tunerkit.hookimpl
-    def tunerkit_after_step(self, tuner: tunerkit.Tuner) -> None:
+    def tunerkit_after_step(self, tuner: Tuner) -> None:
         note(tuner, "after")
 
 
@@ -56,13 +57,13 @@ class OldGatePlugin(GatePlugin):
     """Removes and restores the gradient itself, as methods did before hooks could return parameters."""
 
     @tunerkit.hookimpl
-    def tunerkit_before_step(self, tuner: tunerkit.Tuner) -> None:  # type: ignore[override]
+    def tunerkit_before_step(self, tuner: Tuner) -> None:  # type: ignore[override]
         note(tuner, "before")
         for gate in gates(tuner):
             gate.grad = None
 
     @tunerkit.hookimpl
-    def tunerkit_after_step(self, tuner: tunerkit.Tuner) -> None:
+    def tunerkit_after_step(self, tuner: Tuner) -> None:
         for gate in gates(tuner):
             gate.grad = noted(tuner)[-1][1]
         note(tuner, "after")
@@ -72,7 +73,7 @@ class NamingPlugin(GatePlugin):
     """Returns the gate's name instead of the gate."""
 
     @tunerkit.hookimpl
-    def tunerkit_before_step(self, tuner: tunerkit.Tuner) -> object:
+    def tunerkit_before_step(self, tuner: Tuner) -> object:
         return ["gate"]
 
 
@@ -80,7 +81,7 @@ class BarePlugin(GatePlugin):
     """Returns the gate itself, not in a list."""
 
     @tunerkit.hookimpl
-    def tunerkit_before_step(self, tuner: tunerkit.Tuner) -> object:
+    def tunerkit_before_step(self, tuner: Tuner) -> object:
         return gates(tuner)[0]
 
 
@@ -88,20 +89,20 @@ class AffirmingPlugin(GatePlugin):
     """Returns True."""
 
     @tunerkit.hookimpl
-    def tunerkit_before_step(self, tuner: tunerkit.Tuner) -> object:
+    def tunerkit_before_step(self, tuner: Tuner) -> object:
         return True
 
 
-def gates(tuner: tunerkit.Tuner) -> list[nn.Parameter]:
+def gates(tuner: Tuner) -> list[nn.Parameter]:
     return [adapter.gate for adapter in tuner.adapters().values() if isinstance(adapter, Gated)]
 
 
-def noted(tuner: tunerkit.Tuner) -> list[tuple[str, Tensor | None]]:
+def noted(tuner: Tuner) -> list[tuple[str, Tensor | None]]:
     assert isinstance(tuner.state, list)
     return tuner.state
 
 
-def note(tuner: tunerkit.Tuner, hook: str) -> None:
+def note(tuner: Tuner, hook: str) -> None:
     (gate,) = gates(tuner)
     noted(tuner).append((hook, None if gate.grad is None else gate.grad.clone()))
 
@@ -226,7 +227,7 @@ def test_what_came_after_a_step_that_raised_wins() -> None:
     withheld = Withheld()
     withheld.take_([one, other], None)
     one.grad = newer = torch.full((3,), 2.0)
-    tunerkit.resize_(other, torch.ones(2))
+    resize_(other, torch.ones(2))
     withheld.put_back_(stepped=False)
     assert one.grad is newer
     assert other.grad is None
@@ -283,7 +284,7 @@ def test_what_is_no_list_of_parameters_is_refused(words: str) -> None:
     backward(model)
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(
-        tunerkit.PluginError,
+        tunerkit.errors.PluginError,
         match=rf"tunerkit_before_step of .* returned {words}.*return a list of the adapter's parameters",
     ):
         optimizer.step()
@@ -328,12 +329,12 @@ class FirstStepPlugin(GatePlugin):
     """Withholds the gate from the first step alone."""
 
     @tunerkit.hookimpl
-    def tunerkit_before_step(self, tuner: tunerkit.Tuner) -> object:
+    def tunerkit_before_step(self, tuner: Tuner) -> object:
         note(tuner, "before")
         return gates(tuner) if len(noted(tuner)) == 1 else None
 
 
-class Moving(tunerkit.Engine):
+class Moving(Engine):
     """Its optimizer moves a parameter without a gradient too."""
 
     withholds = False

@@ -23,9 +23,9 @@ from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
 from tunerkit_transformers.bases import Base, whole
 
-PAGE = Path(__file__).parents[2] / "docs" / "bad-input.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "errors.md"
 _TRAIN = "--method toy-low-rank --out new --epochs 1 --batch-size 8"
-_INTRODUCTION = """# Bad input
+_INTRODUCTION = """# Error messages
 
 What the command says about a mistake: one line on stderr, with what was seen and what to do, and exit code 2. No
 adapter is written, and no file of an earlier run is lost, unless `--overwrite` said so. Each row is the message of one

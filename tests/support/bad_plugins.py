@@ -10,8 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-import tunerkit
-from tunerkit import Adapter, BaseLayer, Delta, State, Target, Tuner, hookimpl
+from tunerkit.plugin import Adapter, BaseLayer, Delta, Method, State, Target, Tuner, hookimpl
 from tunerkit_testing import Case, CheckResult, check_method, small
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankConfig
@@ -63,8 +62,8 @@ class Plugin:
     adapter: type[Product] = Product
 
     @hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method(METHOD, config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method(METHOD, config=LowRankConfig)]
 
     @hookimpl
     def tunerkit_build_adapter(self, base: BaseLayer, config: LowRankConfig) -> Adapter:
@@ -206,8 +205,8 @@ class TrainsTheGainOnce:
     """Adapters share a trained factor, to which the second target gives no gradient."""
 
     @hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method(METHOD, config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method(METHOD, config=LowRankConfig)]
 
     @hookimpl
     def tunerkit_shared(self) -> nn.Module:
@@ -259,8 +258,8 @@ class DeltaTransposed(Plugin):
 
 class DeltaMissing:
     @hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method(METHOD, config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method(METHOD, config=LowRankConfig)]
 
     @hookimpl
     def tunerkit_build_adapter(self, base: BaseLayer, config: LowRankConfig) -> Adapter:

@@ -6,7 +6,7 @@ from tunerkit_testing.checks.order import BY_NAME
 _INTRODUCTION = """# What the kit checks
 
 `tunerkit check` and `tunerkit_testing.check_method` run these checks on each model, in this order. [Write a
-plugin](plugins.md#check-your-method) shows how to call them.
+plugin](write-a-plugin.md#check-your-method) shows how to call them.
 
 ## The checks
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit.layers import torch_private
+from tunerkit.plugin import Tuner
 from tunerkit_testing import transformers_cases
 
 # The models by name, with targets in each.
@@ -47,7 +48,7 @@ class Tiny(nn.Module):
 class Training:
     """What `train` saw: the outputs of each step and the graphs compiled by then, last those in eval mode."""
 
-    tuner: tunerkit.Tuner
+    tuner: Tuner
     outputs: list[Tensor]
     compilations: list[int]
 

@@ -15,7 +15,7 @@ check_survives_json = assert_survives_json
 
 def mistakes(method: str, mapping: Mapping[str, Any]) -> list[str]:
     """The lines of the error that ``mapping`` is rejected with, one for each mistake."""
-    with pytest.raises(tunerkit.ConfigError) as caught:
+    with pytest.raises(tunerkit.errors.ConfigError) as caught:
         tunerkit.structure(method, mapping)
     return [line.removeprefix("- ") for line in str(caught.value).splitlines() if "@ $" in line]
 
@@ -36,6 +36,6 @@ def check_unmatched_pattern(method: str, field: str, value: object) -> None:
     """
     model = nn.ModuleDict({"query": nn.Linear(4, 4), "value": nn.Linear(4, 4)})
     before = list(model.state_dict())
-    with pytest.raises(tunerkit.ConfigError, match=rf"'qury' matches none.*query.*@ \$\.{re.escape(field)}"):
+    with pytest.raises(tunerkit.errors.ConfigError, match=rf"'qury' matches none.*query.*@ \$\.{re.escape(field)}"):
         tunerkit.wrap(model, method, {"targets": ["query", "value"], field: {"qury": value}})
     assert list(model.state_dict()) == before

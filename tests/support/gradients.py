@@ -6,10 +6,11 @@ from collections.abc import Mapping
 import torch
 
 import tunerkit
+from tunerkit.plugin import Tuner
 from tunerkit_testing.conformance import Case, wrapped
 
 
-def check_reach_every_adapter(case: Case, method: str, config: Mapping[str, object], parameter: str) -> tunerkit.Tuner:
+def check_reach_every_adapter(case: Case, method: str, config: Mapping[str, object], parameter: str) -> Tuner:
     """After one backward pass from the start, a parameter of each adapter has a gradient that is not 0.
 
     Args:

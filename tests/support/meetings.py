@@ -72,7 +72,7 @@ def ddp_accumulates(rank: int, folder: Path) -> Any:
     try:
         with skipping.limited():
             step(1 + rank)
-    except tunerkit.StepError as error:
+    except tunerkit.errors.StepError as error:
         return _meetings(found), str(error)
 
 
@@ -141,7 +141,7 @@ def ddp_alternates(rank: int, folder: Path) -> Any:
     try:
         with skipping.limited():
             play(judged=rank == 0)
-    except tunerkit.StepError as error:
+    except tunerkit.errors.StepError as error:
         return _meetings(found), str(error)
 
 

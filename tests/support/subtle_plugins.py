@@ -8,7 +8,6 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-import tunerkit
 from tests.support.bad_plugins import (
     METHOD,
     ChangesAfterAStep,
@@ -19,7 +18,22 @@ from tests.support.bad_plugins import (
     Product,
     TrainsTheGainOnce,
 )
-from tunerkit import Adapter, BaseLayer, Delta, Factors, ParamGroup, Statistics, Target, Tuner, hookimpl
+from tunerkit.plugin import (
+    Adapter,
+    BaseLayer,
+    Delta,
+    Factors,
+    Method,
+    ParamGroup,
+    Statistics,
+    StatisticsRequest,
+    Target,
+    Tuner,
+    add_low_rank,
+    hookimpl,
+    low_rank_factors,
+    setting,
+)
 from tunerkit_testing.toy_methods import LowRankConfig
 
 
@@ -28,8 +42,8 @@ def with_config(config: type) -> type:
 
     class Configured(Plugin):
         @hookimpl
-        def tunerkit_methods(self) -> list[tunerkit.Method]:
-            return [tunerkit.Method(METHOD, config=config)]
+        def tunerkit_methods(self) -> list[Method]:
+            return [Method(METHOD, config=config)]
 
     return Configured
 
@@ -44,12 +58,12 @@ def with_adapter(adapter: type[Product]) -> type:
 
 @attrs.frozen
 class CountingUp(LowRankConfig):
-    rank: int = tunerkit.setting(2, ge=1, converter=lambda rank: rank + 1, doc="Larger at each reading.")
+    rank: int = setting(2, ge=1, converter=lambda rank: rank + 1, doc="Larger at each reading.")
 
 
 @attrs.frozen
 class Lenient(LowRankConfig):
-    rank: int = tunerkit.setting(2, converter=lambda rank: rank if type(rank) is int else 2, doc="Anything.")
+    rank: int = setting(2, converter=lambda rank: rank if type(rank) is int else 2, doc="Anything.")
 
 
 @attrs.frozen
@@ -104,8 +118,8 @@ class ChangesSharedAtBuild(SharingPlugin):
 
 class CalibratesTooMuch(Plugin):
     @hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method(METHOD, config=LowRankConfig, statistics=tunerkit.StatisticsRequest(inputs=2))]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method(METHOD, config=LowRankConfig, statistics=StatisticsRequest(inputs=2))]
 
     @hookimpl
     def tunerkit_calibrate(self, tuner: Tuner, statistics: Mapping[str, Statistics]) -> None:
@@ -202,7 +216,7 @@ class CastsItself(Product):
 
 class ReusesY(Product):
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        return tunerkit.add_low_rank(base, x, y, q=self.a, p=self.b, scale=1.0) + 0.1 * y
+        return add_low_rank(base, x, y, q=self.a, p=self.b, scale=1.0) + 0.1 * y
 
 
 class LoopsInAStep(Plugin):
@@ -220,7 +234,7 @@ class LoopsInAStep(Plugin):
 class FactorsTooSmall(Plugin):
     @hookimpl
     def tunerkit_factors(self, adapter: Product) -> Factors:
-        return tunerkit.low_rank_factors(adapter.a, adapter.b, scale=0.5)
+        return low_rank_factors(adapter.a, adapter.b, scale=0.5)
 
 
 class OneRankTooHigh(Product):
@@ -236,13 +250,13 @@ class RankTooHigh(Plugin):
 
     @hookimpl
     def tunerkit_factors(self, adapter: Product) -> Factors:
-        return tunerkit.low_rank_factors(adapter.a, adapter.b, scale=1.0)
+        return low_rank_factors(adapter.a, adapter.b, scale=1.0)
 
 
 class BuildsTooLarge(Plugin):
     @hookimpl
     def tunerkit_factors(self, adapter: Product) -> Factors:
-        return tunerkit.low_rank_factors(adapter.a, adapter.b, scale=1.0)
+        return low_rank_factors(adapter.a, adapter.b, scale=1.0)
 
     @hookimpl
     def tunerkit_from_factors(
@@ -291,8 +305,8 @@ class Scales(Product):
 
 class ReadsOutputInSecret:
     @hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method(METHOD, config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method(METHOD, config=LowRankConfig)]
 
     @hookimpl
     def tunerkit_build_adapter(self, base: BaseLayer, config: LowRankConfig) -> Adapter:

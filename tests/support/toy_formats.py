@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from tunerkit import Factors, FileError, Foreign, factors_of
+from tunerkit.errors import FileError
+from tunerkit.plugin import Factors, Foreign, factors_of
 
 if TYPE_CHECKING:
-    from tunerkit import Tuner
+    from tunerkit.plugin import Tuner
 
 FILE = "toy.json"
 

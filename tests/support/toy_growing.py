@@ -8,15 +8,28 @@ import torch
 from torch.optim import Optimizer
 
 import tunerkit
+from tunerkit.plugin import (
+    AdapterConfig,
+    BaseLayer,
+    Factors,
+    Growth,
+    Method,
+    State,
+    Tuner,
+    low_rank_factors,
+    optimizer_of,
+    resize_obstacle,
+    setting,
+)
 from tunerkit_testing.toy_adapters import SCALE, LowRank
 
 
 @attrs.frozen
-class GrowingConfig(tunerkit.AdapterConfig):
+class GrowingConfig(AdapterConfig):
     """When all adapters get one more row of ``a``, and up to which rank."""
 
-    every: int = tunerkit.setting(2, ge=1, doc="Steps between two growths.")
-    max_rank: int = tunerkit.setting(4, ge=1, doc="The final rank.")
+    every: int = setting(2, ge=1, doc="Steps between two growths.")
+    max_rank: int = setting(4, ge=1, doc="The final rank.")
 
 
 class Growing(LowRank):
@@ -26,31 +39,34 @@ class Growing(LowRank):
     reads_weight = False
     rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1}
 
-    def growths(self, generator: torch.Generator) -> list[tunerkit.Growth]:
+    def growths(self, generator: torch.Generator) -> list[Growth]:
         """Return one more row of ``a``, and one more column of ``b``, which is 0."""
         row = torch.randn(1, self.a.shape[1], generator=generator)
-        return [tunerkit.Growth(self.a, 0, row), tunerkit.Growth(self.b, 1, self.b.new_zeros(len(self.b), 1))]
+        return [
+            Growth(self.a, 0, row),
+            Growth(self.b, 1, self.b.new_zeros(len(self.b), 1)),
+        ]
 
 
 class GrowingPlugin:
     """``toy-growing``, which starts at rank 1; its state is the number of times that it has grown."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-growing", config=GrowingConfig, needs_steps=True)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-growing", config=GrowingConfig, needs_steps=True)]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Growing:
+    def tunerkit_build_adapter(self, base: BaseLayer) -> Growing:
         return Growing(base, 1)
 
     @tunerkit.hookimpl
-    def tunerkit_factors(self, adapter: Growing) -> tunerkit.Factors:
-        return tunerkit.low_rank_factors(adapter.a, adapter.b, scale=SCALE)
+    def tunerkit_factors(self, adapter: Growing) -> Factors:
+        return low_rank_factors(adapter.a, adapter.b, scale=SCALE)
 
     @tunerkit.hookimpl
-    def tunerkit_start(self, tuner: tunerkit.Tuner, optimizer: Optimizer | None) -> dict[str, int]:
-        if reason := tunerkit.resize_obstacle(tuner.parameters(), optimizer):
-            raise tunerkit.StepError(f"toy-growing cannot grow here: {reason}")
+    def tunerkit_start(self, tuner: Tuner, optimizer: Optimizer | None) -> dict[str, int]:
+        if reason := resize_obstacle(tuner.parameters(), optimizer):
+            raise tunerkit.errors.StepError(f"toy-growing cannot grow here: {reason}")
         return {"grown": 0}
 
     @tunerkit.hookimpl
@@ -60,14 +76,14 @@ class GrowingPlugin:
         tuner.state["grown"] += 1
         generator = torch.Generator().manual_seed(step)
         growths = [growth for adapter in tuner.adapters().values() for growth in adapter.growths(generator)]
-        tunerkit.grow_(growths, tunerkit.optimizer_of(tuner))
+        tunerkit.grow_(growths, optimizer_of(tuner))
         ranks: dict[str, int] = tuner.ranks()
         return ranks
 
     @tunerkit.hookimpl
-    def tunerkit_state(self, tuner: Any) -> tunerkit.State:
-        return tunerkit.State(tensors={}, values=tuner.state)
+    def tunerkit_state(self, tuner: Any) -> State:
+        return State(tensors={}, values=tuner.state)
 
     @tunerkit.hookimpl
-    def tunerkit_restore(self, tuner: tunerkit.Tuner, state: tunerkit.State) -> None:
+    def tunerkit_restore(self, tuner: Tuner, state: State) -> None:
         tuner.state = {"grown": state.values["grown"]}

@@ -3,22 +3,23 @@
 import attrs
 
 import tunerkit
+from tunerkit.plugin import AdapterConfig, Method, setting
 from tunerkit_testing.toy_adapters import Affine
 
 
 @attrs.frozen
-class AffineConfig(tunerkit.AdapterConfig):
+class AffineConfig(AdapterConfig):
     """How wide the outputs are."""
 
-    features: int = tunerkit.setting(8, ge=1, doc="The size of the outputs' last dimension.")
+    features: int = setting(8, ge=1, doc="The size of the outputs' last dimension.")
 
 
 class OutputPlugin:
     """``toy-outputs``."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-outputs", config=AffineConfig, targets="outputs")]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-outputs", config=AffineConfig, targets="outputs")]
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(self, config: AffineConfig) -> Affine:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tunerkit
+from tunerkit.plugin import BaseLayer
 
 
 class Int8Linear(nn.Module):
@@ -34,7 +35,7 @@ def quantised(weight: Tensor) -> dict[str, Tensor]:
 
 
 @attrs.frozen(eq=False)
-class Int8Layer(tunerkit.BaseLayer):
+class Int8Layer(BaseLayer):
     """`Int8Linear` as a base layer."""
 
     linear: ClassVar[bool] = False  # the product is not fused: autograd must see how the weight is computed
@@ -65,5 +66,5 @@ class Int8Plugin:
     """The kind, and no method."""
 
     @tunerkit.hookimpl
-    def tunerkit_base_layers(self) -> list[type[tunerkit.BaseLayer]]:
+    def tunerkit_base_layers(self) -> list[type[BaseLayer]]:
         return [Int8Layer]

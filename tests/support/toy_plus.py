@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 import tunerkit
+from tunerkit.plugin import Method, ParamGroup, Tuner
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
 
@@ -12,13 +13,13 @@ class PlusPlugin(LowRankPlugin):
     """``toy-plus``: trains ``b`` 16 times as fast as ``a``, as LoRA+ does, and without weight decay."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-plus", config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-plus", config=LowRankConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_param_groups(self, tuner: tunerkit.Tuner) -> list[tunerkit.ParamGroup]:
+    def tunerkit_param_groups(self, tuner: Tuner) -> list[ParamGroup]:
         fast = (parameter for name, parameter in tuner.named_parameters() if name.endswith(".b"))
-        return [tunerkit.ParamGroup(fast, lr_scale=16.0, weight_decay=0.0)]
+        return [ParamGroup(fast, lr_scale=16.0, weight_decay=0.0)]
 
 
 def ids(group: dict[str, Any]) -> set[int]:

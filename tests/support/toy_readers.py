@@ -3,12 +3,13 @@
 import attrs
 
 import tunerkit
+from tunerkit.plugin import AdapterConfig, BaseLayer, Delta, Method
 from tunerkit_testing.toy_adapters import Direction, Scale, Secretive
 from tunerkit_testing.toy_methods import LowRankConfig
 
 
 @attrs.frozen
-class ScaleConfig(tunerkit.AdapterConfig):
+class ScaleConfig(AdapterConfig):
     """Only the settings of every method."""
 
 
@@ -16,29 +17,29 @@ class ScalePlugin:
     """``toy-scale``."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-scale", config=ScaleConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-scale", config=ScaleConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Scale:
+    def tunerkit_build_adapter(self, base: BaseLayer) -> Scale:
         return Scale(base)
 
     @tunerkit.hookimpl
-    def tunerkit_delta(self, adapter: Scale, base: tunerkit.BaseLayer) -> tunerkit.Delta:
+    def tunerkit_delta(self, adapter: Scale, base: BaseLayer) -> Delta:
         bias = base.bias()
         scaled = None if bias is None else adapter.l * bias
-        return tunerkit.Delta(weight=adapter.l[:, None] * base.dense(), bias=scaled)
+        return Delta(weight=adapter.l[:, None] * base.dense(), bias=scaled)
 
 
 class SecretivePlugin(ScalePlugin):
     """``toy-secretive``."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-secretive", config=ScaleConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-secretive", config=ScaleConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Scale:
+    def tunerkit_build_adapter(self, base: BaseLayer) -> Scale:
         return Secretive(base)
 
 
@@ -46,14 +47,14 @@ class DirectionPlugin:
     """``toy-direction``."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-direction", config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-direction", config=LowRankConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> Direction:
+    def tunerkit_build_adapter(self, base: BaseLayer, config: LowRankConfig) -> Direction:
         return Direction(base, config.rank)
 
     @tunerkit.hookimpl
-    def tunerkit_delta(self, adapter: Direction, base: tunerkit.BaseLayer) -> tunerkit.Delta:
+    def tunerkit_delta(self, adapter: Direction, base: BaseLayer) -> Delta:
         turned = base.dense() + adapter.b @ adapter.a
-        return tunerkit.Delta(weight=adapter.stretch(base)[:, None] * turned - base.dense())
+        return Delta(weight=adapter.stretch(base)[:, None] * turned - base.dense())

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import tunerkit
+from tunerkit.plugin import BaseLayer, Factors, Method, low_rank_factors
 from tunerkit_testing.toy_adapters import Matrices, Weighting
 from tunerkit_testing.toy_methods import LowRankConfig
 
@@ -11,19 +12,19 @@ class SharedPlugin:
     """``toy-shared``."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-shared", config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-shared", config=LowRankConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_shared(self, bases: Sequence[tunerkit.BaseLayer], config: LowRankConfig) -> Matrices:
+    def tunerkit_shared(self, bases: Sequence[BaseLayer], config: LowRankConfig) -> Matrices:
         out, into = max(base.out_features for base in bases), max(base.in_features for base in bases)
         return Matrices(out, into, config.rank)
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> Weighting:
+    def tunerkit_build_adapter(self, base: BaseLayer, config: LowRankConfig) -> Weighting:
         return Weighting(base, config.rank)
 
     @tunerkit.hookimpl
-    def tunerkit_factors(self, adapter: Weighting, base: tunerkit.BaseLayer) -> tunerkit.Factors:
+    def tunerkit_factors(self, adapter: Weighting, base: BaseLayer) -> Factors:
         q, p = adapter.parts(base)
-        return tunerkit.low_rank_factors(q, p, scale=1.0, lam=adapter.d)
+        return low_rank_factors(q, p, scale=1.0, lam=adapter.d)

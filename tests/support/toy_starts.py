@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import tunerkit
+from tunerkit.plugin import BaseLayer, Factors, Method, Statistics, StatisticsRequest, Tuner, resize_
 from tunerkit_testing.toy_adapters import LowRank, Principal
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
@@ -26,29 +27,27 @@ class Fitted(LowRank):
         _, sigma, directions = torch.linalg.svd(measured, full_matrices=False)
         explained = sigma.square().cumsum(0) / sigma.square().sum()
         rank = int((explained < share).sum()) + 1
-        tunerkit.resize_(self.a, directions[:rank].to(self.a))
-        tunerkit.resize_(self.b, self.b.new_zeros(len(self.b), rank))
+        resize_(self.a, directions[:rank].to(self.a))
+        resize_(self.b, self.b.new_zeros(len(self.b), rank))
 
 
 class FittedPlugin(LowRankPlugin):
     """``toy-inputs``, fitted to the inputs as EVA is, and ``toy-gradients``, to the gradients as LoRA-GA is."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
+    def tunerkit_methods(self) -> list[Method]:
         requests = {
-            "toy-inputs": tunerkit.StatisticsRequest(inputs=MEASURED),
-            "toy-gradients": tunerkit.StatisticsRequest(gradients=MEASURED),
+            "toy-inputs": StatisticsRequest(inputs=MEASURED),
+            "toy-gradients": StatisticsRequest(gradients=MEASURED),
         }
-        return [tunerkit.Method(name, LowRankConfig, statistics=request) for name, request in requests.items()]
+        return [Method(name, LowRankConfig, statistics=request) for name, request in requests.items()]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> Fitted:
+    def tunerkit_build_adapter(self, base: BaseLayer, config: LowRankConfig) -> Fitted:
         return Fitted(base, config.rank)
 
     @tunerkit.hookimpl
-    def tunerkit_calibrate(
-        self, tuner: tunerkit.Tuner, statistics: Mapping[str, tunerkit.Statistics]
-    ) -> dict[str, int]:
+    def tunerkit_calibrate(self, tuner: Tuner, statistics: Mapping[str, Statistics]) -> dict[str, int]:
         adapters: Mapping[str, Any] = tuner.adapters()
         for path, adapter in adapters.items():
             found = statistics[path]
@@ -61,13 +60,13 @@ class PrincipalPlugin:
     """``toy-principal``."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-principal", config=LowRankConfig, start="rounding")]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-principal", config=LowRankConfig, start="rounding")]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> Principal:
+    def tunerkit_build_adapter(self, base: BaseLayer, config: LowRankConfig) -> Principal:
         return Principal(base, config.rank)
 
     @tunerkit.hookimpl
-    def tunerkit_factors(self, adapter: Principal) -> tunerkit.Factors:
+    def tunerkit_factors(self, adapter: Principal) -> Factors:
         return adapter.factors()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tunerkit.plugin import ModelLibrary
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin, ShiftPlugin
 
@@ -107,8 +108,8 @@ class ToyLibrary:
     """Knows models whose config is a plain namespace: by which flags it says that weights are tied."""
 
     @tunerkit.hookimpl
-    def tunerkit_model_libraries(self) -> list[tunerkit.ModelLibrary]:
-        return [tunerkit.ModelLibrary(tied_flags=_tied_flags)]
+    def tunerkit_model_libraries(self) -> list[ModelLibrary]:
+        return [ModelLibrary(tied_flags=_tied_flags)]
 
 
 def _tied_flags(module: nn.Module) -> list[str]:

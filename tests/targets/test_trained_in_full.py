@@ -153,7 +153,7 @@ def test_statistics_of_a_copy_are_trained_and_those_of_its_base_stay(toys: "Toys
 def test_attention_s_own_projection_is_not_trained_alone(toys: "Toys") -> None:
     """MultiheadAttention never calls its out_proj, so a copy of it would be saved untrained."""
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "fc": nn.Linear(4, 4)})
-    with pytest.raises(tunerkit.TargetError, match="name the owner 'attention'"):
+    with pytest.raises(tunerkit.errors.TargetError, match="name the owner 'attention'"):
         tunerkit.wrap(model, "toy-shift", {"targets": ["fc"], "train_modules": ["out_proj"]})
 
 

@@ -18,9 +18,9 @@ def adapters(model: nn.Module) -> dict[str, Tuner]:
         model: A model, wrapped or not.
 
     Returns:
-        The tuners by adapter name, the oldest first; empty for a model without adapters.
+        The tuners by adapter name, the oldest first; empty for a model without adapters. Printed, a line for each.
     """
-    return injection.tuners_of(model)
+    return injection.Adapters(injection.tuners_of(model))
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
@@ -165,6 +165,6 @@ def reference(model: nn.Module) -> Any:
     """
     found = hooks.first(hooks.specs.tunerkit_reference, model=model)
     if found is None:
-        lacking = hooks.registry.lacking(REFERENCES, "makes references")
+        lacking = hooks.registry.lacking("makes references", REFERENCES)
         raise AdapterError(lacking or "no installed plugin makes references of this model")
     return found

@@ -40,9 +40,9 @@ def attach(
             `deepspeed.initialize` returned: its engine or its optimizer.
         total_steps: The length of training in optimizer steps. A Trainer knows its own.
         adapter: The name of one adapter; by default all that are not frozen.
-        data_parallel: False if the processes of a group train adapters of their own. By default they train one adapter
-            together: `attach` finds out how. If nothing else averages the gradients, tunerkit does at the end of each
-            backward, and every process must call this, take every step, and have a backward in each.
+        data_parallel: True if the processes of a group train one adapter together, False if each trains its own. By
+            default they train together, and a warning says so if nothing else averages the gradients: tunerkit does at
+            the end of each backward. Every process must call this, take every step, and have a backward in each.
 
     Raises:
         StepError: The total number of steps is missing or differs from the config's; the optimizer does not hold the
@@ -142,8 +142,8 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float | None = No
 def calibrate(model: M, batches: Iterable[Any], adapter: str | None = None, *, loss: injection.Loss | None = None) -> M:
     """Run a model on data before training, and let an adapter's method set its start and its ranks from that.
 
-    The method says what it wants to know, see `tunerkit.StatisticsRequest`. Statistics are summed up over the batches,
-    so any amount of data takes the same memory. The base model and the caller's random state do not change.
+    The method says what it wants to know, see `tunerkit.plugin.StatisticsRequest`. Statistics are summed up over the
+    batches, so any amount of data takes the same memory. The base model and the caller's random state do not change.
 
     If the method wants gradients, modules that are trained in full are fitted to the batches first, because the
     gradients behind a new head say nothing. Embeddings are not fitted: most of their rows are pretrained.

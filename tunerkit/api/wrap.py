@@ -20,7 +20,7 @@ M = TypeVar("M", bound=nn.Module)
 def wrap(
     model: M,
     method: str,
-    config: AdapterConfig | Mapping[str, object] | None = None,
+    config: object | None = None,
     *,
     adapter: str = "default",
     seed: int | None = None,
@@ -34,8 +34,9 @@ def wrap(
 
     Args:
         model: The model. If it has adapters already, the new one is active in addition to the active ones.
-        method: The name of an installed method, such as ``"adalora"``.
+        method: The name of an installed method, such as ``"adalora"``, in any case.
         config: The method's config: an instance of its config class, a mapping of settings, or None for the defaults.
+            A plugin may also convert the config of another library, as tunerkit-peft does.
         adapter: The adapter's name: any text without "." or "/", up to 64 characters.
         seed: A 64-bit integer that makes the initial values repeatable; None uses the global random state.
 
@@ -54,7 +55,8 @@ def wrap(
     if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**64):
         raise ConfigError([f"expected an int of 64 bits or None, got {type(seed).__name__} {seed!r} @ seed"])
     root = injection.ready_model(model, adapter, trainable=True)
-    config = hooks.configure(method, config)
+    method = hooks.registry.named(method)
+    config = hooks.configure(method, config, root)
     scanned = targets.scan(root, hooks.gather_knowledge())
     targets.refuse_impassable(scanned)
     tuner = _choose(scanned, method, config, adapter)

@@ -1,5 +1,6 @@
 """The hooks and the plugins that answer them: specs, loading, the registry, and the calls of core."""
 
+from tunerkit.extras import elsewhere
 from tunerkit.hooks import specs
 from tunerkit.hooks.calls import (
     Caller,
@@ -9,7 +10,6 @@ from tunerkit.hooks.calls import (
     build_adapter,
     calibrate,
     callers_of,
-    configure,
     delta,
     factors,
     finish,
@@ -27,6 +27,7 @@ from tunerkit.hooks.calls import (
 from tunerkit.hooks.engines import Engine, Pieces, Removable, in_group, same, whole_pieces
 from tunerkit.hooks.gather import (
     adapted,
+    configure,
     first,
     gather_formats,
     gather_holdings,

@@ -102,7 +102,7 @@ class Engine:
     def is_writer(self) -> bool:
         return True
 
-    # Any: tunerkit.Tuner, which is defined on top of this.
+    # Any: tunerkit.plugin.Tuner, which is defined on top of this.
     def begin_(self, adapters: Sequence[Any], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
         """Compare the adapters of all processes, make them start alike, and register what keeps them alike.
 
@@ -170,7 +170,7 @@ class Engine:
 
 
 class TunerView(Protocol):
-    """The handle on one adapter of a wrapped model, as hooks see it; `tunerkit.Tuner` implements it, and documents it.
+    """The handle on one adapter of a wrapped model, as hooks see it; `tunerkit.plugin.Tuner` implements it.
 
     ``state`` belongs to the method: `tunerkit_start` returns it, and only `tunerkit_restore` may replace it.
     """

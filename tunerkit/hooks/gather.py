@@ -13,9 +13,10 @@ import attrs
 from torch import nn
 
 from tunerkit import extras
-from tunerkit.errors import PluginError, error_text, is_of_user, shown, warn
+from tunerkit.config import AdapterConfig
+from tunerkit.errors import ConfigError, PluginError, error_text, is_of_user, shown, warn
 from tunerkit.hooks import specs
-from tunerkit.hooks.calls import declared, is_json, unlike
+from tunerkit.hooks.calls import declared, is_json, structure, unlike
 from tunerkit.hooks.engines import TunerView, in_group
 from tunerkit.hooks.loading import Plugin
 from tunerkit.hooks.registry import registry
@@ -71,6 +72,29 @@ def gather_formats() -> dict[str, Format]:
     return found
 
 
+def configure(method: str, config: object, model: nn.Module) -> AdapterConfig:
+    """Convert what the user passed as config to the method's config class.
+
+    It is an object of that class, a mapping, None, or an object of another program, which that format's plugin reads.
+    """
+    if config is None or isinstance(config, Mapping):
+        return structure(method, config or {})
+    expected, got = registry.get(method).config, type(config)
+    if isinstance(config, AdapterConfig) and isinstance(config, expected):
+        return config
+    for each in gather_formats().values():
+        if each.config is not None and (found := each.config(config, model)) is not None:
+            if found[0] == method:
+                return structure(*found)
+            wanted = f"describes method {found[0]!r}, got {method!r}; write wrap(model, {found[0]!r}, config)"
+            raise ConfigError([f"this {got.__name__} {wanted} @ $"])
+    # Another library may have a class of the same name.
+    which = f" of {got.__module__}, not of {expected.__module__}" if got.__name__ == expected.__name__ else ""
+    which += f"; {unserved}" if (unserved := registry.unserved(config)) else ""
+    takes = f"method {method!r} takes {expected.__name__}, a mapping or None"
+    raise ConfigError([f"{takes}, got {got.__name__}{which} @ $"])
+
+
 def gather_holdings() -> tuple[Holding, ...]:
     """How libraries hold weights, as all plugins say it."""
     return _records(specs.tunerkit_holdings)
@@ -104,7 +128,7 @@ def gather_restrictions() -> tuple[Restriction, ...]:
     """What is refused with which library, as all plugins say it; then what core would do wrong without a plugin."""
     found = [*_records(specs.tunerkit_restrictions)]
     for library in extras.LIBRARIES:
-        if library.verbs and (why := registry.lacking(library.extra, "knows what it does")) is not None:
+        if library.verbs and (why := registry.lacking("knows what it does", library.extra)) is not None:
             classes = (library.package,) if library.package else ()
             marks = dict.fromkeys(library.marks)
             found.append(Restriction(library.name, dict.fromkeys(library.verbs, why), classes, marks))
@@ -116,7 +140,7 @@ def adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     tell(specs.tunerkit_adapted, model=model, modules=modules)
     trained = (parameter.requires_grad for module in modules for parameter in module.parameters())
     notices = "notices adapters that DistributedDataParallel does not synchronise"
-    if in_group() and any(trained) and (lacking := registry.lacking(extras.ENGINES, notices)) is not None:
+    if in_group() and any(trained) and (lacking := registry.lacking(notices)) is not None:
         warn(f"this process is in a group. {lacking}. Wrap the model first, then put it into DDP")
 
 
@@ -157,14 +181,8 @@ def _are_plain(*names: str) -> bool:
 # What each record must be beyond the types of its fields.
 _RULES: Final[Mapping[Callable[..., object], tuple[str, Callable[[Any], bool]]]] = {
     specs.tunerkit_base_layers: ("with all its abstract methods defined, and matrix() if linear", _is_complete),
-    specs.tunerkit_weight_readers: (
-        "with plain names",
-        lambda record: _are_plain(record.owner, *record.children),
-    ),
-    specs.tunerkit_default_targets: (
-        "with plain names",
-        lambda record: _are_plain(*record.model_types, *record.names),
-    ),
+    specs.tunerkit_weight_readers: ("with plain names", lambda record: _are_plain(record.owner, *record.children)),
+    specs.tunerkit_default_targets: ("with plain names", lambda record: _are_plain(*record.model_types, *record.names)),
     specs.tunerkit_restrictions: (
         "with plain names of classes, or marks, to recognise it by",
         lambda record: bool(record.classes or record.marks) and _are_plain(*record.classes),

@@ -18,12 +18,13 @@ from tunerkit.records import Method, MethodInfo, StatisticsRequest, mistyped, ty
 
 GROUP = "tunerkit"
 VARIABLE = "TUNERKIT_PLUGINS"
-# The version of the contract between core and plugins, and the oldest that still works; docs/plugins.md says what may
-# change when.
+# The version of the contract between core and plugins, and the oldest that still works;
+# docs/authors/write-a-plugin.md says what may change when.
 API, OLDEST_API = 1, 1
 API_NAME = "TUNERKIT_API"
 HOOKS = frozenset(name for name in dir(specs) if name.startswith("tunerkit_"))
 Failure = tuple[str, MethodInfo]
+_NAME_FIRST = "; the name comes before the config: tunerkit.wrap(model, 'lora', config)"
 
 
 @attrs.frozen(eq=False)
@@ -103,7 +104,8 @@ class Catalog:
         installed = (
             few(sorted(self.owners), shown=20) or "none (each is a separate distribution, such as tunerkit-lora)"
         )
-        parts = [f"no method named {shown(name)}; installed: {installed}{closest(str(name), self.owners)}"]
+        hint = closest(name, self.owners) if isinstance(name, str) else _NAME_FIRST
+        parts = [f"no method named {shown(name)}; installed: {installed}{hint}"]
         for failed, info in self.failures:
             whose = f"{info.distribution} {info.version}".rstrip()
             parts.append(f"not loaded: {failed!r} of {whose}: {info.error}")
@@ -117,7 +119,7 @@ class Catalog:
             return None
         failed = next((info for _, info in self.failures if info.distribution == distribution), None)
         if failed is not None:
-            return f"{distribution} cannot be used: {failed.error} (to upgrade it: pip install -U {distribution})"
+            return f"{distribution} cannot be used: {failed.error}; another version may work"
         if self.limit is not None:
             return f"{distribution} is not loaded, or not installed: {VARIABLE} limits what is loaded"
         return f"{distribution} is not installed"
@@ -305,14 +307,14 @@ def _checked_name(method: Any) -> str:
     if not (own and "__attrs_attrs__" in vars(config)):
         raise PluginError(
             f"the config of method {shown(name)} is {shown(config)}; "
-            "expected an attrs class derived from tunerkit.AdapterConfig"
+            "expected an attrs class derived from tunerkit.plugin.AdapterConfig"
         )
     asked = method.statistics
     ranks = (asked.inputs, asked.gradients) if isinstance(asked, StatisticsRequest) else ()
     if asked is not None and not (any(ranks) and all(type(rank) is int and rank >= 0 for rank in ranks)):
         raise PluginError(
-            f"statistics of method {shown(name)} is {shown(asked)}; expected tunerkit.StatisticsRequest "
-            "with the ranks of what it wants, as in tunerkit.StatisticsRequest(inputs=16)"
+            f"statistics of method {shown(name)} is {shown(asked)}; expected tunerkit.plugin.StatisticsRequest "
+            "with the ranks of what it wants, as in tunerkit.plugin.StatisticsRequest(inputs=16)"
         )
     if (wrong := mistyped(method, Method)) is not None:
         path, part, its_type = wrong

@@ -42,6 +42,12 @@ class Registry:
         self._loading = False
         self.catalog: Catalog | None = None
 
+    def named(self, name: str) -> str:
+        """Return a method's own name, which a user may write in any case. Raises `UnknownMethodError` as `get` does."""
+        owners = self.loaded().owners
+        alike = [own for own in owners if own.casefold() == str(name).casefold()]
+        return alike[0] if name not in tuple(owners) and len(alike) == 1 else self.get(name).name
+
     def get(self, name: str) -> Method:
         """Return the method with this name. Raises `UnknownMethodError` with close matches and failed plugins."""
         return self._owner(name).methods[name]
@@ -68,7 +74,7 @@ class Registry:
         """Describe the plugin that owns ``method``, for an error."""
         return f"the plugin of method {method!r} ({self.owner_of(method).distribution})"
 
-    def lacking(self, extra: str, what: str) -> str | None:
+    def lacking(self, what: str, extra: str = extras.ENGINES) -> str | None:
         """Say ``what`` an extra's distribution does, why it is not loaded, and how to get it; None if it is loaded."""
         distribution = extras.distribution(extra)
         absent = self.loaded().absence(distribution)
@@ -77,7 +83,7 @@ class Registry:
     def unserved(self, thing: object) -> str:
         """Say how to get the plugin that knows the library of an object; empty if it is loaded, or if there is none."""
         extra = extras.serving(thing)
-        return "" if extra is None else self.lacking(extra, "knows its library") or ""
+        return "" if extra is None else self.lacking("knows its library", extra) or ""
 
     def implements(self, hook: Callable[..., object], method: str) -> bool:
         """Whether the plugin that owns the method implements the hook; False if no plugin owns it."""

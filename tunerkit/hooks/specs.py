@@ -100,11 +100,11 @@ def tunerkit_methods() -> Iterable[Method]:
 
     >>> import attrs
     >>> @attrs.frozen
-    ... class BiasConfig(tunerkit.AdapterConfig):
+    ... class BiasConfig(tunerkit.plugin.AdapterConfig):
     ...     '''No settings beyond those of every method.'''
     >>> @tunerkit.hookimpl
     ... def tunerkit_methods():
-    ...     yield tunerkit.Method("bias", config=BiasConfig)
+    ...     yield tunerkit.plugin.Method("bias", config=BiasConfig)
     >>> [method.name for method in tunerkit_methods()]
     ['bias']
     """
@@ -120,7 +120,7 @@ def tunerkit_base_layers() -> Iterable[type[BaseLayer]]:
     Fires when a model is wrapped or an adapter loaded, before anything is changed. Core's own kinds come first, so a
     plugin cannot redefine ``nn.Linear``; the plugins' follow in the order of their distributions' names.
 
-    >>> class QuantisedLinear(tunerkit.BaseLayer):
+    >>> class QuantisedLinear(tunerkit.plugin.BaseLayer):
     ...     '''Reads and writes a quantised weight.'''
     >>> @tunerkit.hookimpl
     ... def tunerkit_base_layers():
@@ -140,7 +140,7 @@ def tunerkit_weight_readers() -> Iterable[WeightReader]:
 
     >>> @tunerkit.hookimpl
     ... def tunerkit_weight_readers():
-    ...     return [tunerkit.WeightReader(owner="my_library.attention.FusedAttention", children=("qkv", "proj"))]
+    ...     return [tunerkit.plugin.WeightReader(owner="my_library.attention.FusedAttention", children=("qkv", "proj"))]
     >>> [reader.children for reader in tunerkit_weight_readers()]
     [('qkv', 'proj')]
     """
@@ -155,7 +155,7 @@ def tunerkit_default_targets() -> Iterable[DefaultTargets]:
 
     >>> @tunerkit.hookimpl
     ... def tunerkit_default_targets():
-    ...     return [tunerkit.DefaultTargets(model_types=("my_decoder",), names=("attention.qkv", "mlp.up", "mlp.down"))]
+    ...     return [tunerkit.plugin.DefaultTargets(model_types=("my_decoder",), names=("attention.qkv", "mlp.up"))]
     >>> [defaults.model_types for defaults in tunerkit_default_targets()]
     [('my_decoder',)]
     """
@@ -175,7 +175,7 @@ def tunerkit_model_libraries() -> Iterable[ModelLibrary]:
     ...     return {"epsilon": model.epsilon} if isinstance(model, Decoder) else {}
     >>> @tunerkit.hookimpl
     ... def tunerkit_model_libraries():
-    ...     return [tunerkit.ModelLibrary(settings=settings)]
+    ...     return [tunerkit.plugin.ModelLibrary(settings=settings)]
     >>> [library.settings(Decoder()) for library in tunerkit_model_libraries()]
     [{'epsilon': 1e-05}]
     """
@@ -210,7 +210,7 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdapterConfi
     the number of features and the weights, which must not be changed; ``shared`` is what `tunerkit_shared` built. Core
     then moves the adapter to the base layer's device and the config's dtype.
 
-    >>> class Bias(tunerkit.Adapter):
+    >>> class Bias(tunerkit.plugin.Adapter):
     ...     def __init__(self, features):
     ...         super().__init__()
     ...         self.bias = torch.nn.Parameter(torch.zeros(features))  # (out,): nothing is added at the start
@@ -219,7 +219,7 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdapterConfi
     >>> @tunerkit.hookimpl
     ... def tunerkit_build_adapter(target):
     ...     return Bias(target.module.out_features)
-    >>> adapter = tunerkit_build_adapter(tunerkit.Target("head", torch.nn.Linear(4, 3)))
+    >>> adapter = tunerkit_build_adapter(tunerkit.plugin.Target("head", torch.nn.Linear(4, 3)))
     >>> adapter(None, torch.ones(2, 4), torch.ones(2, 3)).shape
     torch.Size([2, 3])
     """
@@ -288,7 +288,7 @@ def tunerkit_holdings() -> Iterable[Holding]:
     ...     return hasattr(tensor, "whole_shape")
     >>> @tunerkit.hookimpl
     ... def tunerkit_holdings():
-    ...     return [tunerkit.Holding(name="my engine", shards=is_cut, shape=lambda tensor: tensor.whole_shape)]
+    ...     return [tunerkit.plugin.Holding(name="my engine", shards=is_cut, shape=lambda tensor: tensor.whole_shape)]
     >>> tunerkit_holdings()[0].shards(torch.zeros(1))
     False
     """
@@ -303,7 +303,7 @@ def tunerkit_restrictions() -> Iterable[Restriction]:
     >>> @tunerkit.hookimpl
     ... def tunerkit_restrictions():
     ...     why = "its tables are packed. Merge before you convert the model"
-    ...     return [tunerkit.Restriction("my tables", {"merge": why}, classes=("my_library.Table",))]
+    ...     return [tunerkit.plugin.Restriction("my tables", {"merge": why}, classes=("my_library.Table",))]
     >>> [restriction.name for restriction in tunerkit_restrictions()]
     ['my tables']
     """
@@ -317,8 +317,8 @@ def tunerkit_calibrate(tuner: TunerView, statistics: Mapping[str, Statistics]) -
     """Set the adapters' start and ranks from statistics of the data; return the rank of each target if they changed.
 
     Fires in ``tunerkit.calibrate``, before training, for a method whose record names ``statistics``: one entry for each
-    target's path. The adapters must still add nothing afterwards. To change a rank, use `tunerkit.resize_`, and declare
-    the adapter's ``rank_dims``, so that files can be loaded.
+    target's path. The adapters must still add nothing afterwards. To change a rank, use `tunerkit.plugin.resize_`, and
+    declare the adapter's ``rank_dims``, so that files can be loaded.
 
     >>> @tunerkit.hookimpl
     ... def tunerkit_calibrate(tuner, statistics):
@@ -326,7 +326,7 @@ def tunerkit_calibrate(tuner: TunerView, statistics: Mapping[str, Statistics]) -
     ...         directions = torch.linalg.svd(statistics[path].inputs, full_matrices=False).Vh
     ...         adapter.q.copy_(directions[: len(adapter.q)])  # as EVA does: the inputs' main directions
     >>> adapter = SimpleNamespace(q=torch.zeros(1, 2))
-    >>> found = tunerkit.Statistics(rows=4, inputs=torch.tensor([[0.0, 3.0], [0.1, 0.0]]), gradients=None)
+    >>> found = tunerkit.plugin.Statistics(rows=4, inputs=torch.tensor([[0.0, 3.0], [0.1, 0.0]]), gradients=None)
     >>> tunerkit_calibrate(SimpleNamespace(adapters=lambda: {"head": adapter}), {"head": found})
     >>> adapter.q.abs()
     tensor([[0., 1.]])
@@ -358,7 +358,7 @@ def tunerkit_param_groups(tuner: TunerView) -> Iterable[ParamGroup] | None:
     >>> @tunerkit.hookimpl
     ... def tunerkit_param_groups(tuner):
     ...     up = [parameter for name, parameter in tuner.named_parameters() if name.endswith(".up")]
-    ...     return [tunerkit.ParamGroup(up, lr_scale=16.0)]  # LoRA+
+    ...     return [tunerkit.plugin.ParamGroup(up, lr_scale=16.0)]  # LoRA+
     >>> up = torch.nn.Parameter(torch.zeros(2))
     >>> tunerkit_param_groups(SimpleNamespace(named_parameters=lambda: [("head.adapter.up", up)]))[0].lr_scale
     16.0
@@ -424,13 +424,13 @@ def tunerkit_start(tuner: TunerView, total_steps: int | None, optimizer: Optimiz
 
     Fires when the model is attached, before the first step. ``total_steps`` is None if the length of training is
     unknown, and it stays unknown: a method that needs it must raise here, not during training. So must a method that
-    grows, if `tunerkit.resize_obstacle` names a reason why it cannot. ``optimizer`` is torch's; None if it takes no
-    hooks.
+    grows, if `tunerkit.plugin.resize_obstacle` names a reason why it cannot. ``optimizer`` is torch's; None if it takes
+    no hooks.
 
     >>> @tunerkit.hookimpl
     ... def tunerkit_start(tuner, total_steps):
     ...     if total_steps is None:
-    ...         raise tunerkit.StepError("total steps are unknown; pass attach(..., total_steps=...)")
+    ...         raise tunerkit.errors.StepError("total steps are unknown; pass attach(..., total_steps=...)")
     ...     return {"warmup": total_steps // 10}
     >>> tunerkit_start(tuner=None, total_steps=1000)
     {'warmup': 100}
@@ -526,7 +526,7 @@ def tunerkit_ranks_changed(tuner: TunerView, change: RankChange) -> None:
     >>> @tunerkit.hookimpl
     ... def tunerkit_ranks_changed(change):
     ...     print(f"step {change.step}: budget {change.budget}, {change.ranks}")
-    >>> tunerkit_ranks_changed(tunerkit.RankChange(step=100, budget=5, ranks={"query": 3, "value": 2}))
+    >>> tunerkit_ranks_changed(tunerkit.plugin.RankChange(step=100, budget=5, ranks={"query": 3, "value": 2}))
     step 100: budget 5, {'query': 3, 'value': 2}
     """
 
@@ -546,7 +546,7 @@ def tunerkit_delta(adapter: Adapter, base: BaseLayer) -> Delta:
 
     >>> @tunerkit.hookimpl
     ... def tunerkit_delta(adapter):
-    ...     return tunerkit.Delta(weight=adapter.up @ adapter.down)  # (out, r) @ (r, in)
+    ...     return tunerkit.plugin.Delta(weight=adapter.up @ adapter.down)  # (out, r) @ (r, in)
     >>> tunerkit_delta(SimpleNamespace(up=torch.ones(3, 2), down=torch.ones(2, 4))).weight.shape
     torch.Size([3, 4])
     """
@@ -557,12 +557,12 @@ def tunerkit_factors(adapter: Adapter, base: BaseLayer) -> Factors:
     """Return what one adapter currently adds to its base layer's weight as a product of two small matrices.
 
     Fires wherever a product is enough or better than a dense matrix: with it a method needs no `tunerkit_delta`, unless
-    it also adds to the bias. Multiply everything into the two, as `tunerkit.low_rank_factors` does, and leave out
+    it also adds to the bias. Multiply everything into the two, as `tunerkit.plugin.low_rank_factors` does. Leave out
     triplets that add nothing. Do not detach them.
 
     >>> @tunerkit.hookimpl
     ... def tunerkit_factors(adapter):
-    ...     return tunerkit.low_rank_factors(adapter.down, adapter.up, scale=2.0)
+    ...     return tunerkit.plugin.low_rank_factors(adapter.down, adapter.up, scale=2.0)
     >>> tunerkit_factors(SimpleNamespace(up=torch.ones(3, 2), down=torch.ones(2, 4))).rank
     2
     """
@@ -589,8 +589,8 @@ def tunerkit_from_factors(
     ...         adapter.a.data, adapter.b.data = each.q, each.p / SCALE
     ...     ranks = {each.rank for each in factors.values()}
     ...     return LowRankConfig(rank=max(ranks), targets=tuple(factors)), adapters
-    >>> factors = {"head": tunerkit.Factors(q=torch.ones(2, 4), p=torch.ones(3, 2))}
-    >>> config, adapters = tunerkit_from_factors([tunerkit.Target("head", torch.nn.Linear(4, 3))], factors)
+    >>> factors = {"head": tunerkit.plugin.Factors(q=torch.ones(2, 4), p=torch.ones(3, 2))}
+    >>> config, adapters = tunerkit_from_factors([tunerkit.plugin.Target("head", torch.nn.Linear(4, 3))], factors)
     >>> config.rank, adapters["head"].rank
     (2, 2)
     """
@@ -623,7 +623,7 @@ def tunerkit_formats() -> Iterable[Format]:
     >>> from tests.support.toy_formats import read, sniff, write
     >>> @tunerkit.hookimpl
     ... def tunerkit_formats():
-    ...     return [tunerkit.Format("toy", sniff=sniff, read=read, write=write)]
+    ...     return [tunerkit.plugin.Format("toy", sniff=sniff, read=read, write=write)]
     >>> [format.name for format in tunerkit_formats()]
     ['toy']
     """
@@ -638,7 +638,7 @@ def tunerkit_state(tuner: TunerView) -> State | None:
 
     >>> @tunerkit.hookimpl
     ... def tunerkit_state(tuner):
-    ...     return tunerkit.State(tensors={"head.mask": tuner.state["mask"]}, values={"allocations": 4})
+    ...     return tunerkit.plugin.State(tensors={"head.mask": tuner.state["mask"]}, values={"allocations": 4})
     >>> tunerkit_state(SimpleNamespace(state={"mask": torch.tensor([True, False])})).tensors
     {'head.mask': tensor([ True, False])}
     """
@@ -657,7 +657,7 @@ def tunerkit_restore(tuner: TunerView, state: State) -> None:
     ... def tunerkit_restore(tuner, state):
     ...     tuner.state = {"mask": state.tensors["head.mask"]}
     >>> tuner = SimpleNamespace(state=None)
-    >>> tunerkit_restore(tuner, tunerkit.State(tensors={"head.mask": torch.tensor([True, False])}, values={}))
+    >>> tunerkit_restore(tuner, tunerkit.plugin.State(tensors={"head.mask": torch.tensor([True, False])}, values={}))
     >>> tuner.state
     {'mask': tensor([ True, False])}
     """

@@ -1,13 +1,6 @@
 """Layer injection: put adapters into a model and take them out again."""
 
-from tunerkit.injection.contents import (
-    Summary,
-    biases_of,
-    copies_of,
-    factors_of,
-    regrouped,
-    trainable_parameters,
-)
+from tunerkit.injection.contents import biases_of, copies_of, factors_of, regrouped, trainable_parameters
 from tunerkit.injection.delta import adapted_tensors, adds_nothing, is_untrained, untrained_copies
 from tunerkit.injection.inject import activate_, build_each, eject_, inject_, rename_, train_
 from tunerkit.injection.integrity import WATCHED, refuse_lost, report, warn_of_base_changes
@@ -34,8 +27,10 @@ from tunerkit.injection.slots import (
 )
 from tunerkit.injection.statistics import Loss, evaluating, loss_of, measure
 from tunerkit.injection.tuner import (
+    Adapters,
     Link,
     Progress,
+    Summary,
     Tuner,
     Wrapped,
     as_hooks_see_it,

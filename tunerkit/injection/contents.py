@@ -3,15 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 
 from tunerkit import hooks
 from tunerkit.errors import AdapterError
 from tunerkit.injection.slots import inside, slots_of
-from tunerkit.injection.tuner import Tuner, slots_in, tuners_of
-from tunerkit.layers import whole_shape
+from tunerkit.injection.tuner import Summary, Tuner, count, slots_in, tuners_of
 from tunerkit.records import Factors
 
 _INSTEAD = "Call tunerkit.unwrap(model, keep_merged=True) and save the whole model instead"
@@ -84,25 +82,6 @@ def biases_of(tuner: Tuner) -> dict[str, Tensor]:
     return {path: slot.bias.detach().cpu() for path, slot in slots_in(tuner) if slot.bias is not None}
 
 
-@attrs.frozen
-class Summary:
-    """The numbers of parameters of a model.
-
-    Attributes:
-        trainable: The parameters that are trained now.
-        total: All parameters, those of the adapters included.
-        adapters: The parameters that each adapter trains, by its name.
-    """
-
-    trainable: int
-    total: int
-    adapters: dict[str, int]
-
-    def __str__(self) -> str:
-        share = 100 * self.trainable / max(self.total, 1)
-        return f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2f} %)"
-
-
 def trainable_parameters(model: nn.Module) -> Summary:
     """Count the parameters that a model trains.
 
@@ -117,16 +96,12 @@ def trainable_parameters(model: nn.Module) -> Summary:
     """
     parameters = list(inside(model).parameters())
     return Summary(
-        trainable=_count(p for p in parameters if p.requires_grad),
-        total=_count(parameters),
+        trainable=count(p for p in parameters if p.requires_grad),
+        total=count(parameters),
         adapters={
-            name: _count(p for p in tuner.parameters() if p.requires_grad) for name, tuner in tuners_of(model).items()
+            name: count(p for p in tuner.parameters() if p.requires_grad) for name, tuner in tuners_of(model).items()
         },
     )
-
-
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(whole_shape(parameter).numel() for parameter in parameters)
 
 
 def regrouped(groups: Iterable[dict[str, Any]], tuners: Iterable[Tuner]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Rejects models, names and settings with which no adapter can be put in, and changes of a model that is running."""
 
 import functools
+import inspect
 import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -175,20 +176,28 @@ class _Threads(WeakSet[threading.Thread]):
 
 
 _ATTRIBUTE = "_tunerkit_threads"
+_ROWS = "adapter_names"  # an adapter for each row of a batch, as another library has it
 
 
 def watch_threads_(model: nn.Module) -> None:
     """Note which threads run ``model``, from now on."""
     threads = vars(model)[_ATTRIBUTE] = _Threads()
-    model.register_forward_pre_hook(functools.partial(note_thread, threads.add), prepend=True)
+    model.register_forward_pre_hook(functools.partial(enter, threads.add), prepend=True, with_kwargs=True)
     # Also called after an exception, or that thread would count as running.
     model.register_forward_hook(functools.partial(note_thread, threads.discard), always_call=True)
 
 
 def unwatch_threads_(model: nn.Module) -> None:
     """Undo `watch_threads_`."""
-    torch_private.remove_hooks_(model, note_thread)
+    torch_private.remove_hooks_(model, enter, note_thread)
     vars(model).pop(_ATTRIBUTE, None)
+
+
+def enter(note: Callable[[threading.Thread], None], model: nn.Module, args: object, kwargs: dict[str, object]) -> None:
+    """The pre-hook of a wrapped model: refuse an argument that its forward would drop in silence; note the thread."""
+    if kwargs.get(_ROWS) is not None and _ROWS not in inspect.signature(model.forward).parameters:
+        raise AdapterError(f"{_ROWS}= would be ignored: every row gets the active adapters{hooks.elsewhere(_ROWS)}")
+    note_thread(note)
 
 
 def note_thread(note: Callable[[threading.Thread], None], *call: object) -> None:

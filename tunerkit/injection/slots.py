@@ -151,6 +151,14 @@ class Slots(nn.Module):
         # nn.Module refuses to set an attribute with the name of a child, and an adapter may be called "training".
         object.__setattr__(self, name, value)
 
+    def __repr__(self) -> str:
+        # Without ranks: torch prints equal layers of a model as one.
+        each = (
+            (name, slot.method, "" if slot.copy is None else " (trained in full)")
+            for name, slot in self._by_name.items()
+        )
+        return ", ".join(f"{name!r}: {method}{what}" for name, method, what in each)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a deep copy or pickle. One made inside `tunerkit.disabled` has no block to leave, so it is enabled.
 

@@ -1,8 +1,9 @@
 """The tuner: the handle on one adapter of a wrapped model, and what a model holds of its adapters."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import html
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import attrs
@@ -12,11 +13,11 @@ from torch.optim import Optimizer
 
 from tunerkit import hooks
 from tunerkit.config import AdapterConfig
-from tunerkit.errors import AdapterError, StepError, closest, cut
+from tunerkit.errors import AdapterError, StepError, closest, cut, error_text
 from tunerkit.hooks import Engine, Pieces, Removable, same, whole_pieces
 from tunerkit.injection.slots import Slot, base_modules, inside, is_merged, slots_of
-from tunerkit.layers import Adapter, weights
-from tunerkit.paths import few, join
+from tunerkit.layers import Adapter, weights, whole_shape
+from tunerkit.paths import few, join, table_of
 from tunerkit.records import RankChange, State, Target
 
 # The attribute of a wrapped model that holds its `Wrapped`.
@@ -68,14 +69,14 @@ class Progress:
     link: Link | None = None
     loaded: bool = False
     calibration: dict[str, int] | None = None
-    fingerprint: dict[str, dict[str, Any]] | None = None
-    shapes: dict[str, tuple[int, ...]] = attrs.field(factory=dict)
+    fingerprint: dict[str, dict[str, Any]] | None = attrs.field(default=None, repr=False)
+    shapes: dict[str, tuple[int, ...]] = attrs.field(factory=dict, repr=False)
     beside: tuple[str, ...] = ()
-    noted: dict[str, dict[str, Any]] | None = None
+    noted: dict[str, dict[str, Any]] | None = attrs.field(default=None, repr=False)
     settings: dict[str, Any] = attrs.field(factory=dict)
     seed: int | None = None
     files: dict[str, str] = attrs.field(factory=dict)
-    last: Any = None
+    last: Any = attrs.field(default=None, repr=False)
 
 
 @attrs.define(eq=False, repr=False, on_setattr=attrs.setters.frozen)
@@ -114,13 +115,25 @@ class Tuner:
         for name, value in state.items():
             object.__setattr__(self, name, value)
 
+    if not TYPE_CHECKING:  # mypy would accept every name
+
+        def __getattr__(self, name: str) -> object:
+            raise AttributeError(f"'Tuner' object has no attribute {name!r}{hooks.elsewhere(name)}")
+
     def __repr__(self) -> str:
-        steps = f"step {self.steps}" + ("" if self.total_steps is None else f" of {self.total_steps}")
-        lines = [f"tuner of adapter {self.name!r}: {self.method} in a {type(self.model).__name__}, {steps}"]
+        lines = [f"tuner of adapter {self.name!r} in a {type(self.model).__name__}", f"  {outline(self)}"]
         for what, places in (("targets", self.targets), ("trained in full", self.copies), ("biases", self.biases)):
             if places:
                 lines.append(f"  {len(places)} {what}: {few([place.path for place in places], shown=3)}")
-        return "\n".join([*lines, f"  {cut(repr(self.config), 400)}"])
+        values = zip(attrs.fields(type(self.config)), attrs.astuple(self.config, recurse=False), strict=True)
+        chosen = [f"{field.name}={value!r}" for field, value in values if value not in (field.default, (), {})]
+        return "\n".join([*lines, cut(f"  settings: {', '.join(chosen) or 'the defaults'}", 400)])
+
+    def _repr_html_(self) -> str:
+        """Return the text and the rank map, for notebooks."""
+        is_there = wrapped_of(self.model).tuners.get(self.name) is self
+        ranks = table_of(self.ranks()) if is_there else ""
+        return f'<pre style="white-space:pre-wrap">{html.escape(repr(self))}</pre>{ranks}'
 
     @property
     def steps(self) -> int:
@@ -221,6 +234,55 @@ class Tuner:
         """
         if self.engine is not None:
             self.engine.agree_(tensors, f"{what} of adapter {self.name!r}")
+
+
+@attrs.frozen
+class Summary:
+    """The numbers of parameters of a model.
+
+    Attributes:
+        trainable: The parameters that are trained now.
+        total: All parameters, those of the adapters included.
+        adapters: The parameters that each adapter trains, by its name.
+    """
+
+    trainable: int
+    total: int
+    adapters: dict[str, int]
+
+    def __repr__(self) -> str:
+        each = [f"{number:,} by {name!r}" for name, number in self.adapters.items()]
+        return f"{self}" + (f": {few(each, shown=8)}" if each else "")
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.total, 1)
+        return f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2f} %)"
+
+
+def outline(tuner: Tuner) -> str:
+    """Return the method, ranks, budget, trained share and steps of an adapter in one line; it never raises."""
+    steps = f"step {tuner.steps}" + ("" if tuner.total_steps is None else f" of {tuner.total_steps}")
+    try:
+        ranks, own = sorted(tuner.ranks().values()) or [0], (p for p in tuner.parameters() if p.requires_grad)
+        rank = f"rank {ranks[0]}" + ("" if ranks[0] == ranks[-1] else f" to {ranks[-1]}")
+        share = Summary(trainable=count(own), total=count(tuner.model.parameters()), adapters={})
+        idle = "" if tuner.name in wrapped_of(tuner.model).active else ", not active"
+        return f"{tuner.method}, {rank}, budget {tuner.budget()}, {share}, {steps}{idle}"
+    except Exception as error:  # the adapter is gone, or a plugin's hook fails
+        return f"{tuner.method}, {steps}: {error_text(error)}"
+
+
+class Adapters(dict[str, Tuner]):
+    """The tuners of a model by adapter name. Printed, each of the first has a line."""
+
+    def __repr__(self) -> str:
+        lines = [f"{name!r}: {outline(tuner)}" for name, tuner in self.items()]
+        return "\n".join([*lines[:9], *([f"and {len(lines) - 9} more"] if lines[9:] else [])]) or "{}"
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    """Count the numbers in parameters, also in what other processes hold of them."""
+    return sum(whole_shape(parameter).numel() for parameter in parameters)
 
 
 def modules_in(tuner: Tuner) -> dict[str, nn.Module]:

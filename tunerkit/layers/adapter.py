@@ -72,7 +72,7 @@ class Adapter(nn.Module):
         """Add the adapter's contribution to the base layer's output.
 
         Never write into ``x`` or ``y``: ``y`` may be a view that autograd still needs. Only
-        `tunerkit.add_low_rank` may overwrite the ``y`` that you pass to it; do not reuse that ``y``.
+        `tunerkit.plugin.add_low_rank` may overwrite the ``y`` that you pass to it; do not reuse that ``y``.
 
         Args:
             base: The base layer.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.layers import torch_private
-from tunerkit.layers.weights import forward_owner, weight_of
+from tunerkit.layers.weights import forward_name, forward_owner, is_listed, weight_of
 from tunerkit.records import Packing, Rounding
 
 
@@ -26,6 +26,8 @@ class BaseLayer(abc.ABC):
 
     Attributes:
         module: The model's own module.
+        forwards: The classes whose forward the kind describes, by qualified name, or packages, with a dot at their
+            end. If there are some, `matches` is asked about no other module.
         weight_name: The name of the module's parameter that holds W.
         bias_name: The name of the module's parameter that holds the bias.
         linear: Whether the output is exactly x Wᵀ + b over the last dimension, so that the product can be fused.
@@ -35,6 +37,7 @@ class BaseLayer(abc.ABC):
             `AdapterError`.
     """
 
+    forwards: ClassVar[tuple[str, ...]] = ()
     weight_name: ClassVar[str] = "weight"
     bias_name: ClassVar[str] = "bias"
     has_weight: ClassVar[bool] = True
@@ -44,13 +47,13 @@ class BaseLayer(abc.ABC):
     module: nn.Module
 
     @classmethod
-    @abc.abstractmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Check whether the law above holds for ``module``, any one of the model.
+        """Check whether the law above holds for ``module``: by default, whether its forward is one of `forwards`.
 
         Be strict: a subclass or an instance with its own ``forward`` may do anything with its weight. An adapter
         would then be wrong without an error.
         """
+        return is_listed(forward_name(module), cls.forwards)
 
     @property
     def in_features(self) -> int:

@@ -16,7 +16,7 @@ from tunerkit.errors import AdapterError
 from tunerkit.layers import torch_private
 from tunerkit.layers.base import BaseLayer
 from tunerkit.layers.torch_private import is_packed
-from tunerkit.layers.weights import forward_owner, weight_of, whole_shape
+from tunerkit.layers.weights import forward_name, forward_owner, is_listed, weight_of, whole_shape
 from tunerkit.records import DefaultTargets, ModelLibrary, WeightReader
 
 
@@ -53,11 +53,13 @@ class DenseLinear(BaseLayer):
 class LinearLayer(DenseLinear):
     """``nn.Linear``, and subclasses that keep its forward."""
 
+    forwards: ClassVar[tuple[str, ...]] = ("torch.nn.modules.linear.Linear",)
+
     module: nn.Linear
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        return _runs_forward_of(module, nn.Linear)
+        return super().matches(module) and _has_numbers(module)
 
     @property
     def in_features(self) -> int:
@@ -78,13 +80,15 @@ class ConvLayer(BaseLayer):
     so it has the layer's stride, dilation and padding mode. P is a 1×1 convolution of its output.
     """
 
+    forwards: ClassVar[tuple[str, ...]] = tuple(f"torch.nn.modules.conv.Conv{n}d" for n in (1, 2, 3))
+
     module: nn.Conv1d | nn.Conv2d | nn.Conv3d
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether both methods that make up a convolution's forward are torch's own."""
-        kind = next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if _runs_forward_of(module, kind)), None)
-        return kind is not None and torch_private.runs_convolution_of(module, kind)
+        numbers = super().matches(module) and _has_numbers(module)
+        return numbers and torch_private.runs_convolution_of(module, forward_owner(module))
 
     @property
     def in_features(self) -> int:
@@ -130,11 +134,13 @@ class EmbeddingLayer(BaseLayer):
     that row.
     """
 
+    forwards: ClassVar[tuple[str, ...]] = ("torch.nn.modules.sparse.Embedding",)
+
     module: nn.Embedding
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        return _runs_forward_of(module, nn.Embedding)
+        return super().matches(module) and _has_numbers(module)
 
     @property
     def in_features(self) -> int:
@@ -178,6 +184,7 @@ class AttentionLayer(BaseLayer):
     instead of one; this kind does not match those.
     """
 
+    forwards: ClassVar[tuple[str, ...]] = ("torch.nn.modules.activation.MultiheadAttention",)
     weight_name: ClassVar[str] = "in_proj_weight"
     bias_name: ClassVar[str] = "in_proj_bias"
     lends: ClassVar[bool] = True
@@ -187,7 +194,7 @@ class AttentionLayer(BaseLayer):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         packed = isinstance(torch_private.own_parameters(module).get(cls.weight_name), nn.Parameter)
-        return packed and forward_owner(module) is nn.MultiheadAttention
+        return packed and super().matches(module)
 
     @property
     def in_features(self) -> int:
@@ -218,14 +225,9 @@ class AttentionLayer(BaseLayer):
 @final
 @attrs.frozen(eq=False)
 class OutputLayer(BaseLayer):
-    """A module of which only the output is known. A method sees the input and the output, and no matrix."""
+    """A module of which only the output is known, for a method that adapts outputs, where no other kind matches."""
 
     has_weight: ClassVar[bool] = False
-
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        """Never: only a method that adapts outputs gets this kind, where no other one matches."""
-        return False
 
     def dense(self) -> NoReturn:
         """Raise `AdapterError`, and so does all that would need the weight."""
@@ -249,12 +251,10 @@ def drop(x: Tensor, dropout: float) -> Tensor:
     return F.dropout(x, dropout) if dropout > 0 else x
 
 
-def _runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the forward of ``module`` is exactly that of ``kind``."""
-    if not isinstance(module, kind) or forward_owner(module) is not kind:
-        return False
-    # A lazy layer inherits the forward too, but its features are unknown. A packed weight is no matrix of numbers.
-    return not is_lazy(cast(Tensor, module.weight)) and not is_packed(module.weight)
+def _has_numbers(module: nn.Module) -> bool:
+    """Whether the weight is a matrix of numbers: not that of a lazy layer, and not packed."""
+    weight = cast(Tensor, module.weight)
+    return not is_lazy(weight) and not is_packed(weight)
 
 
 # --- What is known of all layers and models ---------------------------------------------------------------------------
@@ -298,17 +298,18 @@ def as_base_layers(modules: Iterable[nn.Module], knowledge: Knowledge) -> dict[n
     A kind that raises for one module counts for none of them: half of a model in another kind would be a surprise.
     """
     found: dict[nn.Module, BaseLayer] = {}
-    waiting = list(modules)
+    waiting = {module: forward_name(module) for module in modules}
     for kind in knowledge.kinds:
+        asked = [each for each, name in waiting.items() if not kind.forwards or is_listed(name, kind.forwards)]
         try:
-            matched = {module: kind(module) for module in waiting if kind.matches(module)}
+            matched = {module: kind(module) for module in asked if kind.matches(module)}
         except KeyboardInterrupt:
             raise
         except BaseException as error:
             knowledge.leave_out(kind, error)
         else:
             found |= matched
-            waiting = [module for module in waiting if module not in matched]
+            waiting = {module: name for module, name in waiting.items() if module not in matched}
     return found
 
 

@@ -295,7 +295,7 @@ def is_thin(q: Tensor, y: Tensor) -> bool:
     """Whether backward is faster with P in contiguous columns, for a product in the dtype of ``y``.
 
     On a CPU, a product of a tall matrix with a thin one is two to three times as fast if the thin one's columns are
-    contiguous, until one of its rows fills a vector register of 64 bytes (docs/speed.md). On a GPU it is not.
+    contiguous, until one of its rows fills a vector register of 64 bytes (docs/evidence/speed.md). On a GPU it is not.
     """
     return y.device.type == "cpu" and q.shape[0] * y.element_size() < 64
 

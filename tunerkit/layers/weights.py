@@ -1,7 +1,7 @@
 """The weights and forwards of modules, also where a library holds or wraps them.
 
-Plugins say how, see `tunerkit.Holding`. About weights they are asked only where one is empty or on the meta device, so
-forwards of ordinary models cost nothing and can be compiled.
+Plugins say how, see `tunerkit.plugin.Holding`. About weights they are asked only where one is empty or on the meta
+device, so forwards of ordinary models cost nothing and can be compiled.
 """
 
 import copy
@@ -159,22 +159,15 @@ def new_modules_whole() -> Iterator[None]:
 # --- Forwards, and classes by qualified name: no other library is imported --------------------------------------------
 
 
-def overrides_forward(module: nn.Module) -> bool:
-    """Whether the instance has a forward that may differ from its class's."""
-    own = vars(module).get("forward")
-    if own is None:
-        return False
-    for each in plugins.holdings():  # a library's forward may only load weights around the one inside
-        if (inside := each.forward(module)) is not None:
-            own = inside
-    # Removing a library's hooks may leave the class's forward on the instance, as a bound method.
-    return own != MethodType(type(module).forward, module)
-
-
 def forward_owner(module: nn.Module) -> type:
-    """The class that defines the forward of ``module``; ``object`` if the instance has its own."""
-    if overrides_forward(module):
-        return object
+    """The class that defines the forward of ``module``; ``object`` if the instance has one that may differ."""
+    if (own := vars(module).get("forward")) is not None:
+        for each in plugins.holdings():  # a library's forward may only load weights around the one inside
+            if (inside := each.forward(module)) is not None:
+                own = inside
+        # Removing a library's hooks may leave the class's forward on the instance, as a bound method.
+        if own != MethodType(type(module).forward, module):
+            return object
     return next(owner for owner in type(module).__mro__ if "forward" in vars(owner))
 
 
@@ -184,12 +177,13 @@ def forward_name(module: nn.Module) -> str:
 
 
 def is_named(kind: type, name: str) -> bool:
-    """Whether ``kind`` is the class with this qualified name, or derives from it; or from one in the package ``name.``.
+    """Whether ``kind`` is the class with this qualified name, or one in the package ``name.``, or derives from one."""
+    return any(is_listed(_qualified(each), (name,)) for each in kind.__mro__)
 
-    A name with a dot at its end is a package's.
-    """
-    names = map(_qualified, kind.__mro__)
-    return any(each.startswith(name) for each in names) if name.endswith(".") else name in names
+
+def is_listed(name: str, listed: tuple[str, ...]) -> bool:
+    """Whether a qualified name is one of ``listed``, or in one of its packages, which end with a dot."""
+    return name in listed or any(each.endswith(".") and name.startswith(each) for each in listed)
 
 
 def _qualified(cls: type) -> str:

@@ -22,6 +22,7 @@ from tunerkit.errors import (
     shown,
     warn,
 )
+from tunerkit.extras import install
 from tunerkit.injection import Progress, Tuner
 from tunerkit.layers import Adapter, BaseLayer, bias_name, misfit, torch_private, weights
 from tunerkit.paths import few, is_under, join
@@ -105,10 +106,10 @@ def _read(format: Format, path: Path, model: nn.Module) -> Foreign:
     with naming(format, "read"):
         found: Any = format.read(path, model)  # Any: the plugin may return anything
     if not isinstance(found, Foreign):
-        raise PluginError(f"read of format {format.name!r} returned {shown(found)}; it must return a tunerkit.Foreign")
+        raise PluginError(f"read of format {format.name!r} returned {shown(found)}; return a tunerkit.plugin.Foreign")
     if wrong := list(_wrong_fields(found)):
         raise PluginError(
-            f"read of format {format.name!r} returned a tunerkit.Foreign whose {few(wrong, shown=5)}; see its docstring"
+            f"read of format {format.name!r} returned a Foreign whose {few(wrong, shown=5)}; see its docstring"
         )
     return found
 
@@ -209,8 +210,8 @@ def _method_of(found: Foreign, source: str) -> tuple[str, tuple[str, ...]]:
     if not usable:
         broken = [f"\n{name} is installed and broken: {listed[name].error}" for name in wanted if name in listed]
         raise UnknownMethodError(
-            f"{source} holds a {found.method} adapter, and no method is there for it: pip install "
-            f"{' or '.join(f'tunerkit-{name}' for name in wanted)}{''.join(broken)}"
+            f"{source} holds a {found.method} adapter, and no method is there for it. It takes {' or '.join(wanted)}: "
+            f"{install(_COMMON)}{''.join(broken)}"
         )
     if usable[0] == found.method:
         return found.method, tuple(found.remarks)

@@ -296,7 +296,7 @@ def _other_settings(tuner: Tuner, header: Header, source: str) -> list[str]:
             f"{source} was saved where no plugin knew the settings of its base, such as {few(list(found), shown=3)}: "
             "they cannot be compared with this model's"
         )
-    if saved and not found and (lacking := hooks.registry.lacking(SETTINGS, "compares them")):
+    if saved and not found and (lacking := hooks.registry.lacking("compares them", SETTINGS)):
         warn(
             f"{source} records settings of its base that change the output, and they are not compared: "
             f"{few(list(saved), shown=5)}. {lacking}. To load without comparing them, pass check_config=False"

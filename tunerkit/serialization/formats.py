@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from tunerkit import hooks
 from tunerkit.errors import FileError, PluginError, TunerkitError, UnknownFormatError, closest, shown, warn
-from tunerkit.extras import DEFAULT_FORMAT, READERS, distribution
+from tunerkit.extras import DEFAULT_FORMAT, READERS, distribution, install
 from tunerkit.injection import Tuner
 from tunerkit.paths import few
 from tunerkit.records import Format
@@ -29,11 +29,10 @@ def find_format(name: object) -> Format:
     found = hooks.gather_formats()
     if isinstance(name, str) and name in found:
         return found[name]
-    known = {each: distribution(reader.extra) for reader in READERS for each in reader.formats}
+    known = {each: reader.extra for reader in READERS for each in reader.formats}
     if isinstance(name, str) and name in known:
-        raise UnknownFormatError(
-            f"format {name!r} needs the distribution {known[name]}, which is not installed: pip install {known[name]}"
-        )
+        needed = f"needs {distribution(known[name])}, which is not installed: {install(known[name])}"
+        raise UnknownFormatError(f"format {name!r} {needed}")
     none = f"none (each is a separate distribution, such as {distribution(DEFAULT_FORMAT)})"
     installed = few(sorted(found), shown=20) or none
     raise UnknownFormatError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tunerkit import hooks
 from tunerkit.errors import FileError, TargetError, cut, shown
-from tunerkit.extras import distribution, reader_of
+from tunerkit.extras import distribution, install, reader_of
 from tunerkit.patterns import at_paths
 from tunerkit.serialization import safetensors_file
 from tunerkit.serialization.safetensors_file import bytes_of, file_at, metadata_at, plain
@@ -98,7 +98,7 @@ _holds_entry = _expect("a shape of integers, a dtype and a sample of finite numb
 
 @attrs.frozen
 class Header:
-    """The fields of a header; docs/files.md explains each.
+    """The fields of a header; docs/concepts/files.md explains each.
 
     ``base`` is the base model's fingerprint. ``values`` are JSON values: in a training state the method's own, in an
     adapter's file what it says of the base beyond ``base``. ``history`` has one ``[step, budget, [rank of each
@@ -246,9 +246,9 @@ def _refuse_foreign(place: Path, files: Collection[str], tensors: Collection[str
     if (found := reader_of(files, tensors)) is not None:
         installed = not hooks.gather_formats().keys().isdisjoint(found.formats)
         reader = distribution(found.extra)
-        install = ", which is installed and cannot read this: pass the folder or the file that holds the adapter"
+        known = ", which is installed and cannot read this: pass the folder or the file that holds the adapter"
         raise FileError(
             f"{place} holds an adapter in the format of {found.program}. tunerkit itself does not read it: that takes "
-            f"the distribution {reader}{install if installed else f' (pip install {reader})'}. Without it, use "
+            f"the distribution {reader}{known if installed else f' ({install(found.extra)})'}. Without it, use "
             f"{found.instead}"
         )

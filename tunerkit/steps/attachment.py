@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 
 from tunerkit import hooks, injection
 from tunerkit.errors import StepError, shown, warn
-from tunerkit.extras import ENGINES
 from tunerkit.hooks import Engine, Removable
 from tunerkit.injection import Tuner, slots_in
 from tunerkit.layers import torch_private
@@ -200,7 +199,7 @@ def engine_for(
     # A process group of one process counts too, since there may be DDP around it; or a launcher says so.
     is_one_of_several = hooks.in_group() or os.environ.get("WORLD_SIZE", "1") not in ("", "1")
     if data_parallel or (data_parallel is None and is_one_of_several):
-        lacking = hooks.registry.lacking(ENGINES, "keeps them alike")
+        lacking = hooks.registry.lacking("keeps them alike")
         raise StepError(
             "this process is one of a group, or has to be, and no installed plugin keeps the adapters of a group "
             f"alike, so each process would train its own in silence. {f'{lacking}. ' if lacking else ''}If they are "

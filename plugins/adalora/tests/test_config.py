@@ -158,7 +158,7 @@ def test_a_schedule_that_cannot_be_is_refused_when_attaching(config: dict[str, A
     """It depends on the model and the total; no step is taken."""
     model = tunerkit.wrap(net(), "adalora", {"target_rank": 2, "targets": ["query", "value"], **config})
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    with pytest.raises(tunerkit.ConfigError, match=words):
+    with pytest.raises(tunerkit.errors.ConfigError, match=words):
         tunerkit.attach(model, optimizer, total_steps=total)
     assert tunerkit.tuner(model).state is None
 

@@ -7,6 +7,7 @@ import attrs
 import pytest
 
 import tunerkit
+from tunerkit.plugin import Tuner
 from tunerkit_testing import conformance, matrix, parametrize_with_checks
 from tunerkit_testing.conformance import Case, Check
 from tunerkit_testing.parametrization import each_check
@@ -64,5 +65,5 @@ def test_all_linear_layers_are_pruned_to_exactly_their_target(case: Case) -> Non
     assert len(set(tuner.ranks().values())) > 1
 
 
-def pruned(case: Case, targets: str | None) -> tunerkit.Tuner:
+def pruned(case: Case, targets: str | None) -> Tuner:
     return tunerkit.tuner(conformance.trained(case, "adalora", {**DEFAULTS, "targets": targets}))

@@ -88,7 +88,7 @@ def test_a_file_that_contradicts_itself_is_not_loaded(tmp_path: Path, name: str)
     change, words = WRONG_FILES[name]
     path = tunerkit.save(trained(3, exact_svd=True), tmp_path)
     base = net()
-    with pytest.raises(tunerkit.FileError, match=words):
+    with pytest.raises(tunerkit.errors.FileError, match=words):
         tunerkit.load(base, rewritten(path, change))
     assert tunerkit.adapters(base) == {}
 
@@ -171,7 +171,7 @@ def test_a_state_that_contradicts_itself_changes_nothing(tmp_path: Path, name: s
     before = {name: tensor.clone() for name, tensor in injection.training_state(tuner).tensors.items()}
     said = (injection.training_state(tuner).values, tuner.steps, list(tuner.history), tuner.ranks())
     weights = [tensor.clone() for layer in layers(model) for tensor in (*layer.weights, layer.mask)]
-    with pytest.raises((tunerkit.FileError, tunerkit.StepError), match=words):
+    with pytest.raises((tunerkit.errors.FileError, tunerkit.errors.StepError), match=words):
         tunerkit.load_state(model, rewritten(path, change))
     after = injection.training_state(tuner)
     assert (after.values, tuner.steps, list(tuner.history), tuner.ranks()) == said
@@ -194,7 +194,7 @@ def test_a_file_that_lacks_one_value_changes_nothing(tmp_path: Path, name: str) 
     train(model, optimizer, 5)
     tuner = tunerkit.tuner(model)
     ranks, masks = tuner.ranks(), [layer.mask.clone() for layer in layers(model)]
-    with pytest.raises((tunerkit.FileError, tunerkit.StepError)):
+    with pytest.raises((tunerkit.errors.FileError, tunerkit.errors.StepError)):
         tunerkit.load_state(model, rewritten(path, drop))
     assert (tuner.ranks(), tuner.steps) == (ranks, 5)
     assert all(torch.equal(layer.mask, mask) for layer, mask in zip(layers(model), masks, strict=True))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import tunerkit
 from tunerkit import hooks, injection, targets
 from tunerkit.injection import Slot
+from tunerkit.plugin import BaseLayer, Factors
 from tunerkit.serialization.adapter_file import save
 from tunerkit_testing.small import X, net, train, trainable
 
@@ -19,21 +20,21 @@ PATHS = ("0", "2", "4")
 pytest.importorskip("tunerkit_lora", reason="LoRA is another distribution")
 
 
-def products_of(model: Any) -> dict[str, tunerkit.Factors]:
+def products_of(model: Any) -> dict[str, Factors]:
     """What the adapter adds at each target, on the CPU and detached."""
     tuner, found = tunerkit.tuner(model), {}
     for path, adapter in tuner.adapters().items():
         base: Any = model.get_submodule(path).get_submodule("tunerkit").base
         product = hooks.factors(path, tuner.method, adapter, base)
-        found[path] = tunerkit.Factors(q=product.q.detach(), p=product.p.detach())
+        found[path] = Factors(q=product.q.detach(), p=product.p.detach())
     return found
 
 
-def bases_of(scanned: targets.Scan, paths: Iterable[str]) -> list[tunerkit.BaseLayer]:
+def bases_of(scanned: targets.Scan, paths: Iterable[str]) -> list[BaseLayer]:
     return [base for path in paths if (base := scanned.by_path[path].base) is not None]
 
 
-def converted(method: str, products: Mapping[str, tunerkit.Factors], folder: Path) -> nn.Module:
+def converted(method: str, products: Mapping[str, Factors], folder: Path) -> nn.Module:
     """A new base model with an adapter of ``method`` that adds ``products``, through a file as a user would see it."""
     model = net()
     scanned = targets.scan(model, hooks.gather_knowledge())
@@ -101,7 +102,7 @@ def test_products_of_any_ranks_are_built(method: str, ranks: tuple[int, ...], tm
     for path, rank in zip(PATHS, ranks, strict=True):
         out, into = layers.get_parameter(f"{path}.weight").shape
         q, p = (0.4 * torch.randn(shape, generator=generator) for shape in ((rank, into), (out, rank)))
-        products[path] = tunerkit.Factors(q=q, p=p)
+        products[path] = Factors(q=q, p=p)
         model.get_parameter(f"{path}.weight").data += p @ q
     loaded = converted(method, products, tmp_path)
     assert_equal(loaded(X), model(X))
@@ -130,7 +131,7 @@ def test_paths_that_end_alike_keep_their_own_ranks(method: str) -> None:
     )
     scanned = targets.scan(outer, hooks.gather_knowledge())
     paths = ["a", "b.a", "b.b.a"]
-    products = {path: tunerkit.Factors(q=torch.ones(rank, 3), p=torch.ones(3, rank)) for rank, path in enumerate(paths)}
+    products = {path: Factors(q=torch.ones(rank, 3), p=torch.ones(3, rank)) for rank, path in enumerate(paths)}
     config, _ = hooks.from_factors(method, targets.from_paths(scanned, paths), bases_of(scanned, paths), products)
     tuner = tunerkit.tuner(tunerkit.wrap(outer, method, config))
     assert [target.path for target in tuner.targets] == paths
@@ -151,7 +152,7 @@ def test_the_config_names_no_module_that_had_no_product(method: str) -> None:
     """A plain name would also match the end of a longer path."""
     outer = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.ModuleDict({"a": nn.Linear(3, 3)})})
     scanned = targets.scan(outer, hooks.gather_knowledge())
-    products = {"a": tunerkit.Factors(q=torch.ones(1, 3), p=torch.ones(3, 1))}
+    products = {"a": Factors(q=torch.ones(1, 3), p=torch.ones(3, 1))}
     chosen = targets.from_paths(scanned, ["a"])
     config, _ = hooks.from_factors(method, chosen, bases_of(scanned, ["a"]), products)
     assert list(tunerkit.tuner(tunerkit.wrap(outer, method, config)).adapters()) == ["a"]
@@ -173,6 +174,6 @@ def test_products_that_do_not_fit_are_refused(
 ) -> None:
     """Before the method's plugin is asked, whose own errors would say less."""
     scanned = targets.scan(nn.ModuleDict({"a": nn.Linear(3, 3)}), hooks.gather_knowledge())
-    given = {path: tunerkit.Factors(*pair) for path, pair in products.items()}
-    with pytest.raises(tunerkit.AdapterError, match=words):
+    given = {path: Factors(*pair) for path, pair in products.items()}
+    with pytest.raises(tunerkit.errors.AdapterError, match=words):
         hooks.from_factors(method, targets.from_paths(scanned, ["a"]), bases_of(scanned, ["a"]), given)

@@ -111,7 +111,7 @@ def test_a_removed_adapter_is_an_error_before_anything_changes(place: str) -> No
     half = everything(model)
     torn = model.get_submodule(place)._modules.pop("tunerkit")
     for asked in (optimizer.step, tunerkit.tuner(model).finish):
-        with pytest.raises(tunerkit.AdapterError, match=f"gone from the model at '{place}'"):
+        with pytest.raises(tunerkit.errors.AdapterError, match=f"gone from the model at '{place}'"):
             asked()
     model.get_submodule(place)._modules["tunerkit"] = torn
     assert same(everything(model), half)

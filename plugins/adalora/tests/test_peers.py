@@ -112,9 +112,9 @@ def test_forgetting_to_connect_the_allocator_stops_training_and_is_an_error_at_s
     """An error at the second step, and one at save: a whole training never runs silently without pruning."""
     model = wrapped()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    with pytest.raises(tunerkit.StepError, match=r"nothing drives it: .* tunerkit\.attach"):
+    with pytest.raises(tunerkit.errors.StepError, match=r"nothing drives it: .* tunerkit\.attach"):
         train(model, optimizer, 2)
-    with pytest.raises(tunerkit.AdapterError, match=r"tunerkit\.attach"):
+    with pytest.raises(tunerkit.errors.AdapterError, match=r"tunerkit\.attach"):
         tunerkit.save(model, tmp_path)
 
 
@@ -215,7 +215,7 @@ def test_dead_ranks_do_not_revive_when_stepping_stops_in_the_final_phase(shrink:
 @pytest.mark.parametrize("name", ["alpha_pattern", "use_rslora", "init_lora_weights", "rank_pattern"])
 def test_settings_that_do_nothing_are_refused(name: str) -> None:
     """No key is accepted and then ignored."""
-    with pytest.raises(tunerkit.ConfigError, match=f"unknown key '{name}'"):
+    with pytest.raises(tunerkit.errors.ConfigError, match=f"unknown key '{name}'"):
         tunerkit.wrap(Net(), "adalora", {**SETTINGS, name: "pissa"})
 
 
@@ -239,9 +239,9 @@ def test_no_mask_changes_under_merged_weights_and_unmerging_is_exact() -> None:
     train(model, optimizer, 13)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tunerkit.merge(model)
-    with pytest.raises(tunerkit.StepError, match="merged"):
+    with pytest.raises(tunerkit.errors.StepError, match="merged"):
         optimizer.step()
-    with pytest.raises(tunerkit.StepError, match="merged"):
+    with pytest.raises(tunerkit.errors.StepError, match="merged"):
         tunerkit.tuner(model).finish()
     tunerkit.unmerge(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -315,7 +315,7 @@ def test_init_rank_equal_to_target_rank_works_and_below_it_is_refused() -> None:
     model = wrapped(init_rank=2, target_rank=2)
     train(model, attached(model))
     assert live(model) == 6
-    with pytest.raises(tunerkit.ConfigError, match="target_rank 5 is above init_rank 4"):
+    with pytest.raises(tunerkit.errors.ConfigError, match="target_rank 5 is above init_rank 4"):
         wrapped(init_rank=4, target_rank=5)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from plugins.adalora.tests.short_training import layers
+from tunerkit.plugin import resize_
 from tunerkit_adalora.training import training_of
 from tunerkit_testing.small import SHAPES, TARGETS, X, loss_of, net, train, trainable
 
@@ -251,7 +252,7 @@ def test_a_layer_without_triplets_has_memory_in_a_state_dict() -> None:
     adapters: list[Any] = list(tunerkit.tuner(model).adapters().values())
     for adapter in adapters:
         for parameter, shape in ((adapter.p, (4, 0)), (adapter.lam, (0,)), (adapter.q, (0, 4))):
-            tunerkit.resize_(parameter, torch.empty(shape))
+            resize_(parameter, torch.empty(shape))
         adapter.set_mask(adapter.mask[:0], rank=0)
     own = {name: tensor for name, tensor in model.state_dict().items() if not tensor.numel()}
     assert len(own) == 8
@@ -281,7 +282,7 @@ def test_a_step_after_loading_other_ranks_without_their_optimizer_is_refused() -
     train(shrunk, other, FINAL)
     model.load_state_dict(shrunk.state_dict())
     loss_of(model).backward()
-    with pytest.raises(tunerkit.StepError, match=r"other ranks.*load_state"):
+    with pytest.raises(tunerkit.errors.StepError, match=r"other ranks.*load_state"):
         optimizer.step()
 
 

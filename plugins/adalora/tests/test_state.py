@@ -24,8 +24,10 @@ from plugins.adalora.tests.short_training import (
     wrapped,
 )
 from tunerkit import hooks, injection
+from tunerkit.plugin import State
 from tunerkit_adalora import AdaLoraConfig
 from tunerkit_adalora.state import restore
+from tunerkit_adalora.svd_layer import SvdLayer
 from tunerkit_adalora.training import training_of
 from tunerkit_testing.small import TARGETS, X, loss_of, net, step, train, trainable
 
@@ -127,7 +129,10 @@ def test_a_state_of_other_shapes_is_refused_and_changes_nothing(tmp_path: Path) 
     optimizer = attached(model)
     train(model, optimizer, TOTAL)
     tunerkit.save_state(model, tmp_path)
-    for rank, error, words in ((5, tunerkit.FileError, "init_rank 4 -> 5"), (4, tunerkit.StepError, "do not fit")):
+    for rank, error, words in (
+        (5, tunerkit.errors.FileError, "init_rank 4 -> 5"),
+        (4, tunerkit.errors.StepError, "do not fit"),
+    ):
         other = wrapped(shrink=True, init_rank=rank)
         attached(other)
         with pytest.raises(error, match=words):
@@ -168,7 +173,7 @@ def test_a_state_with_a_wrong_value_is_refused_and_changes_nothing(name: str) ->
     state = injection.training_state(tunerkit.tuner(model))
     values = dict(state.values)
     spoil(values)
-    assert_refused(tunerkit.State(state.tensors, values), tunerkit.FileError, words)
+    assert_refused(State(state.tensors, values), tunerkit.errors.FileError, words)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
@@ -180,7 +185,7 @@ def test_averages_that_cannot_be_are_refused_and_change_nothing(name: str, value
     state = injection.training_state(tunerkit.tuner(model))
     tensors = {name: tensor.clone() for name, tensor in state.tensors.items()}
     tensors[name].view(-1)[0] = value
-    assert_refused(tunerkit.State(tensors, state.values), tunerkit.FileError, f"'{name}' has negative or non-finite")
+    assert_refused(State(tensors, state.values), tunerkit.errors.FileError, f"'{name}' has negative or non-finite")
 
 
 @pytest.mark.parametrize("name", ["sensitivity.4", "mask.1"])
@@ -190,11 +195,13 @@ def test_a_state_without_a_tensor_is_refused_and_changes_nothing(name: str) -> N
     train(model, attached(model), 7)
     state = injection.training_state(tunerkit.tuner(model))
     tensors = {key: tensor for key, tensor in state.tensors.items() if key != name}
-    assert_refused(tunerkit.State(tensors, state.values), tunerkit.StepError, "do not fit")
+    assert_refused(State(tensors, state.values), tunerkit.errors.StepError, "do not fit")
 
 
 @pytest.mark.parametrize(
-    ("part", "error"), [("mask.1", tunerkit.StepError), ("averaged", tunerkit.FileError)], ids=["tensor", "value"]
+    ("part", "error"),
+    [("mask.1", tunerkit.errors.StepError), ("averaged", tunerkit.errors.FileError)],
+    ids=["tensor", "value"],
 )
 def test_a_file_that_lacks_a_part_is_named_with_the_part_and_what_to_load_instead(
     part: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -205,7 +212,7 @@ def test_a_file_that_lacks_a_part_is_named_with_the_part_and_what_to_load_instea
     state = injection.training_state(tunerkit.tuner(model))
     tensors = {name: tensor for name, tensor in state.tensors.items() if name != part}
     values = {name: value for name, value in state.values.items() if name != part}
-    monkeypatch.setattr(hooks, "state", lambda _: tunerkit.State(tensors, values))
+    monkeypatch.setattr(hooks, "state", lambda _: State(tensors, values))
     path = tunerkit.save_state(model, tmp_path)
     with pytest.raises(error) as caught:
         tunerkit.load_state(model, path)
@@ -214,7 +221,7 @@ def test_a_file_that_lacks_a_part_is_named_with_the_part_and_what_to_load_instea
     assert f"'{part}' is missing. Load a state that was saved together with the adapter's weights" in text
 
 
-def assert_refused(state: tunerkit.State, error: type[Exception], words: str) -> None:
+def assert_refused(state: State, error: type[Exception], words: str) -> None:
     """Another training, at another step, rejects the state and keeps its own."""
     model = wrapped(seed=1)
     optimizer = attached(model)
@@ -259,7 +266,7 @@ def test_an_older_file_is_read(anew: bool) -> None:
     state = injection.training_state(tunerkit.tuner(model))
     other = wrapped(exact_svd=True, seed=1)
     optimizer = attached(other)
-    restore(tunerkit.tuner(other), tunerkit.State(state.tensors, {**state.values, "anew": anew, "later": [1, 2]}))
+    restore(tunerkit.tuner(other), State(state.tensors, {**state.values, "anew": anew, "later": [1, 2]}))
     assert injection.training_state(tunerkit.tuner(other)).values == state.values
     train(other, optimizer, 2)
     assert not masked_lambdas(other).any()
@@ -464,3 +471,11 @@ def test_files_store_the_resolved_defaults(tmp_path: Path) -> None:
     assert isinstance(config, AdaLoraConfig)
     assert (config.target_rank, config.init_rank, config.alpha) == (2, 8, 4.0)
     assert (config.exact_svd, config.train_lambda) == (True, False)
+
+
+def test_a_layer_is_printed_with_the_ranks_that_are_left() -> None:
+    """One line: live and initial rank; without values, as on the meta device, nothing is known of the first."""
+    layer = SvdLayer(in_features=4, out_features=3, rank=3, scale=0.5, dropout=0.1, start="lora")
+    layer.mask = torch.tensor([True, False, True])
+    assert repr(layer) == "SvdLayer(rank=2 of 3, scale=0.5, dropout=0.1)"
+    assert repr(layer.to("meta")) == "SvdLayer(rank=? of 3, scale=0.5, dropout=0.1)"

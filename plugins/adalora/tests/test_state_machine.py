@@ -74,7 +74,7 @@ class WrappedModel(RuleBasedStateMachine):
     def step_while_merged(self) -> None:
         try:
             self.optimizer.step()
-        except tunerkit.StepError:
+        except tunerkit.errors.StepError:
             return
         raise AssertionError("a step on a merged model must raise")
 
@@ -122,7 +122,7 @@ class WrappedModel(RuleBasedStateMachine):
     def finish_while_merged(self) -> None:
         try:
             tunerkit.tuner(self.model).finish()
-        except tunerkit.StepError:
+        except tunerkit.errors.StepError:
             return
         raise AssertionError("finish on a merged model must raise")
 

@@ -372,7 +372,7 @@ def test_the_named_settings_are_without_it() -> None:
 
 def test_it_cannot_go_with_the_penalty() -> None:
     """One error says which settings conflict."""
-    with pytest.raises(tunerkit.ConfigError, match=r"gamma 0\.1 pulls P and Q to length 1"):
+    with pytest.raises(tunerkit.errors.ConfigError, match=r"gamma 0\.1 pulls P and Q to length 1"):
         AdaLoraConfig(exact_svd=True, gamma=0.1)
 
 

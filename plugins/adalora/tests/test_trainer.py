@@ -86,7 +86,7 @@ def test_a_trainer_without_attach_stops_after_its_first_step(tmp_path: Path) -> 
     """The error has the line to add; before, training ran to its end, and the adapter could not be saved."""
     chosen = arguments(tmp_path, max_steps=STEPS)
     trainer = Trainer(wrapped(), chosen, train_dataset=TokenRows(8))
-    with pytest.raises(tunerkit.StepError, match=r"with a Trainer tunerkit\.attach\(model, trainer\)"):
+    with pytest.raises(tunerkit.errors.StepError, match=r"with a Trainer tunerkit\.attach\(model, trainer\)"):
         trainer.train()
     assert trainer.state.global_step == 1
 
@@ -139,7 +139,7 @@ def test_a_best_model_without_its_state_is_what_its_weights_say(tmp_path: Path) 
     assert [change.step for change in tuner.history] == [3]
     with pytest.warns(tunerkit.TunerkitWarning, match="above the final"):
         tunerkit.save(model, tmp_path / "end")
-    with pytest.raises(tunerkit.StepError, match="not attached"):
+    with pytest.raises(tunerkit.errors.StepError, match="not attached"):
         tuner.finish()
 
 
@@ -272,7 +272,7 @@ def test_resuming_from_a_checkpoint_without_state_is_refused(tmp_path: Path) -> 
     model = wrapped()
     trainer_of(model, tmp_path, save_strategy="steps", save_steps=5, save_only_model=True).train()
     assert not (tmp_path / "checkpoint-10" / "state.safetensors").exists()
-    with pytest.raises(tunerkit.FileError, match=r"no state\.safetensors"):
+    with pytest.raises(tunerkit.errors.FileError, match=r"no state\.safetensors"):
         trainer_of(wrapped(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
 
 
@@ -294,10 +294,10 @@ def test_resuming_with_another_config_or_length_is_refused(tmp_path: Path) -> No
     checkpoint = str(tmp_path / "checkpoint-5")
     other = wrapped(delta_t=2)
     before = logits(other)
-    with pytest.raises(tunerkit.FileError, match="delta_t 3 -> 2"):
+    with pytest.raises(tunerkit.errors.FileError, match="delta_t 3 -> 2"):
         trainer_of(other, tmp_path).train(resume_from_checkpoint=checkpoint)
     assert torch.equal(logits(other), before)
-    with pytest.raises(tunerkit.FileError, match="total_steps 20 -> 30"):
+    with pytest.raises(tunerkit.errors.FileError, match="total_steps 20 -> 30"):
         trainer_of(wrapped(), tmp_path, max_steps=30).train(resume_from_checkpoint=checkpoint)
 
 
@@ -309,7 +309,7 @@ def test_a_checkpoint_whose_writing_was_interrupted_is_refused(tmp_path: Path) -
     whole, model = wrapped(), wrapped()
     trainer_of(whole, tmp_path, save_strategy="steps", save_steps=5).train()
     (tmp_path / "checkpoint-20" / "trainer_state.json").unlink()
-    with pytest.raises(tunerkit.FileError, match="not complete"):
+    with pytest.raises(tunerkit.errors.FileError, match="not complete"):
         trainer_of(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
     assert tunerkit.tuner(model).steps == 0
     with pytest.warns(tunerkit.TunerkitWarning, match="resumes from .*checkpoint-15, the newest whole checkpoint"):

@@ -325,7 +325,9 @@ def test_gradients_that_are_all_bad_since_the_last_allocation_are_an_error(value
     optimizer = attached(model)
     train(model, optimizer, 6)
     masks = [layer.mask.clone() for layer in layers(model)]
-    with pytest.raises(tunerkit.StepError, match=r"no usable gradient in the 3 steps.* all 27 were NaN or infinite"):
+    with pytest.raises(
+        tunerkit.errors.StepError, match=r"no usable gradient in the 3 steps.* all 27 were NaN or infinite"
+    ):
         bad_steps(model, optimizer, value)
     assert tunerkit.tuner(model).steps == 9
     assert all(torch.equal(layer.mask, mask) for layer, mask in zip(layers(model), masks, strict=True))
@@ -379,7 +381,7 @@ def test_minimum_and_maximum_ranks_hold_at_the_end(
 def test_bounds_that_the_budget_cannot_meet_are_refused_when_attaching(bounds: dict[str, Any], words: str) -> None:
     """The message has the numbers and the target; nothing is attached."""
     model = wrapped(**bounds)
-    with pytest.raises(tunerkit.ConfigError, match=words):
+    with pytest.raises(tunerkit.errors.ConfigError, match=words):
         attached(model)
     assert tunerkit.tuner(model).state is None
 
@@ -434,7 +436,7 @@ def test_finish_makes_the_final_allocation_early() -> None:
 
 def test_finish_before_attaching_is_refused() -> None:
     """Without training there is no importance to allocate by."""
-    with pytest.raises(tunerkit.StepError, match=r"tunerkit\.attach"):
+    with pytest.raises(tunerkit.errors.StepError, match=r"tunerkit\.attach"):
         tunerkit.tuner(wrapped()).finish()
 
 
@@ -471,7 +473,7 @@ def test_budget_of_a_step_before_attaching_and_after_loading(tmp_path: Path) -> 
     loaded = tunerkit.tuner(tunerkit.load(net(), tunerkit.save(model, tmp_path)))
     assert [loaded.budget(number) for number in range(TOTAL + 3)] == expected
     assert loaded.budget() == 6
-    with pytest.raises(tunerkit.StepError, match="total_steps"):
+    with pytest.raises(tunerkit.errors.StepError, match="total_steps"):
         tunerkit.tuner(wrapped()).budget(3)
 
 
@@ -496,7 +498,7 @@ def test_attaching_a_loaded_adapter_begins_a_new_training_with_all_triplets(exac
 def test_a_budget_that_buys_no_triplet_is_refused() -> None:
     """A budget that is effectively zero is rejected at attach, with the cost of the cheapest triplet."""
     model = wrapped(target_rank=None, budget=min(COSTS) - 1, budget_unit="parameters")
-    with pytest.raises(tunerkit.ConfigError, match=rf"the cheapest costs {min(COSTS)}; raise it @ \$\.budget"):
+    with pytest.raises(tunerkit.errors.ConfigError, match=rf"the cheapest costs {min(COSTS)}; raise it @ \$\.budget"):
         attached(model)
 
 
@@ -504,7 +506,7 @@ def test_adapters_without_any_gradient_are_refused_at_the_allocation() -> None:
     """Without scores, pruning would go by position: the error says so, and names the usual cause."""
     model = wrapped()
     optimizer = attached(model)
-    with pytest.raises(tunerkit.StepError, match=r"no usable gradient in the 6 steps.*use_reentrant"):
+    with pytest.raises(tunerkit.errors.StepError, match=r"no usable gradient in the 6 steps.*use_reentrant"):
         bad_steps(model, optimizer, None)
 
 
@@ -551,7 +553,7 @@ def test_an_optimizer_without_the_adapters_is_refused_whatever_heads_it_holds() 
     """A head trained in full is part of the adapter's file, but its training says nothing about ranks."""
     model = wrapped(targets=("0", "2"), train_modules=("4",))
     head = [p for n, p in model.named_parameters() if ".copy." in n]
-    with pytest.raises(tunerkit.StepError, match="holds none of the parameters"):
+    with pytest.raises(tunerkit.errors.StepError, match="holds none of the parameters"):
         tunerkit.attach(model, torch.optim.SGD(head, lr=0.1), total_steps=TOTAL)
     part = [p for n, p in model.named_parameters() if n.startswith("0.tunerkit.")]
     with pytest.warns(
@@ -575,10 +577,10 @@ def test_saving_above_the_final_budget_triggers_a_warning(tmp_path: Path) -> Non
 def test_saving_without_a_step_is_refused(tmp_path: Path) -> None:
     """Without any step, the error says what was forgotten, and no file is written. A loaded adapter may be saved."""
     model = wrapped()
-    with pytest.raises(tunerkit.AdapterError, match=r"tunerkit\.attach"):
+    with pytest.raises(tunerkit.errors.AdapterError, match=r"tunerkit\.attach"):
         tunerkit.save(model, tmp_path / "none")
     attached(model)
-    with pytest.raises(tunerkit.AdapterError, match="no step"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="no step"):
         tunerkit.save(model, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -587,7 +589,7 @@ def test_saving_without_a_step_is_refused(tmp_path: Path) -> None:
 def test_a_training_too_short_to_choose_what_to_prune_is_refused(total: int) -> None:
     """Scores of so few gradients say nothing. Six steps are enough, and without pruning any number is."""
     model = wrapped(t_init=0.1, t_final=0.3, delta_t=10)
-    with pytest.raises(tunerkit.ConfigError, match=rf"at least 6 steps, got {total}.*@ \$\.total_steps"):
+    with pytest.raises(tunerkit.errors.ConfigError, match=rf"at least 6 steps, got {total}.*@ \$\.total_steps"):
         tunerkit.attach(model, adamw(model), total_steps=total)
     tunerkit.attach(model, adamw(model), total_steps=6)
     fixed = wrapped(t_init=0.1, t_final=0.3, delta_t=10, target_rank=2, init_rank=2, exact_svd=False)

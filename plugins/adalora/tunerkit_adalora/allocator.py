@@ -8,8 +8,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit import Cut, Tuner, optimizer_of, shrink_
 from tunerkit.errors import warn
+from tunerkit.plugin import Cut, Tuner, optimizer_of, shrink_
 from tunerkit_adalora.budget import costs_of
 from tunerkit_adalora.importance import Part
 from tunerkit_adalora.phase import Phase

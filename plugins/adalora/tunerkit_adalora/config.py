@@ -19,24 +19,35 @@ class AdaLoraConfig(AdapterConfig):
     """
 
     target_rank: int | None = setting(
-        None, ge=1, doc="average rank per target at the end, or the size of that rank everywhere; None: 8, or by budget"
+        None,
+        ge=1,
+        doc="average rank per target at the end, or the size of that rank everywhere; None: 8, or by budget",
+        aka=("target_r", "r", "rank"),
     )
     init_rank: int | None = setting(
-        None, ge=1, doc="rank at each target at the start; None: 1.5 target_rank, rounded up, with exact_svd at least 8"
+        None,
+        ge=1,
+        doc="rank at each target at the start; None: 1.5 target_rank, rounded up, with exact_svd at least 8",
+        aka=("init_r",),
     )
     alpha: float | None = setting(
         None,
         gt=0,
         doc="numerator of the scale; None: 2 target_rank, without exact_svd (or with a budget) at least 4/3 init_rank",
+        aka=("lora_alpha",),
     )
-    dropout: float = setting(0.0, ge=0, lt=1, doc="share of the adapter's input that is dropped while training")
-    t_init: int | float = setting(0.1, ge=0, doc="t_i: no pruning before")
-    t_final: int | float = setting(0.3, ge=0, doc="t_f: length of the final phase, ranks fixed")
-    delta_t: int = setting(10, ge=1, doc="Δ_T: steps between allocations")
+    dropout: float = setting(
+        0.0, ge=0, lt=1, doc="share of the adapter's input that is dropped while training", aka=("lora_dropout",)
+    )
+    t_init: int | float = setting(0.1, ge=0, doc="t_i: no pruning before", aka=("tinit",))
+    t_final: int | float = setting(0.3, ge=0, doc="t_f: length of the final phase, ranks fixed", aka=("tfinal",))
+    delta_t: int = setting(10, ge=1, doc="Δ_T: steps between allocations", aka=("deltaT",))
     # Not 0: then Ī = I, so U = |I − Ī| and every score would be 0, and triplets would be ranked by position.
     beta1: float = setting(0.85, gt=0, lt=1, doc="β1: smoothing of the sensitivity (Eq. 9)")
     beta2: float = setting(0.85, ge=0, lt=1, doc="β2: smoothing of the uncertainty (Eq. 10)")
-    gamma: float = setting(0.0, ge=0, doc="γ: weight of the orthogonality regulariser; 0 switches it off")
+    gamma: float = setting(
+        0.0, ge=0, doc="γ: weight of the orthogonality regulariser; 0 switches it off", aka=("orth_reg_weight",)
+    )
     orthogonality: Literal["reference", "paper"] = setting(
         "reference", doc="form of the regulariser: mean of norms (the public codes) or sum of squared norms (the paper)"
     )
@@ -48,7 +59,9 @@ class AdaLoraConfig(AdapterConfig):
     train_lambda: bool | None = setting(
         None, doc="let the optimizer move Λ too; None: unless exact_svd, which sets it, is on and start is 'lora'"
     )
-    total_steps: int | None = setting(None, ge=1, doc="T, if attach or the Trainer should not say it")
+    total_steps: int | None = setting(
+        None, ge=1, doc="T, if attach or the Trainer should not say it", aka=("total_step",)
+    )
     budget: int | None = setting(None, ge=1, doc="total budget at the end, in budget_unit; instead of target_rank")
     budget_unit: Literal["rank", "parameters"] = setting(
         "rank", doc="what the budget counts: triplets or their parameters"
@@ -61,7 +74,9 @@ class AdaLoraConfig(AdapterConfig):
     )
     shrink: bool = setting(True, doc="once the ranks are final, remove dead triplets from memory")
     start: Literal["lora", "gaussian", "orthonormal"] = setting(
-        "lora", doc="P = 0, Λ = 1, Q as LoRA's A; or Λ = 0 with Gaussian (the paper's) or orthonormal P and Q"
+        "lora",
+        doc="P = 0, Λ = 1, Q as LoRA's A; or Λ = 0 with Gaussian (the paper's) or orthonormal P and Q",
+        aka=("init_lora_weights",),
     )
 
     @classmethod

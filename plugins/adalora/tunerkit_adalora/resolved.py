@@ -8,7 +8,7 @@ _DEFAULT_TARGET_RANK = 8
 _EXCESS = 1.5  # initial rank over target rank
 _LEAST_SVD_RANK = 8  # initial rank in SVD form
 # SVD form is the default where the initial rank is more than this many times the target rank. It was measured to help
-# at 8 to 1, and to hurt at 8 to 4 and 12 to 8 (docs/quality-tried.md). The ratio in between is a choice.
+# at 8 to 1, and to hurt at 8 to 4 and 12 to 8 (docs/evidence/quality-tried.md). The ratio in between is a choice.
 _SVD_ABOVE = 2.0
 
 

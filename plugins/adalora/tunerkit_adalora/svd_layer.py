@@ -168,6 +168,11 @@ class SvdLayer(Adapter):
         stray = int(lam.to(mask.device)[~mask].count_nonzero()) if known else 0
         return f"{stray} masked triplets whose λ is not 0" if stray else None
 
+    def extra_repr(self) -> str:
+        rank = "?" if self.mask.is_meta else self.rank  # a mask without values says nothing
+        dropout = f", dropout={self.dropout}" if self.dropout else ""
+        return f"rank={rank} of {self.initial_rank}, scale={self.scale:g}{dropout}"
+
     def factors(self) -> Factors:
         """Return what the layer adds to the weight as a product, without the triplets that add nothing."""
         kept = (self.mask.to(self.lam.device) | (self.lam.detach() != 0)).nonzero().squeeze(1)

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import tunerkit
 from tests.support import bad_plugins
+from tunerkit.extras import install
 from tunerkit_cli import assets, settings
 from tunerkit_cli.app import build
 from tunerkit_cli.rows import Table
@@ -90,7 +91,7 @@ def test_numbers_without_a_dot_are_numbers_in_both_formats(ending: str, tmp_path
 def test_damaged_settings_are_one_line(name: str, content: str, message: str, tmp_path: Path) -> None:
     """Each kind of damage is a `ConfigError`; a settings file cannot run code."""
     (tmp_path / name).write_text(content)
-    with pytest.raises(tunerkit.ConfigError, match=message) as caught:
+    with pytest.raises(tunerkit.errors.ConfigError, match=message) as caught:
         settings.read_settings(tmp_path / name)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1500
@@ -99,7 +100,7 @@ def test_damaged_settings_are_one_line(name: str, content: str, message: str, tm
 def test_settings_in_another_encoding_say_how_to_save_them(tmp_path: Path) -> None:
     """The error names the byte and the encoding."""
     (tmp_path / "s.yaml").write_bytes("a: \xfc\n".encode("latin-1"))
-    with pytest.raises(tunerkit.ConfigError, match="byte 3 is not UTF-8; save the file as UTF-8"):
+    with pytest.raises(tunerkit.errors.ConfigError, match="byte 3 is not UTF-8; save the file as UTF-8"):
         settings.read_settings(tmp_path / "s.yaml")
 
 
@@ -316,6 +317,21 @@ def test_methods_and_config_are_printed() -> None:
     assert tunerkit.structure("lora", found) == tunerkit.structure("lora", {})
 
 
+def test_the_words_of_peft_are_understood(tmp_path: Path) -> None:
+    """A method's name in any case; for a setting's name the error has ours, also from a file."""
+    pytest.importorskip("tunerkit_lora", reason="no plugin for this method")
+    assert tunerkit_command("config", "LoRA").stdout == tunerkit_command("config", "lora").stdout
+    file = tmp_path / "lora.yaml"
+    file.write_text("r: 4\nlora_alpha: 8\nuse_dora: true\n")
+    told = tunerkit_command("config", "LoRA", "--config", file)
+    assert told.exit_code == 2
+    for words in ("'r'; did you mean 'rank'?", "'lora_alpha'; did you mean 'alpha'?", "'use_dora'; no installed"):
+        assert f"unknown key {words}" in told.stderr
+    told = tunerkit_command("train", "--method", "LoRA", "--set", "r=4", "--data", file, "--out", tmp_path / "out")
+    assert told.exit_code == 2
+    assert "--set r: there is no key 'r'; did you mean 'rank'?" in told.stderr
+
+
 def test_without_the_extra_the_command_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -327,7 +343,7 @@ def test_without_the_extra_the_command_says_how_to_get_it(
     with pytest.raises(SystemExit) as caught:
         command.main()
     assert caught.value.code == 2
-    assert capsys.readouterr().err == 'tunerkit: the command needs typer: pip install "tunerkit[cli]"\n'
+    assert capsys.readouterr().err == f"tunerkit: the command needs typer: {install('cli')}\n"
 
 
 # --- check ---

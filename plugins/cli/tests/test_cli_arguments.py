@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quality.collapse import AFTER
-from tunerkit import ConfigError
+from tunerkit.errors import ConfigError
 from tunerkit_cli.running import trainer
 from tunerkit_cli.running.trainer import build_trainer, trainer_arguments
 from tunerkit_cli.tasks import TASKS, task_of
@@ -115,7 +115,7 @@ def test_without_a_task_the_arguments_of_every_trainer_may_be_set(monkeypatch: p
 
 
 def test_heads_that_start_at_random_are_trained_as_was_measured() -> None:
-    """Law: a default is what the grids of docs/quality-record.md ran with."""
+    """Law: a default is what the grids of docs/evidence/quality-record.md ran with."""
     measured = AFTER.training
     kinds = (
         "text-classification",

@@ -18,6 +18,7 @@ from tests.support.product_plugin import ProductPlugin, trained
 from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.tiny_models import save_tiny_llama, save_tiny_t5, save_tiny_vit
 from tests.support.train_command import command, succeeded
+from tunerkit.plugin import Factors
 from tunerkit_cli.converting import description
 from tunerkit_cli.converting.comparison import difference, norm, relative, relative_tensor
 from tunerkit_cli.converting.inputs import random_inputs
@@ -284,8 +285,7 @@ def test_differences_of_products_are_those_of_the_dense_matrices(
     """The dense matrices are the oracle; ranks may be 0, and above the width of a layer."""
     generator = torch.Generator().manual_seed(seed)
     one, other = (
-        tunerkit.Factors(torch.randn(r, 4, generator=generator), scale * torch.randn(3, r, generator=generator))
-        for r in ranks
+        Factors(torch.randn(r, 4, generator=generator), scale * torch.randn(3, r, generator=generator)) for r in ranks
     )
     dense = [(each.p.double() @ each.q.double()) for each in (one, other)]
     assert norm(one) == pytest.approx(float(dense[0].norm()), abs=1e-9)

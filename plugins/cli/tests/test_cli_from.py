@@ -22,6 +22,7 @@ from tests.support.train_command import (
     signalled,
     succeeded,
 )
+from tunerkit.plugin import Description, Foreign, Format
 from tunerkit_cli.running import starting
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import SCALE
@@ -33,22 +34,22 @@ class ToyFormat:
     """The toy format, whose adapters become ``toy-growing``, and which a file beside them describes."""
 
     @tunerkit.hookimpl
-    def tunerkit_formats(self) -> Iterable[tunerkit.Format]:
+    def tunerkit_formats(self) -> Iterable[Format]:
         """Register it."""
         return [
-            tunerkit.Format("toy", toy_formats.sniff, read_growing, toy_formats.write, describe=described),
+            Format("toy", toy_formats.sniff, read_growing, toy_formats.write, describe=described),
         ]
 
 
-def read_growing(path: Path, model: torch.nn.Module) -> tunerkit.Foreign:
+def read_growing(path: Path, model: torch.nn.Module) -> Foreign:
     factors = toy_formats.read(path, model).factors
     tensors = {path: {"a": each.q, "b": each.p / SCALE} for path, each in factors.items()}
-    return tunerkit.Foreign(factors, "toy-growing", tensors=tensors)
+    return Foreign(factors, "toy-growing", tensors=tensors)
 
 
-def described(path: Path) -> tunerkit.Description:
+def described(path: Path) -> Description:
     file = path / "about.json"
-    return tunerkit.Description(**json.loads(file.read_text())) if file.exists() else tunerkit.Description("LoHa")
+    return Description(**json.loads(file.read_text())) if file.exists() else Description("LoHa")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -125,7 +126,7 @@ def test_a_recipe_may_name_the_adapter(first: Path, folder: Path, tmp_path: Path
 
 def test_a_dry_run_writes_nothing(first: Path, folder: Path, tmp_path: Path) -> None:
     """It says where the training goes on from, and its steps."""
-    done = succeeded(*going_on(folder, first, "--out", tmp_path / "more", "--dry-run", "--method", "toy-growing"))
+    done = succeeded(*going_on(folder, first, "--out", tmp_path / "more", "--dry-run", "--method", "Toy-Growing"))
     assert f"goes on from {first}" in done.output
     assert "4 steps" in done.output
     assert not (tmp_path / "more").exists()
@@ -314,11 +315,11 @@ def test_a_new_head_that_the_adapter_does_not_train_is_refused(foreign: Path, fo
 
 def test_a_schedule_that_does_not_fit_says_what_can_be_changed() -> None:
     """Not the adapter's settings, which an error of the method's would name. A new adapter's error stays as it is."""
-    problem = tunerkit.ConfigError(["train longer, or lower t_init @ $.t_init"])
+    problem = tunerkit.errors.ConfigError(["train longer, or lower t_init @ $.t_init"])
     start = starting.Start("old", "old")
     with pytest.raises(tunerkit.TunerkitError, match=r"settings of .* --from old"), starting.explaining(start):
         raise problem
-    with pytest.raises(tunerkit.ConfigError, match=r"t_init$"), starting.explaining(None):
+    with pytest.raises(tunerkit.errors.ConfigError, match=r"t_init$"), starting.explaining(None):
         raise problem
 
 

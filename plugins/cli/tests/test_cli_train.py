@@ -33,6 +33,7 @@ from tests.support.train_command import (
     succeeded,
     write_rows,
 )
+from tunerkit.plugin import MethodInfo
 from tunerkit_cli.plugin_commands import PluginCommands
 from tunerkit_cli.recipes import reading
 from tunerkit_cli.recipes.recipe import Recipe, to_mapping
@@ -324,7 +325,7 @@ def test_a_base_that_moved_is_named_and_given_again(out: Path, folder: Path, tmp
             (moved / file.name).write_bytes(file.read_bytes())
     record["model"]["source"] = str(tmp_path / "gone")
     (moved / "run.json").write_text(json.dumps(record))
-    with pytest.raises(tunerkit.FileError, match=r"gone; pass the folder where it is now"):
+    with pytest.raises(tunerkit.errors.FileError, match=r"gone; pass the folder where it is now"):
         tunerkit.from_folder(moved)
     model, _ = tunerkit.from_folder(moved, base=folder / "tiny")
     assert tunerkit.tuner(model).ranks() == record["ranks"]
@@ -526,7 +527,7 @@ def test_names_are_shown_as_they_are(out: Path, tmp_path: Path, monkeypatch: pyt
     shutil.copytree(out, tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text(json.dumps({**record_of(out), "labels": ["[red]", "[/x]"]}))
     assert "[red], [/x]" in succeeded("show", tmp_path / "run").output
-    broken = {"acme": tunerkit.MethodInfo("acme-plugin", "3.1", "[/x]")}
+    broken = {"acme": MethodInfo("acme-plugin", "3.1", "[/x]")}
     monkeypatch.setattr(tunerkit, "methods", lambda: broken)
     assert "[/x]" in succeeded("methods").output
 
@@ -661,7 +662,7 @@ def test_the_adapter_is_kept_if_what_follows_the_training_fails(
     """Describing a run may fail, but must not cost it."""
 
     def fail(*_: object) -> None:
-        raise tunerkit.StepError("no")
+        raise tunerkit.errors.StepError("no")
 
     monkeypatch.setattr(running, "record_of", fail)
     assert command(*arguments, "--out", tmp_path / "out", "--set", "max_steps=1").exit_code == 2
@@ -847,7 +848,7 @@ def test_a_run_that_is_refused_late_leaves_no_folder(
     """An error after the trainer was built leaves nothing that was not there before."""
 
     def fail(*_: object) -> None:
-        raise tunerkit.StepError("no")
+        raise tunerkit.errors.StepError("no")
 
     monkeypatch.setattr(running.tunerkit, "attach", fail)
     assert command(*arguments, "--out", tmp_path / "deep" / "new").exit_code == 2
@@ -934,7 +935,7 @@ def test_a_run_that_stopped_after_its_last_step_takes_no_further_one(
     succeeded(*short, "--out", tmp_path / "whole")
 
     def fail(*_: object) -> None:
-        raise tunerkit.StepError("no")
+        raise tunerkit.errors.StepError("no")
 
     with monkeypatch.context() as patch:
         patch.setattr(running.tunerkit, "save", fail)

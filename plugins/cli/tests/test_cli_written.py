@@ -245,7 +245,7 @@ def test_a_run_that_is_refused_before_its_first_step_changes_nothing(
     logging = ["--set", "report_to=tensorboard"] if importlib.util.find_spec("tensorboard") else []
 
     def fail(*_: object, **__: object) -> None:
-        raise tunerkit.StepError("no memory")
+        raise tunerkit.errors.StepError("no memory")
 
     places = [
         (transformers.AutoModelForSequenceClassification, "from_pretrained"),
@@ -296,7 +296,7 @@ def test_a_refused_run_leaves_the_card_of_an_earlier_one(arguments: list[str], r
     card.write_text("a card")
     listed = json.loads((out / "written.json").read_text())
     (out / "written.json").write_text(json.dumps({**listed, "files": [*listed["files"], "checkpoints/README.md"]}))
-    with mock.patch.object(transformers.Trainer, "training_step", side_effect=tunerkit.StepError("no memory")):
+    with mock.patch.object(transformers.Trainer, "training_step", side_effect=tunerkit.errors.StepError("no memory")):
         assert command(*arguments, "--out", out, "--overwrite").exit_code == 2
     assert card.read_text() == "a card"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.utils import import_utils
 
-from tunerkit import ConfigError
+from tunerkit.errors import ConfigError
 from tunerkit_cli.running import hardware
 
 CPU, CUDA, MPS, XPU = (torch.device(name) for name in ("cpu", "cuda", "mps", "xpu"))

@@ -20,7 +20,7 @@ from tunerkit_cli.recipes import reading
 def export(path: str, form: str = "plain") -> None:
     """Write the adapter in another format."""
     if form == "bad":
-        raise tunerkit.FileError(f"{path}: no form 'bad';\nchoose plain")
+        raise tunerkit.errors.FileError(f"{path}: no form 'bad';\nchoose plain")
     typer.echo(f"{path} as {form}")
 
 

@@ -97,7 +97,7 @@ def test_json_is_read_too(tmp_path: Path) -> None:
         ("baseline: 'yes'\n", "baseline: expected true or false, got 'yes'"),
         ("baseline: 1\n", "baseline: expected true or false, got 1"),
         ("out: null_\nout: x\n", "given twice: out"),
-        ("version: 2\n", "version: got 2, .* reads version 1; a later one reads this recipe: pip install --upgrade"),
+        ("version: 2\n", "version: got 2, .* reads version 1; a later tunerkit reads this recipe; upgrade"),
         ("version: 2\nsteps: 3\n", "version: got 2"),
         ("version: 0\n", "version: got 0, .* reads version 1; no recipe .*; write version: 1, or .* `tunerkit init`"),
         ("version: '1'\n", "version: got '1'"),
@@ -112,7 +112,7 @@ def test_json_is_read_too(tmp_path: Path) -> None:
 )
 def test_a_mistake_is_one_line(text: str, message: str, tmp_path: Path) -> None:
     """It names the file, the key, what was got and what is allowed."""
-    with pytest.raises(tunerkit.ConfigError, match=message) as caught:
+    with pytest.raises(tunerkit.errors.ConfigError, match=message) as caught:
         read(text, tmp_path)
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "r.yaml") in str(caught.value)
@@ -121,7 +121,7 @@ def test_a_mistake_is_one_line(text: str, message: str, tmp_path: Path) -> None:
 
 def test_all_mistakes_are_in_one_error(tmp_path: Path) -> None:
     """Nobody mends a recipe one line a time."""
-    with pytest.raises(tunerkit.ConfigError) as caught:
+    with pytest.raises(tunerkit.errors.ConfigError) as caught:
         read("modle: x\nbaseline: 3\nmax_length: none\n", tmp_path)
     file = tmp_path / "r.yaml"
     assert caught.value.problems == (
@@ -133,7 +133,7 @@ def test_all_mistakes_are_in_one_error(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     """As with settings."""
-    with pytest.raises(tunerkit.ConfigError, match=r"gone\.yaml: no such file"):
+    with pytest.raises(tunerkit.errors.ConfigError, match=r"gone\.yaml: no such file"):
         read_recipe(tmp_path / "gone.yaml")
 
 
@@ -144,7 +144,7 @@ def test_keys_of_plugins_are_checked_and_kept(tmp_path: Path) -> None:
     assert recipe == Recipe(extra={"acme": {"level": 3}, "tags": []})
     recipe.extra["tags"].append("x")
     assert read("", tmp_path, plugin_keys=keys).extra == {"tags": []}
-    with pytest.raises(tunerkit.ConfigError, match=r"acme\.level: expected a whole number, got 'high'"):
+    with pytest.raises(tunerkit.errors.ConfigError, match=r"acme\.level: expected a whole number, got 'high'"):
         read("acme: {level: high}\n", tmp_path, plugin_keys=keys)
 
 
@@ -158,7 +158,7 @@ def test_a_recipe_shares_nothing_with_its_mapping() -> None:
 
 def test_the_example_in_the_documentation_is_a_recipe(tmp_path: Path) -> None:
     """Every YAML block of the page on recipes is read as it stands."""
-    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    page = (DOCS / "how-to" / "recipes.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert blocks
     assert all(read(block, tmp_path).model for block in blocks)

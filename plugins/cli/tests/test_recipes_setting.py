@@ -3,13 +3,15 @@
 import contextlib
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given, strategies as st
 
-import tunerkit
+from tunerkit.plugin import AdapterConfig, ConfigError, setting
 from tunerkit_cli.recipes.reading import structure
 from tunerkit_cli.recipes.setting import FLAGS, apply, merge
 
@@ -17,8 +19,20 @@ TRAINER = {"learning_rate", "num_train_epochs", "seed", "max_length", "optim_arg
 METHOD = ("target_rank", "dropout", "rank_pattern", "targets")
 
 
+@attrs.frozen
+class MethodConfig(AdapterConfig):
+    """The settings of a method."""
+
+    target_rank: int | None = setting(None, doc="a rank", aka=("target_r",))
+    dropout: float = setting(0.0, doc="a share")
+    rank_pattern: Mapping[str, int] = setting(attrs.Factory(dict), doc="ranks")
+
+
+FIELDS = {name: field for name, field in attrs.fields_dict(MethodConfig).items() if name in METHOD}
+
+
 def applied(mapping: dict[str, Any], *settings: str, plugin_keys: Any = None) -> dict[str, Any]:
-    return apply(mapping, settings, TRAINER, METHOD, plugin_keys or {})
+    return apply(mapping, settings, TRAINER, FIELDS, plugin_keys or {})
 
 
 @pytest.mark.parametrize(
@@ -65,6 +79,9 @@ def test_a_setting_goes_where_its_key_belongs(setting: str, changed: dict[str, A
         ),
         ("training.sede=3", "there is no key 'sede' in 'training'; did you mean 'seed'"),
         ("config.target_rnk=3", "there is no key 'target_rnk' in 'config'; did you mean 'target_rank'"),
+        ("target_modules=[q]", r"--set target_modules: there is no key 'target_modules'; did you mean 'targets'\?"),
+        ("config.target_r=3", r"there is no key 'target_r' in 'config'; did you mean 'target_rank'\?"),
+        ("use_dora=true", "there is no key 'use_dora'; no installed method is DoRA"),
         ("trainig.seed=3", "there is no key 'trainig'; did you mean 'training'"),
         ("lr=3", r"there is no key 'lr'; did you mean 'training.learning_rate'\?"),
         ("epochs=3", r"there is no key 'epochs'; did you mean 'training.num_train_epochs'\?"),
@@ -95,7 +112,7 @@ def test_a_setting_goes_where_its_key_belongs(setting: str, changed: dict[str, A
 )
 def test_a_mistake_is_one_line(setting: str, message: str) -> None:
     """It names the setting, and what is expected or the closest key."""
-    with pytest.raises(tunerkit.ConfigError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         applied({"task": "seq2seq", "training": {"optim_args": "b"}, "columns": {"seed": "b"}}, setting)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
@@ -103,7 +120,7 @@ def test_a_mistake_is_one_line(setting: str, message: str) -> None:
 
 def test_all_mistakes_are_in_one_error() -> None:
     """Also those of one command line."""
-    with pytest.raises(tunerkit.ConfigError) as caught:
+    with pytest.raises(ConfigError) as caught:
         applied({}, "seed", "modle=x", "seed=3", "dropout=1")
     assert len(caught.value.problems) == 3
 
@@ -157,7 +174,7 @@ keys = st.sampled_from([*sorted(TRAINER), *METHOD, *FLAGS, "training", "config",
 @given(st.lists(keys, max_size=3), st.text(max_size=8))
 def test_any_text_is_a_setting_or_an_error_of_ours(path: list[str], text: str) -> None:
     """Law: nothing but a `ConfigError` is raised, whatever is typed."""
-    with contextlib.suppress(tunerkit.ConfigError):
+    with contextlib.suppress(ConfigError):
         assert isinstance(applied({"training": {"seed": 1}, "columns": None}, f"{'.'.join(path)}={text}"), dict)
 
 
@@ -165,7 +182,7 @@ def test_keys_of_plugins_are_set_too() -> None:
     """They are keys of the recipe like any other."""
     keys = {"acme": {"type": "object", "description": "Acme's options."}}
     assert applied({}, "acme.level=3", plugin_keys=keys) == {"acme": {"level": 3}}
-    with pytest.raises(tunerkit.ConfigError, match="there is no key 'acmee'; did you mean 'acme'"):
+    with pytest.raises(ConfigError, match="there is no key 'acmee'; did you mean 'acme'"):
         applied({}, "acmee.level=3", plugin_keys=keys)
 
 
@@ -221,5 +238,5 @@ def test_the_command_line_wins_over_the_recipe_and_set_over_flags() -> None:
 )
 def test_a_flag_that_cannot_be_set_is_named(mapping: dict[str, Any], flags: dict[str, Any], message: str) -> None:
     """By the name that the user typed."""
-    with pytest.raises(tunerkit.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         merge(mapping, flags)

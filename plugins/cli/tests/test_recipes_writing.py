@@ -116,7 +116,7 @@ def uncommented(text: str) -> Iterator[str]:
 )
 def test_an_unknown_task_is_named_with_the_closest(task: str, message: str) -> None:
     """The error has the task that was meant, or all of them."""
-    with pytest.raises(tunerkit.ConfigError, match=message) as caught:
+    with pytest.raises(tunerkit.errors.ConfigError, match=message) as caught:
         starter(task)
     assert len(str(caught.value)) < 500
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from tunerkit import FileError
+from tunerkit.errors import FileError
 from tunerkit_cli.report.record import Problem, Restart
 from tunerkit_cli.running import written
 from tunerkit_cli.running.watching import LostError, read_restarts, roll_back, slow_down_, slower

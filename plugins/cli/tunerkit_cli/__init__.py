@@ -10,6 +10,8 @@ def main() -> None:
     except ModuleNotFoundError as missing:
         if missing.name is None or missing.name.startswith("tunerkit"):
             raise
-        print(f'tunerkit: the command needs {missing.name}: pip install "tunerkit[cli]"', file=sys.stderr)
+        from tunerkit.extras import install
+
+        print(f"tunerkit: the command needs {missing.name}: {install('cli')}", file=sys.stderr)
         sys.exit(2)
     run()

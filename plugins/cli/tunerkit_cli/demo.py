@@ -73,7 +73,8 @@ _DEMOS = {
         held_out_rows=3000,
         training={"eval_strategy": "no"},  # once at the end: 3,000 rows cost as much as 40 steps
         # AdaLoRA at the default rate, one thread: 0.8497, 0.8490, 0.8497 in fp32 (seeds 0 to 2), 0.8453 in bf16 (seed
-        # 0). On fewer of the same sentences, movie-2 in docs/quality-record.md has 0.839 (LoRA) and 0.841 (AdaLoRA).
+        # 0). On fewer of the same sentences, movie-2 in docs/evidence/quality-record.md has 0.839 (LoRA) and 0.841
+        # (AdaLoRA).
         good=Good("accuracy", 0.83, 0.86, head_alone=0.70),
     ),
     "causal-lm": Demo(assets.demo_language_model, conversations, 128, 16),

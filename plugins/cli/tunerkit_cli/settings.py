@@ -9,8 +9,7 @@ from typing import Any
 
 import yaml
 
-from tunerkit import ConfigError
-from tunerkit.errors import shown
+from tunerkit.errors import ConfigError, shown
 from tunerkit.paths import few
 
 # A method has a few dozen settings. Reading 100 kB of YAML takes about a second.

@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tunerkit
+from tunerkit.plugin import Description
 from tunerkit_diffusers.describing import describe_diffusers, describe_kohya
 
 FILE = "pytorch_lora_weights.safetensors"
-Describe = Callable[[Path], tunerkit.Description]
+Describe = Callable[[Path], Description]
 SETTINGS = {"r": 4, "lora_alpha": 6, "rank_pattern": {"conv_in": 2}, "base_model_name_or_path": "org/unet"}
 
 
@@ -66,7 +67,7 @@ def test_a_file_for_several_parts_tells_them_apart(tmp_path: Path) -> None:
 def test_a_file_of_diffusers_without_settings_or_parts_is_described(tmp_path: Path) -> None:
     """By its tensors alone."""
     found = describe_diffusers(diffusers_file(tmp_path, {"blocks.0.to_q": 2}))
-    assert found == tunerkit.Description("lora", ranks={"blocks.0.to_q": 2}, settings={"parts": [], "dtype": "f32"})
+    assert found == Description("lora", ranks={"blocks.0.to_q": 2}, settings={"parts": [], "dtype": "f32"})
 
 
 def test_a_file_of_kohya_is_described(tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_a_wrong_file_is_refused(
     """With its name and what is wrong."""
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(kept, tmp_path / FILE, {"lora_adapter_metadata": settings})
-    with pytest.raises(tunerkit.FileError, match=f"(?s){FILE}.*{said}"):
+    with pytest.raises(tunerkit.errors.FileError, match=f"(?s){FILE}.*{said}"):
         describe(tmp_path)
 
 
@@ -137,5 +138,5 @@ def test_a_wrong_file_is_refused(
 def test_where_no_such_file_is_nothing_is_described(describe: Describe, tmp_path: Path) -> None:
     """An empty folder, and a name that is neither."""
     for path in (tmp_path, tmp_path / "gone"):
-        with pytest.raises(tunerkit.FileError, match="holds no"):
+        with pytest.raises(tunerkit.errors.FileError, match="holds no"):
             describe(path)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit import patterns
+from tunerkit.plugin import factors_of
 
 pytest.importorskip("diffusers", reason="it saves the files")
 pytest.importorskip("peft", reason="it makes the adapters")
@@ -138,7 +139,7 @@ def test_older_spellings_are_known(spelling: str, tmp_path: Path) -> None:
 def test_an_alpha_beside_the_tensors_scales(tmp_path: Path) -> None:
     """Trainers of transformers write ``transformer.….alpha``; the scale is alpha / r, module by module."""
     file = one_layer(tmp_path, {"unet.conv_in.alpha": torch.tensor(1.0)})
-    (added,) = tunerkit.factors_of(tunerkit.tuner(tunerkit.load(unet(), file))).values()
+    (added,) = factors_of(tunerkit.tuner(tunerkit.load(unet(), file))).values()
     tensors = load_file(file)
     a, b = tensors["unet.conv_in.lora_A.weight"].flatten(1), tensors["unet.conv_in.lora_B.weight"].flatten(1)
     torch.testing.assert_close(added.p @ added.q, b @ a / 2)
@@ -222,7 +223,7 @@ BAD: dict[str, tuple[dict[str, Tensor | None], str]] = {
 def test_a_bad_file_is_refused_by_its_key(more: dict[str, Tensor | None], message: str, tmp_path: Path) -> None:
     """One error names the file and the key, and the model stays as it was."""
     file, model = one_layer(tmp_path, more), unet()
-    with pytest.raises(tunerkit.FileError, match=message) as caught:
+    with pytest.raises(tunerkit.errors.FileError, match=message) as caught:
         tunerkit.load(model, file)
     assert FILE in str(caught.value)
     assert not any("tunerkit" in path for path, _ in model.named_modules())
@@ -231,9 +232,11 @@ def test_a_bad_file_is_refused_by_its_key(more: dict[str, Tensor | None], messag
 def test_another_part_of_the_pipeline_is_named(tmp_path: Path) -> None:
     """A UNet's file does not go onto a transformer or a text encoder."""
     one_layer(tmp_path)
-    with pytest.raises(tunerkit.BaseMismatchError, match=r"adapts 'unet'.*SD3Transformer2DModel is 'transformer'"):
+    with pytest.raises(
+        tunerkit.errors.BaseMismatchError, match=r"adapts 'unet'.*SD3Transformer2DModel is 'transformer'"
+    ):
         tunerkit.load(transformer(), tmp_path)
-    with pytest.raises(tunerkit.BaseMismatchError, match=r"CLIPTextModel is 'text_encoder'.*pipeline.unet"):
+    with pytest.raises(tunerkit.errors.BaseMismatchError, match=r"CLIPTextModel is 'text_encoder'.*pipeline.unet"):
         tunerkit.load(text_encoder(), tmp_path)
 
 
@@ -248,18 +251,20 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         (b"\x04\0\0\0\0\0\0\0[]  ", "not a JSON object"),
     ):
         (tmp_path / FILE).write_bytes(content)
-        with pytest.raises(tunerkit.FileError, match=message):
+        with pytest.raises(tunerkit.errors.FileError, match=message):
             tunerkit.load(unet(), tmp_path)
     save_file({}, tmp_path / FILE)
-    with pytest.raises(tunerkit.FileError, match="holds no tensors"):
+    with pytest.raises(tunerkit.errors.FileError, match="holds no tensors"):
         tunerkit.load(unet(), tmp_path)
     (tmp_path / FILE).rename(tmp_path / "pytorch_lora_weights.bin")
-    with pytest.raises(tunerkit.FileError, match="is a pickle"):
+    with pytest.raises(tunerkit.errors.FileError, match="is a pickle"):
         tunerkit.load(unet(), tmp_path)
     for name in ("a.safetensors", "b.safetensors"):
         shutil.copy(one_layer(tmp_path), tmp_path / name)
     (tmp_path / FILE).unlink()
-    with pytest.raises(tunerkit.FileError, match=r"2 adapters.*a.safetensors, b.safetensors; pass the path of one"):
+    with pytest.raises(
+        tunerkit.errors.FileError, match=r"2 adapters.*a.safetensors, b.safetensors; pass the path of one"
+    ):
         tunerkit.load(unet(), tmp_path)
 
 
@@ -288,7 +293,7 @@ def test_bad_settings_are_refused_by_name(settings: object, message: str, tmp_pa
     """Whatever JSON the metadata holds."""
     text = settings if isinstance(settings, str) else json.dumps(settings)
     file = one_layer(tmp_path, lora_adapter_metadata=text)
-    with pytest.raises(tunerkit.FileError, match=message):
+    with pytest.raises(tunerkit.errors.FileError, match=message):
         tunerkit.load(unet(), file)
 
 
@@ -298,7 +303,7 @@ def test_a_slow_pattern_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tensors = {f"unet.{layer}.lora_A.weight": torch.ones(4, 16), f"unet.{layer}.lora_B.weight": torch.ones(16, 4)}
     save_file(tensors, tmp_path / FILE, {"lora_adapter_metadata": json.dumps(settings)})
     monkeypatch.setattr(patterns, "_STEPS", 100)
-    with pytest.raises(tunerkit.FileError, match=r"a pattern in the metadata cannot be used.*too many steps"):
+    with pytest.raises(tunerkit.errors.FileError, match=r"a pattern in the metadata cannot be used.*too many steps"):
         tunerkit.load(unet(), tmp_path)
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tunerkit
+from tunerkit.plugin import factors_of
 
 pytest.importorskip("diffusers", reason="it has the models")
 pytest.importorskip("peft", reason="diffusers loads adapters with it")
@@ -179,7 +180,7 @@ def test_a_kernel_in_between_is_multiplied_in(tmp_path: Path) -> None:
             expected += (
                 up[:, a, :, :, None, None].squeeze()[:, None, None, None] * mid[a, b] * down[b, :, 0, 0][:, None, None]
             )
-    (added,) = tunerkit.factors_of(tunerkit.tuner(tunerkit.load(unet(), file))).values()
+    (added,) = factors_of(tunerkit.tuner(tunerkit.load(unet(), file))).values()
     torch.testing.assert_close((added.p @ added.q).reshape(8, 4, 3, 3), expected)
 
 
@@ -223,7 +224,7 @@ BAD: dict[str, tuple[dict[str, Tensor | None], str]] = {
 def test_a_bad_file_is_refused_by_its_key(more: dict[str, Tensor | None], message: str, tmp_path: Path) -> None:
     """One error names the file and the key, and the model stays as it was."""
     file, model = one_layer(tmp_path, more), unet()
-    with pytest.raises(tunerkit.FileError, match=message) as caught:
+    with pytest.raises(tunerkit.errors.FileError, match=message) as caught:
         tunerkit.load(model, file)
     assert file.name in str(caught.value)
     assert not any("tunerkit" in path for path, _ in model.named_modules())
@@ -238,19 +239,21 @@ def test_a_name_that_may_mean_two_modules_is_refused(tmp_path: Path) -> None:
     pair = {"lora_down.weight": torch.ones(1, 4), "lora_up.weight": torch.ones(4, 1)}
     save_file({f"lora_unet_a_b.{part}": tensor for part, tensor in pair.items()}, tmp_path / "a.safetensors")
     save_file({f"lora_unet_c.{part}": tensor for part, tensor in pair.items()}, tmp_path / "c.safetensors")
-    with pytest.raises(tunerkit.FileError, match=r"may stand for 'a_b' or 'a\.b'"):
+    with pytest.raises(tunerkit.errors.FileError, match=r"may stand for 'a_b' or 'a\.b'"):
         tunerkit.load(build(), tmp_path / "a.safetensors")
     assert tunerkit.tuner(tunerkit.load(build(), tmp_path / "c.safetensors")).ranks() == {"c": 1}
-    with pytest.raises(tunerkit.FileError, match=r"2 adapters.*a\.safetensors, c\.safetensors"):
+    with pytest.raises(tunerkit.errors.FileError, match=r"2 adapters.*a\.safetensors, c\.safetensors"):
         tunerkit.load(build(), tmp_path)
 
 
 def test_another_part_of_the_pipeline_is_named(tmp_path: Path) -> None:
     """A UNet's file does not go onto a text encoder, and nothing under these names onto a transformer."""
     file = one_layer(tmp_path, {})
-    with pytest.raises(tunerkit.BaseMismatchError, match=r"adapts 'unet'.*CLIPTextModel is 'text_encoder'"):
+    with pytest.raises(tunerkit.errors.BaseMismatchError, match=r"adapts 'unet'.*CLIPTextModel is 'text_encoder'"):
         tunerkit.load(text_encoder(), file)
-    with pytest.raises(tunerkit.BaseMismatchError, match=r"SD3Transformer2DModel follow the original checkpoint"):
+    with pytest.raises(
+        tunerkit.errors.BaseMismatchError, match=r"SD3Transformer2DModel follow the original checkpoint"
+    ):
         tunerkit.load(transformer(), file)
 
 

@@ -160,7 +160,7 @@ def test_what_the_files_cannot_hold_is_refused_by_name(
     for format in ("diffusers", "kohya"):
         if format == "kohya" and build is not unet:
             continue  # it refuses the names first
-        with pytest.raises(tunerkit.FileError, match=message):
+        with pytest.raises(tunerkit.errors.FileError, match=message):
             tunerkit.export(wrapped(build(), **config), tmp_path / "out", format=format, component="unet")
     assert not (tmp_path / "out").exists()
 
@@ -168,12 +168,14 @@ def test_what_the_files_cannot_hold_is_refused_by_name(
 def test_the_part_of_the_pipeline_must_be_known(tmp_path: Path) -> None:
     """An unknown class needs ``component``; one with two meanings says which; a wrong one lists what is allowed."""
     model = wrapped(nn.Sequential(nn.Linear(4, 4)), rank=1)
-    with pytest.raises(tunerkit.ConfigError, match=r"part of a pipeline this Sequential is; pass component='unet' or"):
+    with pytest.raises(
+        tunerkit.errors.ConfigError, match=r"part of a pipeline this Sequential is; pass component='unet' or"
+    ):
         tunerkit.export(model, tmp_path / "out", format="diffusers")
     both = wrapped(text_encoder(CLIPTextModelWithProjection), targets=("q_proj",))
-    with pytest.raises(tunerkit.ConfigError, match="component='text_encoder' or 'text_encoder_2'"):
+    with pytest.raises(tunerkit.errors.ConfigError, match="component='text_encoder' or 'text_encoder_2'"):
         tunerkit.export(both, tmp_path / "out", format="kohya")
-    with pytest.raises(tunerkit.ConfigError, match="component"):
+    with pytest.raises(tunerkit.errors.ConfigError, match="component"):
         tunerkit.export(model, tmp_path / "out", format="kohya", component="vae")
     tunerkit.export(both, tmp_path / "out", format="kohya", component="text_encoder_2")
     assert all(name.startswith("lora_te2_") for name in load_file(tmp_path / "out" / "lora.safetensors"))
@@ -181,15 +183,15 @@ def test_the_part_of_the_pipeline_must_be_known(tmp_path: Path) -> None:
 
 def test_names_that_diffusers_would_not_find_are_refused(tmp_path: Path) -> None:
     """Transformers and unknown layers under Kohya's names, heads of text encoders, ranks per module there."""
-    with pytest.raises(tunerkit.FileError, match=r"SD3Transformer2DModel.*format='diffusers'"):
+    with pytest.raises(tunerkit.errors.FileError, match=r"SD3Transformer2DModel.*format='diffusers'"):
         tunerkit.export(wrapped(transformer(), rank=1), tmp_path / "out", format="kohya")
     odd = wrapped(nn.Sequential(nn.Linear(4, 4)), rank=1)
-    with pytest.raises(tunerkit.FileError, match=r"no name for '0'.*exclude=\('0',\)"):
+    with pytest.raises(tunerkit.errors.FileError, match=r"no name for '0'.*exclude=\('0',\)"):
         tunerkit.export(odd, tmp_path / "out", format="kohya", component="unet")
     head = wrapped(text_encoder(CLIPTextModelWithProjection), targets=("text_projection", "q_proj"))
-    with pytest.raises(tunerkit.FileError, match=r"'text_projection'.*q_proj"):
+    with pytest.raises(tunerkit.errors.FileError, match=r"'text_projection'.*q_proj"):
         tunerkit.export(head, tmp_path / "out", format="diffusers", component="text_encoder")
     encoder = wrapped(text_encoder(), targets=("q_proj",))
-    with pytest.raises(tunerkit.ConfigError, match="use 'uniform'"):
+    with pytest.raises(tunerkit.errors.ConfigError, match="use 'uniform'"):
         tunerkit.export(encoder, tmp_path / "out", format="diffusers", form="compact")
     assert not (tmp_path / "out").exists()

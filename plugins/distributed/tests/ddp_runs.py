@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import tunerkit
 from tests.support import together, two_processes
 from tests.support.toy_growing import GrowingPlugin
+from tunerkit.plugin import Cut, resize_obstacle, shrink_
 
 # Layer 4 is trained in full: a parameter that keeps its shape, beside those that change.
 CONFIG = {"targets": ["0", "2"], "train_modules": ["4"], "every": 1000}
@@ -87,12 +88,12 @@ def resize(model: nn.Module, optimizer: torch.optim.Optimizer, way: str) -> Any:
         generator = torch.Generator().manual_seed(7)
         return tunerkit.grow_([one for adapter in adapters for one in adapter.growths(generator)], optimizer)
     if way == "empty":
-        return tunerkit.shrink_(cuts(adapters[0], torch.arange(0)), optimizer)
-    return tunerkit.shrink_([cut for a in adapters for cut in cuts(a, torch.arange(1, a.rank))], optimizer)
+        return shrink_(cuts(adapters[0], torch.arange(0)), optimizer)
+    return shrink_([cut for a in adapters for cut in cuts(a, torch.arange(1, a.rank))], optimizer)
 
 
-def cuts(adapter: Any, kept: Tensor) -> list[tunerkit.Cut]:
-    return [tunerkit.Cut(adapter.a, 0, kept), tunerkit.Cut(adapter.b, 1, kept)]
+def cuts(adapter: Any, kept: Tensor) -> list[Cut]:
+    return [Cut(adapter.a, 0, kept), Cut(adapter.b, 1, kept)]
 
 
 def batches(step: int, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -172,8 +173,8 @@ def apart() -> str | None:
     parallel = DistributedDataParallel(model)
     try:
         tunerkit.attach(model, optimizer, total_steps=100, data_parallel=False)
-        reason = tunerkit.resize_obstacle(tunerkit.tuner(model).parameters(), optimizer)
-    except tunerkit.StepError as error:  # toy-growing refuses to start where it cannot grow
+        reason = resize_obstacle(tunerkit.tuner(model).parameters(), optimizer)
+    except tunerkit.errors.StepError as error:  # toy-growing refuses to start where it cannot grow
         reason = str(error)
     return f"{reason} {parallel.static_graph}"
 
@@ -185,7 +186,7 @@ def gone(rank: int) -> str | None:
     optimizer = attached(model)
     loss(parallel, *next(batches(0, rank))).backward()
     del parallel
-    return tunerkit.resize_obstacle(tunerkit.tuner(model).parameters(), optimizer)
+    return resize_obstacle(tunerkit.tuner(model).parameters(), optimizer)
 
 
 def loaded_unseen(rank: int) -> str:
@@ -198,7 +199,7 @@ def loaded_unseen(rank: int) -> str:
     try:
         loss(parallel, *next(batches(0, rank))).backward()
         optimizer.step()
-    except tunerkit.StepError as error:
+    except tunerkit.errors.StepError as error:
         return str(error)
     return ""
 

@@ -313,7 +313,7 @@ def _other_starts(seed: int | None) -> str:
 
 
 def _collectives() -> dict[str, Any]:
-    """What the steps of each method exchange beside FSDP2's own, as docs/scaling.md says."""
+    """What the steps of each method exchange beside FSDP2's own, as docs/evidence/scaling-grids.md says."""
     found = {}
     for method in METHODS:
         model = build(method)

@@ -292,7 +292,7 @@ def test_one_process_has_no_engine_and_may_not_ask_for_one() -> None:
         model = tunerkit.wrap(together.net(), "toy-low-rank", {"targets": TARGETS})
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         for given, words in ((True, "in no group of several"), ("yes", "expected True, False or None, got 'yes'")):
-            with pytest.raises(tunerkit.StepError, match=words):
+            with pytest.raises(tunerkit.errors.StepError, match=words):
                 tunerkit.attach(model, optimizer, data_parallel=given)  # type: ignore[arg-type]
         tunerkit.attach(model, optimizer)
         assert tunerkit.tuner(model).engine is None

@@ -17,6 +17,7 @@ import tunerkit
 from plugins.distributed.tests import ddp_runs
 from tests.support import together, two_processes
 from tests.support.toy_growing import GrowingPlugin
+from tunerkit.plugin import Cut, shrink_
 from tunerkit_distributed import torch_private
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
@@ -159,7 +160,7 @@ def test_shapes_stay_where_ddp_cannot_be_rebuilt(case: str) -> None:
     optimizer = ddp_runs.attached(model)
     own = list(tunerkit.tuner(model).parameters())
     shapes = [parameter.shape for parameter in own]
-    reason = tunerkit.shrink_([tunerkit.Cut(own[0], 0, torch.tensor([0]))], optimizer)
+    reason = shrink_([Cut(own[0], 0, torch.tensor([0]))], optimizer)
     assert reason is not None
     assert reason.startswith("DistributedDataParallel cannot be rebuilt around this model: ")
     assert words in reason
@@ -179,7 +180,9 @@ def test_loading_other_ranks_where_ddp_cannot_be_rebuilt_is_an_error_at_the_next
     parallel(together.inputs()).sum().backward()
     with Join([parallel]):
         model.load_state_dict(other.state_dict())
-        with pytest.raises(tunerkit.StepError, match=r"cannot be rebuilt: it has been in a Join block.*Load adapters"):
+        with pytest.raises(
+            tunerkit.errors.StepError, match=r"cannot be rebuilt: it has been in a Join block.*Load adapters"
+        ):
             parallel(together.inputs())
 
 

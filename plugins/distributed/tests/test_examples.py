@@ -36,7 +36,7 @@ LONG = pytest.mark.skipif(os.environ.get("TUNERKIT_LONG") != "1", reason="like t
     ids=["torchrun", "fsdp2", "accelerate launch", "torchrun with a Trainer"],
 )
 def test_an_example_trains_in_two_processes(name: str, launcher: tuple[str, ...], tmp_path: Path) -> None:
-    """One of them says so, and the file it names holds an adapter whose budget is spent."""
+    """One of them says so, and the file it names holds an adapter whose budget is spent; none warns."""
     absent = [each for each in _imports(name) if find_spec(each) is None]
     if absent:
         pytest.skip(f"the example needs {', '.join(absent)}")
@@ -45,6 +45,7 @@ def test_an_example_trains_in_two_processes(name: str, launcher: tuple[str, ...]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("2 processes") == 1, done.stdout
+    assert "TunerkitWarning" not in done.stderr
     file = tmp_path / f"out/{name}/adapter.safetensors"
     assert f"written to {file.relative_to(tmp_path)}" in done.stdout
     masks = [mask for key, mask in serialization.read(file, content="adapter")[1].items() if key.endswith("mask")]

@@ -15,6 +15,7 @@ import tunerkit
 from tunerkit.errors import AdapterError, StepError, TargetError
 from tunerkit.layers import as_base_layer, plain_form
 from tunerkit.layers.weights import duplicate, execution_device
+from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Method, add_low_rank
 from tunerkit_testing.registering import registered
 
 if TYPE_CHECKING:
@@ -202,8 +203,8 @@ def test_the_input_is_brought_to_the_adapter_and_the_product_to_the_output(x: Te
     base: Any = SimpleNamespace(project_in=project_in, project_out=lambda h, p: h @ p.T)
     q, p, y = torch.zeros(2, 3), torch.zeros(4, 2), torch.zeros(2, 4)
     with torch.autocast("cpu", enabled=autocast):
-        there = tunerkit.add_low_rank(base, x, y.to("meta"), q=q.to("meta"), p=p.to("meta"), scale=1.0)
-        back = tunerkit.add_low_rank(base, x, y.to("meta"), q=q, p=p, scale=1.0)
+        there = add_low_rank(base, x, y.to("meta"), q=q.to("meta"), p=p.to("meta"), scale=1.0)
+        back = add_low_rank(base, x, y.to("meta"), q=q, p=p, scale=1.0)
     assert seen == ["meta", "cpu"]
     assert there.is_meta
     assert back.is_meta
@@ -286,18 +287,18 @@ def test_buffers_that_share_a_storage_are_copied_each_by_itself(toys: "Toys") ->
 
 
 @attrs.frozen
-class ReadsConfig(tunerkit.AdapterConfig):
+class ReadsConfig(AdapterConfig):
     """Only the settings of every method."""
 
 
-class Reads(tunerkit.Adapter):
+class Reads(Adapter):
     """Adds ``scale`` times the base layer's own product, from the weight as the base layer shows it."""
 
-    def __init__(self, base: tunerkit.BaseLayer) -> None:
+    def __init__(self, base: BaseLayer) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.full((1,), 0.5))
 
-    def forward(self, base: tunerkit.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         weight = base.matrix() if base.linear else base.dense()
         return y + self.scale * base.project_out(base.project_in(x, weight), torch.eye(base.out_features))
 
@@ -306,11 +307,11 @@ class ReadsPlugin:
     """``toy-reads``, a method that needs the base layer's weight in its forward."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-reads", config=ReadsConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-reads", config=ReadsConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Reads:
+    def tunerkit_build_adapter(self, base: BaseLayer) -> Reads:
         return Reads(base)
 
 

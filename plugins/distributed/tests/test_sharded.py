@@ -80,7 +80,7 @@ def test_parameters_are_whole_inside_a_block_and_shards_outside_of_it(tmp_path: 
 
 
 def exchanges(counted: dict[str, Any]) -> None:
-    """What a step, an allocation and a checkpoint exchange, as docs/scaling.md says."""
+    """What a step, an allocation and a checkpoint exchange, as docs/evidence/scaling-grids.md says."""
     assert all(step == ({"allreduce_": 1}, {"allreduce_": 28}) for step in counted["lora"]["steps"])
     for method, found in counted.items():
         part, weights, triplets, values = (4 * found[name] for name in ("longest", "parameters", "triplets", "values"))

@@ -215,7 +215,7 @@ def refusals(folder: Path) -> dict[str, str]:
             tunerkit.attach(model, trainer)
             model.lm_head.weight.requires_grad_(True)
             trainer.train()
-        except tunerkit.StepError as error:
+        except tunerkit.errors.StepError as error:
             return str(error)
         return ""
 

@@ -15,6 +15,7 @@ from plugins.distributed.tests import zero_training
 from plugins.distributed.tests.zero_training import ZeroJob
 from tests.support import together, toy_formats
 from tests.support.toy_starts import PrincipalPlugin
+from tunerkit.plugin import Format
 
 _TARGETS = {"rank": 2, "targets": ["0", "2"]}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,8 +46,8 @@ class Toys:
     """The toy format of other programs."""
 
     @tunerkit.hookimpl
-    def tunerkit_formats(self) -> list[tunerkit.Format]:
-        return [tunerkit.Format("toy", toy_formats.sniff, toy_formats.read, toy_formats.write)]
+    def tunerkit_formats(self) -> list[Format]:
+        return [Format("toy", toy_formats.sniff, toy_formats.read, toy_formats.write)]
 
 
 class Matrices(nn.Module):

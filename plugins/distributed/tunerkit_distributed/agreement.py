@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, distributed
 from torch.optim import LBFGS, Optimizer
 
-from tunerkit import Tuner, hooks, unstructure
+from tunerkit import hooks, unstructure
 from tunerkit.errors import StepError, cut
+from tunerkit.plugin import Tuner
 from tunerkit_distributed import group
 from tunerkit_distributed.flat import unflatten_
 

@@ -1,7 +1,6 @@
 """Adapters of which every process holds a whole copy: their gradients are averaged at the end of each backward."""
 
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tunerkit import Tuner
-from tunerkit.errors import StepError, TunerkitWarning
+from tunerkit.errors import StepError, warn
 from tunerkit.hooks import Engine, Removable
 from tunerkit.paths import few
+from tunerkit.plugin import Tuner
 from tunerkit_distributed import group, torch_private
 from tunerkit_distributed.agreement import refuse_differing, starts_alike, take_from_first_
 from tunerkit_distributed.deepspeed_names import is_of_deepspeed
@@ -46,17 +45,21 @@ class Replicated(Engine):
 
     Besides the gradients, the all-reduce carries for each parameter in how many processes it has one, and where the
     process is: at which step and backward, of which adapters, or that it steps without a backward.
+
+    Args:
+        expected: Whether the user has said that the processes train together. Otherwise the first average says so.
     """
 
     is_shared = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, expected: bool = False) -> None:
+        self._told = expected
         # Weak: the hooks of the parameters hold this, and a model must be freed when its user drops it.
         self._held: dict[str, list[weakref.ref[nn.Parameter]]] = {}
         self._reducers = Reducers()
         self._in_ddp: bool | None = None  # None: not looked for yet
         self._queued = -1  # the backward at whose end the averages are due
-        self._pending = self._told = self._paused = False
+        self._pending = self._paused = False
         self._steps = self._backwards = self._averages = 0
         self._seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._checked: frozenset[int] = frozenset()
@@ -227,12 +230,10 @@ class Replicated(Engine):
             return
         self._told = True
         if group.rank() == 0:
-            warnings.warn(
+            warn(
                 f"{group.processes()} processes train these adapters, and nothing else averages their gradients, so "
-                "tunerkit does, after each backward. If these are trainings of their own, attach with "
-                "data_parallel=False",
-                TunerkitWarning,
-                stacklevel=2,
+                "tunerkit does, after each backward. If that is what you want, attach with data_parallel=True, which "
+                "says so and prints nothing. If these are trainings of their own, attach with data_parallel=False"
             )
 
 

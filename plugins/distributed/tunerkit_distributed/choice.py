@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from tunerkit import Tuner, injection, layers
+from tunerkit import injection, layers
 from tunerkit.errors import StepError, warn
 from tunerkit.hooks import Engine
 from tunerkit.paths import few
+from tunerkit.plugin import Tuner
 from tunerkit_distributed import group
 from tunerkit_distributed.averaging import OF_DEEPSPEED, Replicated
 from tunerkit_distributed.deepspeed_names import DEEPSPEED, is_of_deepspeed
@@ -64,7 +65,7 @@ def engine_for(
     if any(map(is_split, parameters)):
         return Sharded(model), candidate
     if group.in_group():
-        return Replicated(), candidate
+        return Replicated(expected=data_parallel is True), candidate
     if group.is_launched():
         warn(_UNJOINED)
     return Single(), candidate

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from tunerkit import Holding, Restriction
+from tunerkit.plugin import Holding, Restriction
 from tunerkit_distributed import dtensors, offloading, zero_init
 from tunerkit_distributed.deepspeed_names import DEEPSPEED_ENGINE
 from tunerkit_distributed.torch_private import FLATTENED, VIEWS_FLAT, is_managed_by_fsdp2

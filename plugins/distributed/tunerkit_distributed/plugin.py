@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from tunerkit import Holding, Restriction, Tuner, hookimpl
 from tunerkit.hooks import Engine
+from tunerkit.plugin import Holding, Restriction, Tuner, hookimpl
 from tunerkit_distributed import group
 from tunerkit_distributed.choice import engine_for
 from tunerkit_distributed.holdings import HOLDINGS, RESTRICTIONS

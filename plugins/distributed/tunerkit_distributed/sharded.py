@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tunerkit import Tuner
 from tunerkit.errors import StepError
 from tunerkit.hooks import Engine, Pieces, Removable, whole_pieces
 from tunerkit.injection import slots_in
+from tunerkit.plugin import Tuner
 from tunerkit_distributed import group
 from tunerkit_distributed.agreement import refuse_differing, starts_alike, take_from_first_
 from tunerkit_distributed.dtensors import (

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from torch.optim import Optimizer
 
-from tunerkit import Tuner
 from tunerkit.hooks import Engine, Removable
+from tunerkit.plugin import Tuner
 from tunerkit_distributed.reducers import Reducers
 
 _APART = "with data_parallel=False each process decides for itself, and DistributedDataParallel needs equal shapes"

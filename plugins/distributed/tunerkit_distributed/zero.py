@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tunerkit import Tuner
 from tunerkit.errors import StepError
 from tunerkit.hooks import Engine, Removable, same
 from tunerkit.injection import slots_in
 from tunerkit.layers import is_named
+from tunerkit.plugin import Tuner
 from tunerkit_distributed import torch_private
 from tunerkit_distributed.agreement import refuse_differing, starts_alike, take_from_first_
 from tunerkit_distributed.deepspeed_names import (

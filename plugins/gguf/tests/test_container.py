@@ -48,7 +48,7 @@ def test_a_damaged_container_is_refused(content: bytes, said: str, tmp_path: Pat
     """At once, with the file and what is wrong."""
     file = tmp_path / "a.gguf"
     file.write_bytes(content)
-    with pytest.raises(tunerkit.FileError, match=f"(?s)a.gguf.*{said}"):
+    with pytest.raises(tunerkit.errors.FileError, match=f"(?s)a.gguf.*{said}"):
         open_container(file)
 
 
@@ -66,7 +66,7 @@ def test_a_damaged_tensor_is_refused(shape: tuple[int, ...], kind: int, offset: 
     file = tmp_path / "a.gguf"
     described = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
     file.write_bytes(header(tensors=1) + text("t") + described + bytes(64))
-    with pytest.raises(tunerkit.FileError, match=f"a.gguf: t .*{said}"):
+    with pytest.raises(tunerkit.errors.FileError, match=f"a.gguf: t .*{said}"):
         open_container(file).tensor("t")
 
 
@@ -79,7 +79,7 @@ def test_a_changed_byte_gives_tensors_or_one_error(
     content = bytearray(file_of(file).read_bytes())
     content[place] = value
     file.write_bytes(content)
-    with suppress(tunerkit.FileError):
+    with suppress(tunerkit.errors.FileError):
         container = open_container(file)
         for name, described in container.tensors.items():
             assert tuple(container.tensor(name).shape) == tuple(described.shape)

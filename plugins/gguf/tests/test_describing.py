@@ -78,7 +78,7 @@ def test_a_wrong_file_is_refused(
     values: Mapping[str, object], tensors: Mapping[str, Any], said: str, tmp_path: Path
 ) -> None:
     """As by reading."""
-    with pytest.raises(tunerkit.FileError, match=rf"(?s)a\.gguf.*{said}"):
+    with pytest.raises(tunerkit.errors.FileError, match=rf"(?s)a\.gguf.*{said}"):
         describe(file_of(tmp_path / "a.gguf", {**VALUES, **values}, tensors))
 
 
@@ -87,5 +87,5 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
     whole, cut = file_of(tmp_path / "whole.gguf").read_bytes(), tmp_path / "cut.gguf"
     for length in (*range(0, len(whole), 17), len(whole) - 1):
         cut.write_bytes(whole[:length])
-        with pytest.raises(tunerkit.FileError, match=r"cut\.gguf"):
+        with pytest.raises(tunerkit.errors.FileError, match=r"cut\.gguf"):
             describe(cut)

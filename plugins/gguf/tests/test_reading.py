@@ -11,6 +11,7 @@ import torch
 
 import tunerkit
 from plugins.gguf.tests.base_files import LINEAR, causal_lm, meta_lm, randomize, write_all
+from tunerkit.plugin import factors_of
 from tunerkit_gguf.reading import read, sniff
 
 pytest.importorskip("tunerkit_lora", reason="the adapters are LoRA")
@@ -84,7 +85,7 @@ def test_without_alpha_nothing_is_scaled(tmp_path: Path) -> None:
     """llama.cpp takes a missing alpha as 0, and 0 as no scale."""
     values = {name: value for name, value in VALUES.items() if name != "adapter.lora.alpha"}
     model = tunerkit.load(causal_lm(), file_of(tmp_path / "a.gguf", values))
-    (product,) = tunerkit.factors_of(tunerkit.tuner(model)).values()
+    (product,) = factors_of(tunerkit.tuner(model)).values()
     assert torch.equal(product.p @ product.q, torch.full((40, 32), 2.0))
 
 
@@ -158,7 +159,7 @@ def test_a_wrong_file_is_refused_by_name(
 ) -> None:
     """One error with the key; the model is as it was."""
     file, model = file_of(tmp_path / "adapter.gguf", {**VALUES, **values}, tensors), causal_lm()
-    with pytest.raises(tunerkit.FileError, match=f"(?s)adapter.gguf.*{said}"):
+    with pytest.raises(tunerkit.errors.FileError, match=f"(?s)adapter.gguf.*{said}"):
         tunerkit.load(model, file) if sniff(file) else read(file, model)
     assert not tunerkit.adapters(model)
 
@@ -178,7 +179,7 @@ def test_an_adapter_of_another_model_is_refused(
 ) -> None:
     """Named as such, with what differs."""
     file = file_of(tmp_path / "a.gguf", tensors=tensors, architecture=architecture)
-    with pytest.raises(tunerkit.BaseMismatchError, match=f"(?s)another base model.*{said}"):
+    with pytest.raises(tunerkit.errors.BaseMismatchError, match=f"(?s)another base model.*{said}"):
         tunerkit.load(causal_lm(), file)
 
 
@@ -188,5 +189,5 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
     cut, model = tmp_path / "cut.gguf", causal_lm()
     for length in (*range(0, 500), len(whole) - 1):
         cut.write_bytes(whole[:length])
-        with pytest.raises(tunerkit.FileError, match=r"cut\.gguf"):
+        with pytest.raises(tunerkit.errors.FileError, match=r"cut\.gguf"):
             read(cut, model)

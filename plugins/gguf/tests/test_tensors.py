@@ -3,7 +3,7 @@
 import torch
 from hypothesis import given, strategies as st
 
-from tunerkit import Factors
+from tunerkit.plugin import Factors
 from tunerkit_gguf.tensors import pair_of, permute, unpermute, without
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from plugins.gguf.tests.base_files import LINEAR, causal_lm, randomize
+from tunerkit.plugin import factors_of
 
 pytest.importorskip("tunerkit_lora", reason="the adapters are LoRA")
 
@@ -60,7 +61,7 @@ def expected(model: nn.Module) -> dict[str, Tensor]:
         "up_proj": "ffn_up", "down_proj": "ffn_down",
     }  # fmt: skip
     found = {}
-    for path, product in tunerkit.factors_of(tunerkit.tuner(model)).items():
+    for path, product in factors_of(tunerkit.tuner(model)).items():
         kind, delta = path.rpartition(".")[2], product.p @ product.q
         if kind in heads:
             size = delta.shape[0] // heads[kind]
@@ -123,7 +124,7 @@ def test_targets_of_rank_zero_are_left_out(tmp_path: Path) -> None:
     reader = written(model, tmp_path)
     wanted = {name: delta for name, delta in expected(model).items() if name.startswith("blk.1.")}
     assert_same(deltas(reader), wanted)
-    with pytest.raises(tunerkit.FileError, match="each of its targets has rank 0"):
+    with pytest.raises(tunerkit.errors.FileError, match="each of its targets has rank 0"):
         written(adapted(rank_pattern={"*": 0}), tmp_path / "none")
     assert not (tmp_path / "none" / "adapter.gguf").exists()
 
@@ -141,7 +142,7 @@ def test_q_and_k_of_qwen_keep_their_rows(tmp_path: Path) -> None:
     """llama.cpp permutes them for the Llama family alone."""
     model = adapted(causal_lm("qwen2"), targets=["q_proj"])
     found = deltas(written(model, tmp_path))
-    products = tunerkit.factors_of(tunerkit.tuner(model))
+    products = factors_of(tunerkit.tuner(model))
     wanted = {f"blk.{i}.attn_q.weight": products[f"model.layers.{i}.self_attn.q_proj"] for i in (0, 1)}
     assert_same(found, {name: product.p @ product.q for name, product in wanted.items()})
 
@@ -174,7 +175,7 @@ class Refused:
 def test_what_a_file_cannot_hold_is_refused_by_name(case: Refused, tmp_path: Path) -> None:
     """Instead of leaving it out."""
     model = adapted(causal_lm(attention_bias=True), **case.config)
-    with pytest.raises(tunerkit.FileError, match=f"(?s){case.named}"):
+    with pytest.raises(tunerkit.errors.FileError, match=f"(?s){case.named}"):
         tunerkit.export(model, tmp_path / "out", format="gguf")
     assert not (tmp_path / "out").exists()
 
@@ -184,7 +185,7 @@ def test_a_target_that_llama_cpp_does_not_adapt_is_refused_by_name(tmp_path: Pat
     config = causal_lm().config
     config.num_labels = 3
     model = adapted(transformers.LlamaForSequenceClassification(config), targets=["q_proj", "score"])
-    with pytest.raises(tunerkit.FileError, match=r"not score\..*convert_hf_to_gguf"):
+    with pytest.raises(tunerkit.errors.FileError, match=r"not score\..*convert_hf_to_gguf"):
         written(model, tmp_path)
 
 
@@ -193,7 +194,7 @@ def test_one_of_a_tied_pair_is_refused_with_the_way_out(target: str, tmp_path: P
     """llama.cpp has no weight for the head then, and ends the process when the embedding has a pair."""
     model = adapted(targets=["q_proj", target])
     model.config.tie_word_embeddings = True
-    with pytest.raises(tunerkit.FileError, match=f"head of this model is its embedding.*{target}.*exclude"):
+    with pytest.raises(tunerkit.errors.FileError, match=f"head of this model is its embedding.*{target}.*exclude"):
         written(model, tmp_path)
 
 
@@ -201,7 +202,9 @@ def test_one_of_a_tied_pair_is_refused_with_the_way_out(target: str, tmp_path: P
 def test_other_architectures_are_refused_by_name(model_type: str, tmp_path: Path) -> None:
     """With those that are supported, and with what to do."""
     model = adapted(targets=["head"], model=Headed(model_type))
-    with pytest.raises(tunerkit.FileError, match=f"llama, mistral, qwen2, qwen3.*'{model_type}'.*keep_merged=True"):
+    with pytest.raises(
+        tunerkit.errors.FileError, match=f"llama, mistral, qwen2, qwen3.*'{model_type}'.*keep_merged=True"
+    ):
         written(model, tmp_path)
 
 
@@ -217,7 +220,7 @@ class Headed(nn.Module):
 def test_a_model_without_a_config_is_refused(tmp_path: Path) -> None:
     """The message names its class."""
     model = adapted(nn.Sequential(nn.Linear(3, 2)), targets=["0"])
-    with pytest.raises(tunerkit.FileError, match="this Sequential has model_type None"):
+    with pytest.raises(tunerkit.errors.FileError, match="this Sequential has model_type None"):
         written(model, tmp_path)
 
 
@@ -226,6 +229,6 @@ def test_numbers_too_large_for_half_precision_are_refused(tmp_path: Path) -> Non
     model = adapted()
     for adapter in tunerkit.tuner(model).adapters().values():
         adapter.get_parameter("b").data *= 1e6
-    with pytest.raises(tunerkit.FileError, match="lora_b has NaN or inf in f16: use dtype='f32'"):
+    with pytest.raises(tunerkit.errors.FileError, match="lora_b has NaN or inf in f16: use dtype='f32'"):
         written(model, tmp_path, dtype="f16")
     written(model, tmp_path)

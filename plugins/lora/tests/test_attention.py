@@ -47,6 +47,8 @@ def test_a_wavlm_without_a_pattern_gets_its_default() -> None:
 def test_a_projection_that_wavlm_reads_is_not_trained_in_full() -> None:
     """Its copy would never be called."""
     model = CASES[-1].build()
-    with pytest.raises(tunerkit.TargetError, match=r"q_proj' is used directly, bypassing its forward\(\); name the"):
+    with pytest.raises(
+        tunerkit.errors.TargetError, match=r"q_proj' is used directly, bypassing its forward\(\); name the"
+    ):
         tunerkit.wrap(model, "lora", {"train_modules": ["q_proj"]})
     assert "tunerkit" not in {name for path, _ in model.named_modules() for name in path.split(".")}

@@ -130,3 +130,11 @@ def test_training_needs_no_attachment_and_saving_no_step(tmp_path: Any) -> None:
     """LoRA's ranks are constant: an untrained adapter can be saved, and loads as one that changes nothing."""
     path = tunerkit.save(wrapped(), tmp_path)
     assert torch.equal(tunerkit.load(Net(), path)(X), Net()(X))
+
+
+def test_an_adapter_is_printed_with_its_rank_and_scale() -> None:
+    """One line; dropout if there is some."""
+    (first, _) = adapters(wrapped(rank=2, alpha=3.0)).values()
+    assert repr(first) == "LoraAdapter(rank=2, scale=1.5)"
+    (first, _) = adapters(wrapped(rank=2, dropout=0.1)).values()
+    assert repr(first) == "LoraAdapter(rank=2, scale=2, dropout=0.1)"

@@ -39,7 +39,9 @@ def test_what_is_read_while_it_is_offloaded_is_left_out() -> None:
     (case,) = (parameter.values[0] for parameter in cases() if parameter.id == "mamba")
     output = case.output(case.build())
     base = accelerate.cpu_offload(case.build(), execution_device=torch.device("cpu"))
-    with pytest.raises(tunerkit.TargetError, match=r"mixer\.dt_proj and 1 more like it: is offloaded, and its weight"):
+    with pytest.raises(
+        tunerkit.errors.TargetError, match=r"mixer\.dt_proj and 1 more like it: is offloaded, and its weight"
+    ):
         tunerkit.wrap(base, "lora", {"targets": ["dt_proj"]})
     with pytest.warns(tunerkit.TunerkitWarning, match=r"mixer\.dt_proj and 1 more like it: is offloaded"):
         model = tunerkit.wrap(base, "lora", {"targets": "all-linear"})

@@ -38,6 +38,9 @@ class LoraAdapter(Adapter):
         dropout = self.dropout if self.training else 0.0
         return add_low_rank(base, x, y, q=self.a, p=self.b, scale=self.scale, dropout=dropout)
 
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scale={self.scale:g}" + (f", dropout={self.dropout}" if self.dropout else "")
+
     def factors(self) -> Factors:
         """Return what the adapter adds to the weight as a product."""
         return low_rank_factors(self.a, self.b, scale=self.scale)

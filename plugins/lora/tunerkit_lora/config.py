@@ -19,17 +19,23 @@ class LoraConfig(AdapterConfig):
         ConfigError: Some fields are invalid; the error lists every problem.
     """
 
-    rank: int = setting(8, ge=1, doc="rows of A and columns of B")
-    alpha: float | None = setting(None, gt=0, doc="numerator of the scale; None means twice the target's rank")
-    dropout: float = setting(0.0, ge=0, lt=1, doc="share of the adapter's input that is dropped in training")
-    rslora: bool = setting(False, doc="divide alpha by the root of the rank instead of the rank")
+    rank: int = setting(8, ge=1, doc="rows of A and columns of B", aka=("r",))
+    alpha: float | None = setting(
+        None, gt=0, doc="numerator of the scale; None means twice the target's rank", aka=("lora_alpha",)
+    )
+    dropout: float = setting(
+        0.0, ge=0, lt=1, doc="share of the adapter's input that is dropped in training", aka=("lora_dropout",)
+    )
+    rslora: bool = setting(False, doc="divide alpha by the root of the rank instead of the rank", aka=("use_rslora",))
     rank_pattern: Mapping[str, int] = setting(
         attrs.Factory(dict), ge=0, doc="maps a target pattern to a rank; the first match counts; 0 adds nothing"
     )
     alpha_pattern: Mapping[str, float] = setting(
         attrs.Factory(dict), gt=0, doc="maps a target pattern to an alpha; the first match counts"
     )
-    start: Literal["kaiming", "gaussian"] = setting("kaiming", doc="initialisation of A; B starts at 0, and so does ΔW")
+    start: Literal["kaiming", "gaussian"] = setting(
+        "kaiming", doc="initialisation of A; B starts at 0, and so does ΔW", aka=("init_lora_weights",)
+    )
 
     def rank_at(self, path: str) -> int:
         """Return the rank at a target.

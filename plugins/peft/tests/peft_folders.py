@@ -92,7 +92,7 @@ def refused(path: Path, *parts: str, model: nn.Module | None = None) -> str:
     """Load, expect one `FileError` with these parts, and a model without a trace of it."""
     model = net() if model is None else model
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(tunerkit.FileError) as caught:
+    with pytest.raises(tunerkit.errors.FileError) as caught:
         tunerkit.load(model, path)
     text = str(caught.value)
     for part in parts:

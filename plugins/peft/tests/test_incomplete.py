@@ -80,7 +80,7 @@ def test_what_the_settings_name_must_be_there(tmp_path: Path, lost: str) -> None
     model = CASES[name].build()
     tunerkit.unwrap(tunerkit.load(model, tmp_path))
     without(tmp_path, part)
-    with pytest.raises(tunerkit.FileError, match=r"(?s)incomplete.*Save the adapter again") as caught:
+    with pytest.raises(tunerkit.errors.FileError, match=r"(?s)incomplete.*Save the adapter again") as caught:
         tunerkit.load(model, tmp_path)
     assert told in str(caught.value)
     assert str(tmp_path) in str(caught.value)

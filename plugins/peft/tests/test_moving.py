@@ -54,14 +54,14 @@ def test_layers_that_the_model_lacks_are_not_moved_elsewhere(tmp_path: Path) -> 
     """A group of which one path is as in the model stays, and the others are reported."""
     model = nn.ModuleDict({"layers": blocks(1)["layers"], "model": blocks(2)})
     tensors = peft_folders.tensors(("layers.0.query", "layers.1.query"))
-    with pytest.raises(tunerkit.BaseMismatchError, match=r"layers\.1\.query"):
+    with pytest.raises(tunerkit.errors.BaseMismatchError, match=r"layers\.1\.query"):
         load(model, tmp_path, tensors)
 
 
 def test_a_change_that_is_not_the_only_one_is_not_made(tmp_path: Path) -> None:
     """With two places for the same paths, they are reported as they are."""
     model = nn.ModuleDict({"model": blocks(2), "language_model": blocks(2)})
-    with pytest.raises(tunerkit.BaseMismatchError, match=r"layers\.0\.query"):
+    with pytest.raises(tunerkit.errors.BaseMismatchError, match=r"layers\.0\.query"):
         load(model, tmp_path, peft_folders.tensors())
 
 
@@ -96,5 +96,5 @@ def test_experts_by_themselves_are_explained(tmp_path: Path) -> None:
         {"layers": nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"experts": nn.Linear(4, 4)})})])}
     )
     tensors = peft_folders.tensors(("layers.0.block_sparse_moe.experts.0.w1",))
-    with pytest.raises(tunerkit.BaseMismatchError, match=r"experts\.0\.w1.*transformers 4.*merge_and_unload"):
+    with pytest.raises(tunerkit.errors.BaseMismatchError, match=r"experts\.0\.w1.*transformers 4.*merge_and_unload"):
         load(model, tmp_path, tensors)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import tunerkit
 from plugins.peft.tests import peft_adapters
 from plugins.peft.tests.peft_models import CASES, Case
+from tunerkit.plugin import Factors, factors_of
 
 # 8 models: 32 adapters, or 208.
 EXAMPLES = 26 if os.environ.get("TUNERKIT_LONG") else 4
@@ -25,9 +26,9 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
 
 
-def factors(model: nn.Module) -> dict[str, tunerkit.Factors]:
+def factors(model: nn.Module) -> dict[str, Factors]:
     """The products of the model's only adapter."""
-    return tunerkit.factors_of(tunerkit.tuner(model))
+    return factors_of(tunerkit.tuner(model))
 
 
 @pytest.mark.parametrize("name", CASES)

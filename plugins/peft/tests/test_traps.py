@@ -13,6 +13,7 @@ import tunerkit
 from plugins.peft.tests import peft_adapters, peft_folders
 from plugins.peft.tests.peft_folders import IDS, PREFIX
 from plugins.peft.tests.peft_models import CASES, Case
+from tunerkit.plugin import biases_of, factors_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
@@ -48,7 +49,7 @@ def test_the_output_projection_of_attention_counts_twice(tmp_path: Path) -> None
     folder = saved(tmp_path / "in", peft.LoraConfig(r=2, target_modules=["attention"]), case.build())
     same(folder, case)
     model = tunerkit.load(case.build(), folder)
-    product = tunerkit.factors_of(tunerkit.tuner(model))["attention.out_proj"]
+    product = factors_of(tunerkit.tuner(model))["attention.out_proj"]
     written = peft_folders.held(tunerkit.export(model, tmp_path / "out", rank=2))
     inner = "attention.base_layer.out_proj"
     half = written[f"{inner}.lora_B.weight"] @ written[f"{inner}.lora_A.weight"]
@@ -111,7 +112,7 @@ def test_an_adalora_without_a_pattern_has_its_initial_rank(tmp_path: Path) -> No
     old = {"peft_type": "ADALORA", "init_r": 3, "target_r": 8, "r": 8, "rank_pattern": None, "total_step": None}
     model = tunerkit.load(peft_folders.net(), peft_folders.folder(tmp_path, old, tensors))
     assert tunerkit.tuner(model).ranks() == {"layers.0.query": 3, "layers.1.query": 3}
-    with pytest.raises(tunerkit.FileError, match="rank 3; 'init_r' and 'rank_pattern' say 4"):
+    with pytest.raises(tunerkit.errors.FileError, match="rank 3; 'init_r' and 'rank_pattern' say 4"):
         tunerkit.load(peft_folders.net(), peft_folders.folder(tmp_path, {**old, "init_r": 4}, tensors))
 
 
@@ -178,7 +179,7 @@ def test_a_head_that_peft_cannot_select_alone_is_refused(tmp_path: Path, heads: 
     model = tunerkit.wrap(ends(), "lora", {"targets": ["query"], "train_modules": heads})
     peft_adapters.randomize_(model)
     if other:
-        with pytest.raises(tunerkit.FileError, match=f"it would also take {other}.*train_modules"):
+        with pytest.raises(tunerkit.errors.FileError, match=f"it would also take {other}.*train_modules"):
             tunerkit.export(model, tmp_path / "out")
         return
     theirs = by_peft(ends(), tunerkit.export(model, tmp_path / "out"))
@@ -201,7 +202,7 @@ def test_a_head_that_ends_like_a_part_of_an_adapter_is_refused(tmp_path: Path) -
     model = nn.ModuleDict({"query": nn.Linear(4, 4), "out": nn.Linear(4, 4)})
     tunerkit.wrap(model, "lora", {"targets": ["query"], "train_modules": ["out"]})
     peft_adapters.randomize_(model)
-    with pytest.raises(tunerkit.FileError, match=r"'query\.lora_dropout'"):
+    with pytest.raises(tunerkit.errors.FileError, match=r"'query\.lora_dropout'"):
         tunerkit.export(model, tmp_path / "out")
 
 
@@ -222,7 +223,7 @@ def test_stray_biases_beside_a_head_are_ignored(tmp_path: Path) -> None:
     names = peft_folders.held(folder)
     assert {"head.bias", "head.modules_to_save.bias", "head.original_module.bias"} <= names.keys()
     same(folder)
-    biases = tunerkit.biases_of(tunerkit.tuner(tunerkit.load(peft_folders.net(), folder)))
+    biases = biases_of(tunerkit.tuner(tunerkit.load(peft_folders.net(), folder)))
     assert biases.keys() == {f"layers.{layer}.{name}" for layer in (0, 1) for name in ("query", "value")}
 
 
@@ -234,7 +235,9 @@ def test_the_table_of_an_adapted_embedding_is_compared(tmp_path: Path) -> None:
     same(folder, case)
     other: Any = case.build()
     other.model.embed_tokens.weight.data[3, 0] += 0.5
-    with pytest.raises(tunerkit.BaseMismatchError, match=r"differs from this model's weight at 'model\.embed_tokens'"):
+    with pytest.raises(
+        tunerkit.errors.BaseMismatchError, match=r"differs from this model's weight at 'model\.embed_tokens'"
+    ):
         tunerkit.load(other, folder)
     tunerkit.load(case.build().bfloat16(), folder)
 
@@ -268,10 +271,10 @@ def test_convolutions_in_which_peft_changes_no_weight_are_refused(
     """Both ways, with the reason, and with merging as the way out."""
     model = nn.Sequential(nn.Conv1d(4, 4, 3, **options))
     tensors = {f"{PREFIX}0.lora_A.weight": torch.ones(2, 4, 3), f"{PREFIX}0.lora_B.weight": torch.ones(4, 2, 1)}
-    with pytest.raises(tunerkit.FileError, match=f"(?s)Merge the adapter.*{reason}"):
+    with pytest.raises(tunerkit.errors.FileError, match=f"(?s)Merge the adapter.*{reason}"):
         tunerkit.load(model, peft_folders.folder(tmp_path / "in", None, tensors))
     tunerkit.wrap(model, "lora", {"targets": ["0"]})
-    with pytest.raises(tunerkit.FileError, match=f"(?s)Merge the adapter.*{reason}"):
+    with pytest.raises(tunerkit.errors.FileError, match=f"(?s)Merge the adapter.*{reason}"):
         tunerkit.export(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -343,7 +346,7 @@ def test_tied_adapters_of_one_file_are_refused(tmp_path: Path) -> None:
         f"{PREFIX}embed_tokens.lora_embedding_A": torch.ones(2, 10),
         f"{PREFIX}embed_tokens.lora_embedding_B": torch.ones(4, 2),
     }
-    with pytest.raises(tunerkit.FileError, match="ensure_weight_tying"):
+    with pytest.raises(tunerkit.errors.FileError, match="ensure_weight_tying"):
         tunerkit.load(peft_folders.net(), peft_folders.folder(tmp_path, {"ensure_weight_tying": True}, tensors))
     tunerkit.load(peft_folders.net(), peft_folders.folder(tmp_path, {"ensure_weight_tying": True}))
 

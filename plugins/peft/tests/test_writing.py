@@ -11,6 +11,7 @@ from torch import nn
 import tunerkit
 from plugins.peft.tests import peft_adapters, peft_folders
 from plugins.peft.tests.peft_models import CASES
+from tunerkit.plugin import factors_of
 from tunerkit_peft import selecting
 from tunerkit_peft.card import MARK
 
@@ -55,7 +56,7 @@ def test_the_compact_form_has_the_rank_of_each_module(tmp_path: Path) -> None:
     }
     tensors = peft_folders.held(folder)
     assert not tensors["layers.1.query.lora_A.weight"].any()
-    product = tunerkit.factors_of(tunerkit.tuner(model))["layers.0.value"]
+    product = factors_of(tunerkit.tuner(model))["layers.0.value"]
     assert torch.allclose(tensors["layers.0.value.lora_B.weight"], product.p * 2 / 3)
 
 
@@ -70,11 +71,11 @@ def test_the_rank_can_be_chosen(tmp_path: Path) -> None:
     """A rank below the largest one is refused."""
     model = trained()
     assert peft_folders.settings(tunerkit.export(model, tmp_path / "out", rank=5))["r"] == 5
-    with pytest.raises(tunerkit.ConfigError, match="expected >= 3, the largest rank of a module, got 2"):
+    with pytest.raises(tunerkit.errors.ConfigError, match="expected >= 3, the largest rank of a module, got 2"):
         tunerkit.export(model, tmp_path / "lower", rank=2)
-    with pytest.raises(tunerkit.ConfigError, match="rank"):
+    with pytest.raises(tunerkit.errors.ConfigError, match="rank"):
         tunerkit.export(model, tmp_path / "compact", form="compact", rank=8)
-    with pytest.raises(tunerkit.ConfigError, match="expected <= 4096"):
+    with pytest.raises(tunerkit.errors.ConfigError, match="expected <= 4096"):
         tunerkit.export(model, tmp_path / "large", rank=10**9)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["out"]
 
@@ -84,7 +85,7 @@ def test_an_adapter_without_products_is_refused(tmp_path: Path, form: str, monke
     """There is nothing to write, in any form."""
     model = trained()
     monkeypatch.setattr("tunerkit_peft.pieces.factors_of", lambda _: {})
-    with pytest.raises(tunerkit.AdapterError, match="adds nothing to any weight"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="adds nothing to any weight"):
         tunerkit.export(model, tmp_path / "out", form=form)
 
 
@@ -92,7 +93,7 @@ def test_an_adapter_without_products_is_refused(tmp_path: Path, form: str, monke
 def test_settings_of_something_else_are_not_replaced(tmp_path: Path, text: str) -> None:
     """A file of the same name that is not PEFT's is kept."""
     (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(tunerkit.FileError, match="is there already"):
+    with pytest.raises(tunerkit.errors.FileError, match="is there already"):
         tunerkit.export(trained(), tmp_path)
     assert (tmp_path / "adapter_config.json").read_text() == text
 
@@ -132,7 +133,7 @@ def test_matrices_can_be_written_in_half_precision(tmp_path: Path, dtype: str) -
     with torch.no_grad():
         next(iter(tunerkit.tuner(model).adapters().values())).b.fill_(1e6)  # type: ignore[operator, union-attr]
     if dtype == "float16":
-        with pytest.raises(tunerkit.FileError, match="largest of float16; use bfloat16"):
+        with pytest.raises(tunerkit.errors.FileError, match="largest of float16; use bfloat16"):
             tunerkit.export(model, tmp_path / "large", dtype=dtype)
 
 
@@ -180,14 +181,14 @@ def test_trained_biases_have_pefts_names(tmp_path: Path, bias: str, setting: str
 def test_a_bias_that_peft_does_not_save_is_refused(tmp_path: Path) -> None:
     """The bias of attention's projections has a name that PEFT does not know."""
     model = tunerkit.wrap(CASES["attention"].build(), "lora", {"targets": ["attention"], "bias": "adapters"})
-    with pytest.raises(tunerkit.FileError, match=r"(?s)nn.MultiheadAttention.*keep_merged.*attention"):
+    with pytest.raises(tunerkit.errors.FileError, match=r"(?s)nn.MultiheadAttention.*keep_merged.*attention"):
         tunerkit.export(model, tmp_path / "out")
 
 
 def test_an_adalora_folder_needs_layers_that_peft_adapts(tmp_path: Path) -> None:
     """An embedding is refused, with the forms that hold it."""
     model = tunerkit.wrap(peft_folders.net(), "lora", {"targets": ["embed_tokens", "query"]})
-    with pytest.raises(tunerkit.FileError, match=r"(?s)form='uniform'.*embed_tokens \(Embedding\)"):
+    with pytest.raises(tunerkit.errors.FileError, match=r"(?s)form='uniform'.*embed_tokens \(Embedding\)"):
         tunerkit.export(model, tmp_path / "out", form="adalora")
 
 

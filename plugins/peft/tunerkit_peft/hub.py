@@ -24,7 +24,7 @@ def download(name: str, files: Sequence[str]) -> tuple[Path, ...]:
     except ImportError as error:
         raise FileError(
             f"there is no folder {name!r}. To look for it on the Hugging Face hub, tunerkit needs huggingface_hub: "
-            "pip install tunerkit-peft[hub]"
+            "pip install huggingface-hub"
         ) from error
     unreachable: Exception | None = None
     try:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from tunerkit.plugin import Format, Restriction, hookimpl
+from tunerkit_peft.config_objects import settings_of
 from tunerkit_peft.describing import describe
 from tunerkit_peft.files import sniff
 from tunerkit_peft.options import PeftOptions
@@ -13,7 +14,9 @@ from tunerkit_peft.writing import write
 @hookimpl
 def tunerkit_formats() -> Iterable[Format]:
     """Register the format."""
-    return [Format("peft", sniff=sniff, read=read, write=write, options=PeftOptions, describe=describe)]
+    return [
+        Format("peft", sniff=sniff, read=read, write=write, options=PeftOptions, describe=describe, config=settings_of)
+    ]
 
 
 _UNLOAD = "Call unload() on the PeftModel first, and do not pass peft_config to a trainer of a wrapped model"

@@ -60,7 +60,7 @@ def test_a_missing_library_is_named(arguments: list[str], tmp_path: Path, monkey
     monkeypatch.setattr(quantising.importlib.util, "find_spec", hidden)
     done = command(*arguments, "--out", tmp_path / "out", "--set", "quantisation=nf4")
     assert done.exit_code == 2
-    assert "pip install bitsandbytes tunerkit-quant" in done.stderr
+    assert "needs bitsandbytes (pip install bitsandbytes)" in done.stderr
 
 
 def test_doctor_lists_the_quantisers() -> None:

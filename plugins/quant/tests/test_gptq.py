@@ -52,7 +52,7 @@ def test_it_trains_saves_loads_and_becomes_dense(method: str, tmp_path: Path) ->
     assert losses[-1] < 0.7 * losses[0]
     output = model.eval()(X)
     assert torch.equal(tunerkit.load(gptq(), tunerkit.save(model, tmp_path)).eval()(X), output)
-    with pytest.raises(tunerkit.AdapterError, match="as GPTQ int4, and GptqLayer cannot write one"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="as GPTQ int4, and GptqLayer cannot write one"):
         tunerkit.merge(model)
     with pytest.warns(tunerkit.TunerkitWarning, match="2 layers: GPTQ int4 -> float32"):
         tunerkit.load(dense(), tmp_path)
@@ -65,7 +65,7 @@ def test_packed_shapes_that_do_not_unpack() -> None:
     """The layer says another size than its packed weight: an adapter would fit neither."""
     model = gptq()
     model[0].in_features = 32
-    with pytest.raises(tunerkit.TargetError, match=r"packed weight of shape \(128, 64\), .* say \(128, 32\)"):
+    with pytest.raises(tunerkit.errors.TargetError, match=r"packed weight of shape \(128, 64\), .* say \(128, 32\)"):
         tunerkit.wrap(model, "lora", {"targets": ["0"]})
 
 
@@ -75,5 +75,5 @@ def test_a_kernel_without_a_backward_is_refused() -> None:
     own = type(model[0])
     kernel = type("Fast", (own,), {"forward": own.forward, "__module__": "gptqmodel.nn_modules.qlinear.fast"})
     model[0].__class__ = kernel
-    with pytest.raises(tunerkit.TargetError, match=r"kernel Fast.*BACKEND\.GPTQ_TORCH"):
+    with pytest.raises(tunerkit.errors.TargetError, match=r"kernel Fast.*BACKEND\.GPTQ_TORCH"):
         tunerkit.wrap(model, "lora", {"targets": ["0"]})

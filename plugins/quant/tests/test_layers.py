@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import tunerkit
 from plugins.quant.tests.quantised import MODELS, OUT, TARGETS, X, dense, everything, skip_without_library
 from tunerkit.layers import plain_form
+from tunerkit.plugin import BaseLayer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -146,7 +147,7 @@ def test_a_model_may_be_cast_while_it_is_merged(name: str) -> None:
     assert torch.equal(*outputs)
 
 
-def _deltas(model: Any) -> list[tuple[tunerkit.BaseLayer, Tensor]]:
+def _deltas(model: Any) -> list[tuple[BaseLayer, Tensor]]:
     from tunerkit import hooks
 
     found = []

@@ -18,6 +18,7 @@ import tunerkit
 from tests.support.interrupting import half_done, interrupt
 from tests.support.toy_readers import DirectionPlugin
 from tunerkit.errors import AdapterError
+from tunerkit.plugin import BaseLayer, Packing
 from tunerkit.serialization.fingerprint import fingerprint
 from tunerkit_quant import PackedLinear
 from tunerkit_testing.registering import registered
@@ -68,8 +69,8 @@ class ToyLayer(PackedLinear):
         return type(module) is ToyLinear
 
     @property
-    def packing(self) -> tunerkit.Packing:
-        return tunerkit.Packing("toy int4", 4)
+    def packing(self) -> Packing:
+        return Packing("toy int4", 4)
 
     def obstacle(self) -> str | None:
         return None if self.module.usable else "is not usable: make it so"
@@ -85,7 +86,7 @@ class ToyPlugin:
     """The kind, and no method."""
 
     @tunerkit.hookimpl
-    def tunerkit_base_layers(self) -> list[type[tunerkit.BaseLayer]]:
+    def tunerkit_base_layers(self) -> list[type[BaseLayer]]:
         return [ToyLayer]
 
 
@@ -102,7 +103,7 @@ class ReadOnlyPlugin:
     """The kind, and no method."""
 
     @tunerkit.hookimpl
-    def tunerkit_base_layers(self) -> list[type[tunerkit.BaseLayer]]:
+    def tunerkit_base_layers(self) -> list[type[BaseLayer]]:
         return [ReadOnlyLayer]
 
 
@@ -207,11 +208,11 @@ def test_another_base_is_refused_whatever_its_precision(tmp_path: Path) -> None:
     path = tunerkit.save(trained(), tmp_path)
     other: Any = net()
     other[4].weight.data.add_(1)
-    with pytest.raises(tunerkit.BaseMismatchError, match=r"other values: 4\.weight"):
+    with pytest.raises(tunerkit.errors.BaseMismatchError, match=r"other values: 4\.weight"):
         tunerkit.load(other, path)
     wider: Any = net()
     wider[0] = nn.Linear(wider[0].in_features + 1, wider[0].out_features)
-    with pytest.raises(tunerkit.BaseMismatchError, match=r"other shapes"):
+    with pytest.raises(tunerkit.errors.BaseMismatchError, match=r"other shapes"):
         tunerkit.load(wider, path)
 
 
@@ -262,7 +263,7 @@ def test_unwrapping_with_a_dtype_alone_shows_the_dequantised_base() -> None:
     assert model[0].weight.dtype == torch.float64
     assert torch.equal(model[0].weight.float(), ToyLayer(quantised()[0]).dense())
     assert model[4].weight.dtype == torch.float32
-    with pytest.raises(tunerkit.ConfigError, match=r"expected torch\.float32 or"):
+    with pytest.raises(tunerkit.errors.ConfigError, match=r"expected torch\.float32 or"):
         tunerkit.unwrap(trained(), dtype=torch.int8)
 
 
@@ -300,7 +301,7 @@ def test_a_library_that_cannot_write_is_refused_before_anything_changes() -> Non
         model = trained()
         before, output = codes(model), model(X)
         with pytest.raises(
-            tunerkit.AdapterError, match=r"cannot merge into '0': .* as toy int4, and ReadOnlyLayer .*dtype"
+            tunerkit.errors.AdapterError, match=r"cannot merge into '0': .* as toy int4, and ReadOnlyLayer .*dtype"
         ):
             tunerkit.merge(model)
         assert equal(codes(model), before)
@@ -314,7 +315,7 @@ def test_nothing_infinite_is_packed() -> None:
     before = codes(model)
     with torch.no_grad():
         next(tunerkit.tuner(model).parameters()).fill_(torch.inf)
-    with pytest.raises(tunerkit.AdapterError, match="add up to NaN or inf"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="add up to NaN or inf"):
         tunerkit.merge(model)
     assert equal(codes(model), before)
 
@@ -329,7 +330,7 @@ def test_a_packed_layer_that_passes_no_gradient_prevents_training(tmp_path: Path
         lambda: tunerkit.wrap(model, "toy-low-rank", {"targets": ["0"]}),
         lambda: tunerkit.load(model, path, trainable=True),
     ):
-        with pytest.raises(tunerkit.TargetError, match="4: is not usable: make it so"):
+        with pytest.raises(tunerkit.errors.TargetError, match="4: is not usable: make it so"):
             call()
     tunerkit.load(model, path)
 
@@ -337,7 +338,7 @@ def test_a_packed_layer_that_passes_no_gradient_prevents_training(tmp_path: Path
 @pytest.mark.usefixtures("toy")
 def test_integers_are_not_trained_in_full() -> None:
     """A copy of a packed layer would have nothing that can be trained."""
-    with pytest.raises(tunerkit.TargetError, match="train_modules: '2' is or holds a quantised ToyLinear"):
+    with pytest.raises(tunerkit.errors.TargetError, match="train_modules: '2' is or holds a quantised ToyLinear"):
         tunerkit.wrap(quantised(), "toy-low-rank", {"targets": ["0"], "train_modules": ["2"]})
 
 
@@ -345,15 +346,15 @@ class NamedLayer(ToyLayer):
     """The same, described as torch's own integers are."""
 
     @property
-    def packing(self) -> tunerkit.Packing:
-        return tunerkit.Packing("int8", 8)
+    def packing(self) -> Packing:
+        return Packing("int8", 8)
 
 
 class NamedPlugin:
     """The kind, and no method."""
 
     @tunerkit.hookimpl
-    def tunerkit_base_layers(self) -> list[type[tunerkit.BaseLayer]]:
+    def tunerkit_base_layers(self) -> list[type[BaseLayer]]:
         return [NamedLayer]
 
 
@@ -361,7 +362,7 @@ def test_a_packing_is_not_named_as_a_dtype_of_torch() -> None:
     """Files describe plain weights by such names, and would compare the packed one's integers with them."""
     with (
         registered(NamedPlugin()),
-        pytest.raises(tunerkit.PluginError, match=r"NamedLayer names its packing 'int8', .*'mylib int8'"),
+        pytest.raises(tunerkit.errors.PluginError, match=r"NamedLayer names its packing 'int8', .*'mylib int8'"),
     ):
         tunerkit.wrap(quantised(), "toy-low-rank", TARGETS)
 
@@ -379,7 +380,7 @@ class FixedBiasPlugin:
     """The kind, and no method."""
 
     @tunerkit.hookimpl
-    def tunerkit_base_layers(self) -> list[type[tunerkit.BaseLayer]]:
+    def tunerkit_base_layers(self) -> list[type[BaseLayer]]:
         return [FixedBiasLayer]
 
 
@@ -448,7 +449,10 @@ def test_dense_layers_made_in_inference_mode_can_be_trained() -> None:
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, "float32"])
 def test_a_dtype_that_no_dense_layer_has_is_refused(dtype: Any) -> None:
     """The error lists those that there are."""
-    with registered(ToyPlugin()), pytest.raises(tunerkit.ConfigError, match=r"expected torch\.float32 or .* @ dtype"):
+    with (
+        registered(ToyPlugin()),
+        pytest.raises(tunerkit.errors.ConfigError, match=r"expected torch\.float32 or .* @ dtype"),
+    ):
         tunerkit.unwrap(trained(), dtype=dtype)
 
 

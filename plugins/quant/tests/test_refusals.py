@@ -38,7 +38,7 @@ def _needs_a_method() -> None:
 def refused(model: nn.Module, words: str) -> None:
     """Wrapping raises one `TargetError`, and changes nothing."""
     names = [name for name, _ in model.named_modules()]
-    with pytest.raises(tunerkit.TargetError, match=words):
+    with pytest.raises(tunerkit.errors.TargetError, match=words):
         tunerkit.wrap(model, LORA, CONFIG)
     assert [name for name, _ in model.named_modules()] == names
 
@@ -75,7 +75,7 @@ def test_a_4_bit_layer_that_this_cpu_repacked_for_inference() -> None:
     if not getattr(model[0].weight.quant_state, "packing_format_for_cpu", False):
         pytest.skip("this CPU has no AVX512-BF16")
     refused(model, "was repacked for inference by a forward in eval mode")
-    with pytest.raises(tunerkit.TargetError, match="was repacked"):
+    with pytest.raises(tunerkit.errors.TargetError, match="was repacked"):
         tunerkit.wrap(model, LORA, {"targets": ["4"]})
 
 
@@ -229,7 +229,7 @@ def test_a_model_that_is_quantised_after_wrapping_is_refused_before_the_first_st
         model = tunerkit.wrap(dense(), LORA, CONFIG)
         optimizer = torch.optim.SGD(list(tunerkit.tuner(model).parameters()), lr=0.1)
         quantise(model)
-        with pytest.raises(tunerkit.AdapterError, match=r"quantised after|not in the model any more"):
+        with pytest.raises(tunerkit.errors.AdapterError, match=r"quantised after|not in the model any more"):
             tunerkit.attach(model, optimizer)
 
 
@@ -244,7 +244,7 @@ def test_a_loop_that_attaches_nothing_is_told_of_it_by_the_first_forward() -> No
         model = tunerkit.wrap(dense(), LORA, CONFIG)
         quantise(model)
         for _ in range(2):
-            with pytest.raises(tunerkit.AdapterError, match=r"quantised after|not in the model any more"):
+            with pytest.raises(tunerkit.errors.AdapterError, match=r"quantised after|not in the model any more"):
                 model(X)
 
 
@@ -264,5 +264,5 @@ def _is_target(module: nn.Module, path: str) -> bool:
 def test_quantised_layers_are_not_trained_in_full() -> None:
     """A copy of integers cannot be trained, and would not be noticed."""
     pytest.importorskip("bitsandbytes")
-    with pytest.raises(tunerkit.TargetError, match="quantised LinearNF4, whose integers cannot be trained"):
+    with pytest.raises(tunerkit.errors.TargetError, match="quantised LinearNF4, whose integers cannot be trained"):
         tunerkit.wrap(nf4(), LORA, {"targets": ["0"], "train_modules": ["2"]})

@@ -1,12 +1,12 @@
 """bitsandbytes' 4-bit linear layers, nf4 and fp4."""
 
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import attrs
 from torch import Tensor, nn
 
-from tunerkit.plugin import Packing, forward_name
+from tunerkit.plugin import Packing
 from tunerkit_quant.packed import PackedLinear
 from tunerkit_quant.shapes import miscount, misfit
 from tunerkit_quant.versions import too_old
@@ -36,13 +36,10 @@ def allow_repacking_(model: nn.Module) -> None:
 class Bitsandbytes4BitLayer(PackedLinear):
     """``bitsandbytes.nn.Linear4bit``, whose weight is a ``Params4bit`` with its scales in a ``quant_state``."""
 
+    forwards: ClassVar[tuple[str, ...]] = ("bitsandbytes.nn.modules.Linear4bit",)
+
     # Any: the attributes of bitsandbytes' classes.
     module: Any
-
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        """Whether the forward is that of bitsandbytes' class, matched by qualified name."""
-        return forward_name(module) == "bitsandbytes.nn.modules.Linear4bit"
 
     @property
     def packing(self) -> Packing:

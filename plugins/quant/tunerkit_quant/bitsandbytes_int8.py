@@ -2,13 +2,13 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tunerkit.plugin import Packing, forward_name
+from tunerkit.plugin import Packing
 from tunerkit_quant.packed import PackedLinear
 from tunerkit_quant.shapes import miscount, misfit
 from tunerkit_quant.versions import too_old
@@ -23,13 +23,10 @@ class BitsandbytesInt8Layer(PackedLinear):
     ``module.state``.
     """
 
+    forwards: ClassVar[tuple[str, ...]] = ("bitsandbytes.nn.modules.Linear8bitLt",)
+
     # Any: the attributes of bitsandbytes' classes.
     module: Any
-
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        """Whether the forward is that of bitsandbytes' class, matched by qualified name."""
-        return forward_name(module) == "bitsandbytes.nn.modules.Linear8bitLt"
 
     @property
     def packing(self) -> Packing:

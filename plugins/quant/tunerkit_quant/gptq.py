@@ -22,6 +22,7 @@ class GptqLayer(PackedLinear):
     Its bias is a buffer, so it is not trained.
     """
 
+    forwards: ClassVar[tuple[str, ...]] = (_KERNELS,)
     weight_name: ClassVar[str] = "qweight"
 
     # Any: the attributes of GPTQModel's class.
@@ -30,7 +31,7 @@ class GptqLayer(PackedLinear):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether the forward is that of a kernel of GPTQModel, and the module holds GPTQ's packed weight."""
-        return forward_name(module).startswith(_KERNELS) and hasattr(module, "qweight") and hasattr(module, "g_idx")
+        return super().matches(module) and hasattr(module, "qweight") and hasattr(module, "g_idx")
 
     @property
     def packing(self) -> Packing:

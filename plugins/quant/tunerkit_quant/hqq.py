@@ -6,7 +6,7 @@ from typing import Any, ClassVar, final
 import attrs
 from torch import Tensor, nn
 
-from tunerkit.plugin import Packing, forward_name
+from tunerkit.plugin import Packing
 from tunerkit_quant.packed import PackedLinear
 from tunerkit_quant.shapes import misfit
 from tunerkit_quant.versions import too_old
@@ -20,15 +20,11 @@ class HqqLayer(PackedLinear):
     Its bias is no parameter, so it is not trained.
     """
 
+    forwards: ClassVar[tuple[str, ...]] = ("hqq.core.quantize.HQQLinear",)
     weight_name: ClassVar[str] = "W_q"
 
     # Any: the attributes of HQQ's class.
     module: Any
-
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        """Whether the forward is that of HQQ's class, matched by qualified name."""
-        return forward_name(module) == "hqq.core.quantize.HQQLinear"
 
     @property
     def packing(self) -> Packing:

@@ -1,12 +1,12 @@
 """optimum-quanto's linear layers."""
 
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import attrs
 from torch import Tensor, nn
 
-from tunerkit.plugin import Packing, forward_name
+from tunerkit.plugin import Packing
 from tunerkit_quant.packed import PackedLinear
 from tunerkit_quant.shapes import misfit
 from tunerkit_quant.versions import too_old
@@ -17,13 +17,10 @@ from tunerkit_quant.versions import too_old
 class QuantoLayer(PackedLinear):
     """``QLinear`` after ``optimum.quanto.freeze``."""
 
+    forwards: ClassVar[tuple[str, ...]] = ("optimum.quanto.nn.qlinear.QLinear",)
+
     # Any: the attributes of quanto's class.
     module: Any
-
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        """Whether the forward is that of quanto's class, matched by qualified name."""
-        return forward_name(module) == "optimum.quanto.nn.qlinear.QLinear"
 
     @property
     def packing(self) -> Packing:

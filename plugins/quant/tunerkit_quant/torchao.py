@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import attrs
 from torch import Tensor, nn
 
-from tunerkit.plugin import Packing, forward_name
+from tunerkit.plugin import Packing
 from tunerkit_quant.packed import PackedLinear
 from tunerkit_quant.shapes import misfit
 from tunerkit_quant.versions import too_old
@@ -23,15 +23,15 @@ _ACTIVATIONS = {_INT8: "act_quant_kwargs", _INTX: "activation_quantization"}
 class TorchaoLayer(PackedLinear):
     """``nn.Linear`` after ``torchao.quantization.quantize_``, with int8 or an integer of fewer bits."""
 
+    forwards: ClassVar[tuple[str, ...]] = ("torch.nn.modules.linear.Linear",)
+
     # Any: the attributes of torchao's tensors.
     module: Any
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether the forward is ``nn.Linear``'s and the weight is torchao's, by qualified name."""
-        if forward_name(module) != "torch.nn.modules.linear.Linear":
-            return False
-        kinds = type(module.weight).__mro__
+        kinds = type(module.weight).__mro__ if super().matches(module) else ()
         return any(f"{kind.__module__}.{kind.__qualname__}" == _BASE for kind in kinds)
 
     @property

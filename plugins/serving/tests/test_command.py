@@ -1,6 +1,7 @@
 """``tunerkit check-serving``: its exit codes, its text and its JSON."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from typer.testing import CliRunner  # noqa: E402
 
 from plugins.serving.tests.serving_folders import random_folder  # noqa: E402
 from tunerkit_cli import app  # noqa: E402
+
+ROOT = Path(__file__).parents[3]
 
 
 def run(*arguments: object) -> Any:
@@ -61,3 +64,18 @@ def test_bad_input_ends_with_two(arguments: tuple[str, ...]) -> None:
     assert done.exit_code == 2
     assert done.stdout == ""
     assert "Traceback" not in done.output
+
+
+EXAMPLES = [
+    found
+    for page in (ROOT / "README.md", ROOT / "plugins/serving/README.md")
+    for found in re.findall(r"^tunerkit check-serving out/peft( .*?)?(?: +#.*)?$", page.read_text("utf-8"), re.M)
+]
+
+
+@pytest.mark.parametrize("options", EXAMPLES)
+def test_the_examples_of_the_readmes_are_not_refused(options: str, folder: Path) -> None:
+    """They check a folder of PEFT's form for engines that read one."""
+    assert EXAMPLES
+    done = run(folder, *options.split())
+    assert done.exit_code == 0, done.output

@@ -93,7 +93,7 @@ def empty(path: Path) -> None:
 def test_bad_folders_are_named(made: Callable[[Path], object], words: str, tmp_path: Path) -> None:
     """One `FileError` with the file, the key, what was got and what to do."""
     made(tmp_path / "adapter")
-    with pytest.raises(tunerkit.FileError) as refused:
+    with pytest.raises(tunerkit.errors.FileError) as refused:
         read(tmp_path / "adapter")
     assert words in str(refused.value)
     assert str(tmp_path / "adapter") in str(refused.value)
@@ -112,7 +112,7 @@ def test_bad_patterns_are_named(pattern: str, words: str, tmp_path: Path) -> Non
     """Malformed, unsupported and endless patterns are a `FileError` too, and the pattern is named."""
     names = [f"model.{number}.{'a' * 60}" for number in range(4)]
     folder = read_folder(random_folder(tmp_path, names=names, rank_pattern={pattern: 2}))
-    with pytest.raises(tunerkit.FileError, match="rank_pattern") as refused:
+    with pytest.raises(tunerkit.errors.FileError, match="rank_pattern") as refused:
         check(folder, [ENGINES["sglang"]])
     assert words in str(refused.value)
 
@@ -121,7 +121,9 @@ def test_tunerkits_own_file_is_to_be_exported(tmp_path: Path) -> None:
     """The message has the command."""
     (tmp_path / "adapter.safetensors").write_bytes(b"")
     for path in (tmp_path, tmp_path / "adapter.safetensors"):
-        with pytest.raises(tunerkit.FileError, match=r"export it first: tunerkit convert .* --to peft --out .*-peft"):
+        with pytest.raises(
+            tunerkit.errors.FileError, match=r"export it first: tunerkit convert .* --to peft --out .*-peft"
+        ):
             read(path)
 
 
@@ -134,7 +136,7 @@ def test_tunerkits_own_file_is_to_be_exported(tmp_path: Path) -> None:
 )
 def test_unknown_engines_are_named(names: str, words: str) -> None:
     """With the closest names."""
-    with pytest.raises(tunerkit.ConfigError) as refused:
+    with pytest.raises(tunerkit.errors.ConfigError) as refused:
         serving.chosen(names)
     assert words in str(refused.value)
 
@@ -220,7 +222,7 @@ def test_other_engines_read_no_gguf(tmp_path: Path) -> None:
 def test_damaged_gguf_files_are_named(content: bytes, tmp_path: Path) -> None:
     """Cut off, too large or meaningless: one `FileError`."""
     (tmp_path / "a.gguf").write_bytes(content)
-    with pytest.raises(tunerkit.FileError, match="its GGUF header cannot be read"):
+    with pytest.raises(tunerkit.errors.FileError, match="its GGUF header cannot be read"):
         read(tmp_path / "a.gguf")
 
 
@@ -231,7 +233,7 @@ def test_every_cut_of_a_gguf_header_is_named(tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     for length in range(4, end, 3):
         cut.write_bytes(whole[:length])
-        with pytest.raises(tunerkit.FileError):
+        with pytest.raises(tunerkit.errors.FileError):
             read(cut)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import tunerkit
 from plugins.serving.tests.serving_folders import Decoder, close, paths, uniform
+from tunerkit.plugin import factors_of
 from tunerkit_serving import ENGINES, Folder, check, chosen, read_folder, sglang, vllm
 from tunerkit_serving.scaling import misscaled, peft_scale, scaled
 
@@ -162,7 +163,7 @@ def test_a_trained_adalora_is_right_in_its_uniform_form(tmp_path: Path) -> None:
     assert 0 in tuner.ranks().values()
     tunerkit.export(model, tmp_path / "uniform", format="peft", rank=8)
     folder = read_folder(tmp_path / "uniform")
-    wanted = {path: each.p @ each.q for path, each in tunerkit.factors_of(tuner).items()}
+    wanted = {path: each.p @ each.q for path, each in factors_of(tuner).items()}
     assert len(folder.pairs) == len(wanted) == 8
     assert {engine for engine, delta in DELTAS.items() if not close(delta(folder), wanted)} == set()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import tunerkit
+from tunerkit.plugin import BaseLayer, Method, Tuner
 from tunerkit_testing import conformance
 from tunerkit_testing.conformance import Case
 from tunerkit_testing.registering import registered
@@ -37,21 +38,21 @@ class RowPlugin:
     last: int
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-row", config=ShiftConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-row", config=ShiftConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Row:
+    def tunerkit_build_adapter(self, base: BaseLayer) -> Row:
         return Row(base)
 
     @tunerkit.hookimpl
-    def tunerkit_after_step(self, tuner: tunerkit.Tuner, step: int) -> dict[str, int] | None:
+    def tunerkit_after_step(self, tuner: Tuner, step: int) -> dict[str, int] | None:
         for adapter in tuner.adapters().values():
             vars(adapter)["rank"] = 2
         return tuner.ranks() if step == 1 else None
 
     @tunerkit.hookimpl
-    def tunerkit_budget(self, tuner: tunerkit.Tuner, step: int | None) -> int:
+    def tunerkit_budget(self, tuner: Tuner, step: int | None) -> int:
         return len(tuner.targets) * (self.last if (tuner.steps if step is None else step) else 3)
 
 

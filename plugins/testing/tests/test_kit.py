@@ -18,6 +18,7 @@ from tests.support.toy_readers import DirectionPlugin, ScaleConfig, ScalePlugin
 from tests.support.toy_shared import SharedPlugin
 from tests.support.toy_starts import FittedPlugin, PrincipalPlugin
 from tunerkit import TunerkitError
+from tunerkit.plugin import Adapter, BaseLayer, Delta, Method, setting
 from tunerkit_testing import Case, check_method, kit, known_cases, matrix, small
 from tunerkit_testing.checks.order import BY_NAME, CHECKS, NEEDS
 from tunerkit_testing.registering import registered
@@ -29,7 +30,7 @@ UNUSUAL: Mapping[str, Mapping[str, object]] = {
     **{f"toy-{name}": {} for name in ("growing", "scale", "direction", "shared", "principal", "inputs", "gradients")},
     "toy-outputs": {"targets": ("1",), "features": 8},
 }
-PAGE = (Path(__file__).parents[3] / "docs" / "checks.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "authors" / "checks.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_an_adapter_that_hides_what_it_reads_fails_where_several_share_a_target(
 
 class RaisesAtTheTarget(ReadsOutputInSecret):
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> tunerkit.Adapter:
+    def tunerkit_build_adapter(self, base: BaseLayer, config: LowRankConfig) -> Adapter:
         raise RuntimeError("out of order")
 
 
@@ -131,7 +132,7 @@ def test_another_plugin_s_fault_is_not_the_fault_of_the_method(toys: None, other
 class Quarrelsome(bad_plugins.Product):
     """Adds more where a `Partner` is at its target."""
 
-    def forward(self, base: tunerkit.BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, base: BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         more = any(type(module) is Partner for module in base.module.modules())
         return y + self.added(x).to(y.dtype) * (2 if more else 1)
 
@@ -148,8 +149,8 @@ class PartnerPlugin(bad_plugins.Plugin):
     adapter = Partner
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("partner", config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("partner", config=LowRankConfig)]
 
 
 def test_two_methods_that_are_wrong_only_together_are_both_named() -> None:
@@ -212,7 +213,7 @@ def test_a_config_may_be_an_object_or_a_mapping(toys: None) -> None:
         (result,) = check_method("toy-low-rank", config, [CASE], checks=["rank"])
         assert result.status == "passed"
         assert kit.settings_of("toy-low-rank", config) == {"rank": 3}  # the case's own targets stay
-    with pytest.raises(tunerkit.ConfigError, match="unknown key 'rnk'"):
+    with pytest.raises(tunerkit.errors.ConfigError, match="unknown key 'rnk'"):
         check_method("toy-low-rank", {"rnk": 3})
 
 
@@ -238,7 +239,7 @@ class EvenRanks(LowRankConfig):
 
 @attrs.frozen
 class RankTwo(LowRankConfig):
-    rank: int = tunerkit.setting(2, ge=2, le=2, doc="The only one.")
+    rank: int = setting(2, ge=2, le=2, doc="The only one.")
 
 
 @pytest.mark.parametrize(("config", "status"), [(EvenRanks, "passed"), (RankTwo, "skipped")])
@@ -334,8 +335,8 @@ def test_a_model_that_torch_runs_with_fused_layers_is_compared_without_them(
 
 class DeltaInSinglePrecision(bad_plugins.Plugin):
     @tunerkit.hookimpl
-    def tunerkit_delta(self, adapter: bad_plugins.Product) -> tunerkit.Delta:
-        return tunerkit.Delta(weight=adapter.b.float() @ adapter.a.float())
+    def tunerkit_delta(self, adapter: bad_plugins.Product) -> Delta:
+        return Delta(weight=adapter.b.float() @ adapter.a.float())
 
 
 def test_a_check_leaves_random_state_and_files_alone(
@@ -360,7 +361,7 @@ def test_an_error_in_a_plugin_says_where_it_was_raised() -> None:
 
 
 class Broken(bad_plugins.Product):
-    def forward(self, base: tunerkit.BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, base: BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return y / (1 // 0)
 
 
@@ -380,12 +381,12 @@ class ForgetsBiases(ScalePlugin):
     """Scales outputs, and says so of the weights alone."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-forgets", config=ScaleConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-forgets", config=ScaleConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_delta(self, adapter: Scale, base: tunerkit.BaseLayer) -> tunerkit.Delta:
-        return tunerkit.Delta(weight=adapter.l[:, None] * base.dense())
+    def tunerkit_delta(self, adapter: Scale, base: BaseLayer) -> Delta:
+        return Delta(weight=adapter.l[:, None] * base.dense())
 
 
 def test_a_delta_without_the_bias_is_noticed_where_the_model_s_biases_are_0() -> None:

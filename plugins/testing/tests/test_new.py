@@ -170,7 +170,7 @@ def test_an_embedding_is_scaled_unless_merging_would_differ(scale: str, padding:
     nn.init.normal_(embedding.weight)
     model = nn.Sequential(embedding)
     if padding is not None:
-        with pytest.raises(tunerkit.TargetError, match=r"cannot scale '0'.* exclude it"):
+        with pytest.raises(tunerkit.errors.TargetError, match=r"cannot scale '0'.* exclude it"):
             tunerkit.wrap(model, scale, {"targets": ["0"]})
         return
     tunerkit.wrap(model, scale, {"targets": ["0"]})
@@ -195,7 +195,7 @@ def test_the_rank_falls_while_training(scheduled: str, tmp_path: Path) -> None:
     model = tunerkit.wrap(small.net(), scheduled, SETTINGS, seed=0)
     tuner, optimizer = tunerkit.tuner(model), attached(model, 10)
     assert set(tuner.ranks().values()) == {5}
-    with pytest.raises(tunerkit.AdapterError):  # it would have the first rank
+    with pytest.raises(tunerkit.errors.AdapterError):  # it would have the first rank
         tunerkit.save(model, tmp_path / "untrained")
     losses = []
     for step in range(1, 11):
@@ -245,11 +245,11 @@ def test_training_resumes_bit_for_bit(scheduled: str, tmp_path: Path) -> None:
 def test_what_cannot_be_scheduled_is_refused_at_attach(scheduled: str) -> None:
     """Without a length of training, or with an optimizer whose state cannot shrink, an error says what to do."""
     model = tunerkit.wrap(small.net(), scheduled, SETTINGS)
-    with pytest.raises(tunerkit.StepError, match=r"total_steps="):
+    with pytest.raises(tunerkit.errors.StepError, match=r"total_steps="):
         tunerkit.attach(model, torch.optim.SGD(small.trainable(model)))
-    with pytest.raises(tunerkit.StepError, match=r"Adafactor.*AdamW"):
+    with pytest.raises(tunerkit.errors.StepError, match=r"Adafactor.*AdamW"):
         attached(tunerkit.wrap(small.net(), scheduled, SETTINGS), 10, torch.optim.Adafactor)
-    with pytest.raises(tunerkit.ConfigError, match=r"init_rank >= rank, 5, got 4 @ \$\.init_rank"):
+    with pytest.raises(tunerkit.errors.ConfigError, match=r"init_rank >= rank, 5, got 4 @ \$\.init_rank"):
         tunerkit.structure(scheduled, {"rank": 5, "init_rank": 4})
 
 

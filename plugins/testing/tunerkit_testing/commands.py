@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tunerkit import hookimpl
+from tunerkit.plugin import hookimpl
 
 
 @hookimpl

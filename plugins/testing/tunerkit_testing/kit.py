@@ -11,8 +11,9 @@ import attrs
 import torch
 
 import tunerkit
-from tunerkit import AdapterConfig, PluginError, TunerkitError
-from tunerkit.errors import bounded, closest
+from tunerkit import TunerkitError
+from tunerkit.errors import PluginError, bounded, closest
+from tunerkit.plugin import AdapterConfig
 from tunerkit_testing.cases import Case, Check, name_of
 from tunerkit_testing.checks.order import BY_NAME, CHECKS, NEEDS
 from tunerkit_testing.known_cases import default_cases

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import attrs
 
-from tunerkit import AdapterConfig
+from tunerkit.plugin import AdapterConfig
 from tunerkit_testing.cases import Case, Check, name_of
 from tunerkit_testing.checks.order import CHECKS, NEEDS
 from tunerkit_testing.kit import CheckResult, find, run_check, settings_of, unexpected_pass

@@ -9,7 +9,8 @@ import attrs
 from hypothesis import reject, strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from tunerkit import AdapterConfig, ConfigError
+from tunerkit.errors import ConfigError
+from tunerkit.plugin import AdapterConfig
 
 Config = TypeVar("Config", bound=AdapterConfig)
 

@@ -5,7 +5,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from tunerkit import Adapter, BaseLayer, Factors, add_low_rank, low_rank_factors
+from tunerkit.plugin import Adapter, BaseLayer, Factors, add_low_rank, low_rank_factors
 
 SCALE = 0.5
 

@@ -4,18 +4,19 @@ import attrs
 import torch
 
 import tunerkit
+from tunerkit.plugin import AdapterConfig, BaseLayer, Delta, Method, State, Tuner, low_rank_delta, setting
 from tunerkit_testing.toy_adapters import SCALE, LowRank, Shift
 
 
 @attrs.frozen
-class LowRankConfig(tunerkit.AdapterConfig):
+class LowRankConfig(AdapterConfig):
     """A rank, so that two configs can give adapters of two shapes."""
 
-    rank: int = tunerkit.setting(2, ge=1, doc="Rows of a.")
+    rank: int = setting(2, ge=1, doc="Rows of a.")
 
 
 @attrs.frozen
-class ShiftConfig(tunerkit.AdapterConfig):
+class ShiftConfig(AdapterConfig):
     """Only the settings of every method."""
 
 
@@ -23,36 +24,36 @@ class LowRankPlugin:
     """``toy-low-rank``, which is LoRA in a few lines: it has a weight delta and implements no step hook."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-low-rank", config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-low-rank", config=LowRankConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer, config: LowRankConfig) -> LowRank:
+    def tunerkit_build_adapter(self, base: BaseLayer, config: LowRankConfig) -> LowRank:
         return LowRank(base, config.rank)
 
     @tunerkit.hookimpl
-    def tunerkit_delta(self, adapter: LowRank, base: tunerkit.BaseLayer) -> tunerkit.Delta:
-        return tunerkit.Delta(weight=tunerkit.low_rank_delta(base, q=adapter.a, p=adapter.b, scale=SCALE))
+    def tunerkit_delta(self, adapter: LowRank, base: BaseLayer) -> Delta:
+        return Delta(weight=low_rank_delta(base, q=adapter.a, p=adapter.b, scale=SCALE))
 
 
 class DeclaredPlugin(LowRankPlugin):
     """``toy-declared``: the same under a name of its own."""
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
-        return [tunerkit.Method("toy-declared", config=LowRankConfig)]
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-declared", config=LowRankConfig)]
 
 
 class Shifting:
     """Abstract. What the plugins share whose methods add a `Shift`; each says itself which methods these are."""
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: tunerkit.BaseLayer) -> Shift:
+    def tunerkit_build_adapter(self, base: BaseLayer) -> Shift:
         return Shift(base)
 
     @tunerkit.hookimpl
-    def tunerkit_delta(self, adapter: Shift) -> tunerkit.Delta:
-        return tunerkit.Delta(bias=adapter.v)
+    def tunerkit_delta(self, adapter: Shift) -> Delta:
+        return Delta(bias=adapter.v)
 
 
 class ShiftPlugin(Shifting):
@@ -62,10 +63,10 @@ class ShiftPlugin(Shifting):
     """
 
     @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[tunerkit.Method]:
+    def tunerkit_methods(self) -> list[Method]:
         return [
-            tunerkit.Method("toy-shift", config=ShiftConfig),
-            tunerkit.Method("toy-stepper", config=ShiftConfig, needs_steps=True),
+            Method("toy-shift", config=ShiftConfig),
+            Method("toy-stepper", config=ShiftConfig, needs_steps=True),
         ]
 
     @tunerkit.hookimpl
@@ -73,9 +74,9 @@ class ShiftPlugin(Shifting):
         """Do nothing: a method that implements a step hook is one whose steps matter."""
 
     @tunerkit.hookimpl
-    def tunerkit_state(self, tuner: tunerkit.Tuner) -> tunerkit.State:
-        return tunerkit.State(tensors={"seen": torch.tensor([tuner.steps])}, values={"steps": tuner.steps})
+    def tunerkit_state(self, tuner: Tuner) -> State:
+        return State(tensors={"seen": torch.tensor([tuner.steps])}, values={"steps": tuner.steps})
 
     @tunerkit.hookimpl
-    def tunerkit_restore(self, tuner: tunerkit.Tuner, state: tunerkit.State) -> None:
+    def tunerkit_restore(self, tuner: Tuner, state: State) -> None:
         tuner.state = (state.tensors["seen"], state.values["steps"])

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 import tunerkit
 from tests.support.noting import NotingPlugin, calls_of, hooks_of, per_step
 from tunerkit.errors import AdapterError
+from tunerkit.plugin import Tuner
 from tunerkit.steps import is_attached
 from tunerkit_testing.registering import registered
 from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
@@ -33,7 +34,7 @@ def trainer_of(model: nn.Module, folder: Path, **options: Any) -> Trainer:
     return Trainer(model, arguments(folder, **{"max_steps": 6, "learning_rate": 0.1, **options}), train_dataset=ROWS)
 
 
-def assert_stepped(tuner: tunerkit.Tuner, count: int) -> None:
+def assert_stepped(tuner: Tuner, count: int) -> None:
     """Check that each hook was called once in each step, when every parameter had a gradient."""
     assert hooks_of(tuner) == per_step(count)
     grads = [grad for call in calls_of(tuner) for grad in call.grads]
@@ -95,7 +96,7 @@ def test_a_disagreeing_total_is_refused_before_any_step(place: str, tmp_path: Pa
     model = wrapped(total_steps=7 if place == "config" else None)
     trainer = trainer_of(model, tmp_path)
     tunerkit.attach(model, trainer, total_steps=7 if place == "call" else None)
-    with pytest.raises(tunerkit.StepError, match=r"total_steps=7.* 6\b"):
+    with pytest.raises(tunerkit.errors.StepError, match=r"total_steps=7.* 6\b"):
         trainer.train()
     assert tunerkit.tuner(model).steps == 0
     assert not is_attached(tunerkit.tuner(model))
@@ -104,7 +105,7 @@ def test_a_disagreeing_total_is_refused_before_any_step(place: str, tmp_path: Pa
 def test_a_trainer_of_another_model_is_refused(tmp_path: Path) -> None:
     """It would never step the adapter."""
     trainer = trainer_of(wrapped(), tmp_path)
-    with pytest.raises(tunerkit.StepError, match="another model"):
+    with pytest.raises(tunerkit.errors.StepError, match="another model"):
         tunerkit.attach(wrapped(), trainer)
 
 
@@ -113,14 +114,14 @@ def test_attaching_twice_is_refused(tmp_path: Path) -> None:
     model = wrapped()
     trainer = trainer_of(model, tmp_path)
     tunerkit.attach(model, trainer)
-    with pytest.raises(tunerkit.StepError, match="already"):
+    with pytest.raises(tunerkit.errors.StepError, match="already"):
         tunerkit.attach(model, trainer)
     trainer.train()
     assert_stepped(tunerkit.tuner(model), 6)
     other = wrapped()
     optimizer = torch.optim.SGD(tunerkit.tuner(other).parameters(), lr=0.1)
     tunerkit.attach(other, optimizer, total_steps=3)
-    with pytest.raises(tunerkit.StepError, match="already"):
+    with pytest.raises(tunerkit.errors.StepError, match="already"):
         tunerkit.attach(other, trainer_of(other, tmp_path))
 
 
@@ -201,7 +202,7 @@ def test_a_trainers_optimizer_wrapper_with_a_separate_state_is_refused(tmp_path:
     trainer.optimizer = outer
     outer.optimizer = inner  # type: ignore[attr-defined]  # where wrappers keep what they wrap
     tunerkit.attach(model, trainer)
-    with pytest.raises(tunerkit.StepError, match=r"SGD keeps its own state in addition to that of SGD"):
+    with pytest.raises(tunerkit.errors.StepError, match=r"SGD keeps its own state in addition to that of SGD"):
         trainer.train()
     assert not is_attached(tunerkit.tuner(model))
 
@@ -216,7 +217,7 @@ def test_an_adapter_attached_while_the_trainer_trains_is_driven_from_there_on(tm
             if state.global_step == 2:
                 tunerkit.attach(model, trainer, adapter="late")
                 tunerkit.wrap(model, "noting-stepper", {"targets": ["first"]}, adapter="stranger")
-                with pytest.raises(tunerkit.StepError, match="holds none"):
+                with pytest.raises(tunerkit.errors.StepError, match="holds none"):
                     tunerkit.attach(model, trainer, adapter="stranger")
 
     trainer.add_callback(Add())

@@ -94,9 +94,9 @@ def test_adapters_attached_one_after_the_other_share_the_trainer(tmp_path: Path)
     trainer = trainer_of(model, tmp_path, attach=False)
     tunerkit.attach(model, trainer, adapter="a")
     tunerkit.attach(model, trainer, adapter="b", total_steps=6)
-    with pytest.raises(tunerkit.StepError, match="attached to this trainer already"):
+    with pytest.raises(tunerkit.errors.StepError, match="attached to this trainer already"):
         tunerkit.attach(model, trainer, adapter="a")
-    with pytest.raises(tunerkit.StepError, match="total_steps=6, now with 7"):
+    with pytest.raises(tunerkit.errors.StepError, match="total_steps=6, now with 7"):
         tunerkit.attach(model, trainer, adapter="c", total_steps=7)
     trainer.train()
     assert [tunerkit.tuner(model, name).steps for name in "abc"] == [6, 6, 0]
@@ -121,7 +121,7 @@ def test_a_method_without_steps_resumes_without_a_state_and_for_longer(tmp_path:
     trainer_of(longer, tmp_path / "plain", max_steps=9).train(resume_from_checkpoint=str(checkpoint))
     assert tunerkit.tuner(longer).steps == 9
     trainer_of(wrapped(method="toy-stepper"), tmp_path / "stepper", save_only_model=True).train()
-    with pytest.raises(tunerkit.FileError, match=r"no state\.safetensors.*save_only_model"):
+    with pytest.raises(tunerkit.errors.FileError, match=r"no state\.safetensors.*save_only_model"):
         trainer_of(wrapped(method="toy-stepper"), tmp_path / "stepper").train(
             resume_from_checkpoint=str(tmp_path / "stepper" / "checkpoint-4")
         )
@@ -137,7 +137,7 @@ def test_a_damaged_adapter_changes_nothing_when_resumed(tmp_path: Path) -> None:
     (checkpoint / "adapter.safetensors").write_bytes(data)
     model = wrapped()
     before = weights(model)
-    with pytest.raises(tunerkit.FileError, match="damaged"):
+    with pytest.raises(tunerkit.errors.FileError, match="damaged"):
         trainer_of(model, tmp_path).train(resume_from_checkpoint=str(checkpoint))
     assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
 
@@ -154,7 +154,7 @@ def test_a_checkpoint_that_is_overwritten_is_incomplete_until_its_end(tmp_path: 
     again._save_optimizer_and_scheduler = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         again.train()
-    with pytest.raises(tunerkit.FileError, match="not complete"):
+    with pytest.raises(tunerkit.errors.FileError, match="not complete"):
         trainer_of(wrapped(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
@@ -204,7 +204,7 @@ def test_a_trainer_that_rebuilds_its_model_is_refused(tmp_path: Path) -> None:
     trainer = Trainer(args=chosen, train_dataset=RegressionRows(), model_init=lambda: wrapped())  # type: ignore[arg-type, return-value]
     assert isinstance(trainer.model, nn.Module)
     tunerkit.attach(trainer.model, trainer)
-    with pytest.raises(tunerkit.StepError, match="model_init"):
+    with pytest.raises(tunerkit.errors.StepError, match="model_init"):
         trainer.train()
 
 

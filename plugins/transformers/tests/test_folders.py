@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import tunerkit
+from tunerkit.plugin import Tuner
 from tunerkit.serialization.safetensors_file import folder_of
 from tunerkit_testing.trainer_toys import Regression
 
@@ -14,7 +15,7 @@ ODD = "Adapter A"
 DIGEST = hashlib.sha256(ODD.encode()).hexdigest()[:16]
 
 
-def tuners(*names: str) -> list[tunerkit.Tuner]:
+def tuners(*names: str) -> list[Tuner]:
     model = Regression()
     for name in names:
         tunerkit.wrap(model, "toy-shift", {"targets": ["first"]}, adapter=name)

@@ -136,19 +136,19 @@ def test_a_reference_that_can_no_longer_be_shown_says_so(toys: "Toys") -> None:
     x, model = toys.x(), toys.trained()
     reference = tunerkit.reference(model)
     tunerkit.merge(model)
-    with pytest.raises(tunerkit.AdapterError, match="unmerge before you use its reference"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="unmerge before you use its reference"):
         reference(x)
-    with pytest.raises(tunerkit.AdapterError, match="unmerge before making a reference"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="unmerge before making a reference"):
         tunerkit.reference(model)
     tunerkit.unmerge(model)
     tunerkit.wrap(model, "toy-shift", {"targets": ["layers.1"]}, adapter="new")
     tunerkit.delete(model, "default")
-    with pytest.raises(tunerkit.AdapterError, match="where the model has none any more"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="where the model has none any more"):
         reference(x)
     tunerkit.unwrap(model)
-    with pytest.raises(tunerkit.AdapterError, match="was unwrapped after its reference was made"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="was unwrapped after its reference was made"):
         reference(x)
-    with pytest.raises(tunerkit.AdapterError, match="has no adapter"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="has no adapter"):
         tunerkit.reference(model)
 
 

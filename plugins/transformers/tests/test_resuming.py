@@ -96,7 +96,7 @@ def test_a_checkpoint_that_was_named_is_refused_if_it_is_not_whole(
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
         assert equal(trainer, end)
         return
-    with pytest.raises(tunerkit.FileError, match=rf"{Path(name).name}.*earlier checkpoint"):
+    with pytest.raises(tunerkit.errors.FileError, match=rf"{Path(name).name}.*earlier checkpoint"):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     assert all(torch.equal(a, b) for a, b in zip(weights(trainer), before, strict=True))
 
@@ -123,7 +123,7 @@ def test_files_in_the_older_format_of_torch_are_read(how: str, whole: tuple[Trai
     trainer = attached_trainer(checkpoint.parent)
     if how == "cut":
         harm(file, how)
-        with pytest.raises(tunerkit.FileError, match=r"damaged optimizer\.pt.*go on with the weights alone"):
+        with pytest.raises(tunerkit.errors.FileError, match=r"damaged optimizer\.pt.*go on with the weights alone"):
             trainer.train(resume_from_checkpoint=str(checkpoint))
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint))
@@ -137,7 +137,7 @@ def test_without_a_whole_checkpoint_the_error_names_what_is_wrong_with_each(
     folder = copied(whole[1], tmp_path)
     harm(folder / "checkpoint-4" / "optimizer.pt", "cut")
     harm(folder / "checkpoint-2" / "a" / "adapter.safetensors", "removed")
-    with pytest.raises(tunerkit.FileError, match=r"none of the 2 checkpoints") as caught:
+    with pytest.raises(tunerkit.errors.FileError, match=r"none of the 2 checkpoints") as caught:
         attached_trainer(folder).train(resume_from_checkpoint=True)
     assert "has a damaged optimizer.pt" in str(caught.value)
     assert "has no adapter.safetensors for adapter 'a'" in str(caught.value)
@@ -158,7 +158,7 @@ def test_a_checkpoint_that_cannot_be_read_is_refused_by_name(
     monkeypatch.setattr(Path, "read_bytes", failing)
     with pytest.warns(tunerkit.TunerkitWarning, match=r"checkpoint-4 cannot be read: .*input/output error"):
         attached_trainer(folder).train(resume_from_checkpoint=True)
-    with pytest.raises(tunerkit.FileError, match=r"cannot be read: .*resume from an earlier"):
+    with pytest.raises(tunerkit.errors.FileError, match=r"cannot be read: .*resume from an earlier"):
         attached_trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
 
 

@@ -200,13 +200,13 @@ def test_a_moving_reference_is_refused(base: Path, tmp_path: Path) -> None:
     """`sync_ref_model` needs a second full model; the error comes at attach and says what to set."""
     model = llama(base)
     text = "sync_ref_model moves a second full model .* Set sync_ref_model=False"
-    with pytest.raises(tunerkit.StepError, match=text):
+    with pytest.raises(tunerkit.errors.StepError, match=text):
         dpo(model, tunerkit.reference(model), tmp_path, sync_ref_model=True)
 
 
 def test_a_reference_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:
     """It would be a policy against a model that is not its start."""
-    with pytest.raises(tunerkit.StepError, match="the reference of another model"):
+    with pytest.raises(tunerkit.errors.StepError, match="the reference of another model"):
         dpo(llama(base), tunerkit.reference(llama(base)), tmp_path)
 
 
@@ -306,7 +306,7 @@ def test_ways_to_generate_that_lose_or_cast_adapters_are_refused(
     trainer = grpo(model, tmp_path)
     for name, value in options.items():
         setattr(trainer.args, name, value)
-    with pytest.raises(tunerkit.StepError, match=text):
+    with pytest.raises(tunerkit.errors.StepError, match=text):
         tunerkit.attach(model, trainer)
 
 

@@ -81,7 +81,7 @@ def base_facts(path: str) -> BaseFacts:
 
 
 def _of_header(file: Path) -> BaseFacts:
-    """Read the header alone, since the whole file is read and checked later. Docs/files.md explains its fields."""
+    """Read the header alone, since the whole file is checked later. Docs/concepts/files.md explains its fields."""
     with safe_open(file, framework="pt") as opened:
         header = json.loads(opened.metadata()["tunerkit"])
         stored = {name: tuple(opened.get_slice(name).get_shape()) for name in map(str, opened.keys())}
@@ -108,7 +108,7 @@ def description_at(format: Format, path: str) -> Description | None:
     found: object = format.describe(Path(path))  # the plugin may return anything
     if not isinstance(found, Description):
         raise PluginError(
-            f"describe of format {format.name!r} returned {shown(found)}; it must return a tunerkit.Description"
+            f"describe of format {format.name!r} returned {shown(found)}; it must return a tunerkit.plugin.Description"
         )
     return found
 

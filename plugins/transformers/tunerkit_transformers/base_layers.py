@@ -1,12 +1,12 @@
 """The kinds of layers that transformers defines itself: ``Conv1D``, Falcon's linear layer, and scaled embeddings."""
 
-from typing import Any, cast, final
+from typing import Any, ClassVar, cast, final
 
 import attrs
 from torch import Tensor, nn
 
-from tunerkit import BaseLayer, forward_name
 from tunerkit.layers import DenseLinear, EmbeddingLayer
+from tunerkit.plugin import BaseLayer, forward_name
 
 
 @final
@@ -14,10 +14,7 @@ from tunerkit.layers import DenseLinear, EmbeddingLayer
 class Conv1DLayer(DenseLinear):
     """``Conv1D`` (GPT-2): a linear layer whose weight is stored as (in, out)."""
 
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        """Whether the forward is that of transformers' class, matched by qualified name."""
-        return forward_name(module) == "transformers.pytorch_utils.Conv1D"
+    forwards: ClassVar[tuple[str, ...]] = ("transformers.pytorch_utils.Conv1D",)
 
     def pack(self, weight: Tensor) -> Tensor:
         """(out, in) to (in, out), a view."""
@@ -33,12 +30,9 @@ class Conv1DLayer(DenseLinear):
 class FalconLinearLayer(DenseLinear):
     """Falcon's linear layer, whose forward writes out x Wᵀ + b."""
 
-    module: nn.Linear
+    forwards: ClassVar[tuple[str, ...]] = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        """Whether the forward is Falcon's."""
-        return forward_name(module) == "transformers.models.falcon.modeling_falcon.FalconLinear"
+    module: nn.Linear
 
     @property
     def in_features(self) -> int:
@@ -60,6 +54,8 @@ class ScaledEmbeddingLayer(BaseLayer):
         unscaled: The layer as an ``nn.Embedding``, whose output is then multiplied by `scale`.
     """
 
+    forwards: ClassVar[tuple[str, ...]] = ("transformers.",)
+
     module: nn.Embedding
     # Built once: `torch.compile` traces no class of attrs that is built in a forward.
     unscaled: EmbeddingLayer = attrs.field(init=False)
@@ -77,8 +73,7 @@ class ScaledEmbeddingLayer(BaseLayer):
         """
         match module:
             case nn.Embedding(embed_scale=float() | int() | Tensor()):
-                name = forward_name(module)
-                named = name.startswith("transformers.") and name.endswith("ScaledWordEmbedding")
+                named = super().matches(module) and forward_name(module).endswith("ScaledWordEmbedding")
                 return named and [own for own, _ in module.named_parameters(recurse=False)] == ["weight"]
         return False
 

@@ -6,7 +6,7 @@ multi-modal models, whose towers differ too much for one tuple of names. An entr
 versions or variants of the architecture have.
 """
 
-from tunerkit import DefaultTargets
+from tunerkit.plugin import DefaultTargets
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _MLP = ("intermediate.dense", "output.dense")

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from tunerkit import ModelLibrary
+from tunerkit.plugin import ModelLibrary
 from tunerkit_transformers.forward_config import forward_config
 from tunerkit_transformers.new_modules import find_new
 from tunerkit_transformers.output_heads import named_heads

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from tunerkit import NewModules
 from tunerkit.injection import base_modules
 from tunerkit.layers import is_named, torch_private, whole_shape
 from tunerkit.paths import is_under, parent
+from tunerkit.plugin import NewModules
 from tunerkit_transformers.output_heads import named_heads
 from tunerkit_transformers.transformers_private import is_built, is_loaded
 

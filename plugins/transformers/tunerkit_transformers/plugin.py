@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from tunerkit import BaseLayer, DefaultTargets, ModelLibrary, Tuner, WeightReader, hookimpl
 from tunerkit.layers import is_named
+from tunerkit.plugin import BaseLayer, DefaultTargets, ModelLibrary, Tuner, WeightReader, hookimpl
+from tunerkit_transformers.adapter_calls import unwatch_calls_, watch_calls_
 from tunerkit_transformers.base_layers import Conv1DLayer, FalconLinearLayer, ScaledEmbeddingLayer
 from tunerkit_transformers.default_targets import DEFAULT_TARGETS
 from tunerkit_transformers.model_library import LIBRARY
@@ -45,15 +46,17 @@ def tunerkit_weight_readers() -> Iterable[WeightReader]:
 
 @hookimpl
 def tunerkit_wrapped(model: nn.Module) -> None:
-    """Watch ``save_pretrained``, and let a Trainer train adapters of a quantised model."""
+    """Watch ``save_pretrained`` and the calls for PEFT's adapters, and let a Trainer train a quantised model's."""
     watch_saving_(model)
+    watch_calls_(model)
     mark_trainable_(model)
 
 
 @hookimpl
 def tunerkit_unwrapped(model: nn.Module) -> None:
-    """Undo both."""
+    """Undo all of it."""
     unwatch_saving_(model)
+    unwatch_calls_(model)
     unmark_trainable_(model)
 
 

@@ -35,8 +35,9 @@ def quantising(name: str, dtype: torch.dtype | str, heads: Sequence[str] = ()) -
             f"quantisation: there is no {name!r}{closest(name, QUANTISATIONS)}; there are {', '.join(QUANTISATIONS)}"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
+        lacking = hooks.registry.lacking("adapts its layers", "quant")
         raise QuantisationError(
-            f"quantisation: {name} needs bitsandbytes and tunerkit-quant: pip install bitsandbytes tunerkit-quant"
+            f"quantisation: {name} needs bitsandbytes (pip install bitsandbytes){f'. {lacking}' if lacking else ''}"
         )
     from transformers import BitsAndBytesConfig
 

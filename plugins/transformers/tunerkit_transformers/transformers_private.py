@@ -12,6 +12,8 @@ from torch import nn
 Method = Callable[..., None]
 # Attributes of a model: the class sets the first to False, and peft's adapters set it to True on the instance.
 HAS_ADAPTERS, IS_QUANTISED = "_hf_peft_config_loaded", "is_quantized"
+# The module with the calls for peft's adapters that every model inherits.
+ADAPTER_CALLS = "transformers.integrations.peft"
 
 
 def replace_(

@@ -3,7 +3,7 @@
 A class may be listed even if some of its configurations call the child: the weight override also covers a call.
 """
 
-from tunerkit import WeightReader
+from tunerkit.plugin import WeightReader
 
 _MAMBA = ("conv1d", "x_proj", "dt_proj", "out_proj")
 

@@ -109,9 +109,9 @@ def _merged(mapping: dict[str, Any], given: dict[str, Any], settings: list[str])
             raise TunerkitError(f"--{name}: expected a number above 0, got {given[name]}")
     mapping = setting.merge(mapping, given)
     if settings:
-        from tunerkit_cli.running.trainer import argument_names, setting_names
+        from tunerkit_cli.running.trainer import argument_names, method_settings
 
-        names = argument_names(mapping, settings), setting_names(mapping, settings)
+        names = argument_names(mapping, settings), method_settings(mapping, settings)
         mapping = setting.apply(mapping, settings, *names)
     # The demo shows what the head alone reaches.
     is_demo = mapping.get("data") is None and mapping.get("task") in (None, "text-classification")

@@ -10,8 +10,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from tunerkit import BaseMismatchError, Factors, Tuner, biases_of, copies_of, factors_of, unstructure
+from tunerkit import unstructure
+from tunerkit.errors import BaseMismatchError
 from tunerkit.paths import join
+from tunerkit.plugin import Factors, Tuner, biases_of, copies_of, factors_of
 from tunerkit_cli.converting.opening import collected, open_adapter
 
 _Value = TypeVar("_Value")

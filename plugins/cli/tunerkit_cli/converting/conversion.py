@@ -8,11 +8,12 @@ from typing import Any, Final
 import attrs
 
 import tunerkit
-from tunerkit import ConfigError, Format, TunerkitError, UnknownFormatError, hooks, serialization
+from tunerkit import TunerkitError, hooks, serialization
 from tunerkit.config import options_from
-from tunerkit.errors import closest, shown
+from tunerkit.errors import ConfigError, UnknownFormatError, closest, shown
 from tunerkit.extras import READERS
 from tunerkit.paths import few
+from tunerkit.plugin import Format
 from tunerkit_cli.converting.description import OWN
 from tunerkit_cli.converting.opening import collected, load_adapter, open_adapter
 from tunerkit_cli.outputs import new_folder

@@ -16,7 +16,8 @@ import attrs
 from safetensors import SafetensorError, safe_open
 
 import tunerkit
-from tunerkit import FileError, TunerkitError
+from tunerkit import TunerkitError
+from tunerkit.errors import FileError
 
 OWN = "tunerkit"  # the name of our own format
 # The dtypes of an adapter's tensors in a file, as torch calls them. A file with others is read by torch.
@@ -113,7 +114,7 @@ def _from_header(source: str) -> Shown | None:
 
 
 def _digest(text: str, entries: Mapping[str, Any], data: memoryview) -> str:
-    """The digest of a file, as docs/files.md defines it, from the entries of its tensors and their bytes."""
+    """The digest of a file, as docs/concepts/files.md defines it, from the entries of its tensors and their bytes."""
     hasher = hashlib.sha256(text.encode())
     for name, entry in sorted(entries.items()):
         hasher.update(f"\0{name}\0torch.{_DTYPES[entry['dtype']]}\0{tuple(entry['shape'])}\0".encode())

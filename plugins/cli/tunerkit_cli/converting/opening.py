@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit import BaseMismatchError, Tuner, TunerkitWarning, serialization
+from tunerkit import TunerkitWarning, serialization
+from tunerkit.errors import BaseMismatchError
 from tunerkit.layers import torch_private
 from tunerkit.paths import join, parent
+from tunerkit.plugin import Tuner
 from tunerkit_transformers.base_choice import choose_base, with_base
 from tunerkit_transformers.bases import Base, skeleton
 from tunerkit_transformers.pretrained import quiet

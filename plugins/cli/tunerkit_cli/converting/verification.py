@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit import ConfigError, TunerkitError
+from tunerkit import TunerkitError
+from tunerkit.errors import ConfigError
 from tunerkit_cli.converting.inputs import Inputs, random_inputs
 from tunerkit_cli.converting.opening import collected, load_adapter
 from tunerkit_transformers.adapter_files import base_facts, holds_adapter

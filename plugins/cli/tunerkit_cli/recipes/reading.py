@@ -9,8 +9,7 @@ from typing import Any
 import attrs
 
 import tunerkit
-from tunerkit import ConfigError
-from tunerkit.errors import half_character, shown
+from tunerkit.errors import ConfigError, half_character, shown
 from tunerkit_cli.plugin_commands import plugin_commands
 from tunerkit_cli.recipes.fragments import Fragment, problems
 from tunerkit_cli.recipes.recipe import VERSION, Recipe
@@ -75,7 +74,7 @@ def _version_problems(mapping: Mapping[str, Any]) -> Iterator[str]:
     if version is not None and (version != VERSION or type(version) is not int):
         do = f"no recipe has another one yet; write version: {VERSION}, or start anew from `tunerkit init`"
         if isinstance(version, int) and version > VERSION:
-            do = "a later one reads this recipe: pip install --upgrade tunerkit, or start anew from `tunerkit init`"
+            do = "a later tunerkit reads this recipe; upgrade, or start anew from `tunerkit init`"
         yield f"version: got {shown(version)}, and tunerkit {tunerkit.__version__} reads version {VERSION}; {do}"
 
 

@@ -5,8 +5,10 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import PurePath
 from typing import Any, Final
 
-from tunerkit import ConfigError
-from tunerkit.errors import closest, shown
+import attrs
+
+from tunerkit.config import meant
+from tunerkit.errors import ConfigError, closest, shown
 from tunerkit_cli.recipes.fragments import Fragment
 from tunerkit_cli.recipes.reading import schema
 from tunerkit_cli.settings import DEEPEST, given_settings, given_value
@@ -24,6 +26,7 @@ FLAGS: Final[Mapping[str, str]] = {
     "label_column": "columns.label",
 }
 _EXAMPLE: Final = "expected key=value, as in --set learning_rate=1e-3"
+Names = Mapping[str, Collection[str]]  # the keys of each section; those of the method come with their fields
 
 
 def merge(mapping: Mapping[str, Any], flags: Mapping[str, object]) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def apply(
     mapping: Mapping[str, Any],
     settings: Iterable[str],
     trainer_arguments: Collection[str],
-    method_settings: Collection[str],
+    method_settings: Mapping[str, "attrs.Attribute[Any]"],
     plugin_keys: Mapping[str, Fragment] | None = None,
 ) -> dict[str, Any]:
     """Return a recipe's mapping with settings as ``--set`` takes them; of two with the same key, the later one wins.
@@ -56,7 +59,8 @@ def apply(
     for all settings that are malformed, whose key is unknown or ambiguous, or whose value is not YAML.
     """
     changed = copy.deepcopy(dict(mapping))
-    names = {"": (*schema(plugin_keys)["properties"],), "training": trainer_arguments, "config": method_settings}
+    recipe_keys = (*schema(plugin_keys)["properties"],)
+    names: Names = {"": recipe_keys, "training": trainer_arguments, "config": method_settings}
     problems: list[str] = []
     for setting in settings:
         try:
@@ -85,7 +89,7 @@ def _parsed(setting: str) -> tuple[str, object]:
     return key, value
 
 
-def _path(key: str, names: Mapping[str, Collection[str]]) -> list[str]:
+def _path(key: str, names: Names) -> list[str]:
     """Return where in the recipe a key stands, from the names in each section; "" is the recipe's own section."""
     first, *rest = key.split(".")
     sections = [section for section in names if section and first in names[section]]
@@ -103,12 +107,15 @@ def _path(key: str, names: Mapping[str, Collection[str]]) -> list[str]:
     return [*sections, first]
 
 
-def _unknown(
-    key: str, name: str, close: Iterable[str], names: Mapping[str, Collection[str]], where: str = ""
-) -> ConfigError:
-    """Return the error for a key without a name such as ``name``: in another section, or among those that are close."""
+def _unknown(key: str, name: str, close: Iterable[str], names: Names, where: str = "") -> ConfigError:
+    """Return the error for a key without a name such as ``name``.
+
+    It may stand in another section, be a name that another library has for a setting, or be close to some.
+    """
     full = [FLAGS[name]] if name in FLAGS else [f"{part}.{name}" for part in names if part and name in names[part]]
-    hint = f"; did you mean {' or '.join(map(repr, full))}?" if full else closest(name, sorted(close))
+    settings = names["config"]
+    elsewhere = meant(name, settings.values()) if isinstance(settings, Mapping) else ""
+    hint = f"; did you mean {' or '.join(map(repr, full))}?" if full else elsewhere or closest(name, sorted(close))
     hint = hint or "; `tunerkit schema` lists a recipe's keys, `tunerkit config` a method's"
     return ConfigError([f"--set {shown(key)[1:-1]}: there is no key {shown(name)}{where}{hint}"])
 

@@ -7,8 +7,8 @@ from typing import Final
 
 import attrs
 
-from tunerkit import ConfigError, TunerkitError
-from tunerkit.errors import closest, shown
+from tunerkit import TunerkitError
+from tunerkit.errors import ConfigError, closest, shown
 from tunerkit_cli.recipes.recipe import TASKS, Recipe, to_mapping
 from tunerkit_cli.settings import write_settings
 

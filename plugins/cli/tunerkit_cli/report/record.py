@@ -70,7 +70,7 @@ class Problem:
     """A sign that a run has learned nothing (``fatal``), or less than it should have.
 
     Attributes:
-        kind: What it is, such as ``"collapse"``; ``docs/files.md`` lists them.
+        kind: What it is, such as ``"collapse"``; ``docs/concepts/files.md`` lists them.
         text: The same in words, with the figures.
         step: The optimizer step at which it was seen; None if it is of the whole run.
         learning_rate: The learning rate at that step.

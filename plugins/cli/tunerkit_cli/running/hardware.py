@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 
-from tunerkit import ConfigError
+from tunerkit.errors import ConfigError
 
 # The dtype of matrix products in each precision. Weights, adapters and optimizer state keep their own.
 DTYPES: Final[Mapping[str, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,7 +9,7 @@ import attrs
 from rich.console import Console
 
 import tunerkit
-from tunerkit import Tuner
+from tunerkit.plugin import Tuner
 from tunerkit_cli import assets
 from tunerkit_cli.demo import demo_of
 from tunerkit_cli.recipes.reading import read_recipe

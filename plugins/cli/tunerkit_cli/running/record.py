@@ -16,7 +16,9 @@ import torch
 from rich.console import Console
 
 import tunerkit
-from tunerkit import RankChange, Tuner, hooks, injection, serialization
+from tunerkit import hooks, injection, serialization
+from tunerkit.extras import install
+from tunerkit.plugin import RankChange, Tuner
 from tunerkit_cli.report.record import Problem
 from tunerkit_cli.running import written
 from tunerkit_cli.running.telling import say
@@ -164,7 +166,7 @@ def write_pictures(folder: Path, record: Mapping[str, Any], console: Console) ->
     try:
         from tunerkit_cli.report import pictures  # needs the extra [plot], which [cli] does not include
     except ModuleNotFoundError:
-        say(console, 'no pictures: matplotlib is not installed; pip install "tunerkit[plot]"')
+        say(console, f"no pictures: matplotlib is not installed; {install('plot')}")
         return
     ours = written.run_files(folder) or frozenset()
     figures = {f"{PICTURES}/{name}.png": figure for name, figure in pictures.draw(record).items()}

@@ -11,7 +11,7 @@ import attrs
 from rich.console import Console
 
 import tunerkit
-from tunerkit import TunerkitError
+from tunerkit import TunerkitError, hooks
 from tunerkit.errors import shown
 from tunerkit_cli import outputs
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, Recipe, to_mapping, with_full_paths, with_home, with_precision
@@ -66,6 +66,8 @@ def run(
     recipe = with_precision(with_home(recipe))
     if recipe.from_adapter is None and recipe.method is None:
         recipe = attrs.evolve(recipe, method=DEFAULT_METHOD)
+    if recipe.method is not None:
+        recipe = attrs.evolve(recipe, method=hooks.registry.named(recipe.method))
     folder = Path(recipe.out)
     with nullcontext() if dry_run else outputs.claimed(folder):
         output.check(folder, recipe, resume=resume, overwrite=overwrite)

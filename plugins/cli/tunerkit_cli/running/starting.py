@@ -11,18 +11,10 @@ import attrs
 from torch import nn
 
 import tunerkit
-from tunerkit import (
-    BaseMismatchError,
-    ConfigError,
-    FileError,
-    StepError,
-    Tuner,
-    TunerkitError,
-    TunerkitWarning,
-    serialization,
-)
-from tunerkit.errors import shown
+from tunerkit import TunerkitError, TunerkitWarning, serialization
+from tunerkit.errors import BaseMismatchError, ConfigError, FileError, StepError, shown
 from tunerkit.paths import few
+from tunerkit.plugin import Description, Tuner
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, DTYPES, PRECISIONS, Recipe
 from tunerkit_cli.rows import DataError, tidy
 from tunerkit_cli.running import written
@@ -81,7 +73,7 @@ def find_start(source: str) -> Start:
     path = Path(source).expanduser()
     format = serialization.format_at(path)
     if format is not None:
-        found = tunerkit.Description("") if format.describe is None else format.describe(path)
+        found = Description("") if format.describe is None else format.describe(path)
         # Another program's name of a method may differ from tunerkit's in its case alone.
         method = found.method.lower() if found.method.lower() in tunerkit.methods() else None
         return Start(source, str(path), method=method, model=found.base or None)
@@ -158,7 +150,7 @@ def _said(recipe: Recipe) -> dict[str, Any]:
 
 def _refuse_method(recipe: Recipe, start: Start, method: str | None) -> None:
     """Raise `TunerkitError` if a recipe names another method than the adapter's, which is None as long as unknown."""
-    if recipe.method is not None and method is not None and recipe.method != method:
+    if recipe.method is not None and method is not None and recipe.method.casefold() != method.casefold():
         raise TunerkitError(
             f"--from {start.source}: it is a {method} adapter, and --method is {recipe.method}; leave --method out, or "
             "train a new adapter without --from"

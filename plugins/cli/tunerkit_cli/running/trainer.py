@@ -19,8 +19,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from tunerkit import ConfigError, TunerkitError, hooks
-from tunerkit.errors import closest, shown
+from tunerkit import TunerkitError, hooks
+from tunerkit.errors import ConfigError, closest, shown
 from tunerkit_cli.demo import demo_of
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, Recipe
 from tunerkit_cli.report.scores import is_better_high
@@ -173,8 +173,8 @@ def argument_names(mapping: Mapping[str, Any], settings: Iterable[str]) -> set[s
     return names
 
 
-def setting_names(mapping: Mapping[str, Any], settings: Iterable[str]) -> set[str]:
-    """The names of the method's settings, for ``--set``; of any installed method's if an adapter decides it.
+def method_settings(mapping: Mapping[str, Any], settings: Iterable[str]) -> dict[str, "attrs.Attribute[Any]"]:
+    """The method's settings by name, for ``--set``; of any installed method's if an adapter decides it.
 
     Raises `UnknownMethodError` if the method is not installed.
     """
@@ -183,7 +183,8 @@ def setting_names(mapping: Mapping[str, Any], settings: Iterable[str]) -> set[st
         methods = [each for each, info in hooks.registry.methods().items() if info.error is None]
     else:
         methods = [method or DEFAULT_METHOD]
-    return {field.name for each in methods for field in attrs.fields(hooks.registry.get(each).config)}
+    configs = [hooks.registry.get(hooks.registry.named(each)).config for each in methods]
+    return {field.name: field for each in configs for field in attrs.fields(each)}
 
 
 def _given(key: str, mapping: Mapping[str, Any], settings: Iterable[str]) -> str | None:

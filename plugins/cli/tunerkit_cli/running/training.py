@@ -16,7 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 import tunerkit
-from tunerkit import RankChange, TunerkitError
+from tunerkit import TunerkitError
+from tunerkit.plugin import RankChange
 from tunerkit_cli import outputs
 from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.running import output, written

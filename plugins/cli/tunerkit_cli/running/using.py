@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 
 import tunerkit
-from tunerkit import FileError, TunerkitError
-from tunerkit.errors import shown
+from tunerkit import TunerkitError
+from tunerkit.errors import FileError, shown
 from tunerkit_cli.converting.conversion import merge_adapter
 from tunerkit_cli.outputs import OutputError, new_folder
 from tunerkit_cli.recipes.recipe import PRECISIONS

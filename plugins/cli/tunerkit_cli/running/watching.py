@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from tunerkit import FileError, Tuner, TunerkitError
-from tunerkit.errors import shown
+from tunerkit import TunerkitError
+from tunerkit.errors import FileError, shown
+from tunerkit.plugin import Tuner
 from tunerkit_cli.report.record import Problem, Restart
 from tunerkit_cli.running import written
 from tunerkit_cli.running.learning import Learning

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import attrs
 
 from tunerkit.errors import TunerkitError, closest, shown
+from tunerkit.extras import install
 from tunerkit_cli.rows import DataError, Table, class_names, column, tidy
 from tunerkit_transformers.pretrained import Pretrained
 from tunerkit_transformers.task_classes import TASKS
@@ -59,7 +60,7 @@ class Results:
 
 
 # How classifiers are trained, whose heads start at random. With Adam's usual values more runs were lost at twice the
-# default rate than with these (docs/quality-record.md, "How far the default rate is from collapse").
+# default rate than with these (docs/evidence/quality-record.md, "How far the default rate is from collapse").
 STEADY: Mapping[str, Any] = {"warmup_steps": 0.1, "adam_beta2": 0.95, "max_grad_norm": 0.3}
 # How language models are trained.
 USUAL: Mapping[str, Any] = {"warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}
@@ -273,7 +274,7 @@ def pipeline_of(task: str, loaded: Pretrained) -> Callable[..., Any]:
 def require_package(name: str, task: str, extra: str) -> None:
     """Raise `MissingPackageError` if a module that a task needs cannot be found."""
     if importlib.util.find_spec(name) is None:
-        raise MissingPackageError(f'the task {task} needs {name}: pip install "tunerkit[{extra}]"')
+        raise MissingPackageError(f"the task {task} needs {name}: {install(extra)}")
 
 
 def require_text(row: Row, name: str, where: str) -> str:

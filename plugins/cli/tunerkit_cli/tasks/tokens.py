@@ -31,7 +31,7 @@ class TokenClassification(Task):
     greater_is_better: ClassVar[bool] = True
     label_column: ClassVar[str] = "tags"
     labelled: ClassVar[str] = "token has the tag"
-    # Tags bear a higher rate than whole texts: see brown-tags in docs/quality-record.md.
+    # Tags bear a higher rate than whole texts: see brown-tags in docs/evidence/quality-record.md.
     defaults: ClassVar[Mapping[str, Any]] = {**Task.defaults, "learning_rate": 2e-3}
 
     def checked(self, row: Row, where: str) -> Row:

@@ -9,6 +9,8 @@ import attrs
 
 import tunerkit
 from tunerkit import hooks
+from tunerkit.errors import ConfigError
+from tunerkit.plugin import AdapterConfig
 from tunerkit_testing.cases import Case
 
 
@@ -19,7 +21,7 @@ def check_config_round_trip(case: Case, method: str, config: Mapping[str, object
     assert_survives_json(method, built.settled())
 
 
-def assert_survives_json(method: str, config: tunerkit.AdapterConfig) -> None:
+def assert_survives_json(method: str, config: AdapterConfig) -> None:
     """Assert that a config is equal once it was unstructured, written as JSON, read and structured again."""
     text = json.dumps(tunerkit.unstructure(config), allow_nan=False)
     again = tunerkit.structure(method, json.loads(text))
@@ -36,12 +38,12 @@ def check_bad_config_refused(case: Case, method: str, config: Mapping[str, objec
     for name, value in _mistakes(method):
         try:
             tunerkit.structure(method, {**good, name: value})
-        except tunerkit.ConfigError:
+        except ConfigError:
             continue
         raise AssertionError(f"setting {name}={value!r} was accepted; check it with setting(..., ge=...) or problems()")
     model = case.build()
     before = list(model.state_dict())
-    with suppress(tunerkit.ConfigError):
+    with suppress(ConfigError):
         tunerkit.wrap(model, method, {**good, "no_such_setting": 1})
     assert list(model.state_dict()) == before, (
         "a refused config left something in the model; change no model in a config"

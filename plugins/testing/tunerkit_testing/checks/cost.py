@@ -7,6 +7,7 @@ from unittest import SkipTest
 import torch
 
 import tunerkit
+from tunerkit.errors import TargetError
 from tunerkit_testing.cases import Case
 from tunerkit_testing.checks.probing import trained_parameters, without_copies
 from tunerkit_testing.counting import Counting
@@ -25,7 +26,7 @@ def check_operations(case: Case, method: str, config: Mapping[str, object], tmp_
     }
     try:
         plain = _operations(case, _BASELINE, placing)
-    except tunerkit.TargetError as error:
+    except TargetError as error:
         raise SkipTest(f"LoRA, which this is compared with, cannot adapt these targets: {error}") from error
     own = _operations(case, method, config)
     assert own <= _TIMES * plain, (

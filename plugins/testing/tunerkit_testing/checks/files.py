@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit import hooks
+from tunerkit.errors import ConfigError, TargetError
 from tunerkit.layers import Adapter
 from tunerkit_testing.cases import Case, assert_same, trained
 from tunerkit_testing.checks.probing import filled
@@ -47,7 +48,7 @@ def _with_other_rank(case: Case, method: str, config: Mapping[str, object]) -> n
     """Build a model with a rank that the method accepts: some allow even ones alone, or those that divide features."""
     rank: int = tunerkit.unstructure(tunerkit.structure(method, {**case.settings, **config}))["rank"]
     for other in (rank + 1, rank + 2, 2 * rank, rank // 2):
-        with suppress(tunerkit.ConfigError, tunerkit.TargetError):
+        with suppress(ConfigError, TargetError):
             return filled(case, method, {**config, "rank": other})
     raise SkipTest(f"the method accepts no rank close to {rank}")
 

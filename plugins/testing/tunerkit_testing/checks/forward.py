@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tunerkit.errors import ConfigError
 from tunerkit_testing.cases import Case, assert_base_untouched, assert_same, wrapped
 from tunerkit_testing.checks.probing import Call, calls_of, fill_, filled, in_dtype, seeded, shared_in
 
@@ -43,7 +44,7 @@ def check_inputs_unwritten(case: Case, method: str, config: Mapping[str, object]
             same = torch.equal(tensor, before[name]) if isinstance(tensor, Tensor) else True
             assert same, (
                 f"{call.path}: forward changed {name} in place; compute a new tensor (autograd and the base model "
-                "still need the old one), or call tunerkit.add_low_rank, which knows when it may overwrite y"
+                "still need the old one), or call tunerkit.plugin.add_low_rank, which knows when it may overwrite y"
             )
 
 
@@ -126,7 +127,7 @@ def check_same_in_training(case: Case, method: str, config: Mapping[str, object]
 
 def _without_dropout(case: Case, method: str, config: Mapping[str, object]) -> Mapping[str, object]:
     off = {**config, "dropout": 0.0}
-    with suppress(tunerkit.ConfigError):  # there is no such setting, or it may not be 0
+    with suppress(ConfigError):  # there is no such setting, or it may not be 0
         tunerkit.structure(method, {**case.settings, **off})
         return off
     return config

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import tunerkit
 from tunerkit import hooks, injection
 from tunerkit.layers import low_rank_delta, plain_form, torch_private
+from tunerkit.plugin import Factors
 from tunerkit_testing import tolerances
 from tunerkit_testing.cases import Case, assert_base_untouched, assert_same, trained, wrapped
 from tunerkit_testing.checks.probing import (
@@ -112,7 +113,7 @@ def check_builds_from_factors(case: Case, method: str, config: Mapping[str, obje
     given = {}
     for number, (path, base) in enumerate(bases.items()):
         rank = min(number % 4, base.in_features, base.out_features)
-        given[path] = tunerkit.Factors(
+        given[path] = Factors(
             q=torch.randn(rank, base.in_features, generator=generator),
             p=torch.randn(base.out_features, rank, generator=generator),
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import tunerkit
-from tunerkit.errors import shown
+from tunerkit.errors import TargetError, shown
 from tunerkit_testing.cases import Case, assert_same, trained, wrapped
 from tunerkit_testing.checks.probing import fill_, filled, in_dtype, trained_parameters, with_inputs
 
@@ -70,7 +70,7 @@ def check_offload(case: Case, method: str, config: Mapping[str, object], tmp_pat
         raise SkipTest(f"the model itself does not run while it is offloaded: {shown(str(error))}") from error
     try:
         tunerkit.wrap(away, method, {**case.settings, **config}, seed=0)
-    except tunerkit.TargetError as error:
+    except TargetError as error:
         raise SkipTest(f"this model cannot be adapted while it is offloaded: {error}") from error
     fill_(away).eval()
     hint = "read the weight as base.dense() or base.matrix(), and build parameters from in_features and out_features"

@@ -14,10 +14,11 @@ import tunerkit
 from tunerkit import hooks, injection
 from tunerkit.injection import Slot, Slots
 from tunerkit.layers import Adapter, BaseLayer, torch_private
+from tunerkit.plugin import Tuner
 from tunerkit_testing.cases import Case, wrapped
 
 
-def shared_in(tuner: tunerkit.Tuner) -> nn.Module | None:
+def shared_in(tuner: Tuner) -> nn.Module | None:
     """Return the module that the method's adapters share, if there is one; see the hook `tunerkit_shared`."""
     return next((slot.shared for _, slot in injection.slots_in(tuner) if slot.shared is not None), None)
 
@@ -109,7 +110,7 @@ def base_output(case: Case) -> Tensor:
     return case.output(case.build().eval().requires_grad_(False))
 
 
-def own_parameters(tuner: tunerkit.Tuner) -> dict[str, nn.Parameter]:
+def own_parameters(tuner: Tuner) -> dict[str, nn.Parameter]:
     """Return the parameters of the method itself by name: those of its adapters, and of what they share."""
     adapters = tuner.adapters()
     parts: dict[str, nn.Module] = {**adapters}
@@ -119,7 +120,7 @@ def own_parameters(tuner: tunerkit.Tuner) -> dict[str, nn.Parameter]:
     return {f"{path}: {name}": p for path, part in parts.items() for name, p in part.named_parameters()}
 
 
-def trained_parameters(tuner: tunerkit.Tuner) -> dict[str, nn.Parameter]:
+def trained_parameters(tuner: Tuner) -> dict[str, nn.Parameter]:
     """Return those of `own_parameters` that are trained."""
     return {name: parameter for name, parameter in own_parameters(tuner).items() if parameter.requires_grad}
 
@@ -184,7 +185,7 @@ def seeded(run: Callable[[nn.Module], Tensor], model: nn.Module, seed: int = 1) 
         return run(model)
 
 
-def gradients(loss: Tensor, tuner: tunerkit.Tuner) -> dict[str, Tensor]:
+def gradients(loss: Tensor, tuner: Tuner) -> dict[str, Tensor]:
     """Return the gradients of the method's trained parameters by name; those that the loss does not reach are 0."""
     own = trained_parameters(tuner)
     found = torch.autograd.grad(loss, list(own.values()), allow_unused=True, materialize_grads=True)

@@ -9,6 +9,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit import injection
+from tunerkit.plugin import State
 from tunerkit_testing.cases import STEPS, Case, wrapped
 from tunerkit_testing.checks.probing import seeded
 
@@ -33,7 +34,7 @@ def check_resumes(case: Case, method: str, config: Mapping[str, object], tmp_pat
     _assert_same_end(again, model)
 
 
-def _assert_same_state(found: tunerkit.State, saved: tunerkit.State) -> None:
+def _assert_same_state(found: State, saved: State) -> None:
     """What was restored must be what was saved, also where the rest of a short training does not depend on it."""
     values = [name for name, value in saved.values.items() if found.values.get(name) != value]
     tensors = [

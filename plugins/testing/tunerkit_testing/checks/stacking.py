@@ -10,6 +10,7 @@ import attrs
 
 import tunerkit
 from tunerkit import hooks
+from tunerkit.errors import AdapterError, ConfigError, TargetError
 from tunerkit_testing.cases import Case, assert_same
 from tunerkit_testing.checks.probing import adapter_dtypes, fill_, require_delta
 from tunerkit_testing.registering import registered
@@ -83,13 +84,13 @@ def _merge(case: Case, below: Part, above: Part) -> bool:
     try:
         for name, part in zip("ab", (below, above), strict=True):
             tunerkit.wrap(model, part.method, part.settings, adapter=name, seed=0)
-    except (tunerkit.ConfigError, tunerkit.TargetError) as problem:
+    except (ConfigError, TargetError) as problem:
         raise _Unsuitable from problem  # a method that needs other settings or targets
     fill_(model, 0.03).eval()
     adapted = case.output(model)
     try:
         tunerkit.merge(model)
-    except tunerkit.AdapterError:
+    except AdapterError:
         return True
     found = case.output(model)
     assert_same(found, adapted, "merged against adapted", _HINT, adapters=adapter_dtypes(model))

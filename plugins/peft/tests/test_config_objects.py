@@ -1,0 +1,185 @@
+"""PEFT's config objects in `tunerkit.wrap`: the same places and parameters as in PEFT, or a refusal with what to do."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+import tunerkit
+from tunerkit.errors import ConfigError, UnknownMethodError
+from tunerkit_peft.config_objects import settings_of
+
+SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+METHODS: Mapping[str, Callable[..., Any]] = {"lora": peft.LoraConfig, "adalora": peft.AdaLoraConfig}
+BRANCHED = r".*layers\.[01]\.self_attn\.(q|v)_proj"
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=40, num_hidden_layers=3, **SIZES))
+
+
+def roberta() -> nn.Module:
+    torch.manual_seed(0)
+    return hf.RobertaForSequenceClassification(hf.RobertaConfig(vocab_size=40, num_hidden_layers=2, **SIZES))
+
+
+def bert_answers() -> nn.Module:
+    torch.manual_seed(0)
+    return hf.BertForQuestionAnswering(hf.BertConfig(vocab_size=40, num_hidden_layers=2, **SIZES))
+
+
+def trained(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+SAME: Mapping[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
+    "defaults of PEFT": (llama, "lora", {}),
+    "all-linear": (llama, "lora", {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.1}),
+    "patterns": (
+        llama,
+        "lora",
+        {
+            "target_modules": BRANCHED,
+            "rank_pattern": {"q_proj": 3, r"layers\.1.*v_proj": 5},
+            "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 2.5},
+        },
+    ),
+    "layers": (llama, "lora", {"target_modules": ["q_proj"], "layers_to_transform": 1, "exclude_modules": ["k_proj"]}),
+    "layers by pattern": (
+        llama,
+        "lora",
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+    ),
+    "excluded": (llama, "lora", {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*"}),
+    "a module in full": (llama, "lora", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "biases": (roberta, "lora", {"target_modules": ["query"], "bias": "lora_only", "use_rslora": True}),
+    "classifying": (roberta, "lora", {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS"}),
+    "classifying, defaults": (roberta, "lora", {"task_type": "SEQ_CLS", "init_lora_weights": "gaussian"}),
+    "classifying, all": (roberta, "lora", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "answering": (bert_answers, "lora", {"target_modules": ["query"], "task_type": "QUESTION_ANS"}),
+    "a language model": (llama, "lora", {"task_type": peft.TaskType.CAUSAL_LM}),
+    "AdaLoRA": (llama, "adalora", {"total_step": 100, "tinit": 10, "tfinal": 20, "target_modules": ["q_proj"]}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SAME)
+def test_the_same_modules_are_adapted_and_trained_in_full(name: str) -> None:
+    """As many parameters too; for AdaLoRA as well, whose ranks are the initial ones in both. PEFT is the oracle."""
+    build, method, given = SAME[name]
+    config = METHODS[method](**given)
+    before = copy.deepcopy(config)
+    model = tunerkit.wrap(build(), method, config)
+    assert config == before
+    theirs = peft.get_peft_model(build(), METHODS[method](**given))
+    modules = {path.removeprefix("base_model.model."): module for path, module in theirs.named_modules()}
+    adapted = {path for path, each in modules.items() if isinstance(each, peft.tuners.tuners_utils.BaseTunerLayer)}
+    copied = {path for path, each in modules.items() if isinstance(each, peft.utils.other.ModulesToSaveWrapper)}
+    tuner = tunerkit.tuner(model)
+    assert {target.path for target in tuner.targets} == adapted
+    assert {target.path for target in tuner.copies} == copied
+    assert trained(model) == trained(theirs)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_scale_is_pefts(rslora: bool) -> None:
+    """PEFT's default alpha is 8, and tunerkit's twice the rank: what counts is what PEFT would train."""
+    given: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"v_proj": 3}}
+    config = peft.LoraConfig(use_rslora=rslora, **given)
+    model, theirs = tunerkit.wrap(llama(), "lora", config), peft.get_peft_model(llama(), config)
+    for path, adapter in tunerkit.tuner(model).adapters().items():
+        other: Any = theirs.get_submodule(f"base_model.model.{path}")
+        assert adapter.scale == pytest.approx(other.scaling["default"], rel=1e-12)
+
+
+def test_adaloras_schedule_is_kept() -> None:
+    """In steps, as it was given, with PEFT's regulariser and start."""
+    config = peft.AdaLoraConfig(
+        init_r=6, target_r=2, tinit=10, tfinal=20, deltaT=5, beta1=0.7, beta2=0.8, orth_reg_weight=0.25, total_step=100
+    )
+    model = tunerkit.wrap(llama(), "AdaLoRA", config)
+    found = tunerkit.unstructure(tunerkit.tuner(model).config)
+    assert found == {
+        **found,
+        **{"init_rank": 6, "target_rank": 2, "t_init": 10, "t_final": 20, "delta_t": 5, "beta1": 0.7, "beta2": 0.8},
+        **{"gamma": 0.25, "total_steps": 100, "start": "gaussian", "orthogonality": "reference", "alpha": 8.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"use_dora": True}, "'use_dora' is True: DoRA, which also scales the base weight; leave it out, or train it"),
+        ({"lora_bias": True}, "'lora_bias' is True: a bias in lora_B"),
+        ({"init_lora_weights": "pissa"}, "'init_lora_weights' is 'pissa', .*; write init_lora_weights=True"),
+        ({"init_lora_weights": False}, "'init_lora_weights' is False"),
+        ({"inference_mode": True}, r"'inference_mode' is True, .*tunerkit\.freeze\(model, 'default'\)"),
+        ({"ensure_weight_tying": True}, "'ensure_weight_tying' is True"),
+        ({"trainable_token_indices": [1]}, "single trained rows of an embedding"),
+        ({"target_parameters": ["experts.w"]}, "'target_parameters'"),
+        ({"lora_dropout": 2.0}, "'lora_dropout' is 2.0; expected a number from 0 and below 1"),
+        ({"r": 0.5}, "'r' is 0.5; expected an integer from 1"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_another_training_is_refused_with_what_to_do(given: dict[str, Any], message: str) -> None:
+    """The model is unchanged."""
+    model, config = llama(), peft.LoraConfig(target_modules=["q_proj"])
+    for name, value in given.items():  # PEFT refuses some of them when the object is built, others not
+        setattr(config, name, value)
+    keys = [*model.state_dict()]
+    with pytest.raises(ConfigError, match=message):
+        tunerkit.wrap(model, "lora", config)
+    assert [*model.state_dict()] == keys
+
+
+def test_all_refusals_are_in_one_error() -> None:
+    """So that the user changes the object once."""
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa", inference_mode=True, use_dora=True)
+    with pytest.raises(ConfigError) as raised:
+        tunerkit.wrap(llama(), "lora", config)
+    assert len(raised.value.problems) == 3
+
+
+def test_masks_of_an_earlier_training_are_refused() -> None:
+    """They stand in the config of a folder, which is loaded instead."""
+    config = peft.AdaLoraConfig(total_step=10, target_modules=["q_proj"], rank_pattern={"a.lora_E": [True]})
+    with pytest.raises(ConfigError, match=r"tunerkit\.load\(model, folder, trainable=True\)"):
+        tunerkit.wrap(llama(), "adalora", config)
+
+
+def test_a_model_without_default_targets_asks_for_them() -> None:
+    """As PEFT does."""
+    with pytest.raises(ConfigError, match="'target_modules' is missing, and PEFT has no default for a model of type"):
+        tunerkit.wrap(nn.Sequential(nn.Linear(2, 2)), "lora", peft.LoraConfig())
+
+
+@pytest.mark.parametrize(("method", "config"), [("lora", "adalora"), ("adalora", "lora")])
+def test_another_method_is_refused_with_the_line_to_write(method: str, config: str) -> None:
+    """And that line works."""
+    given: dict[str, Any] = {"target_modules": ["q_proj"], **({"total_step": 10} if config == "adalora" else {})}
+    made = METHODS[config](**given)
+    words = rf"this {type(made).__name__} describes method '{config}', got '{method}'; write wrap\(model, '{config}', "
+    with pytest.raises(ConfigError, match=words):
+        tunerkit.wrap(llama(), method, made)
+    tunerkit.wrap(llama(), config, made)
+
+
+def test_a_config_without_a_method_says_where_it_goes() -> None:
+    """As ``get_peft_model(model, config)`` has it."""
+    with pytest.raises(UnknownMethodError, match=r"the name comes before the config: tunerkit\.wrap\(model, 'lora', c"):
+        tunerkit.wrap(llama(), peft.LoraConfig())  # type: ignore[arg-type]
+
+
+def test_configs_of_other_methods_are_none_of_ours() -> None:
+    """They are refused as any other object is."""
+    assert settings_of(peft.VeraConfig(), llama()) is None
+    assert settings_of(object(), llama()) is None
+    with pytest.raises(ConfigError, match="takes LoraConfig, a mapping or None, got VeraConfig"):
+        tunerkit.wrap(llama(), "lora", peft.VeraConfig())

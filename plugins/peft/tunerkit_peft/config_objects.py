@@ -1,0 +1,182 @@
+"""PEFT's own config objects, as `tunerkit.wrap` takes them: the settings of tunerkit's method that train the same.
+
+A setting without effect in training is dropped. One that would make another training is refused, with what to write.
+"""
+
+import importlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from torch import nn
+
+from tunerkit.errors import shown
+from tunerkit.plugin import ConfigError, exact_patterns, is_broad, matches as matches_path
+from tunerkit_peft import fields
+from tunerkit_peft.selection import ALL_LINEAR, ends, selection_of
+from tunerkit_peft.values import HIGHEST_RANK, Values, is_number, is_rank
+
+# The class that describes each method; those that derive from one of them describe something else, or the same.
+_METHODS: Final = {
+    "peft.tuners.adalora.config.AdaLoraConfig": "adalora",
+    "peft.tuners.lora.config.LoraConfig": "lora",
+}
+_BIASES: Final = {"none": "none", "all": "all", "lora_only": "adapters"}
+# The modules that a PeftModel of a task trains in full, if it finds them.
+_HEADS: Final = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_PLAIN: Final = re.compile(r"[\w.-]+")
+_KINDS: Final = {"lora": "LORA", "adalora": "ADALORA"}  # as PEFT names them
+
+
+def settings_of(config: Any, model: nn.Module) -> tuple[str, dict[str, object]] | None:
+    """Convert a ``peft.LoraConfig`` or ``peft.AdaLoraConfig``.
+
+    Args:
+        config: Any object.
+        model: The model that it is meant for. Only the names of its modules are used.
+
+    Returns:
+        The name of the method and its settings; None for other objects.
+
+    Raises:
+        ConfigError: A setting has no counterpart; the error names every one, with what to do.
+    """
+    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(config).__mro__]
+    method = next((_METHODS[name] for name in names if name in _METHODS), None)
+    if method is None or _value(config.peft_type) != _KINDS[method]:
+        return None
+    # As its file has them: sets become lists.
+    found = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    reader = Values(found)
+    problems = [*_refused(found, method), *_no_targets(found, model, method)]
+    settings = {
+        "alpha": reader.number("lora_alpha", 8.0),
+        "dropout": reader.number("lora_dropout", 0.0, least=0.0, below=1.0),
+        "bias": _BIASES[reader.choice("bias", ("none", "all", "lora_only"))],
+        **(_of_lora(reader) if method == "lora" else _of_adalora(reader)),
+    }
+    if wrong := [*reader.problems, *problems]:
+        whose = f"this {type(config).__name__} of peft cannot be converted"
+        raise ConfigError([f"{whose}: {problem} @ $" for problem in wrong])
+    return method, {**settings, **_places(found, reader.names("modules_to_save"), model)}
+
+
+def _of_lora(reader: Values) -> dict[str, object]:
+    ranks = reader.table("rank_pattern", is_rank, f"an integer from 1 to {HIGHEST_RANK}")
+    alphas = reader.table("alpha_pattern", is_number, "a number")
+    return {
+        "rank": reader.integer("r", 8, least=1, most=HIGHEST_RANK),
+        "rslora": reader.flag("use_rslora"),
+        "rank_pattern": {_pattern(name): rank for name, rank in ranks.items()},
+        "alpha_pattern": {_pattern(name): alpha for name, alpha in alphas.items()},
+        "start": "gaussian" if reader.found.get("init_lora_weights") == "gaussian" else "kaiming",
+    }
+
+
+def _of_adalora(reader: Values) -> dict[str, object]:
+    total = reader.integer("total_step", 0)
+    return {
+        "init_rank": reader.integer("init_r", 12, least=1, most=HIGHEST_RANK),
+        "target_rank": reader.integer("target_r", 8, least=1, most=HIGHEST_RANK),
+        "t_init": reader.integer("tinit", 0),
+        "t_final": reader.integer("tfinal", 0),
+        "delta_t": reader.integer("deltaT", 1, least=1),
+        "beta1": reader.number("beta1", 0.85, least=0.0, below=1.0),
+        "beta2": reader.number("beta2", 0.85, least=0.0, below=1.0),
+        "gamma": reader.number("orth_reg_weight", 0.5, least=0.0),
+        "orthogonality": "reference",
+        "start": "gaussian",
+        "total_steps": total or None,
+    }
+
+
+def _refused(found: Mapping[str, Any], method: str) -> Iterator[str]:
+    """Yield what would be another training, and what to do."""
+    for name, value in found.items():
+        if not value or name in fields.READ or name in fields.HARMLESS:
+            continue
+        what = fields.REFUSED[name][0] if name in fields.REFUSED else "a setting that PEFT 0.21 does not have"
+        yield f"{name!r} is {shown(value)}: {what}; leave it out, or train it with PEFT, and merge it there"
+    start = found.get("init_lora_weights", True)
+    if method == "lora" and start not in (True, None, "gaussian"):
+        yield (
+            f"'init_lora_weights' is {shown(start)}, and adapters start as with True or 'gaussian' here, where ΔW is "
+            "0; write init_lora_weights=True"
+        )
+    if found.get("inference_mode"):
+        yield (
+            "'inference_mode' is True, and wrap makes an adapter to train; leave it out, and call "
+            "tunerkit.freeze(model, 'default') if it must not train"
+        )
+    if found.get("ensure_weight_tying"):
+        yield (
+            "'ensure_weight_tying' is True, and both sides of a tied weight are adapted one by one here; leave it out, "
+            "and name both sides in modules_to_save"
+        )
+    if method == "adalora" and found.get("rank_pattern"):
+        yield (
+            "'rank_pattern' holds the masks of an earlier training; load its folder with tunerkit.load(model, folder, "
+            "trainable=True)"
+        )
+
+
+def _no_targets(found: dict[str, Any], model: nn.Module, method: str) -> Iterator[str]:
+    """Put PEFT's default targets in, which depend on the model's type; yield what is wrong if it has none."""
+    if found.get("target_modules"):
+        return
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    # The object is of this library, so it is there.
+    known = vars(importlib.import_module("peft.utils.constants"))
+    defaults = known.get(f"TRANSFORMERS_MODELS_TO_{_KINDS[method]}_TARGET_MODULES_MAPPING", {})
+    if kind in defaults:
+        chosen = defaults[kind]
+        found["target_modules"] = chosen if isinstance(chosen, str) else sorted(chosen)
+    else:
+        yield (
+            f"'target_modules' is missing, and PEFT has no default for a model of type {shown(kind)}; name them, as in "
+            "target_modules='all-linear'"
+        )
+
+
+def _places(found: dict[str, Any], copies: tuple[str, ...], model: nn.Module) -> dict[str, object]:
+    """What is adapted and what is trained in full, as PEFT would find it in the model."""
+    paths = [path for path, _ in model.named_modules() if path]
+    present = {end for path in paths for end in ends(path)}
+    heads = (name for name in _HEADS.get(_value(found.get("task_type")), ()) if name in present)
+    trained = tuple(dict.fromkeys((*copies, *heads)))
+    targets, exclude, layers = found["target_modules"], found.get("exclude_modules"), found.get("layers_to_transform")
+    is_all = isinstance(targets, str) and targets.lower() == ALL_LINEAR
+    named, left_out = () if is_all else _names(targets), _names(exclude or ())
+    if found.get("layers_pattern"):  # PEFT looks for the layer's number after these names
+        matches = selection_of(found).matcher()
+        named, layers = tuple(exact_patterns(path for path in paths if matches(path)).values()), None
+    # PEFT adapts nothing inside a module that is trained in full.
+    inside = [path for path in paths if any(f".{name}." in f".{path}" for name in trained)]
+    inside = [path for path in inside if any(matches_path(pattern, path) for pattern in named)]
+    return {
+        "targets": ALL_LINEAR if is_all else named,
+        "exclude": (*left_out, *exact_patterns(inside).values()),
+        "layers": None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
+        "train_modules": trained,
+    }
+
+
+def _value(task: object) -> str:
+    """The name of a task or a method: a text, or a member of PEFT's enumeration, which is one too."""
+    return str(getattr(task, "value", task))
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Patterns for an expression for whole paths, or for names that PEFT compares with the ends of paths."""
+    if isinstance(given, str):
+        return (f"re:{given}",)
+    return tuple(rf"re:(.*\.)?{re.escape(name)}" if is_broad(name) else name for name in given)
+
+
+def _pattern(text: str) -> str:
+    """A key of ``rank_pattern``: PEFT reads it as an expression for the end of a path."""
+    return text if _PLAIN.fullmatch(text) else rf"re:(.*\.)?({text})"

@@ -1,0 +1,57 @@
+"""The calls by which transformers and PEFT handle adapters, on a wrapped model: each raises, and says ours.
+
+transformers' own look for layers of PEFT, and without any tell the user to upgrade it. As in `save_pretrained`, they
+are replaced on the instance by a `functools.partial` of a function of this file: copies and pickles have their own.
+What transformers calls itself, such as a model that disables its adapters for texts, is passed on.
+"""
+
+import functools
+import sys
+from typing import Any, Final
+
+from torch import nn
+
+from tunerkit import hooks
+from tunerkit.errors import AdapterError
+from tunerkit.injection import base_modules
+from tunerkit_transformers.transformers_private import ADAPTER_CALLS
+
+# Of classes that inherit them from transformers. A model may have others of the same name, as speech models do.
+_OF_TRANSFORMERS: Final = (
+    *("load_adapter", "add_adapter", "set_adapter", "delete_adapter", "active_adapters", "enable_adapters"),
+    *("disable_adapters", "get_adapter_state_dict", "enable_peft_hotswap"),
+)
+# Of a PeftModel, which people try on the model that `tunerkit.wrap` returned.
+_OF_PEFT: Final = (
+    *("print_trainable_parameters", "get_nb_trainable_parameters", "merge_and_unload", "unload", "merge_adapter"),
+    *("unmerge_adapter", "disable_adapter", "add_weighted_adapter"),
+)
+
+
+def watch_calls_(model: nn.Module) -> None:
+    """Replace transformers' calls on ``model`` and the models in it, and add PEFT's to ``model``."""
+    for _, module in base_modules(model):
+        for name in _OF_TRANSFORMERS:
+            if getattr(getattr(type(module), name, None), "__module__", "") == ADAPTER_CALLS:
+                vars(module).setdefault(name, functools.partial(refuse, module, name))
+    for name in _OF_PEFT:
+        if not hasattr(model, name):
+            vars(model)[name] = functools.partial(refuse, None, name)  # no cycle: a plain model is freed at once
+
+
+def unwatch_calls_(model: nn.Module) -> None:
+    """Undo `watch_calls_`."""
+    for module in model.modules():
+        for name in (*_OF_TRANSFORMERS, *_OF_PEFT):
+            found = vars(module).get(name)
+            if isinstance(found, functools.partial) and found.func is refuse:
+                del vars(module)[name]
+
+
+def refuse(module: nn.Module | None, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Say what to write instead of ``module.name(...)``, unless transformers calls a method of ``module`` itself."""
+    caller = str(sys._getframe(1).f_globals.get("__name__", ""))
+    if module is not None and caller.partition(".")[0] == "transformers":
+        return getattr(type(module), name)(module, *args, **kwargs)
+    kind = "model" if module is None else type(module).__name__
+    raise AdapterError(f"{name} is for adapters of PEFT, and this {kind} has tunerkit's{hooks.elsewhere(name)}")

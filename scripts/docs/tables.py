@@ -1,0 +1,40 @@
+"""Tables that fit a telephone: each cell carries the name of its column, which the style sheet shows there."""
+
+from collections.abc import Iterator
+from xml.etree.ElementTree import Element
+
+from markdown import Extension, Markdown
+from markdown.treeprocessors import Treeprocessor
+
+_STACKED_FROM = 4  # columns; two or three are narrow enough
+_DENSE_FROM = 6
+
+
+class _Labels(Treeprocessor):
+    def run(self, root: Element) -> None:
+        for table in root.iter("table"):
+            heads = [_text(cell) for cell in table.iter("th")]
+            if len(heads) < _STACKED_FROM:
+                continue
+            if len(heads) >= _DENSE_FROM:
+                table.set("data-dense", "")
+            table.set("data-stacked", "")
+            for row in table.iter("tr"):
+                for head, cell in zip(heads, row.iter("td"), strict=False):
+                    cell.set("data-label", head)
+
+
+def _text(element: Element) -> str:
+    return " ".join("".join(_texts(element)).split())
+
+
+def _texts(element: Element) -> Iterator[str]:
+    yield from element.itertext()
+
+
+class LabelledCells(Extension):
+    """Adds ``data-label`` to the cells of tables with four columns or more, and marks those with six or more."""
+
+    def extendMarkdown(self, md: Markdown) -> None:
+        # After the inline patterns, so that a head's code and links are its text.
+        md.treeprocessors.register(_Labels(md), "labelled_cells", 5)

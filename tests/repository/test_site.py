@@ -1,0 +1,147 @@
+"""The built site in headless Chromium: everything fits, nothing comes from elsewhere, and search finds the page."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+pytest.importorskip("material", reason="the site is built with mkdocs-material, which is not installed")
+pytest.importorskip("mkdocstrings", reason="the API is read by mkdocstrings, which is not installed")
+pytest.importorskip("tunerkit_adalora", reason="the site describes all plugins, which are not installed")
+pytest.importorskip("playwright", reason="the browser is driven by playwright, which is not installed")
+
+from playwright.sync_api import Page, sync_playwright
+
+from tests.support.browser import chromium
+from tests.support.site import built, served
+
+WIDTHS = (1280, 390)
+# Tables and code that are wider than the text's column or than what they show of themselves. A cell that is wider than
+# its column counts too. What is folded or behind a tab is shown for it.
+_TOO_WIDE = """() => {
+  document.querySelectorAll("details").forEach((e) => (e.open = true));
+  document.querySelectorAll(".tabbed-block").forEach((e) => (e.style.display = "block"));
+  const column = document.querySelector("article").getBoundingClientRect();
+  const style = getComputedStyle(document.querySelector("article"));
+  const right = column.right - parseFloat(style.paddingRight);
+  const over = (e) => Math.max(e.getBoundingClientRect().right - right, e.scrollWidth - e.clientWidth);
+  const boxes = [...document.querySelectorAll("article table, article pre, article pre > code")];
+  const cells = [...document.querySelectorAll("article td, article th")];
+  const shown = [...boxes, ...cells].filter((e) => e.getClientRects().length && over(e) > 1);
+  return {
+    count: boxes.filter((e) => e.tagName !== "CODE").length,
+    over: shown.map((e) => `${e.tagName} by ${Math.round(over(e))}: ${e.textContent.trim().slice(0, 40)}`),
+    page: document.documentElement.scrollWidth - innerWidth,
+  };
+}"""
+# What someone types, and the page that they want.
+WANTED = {
+    "install": "start/install.html",
+    "tutorial": "start/tutorial.html",
+    "API": "reference/api.html",
+    "faq": "start/faq.html",
+    "dora": "concepts/features.html",
+    "generate": "start/tutorial.html",
+    "multiple gpus": "how-to/multiple-gpus.html",
+    "moe": "start/faq.html",
+    "merge": "how-to/serving.html",
+    "resume": "how-to/training.html",
+}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    with served(site) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield browser.new_page()
+        browser.close()
+
+
+def too_wide(page: Page) -> dict[str, Any]:
+    found = page.evaluate(_TOO_WIDE)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_everything_fits_and_nothing_comes_from_another_host(site: Path, address: str, page: Page) -> None:
+    """On every page, at two widths: no table and no code is wider than its box, and the console is silent."""
+    elsewhere: list[str] = []
+    said: list[str] = []
+    page.on("request", lambda asked: elsewhere.append(asked.url))
+    page.on("console", lambda line: said.append(f"{line.type}: {line.text}"))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    problems: list[str] = []
+    boxes = 0
+    for path in sorted(site.rglob("*.html")):
+        page.set_viewport_size({"width": WIDTHS[0], "height": 900})
+        page.goto(address + path.relative_to(site).as_posix())
+        for width in WIDTHS:
+            page.set_viewport_size({"width": width, "height": 900})
+            found = too_wide(page)
+            boxes += found["count"]
+            problems += [f"{path.stem} at {width}: {each}" for each in found["over"]]
+            problems += [f"{path.stem} at {width}: the page itself"] if found["page"] > 0 else []
+    assert boxes > 2 * 300
+    assert problems == []
+    assert [each for each in elsewhere if not each.startswith((address, "data:"))] == []
+    assert [each for each in said if each.startswith(("error", "warning", "Error"))] == []
+
+
+def test_a_table_and_code_that_do_not_fit_would_be_seen(address: str, page: Page) -> None:
+    """The measurement finds both, at both widths."""
+    page.goto(f"{address}index.html")
+    page.add_style_tag(content="article table { min-width: 3000px !important }")
+    page.add_style_tag(content="article pre > code { white-space: pre !important }")
+    page.evaluate("document.querySelector('article pre > code').append('x'.repeat(500))")
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        over = too_wide(page)["over"]
+        assert any(each.startswith("TABLE") for each in over)
+        assert any(each.startswith("CODE") for each in over)
+
+
+def test_code_is_coloured_when_the_site_is_built_and_can_be_copied(site: Path, address: str, page: Page) -> None:
+    """The colours are in the file, so no script makes them; each block has a button that copies it."""
+    assert '<span class="kn">import</span>' in (site / "index.html").read_text(encoding="utf-8")
+    page.goto(f"{address}index.html")
+    page.locator("article pre").first.wait_for()
+    assert page.locator("article pre").count() == page.locator("article button[data-md-type=copy]").count()
+
+
+@pytest.mark.parametrize(("scheme", "name"), [("light", "default"), ("dark", "slate")])
+def test_colours_follow_the_system(address: str, page: Page, scheme: Literal["light", "dark"], name: str) -> None:
+    """Until someone chooses: a button leads through the system's setting, light and dark."""
+    page.emulate_media(color_scheme=scheme)
+    page.goto(f"{address}index.html")
+    assert page.evaluate("document.body.dataset.mdColorScheme") == name
+    assert page.locator("form[data-md-component=palette] input").count() == 3
+
+
+@pytest.mark.parametrize("asked", WANTED)
+def test_search_finds_the_page_that_one_wants(site: Path, address: str, page: Page, asked: str) -> None:
+    """Typed into the search field, it leads to that page among the first three results."""
+    if not (site / WANTED[asked]).exists():
+        pytest.skip(f"there is no page {WANTED[asked]} yet")
+    page.set_viewport_size({"width": WIDTHS[0], "height": 900})
+    page.goto(f"{address}index.html")
+    page.click("input.md-search__input")
+    page.locator("input.md-search__input").press_sequentially(asked)
+    page.locator(".md-search-result__meta", has_text="matching").wait_for()
+    # A result is a page, with the sections of it that match below it. They are shown as one scrolls to them.
+    results = page.locator(".md-search-result__item")
+    results.first.wait_for()
+    first = [result.locator("a.md-search-result__link").first for result in results.all()[:3]]
+    found = [str(link.get_attribute("href")).removeprefix(address).partition("?")[0] for link in first]
+    assert WANTED[asked] in [each.partition("#")[0] for each in found]

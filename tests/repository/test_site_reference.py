@@ -1,0 +1,128 @@
+"""The generated reference is complete: every public name, hook, option, setting and key stands on the built site."""
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+pytest.importorskip("material", reason="the site is built with mkdocs-material, which is not installed")
+pytest.importorskip("mkdocstrings", reason="the API is read by mkdocstrings, which is not installed")
+pytest.importorskip("tunerkit_adalora", reason="the site describes all plugins, which are not installed")
+
+import pluggy
+import typer
+
+import tunerkit
+from scripts.docs.hooks import repository_links
+from tests.support.site import ROOT, Read, built
+from tunerkit import plugin
+from tunerkit.hooks import specs
+from tunerkit_cli.app import build
+from tunerkit_cli.recipes.reading import schema
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory)
+
+
+def overview(page: Read) -> dict[str, list[str]]:
+    """The rows of a page's tables by their first cell."""
+    return {row[0]: row[1:] for row in page.rows if row}
+
+
+def test_the_repository_is_linked_once_it_has_an_address(site: Path) -> None:
+    """It comes from pyproject.toml. While that is empty, or not there, nothing is shown."""
+    assert repository_links({"tool": {}}) == repository_links({"tool": {"tunerkit": {"repository": ""}}}) == []
+    (link,) = repository_links({"tool": {"tunerkit": {"repository": "https://example.org/tunerkit"}}})
+    assert link["link"] == "https://example.org/tunerkit"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    shown = 'title="Repository"' in (site / "index.html").read_text(encoding="utf-8")
+    assert shown == bool(repository_links(project))
+
+
+def test_every_name_for_users_is_described(site: Path) -> None:
+    """Each one of `tunerkit.__all__` has a heading of its own, and a sentence in the overview that leads there."""
+    page = Read(site / "reference" / "api.html")
+    names = [name for name in vars(tunerkit)["__all__"] if name != "hookimpl"]
+    assert set(names) <= {heading.text for heading in page.headings}
+    assert all(overview(page)[name][0] for name in names)
+    assert [link for link in page.links if link.startswith("#") and link[1:] not in page.anchors] == []
+
+
+def test_every_name_for_authors_is_described(site: Path) -> None:
+    """Each one of `tunerkit.plugin.__all__` is in the overview; it leads to a heading on this page or the users'."""
+    page = Read(site / "reference" / "plugin-api.html")
+    users = Read(site / "reference" / "api.html")
+    names = vars(plugin)["__all__"]
+    assert all(overview(page)[name][0] for name in names)
+    headings = {heading.text for heading in (*page.headings, *users.headings)}
+    assert set(names) <= headings
+    anchors = [link.removeprefix("api.html#") for link in page.links if link.startswith("api.html#")]
+    assert set(anchors) <= users.anchors
+    assert [link for link in page.links if link.startswith("#") and link[1:] not in page.anchors] == []
+
+
+def test_every_hook_is_described(site: Path) -> None:
+    """Each hook of specs.py has a heading with its example, and the overview says when it fires."""
+    manager = pluggy.PluginManager(specs.PROJECT)
+    manager.add_hookspecs(specs)
+    page = Read(site / "reference" / "hooks.html")
+    hooks = list(vars(manager.hook))
+    assert hooks
+    assert set(hooks) <= {heading.text for heading in page.headings}
+    assert all(overview(page)[name][0] for name in hooks)
+    text = (site / "reference" / "hooks.html").read_text(encoding="utf-8")
+    assert text.count("&gt;&gt;&gt; </span>") >= len(hooks)
+
+
+def subcommands() -> Mapping[str, Any]:
+    found: Any = typer.main.get_command(build())
+    return {name: each for name, each in found.commands.items() if not each.hidden}
+
+
+def test_every_subcommand_and_option_is_described(site: Path) -> None:
+    """Each subcommand has a heading; each option and argument an item below it, with what its help says."""
+    page = Read(site / "reference" / "command-line.html")
+    assert {f"tunerkit {name}" for name in subcommands()} <= {heading.text for heading in page.headings}
+    for name, each in subcommands().items():
+        for parameter in each.params:
+            is_option = parameter.param_type_name == "option"
+            shown = parameter.opts[0] if is_option else parameter.metavar or parameter.name
+            described = [item for item in page.items if item.startswith(shown)]
+            words = " ".join((parameter.help or "").replace("`", "").split())
+            assert any(words in item.replace("`", "") for item in described), f"{name} {shown}"
+
+
+def settings() -> Iterator["attrs.Attribute[Any]"]:
+    for name, info in tunerkit.methods().items():
+        assert info.error is None
+        yield from attrs.fields(type(tunerkit.structure(name, {})))
+
+
+def default_of(field: "attrs.Attribute[Any]") -> object:
+    factory = getattr(field.default, "factory", None)
+    return field.default if factory is None else factory()
+
+
+def test_every_setting_is_described_with_its_range_and_default(site: Path) -> None:
+    """Each field of each installed method's config has a row with its limits, its default and its meaning."""
+    rows = [row for row in Read(site / "reference" / "methods.html").rows if row]
+    for field in settings():
+        default = default_of(field)
+        mine = [row for row in rows if row[0] == field.name and row[2] == repr(default)]
+        assert mine, field.name
+        limits = [str(field.metadata[key]) for key in ("ge", "gt", "le", "lt") if field.metadata[key] is not None]
+        assert any(all(limit in row[1] for limit in limits) and row[3] for row in mine), field.name
+
+
+def test_every_recipe_key_is_described(site: Path) -> None:
+    """Each key of the schema has a row with its default and its description; nothing else has one."""
+    rows = overview(Read(site / "reference" / "recipe-keys.html"))
+    properties = schema()["properties"]
+    assert set(rows) == set(properties)
+    for name, fragment in properties.items():
+        assert rows[name][2] == " ".join(fragment["description"].replace("`", "").split())

@@ -1,0 +1,64 @@
+"""What other libraries call our functions: their names answer with the line to write here."""
+
+import importlib
+import re
+import sys
+import types
+from typing import TYPE_CHECKING
+
+import pytest
+
+import tunerkit
+from tunerkit.extras import CALLS_ELSEWHERE, serving
+
+if TYPE_CHECKING:
+    from tests.support.toys import Toys
+
+
+@pytest.mark.parametrize("name", CALLS_ELSEWHERE)
+def test_a_name_of_another_library_answers_with_ours(name: str) -> None:
+    """As an attribute and in ``from tunerkit import``, whose error would otherwise lose the text."""
+    assert not hasattr(tunerkit, name)
+    with pytest.raises(AttributeError, match=re.escape(f"'{name}': write {CALLS_ELSEWHERE[name]}")):
+        getattr(tunerkit, name)
+    with pytest.raises(ImportError, match=re.escape(f"'{name}': write {CALLS_ELSEWHERE[name]}")):
+        exec(f"from tunerkit import {name}")
+
+
+@pytest.mark.parametrize("name", CALLS_ELSEWHERE)
+def test_every_line_to_write_names_what_there_is(name: str) -> None:
+    """Each ``tunerkit.name`` in it is public."""
+    for ours in re.findall(r"tunerkit\.(\w+)", CALLS_ELSEWHERE[name]):
+        assert callable(getattr(tunerkit, ours))
+
+
+def test_other_names_are_as_unknown_as_in_any_module() -> None:
+    """Python's own words, since nothing is known of them."""
+    with pytest.raises(AttributeError, match=r"^module 'tunerkit' has no attribute 'wrapp'$"):
+        getattr(tunerkit, "wrapp")  # noqa: B009 - a type checker sees it
+    with pytest.raises(ImportError, match="cannot import name 'wrapp'"):
+        exec("from tunerkit import wrapp")
+
+
+def test_a_tuner_answers_too(toys: "Toys") -> None:
+    """People look for PEFT's methods on what holds the adapter. ``hasattr`` stays false, and copies work."""
+    tuner = tunerkit.tuner(toys.trained(targets=["conv"]))
+    assert not hasattr(tuner, "merge_and_unload")
+    with pytest.raises(AttributeError, match=r"'Tuner' .* write tunerkit\.unwrap\(model, keep_merged=True\)"):
+        getattr(tuner, "merge_and_unload")  # noqa: B009 - a type checker sees it
+    with pytest.raises(AttributeError, match=r"^'Tuner' object has no attribute 'rankz'$"):
+        getattr(tuner, "rankz")  # noqa: B009
+
+
+def test_a_config_of_peft_is_served_by_the_plugin_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its classes derive from one of transformers', which is not meant."""
+    library = type("PushToHubMixin", (), {"__module__": "transformers.utils.hub"})
+    config = type("LoraConfig", (library,), {"__module__": "peft.tuners.lora.config"})
+    assert serving(config()) == "peft"
+    assert serving(library()) == "transformers"
+
+
+def test_importing_a_submodule_still_works() -> None:
+    """What Python asks of a module before it imports a part of it is answered as before."""
+    sys.modules.pop("tunerkit.testing", None)
+    assert isinstance(importlib.import_module("tunerkit.patterns"), types.ModuleType)
