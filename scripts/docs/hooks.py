@@ -1,21 +1,32 @@
 """What mkdocs calls while it builds the site: generated parts of pages, tables that fit, and the order of results."""
 
 import re
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from scripts.docs.reference import FRAGMENTS
 from scripts.docs.tables import LabelledCells
 
+_LITERAL: Final = re.compile(r"::</p>(?=\s*<div)")
 _PLACE: Final = re.compile(r"^<!-- generated: (?P<name>[a-z ]+) -->$", re.MULTILINE)
 # What someone who searches wants first, by folder: pages that begin something come before records of measurements.
 _BOOSTS: Final[Mapping[str, float]] = {"start": 4, "how-to": 3, "concepts": 2, "evidence": 0.5}
 
 
 def on_config(config: Any) -> Any:
-    """Add the extension of our own to Markdown's."""
+    """Add the extension of our own to Markdown's, and the link to the repository, once it has an address."""
     config["markdown_extensions"].append(LabelledCells())
+    project = tomllib.loads((Path(config["config_file_path"]).parent / "pyproject.toml").read_text(encoding="utf-8"))
+    config["extra"]["social"] = repository_links(project)
     return config
+
+
+def repository_links(project: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the footer's links. With mkdocs's ``repo_url``, the theme would ask the host for the number of stars."""
+    address = project["tool"].get("tunerkit", {}).get("repository", "")
+    return [{"icon": "fontawesome/brands/git-alt", "link": address, "name": "Repository"}] if address else []
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -23,3 +34,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     boost = _BOOSTS.get(page.file.src_uri.partition("/")[0], 1)
     page.meta.setdefault("search", {"boost": boost})
     return _PLACE.sub(lambda found: FRAGMENTS[found["name"]](), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """End a sentence before code with one colon: docstrings have two, as reStructuredText wants them."""
+    return _LITERAL.sub(":</p>", html)

@@ -128,7 +128,7 @@ def hooks() -> str:
     """Describe when hooks fire, all of them at a glance, and each one with its example."""
     moments = inspect.cleandoc((specs.__doc__ or "").partition("When they fire::")[2].partition("\n\nA plain")[0])
     rules = inspect.cleandoc(specs.__doc__ or "").partition("\n\nAn answer")[2].partition("\n\nThe examples")[0]
-    parts = ["## When hooks fire\n", f"```python\n{moments}\n```\n", "## What an answer must be\n"]
+    parts = ["## When hooks fire\n", f"```python\n{_narrow(moments)}\n```\n", "## What an answer must be\n"]
     parts += [f"An answer{rules}\n", "## All hooks\n"]
     rows = (
         (f"[`{name}`](#{name})", _moment(name), _asked(name)) for names in grouped_hooks().values() for name in names
@@ -137,6 +137,19 @@ def hooks() -> str:
     for title, names in grouped_hooks().items():
         parts += [f"## {title}\n", *map(_hook, names)]
     return "\n".join(parts)
+
+
+def _narrow(code: str) -> str:
+    """Move the comments beside calls below them: a page is narrower than a terminal."""
+    lines: list[str] = []
+    indent = 0
+    for line in code.splitlines():
+        call, _, comment = line.partition("#")
+        if call.strip():
+            lines.append(call.rstrip())
+            indent = len(call) - len(call.lstrip()) + 4
+        lines += [f"{' ' * indent}# {comment.strip()}"] if comment else []
+    return "\n".join(lines)
 
 
 def _hook(name: str) -> str:

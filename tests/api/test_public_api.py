@@ -31,6 +31,7 @@ CONTRACT = {
 # What this release has beyond the snapshot, which was taken at commit 9d060d1.
 ADDED = frozenset(
     {
+        "tunerkit.BaseLayer.forwards",
         "tunerkit.Holding(KEYWORD_ONLY name = 'an engine', KEYWORD_ONLY way_out = 'load the model without it', "
         "KEYWORD_ONLY one_dtype = '', KEYWORD_ONLY offloads = function, KEYWORD_ONLY load = "
         "builtin_function_or_method, KEYWORD_ONLY device = function, KEYWORD_ONLY forward = function, "

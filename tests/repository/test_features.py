@@ -15,7 +15,7 @@ from torch import nn
 
 import tunerkit
 from scripts import structure
-from tunerkit.plugin import Tuner
+from tunerkit.errors import TargetError
 from tunerkit_testing import check_method
 from tunerkit_testing.known_cases import NETWORK, named
 
@@ -51,7 +51,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
 
 
-def moved(method: str, config: Mapping[str, object]) -> tuple[nn.Sequential, Tuner]:
+def moved(method: str, config: Mapping[str, object]) -> tuple[nn.Sequential, tunerkit.Tuner]:
     """A network whose adapters were moved at random, and their tuner."""
     model: Any = tunerkit.wrap(network(), method, {**TARGETS, **config}, seed=0)
     tuner = tunerkit.tuner(model)
@@ -141,7 +141,7 @@ def test_trainable_tokens_change_only_their_rows(method: str) -> None:
         next(iter(tunerkit.tuner(model).parameters())).add_(1.0)
     after = tunerkit.unwrap(model, keep_merged=True)[0].weight.detach()  # type: ignore[index]
     assert [i for i in range(10) if not torch.equal(before[i], after[i])] == [2, 7]
-    with pytest.raises(tunerkit.errors.TargetError, match="names row 10"):
+    with pytest.raises(TargetError, match="names row 10"):
         tunerkit.wrap(nn.Sequential(nn.Embedding(10, 4)), method, {"targets": ["0"], "tokens": [10]})
 
 
@@ -167,5 +167,5 @@ def test_experts_are_left_out_with_a_warning_and_can_be_trained_in_full() -> Non
         transformers.MixtralForCausalLM(config), "lora", {"targets": ["q_proj"], "train_modules": ["mlp.experts"]}
     )
     assert any("experts" in name for name, p in full.named_parameters() if p.requires_grad)
-    with pytest.raises(tunerkit.errors.TargetError, match="no module"):
+    with pytest.raises(TargetError, match="no module"):
         tunerkit.wrap(transformers.MixtralForCausalLM(config), "lora", {"targets": ["gate_up_proj"]})

@@ -1,5 +1,6 @@
 """The generated reference is complete: every public name, hook, option, setting and key stands on the built site."""
 
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import pluggy
 import typer
 
 import tunerkit
-from tests.support.site import Read, built
+from scripts.docs.hooks import repository_links
+from tests.support.site import ROOT, Read, built
 from tunerkit import plugin
 from tunerkit.hooks import specs
 from tunerkit_cli.app import build
@@ -30,6 +32,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def overview(page: Read) -> dict[str, list[str]]:
     """The rows of a page's tables by their first cell."""
     return {row[0]: row[1:] for row in page.rows if row}
+
+
+def test_the_repository_is_linked_once_it_has_an_address(site: Path) -> None:
+    """It comes from pyproject.toml. While that is empty, or not there, nothing is shown."""
+    assert repository_links({"tool": {}}) == repository_links({"tool": {"tunerkit": {"repository": ""}}}) == []
+    (link,) = repository_links({"tool": {"tunerkit": {"repository": "https://example.org/tunerkit"}}})
+    assert link["link"] == "https://example.org/tunerkit"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    shown = 'title="Repository"' in (site / "index.html").read_text(encoding="utf-8")
+    assert shown == bool(repository_links(project))
 
 
 def test_every_name_for_users_is_described(site: Path) -> None:
