@@ -1,13 +1,12 @@
 """What mkdocs calls while it builds the site: generated parts of pages, tables that fit, and the order of results."""
 
 import re
-import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from scripts.docs.reference import FRAGMENTS
 from scripts.docs.tables import LabelledCells
+from scripts.release.building import address
 
 _LITERAL: Final = re.compile(r"::</p>(?=\s*<div)")
 _PLACE: Final = re.compile(r"^<!-- generated: (?P<name>[a-z ]+) -->$", re.MULTILINE)
@@ -18,15 +17,13 @@ _BOOSTS: Final[Mapping[str, float]] = {"start": 4, "how-to": 3, "concepts": 2, "
 def on_config(config: Any) -> Any:
     """Add the extension of our own to Markdown's, and the link to the repository, once it has an address."""
     config["markdown_extensions"].append(LabelledCells())
-    project = tomllib.loads((Path(config["config_file_path"]).parent / "pyproject.toml").read_text(encoding="utf-8"))
-    config["extra"]["social"] = repository_links(project)
+    config["extra"]["social"] = repository_links(address())
     return config
 
 
-def repository_links(project: Mapping[str, Any]) -> list[dict[str, str]]:
+def repository_links(repository: str) -> list[dict[str, str]]:
     """Return the footer's links. With mkdocs's ``repo_url``, the theme would ask the host for the number of stars."""
-    address = project["tool"].get("tunerkit", {}).get("repository", "")
-    return [{"icon": "fontawesome/brands/git-alt", "link": address, "name": "Repository"}] if address else []
+    return [{"icon": "fontawesome/brands/git-alt", "link": repository, "name": "Repository"}] if repository else []
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

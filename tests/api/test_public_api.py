@@ -151,7 +151,6 @@ ADDED = frozenset(
         "tunerkit.Adapter.share(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD module)",
         "tunerkit.Adapter.shared",
         "tunerkit.BaseLayer.bias(POSITIONAL_OR_KEYWORD self)",
-        "tunerkit.BaseLayer.forwards",
         "tunerkit.BaseLayer.has_weight",
         "tunerkit.BaseLayer.merged(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD delta)",
         "tunerkit.BaseLayer.tensor(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD name)",

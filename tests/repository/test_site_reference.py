@@ -1,6 +1,5 @@
 """The generated reference is complete: every public name, hook, option, setting and key stands on the built site."""
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ import typer
 
 import tunerkit
 from scripts.docs.hooks import repository_links
-from tests.support.site import ROOT, Read, built
+from scripts.release.building import address
+from tests.support.site import Read, built
 from tunerkit import plugin
 from tunerkit.hooks import specs
 from tunerkit_cli.app import build
@@ -35,13 +35,11 @@ def overview(page: Read) -> dict[str, list[str]]:
 
 
 def test_the_repository_is_linked_once_it_has_an_address(site: Path) -> None:
-    """It comes from pyproject.toml. While that is empty, or not there, nothing is shown."""
-    assert repository_links({"tool": {}}) == repository_links({"tool": {"tunerkit": {"repository": ""}}}) == []
-    (link,) = repository_links({"tool": {"tunerkit": {"repository": "https://example.org/tunerkit"}}})
-    assert link["link"] == "https://example.org/tunerkit"
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    """While there is none, nothing is shown."""
+    assert repository_links("") == []
+    assert [link["link"] for link in repository_links("https://example.org/t")] == ["https://example.org/t"]
     shown = 'title="Repository"' in (site / "index.html").read_text(encoding="utf-8")
-    assert shown == bool(repository_links(project))
+    assert shown == bool(address())
 
 
 def test_every_name_for_users_is_described(site: Path) -> None:

@@ -11,7 +11,8 @@ import attrs
 import pytest
 from hypothesis import given, strategies as st
 
-from tunerkit.plugin import AdapterConfig, ConfigError, setting
+import tunerkit
+from tunerkit.plugin import AdapterConfig, setting
 from tunerkit_cli.recipes.reading import structure
 from tunerkit_cli.recipes.setting import FLAGS, apply, merge
 
@@ -112,7 +113,7 @@ def test_a_setting_goes_where_its_key_belongs(setting: str, changed: dict[str, A
 )
 def test_a_mistake_is_one_line(setting: str, message: str) -> None:
     """It names the setting, and what is expected or the closest key."""
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(tunerkit.errors.ConfigError, match=message) as caught:
         applied({"task": "seq2seq", "training": {"optim_args": "b"}, "columns": {"seed": "b"}}, setting)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
@@ -120,7 +121,7 @@ def test_a_mistake_is_one_line(setting: str, message: str) -> None:
 
 def test_all_mistakes_are_in_one_error() -> None:
     """Also those of one command line."""
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(tunerkit.errors.ConfigError) as caught:
         applied({}, "seed", "modle=x", "seed=3", "dropout=1")
     assert len(caught.value.problems) == 3
 
@@ -174,7 +175,7 @@ keys = st.sampled_from([*sorted(TRAINER), *METHOD, *FLAGS, "training", "config",
 @given(st.lists(keys, max_size=3), st.text(max_size=8))
 def test_any_text_is_a_setting_or_an_error_of_ours(path: list[str], text: str) -> None:
     """Law: nothing but a `ConfigError` is raised, whatever is typed."""
-    with contextlib.suppress(ConfigError):
+    with contextlib.suppress(tunerkit.errors.ConfigError):
         assert isinstance(applied({"training": {"seed": 1}, "columns": None}, f"{'.'.join(path)}={text}"), dict)
 
 
@@ -182,7 +183,7 @@ def test_keys_of_plugins_are_set_too() -> None:
     """They are keys of the recipe like any other."""
     keys = {"acme": {"type": "object", "description": "Acme's options."}}
     assert applied({}, "acme.level=3", plugin_keys=keys) == {"acme": {"level": 3}}
-    with pytest.raises(ConfigError, match="there is no key 'acmee'; did you mean 'acme'"):
+    with pytest.raises(tunerkit.errors.ConfigError, match="there is no key 'acmee'; did you mean 'acme'"):
         applied({}, "acmee.level=3", plugin_keys=keys)
 
 
@@ -238,5 +239,5 @@ def test_the_command_line_wins_over_the_recipe_and_set_over_flags() -> None:
 )
 def test_a_flag_that_cannot_be_set_is_named(mapping: dict[str, Any], flags: dict[str, Any], message: str) -> None:
     """By the name that the user typed."""
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(tunerkit.errors.ConfigError, match=message):
         merge(mapping, flags)
