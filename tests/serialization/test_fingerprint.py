@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tests.support.toys import Toys
 
 
+pytestmark = pytest.mark.usefixtures("toys")  # registers the methods
 FLOATS = st.floats(-1e4, 1e4, allow_subnormal=False)
 
 
