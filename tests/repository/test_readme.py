@@ -92,6 +92,11 @@ def test_lora_becomes_adalora_by_changing_two_lines() -> None:
     assert all("wrap(" in line or "import" in line for pair in changed for line in pair)
 
 
+def test_the_readme_is_short() -> None:
+    """At most 220 lines: what does not fit belongs into a page."""
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 220
+
+
 def test_a_third_changed_line_would_be_seen() -> None:
     """The comparison above counts every line."""
     block = training_block("lora")
