@@ -92,6 +92,11 @@ def test_lora_becomes_adalora_by_changing_two_lines() -> None:
     assert all("wrap(" in line or "import" in line for pair in changed for line in pair)
 
 
+def test_the_readme_is_short() -> None:
+    """At most 220 lines: what does not fit belongs into a page."""
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 220
+
+
 def test_a_third_changed_line_would_be_seen() -> None:
     """The comparison above counts every line."""
     block = training_block("lora")
@@ -159,7 +164,9 @@ def test_a_block_that_needs_more_runs_in_its_setting(page: Path, number: int, tm
     before = script(text[: text.index(block.text)]) if setting.after_the_page else ""
     example = tmp_path / f"{page.stem}.py"
     example.write_text(f"{before}{setting.before}\n{block.text}{setting.after}\n", encoding="utf-8")
-    done = run_in(tmp_path, str(example), **setting.environment)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.processes)]
+    arguments = [*launcher, str(example)] if setting.processes > 1 else [str(example)]
+    done = run_in(tmp_path, *arguments, **setting.environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "TunerkitWarning" not in done.stderr
 

@@ -18,6 +18,7 @@ class Setting:
         before: Lines that make what the block takes as given.
         after: Lines that check what it left.
         environment: Variables of its process.
+        processes: How many processes torchrun starts; 1 to start it without.
     """
 
     needs: tuple[str, ...] = ()
@@ -25,6 +26,7 @@ class Setting:
     before: str = ""
     after: str = ""
     environment: Mapping[str, str] = attrs.Factory(dict)
+    processes: int = 1
 
 
 # A small model, batches and an optimizer, as a page on several processes takes them as given.
@@ -115,16 +117,19 @@ SETTINGS = {
         after_the_page=True,
         after="assert tunerkit.tuner(model).steps == 20",
     ),
-    "tunerkit.attach(model, optimizer, total_steps=len(batches))  # in every process; then train as above": Setting(
-        needs=("tunerkit_distributed", "datasets"),
-        after_the_page=True,
-        before=f"import os\nos.environ.update({_ONE_OF_ONE})",  # not before: the page's Trainer would join the group
+    "tunerkit.attach(model, optimizer, total_steps=len(batches), data_parallel=True)  # then train as above": (
+        Setting(
+            needs=("tunerkit_distributed",),
+            before=_GIVEN + "name, batches = f'tiny-{os.environ[\"RANK\"]}', loader\nmodel.save_pretrained(name)\n",
+            after=_TRAINED + "assert tunerkit.tuner(model).steps == len(loader)",
+            processes=2,
+        )
     ),
     "for batch in loader:  # each process has its own part of the data": Setting(
         needs=("tunerkit_distributed",),
         before=_GIVEN,
         after="assert tunerkit.tuner(model).steps == len(loader)",
-        environment=_ONE_OF_ONE,
+        processes=2,
     ),
     "adapters = set(tunerkit.tuner(model).parameters())": Setting(
         needs=("tunerkit_distributed",),
