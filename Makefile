@@ -20,7 +20,7 @@ PROJECTS := pyproject.toml $(NAMES:%=plugins/%/pyproject.toml)
 PLUGINS := $(NAMES:%=-e plugins/%)
 PYTEST := -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 # Of the files of core that test-quantisers runs, the tests of quantised bases; all of the plugin's.
-OF_QUANTISED := quantised or packed or not (test_engines or test_readme)
+OF_QUANTISED := quantised or packed or bitsandbytes or not (test_engines or test_readme)
 FEW_THREADS := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
 DEMO_READY := .venv/.demo-ready
 LM_READY := .venv/.lm-ready
@@ -61,7 +61,7 @@ test-quantisers: $(QUANTISERS_READY) ## run the tests with quantised bases, with
 	$(FEW_THREADS) .venv-quantisers/bin/python -m pytest -n $(WORKERS) -k "$(OF_QUANTISED)" $(PYTEST_ARGS) plugins/quant/tests tests/steps/test_engines.py tests/repository/test_readme.py
 
 test-deepspeed: $(DEEPSPEED_READY) ## run the tests of trainings under DeepSpeed
-	$(FEW_THREADS) DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest $(PYTEST_ARGS) plugins/distributed/tests/test_deepspeed.py plugins/distributed/tests/test_trainer_deepspeed.py
+	$(FEW_THREADS) DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest $(PYTEST_ARGS) -k "deepspeed" plugins/distributed/tests/test_deepspeed.py plugins/distributed/tests/test_trainer_deepspeed.py tests/repository/test_readme.py
 
 check: $(DEV_READY) ## check lint, formatting, the limits of the core, and types
 	$(BIN)/ruff check .

@@ -147,7 +147,9 @@ MUTATIONS = (
         "    _write_(module, slots, originals, apart=False)\n    slots.forget",
         "    _write_(module, slots, {n: 1.001 * t for n, t in originals.items()}, apart=False)\n    slots.forget",
     ),
-    Mutation("leaks", "tunerkit/injection/preconditions.py", "torch_private.remove_hooks_(model, note_thread)", "pass"),
+    Mutation(
+        "leaks", "tunerkit/injection/preconditions.py", "torch_private.remove_hooks_(model, enter, note_thread)", "pass"
+    ),
     Mutation("threads", "tunerkit/injection/preconditions.py", "if running and", "if False and"),
     Mutation("misuse", "tunerkit/serialization/merge.py", "    if injection.is_merged(model):", "    if False:"),
     Mutation(

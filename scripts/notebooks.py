@@ -17,7 +17,7 @@ def notebook(page: str) -> dict[str, Any]:
 
     A page's blocks are separated by its text, so splitting by them gives text and code in turn.
     """
-    cells = []
+    cells: list[dict[str, Any]] = []
     for number, text in enumerate(_CODE.split(_TO_THE_NOTEBOOK.sub("", page))):
         if text.strip():
             cells.append(_cell("code" if number % 2 else "markdown", text.strip("\n"), f"cell-{len(cells)}"))

@@ -33,7 +33,8 @@ class Rotation(Adapter):
         """(R − I) W, (out, in)."""
         s, one = (self.t - self.t.mT).float(), torch.eye(self.t.shape[1], device=self.t.device)
         rotated = -2 * torch.linalg.solve(one + s, s)  # R − I, which is 0 at the start, to the last bit
-        return (rotated @ base.dense().float().reshape(len(s), s.shape[1], -1)).flatten(0, 1)
+        change: Tensor = rotated @ base.dense().float().reshape(len(s), s.shape[1], -1)
+        return change.flatten(0, 1)
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         change = self.change(base).to(self.t.dtype)

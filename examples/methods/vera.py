@@ -38,6 +38,7 @@ class Vectors(Adapter):
         self.b = nn.Parameter(torch.zeros(base.out_features))
 
     def product(self, base: BaseLayer) -> Factors:
+        assert isinstance(self.shared, Shared)
         q, p = self.shared.q[:, : base.in_features], self.shared.p[: base.out_features]
         return Factors(q=self.d[:, None] * q, p=self.b[:, None] * p)
 

@@ -69,7 +69,7 @@ def first_sentence(page: str) -> str:
     paragraphs = (part.strip() for part in plain.split("\n\n"))
     text = next((part for part in paragraphs if re.match(r"[A-Z`*\[]", part)), "")
     words = re.sub(r"\[([^\]]*)\]\([^)]*\)|\*\*|\n", lambda found: found[1] or " " * (found[0] == "\n"), text)
-    return re.split(r"(?<=[.:?!])\s", words)[0].rstrip(":")
+    return re.split(r"(?<=[.?!])\s", words)[0].rstrip(":")
 
 
 def text(repository: str) -> str:

@@ -31,6 +31,7 @@ CONTRACT = {
 # What this release has beyond the snapshot, which was taken at commit 9d060d1.
 ADDED = frozenset(
     {
+        "tunerkit.BaseLayer.forwards",
         "tunerkit.Holding(KEYWORD_ONLY name = 'an engine', KEYWORD_ONLY way_out = 'load the model without it', "
         "KEYWORD_ONLY one_dtype = '', KEYWORD_ONLY offloads = function, KEYWORD_ONLY load = "
         "builtin_function_or_method, KEYWORD_ONLY device = function, KEYWORD_ONLY forward = function, "
@@ -332,8 +333,9 @@ def test_an_old_name_warns_once_at_each_use_and_names_the_new_import(name: str, 
     """It is the same object; the warning is at the line that uses the old name, however it is written."""
     line = f"write: from {home} import {name}$"
     for use in (f"from tunerkit import {name}", f"import tunerkit; {name} = tunerkit.{name}"):
+        found: dict[str, object] = {}
         with pytest.warns(DeprecationWarning, match=line) as told:
-            exec(compile(use, "a_users_file.py", "exec"), found := {})
+            exec(compile(use, "a_users_file.py", "exec"), found)
         assert [each.filename for each in told] == ["a_users_file.py"]
         assert found[name] is getattr(importlib.import_module(home), name)
 

@@ -12,8 +12,9 @@ from torch import nn
 import tunerkit
 from tunerkit.injection import record
 from tunerkit.paths import table_of
-from tunerkit.plugin import Method, RankChange, Summary, Target, Tuner
+from tunerkit.plugin import BaseLayer, Method, RankChange, Summary, Target, Tuner
 from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_adapters import LowRank
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ class Unequal(LowRankPlugin):
         return [Method("toy-unequal", config=LowRankConfig)]
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, target: Target, base: object) -> nn.Module:
-        return super().tunerkit_build_adapter(base, LowRankConfig(rank=1 + int(target.path)))
+    def tunerkit_build_adapter(self, target: Target, base: BaseLayer) -> LowRank:  # type: ignore[override]
+        return LowRank(base, 1 + int(target.path))
 
 
 def test_unequal_ranks_are_a_range_and_an_inactive_adapter_says_so() -> None:
@@ -220,13 +221,13 @@ def contrast(one: list[float], other: list[float]) -> float:
 def test_names_are_escaped_and_nothing_is_loaded_or_run(toys: "Toys") -> None:
     """Names of modules and adapters are any text. There is no script, no address, no event."""
     bad = "<script>alert(1)</script>&\"'"
-    model = nn.ModuleDict({"0": nn.ModuleDict({bad: nn.Linear(4, 4)}), bad: nn.Linear(4, 4)})
+    model = nn.ModuleDict({bad: nn.ModuleDict({"0": nn.ModuleDict({bad: nn.Linear(4, 4)})})})
     tunerkit.wrap(model, "toy-low-rank", adapter=bad.replace("/", ""))
     text = tunerkit.tuner(model)._repr_html_()
     table = Table(text)
     assert table.tags <= {"pre", "table", "tr", "th", "td", "wbr"}
     assert table.attributes == {"style"}
-    assert bad in table.rows[0]
+    assert table.rows == [["", bad], [f"{bad}.0", "2"]]
     assert "url(" not in text
 
 

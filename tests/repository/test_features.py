@@ -15,6 +15,9 @@ from torch import nn
 
 import tunerkit
 from scripts import structure
+from tests.repository.test_readme import blocks
+from tunerkit.errors import TargetError
+from tunerkit.plugin import Tuner
 from tunerkit_testing import check_method
 from tunerkit_testing.known_cases import NETWORK, named
 
@@ -50,7 +53,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
 
 
-def moved(method: str, config: Mapping[str, object]) -> tuple[nn.Sequential, tunerkit.Tuner]:
+def moved(method: str, config: Mapping[str, object]) -> tuple[nn.Sequential, Tuner]:
     """A network whose adapters were moved at random, and their tuner."""
     model: Any = tunerkit.wrap(network(), method, {**TARGETS, **config}, seed=0)
     tuner = tunerkit.tuner(model)
@@ -64,9 +67,13 @@ def weights(method: str, config: Mapping[str, object]) -> tuple[torch.Tensor, to
     """The first layer's weight before and after the adapter was merged into it, and the adapter."""
     model, tuner = moved(method, config)
     adapter = tuner.adapters()["0"]
-    after = tunerkit.unwrap(model, keep_merged=True)
-    assert isinstance(after, nn.Sequential)
-    return network()[0].weight.detach(), after[0].weight.detach(), adapter  # type: ignore[return-value]
+    after: Any = tunerkit.unwrap(model, keep_merged=True)
+    return first_weight(network()), first_weight(after), adapter
+
+
+def first_weight(model: Any) -> torch.Tensor:
+    weight: torch.Tensor = model[0].weight.detach()
+    return weight
 
 
 @pytest.mark.parametrize("method", FILES, indirect=True, ids=lambda file: str(file.stem))
@@ -88,6 +95,27 @@ def test_the_page_names_each_example_method_with_its_lines() -> None:
         name: structure.code_lines(structure.Source(name, ast.parse(text), text=text)) for name, text in texts.items()
     }
     assert {name: int(lines) for name, lines in said.items()} == counted
+
+
+def test_each_line_of_the_table_has_a_verdict() -> None:
+    """The second cell is one of four; what a reader writes has its lines, a page that shows it, or is not written."""
+    rows = [line.strip("|").split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
+    rows = [[cell.strip() for cell in row] for row in rows if row[1].strip() != "here"]
+    verdicts = {"available", "write it yourself", "not possible", "not possible yet", "not tested"}
+    assert [row for row in rows if len(row) != 3 or row[1] not in verdicts or not row[2]] == []
+    to_write = [row for row in rows if row[1] == "write it yourself"]
+    assert [row for row in to_write if not re.search(r"\d+ lines|not written|\]\(", row[2])] == []
+
+
+@pytest.mark.parametrize(("name", "heading"), [("merged", "a-weighted-merge"), ("mixed", "a-mixed-batch")])
+def test_a_function_on_the_page_has_as_many_lines_as_the_table_says(name: str, heading: str) -> None:
+    """Without its docstring, as in the files."""
+    page = PAGE.read_text(encoding="utf-8")
+    code = "".join(block.text for block in blocks(page, "python"))
+    functions = [each for each in ast.parse(code).body if isinstance(each, ast.FunctionDef) and each.name == name]
+    (text,) = [ast.get_source_segment(code, each) or "" for each in functions]
+    counted = structure.code_lines(structure.Source(name, ast.parse(text), text=text))
+    assert f"[{counted} lines](#{heading})" in page
 
 
 def of(stem: str) -> Path:
@@ -116,8 +144,7 @@ def test_pissa_starts_at_the_best_approximation(method: str) -> None:
     """P₀ Q₀ leaves of W what the best matrix of that rank leaves: the smaller singular values."""
     model: Any = tunerkit.wrap(network(), method, {**TARGETS, "rank": 3})
     adapter: Any = tunerkit.tuner(model).adapters()["0"]
-    weight = network()[0].weight.detach()
-    assert isinstance(weight, torch.Tensor)
+    weight = first_weight(network())
     rest = torch.linalg.matrix_norm(weight - adapter.p @ adapter.q)
     torch.testing.assert_close(rest.detach(), torch.linalg.svdvals(weight)[3:].norm())
 
@@ -138,9 +165,9 @@ def test_trainable_tokens_change_only_their_rows(method: str) -> None:
     before = model[0].weight.detach().clone()
     with torch.no_grad():
         next(iter(tunerkit.tuner(model).parameters())).add_(1.0)
-    after = tunerkit.unwrap(model, keep_merged=True)[0].weight.detach()  # type: ignore[index]
+    after = first_weight(tunerkit.unwrap(model, keep_merged=True))
     assert [i for i in range(10) if not torch.equal(before[i], after[i])] == [2, 7]
-    with pytest.raises(tunerkit.TargetError, match="names row 10"):
+    with pytest.raises(TargetError, match="names row 10"):
         tunerkit.wrap(nn.Sequential(nn.Embedding(10, 4)), method, {"targets": ["0"], "tokens": [10]})
 
 
@@ -166,5 +193,5 @@ def test_experts_are_left_out_with_a_warning_and_can_be_trained_in_full() -> Non
         transformers.MixtralForCausalLM(config), "lora", {"targets": ["q_proj"], "train_modules": ["mlp.experts"]}
     )
     assert any("experts" in name for name, p in full.named_parameters() if p.requires_grad)
-    with pytest.raises(tunerkit.TargetError, match="no module"):
+    with pytest.raises(TargetError, match="no module"):
         tunerkit.wrap(transformers.MixtralForCausalLM(config), "lora", {"targets": ["gate_up_proj"]})

@@ -14,7 +14,7 @@ import attrs
 import pytest
 
 from scripts import notebooks
-from tests.support.py_blocks import SETTINGS
+from tests.support.py_blocks import settings_of
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -72,6 +72,11 @@ def training_block(method: str) -> Block:
     ]
     assert len(found) == 1, f"expected one example of {method}, found {len(found)}"
     return found[0]
+
+
+def libraries(block: Block) -> list[str]:
+    """The libraries of others that a block needs, which the Makefile chooses tests by."""
+    return [name for setting in settings_of(block.text) for name in setting.needs if not name.startswith("tunerkit")]
 
 
 def shell_lines() -> Iterator[str]:
@@ -136,16 +141,16 @@ def test_the_readme_checks_what_it_exported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("page", "number"),
     [
-        pytest.param(page, number, id=f"{page.relative_to(ROOT)}-{number}")
+        pytest.param(page, number, id="-".join([str(page.relative_to(ROOT)), str(number), *libraries(block)]))
         for page in PAGES
-        for number, _ in enumerate(blocks(page.read_text(encoding="utf-8"), "py"))
+        for number, block in enumerate(blocks(page.read_text(encoding="utf-8"), "py"))
     ],
 )
 def test_a_block_that_needs_more_runs_in_its_setting(page: Path, number: int, tmp_path: Path) -> None:
     """A block marked ``py`` runs in a process of its own, after the lines that its setting says, where that can run."""
     text = page.read_text(encoding="utf-8")
     block = blocks(text, "py")[number]
-    settings = [setting for line, setting in SETTINGS.items() if line in block.text.splitlines()]
+    settings = settings_of(block.text)
     assert len(settings) == 1, f"{page.name}, line {block.line}: tests/support/py_blocks.py has {len(settings)} for it"
     (setting,) = settings
     absent = [name for name in (*EXAMPLES_NEED, *setting.needs) if find_spec(name) is None]

@@ -27,6 +27,87 @@ class Setting:
     environment: Mapping[str, str] = attrs.Factory(dict)
 
 
+# A small model, batches and an optimizer, as a page on several processes takes them as given.
+_GIVEN = """
+import os
+
+import torch
+import torch.distributed
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import tunerkit
+
+torch.manual_seed(0)
+sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+texts = torch.randint(0, 64, (30, 2, 8))
+loader = [{"input_ids": ids, "labels": ids} for ids in texts]
+rows = [{"input_ids": ids, "labels": ids} for ids in texts.flatten(0, 1)]
+"""
+_GROUP = "torch.distributed.init_process_group('gloo')\n"
+_WRAPPED = "model = tunerkit.wrap(model, 'adalora', {'target_rank': 8}, seed=0)\n"
+_OPTIMIZER = "optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)\n"
+_TRAINED = "for batch in loader:\n    model(**batch).loss.backward()\n    optimizer.step()\n    optimizer.zero_grad()\n"
+_ARGUMENTS = """
+import functools
+
+TrainingArguments = functools.partial(TrainingArguments, use_cpu=True, max_steps=10, save_steps=5, report_to=[])
+"""
+# accelerate runs FSDP on accelerators alone; and there is a checkpoint to resume from.
+_FSDP_ON_CPU = """
+import copy
+
+import accelerate
+
+plain = accelerate.Accelerator.__init__
+
+
+def forced(self, *args, fsdp_plugin=None, **kwargs):
+    plain(self, *args, **kwargs)
+    if fsdp_plugin is not None:
+        accelerate.PartialState().distributed_type = accelerate.DistributedType.FSDP
+        self.state.distributed_type = accelerate.DistributedType.FSDP
+        self.state.fsdp_plugin = fsdp_plugin
+
+
+accelerate.Accelerator.__init__ = forced
+again = tunerkit.wrap(copy.deepcopy(model), "adalora", seed=0)
+first = Trainer(again, TrainingArguments("out", fsdp=True, fsdp_config={"version": 2}), train_dataset=rows)
+tunerkit.attach(first.model, first)
+first.train()
+os.rename("out/checkpoint-10", "last")
+"""
+# A page's training is longer than a test's. A warning says that it has not ended.
+_SHORT = "import warnings\nwarnings.filterwarnings('ignore', message='.*above the final.*')\n"
+# What the page says of DeepSpeed.
+_MASKED = "import warnings\nwarnings.filterwarnings('ignore', message='.*masked, to the end of training.*')\n"
+_SAVED = """
+from torch.distributed.checkpoint import load, save
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+tunerkit.save(model, "kept")
+tunerkit.save_state(model, "kept")
+save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id="kept/optimizer")
+"""
+# TRL's default, bf16, is refused on a CPU.
+_SFT_ON_CPU = """
+import functools
+
+from datasets import Dataset
+from transformers import BitsAndBytesConfig, ByT5Tokenizer
+from trl import SFTConfig, SFTTrainer
+
+name = "tiny"
+model.save_pretrained(name)
+ByT5Tokenizer().save_pretrained(name)
+settings = SFTConfig("sft", max_steps=20, bf16=False, report_to=[])
+SFTTrainer = functools.partial(SFTTrainer, args=settings)
+rows = Dataset.from_list([{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in texts.flatten(0, 1)])
+"""
+_ZERO = '"zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": true}'
+_BATCH_OF_TWO, _ANY_BATCH = (f'{{"train_micro_batch_size_per_gpu": {size}, {_ZERO}' for size in ("2", '"auto"'))
+
 # The setting of each block, by a line that no other block has: pages are renamed more often than examples.
 SETTINGS = {
     'packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")': Setting(
@@ -39,4 +120,80 @@ SETTINGS = {
         after_the_page=True,
         before=f"import os\nos.environ.update({_ONE_OF_ONE})",  # not before: the page's Trainer would join the group
     ),
+    "for batch in loader:  # each process has its own part of the data": Setting(
+        needs=("tunerkit_distributed",),
+        before=_GIVEN,
+        after="assert tunerkit.tuner(model).steps == len(loader)",
+        environment=_ONE_OF_ONE,
+    ),
+    "adapters = set(tunerkit.tuner(model).parameters())": Setting(
+        needs=("tunerkit_distributed",),
+        before=_GIVEN + _GROUP + _WRAPPED,
+        after=_OPTIMIZER + "tunerkit.attach(model, optimizer, total_steps=len(loader))\n" + _TRAINED,
+        environment=_ONE_OF_ONE,
+    ),
+    'arguments = TrainingArguments("out", fsdp=True, fsdp_config={"version": 2})': Setting(
+        needs=("tunerkit_distributed",),
+        before=_GIVEN + _GROUP + _ARGUMENTS + _FSDP_ON_CPU,
+        after="assert trainer.state.global_step == 10",
+        environment=_ONE_OF_ONE,
+    ),
+    "checkpoint_adapters_(accelerator)": Setting(
+        needs=("tunerkit_distributed",),
+        before=_GIVEN
+        + "from accelerate import Accelerator\naccelerator = Accelerator(cpu=True)\n"
+        + _WRAPPED
+        + _OPTIMIZER,
+        after="assert not any(name.startswith('model') for name in os.listdir('checkpoint'))",
+    ),
+    "engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)": Setting(
+        needs=("tunerkit_distributed", "deepspeed"),
+        before=_GIVEN
+        + _SHORT
+        + f"import json\nimport deepspeed\nconfig = json.loads({_BATCH_OF_TWO!r})\n"
+        + "optimizer = None\nmake = deepspeed.initialize\n"
+        + "deepspeed.initialize = lambda model, optimizer, config: make(\n"
+        + "    model=model, config=config,\n"
+        + "    optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))\n",
+        after="assert os.path.exists('out/adapter.safetensors')",
+        environment={**_ONE_OF_ONE, "DS_ACCELERATOR": "cpu"},
+    ),
+    'arguments = TrainingArguments("out", deepspeed="zero3.json")  # before from_pretrained': Setting(
+        needs=("tunerkit_distributed", "deepspeed"),
+        before=_GIVEN
+        + _MASKED
+        + _GROUP
+        + _ARGUMENTS
+        + "from accelerate import PartialState\nPartialState(backend='gloo')\n"
+        + "model.save_pretrained('...')\n"
+        + f"open('zero3.json', 'w').write({_ANY_BATCH!r})\n",
+        environment={**_ONE_OF_ONE, "DS_ACCELERATOR": "cpu"},
+    ),
+    'save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id="kept/optimizer")': Setting(
+        needs=("tunerkit_distributed",),
+        before=_GIVEN + _WRAPPED + _OPTIMIZER + "tunerkit.attach(model, optimizer, total_steps=30)\n" + _TRAINED,
+        after="assert os.path.exists('kept/optimizer')",
+    ),
+    'set_optimizer_state_dict(model, optimizer, state["optimizer"])': Setting(
+        needs=("tunerkit_distributed",),
+        before=_GIVEN
+        + _SHORT
+        + "import copy\nbase = copy.deepcopy(model)\n"
+        + _WRAPPED
+        + _OPTIMIZER
+        + "tunerkit.attach(model, optimizer, total_steps=1000)\n"
+        + _TRAINED
+        + _SAVED,
+        after="assert tunerkit.tuner(model).steps == len(loader)",
+    ),
+    "trainer = SFTTrainer(model, train_dataset=rows)": Setting(
+        needs=("bitsandbytes", "tunerkit_quant", "trl", "datasets"),
+        before=_GIVEN + _SFT_ON_CPU,
+        after="assert tunerkit.tuner(model).steps == 20",
+    ),
 }
+
+
+def settings_of(block: str) -> list[Setting]:
+    """The settings whose line a block has; there should be one."""
+    return [setting for line, setting in SETTINGS.items() if line in block.splitlines()]

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 from rich.console import Console
 from typer.testing import CliRunner
 
 import tunerkit
-from tunerkit.extras import AFTER, install
+from tunerkit.extras import install
 from tunerkit.plugin import MethodInfo
 from tunerkit_cli import installed
 from tunerkit_cli.app import build
@@ -53,8 +54,17 @@ def test_a_missing_and_an_old_library_come_with_the_command_that_installs_them(
     monkeypatch.setattr(metadata, "version", version)
     fine, text = shown()
     assert fine == before
-    assert f"missing: {install('plot').removesuffix(AFTER)}" in text
-    assert 'needs >=1.1: pip install --upgrade "accelerate>=1.1"' in text
+    assert f"plot: {install('plot')}\n" in text
+    assert 'accelerate: pip install --upgrade "accelerate>=1.1"\n' in text
+
+
+def test_no_command_is_cut_where_the_terminal_is_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stands on a line of its own, to be copied; one extra is named once, however much of it is missing."""
+    asked = ["one>=1", "two>=1"]
+    monkeypatch.setattr(installed, "parts", lambda: (installed.Part("quantisers", Requirement(r), None) for r in asked))
+    out = io.StringIO()
+    installed.show(Console(file=out, width=40))
+    assert out.getvalue().splitlines().count(f"quantisers: {install('quantisers')}") == 1
 
 
 def test_it_lists_every_extra_for_users() -> None:

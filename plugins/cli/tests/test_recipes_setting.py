@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import tunerkit
+from tunerkit.plugin import AdapterConfig, setting
 from tunerkit_cli.recipes.reading import structure
 from tunerkit_cli.recipes.setting import FLAGS, apply, merge
 
@@ -20,12 +21,12 @@ METHOD = ("target_rank", "dropout", "rank_pattern", "targets")
 
 
 @attrs.frozen
-class MethodConfig(tunerkit.AdapterConfig):
+class MethodConfig(AdapterConfig):
     """The settings of a method."""
 
-    target_rank: int | None = tunerkit.setting(None, doc="a rank", aka=("target_r",))
-    dropout: float = tunerkit.setting(0.0, doc="a share")
-    rank_pattern: Mapping[str, int] = tunerkit.setting(attrs.Factory(dict), doc="ranks")
+    target_rank: int | None = setting(None, doc="a rank", aka=("target_r",))
+    dropout: float = setting(0.0, doc="a share")
+    rank_pattern: Mapping[str, int] = setting(attrs.Factory(dict), doc="ranks")
 
 
 FIELDS = {name: field for name, field in attrs.fields_dict(MethodConfig).items() if name in METHOD}

@@ -1,7 +1,7 @@
 """What is installed, what is missing, and which plugins do not work."""
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 
 import attrs
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import tunerkit
-from tunerkit.extras import AFTER, PUBLISHED, install
+from tunerkit.extras import install
 from tunerkit_cli.plugin_commands import plugin_commands
 
 # The extras that users choose; the others are for those who work on tunerkit itself.
@@ -31,15 +31,18 @@ class Part:
 
     @property
     def problem(self) -> str:
-        """What to do, or an empty string."""
+        """What is wrong, or an empty string."""
         if self.version is None:
-            return f"missing: {install(self.extra).removesuffix(AFTER)}"
+            return "missing"
         wanted = self.requirement.specifier
-        if not wanted.contains(self.version, prereleases=True):
-            ours = self.requirement.name.startswith("tunerkit-")
-            upgrade = f'pip install --upgrade "{self.requirement.name}{wanted}"'
-            return f"needs {wanted}: {install(self.extra).removesuffix(AFTER) if ours else upgrade}"
-        return ""
+        return "" if wanted.contains(self.version, prereleases=True) else f"needs {wanted}"
+
+    @property
+    def cure(self) -> str:
+        """What to do about the problem."""
+        if self.version is None or self.requirement.name.startswith("tunerkit-"):
+            return f"{self.extra}: {install(self.extra)}"
+        return f'{self.requirement.name}: pip install --upgrade "{self.requirement.name}{self.requirement.specifier}"'
 
 
 def show(console: Console) -> bool:
@@ -51,9 +54,11 @@ def show(console: Console) -> bool:
     console.print(f"tunerkit {tunerkit.__version__}, Python {platform.python_version()}, {escape(platform.platform())}")
     console.print(f"devices: {', '.join(devices())}")
     console.print(methods_table("Plugins"))
-    console.print(_parts())
-    if not PUBLISHED:
-        console.print("tunerkit is on no index yet: `make dist` in a clone writes its wheels into the folder dist.")
+    found = list(parts())
+    console.print(_table(found))
+    # Below the table, where no command is cut or broken into lines.
+    for cure in dict.fromkeys(part.cure for part in found if part.problem):
+        console.print(cure, soft_wrap=True, markup=False, highlight=False)
     problems = plugin_commands().problems
     for problem in problems:
         console.print(f"[bold red]{escape(problem)}[/]", soft_wrap=True)
@@ -112,9 +117,9 @@ def methods_table(title: str | None = None) -> Table:
     return table
 
 
-def _parts() -> Table:
+def _table(parts: Iterable[Part]) -> Table:
     table = Table("part", "distribution", "version", "", title="Libraries", title_justify="left")
-    for part in parts():
+    for part in parts:
         extra = part.extra or "tunerkit itself"
         table.add_row(extra, escape(part.requirement.name), part.version or "-", escape(part.problem))
     return table

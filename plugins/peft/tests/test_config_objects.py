@@ -34,6 +34,22 @@ def bert_answers() -> nn.Module:
     return hf.BertForQuestionAnswering(hf.BertConfig(vocab_size=40, num_hidden_layers=2, **SIZES))
 
 
+class Block(nn.Module):
+    """Two layers, which have numbers of their own inside a numbered block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+
+
+class Nested(nn.Module):
+    """Blocks of layers: a path has two numbers. It is never run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+
 def trained(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
@@ -55,6 +71,11 @@ SAME: Mapping[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
         llama,
         "lora",
         {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+    ),
+    "inner layers by pattern": (
+        Nested,
+        "lora",
+        {"target_modules": ["0"], "layers_to_transform": [1], "layers_pattern": ["layers"]},
     ),
     "excluded": (llama, "lora", {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*"}),
     "a module in full": (llama, "lora", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),

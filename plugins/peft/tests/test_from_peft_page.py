@@ -40,8 +40,8 @@ def first_code(cell: str) -> str:
 
 def base() -> Any:
     torch.manual_seed(0)
-    sizes: Any = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=40, pad_token_id=0, **sizes))
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=40, num_hidden_layers=1, pad_token_id=0, **sizes))
 
 
 def tokenizer() -> Any:

@@ -1,9 +1,10 @@
 """Importing this loads tunerkit and all installed plugins, so that a server of processes forks with them."""
 
 import tunerkit
+from tunerkit import plugin
 
 # Names are imported when they are first asked for.
-for _module in (tunerkit, tunerkit.plugin):
+for _module in (tunerkit, plugin):
     for _name in vars(_module)["__all__"]:
         getattr(_module, _name)
 tunerkit.methods()

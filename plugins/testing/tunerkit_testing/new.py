@@ -18,7 +18,7 @@ from typing import Final
 import attrs
 
 import tunerkit
-from tunerkit import TunerkitError
+from tunerkit import TunerkitError, plugin
 from tunerkit.errors import shown
 
 _LONGEST: Final = 40
@@ -162,7 +162,7 @@ def _objection(method: str) -> str | None:
             f"{_PREFIX!r}, which comes by itself"
         )
     names, methods = Names(method), tunerkit.methods()
-    clashing = {f"{names.classes}Config", f"{names.classes}Adapter"} & set(vars(tunerkit.plugin)["__all__"])
+    clashing = {f"{names.classes}Config", f"{names.classes}Adapter"} & set(vars(plugin)["__all__"])
     if clashing:
         return f"tunerkit itself has a class {clashing.pop()}; choose another name"
     if method in methods:
