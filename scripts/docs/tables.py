@@ -1,12 +1,13 @@
 """Tables that fit a telephone: each cell carries the name of its column, which the style sheet shows there."""
 
-from collections.abc import Iterator
 from xml.etree.ElementTree import Element
 
 from markdown import Extension, Markdown
 from markdown.treeprocessors import Treeprocessor
 
-_STACKED_FROM = 4  # columns; two or three are narrow enough
+# Columns.
+_STACKED_FROM = 3  # two are narrow enough for a telephone
+_NARROW_TO = 3
 _DENSE_FROM = 6
 
 
@@ -14,10 +15,12 @@ class _Labels(Treeprocessor):
     def run(self, root: Element) -> None:
         for table in root.iter("table"):
             heads = [_text(cell) for cell in table.iter("th")]
-            if len(heads) < _STACKED_FROM:
-                continue
+            if len(heads) <= _NARROW_TO:
+                table.set("data-narrow", "")
             if len(heads) >= _DENSE_FROM:
                 table.set("data-dense", "")
+            if len(heads) < _STACKED_FROM:
+                continue
             table.set("data-stacked", "")
             for row in table.iter("tr"):
                 for head, cell in zip(heads, row.iter("td"), strict=False):
@@ -25,15 +28,11 @@ class _Labels(Treeprocessor):
 
 
 def _text(element: Element) -> str:
-    return " ".join("".join(_texts(element)).split())
-
-
-def _texts(element: Element) -> Iterator[str]:
-    yield from element.itertext()
+    return " ".join("".join(element.itertext()).split())
 
 
 class LabelledCells(Extension):
-    """Adds ``data-label`` to the cells of tables with four columns or more, and marks those with six or more."""
+    """Adds ``data-label`` to the cells of tables with three columns or more, and says how wide a table is."""
 
     def extendMarkdown(self, md: Markdown) -> None:
         # After the inline patterns, so that a head's code and links are its text.
