@@ -119,6 +119,18 @@ def test_the_scale_is_pefts(rslora: bool) -> None:
         assert adapter.scale == pytest.approx(other.scaling["default"], rel=1e-12)
 
 
+def test_a_second_adapter_is_placed_as_the_first() -> None:
+    """The copies and adapters of the first one are no modules of the base."""
+    config = peft.LoraConfig(target_modules=["query", "dense"], task_type="SEQ_CLS")
+    model = tunerkit.wrap(roberta(), "lora", config)
+    tunerkit.activate(model, [])
+    tunerkit.wrap(model, "lora", config, adapter="second")
+    first, second = (tunerkit.tuner(model, name) for name in ("default", "second"))
+    for one, other in ((first.targets, second.targets), (first.copies, second.copies)):
+        assert [place.path for place in one] == [place.path for place in other] != []
+    assert first.config == second.config
+
+
 def test_adaloras_schedule_is_kept() -> None:
     """In steps, as it was given, with PEFT's regulariser and start."""
     config = peft.AdaLoraConfig(

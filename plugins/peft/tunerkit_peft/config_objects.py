@@ -144,7 +144,8 @@ def _no_targets(found: dict[str, Any], model: nn.Module, method: str) -> Iterato
 
 def _places(found: dict[str, Any], copies: tuple[str, ...], model: nn.Module) -> dict[str, object]:
     """What is adapted and what is trained in full, as PEFT would find it in the model."""
-    paths = [path for path, _ in model.named_modules() if path]
+    # Not what other adapters have put there: a copy of a head, say.
+    paths = [path for path, _ in model.named_modules() if path and "tunerkit" not in path.split(".")]
     present = {end for path in paths for end in ends(path)}
     heads = (name for name in _HEADS.get(_value(found.get("task_type")), ()) if name in present)
     trained = tuple(dict.fromkeys((*copies, *heads)))
