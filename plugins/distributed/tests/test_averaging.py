@@ -291,7 +291,7 @@ def test_one_process_has_no_engine_and_may_not_ask_for_one() -> None:
     with registered(LowRankPlugin()):
         model = tunerkit.wrap(together.net(), "toy-low-rank", {"targets": TARGETS})
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        for given, words in ((True, "in no group of several"), ("yes", "expected True, False or None, got 'yes'")):
+        for given, words in ((True, "in no process group"), ("yes", "expected True, False or None, got 'yes'")):
             with pytest.raises(tunerkit.errors.StepError, match=words):
                 tunerkit.attach(model, optimizer, data_parallel=given)  # type: ignore[arg-type]
         tunerkit.attach(model, optimizer)
@@ -319,6 +319,23 @@ def test_adapters_of_a_sharded_base_are_saved_with_the_fingerprint_of_before(tra
     plain, sharded = (serialization.read(trained[name][0]["file"], content="adapter")[2] for name in ("plain", "fsdp2"))
     assert plain.base == sharded.base
     assert len(plain.base) == 6
+
+
+def test_a_group_of_one_process_trains_as_one_process() -> None:
+    """A script for several GPUs runs on one too: data_parallel=True asks for a group, not for others in it."""
+    with registered(LowRankPlugin()):
+        model = tunerkit.wrap(together.net(), "toy-low-rank", {"targets": TARGETS})
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                tunerkit.attach(model, optimizer, data_parallel=True)
+            model(together.rows(0)[0]).sum().backward()
+            optimizer.step()
+        finally:
+            distributed.destroy_process_group()
+        assert tunerkit.tuner(model).steps == 1
 
 
 def test_the_ddp_around_a_model_is_found() -> None:

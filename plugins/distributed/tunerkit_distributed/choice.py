@@ -42,7 +42,7 @@ def engine_for(
         A new engine; and ``candidate``, or where DeepSpeed trains the optimizer that stands for its own.
 
     Raises:
-        StepError: ``data_parallel`` is True in one process, or DeepSpeed trains in a way that is not supported.
+        StepError: ``data_parallel`` is True without a process group, or DeepSpeed trains in a way that is not supported.
     """
     if any(layers.is_named(type(candidate), kind) for kind in DEEPSPEED):
         from tunerkit_distributed import zero  # few trainings need it
@@ -51,9 +51,9 @@ def engine_for(
         if engine is not None:
             _refuse_overrides(tuners)
             return engine, engine.optimizer
-    if data_parallel and not group.in_group():
+    if data_parallel and not group.is_formed():
         raise StepError(
-            "data_parallel=True, and this process is in no group of several: call torch.distributed.init_process_group "
+            "data_parallel=True, and this process is in no process group: call torch.distributed.init_process_group "
             "before attach, and start the processes with torchrun"
         )
     if data_parallel is False:

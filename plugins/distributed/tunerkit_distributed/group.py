@@ -28,9 +28,14 @@ _PLACES: Final = "tunerkit/waiting/"
 _written: set[int] = set()  # this process's number, while it has written down where it waits
 
 
+def is_formed() -> bool:
+    """Whether there is a process group, of several or of this process alone."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def in_group() -> bool:
     """Whether this process belongs to a process group of several."""
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return is_formed() and distributed.get_world_size() > 1
 
 
 def is_launched() -> bool:
@@ -43,7 +48,7 @@ def is_alone() -> bool:
 
     In a process group of one, there may be a DistributedDataParallel around the model.
     """
-    return not (distributed.is_available() and distributed.is_initialized()) and not is_launched()
+    return not is_formed() and not is_launched()
 
 
 def rank() -> int:
