@@ -42,7 +42,8 @@ def engine_for(
         A new engine; and ``candidate``, or where DeepSpeed trains the optimizer that stands for its own.
 
     Raises:
-        StepError: ``data_parallel`` is True without a process group, or DeepSpeed trains in a way that is not supported.
+        StepError: ``data_parallel`` is True and there is no process group, or DeepSpeed trains in a way that is not
+            supported.
     """
     if any(layers.is_named(type(candidate), kind) for kind in DEEPSPEED):
         from tunerkit_distributed import zero  # few trainings need it
