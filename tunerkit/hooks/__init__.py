@@ -1,6 +1,6 @@
 """The hooks and the plugins that answer them: specs, loading, the registry, and the calls of core."""
 
-from tunerkit.extras import elsewhere
+from tunerkit.extras import ROWS, elsewhere
 from tunerkit.hooks import specs
 from tunerkit.hooks.calls import (
     Caller,

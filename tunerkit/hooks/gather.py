@@ -171,10 +171,10 @@ def ranks_changed(
 
 
 def _is_complete(kind: type[BaseLayer]) -> bool:
-    named = type(kind.forwards) is tuple and bool(kind.forwards)  # a text without a comma would match parts of names
-    if not named and (kind.forwards or inspect.getattr_static(kind, "matches") is vars(BaseLayer)["matches"]):
-        return False  # it would match no module, in silence
-    return not inspect.isabstract(kind) and (not kind.linear or kind.matrix is not BaseLayer.matrix)
+    # Without both it would match no module, in silence; a text without a comma is no tuple.
+    matches = kind.forwards or inspect.getattr_static(kind, "matches") is not vars(BaseLayer)["matches"]
+    complete = not inspect.isabstract(kind) and (not kind.linear or kind.matrix is not BaseLayer.matrix)
+    return bool(matches) and type(kind.forwards) is tuple and complete
 
 
 def _are_plain(*names: str) -> bool:
@@ -183,10 +183,7 @@ def _are_plain(*names: str) -> bool:
 
 # What each record must be beyond the types of its fields.
 _RULES: Final[Mapping[Callable[..., object], tuple[str, Callable[[Any], bool]]]] = {
-    specs.tunerkit_base_layers: (
-        "with a tuple forwards or a matches() of its own, all its abstract methods defined, and matrix() if linear",
-        _is_complete,
-    ),
+    specs.tunerkit_base_layers: ("with forwards or matches(), all abstract methods, matrix() if linear", _is_complete),
     specs.tunerkit_weight_readers: ("with plain names", lambda record: _are_plain(record.owner, *record.children)),
     specs.tunerkit_default_targets: ("with plain names", lambda record: _are_plain(*record.model_types, *record.names)),
     specs.tunerkit_restrictions: (
