@@ -34,6 +34,7 @@ from tunerkit.hooks.gather import (
     gather_knowledge,
     gather_libraries,
     gather_restrictions,
+    naming,
     ranks_changed,
     tell,
 )

@@ -131,8 +131,7 @@ class Tuner:
 
     def _repr_html_(self) -> str:
         """Return the text and the rank map, for notebooks."""
-        is_there = wrapped_of(self.model).tuners.get(self.name) is self
-        ranks = table_of(self.ranks()) if is_there else ""
+        ranks = table_of(self.ranks()) if wrapped_of(self.model).tuners.get(self.name) is self else ""
         return f'<pre style="white-space:pre-wrap">{escape(repr(self))}</pre>{ranks}'
 
     @property

@@ -28,7 +28,6 @@ from tunerkit.layers import Adapter, BaseLayer, bias_name, misfit, torch_private
 from tunerkit.paths import few, is_under, join
 from tunerkit.records import Factors, Foreign, Format, Target
 from tunerkit.serialization.fingerprint import refuse_places
-from tunerkit.serialization.formats import naming
 from tunerkit.serialization.tensor_checks import refuse_nonfinite
 from tunerkit.targets import Scan
 
@@ -103,7 +102,7 @@ def _read(format: Format, path: Path, model: nn.Module) -> Foreign:
             f"{holder.name} has partitioned these: load it onto a whole base in one process, tunerkit.save it "
             "there, and load that file here"
         )
-    with naming(format, "read"):
+    with hooks.naming(format, "read"):
         found: Any = format.read(path, model)  # Any: the plugin may return anything
     if not isinstance(found, Foreign):
         raise PluginError(f"read of format {format.name!r} returned {shown(found)}; return a tunerkit.plugin.Foreign")
@@ -189,7 +188,7 @@ def _refuse_biases(found: Foreign, scanned: Scan, source: str) -> None:
 
 def _products(found: Foreign, format: Format, bases: Mapping[str, BaseLayer], other_base: str) -> dict[str, Factors]:
     """Return the product for each target. Raises `BaseMismatchError` if a target's weight has another shape."""
-    with naming(format, "read"):
+    with hooks.naming(format, "read"):
         products: dict[str, Any] = {at: found.factors[at] for at in bases}  # Any: the plugin may return anything
     problems = []
     for at, product in products.items():
