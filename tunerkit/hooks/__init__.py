@@ -22,6 +22,7 @@ from tunerkit.hooks.calls import (
     start,
     state,
     structure,
+    unlike,
     watches_steps,
 )
 from tunerkit.hooks.engines import Engine, Pieces, Removable, in_group, same, whole_pieces
