@@ -18,6 +18,7 @@ import torch
 from cattrs import Converter, transform_error
 
 from tunerkit.errors import ConfigError, closest, cut, shown
+from tunerkit.extras import SETTINGS_ELSEWHERE
 
 Config = TypeVar("Config", bound="AdapterConfig")
 Fields = Mapping[str, "attrs.Attribute[Any]"]
@@ -32,25 +33,6 @@ _COMPARE: Final = {
 _UNIONS: Final = (Union, UnionType)
 _MAPPINGS: Final = (dict, Mapping)
 _SCIENTIFIC: Final = re.compile(r"([+-]?\d+)(?:\.(\d*))?[eE]([+-]?)(\d+)")
-
-# Settings of other libraries that no method has, or one alone; `setting` takes the other names of those that one has.
-_ELSEWHERE: Final = {
-    "task_type": "leave it out: the model's class says the task, and new heads are trained",
-    "inference_mode": "leave it out: tunerkit.load(model, path) loads without training",
-    "fan_in_fan_out": "leave it out: the kind of each layer is recognised",
-    "layers_pattern": "leave it out: the first number in a path is the layer's",
-    "use_dora": "no installed method is DoRA, and LoRA alone is another training: leave it out, or write a method",
-    "lora_bias": "B has no bias here; bias='adapters' trains the biases of the adapted layers",
-    "loftq_config": "no start changes the base: quantise it, and wrap it as it is",
-    "eva_config": "no installed method starts by EVA; tunerkit_calibrate lets a method of yours do so",
-    "trainable_token_indices": "rows cannot be trained alone: name the embedding in train_modules",
-    "target_parameters": "only modules can be adapted, and no parameters such as stacks of experts: leave it out",
-    "ensure_weight_tying": "leave it out: name both sides of the tied weight in train_modules, or untie them",
-    "rank_pattern": "it belongs to method 'lora'; min_rank and max_rank bound AdaLoRA's ranks by pattern",
-    **dict.fromkeys(("alpha_pattern", "use_rslora"), "it belongs to method 'lora'"),
-    **dict.fromkeys(("init_r", "target_r", "tinit", "tfinal", "deltaT"), "it belongs to method 'adalora'"),
-    **dict.fromkeys(("orth_reg_weight", "total_step", "beta1", "beta2"), "it belongs to method 'adalora'"),
-}
 
 
 def setting(
@@ -268,7 +250,7 @@ def _unknown(key: object, fields: Fields) -> str:
 def meant(key: str, fields: Iterable["attrs.Attribute[Any]"]) -> str:
     """Return a hint for a key that another library has: which of ``fields`` it is here, or what to do instead."""
     ours = [repr(field.name) for field in fields if key in field.metadata.get("aka", ())]
-    instead = _ELSEWHERE.get(key)
+    instead = SETTINGS_ELSEWHERE.get(key)
     return f"; did you mean {' or '.join(ours)}?" if ours else f"; {instead}" if instead else ""
 
 

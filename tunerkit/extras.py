@@ -5,12 +5,14 @@ from typing import Final, NamedTuple
 
 PUBLISHED: Final = False  # whether an index has our distributions; after a change, `make pages` writes them again
 FROM, AFTER = ("", "") if PUBLISHED else ("--find-links dist ", ", after `make dist` in a clone")
-# The extras that do what core cannot.
 QUANTISED: Final = "quant"  # knows the layers of libraries that quantise
 ENGINES: Final = "distributed"  # trains in several processes
-SETTINGS: Final = "transformers"  # compares the settings of two bases
-RUNS: Final = "transformers"  # opens what `tunerkit train` writes
-REFERENCES: Final = "transformers"  # makes frozen references of models
+# What core cannot do, as messages say it, and the extra that does.
+DOES: Final = {
+    **dict.fromkeys(("makes references", "reads what `tunerkit train` writes", "compares them"), "transformers"),
+    "keeps them alike": ENGINES,
+    "notices adapters that DistributedDataParallel does not synchronise": ENGINES,
+}
 DEFAULT_FORMAT: Final = "peft"  # the one that most programs read
 # What the extra "transformers" serves, by the root of the library's modules.
 _OF_TRANSFORMERS: Final = ("transformers", "trl", "accelerate", "timm", "torchvision")
@@ -141,6 +143,25 @@ CALLS_ELSEWHERE: Final = {
     "enable_peft_hotswap": "tunerkit.load(model, folder, adapter='new'); tunerkit.activate(model, ['new'])",
     "PackedLinear": f"from tunerkit_quant import PackedLinear ({install(QUANTISED)})",
 }
+# Settings of theirs that are none here, or one method's alone; `setting` takes their names for those that there are.
+SETTINGS_ELSEWHERE: Final = {
+    "task_type": "leave it out: the model's class says the task, and new heads are trained",
+    "inference_mode": "leave it out: tunerkit.load(model, path) loads without training",
+    "fan_in_fan_out": "leave it out: the kind of each layer is recognised",
+    "layers_pattern": "leave it out: the first number in a path is the layer's",
+    "use_dora": "this method is not DoRA, and LoRA alone is another training: leave it out, or write a method",
+    "lora_bias": "B has no bias here; bias='adapters' trains the biases of the adapted layers",
+    "loftq_config": "no start changes the base: quantise it, and wrap it as it is",
+    "eva_config": "this method does not start by EVA; tunerkit_calibrate lets a method of yours do so",
+    "trainable_token_indices": "rows cannot be trained alone: name the embedding in train_modules",
+    "target_parameters": "only modules can be adapted, and no parameters such as stacks of experts: leave it out",
+    "ensure_weight_tying": "leave it out: name both sides of the tied weight in train_modules, or untie them",
+    "rank_pattern": "it belongs to method 'lora'; min_rank and max_rank bound AdaLoRA's ranks by pattern",
+    **dict.fromkeys(("alpha_pattern", "use_rslora"), "it belongs to method 'lora'"),
+    **dict.fromkeys(("init_r", "target_r", "tinit", "tfinal", "deltaT"), "it belongs to method 'adalora'"),
+    **dict.fromkeys(("orth_reg_weight", "total_step", "beta1", "beta2"), "it belongs to method 'adalora'"),
+}
+ROWS: Final = "adapter_names"  # the argument of a forward that names an adapter for each row of a batch
 
 
 def elsewhere(name: str) -> str:
@@ -153,9 +174,14 @@ def distribution(extra: str) -> str:
     return f"tunerkit-{extra}"
 
 
-def serving(thing: object) -> str | None:
-    """The extra for a library's object, by the classes that it derives from; None if no extra serves it."""
-    roots = _roots(thing)
+def serving(thing: object, *, described: bool = False) -> str | None:
+    """The extra for a library's object, by the classes that it derives from; None if no extra serves it.
+
+    With ``described``, one that knows more of a model than the kinds of its layers.
+    """
+    roots = {kind.__module__.partition(".")[0] for kind in type(thing).__mro__}
+    if described:  # these models have settings, and marks of what was loaded
+        return "transformers" if "transformers" in roots else None
     if "peft" in roots:  # its configs derive from a class of transformers'
         return "peft"
     if not roots.isdisjoint(_OF_TRANSFORMERS):
@@ -163,16 +189,7 @@ def serving(thing: object) -> str | None:
     return QUANTISED if any(map(quantiser, type(thing).__mro__)) else None
 
 
-def is_described(thing: object) -> bool:
-    """Whether an extra knows more of a library's model than the kinds of its layers."""
-    return "transformers" in _roots(thing)  # its models have settings, and marks of what was loaded
-
-
 def quantiser(kind: type) -> str | None:
     """The library that a class is of, in words, if it is one that quantises; None otherwise."""
     libraries = (each for each in LIBRARIES if each.extra == QUANTISED)
     return next((each.name for each in libraries if f"{kind.__module__}.".startswith(each.package)), None)
-
-
-def _roots(thing: object) -> set[str]:
-    return {kind.__module__.partition(".")[0] for kind in type(thing).__mro__}

@@ -1,7 +1,6 @@
-"""Dotted module paths: their parts and layer numbers, whether they belong to an adapter, lists and tables of them."""
+"""Dotted module paths: their parts, layer numbers, whether they belong to an adapter, and short lists of them."""
 
-from collections.abc import Collection, Mapping, Sequence
-from html import escape
+from collections.abc import Collection, Sequence
 
 CHILD = "tunerkit"  # the child of an adapted module that holds its adapters; never a target itself
 
@@ -39,25 +38,3 @@ def few(paths: Sequence[str], *, shown: int) -> str:
 def is_number(part: str) -> bool:
     """Whether ``part``, one part of a path, is an index."""
     return part.isascii() and part.isdigit()
-
-
-def table_of(ranks: Mapping[str, int]) -> str:
-    """Return ranks by path as a table in HTML: a row for each layer, a column for each matrix, shaded by rank.
-
-    The first number in a path is its layer. The shade is a thin colour over the page's own background, so that dark
-    pages can be read too. It is empty if nothing has a rank, or for more than 10,000 cells.
-    """
-    rows: dict[str, dict[str, int]] = {}
-    for path, rank in ranks.items():
-        parts = path.split(".")
-        cut = next((at + 1 for at, part in enumerate(parts[:-1]) if is_number(part)), 0)
-        rows.setdefault(".".join(parts[:cut]), {})[".".join(parts[cut:])] = rank
-    columns, top = dict.fromkeys(matrix for row in rows.values() for matrix in row), max(ranks.values(), default=0)
-    if not top or len(rows) * len(columns) > 10_000:
-        return ""
-    lines = ["".join(f"<th>{escape(name).replace('.', '.<wbr>')}</th>" for name in ("", *columns))]
-    for layer, row in rows.items():
-        shades = {matrix: f"background:rgba(70,130,180,{0.6 * rank / top:.2f})" for matrix, rank in row.items()}
-        cells = (f'<td style="{shades.get(matrix, "")}">{row.get(matrix, "")}</td>' for matrix in columns)
-        lines.append(f"<th>{escape(layer)}</th>{''.join(cells)}")
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

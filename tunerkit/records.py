@@ -446,7 +446,7 @@ class Format:
     write: Callable[[Any, Path, Any], Iterable[Path]]
     options: type = NoOptions
     describe: Callable[[Path], Description] | None = None
-    config: Callable[[object, nn.Module], tuple[str, Mapping[str, object]] | None] | None = None
+    config: Callable[[object, nn.Module], tuple[str, Mapping[str, object]] | None] = lambda config, model: None
 
 
 # --- Values and their declared types ----------------------------------------------------------------------------------

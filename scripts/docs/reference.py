@@ -40,8 +40,8 @@ def first_sentence(text: str | None) -> str:
 
 
 def users_names() -> list[str]:
-    """Return the names of `tunerkit`, without the marker of hooks, which is for authors."""
-    return [name for name in vars(tunerkit)["__all__"] if name != "hookimpl"]
+    """Return the names of `tunerkit`."""
+    return list(vars(tunerkit)["__all__"])
 
 
 def api() -> str:

@@ -114,7 +114,7 @@ ADDED = frozenset(
         "tunerkit.Foreign.tensors",
         "tunerkit.Format(POSITIONAL_OR_KEYWORD name, POSITIONAL_OR_KEYWORD sniff, "
         "POSITIONAL_OR_KEYWORD read, POSITIONAL_OR_KEYWORD write, POSITIONAL_OR_KEYWORD options = type, "
-        "POSITIONAL_OR_KEYWORD describe = None, POSITIONAL_OR_KEYWORD config = None)",
+        "POSITIONAL_OR_KEYWORD describe = None, POSITIONAL_OR_KEYWORD config = function)",
         "tunerkit.Format.config",
         "tunerkit.Format.describe",
         "tunerkit.Format.name",

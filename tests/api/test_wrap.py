@@ -16,6 +16,9 @@ from tunerkit.errors import AdapterError, ConfigError, TargetError, UnknownMetho
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 from tests.support.model_checks import losing, untouched
+from tests.support.toy_formats import read, sniff, write
+from tunerkit.plugin import Format
+from tunerkit_testing.registering import registered
 
 BIASES = ("none", "adapters", "all")
 
@@ -147,6 +150,25 @@ def test_a_config_class_of_the_same_name_is_told_apart_by_its_module(toys: "Toys
     said = r"takes LowRankConfig, .* got LowRankConfig of elsewhere\.config, not of tunerkit_testing\.toy_methods"
     with untouched(toys, model), pytest.raises(ConfigError, match=said):
         tunerkit.wrap(model, "toy-low-rank", other())
+
+
+@pytest.mark.parametrize(("found", "error"), [(ZeroDivisionError("lost"), ZeroDivisionError), (3, TypeError)])
+def test_what_a_formats_config_raises_names_the_format(toys: "Toys", found: object, error: type[Exception]) -> None:
+    """It is asked about every object that is no config of ours, so users must see whose mistake it is."""
+
+    def config(given: object, model: nn.Module) -> Any:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    class Foreign:
+        @tunerkit.hookimpl
+        def tunerkit_formats(self) -> list[Format]:
+            return [Format("foreign", sniff=sniff, read=read, write=write, config=config)]
+
+    with registered(Foreign()), pytest.raises(error) as raised:
+        tunerkit.wrap(toys.net(), "toy-low-rank", object())
+    assert raised.value.__notes__ == ["raised by config of format 'foreign'"]
 
 
 def test_a_seed_repeats_the_start_and_leaves_the_global_state_alone(toys: "Toys") -> None:

@@ -20,7 +20,7 @@ from tunerkit.errors import TunerkitWarning
 from tunerkit.hooks import gather_knowledge
 from tunerkit.hooks.calls import in_short
 from tunerkit.layers import as_base_layer
-from tunerkit.layers.kinds import LinearLayer
+from tunerkit.layers.kinds import DenseLinear, LinearLayer
 from tunerkit.plugin import BaseLayer, DefaultTargets, WeightReader
 
 if TYPE_CHECKING:
@@ -32,7 +32,17 @@ class Unfinished(BaseLayer):
     """Defines none of the methods that a kind must define."""
 
 
-@pytest.mark.parametrize("offered", [[3], [nn.Linear], Unfinished, 3, [Unfinished], "kinds"])
+class Unmatched(DenseLinear):
+    """Names no forwards, and has no `matches` of its own."""
+
+
+class OneText(DenseLinear):
+    """Names its forwards in a text: a comma is missing."""
+
+    forwards = "my_library.Linear"  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("offered", [[3], [nn.Linear], Unfinished, 3, [Unfinished], [Unmatched], [OneText], "kinds"])
 def test_a_kind_that_is_none_is_left_out_by_name(toys: "Toys", offered: Any) -> None:
     """A warning names the plugin; wrapping goes on without its answer, and `methods` lists it with the reason."""
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit.injection import record
-from tunerkit.paths import table_of
+from tunerkit.injection.tuner import table_of
 from tunerkit.plugin import BaseLayer, Method, RankChange, Summary, Target, Tuner
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import LowRank

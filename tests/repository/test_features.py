@@ -98,7 +98,7 @@ def test_the_page_names_each_example_method_with_its_lines() -> None:
 
 
 def test_each_line_of_the_table_has_a_verdict() -> None:
-    """The second cell is one of four; what a reader writes has its lines, a page that shows it, or is not written."""
+    """The second cell is one of five; what a reader writes has its lines, a page that shows it, or is not written."""
     rows = [line.strip("|").split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
     rows = [[cell.strip() for cell in row] for row in rows if row[1].strip() != "here"]
     verdicts = {"available", "write it yourself", "not possible", "not possible yet", "not tested"}

@@ -7,7 +7,6 @@ from torch import nn
 
 from tunerkit import hooks, injection, steps
 from tunerkit.errors import AdapterError
-from tunerkit.extras import REFERENCES
 from tunerkit.injection import Tuner
 
 
@@ -165,6 +164,6 @@ def reference(model: nn.Module) -> Any:
     """
     found = hooks.first(hooks.specs.tunerkit_reference, model=model)
     if found is None:
-        lacking = hooks.registry.lacking("makes references", REFERENCES)
+        lacking = hooks.registry.lacking("makes references")
         raise AdapterError(lacking or "no installed plugin makes references of this model")
     return found

@@ -9,7 +9,7 @@ from torch import nn
 from tunerkit import hooks, injection, serialization
 from tunerkit.config import options_from
 from tunerkit.errors import FileError
-from tunerkit.extras import DEFAULT_FORMAT, RUNS
+from tunerkit.serialization import DEFAULT_FORMAT
 
 
 def export(
@@ -77,7 +77,7 @@ def from_folder(path: str | os.PathLike[str], base: str | os.PathLike[str] | Non
     base = None if base is None else os.fspath(base)
     if found := hooks.first(hooks.specs.tunerkit_open_run, path=Path(path), base=base):
         return found
-    lacking = hooks.registry.lacking("reads what `tunerkit train` writes", RUNS)
+    lacking = hooks.registry.lacking("reads what `tunerkit train` writes")
     raise FileError(
         f"{os.fspath(path)}: no installed plugin knows this folder. {f'{lacking}. ' if lacking else ''}An adapter's "
         "file is read by tunerkit.load(base, path)"

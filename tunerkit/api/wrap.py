@@ -10,7 +10,6 @@ from torch import nn
 from tunerkit import hooks, injection, layers, serialization, steps, targets
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import ConfigError, warn
-from tunerkit.extras import is_described
 from tunerkit.injection import Progress, Tuner
 from tunerkit.targets import Scan
 
@@ -85,7 +84,7 @@ def _warn_of_unserved(root: nn.Module, config: AdapterConfig) -> None:
         lost.append(f"the default targets of this {name} are chosen by the kinds of its layers")
     elif config.targets == "all-linear":
         lost.append(f"output heads of this {name} that only its library knows are taken for layers")
-    if is_described(root):
+    if hooks.unserved(root, described=True):
         lost.append(
             f"new modules of this {name}, such as an output head, stay frozen, and files do not record its settings"
         )

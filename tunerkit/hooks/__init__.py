@@ -1,6 +1,6 @@
 """The hooks and the plugins that answer them: specs, loading, the registry, and the calls of core."""
 
-from tunerkit.extras import elsewhere
+from tunerkit.extras import ROWS, elsewhere
 from tunerkit.hooks import specs
 from tunerkit.hooks.calls import (
     Caller,
@@ -22,6 +22,7 @@ from tunerkit.hooks.calls import (
     start,
     state,
     structure,
+    unlike,
     watches_steps,
 )
 from tunerkit.hooks.engines import Engine, Pieces, Removable, in_group, same, whole_pieces
@@ -34,6 +35,7 @@ from tunerkit.hooks.gather import (
     gather_knowledge,
     gather_libraries,
     gather_restrictions,
+    naming,
     ranks_changed,
     tell,
 )

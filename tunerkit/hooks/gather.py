@@ -6,6 +6,7 @@ What it says to know is left out, with a warning, if it is not what the hook dec
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, ParamSpec, TypeVar, get_args
 
@@ -72,6 +73,16 @@ def gather_formats() -> dict[str, Format]:
     return found
 
 
+@contextmanager
+def naming(format: Format, function: str) -> Iterator[None]:
+    """Errors of a plugin's function keep their class and name the format."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"raised by {function} of format {format.name!r}")
+        raise
+
+
 def configure(method: str, config: object, model: nn.Module) -> AdapterConfig:
     """Convert what the user passed as config to the method's config class.
 
@@ -83,7 +94,9 @@ def configure(method: str, config: object, model: nn.Module) -> AdapterConfig:
     if isinstance(config, AdapterConfig) and isinstance(config, expected):
         return config
     for each in gather_formats().values():
-        if each.config is not None and (found := each.config(config, model)) is not None:
+        with naming(each, "config"):
+            if (found := each.config(config, model)) is None:
+                continue
             if found[0] == method:
                 return structure(*found)
             wanted = f"describes method {found[0]!r}, got {method!r}; write wrap(model, {found[0]!r}, config)"
@@ -171,7 +184,10 @@ def ranks_changed(
 
 
 def _is_complete(kind: type[BaseLayer]) -> bool:
-    return not inspect.isabstract(kind) and (not kind.linear or kind.matrix is not BaseLayer.matrix)
+    # Without both it would match no module, in silence; a text without a comma is no tuple.
+    matches = kind.forwards or inspect.getattr_static(kind, "matches") is not vars(BaseLayer)["matches"]
+    named = bool(matches) and type(kind.forwards) is tuple
+    return named and not inspect.isabstract(kind) and (not kind.linear or kind.matrix is not BaseLayer.matrix)
 
 
 def _are_plain(*names: str) -> bool:
@@ -180,7 +196,7 @@ def _are_plain(*names: str) -> bool:
 
 # What each record must be beyond the types of its fields.
 _RULES: Final[Mapping[Callable[..., object], tuple[str, Callable[[Any], bool]]]] = {
-    specs.tunerkit_base_layers: ("with all its abstract methods defined, and matrix() if linear", _is_complete),
+    specs.tunerkit_base_layers: ("with forwards or matches(), all abstract methods, matrix() if linear", _is_complete),
     specs.tunerkit_weight_readers: ("with plain names", lambda record: _are_plain(record.owner, *record.children)),
     specs.tunerkit_default_targets: ("with plain names", lambda record: _are_plain(*record.model_types, *record.names)),
     specs.tunerkit_restrictions: (

@@ -74,15 +74,16 @@ class Registry:
         """Describe the plugin that owns ``method``, for an error."""
         return f"the plugin of method {method!r} ({self.owner_of(method).distribution})"
 
-    def lacking(self, what: str, extra: str = extras.ENGINES) -> str | None:
+    def lacking(self, what: str, extra: str | None = None) -> str | None:
         """Say ``what`` an extra's distribution does, why it is not loaded, and how to get it; None if it is loaded."""
+        extra = extra or extras.DOES[what]
         distribution = extras.distribution(extra)
         absent = self.loaded().absence(distribution)
         return None if absent is None else f"{distribution} {what}, and {absent} ({extras.install(extra)})"
 
-    def unserved(self, thing: object) -> str:
-        """Say how to get the plugin that knows the library of an object; empty if it is loaded, or if there is none."""
-        extra = extras.serving(thing)
+    def unserved(self, thing: object, *, described: bool = False) -> str:
+        """Say how to get the plugin that `extras.serving` names for an object; empty if it is loaded, or none is."""
+        extra = extras.serving(thing, described=described)
         return "" if extra is None else self.lacking("knows its library", extra) or ""
 
     def implements(self, hook: Callable[..., object], method: str) -> bool:

@@ -176,7 +176,6 @@ class _Threads(WeakSet[threading.Thread]):
 
 
 _ATTRIBUTE = "_tunerkit_threads"
-_ROWS = "adapter_names"  # an adapter for each row of a batch, as another library has it
 
 
 def watch_threads_(model: nn.Module) -> None:
@@ -195,8 +194,9 @@ def unwatch_threads_(model: nn.Module) -> None:
 
 def enter(note: Callable[[threading.Thread], None], model: nn.Module, args: object, kwargs: dict[str, object]) -> None:
     """The pre-hook of a wrapped model: refuse an argument that its forward would drop in silence; note the thread."""
-    if kwargs.get(_ROWS) is not None and _ROWS not in inspect.signature(model.forward).parameters:
-        raise AdapterError(f"{_ROWS}= would be ignored: every row gets the active adapters{hooks.elsewhere(_ROWS)}")
+    rows = hooks.ROWS
+    if kwargs.get(rows) is not None and rows not in inspect.signature(model.forward).parameters:
+        raise AdapterError(f"{rows}= would be ignored: every row gets the active adapters{hooks.elsewhere(rows)}")
     note_thread(note)
 
 

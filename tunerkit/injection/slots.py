@@ -153,11 +153,8 @@ class Slots(nn.Module):
 
     def __repr__(self) -> str:
         # Without ranks: torch prints equal layers of a model as one.
-        each = (
-            (name, slot.method, "" if slot.copy is None else " (trained in full)")
-            for name, slot in self._by_name.items()
-        )
-        return ", ".join(f"{name!r}: {method}{what}" for name, method, what in each)
+        full = {name: " (trained in full)" for name, slot in self._by_name.items() if slot.copy is not None}
+        return ", ".join(f"{name!r}: {slot.method}{full.get(name, '')}" for name, slot in self._by_name.items())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a deep copy or pickle. One made inside `tunerkit.disabled` has no block to leave, so it is enabled.

@@ -1,8 +1,8 @@
 """The tuner: the handle on one adapter of a wrapped model, and what a model holds of its adapters."""
 
-import html
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from html import escape
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -17,7 +17,7 @@ from tunerkit.errors import AdapterError, StepError, closest, cut, error_text
 from tunerkit.hooks import Engine, Pieces, Removable, same, whole_pieces
 from tunerkit.injection.slots import Slot, base_modules, inside, is_merged, slots_of
 from tunerkit.layers import Adapter, weights, whole_shape
-from tunerkit.paths import few, join, table_of
+from tunerkit.paths import few, is_number, join
 from tunerkit.records import RankChange, State, Target
 
 # The attribute of a wrapped model that holds its `Wrapped`.
@@ -131,9 +131,8 @@ class Tuner:
 
     def _repr_html_(self) -> str:
         """Return the text and the rank map, for notebooks."""
-        is_there = wrapped_of(self.model).tuners.get(self.name) is self
-        ranks = table_of(self.ranks()) if is_there else ""
-        return f'<pre style="white-space:pre-wrap">{html.escape(repr(self))}</pre>{ranks}'
+        ranks = table_of(self.ranks()) if wrapped_of(self.model).tuners.get(self.name) is self else ""
+        return f'<pre style="white-space:pre-wrap">{escape(repr(self))}</pre>{ranks}'
 
     @property
     def steps(self) -> int:
@@ -278,6 +277,28 @@ class Adapters(dict[str, Tuner]):
     def __repr__(self) -> str:
         lines = [f"{name!r}: {outline(tuner)}" for name, tuner in self.items()]
         return "\n".join([*lines[:9], *([f"and {len(lines) - 9} more"] if lines[9:] else [])]) or "{}"
+
+
+def table_of(ranks: Mapping[str, int]) -> str:
+    """Return ranks by path as a table in HTML: a row for each layer, a column for each matrix, shaded by rank.
+
+    The first number in a path is its layer. The shade is a thin colour over the page's own background, so that dark
+    pages can be read too. It is empty if nothing has a rank, or for more than 10,000 cells.
+    """
+    rows: dict[str, dict[str, int]] = {}
+    for path, rank in ranks.items():
+        parts = path.split(".")
+        end = next((at + 1 for at, part in enumerate(parts[:-1]) if is_number(part)), 0)
+        rows.setdefault(".".join(parts[:end]), {})[".".join(parts[end:])] = rank
+    columns, top = dict.fromkeys(matrix for row in rows.values() for matrix in row), max(ranks.values(), default=0)
+    if not top or len(rows) * len(columns) > 10_000:
+        return ""
+    lines = ["".join(f"<th>{escape(name).replace('.', '.<wbr>')}</th>" for name in ("", *columns))]
+    for layer, row in rows.items():
+        shades = {matrix: f"background:rgba(70,130,180,{0.6 * rank / top:.2f})" for matrix, rank in row.items()}
+        cells = (f'<td style="{shades.get(matrix, "")}">{row.get(matrix, "")}</td>' for matrix in columns)
+        lines.append(f"<th>{escape(layer)}</th>{''.join(cells)}")
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:

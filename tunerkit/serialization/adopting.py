@@ -1,10 +1,11 @@
 """Adopt an adapter of another program: find its places in the model, and make it one of an installed method."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +29,6 @@ from tunerkit.layers import Adapter, BaseLayer, bias_name, misfit, torch_private
 from tunerkit.paths import few, is_under, join
 from tunerkit.records import Factors, Foreign, Format, Target
 from tunerkit.serialization.fingerprint import refuse_places
-from tunerkit.serialization.formats import naming
 from tunerkit.serialization.tensor_checks import refuse_nonfinite
 from tunerkit.targets import Scan
 
@@ -103,41 +103,20 @@ def _read(format: Format, path: Path, model: nn.Module) -> Foreign:
             f"{holder.name} has partitioned these: load it onto a whole base in one process, tunerkit.save it "
             "there, and load that file here"
         )
-    with naming(format, "read"):
-        found: Any = format.read(path, model)  # Any: the plugin may return anything
-    if not isinstance(found, Foreign):
-        raise PluginError(f"read of format {format.name!r} returned {shown(found)}; return a tunerkit.plugin.Foreign")
-    if wrong := list(_wrong_fields(found)):
-        raise PluginError(
-            f"read of format {format.name!r} returned a Foreign whose {few(wrong, shown=5)}; see its docstring"
-        )
+    with hooks.naming(format, "read"):
+        found = format.read(path, model)
+    given: Any = found  # the plugin may return anything
+    if isinstance(given, Foreign) and isinstance(given.factors, Mapping):  # which may compute each when it is asked
+        given = attrs.evolve(given, factors={})
+    if (wrong := hooks.unlike(given, Foreign)) is not None:
+        raise PluginError(f"read of format {format.name!r} returned {wrong[0]}; it must return {wrong[1]}")
+    if found.tensors and found.tensors.keys() != set(found.factors):
+        raise PluginError(f"read of format {format.name!r}: tensors must have the paths of factors, or be empty")
     return found
-
-
-def _wrong_fields(found: Any) -> Iterator[str]:
-    """Say of each field of a record what it must be and is not."""
-    if not _are(str, (found.method, found.base)):
-        yield "method and base must be texts"
-    if not isinstance(found.remarks, tuple | list) or not _are(str, found.remarks):
-        yield "remarks must be a tuple of texts"
-    if not _are(Mapping, (found.factors, found.config, found.tensors, found.copies)):
-        yield "factors and config, tensors and copies must be mappings"
-    elif not all(map(_are_tensors, (found.biases, *found.tensors.values(), *found.copies.values()))):
-        yield "biases must be tensors by path, and tensors and copies must be mappings of tensors by path"
-    elif found.tensors and found.tensors.keys() != set(found.factors):
-        yield "tensors must have the paths of factors, or be empty"
 
 
 def _is_matrix(value: object) -> bool:
     return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
-
-
-def _are(kind: type, values: Iterable[object]) -> bool:
-    return all(isinstance(each, kind) for each in values)
-
-
-def _are_tensors(value: object) -> bool:
-    return isinstance(value, Mapping) and _are(Tensor, value.values())
 
 
 def _in_full(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str]]:
@@ -189,7 +168,7 @@ def _refuse_biases(found: Foreign, scanned: Scan, source: str) -> None:
 
 def _products(found: Foreign, format: Format, bases: Mapping[str, BaseLayer], other_base: str) -> dict[str, Factors]:
     """Return the product for each target. Raises `BaseMismatchError` if a target's weight has another shape."""
-    with naming(format, "read"):
+    with hooks.naming(format, "read"):
         products: dict[str, Any] = {at: found.factors[at] for at in bases}  # Any: the plugin may return anything
     problems = []
     for at, product in products.items():

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from tunerkit import hooks, layers, targets
 from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, cut, shown, warn
-from tunerkit.extras import SETTINGS
 from tunerkit.injection import Tuner, base_modules, slots_of
 from tunerkit.layers import BaseLayer, as_base_layers, is_packed, torch_private, weights, whole_shape
 from tunerkit.paths import few, is_under, join
@@ -296,7 +295,7 @@ def _other_settings(tuner: Tuner, header: Header, source: str) -> list[str]:
             f"{source} was saved where no plugin knew the settings of its base, such as {few(list(found), shown=3)}: "
             "they cannot be compared with this model's"
         )
-    if saved and not found and (lacking := hooks.registry.lacking("compares them", SETTINGS)):
+    if saved and not found and (lacking := hooks.registry.lacking("compares them")):
         warn(
             f"{source} records settings of its base that change the output, and they are not compared: "
             f"{few(list(saved), shown=5)}. {lacking}. To load without comparing them, pass check_config=False"

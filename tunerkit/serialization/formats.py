@@ -2,8 +2,8 @@
 
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,16 +68,6 @@ def sniffs(format: Format, path: Path) -> bool:
         return False
 
 
-@contextmanager
-def naming(format: Format, function: str) -> Iterator[None]:
-    """Errors of a plugin's function keep their class and name the format."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"raised by {function} of format {format.name!r}")
-        raise
-
-
 # --- Writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +110,7 @@ def _put_back_older(scratch: Path) -> None:
 
 def _written(format: Format, tuner: Tuner, folder: Path, options: object) -> list[Path]:
     """Let the plugin write, and check that it names the files that it wrote, each directly in the folder."""
-    with naming(format, "write"):
+    with hooks.naming(format, "write"):
         answer: Any = format.write(tuner, folder, options)
     try:
         names = sorted(Path(each).name for each in answer)

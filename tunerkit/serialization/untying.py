@@ -14,7 +14,6 @@ from torch import nn
 
 from tunerkit import hooks, injection, targets
 from tunerkit.errors import AdapterError, warn
-from tunerkit.extras import is_described
 from tunerkit.injection import Slots
 from tunerkit.layers import torch_private
 from tunerkit.paths import is_under, join
@@ -134,7 +133,7 @@ def _tied_flags(
 
     One flag stands for all ties of such a module: its library reads and writes what stays tied only if it is set.
     """
-    if is_described(model) and (unserved := hooks.unserved(model)):
+    if unserved := hooks.unserved(model, described=True):
         warn(
             f"tied weights of this {type(model).__name__} get values of their own, and its config still says that they "
             f"are tied: {unserved}"

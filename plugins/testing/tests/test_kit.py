@@ -63,6 +63,13 @@ def test_methods_that_keep_the_contract_pass(toys: None, method: str, case: Case
     assert all(result.reason for result in found if result.status == "skipped")
 
 
+def test_a_method_may_be_named_in_any_case(toys: None) -> None:
+    """As in `tunerkit.wrap`: the checks see the method's own name."""
+    found = check_method("Toy-SHIFT", cases=[CASE])
+    assert found == check_method("toy-shift", cases=[CASE])
+    assert [result for result in found if result.status not in ("passed", "skipped")] == []
+
+
 @pytest.mark.parametrize(("method", "config"), UNUSUAL.items(), ids=UNUSUAL)
 def test_unusual_methods_that_keep_the_contract_pass(method: str, config: Mapping[str, object]) -> None:
     """Law: no check asks for more of methods that scale, read, share, grow, are fitted, or start elsewhere."""

@@ -11,7 +11,7 @@ import attrs
 import torch
 
 import tunerkit
-from tunerkit import TunerkitError
+from tunerkit import TunerkitError, hooks
 from tunerkit.errors import PluginError, bounded, closest
 from tunerkit.plugin import AdapterConfig
 from tunerkit_testing.cases import Case, Check, name_of
@@ -55,7 +55,7 @@ def check_method(
     Checks whose failure explains others come first; those that depend on one that failed are skipped.
 
     Args:
-        name: The method's name.
+        name: The method's name, in any case.
         config: Its config: an instance of its config class, a mapping of settings, or None for the defaults.
         cases: The models; by default a small BERT and a small Llama, or a small network without transformers.
         expected_failures: Reasons why checks fail, by the check's name. They still run; one that passes says so.
@@ -153,7 +153,7 @@ def run_check(check: Check, case: Case, method: str, config: Mapping[str, object
         warnings.catch_warnings(action="ignore"),
     ):
         try:
-            reason = check(case, method, config, Path(folder)) or ""
+            reason = check(case, hooks.registry.named(method), config, Path(folder)) or ""
         except SkipTest as error:
             status, reason = "skipped", str(error)
         except (AssertionError, PluginError) as error:

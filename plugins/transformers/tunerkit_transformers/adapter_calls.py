@@ -36,7 +36,7 @@ def watch_calls_(model: nn.Module) -> None:
                 vars(module).setdefault(name, functools.partial(refuse, module, name))
     for name in _OF_PEFT:
         if not hasattr(model, name):
-            vars(model)[name] = functools.partial(refuse, None, name)  # no cycle: a plain model is freed at once
+            vars(model)[name] = functools.partial(refuse, None, name)  # None: no method of its class to pass on
 
 
 def unwatch_calls_(model: nn.Module) -> None:
