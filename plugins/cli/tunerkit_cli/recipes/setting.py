@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import attrs
 
-from tunerkit.config import meant
 from tunerkit.errors import ConfigError, closest, shown
 from tunerkit_cli.recipes.fragments import Fragment
 from tunerkit_cli.recipes.reading import schema
@@ -114,6 +113,8 @@ def _unknown(key: str, name: str, close: Iterable[str], names: Names, where: str
     """
     full = [FLAGS[name]] if name in FLAGS else [f"{part}.{name}" for part in names if part and name in names[part]]
     settings = names["config"]
+    from tunerkit.config import meant  # imports torch, which an error on the command line does not need
+
     elsewhere = meant(name, settings.values()) if isinstance(settings, Mapping) else ""
     hint = f"; did you mean {' or '.join(map(repr, full))}?" if full else elsewhere or closest(name, sorted(close))
     hint = hint or "; `tunerkit schema` lists a recipe's keys, `tunerkit config` a method's"
