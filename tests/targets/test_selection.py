@@ -149,6 +149,15 @@ def test_every_problem_is_named_at_once_with_the_closest_names() -> None:
     assert "no layer 7; its layers are 0 to 2" in text
 
 
+def test_a_regular_expression_without_its_prefix_is_told_of_it() -> None:
+    """In PEFT it needs none; here ``.*`` alone is a name or a glob."""
+    with pytest.raises(TargetError, match=r"no module named '\.\*query';.* a regular expression begins with 're:'"):
+        chosen(Net(), [".*query"])
+    with pytest.raises(TargetError) as caught:
+        chosen(Net(), ["re:.*qeury"])
+    assert "begins with" not in str(caught.value)
+
+
 def test_a_misspelt_full_path_gets_the_full_path_as_hint() -> None:
     """Law: the hint has as many components as the name."""
     with pytest.raises(TargetError, match=r"did you mean 'layers\.0\.attention\.query'"):

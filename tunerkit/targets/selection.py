@@ -273,4 +273,5 @@ def unknown(
     parts = [path.split(".") for module in candidates for path in module.paths]
     names = {".".join(each[-length:]) for each in parts for length in lengths}
     some = f"; there are: {few(sorted(names), shown=SEARCHED)}" if names else ""
-    return f"no module named {shown(pattern)}{closest(pattern, sorted({*names, *others})) or some}"
+    regular = "; a regular expression begins with 're:'" if ".*" in pattern and not pattern.startswith("re:") else ""
+    return f"no module named {shown(pattern)}{closest(pattern, sorted({*names, *others})) or some}{regular}"
