@@ -151,7 +151,7 @@ SETTINGS_ELSEWHERE: Final = {
     "layers_pattern": "leave it out: the first number in a path is the layer's",
     "use_dora": "this method is not DoRA, and LoRA alone is another training: leave it out, or write a method",
     "lora_bias": "B has no bias here; bias='adapters' trains the biases of the adapted layers",
-    "loftq_config": "no start changes the base: quantise it, and wrap it as it is",
+    "loftq_config": "the start leaves the base as it is: quantise it, and wrap it",
     "eva_config": "this method does not start by EVA; tunerkit_calibrate lets a method of yours do so",
     "trainable_token_indices": "rows cannot be trained alone: name the embedding in train_modules",
     "target_parameters": "only modules can be adapted, and no parameters such as stacks of experts: leave it out",
