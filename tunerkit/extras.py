@@ -153,7 +153,7 @@ SETTINGS_ELSEWHERE: Final = {
     "lora_bias": "B has no bias here; bias='adapters' trains the biases of the adapted layers",
     "loftq_config": "the start leaves the base as it is: quantise it, and wrap it",
     "eva_config": "this method does not start by EVA; tunerkit_calibrate lets a method of yours do so",
-    "trainable_token_indices": "this method trains no rows alone: name the embedding in train_modules, or write a method",
+    "trainable_token_indices": "no rows are trained alone: name the embedding in train_modules, or write a method",
     "target_parameters": "only modules can be adapted, and no parameters such as stacks of experts: leave it out",
     "ensure_weight_tying": "leave it out: name both sides of the tied weight in train_modules, or untie them",
     "rank_pattern": "it belongs to method 'lora'; min_rank and max_rank bound AdaLoRA's ranks by pattern",
