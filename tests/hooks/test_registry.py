@@ -72,7 +72,7 @@ BROKEN = {
     "did you mean 'tunerkit_delta'": f"{HEAD}{CONFIG}{YIELD}{BUILD}@hookimpl\ndef tunerkit_dleta(adapter): ...\n",
     "can not be found in the hookspec": HEAD + CONFIG + YIELD + BUILD.replace("(target)", "(targte)"),
     "KeyError": f"{HEAD}{BUILD}@hookimpl\ndef tunerkit_methods():\n    yield {{}}['method']\n",
-    "expected a tunerkit.records.Method": f"{HEAD}{BUILD}@hookimpl\ndef tunerkit_methods():\n    return 'broken'\n",
+    "expected a tunerkit.plugin.Method": f"{HEAD}{BUILD}@hookimpl\ndef tunerkit_methods():\n    return 'broken'\n",
     "object is not iterable": f"{HEAD}{CONFIG}{BUILD}{YIELD}".replace("[Method('broken', Config)]", "3"),
     "expected an attrs class": f"{HEAD}Config = 3\n{YIELD}{BUILD}",
     "expected an attrs class derived": f"{HEAD}class Config(AdapterConfig): ...\n{YIELD}{BUILD}",

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from html.parser import HTMLParser
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import pytest
@@ -104,6 +105,22 @@ def test_the_adapters_of_a_model_have_a_line_each(toys: "Toys") -> None:
     assert re.fullmatch(r"'a0': toy-low-rank, rank 2, budget 2, .* parameters are trained \(.* %\), step 0", lines[0])
     assert lines[9] == "and 3 more"
     assert tunerkit.adapters(model) == {f"a{n}": tunerkit.tuner(model, f"a{n}") for n in range(12)}
+
+
+def test_only_the_adapters_that_are_printed_are_counted(toys: "Toys", monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server may hold hundreds, and each line counts the model's parameters."""
+    model = toys.net()
+    for number in range(12):
+        tunerkit.wrap(model, "toy-low-rank", {"targets": ["conv"]}, adapter=f"a{number}")
+    asked: list[str] = []
+
+    def noted(tuner: Tuner) -> str:
+        asked.append(tuner.name)
+        return "seen"
+
+    monkeypatch.setattr(import_module("tunerkit.injection.tuner"), "outline", noted)
+    assert repr(tunerkit.adapters(model)).splitlines() == [*(f"'a{n}': seen" for n in range(9)), "and 3 more"]
+    assert asked == [f"a{n}" for n in range(9)]
 
 
 def test_an_adapter_that_is_gone_is_printed_too(toys: "Toys") -> None:

@@ -196,7 +196,7 @@ def _are_plain(*names: str) -> bool:
 
 # What each record must be beyond the types of its fields.
 _RULES: Final[Mapping[Callable[..., object], tuple[str, Callable[[Any], bool]]]] = {
-    specs.tunerkit_base_layers: ("with forwards or matches(), all abstract methods, matrix() if linear", _is_complete),
+    specs.tunerkit_base_layers: ("with a tuple forwards or matches(), all methods, matrix() if linear", _is_complete),
     specs.tunerkit_weight_readers: ("with plain names", lambda record: _are_plain(record.owner, *record.children)),
     specs.tunerkit_default_targets: ("with plain names", lambda record: _are_plain(*record.model_types, *record.names)),
     specs.tunerkit_restrictions: (

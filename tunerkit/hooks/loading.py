@@ -295,7 +295,7 @@ def _ask_methods(hooks: Mapping[str, pluggy.HookImpl]) -> dict[str, Method]:
 def _checked_name(method: Any) -> str:
     """Return the name of a method, after all checks of its record."""
     if not isinstance(method, Method):
-        raise PluginError(f"tunerkit_methods yielded {shown(method)}; expected a tunerkit.records.Method")
+        raise PluginError(f"tunerkit_methods yielded {shown(method)}; expected a tunerkit.plugin.Method")
     name: object = method.name
     if not isinstance(name, str) or not re.fullmatch(r"[^\s,/()]+", name):
         raise PluginError(

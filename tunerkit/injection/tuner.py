@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from html import escape
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -275,8 +276,8 @@ class Adapters(dict[str, Tuner]):
     """The tuners of a model by adapter name. Printed, each of the first has a line."""
 
     def __repr__(self) -> str:
-        lines = [f"{name!r}: {outline(tuner)}" for name, tuner in self.items()]
-        return "\n".join([*lines[:9], *([f"and {len(lines) - 9} more"] if lines[9:] else [])]) or "{}"
+        lines = [f"{name!r}: {outline(tuner)}" for name, tuner in islice(self.items(), 9)]  # each counts the model
+        return "\n".join([*lines, *([f"and {len(self) - 9} more"] if len(self) > 9 else [])]) or "{}"
 
 
 def table_of(ranks: Mapping[str, int]) -> str:

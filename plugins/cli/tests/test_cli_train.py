@@ -277,16 +277,10 @@ def test_what_a_run_is_measured_on_does_not_depend_on_how_it_trains(folder: Path
     assert data_of(folder) == data_of(folder, seed=1) == data_of(folder, num_train_epochs=9, learning_rate=1.0)
 
 
-def test_the_readmes_three_lines_classify(out: Path) -> None:
-    """The README's example of `tunerkit.from_folder`, on the folder of this run."""
-    page = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    examples = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    (example,) = [each for each in examples if "from_folder" in each]
-    lines = example.replace('"out/mine"', repr(str(out))).splitlines()
-    assert len(lines) == 3
-    names: dict[str, Any] = {"tunerkit": tunerkit, "transformers": transformers}
-    exec("\n".join(lines[:2]), names)
-    (answer,) = eval(lines[2], names)
+def test_a_pipeline_takes_what_a_folder_gives(out: Path) -> None:
+    """`tunerkit.from_folder` returns a model and a tokenizer that transformers' pipeline classifies with."""
+    model, tokenizer = tunerkit.from_folder(out)
+    (answer,) = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)("A wonderful film.")
     assert set(answer) == {"label", "score"}
 
 

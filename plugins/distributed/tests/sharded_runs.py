@@ -426,6 +426,8 @@ def _waits_for_a_busy_writer(folder: str) -> bool:
     tunerkit.attach(model, adam(model))
     first = distributed.get_rank() == 0
     with mock.patch("tunerkit_distributed.writing._PATIENCE", 0.2):
+        if first:
+            time.sleep(1)
         tunerkit.save(model, f"{folder}/last/patient")
         if first:
             time.sleep(1)

@@ -16,6 +16,7 @@ from tunerkit.hooks import Engine
 from tunerkit_distributed import group, torch_private
 
 _KEY: Final = "tunerkit/written"
+_GRACE: Final = 2.0  # seconds from a file to the answer about it
 _PATIENCE: Final = 60.0  # seconds after which a file that process 0 wrote elsewhere counts as the one waited for
 
 
@@ -63,6 +64,7 @@ def written_once(engine: Engine, place: Path, content: str, write: Callable[[], 
         raise _KINDS.get(answer.error, FileError)(f"process 0 could not write {place}: {answer.text}")
     if Path(answer.text) != place.absolute():
         _wait_for(place)
+        _catch_up(key, any_place, place)
     return place
 
 
@@ -126,6 +128,24 @@ def _looking(key: str, any_place: str, place: Path) -> Callable[[], _Answer | No
         return found
 
     return look
+
+
+def _catch_up(key: str, any_place: str, place: Path) -> None:
+    """Go on behind the answer about ``place``: process 0 may have written files of this name alone before.
+
+    Else a later wait would take its last file for one that was written since. Through another mount no answer has the
+    path of this process, and none is left out.
+    """
+    counts, started = _own_counts(), time.monotonic()
+    number = counts.answers[key]
+    while time.monotonic() - started < _GRACE:  # it answers after the file is there
+        if (later := _read(f"{key}/{number + 1}")) is None:
+            time.sleep(0.01)
+            continue
+        number += 1
+        if later.text == str(place.absolute()):
+            counts.answers[key], counts.files[any_place] = number, max(counts.files[any_place], later.file)
+            return
 
 
 def _wait_for(place: Path) -> None:

@@ -1,4 +1,4 @@
-"""The table of docs/from-peft.md: what a user of PEFT writes, and what here, run line by line."""
+"""The table of docs/how-to/from-peft.md: what a user of PEFT writes, and what here, run line by line."""
 
 import re
 from collections.abc import Iterator
