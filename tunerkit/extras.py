@@ -117,7 +117,7 @@ def install(*extras: str) -> str:
 
 _LORA: Final = "tunerkit.wrap(model, 'lora', config)"
 _TRAINED: Final = "print(tunerkit.trainable_parameters(model))"
-# What PEFT and transformers call functions, classes and methods, and what to write here.
+# What PEFT and transformers call functions, classes and methods, and what has left core; what to write here.
 CALLS_ELSEWHERE: Final = {
     **dict.fromkeys(("get_peft_model", "inject_adapter_in_model", "LoraModel"), _LORA),
     **dict.fromkeys(("LoraConfig", "PeftConfig"), "from tunerkit_lora import LoraConfig"),

@@ -19,7 +19,7 @@ M = TypeVar("M", bound=nn.Module)
 def wrap(
     model: M,
     method: str,
-    config: object | None = None,
+    config: object = None,
     *,
     adapter: str = "default",
     seed: int | None = None,

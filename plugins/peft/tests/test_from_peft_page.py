@@ -1,7 +1,7 @@
 """The table of docs/how-to/from-peft.md: what a user of PEFT writes, and what here, run line by line."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,33 @@ def test_our_line_runs(goal: str, tmp_path: Path) -> None:
     code = compile(first_code(ROWS[goal][1]), goal, "exec")
     if not any(each in ROWS[goal][1] for each in NO_NETWORK):
         with chdir(tmp_path):
-            exec(code, ours(goal))
+            found = ours(goal)
+            exec(code, found)
+            assert LEAVES.get(goal, lambda found: True)(found)
+
+
+# What our lines of these rows leave.
+LEAVES: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+    "add an adapter": lambda found: tunerkit.active(found["model"]) == ("default",) and found["model"] is found["base"],
+    "train with AdaLoRA": lambda found: tunerkit.tuner(found["model"]).total_steps == 100,
+    "save": lambda found: Path("out/adapter.safetensors").is_file(),
+    "load": lambda found: not any(each.requires_grad for each in tunerkit.tuner(found["model"]).parameters()),
+    "continue training (`is_trainable`)": lambda found: all(
+        each.requires_grad for each in tunerkit.tuner(found["model"]).parameters()
+    ),
+    "merge and take the adapter out (`merge_and_unload`)": lambda found: not tunerkit.adapters(found["base"]),
+    "take the adapter out": lambda found: not tunerkit.adapters(found["base"]),
+    "add a second adapter": lambda found: tunerkit.active(found["model"]) == ("default", "b"),
+    "load a second adapter": lambda found: tunerkit.active(found["model"]) == ("default", "b"),
+    "choose the active one (`set_adapter`)": lambda found: tunerkit.active(found["model"]) == ("a",),
+    "delete one": lambda found: "b" not in tunerkit.adapters(found["model"]),
+    "swap an adapter (hot swap)": lambda found: [*tunerkit.adapters(found["model"])] == ["new"],
+}
+
+
+def test_the_rows_whose_end_is_looked_at_are_on_the_page() -> None:
+    """A row that is renamed would be looked at no more."""
+    assert LEAVES.keys() <= set(POSSIBLE)
 
 
 @pytest.mark.filterwarnings("ignore")
