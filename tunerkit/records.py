@@ -45,6 +45,8 @@ class Method:
             method that does not.
         pieces: Whether the method's hooks work on the pieces that a process holds where an engine has cut an adapter,
             see `tunerkit.plugin.Tuner.pieces`. Hooks of other methods see whole weights, gathered around each of them.
+        foreign: What formats of other programs must know to write and read the method's tensors, by the format's name.
+            The format says what it needs; ``"peft"`` wants PEFT's names of the tensors and settings.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Method:
     targets: Literal["weights", "outputs"] = attrs.field(default="weights", kw_only=True)
     statistics: StatisticsRequest | None = attrs.field(default=None, kw_only=True)
     pieces: bool = attrs.field(default=False, kw_only=True)
+    foreign: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict, kw_only=True, repr=False)
 
 
 @attrs.frozen
