@@ -57,21 +57,7 @@ def method(
     - ``Factors``: ΔW as a product of two small matrices, which is never computed as a whole in training.
     - ``Gain``: factors (out,) of the layer's output.
 
-    A setting named ``dropout`` drops a share of the input of ΔW in training; the function need not ask for it.
-
-    For example, VeRA without its shared matrices is::
-
-        @tunerkit.method("vectors")
-        def vectors(
-            q: Tensor = parameter("rank", "in", start=nn.init.normal_, trained=False),
-            p: Tensor = parameter("out", "rank", start=nn.init.normal_, trained=False),
-            d: Tensor = parameter("rank", start=0.1),
-            b: Tensor = parameter("out"),
-            rank: int = setting(8, ge=1, doc="rank of the two fixed matrices"),
-        ) -> Factors:
-            return Factors(q=d[:, None] * q, p=b[:, None] * p)
-
-        model = tunerkit.wrap(model, "vectors", {"rank": 4})     # after tunerkit.register(vectors)
+    A setting named ``dropout`` drops a share of the input of ΔW in training. docs/authors/write-a-method.md has examples.
 
     Args:
         name: The method's name.
@@ -132,7 +118,7 @@ class FunctionPlugin:
             self._refuse(f"has the setting {key!r} without a type", f"annotate it, as in {key}: int = setting(...)")
         namespace = {**fields, "__annotations__": {key: hints[key] for key in fields}, "__doc__": function.__doc__}
         names = {"__module__": self.__module__, "__qualname__": f"{self.__qualname__}.config"}
-        self.config: type[AdapterConfig] = attrs.frozen(type("config", (AdapterConfig,), {**namespace, **names}))
+        self.config: Any = attrs.frozen(type("config", (AdapterConfig,), {**namespace, **names}))
         self.method = Method(name, config=self.config, **record)
 
     def __call__(self, *args: Any, **arguments: Any) -> Any:
