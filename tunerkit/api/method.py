@@ -6,15 +6,16 @@ from functools import partial
 from typing import Any, Final, NoReturn, TypeAlias, get_type_hints
 
 import attrs
+import pluggy
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hookimpl
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, closest, shown
 from tunerkit.layers import Adapter, BaseLayer, add_delta, add_low_rank, autocast_off
 from tunerkit.records import Delta, Factors, Gain, Method
 
+hookimpl = pluggy.HookimplMarker("tunerkit")  # as the package's own, which comes after this file
 Start: TypeAlias = float | Callable[[Tensor], object]
 _GIVEN: Final = ("base", "weight")  # what a function may ask for beside its parameters and settings
 
@@ -57,7 +58,7 @@ def method(
     - ``Factors``: ΔW as a product of two small matrices, which is never computed as a whole in training.
     - ``Gain``: factors (out,) of the layer's output.
 
-    A setting named ``dropout`` drops a share of the input of ΔW in training. docs/authors/write-a-method.md has examples.
+    A setting named ``dropout`` drops a share of the input of ΔW in training. "Write a method" in the docs has examples.
 
     Args:
         name: The method's name.
