@@ -270,7 +270,9 @@ def unknown(
         for name, parameter in torch_private.parameters_of(found.module).items():
             if matcher(pattern)(join(path, name)):
                 what = "a stack of matrices in one parameter" if parameter.ndim >= 3 else "a parameter"
-                return f"{shown(pattern)} is {what} ({join(path, name)}), and no module; only modules can be named yet"
+                holder = f"of {path!r}, a {type(found.module).__name__}" if path else "of the model itself"
+                instead = f": name {path!r} to adapt its {name}" if found.base is not None else ""
+                return f"{shown(pattern)} is {what} {holder}, and only modules can be named yet{instead}"
     # The ends of the modules' paths with one name, with two, and with as many as the pattern has.
     lengths = {1, 2, pattern.count(".") + 1}
     parts = [path.split(".") for module in candidates for path in module.paths]
