@@ -39,6 +39,8 @@ class Row:
 
 ROWS = (
     # PEFT rounds the scale to fp32, so it is one that fp32 has.
+    # Without its CUDA extension, PEFT computes with one factor whatever its config says.
+    Row("boft", {"block_size": 4, "factors": 1}, peft.BOFTConfig, {"boft_block_size": 4, "init_weights": False}),
     Row(
         "dora",
         {"rank": 3, "alpha": 6.0},
@@ -48,6 +50,13 @@ ROWS = (
     Row("hra", {"rank": 4}, peft.HRAConfig, {"r": 4, "init_weights": False}),
     Row("ia3", {"feedforward": ["out"]}, peft.IA3Config, {"feedforward_modules": ["out"], "init_ia3_weights": False}),
     Row("loha", {"rank": 3, "alpha": 6.0}, peft.LoHaConfig, {"r": 3, "alpha": 6, "init_weights": False}),
+    Row("oft", {"block_size": 4}, peft.OFTConfig, {"oft_block_size": 4, "init_weights": False}),
+    Row(
+        "oft",
+        {"block_size": 4, "neumann": False, "shared_block": True},
+        peft.OFTConfig,
+        {"oft_block_size": 4, "use_cayley_neumann": False, "block_share": True, "init_weights": False},
+    ),
     Row("road", {"variant": 1, "group_size": 4}, peft.RoadConfig, {"group_size": 4, "init_weights": False}),
     Row(
         "road",
