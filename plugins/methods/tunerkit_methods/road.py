@@ -76,11 +76,17 @@ def tunerkit_methods() -> Iterator[Method]:
 
 @hookimpl
 def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Turning:
-    out, group = base.out_features, config.group_size
-    if out % 2 or (group or 0) % 2:
-        raise TargetError(f"road turns pairs: the layer has {out} outputs and group_size is {group}, both must be even")
-    half = divisor(None if group is None else group // 2, 32, out // 2, "half of group_size, half of the outputs")
-    return Turning(out, config.variant, 2 * half)
+    module, group = base.module, config.group_size
+    groups = module.groups if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
+    outputs = base.out_features // groups  # a pair in two groups of a convolution would be no change of its weight
+    if outputs % 2 or (group or 0) % 2:
+        where = " in each group" if groups > 1 else ""
+        raise TargetError(
+            f"road turns pairs of outputs: the layer has {outputs}{where}, group_size is {group}; both must be even"
+        )
+    if group is None:
+        return Turning(base.out_features, config.variant, 2 * divisor(None, 32, outputs // 2, ""))
+    return Turning(base.out_features, config.variant, divisor(group, group, outputs, "group_size, the outputs"))
 
 
 @hookimpl
