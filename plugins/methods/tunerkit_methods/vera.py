@@ -63,11 +63,10 @@ class Vectors(Adapter):
         self.dropout = config.dropout
         self.d = nn.Parameter(torch.full((len(shared.get_buffer("q")),), config.start))
         self.b = nn.Parameter(torch.zeros(base.out_features))
-        self.full = min(len(self.d), base.in_features, base.out_features)
 
     @property
     def rank(self) -> int:
-        return self.full
+        return len(self.d)
 
     def product(self, base: BaseLayer) -> Factors:
         q, p = self.shared.get_buffer("q"), self.shared.get_buffer("p")
