@@ -15,13 +15,13 @@ NAMES = {
     "type": "BOFT",
     "tensors": {
         "t": {"name": "boft_R", "shape": ["factors", "blocks", "block_size", "block_size"]},
-        "s": {"name": "boft_s", "shape": ["out", 1]},
+        "s": {"name": "boft_s", "shape": ["out", 1], "convolution": [1, "out"]},
     },
     "settings": {"block_size": "boft_block_size", "factors": "boft_n_butterfly_factor"},
     "constants": {"boft_block_num": 0},
     "training": {"boft_dropout": 0.0},
     "ignored": ["init_weights"],
-    "layers": ["Linear", "Conv1D", "Conv2d"],
+    "layers": ["Linear", "Conv2d"],
     "bias": "boft_only",
 }
 

@@ -23,12 +23,13 @@ from tunerkit_methods.inputs import wide_weight
 NAMES = {
     "type": "LORA",
     "tensors": {
-        "a": {"name": "lora_A.weight", "convolution": ["rank", "*in"]},
-        "b": {"name": "lora_B.weight", "convolution": ["out", "rank", "1*"]},
+        "a": {"name": "lora_A.weight", "convolution": ["rank", "*in"], "embedding": "lora_embedding_A"},
+        "b": {"name": "lora_B.weight", "convolution": ["out", "rank", "1*"], "embedding": "lora_embedding_B"},
         "m": {"name": ["lora_magnitude_vector", "lora_magnitude_vector.weight"], "convolution": [1, "out", "1*"]},
     },
-    "settings": {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
-    "constants": {"use_dora": True, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}},
+    "settings": {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dropout": "lora_dropout"},
+    "constants": {"use_dora": True, "rank_pattern": {}, "alpha_pattern": {}},
+    "layers": ["Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding"],
     "bias": "lora_only",
 }
 
@@ -38,12 +39,18 @@ class Config(AdapterConfig):
     """The settings of DoRA."""
 
     rank: int = setting(8, ge=1, doc="rows of A and columns of B", aka=("r",))
-    alpha: float = setting(16.0, gt=0, doc="numerator of the scale alpha / rank", aka=("lora_alpha",))
+    alpha: float | None = setting(
+        None, gt=0, doc="numerator of the scale; None means twice the rank", aka=("lora_alpha",)
+    )
+    rslora: bool = setting(False, doc="divide alpha by the root of the rank instead of the rank", aka=("use_rslora",))
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of A's input dropped in training", aka=("lora_dropout",))
+
+    def settled(self) -> "Config":
+        return attrs.evolve(self, alpha=self.alpha or 2.0 * self.rank)
 
 
 class Dora(Adapter):
-    """Replaces W by f ∘ (W + s B A), f = m / ‖W + s B A‖ (out,), the norm of each row (equation 5), s = alpha / rank.
+    """Replaces W by f ∘ (W + s B A), f = m / ‖W + s B A‖ (out,), the norm of each row (equation 5), s the scale.
 
     A (rank, in) is random, B (out, rank) starts at 0, and m (out,) as the norms of W. The norm has no gradient, as
     section 4.3 of the paper says. It takes no matrix as large as W: ‖w + s b A‖² = ‖w‖² + 2 s ⟨w Aᵀ, b⟩ + s² b A Aᵀ bᵀ.
@@ -55,7 +62,8 @@ class Dora(Adapter):
 
     def __init__(self, base: BaseLayer, config: Config) -> None:
         super().__init__()
-        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        alpha, self.dropout = config.alpha or 2.0 * config.rank, config.dropout
+        self.scale = alpha / (config.rank**0.5 if config.rslora else config.rank)
         self.a = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(config.rank, base.in_features), a=5**0.5))
         self.b = nn.Parameter(torch.zeros(base.out_features, config.rank))
         weight = wide_weight(base, getattr(torch, config.adapter_dtype))

@@ -24,7 +24,7 @@ NAMES = {
     "constants": {"r": 0, "coft": False},
     "training": {"module_dropout": 0.0},
     "ignored": ["init_weights", "eps"],
-    "layers": ["Linear", "Conv1D", "Conv2d"],
+    "layers": ["Linear"],  # at a convolution, what PEFT merges is not what it computes: it turns overlapping patches
     "bias": "oft_only",
 }
 
