@@ -39,14 +39,9 @@ class Config(AdapterConfig):
     """The settings of DoRA."""
 
     rank: int = setting(8, ge=1, doc="rows of A and columns of B", aka=("r",))
-    alpha: float | None = setting(
-        None, gt=0, doc="numerator of the scale; None means twice the rank", aka=("lora_alpha",)
-    )
+    alpha: float = setting(16.0, gt=0, doc="numerator of the scale", aka=("lora_alpha",))
     rslora: bool = setting(False, doc="divide alpha by the root of the rank instead of the rank", aka=("use_rslora",))
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of A's input dropped in training", aka=("lora_dropout",))
-
-    def settled(self) -> "Config":
-        return attrs.evolve(self, alpha=self.alpha or 2.0 * self.rank)
 
 
 class Dora(Adapter):
@@ -62,8 +57,8 @@ class Dora(Adapter):
 
     def __init__(self, base: BaseLayer, config: Config) -> None:
         super().__init__()
-        alpha, self.dropout = config.alpha or 2.0 * config.rank, config.dropout
-        self.scale = alpha / (config.rank**0.5 if config.rslora else config.rank)
+        self.scale = config.alpha / (config.rank**0.5 if config.rslora else config.rank)
+        self.dropout = config.dropout
         self.a = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(config.rank, base.in_features), a=5**0.5))
         self.b = nn.Parameter(torch.zeros(base.out_features, config.rank))
         weight = wide_weight(base, getattr(torch, config.adapter_dtype))

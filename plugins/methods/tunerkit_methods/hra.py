@@ -14,7 +14,7 @@ from tunerkit_methods.sizes import at_most
 
 NAMES = {
     "type": "HRA",
-    "tensors": {"u": "hra_u"},
+    "tensors": {"u": {"name": "hra_u", "shape": ["in", "rank"]}},
     "settings": {"rank": "r"},
     "constants": {"apply_GS": False},
     "ignored": ["init_weights"],

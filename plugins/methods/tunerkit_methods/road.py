@@ -17,7 +17,8 @@ NAMES = {
     "tensors": {"theta": "road_theta", "alpha": "road_alpha"},
     "settings": {
         "variant": {"name": "variant", "values": {1: "road_1", 2: "road_2", 4: "road_4"}},
-        "group_size": "group_size",
+        # PEFT's default is 64, and None means it wherever it fits.
+        "group_size": {"name": "group_size", "values": {None: 64} | {size: size for size in range(2, 4097, 2)}},
     },
     "ignored": ["init_weights"],
     "layers": ["Linear"],

@@ -11,7 +11,7 @@ from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Factors, Method, 
 
 NAMES = {
     "type": "VERA",
-    "tensors": {"b": "vera_lambda_b", "d": "vera_lambda_d"},
+    "tensors": {"b": "vera_lambda_b", "d": {"name": "vera_lambda_d", "shape": ["rank"]}},
     "shared": {"q": {"name": "vera_A", "optional": True}, "p": {"name": "vera_B", "optional": True}},
     "settings": {
         "rank": "r",
