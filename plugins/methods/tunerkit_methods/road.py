@@ -17,8 +17,7 @@ NAMES = {
     "tensors": {"theta": "road_theta", "alpha": "road_alpha"},
     "settings": {
         "variant": {"name": "variant", "values": {1: "road_1", 2: "road_2", 4: "road_4"}},
-        # PEFT's default is 64, and None means it wherever it fits.
-        "group_size": {"name": "group_size", "values": {None: 64} | {size: size for size in range(2, 4097, 2)}},
+        "group_size": "group_size",
     },
     "ignored": ["init_weights"],
     "layers": ["Linear"],
@@ -30,9 +29,7 @@ class Config(AdapterConfig):
     """The settings of RoAd."""
 
     variant: Literal[1, 2, 4] = setting(1, doc="angles and factors per pair of outputs")
-    group_size: int | None = setting(
-        None, ge=2, doc="outputs in a group, whose halves form the pairs; None means 64, or less to fit the layer"
-    )
+    group_size: int = setting(2, ge=2, doc="outputs in a group, whose halves form the pairs; 2 pairs neighbours")
 
 
 class Turning(Adapter):
@@ -80,13 +77,11 @@ def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Turning:
     module, group = base.module, config.group_size
     groups = module.groups if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
     outputs = base.out_features // groups  # a pair in two groups of a convolution would be no change of its weight
-    if outputs % 2 or (group or 0) % 2:
+    if outputs % 2 or group % 2:
         where = " in each group" if groups > 1 else ""
         raise TargetError(
             f"road turns pairs of outputs: the layer has {outputs}{where}, group_size is {group}; both must be even"
         )
-    if group is None:
-        return Turning(base.out_features, config.variant, 2 * divisor(None, 32, outputs // 2, ""))
     return Turning(base.out_features, config.variant, divisor(group, group, outputs, "group_size, the outputs"))
 
 
