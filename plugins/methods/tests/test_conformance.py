@@ -10,7 +10,14 @@ from tunerkit_testing.known_cases import named
 
 # A method, settings that train on the small BERT, and the checks that fail for a reason.
 METHODS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
+    "boft": ({}, {}),
+    "dora": ({"rank": 2}, {"gradients_are_true": "the norm has no gradient, as in the paper"}),
+    "hra": ({"rank": 2}, {}),
+    "ia3": ({}, {}),
     "loha": ({"rank": 2}, {}),
+    "oft": ({}, {}),
+    "road": ({}, {}),
+    "vera": ({"rank": 8}, {}),
 }
 
 
