@@ -10,7 +10,11 @@ from tunerkit_testing.known_cases import named
 
 # A method, settings that train on the small BERT, and the checks that fail for a reason.
 METHODS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
+    "c3a": ({"block_size": 4}, {}),
+    "fourierft": ({"count": 30}, {}),
     "loha": ({"rank": 2}, {}),
+    "lokr": ({"rank": 1}, {}),
+    "miss": ({"rank": 2}, {}),
 }
 
 
