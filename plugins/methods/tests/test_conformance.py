@@ -15,6 +15,8 @@ METHODS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
     "loha": ({"rank": 2}, {}),
     "lokr": ({"rank": 1}, {}),
     "miss": ({"rank": 2}, {}),
+    "randlora": ({"rank": 4, "alpha": 16.0}, {}),
+    "vblora": ({"rank": 2, "vectors": 16}, {}),
 }
 
 

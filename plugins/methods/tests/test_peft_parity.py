@@ -89,6 +89,19 @@ ROWS = (
     Row("miss", {"rank": 4}, peft.MissConfig, {"r": 4, "init_weights": False}),
     # Neither 12 nor 20 inputs are a multiple: the last shard is shorter.
     Row("miss", {"rank": 7}, peft.MissConfig, {"r": 7, "init_weights": False}),
+    # The bases are not copied: the same seed draws them.
+    Row(
+        "randlora",
+        {"rank": 3, "alpha": 6.0, "seed": 2, "save_bases": False},
+        peft.RandLoraConfig,
+        {"r": 3, "randlora_alpha": 6, "projection_prng_key": 2, "save_projection": False, "init_weights": False},
+    ),
+    Row(
+        "vblora",
+        {"rank": 3, "vectors": 10, "length": 4},
+        peft.VBLoRAConfig,
+        {"r": 3, "num_vectors": 10, "vector_length": 4, "init_logits_std": 1.0, "init_vector_bank_bound": 0.5},
+    ),
 )
 
 
@@ -129,7 +142,14 @@ def both(row: Row) -> tuple[nn.Module, Any]:
 def every_pair(row: Row, ours: nn.Module, theirs: Any) -> list[tuple[Tensor, Tensor]]:
     """Our tensors and PEFT's, of both layers."""
     adapters = tunerkit.tuner(ours).adapters()
-    return [pair for name in LEAVES for pair in pairs(row, adapters[name], theirs.base_model.model.get_submodule(name))]
+    found = [
+        pair for name in LEAVES for pair in pairs(row, adapters[name], theirs.base_model.model.get_submodule(name))
+    ]
+    for name, leaf in registry.get(row.method).foreign["peft"].get("shared", {}).items():
+        mine = dict(adapters[LEAVES[0]].shared.named_parameters())
+        if name in mine:
+            found.append((mine[name], getattr(theirs.base_model, leaf["name"])["default"]))
+    return found
 
 
 def pairs(row: Row, adapter: nn.Module, layer: nn.Module) -> list[tuple[Tensor, Tensor]]:

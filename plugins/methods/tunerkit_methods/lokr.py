@@ -36,10 +36,10 @@ class LokrConfig(AdapterConfig):
 
 
 class Lokr(Adapter):
-    """ΔW = (alpha / rank) · W₁ ⊗ W₂, with W₁ (l, m) and W₂ (k, n), where l k = out and m n = in.
+    """ΔW = (alpha / rank) · W₁ ⊗ W₂, with W₁ (k, m) and W₂ (o, n), where k o = out and m n = in.
 
-    At a convolution m n is the number of channels, and W₂ (k, n, *kernel). If the rank is below half of the longer side
-    of W₂, it is a product of A (k, rank) and B (rank, n). W₁, or its A, starts at 0.
+    At a convolution m n is the number of channels, and W₂ (o, n, *kernel). If the rank is below half of the longer side
+    of W₂, it is a product of A (o, rank) and B (rank, n). W₁, or its A, starts at 0.
     """
 
     reads_output: ClassVar[bool] = False
@@ -48,10 +48,10 @@ class Lokr(Adapter):
         super().__init__()
         self.scale = config.alpha / config.rank
         kernel = base.pack(torch.empty(base.out_features, base.in_features, device="meta")).shape[2:]
-        l, k = split(base.out_features, config.factor)
+        k, o = split(base.out_features, config.factor)
         m, n = split(base.in_features // prod(kernel), config.factor)
-        products = {"w1": config.decompose_both and config.rank < max(l, m) / 2, "w2": config.rank < max(k, n) / 2}
-        for name, shape in {"w1": (l, m), "w2": (k, n, *kernel)}.items():
+        products = {"w1": config.decompose_both and config.rank < max(k, m) / 2, "w2": config.rank < max(o, n) / 2}
+        for name, shape in {"w1": (k, m), "w2": (o, n, *kernel)}.items():
             parts = {f"{name}_a": (shape[0], config.rank), f"{name}_b": (config.rank, prod(shape[1:]))}
             for part, sizes in parts.items() if products[name] else {name: shape}.items():
                 self.register_parameter(part, nn.Parameter(torch.zeros(sizes)))
@@ -59,7 +59,7 @@ class Lokr(Adapter):
                     nn.init.kaiming_uniform_(self.get_parameter(part), a=sqrt(5))
 
     def matrix(self, name: str) -> Tensor:
-        """W₁ (l, m) or W₂ (k, n), where a convolution's kernel counts to n."""
+        """W₁ (k, m) or W₂ (o, n), where a convolution's kernel counts to n."""
         own = dict(self.named_parameters(recurse=False))
         return own[name].flatten(1) if name in own else own[f"{name}_a"] @ own[f"{name}_b"]
 

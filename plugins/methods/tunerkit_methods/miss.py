@@ -12,8 +12,10 @@ from tunerkit_methods.sizes import at_most, divisor
 NAMES = {
     "type": "MISS",
     "tensors": {"block": {"name": "miss_block", "shape": ["rank", "out"]}},
-    "settings": {"rank": "r", "dropout": "miss_dropout"},
-    "constants": {"init_weights": True},
+    "settings": {
+        **{"rank": "r", "dropout": "miss_dropout"},
+        "columns": {"name": "init_weights", "values": {None: [True, False]}},  # "mini" and "bat" are other products
+    },
     "ignored": ["mini_r"],
     "layers": ["Linear"],
 }
@@ -37,7 +39,7 @@ def miss(
         None, ge=1, doc="size of a shard of the input; None takes 64, or less for small layers", aka=("r",)
     ),
     columns: int | None = setting(
-        None, ge=1, doc="trained columns, which are repeated over the outputs; None trains one for each", aka=("mini_r",)
+        None, ge=1, doc="trained columns, repeated over the outputs; None trains one for each", aka=("mini_r",)
     ),
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of the input that is dropped", aka=("miss_dropout",)),
 ) -> Factors:
