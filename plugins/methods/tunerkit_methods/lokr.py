@@ -19,7 +19,7 @@ NAMES = {
     "constants": {"use_effective_conv2d": False},
     "training": {"rank_dropout": 0.0, "module_dropout": 0.0, "rank_dropout_scale": False},
     "ignored": ["init_weights"],
-    "layers": ["Linear", "Conv1d", "Conv2d"],
+    "layers": ["Linear", "Conv2d"],  # at a Conv1d, PEFT's ΔW is not the product where W₂ is held in full
 }
 
 
