@@ -13,7 +13,7 @@ from tunerkit.errors import ConfigError, TargetError
         (
             "c3a",
             {"block_size": 5},
-            "does not divide 16 (a divisor of the layer's inputs and of its outputs); 1, 2, 4, 8 do",
+            "which does not divide 16 (a divisor of the layer's inputs and of its outputs)",
         ),
         ("fourierft", {"count": 513}, "count is 513, and at most 512 fits here"),
         ("miss", {"rank": 33}, "rank is 33, and at most 32 fits here"),

@@ -37,12 +37,12 @@ class RandloraConfig(AdapterConfig):
     rank: int | None = setting(None, ge=1, doc="rank of each product; None takes 32, or less for small layers")
     alpha: float = setting(640.0, gt=0, doc="numerator of the scale alpha / rank", aka=("randlora_alpha",))
     seed: int = setting(0, ge=0, doc="seed of the random bases", aka=("projection_prng_key",))
-    save_bases: bool = setting(True, doc="files hold the random bases", aka=("save_projection",))
+    save_bases: bool = setting(True, doc="whether files hold the bases, or draw them again", aka=("save_projection",))
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of the input that is dropped", aka=("randlora_dropout",))
 
 
 class Bases(nn.Module):
-    """The random ``a`` (rank, 1, short) and ``b`` (long, n, rank), large enough for all targets. They are never trained.
+    """The random ``a`` (rank, 1, short) and ``b`` (long, n, rank), large enough for all targets, and never trained.
 
     They are drawn and normalised in bf16, as PEFT does, so that a seed gives the same numbers.
     """
