@@ -56,7 +56,7 @@ class Circulant(Adapter):
         wide = torch.promote_types(self.kernel.dtype, torch.float32)  # there are no transforms in half precision
         spectrum = torch.fft.rfft(x.to(self.kernel.device, wide).unflatten(-1, (columns, b)))  # (..., in/b, b/2 + 1)
         products = torch.einsum("...nf,mnf->...mf", spectrum, torch.fft.rfft(self.kernel.to(wide)).conj())
-        added = torch.fft.irfft(products, n=b).flatten(-2) / (columns * b)  # a correlation with each first row
+        added: Tensor = torch.fft.irfft(products, n=b).flatten(-2) / (columns * b)  # a correlation with each first row
         return y + added.to(y.device, y.dtype)
 
 

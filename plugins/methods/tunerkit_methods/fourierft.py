@@ -37,6 +37,7 @@ class Spectrum(Adapter):
     """
 
     reads_output: ClassVar[bool] = False
+    places: Tensor
 
     def __init__(self, base: BaseLayer, config: FourierConfig) -> None:
         super().__init__()
@@ -50,7 +51,8 @@ class Spectrum(Adapter):
     def delta(self) -> Tensor:
         wide = self.spectrum.to(torch.promote_types(self.spectrum.dtype, torch.float32))
         flat = wide.new_zeros(self.shape[0] * self.shape[1]).index_copy(0, self.places, wide)
-        return self.scale * torch.fft.ifft2(flat.view(self.shape)).real
+        change: Tensor = self.scale * torch.fft.ifft2(flat.view(self.shape)).real
+        return change
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return add_delta(base, x, y, self.delta().to(self.spectrum.dtype))

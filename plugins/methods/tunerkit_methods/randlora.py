@@ -47,6 +47,9 @@ class Bases(nn.Module):
     They are drawn and normalised in bf16, as PEFT does, so that a seed gives the same numbers.
     """
 
+    a: Tensor
+    b: Tensor
+
     def __init__(self, rank: int, short: int, long: int, config: RandloraConfig) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(config.seed)
