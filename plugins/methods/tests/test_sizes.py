@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 import tunerkit
-from tunerkit.errors import ConfigError, TargetError
+from tunerkit.errors import ConfigError, TargetError, TunerkitWarning
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from tunerkit.errors import ConfigError, TargetError
         (
             "c3a",
             {"block_size": 5},
-            "which does not divide 16 (a divisor of the layer's inputs and of its outputs)",
+            "block_size is 5, which does not divide 16 (both sides of the layer); 1, 2, 4, 8 do",
         ),
         ("fourierft", {"count": 513}, "count is 513, and at most 512 fits here"),
         ("miss", {"rank": 33}, "rank is 33, and at most 32 fits here"),
@@ -41,3 +41,11 @@ def test_vblora_says_which_numbers_cannot_start_at_zero(settings: dict[str, obje
         tunerkit.wrap(model, "vblora", {"targets": "re:0", **settings})
     assert path in str(error.value)
     tunerkit.wrap(model, "vblora", {"targets": "re:0", "start": "random", **settings})
+
+
+@pytest.mark.parametrize(("method", "name"), [("c3a", "block_size"), ("vblora", "length")])
+def test_sides_without_a_common_divisor_are_said(method: str, name: str) -> None:
+    """A block of one number gains nothing, and one odd layer would make many parameters of a few."""
+    model = nn.Sequential(nn.Linear(32, 17))
+    with pytest.warns(TunerkitWarning, match=f"{name} is 1, because nothing above 1 divides both sides"):
+        tunerkit.wrap(model, method, {"targets": "re:0"})

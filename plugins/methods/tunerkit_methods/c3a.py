@@ -1,7 +1,6 @@
 """C3A (Chen et al., 2024, arXiv 2407.19342): ΔW of circulant blocks, multiplied by fast Fourier transforms."""
 
 from collections.abc import Iterator
-from math import gcd
 from typing import ClassVar
 
 import attrs
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, add_delta, hookimpl, setting
-from tunerkit_methods.sizes import divisor
+from tunerkit_methods.sizes import common_divisor
 
 NAMES = {
     "type": "C3A",
@@ -39,8 +38,8 @@ class Circulant(Adapter):
 
     def __init__(self, base: BaseLayer, config: C3aConfig) -> None:
         super().__init__()
-        both = gcd(base.out_features, base.in_features)
-        b = divisor(config.block_size, 256, both, "block_size, a divisor of the layer's inputs and of its outputs")
+        both = base.out_features, base.in_features
+        b = common_divisor(config.block_size, 256, both, "block_size, both sides of the layer")
         self.kernel = nn.Parameter(torch.zeros(base.out_features // b, base.in_features // b, b))
 
     def delta(self) -> Tensor:

@@ -1,7 +1,6 @@
 """VB-LoRA (Li et al., NeurIPS 2024, arXiv 2405.15179): LoRA's factors are mixed from one bank of short vectors."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from math import gcd
 from typing import ClassVar, Literal
 
 import attrs
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Factors, Method, add_low_rank, hookimpl, setting
-from tunerkit_methods.sizes import at_most, divisor
+from tunerkit_methods.sizes import at_most, common_divisor
 
 NAMES = {
     "type": "VBLORA",
@@ -102,9 +101,9 @@ def tunerkit_methods() -> Iterator[Method]:
 
 @hookimpl
 def tunerkit_shared(bases: Sequence[BaseLayer], config: VbloraConfig) -> Bank:
-    common = gcd(*(size for base in bases for size in (base.in_features, base.out_features)))
+    sides = [side for base in bases for side in (base.in_features, base.out_features)]
     at_most(config.top, 2, config.vectors, "top, the vectors in the bank")
-    length = divisor(config.length, 256, common, "length, a divisor of the inputs and outputs of all targets")
+    length = common_divisor(config.length, 256, sides, "length, both sides of all targets")
     return Bank(config, length)
 
 
