@@ -35,6 +35,7 @@ class Circulant(Adapter):
     """
 
     reads_output: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
 
     def __init__(self, base: BaseLayer, config: C3aConfig) -> None:
         super().__init__()

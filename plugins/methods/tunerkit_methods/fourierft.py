@@ -37,6 +37,7 @@ class Spectrum(Adapter):
     """
 
     reads_output: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
     places: Tensor
 
     def __init__(self, base: BaseLayer, config: FourierConfig) -> None:

@@ -43,6 +43,7 @@ class Lokr(Adapter):
     """
 
     reads_output: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
 
     def __init__(self, base: BaseLayer, config: LokrConfig) -> None:
         super().__init__()

@@ -70,6 +70,7 @@ class Sums(Adapter):
     """
 
     reads_output: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
 
     def __init__(self, base: BaseLayer, config: RandloraConfig, shared: Bases) -> None:
         super().__init__()

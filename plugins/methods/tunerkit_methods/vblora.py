@@ -62,6 +62,7 @@ class Mixed(Adapter):
     """
 
     reads_output: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
 
     def __init__(self, base: BaseLayer, config: VbloraConfig, length: int) -> None:
         super().__init__()
