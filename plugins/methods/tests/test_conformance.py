@@ -11,7 +11,7 @@ from tunerkit_testing.known_cases import named
 # A method, settings that train on the small BERT, and the checks that fail for a reason.
 METHODS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
     "c3a": ({"block_size": 4}, {}),
-    "fourierft": ({"count": 30}, {}),
+    "fourierft": ({"count": 30, "scale": 30.0}, {}),
     "loha": ({"rank": 2}, {}),
     "lokr": ({"rank": 1}, {}),
     "miss": ({"rank": 2}, {}),
