@@ -78,7 +78,38 @@ ROWS = (
         instead={"peft.tuners.fourierft.layer.torch": Fp64(), "torch.Tensor.float": Tensor.double},
     ),
     # PEFT rounds the scale to fp32, so it is one that fp32 has.
+    # Without its CUDA extension, PEFT computes with one factor whatever its config says.
+    Row("boft", {"block_size": 4, "factors": 1}, peft.BOFTConfig, {"boft_block_size": 4, "init_weights": False}),
+    Row(
+        "dora",
+        {"rank": 3, "alpha": 6.0},
+        peft.LoraConfig,
+        {"r": 3, "lora_alpha": 6, "use_dora": True, "init_lora_weights": False},
+    ),
+    Row("hra", {"rank": 4}, peft.HRAConfig, {"r": 4, "init_weights": False}),
+    Row("ia3", {"feedforward": ["out"]}, peft.IA3Config, {"feedforward_modules": ["out"], "init_ia3_weights": False}),
     Row("loha", {"rank": 3, "alpha": 6.0}, peft.LoHaConfig, {"r": 3, "alpha": 6, "init_weights": False}),
+    Row("oft", {"block_size": 4}, peft.OFTConfig, {"oft_block_size": 4, "init_weights": False}),
+    Row(
+        "oft",
+        {"block_size": 4, "neumann": False, "shared_block": True},
+        peft.OFTConfig,
+        {"oft_block_size": 4, "use_cayley_neumann": False, "block_share": True, "init_weights": False},
+    ),
+    Row("road", {"variant": 1, "group_size": 4}, peft.RoadConfig, {"group_size": 4, "init_weights": False}),
+    Row(
+        "road",
+        {"variant": 2, "group_size": 4},
+        peft.RoadConfig,
+        {"variant": "road_2", "group_size": 4, "init_weights": False},
+    ),
+    Row(
+        "road",
+        {"variant": 4, "group_size": 2},
+        peft.RoadConfig,
+        {"variant": "road_4", "group_size": 2, "init_weights": False},
+    ),
+    Row("vera", {"rank": 6, "key": 5}, peft.VeraConfig, {"r": 6, "projection_prng_key": 5, "init_weights": False}),
     Row("lokr", {"rank": 1, "alpha": 3.0}, peft.LoKrConfig, {"r": 1, "alpha": 3, "init_weights": False}),
     Row(
         "lokr",
@@ -157,6 +188,7 @@ def pairs(row: Row, adapter: nn.Module, layer: nn.Module) -> list[tuple[Tensor, 
     found = []
     for ours, name in registry.get(row.method).foreign["peft"]["tensors"].items():
         leaf = name if isinstance(name, str) else name["name"]
+        leaf = leaf if isinstance(leaf, str) else leaf[0]
         if not isinstance(name, str) and name.get("optional") and not hasattr(adapter, ours):
             assert "default" not in getattr(layer, leaf)
             continue
@@ -165,6 +197,7 @@ def pairs(row: Row, adapter: nn.Module, layer: nn.Module) -> list[tuple[Tensor, 
             owner = getattr(owner, part)
             if isinstance(owner, nn.ParameterDict | nn.ModuleDict):
                 owner = owner["default"]
+        owner = owner.weight if isinstance(owner, nn.Module) else owner  # DoRA's m, which is saved without ".weight"
         theirs = owner.t() if not isinstance(name, str) and name.get("transposed") else owner
         found.append((getattr(adapter, ours), theirs))
     return found

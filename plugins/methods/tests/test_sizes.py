@@ -27,8 +27,7 @@ def test_a_size_that_does_not_fit_is_refused(method: str, settings: dict[str, ob
     model = nn.Sequential(nn.Linear(32, 16))
     with pytest.raises(TargetError) as error:
         tunerkit.wrap(model, method, {"targets": "re:0", **settings})
-    assert said in str(error.value)
-    assert "\n" not in str(error.value)
+    assert said in str(error.value).splitlines()[0]
     assert not list(model[0].children())
 
 

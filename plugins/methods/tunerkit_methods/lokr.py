@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, add_delta, hookimpl, setting
 
+TUNERKIT_API = 2
 NAMES = {
     "type": "LOKR",
     "tensors": {
@@ -43,6 +44,7 @@ class Lokr(Adapter):
     """
 
     reads_output: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
 
     def __init__(self, base: BaseLayer, config: LokrConfig) -> None:
         super().__init__()
