@@ -13,7 +13,7 @@ METHODS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
     "boft": ({}, {}),
     "c3a": ({"block_size": 4}, {}),
     "dora": ({"rank": 2}, {"gradients_are_true": "the norm has no gradient, as in the paper"}),
-    "fourierft": ({"count": 30}, {}),
+    "fourierft": ({"count": 30, "scale": 30.0}, {}),
     "hra": ({"rank": 2}, {}),
     "ia3": ({}, {}),
     "loha": ({"rank": 2}, {}),
