@@ -10,7 +10,12 @@ from tunerkit_testing.known_cases import named
 
 # A method, settings that train on the small BERT, and the checks that fail for a reason.
 METHODS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
+    "delora": ({"rank": 2}, {}),
+    "growing": ({"target_rank": 3}, {"gradients_are_true": "what looks for triplets adds nothing and has a gradient"}),
     "loha": ({"rank": 2}, {}),
+    "lora-fa": ({"rank": 2}, {}),
+    "shira": ({}, {}),
+    "tinylora": ({"size": 8}, {}),
 }
 
 

@@ -38,8 +38,13 @@ class Row:
 
 
 ROWS = (
+    Row("delora", {"rank": 3}, peft.DeloraConfig, {"r": 3, "init_weights": False}),
     # PEFT rounds the scale to fp32, so it is one that fp32 has.
     Row("loha", {"rank": 3, "alpha": 6.0}, peft.LoHaConfig, {"r": 3, "alpha": 6, "init_weights": False}),
+    # Both draw the entries, from the same seed. PEFT's is at most what the smaller layer holds.
+    Row("shira", {"rank": 2, "mask_seed": 5}, peft.ShiraConfig, {"r": 2, "random_seed": 5, "init_weights": False}),
+    Row("tinylora", {"size": 6}, peft.TinyLoraConfig, {"u": 6, "init_weights": "uniform"}),
+    Row("tinylora", {"size": 6, "tying": 0.5}, peft.TinyLoraConfig, {"u": 6, "weight_tying": 0.5}),
 )
 
 
@@ -73,7 +78,22 @@ def both(row: Row) -> tuple[nn.Module, Any]:
 def every_pair(row: Row, ours: nn.Module, theirs: Any) -> list[tuple[Tensor, Tensor]]:
     """Our tensors and PEFT's, of both layers."""
     adapters = tunerkit.tuner(ours).adapters()
-    return [pair for name in LEAVES for pair in pairs(row, adapters[name], theirs.base_model.model.get_submodule(name))]
+    layers = {name: theirs.base_model.model.get_submodule(name) for name in LEAVES}
+    return [
+        *shared_pairs(row, ours, theirs),
+        *(pair for name in LEAVES for pair in pairs(row, adapters[name], layers[name])),
+    ]
+
+
+def shared_pairs(row: Row, ours: nn.Module, theirs: Any) -> list[tuple[Tensor, Tensor]]:
+    """Our tensors and PEFT's that all layers share, if their names end in a star."""
+    found = []
+    for mine, name in registry.get(row.method).foreign["peft"].get("shared", {}).items():
+        if mine.endswith(".*"):
+            owner = theirs.base_model.get_submodule(name.removesuffix(".*"))["default"]
+            shared = next(iter(tunerkit.tuner(ours).adapters().values())).shared.get_submodule(mine.removesuffix(".*"))
+            found += [(each, owner[key]) for key, each in shared.named_parameters()]
+    return found
 
 
 def pairs(row: Row, adapter: nn.Module, layer: nn.Module) -> list[tuple[Tensor, Tensor]]:
