@@ -8,6 +8,7 @@ import attrs
 import peft
 import pytest
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 import tunerkit
@@ -41,7 +42,7 @@ ROWS = (
     Row("delora", {"rank": 3}, peft.DeloraConfig, {"r": 3, "init_weights": False}),
     # PEFT rounds the scale to fp32, so it is one that fp32 has.
     Row("loha", {"rank": 3, "alpha": 6.0}, peft.LoHaConfig, {"r": 3, "alpha": 6, "init_weights": False}),
-    # Both draw the entries, from the same seed. PEFT's is at most what the smaller layer holds.
+    # Both draw the entries from the same seed.
     Row("shira", {"rank": 2, "mask_seed": 5}, peft.ShiraConfig, {"r": 2, "random_seed": 5, "init_weights": False}),
     Row("tinylora", {"size": 6}, peft.TinyLoraConfig, {"u": 6, "init_weights": "uniform"}),
     Row("tinylora", {"size": 6, "tying": 0.5}, peft.TinyLoraConfig, {"u": 6, "weight_tying": 0.5}),
@@ -104,7 +105,7 @@ def pairs(row: Row, adapter: nn.Module, layer: nn.Module) -> list[tuple[Tensor, 
         owner: Any = layer
         for part in leaf.split("."):
             owner = getattr(owner, part)
-            if isinstance(owner, nn.ParameterDict | nn.ModuleDict):
+            if isinstance(owner, nn.ParameterDict | nn.ModuleDict | BufferDict):
                 owner = owner["default"]
         theirs = owner.t() if not isinstance(name, str) and name.get("transposed") else owner
         found.append((getattr(adapter, ours), theirs))
