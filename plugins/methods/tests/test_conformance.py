@@ -16,6 +16,7 @@ METHODS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
     "lora-fa": ({"rank": 2}, {}),
     "shira": ({}, {}),
     "tinylora": ({"size": 8}, {}),
+    "trainable-tokens": ({"tokens": list(range(1, 30))}, {}),
 }
 
 

@@ -6,7 +6,7 @@ the gradient of that column is longest. One budget is spent on all targets, as i
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -37,7 +37,7 @@ class Grown(tk.Adapter):
     """
 
     reads_output, reads_weight = False, False
-    rank_dims: Mapping[str, int] = {"a": 0, "b": 1}
+    rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1}
 
     def __init__(self, base: tk.BaseLayer, config: Config) -> None:
         super().__init__()

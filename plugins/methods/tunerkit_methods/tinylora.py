@@ -7,17 +7,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit.plugin import (
-    Adapter,
-    AdapterConfig,
-    BaseLayer,
-    Factors,
-    Method,
-    Target,
-    add_low_rank,
-    hookimpl,
-    setting,
-)
+from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Factors, Method, Target, add_low_rank, hookimpl, setting
 from tunerkit_methods.sizes import at_most
 
 NAMES = {
