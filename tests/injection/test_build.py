@@ -49,6 +49,8 @@ def test_an_adapter_that_holds_its_base_layer_is_refused(toys: "Toys") -> None:
     """As a descendant of itself, the base layer would make module walks endless and be cast to the adapter's dtype."""
 
     class Holder(Adapter):
+        reads_output = reads_weight = False
+
         def __init__(self, module: nn.Module) -> None:
             super().__init__()
             self.module = module

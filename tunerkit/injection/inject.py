@@ -21,7 +21,7 @@ from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, is_
 from tunerkit.injection.state_dicts import unwatch_states_, watch_states_
 from tunerkit.injection.tuner import WRAPPED, Tuner, modules_in, slots_in, wrapped_of
 from tunerkit.injection.weight_override import update_overrides_
-from tunerkit.layers import Adapter, BaseLayer, OutputLayer, bias_name, torch_private, weight_of, weights
+from tunerkit.layers import Adapter, BaseLayer, as_output, bias_name, torch_private, weight_of, weights
 from tunerkit.paths import CHILD, join
 from tunerkit.records import Target
 from tunerkit.targets import Scan
@@ -80,8 +80,8 @@ def build_each(
 def _base_at(tuner: Tuner, target: Target, scanned: Scan) -> BaseLayer:
     """Return a target as its method sees it: a method that adapts outputs needs no kind that matches the module."""
     base = scanned.by_path[target.path].base
-    if base is None and hooks.registry.get(tuner.method).targets == "outputs":
-        return OutputLayer(target.module)
+    if base is None and hooks.registry.get(tuner.method).targets != "weights":
+        return as_output(target.module)
     if base is None:
         kind = type(target.module).__name__
         raise TargetError(f"{target.path!r} is a {kind}: no installed base-layer kind adapts it")
@@ -227,7 +227,7 @@ def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
         # A copy replaces the whole module, so there is no base layer.
         base, reader = (found.base, found.reader) if slot.copy is None else (None, None)
         if slot.adapter is not None and base is None:
-            base = OutputLayer(module)
+            base = as_output(module)
         readers.append(reader)
         if slots is None:
             slots = Slots(base).train(module.training)
