@@ -12,6 +12,7 @@ from tunerkit_testing.known_cases import named
 METHODS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
     "delora": ({"rank": 2}, {}),
     "growing": ({"target_rank": 3}, {"gradients_are_true": "what looks for triplets adds nothing and has a gradient"}),
+    "ln-tuning": ({}, {}),
     "loha": ({"rank": 2}, {}),
     "lora-fa": ({"rank": 2}, {}),
     "shira": ({}, {}),

@@ -73,6 +73,16 @@ def test_computes_and_trains_as_peft_does() -> None:
     assert (rows[0] - rows[1]).abs().max() <= 1e-9
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("adapter_dtype", ["float64", "float32", "bfloat16"])
+def test_starts_at_the_base_whatever_the_dtypes(dtype: torch.dtype, adapter_dtype: str) -> None:
+    """The first output is the base's, bit for bit: the difference is taken after rounding."""
+    base = words().to(dtype)
+    before = base(IDS)
+    settings = {"tokens": [2, 7], "adapter_dtype": adapter_dtype, "targets": ["embed_tokens", "head"]}
+    assert torch.equal(tunerkit.wrap(base, "trainable-tokens", settings)(IDS), before)
+
+
 def test_trains_the_special_tokens_by_default() -> None:
     """Those that the model's config names, once each, without the padding row and what the embedding does not have."""
     fields = {"bos_token_id": 2, "eos_token_id": [7, 2], "pad_token_id": 4, "sep_token_id": None, "image_token_id": 99}

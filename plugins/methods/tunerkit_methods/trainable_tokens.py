@@ -52,7 +52,9 @@ class Rows(Adapter):
         super().__init__()
         self.of_head = of_head
         self.register_buffer("ids", torch.tensor(ids))
-        self.rows = nn.Parameter(self.own(base).to("cpu", torch.get_default_dtype(), copy=True))
+        own = self.own(base)
+        # Core casts them to the adapter's dtype, which may be fp64.
+        self.rows = nn.Parameter(own.to("cpu", torch.promote_types(own.dtype, torch.float32), copy=True))
 
     @property
     def rank(self) -> int:
