@@ -83,7 +83,7 @@ def test_the_budget_is_exact_after_each_step() -> None:
 
 
 def test_a_resumed_training_grows_as_one_without_a_break(tmp_path: Path) -> None:
-    """Saved between two growths, with half of what the next one sees, it ends with the same bits."""
+    """Saved between two growths, it ends with the same bits."""
     whole, optimizer = wrapped()
     list(train(whole, optimizer, 1, STEPS))
     first, optimizer = wrapped()

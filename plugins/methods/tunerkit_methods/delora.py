@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Factors, Method, add_low_rank, hookimpl, setting
+from tunerkit_methods.sizes import at_most
 
 NAMES = {
     "type": "DELORA",
@@ -43,9 +44,10 @@ class Bounded(Adapter):
 
     def __init__(self, base: BaseLayer, config: Config) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.empty(config.rank, base.in_features))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-        self.b = nn.Parameter(torch.zeros(base.out_features, config.rank))
+        most = max(8, min(base.out_features, base.in_features))  # 8, the default, does no harm
+        rank = at_most(config.rank, 8, most, "rank, the rank of the weight")
+        self.a = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=math.sqrt(5)))
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
         self.bound = nn.Parameter(torch.tensor([config.bound]))
         weight = base.dense()
         wide = torch.promote_types(weight.dtype, torch.float32)

@@ -4,8 +4,6 @@ GradMax adds neurons to a network. Here a neuron is a triplet: its column of B s
 the gradient of that column is longest. One budget is spent on all targets, as in AdaLoRA.
 """
 
-import math
-from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import attrs
@@ -13,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit import plugin as tk
-from tunerkit.errors import StepError
-from tunerkit.plugin import hookimpl, setting
-from tunerkit_methods.growth import growths_by, spread
+from tunerkit_methods.growth import budget_by, further, growths_by, largest, spread
 from tunerkit_methods.sizes import at_most
 
 
@@ -23,135 +19,106 @@ from tunerkit_methods.sizes import at_most
 class Config(tk.AdapterConfig):
     """The settings of growing ranks."""
 
-    target_rank: int | None = setting(None, ge=1, doc="average rank at the end; None: 8, or less where no more fits")
-    scale: float = setting(2.0, gt=0, doc="factor of B A; it does not change with the ranks")
-    growths: int = setting(10, ge=1, doc="how many times the ranks grow, by equal parts of the budget")
-    until: float = setting(0.5, gt=0, le=1, doc="share of training in which they grow")
+    target_rank: int | None = tk.setting(None, ge=1, doc="average rank at the end; None: 8, or less where no more fits")
+    scale: float = tk.setting(2.0, gt=0, doc="factor of B A; it does not change with the ranks")
+    growths: int = tk.setting(10, ge=1, doc="how many times the ranks grow, by equal parts of the budget")
+    until: float = tk.setting(0.5, gt=0, le=1, doc="share of training in which they grow")
 
 
 class Grown(tk.Adapter):
     """Adds s B A x, with ``a`` (r, in) and ``b`` (out, r) of rank 1 at the start, and looks for more.
 
-    P̂, ``left`` (out, w), and Q̂, ``right`` (w, in), add nothing, and have gradients: with G that of B A, that of P̂ is
-    G Q̂ᵀ, and that of Q̂ is P̂ᵀ G. They are the two halves of a subspace iteration for the largest triplets of G.
+    ``left`` (out, w) and ``right`` (w, in) add nothing, and have gradients. With G that of B A, and P̂ and Q̂ for their
+    directions, these are G Q̂ᵀ and P̂ᵀ G, and their running averages are both in turn: the two halves of a subspace
+    iteration for the largest triplets of G, which a file keeps.
     """
 
     reads_output, reads_weight = False, False
-    rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1}
+    rank_dims: ClassVar[dict[str, int]] = {"a": 0, "b": 1}
 
     def __init__(self, base: tk.BaseLayer, config: Config) -> None:
         super().__init__()
-        outs, ins, most = base.out_features, base.in_features, min(base.out_features, base.in_features)
-        at_most(config.target_rank, 1, most, "target_rank, the rank of the weight")
-        self.most, self.scale = most, config.scale
-        self.a = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(1, ins), a=math.sqrt(5)))
-        self.b = nn.Parameter(torch.zeros(outs, 1))
-        self.left = nn.Parameter(nn.init.orthogonal_(torch.empty(outs, min(4, most))))
-        self.right = nn.Parameter(nn.init.orthogonal_(torch.empty(min(4, most), ins)))
+        self.most, self.scale = min(base.out_features, base.in_features), config.scale
+        at_most(config.target_rank, 1, self.most, "target_rank, the rank of the weight")
+        self.a = nn.Parameter(nn.init.orthogonal_(torch.empty(1, base.in_features), 3**-0.5))
+        self.b = nn.Parameter(torch.zeros(base.out_features, 1))
+        # So small that the first gradients outweigh them.
+        self.left = nn.Parameter(nn.init.orthogonal_(torch.empty(base.out_features, min(4, self.most)), 1e-9))
+        self.right = nn.Parameter(nn.init.orthogonal_(torch.empty(min(4, self.most), base.in_features), 1e-9))
 
     @property
     def rank(self) -> int:
         return len(self.a)
 
     def product(self) -> dict[str, Any]:
-        """B A; in training B A + (P̂ − P̂) Q̂ + P̂ (Q̂ − Q̂), where only the differences have gradients."""
-        if not self.training:
-            return {"q": self.a, "p": self.b, "scale": self.scale}
-        p, q = self.left.detach(), self.right.detach()
-        q, p = torch.cat([self.a, q, self.right - q]), torch.cat([self.b, self.left - p, p], dim=1)
-        return {"q": q, "p": p, "scale": self.scale}
+        """B A; in training B A + (P − P) Q̂ + P̂ (Q − Q), where only the differences have gradients."""
+        a, b, p, q = self.a, self.b, self.left.detach(), self.right.detach()
+        if self.training:
+            a = torch.cat([a, nn.functional.normalize(q), self.right - q])
+            b = torch.cat([b, self.left - p, nn.functional.normalize(p, dim=0)], dim=1)
+        return {"q": a, "p": b, "scale": self.scale}
 
     def forward(self, base: tk.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return tk.add_low_rank(base, x, y, **self.product())
 
-    def found(self, left: Tensor, right: Tensor) -> list[Tensor]:
-        """P̂ and Q̂ for the next look, and scores (w,): the largest triplets of G in directions that A cannot follow."""
-        left, right = left.float().nan_to_num(0, 0, 0), right.float().nan_to_num(0, 0, 0)
-        own = torch.linalg.qr(self.a.float().T).Q
-        _, scores, rows = torch.linalg.svd(right - right @ own @ own.T, full_matrices=False)
-        return [torch.linalg.qr(left).Q, rows, scores]
 
-    def grow(self, count: int, seed: int) -> list[tk.Growth]:
-        """Further triplets: the rows of Q̂, and random ones where more are due; as long as LoRA's rows."""
-        random = torch.randn(count, self.a.shape[1], generator=torch.Generator().manual_seed(seed))
-        rows = torch.cat([self.right, nn.functional.normalize(random).to(self.right)])[:count] / 3**0.5
-        return [tk.Growth(self.a, 0, rows), tk.Growth(self.b, 1, self.b.new_zeros(len(self.b), count))]
+@tk.hookimpl
+def tunerkit_methods() -> list[tk.Method]:
+    return [tk.Method("growing", config=Config, needs_steps=True)]
 
 
-@hookimpl
-def tunerkit_methods() -> Iterator[tk.Method]:
-    yield tk.Method("growing", config=Config, needs_steps=True)
-
-
-@hookimpl
+@tk.hookimpl
 def tunerkit_build_adapter(base: tk.BaseLayer, config: Config) -> Grown:
     return Grown(base, config)
 
 
-@hookimpl
+@tk.hookimpl
 def tunerkit_delta(adapter: Grown, base: tk.BaseLayer) -> tk.Delta:
     return tk.Delta(weight=tk.low_rank_delta(base, **adapter.product()))
 
 
-@hookimpl
+@tk.hookimpl
 def tunerkit_factors(adapter: Grown) -> tk.Factors:
     return tk.low_rank_factors(adapter.a, adapter.b, scale=adapter.scale)
 
 
-@hookimpl
-def tunerkit_start(tuner: Any, total_steps: int | None, optimizer: Any) -> list[list[Tensor]]:
-    if total_steps is None:
-        raise StepError("growing needs the length of training: attach(..., total_steps=...)")
-    if obstacle := tk.resize_obstacle(tuner.parameters(), optimizer):
-        raise StepError(f"growing changes ranks during training, and {obstacle}")
-    return [[torch.zeros_like(each) for each in (layer.left, layer.right)] for layer in tuner.adapters().values()]
+@tk.hookimpl
+def tunerkit_start(tuner: Any, total_steps: int | None, optimizer: Any) -> None:
+    unknown = "the length of training is unknown: attach(..., total_steps=...)" if total_steps is None else None
+    if obstacle := unknown or tk.resize_obstacle(tuner.parameters(), optimizer):
+        raise tk.StepError(f"growing changes ranks during training, and {obstacle}")
 
 
-@hookimpl
+@tk.hookimpl
 def tunerkit_budget(tuner: Any, step: int | None) -> int | None:
-    if step is None or tuner.total_steps is None:
+    config, total, most = tuner.config, tuner.total_steps, [layer.most for layer in tuner.adapters().values()]
+    if step is None or total is None:
         return None  # the sum of the ranks
-    config, most = tuner.config, [layer.most for layer in tuner.adapters().values()]
-    final = min((config.target_rank or 8) * len(most), sum(most)) - len(most)
-    return (
-        len(most) + final * max(0, growths_by(step, tuner.total_steps, config.growths, config.until)) // config.growths
-    )
+    growth = growths_by(step, total, config.growths, config.until)
+    return budget_by(growth, config.growths, most, config.target_rank or 8)
 
 
-@hookimpl
+@tk.hookimpl
 def tunerkit_before_step(tuner: Any) -> list[nn.Parameter]:
     return [each for layer in tuner.adapters().values() for each in (layer.left, layer.right)]
 
 
-@hookimpl
-def tunerkit_after_step(tuner: Any, step: int) -> Mapping[str, int] | None:
-    """Add up the gradients of P̂ and Q̂. When a growth is due, add the largest triplets, and look elsewhere."""
-    layers, config = list(tuner.adapters().values()), tuner.config
-    for layer, sums in zip(layers, tuner.state, strict=True):
-        for kept, grad in zip(sums, (layer.left.grad, layer.right.grad), strict=True):
-            kept += 0 if grad is None else grad
-    now, before = (growths_by(at, tuner.total_steps, config.growths, config.until) for at in (step, step - 1))
-    if now == before:
+@tk.hookimpl
+def tunerkit_after_step(tuner: Any, step: int) -> dict[str, int] | None:
+    """Average what ``left`` and ``right`` see. When triplets are due, add the largest, and look elsewhere."""
+    for each in tunerkit_before_step(tuner):
+        each.lerp_(each if each.grad is None else each.grad.nan_to_num(0, 0, 0), 0.1)
+    layers, due = list(tuner.adapters().values()), tuner.budget(step) - tuner.budget()
+    if due <= 0:
         return None
-    found = [layer.found(*sums) for layer, sums in zip(layers, tuner.state, strict=True)]
+    found = [largest(layer.a, layer.left, layer.right) for layer in layers]
     tuner.agree_([each for tensors in found for each in tensors], "the candidates")
-    for layer, sums, (left, right, _) in zip(layers, tuner.state, found, strict=True):
-        layer.left.copy_(left), layer.right.copy_(right), sums[0].zero_(), sums[1].zero_()
-    rooms = [layer.most - layer.rank for layer in layers]
-    counts = spread([scores.tolist() for *_, scores in found], rooms, tuner.budget(step) - tuner.budget())
-    growths = [each for at, count in counts.items() for each in layers[at].grow(count, 1000 * step + at)]
+    rooms, growths = [layer.most - layer.rank for layer in layers], []
+    for at, count in spread([scores.tolist() for *_, scores in found], rooms, due).items():
+        a, b, rows = layers[at].a, layers[at].b, further(found[at][1], count, 1000 * step + at)
+        growths += [tk.Growth(a, 0, rows), tk.Growth(b, 1, b.new_zeros(len(b), count))]
+    for layer, (left, right, _) in zip(layers, found, strict=True):
+        layer.left.copy_(left * 1e-9), layer.right.copy_(right * 1e-9)
     if obstacle := tk.grow_(growths, tk.optimizer_of(tuner)):
-        raise StepError(f"growing changes ranks during training, and {obstacle}")
-    return tuner.ranks() if growths else None
-
-
-@hookimpl
-def tunerkit_state(tuner: Any) -> tk.State:
-    return tk.State({f"{at}.{side}": sums[side] for at, sums in enumerate(tuner.state) for side in (0, 1)}, {})
-
-
-@hookimpl
-def tunerkit_restore(tuner: Any, state: tk.State) -> None:
-    for name, saved in state.tensors.items():
-        at, side = map(int, name.split("."))
-        tuner.state[at][side].copy_(saved)
+        raise tk.StepError(f"growing changes ranks during training, and {obstacle}")
+    return tuner.ranks()

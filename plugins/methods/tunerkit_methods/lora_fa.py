@@ -20,6 +20,7 @@ from tunerkit.plugin import (
     low_rank_factors,
     setting,
 )
+from tunerkit_methods.sizes import at_most
 
 
 @attrs.frozen
@@ -39,10 +40,12 @@ class HalfFixed(Adapter):
 
     def __init__(self, base: BaseLayer, config: Config) -> None:
         super().__init__()
-        start = nn.init.kaiming_uniform_(torch.empty(config.rank, base.in_features), a=math.sqrt(5))
+        most = max(8, min(base.out_features, base.in_features))  # 8, the default, does no harm
+        rank = at_most(config.rank, 8, most, "rank, the rank of the weight")
+        start = nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=math.sqrt(5))
         self.a = nn.Parameter(start, requires_grad=False)
-        self.b = nn.Parameter(torch.zeros(base.out_features, config.rank))
-        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.scale, self.dropout = config.alpha / rank, config.dropout
 
     @property
     def rank(self) -> int:

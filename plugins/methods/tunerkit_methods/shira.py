@@ -24,9 +24,7 @@ NAMES = {
 class Config(AdapterConfig):
     """The settings of SHiRA."""
 
-    rank: int | None = setting(
-        None, ge=1, doc="as many entries as LoRA of this rank has; None: 8, or all if there are fewer", aka=("r",)
-    )
+    rank: int = setting(8, ge=1, doc="as many entries as LoRA of this rank has; up to 8, or all of them", aka=("r",))
     mask_seed: int | None = setting(
         None, ge=0, doc="seed of the choice of entries; None: torch's default", aka=("random_seed",)
     )
@@ -45,8 +43,7 @@ class Sparse(Adapter):
     def __init__(self, base: BaseLayer, config: Config) -> None:
         super().__init__()
         entries, sides = base.out_features * base.in_features, base.out_features + base.in_features
-        limit = max(1, entries // sides)
-        rank = at_most(config.rank, 8, limit, "rank, the layer has no more entries") if config.rank else 8
+        rank = at_most(config.rank, 8, max(8, entries // sides), "rank, the weight has no more entries")
         generator = torch.Generator()
         if config.mask_seed is not None:
             generator.manual_seed(config.mask_seed)

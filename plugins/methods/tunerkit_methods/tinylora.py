@@ -26,7 +26,7 @@ NAMES = {
 class Config(AdapterConfig):
     """The settings of TinyLoRA."""
 
-    rank: int | None = setting(None, ge=1, doc="singular triplets of each weight; None: 2", aka=("r",))
+    rank: int = setting(2, ge=1, doc="singular triplets of each weight", aka=("r",))
     size: int = setting(64, ge=1, doc="trained numbers of each group of targets", aka=("u",))
     tying: float = setting(
         0.0, ge=0, le=1, doc="0: each target has its own numbers; 1: all share them", aka=("weight_tying",)
@@ -53,7 +53,8 @@ class Tiny(Adapter):
 
     def __init__(self, base: BaseLayer, config: Config, group: str) -> None:
         super().__init__()
-        rank = at_most(config.rank, 2, min(base.out_features, base.in_features), "rank, the weight has no more")
+        most = min(base.out_features, base.in_features)
+        rank = min(at_most(config.rank, 2, max(2, most), "rank, the rank of the weight"), most)
         u, s, vh = (each.cpu() for each in torch.linalg.svd(base.dense().float(), full_matrices=False))
         root = s[:rank].sqrt()
         self.a = nn.Parameter(root[:, None] * vh[:rank], requires_grad=False)
