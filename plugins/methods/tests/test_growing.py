@@ -1,5 +1,6 @@
 """Growing ranks go where something is to be learned, as many as the budget says, and the same after a break."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support.two_processes import spawn
 from tunerkit.errors import StepError, TargetError
 from tunerkit_methods.growth import growths_by, spread
 
@@ -143,3 +145,18 @@ def test_all_growths_are_over_at_the_end(total: int) -> None:
     counts = [growths_by(step, total, 10, 0.5) for step in range(total + 1)]
     assert counts == sorted(counts)
     assert (counts[0], counts[-1]) == (-1, 10)
+
+
+@pytest.mark.skipif(os.environ.get("TUNERKIT_LONG") != "1", reason="starts two processes")
+def test_under_ddp_all_processes_grow_alike(tmp_path: Path) -> None:
+    """Two processes with half of each batch have the same bits, and the ranks of one process with all of it."""
+    pytest.importorskip("tunerkit_distributed")
+    from plugins.methods.tests.growing_runs import run
+
+    spawn(run, (str(tmp_path),))
+    (ranks, one), (others, other) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    model, optimizer = wrapped()
+    list(train(model, optimizer, 1, STEPS))
+    assert ranks == others == tunerkit.tuner(model).ranks()
+    for mine, its in zip(one, other, strict=True):
+        assert torch.equal(mine, its)
