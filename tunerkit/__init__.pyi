@@ -21,7 +21,7 @@ from .errors import (
     UnknownMethodError as UnknownMethodError,
 )
 from .hooks import (
-    Engine as Engine, Pieces as Pieces, methods as methods, register as register, structure as structure,
+    Engine as Engine, Pieces as Pieces, method_record as method_record, methods as methods, register as register, structure as structure,
     unregister as unregister, whole_pieces as whole_pieces,
 )
 from .injection import (

@@ -46,7 +46,7 @@ SETTINGS: list[tuple[str, Any, str]] = [
     ("rank_pattern", {"(query": 2}, "cannot be used"),
     ("alpha_pattern", {"*query": 2}, "cannot be used"),
     ("base_model_name_or_path", 5, "expected a text"),
-    ("peft_type", "LOHA", "LORA and ADALORA"),
+    ("peft_type", "PROMPT_TUNING", "LORA and ADALORA"),
     ("peft_type", "LORRA", "did you mean 'LORA'"),
     ("peft_type", None, "no 'peft_type'"),
     ("init_lora_weights", "pissa", "path_initial_model_for_weight_conversion"),
