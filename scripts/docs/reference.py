@@ -268,7 +268,7 @@ def methods() -> dict[str, type]:
 def other_methods() -> str:
     """Describe the settings of every installed method that has no section of its own on the page."""
     parts = [
-        f"## {name} (`{config.__name__}`)\n\n{first_sentence(config.__doc__)}\n\n{settings(config, own=True)}"
+        f"## {name} (`{config.__qualname__}`)\n\n{first_sentence(config.__doc__)}\n\n{settings(config, own=True)}"
         for name, config in methods().items()
         if name not in ("lora", "adalora")
     ]
