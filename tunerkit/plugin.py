@@ -13,8 +13,7 @@ from tunerkit import hookimpl as hookimpl
 __all__ = [
     *("hookimpl", "AdapterConfig", "setting", "Adapter", "BaseLayer", "Packing", "Engine", "Pieces"),
     *("whole_pieces", "Tuner", "factors_of", "copies_of", "biases_of", "Method", "MethodInfo", "Target"),
-    "method_record",
-    *("WeightReader", "DefaultTargets", "ModelLibrary", "NewModules", "Restriction", "Holding", "forward_name"),
+    *("method_record", "WeightReader", "DefaultTargets", "ModelLibrary", "NewModules", "Restriction", "Holding", "forward_name"),
     *(
         "Delta",
         "Factors",

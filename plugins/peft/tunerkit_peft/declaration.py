@@ -1,4 +1,4 @@
-"""What a method says of PEFT's names for it, in ``Method.foreign["peft"]``, so that its folders are read and written."""
+"""What a method says of PEFT's names for it, in ``Method.foreign["peft"]``: its folders are read and written by them."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
@@ -13,6 +13,7 @@ Made = TypeVar("Made")
 Size = int | str
 OUT, IN, KERNEL, ONES = "out", "in", "*in", "1*"
 FORMAT: Final = "peft"
+NONE: Final = object()  # no default: None is one
 # The fields of PEFT's configs that every type has, and that this plugin reads and writes itself.
 COMMON: Final = frozenset(
     {
@@ -135,7 +136,7 @@ class Leaf:
 def _values(value: Any) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
     if not isinstance(value, Mapping):
         raise _wrong("a mapping from the values here to those of PEFT", value)
-    return tuple((ours, tuple(theirs) if isinstance(theirs, list | tuple) else (theirs,)) for ours, theirs in value.items())
+    return tuple((own, tuple(each) if isinstance(each, list | tuple) else (each,)) for own, each in value.items())
 
 
 @attrs.frozen(kw_only=True)
@@ -152,7 +153,7 @@ class Setting:
 
     name: tuple[str, ...] = attrs.field(converter=_texts)
     values: tuple[tuple[Any, tuple[Any, ...]], ...] = attrs.field(default={}, converter=_values)
-    default: Any = attrs.NOTHING
+    default: Any = NONE
     targets: bool = attrs.field(default=False, converter=_flag)
 
 
@@ -170,15 +171,14 @@ def _built(cls: Any, given: Mapping[str, Any]) -> Any:
     for key in given:
         if key not in known:
             raise ValueError(f"{shown(key)} is none of {', '.join(known)}{closest(key, known)}")
-    required = [field.name for field in attrs.fields(cls) if field.default is attrs.NOTHING and field.name != "default"]
+    required = [field.name for field in attrs.fields(cls) if field.default is attrs.NOTHING]
     for name in required:
         if name not in given:
             raise ValueError(f"{name!r} is missing")
-    values = {}
     for field in attrs.fields(cls):
-        if field.name in given:
+        if field.name in given and field.converter is not None:
             try:
-                values[field.name] = given[field.name] if field.converter is None else field.converter(given[field.name])
+                field.converter(given[field.name])  # once here, so that the error says which
             except ValueError as error:
                 raise ValueError(f"{field.name}: {error}") from error
     return cls(**given)

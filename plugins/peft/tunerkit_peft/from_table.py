@@ -172,8 +172,7 @@ def _unexplained(settings: TableSettings, sizes: Mapping[str, int], at: _At) -> 
 
 def _lacking(names: Declaration, weights: Weights) -> Iterator[Leaf]:
     for own, leaf in names.shared.items():
-        start = own.removesuffix("*")
-        if not leaf.optional and not any(part == own or (start != own and part.startswith(start)) for part in weights.shared):
+        if not leaf.optional and not any(part == own or _covers(own, part) for part in weights.shared):
             yield leaf
 
 
@@ -217,7 +216,8 @@ def _read(
         }
         for at in found
     }
-    return Read({}, config, tensors, {own: _shared(names, own, weights.tensor(key)) for own, key in weights.shared.items()})
+    shared = {own: _shared(names, own, weights.tensor(key)) for own, key in weights.shared.items()}
+    return Read({}, config, tensors, shared)
 
 
 def _shared(names: Declaration, own: str, tensor: Tensor) -> Tensor:

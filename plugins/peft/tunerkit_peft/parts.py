@@ -54,8 +54,8 @@ def refuse_ranks(settings: Settings, weights: Weights, problems: list[str]) -> N
         raise FileError(
             "\n- ".join(
                 [
-                    f"{weights.file} and {settings.common.file.name} do not belong together: the settings do not explain "
-                    "these ranks, so the scale is unknown. Use the settings that were saved with the tensors:",
+                    f"{weights.file} and {settings.common.file.name} do not belong together: the settings do not "
+                    "explain these ranks, so the scale is unknown. Use the settings that were saved with the tensors:",
                     *first(problems),
                 ]
             )

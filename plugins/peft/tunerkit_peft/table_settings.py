@@ -10,7 +10,7 @@ from tunerkit.errors import closest, shown
 from tunerkit.plugin import ConfigError
 from tunerkit_peft import fields
 from tunerkit_peft.adapter_config import Common, changed_base, common_of, refuse
-from tunerkit_peft.declaration import COMMON, Declared, Setting
+from tunerkit_peft.declaration import COMMON, NONE, Declared, Setting
 from tunerkit_peft.values import Values
 
 _ABSENT: Final = object()
@@ -83,7 +83,7 @@ class Converted:
 
     def _setting(self, found: Mapping[str, Any], own: str, setting: Setting) -> Iterator[str]:
         given = {name: found[name] for name in setting.name if name in found}
-        if not given and setting.default is not attrs.NOTHING:
+        if not given and setting.default is not NONE:
             given = {setting.name[0]: setting.default}
         if not given:
             yield f"{setting.name[0]!r} is missing"

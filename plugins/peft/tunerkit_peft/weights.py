@@ -14,7 +14,7 @@ from tunerkit.errors import first, shown
 from tunerkit.plugin import FileError
 
 PREFIX: Final = "base_model.model."
-_MODEL: Final = "base_model."  # what all targets share lies here
+MODEL: Final = "base_model."  # what all targets share lies here
 _MATRIX: Final = re.compile(
     r"(?:(?P<path>.+)\.)?(?P<part>lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B)(?:\.(?P<rest>.+))?"
 )
@@ -118,7 +118,7 @@ def open_weights(file: Path, kind: Kind = LORA) -> Weights:
 
     for key in keys:
         name = key.removeprefix(prefix)
-        if (part := kind.find_shared(key.removeprefix(_MODEL))) is not None:
+        if (part := kind.find_shared(key.removeprefix(MODEL))) is not None:
             add(shared, part, key)
         elif not key.startswith(prefix):
             problems.append(f"{shown(key)} does not begin with {prefix!r} as the others do")
