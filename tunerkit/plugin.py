@@ -13,7 +13,7 @@ from tunerkit import hookimpl as hookimpl
 __all__ = [
     *("hookimpl", "AdapterConfig", "setting", "Adapter", "BaseLayer", "Packing", "Engine", "Pieces"),
     *("whole_pieces", "Tuner", "factors_of", "copies_of", "biases_of", "Method", "MethodInfo", "Target"),
-    *("method_record", "WeightReader", "DefaultTargets", "ModelLibrary", "NewModules", "Restriction", "Holding", "forward_name"),
+    *("WeightReader", "DefaultTargets", "ModelLibrary", "NewModules", "Restriction", "Holding", "forward_name"),
     *(
         "Delta",
         "Factors",
@@ -31,7 +31,7 @@ __all__ = [
     *("shrink_", "optimizer_of", "resize_", "resize_obstacle", "Matcher", "exact_patterns", "file_matchers"),
     *("is_broad", "is_exact", "lookup", "matcher", "matches", "AdapterError", "BaseMismatchError", "ConfigError"),
     *("FileError", "PluginError", "StepError", "TargetError", "TunerkitError", "TunerkitWarning"),
-    *("UnknownFormatError", "UnknownMethodError", "Summary"),
+    *("UnknownFormatError", "UnknownMethodError", "Summary", "method_record"),
 ]
 
 

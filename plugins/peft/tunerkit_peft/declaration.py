@@ -1,4 +1,4 @@
-"""What a method says of PEFT's names for it, in ``Method.foreign["peft"]``: its folders are read and written by them."""
+"""PEFT's names for a method, as it declares them in ``Method.foreign["peft"]``: its folders are read and written so."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar

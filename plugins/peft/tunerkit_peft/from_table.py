@@ -54,9 +54,7 @@ _KINDS: Final = {"int8": "I8", "uint8": "U8", "int16": "I16", "int32": "I32", "i
 def _pattern(name: str) -> re.Pattern[str]:
     """A name below a module's path, also with an adapter's name in it."""
     start, _, rest = name.partition(".")
-    return re.compile(
-        rf"(?:(?P<path>.+)\.)?{re.escape(start)}(?:\.[^.]+)?{re.escape(f'.{rest}') if rest else ''}"
-    )
+    return re.compile(rf"(?:(?P<path>.+)\.)?{re.escape(start)}(?:\.[^.]+)?{re.escape(f'.{rest}') if rest else ''}")
 
 
 @attrs.frozen(eq=False)
@@ -76,9 +74,7 @@ class _At:
     features: Features | None
 
 
-def named_adapter(
-    settings: TableSettings, weights: Weights, modules: Mapping[str, nn.Module], moved: Moved
-) -> Adapted:
+def named_adapter(settings: TableSettings, weights: Weights, modules: Mapping[str, nn.Module], moved: Moved) -> Adapted:
     """Find the tensors of each target, and compare them with each other, with the settings and with the model.
 
     Args:
@@ -202,9 +198,7 @@ def _other_classes(names: Declaration, found: Sequence[_At], modules: Mapping[st
             yield f"PEFT computes something else than a change of the weight of {at.place.path!r} ({reason})"
 
 
-def _read(
-    settings: TableSettings, weights: Weights, found: Sequence[_At], chosen: Mapping[str, Sequence[str]]
-) -> Read:
+def _read(settings: TableSettings, weights: Weights, found: Sequence[_At], chosen: Mapping[str, Sequence[str]]) -> Read:
     names = settings.declared.names
     exact = exact_patterns([at.place.path for at in found])
     config = {**settings.config, **{own: [exact[path] for path in paths] for own, paths in chosen.items()}}

@@ -130,6 +130,6 @@ def theirs(tensor: Tensor, leaf: Leaf, sizes: Sequence[Size] | None, features: F
                 shape.append(next(own))
     except StopIteration:
         raise ValueError(f"{list(tensor.shape)} has fewer dimensions than {list(sizes)}") from None
-    if (more := list(own)):
+    if more := list(own):
         raise ValueError(f"{list(tensor.shape)} has {len(more)} dimensions more than {list(sizes)}")
     return tensor.reshape(shape)

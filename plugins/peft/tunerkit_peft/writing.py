@@ -74,8 +74,10 @@ def _named(tuner: "Tuner", declared: Declared, options: PeftOptions) -> tuple[Wr
     """PEFT's type of the method itself."""
     if options.rank is not None:
         raise ConfigError(
-            [f"PEFT's {declared.names.type} keeps the adapter's sizes; leave the option out, or pass form='uniform' "
-             "for a LoRA @ $.rank"]
+            [
+                f"PEFT's {declared.names.type} keeps the adapter's sizes; leave the option out, or pass form='uniform' "
+                "for a LoRA @ $.rank"
+            ]
         )
     sites = sites_of(tuner, declared)
     return named(tuner, declared, sites), sites
