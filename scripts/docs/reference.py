@@ -14,6 +14,7 @@ import typer
 from typer.cli import get_docs_for_click
 
 import tunerkit
+from scripts.docs.gallery import measured
 from tunerkit import plugin
 from tunerkit.hooks import specs
 from tunerkit.plugin import AdapterConfig
@@ -286,5 +287,6 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = MappingProxyType(
         "settings of lora": lambda: settings(methods()["lora"], own=True),
         "settings of adalora": lambda: settings(methods()["adalora"], own=True),
         "settings of other methods": other_methods,
+        "what methods cost": measured,
     }
 )
