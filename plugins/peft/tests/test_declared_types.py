@@ -1,7 +1,7 @@
 """Folders of other types than LoRA: read and written by the names that a method declares."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,22 @@ def test_an_adapter_of_ours_goes_to_peft(tmp_path: Path, name: str) -> None:
 
 # --- Files that are damaged, or of something else ---------------------------------------------------------------------
 
+
+def _without(held: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    kept = {key: each for key, each in held.items() if part not in key}
+    assert len(kept) < len(held)
+    return kept
+
+
+def _changed(held: dict[str, Tensor], part: str, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    assert any(part in key for key in held)
+    return {key: change(each) if part in key else each for key, each in held.items()}
+
+
+MORE = peft_folders.PREFIX + "model.layers.0.mlp.down_proj.vera_lambda_c"
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 # What is done to the tensors of a VeRA, and parts of the error.
-DAMAGED: dict[str, tuple[Any, tuple[str, ...]]] = {
+DAMAGED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "a tensor of one target": (
         lambda held: _without(held, "0.self_attn.q_proj.vera_lambda_b"),
         ("incomplete", "0.self_attn.q_proj.vera_lambda_d", "without its vera_lambda_b"),
@@ -108,29 +122,20 @@ DAMAGED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a target": (lambda held: _without(held, "layers.1.self_attn.q_proj"), ("incomplete", "layers.1.self_attn.q_proj")),
     "a shared tensor": (lambda held: _without(held, "vera_A"), ("'vera_A', which all targets share, is missing",)),
     "a shape": (
-        lambda held: {key: each[:, None] if "1.mlp.down_proj.vera_lambda_b" in key else each for key, each in held.items()},
+        lambda held: _changed(held, "1.mlp.down_proj.vera_lambda_b", lambda each: each[:, None]),
         ("damaged or incomplete", "is [16, 1]; expected [out 16]"),
     ),
     "a rank": (
-        lambda held: {key: each[:3] if "lambda_d" in key else each for key, each in held.items()},
+        lambda held: _changed(held, "lambda_d", lambda each: each[:3]),
         ("do not belong together", "has rank 3; 'r' says 5"),
     ),
-    "the rank of what is shared": (lambda held: {key: each[:3] if "vera_A" in key else each for key, each in held.items()}, ("[3, 24]",)),
-    "a value": (lambda held: {key: each * float("nan") if "1.mlp" in key else each for key, each in held.items()}, ("NaN",)),
-    "a shared value": (lambda held: {key: each * float("inf") if "vera_B" in key else each for key, each in held.items()}, ("inf",)),
-    "a kind": (lambda held: {key: each.int() if "lambda_d" in key else each for key, each in held.items()}, ("is of type I32",)),
-    "a tensor more": (
-        lambda held: {**held, peft_folders.PREFIX + "model.layers.0.mlp.down_proj.vera_lambda_c": torch.zeros(2)},
-        ("belong to nothing", "vera_lambda_c"),
-    ),
+    "the rank of what is shared": (lambda held: _changed(held, "vera_A", lambda each: each[:3]), ("[3, 24]",)),
+    "a value": (lambda held: _changed(held, "1.mlp", lambda each: each * float("nan")), ("NaN",)),
+    "a shared value": (lambda held: _changed(held, "vera_B", lambda each: each * float("inf")), ("inf",)),
+    "a kind": (lambda held: _changed(held, "lambda_d", lambda each: each.int()), ("is of type I32",)),
+    "a tensor more": (lambda held: {**held, MORE: torch.zeros(2)}, ("belong to nothing", "vera_lambda_c")),
     "everything": (lambda held: {"x": torch.zeros(2)}, ("holds no adapter", "'x'")),
-}  # fmt: skip
-
-
-def _without(held: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    kept = {key: each for key, each in held.items() if part not in key}
-    assert len(kept) < len(held)
-    return kept
+}
 
 
 @pytest.fixture(scope="module")

@@ -116,6 +116,7 @@ class Leaf:
         transposed: Whether the last two dimensions are the other way round here, after what is lacking is taken out.
         integers: The dtype of integers, such as ``"int32"``; they are int64 here. Empty for numbers.
         optional: Whether a target may lack it.
+        repeated: Whether PEFT also writes a shared tensor at each target.
     """
 
     name: tuple[str, ...] = attrs.field(converter=_texts)
@@ -126,6 +127,7 @@ class Leaf:
     transposed: bool = attrs.field(default=False, converter=_flag)
     integers: str = attrs.field(default="", converter=lambda value: value and _text(value))
     optional: bool = attrs.field(default=False, converter=_flag)
+    repeated: bool = attrs.field(default=False, converter=_flag)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -87,7 +87,10 @@ def named(tuner: "Tuner", declared: Declared, sites: Sequence[Site]) -> Written:
     paths = [site.owner for site in sites]
     alike = _alike(declared, tuner.config, known)
     settings = written_settings(declared, tuner.config, alike, lambda patterns: _ends(patterns, paths))
-    return Written(settings, tensors, dict(_shared(declared, adapters[sites[0].name])))
+    shared = dict(_shared(declared, adapters[sites[0].name]))
+    again = [leaf.name[0] for leaf in names.shared.values() if leaf.repeated and leaf.name[0] in shared]
+    tensors |= {f"{site.name}.{name}": shared[name] for site in sites for name in again}
+    return Written(settings, tensors, shared)
 
 
 def below(declared: Declared) -> list[str]:
