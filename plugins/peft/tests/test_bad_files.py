@@ -18,6 +18,7 @@ from plugins.peft.tests.peft_folders import PREFIX, refused
 from tunerkit import patterns
 from tunerkit_peft import fields
 
+pytestmark = pytest.mark.usefixtures("no_other_types")
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 FIRST = f"{PREFIX}layers.0.query"
 EMBEDDING = f"{PREFIX}embed_tokens"

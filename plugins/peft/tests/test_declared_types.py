@@ -246,6 +246,28 @@ def test_no_type_without_its_method(tmp_path: Path, vera: Path, monkeypatch: pyt
     )
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_config_of_peft_is_converted(name: str) -> None:
+    """The settings, and the modules that PEFT would adapt: its default ones if none are named."""
+    example = EXAMPLES[name]
+    fields = {"bias": NAMES[name]["bias"]} if "bias" in NAMES[name] else {}
+    expected: Any = peft.get_peft_model(CASES["llama"].build(), example.config(**fields))  # type: ignore[arg-type]
+    model = tunerkit.wrap(CASES["llama"].build(), example.name, example.config(**fields))
+    found = {path for path, module in expected.base_model.model.named_modules() if hasattr(module, "base_layer")}
+    tuner = tunerkit.tuner(model)
+    assert {target.path for target in tuner.targets} == found
+    assert all(getattr(tuner.config, own) == value for own, value in example.settings.items())
+    assert tuner.config.bias == ("adapters" if fields else "none")
+
+
+def test_what_would_be_another_training_is_refused() -> None:
+    """A folder with such a setting is read; here it would train something else."""
+    with pytest.raises(tunerkit.errors.ConfigError, match="'vera_dropout' is 0.5, which method 'example-vera'"):
+        tunerkit.wrap(CASES["bert"].build(), "example-vera", peft.VeraConfig(vera_dropout=0.5))
+    with pytest.raises(tunerkit.errors.ConfigError, match="describes method 'example-dora', got 'lora'"):
+        tunerkit.wrap(CASES["bert"].build(), "lora", EXAMPLES["dora"].config())
+
+
 def test_the_form_of_the_method_can_be_asked_for(tmp_path: Path) -> None:
     """Only a method that declares PEFT's names has a form of its own; a rank belongs to a LoRA."""
     model = tunerkit.wrap(CASES["llama"].build(), "example-vera", {"targets": ["q_proj"]})

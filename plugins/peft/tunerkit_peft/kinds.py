@@ -30,23 +30,27 @@ def declared_for(found: Mapping[str, Any], source: str | Path) -> Declared | Non
         FileError: No installed method declares this type.
         PluginError: The declaration is wrong.
     """
+    kind, declared = found.get("peft_type"), installed_for(found)
+    if declared is None and kind not in _OWN:
+        raise FileError(_unknown(source, kind))
+    return declared
+
+
+def installed_for(found: Mapping[str, Any]) -> Declared | None:
+    """Return the method whose names the settings need; None for a LoRA or an AdaLoRA, or if none is installed.
+
+    Of several methods for one type, it is the one that computes what the settings say.
+    """
     kind = found.get("peft_type")
     if kind == "ADALORA" or (kind == "LORA" and not found.get("use_dora")):
         return None
     candidates = [each for method, given in declarations() if given == kind and (each := declared_by(method))]
     if kind == "LORA":
         candidates = [each for each in candidates if each.names.constants.get("use_dora")]
-        return _closest(candidates, found) if candidates else None
-    if not candidates:
-        raise FileError(_unknown(source, kind))
-    return _closest(candidates, found)
-
-
-def _closest(candidates: list[Declared], found: Mapping[str, Any]) -> Declared:
-    """Of several methods for one type, the one that computes what the settings say."""
     return min(
         candidates,
         key=lambda each: sum(found.get(name) != value for name, value in each.names.constants.items()),
+        default=None,
     )
 
 

@@ -82,7 +82,7 @@ def pieces_of(tuner: "Tuner") -> list[Piece]:
     modules = modules_of(tuner.model)
     if "" in modules and any(target.path == "" for target in tuner.targets):
         raise FileError(f"the model is itself a target, and PEFT adapts modules inside a model. {_MERGE}")
-    refuse_convolutions("this adapter", modules, [target.path for target in tuner.targets], "LORA")
+    refuse_convolutions("this adapter", modules, [target.path for target in tuner.targets], "LORA", _MERGE)
     products = factors_of(tuner)
     if not products:
         raise AdapterError("the adapter adds nothing to any weight, so there is no LoRA to write")

@@ -45,7 +45,9 @@ def place_of(name: str, rename: Rename) -> Place:
     return Place(f"{rename(owner)}.out_proj", owner, times=2)
 
 
-def refuse_convolutions(source: object, modules: Mapping[str, nn.Module], paths: Iterable[str], kind: str) -> None:
+def refuse_convolutions(
+    source: object, modules: Mapping[str, nn.Module], paths: Iterable[str], kind: str, instead: str
+) -> None:
     """Refuse convolutions in which PEFT adds something that is no change of the weight.
 
     Args:
@@ -53,6 +55,7 @@ def refuse_convolutions(source: object, modules: Mapping[str, nn.Module], paths:
         modules: The model's modules.
         paths: The paths of the targets.
         kind: PEFT's type of adapter, see `obstacle`.
+        instead: What to do, as a sentence without its end.
 
     Raises:
         FileError: There are such convolutions.
@@ -63,7 +66,7 @@ def refuse_convolutions(source: object, modules: Mapping[str, nn.Module], paths:
             "\n- ".join(
                 [
                     f"{source}: PEFT adds to the output of these convolutions, in a way that no change of their weight "
-                    "does. Merge the adapter in the program that trained it, and use the merged model:",
+                    f"does. {instead}:",
                     *first(wrong),
                 ]
             )

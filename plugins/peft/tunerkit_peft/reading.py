@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 import torch
 from torch import nn
@@ -23,6 +24,11 @@ from tunerkit_peft.places import modules_of, place_of, refuse_convolutions
 from tunerkit_peft.products import Adapted, Read
 from tunerkit_peft.table_settings import TableSettings, read_table_settings
 from tunerkit_peft.weights import LORA, Weights, open_weights
+
+_NO_MERGE: Final = (
+    "So PEFT cannot merge it into them either. Use this adapter in PEFT; or train one with tunerkit, whose adapters "
+    "change the weight there too; or leave these layers out of target_modules, and train again"
+)
 
 
 def read(path: Path, model: nn.Module) -> Foreign:
@@ -87,7 +93,7 @@ def _products(settings: Settings, weights: Weights, modules: Mapping[str, nn.Mod
     """The matrices of a LoRA or an AdaLoRA. Convolutions come first: some have matrices of other sizes in PEFT."""
     kind = settings.common.kind
     paths = [place_of(name, moved.rename).path for name in weights.factors]
-    refuse_convolutions(weights.file, modules, paths, kind)
+    refuse_convolutions(weights.file, modules, paths, kind, _NO_MERGE)
     parts = parts_of(settings, weights, moved.rename)
     reads = read_lora if kind == "LORA" else read_adalora
     return Adapted(

@@ -94,9 +94,8 @@ class Converted:
                 yield f"{name!r} is {shown(other)}, and {first!r} is {shown(value)}; the method has one value for both"
                 return
         if setting.targets:
-            named = tuple(value) if isinstance(value, list) else () if value is None else value
-            if isinstance(named, str) or all(isinstance(each, str) and each for each in named):
-                self.chosen[own] = named
+            if isinstance(value, str) or (isinstance(value, list) and all(map(_is_name, value))):
+                self.chosen[own] = value if isinstance(value, str) else tuple(value)
             else:
                 yield f"{first!r} is {shown(value)}; expected a list of names, or a regular expression"
         elif setting.values:
@@ -108,6 +107,10 @@ class Converted:
                 yield f"{first!r} is {shown(value)}; the method computes what PEFT does with {allowed}"
         else:
             self.config[own] = value
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _same(first: object, second: object) -> bool:
