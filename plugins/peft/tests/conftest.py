@@ -1,4 +1,4 @@
-"""The fixture `toys`: toy methods, and a small model with every kind of layer; and what methods declare of PEFT's names."""
+"""The fixture `toys`: toy methods and a small model with every kind of layer; and what methods declare for PEFT."""
 
 import pytest
 

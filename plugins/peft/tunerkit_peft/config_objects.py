@@ -165,7 +165,11 @@ def _no_targets(found: dict[str, Any], model: nn.Module) -> Iterator[str]:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     # The object is of this library, so it is there.
     tuners = importlib.import_module("peft.mapping").PEFT_TYPE_TO_TUNER_MAPPING
-    defaults = getattr(tuners.get(found["peft_type"]), "target_module_mapping", {})
+    known = vars(importlib.import_module("peft.utils.constants"))
+    defaults = {
+        **(getattr(tuners.get(found["peft_type"]), "target_module_mapping", None) or {}),
+        **known.get(f"TRANSFORMERS_MODELS_TO_{found['peft_type']}_TARGET_MODULES_MAPPING", {}),
+    }
     if kind in defaults:
         chosen = defaults[kind]
         found["target_modules"] = chosen if isinstance(chosen, str) else sorted(chosen)
