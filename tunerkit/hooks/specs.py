@@ -211,6 +211,7 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdapterConfi
     then moves the adapter to the base layer's device and the config's dtype.
 
     >>> class Bias(tunerkit.plugin.Adapter):
+    ...     reads_output = reads_weight = False
     ...     def __init__(self, features):
     ...         super().__init__()
     ...         self.bias = torch.nn.Parameter(torch.zeros(features))  # (out,): nothing is added at the start
