@@ -42,7 +42,7 @@ class Method:
             any module that is called, such as a norm or a block. Such adapters cannot be merged, except where they
             implement ``tunerkit_delta`` and the module has a weight.
         statistics: What the method wants to know of the data before training, see `tunerkit.calibrate`; None for a
-            method that does not.
+            method that wants nothing. If that depends on the settings, a function of the config that says it.
         pieces: Whether the method's hooks work on the pieces that a process holds where an engine has cut an adapter,
             see `tunerkit.plugin.Tuner.pieces`. Hooks of other methods see whole weights, gathered around each of them.
         foreign: What formats of other programs must know to write and read the method's tensors, by the format's name.
@@ -54,7 +54,9 @@ class Method:
     needs_steps: bool = False
     start: Literal["exact", "rounding"] = attrs.field(default="exact", kw_only=True)
     targets: Literal["weights", "outputs"] = attrs.field(default="weights", kw_only=True)
-    statistics: StatisticsRequest | None = attrs.field(default=None, kw_only=True)
+    statistics: StatisticsRequest | Callable[[Any], StatisticsRequest | None] | None = attrs.field(
+        default=None, kw_only=True
+    )
     pieces: bool = attrs.field(default=False, kw_only=True)
     foreign: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict, kw_only=True, repr=False)
 
@@ -102,6 +104,10 @@ class Statistics:
             inputs' main directions, orthogonal, each as long as the inputs reach in it together; the longest comes
             first. It is a Nyström approximation, which is exact if the inputs lie in k dimensions. If there are fewer
             than k features, k is their number.
+        centred: The same of the inputs less their mean, (k, in): its rows are their principal components, each as long
+            as the inputs vary along it together; None if ``inputs`` was not wanted.
+        variance: Σ ‖x − mean‖² over the n rows, of which the squared rows of ``centred`` are shares; it is exact. 0 if
+            ``inputs`` was not wanted.
         gradients: P and Q with P Q close to the gradient of the loss by W, summed over the batches; None if it was not
             wanted. It is exact if the gradient's rank is at most k.
     """
@@ -109,6 +115,8 @@ class Statistics:
     rows: int
     inputs: Tensor | None
     gradients: "Factors | None"
+    centred: Tensor | None = None
+    variance: float = 0.0
 
 
 @attrs.frozen

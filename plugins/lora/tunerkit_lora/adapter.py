@@ -1,6 +1,7 @@
 """The LoRA adapter: two low-rank matrices beside a base layer."""
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,7 @@ class LoraAdapter(Adapter):
 
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
+    rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1}
 
     def __init__(
         self, *, in_features: int, out_features: int, rank: int, scale: float, dropout: float, start: str
