@@ -11,8 +11,8 @@ from tunerkit_lora.adapter import LoraAdapter
 from tunerkit_lora.config import LoraConfig
 from tunerkit_lora.subtracted import SubtractedLora
 
-# Directions that are measured for each that is used: an approximation is good where it is far from its end.
-_EXCESS = 4
+# Directions that are measured for each that is used, and at least: an approximation is good far from its end.
+_EXCESS, _LEAST = 4, 64
 _GAMMA = 64.0  # γ of LoRA-One's stable scale, as its authors ran it
 
 
@@ -20,8 +20,8 @@ def request(config: LoraConfig) -> StatisticsRequest | None:
     """What a start needs to know of the data; None for nothing."""
     most = math.ceil(config.most * max(config.rank, *config.rank_pattern.values(), 1))
     if config.start == "eva":
-        return StatisticsRequest(inputs=_EXCESS * most)
-    return StatisticsRequest(gradients=2 * most) if config.start == "gradients" else None
+        return StatisticsRequest(inputs=max(_EXCESS * most, _LEAST))
+    return StatisticsRequest(gradients=max(2 * most, _LEAST // 2)) if config.start == "gradients" else None
 
 
 def refuse_unfitted(tuner: Tuner) -> None:
