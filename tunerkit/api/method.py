@@ -6,15 +6,16 @@ from functools import partial
 from typing import Any, Final, NoReturn, TypeAlias, get_type_hints
 
 import attrs
+import pluggy
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hookimpl
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, closest, shown
 from tunerkit.layers import Adapter, BaseLayer, add_delta, add_low_rank, autocast_off
 from tunerkit.records import Delta, Factors, Gain, Method
 
+hookimpl = pluggy.HookimplMarker("tunerkit")  # as the package's own, which comes after this file
 Start: TypeAlias = float | Callable[[Tensor], object]
 _GIVEN: Final = ("base", "weight")  # what a function may ask for beside its parameters and settings
 
@@ -57,21 +58,7 @@ def method(
     - ``Factors``: ΔW as a product of two small matrices, which is never computed as a whole in training.
     - ``Gain``: factors (out,) of the layer's output.
 
-    A setting named ``dropout`` drops a share of the input of ΔW in training; the function need not ask for it.
-
-    For example, VeRA without its shared matrices is::
-
-        @tunerkit.method("vectors")
-        def vectors(
-            q: Tensor = parameter("rank", "in", start=nn.init.normal_, trained=False),
-            p: Tensor = parameter("out", "rank", start=nn.init.normal_, trained=False),
-            d: Tensor = parameter("rank", start=0.1),
-            b: Tensor = parameter("out"),
-            rank: int = setting(8, ge=1, doc="rank of the two fixed matrices"),
-        ) -> Factors:
-            return Factors(q=d[:, None] * q, p=b[:, None] * p)
-
-        model = tunerkit.wrap(model, "vectors", {"rank": 4})     # after tunerkit.register(vectors)
+    A setting named ``dropout`` drops a share of the input of ΔW in training. "Write a method" in the docs has examples.
 
     Args:
         name: The method's name.
@@ -132,7 +119,7 @@ class FunctionPlugin:
             self._refuse(f"has the setting {key!r} without a type", f"annotate it, as in {key}: int = setting(...)")
         namespace = {**fields, "__annotations__": {key: hints[key] for key in fields}, "__doc__": function.__doc__}
         names = {"__module__": self.__module__, "__qualname__": f"{self.__qualname__}.config"}
-        self.config: type[AdapterConfig] = attrs.frozen(type("config", (AdapterConfig,), {**namespace, **names}))
+        self.config: Any = attrs.frozen(type("config", (AdapterConfig,), {**namespace, **names}))
         self.method = Method(name, config=self.config, **record)
 
     def __call__(self, *args: Any, **arguments: Any) -> Any:
