@@ -36,8 +36,9 @@ class Method:
         config: The config class: a frozen attrs class derived from `tunerkit.plugin.AdapterConfig`.
         needs_steps: Whether the method only works if optimizer steps drive it, as AdaLoRA does. Saving such an adapter
             untrained is an error.
-        start: What wrapping does to the model's output: ``"exact"`` leaves every bit of it, ``"rounding"`` changes it
-            by rounding errors alone, as a start does that adds and subtracts the same product.
+        start: What wrapping does to the model's output, unless a setting asks for a change: ``"exact"`` leaves every
+            bit of it, ``"rounding"`` changes it by rounding errors alone, as a start does that adds and subtracts the
+            same product.
         targets: What the method adapts: ``"weights"``, modules of which tunerkit knows the weight; or ``"outputs"``,
             any module that is called, such as a norm or a block. Such adapters cannot be merged, except where they
             implement ``tunerkit_delta`` and the module has a weight.

@@ -321,3 +321,9 @@ def test_lr_ratio_gives_b_its_own_learning_rate(start: str) -> None:
     adapters = tunerkit.tuner(model).adapters().values()
     assert {id(p) for p in fast["params"]} == {id(adapter.get_parameter("b")) for adapter in adapters}
     assert len(tunerkit.param_groups(wrapped(start), lr=1e-3)) == 1
+
+
+def test_loftq_is_refused_on_a_base_that_is_not_quantised() -> None:
+    """Law: there is nothing to make up for; the line says what to do. Quantised bases: see the tests of plugins/quant."""
+    with pytest.raises(TargetError, match="start 'loftq' makes up for what a quantiser rounds, .*; quantise the base"):
+        tunerkit.wrap(Net(), "lora", {"start": "loftq", "rank": 2, "targets": ["linear"]})

@@ -33,10 +33,10 @@ class LoraConfig(AdapterConfig):
     alpha_pattern: Mapping[str, float] = setting(
         attrs.Factory(dict), gt=0, doc="maps a target pattern to an alpha; the first match counts"
     )
-    start: Literal["kaiming", "gaussian", "pissa", "olora", "eva", "gradients"] = setting(
+    start: Literal["kaiming", "gaussian", "pissa", "olora", "eva", "gradients", "loftq"] = setting(
         "kaiming",
-        doc="where A and B start, always with ΔW = 0: A at random (kaiming, gaussian), parts of W (pissa, olora), or "
-        "what tunerkit.calibrate finds in the inputs (eva) or gradients",
+        doc="where A and B start, with ΔW = 0: A at random (kaiming, gaussian), parts of W (pissa, olora), or what "
+        "tunerkit.calibrate finds in the inputs (eva) or gradients; loftq adds what quantising W has lost",
         aka=("init_lora_weights",),
     )
     rho: float | None = setting(
@@ -57,6 +57,12 @@ class LoraConfig(AdapterConfig):
             path: The target's dotted path.
         """
         return lookup(self.rank_pattern, path, self.rank)
+
+    original: str | None = setting(
+        None,
+        doc="folder or safetensors file with the base's weights before they were quantised, for start 'loftq'",
+        aka=("loftq_config",),
+    )
 
     @property
     def most(self) -> float:
@@ -91,6 +97,12 @@ class LoraConfig(AdapterConfig):
         """What is wrong across fields."""
         if self.rho is not None and self.start not in ("eva", "gradients"):
             yield f"rho moves ranks by data, and start {self.start!r} needs none; set start to 'eva' @ $.rho"
+        if self.original is not None and self.start != "loftq":
+            yield f"start {self.start!r} does not read the original weights; set start to 'loftq' @ $.original"
+
+    def settled(self) -> Self:
+        """Leave out where the original weights are: a file holds the start, and belongs to no machine."""
+        return attrs.evolve(self, original=None)
 
     def target_patterns(self) -> Iterable[tuple[str, str]]:
         """Return every pattern, each of which must match a target, with the name of its field."""

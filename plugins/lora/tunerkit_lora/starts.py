@@ -9,6 +9,7 @@ from torch import Tensor
 from tunerkit.plugin import BaseLayer, Factors, TargetError
 from tunerkit_lora.adapter import LoraAdapter
 from tunerkit_lora.config import LoraConfig
+from tunerkit_lora.loftq import lost
 from tunerkit_lora.subtracted import SubtractedLora
 
 RANDOM: Final = ("kaiming", "gaussian")  # starts of A that ask neither the weight nor the data
@@ -67,8 +68,11 @@ def build(path: str, base: BaseLayer, config: LoraConfig, *, loading: bool) -> L
     sizes = {"in_features": base.in_features, "out_features": base.out_features}
     if config.start not in RANDOM and not loading:
         _refuse_above(path, rank, config.start, **sizes)
-    if config.start in (*RANDOM, "eva"):
-        return LoraAdapter(**sizes, rank=rank, scale=scale, dropout=config.dropout, start=config.start)
+    if config.start in (*RANDOM, "eva", "loftq"):
+        plain = LoraAdapter(**sizes, rank=rank, scale=scale, dropout=config.dropout, start=config.start)
+        if config.start == "loftq" and not loading:
+            plain.set_(principal(lost(path, base, config.original), rank, scale))
+        return plain
     adapter = SubtractedLora(**sizes, rank=rank, scale=scale, dropout=config.dropout)
     if config.start in _OF_THE_WEIGHT and not loading:
         weight = base.dense().detach()
