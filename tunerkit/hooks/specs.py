@@ -322,8 +322,9 @@ def tunerkit_calibrate(
     """Set the adapters' start and ranks from statistics of the data; return the rank of each target if they changed.
 
     Fires in ``tunerkit.calibrate``, before training, for a method whose record names ``statistics``: one entry for each
-    target's path, and in ``bases`` its base layer, which is only read. The adapters must still add nothing afterwards. To change a rank, use `tunerkit.plugin.resize_`, and
-    declare the adapter's ``rank_dims``, so that files can be loaded.
+    target's path, and in ``bases`` its base layer, which is only read. The adapters must still add nothing afterwards.
+    To change a rank, use `tunerkit.plugin.resize_`, and declare the adapter's ``rank_dims``, so that files can be
+    loaded.
 
     >>> @tunerkit.hookimpl
     ... def tunerkit_calibrate(tuner, statistics):

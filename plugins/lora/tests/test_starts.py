@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit.errors import AdapterError, StepError, TargetError
-from tunerkit_lora import LoraConfig
 from tunerkit_lora.subtracted import SubtractedLora
 
 X = torch.randn(48, 16, generator=torch.Generator().manual_seed(1))
@@ -181,7 +180,7 @@ def test_a_start_that_needs_none_is_not_calibrated() -> None:
 
 @pytest.mark.parametrize("path", ["embed", "conv", "linear"])
 def test_eva_starts_at_the_principal_components_of_the_inputs(path: str) -> None:
-    """Law: the rows of A are the first right singular vectors of the centred inputs, of patches and one-hot rows too."""
+    """Law: A has the first right singular vectors of the centred inputs, of patches and one-hot rows too."""
     model = wrapped("eva", rank=4, rho=1.0, targets=(path,))
     seen: list[Tensor] = []
     base = Net()
@@ -227,7 +226,7 @@ def llama() -> nn.Module:
 
 @pytest.mark.parametrize(("count", "rho"), [(1, 2.0), (1, 1.0), (3, 2.0)])
 def test_eva_is_pefts(count: int, rho: float) -> None:
-    """Law: on the same batches, A has PEFT's components up to their signs, and each target has PEFT's rank and scale."""
+    """Law: on the same batches, A has PEFT's components up to their signs, and each target PEFT's rank and scale."""
     peft = pytest.importorskip("peft", reason="peft is the peer that this test compares with")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
     ids = torch.randint(0, 64, (count, 16, 32), generator=torch.Generator().manual_seed(5))
@@ -324,6 +323,30 @@ def test_lr_ratio_gives_b_its_own_learning_rate(start: str) -> None:
 
 
 def test_loftq_is_refused_on_a_base_that_is_not_quantised() -> None:
-    """Law: there is nothing to make up for; the line says what to do. Quantised bases: see the tests of plugins/quant."""
-    with pytest.raises(TargetError, match="start 'loftq' makes up for what a quantiser rounds, .*; quantise the base"):
+    """Law: there is nothing to make up for; the line says what to do. plugins/quant has the tests of quantised ones."""
+    with pytest.raises(TargetError, match=r"start 'loftq' makes up for what a quantiser rounds, .*; quantise the base"):
         tunerkit.wrap(Net(), "lora", {"start": "loftq", "rank": 2, "targets": ["linear"]})
+
+
+@pytest.mark.parametrize("start", [*OF_THE_WEIGHT, "gradients"])
+def test_an_export_to_peft_is_a_lora_of_twice_the_rank(start: str, tmp_path: Path) -> None:
+    """Law: PEFT's module, on the unchanged base, gives the trained output."""
+    peft = pytest.importorskip("peft", reason="peft reads the folder")
+    pytest.importorskip("tunerkit_peft", reason="it writes the folder")
+    targets = ("embed", "linear", "head")
+    model = train(wrapped(start, targets=targets))
+    tunerkit.export(model, tmp_path, format="peft", form="compact")
+    theirs = peft.PeftModel.from_pretrained(Net(), tmp_path)
+    assert theirs.peft_config["default"].r == 6
+    torch.testing.assert_close(output(theirs), output(model), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(output(tunerkit.load(Net(), tmp_path)), output(model), atol=1e-6, rtol=1e-5)
+
+
+def test_an_export_of_moved_ranks_to_peft_is_the_adapter(tmp_path: Path) -> None:
+    """Law: ranks that data chose, 0 among them, and their scale survive a PEFT folder."""
+    peft = pytest.importorskip("peft", reason="peft reads the folder")
+    pytest.importorskip("tunerkit_peft", reason="it writes the folder")
+    model = train(wrapped("eva", rank=2, rho=6.0, targets=("embed", "linear", "head")))
+    tunerkit.export(model, tmp_path, format="peft")
+    theirs = peft.PeftModel.from_pretrained(Net(), tmp_path)
+    torch.testing.assert_close(output(theirs), output(model), atol=1e-6, rtol=1e-5)

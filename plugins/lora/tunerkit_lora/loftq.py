@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -61,7 +60,7 @@ def _weight(name: str, original: Path) -> Tensor:
         holding = {name: holding[name]}
     if len(holding) != 1:
         count = "no tensor" if not holding else f"{len(holding)} tensors"
-        raise FileError(f"{original} has {count} for {name!r}; name the folder of the base model before it was quantised")
+        raise FileError(f"{original} has {count} for {name!r}; name the folder of the unquantised base")
     ((key, file),) = holding.items()
     with safe_open(file, framework="pt") as opened:
         tensor: Tensor = opened.get_tensor(key)

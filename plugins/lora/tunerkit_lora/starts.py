@@ -16,7 +16,7 @@ RANDOM: Final = ("kaiming", "gaussian")  # starts of A that ask neither the weig
 
 
 def principal(weight: Tensor, rank: int, scale: float) -> Factors:
-    """PiSSA: the largest singular triplets of W, each divided between A and B (Meng et al., arXiv 2404.02948, Eq. 2, 3).
+    """PiSSA: the largest singular triplets of W, each halved between A and B (Meng et al., arXiv 2404.02948, Eq. 2, 3).
 
     Args:
         weight: W, (out, in).
