@@ -39,9 +39,10 @@ class Method:
         start: What wrapping does to the model's output, unless a setting asks for a change: ``"exact"`` leaves every
             bit of it, ``"rounding"`` changes it by rounding errors alone, as a start does that adds and subtracts the
             same product.
-        targets: What the method adapts: ``"weights"``, modules of which tunerkit knows the weight; or ``"outputs"``,
-            any module that is called, such as a norm or a block. Such adapters cannot be merged, except where they
-            implement ``tunerkit_delta`` and the module has a weight.
+        targets: What the method adapts: ``"weights"``, modules of which tunerkit knows the weight; ``"outputs"``, any
+            module that is called, such as a norm or a block; or ``"norms"``, norms over the last dimension, by default
+            all of them outside output heads. What adapts outputs can be merged where it implements ``tunerkit_delta``
+            and the module is a layer or such a norm, whose weight is seen as a column, (out, 1).
         statistics: What the method wants to know of the data before training, see `tunerkit.calibrate`; None for a
             method that wants nothing. If that depends on the settings, a function of the config that says it.
         pieces: Whether the method's hooks work on the pieces that a process holds where an engine has cut an adapter,
@@ -54,7 +55,7 @@ class Method:
     config: type
     needs_steps: bool = False
     start: Literal["exact", "rounding"] = attrs.field(default="exact", kw_only=True)
-    targets: Literal["weights", "outputs"] = attrs.field(default="weights", kw_only=True)
+    targets: Literal["weights", "outputs", "norms"] = attrs.field(default="weights", kw_only=True)
     statistics: StatisticsRequest | Callable[[Any], StatisticsRequest | None] | None = attrs.field(
         default=None, kw_only=True
     )

@@ -31,6 +31,7 @@ class Rows(Adapter):
     """Adds a trained row of ``rows`` (features, k) for each of k ids; ``chosen`` (k, vocabulary) says which."""
 
     reads_output: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
     chosen: Tensor
 
     def __init__(self, base: BaseLayer, tokens: tuple[int, ...]) -> None:

@@ -214,6 +214,7 @@ def tunerkit_build_adapter(
     replace these, so that a start that is computed from the weight is not needed, and the weight may be absent.
 
     >>> class Bias(tunerkit.plugin.Adapter):
+    ...     reads_output = reads_weight = False
     ...     def __init__(self, features):
     ...         super().__init__()
     ...         self.bias = torch.nn.Parameter(torch.zeros(features))  # (out,): nothing is added at the start

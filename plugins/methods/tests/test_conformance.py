@@ -10,7 +10,20 @@ from tunerkit_testing.known_cases import named
 
 # A method, settings that train on the small BERT, and the checks that fail for a reason.
 METHODS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
+    "boft": ({}, {}),
+    "c3a": ({"block_size": 4}, {}),
+    "dora": ({"rank": 2}, {"gradients_are_true": "the norm has no gradient, as in the paper"}),
+    "fourierft": ({"count": 30}, {}),
+    "hra": ({"rank": 2}, {}),
+    "ia3": ({}, {}),
     "loha": ({"rank": 2}, {}),
+    "lokr": ({"rank": 1}, {}),
+    "miss": ({"rank": 2}, {}),
+    "oft": ({}, {}),
+    "randlora": ({"rank": 4, "alpha": 16.0}, {}),
+    "road": ({}, {}),
+    "vblora": ({"rank": 2, "vectors": 16}, {}),
+    "vera": ({"rank": 8}, {}),
 }
 
 
