@@ -131,11 +131,12 @@ class _Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor) -> Tensor:
         ctx.save_for_backward(x, a)
-        return x @ a.T
+        return torch.nn.functional.linear(x, a).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, a = ctx.saved_tensors
+        gradient = gradient.to(a.dtype)
         return gradient @ a, gradient.flatten(0, -2)[:_ROWS].T @ x.flatten(0, -2)[:_ROWS]
 
 

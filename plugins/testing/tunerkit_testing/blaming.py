@@ -8,6 +8,7 @@ from typing import Final
 
 # Those whose lines say nothing to an author: the cause is in the code that called them.
 _LIBRARIES: Final = frozenset({"torch", "tunerkit", "pluggy", "attr", "attrs", "cattrs", "contextlib", "functools"})
+_KIT: Final = ("tunerkit_testing.checks.", "tunerkit_testing.kit", "tunerkit_testing.remembering")
 
 
 def told(error: BaseException) -> str:
@@ -37,4 +38,4 @@ def place_of(error: BaseException) -> str:
 
 def _is_library(frame: FrameType) -> bool:
     name: str = frame.f_globals.get("__name__", "")
-    return name.partition(".")[0] in _LIBRARIES or name.startswith("tunerkit_testing.checks.")
+    return name.partition(".")[0] in _LIBRARIES or name.startswith(_KIT)

@@ -13,6 +13,7 @@ from tunerkit_testing.known_cases import default_cases, named
 
 _STYLES: Mapping[str, str] = {
     "passed": "green",
+    "advice": "cyan",
     "failed": "bold red",
     "error": "bold red",
     "skipped": "dim",
@@ -58,6 +59,7 @@ def run(
         console.print(f"[bold red]{result.check}[/] on {escape(result.case)}: {escape(result.reason)}", soft_wrap=True)
     count = Counter(result.status for result in results if result not in bad)
     told = f"{count['passed']} passed, {len(bad)} failed, {count['skipped']} skipped"
+    told += f", {count['advice']} with advice" if count["advice"] else ""
     told += f", {count['expected failure']} failed as expected" if reasons else ""
     console.print(f"{escape(method)}: {told}")
     return not bad

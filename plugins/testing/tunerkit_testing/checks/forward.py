@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit import hooks
 from tunerkit.errors import PluginError
 from tunerkit_testing.blaming import told
 from tunerkit_testing.cases import Case, assert_base_untouched, assert_same, wrapped
@@ -179,24 +178,15 @@ def _output_of(call: Call) -> tuple[Tensor, bool]:
 
 
 def check_same_in_inference(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Under ``torch.no_grad`` and ``torch.inference_mode``, an adapter adds, and merges, what it does with gradients."""
+    """Under ``torch.no_grad`` and ``torch.inference_mode``, an adapter adds what it adds with gradients."""
     model = filled(case, method, config)
     hint = "ask neither torch.is_grad_enabled() nor torch.is_inference_mode_enabled() for what to compute"
     for call in calls_of(model, case):
-        expected, weight = call.run().detach(), _weight_of(call, method)
+        expected = call.run().detach()
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
-                found, merged = call.run(), _weight_of(call, method)
+                found = call.run()
             assert_same(found, expected, f"{call.path}: in torch.{mode.__name__} against with gradients", hint)
-            if weight is not None and merged is not None:
-                assert_same(merged, weight, f"{call.path}: the delta in torch.{mode.__name__}", hint)
-
-
-def _weight_of(call: Call, method: str) -> Tensor | None:
-    if not call.base.has_weight or not hooks.has_delta(method):
-        return None
-    weight = hooks.delta(call.path, method, call.adapter, call.base).weight
-    return None if weight is None else weight.detach()
 
 
 @torch.no_grad()

@@ -104,7 +104,7 @@ NEEDS: Final[Mapping[Check, Sequence[Check]]] = MappingProxyType(
         moving.check_device: (forward.check_output_dtype, *_PURE),
         moving.check_offload: (forward.check_output_dtype, *_PURE),
         compiling.check_compiles: (*_PURE, randomness.check_random_state),
-        cost.check_operations: (training.check_something_trains, *_PURE),
+        cost.check_operations: (training.check_steps_run, *_PURE),
     }
 )
 CHECKS: Final[tuple[Check, ...]] = tuple(NEEDS)

@@ -36,9 +36,9 @@ _AUTOCAST, _GRADIENTS = 2.0**-5, 0.05
 def check_autocast(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """Under bf16 autocast each layer's output is that in fp32 up to rounding, and the gradients are finite."""
     model = filled(case, method, config)
-    with torch.autocast("cpu", torch.bfloat16):
-        calls = _calls(model, case, "under autocast")
-    for call in calls:
+    with tunerkit.disabled(model), torch.autocast("cpu", torch.bfloat16):
+        _calls(model, case, "under autocast")
+    for call in calls_of(model, case):
         with torch.no_grad():
             expected = call.run()
             with torch.autocast("cpu", torch.bfloat16):
@@ -69,6 +69,7 @@ def check_half_precision(case: Case, method: str, config: Mapping[str, object], 
         model, exact = filled(narrow, method, config), filled(wide, method, {**config, "adapter_dtype": "float64"})
         for part, twin in zip(own_parts(model).values(), own_parts(exact).values(), strict=True):
             twin.load_state_dict(part.state_dict())
+        share = max(_SHARES.get(each, 0.0) for each in (dtype, *adapter_dtypes(model)))
         own, theirs = trained_parameters(tunerkit.tuner(model)), trained_parameters(tunerkit.tuner(exact))
         twins = {call.path: call for call in calls_of(exact, wide)}
         for call in _calls(model, narrow, f"in {dtype}"):
@@ -76,7 +77,7 @@ def check_half_precision(case: Case, method: str, config: Mapping[str, object], 
                 continue
             found = _found(call, own)
             expected = _found(twins[call.path].with_input(_widened(call.x)), theirs)
-            _assert_near(call.path, dtype, found, expected)
+            _assert_near(call.path, dtype, share, found, expected)
 
 
 def _widened(x: Any) -> Any:
@@ -97,15 +98,20 @@ def _found(call: Call, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 _OUTPUT = "the output"
 
 
-def _assert_near(path: str, dtype: torch.dtype, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _assert_near(
+    path: str, dtype: torch.dtype, share: float, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
     hint = (
         "compute in the dtype of the adapter's own parameters, as x.to(self.a.dtype), and cast the sum to y.dtype; "
         "16 bits have few digits, and fp16 ends at 65504"
     )
     for name, right in expected.items():
         what, error = name.removeprefix(f"{path}: "), found[name] - right
+        assert bool(found[name].isfinite().all()) or not bool(right.isfinite().all()), (
+            f"{path}: on a base in {dtype}, {what} is NaN or inf in places; {hint}"
+        )
         if name == _OUTPUT:
-            worst, limit = float(error.abs().max()), _SHARES[dtype] * float(right.abs().max())
+            worst, limit = float(error.abs().max()), share * float(right.abs().max())
         else:
             what = f"the gradient for {what}"
             worst, limit = float(error.norm()), _GRADIENTS * float(right.norm())

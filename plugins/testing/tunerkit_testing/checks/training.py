@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tunerkit.errors import PluginError
+from tunerkit_testing.blaming import told
 from tunerkit_testing.cases import STEPS, Case, assert_base_untouched, optimizer_of, train, wrapped
 from tunerkit_testing.checks.probing import own_parameters, seeded, trained_parameters, without_copies
 from tunerkit_testing.remembering import remembered
 
 _LEAST_FALL = 1e-5  # a share of the first loss. Some start slowly: AdaLoRA as in its paper falls by 1.4e-4 on BERT
+
+_SCALE = 1024.0
 
 
 @attrs.define(eq=False)
@@ -45,6 +49,8 @@ def _observed(case: Case, method: str, config: Mapping[str, object]) -> Seen:
     tuner = tunerkit.tuner(model)
     own = trained_parameters(tuner)
     seen = Seen(model, _values(own), {}, set(), set(), [])
+    # As a GradScaler has it: smaller gradients than 6e-8 are 0 in fp16.
+    scale = _SCALE if any(parameter.dtype == torch.float16 for parameter in own.values()) else 1.0
     optimizer = optimizer_of(own.values(), case.lr)
     tunerkit.attach(model, optimizer, total_steps=STEPS)
     for step in range(STEPS):
@@ -54,7 +60,7 @@ def _observed(case: Case, method: str, config: Mapping[str, object]) -> Seen:
         if not loss.requires_grad:
             seen.cut = True
             break
-        loss.backward()
+        (loss * scale).backward()
         for name, parameter in trained_parameters(tuner).items():
             if parameter.grad is None and parameter.numel():
                 seen.missing.add(name)
@@ -86,7 +92,12 @@ def check_something_trains(case: Case, method: str, config: Mapping[str, object]
 
 def check_steps_run(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """A short training runs, with all that the method's hooks do in its steps."""
-    remembered(_observed, case, method, config)
+    try:
+        remembered(_observed, case, method, config)
+    except PluginError:
+        raise
+    except Exception as error:
+        raise AssertionError(f"a training of {STEPS} steps raised {told(error)}") from error
 
 
 def check_only_the_adapter_trains(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
