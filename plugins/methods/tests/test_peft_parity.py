@@ -1,0 +1,130 @@
+"""Each method that PEFT has computes what PEFT's does, from the same weights, and is trained to the same weights."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tunerkit
+from tunerkit.hooks import registry
+
+LEAVES = ("lin", "out")
+
+
+@attrs.frozen
+class Row:
+    """A method and PEFT's way of the same.
+
+    Attributes:
+        method: Our name.
+        settings: Our settings.
+        config: PEFT's config class.
+        arguments: Its arguments.
+        alike: What reads PEFT's layer beside the tensors that the method names, if something must be copied by hand.
+        steps: The largest difference of weights after 20 steps.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    config: type
+    arguments: Mapping[str, Any] = attrs.field(factory=dict)
+    alike: Callable[[nn.Module, nn.Module], None] | None = None
+    steps: float = 1e-9
+
+
+ROWS = (
+    # PEFT rounds the scale to fp32, so it is one that fp32 has.
+    Row("loha", {"rank": 3, "alpha": 6.0}, peft.LoHaConfig, {"r": 3, "alpha": 6, "init_weights": False}),
+)
+
+
+class Net(nn.Module):
+    """Two linear layers of other sizes, in fp64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.out = nn.Linear(12, 20), nn.Linear(20, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(torch.tanh(self.lin(x)))
+        return out
+
+
+def both(row: Row) -> tuple[nn.Module, Any]:
+    """Our model and PEFT's, on the same base, with the same random weights in their adapters."""
+    torch.manual_seed(0)
+    base = Net().double()
+    theirs = peft.get_peft_model(copy.deepcopy(base), row.config(target_modules=list(LEAVES), **row.arguments)).double()
+    ours = tunerkit.wrap(base, row.method, {"targets": list(LEAVES), "adapter_dtype": "float64", **row.settings})
+    for mine, other in every_pair(row, ours, theirs):
+        with torch.no_grad():
+            mine.copy_(other.reshape(mine.shape))
+    if row.alike is not None:
+        for name in LEAVES:
+            row.alike(tunerkit.tuner(ours).adapters()[name], theirs.base_model.model.get_submodule(name))
+    return ours, theirs
+
+
+def every_pair(row: Row, ours: nn.Module, theirs: Any) -> list[tuple[Tensor, Tensor]]:
+    """Our tensors and PEFT's, of both layers."""
+    adapters = tunerkit.tuner(ours).adapters()
+    return [pair for name in LEAVES for pair in pairs(row, adapters[name], theirs.base_model.model.get_submodule(name))]
+
+
+def pairs(row: Row, adapter: nn.Module, layer: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Our tensors and PEFT's at a layer, by the names that the method declares."""
+    found = []
+    for ours, name in registry.get(row.method).foreign["peft"]["tensors"].items():
+        leaf = name if isinstance(name, str) else name["name"]
+        owner: Any = layer
+        for part in leaf.split("."):
+            owner = getattr(owner, part)
+            if isinstance(owner, nn.ParameterDict | nn.ModuleDict):
+                owner = owner["default"]
+        theirs = owner.t() if not isinstance(name, str) and name.get("transposed") else owner
+        found.append((getattr(adapter, ours), theirs))
+    return found
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.method)
+def test_computes_what_peft_computes(row: Row) -> None:
+    """Output, the gradient of the input and those of all tensors agree to 1e-12 of the largest."""
+    ours, theirs = both(row)
+    torch.manual_seed(1)
+    x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    results = []
+    for model in (ours, theirs):
+        out = model(x)
+        (grad,) = torch.autograd.grad(out.square().sum(), x, retain_graph=True)
+        model.zero_grad()
+        out.square().sum().backward()
+        results.append((out, grad))
+    for mine, other in zip(*results, strict=True):
+        assert (mine - other).abs().max() <= 1e-12 * other.abs().max()
+    for mine, other in every_pair(row, ours, theirs):
+        if mine.requires_grad and mine.is_leaf and other.is_leaf:
+            assert mine.grad is not None
+            assert other.grad is not None
+            difference = (mine.grad.reshape(other.shape) - other.grad).abs().max()
+            assert difference <= 1e-12 * other.grad.abs().max() + 1e-15
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.method)
+def test_trains_as_peft_does(row: Row) -> None:
+    """After 20 steps of AdamW, all weights are within 1e-9 of PEFT's."""
+    ours, theirs = both(row)
+    # Drawn before: some methods of PEFT draw numbers in each forward.
+    batches = torch.randn(20, 16, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for model in (ours, theirs):
+        optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+        for x in batches:
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for mine, other in every_pair(row, ours, theirs):
+        assert (mine - other.reshape(mine.shape)).abs().max() <= row.steps

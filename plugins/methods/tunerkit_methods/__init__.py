@@ -1,0 +1,1 @@
+"""Methods of fine-tuning for tunerkit, each one file and one plugin."""

@@ -1,0 +1,237 @@
+"""A method that is one function: its config, its adapter, its hooks, and what is refused."""
+
+import copy
+import pickle
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tunerkit
+from tunerkit.errors import ConfigError, PluginError, TargetError
+from tunerkit.layers import LinearLayer
+from tunerkit.plugin import BaseLayer, Factors, Gain, parameter, setting
+from tunerkit_testing.registering import registered
+from tunerkit_testing.small import net, train, trainable
+
+TARGETS = {"targets": ["0", "2"]}
+X = torch.randn(8, 6, generator=torch.Generator().manual_seed(3))
+
+
+@tunerkit.method("entry-by-entry")
+def dense(
+    a: Tensor = parameter("out", "rank", start=nn.init.normal_),
+    b: Tensor = parameter("rank", "in"),
+    rank: int = setting(2, ge=1, doc="rank of the product before it is squared"),
+    factor: float = setting(3.0, gt=0, doc="the scale"),
+    dropout: float = setting(0.0, ge=0, lt=1, doc="share of the input that is dropped"),
+) -> Tensor:
+    """ΔW = factor · (A B) ∘ (A B)."""
+    return factor * (a @ b).square() + factor * (a @ b)
+
+
+@tunerkit.method("product")
+def product(
+    q: Tensor = parameter("rank", "in", start=partial(nn.init.normal_, std=0.5), trained=False),
+    p: Tensor = parameter("out", "rank"),
+    rank: int = setting(2, ge=1, doc="rank at each target"),
+) -> Factors:
+    """ΔW = P Q, where Q is fixed."""
+    return Factors(q=q, p=p)
+
+
+@tunerkit.method("gains")
+def gains(g: Tensor = parameter("out", start=1.0)) -> Gain:
+    """Multiplies each output."""
+    return Gain(g)
+
+
+def _blocks(base: BaseLayer, config: Any) -> Mapping[str, int]:
+    if base.out_features % config.blocks:
+        raise TargetError(f"blocks is {config.blocks}, and {base.out_features} outputs cannot be cut into as many")
+    return {"size": base.out_features // config.blocks}
+
+
+@tunerkit.method("rows", sizes=_blocks)
+def rows(
+    weight: Tensor,
+    g: Tensor = parameter("blocks", "size"),
+    blocks: int = setting(1, ge=1, doc="blocks of rows"),
+) -> Tensor:
+    """ΔW = diag(g) W."""
+    return g.flatten()[:, None] * weight
+
+
+EVERY = (dense, product, gains, rows)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _methods() -> Iterator[None]:
+    with registered(*EVERY):
+        yield
+
+
+def trained(name: str, **settings: Any) -> nn.Module:
+    """A wrapped network after some steps."""
+    model = tunerkit.wrap(net(), name, {**TARGETS, **settings}, seed=0)
+    train(model, torch.optim.SGD(trainable(model), lr=0.5), 5)
+    return model
+
+
+@pytest.mark.parametrize("plugin", EVERY, ids=lambda each: each.method.name)
+def test_starts_at_the_base_trains_merges_and_loads(plugin: Any, tmp_path: Path) -> None:
+    """The first output is the base's bit for bit; what was trained survives merging, unmerging, a copy and a file."""
+    name = plugin.method.name
+    assert torch.equal(tunerkit.wrap(net(), name, TARGETS)(X), net()(X))
+    model = trained(name)
+    adapted = model(X)
+    assert (adapted - net()(X)).abs().max() > 1e-3
+    tunerkit.merge(model)
+    assert torch.allclose(model(X), adapted, atol=1e-5)
+    tunerkit.unmerge(model)
+    assert torch.equal(copy.deepcopy(model)(X), adapted)
+    assert torch.equal(tunerkit.load(net(), tunerkit.save(model, tmp_path))(X), adapted)
+
+
+def test_the_config_has_the_settings_with_their_ranges_and_the_docstring() -> None:
+    """It is an attribute of the plugin, and what wrap takes as a mapping."""
+    assert dense.config.__doc__ == "ΔW = factor · (A B) ∘ (A B)."
+    assert tunerkit.structure("entry-by-entry", {"rank": 5}) == dense.config(rank=5)
+    with pytest.raises(ConfigError, match=r"expected > 0, got -1\.0 @ \$\.factor"):
+        dense.config(factor=-1.0)
+    with pytest.raises(ConfigError, match="rnk"):
+        tunerkit.wrap(net(), "product", {"rnk": 3})
+
+
+def test_the_plugin_is_still_the_function() -> None:
+    """It can be called, and so tested without a model."""
+    a, b = torch.ones(3, 1), torch.full((1, 2), 2.0)
+    assert torch.equal(dense(a, b, factor=1.0), torch.full((3, 2), 6.0))
+
+
+@pytest.mark.parametrize("plugin", EVERY, ids=lambda each: each.method.name)
+def test_survives_pickle(plugin: Any) -> None:
+    """Spawned workers get the plugin by its name, and configs and adapters with it."""
+    assert pickle.loads(pickle.dumps(plugin)) is plugin
+    assert pickle.loads(pickle.dumps(plugin.config())) == plugin.config()
+    adapter = tunerkit.tuner(tunerkit.wrap(net(), plugin.method.name, TARGETS)).adapters()["0"]
+    assert pickle.loads(pickle.dumps(adapter)).state_dict().keys() == adapter.state_dict().keys()
+
+
+def test_fixed_tensors_are_saved_and_never_trained() -> None:
+    """``trained=False`` keeps a tensor at its start."""
+    model = tunerkit.wrap(net(), "product", TARGETS, seed=0)
+    before = {path: adapter.get_parameter("q").clone() for path, adapter in tunerkit.tuner(model).adapters().items()}
+    train(model, torch.optim.SGD(trainable(model), lr=0.5), 3)
+    for path, adapter in tunerkit.tuner(model).adapters().items():
+        assert torch.equal(adapter.get_parameter("q"), before[path])
+
+
+def test_a_product_has_a_rank_and_other_ranks_load() -> None:
+    """The size called rank is the adapter's; of a dense ΔW nothing says the rank."""
+    assert tunerkit.tuner(trained("product", rank=3)).ranks() == {"0": 3, "2": 3}
+    assert tunerkit.tuner(trained("entry-by-entry")).ranks() == {"0": 0, "2": 0}
+    small, large = (
+        tunerkit.tuner(tunerkit.wrap(net(), "product", {**TARGETS, "rank": rank})).adapters()["0"] for rank in (2, 4)
+    )
+    small.load_state_dict(large.state_dict())
+    assert small.rank == 4
+
+
+def test_dropout_drops_inputs_in_training_alone() -> None:
+    """Over many draws, the mean of what is added is what is added in eval mode."""
+    model = trained("entry-by-entry", dropout=0.5)
+    adapter = tunerkit.tuner(model).adapters()["0"]
+    base = LinearLayer(cast(nn.Linear, model.get_submodule("0")))
+    x, y = torch.ones(4000, 6), torch.zeros(4000, 8)
+    adapter.eval()
+    expected = adapter(base, x, y)
+    adapter.train()
+    drawn = adapter(base, x, y)
+    assert not torch.equal(drawn, expected)
+    assert torch.allclose(drawn.mean(0), expected.mean(0), atol=0.1 * float(expected.detach().abs().max()))
+
+
+def test_reads_the_weight_in_fp32_on_a_base_in_bf16() -> None:
+    """Decompositions and differences lose nothing, and the output keeps the dtype of the base."""
+    seen: list[torch.dtype] = []
+
+    def record(weight: Tensor, g: Tensor = parameter("out")) -> Tensor:
+        seen.append(weight.dtype)
+        return g[:, None] * weight
+
+    with registered(tunerkit.method("recording")(record)):
+        model = tunerkit.wrap(net().bfloat16(), "recording", TARGETS)
+        assert model(X.bfloat16()).dtype == torch.bfloat16
+    assert set(seen) == {torch.float32}
+
+
+def test_says_what_it_reads() -> None:
+    """Gains need the base's own output; a function that names weight or base reads the weight."""
+    flags = {}
+    for plugin in EVERY:
+        adapter = tunerkit.tuner(tunerkit.wrap(net(), plugin.method.name, TARGETS)).adapters()["0"]
+        flags[plugin.method.name] = (adapter.reads_output, adapter.reads_weight)
+    assert flags == {
+        "entry-by-entry": (False, False),
+        "product": (False, False),
+        "gains": (True, True),
+        "rows": (False, True),
+    }
+
+
+def test_a_size_that_does_not_fit_is_refused_with_the_path() -> None:
+    """What ``sizes`` raises names the target, and the model stays as it was."""
+    model = net()
+    with pytest.raises(TargetError, match=r"blocks is 4, and 7 outputs (.|\n)*for '2'"):
+        tunerkit.wrap(model, "rows", {**TARGETS, "blocks": 4})
+    assert torch.equal(model(X), net()(X))
+
+
+def test_a_size_of_unknown_name_is_refused_with_the_closest() -> None:
+    """A shape may name settings, what ``sizes`` gives, and the layer's features."""
+
+    @tunerkit.method("misspelt")
+    def misspelt(a: Tensor = parameter("out", "rnk"), rank: int = setting(2, ge=1, doc="rank")) -> Tensor:
+        return a
+
+    with (
+        registered(misspelt),
+        pytest.raises(PluginError, match=r"parameter 'a' with the size 'rnk'.*known are: rank, in, out.*'rank'"),
+    ):
+        tunerkit.wrap(net(), "misspelt", TARGETS)
+
+
+def _no_annotation(a: Tensor = parameter("out", "in")):  # type: ignore[no-untyped-def]
+    return a
+
+
+def _no_default(wieght: Tensor, a: Tensor = parameter("out", "in")) -> Tensor:
+    return a * wieght
+
+
+def _nothing_trained(a: Tensor = parameter("out", "in", trained=False)) -> Tensor:
+    return a
+
+
+def _untyped(a: Tensor = parameter("out", "in"), rank=setting(2, doc="rank")) -> Tensor:  # type: ignore[no-untyped-def]
+    return a
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (_no_annotation, r"returns None; annotate what it returns: -> Tensor for ΔW, -> Factors or -> Gain"),
+        (_no_default, r"argument 'wieght' without a default; give it parameter\(...\) or setting\(...\).*'weight'"),
+        (_nothing_trained, r"no tensor that is trained; add an argument such as b: Tensor = parameter"),
+        (_untyped, r"setting 'rank' without a type; annotate it, as in rank: int = setting"),
+    ],
+)
+def test_a_signature_that_does_not_say_enough_is_refused(function: Any, message: str) -> None:
+    """The error names the function, what is missing, and what to write."""
+    with pytest.raises(PluginError, match=f"{function.__name__} .*{message}"):
+        tunerkit.method("wrong")(function)

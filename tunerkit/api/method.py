@@ -1,0 +1,233 @@
+"""A method as one function: `method` makes the config, the adapter and the hooks of it."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Final, NoReturn, TypeAlias, get_type_hints
+
+import attrs
+import pluggy
+import torch
+from torch import Tensor, nn
+
+from tunerkit.config import AdapterConfig
+from tunerkit.errors import PluginError, closest, shown
+from tunerkit.layers import Adapter, BaseLayer, add_delta, add_low_rank, autocast_off
+from tunerkit.records import Delta, Factors, Gain, Method
+
+hookimpl = pluggy.HookimplMarker("tunerkit")  # as the package's own, which comes after this file
+Start: TypeAlias = float | Callable[[Tensor], object]
+_GIVEN: Final = ("base", "weight")  # what a function may ask for beside its parameters and settings
+
+
+@attrs.frozen
+class Parameter:
+    """A tensor of a method that is written as a function, see `tunerkit.plugin.parameter`."""
+
+    shape: tuple[str | int, ...]
+    start: Start
+    trained: bool
+
+
+def parameter(*shape: str | int, start: Start = 0.0, trained: bool = True) -> Any:
+    """Define a tensor of a method that is written as a function, as the default of an argument.
+
+    Args:
+        shape: Its sizes: ``"out"`` and ``"in"`` of the layer, the name of a setting, a name that the method's ``sizes``
+            gives, or a number.
+        start: The number that all its values start at, or a function that fills the tensor in place, such as
+            ``torch.nn.init.normal_``. At the start the method must add nothing.
+        trained: False for a tensor that keeps its start, which the adapter's file holds.
+
+    Returns:
+        A record, typed as ``Any``, so that type checkers use the annotation: ``a: Tensor = parameter("rank", "in")``.
+    """
+    return Parameter(shape, start, trained)
+
+
+def method(
+    name: str, *, sizes: Callable[[BaseLayer, Any], Mapping[str, int]] | None = None, **record: Any
+) -> Callable[[Callable[..., Any]], "FunctionPlugin"]:
+    """Make a method of one function that computes what an adapter adds, from its parameters and settings.
+
+    The arguments of the function have `tunerkit.plugin.parameter` or `tunerkit.plugin.setting` as their defaults. It
+    may also name ``base``, the `BaseLayer`, and ``weight``, its W (out, in), detached, in the dtype of the parameters
+    or a wider one. Its annotation says what it returns:
+
+    - ``Tensor``: ΔW, (out, in).
+    - ``Factors``: ΔW as a product of two small matrices, which is never computed as a whole in training.
+    - ``Gain``: factors (out,) of the layer's output.
+
+    A setting named ``dropout`` drops a share of the input of ΔW in training. "Write a method" in the docs has examples.
+
+    Args:
+        name: The method's name.
+        sizes: Computes further sizes for shapes from the base layer and the config. It raises `TargetError` if a
+            setting does not fit the layer.
+        record: Further fields of `tunerkit.plugin.Method`.
+
+    Returns:
+        A decorator. Its result is a plugin: pass it to `tunerkit.register`, or name it in an entry point,
+        ``loha = "my_package.loha:loha"``. The config class is its attribute ``config``.
+
+    Raises:
+        PluginError: The function's signature does not say what is needed.
+    """
+    return partial(_plugin, name, sizes, record)
+
+
+class FunctionPlugin:
+    """The plugin of a method that is one function. Calling it calls the function.
+
+    Attributes:
+        method: The method's record.
+        config: Its config class.
+        parameters: Its tensors by name.
+        returns: What its function returns: a tensor, factors or gains.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        sizes: Callable[[BaseLayer, Any], Mapping[str, int]] | None,
+        record: Mapping[str, Any],
+    ) -> None:
+        self.function, self.sizes = function, sizes
+        self.__name__, self.__qualname__ = function.__name__, function.__qualname__
+        self.__module__, self.__doc__ = function.__module__, function.__doc__
+        arguments, hints = inspect.signature(function).parameters, get_type_hints(function)
+        self.returns = hints.pop("return", None)
+        if self.returns not in (Tensor, Factors, Gain):
+            self._refuse(
+                f"returns {shown(self.returns)}", "annotate what it returns: -> Tensor for ΔW, -> Factors or -> Gain"
+            )
+        self.parameters = {key: each.default for key, each in arguments.items() if type(each.default) is Parameter}
+        if not any(each.trained for each in self.parameters.values()):
+            self._refuse(
+                "has no tensor that is trained", 'add an argument such as b: Tensor = parameter("out", "rank")'
+            )
+        # attrs numbers the fields as they are made, and takes that order.
+        fields = {key: each.default for key, each in arguments.items() if isinstance(each.default, _Setting)}
+        self.given = [key for key in _GIVEN if key in arguments]
+        self.settings = list(fields)
+        for key in arguments.keys() - {*self.parameters, *fields, *self.given}:
+            self._refuse(
+                f"has the argument {key!r} without a default", "give it parameter(...) or setting(...)", key, _GIVEN
+            )
+        for key in fields.keys() - hints.keys():
+            self._refuse(f"has the setting {key!r} without a type", f"annotate it, as in {key}: int = setting(...)")
+        namespace = {**fields, "__annotations__": {key: hints[key] for key in fields}, "__doc__": function.__doc__}
+        names = {"__module__": self.__module__, "__qualname__": f"{self.__qualname__}.config"}
+        self.config: Any = attrs.frozen(type("config", (AdapterConfig,), {**namespace, **names}))
+        self.method = Method(name, config=self.config, **record)
+
+    def __call__(self, *args: Any, **arguments: Any) -> Any:
+        return self.function(*args, **arguments)
+
+    def __reduce__(self) -> str:
+        return self.__qualname__  # pickle finds it where the function was: an adapter holds it
+
+    def _refuse(self, what: str, do: str, name: str = "", known: Iterable[str] = ()) -> NoReturn:
+        raise PluginError(f"the function {self.__qualname__} {what}; {do}{closest(name, known) if name else ''}")
+
+    @hookimpl
+    def tunerkit_methods(self) -> Iterable[Method]:
+        return [self.method]
+
+    @hookimpl
+    def tunerkit_build_adapter(self, base: BaseLayer, config: AdapterConfig) -> "FunctionAdapter":
+        settings = {key: value for key, value in attrs.asdict(config, recurse=False).items() if key in self.settings}
+        known = {key: value for key, value in settings.items() if type(value) is int}
+        known |= {"in": base.in_features, "out": base.out_features}
+        known |= {} if self.sizes is None else self.sizes(base, config)
+        for key, each in self.parameters.items():
+            for size in each.shape:
+                if isinstance(size, str) and size not in known:
+                    self._refuse(
+                        f"has a parameter {key!r} with the size {size!r}, which is unknown",
+                        f"known are: {', '.join(known)}",
+                        size,
+                        known,
+                    )
+        return FunctionAdapter(self, known, settings)
+
+
+class DeltaPlugin(FunctionPlugin):
+    """The plugin of a method whose function returns ΔW, or gains."""
+
+    @hookimpl
+    def tunerkit_delta(self, adapter: "FunctionAdapter", base: BaseLayer) -> Delta:
+        return adapter.delta(base)
+
+
+class ProductPlugin(FunctionPlugin):
+    """The plugin of a method whose function returns factors."""
+
+    @hookimpl
+    def tunerkit_factors(self, adapter: "FunctionAdapter", base: BaseLayer) -> Factors:
+        added: Factors = adapter.added(base)
+        return added
+
+
+def _plugin(
+    name: str,
+    sizes: Callable[[BaseLayer, Any], Mapping[str, int]] | None,
+    record: Mapping[str, Any],
+    function: Callable[..., Any],
+) -> FunctionPlugin:
+    returned = get_type_hints(function).get("return")
+    return (ProductPlugin if returned is Factors else DeltaPlugin)(name, function, sizes, record)
+
+
+class FunctionAdapter(Adapter):
+    """The adapter of a method that is one function."""
+
+    def __init__(self, plugin: FunctionPlugin, sizes: Mapping[str, int], settings: Mapping[str, Any]) -> None:
+        gain, product = plugin.returns is Gain, plugin.returns is Factors
+        dims = {name: each.shape.index("rank") for name, each in plugin.parameters.items() if "rank" in each.shape}
+        # Before the base class looks at them. A method's flags are its own, and not those of all functions.
+        vars(self).update(reads_output=gain, reads_weight=gain or bool(plugin.given), rank_dims=dims if product else {})
+        super().__init__()
+        self.plugin, self.settings = plugin, dict(settings)
+        for name, each in plugin.parameters.items():
+            values = torch.empty([sizes[size] if isinstance(size, str) else size for size in each.shape])
+            with torch.no_grad():
+                values.fill_(each.start) if isinstance(each.start, int | float) else each.start(values)
+            self.register_parameter(name, nn.Parameter(values, requires_grad=each.trained))
+
+    @property
+    def rank(self) -> int:
+        return next((self.get_parameter(name).shape[dim] for name, dim in self.rank_dims.items()), 0)
+
+    def added(self, base: BaseLayer) -> Any:
+        """What the function returns: ΔW (out, in), factors, or gains (out,)."""
+        tensors = dict(self.named_parameters(recurse=False))
+        wide = torch.promote_types(next(iter(tensors.values())).dtype, torch.float32)
+        given: dict[str, Any] = {"base": base}
+        if "weight" in self.plugin.given:
+            given["weight"] = base.dense().to(wide)
+        arguments = {**tensors, **self.settings, **{key: given[key] for key in self.plugin.given}}
+        # Half precision is for products with the input: what is merged must be what forward adds.
+        with autocast_off(next(iter(tensors.values())).device):
+            return self.plugin.function(**arguments)
+
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        added = self.added(base)
+        dropout = self.settings.get("dropout", 0.0) if self.training else 0.0
+        if isinstance(added, Factors):
+            return add_low_rank(base, x, y, q=added.q, p=added.p, scale=1.0, dropout=dropout)
+        if isinstance(added, Gain):
+            return (y * base.shape_bias(added.rows)).to(y.dtype)
+        return add_delta(base, x, y, added, dropout=dropout)
+
+    def delta(self, base: BaseLayer) -> Delta:
+        """What the adapter adds to the weight, and for gains to the bias."""
+        added = self.added(base)
+        if not isinstance(added, Gain):
+            return Delta(weight=added)
+        change, bias = added.rows - 1, base.bias()
+        return Delta(weight=change[:, None] * base.dense(), bias=None if bias is None else change * bias)
+
+
+_Setting: Final = type(attrs.field())
