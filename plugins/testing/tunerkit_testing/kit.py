@@ -19,6 +19,7 @@ from tunerkit_testing.blaming import told
 from tunerkit_testing.cases import Advice, Case, Check, name_of
 from tunerkit_testing.checks.order import BY_NAME, CHECKS, NEEDS
 from tunerkit_testing.known_cases import default_cases
+from tunerkit_testing.registering import method_of
 from tunerkit_testing.remembering import remembering
 
 Status = Literal["passed", "advice", "failed", "error", "skipped", "expected failure"]
@@ -46,7 +47,7 @@ class CheckResult:
 
 
 def check_method(
-    name: str,
+    method: object,
     config: AdapterConfig | Mapping[str, object] | None = None,
     cases: Iterable[Case] | None = None,
     expected_failures: Mapping[str, str] | None = None,
@@ -58,7 +59,8 @@ def check_method(
     Checks whose failure explains others come first; those that depend on one that failed are skipped.
 
     Args:
-        name: The method's name, in any case.
+        method: The method's name, in any case; or its plugin, such as what `tunerkit.method` returns, which is then
+            registered for the time of the checks.
         config: Its config: an instance of its config class, a mapping of settings, or None for the defaults.
         cases: The models; by default a small BERT, GPT-2 and Llama, or a small network without transformers.
         expected_failures: Reasons why checks fail, by the check's name. They still run; one that passes says so. Those
@@ -71,16 +73,17 @@ def check_method(
     Raises:
         ConfigError: The config is invalid.
         UnknownMethodError: No installed plugin provides the method.
-        TunerkitError: There is no check of a name.
+        TunerkitError: There is no check of a name, or the plugin has no method or several.
     """
-    settings, expected = settings_of(name, config), expected_failures or {}
-    wanted = [*CHECKS] if checks is None else find(checks)
+    wanted, expected = [*CHECKS] if checks is None else find(checks), expected_failures or {}
     find(expected)
-    return [
-        result
-        for case in (default_cases() if cases is None else cases)
-        for result in _check_case(case, name, settings, wanted, expected)
-    ]
+    with method_of(method) as name:
+        settings = settings_of(name, config)
+        return [
+            result
+            for case in (default_cases() if cases is None else cases)
+            for result in _check_case(case, name, settings, wanted, expected)
+        ]
 
 
 def settings_of(name: str, config: AdapterConfig | Mapping[str, object] | None) -> dict[str, object]:

@@ -11,6 +11,7 @@ from tunerkit_testing.cases import Case, Check, name_of
 from tunerkit_testing.checks.order import CHECKS, NEEDS
 from tunerkit_testing.kit import CheckResult, as_expected, beside_expected, find, run_check, settings_of
 from tunerkit_testing.known_cases import default_cases
+from tunerkit_testing.registering import method_of
 
 Test = TypeVar("Test", bound=Callable[..., None])
 
@@ -22,14 +23,14 @@ class BoundCheck:
     Attributes:
         check: The check.
         case: The model.
-        method: The method's name.
+        method: The method's name, or its plugin.
         config: The method's config.
         expected: Reasons why checks fail, by name. If this one passes all the same, its test fails.
     """
 
     check: Check
     case: Case
-    method: str
+    method: object
     config: AdapterConfig | Mapping[str, object] | None
     expected: Mapping[str, str]
 
@@ -57,7 +58,8 @@ class BoundCheck:
             pytest.fail(f"{where}: {beside_expected(self.check, self.expected)}{result.reason}", pytrace=False)
 
     def _run(self, check: Check) -> CheckResult:
-        return run_check(check, self.case, self.method, settings_of(self.method, self.config))
+        with method_of(self.method) as name:
+            return run_check(check, self.case, name, settings_of(name, self.config))
 
     def _cause(self, check: Check) -> str | None:
         """Return the name of the first check that fails, and is not expected to, of all that a check needs."""
@@ -70,7 +72,7 @@ class BoundCheck:
 
 
 def parametrize_with_checks(
-    name: str,
+    method: object,
     config: AdapterConfig | Mapping[str, object] | None = None,
     cases: Iterable[Any] | None = None,
     expected_failures: Mapping[str, str] | None = None,
@@ -88,7 +90,8 @@ def parametrize_with_checks(
     The method is looked up when a test runs, so a fixture may register it.
 
     Args:
-        name: The method's name.
+        method: The method's name; or its plugin, such as what `tunerkit.method` returns, which is then registered while
+            a test runs.
         config: Its config: an instance of its config class, a mapping of settings, or None for the defaults.
         cases: Cases, or pytest parameters such as those of `tunerkit_testing.matrix.cases`; by default those of
             `check_method`.
@@ -111,7 +114,7 @@ def parametrize_with_checks(
         )
         found += [
             pytest.param(
-                BoundCheck(check, case, name, config, expected), id=f"{label}-{each}", marks=marks
+                BoundCheck(check, case, method, config, expected), id=f"{label}-{each}", marks=marks
             )
             for check in wanted
             for each in (name_of(check),)
