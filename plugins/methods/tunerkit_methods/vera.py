@@ -57,6 +57,7 @@ class Vectors(Adapter):
     """Adds diag(b) P diag(d) Q x (equation 2): b (out,) starts at 0, d (rank,) at a small number."""
 
     reads_output = False
+    reads_weight = False
 
     def __init__(self, base: BaseLayer, shared: Shared, config: Config) -> None:
         super().__init__()

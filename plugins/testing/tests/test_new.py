@@ -106,7 +106,7 @@ def test_the_project_names_its_plugin_and_the_tunerkit_it_needs(generated: Gener
     assert project["entry-points"]["tunerkit"] == {generated.names.method: f"{generated.names.package}.plugin"}
     (needed,) = (text for text in project["dependencies"] if text.startswith("tunerkit"))
     assert metadata.version("tunerkit").startswith(needed.removeprefix("tunerkit>="))
-    assert generated.plugin.TUNERKIT_API == 1
+    assert generated.plugin.TUNERKIT_API == 2
 
 
 def test_the_method_keeps_the_contract(generated: Generated) -> None:
