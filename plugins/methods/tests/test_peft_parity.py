@@ -79,7 +79,6 @@ ROWS = (
         instead={"peft.tuners.fourierft.layer.torch": Fp64(), "torch.Tensor.float": Tensor.double},
     ),
     Row("delora", {"rank": 3}, peft.DeloraConfig, {"r": 3, "init_weights": False}),
-    # PEFT rounds the scale to fp32, so it is one that fp32 has.
     # Without its CUDA extension, PEFT computes with one factor whatever its config says.
     Row("boft", {"block_size": 4, "factors": 1}, peft.BOFTConfig, {"boft_block_size": 4, "init_weights": False}),
     Row(
@@ -90,6 +89,7 @@ ROWS = (
     ),
     Row("hra", {"rank": 4}, peft.HRAConfig, {"r": 4, "init_weights": False}),
     Row("ia3", {"feedforward": ["out"]}, peft.IA3Config, {"feedforward_modules": ["out"], "init_ia3_weights": False}),
+    # PEFT rounds the scale to fp32, so it is one that fp32 has.
     Row("loha", {"rank": 3, "alpha": 6.0}, peft.LoHaConfig, {"r": 3, "alpha": 6, "init_weights": False}),
     Row("oft", {"block_size": 4}, peft.OFTConfig, {"oft_block_size": 4, "init_weights": False}),
     Row(
@@ -186,11 +186,7 @@ def every_pair(row: Row, ours: nn.Module, theirs: Any) -> list[tuple[Tensor, Ten
         mine = dict(adapters[LEAVES[0]].shared.named_parameters())
         if name in mine:
             found.append((mine[name], getattr(theirs.base_model, leaf["name"])["default"]))
-    layers = {name: theirs.base_model.model.get_submodule(name) for name in LEAVES}
-    return [
-        *shared_pairs(row, ours, theirs),
-        *(pair for name in LEAVES for pair in pairs(row, adapters[name], layers[name])),
-    ]
+    return [*shared_pairs(row, ours, theirs), *found]
 
 
 def shared_pairs(row: Row, ours: nn.Module, theirs: Any) -> list[tuple[Tensor, Tensor]]:
