@@ -85,9 +85,12 @@ def named(tuner: "Tuner", declared: Declared, sites: Sequence[Site]) -> Written:
             leaf_name = leaf.embedding if leaf.embedding and isinstance(site.module, nn.Embedding) else leaf.name[0]
             tensors[f"{site.name}.{leaf_name}"] = given
     paths = [site.owner for site in sites]
+    shared = dict(_shared(declared, adapters[sites[0].name]))
+    for leaf in names.shared.values():
+        if leaf.shape is not None and leaf.name[0] in shared:
+            misfit(shared[leaf.name[0]].shape, leaf.shape, Features(0, ()), known.setdefault("the shared module", {}))
     alike = _alike(declared, tuner.config, known)
     settings = written_settings(declared, tuner.config, alike, lambda patterns: _ends(patterns, paths))
-    shared = dict(_shared(declared, adapters[sites[0].name]))
     again = [leaf.name[0] for leaf in names.shared.values() if leaf.repeated and leaf.name[0] in shared]
     tensors |= {f"{site.name}.{name}": shared[name] for site in sites for name in again}
     return Written(settings, tensors, shared)
