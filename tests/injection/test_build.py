@@ -1,6 +1,5 @@
 """Adapters that plugins build: what is none is refused by name, and a failure leaves the model as it was."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from tests.support.toys import Toys
 from tests.support.model_checks import untouched
 from tunerkit_testing.registering import registered
-from tunerkit_testing.toy_adapters import Shift
-from tunerkit_testing.toy_methods import Shifting
 
 
 def plugin_of(toys: "Toys", build: Any, name: str = "toy-broken") -> object:
@@ -85,23 +82,3 @@ def test_a_build_that_fails_midway_leaves_the_model_as_it_was(
     config = {"targets": ["conv", "layers.0", "layers.1"], "train_modules": ["head"], "bias": "all"}
     with registered(plugin_of(toys, build)), untouched(toys, model), pytest.raises(ZeroDivisionError):
         tunerkit.wrap(model, "toy-broken", config, adapter="second", seed=1)
-
-
-def test_a_method_is_given_the_whole_model(toys: "Toys", tmp_path: Path) -> None:
-    """In ``wrap`` and in ``load``, so that it can read the model's config."""
-    seen: list[nn.Module] = []
-
-    class Looking(Shifting):
-        @tunerkit.hookimpl
-        def tunerkit_methods(self) -> list[Method]:
-            return [Method("toy-looking", config=type(tunerkit.structure("toy-shift", {})))]
-
-        @tunerkit.hookimpl
-        def tunerkit_build_adapter(self, base: BaseLayer, model: nn.Module) -> Shift:
-            seen.append(model)
-            return Shift(base)
-
-    with registered(Looking()):
-        model = tunerkit.wrap(toys.net(), "toy-looking", {"targets": ["layers.0"]})
-        again = tunerkit.load(toys.net(), tunerkit.save(model, tmp_path))
-    assert [id(each) for each in seen] == [id(model), id(again)]
