@@ -32,10 +32,10 @@ class Config(AdapterConfig):
 
 
 class Bounded(Adapter):
-    """ΔW = λ/r · B Ξ A diag(n), with Ξ = diag(1 / (‖bᵢ‖ ‖aᵢ‖)), B (out, r), A (r, in), and n (in,) the norms of W.
+    """ΔW = λ/r · B Ξ A diag(n), with Ξ = diag(1 / (‖bᵢ‖ ‖aᵢ‖)), B (out, r), A (r, in), and a trained λ.
 
-    Each triplet then has a length of λ/r before diag(n), however long A and B are (equation 7). The paper scales by the
-    norm of the whole W; this is its code and PEFT's, which take the norm of each column. B starts at 0.
+    Each triplet then has a length of λ/r before diag(n), however long A and B are. The paper scales by the norm of W;
+    here, as in PEFT, n (in,) has that of each of its columns, as it is at the start. B starts at 0.
     """
 
     reads_output: ClassVar[bool] = False
