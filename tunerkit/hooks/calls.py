@@ -209,11 +209,16 @@ def shared(
 
 
 def build_adapter(
-    method: str, target: Target, base: BaseLayer, config: AdapterConfig, shared: nn.Module | None = None
+    method: str,
+    target: Target,
+    base: BaseLayer,
+    config: AdapterConfig,
+    shared: nn.Module | None = None,
+    model: nn.Module | None = None,
 ) -> Adapter:
     """Build one adapter with the method's plugin. Raises `PluginError` if the result is not an adapter."""
     with Question(specs.tunerkit_build_adapter, method, target.path) as question:
-        answer: Adapter = question.checked(target=target, base=base, config=config, shared=shared)
+        answer: Adapter = question.checked(target=target, base=base, config=config, shared=shared, model=model)
         if target.module in answer.modules():
             question.refuse(
                 "an adapter that holds the base layer as a child",
