@@ -51,20 +51,22 @@ ROWS: dict[str, list[Row]] = {
         Row(peft.IA3Config, {"feedforward_modules": ["1.attn.c_attn"]}, {"gpt2": ("c_attn", "1.attn.c_attn")}),
     ],
     "oft": [
-        Row(peft.OFTConfig, {"oft_block_size": 4}, BOTH),
+        Row(peft.OFTConfig, {"oft_block_size": 4}),
         Row(peft.OFTConfig, {"oft_block_size": 4, "use_cayley_neumann": False, "block_share": True}),
     ],
     # Without its CUDA extension, PEFT computes with one factor whatever its config says.
     "boft": [Row(peft.BOFTConfig, {"boft_block_size": 4, "boft_n_butterfly_factor": 1})],
     "hra": [Row(peft.HRAConfig, {"r": 4})],
-    "randlora": [Row(peft.RandLoraConfig, {"r": 4}), Row(peft.RandLoraConfig, {"r": 4, "save_projection": False})],
+    "randlora": [
+        Row(peft.RandLoraConfig, {"r": 4, "randlora_alpha": 4, "save_projection": save}) for save in (True, False)
+    ],
     "vblora": [Row(peft.VBLoRAConfig, {"r": 2, "num_vectors": 8, "vector_length": 8})],
     "fourierft": [Row(peft.FourierFTConfig, {"n_frequency": 10})],
     "c3a": [Row(peft.C3AConfig, {"block_size": 8})],
     "miss": [Row(peft.MissConfig, {"r": 4})],
     "road": [Row(peft.RoadConfig, {"group_size": 8, "variant": f"road_{n}"}) for n in (1, 2, 4)],
     "shira": [Row(peft.ShiraConfig, {"r": 2, "random_seed": 1}), Row(peft.ShiraConfig, {"r": 2})],
-    "delora": [Row(peft.DeloraConfig, {"r": 4})],
+    "delora": [Row(peft.DeloraConfig, {"r": 4, "delora_lambda": 1})],
     "tinylora": [Row(peft.TinyLoraConfig, {"r": 2, "u": 6, "weight_tying": tying}) for tying in (0.0, 0.5, 1.0)],
     "ln-tuning": [Row(peft.LNTuningConfig, {}, {"llama": ("input_layernorm",), "bert": ("LayerNorm",)})],
     "trainable-tokens": [
