@@ -36,14 +36,15 @@ class Method:
         config: The config class: a frozen attrs class derived from `tunerkit.plugin.AdapterConfig`.
         needs_steps: Whether the method only works if optimizer steps drive it, as AdaLoRA does. Saving such an adapter
             untrained is an error.
-        start: What wrapping does to the model's output: ``"exact"`` leaves every bit of it, ``"rounding"`` changes it
-            by rounding errors alone, as a start does that adds and subtracts the same product.
+        start: What wrapping does to the model's output, unless a setting asks for a change: ``"exact"`` leaves every
+            bit of it, ``"rounding"`` changes it by rounding errors alone, as a start does that adds and subtracts the
+            same product.
         targets: What the method adapts: ``"weights"``, modules of which tunerkit knows the weight; ``"outputs"``, any
             module that is called, such as a norm or a block; or ``"norms"``, norms over the last dimension, by default
             all of them outside output heads. What adapts outputs can be merged where it implements ``tunerkit_delta``
             and the module is a layer or such a norm, whose weight is seen as a column, (out, 1).
         statistics: What the method wants to know of the data before training, see `tunerkit.calibrate`; None for a
-            method that does not.
+            method that wants nothing. If that depends on the settings, a function of the config that says it.
         pieces: Whether the method's hooks work on the pieces that a process holds where an engine has cut an adapter,
             see `tunerkit.plugin.Tuner.pieces`. Hooks of other methods see whole weights, gathered around each of them.
         foreign: What formats of other programs must know to write and read the method's tensors, by the format's name.
@@ -55,7 +56,9 @@ class Method:
     needs_steps: bool = False
     start: Literal["exact", "rounding"] = attrs.field(default="exact", kw_only=True)
     targets: Literal["weights", "outputs", "norms"] = attrs.field(default="weights", kw_only=True)
-    statistics: StatisticsRequest | None = attrs.field(default=None, kw_only=True)
+    statistics: StatisticsRequest | Callable[[Any], StatisticsRequest | None] | None = attrs.field(
+        default=None, kw_only=True
+    )
     pieces: bool = attrs.field(default=False, kw_only=True)
     foreign: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict, kw_only=True, repr=False)
 
@@ -103,6 +106,10 @@ class Statistics:
             inputs' main directions, orthogonal, each as long as the inputs reach in it together; the longest comes
             first. It is a Nyström approximation, which is exact if the inputs lie in k dimensions. If there are fewer
             than k features, k is their number.
+        centred: The same of the inputs less their mean, (k, in): its rows are their principal components, each as long
+            as the inputs vary along it together; None if ``inputs`` was not wanted.
+        variance: Σ ‖x − mean‖² over the n rows, of which the squared rows of ``centred`` are shares; it is exact. 0 if
+            ``inputs`` was not wanted.
         gradients: P and Q with P Q close to the gradient of the loss by W, summed over the batches; None if it was not
             wanted. It is exact if the gradient's rank is at most k.
     """
@@ -110,6 +117,8 @@ class Statistics:
     rows: int
     inputs: Tensor | None
     gradients: "Factors | None"
+    centred: Tensor | None = None
+    variance: float = 0.0
 
 
 @attrs.frozen

@@ -21,6 +21,7 @@ from tunerkit.hooks.calls import (
     shared,
     start,
     state,
+    statistics,
     structure,
     unlike,
     watches_steps,

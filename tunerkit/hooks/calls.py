@@ -27,7 +27,17 @@ from tunerkit.hooks.loading import API, API_NAME
 from tunerkit.hooks.registry import registry
 from tunerkit.layers import Adapter, BaseLayer, low_rank_delta, misfit
 from tunerkit.paths import few
-from tunerkit.records import Delta, Factors, ParamGroup, State, Statistics, Target, mistyped, type_name
+from tunerkit.records import (
+    Delta,
+    Factors,
+    ParamGroup,
+    State,
+    Statistics,
+    StatisticsRequest,
+    Target,
+    mistyped,
+    type_name,
+)
 
 _DEEPEST = 20  # levels of JSON values
 _READS = (
@@ -215,10 +225,14 @@ def build_adapter(
     config: AdapterConfig,
     shared: nn.Module | None = None,
     model: nn.Module | None = None,
+    *,
+    loading: bool = False,
 ) -> Adapter:
     """Build one adapter with the method's plugin. Raises `PluginError` if the result is not an adapter."""
     with Question(specs.tunerkit_build_adapter, method, target.path) as question:
-        answer: Adapter = question.checked(target=target, base=base, config=config, shared=shared, model=model)
+        answer: Adapter = question.checked(
+            target=target, base=base, config=config, shared=shared, model=model, loading=loading
+        )
         if target.module in answer.modules():
             question.refuse(
                 "an adapter that holds the base layer as a child",
@@ -268,9 +282,17 @@ def _check_rank_dims(question: Question, answer: Adapter) -> None:
             )
 
 
-def calibrate(tuner: TunerView, statistics: Mapping[str, Statistics]) -> Mapping[str, int] | None:
+def statistics(tuner: TunerView) -> StatisticsRequest | None:
+    """Return what the method wants to know of the data with the adapter's settings; None for nothing."""
+    asked = registry.get(tuner.method).statistics
+    return asked(tuner.config) if callable(asked) else asked
+
+
+def calibrate(
+    tuner: TunerView, statistics: Mapping[str, Statistics], bases: Mapping[str, BaseLayer]
+) -> Mapping[str, int] | None:
     """Let the method set its start. Returns the ranks by target path if they changed."""
-    return _ranks(specs.tunerkit_calibrate, tuner, statistics=statistics)
+    return _ranks(specs.tunerkit_calibrate, tuner, statistics=statistics, bases=bases)
 
 
 def finish(tuner: TunerView) -> Mapping[str, int] | None:

@@ -317,7 +317,8 @@ def _checked_name(method: Any) -> str:
         )
     asked = method.statistics
     ranks = (asked.inputs, asked.gradients) if isinstance(asked, StatisticsRequest) else ()
-    if asked is not None and not (any(ranks) and all(type(rank) is int and rank >= 0 for rank in ranks)):
+    positive = any(ranks) and all(type(rank) is int and rank >= 0 for rank in ranks)
+    if asked is not None and not (positive or callable(asked)):
         raise PluginError(
             f"statistics of method {shown(name)} is {shown(asked)}; expected tunerkit.plugin.StatisticsRequest "
             "with the ranks of what it wants, as in tunerkit.plugin.StatisticsRequest(inputs=16)"

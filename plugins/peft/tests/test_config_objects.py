@@ -133,6 +133,24 @@ def test_a_second_adapter_is_placed_as_the_first() -> None:
     assert first.config == second.config
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("given", "settings"),
+    [
+        ({"init_lora_weights": "pissa"}, {"start": "pissa"}),
+        ({"init_lora_weights": "pissa_niter_16"}, {"start": "pissa"}),
+        ({"init_lora_weights": "olora"}, {"start": "olora"}),
+        ({"init_lora_weights": "eva"}, {"start": "eva", "rho": 2.0}),
+        ({"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0)}, {"start": "eva", "rho": 1.0}),
+    ],
+)
+def test_pefts_starts_are_ours(given: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Law: the object's start is the setting's, with EVA's bound of the ranks."""
+    model = tunerkit.wrap(llama(), "lora", peft.LoraConfig(r=4, target_modules=["q_proj"], **given))
+    found = tunerkit.unstructure(tunerkit.tuner(model).config)
+    assert {name: found[name] for name in settings} == settings
+
+
 def test_adaloras_schedule_is_kept() -> None:
     """In steps, as it was given, with PEFT's regulariser and start."""
     config = peft.AdaLoraConfig(
@@ -152,7 +170,9 @@ def test_adaloras_schedule_is_kept() -> None:
     [
         ({"use_dora": True}, "'use_dora' is True: DoRA, which also scales the base weight; leave it out, or train it"),
         ({"lora_bias": True}, "'lora_bias' is True: a bias in lora_B"),
-        ({"init_lora_weights": "pissa"}, "'init_lora_weights' is 'pissa', .*; write init_lora_weights=True"),
+        ({"init_lora_weights": "corda"}, "'init_lora_weights' is 'corda'; write init_lora_weights=True, or .*'pissa'"),
+        ({"init_lora_weights": "loftq"}, r"'init_lora_weights' is 'loftq', .*'start': 'loftq', 'original'"),
+        ({"init_lora_weights": "eva", "eva_config": peft.EvaConfig(whiten=True)}, "'eva_config.whiten' is True"),
         ({"init_lora_weights": False}, "'init_lora_weights' is False"),
         ({"inference_mode": True}, r"'inference_mode' is True, .*tunerkit\.freeze\(model, 'default'\)"),
         ({"ensure_weight_tying": True}, "'ensure_weight_tying' is True"),
@@ -176,7 +196,9 @@ def test_another_training_is_refused_with_what_to_do(given: dict[str, Any], mess
 
 def test_all_refusals_are_in_one_error() -> None:
     """So that the user changes the object once."""
-    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa", inference_mode=True, use_dora=True)
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], init_lora_weights="orthogonal", inference_mode=True, use_dora=True
+    )
     with pytest.raises(ConfigError) as raised:
         tunerkit.wrap(llama(), "lora", config)
     assert len(raised.value.problems) == 3

@@ -33,6 +33,8 @@ _HEADS: Final = {
 }
 _PLAIN: Final = re.compile(r"[\w.-]+")
 _KINDS: Final = {"lora": "LORA", "adalora": "ADALORA"}  # as PEFT names them
+# Its names of LoRA's starts that have another here; PiSSA by randomised SVD becomes PiSSA.
+_STARTS: Final = {True: "kaiming", None: "kaiming", **{name: name for name in ("gaussian", "pissa", "olora", "eva")}}
 
 
 def settings_of(config: Any, model: nn.Module) -> tuple[str, dict[str, object]] | None:
@@ -103,8 +105,25 @@ def _of_lora(reader: Values) -> dict[str, object]:
         "rslora": reader.flag("use_rslora"),
         "rank_pattern": {_pattern(name): rank for name, rank in ranks.items()},
         "alpha_pattern": {_pattern(name): alpha for name, alpha in alphas.items()},
-        "start": "gaussian" if reader.found.get("init_lora_weights") == "gaussian" else "kaiming",
+        **_start_of(reader.found),
     }
+
+
+def _start_of(found: Mapping[str, Any]) -> dict[str, object]:
+    """LoRA's start, and for EVA how far ranks may move; kaiming for one that is refused."""
+    start = _STARTS.get(_start(found), "kaiming")
+    return {"start": start, "rho": float(_eva(found).get("rho", 2.0))} if start == "eva" else {"start": start}
+
+
+def _start(found: Mapping[str, Any]) -> Any:
+    """What an object says of the start, without how a decomposition is computed."""
+    start = found.get("init_lora_weights", True)
+    return re.sub(r"^pissa_niter_\d+$", "pissa", start) if isinstance(start, str) else start
+
+
+def _eva(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    given = found.get("eva_config") or {}
+    return given if isinstance(given, Mapping) else vars(given)
 
 
 def _of_adalora(reader: Values) -> dict[str, object]:
@@ -131,11 +150,21 @@ def _refused(found: Mapping[str, Any], method: str) -> Iterator[str]:
             continue
         what = fields.REFUSED[name][0] if name in fields.REFUSED else "a setting that PEFT 0.21 does not have"
         yield f"{name!r} is {shown(value)}: {what}; leave it out, or train it with PEFT, and merge it there"
-    start = found.get("init_lora_weights", True)
-    if method == "lora" and start not in (True, None, "gaussian"):
+    start = _start(found)
+    if method == "lora" and start == "loftq":
         yield (
-            f"'init_lora_weights' is {shown(start)}, and adapters start as with True or 'gaussian' here, where ΔW is "
-            "0; write init_lora_weights=True"
+            "'init_lora_weights' is 'loftq', which quantises the base itself, and here it is quantised before; write "
+            "tunerkit.wrap(model, 'lora', {'start': 'loftq', 'original': the unquantised base's folder, ...})"
+        )
+    elif method == "lora" and start not in _STARTS:
+        names = ", ".join(repr(name) for name in _STARTS if isinstance(name, str))
+        yield f"'init_lora_weights' is {shown(start)}; write init_lora_weights=True, or one of {names}"
+    if method == "lora" and start == "eva":
+        odd = {"whiten": True, "adjust_scaling_factors": False}
+        yield from (
+            f"'eva_config.{name}' is {value}, and EVA's A is not whitened here, nor its scale changed; leave it out"
+            for name, value in odd.items()
+            if _eva(found).get(name, not value) is value
         )
     if method == "adalora" and found.get("rank_pattern"):
         yield (
