@@ -161,6 +161,14 @@ SETTINGS_ELSEWHERE: Final = {
     **dict.fromkeys(("init_r", "target_r", "tinit", "tfinal", "deltaT"), "it belongs to method 'adalora'"),
     **dict.fromkeys(("orth_reg_weight", "total_step", "beta1", "beta2"), "it belongs to method 'adalora'"),
 }
+_PROMPTS: Final = (
+    "it lengthens the sequence, with its masks, positions and caches, and an adapter sees one layer: take PEFT; "
+    "'Prompts and prefixes' in the docs has prototypes"
+)
+# Methods of PEFT's that are none here, with what to do instead.
+METHODS_ELSEWHERE: Final = dict.fromkeys(
+    ("prompt-tuning", "multitask-prompt-tuning", "p-tuning", "prefix-tuning", "adaption-prompt", "cpt"), _PROMPTS
+)
 ROWS: Final = "adapter_names"  # the argument of a forward that names an adapter for each row of a batch
 
 

@@ -272,12 +272,14 @@ class Foreign:
 
     Attributes:
         factors: What is added to the weight of each target, by its path. A mapping may compute them when it is asked.
+            Empty for a method whose ``tensors`` say all; such an adapter becomes no other method's.
         method: The method that the adapter becomes. If it is not installed, it becomes LoRA, with the rank of each
             target.
         config: The settings of ``method``, if ``tensors`` are given: its rank, scale and dropout, so that training
             goes on as it began. The targets, the copies and the biases stand in the fields here.
         tensors: The tensors of the adapter of ``method`` at each target, by their names in its file: for LoRA ``"a"``
             (r, in) and ``"b"`` (out, r). If they are left out, the method builds its adapters from the factors.
+        shared: The tensors of the module that the method's adapters share, by their names in it.
         copies: The tensors of the modules that are trained in full, by the module's path and the tensor's name in it.
         biases: The trained biases, by their module's path.
         base: The name or path of the base model, as the files state it; empty if they do not.
@@ -288,6 +290,7 @@ class Foreign:
     method: str = "lora"
     config: Mapping[str, object] = attrs.field(factory=dict, kw_only=True)
     tensors: Mapping[str, Mapping[str, Tensor]] = attrs.field(factory=dict, kw_only=True)
+    shared: Mapping[str, Tensor] = attrs.field(factory=dict, kw_only=True)
     copies: Mapping[str, Mapping[str, Tensor]] = attrs.field(factory=dict, kw_only=True)
     biases: Mapping[str, Tensor] = attrs.field(factory=dict, kw_only=True)
     base: str = attrs.field(default="", kw_only=True)

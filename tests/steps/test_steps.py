@@ -453,6 +453,24 @@ def test_a_head_alone_does_not_train_an_adapter_that_needs_steps() -> None:
                 tunerkit.attach(model, head)
 
 
+@pytest.mark.parametrize(("options", "is_told"), [({}, True), ({"eps": 1e-4}, False)], ids=["default", "1e-4"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_an_epsilon_that_is_0_in_float16_is_told_before_it_breaks_the_weights(
+    options: dict[str, Any], is_told: bool, dtype: str
+) -> None:
+    """Adam divides by a root that is 0 for small gradients in float16; what the warning advises keeps weights finite."""
+    model = wrapped("plain", adapter_dtype=dtype)
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2, **options)
+    expected = is_told and dtype == "float16"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tunerkit.attach(model, optimizer)
+    assert ["eps=1e-08 is 0: its steps divide by 0" in str(each.message) for each in caught] == [True] * expected
+    backward(model, 1e-4)
+    optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in trained(model)) is not expected
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_what_the_refusal_of_a_second_optimizer_advises_works(*, fresh: bool) -> None:
     """Wrapping again alone is an error, since the name is taken: delete the first optimizer, or the adapter."""

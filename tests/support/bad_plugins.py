@@ -1,18 +1,13 @@
-"""Plugins with one mistake each, and the check that must name it.
+"""Plugins with one mistake each; `tests.support.mistakes` says which check must name it."""
 
-``python -m tests.support.bad_plugins`` prints the table of the documentation.
-"""
-
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
-import attrs
 import torch
 from torch import Tensor, nn
 
 from tunerkit.plugin import Adapter, BaseLayer, Delta, Method, State, Target, Tuner, hookimpl
-from tunerkit_testing import Case, CheckResult, check_method, small
-from tunerkit_testing.registering import registered
+from tunerkit_testing import Case, small
 from tunerkit_testing.toy_methods import LowRankConfig
 
 METHOD = "bad"
@@ -373,71 +368,3 @@ class GainNotSaved(Plugin):
     def tunerkit_after_step(self, tuner: Tuner) -> None:
         for adapter in tuner.adapters().values():
             vars(adapter)["gain"] *= 1.1
-
-
-@attrs.frozen
-class Mistake:
-    """One bad plugin.
-
-    Attributes:
-        what: What is wrong with it, in a few words.
-        plugin: Its class.
-        check: The name of the check that must fail first.
-    """
-
-    what: str
-    plugin: type
-    check: str
-
-
-MISTAKES: tuple[Mistake, ...] = (
-    Mistake("changes the base when it builds an adapter", ChangesAtBuild, "building_keeps_the_base"),
-    Mistake("changes the base in forward", ChangesInForward, "forward_keeps_the_base"),
-    Mistake("changes the base after a step", ChangesAfterAStep, "steps_keep_the_base"),
-    Mistake("the start moves the output by 1e-2", StartsAFarOff, "start"),
-    Mistake("the start moves the output by 1e-6", StartsACloseBy, "start"),
-    Mistake("trains nothing: every parameter is fixed", TrainsNothingFixed, "something_trains"),
-    Mistake("trains nothing: forward detaches", TrainsNothingDetached, "gradients_reach_every_tensor"),
-    Mistake("trains nothing: both factors start at 0", TrainsNothingZero, "every_tensor_moves"),
-    Mistake("half of the tensors have no gradient", TrainsHalf, "gradients_reach_every_tensor"),
-    Mistake("half of what forward adds is detached", GradientHalved, "gradients_are_true"),
-    Mistake("forward detaches x", InputDetached, "gradients_are_true"),
-    Mistake("adds less in training mode than in eval mode", ScaledInTraining, "same_in_training"),
-    Mistake("says rank 1, adds rank 2", RankLies, "rank"),
-    Mistake("the delta is 0.999 times what forward adds", DeltaTooSmall, "delta_is_what_forward_adds"),
-    Mistake("the delta is transposed", DeltaTransposed, "delta_is_what_forward_adds"),
-    Mistake("the delta has no gradient for half of the tensors", DeltaHalfDetached, "delta_gives_gradients"),
-    Mistake("a shared tensor has no gradient at one target", TrainsTheGainOnce, "gradients_are_true"),
-    Mistake("there is no delta", DeltaMissing, "delta_is_what_forward_adds"),
-    Mistake("forward counts its calls and uses the number", HiddenState, "no_hidden_state"),
-    Mistake("forward writes into x", WritesX, "inputs_unwritten"),
-    Mistake("the output is fp32 on a bf16 base", WrongDtype, "output_dtype"),
-    Mistake("an adapter cannot be pickled", NotPicklable, "pickle"),
-    Mistake("adds gradients without grad_scale", IgnoresGradScale, "grad_scale"),
-    Mistake("forward uses a plain attribute that training changes", GainNotSaved, "saves_and_loads"),
-    Mistake("keeps averages that it does not save", StateNotSaved, "resumes"),
-)
-
-
-def results(plugin: type, config: Mapping[str, object] | None = None) -> list[CheckResult]:
-    """Register a plugin, and run all checks of its method on a small model."""
-    with registered(plugin()):
-        return check_method(METHOD, config, [CASE])
-
-
-def first_failure(found: Iterable[CheckResult]) -> CheckResult:
-    """The first check that did not pass."""
-    return next(result for result in found if result.status in ("failed", "error"))
-
-
-def table() -> str:
-    """The table of the documentation."""
-    rows = []
-    for mistake in MISTAKES:
-        found = first_failure(results(mistake.plugin))
-        rows.append(f"| {mistake.what} | `{found.check}` | {found.reason} |")
-    return "\n".join(["| mistake | check | sentence |", "|---|---|---|", *rows])
-
-
-if __name__ == "__main__":
-    print(table())

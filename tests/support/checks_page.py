@@ -1,6 +1,6 @@
 """The tables of the page about the kit, from the code: ``python -m tests.support.checks_page`` prints the page."""
 
-from tests.support import bad_plugins
+from tests.support import mistakes
 from tunerkit_testing.checks.order import BY_NAME
 
 _INTRODUCTION = """# What the kit checks
@@ -46,7 +46,7 @@ def checks_table() -> str:
 
 def page() -> str:
     """The whole page. The figures of the grid are those of the last time that it was run."""
-    return f"{_INTRODUCTION}\n{checks_table()}{_MISTAKES}\n{bad_plugins.table()}\n{_GRID}"
+    return f"{_INTRODUCTION}\n{checks_table()}{_MISTAKES}\n{mistakes.table()}\n{_GRID}"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tests.support.bad_plugins import (
     Product,
     TrainsTheGainOnce,
 )
+from tests.support.hard_plugins import MixesSamples
 from tunerkit.plugin import (
     Adapter,
     BaseLayer,
@@ -79,6 +80,15 @@ class Drawn(Product):
     def __init__(self, base: BaseLayer, rank: int) -> None:
         super().__init__(base, rank)
         self.a.data.add_(random.random())
+
+
+class Counted(Product):
+    built: ClassVar[int] = 0
+
+    def __init__(self, base: BaseLayer, rank: int) -> None:
+        super().__init__(base, rank)
+        Counted.built += 1
+        self.a.data.add_(Counted.built)
 
 
 class SharingPlugin(Plugin):
@@ -339,7 +349,9 @@ class ReadsTheModule(Product):
 CAUGHT: tuple[tuple[str, type], ...] = (
     ("config_round_trip", with_config(CountingUp)),
     ("bad_config_refused", with_config(Lenient)),
-    ("seed", with_adapter(Drawn)),
+    ("random_state", with_adapter(Drawn)),
+    ("seed", with_adapter(Counted)),
+    ("large_batch", MixesSamples),
     ("shared_module_kept", ChangesShared),
     ("shared_module_kept", ChangesSharedAtBuild),
     ("shared_module_used", SharingPlugin),

@@ -12,6 +12,7 @@ import pluggy
 
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, closest, error_text, is_of_user, shown
+from tunerkit.extras import METHODS_ELSEWHERE
 from tunerkit.hooks import specs
 from tunerkit.paths import few
 from tunerkit.records import Method, MethodInfo, StatisticsRequest, mistyped, type_name
@@ -107,6 +108,8 @@ class Catalog:
             few(sorted(self.owners), shown=20) or "none (each is a separate distribution, such as tunerkit-lora)"
         )
         hint = closest(name, self.owners) if isinstance(name, str) else _NAME_FIRST
+        if (reason := METHODS_ELSEWHERE.get(str(name).lower().replace("_", "-"))) is not None:
+            hint = f"; {reason}"
         parts = [f"no method named {shown(name)}; installed: {installed}{hint}"]
         for failed, info in self.failures:
             whose = f"{info.distribution} {info.version}".rstrip()

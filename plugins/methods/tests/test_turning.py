@@ -43,9 +43,9 @@ def test_a_butterfly_of_several_factors_is_that_of_peft(features: int, size: int
     adapter = adapter_at(nn.Linear(features, 8), "boft", block_size=size, factors=factors)
     assert isinstance(adapter, Butterfly)
     one = torch.eye(features, dtype=torch.float64)
-    turned = adapter.turned(one, back=False) + one
+    turned = adapter.turned(one, False) + one
     assert torch.allclose(turned, peft_butterfly(adapter.t), atol=1e-12)
-    assert torch.allclose(adapter.turned(one, back=True) + one, turned.T, atol=1e-12)
+    assert torch.allclose(adapter.turned(one, True) + one, turned.T, atol=1e-12)
     assert torch.allclose(turned @ turned.T, one, atol=1e-12)
 
 
@@ -99,3 +99,19 @@ def test_convolutions_merge(method: str, layer: nn.Conv2d | nn.Conv1d) -> None:
         adapted = model(x)
         tunerkit.merge(model)
         assert torch.allclose(model(x), adapted, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["oft", "boft"])
+def test_no_block_is_copied_for_each_row_of_the_input(method: str) -> None:
+    """What is kept for the backward is a few times the input, and not a matrix for each row and block."""
+    model = tunerkit.wrap(nn.Sequential(nn.Linear(64, 64)), method, {"targets": "0"})
+    x, kept = torch.randn(512, 64, requires_grad=True), 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept = max(kept, tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    assert kept <= 2 * x.numel() * x.element_size()

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import TargetError
-from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, add_delta, hookimpl, setting
-from tunerkit_methods.inputs import refuse_ids, through, wide_weight
-from tunerkit_methods.oft import blockwise
+from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, hookimpl, setting
+from tunerkit_methods.inputs import blockwise, refuse_ids, through, wide_weight
 
 NAMES = {
     "type": "BOFT",
@@ -69,29 +68,23 @@ class Butterfly(Adapter):
         self.t = nn.Parameter(torch.zeros(factors, base.in_features // size, size, size))
         self.s = nn.Parameter(torch.ones(base.out_features))
 
-    def turned(self, rows: Tensor, *, back: bool) -> Tensor:
-        """Rows (..., in) times R - I; ``back`` takes the transposed R. It is 0 at the start, to the last bit."""
+    def turned(self, rows: Tensor, back: bool) -> Tensor:
+        """Rows (..., in) times R - I, or the transposed one: 0 at the start, to the last bit."""
         t = self.t.to(torch.promote_types(self.t.dtype, torch.float32))
         skew, one = (t - t.mT) / 2, torch.eye(t.shape[-1], dtype=t.dtype, device=t.device)
         with torch.autocast(t.device.type, enabled=False):
             blocks = -2 * torch.linalg.solve(one + skew, skew)  # R_i - I
         turned, half = rows, t.shape[-1] // 2
         for i in range(len(t)) if back else reversed(range(len(t))):
-            pieces = turned if i == 0 else turned.unflatten(-1, (-1, 2, 2**i, half)).transpose(-3, -2).flatten(-4)
+            pieces = turned.unflatten(-1, (-1, 2, 2**i, half)).transpose(-3, -2).flatten(-4) if i else turned
             pieces = blockwise(pieces, blocks[i].mT if back else blocks[i])
-            added = pieces if i == 0 else pieces.unflatten(-1, (-1, 2**i, 2, half)).transpose(-3, -2).flatten(-4)
-            turned = turned + added
+            turned = turned + (pieces.unflatten(-1, (-1, 2**i, 2, half)).transpose(-3, -2).flatten(-4) if i else pieces)
         return turned - rows
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        if base.linear:
-            added = through(base, x, self.t.dtype, lambda wide: self.turned(wide, back=False))
-        else:
-            change = self.turned(wide_weight(base, self.t.dtype), back=True).to(self.t.dtype)
-            added = add_delta(base, x, torch.zeros_like(y), change)
         s, bias = base.shape_bias(self.s), base.bias()
         without = y if bias is None else y - base.shape_bias(bias)
-        return y + ((s - 1) * without + s * added.to(y.device)).to(y.dtype)
+        return y + ((s - 1) * without + s * through(base, x, y, self.t.dtype, self.turned)).to(y.dtype)
 
 
 @hookimpl
@@ -108,4 +101,4 @@ def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Butterfly:
 @hookimpl
 def tunerkit_delta(adapter: Butterfly, base: BaseLayer) -> Delta:
     weight, s = wide_weight(base, adapter.t.dtype), adapter.s[:, None]
-    return Delta(weight=(s - 1) * weight + s * adapter.turned(weight, back=True))
+    return Delta(weight=(s - 1) * weight + s * adapter.turned(weight, True))

@@ -51,7 +51,7 @@ class Scaling(Adapter):
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         if self.reads_output:
             return (y * base.shape_bias(self.l)).to(y.dtype)  # near 1, bf16 would round the factor itself
-        return y + through(base, x, self.l.dtype, lambda wide: wide * (self.l - 1)).to(y.device, y.dtype)
+        return y + through(base, x, y, self.l.dtype, lambda rows, _: rows * (self.l - 1)).to(y.dtype)
 
 
 @hookimpl

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, add_delta, hookimpl, setting
 
+TUNERKIT_API = 2
 NAMES = {
     "type": "LOKR",
     "tensors": {

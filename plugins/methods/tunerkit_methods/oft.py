@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import TargetError
-from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, add_delta, hookimpl, setting
-from tunerkit_methods.inputs import refuse_ids, through, wide_weight
+from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, hookimpl, setting
+from tunerkit_methods.inputs import blockwise, refuse_ids, through, wide_weight
 from tunerkit_methods.sizes import divisor
 
 NAMES = {
@@ -73,19 +73,13 @@ class Rotation(Adapter):
                 total = total + 2 * power
             return total + power @ q
 
+    def turned(self, rows: Tensor, back: bool) -> Tensor:
+        """Rows (..., in) times R - I, or the transposed one."""
+        turn = self.turn()
+        return blockwise(rows, turn.mT if back else turn)
+
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        if not base.linear:
-            return add_delta(base, x, y, self.delta(base).to(self.v.dtype))
-        return y + through(base, x, self.v.dtype, lambda wide: blockwise(wide, self.turn())).to(y.device, y.dtype)
-
-    def delta(self, base: BaseLayer) -> Tensor:
-        """W (R − I)ᵀ, (out, in)."""
-        return blockwise(wide_weight(base, self.v.dtype), self.turn().mT)
-
-
-def blockwise(rows: Tensor, blocks: Tensor) -> Tensor:
-    """Multiply rows (..., in) by a matrix with these blocks (blocks, n, n) along its diagonal; one is used for all."""
-    return (rows.unflatten(-1, (-1, 1, blocks.shape[-1])) @ blocks.to(rows.dtype)).flatten(-3)
+        return y + through(base, x, y, self.v.dtype, self.turned).to(y.dtype)
 
 
 @hookimpl
@@ -107,4 +101,4 @@ def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Rotation:
 
 @hookimpl
 def tunerkit_delta(adapter: Rotation, base: BaseLayer) -> Delta:
-    return Delta(weight=adapter.delta(base))
+    return Delta(weight=adapter.turned(wide_weight(base, adapter.v.dtype), True))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Factors, Method, add_low_rank, hookimpl, setting
 from tunerkit_methods.sizes import at_most
 
+TUNERKIT_API = 2
 NAMES = {
     "type": "RANDLORA",
     "tensors": {
@@ -19,13 +20,11 @@ NAMES = {
     },
     "shared": {name: {"name": f"randlora_{name.upper()}", "optional": True} for name in ("a", "b")},
     "settings": {
-        "rank": "r",
-        "alpha": "randlora_alpha",
-        "seed": "projection_prng_key",
-        "save_bases": "save_projection",
-        "dropout": "randlora_dropout",
+        **{"rank": "r", "alpha": "randlora_alpha", "dropout": "randlora_dropout"},
+        **{"seed": "projection_prng_key", "save_bases": "save_projection"},
     },
     "constants": {"sparse": False, "very_sparse": False},
+    "bias": "randlora_only",
     "ignored": ["init_weights"],
 }
 

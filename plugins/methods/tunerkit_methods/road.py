@@ -50,15 +50,17 @@ class Turning(Adapter):
     def change(self, values: Tensor, base: BaseLayer | None) -> Tensor:
         """What is added to outputs in the layout of ``base``, or to rows (out, ...) without it."""
         theta, alpha = (each.view(-1, self.variant, self.half) for each in (self.theta, self.alpha))
-        both = (self.theta.numel() // (self.variant * self.half), 2, self.half)
-        first, last = slice(None, 2), slice(-2, None)  # the same ones, except for variant 4
-        own = (alpha[:, first] * theta[:, first].cos() - 1).expand(both).flatten()  # (out,)
-        sine = (alpha[:, last] * theta[:, last].sin()).expand(both)
-        other = torch.stack((-sine[:, 0], sine[:, 1]), dim=1).flatten()
-        if base is None:
-            own, other = (each.view(-1, *[1] * (values.ndim - 1)) for each in (own, other))
-        else:
+        (theta1, theta2), (alpha1, alpha2) = (
+            each.split(2, dim=1) if self.variant == 4 else (each, each) for each in (theta, alpha)
+        )
+        both = (len(theta), 2, self.half)
+        own = (alpha1 * theta1.cos() - 1).expand(both).flatten()  # (out,)
+        up, down = (alpha2 * theta2.sin()).expand(both).unbind(1)
+        other = torch.stack((-up, down), dim=1).flatten()
+        if base is not None:
             own, other = base.shape_bias(own), base.shape_bias(other)
+        elif values.ndim == 2:
+            own, other = own[:, None], other[:, None]
         dim = -own.ndim
         swapped = values.unflatten(dim, (-1, 2, self.half)).flip(dim - 1).flatten(dim - 2, dim)
         return own * values + other * swapped

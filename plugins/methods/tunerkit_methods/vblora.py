@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Factors, Method, add_low_rank, hookimpl, setting
 from tunerkit_methods.sizes import at_most, common_divisor
 
+TUNERKIT_API = 2
 NAMES = {
     "type": "VBLORA",
     "tensors": {
@@ -23,6 +24,7 @@ NAMES = {
         # PEFT has no such setting. Its field says whether the largest logits alone are saved, which ends a training.
         "start": {"name": "save_only_topk_weights", "values": {"random": False, "zero": False}},
     },
+    "bias": "vblora_only",
     "ignored": ["init_vector_bank_bound", "init_logits_std"],
 }
 
@@ -70,9 +72,8 @@ class Mixed(Adapter):
         in_logits = 0.1 * torch.randn(config.rank, base.in_features // length, config.vectors)
         if config.start == "zero":  # each piece of A mixes v and −v alike
             half = in_logits[..., : config.vectors // 2]
-            leading = half.topk(config.top // 2).indices
-            # Raised, so that no other vector ties with them in bf16.
-            in_logits = half.scatter_add(-1, leading, torch.full_like(half, 0.1)).repeat(1, 1, 2)
+            # The largest are raised, so that no other ties with them in bf16.
+            in_logits = (half + 0.1 * (half >= half.topk(config.top // 2).values[..., -1:])).repeat(1, 1, 2)
         self.in_logits = nn.Parameter(in_logits)
         self.out_logits = nn.Parameter(0.1 * torch.randn(base.out_features // length, config.rank, config.vectors))
 
@@ -87,8 +88,8 @@ class Mixed(Adapter):
         return (largest.softmax(-1)[..., None] * self.shared.bank.to(logits.device)[at]).sum(-2)
 
     def product(self) -> Factors:
-        a, b = self.mixture(self.in_logits), self.mixture(self.out_logits)
-        return Factors(q=a.flatten(1), p=b.transpose(1, 2).flatten(0, 1))
+        # (rank, in/length, length) and (out/length, rank, length)
+        return Factors(self.mixture(self.in_logits).flatten(1), self.mixture(self.out_logits).mT.flatten(0, 1))
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         q, p = self.product()

@@ -14,6 +14,8 @@ import tunerkit
 from tunerkit.errors import ConfigError, UnknownMethodError
 from tunerkit_peft.config_objects import settings_of
 
+pytestmark = pytest.mark.usefixtures("no_other_types")
+
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 METHODS: Mapping[str, Callable[..., Any]] = {"lora": peft.LoraConfig, "adalora": peft.AdaLoraConfig}
 BRANCHED = r".*layers\.[01]\.self_attn\.(q|v)_proj"
@@ -233,8 +235,10 @@ def test_a_config_without_a_method_says_where_it_goes() -> None:
 
 
 def test_configs_of_other_methods_are_none_of_ours() -> None:
-    """They are refused as any other object is."""
-    assert settings_of(peft.VeraConfig(), llama()) is None
+    """They are refused as any other object is, or by the name of the distribution that would bring the method."""
+    assert settings_of(peft.PromptTuningConfig(num_virtual_tokens=4), llama()) is None
     assert settings_of(object(), llama()) is None
-    with pytest.raises(ConfigError, match="takes LoraConfig, a mapping or None, got VeraConfig"):
+    with pytest.raises(ConfigError, match="takes LoraConfig, a mapping or None, got PromptTuningConfig"):
+        tunerkit.wrap(llama(), "lora", peft.PromptTuningConfig(num_virtual_tokens=4))
+    with pytest.raises(ConfigError, match=r"VeraConfig is of a type that no installed method has.*tunerkit\[methods\]"):
         tunerkit.wrap(llama(), "lora", peft.VeraConfig())

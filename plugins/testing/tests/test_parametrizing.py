@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
+import tunerkit
 from tests.support import bad_plugins
 from tests.support.bad_plugins import CASE
+from tests.support.subtle_plugins import LoopsInAStep
 from tunerkit import TunerkitError
 from tunerkit_testing import matrix, parametrize_with_checks
 from tunerkit_testing.checks.order import CHECKS
@@ -80,8 +82,19 @@ def test_an_expected_failure_is_an_xfail_with_its_reason() -> None:
             bound("delta_is_what_forward_adds", expected_failures=expected)()
         with pytest.raises(pytest.fail.Exception, match=r"start on square: it passes.*\(never fails\); remove it from"):
             bound("start", expected_failures=expected)()
-        with pytest.raises(pytest.skip.Exception):
-            bound("merges", expected_failures={"merges": "no delta yet"})()
+        with pytest.raises(pytest.xfail.Exception, match="not merged yet"):
+            bound("merges", expected_failures={"merges": "not merged yet"})()
+        with pytest.raises(pytest.skip.Exception, match="because delta_is_what_forward_adds failed"):
+            bound("merges")()
+        with pytest.raises(pytest.fail.Exception, match="which this needs, is expected to fail"):
+            bound("delta_gives_gradients", expected_failures=expected)()
+
+
+@pytest.mark.skipif("lora" not in tunerkit.methods(), reason="the check compares with LoRA, which is not installed")
+def test_advice_is_a_warning() -> None:
+    """Law: the test passes, and pytest shows the sentence at its end."""
+    with registered(LoopsInAStep()), pytest.warns(tunerkit.TunerkitWarning, match="operations on square: .* LoRA's"):
+        bound("operations")()
 
 
 def test_a_mistyped_check_is_refused_when_tests_are_collected() -> None:

@@ -42,6 +42,10 @@ class Case:
     lr: float = 1e-2
 
 
+class Advice(Exception):
+    """What a check raises if a method keeps the contract and could do better: its status is then "advice"."""
+
+
 # A check of a method, by its name and config, on a case, with a folder for files. It raises `AssertionError` if the
 # method fails, and `unittest.SkipTest` if there is nothing to check. It may return a remark about what it measured.
 Check = Callable[[Case, str, Mapping[str, object], Path], str | None]
@@ -68,6 +72,20 @@ def wrapped(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
     return tunerkit.wrap(case.build(), method, {**case.settings, **config}, seed=SEED)
 
 
+def optimizer_of(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """Return AdamW for some parameters, with an epsilon that is not 0 in their dtype.
+
+    In fp16, 1e-8 is 0, and so is the square of a small gradient: each step would divide by 0.
+
+    Args:
+        parameters: What to train.
+        lr: The learning rate.
+    """
+    trained = list(parameters)
+    eps = 1e-4 if any(parameter.dtype == torch.float16 for parameter in trained) else 1e-8
+    return torch.optim.AdamW(trained, lr=lr, eps=eps)
+
+
 def train(model: nn.Module, case: Case, *, steps: int = STEPS, lr: float | None = None) -> list[float]:
     """Attach AdamW to the model's adapters and train.
 
@@ -81,7 +99,7 @@ def train(model: nn.Module, case: Case, *, steps: int = STEPS, lr: float | None 
         The loss before each step.
     """
     case.start_training(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=case.lr if lr is None else lr)
+    optimizer = optimizer_of((p for p in model.parameters() if p.requires_grad), case.lr if lr is None else lr)
     tunerkit.attach(model, optimizer, total_steps=steps)
     losses = []
     for _ in range(steps):

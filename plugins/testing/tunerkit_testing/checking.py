@@ -1,7 +1,11 @@
 """The command `tunerkit check`: runs the kit on a method, and prints a list or table and each failure's sentence."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from operator import attrgetter
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,6 +17,7 @@ from tunerkit_testing.known_cases import default_cases, named
 
 _STYLES: Mapping[str, str] = {
     "passed": "green",
+    "advice": "cyan",
     "failed": "bold red",
     "error": "bold red",
     "skipped": "dim",
@@ -32,7 +37,7 @@ def run(
 
     Args:
         console: Where to print.
-        method: The method's name.
+        method: The method's name; or its plugin as an entry point has it, ``"my_package.loha:loha"``.
         config: Its settings.
         cases: The names of the cases; by default those of `check_method`.
         checks: The names of the checks; by default all.
@@ -42,11 +47,11 @@ def run(
         Whether no check failed, except as expected, and none passed that is expected to fail.
 
     Raises:
-        TunerkitError: There is no check or case of a name, or an expected failure has no reason.
+        TunerkitError: There is no check or case of a name, an expected failure has no reason, or there is no such plugin.
     """
     models = named(cases) if cases else default_cases()
     reasons = _reasons(expected)
-    results = check_method(method, config, models, reasons, checks=checks or None)
+    results = check_method(_given(method), config, models, reasons, checks=checks or None)
     if len(models) == 1:
         for result in results:
             console.print(_line(result), soft_wrap=True)
@@ -58,9 +63,24 @@ def run(
         console.print(f"[bold red]{result.check}[/] on {escape(result.case)}: {escape(result.reason)}", soft_wrap=True)
     count = Counter(result.status for result in results if result not in bad)
     told = f"{count['passed']} passed, {len(bad)} failed, {count['skipped']} skipped"
+    told += f", {count['advice']} with advice" if count["advice"] else ""
     told += f", {count['expected failure']} failed as expected" if reasons else ""
     console.print(f"{escape(method)}: {told}")
     return not bad
+
+
+def _given(method: str) -> object:
+    """Return a plugin that is named as in an entry point, from the current folder or an installed package."""
+    module, _, name = method.partition(":")
+    if not name:
+        return method
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return attrgetter(name)(import_module(module))
+    except (ImportError, AttributeError) as error:
+        raise TunerkitError(f"{method}: {error}; write MODULE:NAME, as in my_package.loha:loha") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
 
 
 def _reasons(expected: Iterable[str]) -> dict[str, str]:

@@ -20,12 +20,12 @@ def tunerkit_commands() -> Mapping[str, Callable[..., object]]:
 
 
 def check(
-    method: Annotated[str, typer.Argument(help="The method. `tunerkit methods` lists the installed ones.")],
+    method: Annotated[str, typer.Argument(help="A method of `tunerkit methods`, or its plugin, as my_package.loha:loha.")],
     config: Annotated[
         str, typer.Option(help="Its settings: a file in YAML or JSON, or written out, as in '{\"rank\": 2}'.")
     ] = "{}",
     case: Annotated[
-        list[str] | None, typer.Option(help="A model to check it on; may be repeated. Default: bert and llama.")
+        list[str] | None, typer.Option(help="A model to check it on; may be repeated. Default: bert, gpt2 and llama.")
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option("--check", help="A check to run; may be repeated. Default: all.")

@@ -13,7 +13,7 @@ from tunerkit_testing import small
 from tunerkit_testing.cases import Case
 
 LIBRARIES = ("transformers", "diffusers", "timm")
-_DEFAULT = ("bert", "llama")
+_DEFAULT = ("bert", "gpt2", "llama")
 
 
 def _output(model: nn.Module) -> Tensor:
@@ -38,7 +38,7 @@ def of_library(library: str) -> tuple[Case, ...]:
 
 
 def default_cases() -> list[Case]:
-    """Return a small BERT and a small Llama; without transformers the small network."""
+    """Return a small BERT, GPT-2 and Llama; without transformers the small network."""
     return named(_DEFAULT) if find_spec("transformers") is not None else [NETWORK]
 
 

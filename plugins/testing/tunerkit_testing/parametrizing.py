@@ -5,11 +5,13 @@ from typing import Any, TypeVar
 
 import attrs
 
+from tunerkit.errors import warn
 from tunerkit.plugin import AdapterConfig
 from tunerkit_testing.cases import Case, Check, name_of
 from tunerkit_testing.checks.order import CHECKS, NEEDS
-from tunerkit_testing.kit import CheckResult, find, run_check, settings_of, unexpected_pass
+from tunerkit_testing.kit import CheckResult, as_expected, beside_expected, find, run_check, settings_of
 from tunerkit_testing.known_cases import default_cases
+from tunerkit_testing.registering import method_of
 
 Test = TypeVar("Test", bound=Callable[..., None])
 
@@ -21,52 +23,56 @@ class BoundCheck:
     Attributes:
         check: The check.
         case: The model.
-        method: The method's name.
+        method: The method's name, or its plugin.
         config: The method's config.
-        expected: Why the check fails; None if it must not. If it passes all the same, its test fails.
+        expected: Reasons why checks fail, by name. If this one passes all the same, its test fails.
     """
 
     check: Check
     case: Case
-    method: str
+    method: object
     config: AdapterConfig | Mapping[str, object] | None
-    expected: str | None
+    expected: Mapping[str, str]
 
     def __call__(self) -> None:
         """Run the check. If it fails, those that it needs are run too, since their failure would explain it.
 
-        A check that passes and is expected to fail makes the test fail, as a strict xfail does.
+        A check that passes and is expected to fail makes the test fail, as a strict xfail does. Advice is a warning.
         """
         import pytest  # the command `tunerkit check` works without it
 
-        result = self._run(self.check)
+        result = as_expected(self._run(self.check), self.expected)
+        where = f"{result.check} on {result.case}"
         if result.status == "skipped":
             pytest.skip(result.reason)
-        if result.status == "passed":
-            if self.expected is not None:
-                pytest.fail(f"{result.check} on {result.case}: {unexpected_pass(self.expected)}", pytrace=False)
-            return
-        if (cause := self._cause(self.check)) is not None:
+        if result.status == "expected failure":
+            pytest.xfail(result.reason)
+        if result.status == "advice":
+            warn(f"{where}: {result.reason}")
+        elif result.status == "passed":
+            if result.check in self.expected:
+                pytest.fail(f"{where}: {result.reason}", pytrace=False)
+        elif (cause := self._cause(self.check)) is not None:
             pytest.skip(f"because {cause} failed")
-        if self.expected is not None:
-            pytest.xfail(self.expected)
-        pytest.fail(f"{result.check} on {result.case}: {result.reason}", pytrace=False)
+        else:
+            pytest.fail(f"{where}: {beside_expected(self.check, self.expected)}{result.reason}", pytrace=False)
 
     def _run(self, check: Check) -> CheckResult:
-        return run_check(check, self.case, self.method, settings_of(self.method, self.config))
+        with method_of(self.method) as name:
+            return run_check(check, self.case, name, settings_of(name, self.config))
 
     def _cause(self, check: Check) -> str | None:
-        """Return the name of the first check that fails of all that a check needs."""
+        """Return the name of the first check that fails, and is not expected to, of all that a check needs."""
         for need in NEEDS[check]:
             if (cause := self._cause(need)) is not None:
                 return cause
-            if self._run(need).status in ("failed", "error"):
+            if name_of(need) not in self.expected and self._run(need).status in ("failed", "error"):
                 return name_of(need)
         return None
 
 
 def parametrize_with_checks(
-    name: str,
+    method: object,
     config: AdapterConfig | Mapping[str, object] | None = None,
     cases: Iterable[Any] | None = None,
     expected_failures: Mapping[str, str] | None = None,
@@ -84,12 +90,14 @@ def parametrize_with_checks(
     The method is looked up when a test runs, so a fixture may register it.
 
     Args:
-        name: The method's name.
+        method: The method's name; or its plugin, such as what `tunerkit.method` returns, which is then registered while
+            a test runs.
         config: Its config: an instance of its config class, a mapping of settings, or None for the defaults.
         cases: Cases, or pytest parameters such as those of `tunerkit_testing.matrix.cases`; by default those of
             `check_method`.
         expected_failures: Reasons why checks fail, by the check's name. Their tests are xfailed, strictly: one whose
-            check passes fails. If a check fails on some models alone, parametrise a second test with these.
+            check passes fails. Others that fail for the same reason are named too. If a check fails on some models
+            alone, parametrise a second test with these.
         checks: The names of the checks to run; by default all.
 
     Raises:
@@ -106,7 +114,7 @@ def parametrize_with_checks(
         )
         found += [
             pytest.param(
-                BoundCheck(check, case, name, config, expected.get(name_of(check))), id=f"{label}-{each}", marks=marks
+                BoundCheck(check, case, method, config, expected), id=f"{label}-{each}", marks=marks
             )
             for check in wanted
             for each in (name_of(check),)

@@ -8,7 +8,7 @@ import torch
 
 import tunerkit
 from tunerkit.errors import TargetError
-from tunerkit_testing.cases import Case
+from tunerkit_testing.cases import Advice, Case
 from tunerkit_testing.checks.probing import trained_parameters, without_copies
 from tunerkit_testing.counting import Counting
 
@@ -18,7 +18,7 @@ _WARM = 2
 
 
 def check_operations(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
-    """A training step dispatches at most 5 times the operations of plain LoRA at the same targets."""
+    """A training step dispatches at most 5 times the operations of plain LoRA at the same targets. This is advice."""
     if _BASELINE not in tunerkit.methods():
         raise SkipTest(f"method {_BASELINE!r} is not installed, which this is compared with")
     placing = {
@@ -29,11 +29,14 @@ def check_operations(case: Case, method: str, config: Mapping[str, object], tmp_
     except TargetError as error:
         raise SkipTest(f"LoRA, which this is compared with, cannot adapt these targets: {error}") from error
     own = _operations(case, method, config)
-    assert own <= _TIMES * plain, (
-        f"a step dispatches {own} operations, {own / plain:.1f} times as many as LoRA's; use torch._foreach_ functions "
-        "on all adapters at once in step hooks, and add_low_rank in forward"
-    )
-    return f"{own} operations per step, {own / plain:.2f} times LoRA's"
+    times = f"{own} operations per step, {own / plain:.2f} times LoRA's"
+    if own > _TIMES * plain:
+        raise Advice(
+            f"{times}; where they are small, a step takes that much longer. Use torch._foreach_ functions on all "
+            "adapters at once in step hooks, add_low_rank in forward, and one batched operation instead of a loop. A "
+            "method that needs them may leave it at that"
+        )
+    return times
 
 
 def _operations(case: Case, method: str, config: Mapping[str, object]) -> int:

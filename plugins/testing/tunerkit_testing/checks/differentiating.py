@@ -15,6 +15,8 @@ from tunerkit_testing.checks.probing import (
     calls_of,
     filled,
     in_dtype,
+    movable,
+    random_like,
     require_delta,
     seeded,
     trained_parameters,
@@ -46,18 +48,18 @@ def check_gradients_are_true(case: Case, method: str, config: Mapping[str, objec
     model = filled(wide, method, {**config, "adapter_dtype": "float64"})
     own = trained_parameters(tunerkit.tuner(model))
     for noted in calls_of(model, wide):
-        call, moved = _movable(noted, own)
+        call, moved = movable(noted, own)
         call.adapter.train()
         output = _run(call)
         if not output.requires_grad:
             continue
-        weights = _random(output)
+        weights = random_like(output)
         found = torch.autograd.grad(
             (output * weights).sum(), list(moved.values()), allow_unused=True, materialize_grads=True
         )
         rounding = 1e-4 * float(output.detach().norm())
         for (name, tensor), gradient in zip(moved.items(), found, strict=True):
-            direction = _random(tensor)
+            direction = random_like(tensor)
             claimed = float((gradient * direction).sum())
             slopes = [float((_difference(call, tensor, s * direction) * weights).sum()) / (2 * s) for s in _STEPS]
             _, slope = min((abs(each - claimed), each) for each in slopes)
@@ -70,24 +72,8 @@ def check_gradients_are_true(case: Case, method: str, config: Mapping[str, objec
             )
 
 
-def _movable(call: Call, own: Mapping[str, Tensor]) -> tuple[Call, dict[str, Tensor]]:
-    """Return the call with an input that takes gradients, and what is moved: that, and the target's own tensors."""
-    prefixes = (f"{call.path}: ", "the shared module: ")
-    moved = {name: tensor for name, tensor in own.items() if name.startswith(prefixes) and tensor.numel()}
-    if isinstance(call.x, Tensor) and call.x.is_floating_point():
-        x = moved["the layer's input"] = call.x.detach().clone().requires_grad_()
-        if call.args:
-            return attrs.evolve(call, args=(x, *call.args[1:])), moved
-        return attrs.evolve(call, kwargs={**call.kwargs, next(iter(call.kwargs)): x}), moved
-    return call, moved
-
-
 def _run(call: Call) -> Tensor:
     return seeded(lambda _: call.run(), call.module)  # the same dropout each time
-
-
-def _random(of: Tensor) -> Tensor:
-    return torch.randn(of.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
 
 @torch.no_grad()
@@ -127,7 +113,7 @@ def check_delta_gives_gradients(case: Case, method: str, config: Mapping[str, ob
 
 
 def _reached(results: Sequence[Tensor], own: Mapping[str, Tensor]) -> Reached:
-    total = sum((part.double() * _random(part)).sum() for part in results)
+    total = sum((part.double() * random_like(part)).sum() for part in results)
     if not isinstance(total, Tensor) or not total.requires_grad:
         return Reached(set(), set())
     found: Sequence[Tensor | None] = torch.autograd.grad(total, list(own.values()), allow_unused=True)

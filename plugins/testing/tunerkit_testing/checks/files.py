@@ -14,7 +14,7 @@ from tunerkit import hooks
 from tunerkit.errors import ConfigError, TargetError
 from tunerkit.layers import Adapter
 from tunerkit_testing.cases import Case, assert_same, trained
-from tunerkit_testing.checks.probing import filled
+from tunerkit_testing.checks.probing import filled, saved
 
 _HINT = "keep everything that forward needs in parameters and persistent buffers, or in the config"
 
@@ -38,7 +38,7 @@ def check_other_rank_setting(case: Case, method: str, config: Mapping[str, objec
     if "rank" not in fields or fields["rank"].type is not int:
         raise SkipTest("the method has no setting named rank")
     model = _with_other_rank(case, method, config)
-    path = _saved(model, tmp_path)
+    path = saved(model, tmp_path)
     assert_same(
         case.output(tunerkit.load(case.build(), path).eval()), case.output(model), "another rank, loaded", _HINT
     )
@@ -56,33 +56,27 @@ def _with_other_rank(case: Case, method: str, config: Mapping[str, object]) -> n
 def check_other_ranks_load(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """Adapters with ``rank_dims`` take the tensors of a file with fewer triplets than their config says."""
     model = filled(case, method, config)
-    adapters = [adapter for adapter in tunerkit.tuner(model).adapters().values() if _rank_of(adapter) > 1]
+    adapters = [adapter for adapter in tunerkit.tuner(model).adapters().values() if rank_of(adapter) > 1]
     if not adapters:
         raise SkipTest("no adapter declares rank_dims and has a rank above 1")
     for adapter in adapters:
-        adapter.load_state_dict(_cut(adapter))
-    path = _saved(model, tmp_path)
+        adapter.load_state_dict(cut(adapter))
+    path = saved(model, tmp_path)
     loaded = tunerkit.load(case.build(), path).eval()
     hint = "list every tensor with a rank's dimension in rank_dims"
     assert_same(case.output(loaded), case.output(model), "loaded with other ranks", hint)
     assert tunerkit.tuner(loaded).ranks() == tunerkit.tuner(model).ranks(), f"the ranks are others once loaded; {hint}"
 
 
-def _saved(model: nn.Module, folder: Path) -> Path:
-    # A method that needs steps refuses to save an adapter without any.
-    tunerkit.tuner(model).progress.steps = 1
-    return tunerkit.save(model, folder / "out")
-
-
-def _rank_of(adapter: Adapter) -> int:
+def rank_of(adapter: Adapter) -> int:
     """Return the size of the dimension that is the rank, masked triplets included; 0 if none is declared."""
     state = adapter.state_dict()
     return next((state[name].shape[dim] for name, dim in adapter.rank_dims.items()), 0)
 
 
-def _cut(adapter: Adapter) -> dict[str, Tensor]:
+def cut(adapter: Adapter) -> dict[str, Tensor]:
     """Return an adapter's state without its last triplet, also in what it saves beside its tensors, such as a mask."""
-    state, rank = adapter.state_dict(), _rank_of(adapter)
+    state, rank = adapter.state_dict(), rank_of(adapter)
     own = {**dict(adapter.named_parameters()), **dict(adapter.named_buffers())}
     beside = {name: 0 for name, tensor in state.items() if name not in own and tensor.shape == (rank,)}
     for name, dim in {**adapter.rank_dims, **beside}.items():

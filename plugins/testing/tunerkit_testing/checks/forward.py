@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from unittest import SkipTest
@@ -11,12 +10,57 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.errors import ConfigError
+from tunerkit.errors import PluginError
+from tunerkit_testing.blaming import told
 from tunerkit_testing.cases import Case, assert_base_untouched, assert_same, wrapped
-from tunerkit_testing.checks.probing import Call, calls_of, fill_, filled, in_dtype, seeded, shared_in
+from tunerkit_testing.checks.dropping import without_dropout
+from tunerkit_testing.checks.probing import (
+    Call,
+    calls_of,
+    fill_,
+    filled,
+    in_dtype,
+    movable,
+    seeded,
+    shared_in,
+    trained_parameters,
+)
 
 # What torch keeps in every module. It changes in a forward, and torch looks after it.
 _TORCH = frozenset(vars(nn.Module()))
+
+
+def check_forward_runs(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """At each target, forward and its gradients can be computed from the model's own input, in both modes."""
+    model = wrapped(case, method, config)
+    own = trained_parameters(tunerkit.tuner(model))
+    for noted in calls_of(model, case):
+        if noted.base.lends:  # the adapter's forward is never called there
+            continue
+        for training in (True, False):
+            noted.adapter.train(training)
+            call, moved = movable(noted, own)
+            what = "forward"
+            try:
+                output = call.run()
+                if moved and output.requires_grad:
+                    what = "the backward of forward"
+                    torch.autograd.grad(output.sum(), [*moved.values()], allow_unused=True)
+            except PluginError:
+                raise
+            except Exception as error:
+                raise AssertionError(f"{call.path}: {what} raised {told(error)}; {_shapes(call)}") from error
+
+
+def _shapes(call: Call) -> str:
+    """Return what an author needs to see why shapes do not fit."""
+    own = ", ".join(f"{name} {tuple(p.shape)}" for name, p in call.adapter.named_parameters()) or "no parameters"
+    x = tuple(call.x.shape) if isinstance(call.x, Tensor) else type(call.x).__name__
+    base = call.base
+    return (
+        f"the layer is a {type(base.module).__name__} from {base.in_features} to {base.out_features} features, x is "
+        f"{x}, and the adapter has {own}"
+    )
 
 
 def check_forward_keeps_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
@@ -103,7 +147,7 @@ def _same(one: object, other: object) -> bool:
 @torch.no_grad()
 def check_same_in_training(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """Without dropout, an adapter adds the same in training mode as in eval mode."""
-    model = filled(case, method, _without_dropout(case, method, config))
+    model = filled(case, method, without_dropout(case, method, config))
     shared, random = shared_in(tunerkit.tuner(model)), []
     for call in calls_of(model, case):
         expected, _ = _output_of(call)
@@ -120,17 +164,9 @@ def check_same_in_training(case: Case, method: str, config: Mapping[str, object]
         assert_same(found, expected, f"{call.path}: training mode against eval mode", hint)
     if random:
         raise SkipTest(
-            f"in training mode, forward draws random numbers at {random[0]!r}; if that is dropout, name its setting "
-            "dropout, which this check sets to 0"
+            f"in training mode, forward draws random numbers at {random[0]!r}; if that is dropout, use that word in "
+            "the name of its setting, which this check sets to 0"
         )
-
-
-def _without_dropout(case: Case, method: str, config: Mapping[str, object]) -> Mapping[str, object]:
-    off = {**config, "dropout": 0.0}
-    with suppress(ConfigError):  # there is no such setting, or it may not be 0
-        tunerkit.structure(method, {**case.settings, **off})
-        return off
-    return config
 
 
 def _output_of(call: Call) -> tuple[Tensor, bool]:
@@ -139,6 +175,18 @@ def _output_of(call: Call) -> tuple[Tensor, bool]:
         before = torch.get_rng_state()
         found = call.run()
         return found, not torch.equal(torch.get_rng_state(), before)
+
+
+def check_same_in_inference(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """Under ``torch.no_grad`` and ``torch.inference_mode``, an adapter adds what it adds with gradients."""
+    model = filled(case, method, config)
+    hint = "ask neither torch.is_grad_enabled() nor torch.is_inference_mode_enabled() for what to compute"
+    for call in calls_of(model, case):
+        expected = call.run().detach()
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                found = call.run()
+            assert_same(found, expected, f"{call.path}: in torch.{mode.__name__} against with gradients", hint)
 
 
 @torch.no_grad()

@@ -6,17 +6,20 @@ from typing import Final
 
 from tunerkit_testing.cases import Check, name_of
 from tunerkit_testing.checks import (
+    batches,
     calibrating,
     compiling,
     configs,
     cost,
     differentiating,
     driving,
+    dropping,
     files,
     forward,
     merging,
     moving,
     precision,
+    randomness,
     ranks,
     resuming,
     sharing,
@@ -26,8 +29,9 @@ from tunerkit_testing.checks import (
 )
 
 _BUILT: Final = (start.check_building_keeps_the_base,)
-_PURE: Final = (forward.check_no_hidden_state,)
-_TRAINS: Final = (training.check_something_trains, *_PURE)
+_RUNS: Final = (*_BUILT, forward.check_forward_runs)
+_PURE: Final = (forward.check_no_hidden_state, forward.check_same_in_inference)
+_TRAINS: Final = (training.check_something_trains, training.check_steps_run, *_PURE)
 _FILES: Final = (training.check_every_tensor_moves, *_PURE)
 _MERGES: Final = (
     merging.check_delta_is_what_forward_adds,
@@ -41,20 +45,26 @@ NEEDS: Final[Mapping[Check, Sequence[Check]]] = MappingProxyType(
         configs.check_config_round_trip: (),
         configs.check_bad_config_refused: (),
         start.check_building_keeps_the_base: (),
-        forward.check_forward_keeps_the_base: _BUILT,
-        forward.check_inputs_unwritten: _BUILT,
-        forward.check_no_hidden_state: (*_BUILT, forward.check_inputs_unwritten),
+        forward.check_forward_runs: _BUILT,
+        forward.check_forward_keeps_the_base: _RUNS,
+        forward.check_inputs_unwritten: _RUNS,
+        randomness.check_random_state: _RUNS,
+        forward.check_no_hidden_state: (*_RUNS, forward.check_inputs_unwritten),
+        forward.check_same_in_inference: _RUNS,
         forward.check_same_in_training: _PURE,
-        forward.check_output_dtype: _BUILT,
+        dropping.check_dropout: (*_PURE, randomness.check_random_state, forward.check_same_in_training),
+        forward.check_output_dtype: _RUNS,
         start.check_start: (*_BUILT, forward.check_forward_keeps_the_base, forward.check_inputs_unwritten, *_PURE),
-        start.check_seed: _BUILT,
+        start.check_seed: (*_BUILT, randomness.check_random_state),
         sharing.check_shared_module_kept: _BUILT,
         sharing.check_shared_module_used: _BUILT,
         calibrating.check_calibration_keeps_the_start: (start.check_start,),
         training.check_something_trains: _BUILT,
-        training.check_only_the_adapter_trains: _BUILT,
+        training.check_steps_run: (*_RUNS, training.check_something_trains),
+        training.check_only_the_adapter_trains: (training.check_steps_run,),
         training.check_gradients_reach_every_tensor: _TRAINS,
         differentiating.check_gradients_are_true: (training.check_gradients_reach_every_tensor,),
+        batches.check_large_batch: (differentiating.check_gradients_are_true,),
         training.check_every_tensor_moves: (*_TRAINS, training.check_gradients_reach_every_tensor),
         training.check_steps_keep_the_base: (*_TRAINS, forward.check_forward_keeps_the_base),
         training.check_fixed_stays_fixed: _TRAINS,
@@ -66,6 +76,7 @@ NEEDS: Final[Mapping[Check, Sequence[Check]]] = MappingProxyType(
         driving.check_accumulation: (training.check_every_tensor_moves,),
         driving.check_checkpointing: (training.check_gradients_reach_every_tensor,),
         precision.check_autocast: (forward.check_output_dtype, training.check_gradients_reach_every_tensor),
+        precision.check_half_precision: (forward.check_output_dtype, training.check_gradients_reach_every_tensor),
         precision.check_bf16_base: (forward.check_output_dtype, training.check_every_tensor_moves),
         merging.check_fused_is_plain: _PURE,
         merging.check_delta_is_what_forward_adds: (*_PURE, forward.check_inputs_unwritten, forward.check_output_dtype),
@@ -80,6 +91,7 @@ NEEDS: Final[Mapping[Check, Sequence[Check]]] = MappingProxyType(
         merging.check_disabled_is_the_base: (training.check_steps_keep_the_base,),
         merging.check_unwraps: (training.check_steps_keep_the_base, merging.check_disabled_is_the_base),
         files.check_saves_and_loads: _FILES,
+        randomness.check_other_process: (start.check_seed, files.check_saves_and_loads),
         files.check_other_rank_setting: (files.check_saves_and_loads,),
         files.check_other_ranks_load: (files.check_saves_and_loads,),
         merging.check_merges: _MERGES,
@@ -91,8 +103,8 @@ NEEDS: Final[Mapping[Check, Sequence[Check]]] = MappingProxyType(
         moving.check_pickle: (),
         moving.check_device: (forward.check_output_dtype, *_PURE),
         moving.check_offload: (forward.check_output_dtype, *_PURE),
-        compiling.check_compiles: _PURE,
-        cost.check_operations: (training.check_something_trains, *_PURE),
+        compiling.check_compiles: (*_PURE, randomness.check_random_state),
+        cost.check_operations: (training.check_steps_run, *_PURE),
     }
 )
 CHECKS: Final[tuple[Check, ...]] = tuple(NEEDS)

@@ -1,45 +1,123 @@
-"""Checks in lower precision: under autocast, and on a base in bf16."""
+"""Checks in lower precision: under autocast, and on a base in bf16 or fp16."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Final
+from unittest import SkipTest
 
 import torch
+from torch import Tensor, nn
 
 import tunerkit
-from tunerkit_testing.cases import STEPS, Case, assert_base_untouched
+from tunerkit.errors import shown
+from tunerkit_testing.cases import STEPS, Case, assert_base_untouched, optimizer_of
 from tunerkit_testing.checks.probing import (
+    Call,
     adapter_dtypes,
+    calls_of,
     filled,
     gradients,
     in_dtype,
+    movable,
+    own_parts,
+    random_like,
     seeded,
     trained_parameters,
     without_copies,
 )
 
 _STEPS = 3
-# How much further from fp32 the adapted model may be than the base under autocast, and by which share of the output.
-_TIMES, _SHARE = 10, 0.05
+# By which share of a layer's largest output rounding to 16 bits may change it: 8 units in the last place. Under
+# autocast a method's own products are rounded one after the other.
+_SHARES: Final[Mapping[torch.dtype, float]] = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
+_AUTOCAST, _GRADIENTS = 2.0**-5, 0.05
 
 
 def check_autocast(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Under bf16 autocast the output is that in fp32 up to rounding, and the gradients are finite."""
+    """Under bf16 autocast each layer's output is that in fp32 up to rounding, and the gradients are finite."""
     model = filled(case, method, config)
+    with tunerkit.disabled(model), torch.autocast("cpu", torch.bfloat16):
+        _calls(model, case, "under autocast")
+    for call in calls_of(model, case):
+        with torch.no_grad():
+            expected = call.run()
+            with torch.autocast("cpu", torch.bfloat16):
+                found = call.run()
+        worst, limit = float((found - expected).abs().max()), _AUTOCAST * float(expected.abs().max())
+        assert worst <= limit, (
+            f"{call.path}: under autocast the output differs by {worst:.3g} from that in fp32, allowed {limit:.3g}; "
+            "compute in the dtype of the adapter's own parameters, with autocast off"
+        )
     with torch.autocast("cpu", torch.bfloat16):
-        found = case.output(model)
         loss = seeded(case.loss, model)
-    expected = case.output(model)
-    with tunerkit.disabled(model):
-        base = case.output(model)
-        with torch.autocast("cpu", torch.bfloat16):
-            rounding = float((case.output(model) - base).abs().max())
-    worst = float((found - expected).abs().max())
-    assert worst <= _TIMES * rounding + _SHARE * float(expected.abs().max()), (
-        f"under autocast the output differs by {worst:.3g} from that in fp32, the base's by {rounding:.3g}; compute "
-        "in the dtype of the adapter's own parameters, with autocast off"
-    )
     for name, gradient in gradients(loss, tunerkit.tuner(model)).items():
         assert bool(gradient.isfinite().all()), f"{name} has NaN or inf as its gradient under autocast"
+
+
+def _calls(model: nn.Module, case: Case, where: str) -> list[Call]:
+    try:
+        return calls_of(model, case)
+    except RuntimeError as error:
+        raise SkipTest(f"the model itself does not run {where}: {shown(str(error))}") from error
+
+
+def check_half_precision(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """On bases in bf16 and fp16, each layer's output and gradients are those in fp64, up to rounding."""
+    for dtype in _SHARES:
+        narrow = in_dtype(case, dtype)
+        wide = in_dtype(narrow, torch.float64)
+        model, exact = filled(narrow, method, config), filled(wide, method, {**config, "adapter_dtype": "float64"})
+        for part, twin in zip(own_parts(model).values(), own_parts(exact).values(), strict=True):
+            twin.load_state_dict(part.state_dict())
+        share = max(_SHARES.get(each, 0.0) for each in (dtype, *adapter_dtypes(model)))
+        own, theirs = trained_parameters(tunerkit.tuner(model)), trained_parameters(tunerkit.tuner(exact))
+        twins = {call.path: call for call in calls_of(exact, wide)}
+        for call in _calls(model, narrow, f"in {dtype}"):
+            if call.base.lends:  # its output is computed from merged weights
+                continue
+            found = _found(call, own)
+            expected = _found(twins[call.path].with_input(_widened(call.x)), theirs)
+            _assert_near(call.path, dtype, share, found, expected)
+
+
+def _widened(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _found(call: Call, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the output, and the gradients of a weighted sum of it, in fp64."""
+    call, moved = movable(call, own)
+    output = seeded(lambda _: call.run(), call.module)
+    total = (output.double() * random_like(output)).sum()
+    if not total.requires_grad:
+        return {_OUTPUT: output.double()}
+    given = torch.autograd.grad(total, [*moved.values()], allow_unused=True, materialize_grads=True)
+    return {_OUTPUT: output.detach().double(), **{name: g.double() for name, g in zip(moved, given, strict=True)}}
+
+
+_OUTPUT = "the output"
+
+
+def _assert_near(
+    path: str, dtype: torch.dtype, share: float, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
+    hint = (
+        "compute in the dtype of the adapter's own parameters, as x.to(self.a.dtype), and cast the sum to y.dtype; "
+        "16 bits have few digits, and fp16 ends at 65504"
+    )
+    for name, right in expected.items():
+        what, error = name.removeprefix(f"{path}: "), found[name] - right
+        assert bool(found[name].isfinite().all()) or not bool(right.isfinite().all()), (
+            f"{path}: on a base in {dtype}, {what} is NaN or inf in places; {hint}"
+        )
+        if name == _OUTPUT:
+            worst, limit = float(error.abs().max()), share * float(right.abs().max())
+        else:
+            what = f"the gradient for {what}"
+            worst, limit = float(error.norm()), _GRADIENTS * float(right.norm())
+        assert worst <= limit, (
+            f"{path}: on a base in {dtype}, {what} differs by {worst:.3g} from that in fp64, allowed {limit:.3g}; {hint}"
+        )
 
 
 def check_bf16_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
@@ -50,7 +128,7 @@ def check_bf16_base(case: Case, method: str, config: Mapping[str, object], tmp_p
     own = trained_parameters(tuner)
     (dtype,) = adapter_dtypes(model)
     starts = {name: parameter.detach().clone() for name, parameter in own.items()}
-    optimizer = torch.optim.AdamW(own.values(), lr=case.lr)
+    optimizer = optimizer_of(own.values(), case.lr)
     tunerkit.attach(model, optimizer, total_steps=STEPS)
     for step in range(_STEPS):
         seeded(narrow.loss, model, step).backward()

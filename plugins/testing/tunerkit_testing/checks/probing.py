@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
@@ -16,6 +17,9 @@ from tunerkit.injection import Slot, Slots
 from tunerkit.layers import Adapter, BaseLayer, torch_private
 from tunerkit.plugin import Tuner
 from tunerkit_testing.cases import Case, wrapped
+
+
+_SHARED = "the shared module"
 
 
 def shared_in(tuner: Tuner) -> nn.Module | None:
@@ -69,6 +73,34 @@ class Call:
         result: Tensor = found[0] if type(found) is tuple else found
         return result
 
+    def with_input(self, x: Tensor) -> "Call":
+        """Return the call with another input."""
+        if self.args:
+            return attrs.evolve(self, args=(x, *self.args[1:]))
+        return attrs.evolve(self, kwargs={**self.kwargs, next(iter(self.kwargs)): x})
+
+
+def tiled(call: Call, samples: int) -> Call:
+    """Return a call whose input is repeated until it has at least this many samples, if a tensor is all it is given."""
+    if not isinstance(call.x, Tensor) or len(call.args) + len(call.kwargs) != 1:
+        return call
+    return call.with_input(call.x.repeat(-(-samples // len(call.x)), *[1] * (call.x.ndim - 1)))
+
+
+def movable(call: Call, own: Mapping[str, Tensor]) -> tuple[Call, dict[str, Tensor]]:
+    """Return the call with an input that takes gradients, and what takes them: that, and the target's own tensors."""
+    prefixes = (f"{call.path}: ", f"{_SHARED}: ")
+    moved = {name: tensor for name, tensor in own.items() if name.startswith(prefixes) and tensor.numel()}
+    if not isinstance(call.x, Tensor) or not call.x.is_floating_point():
+        return call, moved
+    x = moved["the layer's input"] = call.x.detach().clone().requires_grad_()
+    return call.with_input(x), moved
+
+
+def random_like(of: Tensor) -> Tensor:
+    """Return fixed random numbers in fp64, of a tensor's shape."""
+    return torch.randn(of.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
 
 @torch.no_grad()
 def calls_of(model: nn.Module, case: Case) -> list[Call]:
@@ -110,13 +142,16 @@ def base_output(case: Case) -> Tensor:
     return case.output(case.build().eval().requires_grad_(False))
 
 
+def own_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the method's own modules by name: its adapters by path, and what they share."""
+    tuner = tunerkit.tuner(model)
+    shared = shared_in(tuner)
+    return {**tuner.adapters(), **({} if shared is None else {_SHARED: shared})}
+
+
 def own_parameters(tuner: Tuner) -> dict[str, nn.Parameter]:
     """Return the parameters of the method itself by name: those of its adapters, and of what they share."""
-    adapters = tuner.adapters()
-    parts: dict[str, nn.Module] = {**adapters}
-    for adapter in adapters.values():
-        if adapter.has_shared:
-            parts["the shared module"] = adapter.shared
+    parts = own_parts(tuner.model)
     return {f"{path}: {name}": p for path, part in parts.items() for name, p in part.named_parameters()}
 
 
@@ -151,6 +186,12 @@ def fill_(model: nn.Module, share: float = 0.1) -> nn.Module:
 def filled(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
     """Build a wrapped model in eval mode with `fill_`."""
     return fill_(wrapped(case, method, config)).eval()
+
+
+def saved(model: nn.Module, folder: Path) -> Path:
+    """Save an adapter that was not trained: a method that needs steps would refuse that."""
+    tunerkit.tuner(model).progress.steps = 1
+    return tunerkit.save(model, folder / "out")
 
 
 def adapter_dtypes(model: nn.Module) -> set[torch.dtype]:

@@ -5,45 +5,60 @@ from pathlib import Path
 from unittest import SkipTest
 
 import torch
+from torch import nn
 
 import tunerkit
 from tunerkit import hooks, injection
 from tunerkit_testing.cases import STEPS, Case, train, trained, wrapped
-from tunerkit_testing.checks.probing import in_dtype, require_delta
+from tunerkit_testing.checks.files import cut, rank_of
+from tunerkit_testing.checks.probing import filled, in_dtype, require_delta
 
 _SMALLEST = 1e-6  # a singular value below this share of the largest is rounding: a delta may be computed in fp32
 
 
 def check_rank(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """The matrix that an adapter adds has at most the rank that ``adapter.rank`` says, and its factors that many rows.
+    """What an adapter adds has the rank that ``adapter.rank`` says, moved from its start, trained, and cut to fewer.
 
-    A start that is subtracted again adds its own rank. A delta that is computed from the weight may have any rank.
+    Where the layer's matrix is smaller, it has all of its rank. The factors have ``adapter.rank`` rows. A start that is
+    subtracted again adds its own rank. A delta that is computed from the weight may have any rank.
     """
     require_delta(method)
     wide, settings = in_dtype(case, torch.float64), {**config, "adapter_dtype": "float64"}
+    start = filled(wide, method, settings)
+    tuner = tunerkit.tuner(start)
     is_subtracted = hooks.registry.get(method).start == "rounding"
-    starts = tunerkit.tuner(wrapped(wide, method, settings)).ranks() if is_subtracted else {}
-    model = trained(wide, method, settings)
-    tuner = tunerkit.tuner(model)
+    subtracted = tuner.ranks() if is_subtracted else {}
     if not any(tuner.ranks().values()):
         raise SkipTest("the method has no ranks: adapter.rank is 0")
     if any(adapter.reads_weight for adapter in tuner.adapters().values()):
         raise SkipTest("the delta is computed from the weight, so its rank is not the adapter's")
+    _assert_true_ranks(start, method, subtracted, "at random values")
+    _assert_true_ranks(trained(wide, method, settings), method, subtracted, "after training")
+    for adapter in tuner.adapters().values():
+        if rank_of(adapter) > 1:
+            adapter.load_state_dict(cut(adapter))
+    _assert_true_ranks(start, method, subtracted, "with one of its rank_dims less")
+
+
+@torch.no_grad()
+def _assert_true_ranks(model: nn.Module, method: str, subtracted: Mapping[str, int], when: str) -> None:
     for path, _, slots in injection.walk(model):
         for slot in slots.applied:
             if slot.adapter is None or slots.base is None or not slots.base.has_weight:
                 continue
-            rank, most = slot.adapter.rank, slot.adapter.rank + starts.get(path, 0)
+            rank, more = slot.adapter.rank, subtracted.get(path, 0)
             weight = hooks.delta(path, slot.method, slot.adapter, slots.base).weight
-            true = 0 if weight is None else int(torch.linalg.matrix_rank(weight, rtol=_SMALLEST))
-            assert true <= most, (
-                f"{path}: adapter.rank is {rank}, and what the adapter adds has rank {true}; return the number of "
-                "pairs of rows and columns that the product has"
+            if weight is None:
+                continue
+            true = int(torch.linalg.matrix_rank(weight, rtol=_SMALLEST))
+            assert min(rank, *weight.shape) <= true <= rank + more, (
+                f"{path}: {when}, adapter.rank is {rank}, and what the adapter adds has rank {true}; return the number "
+                "of pairs of rows and columns that the product has now, and not the setting it was built with"
             )
-            rows = (
-                hooks.factors(path, slot.method, slot.adapter, slots.base).rank if hooks.has_factors(method) else rank
-            )
-            assert rows in (rank, most), (
+            rows = rank
+            if hooks.has_factors(method):
+                rows = hooks.factors(path, slot.method, slot.adapter, slots.base).rank
+            assert rows in (rank, rank + more), (
                 f"{path}: adapter.rank is {rank}, and tunerkit_factors returns {rows} rows; let both count the live "
                 "pairs of rows and columns"
             )

@@ -10,7 +10,7 @@ from torch import nn
 import tunerkit
 from tunerkit import injection
 from tunerkit.plugin import State
-from tunerkit_testing.cases import STEPS, Case, wrapped
+from tunerkit_testing.cases import STEPS, Case, optimizer_of, wrapped
 from tunerkit_testing.checks.probing import seeded
 
 
@@ -66,7 +66,7 @@ def _assert_same_end(found: nn.Module, expected: nn.Module) -> None:
 
 
 def _optimizer(model: nn.Module, case: Case) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=case.lr)
+    return optimizer_of((p for p in model.parameters() if p.requires_grad), case.lr)
 
 
 def _attached(model: nn.Module, case: Case) -> torch.optim.Optimizer:

@@ -9,13 +9,18 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit_testing.cases import STEPS, Case, assert_base_untouched, train, wrapped
+from tunerkit.errors import PluginError
+from tunerkit_testing.blaming import told
+from tunerkit_testing.cases import STEPS, Case, assert_base_untouched, optimizer_of, train, wrapped
 from tunerkit_testing.checks.probing import own_parameters, seeded, trained_parameters, without_copies
+from tunerkit_testing.remembering import remembered
 
 _LEAST_FALL = 1e-5  # a share of the first loss. Some start slowly: AdaLoRA as in its paper falls by 1.4e-4 on BERT
 
+_SCALE = 1024.0
 
-@attrs.frozen(eq=False)
+
+@attrs.define(eq=False)
 class Seen:
     """What a training of the method's own parameters showed, each by name.
 
@@ -26,6 +31,7 @@ class Seen:
         missing: Those that had no gradient in a step.
         reached: Those whose gradient was not 0 in some step.
         losses: The loss before each step.
+        cut: Whether the loss has no gradient at all; the training ends there.
     """
 
     model: nn.Module
@@ -34,6 +40,7 @@ class Seen:
     missing: set[str]
     reached: set[str]
     losses: list[float]
+    cut: bool = False
 
 
 def _observed(case: Case, method: str, config: Mapping[str, object]) -> Seen:
@@ -42,17 +49,18 @@ def _observed(case: Case, method: str, config: Mapping[str, object]) -> Seen:
     tuner = tunerkit.tuner(model)
     own = trained_parameters(tuner)
     seen = Seen(model, _values(own), {}, set(), set(), [])
-    optimizer = torch.optim.Adam(own.values(), lr=case.lr)
+    # As a GradScaler has it: smaller gradients than 6e-8 are 0 in fp16.
+    scale = _SCALE if any(parameter.dtype == torch.float16 for parameter in own.values()) else 1.0
+    optimizer = optimizer_of(own.values(), case.lr)
     tunerkit.attach(model, optimizer, total_steps=STEPS)
     for step in range(STEPS):
         optimizer.zero_grad()
         loss = seeded(case.loss, model, step)
         seen.losses.append(float(loss.detach()))
-        assert loss.requires_grad, (
-            "the loss has no gradient for any parameter of the adapters; compute forward from the parameters, without "
-            "detach(), .data or no_grad()"
-        )
-        loss.backward()
+        if not loss.requires_grad:
+            seen.cut = True
+            break
+        (loss * scale).backward()
         for name, parameter in trained_parameters(tuner).items():
             if parameter.grad is None and parameter.numel():
                 seen.missing.add(name)
@@ -82,6 +90,16 @@ def check_something_trains(case: Case, method: str, config: Mapping[str, object]
     )
 
 
+def check_steps_run(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """A short training runs, with all that the method's hooks do in its steps."""
+    try:
+        remembered(_observed, case, method, config)
+    except PluginError:
+        raise
+    except Exception as error:
+        raise AssertionError(f"a training of {STEPS} steps raised {told(error)}") from error
+
+
 def check_only_the_adapter_trains(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """Before and after a training, the parameters with ``requires_grad`` are the tuner's, and none of the base."""
     model = wrapped(case, method, config)
@@ -98,7 +116,11 @@ def _assert_base_frozen(model: nn.Module) -> None:
 
 def check_gradients_reach_every_tensor(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """In every step each trained tensor of the method has a gradient."""
-    seen = _observed(case, method, config)
+    seen = remembered(_observed, case, method, config)
+    assert not seen.cut, (
+        "the loss has no gradient for any parameter of the adapters; compute forward from the parameters, without "
+        "detach(), .data or no_grad()"
+    )
     assert not seen.missing, (
         f"{_few(seen.missing, seen.starts)} have no gradient; compute forward from every parameter without detaching "
         "it, and build those that are not trained with requires_grad=False"
@@ -107,7 +129,7 @@ def check_gradients_reach_every_tensor(case: Case, method: str, config: Mapping[
 
 def check_every_tensor_moves(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """In a short training each trained tensor of the method changes, by the optimizer or by the method itself."""
-    seen = _observed(case, method, config)
+    seen = remembered(_observed, case, method, config)
     still = {
         name
         for name, start in seen.starts.items()
@@ -122,7 +144,7 @@ def check_every_tensor_moves(case: Case, method: str, config: Mapping[str, objec
 
 def check_loss_falls(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
     """A short training of the method's own parameters lowers the loss beyond rounding, and changes the eval output."""
-    seen = _observed(case, method, config)
+    seen = remembered(_observed, case, method, config)
     first, last = seen.losses[0], seen.losses[-1]
     assert first - last > _LEAST_FALL * abs(first), (
         f"the loss goes from {first:.6g} to {last:.6g} in {STEPS} steps at a learning rate of {case.lr}; check the "

@@ -1,0 +1,87 @@
+"""Checks of large batches: each sample has the output and the gradients that it has in a small batch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from unittest import SkipTest
+
+import torch
+from torch import Tensor
+
+import tunerkit
+from tunerkit_testing.cases import Case
+from tunerkit_testing.checks.dropping import without_dropout
+from tunerkit_testing.checks.probing import (
+    Call,
+    calls_of,
+    filled,
+    in_dtype,
+    movable,
+    random_like,
+    tiled,
+    trained_parameters,
+)
+
+_SAMPLES = 1000
+_SHARE = 1e-4  # of the largest value: a method may compute in fp32, and a sum over many rows is rounded
+_HINT = (
+    "compute each sample alone in forward, and check the backward of any torch.autograd.Function of your own with "
+    "large batches"
+)
+
+
+def check_large_batch(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
+    """In a batch of 1000 samples, each adds to output and gradients what it adds in a small batch."""
+    wide = in_dtype(case, torch.float64)
+    model = filled(wide, method, {**without_dropout(case, method, config), "adapter_dtype": "float64"})
+    own, most = trained_parameters(tunerkit.tuner(model)), 0
+    for call in calls_of(model, wide):
+        if not isinstance(call.x, Tensor) or len(call.args) + len(call.kwargs) != 1:
+            continue  # a block that is given masks or positions too
+        call.adapter.train()
+        if not _is_by_sample(call):
+            continue
+        large = tiled(call, _SAMPLES)
+        times = len(large.x) // len(call.x)
+        small, found, most = _found(call, own, 1), _found(large, own, times), max(most, len(large.x))
+        for name, expected in small.items():
+            each = found[name].unflatten(0, (times, -1)) if name in (_OUTPUT, _INPUT) else found[name] / times
+            worst = float((each - expected).abs().max())
+            assert worst <= _SHARE * float(expected.abs().max()), (
+                f"{call.path}: in a batch of {len(large.x)} samples, {times} times the same {len(call.x)}, "
+                f"{name.replace(f'{call.path}: ', '')} differs per sample by {worst:.3g}; {_HINT}"
+            )
+        _assert_alone(call, small[_OUTPUT])
+    if not most:
+        raise SkipTest("at each target forward draws random numbers, or is given more than one tensor")
+    return f"{most} samples"
+
+
+_OUTPUT, _INPUT = "the output", "the gradient for the layer's input"
+
+
+def _is_by_sample(call: Call) -> bool:
+    """Whether the first dimension counts samples, in input and output, and nothing is drawn at random."""
+    with torch.random.fork_rng(devices=[]):
+        before, output = torch.get_rng_state(), call.run()
+        drew = not torch.equal(torch.get_rng_state(), before)
+    return not drew and output.requires_grad and len(output) == len(call.x)
+
+
+def _found(call: Call, own: Mapping[str, Tensor], times: int) -> dict[str, Tensor]:
+    """Return the output, and the gradients of a weighted sum of it, with the same weights for each repetition."""
+    call, moved = movable(call, own)
+    output = call.run()
+    weights = random_like(output[: len(output) // times]).repeat(times, *[1] * (output.ndim - 1))
+    given = torch.autograd.grad((output * weights).sum(), [*moved.values()], allow_unused=True, materialize_grads=True)
+    return {_OUTPUT: output.detach(), **{f"the gradient for {name}": g for name, g in zip(moved, given, strict=True)}}
+
+
+@torch.no_grad()
+def _assert_alone(call: Call, expected: Tensor) -> None:
+    """Assert that samples do not depend on others in their batch."""
+    others = call.x.flip(0) * (-3 if call.x.is_floating_point() else 1)
+    found = call.with_input(torch.cat([call.x, others])).run()[: len(expected)]
+    worst = float((found - expected).abs().max())
+    assert worst <= _SHARE * float(expected.abs().max()), (
+        f"{call.path}: the output for a sample differs by {worst:.3g} with the other samples in its batch; {_HINT}"
+    )

@@ -1,0 +1,105 @@
+"""Checks of random numbers: the user's are left alone, and a seed means the same in every process."""
+
+import random
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy
+import torch
+from torch import nn
+
+import tunerkit
+from tunerkit import hooks
+from tunerkit_testing.cases import STEPS, Case, wrapped
+from tunerkit_testing.checks.probing import calls_of, filled, saved, without_copies
+from tunerkit_testing.checks.start import assert_same_start
+
+_SEED, _STEPS = 20_141_222, 3
+
+
+def check_random_state(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """No hook and no forward seeds torch's random state, or uses those of Python and NumPy: they are the user's."""
+    base, again = case.build(), case.build()
+    _assert_unseeded("building adapters", lambda: tunerkit.wrap(base, method, {**case.settings, **config}))
+    model = filled(case, method, config)
+    calls = calls_of(model, case)
+    for training in (True, False):
+
+        def forwards(training: bool = training) -> None:
+            for call in calls:
+                call.adapter.train(training)
+                call.run()
+
+        _assert_unseeded("forward", forwards)
+    if hooks.has_delta(method):
+        _assert_unseeded("the delta", lambda: tunerkit.unmerge(tunerkit.merge(model)))
+    model = without_copies(case, method, config)
+    _assert_unseeded_steps(model, case)
+    path = tmp_path / "out"
+    _assert_unseeded("saving", lambda: tunerkit.save(model, path))
+    _assert_unseeded("loading", lambda: tunerkit.load(again, path))
+
+
+def _assert_unseeded_steps(model: nn.Module, case: Case) -> None:
+    if not (trained := [p for p in model.parameters() if p.requires_grad]):
+        return  # another check is about it
+    optimizer = torch.optim.SGD(trained, lr=1e-3)
+    _assert_unseeded("attaching", lambda: tunerkit.attach(model, optimizer, total_steps=STEPS))
+    for _ in range(_STEPS):
+        loss = case.loss(model)
+        if not loss.requires_grad:
+            return
+        loss.backward()
+        _assert_unseeded("a step", optimizer.step)
+        optimizer.zero_grad()
+
+
+def _assert_unseeded(what: str, run: Callable[[], object]) -> None:
+    torch.manual_seed(_SEED)
+    before = random.getstate(), numpy.random.get_state(legacy=False)
+    with suppress(Exception):  # other checks are about it
+        run()
+    assert torch.initial_seed() == _SEED, (
+        f"{what} sets the seed of torch's random state, which is the user's: what is drawn later repeats itself, and "
+        "the seed of wrap has no effect; call no torch.manual_seed, and draw from torch's random state or from a "
+        "torch.Generator of your own"
+    )
+    after = random.getstate(), numpy.random.get_state(legacy=False)
+    assert repr(after) == repr(before), (
+        f"{what} uses the random state of Python or NumPy, which is the user's, and which no seed of wrap sets; draw "
+        "from torch's random state or from a torch.Generator of your own"
+    )
+
+
+def check_other_process(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """In a process in which ``hash`` gives other numbers for text, a seed gives the same adapter, and files load."""
+    model = filled(case, method, config)
+    expected, path = case.output(model), saved(model, tmp_path)
+    with patch("builtins.hash", _other_hash):
+        again = wrapped(case, method, config)
+        loaded = tunerkit.load(case.build(), path).eval()
+    hint = "in a process with another PYTHONHASHSEED; seed with zlib.crc32(path.encode()), or with a number that is saved"
+    assert_same_start(wrapped(case, method, config), again, hint)
+    assert torch.equal(case.output(loaded), expected), (
+        "loaded in a process with another PYTHONHASHSEED, the adapter computes something else; hash() of text is "
+        "another number in each process: seed with zlib.crc32(path.encode()), or with a number that is saved"
+    )
+
+
+_hash = hash
+
+
+def _other_hash(value: object) -> int:
+    """What ``hash`` returns in another process. Classes that define `__hash__` keep theirs: dicts need it to stay."""
+    if sys._getframe(1).f_code.co_name == "__hash__" or not _has_text(value):
+        return _hash(value)
+    return _hash(("another process", value))
+
+
+def _has_text(value: object) -> bool:
+    if isinstance(value, tuple | frozenset):
+        return any(map(_has_text, value))
+    return isinstance(value, str | bytes)
