@@ -20,7 +20,9 @@ def tunerkit_commands() -> Mapping[str, Callable[..., object]]:
 
 
 def check(
-    method: Annotated[str, typer.Argument(help="A method of `tunerkit methods`, or its plugin, as my_package.loha:loha.")],
+    method: Annotated[
+        str, typer.Argument(help="A method of `tunerkit methods`, or its plugin, as my_package.loha:loha.")
+    ],
     config: Annotated[
         str, typer.Option(help="Its settings: a file in YAML or JSON, or written out, as in '{\"rank\": 2}'.")
     ] = "{}",
