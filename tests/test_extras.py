@@ -32,6 +32,15 @@ def test_every_line_to_write_names_what_there_is(name: str) -> None:
         assert callable(getattr(tunerkit, ours))
 
 
+@pytest.mark.parametrize("name", ["prompt-tuning", "PREFIX_TUNING", "p_tuning", "adaption-prompt"])
+def test_a_method_of_peft_that_is_none_here_says_why(name: str, toys: "Toys") -> None:
+    """As PEFT's type or its enum's name, in any case; a mistyped name is still told the closest one."""
+    with pytest.raises(tunerkit.errors.UnknownMethodError, match=r"it lengthens the sequence.*take PEFT.*prototypes"):
+        tunerkit.wrap(toys.net(), name)
+    with pytest.raises(tunerkit.errors.UnknownMethodError, match="did you mean 'toy-shift'"):
+        tunerkit.wrap(toys.net(), "toy-shif")
+
+
 def test_other_names_are_as_unknown_as_in_any_module() -> None:
     """Python's own words, since nothing is known of them."""
     with pytest.raises(AttributeError, match=r"^module 'tunerkit' has no attribute 'wrapp'$"):

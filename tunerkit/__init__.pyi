@@ -21,8 +21,8 @@ from .errors import (
     UnknownMethodError as UnknownMethodError,
 )
 from .hooks import (
-    Engine as Engine, Pieces as Pieces, methods as methods, register as register, structure as structure,
-    unregister as unregister, whole_pieces as whole_pieces,
+    Engine as Engine, Pieces as Pieces, method_record as method_record, methods as methods, register as register,
+    structure as structure, unregister as unregister, whole_pieces as whole_pieces,
 )
 from .injection import (
     Summary as Summary, Tuner as Tuner, biases_of as biases_of, copies_of as copies_of, factors_of as factors_of,

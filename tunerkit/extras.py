@@ -151,8 +151,8 @@ SETTINGS_ELSEWHERE: Final = {
     "layers_pattern": "leave it out: the first number in a path is the layer's",
     "use_dora": "this method is not DoRA, and LoRA alone is another training: leave it out, or write a method",
     "lora_bias": "B has no bias here; bias='adapters' trains the biases of the adapted layers",
-    "loftq_config": "the start leaves the base as it is: quantise it, and wrap it",
-    "eva_config": "this method does not start by EVA; tunerkit_calibrate lets a method of yours do so",
+    "loftq_config": "the base is quantised before: quantise it, and wrap it, by LoRA's start 'loftq' if you like",
+    "eva_config": "if the method has a start 'eva', tunerkit.calibrate sets it; rho is a setting of method 'lora'",
     "trainable_token_indices": "no rows are trained alone: name the embedding in train_modules, or write a method",
     "target_parameters": "only modules can be adapted, and no parameters such as stacks of experts: leave it out",
     "ensure_weight_tying": "leave it out: name both sides of the tied weight in train_modules, or untie them",
@@ -161,6 +161,14 @@ SETTINGS_ELSEWHERE: Final = {
     **dict.fromkeys(("init_r", "target_r", "tinit", "tfinal", "deltaT"), "it belongs to method 'adalora'"),
     **dict.fromkeys(("orth_reg_weight", "total_step", "beta1", "beta2"), "it belongs to method 'adalora'"),
 }
+_PROMPTS: Final = (
+    "it lengthens the sequence, with its masks, positions and caches, and an adapter sees one layer: take PEFT; "
+    "'Prompts and prefixes' in the docs has prototypes"
+)
+# Methods of PEFT's that are none here, with what to do instead.
+METHODS_ELSEWHERE: Final = dict.fromkeys(
+    ("prompt-tuning", "multitask-prompt-tuning", "p-tuning", "prefix-tuning", "adaption-prompt", "cpt"), _PROMPTS
+)
 ROWS: Final = "adapter_names"  # the argument of a forward that names an adapter for each row of a batch
 
 

@@ -31,7 +31,7 @@ __all__ = [
     *("shrink_", "optimizer_of", "resize_", "resize_obstacle", "Matcher", "exact_patterns", "file_matchers"),
     *("is_broad", "is_exact", "lookup", "matcher", "matches", "AdapterError", "BaseMismatchError", "ConfigError"),
     *("FileError", "PluginError", "StepError", "TargetError", "TunerkitError", "TunerkitWarning"),
-    *("UnknownFormatError", "UnknownMethodError", "Summary"),
+    *("UnknownFormatError", "UnknownMethodError", "Summary", "method_record"),
 ]
 
 

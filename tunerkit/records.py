@@ -36,13 +36,15 @@ class Method:
         config: The config class: a frozen attrs class derived from `tunerkit.plugin.AdapterConfig`.
         needs_steps: Whether the method only works if optimizer steps drive it, as AdaLoRA does. Saving such an adapter
             untrained is an error.
-        start: What wrapping does to the model's output: ``"exact"`` leaves every bit of it, ``"rounding"`` changes it
-            by rounding errors alone, as a start does that adds and subtracts the same product.
-        targets: What the method adapts: ``"weights"``, modules of which tunerkit knows the weight; or ``"outputs"``,
-            any module that is called, such as a norm or a block. Such adapters cannot be merged, except where they
-            implement ``tunerkit_delta`` and the module has a weight.
+        start: What wrapping does to the model's output, unless a setting asks for a change: ``"exact"`` leaves every
+            bit of it, ``"rounding"`` changes it by rounding errors alone, as a start does that adds and subtracts the
+            same product.
+        targets: What the method adapts: ``"weights"``, modules of which tunerkit knows the weight; ``"outputs"``, any
+            module that is called, such as a norm or a block; or ``"norms"``, norms over the last dimension, by default
+            all of them outside output heads. What adapts outputs can be merged where it implements ``tunerkit_delta``
+            and the module is a layer or such a norm, whose weight is seen as a column, (out, 1).
         statistics: What the method wants to know of the data before training, see `tunerkit.calibrate`; None for a
-            method that does not.
+            method that wants nothing. If that depends on the settings, a function of the config that says it.
         pieces: Whether the method's hooks work on the pieces that a process holds where an engine has cut an adapter,
             see `tunerkit.plugin.Tuner.pieces`. Hooks of other methods see whole weights, gathered around each of them.
         foreign: What formats of other programs must know to write and read the method's tensors, by the format's name.
@@ -53,8 +55,10 @@ class Method:
     config: type
     needs_steps: bool = False
     start: Literal["exact", "rounding"] = attrs.field(default="exact", kw_only=True)
-    targets: Literal["weights", "outputs"] = attrs.field(default="weights", kw_only=True)
-    statistics: StatisticsRequest | None = attrs.field(default=None, kw_only=True)
+    targets: Literal["weights", "outputs", "norms"] = attrs.field(default="weights", kw_only=True)
+    statistics: StatisticsRequest | Callable[[Any], StatisticsRequest | None] | None = attrs.field(
+        default=None, kw_only=True
+    )
     pieces: bool = attrs.field(default=False, kw_only=True)
     foreign: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict, kw_only=True, repr=False)
 
@@ -102,6 +106,10 @@ class Statistics:
             inputs' main directions, orthogonal, each as long as the inputs reach in it together; the longest comes
             first. It is a Nyström approximation, which is exact if the inputs lie in k dimensions. If there are fewer
             than k features, k is their number.
+        centred: The same of the inputs less their mean, (k, in): its rows are their principal components, each as long
+            as the inputs vary along it together; None if ``inputs`` was not wanted.
+        variance: Σ ‖x − mean‖² over the n rows, of which the squared rows of ``centred`` are shares; it is exact. 0 if
+            ``inputs`` was not wanted.
         gradients: P and Q with P Q close to the gradient of the loss by W, summed over the batches; None if it was not
             wanted. It is exact if the gradient's rank is at most k.
     """
@@ -109,6 +117,8 @@ class Statistics:
     rows: int
     inputs: Tensor | None
     gradients: "Factors | None"
+    centred: Tensor | None = None
+    variance: float = 0.0
 
 
 @attrs.frozen
@@ -262,12 +272,14 @@ class Foreign:
 
     Attributes:
         factors: What is added to the weight of each target, by its path. A mapping may compute them when it is asked.
+            Empty for a method whose ``tensors`` say all; such an adapter becomes no other method's.
         method: The method that the adapter becomes. If it is not installed, it becomes LoRA, with the rank of each
             target.
         config: The settings of ``method``, if ``tensors`` are given: its rank, scale and dropout, so that training
             goes on as it began. The targets, the copies and the biases stand in the fields here.
         tensors: The tensors of the adapter of ``method`` at each target, by their names in its file: for LoRA ``"a"``
             (r, in) and ``"b"`` (out, r). If they are left out, the method builds its adapters from the factors.
+        shared: The tensors of the module that the method's adapters share, by their names in it.
         copies: The tensors of the modules that are trained in full, by the module's path and the tensor's name in it.
         biases: The trained biases, by their module's path.
         base: The name or path of the base model, as the files state it; empty if they do not.
@@ -278,6 +290,7 @@ class Foreign:
     method: str = "lora"
     config: Mapping[str, object] = attrs.field(factory=dict, kw_only=True)
     tensors: Mapping[str, Mapping[str, Tensor]] = attrs.field(factory=dict, kw_only=True)
+    shared: Mapping[str, Tensor] = attrs.field(factory=dict, kw_only=True)
     copies: Mapping[str, Mapping[str, Tensor]] = attrs.field(factory=dict, kw_only=True)
     biases: Mapping[str, Tensor] = attrs.field(factory=dict, kw_only=True)
     base: str = attrs.field(default="", kw_only=True)

@@ -33,6 +33,7 @@ class Eva(Adapter):
     """Adds 2 · B A x. ``tunerkit.calibrate`` sets A; without it, A is random."""
 
     reads_output: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
 
     def __init__(self, base: BaseLayer, rank: int) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ class Loha(Adapter):
     """Adds ((B₁ A₁) ∘ (B₂ A₂)) x; B₂ starts at 0."""
 
     reads_output: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
 
     def __init__(self, base: BaseLayer, rank: int) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ class Principal(Adapter):
     """Adds P Q x − P₀ Q₀ x, where P₀ Q₀ is the start, so that the base stays as it is."""
 
     reads_output: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
 
     def __init__(self, base: BaseLayer, rank: int) -> None:
         super().__init__()

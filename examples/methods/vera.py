@@ -31,6 +31,7 @@ class Vectors(Adapter):
     """Adds diag(b) P diag(d) Q x, with trained ``d`` (r,) and ``b`` (out,)."""
 
     reads_output: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
 
     def __init__(self, base: BaseLayer, rank: int) -> None:
         super().__init__()

@@ -36,6 +36,7 @@ class Scaling(Adapter):
     """Multiplies the output so far by 1 + v: the order in which it stands beside others can be seen."""
 
     reads_output = False  # so it is not given the base layer's own output
+    reads_weight = False
 
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()

@@ -195,6 +195,7 @@ ADDED = frozenset(
         "tunerkit.patterns.at_paths(POSITIONAL_OR_KEYWORD config, POSITIONAL_OR_KEYWORD paths, "
         "KEYWORD_ONLY of_file = False)",
         "tunerkit.patterns.file_matchers(POSITIONAL_OR_KEYWORD expressions)",
+        "tunerkit.BaseLayer.normalised(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD x)",
         "tunerkit.BaseLayer.obstacle(POSITIONAL_OR_KEYWORD self)",
         "tunerkit.BaseLayer.packing",
         "tunerkit.BaseLayer.put_(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD stored)",

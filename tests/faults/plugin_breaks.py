@@ -14,6 +14,7 @@ class Config(AdapterConfig):
     rank: int = 1
 
 class Shift(Adapter):
+    reads_output = reads_weight = False
     def __init__(self, base):
         super().__init__()
         self.v = nn.Parameter(torch.zeros(base.out_features))

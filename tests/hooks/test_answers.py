@@ -76,6 +76,8 @@ class OtherConfig(AdapterConfig):
 class Shift(Adapter):
     """Adds a vector to the output."""
 
+    reads_output = reads_weight = False
+
     def __init__(self, features: int) -> None:
         super().__init__()
         self.v = nn.Parameter(torch.zeros(features))

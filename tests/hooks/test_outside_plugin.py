@@ -32,6 +32,8 @@ class ShiftConfig(AdapterConfig):
 class Shift(Adapter):
     """``v`` (out,): adds scale * v to the base layer's output."""
 
+    reads_output = reads_weight = False
+
     def __init__(self, features: int, scale: float) -> None:
         super().__init__()
         self.v = nn.Parameter(torch.zeros(features))  # zeros: nothing is added at the start
@@ -85,6 +87,8 @@ class CarelessConfig(AdapterConfig):
 
 
 class Noise(Adapter):
+    reads_output = reads_weight = False
+
     def forward(self, base, x, y):
         return torch.randn_like(y)
 

@@ -111,7 +111,7 @@ StatisticsRequest: Any = Request
         ),
         ({"start": True}, "start of method 'toy-declaring' is True"),
         ({"start": ["exact"]}, "start of method 'toy-declaring' is"),
-        ({"targets": "norms"}, r"targets of method 'toy-declaring' is 'norms'; .*'weights', 'outputs'"),
+        ({"targets": "biases"}, r"targets of method 'toy-declaring' is 'biases'; .*'weights', 'outputs'"),
         (
             {"statistics": "inputs"},
             r"statistics of method 'toy-declaring' is 'inputs'; expected tunerkit\.plugin\.StatisticsRequest",

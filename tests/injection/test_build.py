@@ -7,13 +7,14 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import tunerkit
-from tunerkit.errors import PluginError
+from tunerkit.errors import PluginError, TargetError
 from tunerkit.plugin import Adapter, BaseLayer, Method, Target
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 from tests.support.model_checks import untouched
 from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_adapters import Shift
 
 
 def plugin_of(toys: "Toys", build: Any, name: str = "toy-broken") -> object:
@@ -32,6 +33,26 @@ def plugin_of(toys: "Toys", build: Any, name: str = "toy-broken") -> object:
     return Broken()
 
 
+def test_what_a_method_refuses_is_listed_in_one_error_with_the_way_out(toys: "Toys") -> None:
+    """Each target with its path, its type and the method's own words; nothing is put into the model."""
+
+    def build(target: Target, base: BaseLayer) -> Any:
+        if target.path != "layers.1":
+            raise TargetError(f"rank is 64, and at most {base.in_features} fits")
+        return Shift(base)
+
+    model = toys.net()
+    plugin = plugin_of(toys, build)
+    with registered(plugin), untouched(toys, model), pytest.raises(TargetError) as caught:
+        tunerkit.wrap(model, "toy-broken", {"targets": ["conv", "layers.0", "layers.1"]})
+    assert str(caught.value).splitlines() == [
+        "conv: method 'toy-broken' cannot adapt this Conv2d: rank is 64, and at most 27 fits",
+        "layers.0: method 'toy-broken' cannot adapt this Linear: rank is 64, and at most 4 fits",
+        "exclude=('conv', ...) leaves out what it cannot adapt",
+    ]
+    assert "plugin of method 'toy-broken'" in caught.value.__cause__.__notes__[0]
+
+
 @pytest.mark.parametrize("built", [None, nn.Linear(1, 1), "adapter", Adapter])
 def test_what_is_no_adapter_is_refused_by_name(toys: "Toys", built: object) -> None:
     """The error names the method, its distribution, the target and the object that was built instead."""
@@ -46,6 +67,8 @@ def test_an_adapter_that_holds_its_base_layer_is_refused(toys: "Toys") -> None:
     """As a descendant of itself, the base layer would make module walks endless and be cast to the adapter's dtype."""
 
     class Holder(Adapter):
+        reads_output = reads_weight = False
+
         def __init__(self, module: nn.Module) -> None:
             super().__init__()
             self.module = module

@@ -150,16 +150,16 @@ class ScaledOutputs(ScalePlugin):
 
 
 def test_with_a_delta_the_layers_that_have_a_weight_merge() -> None:
-    """And a norm beside them is refused, with its path and its type."""
+    """Norms too; a block beside them is refused, with its path and its type."""
     with registered(ScaledOutputs()):
-        for places, refused in ((["pool.0", "blocks.0.layer"], False), (["pool.0", "last"], True)):
+        for places, refused in ((["pool.0", "last", "blocks.0.layer"], False), (["pool.0", "pool.1"], True)):
             model = tunerkit.wrap(Model(), "toy-scaled-outputs", {"targets": places})
             with torch.no_grad():
                 for parameter in tunerkit.tuner(model).parameters():
                     parameter.add_(0.1)
             expected = model(X)
             if refused:
-                words = r"cannot merge into 'last'.*'toy-scaled-outputs' changes the output of a LayerNorm"
+                words = r"cannot merge into 'pool.1'.*'toy-scaled-outputs' changes the output of a Tanh"
                 with pytest.raises(tunerkit.errors.AdapterError, match=words):
                     tunerkit.merge(model)
                 assert torch.equal(model(X), expected)
@@ -244,22 +244,22 @@ def test_a_method_that_reads_weights_is_refused_where_there_is_none() -> None:
             return adapter
 
     with registered(Reader()):
-        with pytest.raises(tunerkit.errors.TargetError, match=r"'last' is a LayerNorm.*'toy-reader' reads the weight"):
-            tunerkit.wrap(Model(), "toy-reader", {"targets": ["last"]})
+        with pytest.raises(tunerkit.errors.TargetError, match=r"'pool.1' is a Tanh.*'toy-reader' reads the weight"):
+            tunerkit.wrap(Model(), "toy-reader", {"targets": ["pool.1"]})
         tunerkit.wrap(Model(), "toy-reader", {"targets": ["pool.0"]})
 
 
 def test_what_is_asked_of_a_missing_weight_is_named() -> None:
     """An adapter that asks for it is told where to read sizes."""
     with registered(ScaledOutputs()):
-        model: Any = tunerkit.wrap(Model(), "toy-scaled-outputs", {"targets": ["last"]})
-        base = model.last.tunerkit.base
+        model: Any = tunerkit.wrap(Model(), "toy-scaled-outputs", {"targets": ["pool.1"]})
+        base = model.pool[1].tunerkit.base
         for ask in (lambda: base.in_features, lambda: base.out_features, base.dense, lambda: base.pack(X)):
             with pytest.raises(
-                tunerkit.errors.AdapterError, match=r"LayerNorm, of which .* knows no weight.*target\.module"
+                tunerkit.errors.AdapterError, match=r"Tanh, of which .* knows no weight.*target\.module"
             ):
                 ask()
-        assert torch.equal(base.bias(), model.last.bias)
+        assert base.bias() is None
 
 
 def test_blocks_of_a_bert_are_adapted(tmp_path: Path) -> None:

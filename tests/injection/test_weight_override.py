@@ -575,6 +575,8 @@ def test_the_kind_has_no_input_to_project() -> None:
 class Shift(Adapter):
     """Adds a trained vector."""
 
+    reads_output = reads_weight = False
+
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()
         self.v = nn.Parameter(torch.zeros(base.out_features))

@@ -25,6 +25,7 @@ TARGETS = {"targets": ["0", "2"]}
 class Fixed(Adapter):
     """Adds ``d b a x`` with trained ``d`` (out,); ``a`` and ``b`` are fixed, as a parameter and as a buffer."""
 
+    reads_output = reads_weight = False
     b: Tensor
 
     def __init__(self, base: BaseLayer) -> None:
@@ -243,7 +244,7 @@ class Undecided(Growing):
     [
         (Misnamed, r"Misnamed whose rank_dims names 'q'.*parameters or buffers there: a, b"),
         (Misplaced, r"Misplaced whose rank_dims is 2 for 'a'.*shape \(1, 6\)"),
-        (Undecided, r"Undecided with reads_output='sometimes'.*True, False or None"),
+        (Undecided, r"Undecided with reads_output='sometimes' and reads_weight=False.*both, as True or False"),
     ],
 )
 def test_a_wrong_declaration_is_refused_when_wrapping(kind: type[Growing], words: str) -> None:
@@ -262,3 +263,49 @@ def test_a_wrong_declaration_is_refused_when_wrapping(kind: type[Growing], words
     with registered(Wrong()), pytest.raises(tunerkit.errors.PluginError, match=expected) as error:
         tunerkit.wrap(net(), "toy-wrong", TARGETS)
     assert "'0'" in str(error.value)
+
+
+class Silent(Growing):
+    reads_output = None  # type: ignore[assignment]
+    reads_weight = None  # type: ignore[assignment]
+
+
+class SilentPlugin(GrowingPlugin):
+    """Its class says nothing of what it reads."""
+
+    def __init__(self, number: int | None) -> None:
+        if number is not None:
+            self.TUNERKIT_API = number
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("toy-silent", config=ShiftConfig)]
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: BaseLayer) -> Growing:
+        return Silent(base, 1)
+
+
+def test_a_class_that_leaves_out_what_it_reads_is_refused_with_the_meaning_of_both_flags() -> None:
+    """From the contract's number 2 on, and nothing is put into the model."""
+    model = net()
+    words = (
+        r"'toy-silent'.*Silent with reads_output=None and reads_weight=None for '0'; .*True or False: "
+        r"reads_output says whether forward uses the values of y.*reads_weight whether forward or the delta reads"
+    )
+    with registered(SilentPlugin(2)), pytest.raises(tunerkit.errors.PluginError, match=words):
+        tunerkit.wrap(model, "toy-silent", TARGETS)
+    assert not any("tunerkit" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("number", [1, None])
+def test_under_the_first_number_leaving_it_out_warns_once_and_works(number: int | None) -> None:
+    """A plugin without a number is of the first; the warning names it, and what to write."""
+    with registered(SilentPlugin(number)), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            tunerkit.wrap(net(), "toy-silent", TARGETS)
+    words = [str(each.message) for each in told if "reads_output" in str(each.message)]
+    assert len(words) == 1
+    for part in ("'toy-silent' (in-process)", "TUNERKIT_API 1", "class Silent", "TUNERKIT_API = 2", "None counts as"):
+        assert part in words[0]

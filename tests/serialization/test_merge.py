@@ -294,6 +294,8 @@ def broken(delta: Any, *, unasked: bool = False) -> object:
     """A method like toy-shift whose delta hook returns ``delta(adapter, base)``, or is missing."""
 
     class Plain(Adapter):
+        reads_output = reads_weight = False
+
         def forward(self, base: BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return y
 

@@ -19,6 +19,8 @@ from tunerkit_testing.toy_methods import ShiftConfig
 class Gated(Adapter):
     """``gate`` · ``v`` (out,), added to the output. Only the method sets the gate."""
 
+    reads_output = reads_weight = False
+
     def __init__(self, features: int) -> None:
         super().__init__()
         self.v = nn.Parameter(torch.ones(features))

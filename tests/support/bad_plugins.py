@@ -33,6 +33,7 @@ class Product(Adapter):
     """Adds ``b a x``; what a mistake is made in."""
 
     reads_output: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
 
     def __init__(self, base: BaseLayer, rank: int) -> None:
         super().__init__()

@@ -235,9 +235,28 @@ UNFIT = [
     pytest.param(lambda: odd(lambda: OwnForward(4, 4)), "odd", "odd: is a OwnForward", id="own forward"),
     pytest.param(lambda: odd(lambda: nn.Embedding(4, 4, max_norm=1.0)), "odd", "odd: has max_norm set", id="max_norm"),
     pytest.param(
-        Mixture, "down_proj", r"is a stack of matrices in one parameter \(experts\.down_proj\), and no", id="expert"
+        Mixture, "down_proj", r"is a stack of matrices in one parameter of 'experts', a \w+, and", id="expert"
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        (
+            "experts.down_proj",
+            "stack of matrices in one parameter of 'experts', a Experts, and only modules can be named yet",
+        ),
+        ("body.weight", "'body.weight' is a parameter of 'body', a Linear, .* yet: name 'body' to adapt its weight"),
+        ("scale", "'scale' is a parameter of the model itself, and only modules can be named yet$"),
+    ],
+)
+def test_a_parameter_is_said_to_be_one(pattern: str, words: str) -> None:
+    """Its holder is named, and the layer where there is one: it is not called unknown."""
+    model = Mixture()
+    model.scale = nn.Parameter(torch.ones(()))
+    with pytest.raises(TargetError, match=words):
+        chosen(model, pattern)
 
 
 @pytest.mark.parametrize(("make", "name", "words"), UNFIT)
@@ -323,7 +342,9 @@ def test_stacks_of_matrices_are_not_all_called_experts() -> None:
         assert f"{name}: is a stack of matrices in one parameter (of experts or attention heads" in str(
             caught[0].message
         )
-    with pytest.raises(TargetError, match=r"'q' is a stack of matrices in one parameter \(0\.q\), and no module"):
+    with pytest.raises(
+        TargetError, match=r"'q' is a stack of matrices in one parameter of '0', a \w+, and only modules"
+    ):
         chosen(nn.Sequential(Heads()), "q")
 
 

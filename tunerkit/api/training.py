@@ -165,8 +165,11 @@ def calibrate(model: M, batches: Iterable[Any], adapter: str | None = None, *, l
         PluginError: The method's plugin violates the contract of the hook.
     """
     tuner = injection.tuner(model, adapter)
-    request = hooks.registry.get(tuner.method).statistics
-    if request is None:
+    if (request := hooks.statistics(tuner)) is None:
+        if hooks.registry.get(tuner.method).statistics is not None:
+            raise AdapterError(
+                f"adapter {tuner.name!r} of method {tuner.method!r} needs no data with its settings; train it as it is"
+            )
         listed = hooks.registry.methods().items()
         able = [name for name, info in listed if info.error is None and hooks.registry.get(name).statistics is not None]
         known = f"methods that do: {', '.join(able)}" if able else "no installed method does"
@@ -183,9 +186,9 @@ def calibrate(model: M, batches: Iterable[Any], adapter: str | None = None, *, l
     ):
         if request.gradients:
             _fit_heads_(tuner, batches, loss)
-        found, count = injection.measure(tuner, request, batches, loss)
+        found, bases, count = injection.measure(tuner, request, batches, loss)
         with torch.no_grad():
-            ranks = hooks.calibrate(tuner, found)
+            ranks = hooks.calibrate(tuner, found, bases)
     tuner.progress.calibration = {"batches": count, "rows": max(each.rows for each in found.values())}
     injection.record(tuner, ranks)
     return model

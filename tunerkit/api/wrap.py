@@ -113,7 +113,7 @@ def _choose(scanned: Scan, method: str, config: AdapterConfig, adapter: str) -> 
         layers=config.layers,
         trained=named,
         new=added,
-        outputs=hooks.registry.get(method).targets == "outputs",
+        adapts=hooks.registry.get(method).targets,
     )
     copies = (*named, *added)
     copied = [path for path, slots in places if not slots.copies.keys().isdisjoint(slots.active)]

@@ -21,6 +21,7 @@ from tunerkit.hooks.calls import (
     shared,
     start,
     state,
+    statistics,
     structure,
     unlike,
     watches_steps,
@@ -43,6 +44,7 @@ from tunerkit.hooks.registry import registry
 from tunerkit.layers import weights
 
 implements = registry.implements
+method_record = registry.get
 methods = registry.methods
 register = registry.register
 unregister = registry.unregister

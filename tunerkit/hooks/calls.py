@@ -20,15 +20,30 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit.config import AdapterConfig, from_mapping
-from tunerkit.errors import AdapterError, PluginError, error_text, is_of_user, shown
+from tunerkit.errors import AdapterError, PluginError, error_text, is_of_user, shown, warn
 from tunerkit.hooks import specs
 from tunerkit.hooks.engines import TunerView
+from tunerkit.hooks.loading import API, API_NAME
 from tunerkit.hooks.registry import registry
 from tunerkit.layers import Adapter, BaseLayer, low_rank_delta, misfit
 from tunerkit.paths import few
-from tunerkit.records import Delta, Factors, ParamGroup, State, Statistics, Target, mistyped, type_name
+from tunerkit.records import (
+    Delta,
+    Factors,
+    ParamGroup,
+    State,
+    Statistics,
+    StatisticsRequest,
+    Target,
+    mistyped,
+    type_name,
+)
 
 _DEEPEST = 20  # levels of JSON values
+_READS = (
+    "reads_output says whether forward uses the values of y for more than adding to it, reads_weight whether forward "
+    "or the delta reads the base layer's weight"
+)
 
 
 @attrs.frozen
@@ -204,20 +219,26 @@ def shared(
 
 
 def build_adapter(
-    method: str, target: Target, base: BaseLayer, config: AdapterConfig, shared: nn.Module | None = None
+    method: str,
+    target: Target,
+    base: BaseLayer,
+    config: AdapterConfig,
+    shared: nn.Module | None = None,
+    model: nn.Module | None = None,
+    *,
+    loading: bool = False,
 ) -> Adapter:
     """Build one adapter with the method's plugin. Raises `PluginError` if the result is not an adapter."""
     with Question(specs.tunerkit_build_adapter, method, target.path) as question:
-        answer: Adapter = question.checked(target=target, base=base, config=config, shared=shared)
+        answer: Adapter = question.checked(
+            target=target, base=base, config=config, shared=shared, model=model, loading=loading
+        )
         if target.module in answer.modules():
             question.refuse(
                 "an adapter that holds the base layer as a child",
                 "one that does not store it: forward receives the base layer as an argument",
             )
-        flags: tuple[object, ...] = (answer.reads_output, answer.reads_weight)
-        if not all(isinstance(flag, bool | None) for flag in flags):
-            reads = f"reads_output={shown(flags[0])} and reads_weight={shown(flags[1])}"
-            question.refuse(f"a {type(answer).__name__} with {reads}", "one with True, False or None there")
+        _check_reads(question, answer)
         _check_rank_dims(question, answer)
         if shared is not None and not set(answer.modules()).isdisjoint(shared.modules()):
             question.refuse(
@@ -225,6 +246,24 @@ def build_adapter(
                 "one that does not store it: forward finds it as self.shared",
             )
         return answer
+
+
+def _check_reads(question: Question, answer: Adapter) -> None:
+    """Refuse a class that does not declare what it reads; of a plugin for the contract's number 1, warn once."""
+    flags: dict[str, object] = {"reads_output": answer.reads_output, "reads_weight": answer.reads_weight}
+    if all(isinstance(flag, bool) for flag in flags.values()):
+        return
+    got, catalog = " and ".join(f"{name}={shown(flag)}" for name, flag in flags.items()), registry.loaded()
+    old, name = catalog.owners[question.method].api < 2, type(answer).__name__
+    if not (old and all(isinstance(flag, bool | None) for flag in flags.values())):
+        question.refuse(f"a {name} with {got}", f"one whose class declares both, as True or False: {_READS}")
+    if (key := (API_NAME, question.method)) not in catalog.known:
+        catalog.known[key] = True
+        warn(
+            f"{registry.plugin_of(question.method)} was written for {API_NAME} 1: its class {name} has {got}, where "
+            f"None counts as True. Declare both there, as True or False, and set {API_NAME} = {API}, which later "
+            f"versions will ask for. {_READS}"
+        )
 
 
 def _check_rank_dims(question: Question, answer: Adapter) -> None:
@@ -243,9 +282,17 @@ def _check_rank_dims(question: Question, answer: Adapter) -> None:
             )
 
 
-def calibrate(tuner: TunerView, statistics: Mapping[str, Statistics]) -> Mapping[str, int] | None:
+def statistics(tuner: TunerView) -> StatisticsRequest | None:
+    """Return what the method wants to know of the data with the adapter's settings; None for nothing."""
+    asked = registry.get(tuner.method).statistics
+    return asked(tuner.config) if callable(asked) else asked
+
+
+def calibrate(
+    tuner: TunerView, statistics: Mapping[str, Statistics], bases: Mapping[str, BaseLayer]
+) -> Mapping[str, int] | None:
     """Let the method set its start. Returns the ranks by target path if they changed."""
-    return _ranks(specs.tunerkit_calibrate, tuner, statistics=statistics)
+    return _ranks(specs.tunerkit_calibrate, tuner, statistics=statistics, bases=bases)
 
 
 def finish(tuner: TunerView) -> Mapping[str, int] | None:

@@ -12,6 +12,7 @@ import pluggy
 
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, closest, error_text, is_of_user, shown
+from tunerkit.extras import METHODS_ELSEWHERE
 from tunerkit.hooks import specs
 from tunerkit.paths import few
 from tunerkit.records import Method, MethodInfo, StatisticsRequest, mistyped, type_name
@@ -20,7 +21,7 @@ GROUP = "tunerkit"
 VARIABLE = "TUNERKIT_PLUGINS"
 # The version of the contract between core and plugins, and the oldest that still works;
 # docs/authors/write-a-plugin.md says what may change when.
-API, OLDEST_API = 1, 1
+API, OLDEST_API = 2, 1
 API_NAME = "TUNERKIT_API"
 HOOKS = frozenset(name for name in dir(specs) if name.startswith("tunerkit_"))
 Failure = tuple[str, MethodInfo]
@@ -37,6 +38,7 @@ class Plugin:
         info: Its distribution.
         hooks: Its implementation of each hook, by the hook's name.
         methods: Its methods by name.
+        api: The number of the contract that it was written for.
     """
 
     plugin: object
@@ -44,6 +46,7 @@ class Plugin:
     info: MethodInfo
     hooks: Mapping[str, pluggy.HookImpl]
     methods: Mapping[str, Method]
+    api: int
 
     def __str__(self) -> str:
         return f"plugin {self.entry!r} ({self.info.distribution})"
@@ -105,6 +108,8 @@ class Catalog:
             few(sorted(self.owners), shown=20) or "none (each is a separate distribution, such as tunerkit-lora)"
         )
         hint = closest(name, self.owners) if isinstance(name, str) else _NAME_FIRST
+        if (reason := METHODS_ELSEWHERE.get(str(name).lower().replace("_", "-"))) is not None:
+            hint = f"; {reason}"
         parts = [f"no method named {shown(name)}; installed: {installed}{hint}"]
         for failed, info in self.failures:
             whose = f"{info.distribution} {info.version}".rstrip()
@@ -222,7 +227,7 @@ def _read_limit(installed: Iterable[str]) -> frozenset[str] | None:
 
 def admit(plugin: object, entry: str, info: MethodInfo) -> Plugin:
     """Check a plugin, and collect its hooks and methods. Raises `PluginError` if it is broken."""
-    _check_api(plugin)
+    api = _read_api(plugin)
     manager = pluggy.PluginManager(specs.PROJECT)  # its own: what a broken plugin leaves behind, nobody sees
     manager.add_hookspecs(specs)
     _check_hooks(manager, plugin)
@@ -231,12 +236,12 @@ def admit(plugin: object, entry: str, info: MethodInfo) -> Plugin:
     except pluggy.PluginValidationError as error:
         raise PluginError(f"a hook implementation does not match its spec: {error_text(error)}") from error
     hooks = {caller.name: caller.get_hookimpls()[-1] for caller in manager.get_hookcallers(plugin) or ()}
-    return Plugin(plugin, entry, info, hooks, _ask_methods(hooks))
+    return Plugin(plugin, entry, info, hooks, _ask_methods(hooks), api)
 
 
-def _check_api(plugin: object) -> None:
-    """Raise `PluginError` if a plugin was written for another version of the contract; without a number, it is 1."""
-    wanted = getattr(plugin, API_NAME, 1)
+def _read_api(plugin: object) -> int:
+    """The number of the contract that a plugin was written for, 1 if it says none. Raises `PluginError` for others."""
+    wanted: object = getattr(plugin, API_NAME, 1)
     if type(wanted) is not int or wanted < 1:
         raise PluginError(
             f"{API_NAME} is {shown(wanted)}; expected the number of the contract, as in {API_NAME} = {API}"
@@ -245,6 +250,7 @@ def _check_api(plugin: object) -> None:
         older = "tunerkit" if wanted > API else "version of the plugin"
         supported = f"this tunerkit supports {OLDEST_API} to {API}"
         raise PluginError(f"it was written for {API_NAME} {wanted}, and {supported}; install a newer {older}")
+    return wanted
 
 
 def _check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
@@ -311,7 +317,8 @@ def _checked_name(method: Any) -> str:
         )
     asked = method.statistics
     ranks = (asked.inputs, asked.gradients) if isinstance(asked, StatisticsRequest) else ()
-    if asked is not None and not (any(ranks) and all(type(rank) is int and rank >= 0 for rank in ranks)):
+    positive = any(ranks) and all(type(rank) is int and rank >= 0 for rank in ranks)
+    if asked is not None and not (positive or callable(asked)):
         raise PluginError(
             f"statistics of method {shown(name)} is {shown(asked)}; expected tunerkit.plugin.StatisticsRequest "
             "with the ranks of what it wants, as in tunerkit.plugin.StatisticsRequest(inputs=16)"

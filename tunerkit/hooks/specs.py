@@ -203,14 +203,19 @@ def tunerkit_shared(targets: Sequence[Target], bases: Sequence[BaseLayer], confi
 
 
 @hookspec(firstresult=True)
-def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdapterConfig, shared: nn.Module | None) -> Adapter:
+def tunerkit_build_adapter(
+    target: Target, base: BaseLayer, config: AdapterConfig, shared: nn.Module | None, model: nn.Module, loading: bool
+) -> Adapter:
     """Build the adapter of one target. Every plugin with a method must implement this hook.
 
     Fires once per target in ``wrap`` and in ``load``, with core's seed set, before anything is injected. ``base`` has
-    the number of features and the weights, which must not be changed; ``shared`` is what `tunerkit_shared` built. Core
-    then moves the adapter to the base layer's device and the config's dtype.
+    the number of features and the weights; ``shared`` is what `tunerkit_shared` built; ``model`` is the whole model,
+    for what its config says, such as its number of layers. None of them must be changed. Core then moves the adapter to
+    the base layer's device and the config's dtype. ``loading`` says that a file's values replace these, so that a start
+    that is computed from the weight is not needed, and the weight may be absent.
 
     >>> class Bias(tunerkit.plugin.Adapter):
+    ...     reads_output = reads_weight = False
     ...     def __init__(self, features):
     ...         super().__init__()
     ...         self.bias = torch.nn.Parameter(torch.zeros(features))  # (out,): nothing is added at the start
@@ -313,12 +318,15 @@ def tunerkit_restrictions() -> Iterable[Restriction]:
 
 
 @hookspec(firstresult=True)
-def tunerkit_calibrate(tuner: TunerView, statistics: Mapping[str, Statistics]) -> Mapping[str, int] | None:
+def tunerkit_calibrate(
+    tuner: TunerView, statistics: Mapping[str, Statistics], bases: Mapping[str, BaseLayer]
+) -> Mapping[str, int] | None:
     """Set the adapters' start and ranks from statistics of the data; return the rank of each target if they changed.
 
     Fires in ``tunerkit.calibrate``, before training, for a method whose record names ``statistics``: one entry for each
-    target's path. The adapters must still add nothing afterwards. To change a rank, use `tunerkit.plugin.resize_`, and
-    declare the adapter's ``rank_dims``, so that files can be loaded.
+    target's path, and in ``bases`` its base layer, which is only read. The adapters must still add nothing afterwards.
+    To change a rank, use `tunerkit.plugin.resize_`, and declare the adapter's ``rank_dims``, so that files can be
+    loaded.
 
     >>> @tunerkit.hookimpl
     ... def tunerkit_calibrate(tuner, statistics):

@@ -21,10 +21,10 @@ from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, is_
 from tunerkit.injection.state_dicts import unwatch_states_, watch_states_
 from tunerkit.injection.tuner import WRAPPED, Tuner, modules_in, slots_in, wrapped_of
 from tunerkit.injection.weight_override import update_overrides_
-from tunerkit.layers import Adapter, BaseLayer, OutputLayer, bias_name, torch_private, weight_of, weights
+from tunerkit.layers import Adapter, BaseLayer, as_output, bias_name, torch_private, weight_of, weights
 from tunerkit.paths import CHILD, join
 from tunerkit.records import Target
-from tunerkit.targets import Scan
+from tunerkit.targets import Scan, lines
 
 # The attribute of a batch norm of the base that adapters have stopped from updating its statistics.
 _STOPPED = "_tunerkit_earlier"
@@ -47,6 +47,9 @@ def build_each(
         tuner: The adapter's handle.
         around: What to enter while the plugin builds the adapter of a target.
         ready: Adapters by target path that the method's plugin has built already, from factors.
+
+    Raises:
+        TargetError: The method refuses targets. All of them are listed, once the others are built.
     """
     targets, copies, biases = (
         {each.path: each for each in kind} for kind in (tuner.targets, tuner.copies, tuner.biases)
@@ -54,6 +57,7 @@ def build_each(
     refuse_overlap(tuner.model, modules_in(tuner), copies)
     bases = {path: _base_at(tuner, target, scanned) for path, target in targets.items()}
     first, shared = next(iter(tuner.targets), None), None
+    refused: dict[str, TargetError] = {}
     if first is not None and hooks.implements(hooks.specs.tunerkit_shared, tuner.method):
         with around(first):
             shared = hooks.shared(tuner.method, tuner.targets, list(bases.values()), tuner.config)
@@ -63,8 +67,12 @@ def build_each(
         adapter = None
         if path in targets:
             target = targets[path]
-            with around(target):
-                adapter = _adapter(tuner, target, bases[path], shared) if ready is None else ready[path]
+            try:
+                with around(target):
+                    adapter = _adapter(tuner, target, bases[path], shared) if ready is None else ready[path]
+            except TargetError as error:  # the method's own: it may refuse more of them, which one error lists
+                refused[path] = error
+                continue
             _refuse_unfit(tuner, target, bases[path], adapter, is_read=scanned.by_path[path].reader is not None)
             _place_(adapter, target.module, tuner)
         slot = Slot(
@@ -75,13 +83,18 @@ def build_each(
             shared=shared if first is not None and path == first.path else None,
         )
         yield path, slot
+    if refused:
+        kinds = {path: type(targets[path].module).__name__ for path in refused}
+        words = {path: f"method {tuner.method!r} cannot adapt this {kinds[path]}: {refused[path]}" for path in refused}
+        exclude = f"exclude=({next(iter(refused))!r},{' ...' * (len(refused) > 1)}) leaves out what it cannot adapt"
+        raise TargetError("\n".join([*lines(words), exclude])) from next(iter(refused.values()))
 
 
 def _base_at(tuner: Tuner, target: Target, scanned: Scan) -> BaseLayer:
     """Return a target as its method sees it: a method that adapts outputs needs no kind that matches the module."""
     base = scanned.by_path[target.path].base
-    if base is None and hooks.registry.get(tuner.method).targets == "outputs":
-        return OutputLayer(target.module)
+    if base is None and hooks.registry.get(tuner.method).targets != "weights":
+        return as_output(target.module)
     if base is None:
         kind = type(target.module).__name__
         raise TargetError(f"{target.path!r} is a {kind}: no installed base-layer kind adapts it")
@@ -91,7 +104,9 @@ def _base_at(tuner: Tuner, target: Target, scanned: Scan) -> BaseLayer:
 def _adapter(tuner: Tuner, target: Target, base: BaseLayer, shared: nn.Module | None) -> Adapter:
     """Build one adapter through the method's plugin, which must not change what all of them share."""
     before = _versions(shared)
-    built = hooks.build_adapter(tuner.method, target, base, tuner.config, shared)
+    built = hooks.build_adapter(
+        tuner.method, target, base, tuner.config, shared, tuner.model, loading=tuner.progress.loaded
+    )
     if _versions(shared) != before:
         raise PluginError(
             f"{hooks.registry.plugin_of(tuner.method)} changed the shared module in tunerkit_build_adapter for "
@@ -227,7 +242,7 @@ def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
         # A copy replaces the whole module, so there is no base layer.
         base, reader = (found.base, found.reader) if slot.copy is None else (None, None)
         if slot.adapter is not None and base is None:
-            base = OutputLayer(module)
+            base = as_output(module)
         readers.append(reader)
         if slots is None:
             slots = Slots(base).train(module.training)

@@ -24,10 +24,10 @@ _NOISE = 1e-7  # of the largest eigenvalue: what sums of fp32 products leave whe
 
 def measure(
     tuner: Tuner, request: StatisticsRequest, batches: Iterable[Any], loss: Loss | None
-) -> tuple[dict[str, Statistics], int]:
+) -> tuple[dict[str, Statistics], dict[str, BaseLayer], int]:
     """Measure what a method wants to know of the data, on batches that are one call of a model in eval mode each.
 
-    Return it by target path, and the number of batches.
+    Return it and the base layers by target path, and the number of batches.
     """
     sketches = _sketches(tuner, request)
     handles = [each.base.module.register_forward_hook(each.hook, with_kwargs=True) for each in sketches.values()]
@@ -55,7 +55,8 @@ def measure(
             f"the statistics at {few(wrong, shown=5)} contain NaN or inf, so the model's activations or gradients do; "
             "check the batches, or load the model in float32 or bfloat16"
         )
-    return {path: sketch.statistics() for path, sketch in sketches.items()}, count
+    bases = {path: sketch.base for path, sketch in sketches.items()}
+    return {path: sketch.statistics() for path, sketch in sketches.items()}, bases, count
 
 
 def _sketches(tuner: Tuner, request: StatisticsRequest) -> "dict[str, _Sketch]":
@@ -111,10 +112,11 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
 class _Sketch:
     """The sums over the data at one target, in memory that depends on the rank alone.
 
-    Three sums are taken. Each is a derivative through `BaseLayer.project_in` and `project_out`, so every kind of base
+    Four sums are taken. Each is a derivative through `BaseLayer.project_in` and `project_out`, so every kind of base
     layer works, and no input is needed as a matrix. Ω and Ψ are random.
 
     - Ω C (2k, in), with C = Σ x xᵀ: the derivative of Σ ⟨Q x, Ω x⟩ by Q. It gives a Nyström approximation of C.
+    - Σ x (in,): the derivative of Σ ⟨1, q x⟩ by q. Without n times the outer product of the mean, C is centred.
     - G Ωᵀ (out, k), with G the gradient by W: the derivative of the loss by P = 0, if P Ω x is added to the output.
     - Ψᵀ G (2k, in): the derivative of the loss by Q = 0, if Ψ Q x is added. With G Ωᵀ it gives an approximation of G:
       Tropp et al., "Practical sketching algorithms for low-rank matrix approximation" (2017), Algorithm 4.
@@ -135,6 +137,8 @@ class _Sketch:
         out, into = base.out_features, base.in_features
         self.inputs = drawn(_OVERSAMPLING * request.inputs, into)
         self.moment = torch.zeros_like(self.inputs, dtype=torch.float64)
+        self.total = torch.zeros(1, into, device=device, dtype=torch.float64)  # Σ x
+        self.squares = torch.zeros((), device=device, dtype=torch.float64)  # Σ ‖x‖²
         self.omega = drawn(request.gradients, into)  # Ω (k, in)
         self.psi = drawn(_OVERSAMPLING * request.gradients, out).T.contiguous()  # Ψ (out, 2k)
         self.p = torch.zeros(out, len(self.omega), device=device, requires_grad=True)
@@ -147,9 +151,10 @@ class _Sketch:
         x = x.float() if x.is_floating_point() else x
         with autocast_off(output.device):
             if self.counting:
-                self.rows += output.numel() // self.base.out_features
                 if self.request.inputs:
                     self._add_inputs_(x.detach())
+                else:
+                    self.rows += output.numel() // self.base.out_features
             if self.request.gradients:
                 probes = self.base.project_out(self.base.project_in(x, self.omega), self.p)
                 probes = probes + self.base.project_out(self.base.project_in(x, self.q), self.psi)
@@ -162,17 +167,32 @@ class _Sketch:
             q = self.inputs.clone().requires_grad_()
             h = self.base.project_in(x, q)
             (found,) = torch.autograd.grad(h, q, grad_outputs=h.detach())
+            one = torch.ones_like(self.total, dtype=q.dtype).requires_grad_()
+            each = self.base.project_in(x, one)
+            (total,) = torch.autograd.grad(each, one, grad_outputs=torch.ones_like(each))
+        self.rows += each.numel()  # a grouped convolution has one for each group
         self.moment += found
+        self.total += total
+        # A squared patch is the patch of squares; an id stands for a row with a single 1.
+        self.squares += self.base.project_in(x * x if x.is_floating_point() else x, one.detach()).double().sum()
 
     def is_finite(self) -> bool:
-        return all(bool(each.isfinite().all()) for each in (self.moment, self.by_p, self.by_q))
+        sums = (self.moment, self.total, self.squares, self.by_p, self.by_q)
+        return all(bool(each.isfinite().all()) for each in sums)
 
     def statistics(self) -> Statistics:
         """Return the approximations, in fp32. The sums must be finite."""
+        gradients = _product(self.by_p, self.by_q, self.psi) if self.request.gradients else None
+        if not self.request.inputs:
+            return Statistics(rows=self.rows, inputs=None, gradients=gradients)
+        omega, mean = self.inputs.double(), self.total / self.rows
+        centred = self.moment - (omega @ mean.T) @ self.total
         return Statistics(
             rows=self.rows,
-            inputs=_root(self.inputs.double(), self.moment)[: self.request.inputs] if self.request.inputs else None,
-            gradients=_product(self.by_p, self.by_q, self.psi) if self.request.gradients else None,
+            inputs=_root(omega, self.moment)[: self.request.inputs],
+            gradients=gradients,
+            centred=_root(omega, centred)[: self.request.inputs],
+            variance=float((self.squares - self.total @ mean.T).clamp(min=0)),
         )
 
 

@@ -14,7 +14,6 @@ from tunerkit.layers.kinds import (
     EmbeddingLayer,
     Knowledge,
     LinearLayer,
-    OutputLayer,
     as_base_layer,
     as_base_layers,
 )
@@ -29,5 +28,6 @@ from tunerkit.layers.low_rank import (
     plain_form,
     unmark,
 )
+from tunerkit.layers.norms import NormLayer, as_output
 from tunerkit.layers.torch_private import is_packed, numbers_of
 from tunerkit.layers.weights import forward_name, forward_owner, is_named, is_sharded, weight_of, whole_shape

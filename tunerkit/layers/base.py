@@ -204,6 +204,10 @@ class BaseLayer(abc.ABC):
         """Read W, (out, in), with gradients. Every `linear` kind defines it, and no other."""
         raise NotImplementedError(f"{type(self).__name__} says that it is linear: define matrix()")
 
+    def normalised(self, x: Tensor) -> Tensor:
+        """Compute what a norm multiplies by its weight, in the shape and dtype of ``x``. No other kind defines it."""
+        raise NotImplementedError(f"a {type(self.module).__name__} is no norm")
+
 
 # --- Biases: of norms too, which have no base-layer kind --------------------------------------------------------------
 

@@ -340,8 +340,8 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
     except TargetError as error:
         raise BaseMismatchError(f"{source} was trained on another base model: {error}") from error
     chosen, copies, biases = (targets.from_paths(scanned, paths) for paths in header.places.values())
-    outputs = hooks.registry.get(header.method).targets == "outputs"
-    refuse_places(scanned, chosen, header.copies, source, outputs=outputs)
+    adapts = hooks.registry.get(header.method).targets
+    refuse_places(scanned, chosen, header.copies, source, adapts=adapts)
     calibration = None
     match header.values.get(_CALIBRATION):
         case {"batches": int(batches), "rows": int(rows)}:  # nothing depends on it, so anything else is ignored

@@ -1,7 +1,7 @@
 """Adopt an adapter of another program: find its places in the model, and make it one of an installed method."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tunerkit.errors import (
 from tunerkit.extras import install
 from tunerkit.injection import Progress, Tuner
 from tunerkit.layers import Adapter, BaseLayer, bias_name, misfit, torch_private, weights
-from tunerkit.paths import few, is_under, join
+from tunerkit.paths import CHILD, few, is_under, join
 from tunerkit.records import Factors, Foreign, Format, Target
 from tunerkit.serialization.fingerprint import refuse_places
 from tunerkit.serialization.tensor_checks import refuse_nonfinite
@@ -46,22 +46,23 @@ def adopt(
     """
     source, model = os.fspath(path), scanned.root.module
     found = _read(format, Path(path), model)
-    if not found.factors:
+    places = found.factors or found.tensors
+    if not places:
         raise FileError(f"{source} holds no adapter: there is no target in it, so there is nothing to load")
     other_base = f"{source} was made for another base model{f', {shown(found.base)}' if found.base else ''}"
     try:
-        targets.from_paths(scanned, [*found.factors, *found.copies, *found.biases])
+        targets.from_paths(scanned, [*places, *found.copies, *found.biases])
     except TargetError as error:
         raise BaseMismatchError(f"{other_base}: {error}") from error
     tensors, copies = _in_full(found, scanned)
     _refuse_biases(found, scanned, source)
-    chosen = _targets_of(found, scanned, source)
-    refuse_places(scanned, chosen, copies, source)
+    method, remarks = _method_of(found, source)
+    chosen = _targets_of(places, scanned, source)
+    refuse_places(scanned, chosen, copies, source, outputs=hooks.registry.get(method).targets == "outputs")
     bases = {target.path: base for target in chosen if (base := scanned.by_path[target.path].base) is not None}
-    products = _products(found, format, bases, other_base)
+    products = _products(found, format, bases, other_base) if found.factors else {}
     factors = {f"{at} ({name})": each for at, own in products.items() for name, each in own._asdict().items()}
     refuse_nonfinite(factors, {}, source)
-    method, remarks = _method_of(found, source)
     ready: Mapping[str, Adapter] | None = None
     settings, own = found.config, found.tensors
     if method != found.method or not own:
@@ -69,15 +70,17 @@ def adopt(
             config, ready = hooks.from_factors(method, chosen, tuple(bases.values()), products)
         settings, own = unstructure(config), {at: made.state_dict() for at, made in ready.items()}
     tensors |= {join(at, f"adapter.{name}"): tensor for at, each in own.items() for name, tensor in each.items()}
-    at_targets = set(found.biases) <= set(found.factors)
-    places = {
-        "targets": tuple(patterns.exact_patterns(bases).values()),
+    if method == found.method:
+        tensors |= {join(chosen[0].path, join(CHILD, name)): tensor for name, tensor in found.shared.items()}
+    at_targets = set(found.biases) <= set(places)
+    where = {
+        "targets": tuple(patterns.exact_patterns([target.path for target in chosen]).values()),
         "exclude": (),
         "train_modules": tuple(patterns.exact_patterns(copies).values()),
         "bias": "none" if not found.biases else "adapters" if at_targets else "all",
     }
     try:
-        config = hooks.structure(method, {**settings, **places})
+        config = hooks.structure(method, {**settings, **where})
     except ConfigError as error:
         raise FileError(f"{source} has settings that method {method!r} rejects:\n{error}") from error
     if remarks:
@@ -110,7 +113,7 @@ def _read(format: Format, path: Path, model: nn.Module) -> Foreign:
         given = attrs.evolve(given, factors={})
     if (wrong := hooks.unlike(given, Foreign)) is not None:
         raise PluginError(f"read of format {format.name!r} returned {wrong[0]}; it must return {wrong[1]}")
-    if found.tensors and found.tensors.keys() != set(found.factors):
+    if found.tensors and found.factors and found.tensors.keys() != set(found.factors):
         raise PluginError(f"read of format {format.name!r}: tensors must have the paths of factors, or be empty")
     return found
 
@@ -132,16 +135,16 @@ def _in_full(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str
     return tensors, copies
 
 
-def _targets_of(found: Foreign, scanned: Scan, source: str) -> tuple[Target, ...]:
+def _targets_of(paths: Collection[str], scanned: Scan, source: str) -> tuple[Target, ...]:
     """The targets in the model's order, which allocation and files use."""
-    for path in found.factors:
-        if len(paths := scanned.by_path[path].paths) > 1:
+    for path in paths:
+        if len(same := scanned.by_path[path].paths) > 1:
             raise TargetError(
-                f"{source} adapts {path!r}, which is one module with {' and '.join(map(repr, paths[1:]))}: "
+                f"{source} adapts {path!r}, which is one module with {' and '.join(map(repr, same[1:]))}: "
                 "tunerkit would adapt it in all these places, and other programs only in those that they name. Give "
                 "the model a module of its own in each place (copy.deepcopy)"
             )
-    return targets.from_paths(scanned, [each.path for each in scanned.modules if each.path in found.factors])
+    return targets.from_paths(scanned, [each.path for each in scanned.modules if each.path in paths])
 
 
 def _refuse_biases(found: Foreign, scanned: Scan, source: str) -> None:
@@ -184,13 +187,13 @@ def _products(found: Foreign, format: Format, bases: Mapping[str, BaseLayer], ot
 def _method_of(found: Foreign, source: str) -> tuple[str, tuple[str, ...]]:
     """Return the installed method that the adapter becomes, and what to tell the user of the adapter."""
     listed = hooks.registry.methods()
-    wanted = list(dict.fromkeys((found.method, _COMMON)))
+    wanted = list(dict.fromkeys((found.method, _COMMON))) if found.factors else [found.method]
     usable = [name for name in wanted if name in listed and listed[name].error is None]
     if not usable:
         broken = [f"\n{name} is installed and broken: {listed[name].error}" for name in wanted if name in listed]
         raise UnknownMethodError(
             f"{source} holds a {found.method} adapter, and no method is there for it. It takes {' or '.join(wanted)}: "
-            f"{install(_COMMON)}{''.join(broken)}"
+            f"{install(wanted[-1])}{''.join(broken)}"
         )
     if usable[0] == found.method:
         return found.method, tuple(found.remarks)

@@ -258,11 +258,11 @@ def base_values(tuner: Tuner) -> dict[str, Tensor]:
 
 
 def refuse_places(
-    scanned: Scan, chosen: Sequence[Target], copies: Sequence[str], source: str, *, outputs: bool = False
+    scanned: Scan, chosen: Sequence[Target], copies: Sequence[str], source: str, *, adapts: str = "weights"
 ) -> None:
     """Raise `TargetError` if this model cannot take an adapter of the file at its targets, or its copies."""
     try:
-        targets.refuse_unfit(scanned, chosen, outputs=outputs)
+        targets.refuse_unfit(scanned, chosen, adapts=adapts)
         targets.refuse_tied(scanned, copies)
     except TargetError as error:
         raise TargetError(f"{source} cannot be loaded onto this model: {error}") from error

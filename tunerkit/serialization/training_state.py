@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -221,7 +222,9 @@ def _refuse_other_run(tuner: Tuner, saved: Header, source: str) -> None:
     if saved.method != own.method:
         lines = [f"method {shown(saved.method)} -> {own.method!r}"]
     else:
-        settings = {name: (saved.config.get(name), own.config.get(name)) for name in {*saved.config, *own.config}}
+        # A setting that the file's version did not have was what its default is.
+        earlier = {field.name: field.default for field in attrs.fields(type(tuner.config))} | saved.config
+        settings = {name: (earlier.get(name), own.config.get(name)) for name in {*saved.config, *own.config}}
         lines = [
             f"{cut(name, 200)} {shown(there)} -> {shown(here)}"
             for name, (there, here) in sorted(settings.items())

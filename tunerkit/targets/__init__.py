@@ -2,6 +2,7 @@
 
 from tunerkit.targets.eligibility import (
     left_out,
+    lines,
     quantiser_of,
     refuse_impassable,
     refuse_tied,

@@ -9,7 +9,7 @@ from torch import nn
 
 from tunerkit.errors import PluginError, TargetError, warn
 from tunerkit.extras import QUANTISED, distribution, install, quantiser
-from tunerkit.layers import forward_owner, is_packed, torch_private, weights, whole_shape
+from tunerkit.layers import NormLayer, forward_owner, is_packed, torch_private, weights, whole_shape
 from tunerkit.paths import is_number, is_under, join, parent
 from tunerkit.records import Target
 from tunerkit.targets.scan import Scan, ScannedModule
@@ -18,16 +18,17 @@ _ATTENTION = "nn.MultiheadAttention with a forward of its own may use its weight
 _SEPARATE = "nn.MultiheadAttention with kdim or vdim has three weights instead of one, which cannot be adapted yet"
 _NOT_CALLED = "is used directly by its owner, bypassing its forward(): it has no output of its own"
 _READ_AND_CALLED = "is held by several modules, one of which bypasses its forward(): an adapter would not reach all"
+_NO_NORM = "is no norm over the last dimension with a weight of its own, and the method adapts only such norms"
 _READ_AND_OFFLOADED = "is offloaded, and its weight is used directly, bypassing its forward(): it cannot be overridden"
 
 
-def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *, outputs: bool) -> str | None:
-    """Why a module cannot be adapted beside the targets at the paths ``others``, or None: its weight, or its output.
+def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *, adapts: str) -> str | None:
+    """Why a module cannot be adapted beside the targets at the paths ``others``, or None.
 
-    It is the end of a sentence about the module's path.
+    It is the end of a sentence about the module's path. ``adapts`` is what the method says in `Method.targets`.
     """
-    if outputs:
-        return _output_obstacle(found)
+    if adapts != "weights":
+        return _output_obstacle(found) or (_NO_NORM if adapts == "norms" and not is_norm(found) else None)
     module, base = found.module, found.base
     attends = isinstance(module, nn.MultiheadAttention)
     if base is None and attends:
@@ -102,6 +103,11 @@ def quantiser_of(module: nn.Module) -> str | None:
     return next((name for owner in owners if (name := quantiser(owner)) is not None), None)
 
 
+def is_norm(found: ScannedModule) -> bool:
+    """Whether a method that adapts norms can adapt the module."""
+    return found.base is None and NormLayer.matches(found.module)
+
+
 def _output_obstacle(found: ScannedModule) -> str | None:
     if found.inside_attention or found.reader is not None:
         return _NOT_CALLED
@@ -171,14 +177,14 @@ def lines(reasons: Mapping[str, str | None]) -> list[str]:
     ]
 
 
-def refuse_unfit(scanned: Scan, targets: Iterable[Target], *, outputs: bool = False) -> None:
-    """Raise `TargetError` listing every target that cannot be adapted: its weight, or its output for ``outputs``.
+def refuse_unfit(scanned: Scan, targets: Iterable[Target], *, adapts: str = "weights") -> None:
+    """Raise `TargetError` listing every target that a method cannot adapt, which ``adapts`` what its record says.
 
     Targets may share a weight if all modules that share it are among them: each gets its own adapter.
     """
     found = {target.path: scanned.by_path[target.path] for target in targets}
     paths = {each.path for each in found.values()}
-    refuse(lines({path: obstacle_at(each, scanned, paths, outputs=outputs) for path, each in found.items()}))
+    refuse(lines({path: obstacle_at(each, scanned, paths, adapts=adapts) for path, each in found.items()}))
 
 
 def refuse_tied(scanned: Scan, paths: Collection[str]) -> None:

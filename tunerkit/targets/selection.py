@@ -16,7 +16,7 @@ from tunerkit.layers import torch_private, whole_shape
 from tunerkit.paths import few, is_under, join
 from tunerkit.patterns import Matcher, is_broad, is_exact, matcher
 from tunerkit.records import Target
-from tunerkit.targets.eligibility import lines, obstacle_at, refuse
+from tunerkit.targets.eligibility import is_norm, lines, obstacle_at, refuse
 from tunerkit.targets.scan import SEARCHED, Scan, ScannedModule
 
 ALL_LINEAR: Final = "all-linear"
@@ -31,8 +31,8 @@ _NOTHING = 'there is nothing to adapt: no module is left (never output heads; wi
 class _Scope:
     """The part of the model that the caller wants.
 
-    ``free`` may have targets; ``trained`` is trained in full. ``stacks`` are full names of parameters. ``outputs`` says
-    that the method adapts outputs. ``named`` are the paths in ``free`` that plain names match: only these may share a
+    ``free`` may have targets; ``trained`` is trained in full. ``stacks`` are full names of parameters. ``adapts`` says
+    what the method adapts. ``named`` are the paths in ``free`` that plain names match: only these may share a
     weight, since a broad pattern does not say that each should change on its own.
     """
 
@@ -40,12 +40,12 @@ class _Scope:
     free: Sequence[ScannedModule]
     trained: Sequence[ScannedModule]
     stacks: Sequence[str]
-    outputs: bool
+    adapts: str
     named: Collection[str] = ()
 
     def obstacle_at(self, each: ScannedModule) -> str | None:
         """Why the module cannot be a target, or None."""
-        return obstacle_at(each, self.scanned, self.named, outputs=self.outputs)
+        return obstacle_at(each, self.scanned, self.named, adapts=self.adapts)
 
 
 def select(
@@ -56,7 +56,7 @@ def select(
     layers: Sequence[int] | None = None,
     trained: Collection[str] = (),
     new: Collection[str] = (),
-    outputs: bool = False,
+    adapts: str = "weights",
 ) -> tuple[Target, ...]:
     """Select the targets, in the model's order. Warns once, listing what a broad pattern left out.
 
@@ -69,7 +69,8 @@ def select(
         layers: Keeps the targets whose path has one of these numbers as its first number.
         trained: The paths of modules that the user trains in full. No target is at or under one.
         new: The paths of modules trained in full because they are new. Patterns pass over them.
-        outputs: Whether the method adapts outputs, so that any module that is called can be a target.
+        adapts: What the method adapts, see `Method.targets`: for ``"outputs"``, any module that is called can be a
+            target; for ``"norms"``, norms, by default all outside output heads.
 
     Raises:
         TargetError: Nothing is selected, or something that was named cannot be; the error lists every problem.
@@ -91,7 +92,7 @@ def select(
         raise TargetError('targets is empty; name modules, use "all-linear", or leave it out for the default')
     plain = [matcher(name) for name in patterns if name is not None and _insists(name)]
     named = {each.path for match in plain for each in matching(free, match)} if scanned.sharers else ()
-    scope = _Scope(scanned, free, full, [] if outputs else list(_stacks(free)), outputs, named)
+    scope = _Scope(scanned, free, full, list(_stacks(free)) if adapts == "weights" else [], adapts, named)
     found: set[str] = set()
     refused: dict[str, str] = {}
     passed_over: dict[str, str] = {}
@@ -155,6 +156,8 @@ def _choose(scope: _Scope, pattern: str | None, problems: list[str]) -> _Choices
 
 
 def _choose_default(scope: _Scope) -> _Choices:
+    if scope.adapts == "norms":
+        return _choose_broadly(scope, (each for each in scope.free if not each.in_head and is_norm(each)))
     names: tuple[str, ...] = ()
     match scope.scanned.root.module:
         case nn.Module(config=object(model_type=str(kind))):
@@ -186,7 +189,7 @@ def _choose_matching(scope: _Scope, pattern: str, problems: list[str]) -> _Choic
     match = matcher(pattern)
     matched = matching(scope.scanned.modules, match)
     if not matched:
-        candidates = (each for each in scope.scanned.modules if scope.outputs or each.base is not None)
+        candidates = (each for each in scope.scanned.modules if scope.adapts != "weights" or each.base is not None)
         problems.append(unknown(pattern, scope.scanned, candidates, told=len(problems), others=[ALL_LINEAR]))
         return
     obstacles = {each.path: scope.obstacle_at(each) for each in matched}
@@ -267,7 +270,9 @@ def unknown(
         for name, parameter in torch_private.parameters_of(found.module).items():
             if matcher(pattern)(join(path, name)):
                 what = "a stack of matrices in one parameter" if parameter.ndim >= 3 else "a parameter"
-                return f"{shown(pattern)} is {what} ({join(path, name)}), and no module; only modules can be named yet"
+                holder = f"of {path!r}, a {type(found.module).__name__}" if path else "of the model itself"
+                instead = f": name {path!r} to adapt its {name}" if found.base is not None else ""
+                return f"{shown(pattern)} is {what} {holder}, and only modules can be named yet{instead}"
     # The ends of the modules' paths with one name, with two, and with as many as the pattern has.
     lengths = {1, 2, pattern.count(".") + 1}
     parts = [path.split(".") for module in candidates for path in module.paths]

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 import attrs
 
 from tunerkit.plugin import AdapterConfig, setting
-from tunerkit_adalora.resolved import Resolved, resolve
+from tunerkit_adalora.resolved import STARTS_AT_P_0, Resolved, resolve
 
 
 @attrs.frozen
@@ -54,10 +54,10 @@ class AdaLoraConfig(AdapterConfig):
     exact_svd: bool | None = setting(
         None,
         doc="make P Λ Q the SVD of ΔW at each allocation; None: yes if target_rank prunes over half of the triplets, "
-        "start is 'lora' and gamma is 0",
+        "P starts at 0 and gamma is 0",
     )
     train_lambda: bool | None = setting(
-        None, doc="let the optimizer move Λ too; None: unless exact_svd, which sets it, is on and start is 'lora'"
+        None, doc="let the optimizer move Λ too; None: unless exact_svd, which sets it, is on and P starts at 0"
     )
     total_steps: int | None = setting(
         None, ge=1, doc="T, if attach or the Trainer should not say it", aka=("total_step",)
@@ -73,9 +73,10 @@ class AdaLoraConfig(AdapterConfig):
         None, ge=0, doc="greatest rank at a target at the end; a mapping from target pattern to rank also works"
     )
     shrink: bool = setting(True, doc="once the ranks are final, remove dead triplets from memory")
-    start: Literal["lora", "gaussian", "orthonormal"] = setting(
+    start: Literal["lora", "gaussian", "orthonormal", "eva", "gradients"] = setting(
         "lora",
-        doc="P = 0, Λ = 1, Q as LoRA's A; or Λ = 0 with Gaussian (the paper's) or orthonormal P and Q",
+        doc="P = 0, Λ = 1, Q as LoRA's A, or what tunerkit.calibrate finds in the inputs (eva) or gradients; or Λ = 0 "
+        "with Gaussian (the paper's) or orthonormal P and Q",
         aka=("init_lora_weights",),
     )
 
@@ -176,7 +177,7 @@ class AdaLoraConfig(AdapterConfig):
                 f"gamma {self.gamma} pulls P and Q to length 1, which exact_svd gives lengths of their own; set gamma "
                 "to 0, or exact_svd to False @ $.gamma"
             )
-        if self.start != "lora" and not used.train_lambda:
+        if self.start not in STARTS_AT_P_0 and not used.train_lambda:
             yield (
                 f"start {self.start!r} begins with Λ = 0, where nothing is learnt until Λ moves; set train_lambda to "
                 "True, or start to 'lora' @ $.train_lambda"

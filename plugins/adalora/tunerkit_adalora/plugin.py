@@ -4,8 +4,19 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from tunerkit.plugin import BaseLayer, Delta, Factors, Method, State, Target, Tuner, hookimpl, low_rank_delta
-from tunerkit_adalora import state as saved_state, step as steps, training
+from tunerkit.plugin import (
+    BaseLayer,
+    Delta,
+    Factors,
+    Method,
+    State,
+    Statistics,
+    Target,
+    Tuner,
+    hookimpl,
+    low_rank_delta,
+)
+from tunerkit_adalora import fitting, state as saved_state, step as steps, training
 from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.conversion import from_products
 from tunerkit_adalora.svd_layer import SvdLayer
@@ -14,7 +25,9 @@ from tunerkit_adalora.svd_layer import SvdLayer
 @hookimpl
 def tunerkit_methods() -> Iterable[Method]:
     """Name the method; without steps it would be LoRA with more parameters, so it needs them."""
-    return [Method(name="adalora", config=AdaLoraConfig, needs_steps=True, pieces=True)]
+    return [
+        Method(name="adalora", config=AdaLoraConfig, needs_steps=True, pieces=True, statistics=fitting.request),
+    ]
 
 
 @hookimpl
@@ -33,8 +46,15 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdaLoraConfi
 
 
 @hookimpl
+def tunerkit_calibrate(tuner: Tuner, statistics: Mapping[str, Statistics]) -> None:
+    """Set a start that depends on data."""
+    fitting.fit_(tuner, statistics)
+
+
+@hookimpl
 def tunerkit_start(tuner: Tuner, total_steps: int) -> training.Training:
-    """Check the schedule; prepare the averages."""
+    """Check the start and the schedule; prepare the averages."""
+    fitting.refuse_unfitted(tuner)
     return training.start(tuner, total_steps)
 
 

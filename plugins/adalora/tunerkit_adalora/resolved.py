@@ -4,6 +4,8 @@ import math
 
 import attrs
 
+# Where P = 0 and Λ = 1, so that Λ need not move.
+STARTS_AT_P_0 = ("lora", "eva", "gradients")
 _DEFAULT_TARGET_RANK = 8
 _EXCESS = 1.5  # initial rank over target rank
 _LEAST_SVD_RANK = 8  # initial rank in SVD form
@@ -74,14 +76,14 @@ def resolve(
     """
     average = _DEFAULT_TARGET_RANK if target_rank is None else target_rank
     if exact_svd is None:
-        exact_svd = start == "lora" and gamma == 0 and _prunes_most(init_rank, average, budget)
+        exact_svd = start in STARTS_AT_P_0 and gamma == 0 and _prunes_most(init_rank, average, budget)
     if init_rank is None:
         init_rank = max(math.ceil(_EXCESS * average), _LEAST_SVD_RANK if exact_svd else 0)
     if alpha is None:
         left = _rank_left(init_rank, average, budget)
         alpha = 2.0 * (left if exact_svd else max(left, init_rank / _EXCESS))
     if train_lambda is None:
-        train_lambda = not exact_svd or start != "lora"
+        train_lambda = not exact_svd or start not in STARTS_AT_P_0
     return Resolved(average, init_rank, alpha, exact_svd, train_lambda)
 
 

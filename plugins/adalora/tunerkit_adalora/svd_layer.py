@@ -30,7 +30,7 @@ class SvdLayer(Adapter):
         rank: r, the number of triplets.
         scale: The factor of P Λ Q.
         dropout: Share of the input that is dropped while training.
-        start: "lora" (P = 0, Λ = 1), or "gaussian" or "orthonormal" (Λ = 0).
+        start: "gaussian" or "orthonormal" (Λ = 0); every other one begins as "lora" (P = 0, Λ = 1).
         train_lambda: Whether the optimizer moves Λ. If it does not, the λ of a masked triplet is 0.
     """
 
@@ -53,7 +53,7 @@ class SvdLayer(Adapter):
         self.initial_rank = rank
         self.train_lambda = train_lambda
         self.p = nn.Parameter(torch.zeros(out_features, rank))
-        self.lam = nn.Parameter(torch.ones(rank) if start == "lora" else torch.zeros(rank))
+        self.lam = nn.Parameter(torch.zeros(rank) if start in ("gaussian", "orthonormal") else torch.ones(rank))
         self.q = nn.Parameter(torch.empty(rank, in_features))
         self.mask = torch.ones(rank, dtype=torch.bool)
         self.scale = scale

@@ -294,6 +294,8 @@ class ReadsConfig(AdapterConfig):
 class Reads(Adapter):
     """Adds ``scale`` times the base layer's own product, from the weight as the base layer shows it."""
 
+    reads_output, reads_weight = False, True
+
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.full((1,), 0.5))

@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
+import tunerkit
 from tunerkit_testing import conformance, matrix, parametrize_with_checks
+from tunerkit_testing.checks import calibrating
 from tunerkit_testing.conformance import Case, Check
 from tunerkit_testing.parametrization import each_check
 from tunerkit_testing.parametrizing import BoundCheck
@@ -19,6 +23,11 @@ PLAIN: dict[str, object] = {"rank": 3, "dropout": 0.1}
 CONFIGS: dict[str, dict[str, object]] = {
     "biases": {"rank": 3, "bias": "adapters"},
     "fp64": {"rank": 2, "adapter_dtype": "float64"},
+    "pissa": {"rank": 2, "start": "pissa", "dropout": 0.1},
+}
+FITTED: dict[str, dict[str, object]] = {
+    "eva": {"rank": 2, "start": "eva", "lr_ratio": 4.0},
+    "gradients": {"rank": 2, "start": "gradients", "rho": 2.0},
 }
 
 
@@ -39,6 +48,23 @@ def test_keeps_the_contract_in_every_setting(
     check: Check, case: Case, config: Mapping[str, object], tmp_path: Path
 ) -> None:
     """Every test passes for every kind of base layer and setting."""
+    check(case, "lora", config, tmp_path)
+
+
+@each_check(matrix.few()[:1], FITTED)
+def test_keeps_the_contract_with_a_start_by_data(
+    check: Check, case: Case, config: Mapping[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every test passes if each adapter is calibrated before it is attached."""
+    attach = tunerkit.attach
+
+    def calibrated(model: nn.Module, optimizer: object, **arguments: Any) -> None:
+        progress = tunerkit.tuner(model).progress
+        if not progress.loaded and progress.calibration is None:
+            tunerkit.calibrate(model, [calibrating.batch_of(model, case)] * 2, loss=calibrating.loss_of)
+        attach(model, optimizer, **arguments)
+
+    monkeypatch.setattr(tunerkit, "attach", calibrated)
     check(case, "lora", config, tmp_path)
 
 

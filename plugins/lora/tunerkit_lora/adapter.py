@@ -1,6 +1,7 @@
 """The LoRA adapter: two low-rank matrices beside a base layer."""
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,7 @@ class LoraAdapter(Adapter):
 
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
+    rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1}
 
     def __init__(
         self, *, in_features: int, out_features: int, rank: int, scale: float, dropout: float, start: str
@@ -41,12 +43,17 @@ class LoraAdapter(Adapter):
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}" + (f", dropout={self.dropout}" if self.dropout else "")
 
+    @torch.no_grad()
+    def set_(self, product: Factors) -> None:
+        """Set A to ``product.q`` (r, in) and B to ``product.p`` (out, r)."""
+        self.a.copy_(product.q)
+        self.b.copy_(product.p)
+
     def factors(self) -> Factors:
         """Return what the adapter adds to the weight as a product."""
         return low_rank_factors(self.a, self.b, scale=self.scale)
 
 
-@torch.no_grad()
 def adapter_of(product: Factors, *, scale: float) -> LoraAdapter:
     """Build the adapter that adds ``product``: q (r, in), p (out, r)."""
     adapter = LoraAdapter(
@@ -57,6 +64,5 @@ def adapter_of(product: Factors, *, scale: float) -> LoraAdapter:
         dropout=0.0,
         start="kaiming",
     )
-    adapter.a.copy_(product.q)
-    adapter.b.copy_(product.p / scale)
+    adapter.set_(Factors(q=product.q, p=product.p / scale))
     return adapter

@@ -33,8 +33,21 @@ class LoraConfig(AdapterConfig):
     alpha_pattern: Mapping[str, float] = setting(
         attrs.Factory(dict), gt=0, doc="maps a target pattern to an alpha; the first match counts"
     )
-    start: Literal["kaiming", "gaussian"] = setting(
-        "kaiming", doc="initialisation of A; B starts at 0, and so does ΔW", aka=("init_lora_weights",)
+    start: Literal["kaiming", "gaussian", "pissa", "olora", "eva", "gradients", "loftq"] = setting(
+        "kaiming",
+        doc="where A and B start, with ΔW = 0: A at random (kaiming, gaussian), parts of W (pissa, olora), or what "
+        "tunerkit.calibrate finds in the inputs (eva) or gradients; loftq adds what quantising W has lost",
+        aka=("init_lora_weights",),
+    )
+    rho: float | None = setting(
+        None,
+        ge=1,
+        doc="calibrate moves ranks between targets, up to rho times a target's own; None: 2 with start 'eva', else 1: "
+        "no move",
+        aka=("eva_config",),
+    )
+    lr_ratio: float = setting(
+        1.0, gt=0, doc="learning rate of B as a multiple of A's, as in LoRA+", aka=("loraplus_lr_ratio",)
     )
 
     def rank_at(self, path: str) -> int:
@@ -44,6 +57,17 @@ class LoraConfig(AdapterConfig):
             path: The target's dotted path.
         """
         return lookup(self.rank_pattern, path, self.rank)
+
+    original: str | None = setting(
+        None,
+        doc="folder or safetensors file with the base's weights before they were quantised, for start 'loftq'",
+        aka=("loftq_config",),
+    )
+
+    @property
+    def most(self) -> float:
+        """How many times its own rank a target may get from `tunerkit.calibrate`: ``rho``, or its default."""
+        return self.rho or (2.0 if self.start == "eva" else 1.0)
 
     @classmethod
     def of_ranks(cls, ranks: Mapping[str, int]) -> Self:
@@ -68,6 +92,17 @@ class LoraConfig(AdapterConfig):
         if alpha is None:
             alpha = 2.0 * rank
         return float(alpha / rank**0.5 if self.rslora else alpha / rank)
+
+    def problems(self) -> Iterable[str]:
+        """What is wrong across fields."""
+        if self.rho is not None and self.start not in ("eva", "gradients"):
+            yield f"rho moves ranks by data, and start {self.start!r} needs none; set start to 'eva' @ $.rho"
+        if self.original is not None and self.start != "loftq":
+            yield f"start {self.start!r} does not read the original weights; set start to 'loftq' @ $.original"
+
+    def settled(self) -> Self:
+        """Leave out where the original weights are: a file holds the start, and belongs to no machine."""
+        return attrs.evolve(self, original=None)
 
     def target_patterns(self) -> Iterable[tuple[str, str]]:
         """Return every pattern, each of which must match a target, with the name of its field."""

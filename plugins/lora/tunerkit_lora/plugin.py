@@ -2,32 +2,51 @@
 
 from collections.abc import Iterable, Mapping
 
-from tunerkit.plugin import BaseLayer, Factors, Method, Target, hookimpl
+from tunerkit.plugin import BaseLayer, Factors, Method, ParamGroup, Statistics, Target, Tuner, hookimpl
+from tunerkit_lora import fitting, starts
 from tunerkit_lora.adapter import LoraAdapter, adapter_of
 from tunerkit_lora.config import LoraConfig
+from tunerkit_lora.subtracted import SubtractedLora
 
 
 @hookimpl
 def tunerkit_methods() -> Iterable[Method]:
     """Register the method."""
-    return [Method(name="lora", config=LoraConfig)]
+    return [Method(name="lora", config=LoraConfig, statistics=fitting.request)]
 
 
 @hookimpl
-def tunerkit_build_adapter(target: Target, base: BaseLayer, config: LoraConfig) -> LoraAdapter:
+def tunerkit_build_adapter(
+    target: Target, base: BaseLayer, config: LoraConfig, loading: bool
+) -> LoraAdapter | SubtractedLora:
     """Build the adapter at one target."""
-    return LoraAdapter(
-        in_features=base.in_features,
-        out_features=base.out_features,
-        rank=config.rank_at(target.path),
-        scale=config.scale_at(target.path),
-        dropout=config.dropout,
-        start=config.start,
-    )
+    return starts.build(target.path, base, config, loading=loading)
 
 
 @hookimpl
-def tunerkit_factors(adapter: LoraAdapter) -> Factors:
+def tunerkit_calibrate(
+    tuner: Tuner, statistics: Mapping[str, Statistics], bases: Mapping[str, BaseLayer]
+) -> Mapping[str, int] | None:
+    """Set a start that depends on data, and the ranks."""
+    return fitting.fit_(tuner, statistics, bases)
+
+
+@hookimpl
+def tunerkit_start(tuner: Tuner) -> None:
+    """Refuse to train an adapter whose start needs data and got none."""
+    fitting.refuse_unfitted(tuner)
+
+
+@hookimpl
+def tunerkit_param_groups(tuner: Tuner) -> list[ParamGroup]:
+    """LoRA+: give B a learning rate of its own (Hayou et al., arXiv 2402.12354)."""
+    assert isinstance(tuner.config, LoraConfig)
+    ratio = tuner.config.lr_ratio
+    return [] if ratio == 1 else [ParamGroup(fitting.all_b(tuner), lr_scale=ratio)]
+
+
+@hookimpl
+def tunerkit_factors(adapter: LoraAdapter | SubtractedLora) -> Factors:
     """Return what the adapter adds to the weight, for merging and conversion."""
     return adapter.factors()
 

@@ -10,7 +10,27 @@ from tunerkit_testing.known_cases import named
 
 # A method, settings that train on the small BERT, and the checks that fail for a reason.
 METHODS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
+    "boft": ({}, {}),
+    "c3a": ({"block_size": 4}, {}),
+    "delora": ({"rank": 2}, {}),
+    "dora": ({"rank": 2}, {"gradients_are_true": "the norm has no gradient, as in the paper"}),
+    "fourierft": ({"count": 30, "scale": 30.0}, {}),
+    "growing": ({"target_rank": 3}, {"gradients_are_true": "what looks for triplets adds nothing and has a gradient"}),
+    "hra": ({"rank": 2}, {}),
+    "ia3": ({}, {}),
+    "ln-tuning": ({}, {}),
     "loha": ({"rank": 2}, {}),
+    "lokr": ({"rank": 1}, {}),
+    "lora-fa": ({"rank": 2}, {}),
+    "miss": ({"rank": 2}, {}),
+    "oft": ({}, {}),
+    "randlora": ({"rank": 4, "alpha": 16.0}, {}),
+    "road": ({}, {}),
+    "shira": ({}, {}),
+    "tinylora": ({"size": 8}, {}),
+    "trainable-tokens": ({"tokens": list(range(1, 30))}, {}),
+    "vblora": ({"rank": 2, "vectors": 16}, {}),
+    "vera": ({"rank": 8}, {}),
 }
 
 

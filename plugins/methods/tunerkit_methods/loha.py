@@ -12,6 +12,9 @@ NAMES = {
     "tensors": {"b1": "hada_w1_a", "a1": "hada_w1_b", "b2": "hada_w2_a", "a2": "hada_w2_b"},
     "settings": {"rank": "r", "alpha": "alpha"},
     "constants": {"use_effective_conv2d": False},
+    "training": {"rank_dropout": 0.0, "module_dropout": 0.0},
+    "ignored": ["init_weights"],
+    "layers": ["Linear", "Conv1d", "Conv2d"],
 }
 
 

@@ -1,6 +1,10 @@
 """Sizes that fit a layer: by default the nearest that does, and a refusal of a given one that does not."""
 
-from tunerkit.errors import TargetError
+import warnings
+from collections.abc import Iterable
+from math import gcd
+
+from tunerkit.errors import TargetError, TunerkitWarning
 
 
 def at_most(given: int | None, default: int, limit: int, what: str) -> int:
@@ -41,3 +45,25 @@ def divisor(given: int | None, default: int, of: int, what: str) -> int:
         near = ", ".join(map(str, sorted(sorted(fitting, key=lambda size: abs(size - given))[:4])))
         raise TargetError(f"{name} is {given}, which does not divide {of} ({why}); {near} do, or leave it out")
     return given
+
+
+def common_divisor(given: int | None, default: int, of: Iterable[int], what: str) -> int:
+    """Return a size that must divide several others, and warn if no size above 1 does.
+
+    Args:
+        given: The setting; None takes the largest divisor up to the default.
+        default: The default.
+        of: The sizes that it must divide.
+        what: The setting's name and what it divides, for the error: ``"block_size, both sides of the layer"``.
+
+    Raises:
+        TargetError: The given size does not divide the others.
+    """
+    size = divisor(given, default, gcd(*of), what)
+    if given is None and size == 1:
+        name, _, why = what.partition(", ")
+        message = (
+            f"{name} is 1, because nothing above 1 divides {why}. That takes many parameters: leave such layers out"
+        )
+        warnings.warn(message, TunerkitWarning, stacklevel=2)
+    return size

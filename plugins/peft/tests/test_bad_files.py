@@ -18,6 +18,7 @@ from plugins.peft.tests.peft_folders import PREFIX, refused
 from tunerkit import patterns
 from tunerkit_peft import fields
 
+pytestmark = pytest.mark.usefixtures("no_other_types")
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 FIRST = f"{PREFIX}layers.0.query"
 EMBEDDING = f"{PREFIX}embed_tokens"
@@ -46,7 +47,7 @@ SETTINGS: list[tuple[str, Any, str]] = [
     ("rank_pattern", {"(query": 2}, "cannot be used"),
     ("alpha_pattern", {"*query": 2}, "cannot be used"),
     ("base_model_name_or_path", 5, "expected a text"),
-    ("peft_type", "LOHA", "LORA and ADALORA"),
+    ("peft_type", "PROMPT_TUNING", "LORA and ADALORA"),
     ("peft_type", "LORRA", "did you mean 'LORA'"),
     ("peft_type", None, "no 'peft_type'"),
     ("init_lora_weights", "pissa", "path_initial_model_for_weight_conversion"),

@@ -14,6 +14,8 @@ import tunerkit
 from tunerkit.errors import ConfigError, UnknownMethodError
 from tunerkit_peft.config_objects import settings_of
 
+pytestmark = pytest.mark.usefixtures("no_other_types")
+
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 METHODS: Mapping[str, Callable[..., Any]] = {"lora": peft.LoraConfig, "adalora": peft.AdaLoraConfig}
 BRANCHED = r".*layers\.[01]\.self_attn\.(q|v)_proj"
@@ -131,6 +133,24 @@ def test_a_second_adapter_is_placed_as_the_first() -> None:
     assert first.config == second.config
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("given", "settings"),
+    [
+        ({"init_lora_weights": "pissa"}, {"start": "pissa"}),
+        ({"init_lora_weights": "pissa_niter_16"}, {"start": "pissa"}),
+        ({"init_lora_weights": "olora"}, {"start": "olora"}),
+        ({"init_lora_weights": "eva"}, {"start": "eva", "rho": 2.0}),
+        ({"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0)}, {"start": "eva", "rho": 1.0}),
+    ],
+)
+def test_pefts_starts_are_ours(given: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Law: the object's start is the setting's, with EVA's bound of the ranks."""
+    model = tunerkit.wrap(llama(), "lora", peft.LoraConfig(r=4, target_modules=["q_proj"], **given))
+    found = tunerkit.unstructure(tunerkit.tuner(model).config)
+    assert {name: found[name] for name in settings} == settings
+
+
 def test_adaloras_schedule_is_kept() -> None:
     """In steps, as it was given, with PEFT's regulariser and start."""
     config = peft.AdaLoraConfig(
@@ -150,7 +170,9 @@ def test_adaloras_schedule_is_kept() -> None:
     [
         ({"use_dora": True}, "'use_dora' is True: DoRA, which also scales the base weight; leave it out, or train it"),
         ({"lora_bias": True}, "'lora_bias' is True: a bias in lora_B"),
-        ({"init_lora_weights": "pissa"}, "'init_lora_weights' is 'pissa', .*; write init_lora_weights=True"),
+        ({"init_lora_weights": "corda"}, "'init_lora_weights' is 'corda'; write init_lora_weights=True, or .*'pissa'"),
+        ({"init_lora_weights": "loftq"}, r"'init_lora_weights' is 'loftq', .*'start': 'loftq', 'original'"),
+        ({"init_lora_weights": "eva", "eva_config": peft.EvaConfig(whiten=True)}, "'eva_config.whiten' is True"),
         ({"init_lora_weights": False}, "'init_lora_weights' is False"),
         ({"inference_mode": True}, r"'inference_mode' is True, .*tunerkit\.freeze\(model, 'default'\)"),
         ({"ensure_weight_tying": True}, "'ensure_weight_tying' is True"),
@@ -174,7 +196,9 @@ def test_another_training_is_refused_with_what_to_do(given: dict[str, Any], mess
 
 def test_all_refusals_are_in_one_error() -> None:
     """So that the user changes the object once."""
-    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa", inference_mode=True, use_dora=True)
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], init_lora_weights="orthogonal", inference_mode=True, use_dora=True
+    )
     with pytest.raises(ConfigError) as raised:
         tunerkit.wrap(llama(), "lora", config)
     assert len(raised.value.problems) == 3
@@ -211,8 +235,10 @@ def test_a_config_without_a_method_says_where_it_goes() -> None:
 
 
 def test_configs_of_other_methods_are_none_of_ours() -> None:
-    """They are refused as any other object is."""
-    assert settings_of(peft.VeraConfig(), llama()) is None
+    """They are refused as any other object is, or by the name of the distribution that would bring the method."""
+    assert settings_of(peft.PromptTuningConfig(num_virtual_tokens=4), llama()) is None
     assert settings_of(object(), llama()) is None
-    with pytest.raises(ConfigError, match="takes LoraConfig, a mapping or None, got VeraConfig"):
+    with pytest.raises(ConfigError, match="takes LoraConfig, a mapping or None, got PromptTuningConfig"):
+        tunerkit.wrap(llama(), "lora", peft.PromptTuningConfig(num_virtual_tokens=4))
+    with pytest.raises(ConfigError, match=r"VeraConfig is of a type that no installed method has.*tunerkit\[methods\]"):
         tunerkit.wrap(llama(), "lora", peft.VeraConfig())

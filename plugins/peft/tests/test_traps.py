@@ -1,5 +1,6 @@
 """What PEFT's files do not say, or say otherwise than one would think: each trap once, against peft itself."""
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -268,15 +269,24 @@ def test_the_padding_row_gets_nothing(tmp_path: Path) -> None:
 def test_convolutions_in_which_peft_changes_no_weight_are_refused(
     tmp_path: Path, options: dict[str, Any], reason: str
 ) -> None:
-    """Both ways, with the reason, and with merging as the way out."""
+    """Both ways, with the reason and the way out. PEFT cannot merge such an adapter either, so that is not one."""
     model = nn.Sequential(nn.Conv1d(4, 4, 3, **options))
     tensors = {f"{PREFIX}0.lora_A.weight": torch.ones(2, 4, 3), f"{PREFIX}0.lora_B.weight": torch.ones(4, 2, 1)}
-    with pytest.raises(tunerkit.errors.FileError, match=f"(?s)Merge the adapter.*{reason}"):
+    with pytest.raises(tunerkit.errors.FileError, match=f"(?s)PEFT cannot merge.*train one with tunerkit.*{reason}"):
         tunerkit.load(model, peft_folders.folder(tmp_path / "in", None, tensors))
     tunerkit.wrap(model, "lora", {"targets": ["0"]})
-    with pytest.raises(tunerkit.errors.FileError, match=f"(?s)Merge the adapter.*{reason}"):
+    with pytest.raises(tunerkit.errors.FileError, match=f"(?s)no change of their weight.*unwrap.*{reason}"):
         tunerkit.export(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_grouped_convolution_of_peft_is_not_called_damaged(tmp_path: Path) -> None:
+    """Its matrices have other sizes in PEFT than those of a product: that is no damage."""
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2))
+    config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(str(tmp_path))  # type: ignore[arg-type]
+    text = peft_folders.refused(tmp_path, "no change of their weight", "0 (groups 2)", model=model)
+    assert "damaged" not in text
 
 
 def test_rows_of_zeros_are_padding(tmp_path: Path) -> None:

@@ -1,20 +1,19 @@
 """The settings of a PEFT adapter, read from ``adapter_config.json`` and checked."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import attrs
 
-from tunerkit.errors import closest, first, shown
+from tunerkit.errors import first, shown
 from tunerkit.plugin import FileError
 from tunerkit_peft import fields
 from tunerkit_peft.selection import Selection, selection_of
 from tunerkit_peft.values import HIGHEST_RANK, Values, is_number, is_rank
 
 _LARGEST_FILE: Final = 64_000_000  # bytes
-_KINDS: Final = ("LORA", "ADALORA")
 
 
 @attrs.frozen
@@ -32,12 +31,34 @@ class Schedule:
 
 
 @attrs.frozen
-class Settings:
-    """What the settings of a PEFT adapter say of its function and of its training.
+class Common:
+    """What the settings of every PEFT adapter say of where it is.
 
     Attributes:
         file: The file.
-        kind: The method.
+        kind: The type of adapter, ``peft_type``.
+        bias: Which biases are trained: ``"none"``, ``"all"``, or those of the targets by a word of the type.
+        copies: ``modules_to_save``: ends of the names of modules that are trained in full.
+        tied: Whether the two sides of a tied weight are adapted as one.
+        base: The name or path of the base model; may be empty.
+        selection: Where the adapter is.
+    """
+
+    file: Path
+    kind: str
+    bias: str
+    copies: tuple[str, ...]
+    tied: bool
+    base: str
+    selection: Selection
+
+
+@attrs.frozen
+class Settings:
+    """What the settings of a LoRA or AdaLoRA say of its function and of its training.
+
+    Attributes:
+        common: What every adapter has.
         rank: The rank at the targets that no pattern names: ``r``, or ``init_r`` for AdaLoRA.
         alpha: The numerator of the scale at the targets that no pattern names.
         dropout: The share of the input that is dropped while training.
@@ -45,17 +66,11 @@ class Settings:
         ranks: ``rank_pattern`` of LoRA: the rank by pattern.
         alphas: ``alpha_pattern``.
         live: ``rank_pattern`` of AdaLoRA: how many triplets are live, by the name of their λ; None without one.
-        bias: Which biases are trained.
-        copies: ``modules_to_save``: ends of the names of modules that are trained in full.
-        tied: Whether the two sides of a tied weight are adapted as one.
-        base: The name or path of the base model; may be empty.
-        selection: Where the adapter is.
         schedule: AdaLoRA's schedule.
         remarks: What the settings say and the adapter will not hold.
     """
 
-    file: Path
-    kind: Literal["LORA", "ADALORA"]
+    common: Common
     rank: int
     alpha: float
     dropout: float
@@ -63,34 +78,36 @@ class Settings:
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
     live: Mapping[str, int] | None
-    bias: Literal["none", "all", "lora_only"]
-    copies: tuple[str, ...]
-    tied: bool
-    base: str
-    selection: Selection
     schedule: Schedule
     remarks: tuple[str, ...]
 
 
-def read_settings(file: Path) -> Settings:
-    """Read and check the settings.
+def read_settings(file: Path, found: Mapping[str, Any]) -> Settings:
+    """Check the settings of a LoRA or AdaLoRA, which `settings_at` has read.
 
     Raises:
-        FileError: The file is no JSON object, a value is of a wrong type or out of range, or the settings ask for
-            something that tunerkit cannot hold. The error names every problem.
+        FileError: A value is of a wrong type or out of range, or the settings ask for something that tunerkit cannot
+            hold. The error names every problem.
     """
-    found = _json(file)
-    kind = found.get("peft_type")
-    if kind not in _KINDS:
-        raise FileError(_wrong_kind(file, kind))
+    kind = found["peft_type"]
     reader = Values(found)
     settings = _lora(file, reader) if kind == "LORA" else _adalora(file, reader)
-    if wrong := [*reader.problems, *_unsupported(found, kind)]:
-        raise FileError("\n- ".join([f"{file} cannot be used:", *first(wrong)]))
+    refuse(file, [*reader.problems, *_unsupported(found, kind)])
     return settings
 
 
-def _json(file: Path) -> dict[str, Any]:
+def refuse(file: Path, problems: Sequence[str]) -> None:
+    """Raise `FileError` with all problems of the settings, if there are any."""
+    if problems:
+        raise FileError("\n- ".join([f"{file} cannot be used:", *first(problems)]))
+
+
+def settings_at(file: Path) -> dict[str, Any]:
+    """Read the settings.
+
+    Raises:
+        FileError: The file is no JSON object.
+    """
     try:
         if file.stat().st_size > _LARGEST_FILE:
             raise FileError(f"{file} is larger than {_LARGEST_FILE // 1_000_000} MB, so it is no file of settings")
@@ -110,19 +127,8 @@ def _json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _wrong_kind(file: Path, kind: object) -> str:
-    if kind is None:
-        return f"{file} is no PEFT adapter: it has no 'peft_type'; expected 'LORA' or 'ADALORA'"
-    hint = closest(str(kind), _KINDS)
-    return (
-        f"{file}: 'peft_type' is {shown(kind)}, and tunerkit reads LORA and ADALORA{hint}. Merge the adapter in PEFT "
-        "(merge_and_unload), if that method can be merged, and use the merged model as the base"
-    )
-
-
 def _lora(file: Path, reader: Values) -> Settings:
     return Settings(
-        kind="LORA",
         rank=reader.integer("r", 8, least=1, most=HIGHEST_RANK),
         rslora=reader.flag("use_rslora"),
         ranks=reader.table("rank_pattern", is_rank, f"an integer from 1 to {HIGHEST_RANK}"),
@@ -136,7 +142,6 @@ def _lora(file: Path, reader: Values) -> Settings:
 def _adalora(file: Path, reader: Values) -> Settings:
     ignored = [name for name in ("alpha_pattern", "use_rslora") if reader.found.get(name)]
     return Settings(
-        kind="ADALORA",
         rank=reader.integer("init_r", 12, least=1, most=HIGHEST_RANK),
         rslora=False,
         ranks={},
@@ -149,14 +154,9 @@ def _adalora(file: Path, reader: Values) -> Settings:
 
 def _common(file: Path, reader: Values) -> dict[str, Any]:
     return {
-        "file": file,
+        "common": common_of(file, reader, "lora_only"),
         "alpha": reader.number("lora_alpha", 8.0),
         "dropout": reader.number("lora_dropout", 0.0, least=0.0, below=1.0),
-        "bias": reader.choice("bias", ("none", "all", "lora_only")),
-        "copies": reader.names("modules_to_save"),
-        "tied": reader.flag("ensure_weight_tying"),
-        "base": reader.text("base_model_name_or_path"),
-        "selection": selection_of(reader.found),
         "schedule": Schedule(
             target_r=reader.integer("target_r", 8, least=1, most=HIGHEST_RANK),
             tinit=reader.integer("tinit", 0),
@@ -170,6 +170,25 @@ def _common(file: Path, reader: Values) -> dict[str, Any]:
     }
 
 
+def common_of(file: Path, reader: Values, bias: str) -> Common:
+    """Read what the settings of every type have.
+
+    Args:
+        file: The file.
+        reader: Its values.
+        bias: The value of ``bias`` with which the type trains the biases of the targets; may be empty.
+    """
+    return Common(
+        file=file,
+        kind=str(reader.found.get("peft_type")),
+        bias=reader.choice("bias", ("none", "all", bias) if bias else ("none",)),
+        copies=reader.names("modules_to_save"),
+        tied=reader.flag("ensure_weight_tying"),
+        base=reader.text("base_model_name_or_path"),
+        selection=selection_of(reader.found),
+    )
+
+
 def _velora(reader: Values) -> tuple[str, ...]:
     if not reader.found.get("velora_config"):
         return ()
@@ -177,10 +196,11 @@ def _velora(reader: Values) -> tuple[str, ...]:
 
 
 def _unsupported(found: Mapping[str, object], kind: object) -> list[str]:
-    wrong = list(fields.problems(found))
+    return [*fields.problems(found), *(changed_base(found) if kind == "LORA" else ())]  # AdaLoRA has one start
+
+
+def changed_base(found: Mapping[str, object]) -> Iterator[str]:
+    """Yield what is wrong with the start of a LoRA: some change the base weights."""
     start = found.get("init_lora_weights", True)
-    # AdaLoRA's start does not depend on the name.
-    plain = start is None or isinstance(start, bool) or start in fields.PLAIN_STARTS
-    if kind == "LORA" and not plain:
-        wrong.append(f"'init_lora_weights' is {shown(start)}: {fields.CHANGED_BASE}")
-    return wrong
+    if not (start is None or isinstance(start, bool) or start in fields.PLAIN_STARTS):
+        yield f"'init_lora_weights' is {shown(start)}: {fields.CHANGED_BASE}"

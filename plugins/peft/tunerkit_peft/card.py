@@ -5,13 +5,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from tunerkit_peft.pieces import Piece, are_tied
+from tunerkit_peft.pieces import Site, are_tied
 
 if TYPE_CHECKING:
     from tunerkit.plugin import Tuner
 
 MARK: Final = "<!-- written by tunerkit -->"  # core replaces a card only if it has this
 _REPOSITORY: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_KINDS: Final = {"ADALORA": "PEFT's AdaLoRA", "LORA": "a PEFT LoRA"}
 _LOADING: Final = """\
 ## Loading
 
@@ -29,16 +30,16 @@ model = tunerkit.load(base_model, "path/of/this/folder")
 """
 
 
-def card(tuner: "Tuner", base: str, settings: Mapping[str, object], pieces: Sequence[Piece]) -> str:
+def card(tuner: "Tuner", base: str, settings: Mapping[str, object], sites: Sequence[Site]) -> str:
     """Write the card.
 
     Args:
         tuner: The adapter.
         base: The name of the base model; may be empty.
         settings: The settings of the form.
-        pieces: The products.
+        sites: The adapted modules.
     """
-    kind = "PEFT's AdaLoRA" if settings.get("peft_type") == "ADALORA" else "a PEFT LoRA"
+    kind = _KINDS.get(str(settings["peft_type"]), f"PEFT's {settings['peft_type']}")
     base_line = f"- Base model: {_code(base)}" if base else "- Base model: not recorded"
     copies = (
         [f"- Trained in full: {', '.join(map(_code, sorted(place.path for place in tuner.copies)))}"]
@@ -47,7 +48,7 @@ def card(tuner: "Tuner", base: str, settings: Mapping[str, object], pieces: Sequ
     )
     return "\n".join(
         [
-            *_front_matter(base),
+            *_front_matter(base, "lora" if kind in _KINDS.values() else str(settings["peft_type"]).lower()),
             MARK,
             "",
             "# Adapter",
@@ -55,20 +56,25 @@ def card(tuner: "Tuner", base: str, settings: Mapping[str, object], pieces: Sequ
             f"Trained with tunerkit (method {_code(tuner.method)}, {tuner.steps} steps), written as {kind}.",
             "",
             base_line,
-            f"- Modules: {len(pieces)}, ranks {_range([piece.rank for piece in pieces])}; `r` in the files is "
-            f"{settings['r'] if 'init_r' not in settings else settings['init_r']}",
+            f"- Modules: {len(sites)}{_ranks(settings, sites)}",
             *copies,
-            *_tied(pieces),
+            *_tied(sites),
             "",
-            *_table(pieces),
+            *_table(sites),
             "",
             _LOADING,
         ]
     )
 
 
-def _tied(pieces: Sequence[Piece]) -> list[str]:
-    if not are_tied(pieces):
+def _ranks(settings: Mapping[str, object], sites: Sequence[Site]) -> str:
+    written = settings.get("init_r", settings.get("r"))
+    known = [site.rank for site in sites]
+    return f", ranks {_range(known)}; `r` in the files is {written}" if written and any(known) else ""
+
+
+def _tied(sites: Sequence[Site]) -> list[str]:
+    if not are_tied(sites):
         return []
     return [
         "- Two of the modules share one weight. Each has its own part of the adapter, so PEFT's `merge_and_unload` is "
@@ -76,16 +82,16 @@ def _tied(pieces: Sequence[Piece]) -> list[str]:
     ]
 
 
-def _front_matter(base: str) -> list[str]:
+def _front_matter(base: str, kind: str) -> list[str]:
     known = [f"base_model: {json.dumps(base)}"] if _REPOSITORY.fullmatch(base) else []
-    return ["---", *known, "library_name: peft", "tags:", "- lora", "- peft", "- tunerkit", "---"]
+    return ["---", *known, "library_name: peft", "tags:", f"- {kind}", "- peft", "- tunerkit", "---"]
 
 
-def _table(pieces: Sequence[Piece]) -> list[str]:
+def _table(sites: Sequence[Site]) -> list[str]:
     """One line for each name of modules, with the ranks that they have in the layers."""
     ranks: dict[str, list[int]] = {}
-    for piece in pieces:
-        ranks.setdefault(piece.name.rpartition(".")[2], []).append(piece.rank)
+    for site in sites:
+        ranks.setdefault(site.name.rpartition(".")[2], []).append(site.rank)
     rows = [f"| {_code(name)} | {len(own)} | {_range(own)} |" for name, own in ranks.items()]
     return ["| Modules | Number | Rank |", "|---|---|---|", *rows]
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 import attrs
@@ -9,16 +10,13 @@ from torch import nn
 
 from tunerkit.errors import first
 from tunerkit.plugin import FileError, TargetError
-from tunerkit_peft.adapter_config import Settings
+from tunerkit_peft.adapter_config import Common
 from tunerkit_peft.others import Others
-from tunerkit_peft.parts import Parts
 from tunerkit_peft.selecting import few
 from tunerkit_peft.selection import ALL_LINEAR, ends
 from tunerkit_peft.tasks import HEADS, is_task_class
-from tunerkit_peft.weights import PREFIX, Weights
+from tunerkit_peft.weights import PREFIX
 
-# The types that PEFT adapts. It refuses others by name, so no folder lacks them.
-_LINEAR: Final = (nn.Linear,)
 _ADAPTED: Final = {
     "LORA": (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention),
     "ADALORA": (nn.Linear, nn.Conv2d),
@@ -30,17 +28,13 @@ _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 class _Context:
     """A file and a model, with what was found of the one in the other."""
 
-    settings: Settings
+    settings: Common
     modules: Mapping[str, nn.Module]
-    parts: Sequence[Parts]
+    targets: Sequence[str]
     others: Others
+    takes: Callable[[nn.Module], bool]
     is_same_class: bool
     is_moved: bool
-
-    @property
-    def targets(self) -> list[str]:
-        """The adapted paths."""
-        return [each.place.path for each in self.parts]
 
     def known(self, paths: Collection[str]) -> set[int]:
         """The identities of modules: a shared one has several paths, and the file may have another one of them."""
@@ -62,12 +56,13 @@ class _Missing:
 
 
 def missing(
-    settings: Settings,
-    weights: Weights,
+    settings: Common,
+    file: Path,
     modules: Mapping[str, nn.Module],
-    parts: Sequence[Parts],
+    targets: Sequence[str],
     others: Others,
     *,
+    takes: Callable[[nn.Module], bool],
     is_moved: bool,
 ) -> tuple[str, ...]:
     """Look for targets, trained copies and biases of this model that the settings name and the file lacks.
@@ -78,10 +73,11 @@ def missing(
 
     Args:
         settings: The settings.
-        weights: The file.
+        file: The file of the tensors.
         modules: The model's modules.
-        parts: The adapted modules.
+        targets: The paths of the adapted modules.
         others: The copies and the biases.
+        takes: Whether PEFT adapts such a module. It refuses others by name, so no folder lacks them.
         is_moved: Whether paths of the file are other ones in the model, so that expressions do not fit.
 
     Returns:
@@ -92,7 +88,7 @@ def missing(
     """
     chosen = settings.selection
     is_same = is_task_class(modules.get(""), chosen.task, chosen.model_class)
-    context = _Context(settings, modules, parts, others, is_same, is_moved)
+    context = _Context(settings, modules, targets, others, takes, is_same, is_moved)
     if not {*context.targets, *others.copies, *others.biases} <= modules.keys():
         return ()  # of another base model, as core will say
     found = [_copies(context), _biases(context)]
@@ -102,7 +98,7 @@ def missing(
     except TargetError as error:
         remarks.append(f"'target_modules' cannot be compared with the tensors: {error}")
     if lines := [f"{each.field}: {few(each.lost)}" for each in found if each.lost]:
-        raise FileError(_lost(settings, weights, lines))
+        raise FileError(_lost(settings, file, lines))
     remarks += [
         f"{each.field} also names {few(each.unclear)} of this model, for which the file has nothing; they stay as "
         "they are"
@@ -112,7 +108,7 @@ def missing(
     return tuple(remarks)
 
 
-def _lost(settings: Settings, weights: Weights, lines: list[str]) -> str:
+def _lost(settings: Common, file: Path, lines: list[str]) -> str:
     instead = (
         ""
         if settings.bias == "none"
@@ -122,7 +118,7 @@ def _lost(settings: Settings, weights: Weights, lines: list[str]) -> str:
     )
     return "\n- ".join(
         [
-            f"{weights.file} is incomplete: it has no tensors for modules that {settings.file.name} names. Save the "
+            f"{file} is incomplete: it has no tensors for modules that {settings.file.name} names. Save the "
             "adapter again where it was trained, or copy the file again. If the model of the training did not have "
             f"these modules, load that model, or name only its own in {settings.file.name}{instead}:",
             *first(lines),
@@ -147,14 +143,13 @@ def _targets(context: _Context) -> _Missing:
     chosen = context.settings.selection
     is_all = isinstance(chosen.targets, str) and chosen.targets.lower() == ALL_LINEAR
     matches = (lambda path: path.rpartition(".")[2] not in HEADS) if is_all else chosen.matcher()
-    types = _LINEAR if is_all else _ADAPTED[context.settings.kind]
     present = context.targets
     known = context.known(present)
     heads = _output_of(context.modules.get("")) if is_all or context.settings.tied else ()
     lacking = [
         path
         for path, module in context.modules.items()
-        if (isinstance(module, types) or type(module).__name__ == "Conv1D")
+        if (_is_linear(module) if is_all else context.takes(module))
         and id(module) not in known
         and not any(module is each for each in heads)
         and not _is_inside(path, context)
@@ -201,6 +196,15 @@ def _biases(context: _Context) -> _Missing:
     return _judged(
         f"'bias' {setting!r}", lacking, list(context.others.biases), lambda path: {path.rpartition(".")[2]}, context
     )
+
+
+def adapts(kind: str) -> Callable[[nn.Module], bool]:
+    """Return a function that checks whether PEFT adapts a module by LoRA or AdaLoRA."""
+    return lambda module: isinstance(module, _ADAPTED[kind]) or _is_linear(module)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _is_inside(path: str, context: _Context) -> bool:

@@ -6,6 +6,7 @@ A setting without effect in training is dropped. One that would make another tra
 import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from typing import Any, Final
 
 from torch import nn
@@ -13,7 +14,9 @@ from torch import nn
 from tunerkit.errors import shown
 from tunerkit.plugin import ConfigError, exact_patterns, is_broad, matches as matches_path
 from tunerkit_peft import fields
+from tunerkit_peft.kinds import BRINGS, IN_METHODS, installed_for
 from tunerkit_peft.selection import ALL_LINEAR, ends, selection_of
+from tunerkit_peft.table_settings import Converted
 from tunerkit_peft.values import HIGHEST_RANK, Values, is_number, is_rank
 
 # The class that describes each method; those that derive from one of them describe something else, or the same.
@@ -21,7 +24,7 @@ _METHODS: Final = {
     "peft.tuners.adalora.config.AdaLoraConfig": "adalora",
     "peft.tuners.lora.config.LoraConfig": "lora",
 }
-_BIASES: Final = {"none": "none", "all": "all", "lora_only": "adapters"}
+_BASE: Final = "peft.config.PeftConfig"
 # The modules that a PeftModel of a task trains in full, if it finds them.
 _HEADS: Final = {
     "SEQ_CLS": ("classifier", "score"),
@@ -30,10 +33,12 @@ _HEADS: Final = {
 }
 _PLAIN: Final = re.compile(r"[\w.-]+")
 _KINDS: Final = {"lora": "LORA", "adalora": "ADALORA"}  # as PEFT names them
+# Its names of LoRA's starts that have another here; PiSSA by randomised SVD becomes PiSSA.
+_STARTS: Final = {True: "kaiming", None: "kaiming", **{name: name for name in ("gaussian", "pissa", "olora", "eva")}}
 
 
 def settings_of(config: Any, model: nn.Module) -> tuple[str, dict[str, object]] | None:
-    """Convert a ``peft.LoraConfig`` or ``peft.AdaLoraConfig``.
+    """Convert a config of peft's: for LoRA, for AdaLoRA, or of a type whose names a method declares.
 
     Args:
         config: Any object.
@@ -44,25 +49,52 @@ def settings_of(config: Any, model: nn.Module) -> tuple[str, dict[str, object]] 
 
     Raises:
         ConfigError: A setting has no counterpart; the error names every one, with what to do.
+        PluginError: The method declares PEFT's names wrongly.
     """
     names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(config).__mro__]
-    method = next((_METHODS[name] for name in names if name in _METHODS), None)
-    if method is None or _value(config.peft_type) != _KINDS[method]:
+    if _BASE not in names:
         return None
     # As its file has them: sets become lists.
-    found = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    found = {name: _plain(value) for name, value in config.to_dict().items()}
+    kind = found["peft_type"]
+    declared = installed_for(found)
+    method = next((_METHODS[name] for name in names if name in _METHODS), None)
+    if declared is None and (method is None or kind != _KINDS[method]):
+        if kind in IN_METHODS:
+            raise ConfigError([f"this {type(config).__name__} is of a type that no installed method has. {BRINGS} @ $"])
+        return None
     reader = Values(found)
-    problems = [*_refused(found, method), *_no_targets(found, model, method)]
-    settings = {
-        "alpha": reader.number("lora_alpha", 8.0),
-        "dropout": reader.number("lora_dropout", 0.0, least=0.0, below=1.0),
-        "bias": _BIASES[reader.choice("bias", ("none", "all", "lora_only"))],
-        **(_of_lora(reader) if method == "lora" else _of_adalora(reader)),
-    }
+    common = [*_refused_by_all(found), *_no_targets(found, model)]
+    if declared is None:
+        assert method is not None
+        word, problems = "lora_only", [*_refused(found, method), *common]
+        own = {
+            "alpha": reader.number("lora_alpha", 8.0),
+            "dropout": reader.number("lora_dropout", 0.0, least=0.0, below=1.0),
+            **(_of_lora(reader) if method == "lora" else _of_adalora(reader)),
+        }
+    else:
+        converted, method, word = Converted(), declared.method, declared.names.bias
+        # A setting without effect on what is computed is told of a folder, and here it would be another training.
+        problems = [*converted.problems_of(found, declared), *converted.remarks, *common]
+        own = {**converted.config, **{name: _by_ends(value) for name, value in converted.chosen.items()}}
+    bias = reader.choice("bias", ("none", "all", word) if word else ("none",))
     if wrong := [*reader.problems, *problems]:
         whose = f"this {type(config).__name__} of peft cannot be converted"
         raise ConfigError([f"{whose}: {problem} @ $" for problem in wrong])
+    settings = {**own, "bias": bias if bias in ("none", "all") else "adapters"}
     return method, {**settings, **_places(found, reader.names("modules_to_save"), model)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set):
+        return sorted(value)
+    return value.value if isinstance(value, Enum) else value
+
+
+def _by_ends(named: Sequence[str] | str) -> tuple[str, ...]:
+    """Patterns for the bare ends of paths, or for an expression for whole paths."""
+    return (f"re:{named}",) if isinstance(named, str) else tuple(f"re:.*{re.escape(name)}" for name in named)
 
 
 def _of_lora(reader: Values) -> dict[str, object]:
@@ -73,8 +105,25 @@ def _of_lora(reader: Values) -> dict[str, object]:
         "rslora": reader.flag("use_rslora"),
         "rank_pattern": {_pattern(name): rank for name, rank in ranks.items()},
         "alpha_pattern": {_pattern(name): alpha for name, alpha in alphas.items()},
-        "start": "gaussian" if reader.found.get("init_lora_weights") == "gaussian" else "kaiming",
+        **_start_of(reader.found),
     }
+
+
+def _start_of(found: Mapping[str, Any]) -> dict[str, object]:
+    """LoRA's start, and for EVA how far ranks may move; kaiming for one that is refused."""
+    start = _STARTS.get(_start(found), "kaiming")
+    return {"start": start, "rho": float(_eva(found).get("rho", 2.0))} if start == "eva" else {"start": start}
+
+
+def _start(found: Mapping[str, Any]) -> Any:
+    """What an object says of the start, without how a decomposition is computed."""
+    start = found.get("init_lora_weights", True)
+    return re.sub(r"^pissa_niter_\d+$", "pissa", start) if isinstance(start, str) else start
+
+
+def _eva(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    given = found.get("eva_config") or {}
+    return given if isinstance(given, Mapping) else vars(given)
 
 
 def _of_adalora(reader: Values) -> dict[str, object]:
@@ -101,12 +150,31 @@ def _refused(found: Mapping[str, Any], method: str) -> Iterator[str]:
             continue
         what = fields.REFUSED[name][0] if name in fields.REFUSED else "a setting that PEFT 0.21 does not have"
         yield f"{name!r} is {shown(value)}: {what}; leave it out, or train it with PEFT, and merge it there"
-    start = found.get("init_lora_weights", True)
-    if method == "lora" and start not in (True, None, "gaussian"):
+    start = _start(found)
+    if method == "lora" and start == "loftq":
         yield (
-            f"'init_lora_weights' is {shown(start)}, and adapters start as with True or 'gaussian' here, where ΔW is "
-            "0; write init_lora_weights=True"
+            "'init_lora_weights' is 'loftq', which quantises the base itself, and here it is quantised before; write "
+            "tunerkit.wrap(model, 'lora', {'start': 'loftq', 'original': the unquantised base's folder, ...})"
         )
+    elif method == "lora" and start not in _STARTS:
+        names = ", ".join(repr(name) for name in _STARTS if isinstance(name, str))
+        yield f"'init_lora_weights' is {shown(start)}; write init_lora_weights=True, or one of {names}"
+    if method == "lora" and start == "eva":
+        odd = {"whiten": True, "adjust_scaling_factors": False}
+        yield from (
+            f"'eva_config.{name}' is {value}, and EVA's A is not whitened here, nor its scale changed; leave it out"
+            for name, value in odd.items()
+            if _eva(found).get(name, not value) is value
+        )
+    if method == "adalora" and found.get("rank_pattern"):
+        yield (
+            "'rank_pattern' holds the masks of an earlier training; load its folder with tunerkit.load(model, folder, "
+            "trainable=True)"
+        )
+
+
+def _refused_by_all(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what would be another training by any method."""
     if found.get("inference_mode"):
         yield (
             "'inference_mode' is True, and wrap makes an adapter to train; leave it out, and call "
@@ -117,21 +185,20 @@ def _refused(found: Mapping[str, Any], method: str) -> Iterator[str]:
             "'ensure_weight_tying' is True, and both sides of a tied weight are adapted one by one here; leave it out, "
             "and name both sides in modules_to_save"
         )
-    if method == "adalora" and found.get("rank_pattern"):
-        yield (
-            "'rank_pattern' holds the masks of an earlier training; load its folder with tunerkit.load(model, folder, "
-            "trainable=True)"
-        )
 
 
-def _no_targets(found: dict[str, Any], model: nn.Module, method: str) -> Iterator[str]:
+def _no_targets(found: dict[str, Any], model: nn.Module) -> Iterator[str]:
     """Put PEFT's default targets in, which depend on the model's type; yield what is wrong if it has none."""
     if found.get("target_modules"):
         return
     kind = getattr(getattr(model, "config", None), "model_type", None)
     # The object is of this library, so it is there.
+    tuners = importlib.import_module("peft.mapping").PEFT_TYPE_TO_TUNER_MAPPING
     known = vars(importlib.import_module("peft.utils.constants"))
-    defaults = known.get(f"TRANSFORMERS_MODELS_TO_{_KINDS[method]}_TARGET_MODULES_MAPPING", {})
+    defaults = {
+        **(getattr(tuners.get(found["peft_type"]), "target_module_mapping", None) or {}),
+        **known.get(f"TRANSFORMERS_MODELS_TO_{found['peft_type']}_TARGET_MODULES_MAPPING", {}),
+    }
     if kind in defaults:
         chosen = defaults[kind]
         found["target_modules"] = chosen if isinstance(chosen, str) else sorted(chosen)
@@ -147,7 +214,7 @@ def _places(found: dict[str, Any], copies: tuple[str, ...], model: nn.Module) ->
     # Not what other adapters have put there: a copy of a head, say.
     paths = [path for path, _ in model.named_modules() if path and "tunerkit" not in path.split(".")]
     present = {end for path in paths for end in ends(path)}
-    heads = (name for name in _HEADS.get(_value(found.get("task_type")), ()) if name in present)
+    heads = (name for name in _HEADS.get(str(found.get("task_type")), ()) if name in present)
     trained = tuple(dict.fromkeys((*copies, *heads)))
     targets, exclude, layers = found["target_modules"], found.get("exclude_modules"), found.get("layers_to_transform")
     is_all = isinstance(targets, str) and targets.lower() == ALL_LINEAR
@@ -164,11 +231,6 @@ def _places(found: dict[str, Any], copies: tuple[str, ...], model: nn.Module) ->
         "layers": None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
         "train_modules": trained,
     }
-
-
-def _value(task: object) -> str:
-    """The name of a task or a method: a text, or a member of PEFT's enumeration, which is one too."""
-    return str(getattr(task, "value", task))
 
 
 def _names(given: str | Sequence[str]) -> tuple[str, ...]:

@@ -5,8 +5,11 @@ from typing import Final
 
 from tunerkit.plugin import Description
 from tunerkit_peft import files
-from tunerkit_peft.adapter_config import Settings, read_settings
+from tunerkit_peft.adapter_config import Common, Settings, read_settings, settings_at
+from tunerkit_peft.from_table import kind_of
+from tunerkit_peft.kinds import declared_for
 from tunerkit_peft.others import copy_around
+from tunerkit_peft.table_settings import read_table_settings
 from tunerkit_peft.tasks import auto_class
 from tunerkit_peft.weights import Weights, open_weights
 
@@ -21,17 +24,26 @@ def describe(path: Path) -> Description:
         FileError: The files are damaged, or hold what tunerkit cannot.
     """
     found = files.find(path)
-    settings = read_settings(found.config)
-    weights = open_weights(found.weights)
-    chosen = settings.selection
+    held = settings_at(found.config)
+    declared = declared_for(held, found.config)
+    if declared is None:
+        settings, weights = read_settings(found.config, held), open_weights(found.weights)
+        common, method, told = settings.common, settings.common.kind.lower(), _told(settings)
+        ranks = {path: _rank(weights, path) for path in weights.factors}
+    else:
+        named = read_table_settings(found.config, held, declared)
+        weights = open_weights(found.weights, kind_of(declared.names))
+        common, method, told = named.common, declared.method, {**named.config, **named.chosen}
+        ranks = {path: rank if isinstance(rank := named.config.get("rank"), int) else 0 for path in weights.factors}
+    chosen = common.selection
     return Description(
-        method=settings.kind.lower(),
-        base=settings.base,
+        method=method,
+        base=common.base,
         model_class=auto_class(chosen.task, chosen.model_class),
         labels=_labels(weights) if chosen.task in _MAYBE_CLASSES else 0,
-        ranks={path: _rank(weights, path) for path in weights.factors},
-        copies=_copies(settings, weights),
-        settings=_told(settings),
+        ranks=ranks,
+        copies=_copies(common, weights),
+        settings={**told, "bias": common.bias, "modules_to_save": list(common.copies)},
     )
 
 
@@ -47,7 +59,7 @@ def _rank(weights: Weights, path: str) -> int:
     return weights.shape(name)[0] if name else 0
 
 
-def _copies(settings: Settings, weights: Weights) -> tuple[str, ...]:
+def _copies(settings: Common, weights: Weights) -> tuple[str, ...]:
     """The outermost modules that ``modules_to_save`` names, of those that have tensors. PEFT compares ends of names."""
     found = dict.fromkeys(copy_around(settings, name) for name in weights.others)
     return tuple(path for path in found if path)
@@ -61,9 +73,7 @@ def _told(settings: Settings) -> dict[str, object]:
         "rslora": settings.rslora,
         "rank_pattern": dict(settings.ranks),
         "alpha_pattern": dict(settings.alphas),
-        "bias": settings.bias,
-        "modules_to_save": list(settings.copies),
     }
-    if settings.kind == "ADALORA":
+    if settings.common.kind == "ADALORA":
         told |= {"target_rank": settings.schedule.target_r, "total_steps": settings.schedule.total_step}
     return told

@@ -66,7 +66,10 @@ _MERGE: Final = "merge it in PEFT (merge_and_unload) and use the merged model as
 _RETRAIN: Final = "train a plain LoRA instead"
 # The field, what it makes of the adapter, and what to do.
 REFUSED: Final[Mapping[str, tuple[str, str]]] = {
-    "use_dora": ("DoRA, which also scales the base weight", _MERGE),
+    "use_dora": (
+        "DoRA, which also scales the base weight",
+        f"{_MERGE}, or install tunerkit[methods], whose method 'dora' is this one",
+    ),
     "lora_bias": ("a bias in lora_B, which is no product of two matrices", _MERGE),
     "trainable_token_indices": ("single trained rows of an embedding", f"{_MERGE}, or train the embedding in full"),
     "layer_replication": ("a base model with repeated layers", f"{_MERGE}, or build that base model first"),

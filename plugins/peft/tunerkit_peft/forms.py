@@ -26,10 +26,12 @@ class Written:
     Attributes:
         settings: The settings of the form.
         tensors: The tensors by their names in the file, without PEFT's prefix.
+        shared: Those that all targets share, without theirs.
     """
 
     settings: dict[str, object]
     tensors: dict[str, Tensor]
+    shared: dict[str, Tensor] = attrs.field(factory=dict)
 
 
 def uniform(pieces: Sequence[Piece], rank: int | None) -> Written:

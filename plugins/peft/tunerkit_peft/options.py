@@ -11,10 +11,11 @@ from tunerkit.plugin import setting
 class PeftOptions:
     """The options of ``tunerkit.export(model, folder, format="peft", ...)``. The ``doc`` of each field explains it."""
 
-    form: Literal["uniform", "compact", "adalora"] = setting(
-        "uniform",
-        doc="uniform: a LoRA of one rank, padded with zeros, which every server reads; compact: a LoRA with the rank "
-        "of each module; adalora: PEFT's AdaLoRA",
+    form: Literal["own", "uniform", "compact", "adalora"] | None = setting(
+        None,
+        doc="own: PEFT's type of the method itself, if the method declares PEFT's names; uniform: a LoRA of one rank, "
+        "padded with zeros, which every server reads; compact: a LoRA with the rank of each module; adalora: PEFT's "
+        "AdaLoRA; None: own if the method declares the names, else uniform",
     )
     rank: int | None = setting(
         None,

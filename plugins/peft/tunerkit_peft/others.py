@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tunerkit.errors import first, shown
 from tunerkit.plugin import BaseMismatchError, FileError
-from tunerkit_peft.adapter_config import Settings
+from tunerkit_peft.adapter_config import Common
 from tunerkit_peft.places import Rename, place_of
 from tunerkit_peft.weights import PREFIX, Weights
 
@@ -32,7 +32,7 @@ class Others:
     biases: dict[str, Tensor]
 
 
-def read_others(settings: Settings, weights: Weights, modules: Mapping[str, nn.Module], rename: Rename) -> Others:
+def read_others(settings: Common, weights: Weights, modules: Mapping[str, nn.Module], rename: Rename) -> Others:
     """Read them, and compare the base's tables with the model.
 
     Raises:
@@ -85,7 +85,7 @@ def _plain(name: str, weights: Weights) -> str:
     return "" if f"{around}.{inside}" in weights.others or named in weights.others else f"{around}.{inside}"
 
 
-def copy_around(settings: Settings, name: str) -> str:
+def copy_around(settings: Common, name: str) -> str:
     """Return the outermost module around a tensor that ``modules_to_save`` names. PEFT compares bare ends of names."""
     if not settings.copies:
         return ""

@@ -36,10 +36,10 @@ def parts_of(settings: Settings, weights: Weights, rename: Rename) -> list[Parts
     Raises:
         FileError: One of a pair is missing, or two have different ranks.
     """
-    needed = ("A", "B") if settings.kind == "LORA" else ("A", "B", "E")
+    needed = ("A", "B") if settings.common.kind == "LORA" else ("A", "B", "E")
     found, problems = [], []
     for name, own in weights.factors.items():
-        if wrong := list(_wrong_parts(own, needed, settings.file)) or list(_wrong_shapes(weights, own)):
+        if wrong := list(_wrong_parts(own, needed, settings.common.file)) or list(_wrong_shapes(weights, own)):
             problems += wrong
             continue
         found.append(Parts(place_of(name, rename), name, own, rank=weights.shape(own["A"])[0]))
@@ -54,8 +54,8 @@ def refuse_ranks(settings: Settings, weights: Weights, problems: list[str]) -> N
         raise FileError(
             "\n- ".join(
                 [
-                    f"{weights.file} and {settings.file.name} do not belong together: the settings do not explain "
-                    "these ranks, so the scale is unknown. Use the settings that were saved with the tensors:",
+                    f"{weights.file} and {settings.common.file.name} do not belong together: the settings do not "
+                    "explain these ranks, so the scale is unknown. Use the settings that were saved with the tensors:",
                     *first(problems),
                 ]
             )

@@ -18,12 +18,29 @@ _MERGE: Final = "Call tunerkit.unwrap(model, keep_merged=True) and save the whol
 
 
 @attrs.frozen(eq=False)
-class Piece:
-    """The product at one module.
+class Site:
+    """One adapted module.
 
     Attributes:
         name: What PEFT calls the module in the file: its path, or for attention's output projection a path inside.
         owner: The path that PEFT's patterns and targets use: of the module, or of the attention around it.
+        module: The module.
+        rank: The rank, which may be 0.
+    """
+
+    name: str
+    owner: str
+    module: nn.Module
+    rank: int
+
+
+@attrs.frozen(eq=False)
+class Piece:
+    """The product at one module.
+
+    Attributes:
+        name: What PEFT calls the module in the file, see `Site`.
+        owner: The path that PEFT's patterns and targets use.
         module: The module.
         q: (r, in), in fp32 or wider.
         p: (out, r), in fp32 or wider.
@@ -39,6 +56,11 @@ class Piece:
     def rank(self) -> int:
         """The rank r, which may be 0."""
         return self.q.shape[0]
+
+    @property
+    def site(self) -> Site:
+        """Where it is."""
+        return Site(self.name, self.owner, self.module, self.rank)
 
     @property
     def embeds(self) -> bool:
@@ -60,7 +82,7 @@ def pieces_of(tuner: "Tuner") -> list[Piece]:
     modules = modules_of(tuner.model)
     if "" in modules and any(target.path == "" for target in tuner.targets):
         raise FileError(f"the model is itself a target, and PEFT adapts modules inside a model. {_MERGE}")
-    refuse_convolutions("this adapter", modules, [target.path for target in tuner.targets], lora=True)
+    refuse_convolutions("this adapter", modules, [target.path for target in tuner.targets], "LORA", _MERGE)
     products = factors_of(tuner)
     if not products:
         raise AdapterError("the adapter adds nothing to any weight, so there is no LoRA to write")
@@ -95,9 +117,9 @@ def _empty(name: str, owner: str, module: nn.Module, inputs: int, outputs: int) 
     return Piece(name, owner, module, torch.zeros(0, inputs), torch.zeros(outputs, 0))
 
 
-def are_tied(pieces: Collection[Piece]) -> bool:
+def are_tied(sites: Collection[Site]) -> bool:
     """Whether two of the modules share one weight."""
-    weights = [id(piece.module.weight) for piece in pieces if hasattr(piece.module, "weight")]  # attention has another
+    weights = [id(site.module.weight) for site in sites if hasattr(site.module, "weight")]  # attention has another
     return len(set(weights)) < len(weights)
 
 
@@ -107,18 +129,23 @@ class Biases:
 
     Attributes:
         tensors: Their tensors by name in the file.
-        setting: PEFT's setting ``bias``.
+        setting: PEFT's setting ``bias``; for those of the targets alone, the word of the type.
     """
 
     tensors: dict[str, Tensor]
     setting: str
 
 
-def trained_biases(tuner: "Tuner", pieces: list[Piece]) -> Biases:
+def trained_biases(tuner: "Tuner", sites: Collection[Site], word: str) -> Biases:
     """Return the trained biases.
 
+    Args:
+        tuner: The adapter.
+        sites: The adapted modules.
+        word: PEFT's value of ``bias`` for those of the targets; empty if its type trains none.
+
     Raises:
-        FileError: The bias of attention's projections is trained, which PEFT does not save.
+        FileError: The bias of attention's projections is trained, which PEFT does not save; or the type trains none.
     """
     trained = biases_of(tuner)
     modules = modules_of(tuner.model)
@@ -132,11 +159,14 @@ def trained_biases(tuner: "Tuner", pieces: list[Piece]) -> Biases:
                 ]
             )
         )
-    targets = {_path(piece): f"{piece.name}.base_layer.bias" for piece in pieces}
+    if trained and not word:
+        title = f"PEFT trains no biases with this type of adapter, and this one does. {_MERGE}:"
+        raise FileError("\n- ".join([title, *first(trained)]))
+    targets = {_path(site): f"{site.name}.base_layer.bias" for site in sites}
     named = {targets.get(path, f"{path}.bias"): bias for path, bias in trained.items()}
     inside = all(path in targets for path in trained)
-    return Biases(named, "none" if not trained else "lora_only" if inside else "all")
+    return Biases(named, "none" if not trained else word if inside else "all")
 
 
-def _path(piece: Piece) -> str:
-    return f"{piece.owner}.out_proj" if piece.name.endswith(INNER) else piece.name
+def _path(site: Site) -> str:
+    return f"{site.owner}.out_proj" if site.name.endswith(INNER) else site.name

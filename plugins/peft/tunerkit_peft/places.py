@@ -45,40 +45,48 @@ def place_of(name: str, rename: Rename) -> Place:
     return Place(f"{rename(owner)}.out_proj", owner, times=2)
 
 
-def refuse_convolutions(source: object, modules: Mapping[str, nn.Module], paths: Iterable[str], *, lora: bool) -> None:
+def refuse_convolutions(
+    source: object, modules: Mapping[str, nn.Module], paths: Iterable[str], kind: str, instead: str
+) -> None:
     """Refuse convolutions in which PEFT adds something that is no change of the weight.
 
     Args:
         source: What an error is about.
         modules: The model's modules.
         paths: The paths of the targets.
-        lora: Whether PEFT runs A as a convolution of its own, as for LoRA; AdaLoRA multiplies it into the weight.
+        kind: PEFT's type of adapter, see `obstacle`.
+        instead: What to do, as a sentence without its end.
 
     Raises:
         FileError: There are such convolutions.
     """
-    wrong = [f"{path} ({reason})" for path in paths if (reason := _obstacle(modules.get(path), lora=lora))]
+    wrong = [f"{path} ({reason})" for path in paths if (reason := obstacle(modules.get(path), kind))]
     if wrong:
         raise FileError(
             "\n- ".join(
                 [
                     f"{source}: PEFT adds to the output of these convolutions, in a way that no change of their weight "
-                    "does. Merge the adapter in the program that trained it, and use the merged model:",
+                    f"does. {instead}:",
                     *first(wrong),
                 ]
             )
         )
 
 
-def _obstacle(module: nn.Module | None, *, lora: bool) -> str:
-    return next(_obstacles(module, lora=lora), "") if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else ""
+def obstacle(module: nn.Module | None, kind: str) -> str:
+    """Return why PEFT does not change the weight of a convolution as tunerkit does; empty if it does.
+
+    Its LoRA runs A as a convolution of its own, and its AdaLoRA multiplies the matrices into the weight of one group.
+    Other types add to the weight. None of them has other padding than zeros.
+    """
+    return next(_obstacles(module, kind), "") if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else ""
 
 
-def _obstacles(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, *, lora: bool) -> Iterator[str]:
-    if module.groups > 1:
+def _obstacles(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, kind: str) -> Iterator[str]:
+    if kind in ("LORA", "ADALORA") and module.groups > 1:
         yield f"groups {module.groups}"
     pairs = zip(module.kernel_size, module.dilation, strict=True)
-    if lora and any(size > 1 and dilation > 1 for size, dilation in pairs):
+    if kind == "LORA" and any(size > 1 and dilation > 1 for size, dilation in pairs):
         yield f"dilation {shown(module.dilation)}"
     padded = module.padding not in ("valid",) and any(each != 0 for each in module.padding)
     if module.padding_mode != "zeros" and padded:

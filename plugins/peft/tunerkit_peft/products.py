@@ -1,9 +1,9 @@
-"""The products of a PEFT adapter in core's orientation, and its own tensors for the method that trains on."""
+"""What a PEFT adapter holds, as its method has it: the products in core's orientation, and its own tensors."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunerkit.plugin import Factors
 
@@ -16,11 +16,34 @@ class Read:
         factors: The products by target path, computed when they are asked for.
         config: The method's settings.
         tensors: The tensors of the method's adapters, by target path.
+        shared: The tensors that they share.
     """
 
     factors: Mapping[str, Factors]
     config: Mapping[str, object]
     tensors: Mapping[str, Mapping[str, Tensor]]
+    shared: Mapping[str, Tensor] = attrs.field(factory=dict)
+
+
+@attrs.frozen(eq=False)
+class Adapted:
+    """What a file has at the targets, before it is compared with the model.
+
+    Attributes:
+        paths: The paths of the targets.
+        takes: Whether PEFT adapts a module by this type.
+        contradictions: What does not fit the modules, on any base.
+        mismatches: What another base model would explain.
+        read: Reads the tensors.
+        remarks: What the settings say and the adapter will not hold.
+    """
+
+    paths: Sequence[str]
+    takes: Callable[[nn.Module], bool]
+    contradictions: Sequence[str]
+    mismatches: Sequence[str]
+    read: Callable[[], Read]
+    remarks: Sequence[str]
 
 
 class Lazy(Mapping[str, Factors]):

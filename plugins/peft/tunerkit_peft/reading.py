@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 import torch
 from torch import nn
@@ -9,66 +10,105 @@ from torch import nn
 from tunerkit.errors import shown
 from tunerkit.plugin import FileError, Foreign
 from tunerkit_peft import files
-from tunerkit_peft.adapter_config import Settings, read_settings
-from tunerkit_peft.completeness import missing
-from tunerkit_peft.fitting import refuse_others
+from tunerkit_peft.adapter_config import Common, Settings, read_settings, settings_at
+from tunerkit_peft.completeness import adapts, missing
+from tunerkit_peft.fitting import other_kernels, other_kinds, refuse_others
 from tunerkit_peft.from_adalora import read_adalora
 from tunerkit_peft.from_lora import read_lora
-from tunerkit_peft.moving import moving
+from tunerkit_peft.from_table import kind_of, named_adapter
+from tunerkit_peft.kinds import declared_for
+from tunerkit_peft.moving import Moved, moving
 from tunerkit_peft.others import Others, read_others
-from tunerkit_peft.parts import Parts, parts_of
-from tunerkit_peft.places import modules_of, refuse_convolutions
-from tunerkit_peft.weights import Weights, open_weights
+from tunerkit_peft.parts import parts_of
+from tunerkit_peft.places import modules_of, place_of, refuse_convolutions
+from tunerkit_peft.products import Adapted, Read
+from tunerkit_peft.table_settings import TableSettings, read_table_settings
+from tunerkit_peft.weights import LORA, Weights, open_weights
+
+_NO_MERGE: Final = (
+    "So PEFT cannot merge it into them either. Use this adapter in PEFT; or train one with tunerkit, whose adapters "
+    "change the weight there too; or leave these layers out of target_modules, and train again"
+)
 
 
 def read(path: Path, model: nn.Module) -> Foreign:
-    """Read a LoRA or AdaLoRA that PEFT saved.
+    """Read an adapter that PEFT saved: a LoRA, an AdaLoRA, or one of a type whose names a method declares.
 
     Args:
         path: The folder, one of its two files, or a name on the hub.
         model: The base model. Only names, types and shapes are used, and the values of embeddings if they are there.
 
     Returns:
-        The adapter, as LoRA or AdaLoRA, with the scale and the settings of its training.
+        The adapter, as LoRA, AdaLoRA or that method, with the scale and the settings of its training.
 
     Raises:
         FileError: The files are damaged, or hold what tunerkit cannot.
         BaseMismatchError: They were made for another base model.
+        PluginError: The method declares PEFT's names wrongly.
     """
     found = files.find(path)
-    settings = read_settings(found.config)
-    weights = open_weights(found.weights)
+    held = settings_at(found.config)
+    declared = declared_for(held, found.config)
     modules = modules_of(model)
+    settings: Settings | TableSettings
+    if declared is None:
+        settings, kind = read_settings(found.config, held), LORA
+    else:
+        settings, kind = read_table_settings(found.config, held, declared), kind_of(declared.names)
+    common, weights = settings.common, open_weights(found.weights, kind)
     moved = moving(weights.factors, modules, getattr(model, "base_model_prefix", ""))
-    parts = parts_of(settings, weights, moved.rename)
-    refuse_convolutions(weights.file, modules, [each.place.path for each in parts], lora=settings.kind == "LORA")
-    others = read_others(settings, weights, modules, moved.rename)
-    refuse_others(settings, weights, parts, others, modules)
-    _refuse_tying(settings, parts, others, modules)
-    own = read_lora(settings, weights, parts) if settings.kind == "LORA" else read_adalora(settings, weights, parts)
-    unknown = missing(settings, weights, modules, parts, others, is_moved=bool(moved.remarks))
+    if isinstance(settings, Settings):
+        adapted, method = _products(settings, weights, modules, moved), common.kind.lower()
+    else:
+        adapted, method = named_adapter(settings, weights, modules, moved), settings.declared.method
+    others = read_others(common, weights, modules, moved.rename)
+    refuse_others(
+        common,
+        weights.file,
+        adapted.paths,
+        others,
+        modules,
+        contradictions=adapted.contradictions,
+        mismatches=adapted.mismatches,
+    )
+    _refuse_tying(common, adapted.paths, others, modules)
+    own = adapted.read()
+    unknown = missing(
+        common, weights.file, modules, adapted.paths, others, takes=adapted.takes, is_moved=bool(moved.remarks)
+    )
     return Foreign(
         own.factors,
-        settings.kind.lower(),
+        method,
         config=own.config,
         tensors=own.tensors,
+        shared=own.shared,
         copies=others.copies,
         biases=others.biases,
-        base=settings.base,
-        remarks=(
-            *settings.remarks,
-            *moved.remarks,
-            *unknown,
-            *_other_base(settings, model),
-            *_padding(weights, parts, modules),
-        ),
+        base=common.base,
+        remarks=(*adapted.remarks, *moved.remarks, *unknown, *_other_base(common, model), *_padding(own, modules)),
     )
 
 
-def _refuse_tying(settings: Settings, parts: Sequence[Parts], others: Others, modules: Mapping[str, nn.Module]) -> None:
+def _products(settings: Settings, weights: Weights, modules: Mapping[str, nn.Module], moved: Moved) -> Adapted:
+    """The matrices of a LoRA or an AdaLoRA. Convolutions come first: some have matrices of other sizes in PEFT."""
+    kind = settings.common.kind
+    paths = [place_of(name, moved.rename).path for name in weights.factors]
+    refuse_convolutions(weights.file, modules, paths, kind, _NO_MERGE)
+    parts = parts_of(settings, weights, moved.rename)
+    reads = read_lora if kind == "LORA" else read_adalora
+    return Adapted(
+        paths=paths,
+        takes=adapts(kind),
+        contradictions=list(other_kinds(parts, modules)),
+        mismatches=list(other_kernels(weights, parts, modules)) if kind == "LORA" else [],
+        read=lambda: reads(settings, weights, parts),
+        remarks=settings.remarks,
+    )
+
+
+def _refuse_tying(settings: Common, paths: Sequence[str], others: Others, modules: Mapping[str, nn.Module]) -> None:
     """Refuse adapters that PEFT adds on both sides of a tied weight, while the file holds one side."""
-    paths = [*(each.place.path for each in parts), *others.copies]
-    embeddings = [path for path in paths if isinstance(modules.get(path), nn.Embedding)]
+    embeddings = [path for path in (*paths, *others.copies) if isinstance(modules.get(path), nn.Embedding)]
     if settings.tied and embeddings:
         raise FileError(
             f"{settings.file}: 'ensure_weight_tying' is true, so PEFT changes the output head together with "
@@ -77,7 +117,7 @@ def _refuse_tying(settings: Settings, parts: Sequence[Parts], others: Others, mo
         )
 
 
-def _other_base(settings: Settings, model: nn.Module) -> Iterator[str]:
+def _other_base(settings: Common, model: nn.Module) -> Iterator[str]:
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not (isinstance(name, str) and name and settings.base):
         return
@@ -89,12 +129,12 @@ def _other_base(settings: Settings, model: nn.Module) -> Iterator[str]:
         )
 
 
-def _padding(weights: Weights, parts: Sequence[Parts], modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    for each in parts:
-        module = modules.get(each.place.path)
+def _padding(own: Read, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    for path in own.factors:
+        module = modules.get(path)
         index = module.padding_idx if isinstance(module, nn.Embedding) else None
-        if index is None or weights.shape(each.names["A"])[1] <= index:
+        if index is None:
             continue
-        added = weights.matrix(each.names["B"]) @ weights.matrix(each.names["A"])[:, index]
-        if torch.count_nonzero(added):
-            yield f"it changes the row of the padding token of {each.place.path!r}, which tunerkit leaves as it is"
+        q, p = own.factors[path]
+        if q.shape[1] > index and torch.count_nonzero(p @ q[:, index]):
+            yield f"it changes the row of the padding token of {path!r}, which tunerkit leaves as it is"

@@ -65,7 +65,7 @@ def _rule(settings: Settings, path: str, ranks: list[Pattern[int]], alphas: list
     scaled = _matching(settings, "alpha_pattern", alphas, path)
     if len(set(scaled.values())) > 1:
         raise FileError(
-            f"{settings.file}: 'alpha_pattern' has several values for {path!r}: {_listed(scaled)}. PEFT takes "
+            f"{settings.common.file}: 'alpha_pattern' has several values for {path!r}: {_listed(scaled)}. PEFT takes "
             "the first one, but it sorts the patterns when it saves, so the order is lost, and with it the scale. "
             "Leave one of them in the file"
         )
@@ -86,7 +86,7 @@ def _matching(settings: Settings, field: str, patterns: list[Pattern[Value]], pa
 
 def _bad_pattern(settings: Settings, field: str, error: TargetError) -> FileError:
     return FileError(
-        f"{settings.file}: {field!r} has a pattern that cannot be used: {error}. Replace it with "
+        f"{settings.common.file}: {field!r} has a pattern that cannot be used: {error}. Replace it with "
         "the names of the modules"
     )
 

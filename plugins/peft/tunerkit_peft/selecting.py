@@ -9,7 +9,7 @@ from tunerkit.plugin import FileError
 from tunerkit_peft.selection import ends
 
 # What PEFT puts below an adapted module. It looks there too for modules to train in full.
-_BELOW: Final = (
+BELOW: Final = (
     "base_layer",
     "lora_A",
     "lora_A.default",
@@ -57,7 +57,9 @@ def pattern_for(path: str, others: Collection[str]) -> str:
     return ("^" if ambiguous else "") + re.escape(path)
 
 
-def modules_to_save(copies: Collection[str], targets: Collection[str], present: Iterable[str]) -> list[str]:
+def modules_to_save(
+    copies: Collection[str], targets: Collection[str], present: Iterable[str], below: Iterable[str] = BELOW
+) -> list[str]:
     """Return ``modules_to_save`` for the modules that are trained in full: their paths.
 
     PEFT takes each module whose path ends with a name, also in the middle of a word, and takes no target below a path
@@ -67,13 +69,15 @@ def modules_to_save(copies: Collection[str], targets: Collection[str], present: 
         copies: The paths of the modules.
         targets: The paths of the targets.
         present: The paths of all modules of the model.
+        below: What PEFT puts below a target.
 
     Raises:
         FileError: PEFT would also train other modules, or leave targets out.
     """
-    below = [f"{target}.{name}" for target in targets for name in _BELOW]
+    inside = tuple(below)
+    lower = [f"{target}.{name}" for target in targets for name in inside]
     names = tuple(sorted(copies))
-    others = sorted({path for path in (*present, *below) if path.endswith(names)} - set(names))
+    others = sorted({path for path in (*present, *lower) if path.endswith(names)} - set(names))
     others += [path for path in targets if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in names)]
     if others:
         raise FileError(

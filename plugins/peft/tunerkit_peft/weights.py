@@ -1,7 +1,7 @@
 """The tensors of a PEFT adapter: opened without reading them, and sorted by what they belong to."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ from tunerkit.errors import first, shown
 from tunerkit.plugin import FileError
 
 PREFIX: Final = "base_model.model."
+MODEL: Final = "base_model."  # what all targets share lies here
 _MATRIX: Final = re.compile(
     r"(?:(?P<path>.+)\.)?(?P<part>lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B)(?:\.(?P<rest>.+))?"
 )
@@ -29,14 +30,16 @@ class Weights:
 
     Attributes:
         file: The file.
-        factors: The names of the tensors of each adapted module, by its path and by part: ``"A"``, ``"B"``, and
-            ``"E"`` for AdaLoRA's λ.
+        factors: The names of the tensors of each adapted module, by its path and by part: of a LoRA ``"A"`` and
+            ``"B"``, and ``"E"`` for AdaLoRA's λ.
         others: The names of all other tensors, by their names without PEFT's prefix.
+        shared: The names of the tensors that all targets share, by part.
     """
 
     file: Path
     factors: dict[str, dict[str, str]]
     others: dict[str, str]
+    shared: dict[str, str]
     _opened: Any
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -60,7 +63,36 @@ class Weights:
         return self.tensor(name).flatten(1).to(torch.float32)
 
 
-def open_weights(file: Path) -> Weights:
+@attrs.frozen
+class Kind:
+    """How the tensors of one type of adapter are known.
+
+    Attributes:
+        what: What the file should hold, for an error.
+        first: A name that every such file has, for an error.
+        find: Gives the module's path and the part for a tensor's name without PEFT's prefix; None for other tensors.
+        find_shared: Gives the part for the name of a tensor that all targets share; None for other tensors.
+        integers: The parts that are integers, with their types in a file.
+    """
+
+    what: str
+    first: str
+    find: Callable[[str], tuple[str, str] | None]
+    find_shared: Callable[[str], str | None] = lambda name: None
+    integers: Mapping[str, str] = attrs.field(factory=dict)
+
+
+def _of_lora(name: str) -> tuple[str, str] | None:
+    found = _MATRIX.fullmatch(name)
+    if found is None or _is_bias(found["rest"]):
+        return None
+    return found["path"] or "", found["part"][-1]
+
+
+LORA: Final = Kind("one LoRA or AdaLoRA", "lora_A", _of_lora)
+
+
+def open_weights(file: Path, kind: Kind = LORA) -> Weights:
     """Open a file of tensors, and sort their names. The values are not read.
 
     Raises:
@@ -69,34 +101,37 @@ def open_weights(file: Path) -> Weights:
     try:
         opened: Any = safe_open(file, framework="pt", device="cpu")  # Any: its methods are not annotated
         keys = list(opened.keys())
-        kinds = {key: opened.get_slice(key).get_dtype() for key in keys}
+        types = {key: opened.get_slice(key).get_dtype() for key in keys}
     except _UNREADABLE as error:
         raise _damaged(file, error) from error
     prefix = PREFIX if any(key.startswith(PREFIX) for key in keys) else ""
     factors: dict[str, dict[str, str]] = {}
     others: dict[str, str] = {}
+    shared: dict[str, str] = {}
     problems: list[str] = []
+
+    def add(own: dict[str, str], part: str, key: str) -> None:
+        if part in own:
+            problems.append(f"{shown(key)} and {shown(own[part])} are the same matrix; there may be two adapters")
+        own[part] = key
+        problems.extend(_wrong_number(key, types[key], kind.integers.get(part, "")))
+
     for key in keys:
-        if not key.startswith(prefix):
+        name = key.removeprefix(prefix)
+        if (part := kind.find_shared(key.removeprefix(MODEL))) is not None:
+            add(shared, part, key)
+        elif not key.startswith(prefix):
             problems.append(f"{shown(key)} does not begin with {prefix!r} as the others do")
-            continue
-        name = key[len(prefix) :]
-        found = _MATRIX.fullmatch(name)
-        if found is not None and not _is_bias(found["rest"]):
-            part = found["part"][-1]
-            own = factors.setdefault(found["path"] or "", {})
-            if part in own:
-                problems.append(f"{shown(key)} and {shown(own[part])} are the same matrix; there may be two adapters")
-            own[part] = key
-            problems += _wrong_number(key, kinds[key])
+        elif found := kind.find(name):
+            add(factors.setdefault(found[0], {}), found[1], key)
         elif not any(each in name.split(".") for each in _UNUSED):
             others[name] = key
     if problems:
-        raise FileError("\n- ".join([f"{file} does not hold one LoRA or AdaLoRA:", *first(problems)]))
+        raise FileError("\n- ".join([f"{file} does not hold {kind.what}:", *first(problems)]))
     if not factors:
         held = f"; it holds {shown(keys[0])}" if keys else ""
-        raise FileError(f"{file} holds no adapter: none of its {len(keys)} tensors is a lora_A{held}")
-    return Weights(file, factors, others, opened)
+        raise FileError(f"{file} holds no adapter: none of its {len(keys)} tensors is a {kind.first}{held}")
+    return Weights(file, factors, others, shared, opened)
 
 
 def _is_bias(rest: str | None) -> bool:
@@ -104,9 +139,9 @@ def _is_bias(rest: str | None) -> bool:
     return rest is not None and rest.split(".")[-1] == "bias"
 
 
-def _wrong_number(key: str, kind: str) -> Iterator[str]:
-    if kind not in _REAL:
-        yield f"{shown(key)} is of type {kind}, expected one of {', '.join(_REAL)}"
+def _wrong_number(key: str, kind: str, integers: str) -> Iterator[str]:
+    if kind not in (allowed := (integers,) if integers else _REAL):
+        yield f"{shown(key)} is of type {kind}, expected {'' if integers else 'one of '}{', '.join(allowed)}"
 
 
 def _damaged(file: Path, error: Exception) -> FileError:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -13,13 +13,15 @@ from torch import Tensor
 from tunerkit.errors import first
 from tunerkit.plugin import ConfigError, FileError, copies_of
 from tunerkit_peft.card import card
+from tunerkit_peft.declaration import Declared, declared_by
 from tunerkit_peft.files import CONFIG, WEIGHTS
 from tunerkit_peft.forms import Written, adalora, compact, uniform
 from tunerkit_peft.options import PeftOptions
-from tunerkit_peft.pieces import Piece, pieces_of, trained_biases
+from tunerkit_peft.pieces import Piece, Site, pieces_of, trained_biases
 from tunerkit_peft.places import modules_of
-from tunerkit_peft.selecting import modules_to_save, target_modules
-from tunerkit_peft.weights import PREFIX
+from tunerkit_peft.selecting import BELOW, modules_to_save, target_modules
+from tunerkit_peft.to_table import below, named, sites_of
+from tunerkit_peft.weights import MODEL, PREFIX
 
 if TYPE_CHECKING:
     from tunerkit.plugin import Tuner
@@ -44,24 +46,61 @@ def write(tuner: "Tuner", path: Path, options: PeftOptions) -> list[Path]:
         ConfigError: The options contradict the adapter or each other.
         AdapterError: The method adds no products.
     """
-    pieces = pieces_of(tuner)
-    biases = trained_biases(tuner, pieces)
-    form = _form(tuner, pieces, options)
+    declared = declared_by(tuner.method) if options.form in (None, "own") else None
+    if declared is None and options.form == "own":
+        raise ConfigError(
+            [f"method {tuner.method!r} declares no names of PEFT's; leave the option out, for a LoRA @ $.form"]
+        )
+    form, sites = _products(tuner, options) if declared is None else _named(tuner, declared, options)
+    word, inside = ("lora_only", BELOW) if declared is None else (declared.names.bias, below(declared))
+    biases = trained_biases(tuner, sites, word)
     base = options.base if options.base is not None else _name_of(tuner)
-    settings = {**_settings(tuner, pieces, base), **form.settings, "bias": biases.setting}
+    has_bias = {"bias": biases.setting} if word else {}
+    settings = {**form.settings, **_settings(tuner, sites, base, inside), **has_bias}
     tensors = _cast(form.tensors, options.dtype)
     tensors |= {f"{at}.{name}": each for at, own in copies_of(tuner).items() for name, each in own.items()}
     tensors |= biases.tensors
+    held = {PREFIX + name: each for name, each in tensors.items()}
+    held |= {MODEL + name: each for name, each in _cast(form.shared, options.dtype).items()}
     config, weights, readme = path / CONFIG, path / WEIGHTS, path / _CARD
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    readme.write_text(card(tuner, base, settings, pieces), encoding="utf-8")
-    save_file({PREFIX + name: each for name, each in _apart(tensors).items()}, weights, metadata={"format": "pt"})
+    readme.write_text(card(tuner, base, settings, sites), encoding="utf-8")
+    save_file(_apart(held), weights, metadata={"format": "pt"})
     shutil.copymode(config, weights)  # safetensors makes files that only their owner can read
     return [config, weights, readme]
 
 
+def _named(tuner: "Tuner", declared: Declared, options: PeftOptions) -> tuple[Written, list[Site]]:
+    """PEFT's type of the method itself."""
+    if options.rank is not None:
+        raise ConfigError(
+            [
+                f"PEFT's {declared.names.type} keeps the adapter's sizes; leave the option out, or pass form='uniform' "
+                "for a LoRA @ $.rank"
+            ]
+        )
+    sites = sites_of(tuner, declared)
+    return named(tuner, declared, sites), sites
+
+
+def _products(tuner: "Tuner", options: PeftOptions) -> tuple[Written, list[Site]]:
+    """A LoRA or an AdaLoRA."""
+    pieces = pieces_of(tuner)
+    sites = [piece.site for piece in pieces]
+    plain = {
+        "peft_type": "LORA",
+        "lora_dropout": tuner.config.dropout,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    form = _form(tuner, pieces, options)
+    return Written({**plain, **form.settings}, form.tensors), sites
+
+
 def _form(tuner: "Tuner", pieces: list[Piece], options: PeftOptions) -> Written:
-    if options.form == "uniform":
+    if options.form in (None, "uniform"):
         return uniform(pieces, options.rank)
     if options.rank is not None:
         raise ConfigError([f"form {options.form!r} keeps the rank of each module; leave the option out @ $.rank"])
@@ -70,26 +109,22 @@ def _form(tuner: "Tuner", pieces: list[Piece], options: PeftOptions) -> Written:
     return adalora(pieces, tuner.total_steps or tuner.steps)
 
 
-def _settings(tuner: "Tuner", pieces: list[Piece], base: str) -> dict[str, object]:
+def _settings(tuner: "Tuner", sites: Sequence[Site], base: str, inside: Sequence[str]) -> dict[str, object]:
     """The settings that every form has. Fields at their defaults are left out where an old PEFT lacks them."""
     present = modules_of(tuner.model)
-    owners = {piece.owner for piece in pieces}
+    owners = {site.owner for site in sites}
     copies = copies_of(tuner)
     causal = type(tuner.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    transposes = any(type(site.module).__name__ == "Conv1D" for site in sites)
     return {
-        "peft_type": "LORA",
         "peft_version": _VERSION,
         # Of other tasks PEFT's own model classes change the forward or add modules, so they are left unnamed.
         "task_type": "CAUSAL_LM" if causal else None,
         "base_model_name_or_path": base or None,
         "inference_mode": True,
         "target_modules": target_modules(owners, present),
-        "modules_to_save": modules_to_save(copies, owners, present) if copies else None,
-        "lora_dropout": tuner.config.dropout,
-        "fan_in_fan_out": any(type(piece.module).__name__ == "Conv1D" for piece in pieces),
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
+        "modules_to_save": modules_to_save(copies, owners, present, inside) if copies else None,
+        **({"fan_in_fan_out": True} if transposes else {}),
     }
 
 
@@ -101,11 +136,12 @@ def _name_of(tuner: "Tuner") -> str:
 def _cast(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     wanted: torch.dtype = getattr(torch, dtype)
     largest = torch.finfo(wanted).max
-    if wrong := [name for name, each in tensors.items() if each.numel() and float(each.abs().max()) > largest]:
+    numbers = {name: each for name, each in tensors.items() if each.is_floating_point()}
+    if wrong := [name for name, each in numbers.items() if each.numel() and float(each.abs().max()) > largest]:
         raise FileError(
             "\n- ".join([f"some values are above {largest:g}, the largest of {dtype}; use bfloat16:", *first(wrong)])
         )
-    return {name: each.to(wanted) for name, each in tensors.items()}
+    return {**tensors, **{name: each.to(wanted) for name, each in numbers.items()}}
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

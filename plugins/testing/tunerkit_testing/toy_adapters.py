@@ -14,6 +14,7 @@ class LowRank(Adapter):
     """Adds `SCALE` · ``b a x``; ``a`` (rank, in) is random, ``b`` (out, rank) starts at 0."""
 
     reads_output: ClassVar[bool | None] = False
+    reads_weight: ClassVar[bool | None] = False
 
     def __init__(self, base: BaseLayer, rank: int) -> None:
         super().__init__()
@@ -32,6 +33,7 @@ class Shift(Adapter):
     """Adds a trained vector ``v`` (out,), which starts at 0."""
 
     reads_output: ClassVar[bool | None] = False
+    reads_weight: ClassVar[bool | None] = False
 
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()

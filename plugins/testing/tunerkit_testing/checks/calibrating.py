@@ -18,19 +18,19 @@ from tunerkit_testing.checks.start import assert_start
 @one_code_path()
 def check_calibration_keeps_the_start(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """After `tunerkit.calibrate` the output is what the method declares of its start, and the base is as before."""
-    if hooks.registry.get(method).statistics is None:
-        raise SkipTest("the method asks for no statistics")
     # Modules that are trained in full would be fitted to the batches first, which changes the output.
     model = wrapped(case, method, {**config, "train_modules": ()}).eval()
-    tunerkit.calibrate(model, [_batch(model, case)] * 2, loss=_loss)
+    if hooks.statistics(tunerkit.tuner(model)) is None:
+        raise SkipTest("the method asks for no statistics")
+    tunerkit.calibrate(model, [batch_of(model, case)] * 2, loss=loss_of)
     assert_start(model, case)
     assert_base_untouched(model, case, "only change the adapters in tunerkit_calibrate")
     for name, parameter in tunerkit.tuner(model).named_parameters():
         assert bool(parameter.isfinite().all()), f"{name} contains NaN or inf after calibrating"
 
 
-def _batch(model: nn.Module, case: Case) -> Any:
-    """Return the arguments with which the case calls the model."""
+def batch_of(model: nn.Module, case: Case) -> Any:
+    """Return the arguments with which a case calls its model."""
     seen: list[Any] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -44,7 +44,7 @@ def _batch(model: nn.Module, case: Case) -> Any:
     return seen[0]
 
 
-def _loss(output: Any, batch: Any) -> Tensor:
+def loss_of(output: Any, batch: Any) -> Tensor:
     """A loss that the output itself has, or else its mean square: calibrating needs any."""
     found = getattr(output, "loss", None)
     if isinstance(found, Tensor):

@@ -70,7 +70,7 @@ def _plain(case: Case) -> dict[str, object]:
 def _others(case: Case) -> Iterator[Part]:
     """Yield each installed method that has a delta."""
     for other, info in tunerkit.methods().items():
-        if info.error is None and hooks.registry.get(other).targets != "outputs" and hooks.has_delta(other):
+        if info.error is None and hooks.registry.get(other).targets == "weights" and hooks.has_delta(other):
             yield Part(other, _plain(case))
 
 

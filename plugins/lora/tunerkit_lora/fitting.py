@@ -1,0 +1,188 @@
+"""Starts that are fitted to data: EVA by the layers' inputs, LoRA-One by the gradient; and the ranks by either."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tunerkit.plugin import BaseLayer, Factors, Statistics, StatisticsRequest, StepError, Tuner, resize_
+from tunerkit_lora.adapter import LoraAdapter
+from tunerkit_lora.config import LoraConfig
+from tunerkit_lora.subtracted import SubtractedLora
+
+# Directions that are measured for each that is used, and at least: an approximation is good far from its end.
+_EXCESS, _LEAST = 4, 64
+_GAMMA = 64.0  # γ of LoRA-One's stable scale, as its authors ran it
+
+
+def request(config: LoraConfig) -> StatisticsRequest | None:
+    """What a start needs to know of the data; None for nothing."""
+    most = math.ceil(config.most * max(config.rank, *config.rank_pattern.values(), 1))
+    if config.start == "eva":
+        return StatisticsRequest(inputs=max(_EXCESS * most, _LEAST))
+    return StatisticsRequest(gradients=max(2 * most, _LEAST // 2)) if config.start == "gradients" else None
+
+
+def refuse_unfitted(tuner: Tuner) -> None:
+    """Raise `StepError` if an adapter is about to train whose start needs data and got none."""
+    config, progress = _config(tuner), tuner.progress
+    if request(config) is not None and progress.calibration is None and not progress.loaded:
+        raise StepError(
+            f"start {config.start!r} is set by data, and adapter {tuner.name!r} got none: call "
+            "tunerkit.calibrate(model, batches) between wrap and attach"
+        )
+
+
+def fit_(
+    tuner: Tuner, statistics: Mapping[str, Statistics], bases: Mapping[str, BaseLayer]
+) -> Mapping[str, int] | None:
+    """Set the start and the ranks of all adapters. Returns the ranks if they changed."""
+    config, before = _config(tuner), tuner.ranks()
+    if config.start == "eva":
+        _fit_inputs_(tuner, config, statistics)
+    else:
+        _fit_gradients_(tuner, config, statistics, bases)
+    after = tuner.ranks()
+    return None if after == before else after
+
+
+def all_b(tuner: Tuner) -> list[nn.Parameter]:
+    """Every B."""
+    return [adapter.b for adapter in tuner.adapters().values() if isinstance(adapter, LoraAdapter | SubtractedLora)]
+
+
+def _config(tuner: Tuner) -> LoraConfig:
+    assert isinstance(tuner.config, LoraConfig)
+    return tuner.config
+
+
+# --- By the inputs ----------------------------------------------------------------------------------------------------
+
+
+def _fit_inputs_(tuner: Tuner, config: LoraConfig, statistics: Mapping[str, Statistics]) -> None:
+    """EVA: A is the inputs' first principal components, and each rank goes to the component that explains most.
+
+    Paischer et al., arXiv 2410.07170, Algorithm 1. A share of variance is a component's part of its own layer's. Layers
+    with the same input, such as a query and a key, have the same shares; the first of them in the model gets the rest.
+    """
+    found = _once_each(statistics)
+    shares = {path: _explained(each)[: _cap(path, config, each)] for path, each in found.items()}
+    ranks = {path: config.rank_at(path) for path in found}
+    if config.most > 1:
+        ranks = _largest(shares, sum(ranks.values()))
+    for path, adapter in tuner.adapters().items():
+        assert isinstance(adapter, LoraAdapter)
+        _start_(adapter, _directions(found[path])[: ranks[path]], ranks[path])
+
+
+def _once_each(statistics: Mapping[str, Statistics]) -> dict[str, Statistics]:
+    """Give layers with the same inputs the same approximation: their exact sums are equal to the last bit."""
+    first: dict[tuple[int, float, int], Statistics] = {}
+    return {
+        path: first.setdefault((each.rows, each.variance, _components(each).shape[1]), each)
+        for path, each in statistics.items()
+    }
+
+
+def _components(found: Statistics) -> Tensor:
+    assert found.centred is not None  # it was asked for
+    return found.centred
+
+
+def _explained(found: Statistics) -> list[float]:
+    """The share of the variance that each component explains."""
+    squares = _components(found).double().square().sum(dim=1)
+    return (squares / max(found.variance, 1e-300)).tolist()  # type: ignore[no-any-return]  # of torch
+
+
+def _directions(found: Statistics) -> Tensor:
+    """The components, (k, in), with length 1; without those along which the inputs do not vary."""
+    components = _components(found)
+    lengths = components.norm(dim=1)
+    kept = lengths > 0
+    return components[kept] / lengths[kept, None]
+
+
+def _cap(path: str, config: LoraConfig, found: Statistics) -> int:
+    return min(round(config.most * config.rank_at(path)), _components(found).shape[1])
+
+
+def _largest(shares: Mapping[str, Sequence[float]], budget: int) -> dict[str, int]:
+    """Give each rank of the budget to the largest share that is left; of equal ones the first target's."""
+    ordered = sorted(((share, path) for path, own in shares.items() for share in own), key=lambda each: -each[0])
+    ranks = dict.fromkeys(shares, 0)
+    for _, path in ordered[:budget]:
+        ranks[path] += 1
+    return ranks
+
+
+def _start_(adapter: LoraAdapter, directions: Tensor, rank: int) -> None:
+    """Set A; what the data do not say stays random. B is 0."""
+    own = adapter.a.detach()
+    missing = rank - len(directions)
+    if missing > len(own):
+        own = nn.init.kaiming_uniform_(own.new_empty(missing, own.shape[1]), a=math.sqrt(5))
+    resize_(adapter.a, torch.cat([directions.to(own), own[: max(missing, 0)]]))
+    resize_(adapter.b, adapter.b.new_zeros(adapter.b.shape[0], rank))
+
+
+# --- By the gradient --------------------------------------------------------------------------------------------------
+
+
+def _fit_gradients_(
+    tuner: Tuner, config: LoraConfig, statistics: Mapping[str, Statistics], bases: Mapping[str, BaseLayer]
+) -> None:
+    """LoRA-One: A and B are the first singular vectors of −∂L/∂W (Zhang et al., arXiv 2502.01235).
+
+    The paper adds the start, which is a step along the gradient. Here it is subtracted, so that training starts at the
+    base: A and B lie in the subspaces of the gradient, and the optimizer takes the step.
+    """
+    found = {path: _gradient(each) for path, each in statistics.items()}
+    ranks = {path: config.rank_at(path) for path in found}
+    if config.most > 1:
+        scores = {path: _importance(each, bases[path]) for path, each in found.items()}
+        caps = {path: min(round(config.most * ranks[path]), *bases[path].dense().shape) for path in found}
+        ranks = _in_proportion(scores, caps, sum(ranks.values()))
+    for path, adapter in tuner.adapters().items():
+        assert isinstance(adapter, SubtractedLora)
+        adapter.set_start_(_first_triplets(found[path], ranks[path]))
+
+
+def _gradient(found: Statistics) -> Factors:
+    assert found.gradients is not None  # it was asked for
+    return found.gradients
+
+
+def _first_triplets(gradient: Factors, rank: int) -> Factors:
+    """A (r, in) and B (out, r) from the singular triplets of the gradient P Q, the largest first.
+
+    The largest of them has the size √out / γ, whatever the unit of the loss, as in the authors' code.
+    """
+    left, small_left = torch.linalg.qr(gradient.p.double())
+    right, small_right = torch.linalg.qr(gradient.q.double().T)
+    u, sigma, vh = torch.linalg.svd(small_left @ small_right.T)
+    root = (sigma[:rank] / sigma[:1].clamp(min=1e-300)).sqrt() * (len(left) ** 0.25 / _GAMMA**0.5)
+    return Factors(q=root[:, None] * (vh[:rank] @ right.T), p=-(left @ u[:, :rank]) * root)
+
+
+def _importance(gradient: Factors, base: BaseLayer) -> float:
+    """GoRA's importance of a matrix, mean |W ∘ ∂L/∂W| (He et al., arXiv 2502.12171)."""
+    weight = base.dense().float()
+    return float((weight * (gradient.p @ gradient.q).to(weight)).abs().mean())
+
+
+def _in_proportion(scores: Mapping[str, float], caps: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Divide a budget of ranks in proportion to scores, none above its cap; rounding goes by largest remainder."""
+    ranks: dict[str, int] = {}
+    while (open_ := {path: score for path, score in scores.items() if path not in ranks}) and budget > 0:
+        total = sum(open_.values())
+        parts = {path: budget * (score / total if total else 1 / len(open_)) for path, score in open_.items()}
+        full = {path: caps[path] for path, part in parts.items() if part >= caps[path]}
+        if not full:
+            floors = {path: int(part) for path, part in parts.items()}
+            rest = sorted(parts, key=lambda path: floors[path] - parts[path])[: budget - sum(floors.values())]
+            return {path: ranks.get(path, floors.get(path, 0)) + (path in rest) for path in scores}
+        ranks |= full
+        budget -= sum(full.values())
+    return {path: ranks.get(path, 0) for path in scores}

@@ -1,0 +1,89 @@
+"""LoftQ: A and B start at what quantising has rounded away, so that base and adapter are nearer to the original."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tunerkit.plugin import BaseLayer, FileError, TargetError
+
+_INDEX: Final = "model.safetensors.index.json"
+
+
+def lost(path: str, base: BaseLayer, original: str | None) -> Tensor:
+    """Return W − Q, (out, in) in fp32: the weight before it was quantised, less what the base layer holds.
+
+    Its best approximation of rank r is LoftQ's start for a base that stays as it is (Li et al., arXiv 2310.08659,
+    Eq. 6, with one alternation). The paper also quantises again, which would change the base.
+
+    Args:
+        path: The target's path, by which the original's tensor is found.
+        base: The quantised layer.
+        original: A folder with safetensors files, or one file.
+
+    Raises:
+        TargetError: The base is not quantised, or no original is named.
+        FileError: The original cannot be read, or its tensor is not the layer's weight.
+    """
+    if base.packing is None:
+        raise TargetError(
+            "start 'loftq' makes up for what a quantiser rounds, and this weight is not quantised; quantise the base, "
+            "or use another start, such as 'pissa'"
+        )
+    if original is None:
+        raise TargetError(
+            f"start 'loftq' needs the weight as it was before {base.packing.name} stored it; set original to the "
+            "folder of the unquantised base's safetensors files"
+        )
+    stored = base.dense().float()
+    found = _weight(f"{path}.weight" if path else "weight", Path(original)).to(stored)
+    # A linear layer of GPT-2 has the transposed weight in its files.
+    fitting = [each - stored for each in (found, found.T) if each.shape == stored.shape]
+    nearest = min(fitting, key=lambda each: float(each.norm()), default=None)
+    if nearest is None or nearest.norm() >= stored.norm():
+        raise FileError(f"{original} holds another weight for {path!r} than the base: quantising does not explain it")
+    return nearest
+
+
+def _weight(name: str, original: Path) -> Tensor:
+    """Read one tensor. Its name may lack the first parts of the path, or have more, as a model's and its head's do."""
+    try:
+        files = list(_files(original))
+        holding = {key: file for file in files for key in _keys(file) if _same(key, name)}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise FileError(f"{original} cannot be read: {error}. Name a folder with safetensors files") from error
+    if name in holding:
+        holding = {name: holding[name]}
+    if len(holding) != 1:
+        count = "no tensor" if not holding else f"{len(holding)} tensors"
+        raise FileError(f"{original} has {count} for {name!r}; name the folder of the unquantised base")
+    ((key, file),) = holding.items()
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(key)
+    return tensor if tensor.ndim == 2 else tensor.flatten(1)
+
+
+def _files(original: Path) -> Iterator[str]:
+    if original.is_file():
+        yield os.fspath(original)
+    elif (index := original / _INDEX).is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        yield from (os.fspath(original / Path(name).name) for name in sorted(names))
+    else:
+        found = sorted(original.glob("*.safetensors"))
+        if not found:
+            raise FileError(f"{original} has no safetensors file; name the folder of the unquantised base")
+        yield from map(os.fspath, found)
+
+
+def _keys(file: str) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def _same(key: str, name: str) -> bool:
+    return key == name or key.endswith(f".{name}") or name.endswith(f".{key}")

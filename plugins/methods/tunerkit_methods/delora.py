@@ -1,0 +1,84 @@
+"""DeLoRA (Bini et al., ICLR 2025, arXiv 2503.18225): a low-rank product of bounded size."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Factors, Method, add_low_rank, hookimpl, setting
+from tunerkit_methods.sizes import at_most
+
+NAMES = {
+    "type": "DELORA",
+    "tensors": {"a": "delora_A", "b": "delora_B", "bound": "delora_lambda", "norms": "delora_w_norm"},
+    "settings": {"rank": "r", "bound": "delora_lambda", "dropout": "module_dropout"},
+    "constants": {"rank_pattern": {}},
+    "ignored": ["init_weights", "lambda_pattern"],
+    "layers": ["Linear"],
+    "bias": "delora_only",
+}
+
+
+@attrs.frozen
+class Config(AdapterConfig):
+    """The settings of DeLoRA."""
+
+    rank: int = setting(8, ge=1, doc="rows of A and columns of B", aka=("r",))
+    bound: float = setting(15.0, gt=0, doc="λ at the start; it is trained", aka=("delora_lambda",))
+    dropout: float = setting(0.0, ge=0, lt=1, doc="share of the input that is dropped", aka=("module_dropout",))
+
+
+class Bounded(Adapter):
+    """ΔW = λ/r · B Ξ A diag(n), with Ξ = diag(1 / (‖bᵢ‖ ‖aᵢ‖)), B (out, r), A (r, in), and n (in,) the norms of W.
+
+    Each triplet then has a length of λ/r before diag(n), however long A and B are (equation 7). The paper scales by the
+    norm of the whole W; this is its code and PEFT's, which take the norm of each column. B starts at 0.
+    """
+
+    reads_output: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = True  # at the start
+    rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1}
+
+    def __init__(self, base: BaseLayer, config: Config) -> None:
+        super().__init__()
+        most = max(8, min(base.out_features, base.in_features))  # 8, the default, does no harm
+        rank = at_most(config.rank, 8, most, "rank, the rank of the weight")
+        self.a = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=math.sqrt(5)))
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.bound = nn.Parameter(torch.tensor([config.bound]))
+        weight = base.dense()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.norms = nn.Parameter(weight.to(wide).norm(dim=0).cpu(), requires_grad=False)
+        self.dropout = config.dropout
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+    def product(self) -> Factors:
+        # A column of length 0 has no direction; PEFT has the same limit.
+        lengths = self.a.norm(dim=1).clamp(min=1e-4) * self.b.norm(dim=0).clamp(min=1e-4)
+        return Factors(q=self.a * self.norms, p=self.b * (self.bound / self.rank / lengths))
+
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        product = self.product()
+        dropout = self.dropout if self.training else 0.0
+        return add_low_rank(base, x, y, q=product.q, p=product.p, scale=1.0, dropout=dropout)
+
+
+@hookimpl
+def tunerkit_methods() -> Iterator[Method]:
+    yield Method("delora", config=Config, foreign={"peft": NAMES})
+
+
+@hookimpl
+def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Bounded:
+    return Bounded(base, config)
+
+
+@hookimpl
+def tunerkit_factors(adapter: Bounded) -> Factors:
+    return adapter.product()

@@ -1,0 +1,315 @@
+"""PEFT's names for a method, as it declares them in ``Method.foreign["peft"]``: its folders are read and written so."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import attrs
+
+import tunerkit
+from tunerkit.errors import closest, shown
+from tunerkit.plugin import Method, PluginError, method_record
+
+Made = TypeVar("Made")
+Size = int | str
+OUT, IN, KERNEL, ONES = "out", "in", "*in", "1*"
+FORMAT: Final = "peft"
+NONE: Final = object()  # no default: None is one
+# The fields of PEFT's configs that every type has, and that this plugin reads and writes itself.
+COMMON: Final = frozenset(
+    {
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+        "bias",
+        "fan_in_fan_out",
+        "ensure_weight_tying",
+    }
+)
+
+
+def _wrong(what: str, got: object) -> ValueError:
+    return ValueError(f"expected {what}, got {shown(got)}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str) and value:
+        return value
+    raise _wrong("a text", value)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """One text or several."""
+    given = (value,) if isinstance(value, str) else value
+    if isinstance(given, Sequence) and given and all(isinstance(each, str) and each for each in given):
+        return tuple(given)
+    raise _wrong("a text or several", value)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return () if value in ((), []) else _texts(value)
+
+
+def _flag(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise _wrong("True or False", value)
+
+
+def _shape(value: Any) -> tuple[Size, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, list | tuple) and all(_is_size(size) for size in value):
+        return tuple(value)
+    raise _wrong('a list of sizes, such as ["out", "rank", 1]', value)
+
+
+def _is_size(value: Any) -> bool:
+    return bool(value) and (isinstance(value, str) or (type(value) is int and value > 0))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping) and all(isinstance(key, str) and key for key in value):
+        return dict(value)
+    raise _wrong("a mapping from names", value)
+
+
+def _each(make: Callable[[Any], Made]) -> Callable[[Any], dict[str, Made]]:
+    """A converter of the values of a mapping; an error says which."""
+
+    def made(value: Any) -> dict[str, Made]:
+        found = {}
+        for key, each in _mapping(value).items():
+            try:
+                found[key] = make(each)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
+        return found
+
+    return made
+
+
+@attrs.frozen(kw_only=True)
+class Leaf:
+    """PEFT's name and shape of one tensor. A bare text is the name alone.
+
+    A shape has these sizes: ``"out"`` and ``"in"``, the layer's features; a text of your own, a size that the tensors
+    of one target agree on, which must equal the setting of that name if there is one; a number, which is that size. A
+    ``1`` is a dimension that tunerkit's tensor lacks. ``"1*"`` is such a dimension for each one of a convolution's
+    kernel, and none elsewhere. ``"*in"`` is "in" as a convolution has it: the input channels, and the kernel.
+
+    Attributes:
+        name: The name below the module's path, without the adapter's name: ``"hada_w1_a"``, ``"oft_R.weight"``. If
+            there are several, all are read, and the first one is written.
+        shape: The shape; None for the shape that the tensor has here.
+        convolution: The shape at a convolution, if it is another one.
+        embedding: The name at an embedding, if it is another one.
+        chosen: The shape at the targets that a setting names, by the setting; see `Setting.targets`.
+        transposed: Whether the last two dimensions are the other way round here, after what is lacking is taken out.
+        integers: The dtype of integers, such as ``"int32"``; they are int64 here. Empty for numbers.
+        optional: Whether a target may lack it.
+        repeated: Whether PEFT also writes a shared tensor at each target.
+    """
+
+    name: tuple[str, ...] = attrs.field(converter=_texts)
+    shape: tuple[Size, ...] | None = attrs.field(default=None, converter=_shape)
+    convolution: tuple[Size, ...] | None = attrs.field(default=None, converter=_shape)
+    embedding: str = attrs.field(default="", converter=lambda value: value and _text(value))
+    chosen: Mapping[str, tuple[Size, ...] | None] = attrs.field(factory=dict, converter=_each(_shape))
+    transposed: bool = attrs.field(default=False, converter=_flag)
+    integers: str = attrs.field(default="", converter=lambda value: value and _text(value))
+    optional: bool = attrs.field(default=False, converter=_flag)
+    repeated: bool = attrs.field(default=False, converter=_flag)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that are read."""
+        return (*self.name, *([self.embedding] if self.embedding else []))
+
+
+def _values(value: Any) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
+    if not isinstance(value, Mapping):
+        raise _wrong("a mapping from the values here to those of PEFT", value)
+    return tuple((own, tuple(each) if isinstance(each, list | tuple) else (each,)) for own, each in value.items())
+
+
+@attrs.frozen(kw_only=True)
+class Setting:
+    """PEFT's name of one setting of the method's config. A bare text is the name alone.
+
+    Attributes:
+        name: The field of PEFT's config. If there are several, all are written, and must agree when they are read.
+        values: PEFT's value for each value here. Of several, all are read, and the first one is written. Empty if the
+            values are the same.
+        default: What PEFT takes where an older folder lacks the field. Without it, such a folder is refused.
+        targets: Whether the setting names some of the targets, by patterns here and by ends of their paths in PEFT.
+    """
+
+    name: tuple[str, ...] = attrs.field(converter=_texts)
+    values: tuple[tuple[Any, tuple[Any, ...]], ...] = attrs.field(default={}, converter=_values)
+    default: Any = NONE
+    targets: bool = attrs.field(default=False, converter=_flag)
+
+
+def _made(cls: Callable[..., Made], only: str) -> Callable[[Any], Made]:
+    """A converter to a class, from a mapping or from the one thing that most need."""
+
+    def made(value: Any) -> Made:
+        return _built(cls, {only: value} if isinstance(value, str | list | tuple) else _mapping(value))
+
+    return made
+
+
+def _built(cls: Any, given: Mapping[str, Any]) -> Any:
+    known = [field.name for field in attrs.fields(cls)]
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{shown(key)} is none of {', '.join(known)}{closest(key, known)}")
+    required = [field.name for field in attrs.fields(cls) if field.default is attrs.NOTHING]
+    for name in required:
+        if name not in given:
+            raise ValueError(f"{name!r} is missing")
+    for field in attrs.fields(cls):
+        if field.name in given and field.converter is not None:
+            try:
+                field.converter(given[field.name])  # once here, so that the error says which
+            except ValueError as error:
+                raise ValueError(f"{field.name}: {error}") from error
+    return cls(**given)
+
+
+@attrs.frozen(kw_only=True)
+class Declaration:
+    """What ``Method.foreign["peft"]`` may hold: PEFT's names for one method.
+
+    A whole one, of LoHa::
+
+        foreign={
+            "peft": {
+                "type": "LOHA",
+                "tensors": {"b1": "hada_w1_a", "a1": "hada_w1_b", "b2": "hada_w2_a", "a2": "hada_w2_b"},
+                "settings": {"rank": "r", "alpha": "alpha"},
+                "constants": {"use_effective_conv2d": False},
+                "training": {"rank_dropout": 0.0, "module_dropout": 0.0},
+                "ignored": ["init_weights"],
+                "layers": ["Linear", "Conv1d", "Conv2d"],
+            }
+        }
+
+    Attributes:
+        type: PEFT's ``peft_type``.
+        tensors: PEFT's name of each tensor of the method's adapter, by its name here: see `Leaf`. All that the adapter
+            saves must be named.
+        shared: The same for the tensors of the shared module. PEFT keeps them under ``base_model.``. A ``*`` at the end
+            of both names stands for the rest of a name, as in ``{"v.*": "tinylora_v.*"}``.
+        settings: PEFT's name of each setting of the method's config: see `Setting`.
+        constants: Fields of PEFT's config that change what is computed, with the only value that the method computes.
+            A folder with another one is refused, and this one is written.
+        training: Fields that only change training, with the value that the method trains with. A folder with another
+            one is read, with a warning, and this one is written.
+        ignored: Fields of any value that say how the adapter began, or that its tensors say too.
+        layers: The classes of the modules that PEFT adapts by this type; ``"Module"`` is any.
+        bias: The value of PEFT's ``bias`` with which the biases of the targets are trained, such as ``"vera_only"``;
+            empty if this type of PEFT's trains none.
+    """
+
+    type: str = attrs.field(converter=_text)
+    tensors: Mapping[str, Leaf] = attrs.field(converter=_each(_made(Leaf, "name")))
+    shared: Mapping[str, Leaf] = attrs.field(factory=dict, converter=_each(_made(Leaf, "name")))
+    settings: Mapping[str, Setting] = attrs.field(factory=dict, converter=_each(_made(Setting, "name")))
+    constants: Mapping[str, Any] = attrs.field(factory=dict, converter=_mapping)
+    training: Mapping[str, Any] = attrs.field(factory=dict, converter=_mapping)
+    ignored: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    layers: tuple[str, ...] = attrs.field(default=("Linear", "Conv1D"), converter=_texts)
+    bias: str = attrs.field(default="", converter=lambda value: value and _text(value))
+
+    def takes(self, module: object) -> bool:
+        """Whether PEFT adapts a module of this class."""
+        return any(kind.__name__ in self.layers for kind in type(module).__mro__)
+
+
+@attrs.frozen
+class Declared:
+    """A method with its declaration.
+
+    Attributes:
+        method: The method's name.
+        config: Its config class.
+        names: The declaration.
+    """
+
+    method: str
+    config: type
+    names: Declaration
+
+
+def declared_by(method: str) -> Declared | None:
+    """Return a method's declaration; None if it has none.
+
+    Raises:
+        PluginError: The declaration is wrong; the error names the plugin, the method and the place.
+        UnknownMethodError: There is no such method.
+    """
+    record = method_record(method)
+    given = record.foreign.get(FORMAT)
+    if given is None:
+        return None
+    try:
+        if not isinstance(given, Mapping):
+            raise _wrong("a mapping", given)
+        names = _built(Declaration, given)
+        for problem in _contradictions(record, names):
+            raise ValueError(problem)
+    except (ValueError, TypeError) as error:
+        raise PluginError(
+            f"the plugin of method {method!r} ({tunerkit.methods()[method].distribution}) declares foreign"
+            f"[{FORMAT!r}] wrongly: {error}. tunerkit_peft.declaration.Declaration says what it may hold"
+        ) from error
+    return Declared(method, record.config, names)
+
+
+def declarations() -> Iterator[tuple[str, str]]:
+    """Yield each installed method that declares a type of PEFT's, with that type."""
+    for method, info in tunerkit.methods().items():
+        if info.error is not None:
+            continue
+        given: Any = method_record(method).foreign.get(FORMAT)
+        if isinstance(given, Mapping) and isinstance(given.get("type"), str):
+            yield method, given["type"]
+
+
+def _contradictions(record: Method, names: Declaration) -> Iterator[str]:
+    fields = [field.name for field in attrs.fields(record.config)]
+    for setting in names.settings:
+        if setting not in fields:
+            yield f"settings: {record.config.__name__} has no setting {setting!r}{closest(setting, fields)}"
+    taken: dict[str, str] = {name: "what every type has" for name in COMMON}
+    groups: dict[str, Collection[str]] = {
+        **{f"settings.{own}": each.name for own, each in names.settings.items()},
+        **{"constants": names.constants, "training": names.training, "ignored": names.ignored},
+    }
+    for group, used in groups.items():
+        for name in used:
+            if name in taken:
+                yield f"{group}: {name!r} belongs to {taken[name]} already"
+            taken[name] = group
+    for group, leaves in (("tensors", names.tensors), ("shared", names.shared)):
+        known: dict[str, str] = {}
+        for own, leaf in leaves.items():
+            for name in leaf.names:
+                if name in known:
+                    yield f"{group}: {own!r} and {known[name]!r} are both {name!r}"
+                known[name] = own
+                if name.endswith("*") != own.endswith("*") or (group == "tensors" and "*" in name):
+                    yield f"{group}: {own!r} and {name!r}: a '*' ends both names, of shared tensors only"
+            for setting in leaf.chosen:
+                if setting not in names.settings or not names.settings[setting].targets:
+                    yield f"{group}: {own!r} is chosen by {setting!r}, which is no setting with targets=True"

@@ -1,0 +1,167 @@
+"""Write an adapter as PEFT's type of its method, by the names that the method declares."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+import tunerkit
+from tunerkit.errors import first, shown
+from tunerkit.plugin import FileError, PluginError, matches
+from tunerkit_peft.declaration import Declared, Leaf
+from tunerkit_peft.forms import Written
+from tunerkit_peft.pieces import Site
+from tunerkit_peft.places import obstacle
+from tunerkit_peft.selecting import target_modules
+from tunerkit_peft.shapes import Features, features_of, misfit, shape_of, theirs
+from tunerkit_peft.table_settings import written_settings
+
+if TYPE_CHECKING:
+    from tunerkit.plugin import Tuner
+
+_MERGE = "Call tunerkit.unwrap(model, keep_merged=True) and save the whole model instead"
+
+
+def sites_of(tuner: "Tuner", declared: Declared) -> list[Site]:
+    """Return the adapted modules.
+
+    Raises:
+        FileError: PEFT adapts no such module by this type, or computes something else there.
+    """
+    kind = declared.names.type
+    ranks = tuner.ranks()
+    sites = [Site(target.path, target.path, target.module, ranks[target.path]) for target in tuner.targets]
+    if any(site.name == "" for site in sites):
+        raise FileError(f"the model is itself a target, and PEFT adapts modules inside a model. {_MERGE}")
+    wrong = [f"{each.name} ({type(each.module).__name__})" for each in sites if not declared.names.takes(each.module)]
+    wrong += [f"{each.name} ({reason})" for each in sites if (reason := obstacle(each.module, kind))]
+    if wrong:
+        raise FileError(
+            "\n- ".join(
+                [
+                    f"the names of PEFT's {kind} are declared for {', '.join(declared.names.layers)}, and others are "
+                    f"adapted here. If the method adds products, form='uniform' writes a LoRA. {_MERGE}:",
+                    *first(wrong),
+                ]
+            )
+        )
+    return sites
+
+
+def named(tuner: "Tuner", declared: Declared, sites: Sequence[Site]) -> Written:
+    """Return the settings and the tensors of PEFT's type.
+
+    Args:
+        tuner: The adapter.
+        declared: The method, and its names.
+        sites: The adapted modules.
+
+    Raises:
+        FileError: PEFT has one value for all targets, and this adapter has several.
+        ConfigError: PEFT has no value for one of the settings.
+        PluginError: The method declares no name for one of its tensors, or another shape.
+    """
+    names, adapters = declared.names, tuner.adapters()
+    known: dict[str, dict[str, int]] = {}
+    tensors: dict[str, Tensor] = {}
+    for site in sites:
+        features = features_of(site.module)
+        chosen = [
+            own
+            for own, setting in names.settings.items()
+            if setting.targets and any(matches(pattern, site.name) for pattern in getattr(tuner.config, own) or ())
+        ]
+        sizes = known.setdefault(site.name, {})
+        for own, tensor in adapters[site.name].state_dict().items():
+            leaf = names.tensors.get(own)
+            if leaf is None:
+                raise _undeclared(declared, own)
+            shape = shape_of(leaf, features, chosen)
+            given = _theirs(declared, own, tensor, leaf, shape, features)
+            problem, _ = ("", False) if shape is None else misfit(given.shape, shape, features, sizes)
+            if problem:
+                raise _misdeclared(declared, own, f"the tensor of {site.name!r} {problem}")
+            leaf_name = leaf.embedding if leaf.embedding and isinstance(site.module, nn.Embedding) else leaf.name[0]
+            tensors[f"{site.name}.{leaf_name}"] = given
+    paths = [site.owner for site in sites]
+    alike = _alike(declared, tuner.config, known)
+    settings = written_settings(declared, tuner.config, alike, lambda patterns: _ends(patterns, paths))
+    shared = dict(_shared(declared, adapters[sites[0].name]))
+    again = [leaf.name[0] for leaf in names.shared.values() if leaf.repeated and leaf.name[0] in shared]
+    tensors |= {f"{site.name}.{name}": shared[name] for site in sites for name in again}
+    return Written(settings, tensors, shared)
+
+
+def below(declared: Declared) -> list[str]:
+    """What PEFT puts below a target of this type."""
+    starts = dict.fromkeys(name.partition(".")[0] for leaf in declared.names.tensors.values() for name in leaf.names)
+    return ["base_layer", *(each for start in starts for each in (start, f"{start}.default"))]
+
+
+def _shared(declared: Declared, adapter: Any) -> Iterator[tuple[str, Tensor]]:
+    if not adapter.has_shared:
+        return
+    for own, tensor in adapter.shared.state_dict().items():
+        names = declared.names.shared
+        covering = next((name for name in names if name.endswith("*") and own.startswith(name[:-1])), own)
+        if covering not in names:
+            raise _undeclared(declared, own)
+        name = names[covering].name[0]
+        rest = own.removeprefix(covering[:-1]) if name.endswith("*") else ""
+        leaf = names[covering]
+        yield name.removesuffix("*") + rest, _theirs(declared, own, tensor, leaf, leaf.shape, Features(0, ()))
+
+
+def _theirs(declared: Declared, own: str, tensor: Tensor, leaf: Leaf, shape: Any, features: Features) -> Tensor:
+    try:
+        return theirs(tensor.detach().cpu(), leaf, shape, features)
+    except (ValueError, RuntimeError) as error:
+        raise _misdeclared(declared, own, str(error)) from error
+
+
+def _alike(declared: Declared, config: object, known: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """The sizes on which all targets agree, for settings that are None."""
+    found: dict[str, dict[int, str]] = {}
+    for path, sizes in known.items():
+        for name, size in sizes.items():
+            if name in declared.names.settings:
+                found.setdefault(name, {}).setdefault(size, path)
+    for name, sizes in found.items():
+        wanted = getattr(config, name)
+        is_wrong = isinstance(wanted, int) and not isinstance(wanted, bool) and set(sizes) != {wanted}
+        if len(sizes) > 1 or is_wrong:
+            field = declared.names.settings[name].name[0]
+            lines = [f"{path} has {size}" for size, path in sizes.items()]
+            raise FileError(
+                "\n- ".join(
+                    [
+                        f"PEFT has one {field!r} for all targets of its {declared.names.type}"
+                        f"{f', {wanted} by the config' if is_wrong else ''}, and this adapter has several {name}. "
+                        f"{_MERGE}:",
+                        *first(lines),
+                    ]
+                )
+            )
+    return {name: next(iter(sizes)) for name, sizes in found.items()}
+
+
+def _ends(patterns: Sequence[str], paths: Sequence[str]) -> list[str] | str:
+    """PEFT's form of patterns of targets: names where their bare ends are right, else an expression for whole paths."""
+    wanted = [path for path in paths if any(matches(pattern, path) for pattern in patterns)]
+    found = target_modules(wanted, paths) if wanted else []
+    if isinstance(found, list) and [path for path in paths if path.endswith(tuple(found))] == wanted:
+        return found
+    return "|".join(map(re.escape, wanted))
+
+
+def _undeclared(declared: Declared, own: str) -> PluginError:
+    return _misdeclared(declared, own, "it is declared nowhere, and PEFT's folder would lack it")
+
+
+def _misdeclared(declared: Declared, own: str, what: str) -> PluginError:
+    distribution = tunerkit.methods()[declared.method].distribution
+    return PluginError(
+        f"the plugin of method {declared.method!r} ({distribution}) declares foreign['peft'] wrongly for tensor "
+        f"{shown(own)}: {what}"
+    )

@@ -1,0 +1,114 @@
+"""Norms as base layers, whose weight is a vector: for methods that adapt outputs, and no others."""
+
+from typing import NoReturn, final
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from tunerkit.errors import AdapterError
+from tunerkit.layers import torch_private
+from tunerkit.layers.base import BaseLayer
+from tunerkit.layers.kinds import OutputLayer
+from tunerkit.layers.weights import forward_owner, weight_of, whole_shape
+from tunerkit.paths import CHILD
+
+
+@final
+@attrs.frozen(eq=False)
+class NormLayer(BaseLayer):
+    """A norm over the last dimension: its output is w ⊙ n(x) + b. W is w as a column, (out, 1).
+
+    The law of `BaseLayer` reads here: output with w + Δ == output + Δ ⊙ `normalised` (x), for any Δ (out,).
+
+    Attributes:
+        offset: 1 where the module multiplies by 1 + its weight, as Gemma's norms do, so that w is that sum; else 0.
+    """
+
+    offset: float = attrs.field(init=False)
+
+    @offset.default
+    def _offset(self) -> float:
+        found = _offset_of(self.module)
+        assert found is not None, "matches says so"
+        return found
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Check the law itself, on random numbers: libraries have hundreds of such classes, each under its own name."""
+        return _offset_of(module) is not None
+
+    @property
+    def in_features(self) -> int:
+        return 1
+
+    @property
+    def out_features(self) -> int:
+        return whole_shape(self.tensor("weight"))[0]
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Compute n(x), without weight and bias, by the module's own forward.
+
+        Args:
+            x: The norm's input, (..., out).
+
+        Returns:
+            n(x), in the shape and dtype of ``x``.
+        """
+        return _run(self.module, x, x.new_full(x.shape[-1:], 1 - self.offset), x.new_zeros(x.shape[-1:])).to(x.dtype)
+
+    def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> NoReturn:
+        """Raise `AdapterError`: a vector mixes no features, so no product with x can be added."""
+        raise AdapterError(
+            f"the weight of a {type(self.module).__name__} is a vector, with which no low-rank product can be added; "
+            "add base.normalised(x) times a vector, or exclude it from the targets"
+        )
+
+    def project_out(self, h: Tensor, p: Tensor) -> NoReturn:
+        self.project_in(h, p)
+
+    def dense(self) -> Tensor:
+        weight = weight_of(self.module).detach()
+        return (weight + self.offset if self.offset else weight)[:, None]
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """(out, 1) to (out,)."""
+        return weight[:, 0]
+
+
+def as_output(module: nn.Module) -> BaseLayer:
+    """A module of no other kind, for a method that adapts outputs: a norm with its weight, or only an output."""
+    return NormLayer(module) if NormLayer.matches(module) else OutputLayer(module)
+
+
+def _offset_of(module: nn.Module) -> float | None:
+    """What a norm adds to its weight before it multiplies; None if the module is no such norm."""
+    own, children = torch_private.parameters_of(module), torch_private.own_children(module)
+    weight, more = own.get("weight"), [*module.buffers(recurse=False), *(children.keys() - {CHILD})]
+    if weight is None or more or not own.keys() <= {"weight", "bias"} or forward_owner(module) is object:
+        return None
+    shape = whole_shape(weight)
+    if len(shape) != 1 or not weight.is_floating_point():
+        return None
+    generator = torch.Generator().manual_seed(0)  # the user's random state stays
+    x, w, b = (torch.randn(*size, *shape, generator=generator, dtype=torch.float64) for size in ((2, 1), (), ()))
+    b = b if "bias" in own else torch.zeros_like(b)
+    try:
+        with torch.no_grad():
+            found = _run(module, x, w, b)
+            for offset in (0.0, 1.0):
+                expected = (w + offset) * _run(module, x, torch.full_like(w, 1 - offset), torch.zeros_like(b)) + b
+                if found.shape == x.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
+                    return offset
+    except Exception:  # a forward that wants more than x, or another shape of it: no norm of this kind
+        pass
+    return None
+
+
+def _run(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The forward of the module's class with other parameters, on a stand-in: other threads may run the module."""
+    cls = type(module)
+    stand_in = object.__new__(cls)
+    vars(stand_in).update(vars(module), _parameters={}, weight=weight, bias=bias)
+    output: Tensor = cls.forward(stand_in, x)
+    return output
