@@ -105,9 +105,7 @@ def _base_at(tuner: Tuner, target: Target, scanned: Scan) -> BaseLayer:
 def _adapter(tuner: Tuner, target: Target, base: BaseLayer, shared: nn.Module | None) -> Adapter:
     """Build one adapter through the method's plugin, which must not change what all of them share."""
     before = _versions(shared)
-    built = hooks.build_adapter(
-        tuner.method, target, base, tuner.config, shared, tuner.model, loading=tuner.progress.loaded
-    )
+    built = hooks.build_adapter(tuner.method, target, base, tuner.config, shared, loading=tuner.progress.loaded)
     if _versions(shared) != before:
         raise PluginError(
             f"{hooks.registry.plugin_of(tuner.method)} changed the shared module in tunerkit_build_adapter for "
