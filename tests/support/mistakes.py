@@ -48,7 +48,9 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake("says rank 1, adds rank 2", bad_plugins.RankLies, "rank"),
     Mistake("the delta is 0.999 times what forward adds", bad_plugins.DeltaTooSmall, "delta_is_what_forward_adds"),
     Mistake("the delta is transposed", bad_plugins.DeltaTransposed, "delta_is_what_forward_adds"),
-    Mistake("the delta has no gradient for half of the tensors", bad_plugins.DeltaHalfDetached, "delta_gives_gradients"),
+    Mistake(
+        "the delta has no gradient for half of the tensors", bad_plugins.DeltaHalfDetached, "delta_gives_gradients"
+    ),
     Mistake("a shared tensor has no gradient at one target", bad_plugins.TrainsTheGainOnce, "gradients_are_true"),
     Mistake("there is no delta", bad_plugins.DeltaMissing, "delta_is_what_forward_adds"),
     Mistake("forward counts its calls and uses the number", bad_plugins.HiddenState, "no_hidden_state"),

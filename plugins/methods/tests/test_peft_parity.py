@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit.hooks import registry
+from tunerkit.plugin import Adapter
 
 LEAVES = ("lin", "out")
 
@@ -79,6 +80,7 @@ ROWS = (
         instead={"peft.tuners.fourierft.layer.torch": Fp64(), "torch.Tensor.float": Tensor.double},
     ),
     Row("delora", {"rank": 3}, peft.DeloraConfig, {"r": 3, "init_weights": False}),
+    # PEFT rounds the scale to fp32, so it is one that fp32 has.
     # Without its CUDA extension, PEFT computes with one factor whatever its config says.
     Row("boft", {"block_size": 4, "factors": 1}, peft.BOFTConfig, {"boft_block_size": 4, "init_weights": False}),
     Row(
@@ -89,7 +91,6 @@ ROWS = (
     ),
     Row("hra", {"rank": 4}, peft.HRAConfig, {"r": 4, "init_weights": False}),
     Row("ia3", {"feedforward": ["out"]}, peft.IA3Config, {"feedforward_modules": ["out"], "init_ia3_weights": False}),
-    # PEFT rounds the scale to fp32, so it is one that fp32 has.
     Row("loha", {"rank": 3, "alpha": 6.0}, peft.LoHaConfig, {"r": 3, "alpha": 6, "init_weights": False}),
     Row("oft", {"block_size": 4}, peft.OFTConfig, {"oft_block_size": 4, "init_weights": False}),
     Row(
@@ -177,26 +178,27 @@ def both(row: Row) -> tuple[nn.Module, Any]:
 
 
 def every_pair(row: Row, ours: nn.Module, theirs: Any) -> list[tuple[Tensor, Tensor]]:
-    """Our tensors and PEFT's, of both layers."""
+    """Our tensors and PEFT's: those that both layers share, then those of each layer."""
     adapters = tunerkit.tuner(ours).adapters()
-    found = [
-        pair for name in LEAVES for pair in pairs(row, adapters[name], theirs.base_model.model.get_submodule(name))
+    layers = {name: theirs.base_model.model.get_submodule(name) for name in LEAVES}
+    return [
+        *shared_pairs(row, adapters[LEAVES[0]], theirs),
+        *(pair for name in LEAVES for pair in pairs(row, adapters[name], layers[name])),
     ]
-    for name, leaf in registry.get(row.method).foreign["peft"].get("shared", {}).items():
-        mine = dict(adapters[LEAVES[0]].shared.named_parameters())
-        if name in mine:
-            found.append((mine[name], getattr(theirs.base_model, leaf["name"])["default"]))
-    return [*shared_pairs(row, ours, theirs), *found]
 
 
-def shared_pairs(row: Row, ours: nn.Module, theirs: Any) -> list[tuple[Tensor, Tensor]]:
-    """Our tensors and PEFT's that all layers share, if their names end in a star."""
+def shared_pairs(row: Row, adapter: Adapter, theirs: Any) -> list[tuple[Tensor, Tensor]]:
+    """Our trained tensors and PEFT's that all layers share. A star at the end of a name stands for many of them."""
     found = []
-    for mine, name in registry.get(row.method).foreign["peft"].get("shared", {}).items():
+    for mine, leaf in registry.get(row.method).foreign["peft"].get("shared", {}).items():
+        own = {name: each for name, each in adapter.shared.named_parameters() if each.requires_grad}
+        name = leaf if isinstance(leaf, str) else leaf["name"]
         if mine.endswith(".*"):
             owner = theirs.base_model.get_submodule(name.removesuffix(".*"))["default"]
-            shared = next(iter(tunerkit.tuner(ours).adapters().values())).shared.get_submodule(mine.removesuffix(".*"))
-            found += [(each, owner[key]) for key, each in shared.named_parameters()]
+            stem = mine.removesuffix("*")
+            found += [(each, owner[key.removeprefix(stem)]) for key, each in own.items() if key.startswith(stem)]
+        elif mine in own:
+            found.append((own[mine], getattr(theirs.base_model, name)["default"]))
     return found
 
 
@@ -212,7 +214,7 @@ def pairs(row: Row, adapter: nn.Module, layer: nn.Module) -> list[tuple[Tensor, 
         owner: Any = layer
         for part in leaf.split("."):
             owner = getattr(owner, part)
-            if isinstance(owner, nn.ParameterDict | nn.ModuleDict | BufferDict):
+            if isinstance(owner, nn.ParameterDict | nn.ModuleDict | BufferDict | dict):
                 owner = owner["default"]
         owner = owner.weight if isinstance(owner, nn.Module) else owner  # DoRA's m, which is saved without ".weight"
         theirs = owner.t() if not isinstance(name, str) and name.get("transposed") else owner

@@ -113,9 +113,7 @@ def parametrize_with_checks(
             (given, given.name, ()) if isinstance(given, Case) else (given.values[0], given.id, given.marks)
         )
         found += [
-            pytest.param(
-                BoundCheck(check, case, method, config, expected), id=f"{label}-{each}", marks=marks
-            )
+            pytest.param(BoundCheck(check, case, method, config, expected), id=f"{label}-{each}", marks=marks)
             for check in wanted
             for each in (name_of(check),)
         ]

@@ -81,7 +81,9 @@ def check_other_process(case: Case, method: str, config: Mapping[str, object], t
     with patch("builtins.hash", _other_hash):
         again = wrapped(case, method, config)
         loaded = tunerkit.load(case.build(), path).eval()
-    hint = "in a process with another PYTHONHASHSEED; seed with zlib.crc32(path.encode()), or with a number that is saved"
+    hint = (
+        "in a process with another PYTHONHASHSEED; seed with zlib.crc32(path.encode()), or with a number that is saved"
+    )
     assert_same_start(wrapped(case, method, config), again, hint)
     assert torch.equal(case.output(loaded), expected), (
         "loaded in a process with another PYTHONHASHSEED, the adapter computes something else; hash() of text is "
