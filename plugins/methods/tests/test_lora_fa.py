@@ -1,6 +1,7 @@
 """LoRA-FA trains B as PEFT's optimizer of that name does."""
 
 import copy
+from typing import Any
 
 import peft
 import torch
@@ -20,7 +21,9 @@ def test_trains_as_pefts_optimizer_does() -> None:
     """
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8)).double()
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=3, lora_alpha=6, target_modules=list(LEAVES)))
+    theirs: Any = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=3, lora_alpha=6, target_modules=list(LEAVES))
+    )
     theirs = theirs.double()
     ours = tunerkit.wrap(base, "lora-fa", {"rank": 3, "alpha": 6, "targets": LEAVES, "adapter_dtype": "float64"})
     adapters = tunerkit.tuner(ours).adapters()
