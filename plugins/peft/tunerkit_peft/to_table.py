@@ -88,10 +88,13 @@ def named(tuner: "Tuner", declared: Declared, sites: Sequence[Site]) -> Written:
                 raise _misdeclared(declared, own, f"the tensor of {site.name!r} {problem}")
             leaf_name = leaf.embedding if leaf.embedding and isinstance(site.module, nn.Embedding) else leaf.name[0]
             tensors[f"{site.name}.{leaf_name}"] = given
+    shared = dict(_shared(declared, adapters[sites[0].name]))
+    for leaf in names.shared.values():
+        if leaf.shape is not None and leaf.name[0] in shared:
+            misfit(shared[leaf.name[0]].shape, leaf.shape, Features(0, ()), known.setdefault("the shared module", {}))
     alike = _alike(declared, tuner.config, known)
     chosen = target_modules(paths, modules_of(tuner.model))
     settings = written_settings(declared, tuner.config, alike, lambda patterns: _ends(patterns, paths, chosen))
-    shared = dict(_shared(declared, adapters[sites[0].name]))
     again = [leaf.name[0] for leaf in names.shared.values() if leaf.repeated and leaf.name[0] in shared]
     tensors |= {f"{site.name}.{name}": shared[name] for site in sites for name in again}
     return Written(settings, tensors, shared)
