@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, NoReturn, Self, TypeVar, Union, cast, ge
 import attrs
 import torch
 from cattrs import Converter, transform_error
+from torch import nn
 
 from tunerkit.errors import ConfigError, closest, cut, shown
 from tunerkit.extras import SETTINGS_ELSEWHERE
@@ -172,6 +173,19 @@ class AdapterConfig:
             One line per problem, which ends in the path: ``"expected init_rank <= 8, got 12 @ $.init_rank"``.
         """
         return ()
+
+    def for_model(self, model: nn.Module) -> Self:
+        """Override this if some defaults depend on the model, such as its special tokens.
+
+        `tunerkit.wrap` asks once. Files store the result, so that loading does not depend on what the base says then.
+
+        Args:
+            model: The model to wrap, which must not be changed.
+
+        Returns:
+            A config with such defaults made explicit.
+        """
+        return self
 
     def settled(self) -> Self:
         """Override this if some defaults depend on other settings.

@@ -58,6 +58,23 @@ def test_the_start_and_the_ranks_follow_the_data_and_the_output_stays(method: st
     assert losses[-1] < losses[0]
 
 
+def test_a_start_that_needs_data_and_got_none_is_told_when_training_begins() -> None:
+    """The warning names the method, the adapter and the call; a calibrated and a loaded adapter get none."""
+
+    def told(model: nn.Module) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tunerkit.attach(model, torch.optim.AdamW(trainable(model), lr=0.05))
+        return [str(each.message) for each in caught if "sets its start from data" in str(each.message)]
+
+    (text,) = told(wrapped())
+    assert "'toy-inputs'" in text
+    assert "'default' got none" in text
+    assert "tunerkit.calibrate(model, batches) before attach" in text
+    assert told(calibrated("toy-inputs")) == []
+    assert told(wrapped("toy-low-rank")) == []
+
+
 def test_inputs_in_a_plane_give_rank_2() -> None:
     """The toy takes as many directions as explain 90% of the inputs: those that the data has, at the first layer."""
     generator = torch.Generator().manual_seed(0)

@@ -108,8 +108,9 @@ ADDED = frozenset(
         "tunerkit.Description.ranks",
         "tunerkit.Description.settings",
         "tunerkit.Foreign(POSITIONAL_OR_KEYWORD factors, POSITIONAL_OR_KEYWORD method = 'lora', "
-        "KEYWORD_ONLY config = _Nothing, KEYWORD_ONLY tensors = _Nothing, KEYWORD_ONLY copies = _Nothing, "
-        "KEYWORD_ONLY biases = _Nothing, KEYWORD_ONLY base = '', KEYWORD_ONLY remarks = ())",
+        "KEYWORD_ONLY config = _Nothing, KEYWORD_ONLY tensors = _Nothing, KEYWORD_ONLY shared = _Nothing, "
+        "KEYWORD_ONLY copies = _Nothing, KEYWORD_ONLY biases = _Nothing, KEYWORD_ONLY base = '', "
+        "KEYWORD_ONLY remarks = ())",
         "tunerkit.Foreign.base",
         "tunerkit.Foreign.biases",
         "tunerkit.Foreign.config",
@@ -117,6 +118,8 @@ ADDED = frozenset(
         "tunerkit.Foreign.factors",
         "tunerkit.Foreign.method",
         "tunerkit.Foreign.remarks",
+        "tunerkit.Foreign.shared",
+        "tunerkit.method_record(POSITIONAL_OR_KEYWORD name)",
         "tunerkit.Foreign.tensors",
         "tunerkit.Format(POSITIONAL_OR_KEYWORD name, POSITIONAL_OR_KEYWORD sniff, "
         "POSITIONAL_OR_KEYWORD read, POSITIONAL_OR_KEYWORD write, POSITIONAL_OR_KEYWORD options = type, "

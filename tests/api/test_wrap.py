@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import attrs
 import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from tests.support.toys import Toys
 from tests.support.model_checks import losing, untouched
 from tests.support.toy_formats import read, sniff, write
-from tunerkit.plugin import Format
+from tunerkit.plugin import AdapterConfig, Format, Method, setting
 from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import Shifting
 
 BIASES = ("none", "adapters", "all")
 
@@ -315,3 +317,27 @@ def test_a_warning_about_what_is_left_out_points_to_the_call(toys: "Toys") -> No
     with pytest.warns(tunerkit.TunerkitWarning, match="left out") as caught:
         tunerkit.wrap(nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 2)), "toy-low-rank", {"targets": ["*"]})
     assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_a_config_sees_the_model_once_and_its_file_has_what_it_chose(toys: "Toys", tmp_path: Path) -> None:
+    """``for_model`` makes defaults of the model; what is loaded takes the file's, whatever the base says then."""
+
+    @attrs.frozen
+    class Sized(AdapterConfig):
+        size: int | None = setting(None, doc="A number that the model has.")
+
+        def for_model(self, model: Any) -> Any:
+            return attrs.evolve(self, size=model.size)
+
+    class Plugin(Shifting):
+        @tunerkit.hookimpl
+        def tunerkit_methods(self) -> list[Method]:
+            return [Method("toy-sized", config=Sized)]
+
+    first, second = toys.net(), toys.net()
+    first.size, second.size = 3, 4
+    with registered(Plugin()):
+        wrapped = tunerkit.wrap(first, "toy-sized", Sized(targets=("layers.0",)))
+        loaded = tunerkit.load(second, tunerkit.save(wrapped, tmp_path))
+        configs: list[Any] = [tunerkit.tuner(model).config for model in (wrapped, loaded)]
+    assert [config.size for config in configs] == [3, 3]

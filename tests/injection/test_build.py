@@ -47,10 +47,12 @@ def test_what_a_method_refuses_is_listed_in_one_error_with_the_way_out(toys: "To
         tunerkit.wrap(model, "toy-broken", {"targets": ["conv", "layers.0", "layers.1"]})
     assert str(caught.value).splitlines() == [
         "conv: method 'toy-broken' cannot adapt this Conv2d: rank is 64, and at most 27 fits",
-        "layers.0: method 'toy-broken' cannot adapt this Linear: rank is 64, and at most 4 fits",
+        "layers.0: method 'toy-broken' cannot adapt this Linear: rank is 64, and at most 4 fits; "
         "exclude=('conv', ...) leaves out what it cannot adapt",
     ]
-    assert "plugin of method 'toy-broken'" in caught.value.__cause__.__notes__[0]
+    cause = caught.value.__cause__
+    assert cause is not None
+    assert "plugin of method 'toy-broken'" in cause.__notes__[0]
 
 
 @pytest.mark.parametrize("built", [None, nn.Linear(1, 1), "adapter", Adapter])

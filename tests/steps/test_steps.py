@@ -458,7 +458,7 @@ def test_a_head_alone_does_not_train_an_adapter_that_needs_steps() -> None:
 def test_an_epsilon_that_is_0_in_float16_is_told_before_it_breaks_the_weights(
     options: dict[str, Any], is_told: bool, dtype: str
 ) -> None:
-    """Adam divides by a root that is 0 for small gradients in float16; what the warning advises keeps weights finite."""
+    """Adam divides by a root that is 0 for small gradients in float16; what the warning advises keeps them finite."""
     model = wrapped("plain", adapter_dtype=dtype)
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2, **options)
     expected = is_told and dtype == "float16"

@@ -17,7 +17,7 @@ _MISTAKES = """
 
 Some plugins with one mistake each stand in the repository's tests. For each one, the first check that fails is the one
 about its mistake, and most of those that depend on it are skipped. This is what the kit says on a network of three
-linear layers:
+linear layers, and for Conv1D on GPT-2:
 """
 _GRID = """
 ## The full grid

@@ -80,6 +80,17 @@ def attach(
                 f"the schedule restarts at step 0 for adapter {earlier}; to resume that training instead, load its "
                 "state: tunerkit.load_state, or the optimizer's state_dict"
             )
+    for tuner in tuners:
+        progress = tuner.progress
+        if (
+            hooks.statistics(tuner) is not None
+            and progress.calibration is None
+            and not (progress.loaded or tuner.steps)
+        ):
+            warn(
+                f"method {tuner.method!r} sets its start from data, and adapter {tuner.name!r} got none, so it trains "
+                "from the start that tunerkit.wrap gave it; call tunerkit.calibrate(model, batches) before attach"
+            )
     injection.warn_of_base_changes(tuners)
 
 

@@ -55,7 +55,7 @@ def wrap(
         raise ConfigError([f"expected an int of 64 bits or None, got {type(seed).__name__} {seed!r} @ seed"])
     root = injection.ready_model(model, adapter, trainable=True)
     method = hooks.registry.named(method)
-    config = hooks.configure(method, config, root)
+    config = hooks.configure(method, config, root).for_model(root)
     scanned = targets.scan(root, hooks.gather_knowledge())
     targets.refuse_impassable(scanned)
     tuner = _choose(scanned, method, config, adapter)

@@ -224,15 +224,12 @@ def build_adapter(
     base: BaseLayer,
     config: AdapterConfig,
     shared: nn.Module | None = None,
-    model: nn.Module | None = None,
     *,
     loading: bool = False,
 ) -> Adapter:
     """Build one adapter with the method's plugin. Raises `PluginError` if the result is not an adapter."""
     with Question(specs.tunerkit_build_adapter, method, target.path) as question:
-        answer: Adapter = question.checked(
-            target=target, base=base, config=config, shared=shared, model=model, loading=loading
-        )
+        answer: Adapter = question.checked(target=target, base=base, config=config, shared=shared, loading=loading)
         if target.module in answer.modules():
             question.refuse(
                 "an adapter that holds the base layer as a child",

@@ -204,15 +204,14 @@ def tunerkit_shared(targets: Sequence[Target], bases: Sequence[BaseLayer], confi
 
 @hookspec(firstresult=True)
 def tunerkit_build_adapter(
-    target: Target, base: BaseLayer, config: AdapterConfig, shared: nn.Module | None, model: nn.Module, loading: bool
+    target: Target, base: BaseLayer, config: AdapterConfig, shared: nn.Module | None, loading: bool
 ) -> Adapter:
     """Build the adapter of one target. Every plugin with a method must implement this hook.
 
     Fires once per target in ``wrap`` and in ``load``, with core's seed set, before anything is injected. ``base`` has
-    the number of features and the weights; ``shared`` is what `tunerkit_shared` built; ``model`` is the whole model,
-    for what its config says, such as its number of layers. None of them must be changed. Core then moves the adapter to
-    the base layer's device and the config's dtype. ``loading`` says that a file's values replace these, so that a start
-    that is computed from the weight is not needed, and the weight may be absent.
+    the number of features and the weights, which must not be changed; ``shared`` is what `tunerkit_shared` built. Core
+    then moves the adapter to the base layer's device and the config's dtype. ``loading`` says that a file's values
+    replace these, so that a start that is computed from the weight is not needed, and the weight may be absent.
 
     >>> class Bias(tunerkit.plugin.Adapter):
     ...     reads_output = reads_weight = False

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tunerkit import hooks
-from tunerkit.errors import AdapterError, PluginError, TargetError
+from tunerkit.errors import AdapterError, PluginError, TargetError, first as first_of
 from tunerkit.injection.integrity import note_call, shapes_of, watch
 from tunerkit.injection.preconditions import (
     refuse_mixed_dtypes,
@@ -86,8 +86,9 @@ def build_each(
     if refused:
         kinds = {path: type(targets[path].module).__name__ for path in refused}
         words = {path: f"method {tuner.method!r} cannot adapt this {kinds[path]}: {refused[path]}" for path in refused}
+        text = "\n".join(first_of(lines(words)))
         exclude = f"exclude=({next(iter(refused))!r},{' ...' * (len(refused) > 1)}) leaves out what it cannot adapt"
-        raise TargetError("\n".join([*lines(words), exclude])) from next(iter(refused.values()))
+        raise TargetError(f"{text}; {exclude}") from next(iter(refused.values()))
 
 
 def _base_at(tuner: Tuner, target: Target, scanned: Scan) -> BaseLayer:
@@ -104,9 +105,7 @@ def _base_at(tuner: Tuner, target: Target, scanned: Scan) -> BaseLayer:
 def _adapter(tuner: Tuner, target: Target, base: BaseLayer, shared: nn.Module | None) -> Adapter:
     """Build one adapter through the method's plugin, which must not change what all of them share."""
     before = _versions(shared)
-    built = hooks.build_adapter(
-        tuner.method, target, base, tuner.config, shared, tuner.model, loading=tuner.progress.loaded
-    )
+    built = hooks.build_adapter(tuner.method, target, base, tuner.config, shared, loading=tuner.progress.loaded)
     if _versions(shared) != before:
         raise PluginError(
             f"{hooks.registry.plugin_of(tuner.method)} changed the shared module in tunerkit_build_adapter for "

@@ -16,6 +16,7 @@ from tunerkit.config import unstructure
 from tunerkit.errors import AdapterError, BaseMismatchError, TargetError, warn
 from tunerkit.injection import Progress, Tuner, slots_in
 from tunerkit.paths import few, join
+from tunerkit.records import Format
 from tunerkit.serialization.adopting import adopt
 from tunerkit.serialization.fingerprint import (
     base_values,
@@ -287,12 +288,15 @@ def load(
         return _load(base, path, adapter, trainable=trainable, check_config=check_config)
 
 
-def open_unloaded(skeleton: M, path: str | os.PathLike[str], *, adapter: str = "default") -> M:
+def open_unloaded(
+    skeleton: M, path: str | os.PathLike[str], *, adapter: str = "default", format: Format | None = None
+) -> M:
     """Put a saved adapter into a model whose weights are on the meta device, to write it in another format.
 
     The adapter itself is on the CPU. The model cannot run. Of the base, only names, shapes and settings are compared.
+    ``format`` reads it in place of the format that the path holds.
     """
-    return _load(skeleton, path, adapter, unloaded=True)
+    return _load(skeleton, path, adapter, unloaded=True, format=format)
 
 
 def _load(
@@ -303,9 +307,10 @@ def _load(
     trainable: bool = False,
     check_config: bool = True,
     unloaded: bool = False,
+    format: Format | None = None,
 ) -> M:
     root = injection.ready_model(base, adapter, trainable=trainable)
-    format = format_at(path)
+    format = format or format_at(path)
     file = None if format is not None else read(path, content="adapter")
     scanned = targets.scan(root, hooks.gather_knowledge(), unloaded=unloaded)
     targets.warn_of_unknown_packed(scanned)

@@ -151,9 +151,10 @@ def test_a_saved_adapter_loads_without_a_decomposition(
 def test_a_rank_above_the_matrix_is_refused_with_the_largest_one(
     start: str, settings: dict[str, Any], words: str
 ) -> None:
-    """Law: one line for each target names the rank, the largest possible one, and what to write."""
-    with pytest.raises(TargetError, match=words):
+    """Law: a line for each target names it, the rank, the largest possible one, and what to write."""
+    with pytest.raises(TargetError, match=words) as caught:
         tunerkit.wrap(Net(), "lora", {"start": start, "targets": ["linear", "head"], **settings})
+    assert all("above" in line and "rank_pattern" in line for line in str(caught.value).splitlines())
     tunerkit.wrap(Net(), "lora", {"targets": ["linear", "head"], **settings})  # random rows may be more
 
 

@@ -22,6 +22,7 @@ METHODS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
     "loha": ({"rank": 2}, {}),
     "lokr": ({"rank": 1}, {}),
     "lora-fa": ({"rank": 2}, {}),
+    "lora-xs": ({"rank": 4}, {}),
     "miss": ({"rank": 2}, {}),
     "oft": ({}, {}),
     "randlora": ({"rank": 4, "alpha": 16.0}, {}),

@@ -41,7 +41,7 @@ def test_a_row_of_zeros_stays_finite() -> None:
     """A row of W that is 0, as a padding's, gives a finite factor and finite gradients."""
     adapter, base = wrapped("float32")
     with torch.no_grad():
-        base.module.weight[0] = 0
+        base.tensor("weight")[0] = 0
         adapter.m[0] = 0
     factor = adapter.factor(base)
     factor.sum().backward()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tunerkit
 from tests.support.two_processes import spawn
 from tunerkit.errors import StepError, TargetError
-from tunerkit_methods.growth import growths_by, spread
+from tunerkit_methods.growth import growths_by, largest, looking, spread
 
 STEPS = 120
 
@@ -74,14 +74,14 @@ def test_ranks_go_where_a_low_rank_change_was_planted() -> None:
 
 def test_the_budget_is_exact_after_each_step() -> None:
     """The ranks sum to what the schedule says at each step; it grows from 1 at each target to ``target_rank``."""
-    model, optimizer = wrapped()
+    model, optimizer = wrapped(target_rank=8)
     tuner = tunerkit.tuner(model)
     seen = []
     for step in train(model, optimizer, 1, STEPS):
         seen.append(sum(tuner.ranks().values()))
         assert seen[-1] == tuner.budget() == tuner.budget(step)
     assert seen == sorted(seen)
-    assert (seen[0], seen[STEPS // 2 - 1], seen[-1]) == (3, 9, 9)
+    assert (seen[0], seen[STEPS // 2 - 1], seen[-1]) == (3, 24, 24)
 
 
 def test_a_resumed_training_grows_as_one_without_a_break(tmp_path: Path) -> None:
@@ -123,6 +123,34 @@ def test_without_a_setting_the_budget_fits_small_layers() -> None:
         model(torch.randn(4, 16)).square().mean().backward()
         optimizer.step()
     assert tunerkit.tuner(model).ranks() == {"0": 12, "1": 2}
+
+
+def test_looks_where_the_rows_of_a_cannot_follow() -> None:
+    """After some looks at one gradient, the rows are its singular vectors off those of A, and the scores its values."""
+    generator = torch.Generator().manual_seed(0)
+    gradient, a = (torch.randn(size, 12, generator=generator) for size in (9, 2))
+    left, right = torch.randn(9, 4, generator=generator), torch.randn(4, 12, generator=generator)
+    for _ in range(400):
+        p, q = torch.linalg.qr(left).Q, torch.linalg.qr(right.T).Q.T
+        left, right, scores = largest(a, gradient @ q.T, p.T @ gradient)
+    off = gradient - gradient @ torch.linalg.pinv(a) @ a
+    assert (right @ a.T).abs().max() < 1e-5
+    _, true, rows = torch.linalg.svd(off, full_matrices=False)
+    assert ((right[:2] * rows[:2]).sum(1).abs() > 0.999).all()
+    torch.testing.assert_close(scores[:2], true[:2], rtol=0.05, atol=0.0)
+
+
+def test_what_looks_adds_nothing_and_has_gradients() -> None:
+    """Whatever its values are. The gradients are those of the directions of length 1."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, left, right = (torch.randn(*size, generator=generator) for size in ((2, 6), (5, 2), (5, 3), (3, 6)))
+    left.requires_grad_(), right.requires_grad_()
+    q, p = looking(a, b, left, right)
+    torch.testing.assert_close(p @ q, b @ a)
+    gradient = torch.randn(5, 6, generator=generator)
+    (p @ q * gradient).sum().backward()
+    torch.testing.assert_close(left.grad, gradient @ nn.functional.normalize(right.detach()).T)
+    torch.testing.assert_close(right.grad, nn.functional.normalize(left.detach(), dim=0).T @ gradient)
 
 
 def test_triplets_go_to_the_largest_scores_where_there_is_room() -> None:

@@ -214,7 +214,7 @@ def pairs(row: Row, adapter: nn.Module, layer: nn.Module) -> list[tuple[Tensor, 
         owner: Any = layer
         for part in leaf.split("."):
             owner = getattr(owner, part)
-            if isinstance(owner, nn.ParameterDict | nn.ModuleDict | BufferDict):
+            if isinstance(owner, nn.ParameterDict | nn.ModuleDict | BufferDict | dict):
                 owner = owner["default"]
         owner = owner.weight if isinstance(owner, nn.Module) else owner  # DoRA's m, which is saved without ".weight"
         theirs = owner.t() if not isinstance(name, str) and name.get("transposed") else owner

@@ -91,6 +91,17 @@ def test_trains_the_special_tokens_by_default() -> None:
     assert rows_of(tunerkit.wrap(base, "trainable-tokens")).ids.tolist() == [2, 7]
 
 
+def test_adapts_all_that_is_tied_to_the_embedding_by_default() -> None:
+    """With the ids of the config, and a head that has the embedding's weight."""
+    base = words(eos_token_id=7)
+    base.head.weight = base.embed_tokens.weight
+    model = tunerkit.wrap(base, "trainable-tokens")
+    assert {path: rows_of(model, path).ids.tolist() for path in tunerkit.tuner(model).adapters()} == {
+        "embed_tokens": [7],
+        "head": [7],
+    }
+
+
 @pytest.mark.parametrize("path", ["embed_tokens", "head"])
 def test_changes_only_its_rows(path: str) -> None:
     """After merging, an embedding's or a head's other rows are the base's own, bit for bit."""

@@ -1,6 +1,7 @@
 """VeRA's matrices are PEFT's for the same key, saved or drawn again."""
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -20,7 +21,7 @@ def test_the_matrices_are_those_of_peft() -> None:
     names = {"targets": ["0", "2"], "rank": 6, "key": 5}
     shared = tunerkit.tuner(tunerkit.wrap(net(), "vera", names, seed=3)).adapters()["0"].shared
     config = peft.VeraConfig(r=6, projection_prng_key=5, target_modules=["0", "2"])
-    theirs = peft.get_peft_model(net(), config).base_model
+    theirs: Any = peft.get_peft_model(net(), config).base_model
     assert torch.equal(shared.get_buffer("q"), theirs.vera_A["default"])
     assert torch.equal(shared.get_buffer("p"), theirs.vera_B["default"])
 

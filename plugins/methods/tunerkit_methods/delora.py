@@ -32,24 +32,24 @@ class Config(AdapterConfig):
 
 
 class Bounded(Adapter):
-    """ΔW = λ/r · B Ξ A diag(n), with Ξ = diag(1 / (‖bᵢ‖ ‖aᵢ‖)), B (out, r), A (r, in), and n (in,) the norms of W.
+    """ΔW = λ/r · B Ξ A diag(n), with Ξ = diag(1 / (‖bᵢ‖ ‖aᵢ‖)), B (out, r), A (r, in), and a trained λ.
 
-    Each triplet then has a length of λ/r before diag(n), however long A and B are (equation 7). The paper scales by the
-    norm of the whole W; this is its code and PEFT's, which take the norm of each column. B starts at 0.
+    Each triplet then has a length of λ/r before diag(n), however long A and B are. The paper scales by the norm of W;
+    here, as in PEFT, n (in,) has that of each of its columns, as it is at the start. B starts at 0.
     """
 
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = True  # at the start
     rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1}
 
-    def __init__(self, base: BaseLayer, config: Config) -> None:
+    def __init__(self, base: BaseLayer, config: Config, *, loading: bool) -> None:
         super().__init__()
         most = max(8, min(base.out_features, base.in_features))  # 8, the default, does no harm
         rank = at_most(config.rank, 8, most, "rank, the rank of the weight")
         self.a = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=math.sqrt(5)))
         self.b = nn.Parameter(torch.zeros(base.out_features, rank))
         self.bound = nn.Parameter(torch.tensor([config.bound]))
-        weight = base.dense()
+        weight = torch.ones(1, base.in_features) if loading else base.dense()
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.norms = nn.Parameter(weight.to(wide).norm(dim=0).cpu(), requires_grad=False)
         self.dropout = config.dropout
@@ -75,8 +75,8 @@ def tunerkit_methods() -> Iterator[Method]:
 
 
 @hookimpl
-def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Bounded:
-    return Bounded(base, config)
+def tunerkit_build_adapter(base: BaseLayer, config: Config, loading: bool) -> Bounded:
+    return Bounded(base, config, loading=loading)
 
 
 @hookimpl

@@ -77,7 +77,8 @@ class Dora(Adapter):
             added = ((2 * weight @ a.mT + b @ (a @ a.mT)) * b).sum(1)  # to the squared norm
             longer = (1 + added / norm.square().clamp_min(1e-24)).clamp_min(1e-12).sqrt()
             norm = norm.to(self.m.dtype).clamp_min(1e-12) * longer
-        return self.m / norm
+        factor: Tensor = self.m / norm
+        return factor
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         factor, bias = self.factor(base), base.bias()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit import plugin as tk
-from tunerkit_methods.growth import budget_by, further, growths_by, largest, spread
+from tunerkit_methods.growth import budget_by, further, growths_by, largest, looking, spread
 from tunerkit_methods.sizes import at_most
 
 
@@ -29,8 +29,8 @@ class Grown(tk.Adapter):
     """Adds s B A x, with ``a`` (r, in) and ``b`` (out, r) of rank 1 at the start, and looks for more.
 
     ``left`` (out, w) and ``right`` (w, in) add nothing, and have gradients. With G that of B A, and P̂ and Q̂ for their
-    directions, these are G Q̂ᵀ and P̂ᵀ G, and their running averages are both in turn: the two halves of a subspace
-    iteration for the largest triplets of G, which a file keeps.
+    directions, these are G Q̂ᵀ and P̂ᵀ G. Both are the running averages of their gradients: the two halves of a subspace
+    iteration for the largest singular triplets of G.
     """
 
     reads_output, reads_weight = False, False
@@ -51,12 +51,8 @@ class Grown(tk.Adapter):
         return len(self.a)
 
     def product(self) -> dict[str, Any]:
-        """B A; in training B A + (P − P) Q̂ + P̂ (Q − Q), where only the differences have gradients."""
-        a, b, p, q = self.a, self.b, self.left.detach(), self.right.detach()
-        if self.training:
-            a = torch.cat([a, nn.functional.normalize(q), self.right - q])
-            b = torch.cat([b, self.left - p, nn.functional.normalize(p, dim=0)], dim=1)
-        return {"q": a, "p": b, "scale": self.scale}
+        q, p = looking(self.a, self.b, self.left, self.right) if self.training else (self.a, self.b)
+        return {"q": q, "p": p, "scale": self.scale}
 
     def forward(self, base: tk.BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return tk.add_low_rank(base, x, y, **self.product())
@@ -121,4 +117,4 @@ def tunerkit_after_step(tuner: Any, step: int) -> dict[str, int] | None:
         layer.left.copy_(left * 1e-9), layer.right.copy_(right * 1e-9)
     if obstacle := tk.grow_(growths, tk.optimizer_of(tuner)):
         raise tk.StepError(f"growing changes ranks during training, and {obstacle}")
-    return tuner.ranks()
+    return dict(tuner.ranks())

@@ -36,6 +36,22 @@ def budget_by(growth: int, growths: int, most: Sequence[int], average: int) -> i
     return len(most) + (final - len(most)) * max(0, growth) // growths
 
 
+def looking(a: Tensor, b: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of B A + (P − P) Q̂ + P̂ (Q − Q), where only the differences have gradients.
+
+    Args:
+        a: A, (r, in).
+        b: B, (out, r).
+        left: P, (out, w). Its columns of length 1 are P̂.
+        right: Q, (w, in). Its rows of length 1 are Q̂.
+
+    Returns:
+        Factors (r + 2w, in) and (out, r + 2w), whose product is B A.
+    """
+    p, q = left.detach(), right.detach()
+    return torch.cat([a, normalize(q), right - q]), torch.cat([b, left - p, normalize(p, dim=0)], dim=1)
+
+
 def largest(a: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Find the largest singular triplets of a gradient G in directions that the rows of A cannot follow.
 

@@ -32,6 +32,8 @@ class TrainedNorm(Adapter):
 
     reads_output = False
     reads_weight = True
+    weight: nn.Parameter
+    bias: nn.Parameter
 
     def __init__(self, base: BaseLayer) -> None:
         super().__init__()

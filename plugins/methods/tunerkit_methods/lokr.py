@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import attrs
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, add_delta, hookimpl, setting
@@ -73,7 +74,8 @@ class Lokr(Adapter):
             return add_delta(base, x, y, self.delta())
         w1, w2 = self.matrix("w1"), self.matrix("w2")
         x = x.to(w1.device, w1.dtype).unflatten(-1, (w1.shape[1], w2.shape[1]))  # (..., m, n)
-        added = self.scale * (w1 @ (x @ w2.mT)).flatten(-2)  # (W₁ ⊗ W₂) x: much less than with the whole ΔW
+        # (W₁ ⊗ W₂) x takes much less than the whole ΔW. Not w1 @ …, whose last bits depend on what needs gradients.
+        added = self.scale * torch.einsum("km,...mo->...ko", w1, F.linear(x, w2)).flatten(-2)
         return y + added.to(y.device, y.dtype)
 
 

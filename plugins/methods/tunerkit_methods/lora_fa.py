@@ -1,4 +1,4 @@
-"""LoRA-FA (Zhang et al., 2023, arXiv 2308.03303): LoRA with a fixed A, whose gradient is that of the whole matrix."""
+"""LoRA-FA (Zhang et al., 2023, arXiv 2308.03303): LoRA with a fixed A; B follows the gradient of W."""
 
 import math
 from collections.abc import Iterator

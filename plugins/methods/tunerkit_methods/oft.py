@@ -64,14 +64,17 @@ class Rotation(Adapter):
         upper = v.new_zeros(len(v), self.size, self.size)
         upper[:, rows, columns] = v
         q = upper - upper.mT
+        turn: Tensor
         with torch.autocast(v.device.type, enabled=False):
             if not self.terms:
-                return -2 * torch.linalg.solve(torch.eye(self.size, dtype=v.dtype, device=v.device) + q, q)
-            power, total = q, 2 * q
-            for _ in range(self.terms - 3):
-                power = power @ q
-                total = total + 2 * power
-            return total + power @ q
+                turn = torch.linalg.solve(torch.eye(self.size, dtype=v.dtype, device=v.device) + q, -2 * q)
+            else:
+                power, turn = q, 2 * q
+                for _ in range(self.terms - 3):
+                    power = power @ q
+                    turn = turn + 2 * power
+                turn = turn + power @ q
+        return turn
 
     def turned(self, rows: Tensor, back: bool) -> Tensor:
         """Rows (..., in) times R - I, or the transposed one."""

@@ -18,7 +18,7 @@ NAMES = {
         "scales": {"name": "randlora_lambda", "shape": ["rank", "bases"]},
         "gains": {"name": "randlora_gamma", "shape": ["bases", "short"]},
     },
-    "shared": {name: {"name": f"randlora_{name.upper()}", "optional": True} for name in ("a", "b")},
+    "shared": {name: {"name": f"randlora_{name.upper()}", "optional": True, "repeated": True} for name in ("a", "b")},
     "settings": {
         **{"rank": "r", "alpha": "randlora_alpha", "dropout": "randlora_dropout"},
         **{"seed": "projection_prng_key", "save_bases": "save_projection"},

@@ -43,17 +43,17 @@ class Turning(Adapter):
 
     def __init__(self, features: int, variant: int, group: int) -> None:
         super().__init__()
-        self.variant, self.half = variant, group // 2
+        self.variant, self.side = variant, group // 2
         self.theta = nn.Parameter(torch.zeros(features * variant // 2))
         self.alpha = nn.Parameter(torch.ones(features * variant // 2))
 
     def change(self, values: Tensor, base: BaseLayer | None) -> Tensor:
         """What is added to outputs in the layout of ``base``, or to rows (out, ...) without it."""
-        theta, alpha = (each.view(-1, self.variant, self.half) for each in (self.theta, self.alpha))
+        theta, alpha = (each.view(-1, self.variant, self.side) for each in (self.theta, self.alpha))
         (theta1, theta2), (alpha1, alpha2) = (
             each.split(2, dim=1) if self.variant == 4 else (each, each) for each in (theta, alpha)
         )
-        both = (len(theta), 2, self.half)
+        both = (len(theta), 2, self.side)
         own = (alpha1 * theta1.cos() - 1).expand(both).flatten()  # (out,)
         up, down = (alpha2 * theta2.sin()).expand(both).unbind(1)
         other = torch.stack((-up, down), dim=1).flatten()
@@ -62,8 +62,9 @@ class Turning(Adapter):
         elif values.ndim == 2:
             own, other = own[:, None], other[:, None]
         dim = -own.ndim
-        swapped = values.unflatten(dim, (-1, 2, self.half)).flip(dim - 1).flatten(dim - 2, dim)
-        return own * values + other * swapped
+        swapped = values.unflatten(dim, (-1, 2, self.side)).flip(dim - 1).flatten(dim - 2, dim)
+        change: Tensor = own * values + other * swapped
+        return change
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return y + self.change(y, base).to(y.dtype)

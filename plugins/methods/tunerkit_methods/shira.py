@@ -12,7 +12,10 @@ from tunerkit_methods.sizes import at_most
 
 NAMES = {
     "type": "SHIRA",
-    "tensors": {"values": "shira_weight"},
+    "tensors": {
+        "values": "shira_weight",
+        "positions": {"name": "shira_indices", "shape": [2, "count"], "integers": "int32"},
+    },
     "settings": {"rank": "r", "mask_seed": {"name": "random_seed", "default": None}},
     "constants": {"mask_type": "random"},
     "ignored": ["init_weights"],
@@ -31,10 +34,7 @@ class Config(AdapterConfig):
 
 
 class Sparse(Adapter):
-    """ΔW is 0 but for ``values`` (k,) at the row-major ``positions`` (k,), with k = rank · (out + in).
-
-    The positions are drawn once, from the seed and the layer's sizes alone, so files do without them.
-    """
+    """ΔW is 0 but for ``values`` (k,) at ``positions`` (2, k), rows and columns, with k = rank · (out + in)."""
 
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
@@ -47,14 +47,15 @@ class Sparse(Adapter):
         generator = torch.Generator()
         if config.mask_seed is not None:
             generator.manual_seed(config.mask_seed)
-        # As PEFT draws them, so that its folders mean the same entries.
-        drawn = torch.randperm(entries, generator=generator)[: rank * sides]
-        self.register_buffer("positions", drawn.sort().values, persistent=False)
+        # As PEFT draws them.
+        drawn = torch.randperm(entries, generator=generator)[: rank * sides].sort().values
+        rows, columns = drawn // base.in_features, drawn % base.in_features
+        self.register_buffer("positions", torch.stack([rows, columns]))
         self.values = nn.Parameter(torch.zeros(len(drawn)))
 
     def delta(self, base: BaseLayer) -> Tensor:
-        flat = self.values.new_zeros(base.out_features * base.in_features)
-        return flat.index_copy(0, self.positions, self.values).view(base.out_features, base.in_features)
+        zeros = self.values.new_zeros(base.out_features, base.in_features)
+        return zeros.index_put(tuple(self.positions), self.values)
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return add_delta(base, x, y, self.delta(base))

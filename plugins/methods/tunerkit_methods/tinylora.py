@@ -51,14 +51,16 @@ class Tiny(Adapter):
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = True  # at the start
 
-    def __init__(self, base: BaseLayer, config: Config, group: str) -> None:
+    def __init__(self, base: BaseLayer, config: Config, group: str, *, loading: bool) -> None:
         super().__init__()
         most = min(base.out_features, base.in_features)
         rank = min(at_most(config.rank, 2, max(2, most), "rank, the rank of the weight"), most)
-        u, s, vh = (each.cpu() for each in torch.linalg.svd(base.dense().float(), full_matrices=False))
-        root = s[:rank].sqrt()
-        self.a = nn.Parameter(root[:, None] * vh[:rank], requires_grad=False)
-        self.b = nn.Parameter(u[:, :rank] * root, requires_grad=False)
+        self.a = nn.Parameter(torch.zeros(rank, base.in_features), requires_grad=False)
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank), requires_grad=False)
+        if not loading:
+            u, s, vh = torch.linalg.svd(base.dense().float(), full_matrices=False)
+            self.a.copy_(s[:rank, None].sqrt() * vh[:rank])
+            self.b.copy_(u[:, :rank] * s[:rank].sqrt())
         self.p = nn.Parameter(torch.randn(config.size, rank, rank) / rank**0.5, requires_grad=False)
         self.group, self.dropout = group, config.dropout
 
@@ -87,8 +89,8 @@ def tunerkit_shared(targets: Sequence[Target], config: Config) -> Numbers:
 
 
 @hookimpl
-def tunerkit_build_adapter(target: Target, base: BaseLayer, config: Config, shared: Numbers) -> Tiny:
-    return Tiny(base, config, shared.group_of[target.path])
+def tunerkit_build_adapter(target: Target, base: BaseLayer, config: Config, shared: Numbers, loading: bool) -> Tiny:
+    return Tiny(base, config, shared.group_of[target.path], loading=loading)
 
 
 @hookimpl

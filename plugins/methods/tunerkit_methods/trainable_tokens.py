@@ -1,7 +1,7 @@
 """Trainable tokens: some rows of an embedding are trained, all others stay as they are."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any, Self
 
 import attrs
 import torch
@@ -9,49 +9,57 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from tunerkit.errors import TargetError
-from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Factors, Method, hookimpl, setting
+from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Factors, Method, exact_patterns, hookimpl, setting
 
 NAMES = {
     "type": "TRAINABLE_TOKENS",
     "tensors": {"rows": "trainable_tokens_delta"},
-    "settings": {"tokens": "token_indices"},
+    "settings": {"tokens": {"name": "token_indices", "tensor": "ids"}},
     "ignored": ["init_weights"],
     "layers": ["Embedding"],
 }
-# What libraries call the embedding of the input's tokens.
-_INPUTS = "embed_tokens|word_embeddings|wte|tok_embeddings|token_embeddings|embed_in|word_embedding|shared"
 
 
 @attrs.frozen
 class Config(AdapterConfig):
-    """The settings of trainable tokens."""
+    """The settings of trainable tokens. By default the targets are the input's embedding and what is tied to it."""
 
     tokens: tuple[int, ...] | None = setting(
-        None,
-        ge=0,
-        doc="ids whose rows are trained; None: the special tokens of the model's config",
-        aka=("token_indices",),
+        None, ge=0, doc="ids whose rows are trained; None: the model's special tokens", aka=("token_indices",)
     )
-    targets: str | tuple[str, ...] | None = setting(
-        f"re:(.*\\.)?({_INPUTS})", doc="Embeddings, and output heads: by default those of the input's tokens."
-    )
+
+    def for_model(self, model: Any) -> Self:
+        """Name the embedding, and the special tokens: those of the model's config, ``eos_token_id`` and the like."""
+        found = [each for each in model.modules() if isinstance(each, nn.Embedding)]
+        if hasattr(model, "get_input_embeddings"):
+            found = [model.get_input_embeddings()]
+        sharing = [
+            path for path, each in model.named_modules() if found and getattr(each, "weight", None) is found[0].weight
+        ]
+        fields = vars(model.config).items() if hasattr(model, "config") else ()
+        named = [value if isinstance(value, list) else [value] for key, value in fields if key.endswith("_token_id")]
+        rows = set(range(found[0].num_embeddings)) - {found[0].padding_idx} if found else set()
+        return attrs.evolve(
+            self,
+            targets=self.targets or tuple(exact_patterns(sharing).values()),
+            tokens=self.tokens or tuple(dict.fromkeys(each for ids in named for each in ids if each in rows)),
+        )
 
 
 class Rows(Adapter):
     """Replaces the rows ``ids`` (k,) of an embedding, or of an output head, by trained ``rows`` (k, features).
 
-    They start as the base's own, and what is added is their difference. Their padding row is never trained.
+    They start as the base's own, and what is added is their difference. The padding row is never trained.
     """
 
     reads_output = False
     reads_weight = True
-    rank_dims: ClassVar[Mapping[str, int]] = {"rows": 0, "ids": 0}  # a file knows its ids
     ids: Tensor
 
-    def __init__(self, base: BaseLayer, ids: list[int], of_head: bool) -> None:
+    def __init__(self, base: BaseLayer, ids: tuple[int, ...], of_head: bool) -> None:
         super().__init__()
         self.of_head = of_head
-        self.register_buffer("ids", torch.tensor(ids))
+        self.register_buffer("ids", torch.tensor(ids), persistent=False)
         own = self.own(base)
         # Core casts them to the adapter's dtype, which may be fp64.
         self.rows = nn.Parameter(own.to("cpu", torch.promote_types(own.dtype, torch.float32), copy=True))
@@ -76,32 +84,23 @@ class Rows(Adapter):
         return y + base.project_out((x.unsqueeze(-1) == self.ids).to(change), change.T).to(y)
 
 
-def special_tokens(model: Any) -> list[int]:
-    """The ids that a model's config names: those of its fields ``eos_token_id``, ``pad_token_id`` and the like."""
-    fields = vars(model.config).items() if hasattr(model, "config") else ()
-    named = [value if isinstance(value, list) else [value] for key, value in fields if key.endswith("_token_id")]
-    return [each for ids in named for each in ids if each is not None]
-
-
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
     yield Method("trainable-tokens", config=Config, foreign={"peft": NAMES})
 
 
 @hookimpl
-def tunerkit_build_adapter(base: BaseLayer, config: Config, model: nn.Module) -> Rows:
-    of_head, padding = base.linear, getattr(base.module, "padding_idx", None)
-    if not of_head and not isinstance(base.module, nn.Embedding):
+def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Rows:
+    padding, ids = getattr(base.module, "padding_idx", None), tuple(dict.fromkeys(config.tokens or ()))
+    if not base.linear and not isinstance(base.module, nn.Embedding):
         raise TargetError(f"a {type(base.module).__name__} has no rows of tokens: name embeddings or output heads")
-    size = base.out_features if of_head else base.in_features
-    fitting = [each for each in special_tokens(model) if each < size and each != padding]
-    ids = list(dict.fromkeys(fitting if config.tokens is None else config.tokens))
+    size = base.out_features if base.linear else base.in_features
     if not ids:
         raise TargetError("the model's config names no token to train; say tokens=tokenizer.all_special_ids")
     if padding in ids or max(ids) >= size:
         wrong = f"row {padding}, the padding's, which is never trained" if padding in ids else f"row {max(ids)}"
         raise TargetError(f"it has {size} rows, and tokens names {wrong}; leave it out of tokens")
-    return Rows(base, ids, of_head)
+    return Rows(base, ids, base.linear)
 
 
 @hookimpl

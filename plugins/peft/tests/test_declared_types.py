@@ -262,7 +262,7 @@ def test_a_config_of_peft_is_converted(name: str) -> None:
 
 def test_what_would_be_another_training_is_refused() -> None:
     """A folder with such a setting is read; here it would train something else."""
-    with pytest.raises(tunerkit.errors.ConfigError, match="'vera_dropout' is 0.5, which method 'example-vera'"):
+    with pytest.raises(tunerkit.errors.ConfigError, match=r"'vera_dropout' is 0\.5, which method 'example-vera'"):
         tunerkit.wrap(CASES["bert"].build(), "example-vera", peft.VeraConfig(vera_dropout=0.5))
     with pytest.raises(tunerkit.errors.ConfigError, match="describes method 'example-dora', got 'lora'"):
         tunerkit.wrap(CASES["bert"].build(), "lora", EXAMPLES["dora"].config())

@@ -151,12 +151,14 @@ class Setting:
             values are the same.
         default: What PEFT takes where an older folder lacks the field. Without it, such a folder is refused.
         targets: Whether the setting names some of the targets, by patterns here and by ends of their paths in PEFT.
+        tensor: The adapter's tensor of integers that holds the same, (k,), where PEFT's file has the setting alone.
     """
 
     name: tuple[str, ...] = attrs.field(converter=_texts)
     values: tuple[tuple[Any, tuple[Any, ...]], ...] = attrs.field(default={}, converter=_values)
     default: Any = NONE
     targets: bool = attrs.field(default=False, converter=_flag)
+    tensor: str = attrs.field(default="", converter=lambda value: value and _text(value))
 
 
 def _made(cls: Callable[..., Made], only: str) -> Callable[[Any], Made]:
@@ -288,10 +290,12 @@ def declarations() -> Iterator[tuple[str, str]]:
 
 def _contradictions(record: Method, names: Declaration) -> Iterator[str]:
     fields = [field.name for field in attrs.fields(record.config)]
+    taken: dict[str, str] = {name: "what every type has" for name in COMMON}
     for setting in names.settings:
         if setting not in fields:
             yield f"settings: {record.config.__name__} has no setting {setting!r}{closest(setting, fields)}"
-    taken: dict[str, str] = {name: "what every type has" for name in COMMON}
+        if (held := names.settings[setting].tensor) in names.tensors:
+            yield f"settings: {setting}: {held!r} is in tensors, and PEFT's file has it once"
     groups: dict[str, Collection[str]] = {
         **{f"settings.{own}": each.name for own, each in names.settings.items()},
         **{"constants": names.constants, "training": names.training, "ignored": names.ignored},

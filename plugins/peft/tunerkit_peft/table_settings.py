@@ -98,6 +98,8 @@ class Converted:
                 self.chosen[own] = value if isinstance(value, str) else tuple(value)
             else:
                 yield f"{first!r} is {shown(value)}; expected a list of names, or a regular expression"
+        elif setting.tensor and not (isinstance(value, list) and all(type(each) is int for each in value)):
+            yield f"{first!r} is {shown(value)}; expected a list of integers"
         elif setting.values:
             ours = [mine for mine, theirs in setting.values if any(_same(value, each) for each in theirs)]
             if ours:
@@ -150,7 +152,7 @@ def written_settings(
     Args:
         declared: The method, and its names.
         config: Its config.
-        sizes: The sizes that the tensors agree on, for settings that are None.
+        sizes: What the tensors agree on, for settings that are None, and for those that a tensor holds.
         named: Gives PEFT's form of patterns of targets.
 
     Raises:
@@ -160,7 +162,7 @@ def written_settings(
     written: dict[str, object] = {"peft_type": names.type, **names.constants, **names.training}
     for own, setting in names.settings.items():
         value = getattr(config, own)
-        if value is None:
+        if value is None or setting.tensor:
             value = sizes.get(own)
         if setting.targets:
             value = named(value or ())

@@ -12,7 +12,7 @@ from tunerkit.plugin import FileError, PluginError, matches
 from tunerkit_peft.declaration import Declared, Leaf
 from tunerkit_peft.forms import Written
 from tunerkit_peft.pieces import Site
-from tunerkit_peft.places import obstacle
+from tunerkit_peft.places import modules_of, obstacle
 from tunerkit_peft.selecting import target_modules
 from tunerkit_peft.shapes import Features, features_of, misfit, shape_of, theirs
 from tunerkit_peft.table_settings import written_settings
@@ -62,12 +62,13 @@ def named(tuner: "Tuner", declared: Declared, sites: Sequence[Site]) -> Written:
         ConfigError: PEFT has no value for one of the settings.
         PluginError: The method declares no name for one of its tensors, or another shape.
     """
-    names, adapters = declared.names, tuner.adapters()
-    known: dict[str, dict[str, int]] = {}
+    names, adapters, paths = declared.names, tuner.adapters(), [site.owner for site in sites]
+    held = {setting.tensor: own for own, setting in names.settings.items() if setting.tensor}
+    known: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for site in sites:
         features = features_of(site.module)
-        chosen = [
+        where = [
             own
             for own, setting in names.settings.items()
             if setting.targets and any(matches(pattern, site.name) for pattern in getattr(tuner.config, own) or ())
@@ -75,19 +76,25 @@ def named(tuner: "Tuner", declared: Declared, sites: Sequence[Site]) -> Written:
         sizes = known.setdefault(site.name, {})
         for own, tensor in adapters[site.name].state_dict().items():
             leaf = names.tensors.get(own)
+            if own in held:
+                sizes[held[own]] = tuple(tensor.tolist())
+                continue
             if leaf is None:
                 raise _undeclared(declared, own)
-            shape = shape_of(leaf, features, chosen)
+            shape = shape_of(leaf, features, where)
             given = _theirs(declared, own, tensor, leaf, shape, features)
             problem, _ = ("", False) if shape is None else misfit(given.shape, shape, features, sizes)
             if problem:
                 raise _misdeclared(declared, own, f"the tensor of {site.name!r} {problem}")
             leaf_name = leaf.embedding if leaf.embedding and isinstance(site.module, nn.Embedding) else leaf.name[0]
             tensors[f"{site.name}.{leaf_name}"] = given
-    paths = [site.owner for site in sites]
-    alike = _alike(declared, tuner.config, known)
-    settings = written_settings(declared, tuner.config, alike, lambda patterns: _ends(patterns, paths))
     shared = dict(_shared(declared, adapters[sites[0].name]))
+    for leaf in names.shared.values():
+        if leaf.shape is not None and leaf.name[0] in shared:
+            misfit(shared[leaf.name[0]].shape, leaf.shape, Features(0, ()), known.setdefault("the shared module", {}))
+    alike = _alike(declared, tuner.config, known)
+    chosen = target_modules(paths, modules_of(tuner.model))
+    settings = written_settings(declared, tuner.config, alike, lambda patterns: _ends(patterns, paths, chosen))
     again = [leaf.name[0] for leaf in names.shared.values() if leaf.repeated and leaf.name[0] in shared]
     tensors |= {f"{site.name}.{name}": shared[name] for site in sites for name in again}
     return Written(settings, tensors, shared)
@@ -120,9 +127,9 @@ def _theirs(declared: Declared, own: str, tensor: Tensor, leaf: Leaf, shape: Any
         raise _misdeclared(declared, own, str(error)) from error
 
 
-def _alike(declared: Declared, config: object, known: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
-    """The sizes on which all targets agree, for settings that are None."""
-    found: dict[str, dict[int, str]] = {}
+def _alike(declared: Declared, config: object, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What all targets agree on: sizes, and settings that a tensor holds."""
+    found: dict[str, dict[Any, str]] = {}
     for path, sizes in known.items():
         for name, size in sizes.items():
             if name in declared.names.settings:
@@ -146,11 +153,15 @@ def _alike(declared: Declared, config: object, known: Mapping[str, Mapping[str, 
     return {name: next(iter(sizes)) for name, sizes in found.items()}
 
 
-def _ends(patterns: Sequence[str], paths: Sequence[str]) -> list[str] | str:
-    """PEFT's form of patterns of targets: names where their bare ends are right, else an expression for whole paths."""
+def _ends(patterns: Sequence[str], paths: Sequence[str], targets: list[str] | str) -> list[str] | str:
+    """PEFT's form of patterns of targets: names where their bare ends are right, else an expression for whole paths.
+
+    PEFT wants such names to be among those of the targets.
+    """
     wanted = [path for path in paths if any(matches(pattern, path) for pattern in patterns)]
     found = target_modules(wanted, paths) if wanted else []
-    if isinstance(found, list) and [path for path in paths if path.endswith(tuple(found))] == wanted:
+    is_exact = [path for path in paths if path.endswith(tuple(found))] == wanted
+    if isinstance(found, list) and is_exact and (isinstance(targets, str) or set(found) <= set(targets)):
         return found
     return "|".join(map(re.escape, wanted))
 

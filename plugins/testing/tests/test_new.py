@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import attrs
@@ -37,10 +36,14 @@ from tunerkit_testing.toy_methods import ShiftPlugin
 ROOT = Path(__file__).parents[3]
 COMMON = {
     *("pyproject.toml", "README.md", "LICENSE", ".gitignore", ".github/workflows/ci.yml"),
-    *("package/__init__.py", "package/py.typed", "package/config.py", "package/adapter.py", "package/plugin.py"),
+    *("package/__init__.py", "package/py.typed"),
     *("tests/test_conformance.py", "tests/test_readme.py", "tests/test_reference.py"),
 }
-MORE = {"scheduled": {"package/schedule.py", "package/training.py", "tests/test_schedule.py"}}
+PARTS = {"package/config.py", "package/adapter.py", "package/plugin.py"}
+MORE = {
+    "function": {"package/method.py"},
+    "scheduled": {*PARTS, "package/schedule.py", "package/training.py", "tests/test_schedule.py"},
+}
 
 
 @attrs.frozen
@@ -50,7 +53,7 @@ class Generated:
     variant: str
     folder: Path
     names: Names
-    plugin: ModuleType
+    plugin: Any
 
     def texts(self) -> dict[str, str]:
         """The text of each file, by its path with "package" for the package's name."""
@@ -68,7 +71,10 @@ def registered_as(method: str, variant: str, folder: Path) -> Iterator[Generated
     with pytest.MonkeyPatch.context() as patch:
         written = write_distribution(method, variant, folder)
         patch.syspath_prepend(written)
-        plugin = importlib.import_module(f"{names.package}.plugin")
+        project = tomllib.loads((written / "pyproject.toml").read_text("utf-8"))["project"]
+        module, _, name = project["entry-points"]["tunerkit"][method].partition(":")
+        plugin: Any = importlib.import_module(module)
+        plugin = getattr(plugin, name) if name else plugin
         with registered(plugin):
             yield Generated(variant, written, names, plugin)
     for module in [name for name in sys.modules if name.partition(".")[0] == names.package]:
@@ -87,26 +93,31 @@ def generated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def test_every_file_of_a_distribution_is_there(generated: Generated) -> None:
     """Each variant has exactly the files that are listed above."""
-    assert set(generated.texts()) == COMMON | MORE.get(generated.variant, set())
+    assert set(generated.texts()) == COMMON | MORE.get(generated.variant, PARTS)
 
 
 def test_no_placeholder_is_left(generated: Generated) -> None:
-    """The only dollars are those of GitHub's expressions and of paths in a config; Python files are valid."""
+    """The only dollars are those of GitHub's expressions and of paths in a config; Python and YAML files are valid."""
     for path, text in generated.texts().items():
         assert not re.search(r"\$(?!\{\{|\.|\")", text), path
         assert text == "" or (text.endswith("\n") and not text.endswith("\n\n")), path
         if path.endswith(".py"):
             ast.parse(text)
+        if path.endswith(".yml"):
+            yaml = pytest.importorskip("yaml")
+            runs = [step["run"].strip() for step in yaml.safe_load(text)["jobs"]["test"]["steps"] if "run" in step]
+            assert runs[1].startswith(f"tunerkit check {generated.names.method}")
 
 
 def test_the_project_names_its_plugin_and_the_tunerkit_it_needs(generated: Generated) -> None:
-    """The entry point is the plugin module; the installed tunerkit satisfies the requirement."""
+    """The entry point is the plugin, a module or a function; the installed tunerkit satisfies the requirement."""
     project = tomllib.loads(generated.texts()["pyproject.toml"])["project"]
     assert project["name"] == f"tunerkit-new-{generated.variant}"
-    assert project["entry-points"]["tunerkit"] == {generated.names.method: f"{generated.names.package}.plugin"}
+    named = "method:new_function" if generated.variant == "function" else "plugin"
+    assert project["entry-points"]["tunerkit"] == {generated.names.method: f"{generated.names.package}.{named}"}
     (needed,) = (text for text in project["dependencies"] if text.startswith("tunerkit"))
     assert metadata.version("tunerkit").startswith(needed.removeprefix("tunerkit>="))
-    assert generated.plugin.TUNERKIT_API == 2
+    assert getattr(generated.plugin, "TUNERKIT_API", 2) == 2
 
 
 def test_the_method_keeps_the_contract(generated: Generated) -> None:
@@ -147,6 +158,37 @@ def _stub(text: str) -> Any:
 
 
 # --- What the variants do ---
+
+
+@pytest.mark.parametrize("method", ["class", "setting", "nn", "p"])
+def test_a_function_has_a_name_that_means_nothing_else(method: str, tmp_path: Path) -> None:
+    """A keyword of Python, or a name that the file imports, gets an underscore; the method's name stays."""
+    with registered_as(method, "function", tmp_path) as found:
+        assert found.plugin.__name__ == {"p": "p"}.get(method, f"{method}_")
+        (result,) = check_method(method, cases=[NETWORK], checks=["pickle"])
+    assert result.status == "passed"
+
+
+def test_the_fitted_start_is_made_of_the_main_inputs(tmp_path: Path) -> None:
+    """After calibrating, the rows of Q span the directions of the inputs, and the output is as before."""
+    with registered_as("new-fitting", "fitted", tmp_path) as found:
+        model = tunerkit.wrap(nn.Sequential(nn.Linear(8, 4)), found.names.method, {"rank": 2, "targets": ["0"]})
+        inputs = torch.randn(20, 2) @ torch.eye(2, 8)  # in two of eight dimensions
+        before = model(inputs)
+        tunerkit.calibrate(model, [(inputs,)])
+        q = tunerkit.tuner(model).adapters()["0"].get_parameter("q")
+        assert torch.equal(model(inputs), before)
+    assert float(q[:, 2:].detach().abs().max()) < 1e-5
+    torch.testing.assert_close(q @ q.T, torch.eye(2))
+
+
+def test_outputs_without_a_weight_are_refused(tmp_path: Path) -> None:
+    """The error has the target's path, and says what can be named."""
+    with (
+        registered_as("new-adding", "outputs", tmp_path) as found,
+        pytest.raises(tunerkit.errors.TargetError, match=r"cannot adapt '1': it has no weight of its own; name a norm"),
+    ):
+        tunerkit.wrap(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), found.names.method, {"targets": ["1"]})
 
 
 @pytest.fixture
@@ -389,12 +431,12 @@ def command(*arguments: object) -> Any:
 def test_the_command_writes_the_chosen_variant_here(
     variant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without an option it is the low-rank one, in the current folder; the next commands are printed."""
+    """Without an option it is the function, in the current folder; the next commands are printed."""
     monkeypatch.chdir(tmp_path)
     done = command("new-one", *([] if variant is None else [f"--{variant}"]))
     assert done.exit_code == 0, done.output
     assert "pip install -e 'tunerkit-new-one[test]' && tunerkit check new-one" in done.output
-    expected = write_distribution("new-one", variant or "low-rank", tmp_path / "tunerkit-new-one")
+    expected = write_distribution("new-one", variant or "function", tmp_path / "tunerkit-new-one")
     for path in expected.rglob("*"):
         assert path.is_dir() or (tmp_path / path.relative_to(expected.parent)).read_bytes() == path.read_bytes()
 
@@ -468,7 +510,7 @@ def test_a_distribution_works_as_generated_in_a_clean_environment(variant: str, 
     run(clean / "python", *PIP, "wheel", *OFFLINE, "--wheel-dir", tmp_path, project)
     (wheel,) = tmp_path.glob("*.whl")
     package = Names(method).package
-    assert {f"{package}/py.typed", f"{package}/plugin.py"} <= set(zipfile.ZipFile(wheel).namelist())
+    assert {f"{package}/py.typed", f"{package}/{'method' if variant == 'function' else 'plugin'}.py"} <= set(zipfile.ZipFile(wheel).namelist())
 
 
 PIP = ("-m", "pip", "--disable-pip-version-check", "--quiet")

@@ -47,7 +47,7 @@ def run(
         Whether no check failed, except as expected, and none passed that is expected to fail.
 
     Raises:
-        TunerkitError: There is no check or case of a name, an expected failure has no reason, or there is no such plugin.
+        TunerkitError: There is no check, case or plugin of a name, or an expected failure has no reason.
     """
     models = named(cases) if cases else default_cases()
     reasons = _reasons(expected)

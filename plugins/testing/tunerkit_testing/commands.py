@@ -49,18 +49,25 @@ def check(
 
 def new(
     method: Annotated[str, typer.Argument(help="The new method's name, such as my-method.")],
-    low_rank: Annotated[bool, typer.Option("--low-rank", help="Two matrices of a low rank, the default.")] = False,
+    function: Annotated[bool, typer.Option("--function", help="One function that returns ΔW, the default.")] = False,
+    low_rank: Annotated[bool, typer.Option("--low-rank", help="By hooks: two matrices of a low rank.")] = False,
     scale: Annotated[bool, typer.Option("--scale", help="A factor per feature of a target's output.")] = False,
     scheduled: Annotated[bool, typer.Option("--scheduled", help="Low-rank, with a rank that falls.")] = False,
+    shared: Annotated[bool, typer.Option("--shared", help="Matrices that all targets share.")] = False,
+    full_matrix: Annotated[bool, typer.Option("--full-matrix", help="A ΔW that is no product.")] = False,
+    outputs: Annotated[bool, typer.Option("--outputs", help="A vector on outputs of any module.")] = False,
+    fitted: Annotated[bool, typer.Option("--fitted", help="Low-rank, with a start that is fitted to data.")] = False,
     into: Annotated[Path, typer.Option(help="The folder to write the distribution's own folder into.")] = Path(),
 ) -> None:
     """Write a distribution with a new method, which installs and passes the conformance tests as it is."""
     from tunerkit_testing.new import NewMethodError, files_to_edit, write_distribution
 
-    chosen = [name for name, given in (("low-rank", low_rank), ("scale", scale), ("scheduled", scheduled)) if given]
+    options = {"function": function, "low-rank": low_rank, "scale": scale, "scheduled": scheduled, "shared": shared}
+    options |= {"full-matrix": full_matrix, "outputs": outputs, "fitted": fitted}
+    chosen = [name for name, given in options.items() if given]
     if len(chosen) > 1:
         raise NewMethodError(f"choose one template, got {' and '.join(f'--{name}' for name in chosen)}")
-    variant = chosen[0] if chosen else "low-rank"
+    variant = chosen[0] if chosen else "function"
     folder = write_distribution(method, variant, into)
     typer.echo(f"written to {folder}; it works as it is: pip install -e '{folder}[test]' && tunerkit check {method}")
     typer.echo("Then make it yours:")

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import keyword
 import os
 import re
 import tempfile
@@ -34,40 +35,59 @@ class Variant:
     """A kind of method that a template exists for.
 
     Attributes:
-        folder: The folder of templates, in addition to those that all variants share.
+        folders: The folders of templates, in addition to those that all variants share. A later one's files replace
+            those of an earlier one.
         summary: What the method does, for the README.
         settings: Settings for the generated tests and for the README's example.
         reference: What the adapter computes, as a line of the generated test that compares with a reference.
         contents: The files of the package, with what each contains.
+        entry: What the entry point names in the package.
+        prepare: What the README's example does after `wrap`.
+        targets: The targets that the kit checks, for a method without default ones.
     """
 
-    folder: str
+    folders: tuple[str, ...]
     summary: str
     settings: Mapping[str, object]
     reference: str
     contents: Mapping[str, str]
+    entry: str = "plugin"
+    prepare: str = ""
+    targets: str | None = None
 
 
-_PLUGIN = {"plugin.py": "the hook implementations"}
+_PARTS: Final[Mapping[str, str]] = {
+    "config.py": "the settings",
+    "adapter.py": "what the adapter adds to a layer's output",
+    "plugin.py": "the hook implementations",
+}
 _LOW_RANK = Variant(
-    folder="low_rank",
+    folders=("low_rank",),
     summary="each target gets a low-rank update ΔW = scale · P Q of a fixed rank",
     settings=MappingProxyType({"rank": 4}),
     reference="return base(x) + adapter.scale * (x @ adapter.q.T @ adapter.p.T)",
-    contents={"config.py": "the settings", "adapter.py": "what the adapter adds to a layer's output", **_PLUGIN},
+    contents=_PARTS,
 )
 VARIANTS: Final[Mapping[str, Variant]] = {
+    "function": Variant(
+        folders=("function",),
+        summary="one function says what is added to each weight, ΔW = scale · P Q of a fixed rank",
+        settings=MappingProxyType({"rank": 4}),
+        reference='return base(x) + adapter.settings["scale"] * (x @ adapter.q.T @ adapter.p.T)',
+        contents={"method.py": "the method: its parameters, its settings, and what it adds to a weight"},
+        entry="method:$function",
+    ),
     "low-rank": _LOW_RANK,
     "scale": Variant(
-        folder="scale",
+        folders=("scale",),
         summary="each feature of a target's output is multiplied by a trained factor",
         settings=MappingProxyType({"factor": 2.0}),
         reference="return base(x) * (1 + adapter.factor * adapter.s)",
-        contents={"config.py": "the settings", "adapter.py": "what the adapter does to a layer's output", **_PLUGIN},
+        contents={**_PARTS, "adapter.py": "what the adapter does to a layer's output"},
     ),
     "scheduled": attrs.evolve(
         _LOW_RANK,
-        folder="scheduled",
+        folders=("scheduled",),
         summary="each target gets a low-rank update ΔW = scale · P Q, whose rank falls during training",
         settings=MappingProxyType({"rank": 2, "init_rank": 4}),
         contents={
@@ -75,6 +95,34 @@ VARIANTS: Final[Mapping[str, Variant]] = {
             "schedule.py": "the rank after each step",
             "training.py": "which columns of P and rows of Q stay",
         },
+    ),
+    "shared": Variant(
+        folders=("shared",),
+        summary="each target trains two vectors beside random matrices that all targets share",
+        settings=MappingProxyType({"rank": 4}),
+        reference="return base(x) + (x @ adapter.shared.q.T * adapter.d) @ adapter.shared.p.T * adapter.b",
+        contents={**_PARTS, "adapter.py": "what all targets share, and what the adapter adds to a layer's output"},
+    ),
+    "full-matrix": Variant(
+        folders=("full_matrix",),
+        summary="each target gets an update ΔW that is no product of two small matrices",
+        settings=MappingProxyType({"rank": 2, "scale": 0.5}),
+        reference="return base(x) + adapter.scale * x @ ((adapter.b1 @ adapter.a1) * (adapter.b2 @ adapter.a2)).T",
+        contents=_PARTS,
+    ),
+    "outputs": Variant(
+        folders=("outputs",),
+        summary="a trained vector is added to the output of modules of any kind, such as norms",
+        settings=MappingProxyType({"scale": 2.0}),
+        reference="return base(x) + adapter.scale * adapter.v",
+        contents={**_PARTS, "adapter.py": "what the adapter does to a module's output"},
+        targets="re:.*(norm|Norm|ln_1)",
+    ),
+    "fitted": attrs.evolve(
+        _LOW_RANK,
+        folders=("low_rank", "fitted"),
+        summary="each target gets a low-rank update ΔW = scale · P Q, where Q starts at the main directions of its inputs",
+        prepare="\ntunerkit.calibrate(model, [(torch.randn(32, 16),)])  # the start is fitted to these inputs",
     ),
 }
 
@@ -94,6 +142,13 @@ class Names:
     def package(self) -> str:
         """The name to import: ``"tunerkit_my_method"``."""
         return self.distribution.replace("-", "_")
+
+    @property
+    def function(self) -> str:
+        """The name of a function: ``"my_method"``; with an underscore if the name means something in its file."""
+        plain = self.method.replace("-", "_")
+        taken = {"nn", "partial", "parameter", "setting", "tunerkit"}
+        return f"{plain}_" if keyword.iskeyword(plain) or plain in taken else plain
 
     @property
     def classes(self) -> str:
@@ -194,6 +249,7 @@ def _closest(method: str) -> str:
 
 def _rendered(names: Names, variant: Variant) -> Iterator[tuple[PurePath, str]]:
     """Yield the path of each file of the distribution, and its text."""
+    checked = {**variant.settings, **({} if variant.targets is None else {"targets": variant.targets})}
     values = {
         "method": names.method,
         "distribution": names.distribution,
@@ -202,12 +258,16 @@ def _rendered(names: Names, variant: Variant) -> Iterator[tuple[PurePath, str]]:
         "version": ".".join(metadata.version("tunerkit").split(".")[:2]),
         "summary": variant.summary,
         "settings": json.dumps(dict(variant.settings))[1:-1],
-        "arguments": ", ".join(f"{name}={value!r}" for name, value in variant.settings.items()),
+        "function": names.function,
+        "entry": f"{names.package}.{variant.entry.replace('$function', names.function)}",
+        "prepare": variant.prepare,
+        "checked": json.dumps(checked)[1:-1],
+        "check": f"tunerkit check {names.method}" + (f" --config '{json.dumps(checked)}'" if variant.targets else ""),
         "reference": variant.reference,
         "contents": "\n".join(f"- `{names.package}/{file}`: {what}" for file, what in variant.contents.items()),
     }
     templates = resources.files(__package__) / "templates"
-    for folder in ("common", variant.folder):
+    for folder in ("common", *variant.folders):
         for path, text in _texts(templates / folder):
             yield _renamed(path, names), Template(text).substitute(values)
 

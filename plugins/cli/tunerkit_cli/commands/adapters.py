@@ -25,23 +25,31 @@ def show(source: _Source, json: _Json = False) -> None:
 
 def convert(
     source: Annotated[str, typer.Argument(help="An adapter in any format: a folder or a file.", metavar="SRC")],
-    to: Annotated[str, typer.Option(help="The new format, such as peft; tunerkit is its own file.")],
+    to: Annotated[
+        str, typer.Option(help="The new format, such as peft; tunerkit is its own file, and lora a LoRA in it.")
+    ],
     out: Annotated[Path, typer.Option(help="A folder, or a file where the format writes one.")],
     base: _Base = None,
     task: _Task = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="An option of the format, as in --set form=compact.")
     ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="With --to lora: the rank of the closest LoRA; the error is printed.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an older adapter at --out; a model is never overwritten.")
     ] = False,
     json: _Json = False,
 ) -> None:
-    """Write an adapter in another format. No weights of the base model are read."""
+    """Write an adapter in another format. No weights of the base model are read, except by --to lora if needed."""
     from tunerkit_cli.converting.conversion import convert_adapter
     from tunerkit_cli.converting.printing import print_converted
 
-    found = convert_adapter(source, to=to, out=out, base=base, task=task, options=set_ or [], overwrite=overwrite)
+    options = set_ or []
+    found = convert_adapter(
+        source, to=to, out=out, base=base, task=task, options=options, rank=rank, overwrite=overwrite
+    )
     print_converted(found, as_json=json)
 
 

@@ -14,6 +14,7 @@ from tunerkit.errors import ConfigError, UnknownFormatError, closest, shown
 from tunerkit.extras import READERS
 from tunerkit.paths import few
 from tunerkit.plugin import Format
+from tunerkit_cli.converting.closest_lora import LORA, Closest, open_closest
 from tunerkit_cli.converting.description import OWN
 from tunerkit_cli.converting.opening import collected, load_adapter, open_adapter
 from tunerkit_cli.outputs import new_folder
@@ -40,7 +41,9 @@ _SHAPES_ONLY: Final = (
 class Converted:
     """What was written, with the method that the adapter has in tunerkit, and the base over which it was opened.
 
-    ``padded`` is the rank to which the format fills up those of all targets; 0 if it keeps them.
+    ``padded`` is the rank to which the format fills up those of all targets; 0 if it keeps them. ``error`` is what a
+    LoRA of a lower rank leaves out of all targets, relative to what the adapter adds (Frobenius norm), and ``errors``
+    that of each target, the largest first.
     """
 
     format: str
@@ -52,6 +55,8 @@ class Converted:
     files: tuple[str, ...]
     size: int
     remarks: tuple[str, ...]
+    error: float | None = None
+    errors: Mapping[str, float] = attrs.field(factory=dict)
 
 
 def convert_adapter(
@@ -62,20 +67,28 @@ def convert_adapter(
     base: str | None,
     task: str | None,
     options: Sequence[str],
+    rank: int | None = None,
     overwrite: bool = False,
 ) -> Converted:
     """Convert an adapter to the format ``to``, where ``"tunerkit"`` is our own, without reading a weight of its base.
 
-    ``base`` and ``task`` are for what the adapter's files do not say, and ``options`` are the format's, each as
-    ``key=value``. Raises `TunerkitError` if the adapter cannot be opened or written; then nothing is written.
+    With ``"lora"`` it becomes the closest LoRA of a rank, in our own format; there, the weights are read if the method
+    needs them to say what it adds. ``base`` and ``task`` are for what the adapter's files do not say, and ``options``
+    are the format's, each as ``key=value``. Raises `TunerkitError` if the adapter cannot be opened or written; then
+    nothing is written.
     """
     given = dict(_option(each) for each in options)
-    _check(source, to, out, given)
+    _check(source, to, out, given, rank)
     _refuse_occupied(out, overwrite=overwrite)
     before = _inodes(out)
+    found: Closest | None = None
     with collected() as remarks:
-        tuner, opened = open_adapter(source, base=base, task=task)
-        written = tunerkit.save(tuner.model, out) if to == OWN else tunerkit.export(tuner.model, out, to, **given)
+        if rank is None:
+            tuner, opened = open_adapter(source, base=base, task=task)
+        else:
+            tuner, opened, found = open_closest(source, rank, base=base, task=task)
+        ours = to in (OWN, LORA)
+        written = tunerkit.save(tuner.model, out) if ours else tunerkit.export(tuner.model, out, to, **given)
     files = [file for file, inode in _inodes(written).items() if before.get(file) != inode]
     return Converted(
         format=to,
@@ -83,10 +96,12 @@ def convert_adapter(
         method=tuner.method,
         base=opened.source,
         ranks=tuner.ranks(),
-        padded=_padded(to, written, tuner.ranks()),
+        padded=0 if ours else _padded(to, written, tuner.ranks()),
         files=tuple(sorted(file.name for file in files)),
         size=sum(file.stat().st_size for file in files),
-        remarks=(*remarks, _SHAPES_ONLY) if to == OWN else tuple(remarks),
+        remarks=(*remarks, _SHAPES_ONLY) if ours else tuple(remarks),
+        error=None if found is None else found.error,
+        errors={} if found is None else found.errors,
     )
 
 
@@ -97,9 +112,17 @@ def _option(text: str) -> tuple[str, Any]:  # Any: the format checks it
     return name.strip(), given_value(value, f"--set {name.strip()}")
 
 
-def _check(source: str, to: str, out: Path, options: Mapping[str, object]) -> None:
+def _check(source: str, to: str, out: Path, options: Mapping[str, object], rank: int | None) -> None:
     """Refuse what can be seen before the adapter is read."""
-    if to == OWN:
+    if (to == LORA) != (rank is not None) or (rank is not None and rank < 1):
+        got = "none" if rank is None else rank
+        raise ConfigError(
+            [f"--rank: --to lora needs the largest rank of a target, from 1 on, and other formats none; got {got}"]
+        )
+    if to == LORA:
+        if options:
+            raise ConfigError([f"--set: tunerkit's own file has no options, got {', '.join(options)}; leave --set out"])
+    elif to == OWN:
         if options:
             raise ConfigError([f"--set: tunerkit's own file has no options, got {', '.join(options)}; leave --set out"])
         if serialization.format_at(source) is None and serialization.file_at(source, "adapter").is_file():
@@ -115,7 +138,7 @@ def _format(name: str) -> Format:
     installed = hooks.gather_formats()
     if name in {*installed, *(each for reader in READERS for each in reader.formats)}:
         return serialization.find_format(name)
-    names = sorted({*installed, OWN})
+    names = sorted({*installed, OWN, LORA})
     raise UnknownFormatError(
         f"--to: no format named {shown(name)}{closest(name.lower(), names)}; installed: {few(names, shown=20)}"
     )

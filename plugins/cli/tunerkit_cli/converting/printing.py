@@ -24,11 +24,17 @@ def print_converted(found: "Converted", *, as_json: bool) -> None:
         "format": found.format,
         "written": f"{found.out} ({', '.join(found.files)})" if found.files != (found.out,) else found.out,
         "method": found.method,
-        "base": "" if found.format == OWN else found.base,  # our own file does not hold it
+        "base": "" if found.format in (OWN, "lora") else found.base,  # our own file does not hold it
         "ranks": ranks_in_words(found.ranks) + (f", padded to {found.padded}" if found.padded else ""),
         "size": size_in_words(found.size),
+        **({} if found.error is None else {"error": _error_in_words(found.error, found.errors)}),
     }
     _print(attrs.asdict(found), facts, as_json=as_json)
+
+
+def _error_in_words(error: float, errors: Mapping[str, float]) -> str:
+    path, largest = next(iter(errors.items()))
+    return f"{error:.2e} of what it adds (Frobenius norm); the largest is {largest:.2e}, at {path}"
 
 
 def print_verified(found: "Verified", *, as_json: bool) -> None:

@@ -41,7 +41,6 @@ def check_grad_scale(case: Case, method: str, config: Mapping[str, object], tmp_
 
 def check_accumulation(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """Two micro-batches with half of the loss each train the same adapter as one batch."""
-
     dtypes = {tensor.dtype for tensor in case.build().state_dict().values()}
     scale = _SCALE if torch.float16 in dtypes else 1.0  # where small gradients are rounded to multiples of 6e-8
     case = attrs.evolve(case, loss=lambda model, loss=case.loss: loss(model) * scale)

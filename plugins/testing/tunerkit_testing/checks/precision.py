@@ -116,7 +116,8 @@ def _assert_near(
             what = f"the gradient for {what}"
             worst, limit = float(error.norm()), _GRADIENTS * float(right.norm())
         assert worst <= limit, (
-            f"{path}: on a base in {dtype}, {what} differs by {worst:.3g} from that in fp64, allowed {limit:.3g}; {hint}"
+            f"{path}: on a base in {dtype}, {what} differs by {worst:.3g} from that in fp64, "
+            f"allowed {limit:.3g}; {hint}"
         )
 
 

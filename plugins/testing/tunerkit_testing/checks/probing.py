@@ -18,7 +18,6 @@ from tunerkit.layers import Adapter, BaseLayer, torch_private
 from tunerkit.plugin import Tuner
 from tunerkit_testing.cases import Case, wrapped
 
-
 _SHARED = "the shared module"
 
 

@@ -102,16 +102,39 @@ def check_steps_run(case: Case, method: str, config: Mapping[str, object], tmp_p
 
 def check_only_the_adapter_trains(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """Before and after a training, the parameters with ``requires_grad`` are the tuner's, and none of the base."""
-    model = wrapped(case, method, config)
-    _assert_base_frozen(model)
-    train(model, case)
-    _assert_base_frozen(model)
-
-
-def _assert_base_frozen(model: nn.Module) -> None:
-    own = {id(parameter) for parameter in tunerkit.tuner(model).parameters()}
-    wrong = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    ended = remembered(_trained, case, method, config)
+    wrong = ended.wrong or _of_the_base(ended.model)
     assert not wrong, f"{', '.join(wrong[:3])} of the base would be trained; do not set requires_grad in a hook"
+
+
+@attrs.frozen(eq=False)
+class Ended:
+    """A model after a training with all that the case trains, and what was seen before.
+
+    Attributes:
+        model: The model.
+        losses: The loss before each step.
+        wrong: Parameters of the base that required a gradient.
+        fixed: The values of the method's parameters that are not trained.
+    """
+
+    model: nn.Module
+    losses: list[float]
+    wrong: list[str]
+    fixed: dict[str, Tensor]
+
+
+def _trained(case: Case, method: str, config: Mapping[str, object]) -> Ended:
+    model = wrapped(case, method, config)
+    own = own_parameters(tunerkit.tuner(model))
+    fixed = _values({name: parameter for name, parameter in own.items() if not parameter.requires_grad})
+    wrong = _of_the_base(model)
+    return Ended(model, train(model, case), wrong, fixed)
+
+
+def _of_the_base(model: nn.Module) -> list[str]:
+    own = {id(parameter) for parameter in tunerkit.tuner(model).parameters()}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
 
 
 def check_gradients_reach_every_tensor(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
@@ -159,7 +182,7 @@ def check_loss_falls(case: Case, method: str, config: Mapping[str, object], tmp_
 
 def check_trains_beside_copies(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """With all that the case trains, such as a new head, the loss falls."""
-    losses = train(wrapped(case, method, config), case)
+    losses = remembered(_trained, case, method, config).losses
     assert losses[-1] < losses[0], (
         f"the loss goes from {losses[0]:.4g} to {losses[-1]:.4g}; leave modules that are trained in full to the "
         "optimizer, and change only parameters of tuner.adapters() in a step hook"
@@ -168,23 +191,20 @@ def check_trains_beside_copies(case: Case, method: str, config: Mapping[str, obj
 
 def check_steps_keep_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """A training changes no tensor of the base."""
-    model = wrapped(case, method, config)
-    train(model, case)
+    model = remembered(_trained, case, method, config).model
     assert_base_untouched(model, case, "change only parameters of the adapters in a step hook, none of the base layer")
 
 
 def check_fixed_stays_fixed(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """A parameter that is built with ``requires_grad=False`` gets no gradient and keeps its value."""
-    model = wrapped(case, method, config)
-    own = own_parameters(tunerkit.tuner(model))
-    fixed = {name: parameter for name, parameter in own.items() if not parameter.requires_grad}
-    if not fixed:
+    ended = remembered(_trained, case, method, config)
+    if not ended.fixed:
         raise SkipTest("all parameters of the method are trained")
-    before = _values(fixed)
-    train(model, case)
-    for name, parameter in fixed.items():
+    own = own_parameters(tunerkit.tuner(ended.model))
+    for name, before in ended.fixed.items():
+        parameter = own[name]
         assert parameter.grad is None, f"{name} is fixed and has a gradient; do not set requires_grad after building"
-        assert torch.equal(parameter, before[name]), (
+        assert torch.equal(parameter, before), (
             f"{name} is fixed and changed in training; change it in no step hook, or make it a buffer"
         )
 

@@ -1,34 +1,34 @@
-"""LoRA-XS (Bałazy et al., 2024): a trained (r, r) matrix between the singular vectors of W, which are fixed."""
+"""LoRA-XS (Bałazy et al., 2024, arXiv 2405.17604): a small trained matrix between fixed singular vectors of W."""
 
 from collections.abc import Iterator
-from typing import ClassVar
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Factors, Method, add_low_rank, hookimpl, setting
+from tunerkit_methods.sizes import at_most
 
 
 @attrs.frozen
 class Config(AdapterConfig):
     """The settings of LoRA-XS."""
 
-    rank: int = setting(8, ge=1, doc="rank at each target")
+    rank: int | None = setting(None, ge=1, doc="rank at each target; None means 32, or less if the layer is smaller")
 
 
 class Small(Adapter):
-    """Adds U S R Vᵀ x; only ``r`` (r, r) is trained, and starts at 0."""
+    """Adds U S R Vᵀ x (equation 2): U (out, r), S and V are of the SVD of W; only R (r, r) is trained, from 0."""
 
-    reads_output: ClassVar[bool] = False
-    reads_weight: ClassVar[bool] = True  # at the start
+    reads_output = False
+    reads_weight = True  # at the start
 
     def __init__(self, base: BaseLayer, rank: int) -> None:
         super().__init__()
         u, s, vh = torch.linalg.svd(base.dense().float().cpu(), full_matrices=False)
         self.p = nn.Parameter(u[:, :rank] * s[:rank], requires_grad=False)
         self.q = nn.Parameter(vh[:rank].clone(), requires_grad=False)
-        self.r = nn.Parameter(torch.zeros(len(self.q), len(self.q)))
+        self.r = nn.Parameter(torch.zeros(rank, rank))
 
     @property
     def rank(self) -> int:
@@ -45,7 +45,8 @@ def tunerkit_methods() -> Iterator[Method]:
 
 @hookimpl
 def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Small:
-    return Small(base, config.rank)
+    limit = min(base.in_features, base.out_features)
+    return Small(base, at_most(config.rank, 32, limit, "rank, the smaller side of the layer"))
 
 
 @hookimpl

@@ -1,0 +1,125 @@
+"""Make the closest LoRA of an adapter of any method: at each target, the largest singular values of what it adds."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+import tunerkit
+from tunerkit import TunerkitError, hooks, serialization
+from tunerkit.injection import slots_of
+from tunerkit.plugin import Factors, Foreign, Format, Tuner, biases_of, copies_of, factors_of
+from tunerkit_cli.converting.opening import load_adapter, open_adapter
+from tunerkit_transformers.bases import Base, skeleton, whole
+
+LORA = "lora"
+
+
+@attrs.frozen(eq=False)
+class Closest:
+    """The products of a LoRA, and what they leave out.
+
+    Attributes:
+        products: What is added to each target's weight, of the wanted rank at most.
+        biases: The biases, by the path of their module.
+        left_out: ‖ΔW − P Q‖_F at each target.
+        sizes: ‖ΔW‖_F at each target.
+    """
+
+    products: Mapping[str, Factors]
+    biases: Mapping[str, Tensor]
+    left_out: Mapping[str, float]
+    sizes: Mapping[str, float]
+
+    @property
+    def error(self) -> float:
+        """What is left out of all targets together, relative to what was added to them."""
+        size = math.hypot(*self.sizes.values())
+        return math.hypot(*self.left_out.values()) / size if size > 0 else 0.0
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """The same for each target, the largest first."""
+        found = {path: gap / self.sizes[path] if self.sizes[path] > 0 else 0.0 for path, gap in self.left_out.items()}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def open_closest(source: str, rank: int, *, base: str | None, task: str | None) -> tuple[Tuner, Base, Closest]:
+    """Open the closest LoRA of an adapter, over its base.
+
+    The weights of the base are only read if the method needs them to say what it adds.
+
+    Args:
+        source: The adapter.
+        rank: The largest rank of a target.
+        base: The base, if the adapter's files do not say it.
+        task: The task, if they do not say it.
+
+    Raises:
+        TunerkitError: The adapter cannot be opened, or adds to something else than weights of layers.
+    """
+    tuner, chosen = open_adapter(source, base=base, task=task)
+    adapts = hooks.registry.get(tuner.method).targets
+    if adapts != "weights" or not hooks.has_delta(tuner.method):
+        raise TunerkitError(
+            f"method {tuner.method!r} adapts {'modules that have no weight' if adapts == 'weights' else adapts}, and a "
+            "LoRA weights of layers; merge it instead: tunerkit merge"
+        )
+    model: Any = tuner.model
+    if any(each.reads_weight is not False for each in tuner.adapters().values()):
+        model = load_adapter(whole(chosen, dtype="auto"), source, chosen)
+        tuner = tunerkit.tuner(model)
+    found, copies = closest(tuner, rank), copies_of(tuner)
+    bare: nn.Module = skeleton(chosen)
+
+    def read(path: Path, model: nn.Module) -> Foreign:
+        return Foreign(found.products, LORA, copies=copies, biases=found.biases)
+
+    def write(*_: object) -> NoReturn:
+        raise AssertionError("it is only read")
+
+    serialization.open_unloaded(bare, source, format=Format(LORA, sniff=lambda path: True, read=read, write=write))
+    return tunerkit.tuner(bare), chosen, found
+
+
+@torch.no_grad()
+def closest(tuner: Tuner, rank: int) -> Closest:
+    """Return the closest products of a rank to what an adapter adds, target by target.
+
+    By the theorem of Eckart and Young these are its largest singular triplets. Where the method adds a product, they
+    come from the triangles of two QR decompositions; else from the matrix itself.
+    """
+    low = factors_of(tuner) if hooks.adds_products(tuner.method) else {}
+    products, biases, left_out, sizes = {}, biases_of(tuner), {}, {}
+    for path, adapter in tuner.adapters().items():
+        slots = slots_of(tuner.model.get_submodule(path))
+        assert slots is not None
+        assert slots.base is not None
+        if path in low:
+            u, s, vh = _of_product(low[path])
+        else:
+            delta = hooks.delta(path, tuner.method, adapter, slots.base)
+            if delta.bias is not None:
+                own = biases.get(path)
+                own = slots.base.bias() if own is None else own
+                assert own is not None
+                biases[path] = own.detach().cpu() + delta.bias.detach().cpu()
+            weight = torch.zeros(1, 1) if delta.weight is None else delta.weight.detach().cpu().float()
+            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        kept = s[:rank] > 0
+        root = s[:rank][kept].sqrt()
+        products[path] = Factors(q=(root[:, None] * vh[:rank][kept]).float(), p=(u[:, :rank][:, kept] * root).float())
+        sizes[path], left_out[path] = float(s.double().norm()), float(s[rank:].double().norm())
+    return Closest(products, biases, left_out, sizes)
+
+
+def _of_product(product: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of P Q, in the time of r² (in + out)."""
+    left, small_left = torch.linalg.qr(product.p.double())
+    right, small_right = torch.linalg.qr(product.q.double().T)
+    u, s, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
+    return left @ u, s, vh @ right.T
