@@ -93,7 +93,7 @@ def _components(found: Statistics) -> Tensor:
 def _explained(found: Statistics) -> list[float]:
     """The share of the variance that each component explains."""
     squares = _components(found).double().square().sum(dim=1)
-    return (squares / max(found.variance, 1e-300)).tolist()
+    return (squares / found.variance if found.variance > 0 else squares.zero_()).tolist()
 
 
 def _directions(found: Statistics) -> Tensor:
