@@ -31,6 +31,7 @@ CONTRACT = {
 # What this release has beyond the snapshot, which was taken at commit 9d060d1.
 ADDED = frozenset(
     {
+        "tunerkit.AdapterConfig.for_model(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD model)",
         "tunerkit.BaseLayer.forwards",
         "tunerkit.Gain.rows",
         "tunerkit.Method.foreign",
