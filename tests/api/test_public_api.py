@@ -179,7 +179,10 @@ ADDED = frozenset(
         "tunerkit.ParamGroup.parameters",
         "tunerkit.ParamGroup.weight_decay",
         "tunerkit.Statistics(POSITIONAL_OR_KEYWORD rows, POSITIONAL_OR_KEYWORD inputs, "
-        "POSITIONAL_OR_KEYWORD gradients)",
+        "POSITIONAL_OR_KEYWORD gradients, POSITIONAL_OR_KEYWORD centred = None, "
+        "POSITIONAL_OR_KEYWORD variance = 0.0)",
+        "tunerkit.Statistics.centred",
+        "tunerkit.Statistics.variance",
         "tunerkit.Statistics.gradients",
         "tunerkit.Statistics.inputs",
         "tunerkit.Statistics.rows",

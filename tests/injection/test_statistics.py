@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tunerkit.errors import AdapterError, PluginError
 from tunerkit.plugin import Method, Statistics, StatisticsRequest
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
@@ -41,7 +42,7 @@ Build = Callable[[int], tuple[nn.Module, Tensor, Tensor]]
 class Keeping(LowRankPlugin):
     """Keeps the statistics that it wants."""
 
-    def __init__(self, wanted: StatisticsRequest) -> None:
+    def __init__(self, wanted: StatisticsRequest | Callable[[Any], StatisticsRequest | None]) -> None:
         self.wanted = wanted
         self.found: dict[str, Statistics] = {}
 
@@ -92,6 +93,58 @@ def test_the_second_moment_is_exact_up_to_its_rank(build: Build, rank: int) -> N
         assert found.inputs.shape == (5, IN)
         assert found.rows == len(rows)
         assert relative(found.inputs.T @ found.inputs, rows.T @ rows) <= 1e-5
+
+
+@pytest.mark.parametrize("build", LAYERS)
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_the_centred_inputs_are_exact_up_to_their_rank(build: Build, rank: int) -> None:
+    """Law: their rows are the principal components, and the variance is Σ ‖x − mean‖², however the data is cut."""
+    torch.manual_seed(rank)
+    layer, x, rows = build(rank)
+    centred = rows - rows.mean(dim=0)
+    for parts in (1, 4):
+        found, _ = measured(layer, x, StatisticsRequest(inputs=5), parts)
+        assert found.centred is not None
+        size = torch.linalg.matrix_norm(rows, 2) ** 2  # equal rows differ from their mean by rounding alone
+        assert found.variance == pytest.approx(float(centred.square().sum()), rel=1e-5, abs=1e-6 * float(size))
+        error = torch.linalg.matrix_norm(found.centred.T @ found.centred - centred.T @ centred, 2)
+        assert error <= 1e-6 * size
+        lengths = found.centred.norm(dim=1)
+        assert bool((lengths[:-1] >= lengths[1:]).all())
+
+
+def test_each_group_of_a_convolution_has_rows_of_its_own() -> None:
+    """Law: a patch of each group is a row, in the moment, the mean and their number."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv1d(4, 6, 2, groups=2), torch.randn(3, 4, 5)
+    found = statistics(layer, [x], StatisticsRequest(inputs=4))
+    rows = x.unfold(2, 2, 1).unflatten(1, (2, 2)).permute(0, 1, 3, 2, 4).reshape(-1, 4)
+    centred = rows - rows.mean(dim=0)
+    assert found.inputs is not None
+    assert found.centred is not None
+    assert found.rows == len(rows)
+    assert relative(found.inputs.T @ found.inputs, rows.T @ rows) <= 1e-5
+    assert relative(found.centred.T @ found.centred, centred.T @ centred) <= 1e-4
+
+
+def test_what_is_wanted_may_depend_on_the_settings() -> None:
+    """Law: a function of the config is asked; None needs no data, and anything else is the plugin's mistake."""
+    model = nn.Sequential(nn.Linear(IN, 4))
+    x = torch.randn(5, IN)
+
+    def wanted(config: LowRankConfig) -> StatisticsRequest | None:
+        return {1: None, 2: StatisticsRequest(inputs=3), 3: "inputs"}[config.rank]  # type: ignore[return-value]
+
+    with registered(plugin := Keeping(wanted)):
+        for rank, error, words in ((1, AdapterError, "needs no data with its settings"), (3, PluginError, "'inputs'")):
+            tunerkit.wrap(model, "toy-keeping", {"targets": ["0"], "rank": rank})
+            with pytest.raises(error, match=words):
+                tunerkit.calibrate(model, [x])
+            tunerkit.unwrap(model)
+        tunerkit.wrap(model, "toy-keeping", {"targets": ["0"], "rank": 2})
+        tunerkit.calibrate(model, [x])
+        tunerkit.unwrap(model)
+    assert plugin.found["0"].rows == 5
 
 
 @pytest.mark.parametrize("build", LAYERS)

@@ -282,7 +282,13 @@ def _check_rank_dims(question: Question, answer: Adapter) -> None:
 def statistics(tuner: TunerView) -> StatisticsRequest | None:
     """Return what the method wants to know of the data with the adapter's settings; None for nothing."""
     asked = registry.get(tuner.method).statistics
-    return asked(tuner.config) if callable(asked) else asked
+    found: object = asked(tuner.config) if callable(asked) else asked
+    if found is None or isinstance(found, StatisticsRequest):
+        return found
+    raise PluginError(
+        f"statistics of method {tuner.method!r} returned {shown(found)}; it must return None, or what it wants as a "
+        "tunerkit.plugin.StatisticsRequest"
+    )
 
 
 def calibrate(

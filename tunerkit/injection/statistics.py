@@ -191,7 +191,7 @@ class _Sketch:
             rows=self.rows,
             inputs=_root(omega, self.moment)[: self.request.inputs],
             gradients=gradients,
-            centred=_root(omega, centred)[: self.request.inputs],
+            centred=_root(omega, centred, float(self.squares))[: self.request.inputs],
             variance=float((self.squares - self.total @ mean.T).clamp(min=0)),
         )
 
@@ -208,11 +208,14 @@ def _add_gradients_(sketches: list[_Sketch], loss: Tensor) -> None:
         each.counting = True
 
 
-def _root(omega: Tensor, moment: Tensor) -> Tensor:
-    """S with Sᵀ S = Yᵀ (Ω Yᵀ)⁺ Y, for Y = Ω C; its rows are orthogonal, the longest first."""
+def _root(omega: Tensor, moment: Tensor, total: float = 0.0) -> Tensor:
+    """S with Sᵀ S = Yᵀ (Ω Yᵀ)⁺ Y, for Y = Ω C; its rows are orthogonal, the longest first.
+
+    ``total`` is what C is a difference of: where the two cancel, rounding is left.
+    """
     core = moment @ omega.T
     values, vectors = torch.linalg.eigh((core + core.T) / 2)
-    kept = values > _NOISE * values[-1].clamp(min=0)
+    kept = values > _NOISE * torch.clamp(values[-1], min=10 * total)
     scaled = torch.where(kept, values.clamp(min=1e-300).rsqrt(), 0.0)
     _, sigma, directions = torch.linalg.svd(scaled[:, None] * (vectors.T @ moment), full_matrices=False)
     root: Tensor = sigma[:, None] * directions

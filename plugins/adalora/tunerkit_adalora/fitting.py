@@ -43,10 +43,16 @@ def fit_(tuner: Tuner, statistics: Mapping[str, Statistics]) -> None:
 def directions(found: Statistics) -> Tensor:
     """The main directions as rows of length 1, (k, in), the first first: principal components, or singular vectors."""
     if found.centred is not None:
-        lengths = found.centred.norm(dim=1)
-        return found.centred[lengths > 0] / lengths[lengths > 0, None]
+        return unit_rows(found.centred)
     assert found.gradients is not None  # one of the two was asked for
     right, small = torch.linalg.qr(found.gradients.q.double().T)
     _, left = torch.linalg.qr(found.gradients.p.double())
-    vh: Tensor = torch.linalg.svd(left @ small.T).Vh
-    return vh @ right.T
+    rows: Tensor = torch.linalg.svd(left @ small.T).Vh @ right.T
+    return rows
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """The rows that are not 0, each divided by its length."""
+    lengths = torch.linalg.vector_norm(rows, dim=1)
+    kept: Tensor = rows[lengths > 0] / lengths[lengths > 0, None]
+    return kept

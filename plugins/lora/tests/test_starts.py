@@ -175,6 +175,51 @@ def test_a_start_that_needs_none_is_not_calibrated() -> None:
         tunerkit.calibrate(tunerkit.wrap(Net(), "lora", {"targets": ["linear"]}), BATCHES)
 
 
+@pytest.mark.parametrize("start", [*OF_THE_WEIGHT, *OF_THE_DATA])
+def test_a_training_resumes_bit_for_bit(start: str, tmp_path: Path) -> None:
+    """Law: stopped after 4 of 8 steps and resumed from files, the weights are those of 8 steps."""
+
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(tunerkit.param_groups(model, lr=1e-2))
+        tunerkit.attach(model, optimizer, total_steps=8)
+        return optimizer
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(4):
+            model(X).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model = wrapped(start, lr_ratio=4.0)
+    optimizer = optimizer_of(model)
+    steps(model, optimizer)
+    path, state = tunerkit.save(model, tmp_path), copy.deepcopy(optimizer.state_dict())
+    steps(model, optimizer)
+    again = tunerkit.load(Net(), path, trainable=True)
+    resumed = optimizer_of(again)
+    resumed.load_state_dict(state)
+    steps(again, resumed)
+    found = dict(tunerkit.tuner(again).named_parameters())
+    for name, parameter in tunerkit.tuner(model).named_parameters():
+        assert torch.equal(found[name], parameter), name
+
+
+@pytest.mark.parametrize("start", OF_THE_WEIGHT)
+def test_a_weight_that_is_read_past_its_layer_keeps_the_output(start: str) -> None:
+    """Law: attention's packed projection, where only the delta counts, trains from a delta of 0."""
+    torch.manual_seed(0)
+    base = nn.MultiheadAttention(12, 2, batch_first=True).requires_grad_(False)
+    x = torch.randn(3, 5, 12)
+    before = base(x, x, x)[0]
+    model = tunerkit.wrap(nn.ModuleDict({"attention": base}), "lora", {"start": start, "targets": ["attention"]})
+    torch.testing.assert_close(base(x, x, x)[0], before)
+    base(x, x, x)[0].square().mean().backward()
+    (adapter,) = tunerkit.tuner(model).adapters().values()
+    assert isinstance(adapter, SubtractedLora)
+    assert not (adapter.factors().p @ adapter.factors().q).any()
+    assert adapter.get_parameter("b").grad is not None
+
+
 # --- EVA --------------------------------------------------------------------------------------------------------------
 
 

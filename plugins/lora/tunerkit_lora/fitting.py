@@ -93,15 +93,15 @@ def _components(found: Statistics) -> Tensor:
 def _explained(found: Statistics) -> list[float]:
     """The share of the variance that each component explains."""
     squares = _components(found).double().square().sum(dim=1)
-    return (squares / max(found.variance, 1e-300)).tolist()  # type: ignore[no-any-return]  # of torch
+    return (squares / found.variance if found.variance > 0 else squares.zero_()).tolist()
 
 
 def _directions(found: Statistics) -> Tensor:
     """The components, (k, in), with length 1; without those along which the inputs do not vary."""
     components = _components(found)
-    lengths = components.norm(dim=1)
-    kept = lengths > 0
-    return components[kept] / lengths[kept, None]
+    lengths = torch.linalg.vector_norm(components, dim=1)
+    kept: Tensor = components[lengths > 0] / lengths[lengths > 0, None]
+    return kept
 
 
 def _cap(path: str, config: LoraConfig, found: Statistics) -> int:

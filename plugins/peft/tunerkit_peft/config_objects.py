@@ -33,8 +33,15 @@ _HEADS: Final = {
 }
 _PLAIN: Final = re.compile(r"[\w.-]+")
 _KINDS: Final = {"lora": "LORA", "adalora": "ADALORA"}  # as PEFT names them
-# Its names of LoRA's starts that have another here; PiSSA by randomised SVD becomes PiSSA.
-_STARTS: Final = {True: "kaiming", None: "kaiming", **{name: name for name in ("gaussian", "pissa", "olora", "eva")}}
+# Its names of LoRA's starts, and ours; PiSSA by randomised SVD becomes PiSSA.
+_STARTS: Final[Mapping[object, str]] = {
+    True: "kaiming",
+    None: "kaiming",
+    "gaussian": "gaussian",
+    "pissa": "pissa",
+    "olora": "olora",
+    "eva": "eva",
+}
 
 
 def settings_of(config: Any, model: nn.Module) -> tuple[str, dict[str, object]] | None:
