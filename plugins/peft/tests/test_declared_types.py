@@ -17,6 +17,7 @@ from plugins.peft.tests import peft_folders
 from plugins.peft.tests.declaring import NAME, NAMES, Plugin
 from plugins.peft.tests.peft_models import CASES, Case
 from tunerkit_peft import kinds
+from tunerkit_peft.describing import describe
 from tunerkit_testing.registering import registered
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -186,6 +187,27 @@ def test_a_missing_setting_is_named(tmp_path: Path, vera: Path, name: str) -> No
     del settings[name]
     folder = folder_of(tmp_path, settings, load_file(vera / "adapter_model.safetensors"))
     peft_folders.refused(folder, f"'{name}' is missing", model=CASES["llama"].build())
+
+
+def test_a_shared_tensor_may_be_at_each_target_too(tmp_path: Path, vera: Path) -> None:
+    """PEFT writes some of them so. With other values, nothing says which one counts."""
+    held, settings = load_file(vera / "adapter_model.safetensors"), peft_folders.settings(vera)
+    again = f"{peft_folders.PREFIX}model.layers.0.mlp.down_proj.vera_A"
+    case = CASES["llama"]
+    model = tunerkit.load(
+        case.build(), folder_of(tmp_path, settings, {**held, again: held["base_model.vera_A"].clone()})
+    )
+    with torch.no_grad():
+        assert torch.equal(case.output(model), case.output(tunerkit.load(case.build(), vera)))
+    folder_of(tmp_path, settings, {**held, again: held["base_model.vera_A"] + 1})
+    peft_folders.refused(tmp_path, again, "differ, and all targets share one", model=case.build())
+
+
+def test_a_folder_is_described_without_a_model(vera: Path) -> None:
+    """As `tunerkit show` prints it."""
+    found = describe(vera)
+    assert (found.method, set(found.ranks.values()), found.settings["rank"]) == (NAME, {5}, 5)
+    assert "model.layers.1.mlp.down_proj" in found.ranks
 
 
 def test_a_setting_of_training_is_told(tmp_path: Path, vera: Path) -> None:
