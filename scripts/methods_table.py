@@ -109,7 +109,8 @@ def kit(method: str, tests: ModuleType, case: Case) -> str:
 def moved(method: str, settings: dict[str, object], adapter: str = "default", model: nn.Module | None = None) -> Any:
     """A small BERT whose adapters were moved at random."""
     (case,) = named(["bert"])
-    model = tunerkit.wrap(model or case.build(), method, {**case.settings, "train_modules": (), **settings}, adapter=adapter, seed=0)
+    chosen = {**case.settings, "train_modules": (), **settings}
+    model = tunerkit.wrap(model or case.build(), method, chosen, adapter=adapter, seed=0)
     torch.manual_seed(3)
     with torch.no_grad():
         for each in tunerkit.tuner(model, adapter).adapters().values():

@@ -183,7 +183,7 @@ class Delta:
     """What an adapter adds to the parameters of its base layer, as dense tensors.
 
     Attributes:
-        weight: Added to the weight, (out, in); None adds nothing.
+        weight: Added to the weight, (out, in), for a norm (out, 1); None adds nothing.
         bias: Added to the bias, (out,); None adds nothing.
     """
 

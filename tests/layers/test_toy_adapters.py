@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call
 
 import tunerkit
 import tunerkit_testing
 from tests import support
+from tunerkit.plugin import Method
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net
 
@@ -27,16 +29,24 @@ PLUGINS: list[Any] = [
     if name.endswith("Plugin") and kind.__module__ == module.__name__
 ]
 METHODS = [
-    (plugin, m.name) for plugin in PLUGINS if hasattr(plugin, "tunerkit_methods") for m in plugin().tunerkit_methods()
+    (plugin, method)
+    for plugin in PLUGINS
+    if hasattr(plugin, "tunerkit_methods")
+    for method in plugin().tunerkit_methods()
 ]
 
 
-@pytest.mark.parametrize(("plugin", "method"), METHODS, ids=[name for _, name in METHODS])
-def test_a_functional_call_uses_the_parameters_it_is_given(plugin: Any, method: str) -> None:
+def net_for(method: Method) -> nn.Module:
+    """A network whose first module the method adapts."""
+    return nn.Sequential(nn.LayerNorm(X.shape[-1]), *net()) if method.targets == "norms" else net()
+
+
+@pytest.mark.parametrize(("plugin", "method"), METHODS, ids=[method.name for _, method in METHODS])
+def test_a_functional_call_uses_the_parameters_it_is_given(plugin: Any, method: Method) -> None:
     """Output and gradients of `functional_call` are those of a model with these parameters, also of shared ones."""
     generator = torch.Generator().manual_seed(0)
     with registered(plugin()):
-        model, other = (tunerkit.wrap(net(), method, {"targets": ["0"]}, seed=0) for _ in range(2))
+        model, other = (tunerkit.wrap(net_for(method), method.name, {"targets": ["0"]}, seed=0) for _ in range(2))
         given = {
             name: parameter.detach() + 0.1 * torch.rand(parameter.shape, generator=generator)
             for name, parameter in model.named_parameters()

@@ -25,7 +25,13 @@ def page() -> Iterator[dict[str, Any]]:
     module = sys.modules["prompts_page"] = ModuleType("prompts_page")  # so that its classes can be pickled
     before = tunerkit.methods().keys()
     registered: list[object] = []
-    register, tunerkit.register = tunerkit.register, lambda plugin: (registered.append(plugin), register(plugin))[1]
+    register = tunerkit.register
+
+    def noting(plugin: object) -> None:
+        register(plugin)
+        registered.append(plugin)
+
+    tunerkit.register = noting
     try:
         text = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
         exec(compile(text, str(PAGE), "exec"), vars(module))

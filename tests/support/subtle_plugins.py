@@ -19,6 +19,7 @@ from tests.support.bad_plugins import (
     TrainsTheGainOnce,
 )
 from tests.support.hard_plugins import MixesSamples
+from tunerkit.errors import TargetError
 from tunerkit.plugin import (
     Adapter,
     BaseLayer,
@@ -343,6 +344,16 @@ class NeverCopied(Product):
 class ReadsTheModule(Product):
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         return super().forward(base, x, y) + 0 * base.module.get_parameter("weight").sum()
+
+
+class NoRoomIn(Plugin):
+    """Refuses layers of 6 features, which are those of the small square network."""
+
+    @hookimpl
+    def tunerkit_build_adapter(self, base: BaseLayer, config: LowRankConfig) -> Adapter:
+        if base.in_features == base.out_features == 6:
+            raise TargetError("6 features are too few")
+        return Product(base, config.rank)
 
 
 # The check that must fail, with the plugin that it must fail for.

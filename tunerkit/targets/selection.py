@@ -271,7 +271,7 @@ def unknown(
             if matcher(pattern)(join(path, name)):
                 what = "a stack of matrices in one parameter" if parameter.ndim >= 3 else "a parameter"
                 holder = f"of {path!r}, a {type(found.module).__name__}" if path else "of the model itself"
-                instead = f": name {path!r} to adapt its {name}" if found.base is not None else ""
+                instead = f": name {path!r} to adapt its {name}" if path and found.base is not None else ""
                 return f"{shown(pattern)} is {what} {holder}, and only modules can be named yet{instead}"
     # The ends of the modules' paths with one name, with two, and with as many as the pattern has.
     lengths = {1, 2, pattern.count(".") + 1}

@@ -1,11 +1,12 @@
 """LoRA-FA trains B as PEFT's optimizer of that name does."""
 
 import copy
+from typing import Any
 
 import peft
 import torch
 from peft.optimizers import create_lorafa_optimizer
-from torch import nn
+from torch import Tensor, nn
 
 import tunerkit
 from tunerkit_methods.lora_fa import HalfFixed
@@ -20,7 +21,9 @@ def test_trains_as_pefts_optimizer_does() -> None:
     """
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8)).double()
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=3, lora_alpha=6, target_modules=list(LEAVES)))
+    theirs: Any = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=3, lora_alpha=6, target_modules=list(LEAVES))
+    )
     theirs = theirs.double()
     ours = tunerkit.wrap(base, "lora-fa", {"rank": 3, "alpha": 6, "targets": LEAVES, "adapter_dtype": "float64"})
     adapters = tunerkit.tuner(ours).adapters()
@@ -63,3 +66,28 @@ def test_a_step_of_gradient_descent_moves_the_product_as_near_to_the_full_gradie
     full, rows = slope.T @ x, adapter.a.detach()
     projected = full @ torch.linalg.pinv(rows) @ rows
     torch.testing.assert_close(adapter.scale * adapter.b.detach() @ rows, -projected, atol=1e-6, rtol=1e-6)
+
+
+def kept(method: str) -> int:
+    """The bytes that a forward keeps for backward, without parameters."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(3)]
+    model = tunerkit.wrap(nn.Sequential(*layers), method, {"targets": "all-linear", "rank": 2})
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(torch.randn(64, 32, requires_grad=True))
+    assert out.requires_grad
+    return sum(seen.values())
+
+
+def test_keeps_no_input_of_a_layer_for_backward() -> None:
+    """Of three layers, LoRA keeps each input; LoRA-FA keeps A x, which is smaller."""
+    assert kept("lora-fa") < 0.6 * kept("lora")

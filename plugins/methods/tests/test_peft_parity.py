@@ -189,7 +189,7 @@ def every_pair(row: Row, ours: nn.Module, theirs: Any) -> list[tuple[Tensor, Ten
 
 def shared_pairs(row: Row, adapter: Adapter, theirs: Any) -> list[tuple[Tensor, Tensor]]:
     """Our trained tensors and PEFT's that all layers share. A star at the end of a name stands for many of them."""
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     for mine, leaf in registry.get(row.method).foreign["peft"].get("shared", {}).items():
         own = {name: each for name, each in adapter.shared.named_parameters() if each.requires_grad}
         name = leaf if isinstance(leaf, str) else leaf["name"]

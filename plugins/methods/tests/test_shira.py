@@ -1,6 +1,7 @@
 """SHiRA trains as many entries as it says, and those that PEFT would."""
 
 import copy
+from typing import Any
 
 import peft
 import pytest
@@ -23,7 +24,7 @@ def sparse(settings: dict[str, object], base: nn.Module) -> Sparse:
 def test_draws_the_entries_that_peft_draws(seed: int | None) -> None:
     """From the same seed, also from none."""
     config = peft.ShiraConfig(r=3, random_seed=seed, target_modules=["0"])
-    theirs = peft.get_peft_model(copy.deepcopy(nn.Sequential(nn.Linear(12, 20))), config)
+    theirs: Any = peft.get_peft_model(copy.deepcopy(nn.Sequential(nn.Linear(12, 20))), config)
     layer = theirs.base_model.model.get_submodule("0")
     ours = sparse({"rank": 3, "mask_seed": seed}, nn.Linear(12, 20))
     assert torch.equal(ours.positions, layer.shira_indices["default"])

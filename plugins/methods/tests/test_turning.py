@@ -115,3 +115,20 @@ def test_no_block_is_copied_for_each_row_of_the_input(method: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(x)
     assert kept <= 2 * x.numel() * x.element_size()
+
+
+@pytest.mark.parametrize("method", ["oft", "boft", "hra", "road", "dora"])
+def test_merging_under_autocast_rounds_nothing(method: str) -> None:
+    """What is merged does not depend on the block around the call; a model on the meta device still has its shapes."""
+    torch.manual_seed(0)
+    model = tunerkit.wrap(nn.Sequential(nn.Linear(16, 32)), method, {"targets": "0"})
+    with torch.no_grad():
+        for parameter in tunerkit.tuner(model).parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        x = torch.randn(4, 16)
+        adapted = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            tunerkit.merge(model)
+        assert torch.allclose(model(x), adapted, atol=1e-5)
+        tunerkit.unmerge(model)
+        assert model.to("meta")(x.to("meta")).shape == (4, 32)

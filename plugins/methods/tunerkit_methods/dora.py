@@ -18,7 +18,7 @@ from tunerkit.plugin import (
     low_rank_delta,
     setting,
 )
-from tunerkit_methods.inputs import wide_weight
+from tunerkit_methods.inputs import in_full_precision, wide_weight
 
 NAMES = {
     "type": "LORA",
@@ -70,7 +70,7 @@ class Dora(Adapter):
 
     def factor(self, base: BaseLayer) -> Tensor:
         """f, (out,). At the start it is 1 to the last bit, also where m is rounded to a narrow dtype."""
-        with torch.no_grad(), torch.autocast(self.m.device.type, enabled=False):
+        with torch.no_grad(), in_full_precision(self.m):
             weight = wide_weight(base, self.m.dtype)
             norm = torch.linalg.vector_norm(weight, dim=1)
             a, b = self.scale * self.a.to(weight.dtype), self.b.to(weight.dtype)

@@ -30,7 +30,7 @@ class Grown(tk.Adapter):
 
     ``left`` (out, w) and ``right`` (w, in) add nothing, and have gradients. With G that of B A, and P̂ and Q̂ for their
     directions, these are G Q̂ᵀ and P̂ᵀ G. Both are the running averages of their gradients: the two halves of a subspace
-    iteration for the largest singular triplets of G.
+    iteration for the largest singular triplets of G. Where gradients are clipped, theirs count.
     """
 
     reads_output, reads_weight = False, False

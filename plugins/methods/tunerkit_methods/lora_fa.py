@@ -15,7 +15,6 @@ from tunerkit.plugin import (
     Factors,
     Method,
     Tuner,
-    add_low_rank,
     hookimpl,
     low_rank_factors,
     setting,
@@ -52,8 +51,10 @@ class HalfFixed(Adapter):
         return len(self.a)
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        return add_low_rank(base, x, y, q=self.a, p=self.b, scale=self.scale, dropout=dropout)
+        # Not add_low_rank, which keeps x for the gradient of A. This keeps A x alone.
+        x = x.to(self.a.device, self.a.dtype if x.is_floating_point() else x.dtype)
+        h = base.project_in(x, self.a, self.dropout if self.training else 0.0)
+        return torch.add(y, base.project_out(h, self.b).to(y.device, y.dtype), alpha=self.scale)
 
 
 @hookimpl

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tunerkit.errors import TargetError
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, hookimpl, setting
-from tunerkit_methods.inputs import blockwise, refuse_ids, through, wide_weight
+from tunerkit_methods.inputs import blockwise, in_full_precision, refuse_ids, through, wide_weight
 from tunerkit_methods.sizes import divisor
 
 NAMES = {
@@ -65,7 +65,7 @@ class Rotation(Adapter):
         upper[:, rows, columns] = v
         q = upper - upper.mT
         turn: Tensor
-        with torch.autocast(v.device.type, enabled=False):
+        with in_full_precision(v):
             if not self.terms:
                 turn = torch.linalg.solve(torch.eye(self.size, dtype=v.dtype, device=v.device) + q, -2 * q)
             else:
@@ -104,4 +104,5 @@ def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Rotation:
 
 @hookimpl
 def tunerkit_delta(adapter: Rotation, base: BaseLayer) -> Delta:
-    return Delta(weight=adapter.turned(wide_weight(base, adapter.v.dtype), True))
+    with in_full_precision(adapter.v):
+        return Delta(weight=adapter.turned(wide_weight(base, adapter.v.dtype), True))

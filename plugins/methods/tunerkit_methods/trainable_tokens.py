@@ -14,7 +14,7 @@ from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Factors, Method, 
 NAMES = {
     "type": "TRAINABLE_TOKENS",
     "tensors": {"rows": "trainable_tokens_delta"},
-    "settings": {"tokens": {"name": "token_indices", "tensor": "ids"}},
+    "settings": {"tokens": "token_indices"},
     "ignored": ["init_weights"],
     "layers": ["Embedding"],
 }

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,28 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tunerkit
-from plugins.peft.tests import example_methods, peft_folders
-from plugins.peft.tests.example_methods import EXAMPLES, NAMES, Example
+from plugins.peft.tests import peft_folders
+from plugins.peft.tests.declaring import NAME, NAMES, Plugin
 from plugins.peft.tests.peft_models import CASES, Case
 from tunerkit_peft import kinds
+from tunerkit_testing.registering import registered
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
-PAIRS = [(name, case) for name, example in EXAMPLES.items() for case in example.cases]
-
-
-REGISTERED = {name: example_methods.plugin(name) for name in EXAMPLES}
+TARGETS = {"llama": ("q_proj", "down_proj"), "bert": ("query", "dense"), "gpt2": ("c_attn", "c_fc")}
+PLUGIN = Plugin(NAMES)
 
 
 @pytest.fixture(autouse=True)
-def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The examples are installed, and of methods that declare PEFT's names they alone."""
-    for each in REGISTERED.values():
-        tunerkit.register(each)
-    known = list(kinds.declarations())
-    monkeypatch.setattr(kinds, "declarations", lambda: [each for each in known if each[0].startswith("example-")])
-    yield
-    for each in REGISTERED.values():
-        tunerkit.unregister(each)
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The method is installed, and of methods that declare PEFT's names it alone."""
+    monkeypatch.setattr(kinds, "declarations", lambda: [(NAME, "VERA")])
+    with registered(PLUGIN):
+        yield
+
+
+def config_of(**fields: Any) -> Any:
+    """Peft's config."""
+    return peft.VeraConfig(r=5, **fields)
 
 
 def folder_of(path: Path, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
@@ -52,9 +53,10 @@ def randomize_(model: nn.Module) -> None:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 
-def theirs(case: Case, example: Example, names: tuple[str, ...], folder: Path, **fields: Any) -> Tensor:
+def theirs(case: Case, names: tuple[str, ...], folder: Path, **fields: Any) -> Tensor:
     """Let peft make an adapter and save it; the output of its model."""
-    model: Any = peft.get_peft_model(case.build(), example.config(target_modules=list(names), **fields))  # type: ignore[arg-type]
+    config = config_of(target_modules=list(names), **fields)
+    model: Any = peft.get_peft_model(case.build(), config)  # type: ignore[arg-type]
     randomize_(model)
     model.save_pretrained(str(folder))
     with torch.no_grad():
@@ -66,13 +68,13 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() <= 2e-6 * expected.abs().max())
 
 
-@pytest.mark.parametrize(("name", "at"), PAIRS)
-def test_a_folder_of_peft_is_read_and_written(tmp_path: Path, name: str, at: str) -> None:
+@pytest.mark.parametrize("at", TARGETS)
+def test_a_folder_of_peft_is_read_and_written(tmp_path: Path, at: str) -> None:
     """Outputs equal peft's; what is written, peft and tunerkit load, with the same tensors."""
-    case, example = CASES[at], EXAMPLES[name]
-    expected = theirs(case, example, example.cases[at], tmp_path / "theirs")
+    case = CASES[at]
+    expected = theirs(case, TARGETS[at], tmp_path / "theirs")
     model = tunerkit.load(case.build(), tmp_path / "theirs")
-    assert tunerkit.tuner(model).method == example.name
+    assert tunerkit.tuner(model).method == NAME
     with torch.no_grad():
         assert close(case.output(model), expected)
         tunerkit.export(model, tmp_path / "ours")
@@ -84,14 +86,13 @@ def test_a_folder_of_peft_is_read_and_written(tmp_path: Path, name: str, at: str
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_an_adapter_of_ours_goes_to_peft(tmp_path: Path, name: str) -> None:
+def test_an_adapter_of_ours_goes_to_peft(tmp_path: Path) -> None:
     """What tunerkit trained computes the same in peft."""
-    case, example = CASES["llama"], EXAMPLES[name]
-    model = tunerkit.wrap(case.build(), example.name, {"targets": ["k_proj", "up_proj"], **example.settings}, seed=0)
+    case = CASES["llama"]
+    model = tunerkit.wrap(case.build(), NAME, {"targets": ["k_proj", "up_proj"], "rank": 5}, seed=0)
     randomize_(model)
     written = tunerkit.export(model, tmp_path / "ours")
-    assert json.loads((written / "adapter_config.json").read_text())["peft_type"] == NAMES[name]["type"]
+    assert json.loads((written / "adapter_config.json").read_text())["peft_type"] == "VERA"
     with torch.no_grad():
         again = peft.PeftModel.from_pretrained(case.build(), str(written))  # type: ignore[arg-type]
         assert close(case.output(again.eval()), case.output(model))
@@ -142,7 +143,7 @@ DAMAGED: dict[str, tuple[Change, tuple[str, ...]]] = {
 def vera(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of peft's VeRA on a Llama."""
     folder = tmp_path_factory.mktemp("vera")
-    theirs(CASES["llama"], EXAMPLES["vera"], ("q_proj", "down_proj"), folder)
+    theirs(CASES["llama"], TARGETS["llama"], folder)
     return folder
 
 
@@ -215,7 +216,7 @@ def test_a_layer_of_another_class_is_refused(tmp_path: Path) -> None:
         tmp_path / "theirs", {"peft_type": "VERA", "r": 5, "save_projection": True, "target_modules": ["two"]}, tensors
     )
     peft_folders.refused(folder, "belongs to a Conv2d here", "Linear, Conv1D", model=CASES["convolutions"].build())
-    model = tunerkit.wrap(CASES["convolutions"].build(), "example-vera", {"targets": ["two"]})
+    model = tunerkit.wrap(CASES["convolutions"].build(), NAME, {"targets": ["two"]})
     randomize_(model)
     with pytest.raises(tunerkit.errors.FileError, match=r"two \(Conv2d\)"):
         tunerkit.export(model, tmp_path / "ours")
@@ -227,8 +228,8 @@ def test_a_layer_of_another_class_is_refused(tmp_path: Path) -> None:
 
 def test_trained_modules_and_biases_go_both_ways(tmp_path: Path) -> None:
     """They are the same as for a LoRA, with the type's own word for the biases of its targets."""
-    case, example = CASES["bert"], EXAMPLES["vera"]
-    expected = theirs(case, example, ("query",), tmp_path / "theirs", bias="vera_only", modules_to_save=["classifier"])
+    case = CASES["bert"]
+    expected = theirs(case, ("query",), tmp_path / "theirs", bias="vera_only", modules_to_save=["classifier"])
     model = tunerkit.load(case.build(), tmp_path / "theirs")
     with torch.no_grad():
         assert close(case.output(model), expected)
@@ -246,31 +247,27 @@ def test_no_type_without_its_method(tmp_path: Path, vera: Path, monkeypatch: pyt
     )
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_a_config_of_peft_is_converted(name: str) -> None:
+def test_a_config_of_peft_is_converted() -> None:
     """The settings, and the modules that PEFT would adapt: its default ones if none are named."""
-    example = EXAMPLES[name]
-    fields = {"bias": NAMES[name]["bias"]} if "bias" in NAMES[name] else {}
-    expected: Any = peft.get_peft_model(CASES["llama"].build(), example.config(**fields))  # type: ignore[arg-type]
-    model = tunerkit.wrap(CASES["llama"].build(), example.name, example.config(**fields))
+    config = config_of(bias="vera_only")
+    expected: Any = peft.get_peft_model(CASES["llama"].build(), config)  # type: ignore[arg-type]
+    tuner = tunerkit.tuner(tunerkit.wrap(CASES["llama"].build(), NAME, config_of(bias="vera_only")))
     found = {path for path, module in expected.base_model.model.named_modules() if hasattr(module, "base_layer")}
-    tuner = tunerkit.tuner(model)
     assert {target.path for target in tuner.targets} == found
-    assert all(getattr(tuner.config, own) == value for own, value in example.settings.items())
-    assert tuner.config.bias == ("adapters" if fields else "none")
+    assert (tuner.config.rank, tuner.config.bias) == (5, "adapters")  # type: ignore[attr-defined]
 
 
 def test_what_would_be_another_training_is_refused() -> None:
     """A folder with such a setting is read; here it would train something else."""
     with pytest.raises(tunerkit.errors.ConfigError, match=r"'vera_dropout' is 0\.5, which method 'example-vera'"):
-        tunerkit.wrap(CASES["bert"].build(), "example-vera", peft.VeraConfig(vera_dropout=0.5))
-    with pytest.raises(tunerkit.errors.ConfigError, match="describes method 'example-dora', got 'lora'"):
-        tunerkit.wrap(CASES["bert"].build(), "lora", EXAMPLES["dora"].config())
+        tunerkit.wrap(CASES["bert"].build(), NAME, config_of(vera_dropout=0.5))
+    with pytest.raises(tunerkit.errors.ConfigError, match="describes method 'example-vera', got 'lora'"):
+        tunerkit.wrap(CASES["bert"].build(), "lora", config_of())
 
 
 def test_the_form_of_the_method_can_be_asked_for(tmp_path: Path) -> None:
     """Only a method that declares PEFT's names has a form of its own; a rank belongs to a LoRA."""
-    model = tunerkit.wrap(CASES["llama"].build(), "example-vera", {"targets": ["q_proj"]})
+    model = tunerkit.wrap(CASES["llama"].build(), NAME, {"targets": ["q_proj"]})
     randomize_(model)
     with pytest.raises(tunerkit.errors.ConfigError, match="VERA keeps the adapter's sizes"):
         tunerkit.export(model, tmp_path / "out", rank=64)
@@ -283,44 +280,48 @@ def test_the_form_of_the_method_can_be_asked_for(tmp_path: Path) -> None:
 
 WRONG: dict[str, tuple[Any, str]] = {
     "no type": ({"tensors": {}}, "'type' is missing"),
-    "an unknown key": ({**NAMES["vera"], "tensor": {}}, "'tensor' is none of .*did you mean 'tensors'"),
-    "a tensor's name": ({**NAMES["vera"], "tensors": {"b": 3}}, "tensors: b: expected a mapping from names, got 3"),
+    "an unknown key": ({**NAMES, "tensor": {}}, "'tensor' is none of .*did you mean 'tensors'"),
+    "a tensor's name": ({**NAMES, "tensors": {"b": 3}}, "tensors: b: expected a mapping from names, got 3"),
     "a shape": (
-        {**NAMES["vera"], "tensors": {"b": {"name": "x", "shape": "out"}}},
+        {**NAMES, "tensors": {"b": {"name": "x", "shape": "out"}}},
         "tensors: b: shape: expected a list of sizes",
     ),
     "a key of a tensor": (
-        {**NAMES["vera"], "tensors": {"b": {"name": "x", "transpose": True}}},
+        {**NAMES, "tensors": {"b": {"name": "x", "transpose": True}}},
         "tensors: b: 'transpose' is none of .*did you mean 'transposed'",
     ),
-    "a name twice": ({**NAMES["vera"], "tensors": {"b": "x", "d": "x"}}, "'d' and 'b' are both 'x'"),
-    "a setting": ({**NAMES["vera"], "settings": {"rnk": "r"}}, "Config has no setting 'rnk'; did you mean 'rank'"),
-    "a field twice": ({**NAMES["vera"], "ignored": ["r"]}, "ignored: 'r' belongs to settings.rank already"),
-    "a field of all": ({**NAMES["vera"], "constants": {"bias": "none"}}, "'bias' belongs to what every type has"),
+    "a name twice": ({**NAMES, "tensors": {"b": "x", "d": "x"}}, "'d' and 'b' are both 'x'"),
+    "a setting": ({**NAMES, "settings": {"rnk": "r"}}, "Config has no setting 'rnk'; did you mean 'rank'"),
+    "a field twice": ({**NAMES, "ignored": ["r"]}, "ignored: 'r' belongs to settings.rank already"),
+    "a field of all": ({**NAMES, "constants": {"bias": "none"}}, "'bias' belongs to what every type has"),
     "a choice": (
-        {**NAMES["vera"], "tensors": {"b": {"name": "x", "chosen": {"rank": [1]}}}},
+        {**NAMES, "tensors": {"b": {"name": "x", "chosen": {"rank": [1]}}}},
         "'b' is chosen by 'rank', which is no setting with targets=True",
     ),
-    "a star": ({**NAMES["vera"], "shared": {"q": "vera_*"}}, "a '\\*' ends both names"),
+    "a star": ({**NAMES, "shared": {"q": "vera_*"}}, "a '\\*' ends both names"),
 }
+
+
+@contextmanager
+def declaring(names: Any) -> Iterator[nn.Module]:
+    """A model with an adapter of the method, which declares other names."""
+    tunerkit.unregister(PLUGIN)
+    try:
+        with registered(Plugin(names)):
+            model = tunerkit.wrap(CASES["llama"].build(), NAME, {"targets": ["q_proj"], "rank": 5})
+            randomize_(model)
+            yield model
+    finally:
+        tunerkit.register(PLUGIN)
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_declaration_names_plugin_and_method(tmp_path: Path, wrong: str) -> None:
     """It is found when the names are needed."""
     names, part = WRONG[wrong]
-    tunerkit.unregister(REGISTERED["vera"])
-    try:
-        undo = example_methods.registered("vera", names)
-        try:
-            model = tunerkit.wrap(CASES["llama"].build(), "example-vera", {"targets": ["q_proj"]})
-            randomize_(model)
-            with pytest.raises(tunerkit.errors.PluginError, match=rf"(?s)method 'example-vera' \(in-process\).*{part}"):
-                tunerkit.export(model, tmp_path / "out")
-        finally:
-            undo()
-    finally:
-        tunerkit.register(REGISTERED["vera"])
+    expected = rf"(?s)method 'example-vera' \(in-process\).*{part}"
+    with declaring(names) as model, pytest.raises(tunerkit.errors.PluginError, match=expected):
+        tunerkit.export(model, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -336,13 +337,6 @@ def test_a_wrong_declaration_names_plugin_and_method(tmp_path: Path, wrong: str)
 )
 def test_tensors_that_are_declared_wrongly_are_named(tmp_path: Path, tensors: Any, part: str) -> None:
     """Else PEFT's folder would lack one, or hold it in another shape."""
-    tunerkit.unregister(REGISTERED["vera"])
-    undo = example_methods.registered("vera", {**NAMES["vera"], "tensors": tensors})
-    try:
-        model = tunerkit.wrap(CASES["llama"].build(), "example-vera", {"targets": ["q_proj"], "rank": 5})
-        randomize_(model)
-        with pytest.raises(tunerkit.errors.PluginError, match=part):
-            tunerkit.export(model, tmp_path / "out")
-    finally:
-        undo()
-        tunerkit.register(REGISTERED["vera"])
+    names = {**NAMES, "tensors": tensors}
+    with declaring(names) as model, pytest.raises(tunerkit.errors.PluginError, match=part):
+        tunerkit.export(model, tmp_path / "out")

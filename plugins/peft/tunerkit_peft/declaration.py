@@ -82,19 +82,23 @@ def _mapping(value: Any) -> dict[str, Any]:
     raise _wrong("a mapping from names", value)
 
 
-def _each(make: Callable[[Any], Made]) -> Callable[[Any], dict[str, Made]]:
-    """A converter of the values of a mapping; an error says which."""
+def _text_or_none(value: Any) -> str:
+    return "" if value == "" else _text(value)
 
-    def made(value: Any) -> dict[str, Made]:
-        found = {}
-        for key, each in _mapping(value).items():
-            try:
-                found[key] = make(each)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from error
-        return found
 
-    return made
+def _each(make: Callable[[Any], Made], value: Any) -> dict[str, Made]:
+    """Convert the values of a mapping; an error says which."""
+    found = {}
+    for key, each in _mapping(value).items():
+        try:
+            found[key] = make(each)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+    return found
+
+
+def _shapes(value: Any) -> dict[str, tuple[Size, ...] | None]:
+    return _each(_shape, value)
 
 
 @attrs.frozen(kw_only=True)
@@ -122,10 +126,10 @@ class Leaf:
     name: tuple[str, ...] = attrs.field(converter=_texts)
     shape: tuple[Size, ...] | None = attrs.field(default=None, converter=_shape)
     convolution: tuple[Size, ...] | None = attrs.field(default=None, converter=_shape)
-    embedding: str = attrs.field(default="", converter=lambda value: value and _text(value))
-    chosen: Mapping[str, tuple[Size, ...] | None] = attrs.field(factory=dict, converter=_each(_shape))
+    embedding: str = attrs.field(default="", converter=_text_or_none)
+    chosen: Mapping[str, tuple[Size, ...] | None] = attrs.field(factory=dict, converter=_shapes)
     transposed: bool = attrs.field(default=False, converter=_flag)
-    integers: str = attrs.field(default="", converter=lambda value: value and _text(value))
+    integers: str = attrs.field(default="", converter=_text_or_none)
     optional: bool = attrs.field(default=False, converter=_flag)
     repeated: bool = attrs.field(default=False, converter=_flag)
 
@@ -158,28 +162,34 @@ class Setting:
     values: tuple[tuple[Any, tuple[Any, ...]], ...] = attrs.field(default={}, converter=_values)
     default: Any = NONE
     targets: bool = attrs.field(default=False, converter=_flag)
-    tensor: str = attrs.field(default="", converter=lambda value: value and _text(value))
+    tensor: str = attrs.field(default="", converter=_text_or_none)
 
 
-def _made(cls: Callable[..., Made], only: str) -> Callable[[Any], Made]:
-    """A converter to a class, from a mapping or from the one thing that most need."""
+def _leaves(value: Any) -> dict[str, Leaf]:
+    return _each(lambda each: _built(Leaf, _named(each)), value)
 
-    def made(value: Any) -> Made:
-        return _built(cls, {only: value} if isinstance(value, str | list | tuple) else _mapping(value))
 
-    return made
+def _settings(value: Any) -> dict[str, Setting]:
+    return _each(lambda each: _built(Setting, _named(each)), value)
+
+
+def _named(value: Any) -> dict[str, Any]:
+    """A mapping, or the name alone, as most need no more."""
+    return {"name": value} if isinstance(value, str | list | tuple) else _mapping(value)
 
 
 def _built(cls: Any, given: Mapping[str, Any]) -> Any:
-    known = [field.name for field in attrs.fields(cls)]
+    """Build one of the classes here. Raises `ValueError`, which says what is wrong in which attribute."""
+    fields = attrs.fields(cls)
+    known = [field.name for field in fields]
     for key in given:
         if key not in known:
             raise ValueError(f"{shown(key)} is none of {', '.join(known)}{closest(key, known)}")
-    required = [field.name for field in attrs.fields(cls) if field.default is attrs.NOTHING]
+    required = [field.name for field in fields if field.default is attrs.NOTHING]
     for name in required:
         if name not in given:
             raise ValueError(f"{name!r} is missing")
-    for field in attrs.fields(cls):
+    for field in fields:
         if field.name in given and field.converter is not None:
             try:
                 field.converter(given[field.name])  # once here, so that the error says which
@@ -224,14 +234,14 @@ class Declaration:
     """
 
     type: str = attrs.field(converter=_text)
-    tensors: Mapping[str, Leaf] = attrs.field(converter=_each(_made(Leaf, "name")))
-    shared: Mapping[str, Leaf] = attrs.field(factory=dict, converter=_each(_made(Leaf, "name")))
-    settings: Mapping[str, Setting] = attrs.field(factory=dict, converter=_each(_made(Setting, "name")))
+    tensors: Mapping[str, Leaf] = attrs.field(converter=_leaves)
+    shared: Mapping[str, Leaf] = attrs.field(factory=dict, converter=_leaves)
+    settings: Mapping[str, Setting] = attrs.field(factory=dict, converter=_settings)
     constants: Mapping[str, Any] = attrs.field(factory=dict, converter=_mapping)
     training: Mapping[str, Any] = attrs.field(factory=dict, converter=_mapping)
     ignored: tuple[str, ...] = attrs.field(default=(), converter=_names)
     layers: tuple[str, ...] = attrs.field(default=("Linear", "Conv1D"), converter=_texts)
-    bias: str = attrs.field(default="", converter=lambda value: value and _text(value))
+    bias: str = attrs.field(default="", converter=_text_or_none)
 
     def takes(self, module: object) -> bool:
         """Whether PEFT adapts a module of this class."""

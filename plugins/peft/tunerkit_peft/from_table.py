@@ -89,7 +89,10 @@ def named_adapter(settings: TableSettings, weights: Weights, modules: Mapping[st
     names = settings.declared.names
     places = {name: place_of(name, moved.rename) for name in weights.factors}
     chosen = {own: _chosen(value, places.values()) for own, value in settings.chosen.items()}
-    found, damaged, unexplained, others = [], [], [], []
+    found: list[_At] = []
+    damaged: list[str] = []
+    unexplained: list[str] = []
+    others: list[str] = []
     for name, keys in weights.factors.items():
         place = places[name]
         module = modules.get(place.path)
@@ -147,7 +150,8 @@ def _incomplete(names: Declaration, keys: Mapping[str, str], path: str) -> Itera
 
 def _misshapen(weights: Weights, at: _At, sizes: dict[str, int]) -> tuple[list[str], list[str]]:
     """What contradicts itself, and what another base model would explain. The sizes are filled."""
-    wrong, others = [], []
+    wrong: list[str] = []
+    others: list[str] = []
     for part, key in at.keys.items():
         expected = at.shapes[part]
         if expected is None or at.features is None:

@@ -161,7 +161,7 @@ def trained_biases(tuner: "Tuner", sites: Collection[Site], word: str) -> Biases
         )
     if trained and not word:
         title = f"PEFT trains no biases with this type of adapter, and this one does. {_MERGE}:"
-        raise FileError("\n- ".join([title, *first(trained)]))
+        raise FileError("\n- ".join([title, *first([*trained])]))
     targets = {_path(site): f"{site.name}.base_layer.bias" for site in sites}
     named = {targets.get(path, f"{path}.bias"): bias for path, bias in trained.items()}
     inside = all(path in targets for path in trained)

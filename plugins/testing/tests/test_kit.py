@@ -13,7 +13,7 @@ import tunerkit
 from tests.support import bad_plugins, checks_page, mistakes
 from tests.support.bad_plugins import CASE
 from tests.support.mistakes import MISTAKES, Mistake
-from tests.support.subtle_plugins import CAUGHT, LoopsInAStep, ReadsOutputInSecret, with_adapter, with_config
+from tests.support.subtle_plugins import CAUGHT, LoopsInAStep, NoRoomIn, ReadsOutputInSecret, with_adapter, with_config
 from tests.support.toy_growing import GrowingPlugin
 from tests.support.toy_outputs import OutputPlugin
 from tests.support.toy_readers import DirectionPlugin, ScaleConfig, ScalePlugin
@@ -219,7 +219,7 @@ def test_an_expected_failure_silences_no_other_check() -> None:
         found = check_method("bad", cases=[CASE], expected_failures=expected)
     assert {r.check for r in found if r.status == "expected failure"} == {"every_tensor_moves"}
     failed = {r.check: r.reason for r in found if r.status in ("failed", "error")}
-    assert failed.keys() == {"loss_falls", "bf16_base", "rank"}
+    assert failed.keys() == {"loss_falls", "bf16_base"}
     hint = "(every_tensor_moves, which this needs, is expected to fail; if that is why, give a reason here too) "
     assert all(reason.startswith(hint) for reason in failed.values())
     passed = {r.check for r in found if r.status == "passed"}
@@ -366,6 +366,17 @@ class DeltaInSinglePrecision(bad_plugins.Plugin):
     @tunerkit.hookimpl
     def tunerkit_delta(self, adapter: bad_plugins.Product) -> Delta:
         return Delta(weight=adapter.b.float() @ adapter.a.float())
+
+
+def test_a_model_that_the_method_refuses_is_skipped_beside_one_that_it_takes() -> None:
+    """Law: a refusal in words is no failure, unless the method takes no model at all."""
+    with registered(NoRoomIn()):
+        found = check_method("bad", cases=[CASE, known_cases.NETWORK], checks=["building_keeps_the_base", "merges"])
+        (alone,) = check_method("bad", cases=[CASE], checks=["building_keeps_the_base"])
+    assert [result.status for result in found] == ["skipped", "skipped", "passed", "passed"]
+    assert found[0].reason.startswith("the method cannot be used on this model: 0 and 1 more like it: ")
+    assert "6 features are too few" in found[0].reason
+    assert alone.status == "error"
 
 
 def test_a_check_leaves_random_state_and_files_alone(

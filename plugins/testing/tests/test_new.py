@@ -510,7 +510,9 @@ def test_a_distribution_works_as_generated_in_a_clean_environment(variant: str, 
     run(clean / "python", *PIP, "wheel", *OFFLINE, "--wheel-dir", tmp_path, project)
     (wheel,) = tmp_path.glob("*.whl")
     package = Names(method).package
-    assert {f"{package}/py.typed", f"{package}/{'method' if variant == 'function' else 'plugin'}.py"} <= set(zipfile.ZipFile(wheel).namelist())
+    assert {f"{package}/py.typed", f"{package}/{'method' if variant == 'function' else 'plugin'}.py"} <= set(
+        zipfile.ZipFile(wheel).namelist()
+    )
 
 
 PIP = ("-m", "pip", "--disable-pip-version-check", "--quiet")

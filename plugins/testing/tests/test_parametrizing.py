@@ -7,10 +7,11 @@ import pytest
 import tunerkit
 from tests.support import bad_plugins
 from tests.support.bad_plugins import CASE
-from tests.support.subtle_plugins import LoopsInAStep
+from tests.support.subtle_plugins import LoopsInAStep, NoRoomIn
 from tunerkit import TunerkitError
 from tunerkit_testing import matrix, parametrize_with_checks
 from tunerkit_testing.checks.order import CHECKS
+from tunerkit_testing.known_cases import NETWORK
 from tunerkit_testing.parametrizing import BoundCheck
 from tunerkit_testing.registering import registered
 
@@ -88,6 +89,16 @@ def test_an_expected_failure_is_an_xfail_with_its_reason() -> None:
             bound("merges")()
         with pytest.raises(pytest.fail.Exception, match="which this needs, is expected to fail"):
             bound("delta_gives_gradients", expected_failures=expected)()
+
+
+def test_a_model_that_the_method_refuses_is_skipped_beside_one_that_it_takes() -> None:
+    """Law: as for `check_method`; alone, its test fails."""
+    with registered(NoRoomIn()):
+        found = parameters_of(cases=[CASE, NETWORK], checks=["building_keeps_the_base"])
+        with pytest.raises(pytest.skip.Exception, match="cannot be used on this model: .*6 features are too few"):
+            found["square-building_keeps_the_base"].values[0]()
+        with pytest.raises(pytest.fail.Exception, match="6 features are too few"):
+            bound("building_keeps_the_base")()
 
 
 @pytest.mark.skipif("lora" not in tunerkit.methods(), reason="the check compares with LoRA, which is not installed")

@@ -13,10 +13,10 @@ import torch
 
 import tunerkit
 from tunerkit import TunerkitError, hooks
-from tunerkit.errors import PluginError, bounded, closest
+from tunerkit.errors import PluginError, TargetError, bounded, closest
 from tunerkit.plugin import AdapterConfig
 from tunerkit_testing.blaming import told
-from tunerkit_testing.cases import Advice, Case, Check, name_of
+from tunerkit_testing.cases import Advice, Case, Check, name_of, wrapped
 from tunerkit_testing.checks.order import BY_NAME, CHECKS, NEEDS
 from tunerkit_testing.known_cases import default_cases
 from tunerkit_testing.registering import method_of
@@ -78,12 +78,8 @@ def check_method(
     wanted, expected = [*CHECKS] if checks is None else find(checks), expected_failures or {}
     find(expected)
     with method_of(method) as name:
-        settings = settings_of(name, config)
-        return [
-            result
-            for case in (default_cases() if cases is None else cases)
-            for result in _check_case(case, name, settings, wanted, expected)
-        ]
+        settings, given = settings_of(name, config), list(default_cases() if cases is None else cases)
+        return [result for case in given for result in _check_case(case, name, settings, wanted, expected, given)]
 
 
 def settings_of(name: str, config: AdapterConfig | Mapping[str, object] | None) -> dict[str, object]:
@@ -119,7 +115,10 @@ def _check_case(
     config: Mapping[str, object],
     checks: Sequence[Check],
     expected: Mapping[str, str],
+    given: Sequence[Case],
 ) -> list[CheckResult]:
+    if (reason := unsuited(case, given, method, config)) is not None:
+        return [CheckResult(name_of(check), case.name, "skipped", reason) for check in checks]
     results: list[CheckResult] = []
     blocked: dict[Check, str] = {}  # the check that failed first, by those that depend on it
     with remembering():
@@ -135,6 +134,32 @@ def _check_case(
                 result = attrs.evolve(result, reason=beside_expected(check, expected) + result.reason)
             results.append(result)
     return results
+
+
+def unsuited(case: Case, given: Iterable[Case], method: str, config: Mapping[str, object]) -> str | None:
+    """Return why a method adapts nothing in a model, such as tied embeddings; None if it does, or adapts none at all.
+
+    Args:
+        case: The model.
+        given: All models that the method is checked on.
+        method: The method's name.
+        config: Its settings.
+    """
+    reason = _refusal(case, method, config)
+    if reason is None or all(_refusal(each, method, config) for each in given):
+        return None
+    return f"the method cannot be used on this model: {reason}"
+
+
+def _refusal(case: Case, method: str, config: Mapping[str, object]) -> str | None:
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+            wrapped(case, method, config)
+    except TargetError as error:
+        return bounded(str(error))
+    except Exception:  # checks are about it
+        return None
+    return None
 
 
 def as_expected(result: CheckResult, expected: Mapping[str, str]) -> CheckResult:

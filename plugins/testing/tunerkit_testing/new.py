@@ -121,7 +121,7 @@ VARIANTS: Final[Mapping[str, Variant]] = {
     "fitted": attrs.evolve(
         _LOW_RANK,
         folders=("low_rank", "fitted"),
-        summary="each target gets a low-rank update ΔW = scale · P Q, where Q starts at the main directions of its inputs",
+        summary="each target gets a low-rank update ΔW = scale · P Q; Q starts at the main directions of the inputs",
         prepare="\ntunerkit.calibrate(model, [(torch.randn(32, 16),)])  # the start is fitted to these inputs",
     ),
 }

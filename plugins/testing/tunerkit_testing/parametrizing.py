@@ -1,6 +1,6 @@
 """Parametrises a test over the checks of the kit; pytest is imported only when it is called."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import attrs
@@ -9,7 +9,7 @@ from tunerkit.errors import warn
 from tunerkit.plugin import AdapterConfig
 from tunerkit_testing.cases import Case, Check, name_of
 from tunerkit_testing.checks.order import CHECKS, NEEDS
-from tunerkit_testing.kit import CheckResult, as_expected, beside_expected, find, run_check, settings_of
+from tunerkit_testing.kit import CheckResult, as_expected, beside_expected, find, run_check, settings_of, unsuited
 from tunerkit_testing.known_cases import default_cases
 from tunerkit_testing.registering import method_of
 
@@ -25,6 +25,7 @@ class BoundCheck:
         case: The model.
         method: The method's name, or its plugin.
         config: The method's config.
+        given: All cases of the test.
         expected: Reasons why checks fail, by name. If this one passes all the same, its test fails.
     """
 
@@ -32,6 +33,7 @@ class BoundCheck:
     case: Case
     method: object
     config: AdapterConfig | Mapping[str, object] | None
+    given: Sequence[Case]
     expected: Mapping[str, str]
 
     def __call__(self) -> None:
@@ -52,6 +54,8 @@ class BoundCheck:
         elif result.status == "passed":
             if result.check in self.expected:
                 pytest.fail(f"{where}: {result.reason}", pytrace=False)
+        elif (reason := self._unsuited()) is not None:
+            pytest.skip(reason)
         elif (cause := self._cause(self.check)) is not None:
             pytest.skip(f"because {cause} failed")
         else:
@@ -60,6 +64,10 @@ class BoundCheck:
     def _run(self, check: Check) -> CheckResult:
         with method_of(self.method) as name:
             return run_check(check, self.case, name, settings_of(name, self.config))
+
+    def _unsuited(self) -> str | None:
+        with method_of(self.method) as name:
+            return unsuited(self.case, self.given, name, settings_of(name, self.config))
 
     def _cause(self, check: Check) -> str | None:
         """Return the name of the first check that fails, and is not expected to, of all that a check needs."""
@@ -107,13 +115,15 @@ def parametrize_with_checks(
 
     wanted, expected = [*CHECKS] if checks is None else find(checks), expected_failures or {}
     find(expected)
+    given = [
+        (each, each.name, ()) if isinstance(each, Case) else (each.values[0], each.id, each.marks)
+        for each in (default_cases() if cases is None else cases)
+    ]
+    models = [case for case, _, _ in given if case is not None]
     found = []
-    for given in default_cases() if cases is None else cases:
-        case, label, marks = (
-            (given, given.name, ()) if isinstance(given, Case) else (given.values[0], given.id, given.marks)
-        )
+    for case, label, marks in given:
         found += [
-            pytest.param(BoundCheck(check, case, method, config, expected), id=f"{label}-{each}", marks=marks)
+            pytest.param(BoundCheck(check, case, method, config, models, expected), id=f"{label}-{each}", marks=marks)
             for check in wanted
             for each in (name_of(check),)
         ]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import attrs
 import torch
@@ -69,12 +69,11 @@ def open_closest(source: str, rank: int, *, base: str | None, task: str | None) 
             f"method {tuner.method!r} adapts {'modules that have no weight' if adapts == 'weights' else adapts}, and a "
             "LoRA weights of layers; merge it instead: tunerkit merge"
         )
-    model: Any = tuner.model
-    if any(each.reads_weight is not False for each in tuner.adapters().values()):
-        model = load_adapter(whole(chosen, dtype="auto"), source, chosen)
-        tuner = tunerkit.tuner(model)
+    is_empty = any(parameter.is_meta for parameter in tuner.model.parameters())
+    if is_empty and any(each.reads_weight is not False for each in tuner.adapters().values()):
+        tuner = tunerkit.tuner(load_adapter(whole(chosen, dtype="auto"), source, chosen))
     found, copies = closest(tuner, rank), copies_of(tuner)
-    bare: nn.Module = skeleton(chosen)
+    bare = skeleton(chosen)
 
     def read(path: Path, model: nn.Module) -> Foreign:
         return Foreign(found.products, LORA, copies=copies, biases=found.biases)

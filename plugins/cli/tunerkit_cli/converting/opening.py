@@ -17,7 +17,7 @@ from tunerkit.layers import torch_private
 from tunerkit.paths import join, parent
 from tunerkit.plugin import Tuner
 from tunerkit_transformers.base_choice import choose_base, with_base
-from tunerkit_transformers.bases import Base, skeleton
+from tunerkit_transformers.bases import Base, skeleton, whole
 from tunerkit_transformers.pretrained import quiet
 
 _CONVOLUTIONS: Mapping[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -27,9 +27,10 @@ Shapes = Mapping[str, Sequence[int]]
 def open_adapter(source: str, *, base: str | None, task: str | None, beside: str | None = None) -> tuple[Tuner, Base]:
     """Open an adapter over its base on the meta device; its own tensors are on the CPU. No weight of the base is read.
 
-    ``base`` and ``task`` are for what its files do not say; those of ``beside``, another adapter of the same base, may
-    name it too. Raises `FileError` if there is no adapter, or a damaged one, or one of another base; and `ModelError`
-    if the base cannot be found.
+    Only for a method whose adapters start from the base's weights, the base is loaded with them. ``base`` and ``task``
+    are for what its files do not say; those of ``beside``, another adapter of the same base, may name it too. Raises
+    `FileError` if there is no adapter, or a damaged one, or one of another base; and `ModelError` if the base cannot be
+    found.
     """
     chosen = choose_base(source, base=base, task=task, beside=beside)
     model = skeleton(chosen)
@@ -37,6 +38,8 @@ def open_adapter(source: str, *, base: str | None, task: str | None, beside: str
         serialization.open_unloaded(model, source)
     except BaseMismatchError as problem:
         raise with_base(problem, chosen, model, source) from problem
+    except NotImplementedError:  # torch's answer to a method that reads values on the meta device
+        model = load_adapter(whole(chosen, dtype="auto"), source, chosen)
     return tunerkit.tuner(model), chosen
 
 

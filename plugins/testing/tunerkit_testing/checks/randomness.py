@@ -13,7 +13,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit import hooks
-from tunerkit_testing.cases import STEPS, Case, wrapped
+from tunerkit_testing.cases import STEPS, Case, assert_same, wrapped
 from tunerkit_testing.checks.probing import calls_of, filled, saved, without_copies
 from tunerkit_testing.checks.start import assert_same_start
 
@@ -81,14 +81,13 @@ def check_other_process(case: Case, method: str, config: Mapping[str, object], t
     with patch("builtins.hash", _other_hash):
         again = wrapped(case, method, config)
         loaded = tunerkit.load(case.build(), path).eval()
+    where = "in a process with another PYTHONHASHSEED"
     hint = (
-        "in a process with another PYTHONHASHSEED; seed with zlib.crc32(path.encode()), or with a number that is saved"
+        "hash() of text is another number in each process: seed with zlib.crc32(path.encode()), or with a number that "
+        "is saved"
     )
-    assert_same_start(wrapped(case, method, config), again, hint)
-    assert torch.equal(case.output(loaded), expected), (
-        "loaded in a process with another PYTHONHASHSEED, the adapter computes something else; hash() of text is "
-        "another number in each process: seed with zlib.crc32(path.encode()), or with a number that is saved"
-    )
+    assert_same_start(wrapped(case, method, config), again, f"{where}; {hint}")
+    assert_same(case.output(loaded), expected, f"loaded {where}", hint)
 
 
 _hash = hash
