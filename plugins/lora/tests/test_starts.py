@@ -106,6 +106,7 @@ def test_it_learns_what_peft_learns(start: str) -> None:
     theirs = peft.get_peft_model(network(), config)
     double = {"ours": ours.double(), "theirs": theirs.double()}
     for path, adapter in tunerkit.tuner(ours).adapters().items():
+        assert isinstance(adapter, SubtractedLora)
         layer = theirs.base_model.model.get_submodule(path)
         base = network().get_submodule(path).get_parameter("weight").detach().double()
         # From the same numbers: PEFT computes in fp32, and keeps the rest in the base.
