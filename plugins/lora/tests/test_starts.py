@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def test_it_learns_what_peft_learns(start: str) -> None:
     theirs = peft.get_peft_model(network(), config)
     double = {"ours": ours.double(), "theirs": theirs.double()}
     for path, adapter in tunerkit.tuner(ours).adapters().items():
+        assert isinstance(adapter, SubtractedLora)
         layer = theirs.base_model.model.get_submodule(path)
         base = network().get_submodule(path).get_parameter("weight").detach().double()
         # From the same numbers: PEFT computes in fp32, and keeps the rest in the base.
@@ -269,7 +271,15 @@ def llama() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("count", "rho"), [(1, 2.0), (1, 1.0), (3, 2.0)])
+def by_input(ranks: dict[str, int]) -> dict[str, list[int]]:
+    """The ranks of layers with the same input together: their shares are equal, and PEFT's sort is not stable."""
+    found: dict[str, list[int]] = {}
+    for path, rank in sorted(ranks.items(), key=lambda each: each[1]):
+        found.setdefault(re.sub("[qkv]_proj$", "qkv", path), []).append(rank)
+    return found
+
+
+@pytest.mark.parametrize(("count", "rho"), [(1, 2.0), (1, 1.0), (1, 4 / 3), (3, 2.0)])
 def test_eva_is_pefts(count: int, rho: float) -> None:
     """Law: on the same batches, A has PEFT's components up to their signs, and each target PEFT's rank and scale."""
     peft = pytest.importorskip("peft", reason="peft is the peer that this test compares with")
@@ -298,7 +308,7 @@ def test_eva_is_pefts(count: int, rho: float) -> None:
         assert layer.scaling["default"] == pytest.approx(tunerkit.tuner(ours).config.scale_at(path))  # type: ignore[attr-defined]
         found = adapter.get_parameter("a").detach()[: len(expected)]
         least = min(least, float(torch.cosine_similarity(found, expected[: len(found)]).abs().min()))
-    assert tunerkit.tuner(ours).ranks() == ranks
+    assert by_input(tunerkit.tuner(ours).ranks()) == by_input(ranks)
     assert len(set(ranks.values())) > 1 or rho == 1
     assert sum(ranks.values()) == 3 * len(ranks)
     assert least >= 0.999

@@ -55,9 +55,9 @@ def test_loftq_makes_up_for_what_quantising_lost(tmp_path: Path) -> None:
     original = dense()(INPUTS)
     error, before = (float((each(INPUTS) - original).detach().norm()) for each in (model, quantised()))
     assert error < 0.8 * before
-    path = tunerkit.save(model, tmp_path / "adapter")
-    assert str(tmp_path).encode() not in path.read_bytes()
-    assert torch.equal(tunerkit.load(quantised(), path)(INPUTS), model(INPUTS))
+    saved = tunerkit.save(model, tmp_path / "adapter")
+    assert str(tmp_path).encode() not in saved.read_bytes()
+    assert torch.equal(tunerkit.load(quantised(), saved)(INPUTS), model(INPUTS))
     assert torch.equal(tunerkit.unwrap(model)(INPUTS), quantised()(INPUTS))
 
 
