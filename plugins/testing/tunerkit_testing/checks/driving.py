@@ -43,7 +43,8 @@ def check_accumulation(case: Case, method: str, config: Mapping[str, object], tm
     """Two micro-batches with half of the loss each train the same adapter as one batch."""
     dtypes = {tensor.dtype for tensor in case.build().state_dict().values()}
     scale = _SCALE if torch.float16 in dtypes else 1.0  # where small gradients are rounded to multiples of 6e-8
-    case = attrs.evolve(case, loss=lambda model, loss=case.loss: loss(model) * scale)
+    loss = case.loss
+    case = attrs.evolve(case, loss=lambda model: loss(model) * scale)
 
     def halves(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         for _ in range(2):

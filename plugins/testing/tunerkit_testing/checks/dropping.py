@@ -7,7 +7,7 @@ from unittest import SkipTest
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tunerkit
 from tunerkit import hooks
@@ -34,7 +34,7 @@ def check_dropout(case: Case, method: str, config: Mapping[str, object], tmp_pat
                 with tunerkit.disabled(model):
                     large = tiled(call, _ROWS)
                     plain = large.run()
-                parts = [call.adapter] if shared is None else [call.adapter, shared]
+                parts: list[nn.Module] = [call.adapter] if shared is None else [call.adapter, shared]
                 dots += _compared(large, plain, parts, name)
             if dots.any():
                 done.append(f"{name}: a mean of {_checked(dots, name):.2f} times what eval mode adds")
@@ -43,7 +43,7 @@ def check_dropout(case: Case, method: str, config: Mapping[str, object], tmp_pat
     return "; ".join(done)
 
 
-def _compared(call: Call, plain: Tensor, parts: list[torch.nn.Module], name: str) -> Tensor:
+def _compared(call: Call, plain: Tensor, parts: list[nn.Module], name: str) -> Tensor:
     """Return the products of what eval mode adds with the mean of what training adds, and with itself."""
     added = call.run() - plain
     assert torch.equal(seeded(lambda _: call.run(), call.module, 2) - plain, added), (
