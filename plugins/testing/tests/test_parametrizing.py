@@ -95,7 +95,7 @@ def test_a_model_that_the_method_refuses_is_skipped_beside_one_that_it_takes() -
     """Law: as for `check_method`; alone, its test fails."""
     with registered(NoRoomIn()):
         found = parameters_of(cases=[CASE, NETWORK], checks=["building_keeps_the_base"])
-        with pytest.raises(pytest.skip.Exception, match="cannot be used on this model: .*6 features are too few"):
+        with pytest.raises(pytest.skip.Exception, match=r"cannot be used on this model: .*6 features are too few"):
             found["square-building_keeps_the_base"].values[0]()
         with pytest.raises(pytest.fail.Exception, match="6 features are too few"):
             bound("building_keeps_the_base")()
