@@ -17,7 +17,7 @@ from tunerkit_testing.toy_methods import LowRankConfig
 class Projected(Product):
     """Its ``a`` is fixed, drawn from a seed, and no part of the file."""
 
-    a: Tensor
+    a: Tensor  # type: ignore[assignment]  # a parameter in the class above
 
     def __init__(self, base: BaseLayer, rank: int, seed: int) -> None:
         super().__init__(base, rank)

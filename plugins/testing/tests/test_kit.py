@@ -404,9 +404,15 @@ def test_training_in_fp16_keeps_every_law(toys: None, name: str, dtype: str) -> 
 
 def test_checks_compute_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """On models this small, threads cost time; afterwards there are as many as before."""
-    seen, before = [], torch.get_num_threads()
+    seen: list[int] = []
+    before = torch.get_num_threads()
+
+    def added(self: object, x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return 0 * x
+
     torch.set_num_threads(2)
-    monkeypatch.setattr(bad_plugins.Product, "added", lambda self, x: seen.append(torch.get_num_threads()) or 0 * x)
+    monkeypatch.setattr(bad_plugins.Product, "added", added)
     try:
         with registered(bad_plugins.Plugin()):
             check_method("bad", cases=[CASE], checks=["start"])
