@@ -7,6 +7,7 @@ PUBLISHED: Final = False  # whether an index has our distributions; after a chan
 FROM, AFTER = ("", "") if PUBLISHED else ("--find-links dist ", ", after `make dist` in a clone")
 QUANTISED: Final = "quant"  # knows the layers of libraries that quantise
 ENGINES: Final = "distributed"  # trains in several processes
+METHODS: Final = "methods"  # has many small methods
 # What core cannot do, as messages say it, and the extra that does.
 DOES: Final = {
     **dict.fromkeys(("makes references", "reads what `tunerkit train` writes", "compares them"), "transformers"),
@@ -108,6 +109,11 @@ LIBRARIES: Final = (
 )
 
 
+def distribution(extra: str) -> str:
+    """The distribution that an extra installs."""
+    return f"tunerkit-{extra}"
+
+
 def install(*extras: str) -> str:
     """The command that installs extras, which works today; every message and page that tells to install has it."""
     return f'pip install {FROM}"tunerkit[{",".join(extras)}]"{AFTER}'
@@ -149,11 +155,11 @@ SETTINGS_ELSEWHERE: Final = {
     "inference_mode": "leave it out: tunerkit.load(model, path) loads without training",
     "fan_in_fan_out": "leave it out: the kind of each layer is recognised",
     "layers_pattern": "leave it out: the first number in a path is the layer's",
-    "use_dora": "this method is not DoRA, and LoRA alone is another training: leave it out, or write a method",
+    "use_dora": f"it is method 'dora' ({install(METHODS)})",
     "lora_bias": "B has no bias here; bias='adapters' trains the biases of the adapted layers",
     "loftq_config": "the base is quantised before: quantise it, and wrap it, by LoRA's start 'loftq' if you like",
     "eva_config": "if the method has a start 'eva', tunerkit.calibrate sets it; rho is a setting of method 'lora'",
-    "trainable_token_indices": "no rows are trained alone: name the embedding in train_modules, or write a method",
+    "trainable_token_indices": f"it is method 'trainable-tokens', beside this one ({install(METHODS)})",
     "target_parameters": "only modules can be adapted, and no parameters such as stacks of experts: leave it out",
     "ensure_weight_tying": "leave it out: name both sides of the tied weight in train_modules, or untie them",
     "rank_pattern": "it belongs to method 'lora'; min_rank and max_rank bound AdaLoRA's ranks by pattern",
@@ -165,21 +171,25 @@ _PROMPTS: Final = (
     "it lengthens the sequence, with its masks, positions and caches, and an adapter sees one layer: take PEFT; "
     "'Prompts and prefixes' in the docs has prototypes"
 )
-# Methods of PEFT's that are none here, with what to do instead.
-METHODS_ELSEWHERE: Final = dict.fromkeys(
-    ("prompt-tuning", "multitask-prompt-tuning", "p-tuning", "prefix-tuning", "adaption-prompt", "cpt"), _PROMPTS
+_PROMPT_METHODS: Final = (
+    *("prompt-tuning", "multitask-prompt-tuning", "p-tuning", "prefix-tuning", "adaption-prompt", "cpt", "cartridge"),
 )
+_OF_METHODS: Final = (
+    *("boft", "c3a", "delora", "dora", "fourierft", "growing", "hra", "ia3", "ln-tuning", "loha", "lokr", "lora-fa"),
+    *("lora-xs", "miss", "oft", "randlora", "road", "shira", "tinylora", "trainable-tokens", "vblora", "vera"),
+)
+# Where a method is that is not installed: PEFT's that are none here, with what to do instead, and those of our plugins.
+METHODS_ELSEWHERE: Final = {
+    **dict.fromkeys(_PROMPT_METHODS, _PROMPTS),
+    **dict.fromkeys(_OF_METHODS, f"{distribution(METHODS)} brings it ({install(METHODS)})"),
+    **{name: f"{distribution(name)} brings it ({install(name)})" for name in ("lora", "adalora")},
+}
 ROWS: Final = "adapter_names"  # the argument of a forward that names an adapter for each row of a batch
 
 
 def elsewhere(name: str) -> str:
     """Say what to write instead of a call of another library; empty if it is none that people try."""
     return f": write {CALLS_ELSEWHERE[name]}" if name in CALLS_ELSEWHERE else ""
-
-
-def distribution(extra: str) -> str:
-    """The distribution that an extra installs."""
-    return f"tunerkit-{extra}"
 
 
 def serving(thing: object, *, described: bool = False) -> str | None:

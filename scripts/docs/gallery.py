@@ -65,6 +65,7 @@ def measured() -> str:
         wrapped = tunerkit.wrap(_Layer(make()), name, settings, seed=0)
         count, kept = (after - base for after, base in zip(_cost(wrapped), before, strict=True))
         served = "as a LoRA, or merged" if hooks.has_factors(name) else "merged, or converted to a LoRA"
+        served = "merged" if hooks.registry.get(name).targets != "weights" else served
         rows[name] = (f"{tunerkit.trainable_parameters(wrapped).trainable:,}", count, f"{kept / 1e3:,.0f}", served)
     head = "| method | trained parameters | operations | kept for backward, kB | served |\n|---|---:|---:|---:|---|\n"
     return head + "".join(f"| `{name}` | {' | '.join(map(str, row))} |\n" for name, row in sorted(rows.items()))

@@ -47,3 +47,11 @@ def test_sides_without_a_common_divisor_are_said(method: str, name: str) -> None
     model = nn.Sequential(nn.Linear(32, 17))
     with pytest.warns(TunerkitWarning, match=f"{name} is 1, because nothing above 1 divides both sides"):
         tunerkit.wrap(model, method, {"targets": "re:0"})
+
+
+def test_core_knows_these_names_where_the_distribution_is_not_installed() -> None:
+    """So that the error about a method says how to install it."""
+    from tunerkit import extras, hooks
+
+    named = {name for name, line in extras.METHODS_ELSEWHERE.items() if line.startswith("tunerkit-methods")}
+    assert named == {name for name, info in hooks.methods().items() if info.distribution == "tunerkit-methods"}
