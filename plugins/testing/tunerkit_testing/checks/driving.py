@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tunerkit
 from tunerkit import hooks
-from tunerkit_testing.cases import STEPS, Case
+from tunerkit_testing.cases import SEED, STEPS, Case
 from tunerkit_testing.checks.probing import (
     assert_equal_sets,
     gradients,
@@ -23,6 +23,7 @@ from tunerkit_testing.checks.probing import (
 
 _STEPS = 3
 _SCALE = 1024.0  # a power of two, so that scaling rounds nothing
+_LOUDER = 100.0  # the other training's gradients, so that a trace of them shows
 _SHARE = 1e-3  # of the largest movement; gradients that are summed up in another order differ by less
 
 
@@ -52,6 +53,35 @@ def check_accumulation(case: Case, method: str, config: Mapping[str, object], tm
 
     hint = "add gradients that are not the loss's in tunerkit_before_step, once per step, not in forward or in backward"
     _compare(case, method, config, halves, hint)
+
+
+def check_trainings_do_not_meet(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """A model that is trained in turns with another one, on the same targets, ends as if it were trained alone."""
+    others: list[tuple[nn.Module, torch.optim.Optimizer]] = []
+
+    def in_turns(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        with torch.random.fork_rng(devices=[]):  # what steps draw is the user's to share
+            if not others:  # after the first model is attached, and before its first step
+                others.append(_another(case, method, config))
+            (seeded(case.loss, others[0][0], step + STEPS) * _LOUDER).backward()
+            others[0][1].step()
+            others[0][1].zero_grad()
+        seeded(case.loss, model, step).backward()
+
+    hint = (
+        "another model was trained in turns with it: keep what steps remember in tuner.state or in the adapters, and "
+        "nothing in a class, a module or the plugin, whatever its key"
+    )
+    _compare(case, method, config, in_turns, hint)
+
+
+def _another(case: Case, method: str, config: Mapping[str, object]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a model with another seed, attached to an optimizer of its own."""
+    model = tunerkit.wrap(case.build(), method, {**case.settings, **config}, seed=SEED + 1)
+    case.start_training(model)
+    optimizer = torch.optim.SGD(trained_parameters(tunerkit.tuner(model)).values(), lr=case.lr / _LOUDER)
+    tunerkit.attach(model, optimizer, total_steps=STEPS)
+    return model, optimizer
 
 
 def _compare(

@@ -1,6 +1,6 @@
 """Checks of files: what was saved is loaded, also with another rank."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from unittest import SkipTest
@@ -13,8 +13,8 @@ import tunerkit
 from tunerkit import hooks
 from tunerkit.errors import ConfigError, TargetError
 from tunerkit.layers import Adapter
-from tunerkit_testing.cases import Case, assert_same, trained
-from tunerkit_testing.checks.probing import filled, saved
+from tunerkit_testing.cases import Case, assert_same, trained, wrapped
+from tunerkit_testing.checks.probing import filled, own_parameters, own_parts, saved
 
 _HINT = "keep everything that forward needs in parameters and persistent buffers, or in the config"
 
@@ -30,6 +30,50 @@ def check_saves_and_loads(case: Case, method: str, config: Mapping[str, object],
     tunerkit.save(loaded, tmp_path / "again")
     again = tunerkit.load(case.build(), tmp_path / "again").eval()
     assert torch.equal(case.output(again), case.output(loaded)), f"saved twice, the output is another; {_HINT}"
+
+
+def check_state_is_all(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """With the same tensors on the same base, two adapters add the same, also if one was built on other weights.
+
+    The weights of a base are rounded to bf16 after one adapter is built, and before the other one is.
+    """
+    early = filled(case, method, config)
+    _round_base_(early)
+    late = wrapped(attrs.evolve(case, build=lambda: _rounded(case.build())), method, config).eval()
+    _copy_state(early, late)
+    hint = (
+        "the weights were rounded to bf16 before one adapter was built, and after the other one; save what is computed "
+        "from the base when an adapter is built, as a persistent buffer or with requires_grad=False, or compute it "
+        "from the base in each forward"
+    )
+    what = "built on the present weights against built on others, with the same tensors"
+    assert_same(case.output(late), case.output(early), what, hint)
+
+
+@torch.no_grad()
+def _rounded(model: nn.Module, kept: Collection[int] = ()) -> nn.Module:
+    """Round the values of a model's parameters in place, but for those with the ids in ``kept``."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in kept:
+            parameter.copy_(parameter.bfloat16())
+    return model
+
+
+def _round_base_(model: nn.Module) -> None:
+    tuner = tunerkit.tuner(model)
+    _rounded(model, {id(p) for p in (*tuner.parameters(), *own_parameters(tuner).values())})
+
+
+@torch.no_grad()
+def _copy_state(source: nn.Module, goal: nn.Module) -> None:
+    """Copy what files have: the parameters and persistent buffers of adapters and of what they share, and copies."""
+    goal_parameters = dict(goal.named_parameters())
+    parts = own_parts(goal)
+    for name, part in own_parts(source).items():
+        parts[name].load_state_dict(part.state_dict())
+    for name, parameter in source.named_parameters():
+        if parameter.requires_grad:
+            goal_parameters[name].copy_(parameter)
 
 
 def check_other_rank_setting(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
