@@ -14,8 +14,9 @@ from tunerkit import hooks
 from tunerkit.errors import ConfigError, TargetError
 from tunerkit.layers import Adapter
 from tunerkit_testing.cases import Case, assert_same, trained, wrapped
-from tunerkit_testing.checks.probing import filled, own_parameters, own_parts, saved
+from tunerkit_testing.checks.probing import calls_of, filled, in_dtype, own_parameters, own_parts, saved
 
+_ROUNDING = 1e-4  # of what an adapter adds in fp64: it may compute in fp32
 _HINT = "keep everything that forward needs in parameters and persistent buffers, or in the config"
 
 
@@ -37,17 +38,31 @@ def check_state_is_all(case: Case, method: str, config: Mapping[str, object], tm
 
     The weights of a base are rounded to bf16 after one adapter is built, and before the other one is.
     """
-    early = filled(case, method, config)
+    wide, settings = in_dtype(case, torch.float64), {**config, "adapter_dtype": "float64"}
+    early = filled(wide, method, settings)
     _round_base_(early)
-    late = wrapped(attrs.evolve(case, build=lambda: _rounded(case.build())), method, config).eval()
+    late = wrapped(attrs.evolve(wide, build=lambda: _rounded(wide.build())), method, settings).eval()
     _copy_state(early, late)
-    hint = (
-        "the weights were rounded to bf16 before one adapter was built, and after the other one; save what is computed "
-        "from the base when an adapter is built, as a persistent buffer or with requires_grad=False, or compute it "
-        "from the base in each forward"
-    )
-    what = "built on the present weights against built on others, with the same tensors"
-    assert_same(case.output(late), case.output(early), what, hint)
+    expected = _added(early, wide)
+    for path, found in _added(late, wide).items():
+        worst = float((found - expected[path]).abs().max())
+        assert worst <= _ROUNDING * float(expected[path].abs().max()), (
+            f"{path}: with the same tensors on the same base, two adapters add what differs by {worst:.3g}; one was "
+            "built on the base's weights, and the other one before they were rounded to bf16. Save what is computed "
+            "from the base when an adapter is built, as a persistent buffer or with requires_grad=False, or compute it "
+            "from the base in each forward"
+        )
+
+
+@torch.no_grad()
+def _added(model: nn.Module, case: Case) -> dict[str, Tensor]:
+    """Return what each adapter adds to its target's output, for the input that the base model gives it."""
+    found = {}
+    for call in calls_of(model, case):
+        with tunerkit.disabled(model):
+            before = call.run()
+        found[call.path] = call.run() - before
+    return found
 
 
 @torch.no_grad()
