@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.bad_plugins import METHOD, Plugin, Product
-from tunerkit.plugin import Adapter, BaseLayer, Delta, Method, Target, Tuner, hookimpl, setting
+from tunerkit.plugin import Adapter, BaseLayer, Delta, Method, ParamGroup, State, Target, Tuner, hookimpl, setting
 from tunerkit_testing.toy_methods import LowRankConfig
 
 # --- Random numbers ---------------------------------------------------------------------------------------------------
@@ -280,3 +280,83 @@ class StepDoesNotFit(Plugin):
         for adapter in tuner.adapters().values():
             parts: Mapping[str, Tensor] = dict(adapter.named_parameters())
             parts["a"].add_(parts["b"])
+
+
+# --- Other weights, other models, other shapes ------------------------------------------------------------------------
+
+
+class StartsFromTheBase(Product):
+    """Adds ``b (a + rows) x``, where ``rows`` are the base's at building, and no part of the file."""
+
+    def __init__(self, base: BaseLayer, rank: int) -> None:
+        super().__init__(base, rank)
+        self.register_buffer("rows", base.dense()[:rank].detach().clone(), persistent=False)
+
+    def added(self, x: Tensor) -> Tensor:
+        return x.to(self.a.dtype) @ self.rows_and_a().T @ self.b.T
+
+    def rows_and_a(self) -> Tensor:
+        """What ``b`` is multiplied with, (rank, in)."""
+        return self.a + self.get_buffer("rows").to(self.a.dtype)
+
+
+class StartNotSaved(Plugin):
+    adapter = StartsFromTheBase
+
+    @hookimpl
+    def tunerkit_delta(self, adapter: StartsFromTheBase) -> Delta:  # type: ignore[override]
+        return Delta(weight=adapter.b @ adapter.rows_and_a())
+
+
+_AVERAGES: dict[str, Tensor] = {}
+
+
+class AveragesOfAllModels(Plugin):
+    """Divides gradients by a running norm, kept by a target's path in a dict of this module."""
+
+    @hookimpl
+    def tunerkit_start(self) -> None:
+        _AVERAGES.clear()
+
+    @hookimpl
+    def tunerkit_before_step(self, tuner: Tuner, grad_scale: Tensor | None) -> None:
+        for path, adapter in tuner.adapters().items():
+            for name, parameter in adapter.named_parameters():
+                if parameter.grad is not None:
+                    norm = parameter.grad.norm() / (1.0 if grad_scale is None else grad_scale)
+                    key = f"{path}.{name}"
+                    _AVERAGES[key] = 0.9 * _AVERAGES.get(key, norm) + 0.1 * norm
+                    parameter.grad /= _AVERAGES[key] + 1e-6
+
+    @hookimpl
+    def tunerkit_state(self) -> State:
+        return State(tensors={key: value.clone() for key, value in _AVERAGES.items()}, values={})
+
+    @hookimpl
+    def tunerkit_restore(self, state: State) -> None:
+        _AVERAGES.clear()
+        _AVERAGES.update(state.tensors)
+
+
+class FastByName(Plugin):
+    """Wants a higher rate for ``b``, and finds it by a part of its name that biases have too."""
+
+    @hookimpl
+    def tunerkit_param_groups(self, tuner: Tuner) -> list[ParamGroup]:
+        return [ParamGroup([p for name, p in tuner.named_parameters() if ".b" in name], lr_scale=16.0)]
+
+
+class NormsTheSecondDimension(Product):
+    """Norms the dimension 1, which is the last one of (N, in) alone."""
+
+    def added(self, x: Tensor) -> Tensor:
+        h = x.to(self.a.dtype) @ self.a.T
+        return h / (h.square().mean(dim=1, keepdim=True) + 1e-6).sqrt() @ self.b.T
+
+
+class MixesTokens(Plugin):
+    adapter = NormsTheSecondDimension
+
+    @hookimpl
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method(METHOD, config=LowRankConfig, targets="outputs")]

@@ -78,6 +78,10 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake("shapes do not fit in forward", hard_plugins.ShapesDoNotFit, "forward_runs"),
     Mistake("shapes do not fit in a step", hard_plugins.StepDoesNotFit, "steps_run"),
     Mistake("the delta has another shape", hard_plugins.DeltaDoesNotFit, _DELTA),
+    Mistake("keeps what it computed from the base, and does not save it", hard_plugins.StartNotSaved, "state_is_all"),
+    Mistake("keeps averages of all models in one dict", hard_plugins.AveragesOfAllModels, "trainings_do_not_meet"),
+    Mistake("finds its fast parameters by a part of a name", hard_plugins.FastByName, "param_groups"),
+    Mistake("norms dim=1 instead of the last dimension", hard_plugins.MixesTokens, "row_by_row"),
 )
 
 

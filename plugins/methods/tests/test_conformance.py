@@ -31,7 +31,7 @@ METHODS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
     "tinylora": ({"size": 8}, {}),
     "trainable-tokens": ({"tokens": list(range(1, 30))}, {}),
     "vblora": ({"rank": 2, "vectors": 16}, {}),
-    "vera": ({"rank": 8}, {}),
+    "vera": ({}, {}),
 }
 
 

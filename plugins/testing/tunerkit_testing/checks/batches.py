@@ -5,10 +5,10 @@ from pathlib import Path
 from unittest import SkipTest
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tunerkit
-from tunerkit_testing.cases import Case
+from tunerkit_testing.cases import Case, assert_same
 from tunerkit_testing.checks.dropping import without_dropout
 from tunerkit_testing.checks.probing import (
     Call,
@@ -54,6 +54,39 @@ def check_large_batch(case: Case, method: str, config: Mapping[str, object], tmp
     if not most:
         raise SkipTest("at each target forward draws random numbers, or is given more than one tensor")
     return f"{most} samples"
+
+
+@torch.no_grad()
+def check_row_by_row(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
+    """In eval mode a target gives a sample alone what it gives it in a batch; a linear layer does so for each token.
+
+    A linear layer is called with samples (2, 3, in) too, and with the same six rows as (6, in).
+    """
+    model = filled(case, method, config)
+    found = 0
+    for call in calls_of(model, case):
+        if not isinstance(call.x, Tensor) or len(call.args) + len(call.kwargs) != 1:
+            continue  # a block that is given masks or positions too
+        output = call.run()
+        if len(output) != len(call.x):
+            continue
+        found += 1
+        hint = "compute each sample alone in forward"
+        assert_same(call.with_input(call.x[:1]).run(), output[:1], f"{call.path}: the first sample alone", hint)
+        if not _is_linear(call):
+            continue
+        rows = random_like(torch.empty(6, call.x.shape[-1])).to(call.x)
+        expected = call.with_input(rows).run()
+        folded = call.with_input(rows.unflatten(0, (2, 3))).run().flatten(0, 1)
+        hint = "compute on the last dimension, dim=-1: what stands before it are samples and tokens, which must not mix"
+        assert_same(folded, expected, f"{call.path}: x of shape (2, 3, in) against its rows as (6, in)", hint)
+    if not found:
+        raise SkipTest("each target is given more than one tensor, or has no samples")
+    return f"{found} targets"
+
+
+def _is_linear(call: Call) -> bool:
+    return isinstance(call.base.module, nn.Linear) or type(call.base.module).__name__ == "Conv1D"
 
 
 _OUTPUT, _INPUT = "the output", "the gradient for the layer's input"

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tunerkit
 from tunerkit import hooks
-from tunerkit_testing.cases import STEPS, Case
+from tunerkit_testing.cases import SEED, STEPS, Case
 from tunerkit_testing.checks.probing import (
     assert_equal_sets,
     gradients,
@@ -23,7 +23,9 @@ from tunerkit_testing.checks.probing import (
 
 _STEPS = 3
 _SCALE = 1024.0  # a power of two, so that scaling rounds nothing
+_LOUDER = 100.0  # the other training's gradients, so that a trace of them shows
 _SHARE = 1e-3  # of the largest movement; gradients that are summed up in another order differ by less
+_SAME = 1e-4  # where nothing is computed in another order
 
 
 def check_grad_scale(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
@@ -54,12 +56,42 @@ def check_accumulation(case: Case, method: str, config: Mapping[str, object], tm
     _compare(case, method, config, halves, hint)
 
 
+def check_trainings_do_not_meet(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """A model that is trained in turns with another one, on the same targets, ends as if it were trained alone."""
+    others: list[tuple[nn.Module, torch.optim.Optimizer]] = []
+
+    def in_turns(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        with torch.random.fork_rng(devices=[]):  # what steps draw is the user's to share
+            if not others:  # after the first model is attached, and before its first step
+                others.append(_another(case, method, config))
+            (seeded(case.loss, others[0][0], step + STEPS) * _LOUDER).backward()
+            others[0][1].step()
+            others[0][1].zero_grad()
+        seeded(case.loss, model, step).backward()
+
+    hint = (
+        "another model was trained in turns with it: keep what steps remember in tuner.state or in the adapters, and "
+        "nothing in a class, a module or the plugin, whatever its key"
+    )
+    _compare(case, method, config, in_turns, hint, _SAME)
+
+
+def _another(case: Case, method: str, config: Mapping[str, object]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a model with another seed, attached to an optimizer of its own."""
+    model = tunerkit.wrap(case.build(), method, {**case.settings, **config}, seed=SEED + 1)
+    case.start_training(model)
+    optimizer = torch.optim.SGD(trained_parameters(tunerkit.tuner(model)).values(), lr=case.lr / _LOUDER)
+    tunerkit.attach(model, optimizer, total_steps=STEPS)
+    return model, optimizer
+
+
 def _compare(
     case: Case,
     method: str,
     config: Mapping[str, object],
     other: Callable[[nn.Module, torch.optim.Optimizer, int], None],
     hint: str,
+    share: float = _SHARE,
 ) -> None:
     """Assert that another way of computing the gradients of a step leads to the same weights."""
 
@@ -71,7 +103,7 @@ def _compare(
     moved = largest({name: value - start[name] for name, value in expected.items() if value.shape == start[name].shape})
     for name, value in expected.items():
         worst = float((found[name] - value).abs().max()) if value.numel() else 0.0
-        assert worst <= _SHARE * moved, (
+        assert worst <= share * moved, (
             f"{name} differs by {worst:.3g} after {_STEPS} steps in which weights moved by up to {moved:.3g}; {hint}"
         )
 

@@ -1,6 +1,6 @@
 """Checks of files: what was saved is loaded, also with another rank."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from unittest import SkipTest
@@ -13,9 +13,10 @@ import tunerkit
 from tunerkit import hooks
 from tunerkit.errors import ConfigError, TargetError
 from tunerkit.layers import Adapter
-from tunerkit_testing.cases import Case, assert_same, trained
-from tunerkit_testing.checks.probing import filled, saved
+from tunerkit_testing.cases import Case, assert_same, trained, wrapped
+from tunerkit_testing.checks.probing import calls_of, filled, in_dtype, own_parameters, own_parts, saved
 
+_ROUNDING = 1e-4  # of what an adapter adds in fp64: it may compute in fp32
 _HINT = "keep everything that forward needs in parameters and persistent buffers, or in the config"
 
 
@@ -30,6 +31,64 @@ def check_saves_and_loads(case: Case, method: str, config: Mapping[str, object],
     tunerkit.save(loaded, tmp_path / "again")
     again = tunerkit.load(case.build(), tmp_path / "again").eval()
     assert torch.equal(case.output(again), case.output(loaded)), f"saved twice, the output is another; {_HINT}"
+
+
+def check_state_is_all(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """With the same tensors on the same base, two adapters add the same, also if one was built on other weights.
+
+    The weights of a base are rounded to bf16 after one adapter is built, and before the other one is.
+    """
+    wide, settings = in_dtype(case, torch.float64), {**config, "adapter_dtype": "float64"}
+    early = filled(wide, method, settings)
+    _round_base_(early)
+    late = wrapped(attrs.evolve(wide, build=lambda: _rounded(wide.build())), method, settings).eval()
+    _copy_state(early, late)
+    expected = _added(early, wide)
+    for path, found in _added(late, wide).items():
+        worst = float((found - expected[path]).abs().max())
+        assert worst <= _ROUNDING * float(expected[path].abs().max()), (
+            f"{path}: with the same tensors on the same base, two adapters add what differs by {worst:.3g}; one was "
+            "built on the base's weights, and the other one before they were rounded to bf16. Save what is computed "
+            "from the base when an adapter is built, as a persistent buffer or with requires_grad=False, or compute it "
+            "from the base in each forward"
+        )
+
+
+@torch.no_grad()
+def _added(model: nn.Module, case: Case) -> dict[str, Tensor]:
+    """Return what each adapter adds to its target's output, for the input that the base model gives it."""
+    found = {}
+    for call in calls_of(model, case):
+        with tunerkit.disabled(model):
+            before = call.run()
+        found[call.path] = call.run() - before
+    return found
+
+
+@torch.no_grad()
+def _rounded(model: nn.Module, kept: Collection[int] = ()) -> nn.Module:
+    """Round the values of a model's parameters in place, but for those with the ids in ``kept``."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in kept:
+            parameter.copy_(parameter.bfloat16())
+    return model
+
+
+def _round_base_(model: nn.Module) -> None:
+    tuner = tunerkit.tuner(model)
+    _rounded(model, {id(p) for p in (*tuner.parameters(), *own_parameters(tuner).values())})
+
+
+@torch.no_grad()
+def _copy_state(source: nn.Module, goal: nn.Module) -> None:
+    """Copy what files have: the parameters and persistent buffers of adapters and of what they share, and copies."""
+    goal_parameters = dict(goal.named_parameters())
+    parts = own_parts(goal)
+    for name, part in own_parts(source).items():
+        parts[name].load_state_dict(part.state_dict())
+    for name, parameter in source.named_parameters():
+        if parameter.requires_grad:
+            goal_parameters[name].copy_(parameter)
 
 
 def check_other_rank_setting(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:

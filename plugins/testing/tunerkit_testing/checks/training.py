@@ -1,6 +1,7 @@
 """Checks of a training: what gets gradients, what moves, and what stays."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from unittest import SkipTest
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.errors import PluginError
+from tunerkit.errors import PluginError, TunerkitError
 from tunerkit_testing.blaming import told
 from tunerkit_testing.cases import STEPS, Case, assert_base_untouched, optimizer_of, train, wrapped
 from tunerkit_testing.checks.probing import own_parameters, seeded, trained_parameters, without_copies
@@ -226,8 +227,11 @@ def check_freezing(case: Case, method: str, config: Mapping[str, object], tmp_pa
 
 
 def check_param_groups(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """`tunerkit.param_groups` has each trained parameter once, and an optimizer accepts it."""
-    model = wrapped(case, method, config)
+    """`tunerkit.param_groups` has each trained parameter once, and an optimizer accepts it.
+
+    Biases and modules that are trained beside the adapters keep the learning rate and the weight decay that are given.
+    """
+    model = _with_biases(case, method, config)
     groups = tunerkit.param_groups(model, lr=case.lr)
     found = [id(parameter) for group in groups for parameter in group["params"]]
     expected = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
@@ -235,4 +239,21 @@ def check_param_groups(case: Case, method: str, config: Mapping[str, object], tm
         f"the groups have {len(found)} parameters, {len(expected)} are trained; return each parameter in one group of "
         "tunerkit_param_groups at most, and none that is fixed"
     )
+    own = {id(parameter) for parameter in own_parameters(tunerkit.tuner(model)).values()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            assert id(parameter) in own or (group["lr"], "weight_decay" in group) == (case.lr, False), (
+                f"{names[id(parameter)]} is trained beside the adapters, and is in a group with lr={group['lr']:g} "
+                f"instead of {case.lr:g}, and weight_decay={group.get('weight_decay')}; name in tunerkit_param_groups "
+                "only parameters of tuner.adapters() and of what they share: tuner.parameters() has biases and trained "
+                "modules too, whose names may be like the adapters'"
+            )
     torch.optim.AdamW(groups)
+
+
+def _with_biases(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
+    """Wrap a model and train the targets' biases too, where the method and the model allow that."""
+    with suppress(TunerkitError):
+        return wrapped(case, method, {"bias": "adapters", **config})
+    return wrapped(case, method, config)
