@@ -240,7 +240,10 @@ def test_cases_may_be_named(toys: None) -> None:
     """Law: names and cases mix, in the order that they are given in; the page lists each name."""
     found = check_method("toy-shift", cases=["network", CASE], checks=["start"])
     assert [(result.case, result.status) for result in found] == [("network", "passed"), ("square", "passed")]
-    known = [known_cases.NETWORK, *(case for library in known_cases.LIBRARIES for case in known_cases.of_library(library))]
+    known = [
+        known_cases.NETWORK,
+        *(case for library in known_cases.LIBRARIES for case in known_cases.of_library(library)),
+    ]
     assert [case.name for case in known if f"`{case.name}`" not in PAGE] == []
 
 

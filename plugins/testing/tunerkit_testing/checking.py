@@ -70,7 +70,7 @@ def run(
     told = f"{count['passed']} passed, {len(bad)} failed, {count['skipped']} skipped"
     told += f", {count['advice']} with advice" if count["advice"] else ""
     told += f", {count['expected failure']} failed as expected" if reasons else ""
-    console.print(f"{escape(method)}: {told}")
+    console.print(f"{escape(method.removesuffix(':'))}: {told}")
     return not bad
 
 

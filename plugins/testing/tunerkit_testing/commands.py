@@ -22,7 +22,9 @@ def tunerkit_commands() -> Mapping[str, Callable[..., object]]:
 def check(
     method: Annotated[
         str,
-        typer.Argument(help="A method of `tunerkit methods`, or its plugin: my_package.loha:loha, or a module, my.gra."),
+        typer.Argument(
+            help="A method of `tunerkit methods`, or its plugin: my_package.loha:loha, or a module, my.gra."
+        ),
     ],
     config: Annotated[
         str, typer.Option(help="Its settings: a file in YAML or JSON, or written out, as in '{\"rank\": 2}'.")

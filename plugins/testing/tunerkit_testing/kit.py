@@ -62,7 +62,8 @@ def check_method(
         method: The method's name, in any case; or its plugin, such as what `tunerkit.method` returns, which is then
             registered for the time of the checks.
         config: Its config: an instance of its config class, a mapping of settings, or None for the defaults.
-        cases: The models, or names of the kit's own; by default a small BERT, GPT-2 and Llama, or a small network without transformers.
+        cases: The models, or names of the kit's own; by default a small BERT, GPT-2 and Llama, or a small network
+            without transformers.
         expected_failures: Reasons why checks fail, by the check's name. They still run; one that passes says so. Those
             that depend on them run too: each one that fails as well needs a reason of its own.
         checks: The names of the checks to run; by default all.

@@ -101,8 +101,8 @@ def parametrize_with_checks(
         method: The method's name; or its plugin, such as what `tunerkit.method` returns, which is then registered while
             a test runs.
         config: Its config: an instance of its config class, a mapping of settings, or None for the defaults.
-        cases: Cases, their names, or pytest parameters such as those of `tunerkit_testing.matrix.cases`; by default those of
-            `check_method`.
+        cases: Cases, their names, or pytest parameters such as those of `tunerkit_testing.matrix.cases`; by default
+            those of `check_method`.
         expected_failures: Reasons why checks fail, by the check's name. Their tests are xfailed, strictly: one whose
             check passes fails. Others that fail for the same reason are named too. If a check fails on some models
             alone, parametrise a second test with these.
