@@ -36,6 +36,7 @@ from tunerkit.plugin import (
     low_rank_factors,
     setting,
 )
+from tunerkit_testing.toy_adapters import Principal
 from tunerkit_testing.toy_methods import LowRankConfig
 
 
@@ -90,6 +91,27 @@ class Counted(Product):
         super().__init__(base, rank)
         Counted.built += 1
         self.a.data.add_(Counted.built)
+
+
+class HidesItsStart(Principal):
+    """Starts from W, and says that it does not read W."""
+
+    reads_weight = False
+
+
+class StartsFromTheWeight(Plugin):
+    @hookimpl
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method(METHOD, config=LowRankConfig, start="rounding")]
+
+    @hookimpl
+    def tunerkit_build_adapter(self, base: BaseLayer, config: LowRankConfig) -> Adapter:
+        return HidesItsStart(base, config.rank)
+
+    @hookimpl
+    def tunerkit_delta(self, adapter: Principal) -> Delta:
+        q, p = adapter.difference()
+        return Delta(weight=p @ q)
 
 
 class SharingPlugin(Plugin):
@@ -362,6 +384,8 @@ CAUGHT: tuple[tuple[str, type], ...] = (
     ("bad_config_refused", with_config(Lenient)),
     ("random_state", with_adapter(Drawn)),
     ("seed", with_adapter(Counted)),
+    ("seed", StartsFromTheWeight),
+    ("rank", StartsFromTheWeight),
     ("large_batch", MixesSamples),
     ("shared_module_kept", ChangesShared),
     ("shared_module_kept", ChangesSharedAtBuild),

@@ -25,9 +25,9 @@ class Adapter(nn.Module):
         reads_output: Whether `forward` uses the values of ``y`` for more than adding to it, as y · l does. It is then
             given the base layer's own output, also where other adapters share the target, so that each merges to what
             it adds alone. Set it to False where `forward` only adds, which is faster.
-        reads_weight: Whether `forward` or the delta reads the base layer's weight, as DoRA does. It is always the
-            base's own weight, without other adapters. A class must declare both; None, in plugins for the contract's
-            number 1, counts as True.
+        reads_weight: Whether the start, `forward` or the delta reads the base layer's weight, as DoRA does. It is
+            always the base's own weight, without other adapters. A class must declare both; None, in plugins for the
+            contract's number 1, counts as True.
         rank_dims: The parameters and persistent buffers whose size is the rank, with the dimension that is, such as
             ``{"p": 1, "q": 0}``. A file with another rank can then be loaded: core resizes them first.
     """

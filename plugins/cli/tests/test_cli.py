@@ -380,6 +380,50 @@ def test_check_exits_with_1_and_prints_a_sentence_for_each_failure() -> None:
     assert "end forward with y + added.to(y.dtype)" in found.output
 
 
+def test_check_trains_at_the_rate_that_it_is_given() -> None:
+    """The sentence of a check that trains has the rate."""
+    arguments = ["check", "bad", "--case", "network", "--check", "loss_falls", "--lr", "0.25"]
+    with registered(bad_plugins.TrainsNothingZero()):
+        found = CliRunner().invoke(build(), arguments)
+    assert found.exit_code == 1
+    assert "at a learning rate of 0.25" in found.output
+
+
+HOOKS = """
+import tunerkit
+from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
+
+mine = LowRankPlugin()
+
+
+@tunerkit.hookimpl
+def tunerkit_methods():
+    yield tunerkit.plugin.Method("in-a-module", config=LowRankConfig)
+
+
+@tunerkit.hookimpl
+def tunerkit_build_adapter(base, config):
+    return mine.tunerkit_build_adapter(base, config)
+
+
+@tunerkit.hookimpl
+def tunerkit_delta(adapter, base):
+    return mine.tunerkit_delta(adapter, base)
+"""
+
+
+@pytest.mark.parametrize("name", ["a_package_of_mine.hooks", "a_module_of_mine:"])
+def test_check_takes_a_module_of_hooks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dotted name is a module; one in no package ends in a colon. It is looked for in the current folder too."""
+    path = tmp_path / (name.rstrip(":").replace(".", "/") + ".py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(HOOKS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(build(), ["check", name, "--case", "network", "--check", "start"])
+    assert found.exit_code == 0, found.output
+    assert f"{name.rstrip(':')}: 1 passed" in found.output
+
+
 def test_check_takes_reasons_for_expected_failures() -> None:
     """A check that fails as expected changes no exit code; one that passes all the same does."""
     arguments = ["check", "bad", "--case", "network", "--check", "output_dtype"]
@@ -398,6 +442,10 @@ def test_check_takes_reasons_for_expected_failures() -> None:
     ("arguments", "words"),
     [
         (["toy-lowrank"], "no method named 'toy-lowrank'"),
+        (
+            ["no_package.lowrank"],
+            "No module named 'no_package'; write MODULE:NAME, as in my_package.loha:loha, or MODULE",
+        ),
         (["toy-low-rank", "--check", "stat"], "no check named 'stat'; did you mean 'start'?"),
         (["toy-low-rank", "--expected-failure", "stat=no"], "no check named 'stat'; did you mean 'start'?"),
         (

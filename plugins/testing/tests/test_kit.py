@@ -233,7 +233,18 @@ def test_a_mistyped_check_is_refused_with_the_closest_name(toys: None) -> None:
     with pytest.raises(TunerkitError, match="no check named 'merge'; did you mean 'merges'"):
         check_method("toy-shift", expected_failures={"merge": "not yet"})
     with pytest.raises(TunerkitError, match="no case named 'bort'"):
-        known_cases.named(["bort"])
+        check_method("toy-shift", cases=["bort"])
+
+
+def test_cases_may_be_named(toys: None) -> None:
+    """Law: names and cases mix, in the order that they are given in; the page lists each name."""
+    found = check_method("toy-shift", cases=["network", CASE], checks=["start"])
+    assert [(result.case, result.status) for result in found] == [("network", "passed"), ("square", "passed")]
+    known = [
+        known_cases.NETWORK,
+        *(case for library in known_cases.LIBRARIES for case in known_cases.of_library(library)),
+    ]
+    assert [case.name for case in known if f"`{case.name}`" not in PAGE] == []
 
 
 def test_a_config_may_be_an_object_or_a_mapping(toys: None) -> None:

@@ -49,6 +49,13 @@ def test_pytest_parameters_are_accepted_as_cases() -> None:
     assert len(found) == 2
 
 
+def test_names_are_accepted_as_cases() -> None:
+    """Law: a name means the kit's own case, beside cases; an unknown one is refused when tests are collected."""
+    assert list(parameters_of(cases=["network", CASE], checks=["start"])) == ["network-start", "square-start"]
+    with pytest.raises(TunerkitError, match="no case named 'nettwork'; did you mean 'network'"):
+        parameters_of(cases=["nettwork"])
+
+
 def test_a_check_passes_or_fails_with_its_sentence() -> None:
     """Law: the message is the sentence alone, without a traceback of the kit."""
     with registered(bad_plugins.Plugin()):

@@ -7,6 +7,7 @@ from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 
+import attrs
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -32,16 +33,19 @@ def run(
     cases: Sequence[str],
     checks: Sequence[str],
     expected: Sequence[str] = (),
+    lr: float | None = None,
 ) -> bool:
     """Run the checks of a method and print what they found.
 
     Args:
         console: Where to print.
-        method: The method's name; or its plugin as an entry point has it, ``"my_package.loha:loha"``.
+        method: The method's name; or its plugin as an entry point has it, ``"my_package.loha:loha"``, or a module
+            ``"my_package.gralora"``; one that is in no package ends in a colon, ``"gralora:"``.
         config: Its settings.
         cases: The names of the cases; by default those of `check_method`.
         checks: The names of the checks; by default all.
         expected: Checks that are expected to fail, each with its reason: ``"resumes=no state yet"``.
+        lr: The learning rate at which the cases train, in place of their own.
 
     Returns:
         Whether no check failed, except as expected, and none passed that is expected to fail.
@@ -50,6 +54,7 @@ def run(
         TunerkitError: There is no check, case or plugin of a name, or an expected failure has no reason.
     """
     models = named(cases) if cases else default_cases()
+    models = models if lr is None else [attrs.evolve(case, lr=lr) for case in models]
     reasons = _reasons(expected)
     results = check_method(_given(method), config, models, reasons, checks=checks or None)
     if len(models) == 1:
@@ -65,20 +70,24 @@ def run(
     told = f"{count['passed']} passed, {len(bad)} failed, {count['skipped']} skipped"
     told += f", {count['advice']} with advice" if count["advice"] else ""
     told += f", {count['expected failure']} failed as expected" if reasons else ""
-    console.print(f"{escape(method)}: {told}")
+    console.print(f"{escape(method.removesuffix(':'))}: {told}")
     return not bad
 
 
 def _given(method: str) -> object:
     """Return a plugin that is named as in an entry point, from the current folder or an installed package."""
-    module, _, name = method.partition(":")
-    if not name:
+    module, colon, name = method.partition(":")
+    if not colon and "." not in module:
         return method
     sys.path.insert(0, str(Path.cwd()))
     try:
-        return attrgetter(name)(import_module(module))
+        found = import_module(module)
+        return attrgetter(name)(found) if name else found
     except (ImportError, AttributeError) as error:
-        raise TunerkitError(f"{method}: {error}; write MODULE:NAME, as in my_package.loha:loha") from error
+        raise TunerkitError(
+            f"{method}: {error}; write MODULE:NAME, as in my_package.loha:loha, or "
+            "MODULE alone, as in my_package.gralora, if its functions are the hooks"
+        ) from error
     finally:
         sys.path.remove(str(Path.cwd()))
 

@@ -21,13 +21,19 @@ def tunerkit_commands() -> Mapping[str, Callable[..., object]]:
 
 def check(
     method: Annotated[
-        str, typer.Argument(help="A method of `tunerkit methods`, or its plugin, as my_package.loha:loha.")
+        str,
+        typer.Argument(
+            help="A method of `tunerkit methods`, or its plugin: my_package.loha:loha, or a module, my.gra."
+        ),
     ],
     config: Annotated[
         str, typer.Option(help="Its settings: a file in YAML or JSON, or written out, as in '{\"rank\": 2}'.")
     ] = "{}",
     case: Annotated[
         list[str] | None, typer.Option(help="A model to check it on; may be repeated. Default: bert, gpt2 and llama.")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="The learning rate at which the models train. Default: each model's own.")
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option("--check", help="A check to run; may be repeated. Default: all.")
@@ -43,7 +49,7 @@ def check(
     given = given_settings(config)
     from tunerkit_testing import checking
 
-    if not checking.run(Console(), method, given, case or [], only or [], expected_failure or []):
+    if not checking.run(Console(), method, given, case or [], only or [], expected_failure or [], lr):
         raise typer.Exit(1)
 
 

@@ -18,7 +18,7 @@ from tunerkit.plugin import AdapterConfig
 from tunerkit_testing.blaming import told
 from tunerkit_testing.cases import Advice, Case, Check, name_of, wrapped
 from tunerkit_testing.checks.order import BY_NAME, CHECKS, NEEDS
-from tunerkit_testing.known_cases import default_cases
+from tunerkit_testing.known_cases import default_cases, named
 from tunerkit_testing.registering import method_of
 from tunerkit_testing.remembering import remembering
 
@@ -49,7 +49,7 @@ class CheckResult:
 def check_method(
     method: object,
     config: AdapterConfig | Mapping[str, object] | None = None,
-    cases: Iterable[Case] | None = None,
+    cases: Iterable[Case | str] | None = None,
     expected_failures: Mapping[str, str] | None = None,
     *,
     checks: Iterable[str] | None = None,
@@ -62,7 +62,8 @@ def check_method(
         method: The method's name, in any case; or its plugin, such as what `tunerkit.method` returns, which is then
             registered for the time of the checks.
         config: Its config: an instance of its config class, a mapping of settings, or None for the defaults.
-        cases: The models; by default a small BERT, GPT-2 and Llama, or a small network without transformers.
+        cases: The models, or names of the kit's own; by default a small BERT, GPT-2 and Llama, or a small network
+            without transformers.
         expected_failures: Reasons why checks fail, by the check's name. They still run; one that passes says so. Those
             that depend on them run too: each one that fails as well needs a reason of its own.
         checks: The names of the checks to run; by default all.
@@ -73,12 +74,12 @@ def check_method(
     Raises:
         ConfigError: The config is invalid.
         UnknownMethodError: No installed plugin provides the method.
-        TunerkitError: There is no check of a name, or the plugin has no method or several.
+        TunerkitError: There is no check or case of a name, or the plugin has no method or several.
     """
     wanted, expected = [*CHECKS] if checks is None else find(checks), expected_failures or {}
     find(expected)
     with method_of(method) as name:
-        settings, given = settings_of(name, config), list(default_cases() if cases is None else cases)
+        settings, given = settings_of(name, config), default_cases() if cases is None else named(cases)
         return [result for case in given for result in _check_case(case, name, settings, wanted, expected, given)]
 
 

@@ -42,21 +42,23 @@ def default_cases() -> list[Case]:
     return named(_DEFAULT) if find_spec("transformers") is not None else [NETWORK]
 
 
-def named(names: Iterable[str]) -> list[Case]:
-    """Return cases by their names.
+def named(names: Iterable[str | Case]) -> list[Case]:
+    """Return cases by their names: ``"network"``, ``"bert"`` and the others that docs/authors/checks.md lists.
 
     Args:
-        names: Their names; see the tests' ids.
+        names: Their names; a case stays as it is.
 
     Raises:
         TunerkitError: There is no such case, or its library is not installed.
     """
+    return [name if isinstance(name, Case) else _named(name) for name in names]
+
+
+def _named(name: str) -> Case:
     known: Mapping[str, Case] = {"network": NETWORK} | {
         case.name: case for library in LIBRARIES for case in of_library(library)
     }
-    wanted = list(names)
-    for name in wanted:
-        if name not in known:
-            hint = closest(name, known) or f"; there are: {', '.join(known)}"
-            raise TunerkitError(f"no case named {name!r}{hint}")
-    return [known[name] for name in wanted]
+    if name not in known:
+        hint = closest(name, known) or f"; there are: {', '.join(known)}"
+        raise TunerkitError(f"no case named {name!r}{hint}")
+    return known[name]

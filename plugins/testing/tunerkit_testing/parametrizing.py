@@ -10,7 +10,7 @@ from tunerkit.plugin import AdapterConfig
 from tunerkit_testing.cases import Case, Check, name_of
 from tunerkit_testing.checks.order import CHECKS, NEEDS
 from tunerkit_testing.kit import CheckResult, as_expected, beside_expected, find, run_check, settings_of, unsuited
-from tunerkit_testing.known_cases import default_cases
+from tunerkit_testing.known_cases import default_cases, named
 from tunerkit_testing.registering import method_of
 
 Test = TypeVar("Test", bound=Callable[..., None])
@@ -101,15 +101,15 @@ def parametrize_with_checks(
         method: The method's name; or its plugin, such as what `tunerkit.method` returns, which is then registered while
             a test runs.
         config: Its config: an instance of its config class, a mapping of settings, or None for the defaults.
-        cases: Cases, or pytest parameters such as those of `tunerkit_testing.matrix.cases`; by default those of
-            `check_method`.
+        cases: Cases, their names, or pytest parameters such as those of `tunerkit_testing.matrix.cases`; by default
+            those of `check_method`.
         expected_failures: Reasons why checks fail, by the check's name. Their tests are xfailed, strictly: one whose
             check passes fails. Others that fail for the same reason are named too. If a check fails on some models
             alone, parametrise a second test with these.
         checks: The names of the checks to run; by default all.
 
     Raises:
-        TunerkitError: There is no check of a name.
+        TunerkitError: There is no check or case of a name.
     """
     import pytest  # as above
 
@@ -117,7 +117,8 @@ def parametrize_with_checks(
     find(expected)
     given = [
         (each, each.name, ()) if isinstance(each, Case) else (each.values[0], each.id, each.marks)
-        for each in (default_cases() if cases is None else cases)
+        for one in (default_cases() if cases is None else cases)
+        for each in (named([one]) if isinstance(one, str) else [one])
     ]
     models = [case for case, _, _ in given if case is not None]
     found = []

@@ -145,7 +145,7 @@ class Principal(Adapter):
     """Trains the main part ``b a`` of W, as PiSSA does, and takes away its start, a fixed twin ``start_b start_a``."""
 
     reads_output = False
-    reads_weight = False
+    reads_weight = True  # at its start
 
     def __init__(self, base: BaseLayer, rank: int) -> None:
         super().__init__()

@@ -22,35 +22,32 @@ _SMALLEST = 1e-10
 def check_rank(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """What an adapter adds has the rank that ``adapter.rank`` says, moved from its start, trained, and cut to fewer.
 
-    Where the layer's matrix is smaller, it has all of its rank. The factors have ``adapter.rank`` rows. A start that is
-    subtracted again adds its own rank. A delta that is computed from the weight may have any rank.
+    Where the layer's matrix is smaller, it has all of its rank. The factors have ``adapter.rank`` rows. A delta that is
+    computed from the weight may have any rank.
     """
     require_delta(method)
     wide, settings = in_dtype(case, torch.float64), {**config, "adapter_dtype": "float64"}
     start = filled(wide, method, settings)
     tuner = tunerkit.tuner(start)
-    is_subtracted = hooks.registry.get(method).start == "rounding"
-    subtracted = tuner.ranks() if is_subtracted else {}
     if not any(tuner.ranks().values()):
         raise SkipTest("the method has no ranks: adapter.rank is 0")
     if any(adapter.reads_weight for adapter in tuner.adapters().values()):
         raise SkipTest("the delta is computed from the weight, so its rank is not the adapter's")
-    _assert_true_ranks(start, method, subtracted, "at random values")
+    _assert_true_ranks(start, method, "at random values")
     # A batch of few samples trains fewer directions than there are, so what is trained is moved for the lower bound.
     model = trained(wide, method, settings)
-    _assert_true_ranks(model, method, subtracted, "after training", least=False)
-    _assert_true_ranks(fill_(model), method, subtracted, "after training, at random values", most=False)
+    _assert_true_ranks(model, method, "after training", least=False)
+    _assert_true_ranks(fill_(model), method, "after training, at random values", most=False)
     for adapter in tuner.adapters().values():
         if rank_of(adapter) > 1:
             adapter.load_state_dict(cut(adapter))
-    _assert_true_ranks(start, method, subtracted, "with one of its rank_dims less")
+    _assert_true_ranks(start, method, "with one of its rank_dims less")
 
 
 @torch.no_grad()
 def _assert_true_ranks(
     model: nn.Module,
     method: str,
-    subtracted: Mapping[str, int],
     when: str,
     *,
     least: bool = True,
@@ -60,12 +57,12 @@ def _assert_true_ranks(
         for slot in slots.applied:
             if slot.adapter is None or slots.base is None or not slots.base.has_weight:
                 continue
-            rank, more = slot.adapter.rank, subtracted.get(path, 0)
+            rank = slot.adapter.rank
             weight = hooks.delta(path, slot.method, slot.adapter, slots.base).weight
             if weight is None:
                 continue
             true, at_most = (int(torch.linalg.matrix_rank(weight, rtol=share)) for share in (_ROUNDING, _SMALLEST))
-            lower, upper = min(rank, *weight.shape) if least else 0, rank + more if most else at_most
+            lower, upper = min(rank, *weight.shape) if least else 0, rank if most else at_most
             true = max(true, min(lower, at_most))  # small singular values count as far as they are wanted
             assert lower <= true <= upper, (
                 f"{path}: {when}, adapter.rank is {rank}, and what the adapter adds has rank {true}; return the number "
@@ -74,7 +71,7 @@ def _assert_true_ranks(
             rows = rank
             if hooks.has_factors(method):
                 rows = hooks.factors(path, slot.method, slot.adapter, slots.base).rank
-            assert rows in (rank, rank + more), (
+            assert rows == rank, (
                 f"{path}: adapter.rank is {rank}, and tunerkit_factors returns {rows} rows; let both count the live "
                 "pairs of rows and columns"
             )

@@ -172,7 +172,7 @@ def check_loss_falls(case: Case, method: str, config: Mapping[str, object], tmp_
     first, last = seen.losses[0], seen.losses[-1]
     assert first - last > _LEAST_FALL * abs(first), (
         f"the loss goes from {first:.6g} to {last:.6g} in {STEPS} steps at a learning rate of {case.lr}; check the "
-        "sign of what forward adds and its scale, or pass cases=[attrs.evolve(case, lr=...)] with a larger rate"
+        "sign of what forward adds and its scale, or take a larger rate: --lr, or cases=[attrs.evolve(case, lr=...)]"
     )
     before = case.output(case.build().eval())
     assert not torch.equal(case.output(seen.model.eval()), before), (
