@@ -26,7 +26,7 @@ class Config(AdapterConfig):
     """The settings of trainable tokens. By default the targets are the input's embedding and what is tied to it."""
 
     tokens: tuple[int, ...] | None = setting(
-        None, ge=0, doc="ids to train; None: special tokens", aka=("token_indices",)
+        None, ge=0, doc="ids whose rows are trained; None: the model's special tokens", aka=("token_indices",)
     )
 
     def for_model(self, model: Any) -> Self:
@@ -43,14 +43,13 @@ class Config(AdapterConfig):
             found = model.get_input_embeddings()
         if not isinstance(found, nn.Embedding):
             raise TargetError("this model names no embedding of tokens; say both targets=[...] and tokens=[...]")
-        sharing = [path for path, each in model.named_modules() if getattr(each, "weight", None) is found.weight]
+        at = [path for path, each in model.named_modules() if getattr(each, "weight", None) is found.weight]
         config = getattr(model, "config", None)
         fields = (config if isinstance(config, Mapping) else getattr(config, "__dict__", {})).items()
         named = [value if isinstance(value, list) else [value] for key, value in fields if key.endswith("_token_id")]
         rows = set(range(found.num_embeddings)) - {found.padding_idx}
-        tied = tuple(exact_patterns(sharing).values())
-        special = tuple(dict.fromkeys(each for ids in named for each in ids if each in rows))
-        return attrs.evolve(self, targets=self.targets or tied, tokens=self.tokens or special)
+        ids = tuple(dict.fromkeys(each for some in named for each in some if each in rows))
+        return attrs.evolve(self, targets=self.targets or tuple(exact_patterns(at).values()), tokens=self.tokens or ids)
 
 
 class Rows(Adapter):
