@@ -1,8 +1,11 @@
 """DoRA's factor takes no dense matrix, and is exact at the start."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tunerkit
 from tunerkit.plugin import BaseLayer
@@ -48,3 +51,29 @@ def test_a_row_of_zeros_stays_finite() -> None:
     assert factor.isfinite().all()
     assert adapter.m.grad is not None
     assert adapter.m.grad.isfinite().all()
+
+
+class Made(TorchDispatchMode):
+    """Counts the tensors of a shape that operations make, without those that only look at another one."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and tuple(out.shape) == self.shape:
+            self.count += all(
+                out.untyped_storage().data_ptr() != each.untyped_storage().data_ptr()
+                for each in args
+                if isinstance(each, torch.Tensor)
+            )
+        return out
+
+
+def test_the_factor_makes_no_matrix_as_large_as_a_wide_weight() -> None:
+    """It reads W in fp32 as it is."""
+    adapter, base = wrapped("float32", rank=3)
+    with Made((20, 12)) as made:
+        adapter.factor(base)
+    assert made.count == 0

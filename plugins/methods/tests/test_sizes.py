@@ -1,10 +1,12 @@
 """Sizes that are given and do not fit a layer are refused in one line that says what does."""
 
+import attrs
 import pytest
 from torch import nn
 
 import tunerkit
 from tunerkit.errors import ConfigError, TargetError, TunerkitWarning
+from tunerkit.hooks import registry
 
 
 @pytest.mark.parametrize(
@@ -15,6 +17,8 @@ from tunerkit.errors import ConfigError, TargetError, TunerkitWarning
             {"block_size": 5},
             "block_size is 5, which does not divide 16 (both sides of the layer); 1, 2, 4, 8 do",
         ),
+        ("oft", {"block_size": 7}, "which does not divide 32 (the inputs of the layer); 2, 4, 8, 16 do"),
+        ("road", {"group_size": 6}, "which does not divide 16 (the outputs); 2, 4, 8, 16 do"),
         ("fourierft", {"count": 513}, "count is 513, and at most 512 fits here"),
         ("miss", {"rank": 33}, "rank is 33, and at most 32 fits here"),
         ("randlora", {"rank": 17}, "rank is 17, and at most 16 fits here"),
@@ -55,3 +59,29 @@ def test_core_knows_these_names_where_the_distribution_is_not_installed() -> Non
 
     named = {name for name, line in extras.METHODS_ELSEWHERE.items() if line.startswith("tunerkit-methods")}
     assert named == {name for name, info in hooks.methods().items() if info.distribution == "tunerkit-methods"}
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(1, 8), nn.Linear(8, 1)])
+def test_randlora_needs_a_target_with_two_sides(layer: nn.Module) -> None:
+    """One number has no spread to normalise by. Beside a larger target, such a layer is no problem."""
+    settings = {"targets": "re:0|1"}
+    with pytest.raises(TargetError, match="all targets have a single input, or a single output"):
+        tunerkit.wrap(nn.Sequential(layer), "randlora", settings)
+    model = tunerkit.wrap(nn.Sequential(layer, nn.Linear(layer.weight.shape[0], 8)), "randlora", settings)
+    assert all(each.isfinite().all() for each in model.state_dict().values())
+
+
+@pytest.mark.parametrize(("method", "name"), [("vera", "start"), ("fourierft", "scale")])
+def test_zero_that_stops_all_gradients_is_refused(method: str, name: str) -> None:
+    """One line says why; a negative number is fine."""
+    for number in (-1.0, 1.0):
+        tunerkit.wrap(nn.Sequential(nn.Linear(32, 16)), method, {"targets": "re:0", name: number})
+    with pytest.raises(ConfigError, match=rf"expected a number other than 0.* @ \$.{name}"):
+        tunerkit.wrap(nn.Sequential(nn.Linear(32, 16)), method, {"targets": "re:0", name: 0.0})
+
+
+@pytest.mark.parametrize("method", ["dora", "loha", "lokr"])
+def test_a_rank_above_the_layer_is_allowed_and_said(method: str) -> None:
+    """As LoRA's is; the setting's text says so."""
+    tunerkit.wrap(nn.Sequential(nn.Linear(4, 6)), method, {"targets": "re:0", "rank": 9})
+    assert "may exceed the layer's sides" in attrs.fields(registry.get(method).config).rank.metadata["doc"]

@@ -146,3 +146,41 @@ def test_refuses_the_padding_row() -> None:
     base.embed_tokens.padding_idx = 4
     with pytest.raises(TargetError, match="row 4, the padding's"):
         tunerkit.wrap(base, "trainable-tokens", {"tokens": [4]})
+
+
+def raising(error: type[Exception]) -> Any:
+    def get_input_embeddings() -> nn.Module:
+        raise error("weight")
+
+    return get_input_embeddings
+
+
+ANSWERS = {
+    "NotImplementedError": raising(NotImplementedError),
+    "AttributeError": raising(AttributeError),
+    "None": lambda: None,
+    "another class": lambda: nn.Conv2d(3, 6, 1),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_model_that_names_no_embedding_must_be_told_both(answer: str) -> None:
+    """As models of images do; one that gets both settings is not asked."""
+    base: Any = words(eos_token_id=7)
+    base.get_input_embeddings = ANSWERS[answer]
+    for settings in ({}, {"tokens": [2]}, {"targets": ["embed_tokens"]}):
+        with pytest.raises(TargetError, match=r"say both targets=\[...\] and tokens=\[...\]"):
+            tunerkit.wrap(base, "trainable-tokens", settings)
+    model = tunerkit.wrap(base, "trainable-tokens", {"targets": ["embed_tokens"], "tokens": [2]})
+    assert rows_of(model).ids.tolist() == [2]
+
+
+def test_a_config_may_be_a_dictionary() -> None:
+    """Its special tokens are found; a config that is None has none."""
+    base: Any = words()
+    base.config = {"eos_token_id": 7}
+    assert rows_of(tunerkit.wrap(base, "trainable-tokens")).ids.tolist() == [7]
+    base = words()
+    base.config = None
+    with pytest.raises(TargetError, match="names no token"):
+        tunerkit.wrap(base, "trainable-tokens")

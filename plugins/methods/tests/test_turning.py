@@ -75,6 +75,7 @@ def test_the_exact_transform_of_oft_is_orthogonal() -> None:
         ("hra", {"rank": 3}, nn.Linear(16, 32), "take an even one"),
         ("hra", {"rank": 18}, nn.Linear(16, 32), "at most 16 fits"),
         ("hra", {}, nn.Embedding(8, 4), "token's number"),
+        ("hra", {}, nn.Linear(1, 8), "single input"),
         ("road", {}, nn.Linear(16, 9), "must be even"),
         ("road", {"group_size": 12}, nn.Linear(16, 32), "does not divide 32"),
         ("road", {}, nn.Conv1d(4, 4, 1, groups=4), "1 in each group"),

@@ -38,7 +38,7 @@ NAMES = {
 class Config(AdapterConfig):
     """The settings of DoRA."""
 
-    rank: int = setting(8, ge=1, doc="rows of A and columns of B", aka=("r",))
+    rank: int = setting(8, ge=1, doc="rows of A and columns of B; may exceed the layer's sides", aka=("r",))
     alpha: float = setting(16.0, gt=0, doc="numerator of the scale", aka=("lora_alpha",))
     rslora: bool = setting(False, doc="divide alpha by the root of the rank instead of the rank", aka=("use_rslora",))
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of A's input dropped in training", aka=("lora_dropout",))
@@ -48,7 +48,8 @@ class Dora(Adapter):
     """Replaces W by f ∘ (W + s B A), f = m / ‖W + s B A‖ (out,), the norm of each row (equation 5), s the scale.
 
     A (rank, in) is random, B (out, rank) starts at 0, and m (out,) as the norms of W. The norm has no gradient, as
-    section 4.3 of the paper says. It takes no matrix as large as W: ‖w + s b A‖² = ‖w‖² + 2 s ⟨w Aᵀ, b⟩ + s² b A Aᵀ bᵀ.
+    section 4.3 of the paper says. It is taken without B A: ‖w + s b A‖² = ‖w‖² + 2 s ⟨w Aᵀ, b⟩ + s² b A Aᵀ bᵀ. A W in
+    bf16, or a quantised one, is copied to fp32 for that; one that is wide already is not.
     """
 
     reads_output = True
@@ -74,7 +75,7 @@ class Dora(Adapter):
             weight = wide_weight(base, self.m.dtype)
             norm = torch.linalg.vector_norm(weight, dim=1)
             a, b = self.scale * self.a.to(weight.dtype), self.b.to(weight.dtype)
-            added = ((2 * weight @ a.mT + b @ (a @ a.mT)) * b).sum(1)  # to the squared norm
+            added = ((2 * (weight @ a.mT) + b @ (a @ a.mT)) * b).sum(1)  # to the squared norm
             longer = (1 + added / norm.square().clamp_min(1e-24)).clamp_min(1e-12).sqrt()
             norm = norm.to(self.m.dtype).clamp_min(1e-12) * longer
         factor: Tensor = self.m / norm

@@ -1,6 +1,6 @@
 """FourierFT (Gao et al., ICML 2024, arXiv 2405.03003): a few coefficients of the two-dimensional spectrum of ΔW."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 import attrs
@@ -27,8 +27,12 @@ class FourierConfig(AdapterConfig):
     count: int | None = setting(
         None, ge=1, doc="trained coefficients; None takes 1000, or all of a small layer", aka=("n_frequency",)
     )
-    scale: float = setting(150.0, doc="factor of ΔW", aka=("scaling",))
+    scale: float = setting(150.0, doc="factor of ΔW, not 0", aka=("scaling",))
     seed: int = setting(777, ge=0, doc="seed of the places of the coefficients", aka=("random_loc_seed",))
+
+    def problems(self) -> Iterable[str]:
+        if self.scale == 0:
+            yield "expected a number other than 0, with which nothing is added, got 0 @ $.scale"
 
 
 class Spectrum(Adapter):

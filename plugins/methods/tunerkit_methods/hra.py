@@ -28,6 +28,8 @@ def sizes(base: BaseLayer, config: Any) -> Mapping[str, int]:
     refuse_ids(base, "hra reflects")
     if (config.rank or 0) % 2:
         raise TargetError(f"rank is {config.rank}; the reflections start in equal pairs, so take an even one")
+    if base.in_features == 1:
+        raise TargetError("hra reflects the inputs of a layer, and this one has a single input; leave it out")
     most = base.in_features - base.in_features % 2
     return {"rank": at_most(config.rank, 8, most, "rank, the inputs of the layer")}
 
@@ -46,7 +48,7 @@ def hra(
     """W H₁ … H_r, H = I − 2 u uᵀ / ‖u‖² (equation 3), with the columns u of U (in, rank).
 
     The product of all is I − U S⁻¹ Uᵀ for columns of length 1, where S (rank, rank) is the upper triangle of Uᵀ U with
-    half of its diagonal. So ΔW = −(W U S⁻¹) Uᵀ has a low rank, and no matrix as large as W is needed.
+    half of its diagonal. So ΔW = −(W U S⁻¹) Uᵀ has a low rank, and is never computed as a matrix.
     """
     unit = (u / torch.linalg.vector_norm(u, dim=0)).to(weight.dtype)
     half = (unit.mT @ unit).triu(1) + 0.5 * torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)

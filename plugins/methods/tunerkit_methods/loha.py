@@ -24,7 +24,7 @@ def loha(
     a1: Tensor = parameter("rank", "in", start=nn.init.normal_),
     b2: Tensor = parameter("out", "rank"),
     a2: Tensor = parameter("rank", "in", start=nn.init.normal_),
-    rank: int = setting(8, ge=1, doc="rank of both products; the rank of ΔW may be its square", aka=("r",)),
+    rank: int = setting(8, ge=1, doc="rank of both products; may exceed the layer's sides", aka=("r",)),
     alpha: float = setting(8.0, gt=0, doc="numerator of the scale alpha / rank"),
 ) -> Tensor:
     """ΔW = (alpha / rank) · (B₁ A₁) ∘ (B₂ A₂), with B (out, rank) and A (rank, in); B₂ starts at 0 (proposition 1)."""

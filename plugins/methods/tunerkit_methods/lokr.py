@@ -29,7 +29,7 @@ NAMES = {
 class LokrConfig(AdapterConfig):
     """The settings of LoKr."""
 
-    rank: int = setting(8, ge=1, doc="rank of a matrix that is a product", aka=("r",))
+    rank: int = setting(8, ge=1, doc="rank of a matrix that is a product; may exceed the layer's sides", aka=("r",))
     alpha: float = setting(8.0, gt=0, doc="numerator of the scale alpha / rank")
     factor: int = setting(
         -1, ge=-1, doc="rows and columns of W₁, or their limit; -1 takes the square root", aka=("decompose_factor",)

@@ -23,11 +23,14 @@ class Small(Adapter):
     reads_output = False
     reads_weight = True  # at the start
 
-    def __init__(self, base: BaseLayer, rank: int) -> None:
+    def __init__(self, base: BaseLayer, rank: int, *, loading: bool) -> None:
         super().__init__()
-        u, s, vh = torch.linalg.svd(base.dense().float().cpu(), full_matrices=False)
-        self.p = nn.Parameter(u[:, :rank] * s[:rank], requires_grad=False)
-        self.q = nn.Parameter(vh[:rank].clone(), requires_grad=False)
+        self.p = nn.Parameter(torch.zeros(base.out_features, rank), requires_grad=False)
+        self.q = nn.Parameter(torch.zeros(rank, base.in_features), requires_grad=False)
+        if not loading:
+            u, s, vh = torch.linalg.svd(base.dense().float().cpu(), full_matrices=False)
+            self.p.copy_(u[:, :rank] * s[:rank])
+            self.q.copy_(vh[:rank])
         self.r = nn.Parameter(torch.zeros(rank, rank))
 
     @property
@@ -44,9 +47,10 @@ def tunerkit_methods() -> Iterator[Method]:
 
 
 @hookimpl
-def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Small:
+def tunerkit_build_adapter(base: BaseLayer, config: Config, loading: bool) -> Small:
     limit = min(base.in_features, base.out_features)
-    return Small(base, at_most(config.rank, 32, limit, "rank, the smaller side of the layer"))
+    rank = at_most(config.rank, 32, limit, "rank, the smaller side of the layer")
+    return Small(base, rank, loading=loading)
 
 
 @hookimpl

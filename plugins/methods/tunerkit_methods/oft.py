@@ -98,7 +98,7 @@ def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Rotation:
         raise TargetError("oft turns the inputs of a layer, and this one has a single input; leave it out")
     fitting = [size for size in range(2, features + 1) if features % size == 0]
     nearest = min(fitting, key=lambda size: (abs(size - 32), size))
-    size = divisor(config.block_size or nearest, 1, features, "block_size, the inputs of the layer")
+    size = divisor(config.block_size or nearest, 1, features, "block_size, the inputs of the layer", least=2)
     return Rotation(features, size, config)
 
 

@@ -2,16 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from math import sqrt
-from typing import ClassVar
 
 import attrs
 import torch
 from torch import Tensor, nn
 
+from tunerkit.errors import TargetError
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Factors, Method, add_low_rank, hookimpl, setting
 from tunerkit_methods.sizes import at_most
 
-TUNERKIT_API = 2
 NAMES = {
     "type": "RANDLORA",
     "tensors": {
@@ -68,8 +67,7 @@ class Sums(Adapter):
     Trained are the diagonals Λⱼ, as ``scales`` (rank, n), which start at 0, and Γⱼ, as ``gains`` (n, the shorter side).
     """
 
-    reads_output: ClassVar[bool] = False
-    reads_weight: ClassVar[bool] = False
+    reads_output = reads_weight = False
 
     def __init__(self, base: BaseLayer, config: RandloraConfig, shared: Bases) -> None:
         super().__init__()
@@ -102,6 +100,8 @@ def tunerkit_methods() -> Iterator[Method]:
 def tunerkit_shared(bases: Sequence[BaseLayer], config: RandloraConfig) -> Bases:
     short, long = sorted((max(base.in_features for base in bases), max(base.out_features for base in bases)))
     largest = max(min(base.in_features, base.out_features) for base in bases)
+    if short == 1:
+        raise TargetError("all targets have a single input, or a single output, too few for random bases; add others")
     rank = at_most(config.rank, 32, largest, "rank, the shorter side of the largest layer")
     return Bases(rank, short, long, config)
 

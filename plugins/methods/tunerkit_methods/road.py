@@ -85,7 +85,8 @@ def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Turning:
         raise TargetError(
             f"road turns pairs of outputs: the layer has {outputs}{where}, group_size is {group}; both must be even"
         )
-    return Turning(base.out_features, config.variant, divisor(group, group, outputs, "group_size, the outputs"))
+    group = divisor(group, group, outputs, "group_size, the outputs", least=2, step=2)
+    return Turning(base.out_features, config.variant, group)
 
 
 @hookimpl

@@ -25,7 +25,7 @@ def at_most(given: int | None, default: int, limit: int, what: str) -> int:
     return min(default, limit) if given is None else given
 
 
-def divisor(given: int | None, default: int, of: int, what: str) -> int:
+def divisor(given: int | None, default: int, of: int, what: str, *, least: int = 1, step: int = 1) -> int:
     """Return a size that must divide another.
 
     Args:
@@ -33,6 +33,8 @@ def divisor(given: int | None, default: int, of: int, what: str) -> int:
         default: The default.
         of: The size that it must divide.
         what: The setting's name and what it divides, for the error: ``"blocks, the outputs"``.
+        least: The smallest size that the error names.
+        step: What the sizes that the error names exceed the least by is a multiple of this.
 
     Raises:
         TargetError: The given size does not divide the other.
@@ -41,7 +43,7 @@ def divisor(given: int | None, default: int, of: int, what: str) -> int:
         return next(size for size in range(min(default, of), 0, -1) if of % size == 0)
     if of % given:
         name, _, why = what.partition(", ")
-        fitting = [size for size in range(1, of + 1) if of % size == 0]
+        fitting = [size for size in range(least, of + 1, step) if of % size == 0]
         near = ", ".join(map(str, sorted(sorted(fitting, key=lambda size: abs(size - given))[:4])))
         raise TargetError(f"{name} is {given}, which does not divide {of} ({why}); {near} do, or leave it out")
     return given

@@ -1,6 +1,7 @@
 """Trainable tokens: some rows of an embedding are trained, all others stay as they are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Self
 
 import attrs
@@ -29,27 +30,33 @@ class Config(AdapterConfig):
     )
 
     def for_model(self, model: Any) -> Self:
-        """Name the embedding, and the special tokens: those of the model's config, ``eos_token_id`` and the like."""
-        found = [each for each in model.modules() if isinstance(each, nn.Embedding)]
-        if hasattr(model, "get_input_embeddings"):
-            found = [model.get_input_embeddings()]
-        sharing = [
-            path for path, each in model.named_modules() if found and getattr(each, "weight", None) is found[0].weight
-        ]
-        fields = vars(model.config).items() if hasattr(model, "config") else ()
+        """Name the embedding, and the special tokens: those of the model's config, ``eos_token_id`` and the like.
+
+        Raises:
+            TargetError: A setting is missing, and the model names no embedding of tokens.
+        """
+        if self.targets and self.tokens:
+            return self
+        first = next((each for each in model.modules() if isinstance(each, nn.Embedding)), None)
+        found = None if hasattr(model, "get_input_embeddings") else first
+        with suppress(NotImplementedError, AttributeError):
+            found = model.get_input_embeddings()
+        if not isinstance(found, nn.Embedding):
+            raise TargetError("this model names no embedding of tokens; say both targets=[...] and tokens=[...]")
+        at = [path for path, each in model.named_modules() if getattr(each, "weight", None) is found.weight]
+        config = getattr(model, "config", None)
+        fields = (config if isinstance(config, Mapping) else getattr(config, "__dict__", {})).items()
         named = [value if isinstance(value, list) else [value] for key, value in fields if key.endswith("_token_id")]
-        rows = set(range(found[0].num_embeddings)) - {found[0].padding_idx} if found else set()
-        return attrs.evolve(
-            self,
-            targets=self.targets or tuple(exact_patterns(sharing).values()),
-            tokens=self.tokens or tuple(dict.fromkeys(each for ids in named for each in ids if each in rows)),
-        )
+        rows = set(range(found.num_embeddings)) - {found.padding_idx}
+        ids = tuple(dict.fromkeys(each for some in named for each in some if each in rows))
+        return attrs.evolve(self, targets=self.targets or tuple(exact_patterns(at).values()), tokens=self.tokens or ids)
 
 
 class Rows(Adapter):
     """Replaces the rows ``ids`` (k,) of an embedding, or of an output head, by trained ``rows`` (k, features).
 
     They start as the base's own, and what is added is their difference. The padding row is never trained.
+    An embedding and a head that is tied to it have rows of their own each, and may come to differ; PEFT's share theirs.
     """
 
     reads_output = False

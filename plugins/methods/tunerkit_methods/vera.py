@@ -1,7 +1,7 @@
 """VeRA (Kopiczko et al., ICLR 2024, arXiv 2310.11454): two random matrices for all targets, two vectors at each."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 import torch
@@ -34,8 +34,12 @@ class Config(AdapterConfig):
     )
     key: int = setting(0, ge=0, doc="seed of both matrices, independent of wrap's", aka=("projection_prng_key",))
     save_projection: bool = setting(True, doc="save both matrices, which are drawn again from the key otherwise")
-    start: float = setting(0.1, doc="value that d starts at", aka=("d_initial",))
+    start: float = setting(0.1, doc="value that d starts at, not 0", aka=("d_initial",))
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of the input dropped in training", aka=("vera_dropout",))
+
+    def problems(self) -> Iterable[str]:
+        if self.start == 0:
+            yield "expected a number other than 0, with which b and d get no gradient, got 0 @ $.start"
 
 
 class Shared(nn.Module):
