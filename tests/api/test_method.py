@@ -218,13 +218,31 @@ def _nothing_trained(a: Tensor = parameter("out", "in", trained=False)) -> Tenso
     return a
 
 
+def _dense(a: Tensor = parameter("out", "in")) -> Tensor:
+    return a
+
+
+def _sized(a: Tensor = parameter("out", "size")) -> Tensor:
+    return a
+
+
 def _untyped(a: Tensor = parameter("out", "in"), rank=setting(2, doc="rank")) -> Tensor:  # type: ignore[no-untyped-def]
     return a
+
+
+def _plain_default(a: Tensor = parameter("out", "in"), alpha: float = 8.0) -> Tensor:
+    return alpha * a
+
+
+def _unresolved(a: "Tenser" = parameter("out", "in")) -> Tensor:  # type: ignore[name-defined]  # noqa: F821
+    return a  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (_plain_default, r"argument 'alpha' with the default 8\.0; give it parameter\(...\) or setting\(...\)"),
+        (_unresolved, r"annotation that cannot be read \(NameError: name 'Tenser' is not defined\)"),
         (_no_annotation, r"returns None; annotate what it returns: -> Tensor for ΔW, -> Factors or -> Gain"),
         (_no_default, r"argument 'wieght' without a default; give it parameter\(...\) or setting\(...\).*'weight'"),
         (_nothing_trained, r"no tensor that is trained; add an argument such as b: Tensor = parameter"),
@@ -235,3 +253,66 @@ def test_a_signature_that_does_not_say_enough_is_refused(function: Any, message:
     """The error names the function, what is missing, and what to write."""
     with pytest.raises(PluginError, match=f"{function.__name__} .*{message}"):
         tunerkit.method("wrong")(function)
+
+
+@pytest.mark.parametrize("name", ["delta", "rank", "training", "plugin", "settings", "forward", "_parameters"])
+def test_a_parameter_named_like_a_part_of_every_adapter_is_refused(name: str) -> None:
+    """Before it replaces that part, or torch says no more than that the attribute exists."""
+    space: dict[str, Any] = {"Tensor": Tensor, "parameter": parameter}
+    exec(f'def taking({name}: Tensor = parameter("out", "in")) -> Tensor: ...', space)
+    with pytest.raises(
+        PluginError, match=f"function taking has a parameter '{name}', .*; rename it, such as to {name}_"
+    ):
+        tunerkit.method("wrong")(space["taking"])
+
+
+def test_a_parameter_named_weight_is_itself_and_not_w() -> None:
+    """What has a default is not what core gives by name."""
+
+    def named(weight: Tensor = parameter("out", "in", start=2.0)) -> Tensor:
+        return weight - 2
+
+    with registered(tunerkit.method("weight-of-its-own")(named)):
+        assert torch.equal(tunerkit.wrap(net(), "weight-of-its-own", TARGETS)(X), net()(X))
+
+
+def test_an_unknown_field_of_the_record_is_refused_with_the_closest() -> None:
+    """The decorator takes what the record has."""
+    with pytest.raises(PluginError, match=r"function _dense has the field 'need_steps'; .*statistics.*'needs_steps'"):
+        tunerkit.method("wrong", need_steps=True)(_dense)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"), [(None, "returned None"), ({"size": 2.0}, r"with 2\.0 at \['size'\]"), (3, "returned 3")]
+)
+def test_sizes_that_are_no_mapping_to_ints_are_refused(answer: Any, words: str) -> None:
+    """The error names the function, and what its sizes must return."""
+    plugin = tunerkit.method("wrong-sizes", sizes=lambda base, config: answer)(_sized)
+    with registered(plugin), pytest.raises(PluginError, match=rf"function _sized has sizes .*{words}.*must return"):
+        tunerkit.wrap(net(), "wrong-sizes", TARGETS)
+
+
+def test_a_size_that_is_no_whole_number_is_refused() -> None:
+    """As torch would, but with the names of the function and the parameter."""
+
+    def halved(a: Tensor = parameter("out", 2.5)) -> Tensor:  # type: ignore[arg-type]
+        return a
+
+    with registered(tunerkit.method("halved")(halved)), pytest.raises(PluginError, match=r"halved .*'a'.* size 2\.5"):
+        tunerkit.wrap(net(), "halved", TARGETS)
+
+
+@pytest.mark.parametrize(("declared", "answer"), [(Gain, "Tensor"), (Tensor, "Gain"), (Factors, "Tensor")])
+def test_an_answer_of_another_type_than_its_annotation_is_refused(declared: Any, answer: str) -> None:
+    """Gains and ΔW mean different things: neither may be taken for the other."""
+
+    def other(a: Tensor = parameter("out", start=1.0)) -> Any:
+        return a if answer == "Tensor" else Gain(a)
+
+    other.__annotations__["return"] = declared
+    with registered(tunerkit.method("other-answer")(other)):
+        model = tunerkit.wrap(net(), "other-answer", TARGETS)
+        message = f"other returned a (Parameter|{answer}), not a {declared.__name__}; annotate what it returns"
+        for use in (lambda: model(X), lambda: tunerkit.merge(model)):
+            with pytest.raises(PluginError, match=message):
+                use()

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,7 +13,7 @@ from hypothesis import example, given, settings, strategies as st
 from torch import nn
 
 import tunerkit
-from tunerkit.errors import AdapterError, ConfigError, TargetError, UnknownMethodError
+from tunerkit.errors import AdapterError, ConfigError, PluginError, TargetError, UnknownMethodError
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys
@@ -341,3 +342,28 @@ def test_a_config_sees_the_model_once_and_its_file_has_what_it_chose(toys: "Toys
         loaded = tunerkit.load(second, tunerkit.save(wrapped, tmp_path))
         configs: list[Any] = [tunerkit.tuner(model).config for model in (wrapped, loaded)]
     assert [config.size for config in configs] == [3, 3]
+
+
+def test_a_config_that_is_wrong_about_a_model_names_the_plugin(toys: "Toys") -> None:
+    """Both if ``for_model`` returns something else and if it raises, as with hooks; the model stays as it was."""
+
+    @attrs.frozen
+    class Wrong(AdapterConfig):
+        answer: bool = setting(True, doc="Whether it answers.")
+
+        def for_model(self, model: Any) -> Any:
+            return None if self.answer else model.absent
+
+    class Plugin(Shifting):
+        @tunerkit.hookimpl
+        def tunerkit_methods(self) -> list[Method]:
+            return [Method("toy-wrong", config=Wrong)]
+
+    model, who = toys.net(), r"for_model of the plugin of method 'toy-wrong' \(.*\)"
+    with registered(Plugin()):
+        with pytest.raises(PluginError, match=f"{who} returned None for 'Net'; it must return .*Wrong"):
+            tunerkit.wrap(model, "toy-wrong")
+        with pytest.raises(AttributeError, match="absent") as caught:
+            tunerkit.wrap(model, "toy-wrong", {"answer": False})
+    assert re.search(f"raised by {who}", caught.value.__notes__[0])
+    assert torch.equal(model(toys.x()), toys.net()(toys.x()))

@@ -10,14 +10,16 @@ import pluggy
 import torch
 from torch import Tensor, nn
 
+from tunerkit import hooks
 from tunerkit.config import AdapterConfig
-from tunerkit.errors import PluginError, closest, shown
+from tunerkit.errors import PluginError, closest, error_text, shown
 from tunerkit.layers import Adapter, BaseLayer, add_delta, add_low_rank, autocast_off
 from tunerkit.records import Delta, Factors, Gain, Method
 
 hookimpl = pluggy.HookimplMarker("tunerkit")  # as the package's own, which comes after this file
 Start: TypeAlias = float | Callable[[Tensor], object]
 _GIVEN: Final = ("base", "weight")  # what a function may ask for beside its parameters and settings
+_ANNOTATE: Final = "annotate what it returns: -> Tensor for ΔW, -> Factors or -> Gain"
 
 
 @attrs.frozen
@@ -92,31 +94,33 @@ class FunctionPlugin:
         function: Callable[..., Any],
         sizes: Callable[[BaseLayer, Any], Mapping[str, int]] | None,
         record: Mapping[str, Any],
+        hints: dict[str, Any],
     ) -> None:
         self.function, self.sizes = function, sizes
         self.__name__, self.__qualname__ = function.__name__, function.__qualname__
         self.__module__, self.__doc__ = function.__module__, function.__doc__
-        arguments, hints = inspect.signature(function).parameters, get_type_hints(function)
+        arguments = inspect.signature(function).parameters
         self.returns = hints.pop("return", None)
         if self.returns not in (Tensor, Factors, Gain):
-            self._refuse(
-                f"returns {shown(self.returns)}", "annotate what it returns: -> Tensor for ΔW, -> Factors or -> Gain"
-            )
+            self.refuse(f"returns {shown(self.returns)}", _ANNOTATE)
+        taken = [key for key in attrs.fields_dict(Method) if key not in ("name", "config")]
+        for key in record.keys() - {*taken}:
+            self.refuse(f"has the field {key!r}", f"tunerkit.method takes sizes, {', '.join(taken)}", key, taken)
         self.parameters = {key: each.default for key, each in arguments.items() if type(each.default) is Parameter}
         if not any(each.trained for each in self.parameters.values()):
-            self._refuse(
-                "has no tensor that is trained", 'add an argument such as b: Tensor = parameter("out", "rank")'
-            )
+            self.refuse("has no tensor that is trained", 'add an argument such as b: Tensor = parameter("out", "rank")')
+        for key in self.parameters.keys() & {*dir(FunctionAdapter), *vars(nn.Module()), "plugin", "settings"}:
+            self.refuse(f"has a parameter {key!r}, a name that every adapter uses", f"rename it, such as to {key}_")
         # attrs numbers the fields as they are made, and takes that order.
         fields = {key: each.default for key, each in arguments.items() if isinstance(each.default, _Setting)}
-        self.given = [key for key in _GIVEN if key in arguments]
+        self.given = [key for key in _GIVEN if key in arguments.keys() - {*self.parameters, *fields}]
         self.settings = list(fields)
         for key in arguments.keys() - {*self.parameters, *fields, *self.given}:
-            self._refuse(
-                f"has the argument {key!r} without a default", "give it parameter(...) or setting(...)", key, _GIVEN
-            )
+            default = arguments[key].default
+            got = "without a default" if default is inspect.Parameter.empty else f"with the default {shown(default)}"
+            self.refuse(f"has the argument {key!r} {got}", "give it parameter(...) or setting(...)", key, _GIVEN)
         for key in fields.keys() - hints.keys():
-            self._refuse(f"has the setting {key!r} without a type", f"annotate it, as in {key}: int = setting(...)")
+            self.refuse(f"has the setting {key!r} without a type", f"annotate it, as in {key}: int = setting(...)")
         namespace = {**fields, "__annotations__": {key: hints[key] for key in fields}, "__doc__": function.__doc__}
         names = {"__module__": self.__module__, "__qualname__": f"{self.__qualname__}.config"}
         self.config: Any = attrs.frozen(type("config", (AdapterConfig,), {**namespace, **names}))
@@ -128,7 +132,8 @@ class FunctionPlugin:
     def __reduce__(self) -> str:
         return self.__qualname__  # pickle finds it where the function was: an adapter holds it
 
-    def _refuse(self, what: str, do: str, name: str = "", known: Iterable[str] = ()) -> NoReturn:
+    def refuse(self, what: str, do: str, name: str = "", known: Iterable[str] = ()) -> NoReturn:
+        """Raise the `PluginError` about what the function is or returned, with the closest of the ``known`` names."""
         raise PluginError(f"the function {self.__qualname__} {what}; {do}{closest(name, known) if name else ''}")
 
     @hookimpl
@@ -140,14 +145,17 @@ class FunctionPlugin:
         settings = {key: value for key, value in attrs.asdict(config, recurse=False).items() if key in self.settings}
         known = {key: value for key, value in settings.items() if type(value) is int}
         known |= {"in": base.in_features, "out": base.out_features}
-        known |= {} if self.sizes is None else self.sizes(base, config)
+        further = {} if self.sizes is None else self.sizes(base, config)
+        if (wrong := hooks.unlike(further, Mapping[str, int])) is not None:
+            self.refuse(f"has sizes that returned {wrong[0]}", f"they must return {wrong[1]}")
+        known |= further
         for key, each in self.parameters.items():
             for size in each.shape:
-                if isinstance(size, str) and size not in known:
-                    self._refuse(
+                if type(size) is not int and size not in known:
+                    self.refuse(
                         f"has a parameter {key!r} with the size {size!r}, which is unknown",
                         f"known are: {', '.join(known)}",
-                        size,
+                        str(size),
                         known,
                     )
         return FunctionAdapter(self, known, settings)
@@ -176,8 +184,12 @@ def _plugin(
     record: Mapping[str, Any],
     function: Callable[..., Any],
 ) -> FunctionPlugin:
-    returned = get_type_hints(function).get("return")
-    return (ProductPlugin if returned is Factors else DeltaPlugin)(name, function, sizes, record)
+    try:
+        hints = get_type_hints(function)
+    except Exception as error:  # an annotation may be any expression
+        what = f"the function {function.__qualname__} has an annotation that cannot be read ({error_text(error)})"
+        raise PluginError(f"{what}; its module must have what it names, also when it runs") from error
+    return (ProductPlugin if hints.get("return") is Factors else DeltaPlugin)(name, function, sizes, record, hints)
 
 
 class FunctionAdapter(Adapter):
@@ -210,7 +222,10 @@ class FunctionAdapter(Adapter):
         arguments = {**tensors, **self.settings, **{key: given[key] for key in self.plugin.given}}
         # Half precision is for products with the input: what is merged must be what forward adds.
         with autocast_off(next(iter(tensors.values())).device):
-            return self.plugin.function(**arguments)
+            answer = self.plugin.function(**arguments)
+        if not isinstance(answer, self.plugin.returns):
+            self.plugin.refuse(f"returned a {type(answer).__name__}, not a {self.plugin.returns.__name__}", _ANNOTATE)
+        return answer
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         added = self.added(base)

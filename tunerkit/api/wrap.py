@@ -55,10 +55,14 @@ def wrap(
         raise ConfigError([f"expected an int of 64 bits or None, got {type(seed).__name__} {seed!r} @ seed"])
     root = injection.ready_model(model, adapter, trainable=True)
     method = hooks.registry.named(method)
-    config = hooks.configure(method, config, root).for_model(root)
+    config = hooks.configure(method, config, root)
+    with hooks.Question(AdapterConfig.for_model, method, type(root).__name__) as question:
+        found = config.for_model(root)
+        if (wrong := hooks.unlike(found, type(config))) is not None:
+            question.refuse(*wrong)
     scanned = targets.scan(root, hooks.gather_knowledge())
     targets.refuse_impassable(scanned)
-    tuner = _choose(scanned, method, config, adapter)
+    tuner = _choose(scanned, method, found, adapter)
     tuner.progress.seed = seed
     injection.refuse_idle_patterns(tuner)
     # Torch trains no parameter that is made in inference mode. Adapters are built on the CPU.
@@ -69,7 +73,7 @@ def wrap(
         slots = dict(injection.build_each(scanned, tuner))
     injection.warn_of_limits(scanned, tuner)
     targets.warn_of_unknown_packed(scanned)
-    _warn_of_unserved(root, config)
+    _warn_of_unserved(root, found)
     serialization.note_base(tuner, scanned)
     with layers.weights.new_modules_whole(), torch.inference_mode(False):
         injection.inject_(tuner, slots, scanned, trainable=True)

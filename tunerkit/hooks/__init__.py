@@ -5,6 +5,7 @@ from tunerkit.hooks import specs
 from tunerkit.hooks.calls import (
     Caller,
     Callers,
+    Question,
     adds_products,
     budget,
     build_adapter,
