@@ -201,6 +201,24 @@ class RankOfTheStart(Plugin):
             adapter.get_buffer("mask")[0] = 0
 
 
+class SmallLastPair(Product):
+    """Its last pair of rows and columns counts for 1e-7 of what the others do; no mistake."""
+
+    def scaled(self) -> Tensor:
+        return torch.cat([self.a[:-1], self.a[-1:] * 1e-7])
+
+    def added(self, x: Tensor) -> Tensor:
+        return x.to(self.a.dtype) @ self.scaled().T @ self.b.T
+
+
+class NearlyOfALowerRank(Plugin):
+    adapter = SmallLastPair
+
+    @hookimpl
+    def tunerkit_delta(self, adapter: SmallLastPair) -> Delta:  # type: ignore[override]
+        return Delta(weight=adapter.b @ adapter.scaled())
+
+
 # --- Dtypes and modes -------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tunerkit
-from tests.support import bad_plugins, checks_page, mistakes
+from tests.support import bad_plugins, checks_page, hard_plugins, mistakes
 from tests.support.bad_plugins import CASE
 from tests.support.mistakes import MISTAKES, Mistake
 from tests.support.subtle_plugins import CAUGHT, LoopsInAStep, NoRoomIn, ReadsOutputInSecret, with_adapter, with_config
@@ -55,6 +55,13 @@ def test_each_mistake_is_named_by_its_check_first(mistake: Mistake) -> None:
 def test_the_same_plugins_without_a_mistake_pass(plugin: type) -> None:
     """Law: nothing but the mistake is reported."""
     assert [r for r in mistakes.results(plugin) if r.status not in ("passed", "skipped")] == []
+
+
+def test_a_rank_may_have_a_small_part() -> None:
+    """As a square matrix of random numbers has, in VeRA: its smallest singular value is still one."""
+    with registered(hard_plugins.NearlyOfALowerRank()):
+        (found,) = check_method(bad_plugins.METHOD, cases=[bad_plugins.CASE], checks=["rank"])
+    assert found.status == "passed", found.reason
 
 
 @pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift", "toy-stepper"])
