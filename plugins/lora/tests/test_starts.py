@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +376,66 @@ def test_lr_ratio_gives_b_its_own_learning_rate(start: str) -> None:
     adapters = tunerkit.tuner(model).adapters().values()
     assert {id(p) for p in fast["params"]} == {id(adapter.get_parameter("b")) for adapter in adapters}
     assert len(tunerkit.param_groups(wrapped(start), lr=1e-3)) == 1
+
+
+def attached(model: nn.Module, groups: Any, *, schedule: bool = False) -> list[str]:
+    """The warnings of an optimizer that is attached, after a scheduler has set its rates to those of step 0."""
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    if schedule:
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tunerkit.attach(model, optimizer)
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("schedule", [False, True])
+@pytest.mark.parametrize("start", ["kaiming", "pissa"])
+def test_an_optimizer_that_does_not_keep_lr_ratio_is_named(start: str, schedule: bool) -> None:
+    """Law: without the groups of `param_groups` LoRA+ is off, and one warning says so; with them there is none."""
+    model = wrapped(start, lr_ratio=16.0)
+    (warning,) = attached(model, [p for p in model.parameters() if p.requires_grad], schedule=schedule)
+    assert "lr_ratio=16, but the optimizer trains A at a learning rate of 0.001 and B at 0.001" in warning
+    assert "tunerkit.param_groups(model, lr=...)" in warning
+    model = wrapped(start, lr_ratio=16.0)
+    assert attached(model, tunerkit.param_groups(model, lr=1e-3), schedule=schedule) == []
+    model = wrapped(start)
+    assert attached(model, [p for p in model.parameters() if p.requires_grad]) == []
+
+
+def test_rates_of_ones_own_are_compared_where_both_are_trained() -> None:
+    """Law: each B is compared with its own A, and an optimizer of the Bs alone says nothing about A's rate."""
+    model = wrapped("kaiming", lr_ratio=2.0)
+    adapters = tunerkit.tuner(model).adapters().values()
+    groups = [
+        {"params": [adapter.get_parameter(name)], "lr": rate * 10.0**-at}
+        for at, adapter in enumerate(adapters)
+        for name, rate in (("a", 0.1), ("b", 0.2))
+    ]
+    assert attached(model, groups) == []
+    model = wrapped("kaiming", lr_ratio=2.0)
+    some = attached(model, [adapter.get_parameter("b") for adapter in tunerkit.tuner(model).adapters().values()])
+    assert not any("lr_ratio" in each for each in some)
+
+
+def test_an_attached_trainer_keeps_lr_ratio_without_a_warning(tmp_path: Path) -> None:
+    """Law: it makes the groups itself, also with a warmup from 0; an optimizer that it is given is compared."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("tunerkit_transformers")
+    from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
+
+    for given in (False, True):
+        model = tunerkit.wrap(Regression(), "lora", {"targets": ["first", "second"], "lr_ratio": 16.0})
+        options: dict[str, Any] = {}
+        if given:
+            options["optimizers"] = (torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), None)
+        run = arguments(tmp_path, max_steps=2, warmup_steps=1)
+        trainer = transformers.Trainer(model, run, train_dataset=RegressionRows(), **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tunerkit.attach(model, trainer)
+            trainer.train()
+        assert sum("lr_ratio" in str(warning.message) for warning in caught) == given
 
 
 def test_loftq_is_refused_on_a_base_that_is_not_quantised() -> None:
