@@ -1,5 +1,7 @@
 """Each method passes the conformance tests, and needs no setting on small layers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -47,14 +49,36 @@ def test_passes_the_kit(name: str) -> None:
     assert not bad
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_needs_no_setting_on_small_layers(name: str) -> None:
-    """On layers of 16 x 32, wrapping works and adds nothing, and all that is trained can be saved and loaded."""
+def layers() -> nn.Sequential:
+    """Layers of 16 x 32 and a norm."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 16), nn.LayerNorm(16), nn.Linear(16, 32))
-    x = torch.randn(3, 32)
-    before = model(x)
-    if name not in ("ln-tuning", "trainable-tokens"):
-        wrapped = tunerkit.wrap(model, name, {"targets": "re:0|2"})
-        assert torch.allclose(wrapped(x), before, atol=1e-6)
-        assert tunerkit.trainable_parameters(wrapped).trainable > 0
+    return nn.Sequential(nn.Linear(32, 16), nn.LayerNorm(16), nn.Linear(16, 32))
+
+
+def words() -> nn.Sequential:
+    """An embedding, which takes 32 ids, and a layer."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(32, 16), nn.Linear(16, 32))
+
+
+# The settings that say what to adapt, where the model does not.
+WHERE: dict[str, dict[str, object]] = {"ln-tuning": {}, "trainable-tokens": {"tokens": [3, 7]}}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_needs_no_setting_on_small_layers(name: str, tmp_path: Path) -> None:
+    """On layers of 16 x 32, wrapping works and adds nothing, and all that is trained is saved and loaded."""
+    build, x = (words, torch.arange(32)) if name == "trainable-tokens" else (layers, torch.randn(3, 32))
+    before = build()(x)
+    model = tunerkit.wrap(build(), name, WHERE.get(name, {"targets": "re:0|2"}), seed=0)
+    assert torch.allclose(model(x), before, atol=1e-6)
+    optimizer = torch.optim.AdamW(tunerkit.param_groups(model, lr=0.05))
+    tunerkit.attach(model, optimizer, total_steps=2)
+    for _ in range(2):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = model(x)
+    assert not torch.allclose(changed, before, atol=1e-4)
+    again = tunerkit.load(build(), tunerkit.save(model, tmp_path))
+    assert torch.equal(again(x), changed)

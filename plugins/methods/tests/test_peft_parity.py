@@ -217,8 +217,7 @@ def pairs(row: Row, adapter: nn.Module, layer: nn.Module) -> list[tuple[Tensor, 
             if isinstance(owner, nn.ParameterDict | nn.ModuleDict | BufferDict | dict):
                 owner = owner["default"]
         owner = owner.weight if isinstance(owner, nn.Module) else owner  # DoRA's m, which is saved without ".weight"
-        theirs = owner.t() if not isinstance(name, str) and name.get("transposed") else owner
-        found.append((getattr(adapter, ours), theirs))
+        found.append((getattr(adapter, ours), owner))
     return found
 
 

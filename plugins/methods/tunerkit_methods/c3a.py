@@ -22,7 +22,7 @@ NAMES = {
 
 
 @attrs.frozen
-class C3aConfig(AdapterConfig):
+class Config(AdapterConfig):
     """The settings of C3A."""
 
     block_size: int | None = setting(
@@ -39,7 +39,7 @@ class Circulant(Adapter):
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
 
-    def __init__(self, base: BaseLayer, config: C3aConfig) -> None:
+    def __init__(self, base: BaseLayer, config: Config) -> None:
         super().__init__()
         both = base.out_features, base.in_features
         b = common_divisor(config.block_size, 256, both, "block_size, both sides of the layer")
@@ -64,11 +64,11 @@ class Circulant(Adapter):
 
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
-    yield Method("c3a", config=C3aConfig, foreign={"peft": NAMES})
+    yield Method("c3a", config=Config, foreign={"peft": NAMES})
 
 
 @hookimpl
-def tunerkit_build_adapter(base: BaseLayer, config: C3aConfig) -> Circulant:
+def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Circulant:
     return Circulant(base, config)
 
 

@@ -21,7 +21,7 @@ NAMES = {
 
 
 @attrs.frozen
-class FourierConfig(AdapterConfig):
+class Config(AdapterConfig):
     """The settings of FourierFT."""
 
     count: int | None = setting(
@@ -46,7 +46,7 @@ class Spectrum(Adapter):
     reads_weight: ClassVar[bool] = False
     places: Tensor
 
-    def __init__(self, base: BaseLayer, config: FourierConfig) -> None:
+    def __init__(self, base: BaseLayer, config: Config) -> None:
         super().__init__()
         self.shape, self.scale = (base.out_features, base.in_features), config.scale
         size = base.out_features * base.in_features
@@ -67,11 +67,11 @@ class Spectrum(Adapter):
 
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
-    yield Method("fourierft", config=FourierConfig, foreign={"peft": NAMES})
+    yield Method("fourierft", config=Config, foreign={"peft": NAMES})
 
 
 @hookimpl
-def tunerkit_build_adapter(base: BaseLayer, config: FourierConfig) -> Spectrum:
+def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Spectrum:
     return Spectrum(base, config)
 
 

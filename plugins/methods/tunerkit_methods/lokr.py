@@ -26,7 +26,7 @@ NAMES = {
 
 
 @attrs.frozen
-class LokrConfig(AdapterConfig):
+class Config(AdapterConfig):
     """The settings of LoKr."""
 
     rank: int = setting(8, ge=1, doc="rank of a matrix that is a product; may exceed the layer's sides", aka=("r",))
@@ -47,7 +47,7 @@ class Lokr(Adapter):
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
 
-    def __init__(self, base: BaseLayer, config: LokrConfig) -> None:
+    def __init__(self, base: BaseLayer, config: Config) -> None:
         super().__init__()
         self.scale = config.alpha / config.rank
         kernel = base.pack(torch.empty(base.out_features, base.in_features, device="meta")).shape[2:]
@@ -90,11 +90,11 @@ def split(size: int, factor: int) -> tuple[int, int]:
 
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
-    yield Method("lokr", config=LokrConfig, foreign={"peft": NAMES})
+    yield Method("lokr", config=Config, foreign={"peft": NAMES})
 
 
 @hookimpl
-def tunerkit_build_adapter(base: BaseLayer, config: LokrConfig) -> Lokr:
+def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Lokr:
     return Lokr(base, config)
 
 

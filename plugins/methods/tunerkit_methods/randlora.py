@@ -29,7 +29,7 @@ NAMES = {
 
 
 @attrs.frozen
-class RandloraConfig(AdapterConfig):
+class Config(AdapterConfig):
     """The settings of RandLoRA."""
 
     rank: int | None = setting(None, ge=1, doc="rank of each product; None takes 32, or less for small layers")
@@ -48,7 +48,7 @@ class Bases(nn.Module):
     a: Tensor
     b: Tensor
 
-    def __init__(self, rank: int, short: int, long: int, config: RandloraConfig) -> None:
+    def __init__(self, rank: int, short: int, long: int, config: Config) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(config.seed)
         for name, count, size in (("a", 1, (rank, 1, short)), ("b", -(-short // rank), (long, 1, rank))):
@@ -69,7 +69,7 @@ class Sums(Adapter):
 
     reads_output = reads_weight = False
 
-    def __init__(self, base: BaseLayer, config: RandloraConfig, shared: Bases) -> None:
+    def __init__(self, base: BaseLayer, config: Config, shared: Bases) -> None:
         super().__init__()
         rank, short = len(shared.a), min(base.in_features, base.out_features)
         count = -(-short // rank)
@@ -93,11 +93,11 @@ class Sums(Adapter):
 
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
-    yield Method("randlora", config=RandloraConfig, foreign={"peft": NAMES})
+    yield Method("randlora", config=Config, foreign={"peft": NAMES})
 
 
 @hookimpl
-def tunerkit_shared(bases: Sequence[BaseLayer], config: RandloraConfig) -> Bases:
+def tunerkit_shared(bases: Sequence[BaseLayer], config: Config) -> Bases:
     short, long = sorted((max(base.in_features for base in bases), max(base.out_features for base in bases)))
     largest = max(min(base.in_features, base.out_features) for base in bases)
     if short == 1:
@@ -107,7 +107,7 @@ def tunerkit_shared(bases: Sequence[BaseLayer], config: RandloraConfig) -> Bases
 
 
 @hookimpl
-def tunerkit_build_adapter(base: BaseLayer, config: RandloraConfig, shared: Bases) -> Sums:
+def tunerkit_build_adapter(base: BaseLayer, config: Config, shared: Bases) -> Sums:
     return Sums(base, config, shared)
 
 

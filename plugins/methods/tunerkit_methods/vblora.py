@@ -30,7 +30,7 @@ NAMES = {
 
 
 @attrs.frozen
-class VbloraConfig(AdapterConfig):
+class Config(AdapterConfig):
     """The settings of VB-LoRA."""
 
     rank: int = setting(4, ge=1, doc="rank of ΔW", aka=("r",))
@@ -49,7 +49,7 @@ class VbloraConfig(AdapterConfig):
 class Bank(nn.Module):
     """The vectors (vectors, length) that all targets share. For the start at 0, each v has its −v in the other half."""
 
-    def __init__(self, config: VbloraConfig, length: int) -> None:
+    def __init__(self, config: Config, length: int) -> None:
         super().__init__()
         bank = torch.empty(config.vectors, length).uniform_(-0.02, 0.02)
         half = bank[: config.vectors // 2]
@@ -66,7 +66,7 @@ class Mixed(Adapter):
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
 
-    def __init__(self, base: BaseLayer, config: VbloraConfig, length: int) -> None:
+    def __init__(self, base: BaseLayer, config: Config, length: int) -> None:
         super().__init__()
         self.top, self.dropout = config.top, config.dropout
         in_logits = 0.1 * torch.randn(config.rank, base.in_features // length, config.vectors)
@@ -98,11 +98,11 @@ class Mixed(Adapter):
 
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
-    yield Method("vblora", config=VbloraConfig, foreign={"peft": NAMES})
+    yield Method("vblora", config=Config, foreign={"peft": NAMES})
 
 
 @hookimpl
-def tunerkit_shared(bases: Sequence[BaseLayer], config: VbloraConfig) -> Bank:
+def tunerkit_shared(bases: Sequence[BaseLayer], config: Config) -> Bank:
     sides = [side for base in bases for side in (base.in_features, base.out_features)]
     at_most(config.top, 2, config.vectors, "top, the vectors in the bank")
     length = common_divisor(config.length, 256, sides, "length, both sides of all targets")
@@ -110,7 +110,7 @@ def tunerkit_shared(bases: Sequence[BaseLayer], config: VbloraConfig) -> Bank:
 
 
 @hookimpl
-def tunerkit_build_adapter(base: BaseLayer, config: VbloraConfig, shared: Bank) -> Mixed:
+def tunerkit_build_adapter(base: BaseLayer, config: Config, shared: Bank) -> Mixed:
     return Mixed(base, config, shared.bank.shape[1])
 
 

@@ -309,8 +309,8 @@ WRONG: dict[str, tuple[Any, str]] = {
         "tensors: b: shape: expected a list of sizes",
     ),
     "a key of a tensor": (
-        {**NAMES, "tensors": {"b": {"name": "x", "transpose": True}}},
-        "tensors: b: 'transpose' is none of .*did you mean 'transposed'",
+        {**NAMES, "tensors": {"b": {"name": "x", "option": True}}},
+        "tensors: b: 'option' is none of .*did you mean 'optional'",
     ),
     "a name twice": ({**NAMES, "tensors": {"b": "x", "d": "x"}}, "'d' and 'b' are both 'x'"),
     "a setting": ({**NAMES, "settings": {"rnk": "r"}}, "Config has no setting 'rnk'; did you mean 'rank'"),

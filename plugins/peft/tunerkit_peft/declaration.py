@@ -117,7 +117,6 @@ class Leaf:
         convolution: The shape at a convolution, if it is another one.
         embedding: The name at an embedding, if it is another one.
         chosen: The shape at the targets that a setting names, by the setting; see `Setting.targets`.
-        transposed: Whether the last two dimensions are the other way round here, after what is lacking is taken out.
         integers: The dtype of integers, such as ``"int32"``; they are int64 here. Empty for numbers.
         optional: Whether a target may lack it.
         repeated: Whether PEFT also writes a shared tensor at each target.
@@ -128,7 +127,6 @@ class Leaf:
     convolution: tuple[Size, ...] | None = attrs.field(default=None, converter=_shape)
     embedding: str = attrs.field(default="", converter=_text_or_none)
     chosen: Mapping[str, tuple[Size, ...] | None] = attrs.field(factory=dict, converter=_shapes)
-    transposed: bool = attrs.field(default=False, converter=_flag)
     integers: str = attrs.field(default="", converter=_text_or_none)
     optional: bool = attrs.field(default=False, converter=_flag)
     repeated: bool = attrs.field(default=False, converter=_flag)
@@ -155,14 +153,12 @@ class Setting:
             values are the same.
         default: What PEFT takes where an older folder lacks the field. Without it, such a folder is refused.
         targets: Whether the setting names some of the targets, by patterns here and by ends of their paths in PEFT.
-        tensor: The adapter's tensor of integers that holds the same, (k,), where PEFT's file has the setting alone.
     """
 
     name: tuple[str, ...] = attrs.field(converter=_texts)
     values: tuple[tuple[Any, tuple[Any, ...]], ...] = attrs.field(default={}, converter=_values)
     default: Any = NONE
     targets: bool = attrs.field(default=False, converter=_flag)
-    tensor: str = attrs.field(default="", converter=_text_or_none)
 
 
 def _leaves(value: Any) -> dict[str, Leaf]:
@@ -304,8 +300,6 @@ def _contradictions(record: Method, names: Declaration) -> Iterator[str]:
     for setting in names.settings:
         if setting not in fields:
             yield f"settings: {record.config.__name__} has no setting {setting!r}{closest(setting, fields)}"
-        if (held := names.settings[setting].tensor) in names.tensors:
-            yield f"settings: {setting}: {held!r} is in tensors, and PEFT's file has it once"
     groups: dict[str, Collection[str]] = {
         **{f"settings.{own}": each.name for own, each in names.settings.items()},
         **{"constants": names.constants, "training": names.training, "ignored": names.ignored},

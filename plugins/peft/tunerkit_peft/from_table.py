@@ -214,10 +214,6 @@ def _read(settings: TableSettings, weights: Weights, found: Sequence[_At], chose
         }
         for at in found
     }
-    for own, setting in names.settings.items():
-        if setting.tensor:
-            held = torch.tensor(config[own], dtype=torch.int64)
-            tensors = {path: {**each, setting.tensor: held.clone()} for path, each in tensors.items()}
     shared = {own: _shared(names, own, weights.tensor(key)) for own, key in weights.shared.items()}
     return Read({}, config, tensors, shared)
 

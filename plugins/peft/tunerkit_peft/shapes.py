@@ -103,7 +103,6 @@ def ours(tensor: Tensor, leaf: Leaf, sizes: Sequence[Size] | None, features: Fea
             if size not in (1, ONES):
                 shape.append(math.prod(taken))
         tensor = tensor.reshape(shape)
-    tensor = tensor.mT if leaf.transposed else tensor
     return (tensor.to(torch.int64) if leaf.integers else tensor).contiguous()
 
 
@@ -115,7 +114,6 @@ def theirs(tensor: Tensor, leaf: Leaf, sizes: Sequence[Size] | None, features: F
     """
     if leaf.integers:
         tensor = tensor.to(getattr(torch, leaf.integers))
-    tensor = tensor.mT if leaf.transposed else tensor
     if sizes is None:
         return tensor
     own = iter(tensor.shape)

@@ -98,8 +98,6 @@ class Converted:
                 self.chosen[own] = value if isinstance(value, str) else tuple(value)
             else:
                 yield f"{first!r} is {shown(value)}; expected a list of names, or a regular expression"
-        elif setting.tensor and not (isinstance(value, list) and all(type(each) is int for each in value)):
-            yield f"{first!r} is {shown(value)}; expected a list of integers"
         elif setting.values:
             ours = [mine for mine, theirs in setting.values if any(_same(value, each) for each in theirs)]
             if ours:
@@ -152,7 +150,7 @@ def written_settings(
     Args:
         declared: The method, and its names.
         config: Its config.
-        sizes: What the tensors agree on, for settings that are None, and for those that a tensor holds.
+        sizes: What the tensors agree on, for settings that are None.
         named: Gives PEFT's form of patterns of targets.
 
     Raises:
@@ -162,7 +160,7 @@ def written_settings(
     written: dict[str, object] = {"peft_type": names.type, **names.constants, **names.training}
     for own, setting in names.settings.items():
         value = getattr(config, own)
-        if value is None or setting.tensor:
+        if value is None:
             value = sizes.get(own)
         if setting.targets:
             value = named(value or ())

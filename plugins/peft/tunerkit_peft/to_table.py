@@ -63,7 +63,6 @@ def named(tuner: "Tuner", declared: Declared, sites: Sequence[Site]) -> Written:
         PluginError: The method declares no name for one of its tensors, or another shape.
     """
     names, adapters, paths = declared.names, tuner.adapters(), [site.owner for site in sites]
-    held = {setting.tensor: own for own, setting in names.settings.items() if setting.tensor}
     known: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for site in sites:
@@ -76,9 +75,6 @@ def named(tuner: "Tuner", declared: Declared, sites: Sequence[Site]) -> Written:
         sizes = known.setdefault(site.name, {})
         for own, tensor in adapters[site.name].state_dict().items():
             leaf = names.tensors.get(own)
-            if own in held:
-                sizes[held[own]] = tuple(tensor.tolist())
-                continue
             if leaf is None:
                 raise _undeclared(declared, own)
             shape = shape_of(leaf, features, where)
@@ -128,7 +124,7 @@ def _theirs(declared: Declared, own: str, tensor: Tensor, leaf: Leaf, shape: Any
 
 
 def _alike(declared: Declared, config: object, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What all targets agree on: sizes, and settings that a tensor holds."""
+    """The sizes that all targets agree on."""
     found: dict[str, dict[Any, str]] = {}
     for path, sizes in known.items():
         for name, size in sizes.items():
