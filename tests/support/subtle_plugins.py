@@ -109,7 +109,7 @@ class StartsFromTheWeight(Plugin):
         return HidesItsStart(base, config.rank)
 
     @hookimpl
-    def tunerkit_delta(self, adapter: Principal) -> Delta:
+    def tunerkit_delta(self, adapter: Principal) -> Delta:  # type: ignore[override]
         q, p = adapter.difference()
         return Delta(weight=p @ q)
 
