@@ -54,12 +54,12 @@ def test_sides_without_a_common_divisor_are_said(method: str, name: str) -> None
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(1, 8), nn.Linear(8, 1)])
-def test_randlora_needs_a_target_with_two_sides(layer: nn.Module) -> None:
+def test_randlora_needs_a_target_with_two_sides(layer: nn.Linear) -> None:
     """One number has no spread to normalise by. Beside a larger target, such a layer is no problem."""
     settings = {"targets": "re:0|1"}
     with pytest.raises(TargetError, match="all targets have a single input, or a single output"):
         tunerkit.wrap(nn.Sequential(layer), "randlora", settings)
-    model = tunerkit.wrap(nn.Sequential(layer, nn.Linear(layer.weight.shape[0], 8)), "randlora", settings)
+    model = tunerkit.wrap(nn.Sequential(layer, nn.Linear(layer.out_features, 8)), "randlora", settings)
     assert all(each.isfinite().all() for each in model.state_dict().values())
 
 
