@@ -283,7 +283,7 @@ def test_an_unknown_field_of_the_record_is_refused_with_the_closest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "words"), [(None, "returned None"), ({"size": 2.0}, r"with 2\.0 at \['size'\]"), (3, "returned 3")]
+    ("answer", "words"), [(None, "returned None"), ({"size": 2.0}, r"\{'size': 2\.0\}"), (3, "returned 3")]
 )
 def test_sizes_that_are_no_mapping_to_ints_are_refused(answer: Any, words: str) -> None:
     """The error names the function, and what its sizes must return."""

@@ -10,11 +10,10 @@ import pluggy
 import torch
 from torch import Tensor, nn
 
-from tunerkit import hooks
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, closest, error_text, shown
 from tunerkit.layers import Adapter, BaseLayer, add_delta, add_low_rank, autocast_off
-from tunerkit.records import Delta, Factors, Gain, Method
+from tunerkit.records import Delta, Factors, Gain, Method, mistyped
 
 hookimpl = pluggy.HookimplMarker("tunerkit")  # as the package's own, which comes after this file
 Start: TypeAlias = float | Callable[[Tensor], object]
@@ -146,8 +145,8 @@ class FunctionPlugin:
         known = {key: value for key, value in settings.items() if type(value) is int}
         known |= {"in": base.in_features, "out": base.out_features}
         further = {} if self.sizes is None else self.sizes(base, config)
-        if (wrong := hooks.unlike(further, Mapping[str, int])) is not None:
-            self.refuse(f"has sizes that returned {wrong[0]}", f"they must return {wrong[1]}")
+        if mistyped(further, Mapping[str, int]) is not None:
+            self.refuse(f"has sizes that returned {shown(further)}", "they must return a mapping of names to int")
         known |= further
         for key, each in self.parameters.items():
             for size in each.shape:

@@ -1,13 +1,11 @@
 """LoRA's hook implementations."""
 
-import math
 from collections.abc import Iterable, Mapping
 
 from torch.optim import Optimizer
 
-from tunerkit.errors import warn
 from tunerkit.plugin import BaseLayer, Factors, Method, ParamGroup, Statistics, Target, Tuner, hookimpl
-from tunerkit_lora import fitting, starts
+from tunerkit_lora import fitting, rates, starts
 from tunerkit_lora.adapter import LoraAdapter, adapter_of
 from tunerkit_lora.config import LoraConfig
 from tunerkit_lora.subtracted import SubtractedLora
@@ -40,7 +38,7 @@ def tunerkit_start(tuner: Tuner, optimizer: Optimizer | None) -> None:
     """Refuse to train an adapter whose start needs data and got none; warn if the optimizer ignores ``lr_ratio``."""
     fitting.refuse_unfitted(tuner)
     if optimizer is not None:
-        _warn_of_rates(tuner, optimizer)
+        rates.warn_of_others(tuner, optimizer)
 
 
 @hookimpl
@@ -62,20 +60,3 @@ def tunerkit_from_factors(factors: Mapping[str, Factors]) -> tuple[LoraConfig, M
     """Build the config and the adapters that add given products."""
     config = LoraConfig.of_ranks({path: product.rank for path, product in factors.items()})
     return config, {path: adapter_of(product, scale=config.scale_at(path)) for path, product in factors.items()}
-
-
-def _warn_of_rates(tuner: Tuner, optimizer: Optimizer) -> None:
-    """Warn of the first target where B's learning rate is not ``lr_ratio`` times A's, before any schedule."""
-    assert isinstance(tuner.config, LoraConfig)
-    ratio, rates = tuner.config.lr_ratio, dict[int, float]()
-    for group in optimizer.param_groups if ratio != 1 else ():
-        rate = group.get("initial_lr", group.get("lr"))  # a warmup starts at 0
-        rates |= {} if rate is None else {id(parameter): float(rate) for parameter in group["params"]}
-    for path, adapter in tuner.adapters().items():
-        a, b = (rates.get(id(adapter.get_parameter(name))) for name in ("a", "b"))
-        if a is not None and b is not None and not math.isclose(b, ratio * a, rel_tol=1e-3):
-            warn(
-                f"adapter {tuner.name!r} has lr_ratio={ratio:g}, but the optimizer trains A at a learning rate of "
-                f"{a:g} and B at {b:g} at {path!r}; build it from tunerkit.param_groups(model, lr=...)"
-            )
-            return
