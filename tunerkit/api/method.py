@@ -219,7 +219,7 @@ class FunctionAdapter(Adapter):
         given: dict[str, Any] = {"base": base}
         if "weight" in self.plugin.given:
             given["weight"] = base.dense().to(wide)
-        arguments = {**tensors, **self.settings, **{key: given[key] for key in self.plugin.given}}
+        arguments: dict[str, Any] = {**tensors, **self.settings, **{key: given[key] for key in self.plugin.given}}
         # Half precision is for products with the input: what is merged must be what forward adds.
         with autocast_off(next(iter(tensors.values())).device):
             answer = self.plugin.function(**arguments)
