@@ -14,9 +14,12 @@ from tunerkit_testing.conformance import Case, Check
 from tunerkit_testing.parametrization import each_check
 from tunerkit_testing.parametrizing import BoundCheck
 
-# No warning about any of these models, except for the batch norms that a case keeps in eval mode itself.
+# No warning about any of these models, except for the batch norms that a case keeps in eval mode itself;
+# and of lr_ratio, which is here for the check of param_groups: the others train with plain optimizers.
 pytestmark = pytest.mark.filterwarnings(
-    "error::tunerkit.TunerkitWarning", "ignore:.* normalisation layers of the frozen base:tunerkit.TunerkitWarning"
+    "error::tunerkit.TunerkitWarning",
+    "ignore:.* normalisation layers of the frozen base:tunerkit.TunerkitWarning",
+    "ignore:adapter .* has lr_ratio=4, but:tunerkit.TunerkitWarning",
 )
 
 PLAIN: dict[str, object] = {"rank": 3, "dropout": 0.1}
