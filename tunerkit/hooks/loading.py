@@ -105,7 +105,7 @@ class Catalog:
     def missing(self, name: object) -> str:
         """Explain why a method is missing: what is installed, close matches, failed plugins, the limit on loading."""
         installed = (
-            few(sorted(self.owners), shown=20) or "none (each is a separate distribution, such as tunerkit-lora)"
+            few(sorted(self.owners), shown=40) or "none (each is a separate distribution, such as tunerkit-lora)"
         )
         hint = closest(name, self.owners) if isinstance(name, str) else _NAME_FIRST
         if (reason := METHODS_ELSEWHERE.get(str(name).lower().replace("_", "-"))) is not None:
