@@ -325,7 +325,11 @@ def test_the_words_of_peft_are_understood(tmp_path: Path) -> None:
     file.write_text("r: 4\nlora_alpha: 8\nuse_dora: true\n")
     told = tunerkit_command("config", "LoRA", "--config", file)
     assert told.exit_code == 2
-    for words in ("'r'; did you mean 'rank'?", "'lora_alpha'; did you mean 'alpha'?", "'use_dora'; this method is not"):
+    for words in (
+        "'r'; did you mean 'rank'?",
+        "'lora_alpha'; did you mean 'alpha'?",
+        "'use_dora'; it is method 'dora'",
+    ):
         assert f"unknown key {words}" in told.stderr
     told = tunerkit_command("train", "--method", "LoRA", "--set", "r=4", "--data", file, "--out", tmp_path / "out")
     assert told.exit_code == 2

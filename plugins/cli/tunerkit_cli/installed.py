@@ -16,7 +16,7 @@ from tunerkit_cli.plugin_commands import plugin_commands
 
 # The extras that users choose; the others are for those who work on tunerkit itself.
 EXTRAS = (
-    *("adalora", "lora", "peft", "gguf", "diffusers", "serving", "quant", "quantisers", "deepspeed"),
+    *("adalora", "lora", "methods", "peft", "gguf", "diffusers", "serving", "quant", "quantisers", "deepspeed"),
     *("transformers", "distributed", "cli", "lm", "vision", "plot", "testing"),
 )
 

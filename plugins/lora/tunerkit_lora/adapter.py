@@ -15,7 +15,6 @@ class LoraAdapter(Adapter):
 
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
-    rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1}
 
     def __init__(
         self, *, in_features: int, out_features: int, rank: int, scale: float, dropout: float, start: str
@@ -52,6 +51,12 @@ class LoraAdapter(Adapter):
     def factors(self) -> Factors:
         """Return what the adapter adds to the weight as a product."""
         return low_rank_factors(self.a, self.b, scale=self.scale)
+
+
+class MovedLora(LoraAdapter):
+    """The same, where `tunerkit.calibrate` sets the rank."""
+
+    rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1}
 
 
 def adapter_of(product: Factors, *, scale: float) -> LoraAdapter:

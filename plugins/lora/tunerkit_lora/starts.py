@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tunerkit.plugin import BaseLayer, Factors, TargetError
-from tunerkit_lora.adapter import LoraAdapter
+from tunerkit_lora.adapter import LoraAdapter, MovedLora
 from tunerkit_lora.config import LoraConfig
 from tunerkit_lora.loftq import lost
 from tunerkit_lora.subtracted import SubtractedLora
@@ -69,7 +69,9 @@ def build(path: str, base: BaseLayer, config: LoraConfig, *, loading: bool) -> L
     if config.start not in RANDOM and not loading:
         _refuse_above(path, rank, config.start, **sizes)
     if config.start in (*RANDOM, "eva", "loftq"):
-        plain = LoraAdapter(**sizes, rank=rank, scale=scale, dropout=config.dropout, start=config.start)
+        # A file of another rank fits only where data have moved the ranks.
+        kind = MovedLora if config.most > 1 else LoraAdapter
+        plain = kind(**sizes, rank=rank, scale=scale, dropout=config.dropout, start=config.start)
         if config.start == "loftq" and not loading:
             plain.set_(principal(lost(path, base, config.original), rank, scale))
         return plain
