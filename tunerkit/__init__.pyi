@@ -30,8 +30,8 @@ from .injection import (
 )
 from .layers import (
     Adapter as Adapter, BaseLayer as BaseLayer, add_delta as add_delta, add_low_rank as add_low_rank,
-    forward_name as forward_name, low_rank_delta as low_rank_delta, low_rank_factors as low_rank_factors,
-    resize_ as resize_,
+    autocast_off as autocast_off, forward_name as forward_name, low_rank_delta as low_rank_delta,
+    low_rank_factors as low_rank_factors, resize_ as resize_,
 )
 from .records import (
     DefaultTargets as DefaultTargets, Delta as Delta, Description as Description, Factors as Factors,

@@ -172,7 +172,8 @@ _PROMPTS: Final = (
     "'Prompts and prefixes' in the docs has prototypes"
 )
 _PROMPT_METHODS: Final = (
-    *("prompt-tuning", "multitask-prompt-tuning", "p-tuning", "prefix-tuning", "adaption-prompt", "cpt", "cartridge"),
+    *("prompt-tuning", "multitask-prompt-tuning", "p-tuning", "prefix-tuning"),
+    *("adaption-prompt", "cpt", "cartridge"),
 )
 _OF_METHODS: Final = (
     *("boft", "c3a", "delora", "dora", "fourierft", "growing", "hra", "ia3", "ln-tuning", "loha", "lokr", "lora-fa"),

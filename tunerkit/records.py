@@ -209,6 +209,17 @@ class Factors(NamedTuple):
         """r, the number of pairs of a column of P and a row of Q; it may be 0."""
         return self.q.shape[0]
 
+    def triplets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Decompose P Q = U Σ Vᵀ, in fp64 and without the whole matrix: by the QR of P and of Qᵀ.
+
+        Returns:
+            U (out, k), Σ (k,), the largest first, and Vᵀ (k, in), where k is the smallest of r, out and in.
+        """
+        left, small_left = torch.linalg.qr(self.p.double())
+        right, small_right = torch.linalg.qr(self.q.double().T)
+        u, sigma, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
+        return left @ u, sigma, vh @ right.T
+
 
 class Gain(NamedTuple):
     """Factors of a layer's output, as a method that is written as a function returns them.

@@ -33,7 +33,9 @@ ADDED = frozenset(
     {
         "tunerkit.AdapterConfig.for_model(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD model)",
         "tunerkit.BaseLayer.forwards",
+        "tunerkit.Factors.triplets(POSITIONAL_OR_KEYWORD self)",
         "tunerkit.Gain.rows",
+        "tunerkit.autocast_off(POSITIONAL_OR_KEYWORD device)",
         "tunerkit.Method.foreign",
         "tunerkit.add_delta(POSITIONAL_OR_KEYWORD base, POSITIONAL_OR_KEYWORD x, POSITIONAL_OR_KEYWORD y, "
         "POSITIONAL_OR_KEYWORD delta, KEYWORD_ONLY dropout = 0.0)",

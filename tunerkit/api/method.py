@@ -195,12 +195,12 @@ class FunctionAdapter(Adapter):
     """The adapter of a method that is one function."""
 
     def __init__(self, plugin: FunctionPlugin, sizes: Mapping[str, int], settings: Mapping[str, Any]) -> None:
-        gain, product = plugin.returns is Gain, plugin.returns is Factors
-        dims = {name: each.shape.index("rank") for name, each in plugin.parameters.items() if "rank" in each.shape}
-        # Before the base class looks at them. A method's flags are its own, and not those of all functions.
-        vars(self).update(reads_output=gain, reads_weight=gain or bool(plugin.given), rank_dims=dims if product else {})
         super().__init__()
         self.plugin, self.settings = plugin, dict(settings)
+        # A method's flags are its own, and not those of all functions.
+        gain = plugin.returns is Gain
+        vars(self).update(reads_output=gain, reads_weight=gain or bool(plugin.given))
+        self._rank = sizes["rank"] if plugin.returns is Factors and "rank" in sizes else 0
         for name, each in plugin.parameters.items():
             values = torch.empty([sizes[size] if isinstance(size, str) else size for size in each.shape])
             with torch.no_grad():
@@ -209,7 +209,7 @@ class FunctionAdapter(Adapter):
 
     @property
     def rank(self) -> int:
-        return next((self.get_parameter(name).shape[dim] for name, dim in self.rank_dims.items()), 0)
+        return self._rank
 
     def added(self, base: BaseLayer) -> Any:
         """What the function returns: ΔW (out, in), factors, or gains (out,)."""

@@ -201,9 +201,7 @@ def layer_of(product: Factors) -> SvdLayer:
     Returns:
         The layer, with at most r triplets.
     """
-    left, small_left = torch.linalg.qr(product.p.double())
-    right, small_right = torch.linalg.qr(product.q.double().T)
-    u, sigma, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
+    u, sigma, vh = product.triplets()
     layer = SvdLayer(
         in_features=product.q.shape[1],
         out_features=product.p.shape[0],
@@ -212,9 +210,9 @@ def layer_of(product: Factors) -> SvdLayer:
         dropout=0.0,
         start="lora",
     )
-    layer.p.copy_(left @ u)
+    layer.p.copy_(u)
     layer.lam.copy_(sigma)
-    layer.q.copy_(vh @ right.T)
+    layer.q.copy_(vh)
     return layer
 
 

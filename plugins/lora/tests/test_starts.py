@@ -328,6 +328,14 @@ def test_ranks_that_data_chose_survive_a_file(tmp_path: Path) -> None:
 # --- LoRA-One and GoRA ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("start", ["kaiming", *OF_THE_WEIGHT])
+def test_tensors_of_another_rank_are_refused_where_ranks_do_not_move(start: str) -> None:
+    """The scale depends on the settings' rank: with another one, they would be another ΔW."""
+    few, more = (tunerkit.tuner(wrapped(start, rank=rank)).adapters()["linear"] for rank in (2, 3))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        more.load_state_dict(few.state_dict())
+
+
 def gradients(*paths: str) -> dict[str, Tensor]:
     """The gradient of the loss by the weights, summed over the batches."""
     base = Net()

@@ -159,11 +159,9 @@ def _first_triplets(gradient: Factors, rank: int) -> Factors:
 
     The largest of them has the size √out / γ, whatever the unit of the loss, as in the authors' code.
     """
-    left, small_left = torch.linalg.qr(gradient.p.double())
-    right, small_right = torch.linalg.qr(gradient.q.double().T)
-    u, sigma, vh = torch.linalg.svd(small_left @ small_right.T)
-    root = (sigma[:rank] / sigma[:1].clamp(min=1e-300)).sqrt() * (len(left) ** 0.25 / _GAMMA**0.5)
-    return Factors(q=root[:, None] * (vh[:rank] @ right.T), p=-(left @ u[:, :rank]) * root)
+    u, sigma, vh = gradient.triplets()
+    root = (sigma[:rank] / sigma[:1].clamp(min=1e-300)).sqrt() * (len(u) ** 0.25 / _GAMMA**0.5)
+    return Factors(q=root[:, None] * vh[:rank], p=-u[:, :rank] * root)
 
 
 def _importance(gradient: Factors, base: BaseLayer) -> float:

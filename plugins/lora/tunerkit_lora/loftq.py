@@ -71,7 +71,11 @@ def _files(original: Path) -> Iterator[str]:
     if original.is_file():
         yield os.fspath(original)
     elif (index := original / _INDEX).is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        held = json.loads(index.read_text(encoding="utf-8"))
+        places = held.get("weight_map") if isinstance(held, dict) else None
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise FileError(f"{index} names no file for each tensor in 'weight_map'; save the base again")
+        names = set(places.values())
         yield from (os.fspath(original / Path(name).name) for name in sorted(names))
     else:
         found = sorted(original.glob("*.safetensors"))

@@ -10,7 +10,7 @@ from tunerkit.plugin import BaseLayer, Factors, TargetError
 from tunerkit_lora.adapter import LoraAdapter, MovedLora
 from tunerkit_lora.config import LoraConfig
 from tunerkit_lora.loftq import lost
-from tunerkit_lora.subtracted import SubtractedLora
+from tunerkit_lora.subtracted import MovedSubtracted, SubtractedLora
 
 RANDOM: Final = ("kaiming", "gaussian")  # starts of A that ask neither the weight nor the data
 
@@ -68,14 +68,15 @@ def build(path: str, base: BaseLayer, config: LoraConfig, *, loading: bool) -> L
     sizes = {"in_features": base.in_features, "out_features": base.out_features}
     if config.start not in RANDOM and not loading:
         _refuse_above(path, rank, config.start, **sizes)
+    moves = config.most > 1  # only then may a file have other ranks than the config
     if config.start in (*RANDOM, "eva", "loftq"):
-        # A file of another rank fits only where data have moved the ranks.
-        kind = MovedLora if config.most > 1 else LoraAdapter
-        plain = kind(**sizes, rank=rank, scale=scale, dropout=config.dropout, start=config.start)
+        plain = (MovedLora if moves else LoraAdapter)(
+            **sizes, rank=rank, scale=scale, dropout=config.dropout, start=config.start
+        )
         if config.start == "loftq" and not loading:
             plain.set_(principal(lost(path, base, config.original), rank, scale))
         return plain
-    adapter = SubtractedLora(**sizes, rank=rank, scale=scale, dropout=config.dropout)
+    adapter = (MovedSubtracted if moves else SubtractedLora)(**sizes, rank=rank, scale=scale, dropout=config.dropout)
     if config.start in _OF_THE_WEIGHT and not loading:
         weight = base.dense().detach()
         # In fp32 or wider: half precision has no decompositions, and would lose the small triplets.

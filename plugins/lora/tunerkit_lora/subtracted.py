@@ -20,7 +20,6 @@ class SubtractedLora(Adapter):
 
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = True  # at its start
-    rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1, "a_start": 0, "b_start": 1}
 
     def __init__(self, *, in_features: int, out_features: int, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -57,3 +56,9 @@ class SubtractedLora(Adapter):
     def _product(self) -> Factors:
         q = torch.cat([self.a, self.a - self.a_start])
         return Factors(q=q, p=torch.cat([self.b - self.b_start, self.b_start], dim=1))
+
+
+class MovedSubtracted(SubtractedLora):
+    """The same, where `tunerkit.calibrate` sets the rank."""
+
+    rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1, "a_start": 0, "b_start": 1}

@@ -177,6 +177,20 @@ def both(row: Row) -> tuple[nn.Module, Any]:
     return ours, theirs
 
 
+def trained(row: Row) -> tuple[nn.Module, Any]:
+    """Both after 20 steps of AdamW."""
+    models = both(row)
+    # Drawn before: some methods of PEFT draw numbers in each forward.
+    batches = torch.randn(20, 16, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for model in models:
+        optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+        for x in batches:
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return models
+
+
 def every_pair(row: Row, ours: nn.Module, theirs: Any) -> list[tuple[Tensor, Tensor]]:
     """Our tensors and PEFT's: those that both layers share, then those of each layer."""
     adapters = tunerkit.tuner(ours).adapters()
@@ -247,14 +261,5 @@ def test_computes_what_peft_computes(row: Row) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.method)
 def test_trains_as_peft_does(row: Row) -> None:
     """After 20 steps of AdamW, all weights are within 1e-9 of PEFT's."""
-    ours, theirs = both(row)
-    # Drawn before: some methods of PEFT draw numbers in each forward.
-    batches = torch.randn(20, 16, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    for model in (ours, theirs):
-        optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
-        for x in batches:
-            model(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    for mine, other in every_pair(row, ours, theirs):
+    for mine, other in every_pair(row, *trained(row)):
         assert (mine - other.reshape(mine.shape)).abs().max() <= row.steps

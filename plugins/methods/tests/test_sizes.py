@@ -85,3 +85,14 @@ def test_a_rank_above_the_layer_is_allowed_and_said(method: str) -> None:
     """As LoRA's is; the setting's text says so."""
     tunerkit.wrap(nn.Sequential(nn.Linear(4, 6)), method, {"targets": "re:0", "rank": 9})
     assert "may exceed the layer's sides" in attrs.fields(registry.get(method).config).rank.metadata["doc"]
+
+
+@pytest.mark.parametrize("method", ["delora", "dora", "hra", "loha", "lora-fa", "lora-xs", "miss"])
+def test_tensors_of_another_rank_are_refused(method: str) -> None:
+    """These ranks never change, and some are divided by: a file whose settings say another one would be another ΔW."""
+    few, more = (
+        tunerkit.tuner(tunerkit.wrap(nn.Sequential(nn.Linear(32, 16)), method, {"targets": "re:0", "rank": rank}))
+        for rank in (2, 4)
+    )
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        more.adapters()["0"].load_state_dict(few.adapters()["0"].state_dict())

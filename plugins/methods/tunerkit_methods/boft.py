@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import TargetError
-from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, hookimpl, setting
-from tunerkit_methods.inputs import blockwise, in_full_precision, refuse_ids, through, wide_weight
+from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, autocast_off, hookimpl, setting
+from tunerkit_methods.inputs import blockwise, refuse_ids, through, wide_weight
 
 NAMES = {
     "type": "BOFT",
@@ -72,7 +72,7 @@ class Butterfly(Adapter):
         """Rows (..., in) times R - I, or the transposed one: 0 at the start, to the last bit."""
         t = self.t.to(torch.promote_types(self.t.dtype, torch.float32))
         skew, one = (t - t.mT) / 2, torch.eye(t.shape[-1], dtype=t.dtype, device=t.device)
-        with in_full_precision(t):
+        with autocast_off(t.device):
             blocks = -2 * torch.linalg.solve(one + skew, skew)  # R_i - I
         turned, half = rows, t.shape[-1] // 2
         for i in range(len(t)) if back else reversed(range(len(t))):
@@ -101,5 +101,5 @@ def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Butterfly:
 @hookimpl
 def tunerkit_delta(adapter: Butterfly, base: BaseLayer) -> Delta:
     weight, s = wide_weight(base, adapter.t.dtype), adapter.s[:, None]
-    with in_full_precision(adapter.t):
+    with autocast_off(adapter.t.device):
         return Delta(weight=(s - 1) * weight + s * adapter.turned(weight, True))

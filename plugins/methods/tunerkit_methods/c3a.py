@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, add_delta, hookimpl, setting
 from tunerkit_methods.sizes import common_divisor
 
-TUNERKIT_API = 2
 NAMES = {
     "type": "C3A",
     "tensors": {"kernel": {"name": "c3a_kernel", "shape": ["rows", "columns", "block_size"]}},

@@ -1,7 +1,7 @@
 """DeLoRA (Bini et al., ICLR 2025, arXiv 2503.18225): a low-rank product of bounded size."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import ClassVar
 
 import attrs
@@ -40,7 +40,6 @@ class Bounded(Adapter):
 
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = True  # at the start
-    rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1}
 
     def __init__(self, base: BaseLayer, config: Config, *, loading: bool) -> None:
         super().__init__()

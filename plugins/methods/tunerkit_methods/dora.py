@@ -1,7 +1,6 @@
 """DoRA (Liu et al., ICML 2024, arXiv 2402.09353): LoRA that trains the length of each row of W + ΔW by itself."""
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Iterator
 
 import attrs
 import torch
@@ -14,11 +13,12 @@ from tunerkit.plugin import (
     Delta,
     Method,
     add_low_rank,
+    autocast_off,
     hookimpl,
     low_rank_delta,
     setting,
 )
-from tunerkit_methods.inputs import in_full_precision, wide_weight
+from tunerkit_methods.inputs import wide_weight
 
 NAMES = {
     "type": "LORA",
@@ -54,7 +54,6 @@ class Dora(Adapter):
 
     reads_output = True
     reads_weight = True
-    rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1}
 
     def __init__(self, base: BaseLayer, config: Config) -> None:
         super().__init__()
@@ -71,7 +70,7 @@ class Dora(Adapter):
 
     def factor(self, base: BaseLayer) -> Tensor:
         """f, (out,). At the start it is 1 to the last bit, also where m is rounded to a narrow dtype."""
-        with torch.no_grad(), in_full_precision(self.m):
+        with torch.no_grad(), autocast_off(self.m.device):
             weight = wide_weight(base, self.m.dtype)
             norm = torch.linalg.vector_norm(weight, dim=1)
             a, b = self.scale * self.a.to(weight.dtype), self.b.to(weight.dtype)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, add_delta, hookimpl, setting
 from tunerkit_methods.sizes import at_most
 
-TUNERKIT_API = 2
 NAMES = {
     "type": "FOURIERFT",
     "tensors": {"spectrum": {"name": "fourierft_spectrum", "shape": ["count"]}},

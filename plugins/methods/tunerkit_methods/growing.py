@@ -114,7 +114,8 @@ def tunerkit_after_step(tuner: Any, step: int) -> dict[str, int] | None:
         a, b, rows = layers[at].a, layers[at].b, further(found[at][1], count, 1000 * step + at)
         growths += [tk.Growth(a, 0, rows), tk.Growth(b, 1, b.new_zeros(len(b), count))]
     for layer, (left, right, _) in zip(layers, found, strict=True):
-        layer.left.copy_(left * 1e-9), layer.right.copy_(right * 1e-9)
+        layer.left.copy_(left * 1e-9)
+        layer.right.copy_(right * 1e-9)
     if obstacle := tk.grow_(growths, tk.optimizer_of(tuner)):
         raise tk.StepError(f"growing changes ranks during training, and {obstacle}")
     return dict(tuner.ranks())

@@ -1,7 +1,6 @@
 """What methods that change a layer's input share: W c(x) without a matrix as large as W, and the weight itself."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +38,6 @@ def through(
 def wide_weight(base: BaseLayer, dtype: torch.dtype) -> Tensor:
     """Return W, (out, in), in ``dtype``, but at least in fp32."""
     return base.dense().to(torch.promote_types(dtype, torch.float32))
-
-
-def in_full_precision(tensor: Tensor) -> AbstractContextManager[object]:
-    """A block in which autocast rounds no product: what is merged must be what forward adds."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def blockwise(rows: Tensor, blocks: Tensor) -> Tensor:

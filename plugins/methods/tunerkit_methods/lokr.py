@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, add_delta, hookimpl, setting
 
-TUNERKIT_API = 2
 NAMES = {
     "type": "LOKR",
     "tensors": {

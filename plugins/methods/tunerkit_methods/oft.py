@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import TargetError
-from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, hookimpl, setting
-from tunerkit_methods.inputs import blockwise, in_full_precision, refuse_ids, through, wide_weight
+from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, autocast_off, hookimpl, setting
+from tunerkit_methods.inputs import blockwise, refuse_ids, through, wide_weight
 from tunerkit_methods.sizes import divisor
 
 NAMES = {
@@ -65,7 +65,7 @@ class Rotation(Adapter):
         upper[:, rows, columns] = v
         q = upper - upper.mT
         turn: Tensor
-        with in_full_precision(v):
+        with autocast_off(v.device):
             if not self.terms:
                 turn = torch.linalg.solve(torch.eye(self.size, dtype=v.dtype, device=v.device) + q, -2 * q)
             else:
@@ -104,5 +104,5 @@ def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Rotation:
 
 @hookimpl
 def tunerkit_delta(adapter: Rotation, base: BaseLayer) -> Delta:
-    with in_full_precision(adapter.v):
+    with autocast_off(adapter.v.device):
         return Delta(weight=adapter.turned(wide_weight(base, adapter.v.dtype), True))

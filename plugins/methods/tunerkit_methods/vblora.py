@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Factors, Method, add_low_rank, hookimpl, setting
 from tunerkit_methods.sizes import at_most, common_divisor
 
-TUNERKIT_API = 2
 NAMES = {
     "type": "VBLORA",
     "tensors": {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import first
-from tunerkit.plugin import ConfigError, FileError
+from tunerkit.plugin import ConfigError, Factors, FileError
 from tunerkit_peft.from_adalora import EPSILON
 from tunerkit_peft.pieces import Piece
 from tunerkit_peft.places import INNER
@@ -150,12 +150,10 @@ def _padded(piece: Piece, rank: int) -> tuple[Tensor, Tensor]:
 
 def _decomposed(piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
     """P (out, k), λ (k,) and Q (k, in) with orthonormal columns and rows; what adds nothing is left out."""
-    left, small_left = torch.linalg.qr(piece.p.double())
-    right, small_right = torch.linalg.qr(piece.q.double().T)
-    u, sigma, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
+    u, sigma, vh = Factors(q=piece.q, p=piece.p).triplets()
     kept = sigma > 0
     # Not in fp64 any longer: all modules together would take twice the memory.
-    return (left @ u)[:, kept].float(), sigma[kept], (vh @ right.T)[kept].float()
+    return u[:, kept].float(), sigma[kept], vh[kept].float()
 
 
 def _refuse_others(pieces: Collection[Piece]) -> None:

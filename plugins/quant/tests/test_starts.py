@@ -61,13 +61,14 @@ def test_loftq_makes_up_for_what_quantising_lost(tmp_path: Path) -> None:
     assert torch.equal(tunerkit.unwrap(model)(INPUTS), quantised()(INPUTS))
 
 
-@pytest.mark.parametrize("case", ["unnamed", "missing", "empty", "another", "incomplete"])
+@pytest.mark.parametrize("case", ["unnamed", "missing", "empty", "index", "another", "incomplete"])
 def test_loftq_says_what_it_needs(case: str, tmp_path: Path) -> None:
     """Law: one line for an original that is missing, unreadable, another's, or incomplete."""
     words = {
         "unnamed": "set original to the folder",
         "missing": "has no safetensors file",
         "empty": "cannot be read",
+        "index": "names no file for each tensor in 'weight_map'",
         "another": "holds another weight for '0' than the base",
         "incomplete": "has no tensor for '2.weight'",
     }
@@ -78,6 +79,8 @@ def test_loftq_says_what_it_needs(case: str, tmp_path: Path) -> None:
         del weights["2.weight"]
     if case == "empty":
         (tmp_path / "model.safetensors").touch()
+    elif case == "index":
+        (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": ["0.weight"]}', encoding="utf-8")
     elif case != "missing":
         save_file(weights, tmp_path / "model.safetensors")
     original = {} if case == "unnamed" else {"original": str(tmp_path)}

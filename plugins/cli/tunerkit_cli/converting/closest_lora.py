@@ -99,7 +99,7 @@ def closest(tuner: Tuner, rank: int) -> Closest:
         assert slots is not None
         assert slots.base is not None
         if path in low:
-            u, s, vh = _of_product(low[path])
+            u, s, vh = low[path].triplets()
         else:
             delta = hooks.delta(path, tuner.method, adapter, slots.base)
             if delta.bias is not None:
@@ -114,11 +114,3 @@ def closest(tuner: Tuner, rank: int) -> Closest:
         products[path] = Factors(q=(root[:, None] * vh[:rank][kept]).float(), p=(u[:, :rank][:, kept] * root).float())
         sizes[path], left_out[path] = float(s.double().norm()), float(s[rank:].double().norm())
     return Closest(products, biases, left_out, sizes)
-
-
-def _of_product(product: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of P Q, in the time of r² (in + out)."""
-    left, small_left = torch.linalg.qr(product.p.double())
-    right, small_right = torch.linalg.qr(product.q.double().T)
-    u, s, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
-    return left @ u, s, vh @ right.T
