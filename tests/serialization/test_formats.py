@@ -335,8 +335,8 @@ def test_what_does_not_fit_is_refused_and_the_model_unchanged(toys: "Toys", expo
         (Foreign({}, copies={"head": 3}), "with 3 at .copies['head']; it must"),  # type: ignore[dict-item]
         (Foreign({}, copies={"head": {"w": 3}}), "with 3 at .copies['head']['w']; it"),  # type: ignore[dict-item]
         (Foreign({}, biases={"head": 3}), "with 3 at .biases['head']; it must"),  # type: ignore[dict-item]
-        (Foreign({"conv": 3}), "returned 3 for 'conv'; expected Factors"),  # type: ignore[dict-item]
-        (Foreign({"conv": Factors(torch.ones(2), torch.ones(2))}), "expected Factors"),
+        (Foreign({"conv": 3}, method="toy-product"), "returned 3 for 'conv'; expected Factors"),  # type: ignore[dict-item]
+        (Foreign({"conv": Factors(torch.ones(2), torch.ones(2))}, method="toy-product"), "expected Factors"),
         (Foreign(at_conv(torch.ones(1, 27), torch.ones(4, 1)), tensors={"x": {}}), "paths of factors"),
     ],
 )
