@@ -1,7 +1,6 @@
 """Part `alternatives`: implementations that were tried and rejected, kept to compare them on other machines."""
 
 import copy
-import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,18 +17,17 @@ from benchmarks.speed.settings import Settings, Size
 from benchmarks.speed.statistics import Pairs, middle, one_kind, ratio
 from benchmarks.speed.tables import Row, estimated
 from benchmarks.speed.timing import Call, Times, interleave
-from tunerkit.layers import low_rank
+from tunerkit.layers import fused
 from tunerkit_adalora.schedule import plan
 
 PART = "alternatives"
 PLAIN = "frozen floor"
 OURS = "LoRA"
-BY_ROW = "P by row"
-RECOMPUTED = "Q x computed again"
+WIDE = "thin factors on the right"
+ALONE = "each layer alone"
 SHARED = "Q x of the group at once"
 ONCE, STAGES = "shrunk once", "shrunk in stages"
 SCALE = 2.0
-_Fused = low_rank._FusedLowRank
 _FINE = 1000  # budgets are counted in this fraction of a rank
 
 
@@ -51,7 +49,7 @@ def group_rows(where: str, inputs: int, outputs: Sequence[int], settings: Settin
     times = time_group(inputs, outputs, settings)
     kinds = one_kind(settings.pairs)
     rows = []
-    for name in (OURS, BY_ROW, RECOMPUTED, SHARED):
+    for name in (OURS, WIDE, ALONE, SHARED):
         over = times[name] - times[PLAIN]
         rows.append(estimated(PART, where, name, "overhead, ms", middle(1e3 * over, kinds, seed=settings.seed)))
         if name != OURS:
@@ -74,7 +72,7 @@ def time_group(inputs: int, outputs: Sequence[int], settings: Settings) -> dict[
     ways: dict[str, Callable[[Tensor], list[Tensor]]] = {
         PLAIN: lambda x: [layer(x) for layer in base],
         SHARED: shared,
-        **{name: lambda x: [layer(x) for layer in apart] for name in (OURS, BY_ROW, RECOMPUTED)},
+        **{name: lambda x: [layer(x) for layer in apart] for name in (OURS, WIDE, ALONE)},
     }
 
     def call(name: str) -> Call:
@@ -83,44 +81,27 @@ def time_group(inputs: int, outputs: Sequence[int], settings: Settings) -> dict[
     def before(name: str) -> None:
         for own in (*apart.parameters(), *shared.q, *shared.p):
             own.grad = None
-        low_rank.is_thin = _never if name == BY_ROW else is_thin
-        low_rank._FusedLowRank = Recomputed if name == RECOMPUTED else _Fused  # type: ignore[misc]
+        fused.is_thin = _never if name == WIDE else is_thin
+        fused.join = _alone if name == ALONE else join
 
-    is_thin = low_rank.is_thin
+    is_thin, join = fused.is_thin, fused.join
     try:
         calls = {name: call(name) for name in ways}
         return interleave(calls, rounds=settings.pairs, seed=settings.seed, warmup=settings.warmup, before_each=before)
     finally:
-        low_rank.is_thin, low_rank._FusedLowRank = is_thin, _Fused  # type: ignore[misc]
+        fused.is_thin, fused.join = is_thin, join
 
 
-def _never(q: Tensor, y: Tensor) -> bool:
+def _never(q: Tensor) -> bool:
     return False
 
 
-class Recomputed(_Fused):
-    """The fused product, but backward recomputes Q x instead of storing it."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        out = _Fused.forward(ctx, *inputs)
-        x, _, *others = ctx.to_save
-        ctx.save_for_backward(x, None, *others)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        assert g is not None
-        x, _, *others = ctx.saved_tensors
-        narrow_q = others[4]
-        whole = types.SimpleNamespace(
-            saved_tensors=(x, x.mm(narrow_q.t()), *others), needs_input_grad=ctx.needs_input_grad, scale=ctx.scale
-        )
-        return low_rank._gradients(whole, g)
+def _alone(x: Tensor) -> None:
+    return None
 
 
 class Shared:
-    """Layers that read the same input, with one product for all their Q, in forward and in backward.
+    """Layers that are known to read the same input: one product for all their Q, in forward and in backward.
 
     It is called directly, while ours runs in hooks. The cost of finding the group is not included.
     """
@@ -131,46 +112,52 @@ class Shared:
         self.p = [torch.zeros(layer.out_features, rank, requires_grad=True) for layer in self.layers]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        rows = x.reshape(-1, x.shape[-1])
-        together: Tensor = _Project.apply(rows, *self.q)  # type: ignore[no-untyped-call]
-        parts = together.split([len(q) for q in self.q], dim=1)
-        return [
-            _Add.apply(rows, layer(x), layer.weight, h, p)  # type: ignore[no-untyped-call]
-            for layer, h, p in zip(self.layers, parts, self.p, strict=True)
-        ]
+        count, weights = len(self.layers), [layer.weight for layer in self.layers]
+        h, *others = _Project.apply(x.reshape(-1, x.shape[-1]), count, *weights, *self.q, *self.p)  # type: ignore[no-untyped-call]
+        parts = zip(self.layers, h.split([len(q) for q in self.q], dim=1), others[:count], others[count:], strict=True)
+        return [_Add.apply(ticket, layer(x), own, columns) for layer, own, columns, ticket in parts]  # type: ignore[no-untyped-call]
 
 
 class _Project(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *qs: Tensor) -> Tensor:
-        q = torch.cat(qs)
-        ctx.ranks = [len(each) for each in qs]
-        ctx.save_for_backward(x, q)
-        return x.mm(q.t())
+    """Q x of all layers, (n, sum of ranks); P of each by column; a tensor for each that takes its output's gradient."""
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
-        """``g`` is not scaled yet: `_Add` leaves the scale to the products here."""
-        x, q = ctx.saved_tensors
-        to_q = torch.addmm(q, g.t(), x, beta=0, alpha=SCALE)
-        return torch.addmm(x, g, q, beta=0, alpha=SCALE), *to_q.split(ctx.ranks)
+    def forward(ctx: Any, x: Tensor, count: int, *weights: Tensor) -> tuple[Tensor, ...]:
+        w, qs, ps = weights[:count], weights[count : 2 * count], weights[2 * count :]
+        q = torch.cat(qs)
+        h, columns = x.mm(q.t()), [p.t().contiguous().t() for p in ps]
+        ctx.count, ctx.ranks = count, [len(each) for each in qs]
+        ctx.save_for_backward(x, h, q, *w, *columns)
+        ctx.mark_non_differentiable(h, *columns)
+        return h, *columns, *(x.new_empty(()).expand(len(x), len(each)) for each in w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, q, *weights = ctx.saved_tensors
+        w, ps, gs = weights[: ctx.count], weights[ctx.count :], grads[1 + ctx.count :]
+        grad_h = torch.cat([g.mm(p) for g, p in zip(gs, ps, strict=True)], dim=1)
+        grad_x = gs[0].mm(w[0])
+        for g, each in zip(gs[1:], w[1:], strict=True):
+            grad_x.addmm_(g, each)
+        grad_x.addmm_(grad_h, q, alpha=SCALE)
+        to_q = torch.addmm(q, grad_h.t(), x, beta=0, alpha=SCALE).split(ctx.ranks)
+        to_p = [
+            torch.addmm(p.t(), own.t(), g, beta=0, alpha=SCALE).t().contiguous()
+            for p, own, g in zip(ps, h.split(ctx.ranks, dim=1), gs, strict=True)
+        ]
+        return grad_x, None, *(None for _ in w), *to_q, *to_p
 
 
 class _Add(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, w: Tensor, h: Tensor, p: Tensor) -> Tensor:
-        by_column = low_rank.folded_by_column(p, None, y)
+    def forward(ctx: Any, ticket: Tensor, y: Tensor, h: Tensor, columns: Tensor) -> Tensor:
         out = y.detach()
-        out.view(-1, p.shape[0]).addmm_(h, by_column.t(), alpha=SCALE)
-        ctx.save_for_backward(w, h, by_column)
+        out.view(-1, y.shape[-1]).addmm_(h, columns.t(), alpha=SCALE)
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        w, h, by_column = ctx.saved_tensors
-        g2 = g.reshape(-1, w.shape[0])
-        grad_p = torch.addmm(by_column.t(), h.t(), g2, beta=0, alpha=SCALE).t()
-        return g2.mm(w), None, None, g2.mm(by_column), grad_p.contiguous()
+        return g.reshape(-1, g.shape[-1]), None, None, None
 
 
 # A whole training

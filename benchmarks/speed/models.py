@@ -104,7 +104,7 @@ def encoder(size: Size, settings: Settings) -> Workload:
 def small_llama(blocks: int, settings: Settings, *, hidden: int = 32) -> Workload:
     """Llama's shapes in miniature, 7 adapted layers a block: (d, d), (d, d/4), (d, 4d) and (4d, d); no biases."""
     torch.manual_seed(settings.seed)
-    body = LlamaModel(_llama_config(hidden, 4 * hidden, blocks, 4, 1))
+    body = LlamaModel(llama_config(hidden, 4 * hidden, blocks, 4, 1))
     return workload(f"{BLOCK_LINEARS * blocks} layers", body, LLAMA_TARGETS, (1, 4, hidden), settings.seed)
 
 
@@ -115,7 +115,7 @@ def large_llama(name: str, shape: Sequence[int], settings: Settings, device: str
     try:
         torch.manual_seed(settings.seed)
         with torch.device(device):
-            body = LlamaModel(_llama_config(*shape))
+            body = LlamaModel(llama_config(*shape))
             found = workload(name, body, LLAMA_TARGETS, (settings.batch, settings.tokens, shape[0]), settings.seed)
             return attrs.evolve(found, autocast=torch.bfloat16)
     finally:
@@ -126,7 +126,7 @@ def hollow_llama(name: str, blocks: int) -> LlamaForCausalLM:
     """A causal Llama of a published shape with ``blocks`` blocks, whose weights take no memory and are all zero."""
     hidden, intermediate, _, heads, kv_heads = LLAMA_SHAPES[name]
     with torch.device("meta"):
-        model = LlamaForCausalLM(_llama_config(hidden, intermediate, blocks, heads, kv_heads))
+        model = LlamaForCausalLM(llama_config(hidden, intermediate, blocks, heads, kv_heads))
     for module in model.modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             module.register_parameter(leaf, nn.Parameter(torch.zeros(()).expand(parameter.shape)))
@@ -140,7 +140,8 @@ def workload(name: str, body: PreTrainedModel, targets: tuple[str, ...], shape: 
     return Workload(name, base, targets, torch.randn(*shape), torch.randn(*shape))
 
 
-def _llama_config(hidden: int, intermediate: int, blocks: int, heads: int, kv_heads: int) -> LlamaConfig:
+def llama_config(hidden: int, intermediate: int, blocks: int, heads: int, kv_heads: int) -> LlamaConfig:
+    """A Llama without embeddings that cost anything."""
     return LlamaConfig(
         vocab_size=8,
         hidden_size=hidden,

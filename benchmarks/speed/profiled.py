@@ -24,7 +24,7 @@ KINDS: dict[str, Callable[[str], bool]] = {
     "optimizer and its hooks": lambda event: (
         "adamw" in event.lower() or event.startswith(("Optimizer.", "aten::_foreach"))
     ),
-    "Python of our node": lambda event: "_FusedLowRank" in event,
+    "Python of our node": lambda event: "_FusedLowRank" in event or "_GradientOfInput" in event,
     REST: lambda event: True,
 }
 

@@ -33,6 +33,7 @@ from benchmarks.speed import (  # noqa: E402
     contenders,
     growth,
     operations,
+    shapes,
     start,
     statistics,
     steps,
@@ -46,7 +47,7 @@ from benchmarks.speed.storages import held_bytes, peak_bytes  # noqa: E402
 from benchmarks.speed.tables import Row, to_json, to_markdown  # noqa: E402
 from benchmarks.speed.timing import Call, interleave, orders  # noqa: E402
 from tunerkit.layers import low_rank as lowrank  # noqa: E402
-from tunerkit.layers.low_rank import _FusedLowRank, add_fused  # noqa: E402
+from tunerkit.layers.fused import add_fused  # noqa: E402
 from tunerkit_adalora.schedule import plan  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -403,32 +404,21 @@ def test_a_compiled_contender_runs_its_own_graph() -> None:
     assert torch.allclose(compiled.compiled(lora.model, "eager")(workload.x, workload.target).loss, expected)
 
 
-def test_every_alternative_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One input product for a group, or recomputing it, gives the same as the fused op."""
+def test_a_group_that_is_known_computes_the_same() -> None:
+    """The alternative with one product for all Q, beside the formula."""
     layers = [nn.Linear(6, out).requires_grad_(False) for out in (5, 7)]
     shared = alternatives.Shared(layers, rank=3)
     for p in shared.p:
         nn.init.normal_(p)
     x = torch.randn(2, 4, 6, requires_grad=True)
     grads = [torch.randn(2, 4, layer.out_features) for layer in layers]
-    leaves = [x, *shared.q, *shared.p]
 
     def gradients(outs: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [*outs, *torch.autograd.grad(outs, leaves, grads)]
+        return [*outs, *torch.autograd.grad(outs, [x, *shared.q, *shared.p], grads)]
 
-    def apply(product: Any, *, by_column: bool) -> list[torch.Tensor]:
-        monkeypatch.setattr(lowrank, "is_thin", lambda q, y: by_column)
-        rows = x.reshape(-1, 6)
-        each = zip(layers, shared.q, shared.p, strict=True)
-        return [product.apply(rows, layer(x), layer.weight, q, p, None, alternatives.SCALE) for layer, q, p in each]
-
-    expected = gradients(apply(_FusedLowRank, by_column=True))
-    for found in (
-        gradients(shared(x)),
-        gradients(apply(alternatives.Recomputed, by_column=True)),
-        gradients(apply(_FusedLowRank, by_column=False)),
-    ):
-        torch.testing.assert_close(found, expected)
+    each = zip(layers, shared.q, shared.p, strict=True)
+    expected = gradients([layer(x) + alternatives.SCALE * x @ q.t() @ p.t() for layer, q, p in each])
+    torch.testing.assert_close(gradients(shared(x)), expected)
 
 
 def test_a_course_in_stages_spends_each_step_at_the_budget_in_force() -> None:
@@ -494,6 +484,34 @@ def test_the_models_for_gpus_multiply_in_half_precision_on_both_sides(monkeypatc
     assert went[workload.adapted :] == [torch.bfloat16] * workload.adapted
 
 
+def test_shapes_are_timed_with_the_code_of_several_checkouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in a process of its own, all in the same rounds; what is there is not timed again; no clock is compared."""
+    monkeypatch.setattr(shapes, "SHAPES", (shapes.Shape(1, 64, 1, 4),))
+    arguments = ["--against", str(shapes.HERE), "--threads", "1", "--capability", "native", "--rounds", "2"]
+    for _ in range(2):
+        done = CliRunner().invoke(shapes.app, [*arguments, "--shape", "0", "--out", str(tmp_path)])
+        assert done.exit_code == 0, done.output
+    assert done.output == ""
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["checkouts"] == ["now", shapes.HERE.name]
+    assert {*found["times"]} == {f"{name} @ {label}" for name in shapes.NAMES for label in found["checkouts"]}
+    assert all(len(each) == 2 and min(each) > 0 for each in found["times"].values())
+    table = (tmp_path / "shapes.md").read_text(encoding="utf-8").splitlines()
+    assert [line.split(" | ")[2] for line in table[2:]] == [*found["checkouts"], *found["checkouts"]]
+
+
+def test_a_busy_machine_meets_no_limit(tmp_path: Path) -> None:
+    """The table of times that were taken beside other work says nothing of limits."""
+    times = {f"{name} @ now": [1.0 + at, 1.1 + at] for at, name in enumerate(shapes.NAMES)}
+    run = {"kind": "native", "shape": "1x64", "hidden": 64, "checkouts": ["now"], "times": times}
+    for load, marked in ((shapes.BUSY + 0.1, False), (shapes.BUSY, True)):
+        (tmp_path / "run.json").write_text(json.dumps({**run, "load": load}), encoding="utf-8")
+        line = shapes.table([tmp_path / "run.json"])[2]
+        assert ("met" in line or "missed" in line) == marked
+        assert ("busy" in line) != marked
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this part takes minutes")
 def test_the_part_for_gpus_is_empty_without_one() -> None:
     """A run of all parts works on any machine."""
@@ -506,11 +524,11 @@ def test_counts_are_the_same_at_every_run() -> None:
 
 
 def test_what_a_method_keeps_is_seen() -> None:
-    """PEFT's AdaLoRA keeps three tensors as large as its trained parameters, plain LoRA none."""
+    """PEFT's AdaLoRA keeps three tensors as large as its trained parameters, plain LoRA none, ours two and pads."""
     rows = {row.who: row.value for row in short_run("memory") if row.measure == "beyond, share of trained"}
     assert rows[contenders.PEFT_LORA] == rows[contenders.LORA] == 0
     assert rows[contenders.PEFT_ADALORA] == pytest.approx(3, abs=0.02)
-    assert rows[contenders.ADALORA] == pytest.approx(2, abs=0.05)
+    assert 2 < rows[contenders.ADALORA] < 2.7  # the layers are 16 wide; tests of the averages have those of real ones
 
 
 def test_a_wait_in_every_layer_is_seen() -> None:

@@ -112,6 +112,28 @@ def copied() -> bool:
     return [tensor.tolist() for tensor in tensors] == [[1.0, 1.0], [2.0]]
 
 
+def backward_passes() -> bool:
+    """Each backward has a number, and says of a node whether it computes it."""
+    found: list[tuple[int, bool]] = []
+
+    class Noting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
+            return x + other
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+            found.append((torch_private.backward_pass(), torch_private.will_run(ctx.next_functions[0][0])))
+            return g, g
+
+    x, other = (torch.ones(2, requires_grad=True) for _ in range(2))
+    loss = torch_private.apply_of(Noting)(x * 1, other).sum()
+    torch.autograd.grad(loss, other, retain_graph=True)
+    torch.autograd.grad(loss, x)
+    (first, without), (second, with_it) = found
+    return first != second and min(first, second) >= 0 > torch_private.backward_pass() and with_it and not without
+
+
 def versions_of_inference() -> int | None:
     return torch_private.version(torch.zeros(2))
 
@@ -204,44 +226,46 @@ def compilations() -> bool:
 
 # By the names that stand in torch_private.py: what uses them, and a check.
 CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
-    "_C": ("is_observed (layers.low_rank)", lambda: isinstance(torch._C, type(torch))),
+    "_C": ("is_observed (layers.fused)", lambda: isinstance(torch._C, type(torch))),
+    "_current_graph_task_id": ("backward_pass (layers.fused)", backward_passes),
+    "_will_engine_execute_node": ("will_run (layers.fused)", backward_passes),
     "_foreach_copy_": ("copy_ (of methods and engines)", copied),
     "_foreach_div_": ("divide_ (steps.withheld)", divided),
     "_parameters": ("own_parameters (everywhere)", parameters),
     "_modules": ("own_children, compiled_from (injection.slots)", children),
     "_orig_mod": ("compiled_from (injection.slots)", compiled),
-    "_forward_hooks": ("has_hook, has_single_hook, remove_hooks_ (injection, layers.low_rank)", hooks),
+    "_forward_hooks": ("has_hook, has_single_hook, remove_hooks_ (injection, layers.fused)", hooks),
     "_forward_pre_hooks": ("has_hook, remove_hooks_ (injection)", hooks),
     "_forward_hooks_with_kwargs": ("remove_hooks_ (injection)", hooks),
     "_forward_hooks_always_called": ("remove_hooks_ (injection)", hooks),
-    "_global_forward_hooks": ("has_single_hook (layers.low_rank)", hooks),
+    "_global_forward_hooks": ("has_single_hook (layers.fused)", hooks),
     "_ConvNd": ("is_convolution (targets)", classes),
     "_NormBase": ("has_statistics (injection.preconditions)", classes),
     "_BatchNorm": ("is_batch_norm, channel_norms (injection.inject, layers.base)", classes),
     "_InstanceNorm": ("channel_norms, is_batched (layers.base)", classes),
     "_get_no_batch_dim": ("is_batched (layers.base)", batch_dimension),
     "_conv_forward": ("runs_convolution_of, convolve (layers.kinds)", convolutions),
-    "_version": ("version (layers.low_rank)", versions),
+    "_version": ("version (layers.fused)", versions),
     "_are_functorch_transforms_active": (
-        "is_observed (layers.low_rank)",
+        "is_observed (layers.fused)",
         observed_inside(lambda look: torch.vmap(look)(torch.ones(3, 2))),
     ),
-    "_current_level": ("is_observed (layers.low_rank)", observed_inside(in_forward_mode)),
+    "_current_level": ("is_observed (layers.fused)", observed_inside(in_forward_mode)),
     "_is_tracing": (
-        "is_observed (layers.low_rank)",
+        "is_observed (layers.fused)",
         observed_inside(lambda look: torch.jit.trace(look, torch.ones(2), check_trace=False)),
     ),
-    "_len_torch_dispatch_stack": ("is_observed (layers.low_rank)", other_modes),
+    "_len_torch_dispatch_stack": ("is_observed (layers.fused)", other_modes),
     "_CachingTorchDispatchMode": (
-        "is_observed (layers.low_rank)",
+        "is_observed (layers.fused)",
         observed_inside(kept(CheckpointPolicy.MUST_SAVE)),
     ),
-    "_CachedTorchDispatchMode": ("is_observed (layers.low_rank)", observed_inside(kept(CheckpointPolicy.PREFER_SAVE))),
+    "_CachedTorchDispatchMode": ("is_observed (layers.fused)", observed_inside(kept(CheckpointPolicy.PREFER_SAVE))),
     "_get_current_dispatch_mode_stack": (
-        "is_observed (layers.low_rank)",
+        "is_observed (layers.fused)",
         observed_inside(kept(CheckpointPolicy.MUST_SAVE)),
     ),
-    "torch.utils._python_dispatch": ("is_observed, dispatch_mode (layers.low_rank, testing.counting)", operations),
+    "torch.utils._python_dispatch": ("is_observed, dispatch_mode (layers.fused, testing.counting)", operations),
     "_load_state_dict_pre_hooks": ("remove_state_hooks_ (injection.state_dicts)", state_hooks),
     "_state_dict_hooks": ("remove_state_hooks_ (injection.state_dicts)", state_hooks),
     "torch._dynamo": (
@@ -256,7 +280,7 @@ DELETED = (
     *("_CachingTorchDispatchMode", "_CachedTorchDispatchMode", "torch.utils._python_dispatch", "_ConvNd"),
     *("_BatchNorm", "_NormBase", "_InstanceNorm", "_get_no_batch_dim", "_conv_forward", "_global_forward_hooks"),
     *("_get_current_dispatch_mode_stack",),
-    *("_foreach_div_", "_foreach_copy_"),
+    *("_foreach_div_", "_foreach_copy_", "_current_graph_task_id", "_will_engine_execute_node"),
 )
 OF_INSTANCES = {
     *("_parameters", "_modules", "_orig_mod", "_forward_hooks", "_version"),

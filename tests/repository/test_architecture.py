@@ -42,6 +42,8 @@ PRIVATE = {"torch": f"{CORE}.layers.torch_private", "transformers": "tunerkit_tr
 _OF_GROUPS = "tunerkit_distributed"
 PROCESS_STATE = {
     *(f"{CORE}.hooks.registry.registry", f"{CORE}.layers.weights.plugins"),
+    # Of a thread's forward, by weak references; how modules ran, which a forward must not write into the model.
+    *(f"{CORE}.layers.fused._here", f"{CORE}.layers.fused.forms"),
     # Of the process group.
     *(f"{_OF_GROUPS}.averaging._engines", f"{_OF_GROUPS}.group._written", f"{_OF_GROUPS}.writing._counts"),
     *(f"{_OF_GROUPS}.meeting._rooms", f"{_OF_GROUPS}.agreement._begun"),

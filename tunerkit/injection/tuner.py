@@ -1,5 +1,6 @@
 """The tuner: the handle on one adapter of a wrapped model, and what a model holds of its adapters."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from html import escape
@@ -17,7 +18,7 @@ from tunerkit.config import AdapterConfig
 from tunerkit.errors import AdapterError, StepError, closest, cut, error_text
 from tunerkit.hooks import Engine, Pieces, Removable, same, whole_pieces
 from tunerkit.injection.slots import Slot, base_modules, inside, is_merged, slots_of
-from tunerkit.layers import Adapter, weights, whole_shape
+from tunerkit.layers import Adapter, forms, weights, whole_shape
 from tunerkit.paths import few, is_number, join
 from tunerkit.records import RankChange, State, Target
 
@@ -170,6 +171,20 @@ class Tuner:
     def ranks(self) -> dict[str, int]:
         """Return the live rank by target path: AdaLoRA's last mask, LoRA's constant."""
         return {path: adapter.rank for path, adapter in self.adapters().items()}
+
+    def groups(self) -> dict[str, int]:
+        """Count how the targets ran the last time: in groups that read one input, alone, or in another form.
+
+        Layers such as q, k and v that read the same tensor, one after the other, compute one gradient of it together.
+
+        Returns:
+            The number of groups by their size, then of the layers in none, by the reason, such as
+            ``{"groups of 3": 12, "layers alone": 24}``.
+        """
+        found = [forms.get(target.module, "not run yet, or only compiled") for target in self.targets]
+        sizes = {id(form): form.layers for form in found if not isinstance(form, str)}
+        names = ["layers alone" if size == 1 else f"groups of {size}" for size in sorted(sizes.values(), reverse=True)]
+        return dict(Counter([*names, *(f"layers {form}" for form in found if isinstance(form, str))]))
 
     def budget(self, step: int | None = None) -> int:
         """Return the budget in force after an optimizer step.

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 from torch.utils import checkpoint
 
 # --- A module's own parameters and children --------------------------------------------------------------------------
@@ -162,6 +162,21 @@ def convolve(module: Any, x: Tensor, kernel: Tensor) -> Tensor:
 def version(tensor: Tensor) -> int | None:
     """The counter that every in-place change of ``tensor`` increments; None for inference tensors, which have none."""
     return None if tensor.is_inference() else tensor._version
+
+
+def apply_of(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` for calls outside of functorch's transforms, without what prepares the arguments for them."""
+    return cast(Callable[..., Any], super(Function, function).apply)  # type: ignore[misc]  # torch's own, in C
+
+
+def backward_pass() -> int:
+    """The number of the backward pass that is running; -1 outside of one."""
+    return torch._C._current_graph_task_id()
+
+
+def will_run(node: Any) -> bool:
+    """Whether the backward pass that is running computes this node of its graph. It may need some gradients alone."""
+    return torch._C._will_engine_execute_node(node)
 
 
 def is_observed() -> bool:

@@ -1,5 +1,6 @@
 """Averages and scores of weights that are cut over several processes, beside those of whole weights."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from tunerkit_adalora.importance import Stack, new_stacks, smooth_, triplet_scores, unstack
+from tunerkit_adalora.importance import Averages, new_averages, smooth_, stacks_of, triplet_scores, unstack
 from tunerkit_adalora.partial_scores import partial_scores, placed_lams
 from tunerkit_adalora.svd_layer import apply_masks_
 from tunerkit_distributed.shards import Cut
@@ -22,7 +23,7 @@ def cuts_of(weights: list[Tensor], processes: int, columns: bool) -> list[Cut]:
 
 
 def smooth_pieces(
-    weights: list[Tensor], grads: list[Tensor | None], cuts: list[Cut], stacks: list[list[Stack]], restart: bool
+    weights: list[Tensor], grads: list[Tensor | None], cuts: list[Cut], averages: list[list[Averages]], restart: bool
 ) -> list[int]:
     """Take a step in all processes, one after the other. Returns how many weights each left out.
 
@@ -31,10 +32,10 @@ def smooth_pieces(
     sent: list[Tensor] = []
     counted = []
     for listening in (True, False):
-        for process, own in enumerate(stacks):
+        for process, own in enumerate(averages):
             pieces = [cut.part(weight, process) for weight, cut in zip(weights, cuts, strict=True)]
             slopes = [None if g is None else cut.part(g, process) for g, cut in zip(grads, cuts, strict=True)]
-            copies = [Stack(s.members, s.sensitivity.clone(), s.uncertainty.clone()) for s in own]
+            copies = copy.deepcopy(own)
 
             if listening:
                 smooth_(
@@ -74,8 +75,8 @@ def test_pieces_have_the_averages_and_scores_of_the_whole(
     rng = torch.Generator().manual_seed(seed)
     weights = [torch.randn(size, generator=rng) for out, r, inner in shapes for size in ((out, r), (r,), (r, inner))]
     cuts = cuts_of(weights, processes, columns)
-    whole = new_stacks(weights)
-    pieces = [new_stacks([c.part(w, rank) for w, c in zip(weights, cuts, strict=True)]) for rank in range(processes)]
+    whole = new_averages(weights)
+    pieces = [new_averages([c.part(w, rank) for w, c in zip(weights, cuts, strict=True)]) for rank in range(processes)]
     for step in range(4):
         grads: list[Tensor | None] = [torch.randn(weight.shape, generator=rng) for weight in weights]
         chosen = int(torch.randint(len(weights), (), generator=rng))
@@ -86,13 +87,13 @@ def test_pieces_have_the_averages_and_scores_of_the_whole(
         left_out = int(smooth_(weights, grads, whole, restart=step == 2, beta1=BETA1, beta2=BETA2))
         assert smooth_pieces(weights, grads, cuts, pieces, step == 2) == [left_out] * processes
     for process, own in enumerate(pieces):
-        for averages, expected in zip(unstack(own), unstack(whole), strict=True):
+        for averages, expected in zip(unstack(stacks_of(own)), unstack(stacks_of(whole)), strict=True):
             for average, each, cut in zip(averages, expected, cuts, strict=True):
                 assert torch.equal(average, cut.part(each, process))
     full = [tuple(weight.shape) for weight in weights]
     starts = [[(cut.dim, cut.rows(process).start) for cut in cuts] for process in range(processes)]
-    shares = [partial_scores(own, full, start) for own, start in zip(pieces, starts, strict=True)]
-    for expected_scores, *parts in zip(triplet_scores(whole), *shares, strict=True):
+    shares = [partial_scores(stacks_of(own), full, start) for own, start in zip(pieces, starts, strict=True)]
+    for expected_scores, *parts in zip(triplet_scores(stacks_of(whole)), *shares, strict=True):
         assert torch.allclose(sum(parts), expected_scores, rtol=1e-5, atol=1e-7)  # type: ignore[arg-type]
     lams = [
         placed_lams(

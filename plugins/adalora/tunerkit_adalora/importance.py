@@ -1,23 +1,27 @@
 """The importance of weights and of triplets: sensitivity, uncertainty, score (section 3.2 of the paper).
 
 Flat lists of weights contain P (out, r), λ (r,) and Q (r, in) of the first layer, then of the second, and so on.
-Weights of one shape are averaged together, in one tensor. So the number of operations scales with the number of
-distinct shapes, not of layers.
+The averages of all weights on a device lie in one tensor, those of one shape beside each other. So a step takes three
+operations for each distinct shape, to collect weights and gradients, and about fifteen for everything else.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import IntEnum
-from operator import attrgetter
+from functools import partial
+from operator import attrgetter, is_not
 
 import attrs
 import torch
 from torch import Tensor
 
-# Not by a comprehension: each step asks all weights.
-_DEVICE = attrgetter("device")
+# Not by comprehensions: each step asks all weights.
+_DEVICE, _IS_THERE = attrgetter("device"), partial(is_not, None)
 # Up to here, copying gradients into one tensor takes less time than multiplying by each.
 _SMALL = 1 << 20
+# Values in a row. Weights begin with a row of their own, so a short row wastes less memory; the flags of whether values
+# are finite have one value for each row, so a long one takes less time.
+_ROW = 64
 
 
 class Part(IntEnum):
@@ -48,25 +52,62 @@ class Stack:
         return _part_of(self.members[0])
 
 
-def new_stacks(weights: Sequence[Tensor]) -> list[Stack]:
+@attrs.frozen(eq=False)
+class Averages:
+    """The running averages of all weights of one dtype on one device, in one tensor each.
+
+    Attributes:
+        stacks: Them by shape, as views.
+        sensitivity: Ī, (rows, 64). Each weight begins a row of its own; what is left of its last row is 0.
+        uncertainty: Ū, the same.
+        places: Index in the flat list of each weight, in the order of the rows; int64 (weights,).
+        rows: How many rows each weight has; int64 (weights,).
+    """
+
+    stacks: list[Stack]
+    sensitivity: Tensor
+    uncertainty: Tensor
+    places: Tensor
+    rows: Tensor
+
+
+def new_averages(weights: Sequence[Tensor]) -> list[Averages]:
     """Make the averages before the first step: zeros, in `average_dtype`.
 
     Args:
         weights: The flat list.
 
     Returns:
-        One stack for each part, shape, dtype and device.
+        The averages, by dtype and device.
     """
-    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    groups: dict[tuple[torch.dtype, torch.device], dict[tuple[Part, torch.Size], list[int]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for index, weight in enumerate(weights):
-        groups[_part_of(index), weight.shape, weight.dtype, weight.device].append(index)
-    stacks = []
-    for members in groups.values():
-        like = weights[members[0]]
-        wide = average_dtype(like.dtype)
-        zeros = [torch.zeros((len(members), *like.shape), dtype=wide, device=like.device) for _ in range(2)]
-        stacks.append(Stack(tuple(members), *zeros))
-    return stacks
+        groups[weight.dtype, weight.device][_part_of(index), weight.shape].append(index)
+    return [_new(by_shape, *kind) for kind, by_shape in groups.items()]
+
+
+def _new(by_shape: Mapping[tuple[Part, torch.Size], list[int]], dtype: torch.dtype, device: torch.device) -> Averages:
+    shapes = [(tuple(members), shape) for (_, shape), members in by_shape.items()]
+    rows = [_rows(shape) for members, shape in shapes for _ in members]
+    zeros = [torch.zeros(sum(rows), _ROW, dtype=average_dtype(dtype), device=device) for _ in range(2)]
+    views = ([weights for weights, _ in _by_shape(average, shapes)] for average in zeros)
+    stacks = [Stack(members, *own) for (members, _), *own in zip(shapes, *views, strict=True)]
+    places = torch.tensor([index for members, _ in shapes for index in members])
+    return Averages(stacks, *zeros, places.to(device), torch.tensor(rows).to(device))
+
+
+def _rows(shape: torch.Size) -> int:
+    return -(-shape.numel() // _ROW)
+
+
+def _by_shape(rows: Tensor, shapes: Sequence[tuple[Sequence[int], torch.Size]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of the ``rows`` of weights of these shapes: (count, *shape), and what is left of their last rows."""
+    parts = rows.split([len(members) * _rows(shape) for members, shape in shapes])
+    for part, (members, shape) in zip(parts, shapes, strict=True):
+        each = part.view(len(members), _rows(shape) * _ROW)
+        yield each[:, : shape.numel()].unflatten(1, shape), each[:, shape.numel() :]
 
 
 def average_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,6 +117,18 @@ def average_dtype(dtype: torch.dtype) -> torch.dtype:
     unimportant.
     """
     return torch.promote_types(dtype, torch.float32)
+
+
+def stacks_of(averages: Sequence[Averages]) -> list[Stack]:
+    """Take the averages apart by shape.
+
+    Args:
+        averages: The averages.
+
+    Returns:
+        One stack for each part, shape, dtype and device, as views that may be written to.
+    """
+    return [stack for each in averages for stack in each.stacks]
 
 
 def unstack(stacks: Sequence[Stack]) -> tuple[list[Tensor], list[Tensor]]:
@@ -95,23 +148,23 @@ def unstack(stacks: Sequence[Stack]) -> tuple[list[Tensor], list[Tensor]]:
     return [sensitivity[i] for i in range(len(sensitivity))], [uncertainty[i] for i in range(len(uncertainty))]
 
 
-def on_devices_of(weights: Sequence[Tensor], stacks: list[Stack]) -> list[Stack]:
+def on_devices_of(weights: Sequence[Tensor], averages: list[Averages]) -> list[Averages]:
     """Move the averages to their weights: after attaching, a model may be moved, or spread over devices.
 
     Args:
         weights: The flat list.
-        stacks: The averages.
+        averages: The averages.
 
     Returns:
-        The same stacks if no weight has moved, else new ones with the same values.
+        The same averages if no weight has moved, else new ones with the same values.
     """
-    devices = {*map(_DEVICE, weights), *(stack.sensitivity.device for stack in stacks)}
+    devices = {*map(_DEVICE, weights), *(each.sensitivity.device for each in averages)}
     if len(devices) == 1 or all(
-        weights[index].device == stack.sensitivity.device for stack in stacks for index in stack.members
+        weights[index].device == stack.sensitivity.device for stack in stacks_of(averages) for index in stack.members
     ):
-        return stacks
-    moved = new_stacks(weights)
-    for new, old in zip(unstack(moved), unstack(stacks), strict=True):
+        return averages
+    moved = new_averages(weights)
+    for new, old in zip(unstack(stacks_of(moved)), unstack(stacks_of(averages)), strict=True):
         for average, value in zip(new, old, strict=True):
             average.copy_(value)
     return moved
@@ -125,7 +178,7 @@ def _part_of(index: int) -> Part:
 def smooth_(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor | None],
-    stacks: Sequence[Stack],
+    averages: Sequence[Averages],
     *,
     beta1: float,
     beta2: float,
@@ -143,7 +196,7 @@ def smooth_(
     Args:
         weights: P (out, r), λ (r,), Q (r, in) of the first layer, then of the second, and so on.
         grads: Their gradients.
-        stacks: Their averages, from `new_stacks`.
+        averages: Their averages, from `new_averages`.
         beta1: β1.
         beta2: β2.
         restart: Take Ī and Ū for 0 before this step.
@@ -155,10 +208,18 @@ def smooth_(
     """
     if not weights:
         return torch.zeros((), dtype=torch.int64)
+    currents = [_importance(weights, grads, each) for each in averages]
+    complete = all(map(_IS_THERE, grads))
+    there = [None if complete else _with_gradient(grads, each) for each in averages]
+    owners = [torch.repeat_interleave(each.rows, output_size=len(each.sensitivity)) for each in averages]
+    bad = [_are_bad(*of_each) for of_each in zip(currents, owners, there, averages, strict=True)]
     if total_ is not None:
-        return _smooth_pieces_(weights, grads, stacks, beta1, beta2, restart, total_)
-    left_out = [_smooth_stack_(weights, grads, stack, beta1, beta2, restart) for stack in stacks]
-    return torch.stack([count.to(weights[0].device) for count in left_out]).sum()
+        bad = _in_any(bad, averages, weights, total_)
+    for each, current, own, has, skipped in zip(averages, currents, owners, there, bad, strict=True):
+        used = skipped.logical_not() if has is None else has > skipped
+        _average_(each, current, used.index_select(0, own).unsqueeze(1), beta1, beta2, restart)
+    counts = [skipped.count_nonzero().to(weights[0].device) for skipped in bad]
+    return counts[0] if len(counts) == 1 else torch.stack(counts).sum()
 
 
 def triplet_scores(stacks: Sequence[Stack]) -> list[Tensor]:
@@ -186,118 +247,76 @@ def triplet_scores(stacks: Sequence[Stack]) -> list[Tensor]:
     return list(torch.split(lam + (p + q), [len(score) for score in of_layers[Part.LAM]]))
 
 
-def _smooth_pieces_(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    stacks: Sequence[Stack],
-    beta1: float,
-    beta2: float,
-    restart: bool,
-    total_: Callable[[Tensor], None],
-) -> Tensor:
-    """`smooth_` for pieces: first, all processes find out together which weights to leave out."""
-    # In the order of the weights: the pieces of another process have other shapes, and form other stacks.
-    bad = torch.zeros(len(weights), device=weights[0].device)
-    views = bad.unbind()
-    for stack in stacks:
-        _note_bad_(views, weights, grads, stack)
-    total_(bad)
-    finite = (bad == 0).unbind()
-    for stack in stacks:
-        own = torch.stack([finite[index] for index in stack.members]).to(stack.sensitivity.device)
-        _smooth_stack_(weights, grads, stack, beta1, beta2, restart, own)
-    return bad.count_nonzero()
-
-
-def _note_bad_(bad: Sequence[Tensor], weights: Sequence[Tensor], grads: Sequence[Tensor | None], stack: Stack) -> None:
-    """Set ``bad``, 0-d for each weight, to 1 for those of a stack whose I is not finite throughout."""
-    used = {index: grad for index in stack.members if (grad := grads[index]) is not None}
-    if used and stack.sensitivity.numel():
-        current = _importance([weights[index] for index in used], list(used.values()), stack.sensitivity.dtype)
-        flags = _is_finite(current).flatten().logical_not().to(bad[0])
-        torch._foreach_copy_([bad[index] for index in used], list(flags.unbind()))
-
-
-def _smooth_stack_(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    stack: Stack,
-    beta1: float,
-    beta2: float,
-    restart: bool,
-    finite: Tensor | None = None,
-) -> Tensor:
-    """`smooth_` for one stack; how many of its weights were left out, 0-d int64.
-
-    ``finite`` says which weights to average, bool (count,); None to find out.
-    """
-    mean, spread = stack.sensitivity, stack.uncertainty
-    found = [grads[index] for index in stack.members]
-    used = [position for position, grad in enumerate(found) if grad is not None]
-    if not used or not mean.numel():
-        return torch.zeros((), dtype=torch.int64, device=mean.device)
-    own = [weights[stack.members[position]] for position in used]
-    given = [grad for grad in found if grad is not None]
-    if len(used) == len(found):
-        return len(used) - _average_(own, given, mean, spread, beta1, beta2, restart, finite)
-    # Not by an index tensor: the host would wait while it is made on the device.
-    means, spreads = mean.unbind(), spread.unbind()
-    views = [*(means[position] for position in used), *(spreads[position] for position in used)]
-    mean, spread = torch.stack(views[: len(used)]), torch.stack(views[len(used) :])
-    some = None if finite is None else torch.stack([finite.unbind()[position] for position in used])
-    taken = _average_(own, given, mean, spread, beta1, beta2, restart, some)
-    torch._foreach_copy_(views, [*mean.unbind(), *spread.unbind()])
-    return len(used) - taken
-
-
-def _average_(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    mean: Tensor,
-    spread: Tensor,
-    beta1: float,
-    beta2: float,
-    restart: bool,
-    given: Tensor | None,
-) -> Tensor:
-    """Eq. 8-10 for weights of one shape at once; ``mean`` and ``spread`` (count, *shape) are Ī and Ū.
-
-    ``given`` says which of them are finite in all processes, bool (count,); None to find out.
-    """
-    current = _importance(weights, grads, mean.dtype)
-    finite = _is_finite(current) if given is None else given.view(-1, *(1 for _ in current.shape[1:]))
-    # What is left out moves by 0 towards the new value: x + 0 · (y − x) is x, bit for bit, if y is finite.
-    current.nan_to_num_(nan=0.0, posinf=0.0)
-    if restart:
-        left_out = finite.logical_not()
-        mean.mul_(left_out)
-        spread.mul_(left_out)
-    pace = _pace(finite, beta1, mean.dtype)
-    mean.lerp_(current, pace)
-    current.sub_(mean).abs_()
-    spread.lerp_(current, pace if beta1 == beta2 else _pace(finite, beta2, mean.dtype))
-    return finite.count_nonzero()
-
-
-def _pace(used: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
-    """1 − β for each weight that is averaged, 0 for the others. In the default dtype it takes one operation."""
-    return used * (1 - beta) if dtype == torch.get_default_dtype() else used.to(dtype) * (1 - beta)
-
-
-def _importance(weights: Sequence[Tensor], grads: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """I = |w · ∂L/∂w| (Eq. 8) of weights of one shape, (count, *shape)."""
-    current = torch.stack(list(weights)).to(dtype)
-    if current.numel() <= _SMALL:
-        return current.mul_(torch.stack(list(grads))).abs_()
-    torch._foreach_mul_(list(current.unbind()), list(grads))
+def _importance(weights: Sequence[Tensor], grads: Sequence[Tensor | None], averages: Averages) -> Tensor:
+    """I = |w · ∂L/∂w| (Eq. 8) in the rows of the averages; for a weight without a gradient, as if it were 0."""
+    current = torch.empty_like(averages.sensitivity)
+    shapes = [(stack.members, stack.sensitivity.shape[1:]) for stack in averages.stacks]
+    for (members, _), (part, rest) in zip(shapes, _by_shape(current, shapes), strict=True):
+        own = [weights[index] for index in members]
+        given = [torch.zeros_like(weights[index]) if (grad := grads[index]) is None else grad for index in members]
+        if rest.numel():  # written into directly, they would be copied one by one
+            rest.zero_()
+            part.copy_(torch.stack(own))
+        else:
+            torch.stack(own, out=part)
+        if part.numel() > _SMALL:
+            torch._foreach_mul_(list(part.unbind()), given)
+        else:
+            part.mul_(torch.stack(given))
     return current.abs_()
 
 
-def _is_finite(importance: Tensor) -> Tensor:
-    """Whether I is finite throughout, for each weight: bool (count, 1, ...).
+def _with_gradient(grads: Sequence[Tensor | None], averages: Averages) -> Tensor:
+    """Which weights have a gradient, bool (weights,)."""
+    members = (index for stack in averages.stacks for index in stack.members)
+    # Not made of a list: the host would wait while it is copied to the device.
+    there = torch.ones_like(averages.places, dtype=torch.bool)
+    if absent := [there[at] for at, index in enumerate(members) if grads[index] is None]:
+        torch._foreach_zero_(absent)
+    return there
+
+
+def _are_bad(importance: Tensor, owners: Tensor, has_gradient: Tensor | None, averages: Averages) -> Tensor:
+    """Which weights have a gradient, and an I that is not finite throughout: bool (weights,).
+
+    ``owners`` says to which weight each row belongs; int64 (rows,).
 
     Test I, not the gradient: a bad gradient always shows there (0·∞ is NaN), and so does a product that overflows. I is
     never negative, so one pass for its largest value is enough: NaN propagates, and is not below infinity.
     """
-    largest: Tensor = importance.amax(dim=tuple(range(1, importance.ndim)), keepdim=True)
-    return largest < torch.inf
+    largest = importance.new_zeros(len(averages.places))
+    largest.scatter_reduce_(0, owners, importance.amax(dim=1), "amax")
+    bad = (largest < torch.inf).logical_not_()
+    return bad if has_gradient is None else bad & has_gradient
+
+
+def _in_any(
+    bad: Sequence[Tensor], averages: Sequence[Averages], weights: Sequence[Tensor], total_: Callable[[Tensor], None]
+) -> list[Tensor]:
+    """Which weights are bad in any process. Each holds pieces, in rows and in an order of its own."""
+    device = weights[0].device
+    together = torch.zeros(len(weights), device=device)
+    for each, own in zip(averages, bad, strict=True):
+        together.index_copy_(0, each.places.to(device), own.to(together))
+    total_(together)
+    return [(together > 0).index_select(0, each.places.to(device)).to(each.places.device) for each in averages]
+
+
+def _average_(averages: Averages, current: Tensor, used: Tensor, beta1: float, beta2: float, restart: bool) -> None:
+    """Eq. 8-10 for the rows that are ``used``, bool (rows, 1); ``current`` is I, which is overwritten."""
+    mean, spread = averages.sensitivity, averages.uncertainty
+    # What is left out moves by 0 towards the new value: x + 0 · (y − x) is x, bit for bit, if y is finite.
+    current.nan_to_num_(nan=0.0, posinf=0.0)
+    if restart:
+        left_out = used.logical_not()
+        mean.mul_(left_out)
+        spread.mul_(left_out)
+    pace = _pace(used, beta1, mean.dtype)
+    mean.lerp_(current, pace)
+    current.sub_(mean).abs_()
+    spread.lerp_(current, pace if beta1 == beta2 else _pace(used, beta2, mean.dtype))
+
+
+def _pace(used: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
+    """1 − β for each row that is averaged, 0 for the others. In the default dtype it takes one operation."""
+    return used * (1 - beta) if dtype == torch.get_default_dtype() else used.to(dtype) * (1 - beta)

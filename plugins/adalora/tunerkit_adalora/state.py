@@ -10,7 +10,7 @@ from torch import Tensor
 from tunerkit.plugin import FileError, Pieces, State, StepError, Tuner
 from tunerkit_adalora.contradictions import contradictions, impossible_averages
 from tunerkit_adalora.gradients import GradientCount
-from tunerkit_adalora.importance import average_dtype, new_stacks, unstack
+from tunerkit_adalora.importance import average_dtype, new_averages, stacks_of, unstack
 from tunerkit_adalora.saved_values import WHAT_FITS, SavedValues, flags_of, read_values
 from tunerkit_adalora.svd_layer import SvdLayer, weights_of
 from tunerkit_adalora.training import Training, layers_of, training_of
@@ -42,7 +42,7 @@ def state(tuner: Tuner) -> State:
     )
     layers = layers_of(tuner)
     sensitivity, uncertainty = training.averages
-    pieces = _pieces_of_averages(tuner, layers if training.stacks else [])
+    pieces = _pieces_of_averages(tuner, layers if training.flat else [])
     whole = pieces.joined([*sensitivity, *uncertainty], f"the averages of adapter {tuner.name!r}")
     averages = whole[: len(sensitivity)], whole[len(sensitivity) :]
     return State(tensors=_named(*averages, [layer.mask for layer in layers]), values=attrs.asdict(values))
@@ -74,15 +74,15 @@ def restore(tuner: Tuner, saved: State) -> None:
     ]
     if problems:
         raise FileError(f"the training state cannot be restored: {_listed(problems)}. {WHAT_FITS}")
-    stacks = new_stacks(pieces.values[: len(found) // 2])
-    for average, value in zip(itertools.chain(*unstack(stacks)), pieces.cut([*found.values()]), strict=True):
+    flat = new_averages(pieces.values[: len(found) // 2])
+    for average, value in zip(itertools.chain(*unstack(stacks_of(flat))), pieces.cut([*found.values()]), strict=True):
         average.copy_(value)
     left_out = torch.full_like(training.gradients.left_out, values.left_out)
     restored = attrs.evolve(
         training,
         layers=layers,
         schedule=attrs.evolve(training.schedule, initial=values.initial, target=values.target),
-        stacks=stacks,
+        flat=flat,
         gradients=GradientCount(left_out, averaged=values.averaged, seen=values.seen),
         in_force=values.in_force,
         sizes=[len(layer.lam) for layer in layers],

@@ -11,7 +11,7 @@ from tunerkit.errors import warn
 from tunerkit.plugin import StepError, Tuner
 from tunerkit_adalora.allocator import mask_, spend_
 from tunerkit_adalora.budget import costs_of
-from tunerkit_adalora.importance import Part, on_devices_of, smooth_, triplet_scores
+from tunerkit_adalora.importance import Part, on_devices_of, smooth_, stacks_of, triplet_scores
 from tunerkit_adalora.orthogonality import add_gradient_
 from tunerkit_adalora.partial_scores import partial_scores, placed_lams
 from tunerkit_adalora.phase import FINAL, Phase
@@ -88,11 +88,11 @@ def after_step(tuner: Tuner, step: int) -> dict[str, int] | None:
             weights, grads = pieces.values, pieces.grads
         count = training.gradients
         count.averaged, count.seen = count.averaged + 1, count.seen + sum(map(_IS_THERE, grads))
-        training.stacks = on_devices_of(weights, training.stacks)
+        training.flat = on_devices_of(weights, training.flat)
         left_out = smooth_(
             weights,
             grads,
-            training.stacks,
+            training.flat,
             beta1=config.beta1,
             beta2=config.beta2,
             restart=phase is Phase.RESTARTING,
@@ -106,7 +106,9 @@ def after_step(tuner: Tuner, step: int) -> dict[str, int] | None:
         return None
     if tuner.engine is not None:
         return spend_(tuner, training, due, found, *_scores_and_lams(tuner, training))
-    return spend_(tuner, training, due, found, triplet_scores(training.stacks))  # scores (Eq. 11-13), masks (Eq. 6)
+    return spend_(
+        tuner, training, due, found, triplet_scores(stacks_of(training.flat))
+    )  # scores (Eq. 11-13), masks (Eq. 6)
 
 
 def finish(tuner: Tuner) -> dict[str, int] | None:
@@ -158,9 +160,9 @@ def _scores_and_lams(tuner: Tuner, training: Training) -> tuple[list[Tensor], li
     weights = weights_of(training.layers)
     pieces = tuner.pieces(weights)
     if not pieces.are_cut:
-        return triplet_scores(training.stacks), [layer.lam for layer in training.layers]
+        return triplet_scores(stacks_of(training.flat)), [layer.lam for layer in training.layers]
     shapes = [weight.shape for weight in weights]
-    scores = partial_scores(training.stacks, shapes, pieces.starts)
+    scores = partial_scores(stacks_of(training.flat), shapes, pieces.starts)
     every = slice(Part.LAM, None, len(Part))
     lams = placed_lams(pieces.values[every], shapes[every], pieces.starts[every])
     pieces.sum_([*scores, *lams], "the scores")

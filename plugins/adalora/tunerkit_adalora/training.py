@@ -8,7 +8,7 @@ from tunerkit.plugin import StepError, Tuner
 from tunerkit_adalora.budget import Bounds, bounds_of, check_bounds, costs_of, live_budget, schedule_of
 from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.gradients import GradientCount
-from tunerkit_adalora.importance import Stack, new_stacks, unstack
+from tunerkit_adalora.importance import Averages, new_averages, stacks_of, unstack
 from tunerkit_adalora.phase import Phase
 from tunerkit_adalora.preconditions import refuse_sharded
 from tunerkit_adalora.resolved import Resolved
@@ -27,7 +27,7 @@ class Training:
         resolved: The config's settings with their defaults applied.
         bounds: The least and the greatest rank of each target.
         schedule: b(t).
-        stacks: The averages of what this process holds of the layers' weights; none once the ranks are final.
+        flat: The averages of what this process holds of the layers' weights; none once the ranks are final.
         gradients: Counts since the last allocation.
         in_force: The budget of the last allocation, in the config's unit.
         sizes: Triplets of each layer in memory, dead ones included.
@@ -41,7 +41,7 @@ class Training:
     resolved: Resolved
     bounds: Bounds
     schedule: Schedule
-    stacks: list[Stack]
+    flat: list[Averages]
     gradients: GradientCount
     in_force: int
     sizes: list[int]
@@ -52,7 +52,7 @@ class Training:
     @property
     def averages(self) -> tuple[list[Tensor], list[Tensor]]:
         """Ī and Ū of P, λ, Q of the first layer, then of the second, and so on; empty once the ranks are final."""
-        return unstack(self.stacks)
+        return unstack(stacks_of(self.flat))
 
 
 def start(tuner: Tuner, total_steps: int) -> Training:
@@ -91,7 +91,7 @@ def start(tuner: Tuner, total_steps: int) -> Training:
         resolved=resolved,
         bounds=bounds,
         schedule=attrs.evolve(schedule, initial=there, target=min(schedule.target, there)),
-        stacks=new_stacks(weights if tuner.engine is None else tuner.pieces(weights).values),
+        flat=new_averages(weights if tuner.engine is None else tuner.pieces(weights).values),
         gradients=GradientCount(torch.zeros((), dtype=torch.int64, device=layers[0].lam.device)),
         in_force=live_budget(config, layers),
         sizes=sizes,

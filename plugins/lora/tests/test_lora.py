@@ -95,6 +95,7 @@ def test_dropout_changes_the_training_output_only() -> None:
     """
     model = wrapped(dropout=0.5)
     assert torch.equal(model.train()(X), Net()(X))
+    assert tunerkit.tuner(model).groups() == {"layers with dropout": 2}
     train(model, 10)
     plain = wrapped()
     plain.load_state_dict(model.state_dict())
