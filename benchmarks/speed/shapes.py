@@ -181,13 +181,14 @@ def run(
     """Time what is not in the folder yet, and write the table of all that is there."""
     console = Console()
     out.mkdir(parents=True, exist_ok=True)
+    load = os.getloadavg()[0]  # before the first: later ones see what this command itself does
     checkouts = {"now": HERE, **{path.resolve().name: path.resolve() for path in against}}
     for own, number, flags, chosen in itertools.product(capability, threads, dtype, shape):
         kind = f"{own}, {number} thread{'s' * (number > 1)}, {flags}"
         path = out / f"{own}-{number}-{flags}-{chosen}.json"
         if path.exists():
             continue
-        load, which = os.getloadavg()[0], SHAPES[chosen]
+        which = SHAPES[chosen]
         times = time_shape(which, checkouts, number, own, flags, rounds)
         facts = {"kind": kind, "shape": which.name, "hidden": which.hidden, "load": round(load, 2)}
         facts |= {"processor": machine.processor(), "torch": torch.__version__, "rounds": rounds}

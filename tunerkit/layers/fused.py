@@ -24,8 +24,8 @@ from tunerkit.layers.kinds import drop
 _MARK = "_tunerkit_fresh"
 # Width and numbers of an input from which a group takes less time than its layers alone (docs/evidence/speed.md).
 LEAST_WIDTH, LEAST_NUMBERS = 1024, 1 << 16
-# The size of the group that each module's first product was in when it ran last, or why it was in none.
-forms: "WeakKeyDictionary[nn.Module, str | Size]" = WeakKeyDictionary()
+# The size of the group that a base layer's product was in when it ran last, or why it was in none.
+forms: "WeakKeyDictionary[BaseLayer, str | Size]" = WeakKeyDictionary()
 PLAIN = "in the plain form"
 SMALL = "with a small input"
 CAST = "whose input is cast by autocast"
@@ -243,12 +243,12 @@ def add_fused(
     weight = _frozen_weight(base, y) if mark.x() is x and dropout == 0 else None
     group = _group_of(x, y, weight, dropout)
     if isinstance(group, str):
-        forms[base.module] = group
+        forms[base] = group
         rows = drop(x.to(y.dtype), dropout).reshape(-1, q.shape[1])
         return _add(None, rows, y, weight, q, p, lam, scale, None)
     # A node of its own for the input's gradient takes longer where a layer is alone: what was, is taken to be again. It
     # computes the same numbers either way.
-    before, forms[base.module] = forms.get(base.module), group.size
+    before, forms[base] = forms.get(base), group.size
     if group.size.layers == 1 and isinstance(before, Size) and before.layers == 1:
         return _add(None, group.rows(x), y, weight, q, p, lam, scale, group)
     return _add(group.ticket(x), group.rows(x), y, weight, q, p, lam, scale, group)

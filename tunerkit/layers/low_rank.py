@@ -53,7 +53,7 @@ def add_low_rank(
     if not torch.compiler.is_compiling():
         if is_fresh(base, x, y, q, product_dtype(x, q)):
             return add_fused(base, x, y, q=q, p=p, lam=lam, scale=scale, dropout=dropout)
-        forms[base.module] = PLAIN
+        forms[base] = PLAIN
     q, p = _fold(q, p, lam)
     # The base's own hooks may move its input to its device (accelerate's do); the adapter gets the input before that.
     # Ids keep their dtype, and so does what autocast casts.
