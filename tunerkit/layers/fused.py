@@ -111,7 +111,7 @@ def is_fresh(base: BaseLayer, x: Tensor, y: Tensor, q: Tensor, dtype: torch.dtyp
 
 
 class Part(NamedTuple):
-    """What the gradient of the input is made of at one layer: g W + scale · grad_hᵀ Q, with grad_h = Pᵀ gᵀ (r, n)."""
+    """What the gradient of the input is made of at one layer: g W + scale · grad_h Q, with grad_h = g P."""
 
     g: Tensor
     w: Tensor
@@ -217,12 +217,12 @@ def _sum(parts: Sequence[Part]) -> Tensor:
     for part in others:
         total.addmm_(part.g, part.w)
     if not others:
-        return total.addmm_(first.grad_h.t(), first.q, alpha=first.scale)
+        return total.addmm_(first.grad_h, first.q, alpha=first.scale)
     if len({part.scale for part in parts}) == 1:
         grad_h, scale = [part.grad_h for part in parts], first.scale
     else:
         grad_h, scale = [part.grad_h * part.scale for part in parts], 1.0
-    return total.addmm_(torch.cat(grad_h).t(), torch.cat([part.q for part in parts]), alpha=scale)
+    return total.addmm_(torch.cat(grad_h, dim=1), torch.cat([part.q for part in parts]), alpha=scale)
 
 
 _apply = torch_private.apply_of(_GradientOfInput)
@@ -297,11 +297,11 @@ class _FusedLowRank(Function):
         group: Group | None,
     ) -> Tensor:
         narrow_q, narrow_pt = q.to(y.dtype), _folded(p, lam, y).t()
-        h = _times(narrow_q, x)
+        h = _times(x, narrow_q)
         # Not y itself: autograd would have to be notified of the change, and would copy y where it is a view, as a
         # biased linear layer's output is. The version counter is shared, so whoever saved y for backward gets an error.
         out = y.detach()
-        out.view(-1, p.shape[0]).addmm_(h.t(), narrow_pt, alpha=scale)
+        out.view(-1, p.shape[0]).addmm_(h, narrow_pt, alpha=scale)
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.group, ctx.is_grouped = scale, group, ticket is not None
         kept = (x, h) if any(ctx.needs_input_grad[4:7]) else (None, None)
@@ -321,26 +321,26 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, h, w, q, p, lam, narrow_q, narrow_pt = ctx.saved_tensors
     if torch.is_grad_enabled():  # second derivatives: what forward computed must depend on its inputs
         narrow_q, narrow_pt = q.to(g.dtype), _folded(p, lam, g).t()
-        h = None if x is None else _times(narrow_q, x)
+        h = None if x is None else _times(x, narrow_q)
     _, to_x, to_y, _, to_q, to_p, to_lam, *_ = ctx.needs_input_grad
     s, g2 = ctx.scale, g.reshape(-1, p.shape[0])
     grad_x = grad_q = grad_p = grad_lam = None
     if to_x or to_q:
-        grad_h = _times(narrow_pt, g2)  # without s: the products below include it at no cost
+        grad_h = _times(g2, narrow_pt)  # without s: the products below include it at no cost
     if ctx.is_grouped:
         if torch_private.will_run(ctx.next_functions[0][0]):
             ctx.group.add(Part(g2, w, grad_h, narrow_q, s))
     elif to_x:
-        grad_x = (grad_h * s).t().mm(narrow_q) if w is None else g2.mm(w).addmm_(grad_h.t(), narrow_q, alpha=s)
+        grad_x = (grad_h * s).mm(narrow_q) if w is None else g2.mm(w).addmm_(grad_h, narrow_q, alpha=s)
     # With beta=0 only the shape of the first argument is used.
     if to_q:
-        grad_q = torch.addmm(narrow_q, grad_h, x, beta=0, alpha=s).to(q.dtype)
+        grad_q = torch.addmm(narrow_q, grad_h.t(), x, beta=0, alpha=s).to(q.dtype)
     if to_p or to_lam:
         # First the gradient of P diag(λ).
-        if is_thin(h):
-            grad_p = torch.addmm(narrow_pt, h, g2, beta=0, alpha=s).t().to(p.dtype)
+        if is_thin(narrow_pt):
+            grad_p = torch.addmm(narrow_pt, h.t(), g2, beta=0, alpha=s).t().to(p.dtype)
         else:
-            grad_p = torch.addmm(narrow_pt.t(), g2.t(), h.t(), beta=0, alpha=s).to(p.dtype)
+            grad_p = torch.addmm(narrow_pt.t(), g2.t(), h, beta=0, alpha=s).to(p.dtype)
         if lam is not None:
             grad_lam = (grad_p * p).sum(0) if to_lam else None
             grad_p = grad_p * lam
@@ -357,9 +357,11 @@ def is_thin(q: Tensor) -> bool:
     return q.device.type == "cpu" and len(q) * q.element_size() < 64
 
 
-def _times(q: Tensor, x: Tensor) -> Tensor:
-    """Q xᵀ, (r, n), for ``q`` (r, m) and ``x`` (n, m)."""
-    return q.mm(x.t()) if is_thin(q) else x.mm(q.t()).t()
+def _times(x: Tensor, q: Tensor) -> Tensor:
+    """Compute x Qᵀ, (n, r), for ``x`` (n, m) and ``q`` (r, m)."""
+    # Small products gain nothing. With q on the left, their last bits depend on how many rows there are, and where they
+    # lie in memory: a training of several processes would differ more from one of one.
+    return q.mm(x.t()).t() if is_thin(q) and x.numel() >= LEAST_NUMBERS else x.mm(q.t())
 
 
 def _folded(p: Tensor, lam: Tensor | None, y: Tensor) -> Tensor:

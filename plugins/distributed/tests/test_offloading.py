@@ -3,8 +3,9 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
+from unittest import mock
 
 import attrs
 import pytest
@@ -200,7 +201,7 @@ def test_the_input_is_brought_to_the_adapter_and_the_product_to_the_output(x: Te
         seen.append(x.device.type)
         return torch.zeros(2, 2, device=q.device)
 
-    base: Any = SimpleNamespace(project_in=project_in, project_out=lambda h, p: h @ p.T)
+    base: Any = mock.Mock(project_in=project_in, project_out=lambda h, p: h @ p.T)
     q, p, y = torch.zeros(2, 3), torch.zeros(4, 2), torch.zeros(2, 4)
     with torch.autocast("cpu", enabled=autocast):
         there = add_low_rank(base, x, y.to("meta"), q=q.to("meta"), p=p.to("meta"), scale=1.0)
