@@ -91,11 +91,11 @@ def new_averages(weights: Sequence[Tensor]) -> list[Averages]:
 def _new(by_shape: Mapping[tuple[Part, torch.Size], list[int]], dtype: torch.dtype, device: torch.device) -> Averages:
     shapes = [(tuple(members), shape) for (_, shape), members in by_shape.items()]
     rows = [_rows(shape) for members, shape in shapes for _ in members]
-    zeros = [torch.zeros(sum(rows), _ROW, dtype=average_dtype(dtype), device=device) for _ in range(2)]
-    views = ([weights for weights, _ in _by_shape(average, shapes)] for average in zeros)
+    mean, spread = (torch.zeros(sum(rows), _ROW, dtype=average_dtype(dtype), device=device) for _ in range(2))
+    views = ([weights for weights, _ in _by_shape(average, shapes)] for average in (mean, spread))
     stacks = [Stack(members, *own) for (members, _), *own in zip(shapes, *views, strict=True)]
     places = torch.tensor([index for members, _ in shapes for index in members])
-    return Averages(stacks, *zeros, places.to(device), torch.tensor(rows).to(device))
+    return Averages(stacks, mean, spread, places.to(device), torch.tensor(rows).to(device))
 
 
 def _rows(shape: torch.Size) -> int:
