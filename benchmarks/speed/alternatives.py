@@ -81,8 +81,8 @@ def time_group(inputs: int, outputs: Sequence[int], settings: Settings) -> dict[
     def before(name: str) -> None:
         for own in (*apart.parameters(), *shared.q, *shared.p):
             own.grad = None
-        fused.is_thin = _never if name == WIDE else is_thin
-        fused.join = _alone if name == ALONE else join
+        fused.is_thin = (lambda q: False) if name == WIDE else is_thin
+        fused.join = (lambda x: None) if name == ALONE else join
 
     is_thin, join = fused.is_thin, fused.join
     try:
@@ -90,14 +90,6 @@ def time_group(inputs: int, outputs: Sequence[int], settings: Settings) -> dict[
         return interleave(calls, rounds=settings.pairs, seed=settings.seed, warmup=settings.warmup, before_each=before)
     finally:
         fused.is_thin, fused.join = is_thin, join
-
-
-def _never(q: Tensor) -> bool:
-    return False
-
-
-def _alone(x: Tensor) -> None:
-    return None
 
 
 class Shared:

@@ -3,13 +3,14 @@
 All contenders of all checkouts take one step in each round. Each checkout has a process of its own.
 """
 
+import enum
 import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,6 +87,7 @@ class Worker:
         chosen = {} if capability == "native" else {"ATEN_CPU_CAPABILITY": capability}
         own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **chosen}
         command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(checkout)]
+        self.checkout = checkout
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **own}
         )
@@ -94,8 +96,12 @@ class Worker:
         """Send a request and wait for the answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        with suppress(BrokenPipeError):  # its end is seen in the answer
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise ValueError(f"the process of {self.checkout} ended; it says why above")
+        return json.loads(answer)
 
     def __enter__(self) -> "Worker":
         return self
@@ -163,8 +169,15 @@ def _told(found: Estimate, limit: float | None) -> str:
     return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]{mark}"
 
 
+class Dtype(enum.StrEnum):
+    """The dtype of a base; a narrow one runs under autocast."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 _NONE: list[Path] = []
-_THREADS, _CAPABILITIES, _DTYPES, _NUMBERS = [1, 2], ["native", "avx2"], ["float32"], [*range(len(SHAPES))]
+_THREADS, _CAPABILITIES, _DTYPES, _NUMBERS = [1, 2], ["native", "avx2"], [Dtype.FLOAT32], [*range(len(SHAPES))]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -173,9 +186,9 @@ def run(
     against: Annotated[list[Path], typer.Option(help="Further checkouts, to be timed in the same rounds.")] = _NONE,
     threads: Annotated[list[int], typer.Option(min=1)] = _THREADS,
     capability: Annotated[list[str], typer.Option(help="native, or a value of ATEN_CPU_CAPABILITY.")] = _CAPABILITIES,
-    dtype: Annotated[list[str], typer.Option(help="float32 or bfloat16.")] = _DTYPES,
+    dtype: Annotated[list[Dtype], typer.Option(help="Of the base; adapters are fp32.")] = _DTYPES,
     rounds: Annotated[int, typer.Option(min=2)] = 80,
-    shape: Annotated[list[int], typer.Option(help="Numbers of shapes, from 0.")] = _NUMBERS,
+    shape: Annotated[list[int], typer.Option(min=0, max=len(SHAPES) - 1, help="Numbers of shapes, from 0.")] = _NUMBERS,
     out: Annotated[Path, typer.Option(help="The folder for times and table.")] = Path("out/shapes"),
 ) -> None:
     """Time what is not in the folder yet, and write the table of all that is there."""
@@ -189,7 +202,11 @@ def run(
         if path.exists():
             continue
         which = SHAPES[chosen]
-        times = time_shape(which, checkouts, number, own, flags, rounds)
+        try:
+            times = time_shape(which, checkouts, number, own, flags, rounds)
+        except ValueError as problem:
+            print(f"benchmarks.speed.shapes: {problem}", file=sys.stderr)
+            raise typer.Exit(2) from None
         facts = {"kind": kind, "shape": which.name, "hidden": which.hidden, "load": round(load, 2)}
         facts |= {"processor": machine.processor(), "torch": torch.__version__, "rounds": rounds}
         path.write_text(json.dumps({**facts, "checkouts": [*checkouts], "times": times}), encoding="utf-8")

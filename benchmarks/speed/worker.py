@@ -16,8 +16,12 @@ def main(checkout: Path) -> None:
     import benchmarks.speed  # noqa: F401  # of this folder, whatever the checkout has
 
     sys.path[:1] = [str(checkout), *map(str, sorted(checkout.glob("plugins/*")))]
+    import tunerkit
     from benchmarks.speed import contenders, shapes
     from benchmarks.speed.timing import seconds
+
+    if not Path(tunerkit.__file__).is_relative_to(checkout):  # the installed one, in silence
+        sys.exit(f"{checkout} is no checkout of tunerkit: there is no package in it")
 
     answer, sys.stdout = sys.stdout, sys.stderr
     training: dict[str, contenders.Contender] = {}

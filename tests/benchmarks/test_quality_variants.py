@@ -187,7 +187,7 @@ def test_scores_of_a_triplet() -> None:
     """The size is the singular value after rotation; the exact score is the average at λ; without Ū the score is Ī."""
     model, optimizer = adalora_net(steps=4)
     (layer,) = variants.layers_in(model)
-    stacks = stacks_of(training_of(tunerkit.tuner(model)).flat)
+    stacks = stacks_of(training_of(tunerkit.tuner(model)).running)
     variants.turn_([layer], [torch.arange(4.0).flip(0)], optimizer, total=4.0)
     sizes = torch.linalg.svdvals(layer.p @ torch.diag(layer.lam) @ layer.q)[:4]
     torch.testing.assert_close(variants.magnitude(stacks, [layer])[0], sizes)

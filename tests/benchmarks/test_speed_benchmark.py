@@ -501,6 +501,15 @@ def test_shapes_are_timed_with_the_code_of_several_checkouts(tmp_path: Path, mon
     assert [line.split(" | ")[2] for line in table[2:]] == [*found["checkouts"], *found["checkouts"]]
 
 
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Otherwise the installed code would be timed under its name."""
+    chosen = ["--threads", "1", "--capability", "native", "--rounds", "2", "--shape", "1"]
+    done = CliRunner().invoke(shapes.app, ["--against", str(tmp_path), *chosen, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert "is no checkout of tunerkit" in capfd.readouterr().err
+    assert not [*tmp_path.glob("out/*")]
+
+
 def test_a_busy_machine_meets_no_limit(tmp_path: Path) -> None:
     """The table of times that were taken beside other work says nothing of limits."""
     times = {f"{name} @ now": [1.0 + at, 1.1 + at] for at, name in enumerate(shapes.NAMES)}

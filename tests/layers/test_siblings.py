@@ -108,7 +108,7 @@ def test_what_reads_one_input_is_one_group(toys: "Toys") -> None:
     """q, k and v; o is alone. The tuner counts them; gradients are those of each layer alone, and of the plain form."""
     model, x = wrapped(toys, nn.Sequential(Block(), Block())), inputs(2, 3)
     tuner = tunerkit.tuner(model)
-    assert tuner.groups() == {"layers not run yet, or only compiled": 8}
+    assert tuner.groups() == {"layers without a low-rank product so far, or only compiled": 8}
     found = gradients(model, x)
     assert tuner.groups() == {"groups of 3": 2, "layers alone": 2}
     with no_groups():

@@ -182,7 +182,9 @@ class Tuner:
             ``{"groups of 3": 12, "layers alone": 24}``.
         """
         bases = [slots.base for target in self.targets if (slots := slots_of(target.module)) is not None]
-        found = [forms.get(base, "not run yet, or only compiled") for base in bases if base is not None]
+        found = [
+            forms.get(base, "without a low-rank product so far, or only compiled") for base in bases if base is not None
+        ]
         sizes = {id(form): form.layers for form in found if not isinstance(form, str)}
         names = ["layers alone" if size == 1 else f"groups of {size}" for size in sorted(sizes.values(), reverse=True)]
         return dict(Counter([*names, *(f"layers {form}" for form in found if isinstance(form, str))]))

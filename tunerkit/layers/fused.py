@@ -2,7 +2,7 @@
 
 The product is accumulated in the memory of the base layer's output, and one node computes the input's gradient through
 both. Alone, each layer computes such a gradient, and autograd adds them up. In a group, such as q, k and v, each layer
-hands what its gradient is made of to one node, which adds every product to one tensor. The forward is the same bit for
+hands its term to one node, which adds all of them to one tensor. The forward is the same bit for
 bit. A group is what reads the same tensor object one after the other, in this forward.
 """
 
@@ -110,8 +110,8 @@ def is_fresh(base: BaseLayer, x: Tensor, y: Tensor, q: Tensor, dtype: torch.dtyp
 # --- Groups ---
 
 
-class Part(NamedTuple):
-    """What the gradient of the input is made of at one layer: g W + scale · grad_h Q, with grad_h = g P."""
+class Term(NamedTuple):
+    """What one layer adds to the gradient of the input: g W + scale · grad_h Q, with grad_h = g P."""
 
     g: Tensor
     w: Tensor
@@ -139,8 +139,8 @@ class Group:
         self.x: Tensor | None = x
         self.size = Size()
         self._writes = torch_private.version(x)
-        # By backward pass: one that ended in an error may leave parts behind.
-        self._waiting: dict[int, list[Part]] = {}
+        # By backward pass: one that ended in an error may leave terms behind.
+        self._waiting: dict[int, list[Term]] = {}
         self._rows: Tensor | None = None
         self._ticket: Tensor | None = None
 
@@ -164,9 +164,9 @@ class Group:
             self._ticket = _apply(x, self._waiting)
         return self._ticket
 
-    def add(self, part: Part) -> None:
-        """Hand over a layer's part in backward."""
-        self._waiting.setdefault(torch_private.backward_pass(), []).append(part)
+    def add(self, term: Term) -> None:
+        """Hand over a layer's term in backward."""
+        self._waiting.setdefault(torch_private.backward_pass(), []).append(term)
 
 
 class _Here(threading.local):
@@ -193,36 +193,36 @@ def join(x: Tensor) -> Group | None:
 
 
 class _GradientOfInput(Function):
-    """The input of a group. Its gradient is the sum of the parts, which the layers' nodes hand over before."""
+    """The input of a group. Its gradient is the sum of the terms, which the layers' nodes hand over before."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, waiting: dict[int, list[Part]]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, waiting: dict[int, list[Term]]) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.waiting, ctx.shape = waiting, x.shape
         return x.new_empty(())
 
     @staticmethod
     def backward(ctx: Any, _: None) -> tuple[Tensor | None, None]:
-        parts: list[Part] = ctx.waiting.pop(torch_private.backward_pass(), [])
-        if not parts:
+        terms: list[Term] = ctx.waiting.pop(torch_private.backward_pass(), [])
+        if not terms:
             return None, None
-        with autocast_off(parts[0].g.device):
-            return _sum(parts).view(ctx.shape), None
+        with autocast_off(terms[0].g.device):
+            return _sum(terms).view(ctx.shape), None
 
 
-def _sum(parts: Sequence[Part]) -> Tensor:
+def _sum(terms: Sequence[Term]) -> Tensor:
     """The gradient of the input, (n, in)."""
-    first, *others = parts
+    first, *others = terms
     total = first.g.mm(first.w)
-    for part in others:
-        total.addmm_(part.g, part.w)
+    for term in others:
+        total.addmm_(term.g, term.w)
     if not others:
         return total.addmm_(first.grad_h, first.q, alpha=first.scale)
-    if len({part.scale for part in parts}) == 1:
-        grad_h, scale = [part.grad_h for part in parts], first.scale
+    if len({term.scale for term in terms}) == 1:
+        grad_h, scale = [term.grad_h for term in terms], first.scale
     else:
-        grad_h, scale = [part.grad_h * part.scale for part in parts], 1.0
-    return total.addmm_(torch.cat(grad_h, dim=1), torch.cat([part.q for part in parts]), alpha=scale)
+        grad_h, scale = [term.grad_h * term.scale for term in terms], 1.0
+    return total.addmm_(torch.cat(grad_h, dim=1), torch.cat([term.q for term in terms]), alpha=scale)
 
 
 _apply = torch_private.apply_of(_GradientOfInput)
@@ -329,7 +329,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         grad_h = _times(g2, narrow_pt)  # without s: the products below include it at no cost
     if ctx.is_grouped:
         if torch_private.will_run(ctx.next_functions[0][0]):
-            ctx.group.add(Part(g2, w, grad_h, narrow_q, s))
+            ctx.group.add(Term(g2, w, grad_h, narrow_q, s))
     elif to_x:
         grad_x = (grad_h * s).mm(narrow_q) if w is None else g2.mm(w).addmm_(grad_h, narrow_q, alpha=s)
     # With beta=0 only the shape of the first argument is used.

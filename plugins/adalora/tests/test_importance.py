@@ -270,3 +270,17 @@ def test_averages_take_twice_the_memory_of_the_weights_and_little_more() -> None
             if isinstance(tensor, Tensor)
         )
         assert 2 <= held / sum(weight.nbytes for weight in weights) <= most
+
+
+def test_weights_without_a_gradient_take_operations_by_shape_too() -> None:
+    """As many for two layers as for forty, half of them unused."""
+
+    def dispatched(layers: int) -> int:
+        weights = [torch.ones(size) for _ in range(layers) for size in ((8, 2), (2,), (2, 8))]
+        grads = [None if at < len(weights) // 2 else torch.ones_like(weight) for at, weight in enumerate(weights)]
+        found = new_averages(weights)
+        with Counting() as mode:
+            smooth_(weights, grads, found, beta1=BETA1, beta2=BETA2)
+        return mode.count
+
+    assert dispatched(2) == dispatched(40)

@@ -79,7 +79,7 @@ def test_parameters_and_optimizer_state_occupy_the_budget_s_storage() -> None:
     for key in ("exp_avg", "exp_avg_sq"):
         assert sum(optimizer.state[p][key].untyped_storage().nbytes() for p in moved) == expected - 4 * sum(ranks)
     assert [id(p) for p in trainable(model)] == before
-    assert training_of(tunerkit.tuner(model)).flat == []
+    assert training_of(tunerkit.tuner(model)).running == []
 
 
 def test_outputs_before_and_after_shrinking_are_equal() -> None:

@@ -71,7 +71,7 @@ def spend_(
     if training.resolved.exact_svd:
         _re_parametrise_(tuner, training, scores)
     if due.final:
-        training.flat = []
+        training.running = []
         training.phase = Phase.FINAL_MASKED
         # A budget in parameters may buy nothing. Without any triplet the loss might depend on no trained weight, and
         # backward would raise.

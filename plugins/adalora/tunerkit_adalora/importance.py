@@ -253,7 +253,10 @@ def _importance(weights: Sequence[Tensor], grads: Sequence[Tensor | None], avera
     shapes = [(stack.members, stack.sensitivity.shape[1:]) for stack in averages.stacks]
     for (members, _), (part, rest) in zip(shapes, _by_shape(current, shapes), strict=True):
         own = [weights[index] for index in members]
-        given = [torch.zeros_like(weights[index]) if (grad := grads[index]) is None else grad for index in members]
+        given = [grad for index in members if (grad := grads[index]) is not None]
+        if len(given) < len(members):
+            nothing = torch.zeros_like(own[0])
+            given = [nothing if (grad := grads[index]) is None else grad for index in members]
         if rest.numel():  # written into directly, they would be copied one by one
             rest.zero_()
             part.copy_(torch.stack(own))
@@ -271,7 +274,7 @@ def _with_gradient(grads: Sequence[Tensor | None], averages: Averages) -> Tensor
     members = (index for stack in averages.stacks for index in stack.members)
     # Not made of a list: the host would wait while it is copied to the device.
     there = torch.ones_like(averages.places, dtype=torch.bool)
-    if absent := [there[at] for at, index in enumerate(members) if grads[index] is None]:
+    if absent := [flag for flag, index in zip(there.unbind(), members, strict=True) if grads[index] is None]:
         torch._foreach_zero_(absent)
     return there
 

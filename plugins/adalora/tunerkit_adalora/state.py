@@ -42,7 +42,7 @@ def state(tuner: Tuner) -> State:
     )
     layers = layers_of(tuner)
     sensitivity, uncertainty = training.averages
-    pieces = _pieces_of_averages(tuner, layers if training.flat else [])
+    pieces = _pieces_of_averages(tuner, layers if training.running else [])
     whole = pieces.joined([*sensitivity, *uncertainty], f"the averages of adapter {tuner.name!r}")
     averages = whole[: len(sensitivity)], whole[len(sensitivity) :]
     return State(tensors=_named(*averages, [layer.mask for layer in layers]), values=attrs.asdict(values))
@@ -74,15 +74,17 @@ def restore(tuner: Tuner, saved: State) -> None:
     ]
     if problems:
         raise FileError(f"the training state cannot be restored: {_listed(problems)}. {WHAT_FITS}")
-    flat = new_averages(pieces.values[: len(found) // 2])
-    for average, value in zip(itertools.chain(*unstack(stacks_of(flat))), pieces.cut([*found.values()]), strict=True):
+    running = new_averages(pieces.values[: len(found) // 2])
+    for average, value in zip(
+        itertools.chain(*unstack(stacks_of(running))), pieces.cut([*found.values()]), strict=True
+    ):
         average.copy_(value)
     left_out = torch.full_like(training.gradients.left_out, values.left_out)
     restored = attrs.evolve(
         training,
         layers=layers,
         schedule=attrs.evolve(training.schedule, initial=values.initial, target=values.target),
-        flat=flat,
+        running=running,
         gradients=GradientCount(left_out, averaged=values.averaged, seen=values.seen),
         in_force=values.in_force,
         sizes=[len(layer.lam) for layer in layers],

@@ -88,11 +88,11 @@ def after_step(tuner: Tuner, step: int) -> dict[str, int] | None:
             weights, grads = pieces.values, pieces.grads
         count = training.gradients
         count.averaged, count.seen = count.averaged + 1, count.seen + sum(map(_IS_THERE, grads))
-        training.flat = on_devices_of(weights, training.flat)
+        training.running = on_devices_of(weights, training.running)
         left_out = smooth_(
             weights,
             grads,
-            training.flat,
+            training.running,
             beta1=config.beta1,
             beta2=config.beta2,
             restart=phase is Phase.RESTARTING,
@@ -107,7 +107,7 @@ def after_step(tuner: Tuner, step: int) -> dict[str, int] | None:
     if tuner.engine is not None:
         return spend_(tuner, training, due, found, *_scores_and_lams(tuner, training))
     return spend_(
-        tuner, training, due, found, triplet_scores(stacks_of(training.flat))
+        tuner, training, due, found, triplet_scores(stacks_of(training.running))
     )  # scores (Eq. 11-13), masks (Eq. 6)
 
 
@@ -160,9 +160,9 @@ def _scores_and_lams(tuner: Tuner, training: Training) -> tuple[list[Tensor], li
     weights = weights_of(training.layers)
     pieces = tuner.pieces(weights)
     if not pieces.are_cut:
-        return triplet_scores(stacks_of(training.flat)), [layer.lam for layer in training.layers]
+        return triplet_scores(stacks_of(training.running)), [layer.lam for layer in training.layers]
     shapes = [weight.shape for weight in weights]
-    scores = partial_scores(stacks_of(training.flat), shapes, pieces.starts)
+    scores = partial_scores(stacks_of(training.running), shapes, pieces.starts)
     every = slice(Part.LAM, None, len(Part))
     lams = placed_lams(pieces.values[every], shapes[every], pieces.starts[every])
     pieces.sum_([*scores, *lams], "the scores")

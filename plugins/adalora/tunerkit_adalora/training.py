@@ -27,7 +27,7 @@ class Training:
         resolved: The config's settings with their defaults applied.
         bounds: The least and the greatest rank of each target.
         schedule: b(t).
-        flat: The averages of what this process holds of the layers' weights; none once the ranks are final.
+        running: The running averages of what this process holds of the layers' weights; none once the ranks are final.
         gradients: Counts since the last allocation.
         in_force: The budget of the last allocation, in the config's unit.
         sizes: Triplets of each layer in memory, dead ones included.
@@ -41,7 +41,7 @@ class Training:
     resolved: Resolved
     bounds: Bounds
     schedule: Schedule
-    flat: list[Averages]
+    running: list[Averages]
     gradients: GradientCount
     in_force: int
     sizes: list[int]
@@ -52,7 +52,7 @@ class Training:
     @property
     def averages(self) -> tuple[list[Tensor], list[Tensor]]:
         """Ī and Ū of P, λ, Q of the first layer, then of the second, and so on; empty once the ranks are final."""
-        return unstack(stacks_of(self.flat))
+        return unstack(stacks_of(self.running))
 
 
 def start(tuner: Tuner, total_steps: int) -> Training:
@@ -91,7 +91,7 @@ def start(tuner: Tuner, total_steps: int) -> Training:
         resolved=resolved,
         bounds=bounds,
         schedule=attrs.evolve(schedule, initial=there, target=min(schedule.target, there)),
-        flat=new_averages(weights if tuner.engine is None else tuner.pieces(weights).values),
+        running=new_averages(weights if tuner.engine is None else tuner.pieces(weights).values),
         gradients=GradientCount(torch.zeros((), dtype=torch.int64, device=layers[0].lam.device)),
         in_force=live_budget(config, layers),
         sizes=sizes,

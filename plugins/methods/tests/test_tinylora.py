@@ -22,9 +22,12 @@ def test_trains_one_vector_for_each_group(tying: float, vectors: int) -> None:
     assert tunerkit.trainable_parameters(model).trainable == 13 * vectors
 
 
-def test_a_loaded_adapter_takes_its_vectors_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The decomposition of W takes long, so it is done in ``wrap`` alone."""
-    model = tunerkit.wrap(net(), "tinylora", {"targets": "all-linear"}, seed=0)
+@pytest.mark.parametrize("method", ["tinylora", "lora-xs"])
+def test_a_loaded_adapter_takes_its_vectors_from_the_file(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decomposition of W takes long, so it is done in ``wrap`` alone. LoRA-XS has the same fixed vectors."""
+    model = tunerkit.wrap(net(), method, {"targets": "all-linear", "rank": 3}, seed=0)
     with torch.no_grad():
         for parameter in tunerkit.tuner(model).parameters():
             parameter.add_(0.1)
