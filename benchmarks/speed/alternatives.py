@@ -17,7 +17,7 @@ from benchmarks.speed.settings import Settings, Size
 from benchmarks.speed.statistics import Pairs, middle, one_kind, ratio
 from benchmarks.speed.tables import Row, estimated
 from benchmarks.speed.timing import Call, Times, interleave
-from tunerkit.layers import fused
+from tunerkit.layers import fused, products
 from tunerkit_adalora.schedule import plan
 
 PART = "alternatives"
@@ -81,15 +81,15 @@ def time_group(inputs: int, outputs: Sequence[int], settings: Settings) -> dict[
     def before(name: str) -> None:
         for own in (*apart.parameters(), *shared.q, *shared.p):
             own.grad = None
-        fused.is_thin = (lambda q: False) if name == WIDE else is_thin
+        products.is_thin = (lambda rank, factor: False) if name == WIDE else is_thin
         fused.join = (lambda x: None) if name == ALONE else join
 
-    is_thin, join = fused.is_thin, fused.join
+    is_thin, join = products.is_thin, fused.join
     try:
         calls = {name: call(name) for name in ways}
         return interleave(calls, rounds=settings.pairs, seed=settings.seed, warmup=settings.warmup, before_each=before)
     finally:
-        fused.is_thin, fused.join = is_thin, join
+        products.is_thin, fused.join = is_thin, join
 
 
 class Shared:

@@ -61,7 +61,8 @@ SHAPES = (
 )
 # By contender: the limit of its overhead beside PEFT LoRA's, at layers as wide as `WIDE` and at narrower ones.
 LIMITS = {who.LORA: (0.6, 0.85), who.ADALORA_GAMMA: (0.75, 0.95), who.ADALORA_SHRUNK: (0.6, 0.6)}
-STEP_LIMIT = 0.97  # of AdaLoRA's whole step beside PEFT LoRA's
+STEPS = {f"step, {name}": name for name in OURS}  # columns of whole steps beside PEFT LoRA's
+STEP_LIMIT = 0.97  # of AdaLoRA's
 
 
 def build(shape: Mapping[str, Any], dtype: str, rounds: int, names: Sequence[str] = NAMES) -> dict[str, who.Contender]:
@@ -131,17 +132,17 @@ def time_shape(
 
 
 def ratios(times: Mapping[str, Sequence[float]], label: str) -> dict[str, Pairs]:
-    """Of each contender: overhead beside PEFT LoRA's of the same process, and AdaLoRA's whole step beside its step."""
+    """Of each contender: overhead and whole step beside PEFT LoRA's of the same process."""
     own: dict[str, Times] = {name: np.array(times[f"{name} @ {label}"]) for name in NAMES}
     floor, peer, kinds = own[who.FLOOR], own[who.PEFT_LORA], one_kind(len(own[who.FLOOR]))
     found = {name: Pairs(own[name] - floor, peer - floor, kinds) for name in (who.PEFT_ADALORA, *OURS)}
-    return {**found, "whole step": Pairs(own[who.ADALORA_GAMMA], peer, kinds)}
+    return {**found, **{column: Pairs(own[name], peer, kinds) for column, name in STEPS.items()}}
 
 
 def table(files: Sequence[Path]) -> list[str]:
     """Ratios of each measured place, and the geometric mean of each kind of run, with their intervals."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    columns = (who.PEFT_ADALORA, *OURS, "whole step")
+    columns = (who.PEFT_ADALORA, *OURS, *STEPS)
     lines = [f"| processor | shape | checkout | {' | '.join(columns)} |", f"|---|---|---|{'---:|' * len(columns)}"]
     means: dict[tuple[str, str], list[dict[str, Pairs]]] = {}
     for run in runs:
@@ -152,7 +153,8 @@ def table(files: Sequence[Path]) -> list[str]:
             kind = run["kind"] + (f" (busy: load {run['load']})" if run["load"] > BUSY else "")
             lines.append(f"| {kind} | {run['shape']} | {label} | {' | '.join(cells)} |")
     for (kind, label), each in means.items():
-        cells = [_told(geometric_mean([own[column] for own in each], seed=0), None) for column in columns]
+        several = [geometric_mean([own[column] for own in each], seed=0) for column in columns]
+        cells = [_told(found, None) if found.value > 0 else "" for found in several]  # no logarithm of a gain
         lines.append(f"| {kind} | geometric mean of {len(each)} | {label} | {' | '.join(cells)} |")
     return lines
 
@@ -161,12 +163,15 @@ def _limit(column: str, run: Mapping[str, Any]) -> float | None:
     if run["load"] > BUSY:
         return None
     wide, narrow = LIMITS.get(column, (None, None))
-    return STEP_LIMIT if column == "whole step" else wide if run["hidden"] >= WIDE else narrow
+    if column in STEPS:
+        return STEP_LIMIT if STEPS[column] == who.ADALORA_GAMMA else None
+    return wide if run["hidden"] >= WIDE else narrow
 
 
 def _told(found: Estimate, limit: float | None) -> str:
     mark = "" if limit is None else f", {'met' if found.value <= limit else 'missed'} (≤ {limit:g})"
-    return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]{mark}"
+    value, low, high = (f"{own:.3g}" if own else "≤ 0" for own in (found.value, found.low, found.high))
+    return f"{value} [{low}, {high}]{mark}"
 
 
 class Dtype(enum.StrEnum):

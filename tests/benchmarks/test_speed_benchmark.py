@@ -521,6 +521,22 @@ def test_a_busy_machine_meets_no_limit(tmp_path: Path) -> None:
         assert ("busy" in line) != marked
 
 
+def test_a_step_that_takes_less_than_the_model_alone_has_no_overhead(tmp_path: Path) -> None:
+    """Such a ratio is said to be none, and is in no mean: the mean of logarithms has no place for it."""
+    times = {f"{name} @ now": [1.0 + at, 1.1 + at] for at, name in enumerate(shapes.NAMES)}
+    run = {"kind": "native", "shape": "1x64", "hidden": 64, "checkouts": ["now"], "load": 0.0}
+    for at, first in enumerate((3.0, 0.5)):
+        (tmp_path / f"{at}.json").write_text(
+            json.dumps({**run, "times": {**times, "LoRA @ now": [first, first + 0.1]}})
+        )
+    *_, one, two, mean = (line.split(" | ") for line in shapes.table(sorted(tmp_path.glob("*.json"))))
+    at = 4  # the column of LoRA
+    assert one[at].startswith("2 [")
+    assert two[at].startswith("≤ 0 [≤ 0, ≤ 0], met")
+    assert mean[at].strip() == ""
+    assert all(cell.strip(" |") for cell in mean[5:])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this part takes minutes")
 def test_the_part_for_gpus_is_empty_without_one() -> None:
     """A run of all parts works on any machine."""

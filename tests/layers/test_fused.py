@@ -14,11 +14,10 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import tunerkit
 from tests.support.layer_law import known
-from tunerkit.hooks import gather_knowledge
-from tunerkit.injection.slots import Slot, Slots, apply_slots
-from tunerkit.layers import as_base_layer, fused as fused_form
+from tests.support.products import Product, adapted
+from tunerkit.injection.slots import apply_slots
+from tunerkit.layers import as_base_layer, products
 from tunerkit.layers.fused import mark_fresh, plain_form
-from tunerkit.layers.low_rank import add_low_rank
 from tunerkit.plugin import Adapter, BaseLayer
 from tunerkit_testing.counting import Counting
 
@@ -27,32 +26,6 @@ if TYPE_CHECKING:
 
 
 NODE = "_FusedLowRankBackward"
-
-
-class Product(Adapter):
-    """Q (r, in), λ (r,) or None, P (out, r), with no value near 0."""
-
-    def __init__(self, base: BaseLayer, rank: int, *, diagonal: bool = True, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.q = nn.Parameter(torch.randn(rank, base.in_features))
-        self.p = nn.Parameter(torch.randn(base.out_features, rank))
-        self.lam = nn.Parameter(torch.randn(rank)) if diagonal else None
-        self.dropout = dropout
-
-    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        return add_low_rank(base, x, y, q=self.q, p=self.p, lam=self.lam, scale=0.7, dropout=self.dropout)
-
-
-def adapted(layer: nn.Module, *adapters: Callable[[BaseLayer], Adapter]) -> Any:
-    """``layer``, frozen, with adapters as `tunerkit.wrap` adds them."""
-    base = as_base_layer(layer.requires_grad_(False), gather_knowledge().kinds)
-    assert base is not None
-    slots = Slots(base)
-    for number, make in enumerate(adapters or (lambda base: Product(base, 3),)):
-        slots.put(str(number), Slot(adapter=make(base)))
-    layer.add_module("tunerkit", slots)
-    layer.register_forward_hook(apply_slots, with_kwargs=True)
-    return layer
 
 
 def conv1d() -> nn.Module:
@@ -114,8 +87,8 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(
     name: str, diagonal: bool, trained: str, thin: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For any choice of frozen parameters; a gradient penalty works with the fused form too."""
-    monkeypatch.setattr(fused_form, "is_thin", lambda q: thin)
-    monkeypatch.setattr(fused_form, "LEAST_NUMBERS", 0)
+    monkeypatch.setattr(products, "is_thin", lambda rank, factor: thin)
+    monkeypatch.setattr(products, "LEAST_NUMBERS", 0)
     layer = adapted(LAYERS[name](), lambda base: Product(base, 2, diagonal=diagonal)).double()
     own = {key: p.detach() for key, p in layer.named_parameters() if "tunerkit" in key}
     values = {"x": torch.randn(2, 3, 5, dtype=torch.float64), **own}
@@ -143,9 +116,9 @@ def test_factors_are_thin_below_the_width_of_a_register_and_gradients_are_laid_o
     dtype: torch.dtype, rank: int, diagonal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On both sides of it, with and without gradients: the same bits. The gradient of P is always contiguous."""
-    monkeypatch.setattr(fused_form, "LEAST_NUMBERS", 0)
+    monkeypatch.setattr(products, "LEAST_NUMBERS", 0)
     for own in (rank, rank + 1):
-        assert fused_form.is_thin(torch.empty(own, 9, dtype=dtype)) == (own == rank)
+        assert products.is_thin(own, torch.empty(0, dtype=dtype)) == (own == rank)
         make = functools.partial(Product, rank=own, diagonal=diagonal)
         layer = adapted(nn.Linear(9, 6), make).to(dtype)
         x = torch.randn(5, 9, dtype=dtype)
@@ -155,7 +128,7 @@ def test_factors_are_thin_below_the_width_of_a_register_and_gradients_are_laid_o
         assert torch.equal(quiet, y)
         grads = torch.autograd.grad(y, [p for p in layer.parameters() if p.requires_grad], torch.ones_like(y))
         assert all(grad.is_contiguous() for grad in grads)
-    assert not fused_form.is_thin(torch.empty(rank, 9, dtype=dtype, device="meta"))
+    assert not products.is_thin(rank, torch.empty(0, dtype=dtype, device="meta"))
 
 
 # Both sides of the rank from which factors are no longer thin, 16 in fp32.

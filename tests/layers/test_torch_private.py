@@ -224,6 +224,20 @@ def compilations() -> bool:
     return bool(counter.frame_count == 1)
 
 
+def onednn_products() -> bool:
+    """X Wᵀ, and added to a tensor. There is none while oneDNN is off, or while a mode sees every operation."""
+    x, w, y = torch.rand(3, 5), torch.rand(2, 5), torch.rand(3, 2)
+    with torch.backends.mkldnn.flags(enabled=False):
+        off = torch_private.onednn_product()
+    with Counting():
+        seen = torch_private.onednn_product()
+    product = torch_private.onednn_product()
+    if off is not None or seen is not None or product is None:
+        return off is seen is None and not torch.backends.mkldnn.is_available()
+    alone, added = product.default(x, w, None, "none", [], ""), product.binary(x, y, w, None, "add")
+    return torch.allclose(alone, x @ w.t()) and torch.allclose(added, y + x @ w.t())
+
+
 # By the names that stand in torch_private.py: what uses them, and a check.
 CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_C": ("is_observed (layers.fused)", lambda: isinstance(torch._C, type(torch))),
@@ -255,7 +269,7 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
         "is_observed (layers.fused)",
         observed_inside(lambda look: torch.jit.trace(look, torch.ones(2), check_trace=False)),
     ),
-    "_len_torch_dispatch_stack": ("is_observed (layers.fused)", other_modes),
+    "_len_torch_dispatch_stack": ("is_observed, onednn_product (layers.fused, layers.products)", other_modes),
     "_CachingTorchDispatchMode": (
         "is_observed (layers.fused)",
         observed_inside(kept(CheckpointPolicy.MUST_SAVE)),
@@ -266,6 +280,7 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
         observed_inside(kept(CheckpointPolicy.MUST_SAVE)),
     ),
     "torch.utils._python_dispatch": ("is_observed, dispatch_mode (layers.fused, testing.counting)", operations),
+    "_linear_pointwise": ("onednn_product (layers.products)", onednn_products),
     "_load_state_dict_pre_hooks": ("remove_state_hooks_ (injection.state_dicts)", state_hooks),
     "_state_dict_hooks": ("remove_state_hooks_ (injection.state_dicts)", state_hooks),
     "torch._dynamo": (
@@ -284,7 +299,7 @@ DELETED = (
 )
 OF_INSTANCES = {
     *("_parameters", "_modules", "_orig_mod", "_forward_hooks", "_version"),
-    *("_load_state_dict_pre_hooks", "_state_dict_hooks"),
+    *("_load_state_dict_pre_hooks", "_state_dict_hooks", "_linear_pointwise"),
     *("_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
 }
 # Children of one process that has torch: a fresh import for each name would take a minute.

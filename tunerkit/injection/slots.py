@@ -7,7 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import AdapterError
-from tunerkit.layers import Adapter, BaseLayer, mark_fresh, torch_private, unmark, view_bias, whole_shape
+from tunerkit.layers import (
+    Adapter,
+    BaseLayer,
+    mark_fresh,
+    mark_traced,
+    torch_private,
+    unmark,
+    unmark_traced,
+    view_bias,
+    whole_shape,
+)
 from tunerkit.paths import CHILD, join
 from tunerkit.records import Rounding
 
@@ -271,7 +281,8 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: A
     # An adapter may write into a fresh output. Where one reads it beside others, it is needed as it is.
     is_needed = len(slots.active) > 1 and by_name[slots.active[0]].reads_output
     if slots.active and not is_needed and slots.base is not None:
-        marked = mark_fresh(slots.base, input_of(args, kwargs), own)
+        mark = mark_traced if torch.compiler.is_compiling() else mark_fresh
+        marked = mark(slots.base, input_of(args, kwargs), own)
     for name in slots.active:
         slot = by_name[name]
         if slot.reads_output and output is not own:
@@ -279,7 +290,7 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: A
         else:
             output = slot(module, slots.base, args, kwargs, output)
     if marked:
-        unmark(own)
+        (unmark_traced if torch.compiler.is_compiling() else unmark)(own)
     return output
 
 

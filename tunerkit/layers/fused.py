@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.module import register_module_forward_hook
 
-from tunerkit.layers import torch_private
+from tunerkit.layers import products, torch_private
 from tunerkit.layers.base import BaseLayer
 from tunerkit.layers.kinds import drop
 
@@ -77,15 +77,18 @@ def mark_fresh(base: BaseLayer, x: object, y: object) -> bool:
     Only a marked tensor may be overwritten. The mark is valid until the tensor changes or `unmark` removes it. It is on
     this object alone: a tensor that an adapter computes from it has none.
     """
-    module = base.module
-    if torch.compiler.is_compiling():  # a compiled forward may call this by itself, where a graph was broken
-        return False
-    if not (base.linear and torch_private.has_single_hook(module) and "forward" not in vars(module)):
+    if not is_alone(base):
         return False
     if type(x) is not Tensor or type(y) is not Tensor or y.is_nested or y.layout != torch.strided:
         return False
-    vars(y)[_MARK] = _Fresh(module, ref(x), torch_private.version(y))
+    vars(y)[_MARK] = _Fresh(base.module, ref(x), torch_private.version(y))
     return True
+
+
+def is_alone(base: BaseLayer) -> bool:
+    """Whether the output of ``base`` is x Wᵀ + b and no other hook, nor a forward of the module's own, changes it."""
+    module = base.module
+    return base.linear and torch_private.has_single_hook(module) and "forward" not in vars(module)
 
 
 def unmark(y: Tensor) -> None:
@@ -213,9 +216,9 @@ class _GradientOfInput(Function):
 def _sum(terms: Sequence[Term]) -> Tensor:
     """The gradient of the input, (n, in)."""
     first, *others = terms
-    total = first.g.mm(first.w)
+    total = products.multiply(first.g, first.w)
     for term in others:
-        total.addmm_(term.g, term.w)
+        total = products.multiply(term.g, term.w, onto=total)
     if not others:
         return total.addmm_(first.grad_h, first.q, alpha=first.scale)
     if len({term.scale for term in terms}) == 1:
@@ -240,7 +243,7 @@ def add_fused(
     read it too.
     """
     mark: _Fresh = vars(y)[_MARK]
-    weight = _frozen_weight(base, y) if mark.x() is x and dropout == 0 else None
+    weight = frozen_weight(base, y) if mark.x() is x and dropout == 0 else None
     group = _group_of(x, y, weight, dropout)
     if isinstance(group, str):
         forms[base] = group
@@ -264,7 +267,7 @@ def _group_of(x: Tensor, y: Tensor, weight: Tensor | None, dropout: float) -> Gr
     return (SMALL if is_small else join(x)) or NO_GRADIENT
 
 
-def _frozen_weight(base: BaseLayer, y: Tensor) -> Tensor | None:
+def frozen_weight(base: BaseLayer, y: Tensor) -> Tensor | None:
     """W (out, in), if weight and bias are frozen, so that bypassing the base layer in backward loses no gradient.
 
     None also if W differs from ``y`` in dtype or device: DataParallel's replicas hold the original module.
@@ -297,7 +300,7 @@ class _FusedLowRank(Function):
         group: Group | None,
     ) -> Tensor:
         narrow_q, narrow_pt = q.to(y.dtype), _folded(p, lam, y).t()
-        h = _times(x, narrow_q)
+        h = products.multiply(x, narrow_q.t())
         # Not y itself: autograd would have to be notified of the change, and would copy y where it is a view, as a
         # biased linear layer's output is. The version counter is shared, so whoever saved y for backward gets an error.
         out = y.detach()
@@ -321,47 +324,28 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, h, w, q, p, lam, narrow_q, narrow_pt = ctx.saved_tensors
     if torch.is_grad_enabled():  # second derivatives: what forward computed must depend on its inputs
         narrow_q, narrow_pt = q.to(g.dtype), _folded(p, lam, g).t()
-        h = None if x is None else _times(x, narrow_q)
+        h = None if x is None else products.multiply(x, narrow_q.t())
     _, to_x, to_y, _, to_q, to_p, to_lam, *_ = ctx.needs_input_grad
     s, g2 = ctx.scale, g.reshape(-1, p.shape[0])
     grad_x = grad_q = grad_p = grad_lam = None
     if to_x or to_q:
-        grad_h = _times(g2, narrow_pt)  # without s: the products below include it at no cost
+        grad_h = products.multiply(g2, narrow_pt.t())  # without s: the products below include it at no cost
     if ctx.is_grouped:
         if torch_private.will_run(ctx.next_functions[0][0]):
             ctx.group.add(Term(g2, w, grad_h, narrow_q, s))
+    elif to_x and w is None:
+        grad_x = (grad_h * s).mm(narrow_q)
     elif to_x:
-        grad_x = (grad_h * s).mm(narrow_q) if w is None else g2.mm(w).addmm_(grad_h, narrow_q, alpha=s)
-    # With beta=0 only the shape of the first argument is used.
+        grad_x = products.multiply(g2, w).addmm_(grad_h, narrow_q, alpha=s)
     if to_q:
-        grad_q = torch.addmm(narrow_q, grad_h.t(), x, beta=0, alpha=s).to(q.dtype)
+        grad_q = products.gradient(grad_h, x, narrow_q, s).to(q.dtype)
     if to_p or to_lam:
-        # First the gradient of P diag(λ).
-        if is_thin(narrow_pt):
-            grad_p = torch.addmm(narrow_pt, h.t(), g2, beta=0, alpha=s).t().to(p.dtype)
-        else:
-            grad_p = torch.addmm(narrow_pt.t(), g2.t(), h, beta=0, alpha=s).to(p.dtype)
+        grad_p = products.gradient(h, g2, narrow_pt, s).t().to(p.dtype)  # so far of P diag(λ)
         if lam is not None:
             grad_lam = (grad_p * p).sum(0) if to_lam else None
             grad_p = grad_p * lam
         grad_p = grad_p.contiguous()  # the layout of P, for optimizers that flatten gradients
     return None, grad_x, g if to_y and w is None else None, None, grad_q, grad_p, grad_lam, None, None
-
-
-def is_thin(q: Tensor) -> bool:
-    """Whether products with ``q`` (r, m) are faster with its r values on the left, as rows of the result.
-
-    On a CPU they are, until r values fill a vector register of 64 bytes (docs/evidence/speed.md). On a GPU, nothing is
-    known.
-    """
-    return q.device.type == "cpu" and len(q) * q.element_size() < 64
-
-
-def _times(x: Tensor, q: Tensor) -> Tensor:
-    """Compute x Qᵀ, (n, r), for ``x`` (n, m) and ``q`` (r, m)."""
-    # Small products gain nothing. With q on the left, their last bits depend on how many rows there are, and where they
-    # lie in memory: a training of several processes would differ more from one of one.
-    return q.mm(x.t()).t() if is_thin(q) and x.numel() >= LEAST_NUMBERS else x.mm(q.t())
 
 
 def _folded(p: Tensor, lam: Tensor | None, y: Tensor) -> Tensor:

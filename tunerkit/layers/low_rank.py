@@ -2,7 +2,7 @@
 
 In an output it has two forms. The plain one allocates three large tensors: the delta and the sum, both as large as the
 output, and the input's gradient through the adapter, which is then added to the gradient through the base layer. The
-fused one (`tunerkit.layers.fused`) does without them.
+fused one does without them: `tunerkit.layers.fused`, and in compiled models on a CPU `tunerkit.layers.compiled`.
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tunerkit.errors import AdapterError
 from tunerkit.layers.base import BaseLayer
+from tunerkit.layers.compiled import add_traced
 from tunerkit.layers.fused import PLAIN, add_fused, autocast_off, forms, is_fresh, product_dtype
 from tunerkit.records import Factors
 
@@ -31,7 +32,8 @@ def add_low_rank(
     saves memory. ``x`` is never written to.
 
     The product is computed on the device of ``q`` and in its dtype, or in autocast's dtype if autocast is on. Only the
-    sum is computed in the dtype of ``y``. If P or λ is 0, the result equals ``y`` bit for bit.
+    sum is computed in the dtype of ``y``. If P or λ is 0, the result equals ``y`` bit for bit; in a compiled model on a
+    CPU, up to rounding.
 
     Args:
         base: The base layer.
@@ -55,6 +57,10 @@ def add_low_rank(
             return add_fused(base, x, y, q=q, p=p, lam=lam, scale=scale, dropout=dropout)
         forms[base] = PLAIN
     q, p = _fold(q, p, lam)
+    if torch.compiler.is_compiling():
+        traced = add_traced(base, x, y, q=q, p=p, scale=scale, dropout=dropout)
+        if traced is not None:
+            return traced
     # The base's own hooks may move its input to its device (accelerate's do); the adapter gets the input before that.
     # Ids keep their dtype, and so does what autocast casts.
     cast = x.is_floating_point() and product_dtype(x, q) == q.dtype

@@ -193,6 +193,11 @@ def is_observed() -> bool:
     return any(isinstance(mode, keepers) for mode in _python_dispatch()._get_current_dispatch_mode_stack())
 
 
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` is active; dynamo can trace the question."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def dispatch_mode() -> Any:
     """The base class of dispatch modes: inside a mode's block, each operation calls its ``__torch_dispatch__``."""
     return _python_dispatch().TorchDispatchMode
@@ -200,6 +205,22 @@ def dispatch_mode() -> Any:
 
 def _python_dispatch() -> Any:
     return importlib.import_module("torch.utils._python_dispatch")
+
+
+# --- Products ---------------------------------------------------------------------------------------------------------
+
+
+def onednn_product() -> Any:
+    """OneDNN as an operation that computes X Wᵀ, whose overload ``binary`` adds it to a tensor; None if it is off.
+
+    Also None inside a dispatch mode, such as one that counts operations: it would not know this one.
+    """
+    if not cast(bool, torch.backends.mkldnn.enabled) or torch._C._len_torch_dispatch_stack():
+        return None
+    try:
+        return torch.ops.mkldnn._linear_pointwise
+    except AttributeError:  # a torch without oneDNN
+        return None
 
 
 # --- Distributed checkpoint -------------------------------------------------------------------------------------------

@@ -1,0 +1,163 @@
+"""By which library products are computed: one test for each branch, and the same numbers from all of them."""
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import tunerkit
+from tunerkit.layers import fused, products, torch_private
+from tunerkit.layers.fused import plain_form
+
+if TYPE_CHECKING:
+    from tests.support.toys import Toys
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """The answer about the processor is kept for good."""
+    products.prefers_onednn.cache_clear()
+    yield
+    products.prefers_onednn.cache_clear()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """On any processor, large fp32 products go to oneDNN, and each asks for it."""
+    found: list[object] = []
+    own = torch_private.onednn_product
+
+    def note() -> object:
+        found.append(own())
+        return found[-1]
+
+    monkeypatch.setattr(torch_private, "onednn_product", note)
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(products, "LEAST_NUMBERS", 0)
+    return found
+
+
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2", "DEFAULT"])
+@pytest.mark.parametrize("mkl", [True, False])
+@pytest.mark.parametrize("amd", [True, False])
+def test_onednn_is_preferred_where_mkl_leaves_avx512_unused(
+    capability: str, mkl: bool, amd: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three are needed: each was measured, or is not known."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(products, "is_amd", lambda: amd)
+    assert products.prefers_onednn() == ((capability, mkl, amd) == ("AVX512", True, True))
+
+
+def test_the_system_names_the_maker_of_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Linux in a file, Windows through Python; a system that has neither names none."""
+    for name, text in (("amd", "vendor_id\t: AuthenticAMD\n"), ("intel", "vendor_id\t: GenuineIntel\n")):
+        (tmp_path / name).write_text(text * 1000)
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(products, "CPUINFO", tmp_path / "amd")
+    assert products.is_amd()
+    monkeypatch.setattr(products, "CPUINFO", tmp_path / "intel")
+    assert not products.is_amd()
+    monkeypatch.setattr(products, "CPUINFO", tmp_path / "none")
+    assert not products.is_amd()
+    monkeypatch.setattr(platform, "processor", lambda: "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD")
+    assert products.is_amd()
+
+
+@needs_onednn
+@pytest.mark.parametrize("rank", [1, 3, 12, 16, 40])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_both_libraries_return_the_same_products(rank: int, scale: float, calls: list[object]) -> None:
+    """Compared with float64: all three forms, for factors by row and by column."""
+    torch.manual_seed(rank)
+    x, q, g, p, w = (torch.randn(size) for size in ((50, 33), (rank, 33), (50, 21), (21, rank), (21, 33)))
+    with torch.no_grad():
+        h, d = products.multiply(x, q.t()), products.multiply(g, p)
+        found = [h, d, products.multiply(g, w), products.multiply(g, w, onto=x.clone())]
+        found += [products.gradient(d, x, q, scale), products.gradient(h, g, p.t(), scale)]
+    x, q, g, p, w, h, d = (each.double() for each in (x, q, g, p, w, h, d))
+    expected = [x @ q.t(), g @ p, g @ w, x + g @ w, scale * d.t() @ x, scale * h.t() @ g]
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own.double(), other, rtol=1e-5, atol=1e-5)
+    assert len(calls) == len(found)
+    assert None not in calls
+
+
+class Siblings(nn.Module):
+    """Layers that read one input."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(9, 7) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x) for layer in self.layers]).prod(dim=0)
+
+
+@needs_onednn
+@pytest.mark.parametrize("count", [1, 3], ids=["a layer", "a group"])
+def test_outputs_and_gradients_and_second_derivatives_are_the_plain_form_s(
+    count: int, toys: "Toys", calls: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is differentiated twice is computed by what can be; a mode that counts operations sees those it knows."""
+    for limit in ("LEAST_WIDTH", "LEAST_NUMBERS"):
+        monkeypatch.setattr(fused, limit, 0)
+    torch.manual_seed(0)
+    model = tunerkit.wrap(Siblings(count), "toy-low-rank", {"targets": "re:.*"}, seed=0)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for weight in weights:
+        nn.init.normal_(weight, std=0.3)
+    x = torch.randn(4, 5, 9, requires_grad=True)
+
+    def numbers() -> list[Tensor]:
+        y = model(x)
+        first = torch.autograd.grad(y.square().sum(), [x, *weights], create_graph=True)
+        second = torch.autograd.grad(torch.stack([each.square().sum() for each in first]).sum(), [x, *weights])
+        return [y, *first, *second, *torch.autograd.grad(model(x).square().sum(), [x, *weights])]
+
+    model(x.detach().requires_grad_())
+    assert tunerkit.tuner(model).groups() == ({"groups of 3": 1} if count == 3 else {"layers alone": 1})
+    found = numbers()
+    assert calls
+    assert None not in calls
+    with plain_form():
+        expected = numbers()
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+    counts = []
+    for prefers in (True, False):
+        monkeypatch.setattr(products, "prefers_onednn", lambda prefers=prefers: prefers)
+        y = model(x.detach().requires_grad_()).square().sum()
+        del calls[:]
+        with FlopCounterMode(display=False) as counted:
+            y.backward()
+        assert set(calls) == ({None} if prefers else set())
+        counts.append(counted.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@needs_onednn
+def test_what_onednn_is_not_for_goes_to_blas(calls: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small activations, other dtypes, activations with gaps, what is differentiated, and a user who turned it off."""
+    x, w = torch.randn(6, 8), torch.randn(3, 8)
+    products.multiply(x, w.t().requires_grad_()).sum().backward()
+    with torch.no_grad():
+        products.multiply(x.double(), w.double().t()), products.multiply(x.bfloat16(), w.bfloat16().t())
+        products.multiply(x.repeat(1, 2)[:, :8], w.t())
+        monkeypatch.setattr(products, "LEAST_NUMBERS", 49)
+        products.multiply(x, w.t())
+        assert not calls
+        monkeypatch.setattr(products, "LEAST_NUMBERS", 48)
+        with torch.backends.mkldnn.flags(enabled=False):
+            products.multiply(x, w.t())
+        assert calls == [None]
+        products.multiply(x, w.t())
+    assert calls[-1] is not None

@@ -1,0 +1,92 @@
+"""Products of activations, by the library that takes the least time on this processor.
+
+BLAS computes them, with a thin factor on the side where it takes less time. Only on AMD's processors with AVX-512, fp32
+products go to oneDNN, through the operation that torch's own compiler uses. The sums are the same, up to their order.
+docs/evidence/speed.md has the measurements.
+"""
+
+import functools
+import platform
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunerkit.layers import torch_private
+
+# Numbers of an activation from which the choice saves time. With thin factors on the left, the last bits of a smaller
+# product depend on how many rows there are and where they lie in memory: a training of several processes would differ
+# more from one of one.
+LEAST_NUMBERS = 1 << 16
+CPUINFO = Path("/proc/cpuinfo")  # of Linux
+_AMD = "AuthenticAMD"
+
+
+def multiply(x: Tensor, w: Tensor, onto: Tensor | None = None) -> Tensor:
+    """Compute X W, (n, m), for an activation ``x`` (n, k) and ``w`` (k, m); plus ``onto``, which may be overwritten."""
+    product = _onednn(x)
+    if product is not None and onto is not None:
+        return cast(Tensor, product.binary(x, onto, w.t(), None, "add"))
+    if product is not None:
+        return cast(Tensor, product.default(x, w.t(), None, "none", [], ""))
+    if onto is not None:
+        return onto.addmm_(x, w)
+    return w.t().mm(x.t()).t() if is_thin(w.shape[1], w) and x.numel() >= LEAST_NUMBERS else x.mm(w)
+
+
+def affine(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute X Wᵀ + bias, (n, m), for an activation ``x`` (n, k) and a layer's ``w`` (m, k)."""
+    product = _onednn(x)
+    return F.linear(x, w, bias) if product is None else cast(Tensor, product.default(x, w, bias, "none", [], ""))
+
+
+def gradient(h: Tensor, g: Tensor, of: Tensor, scale: float) -> Tensor:
+    """Compute scale · Hᵀ G, the gradient of a factor ``of`` (r, m), for ``h`` (n, r) and an activation ``g`` (n, m)."""
+    product = _onednn(g)
+    if product is not None:
+        scaled = h if scale == 1 else h * scale
+        return cast(Tensor, product.default(scaled.t(), g.t(), None, "none", [], ""))
+    # With beta=0, only the shape of the first argument is used.
+    if of.is_contiguous() or is_thin(len(of), of):
+        return torch.addmm(of, h.t(), g, beta=0, alpha=scale)
+    return torch.addmm(of.t(), g.t(), h, beta=0, alpha=scale).t()
+
+
+def is_thin(rank: int, factor: Tensor) -> bool:
+    """Whether BLAS multiplies with a ``factor`` faster where its ``rank`` is on the left, as rows of the result.
+
+    On a CPU it does, until ``rank`` values fill a vector register of 64 bytes. On a GPU, nothing is known.
+    """
+    return factor.device.type == "cpu" and rank * factor.element_size() < 64
+
+
+def _onednn(activation: Tensor) -> Any:
+    """The product of oneDNN, if one with ``activation`` is to go there; None otherwise. It cannot be differentiated."""
+    if activation.numel() < LEAST_NUMBERS or activation.dtype is not torch.float32 or activation.device.type != "cpu":
+        return None
+    if torch.is_grad_enabled() or not (prefers_onednn() and activation.is_contiguous()):
+        return None
+    return torch_private.onednn_product()
+
+
+@functools.cache
+def prefers_onednn() -> bool:
+    """Whether fp32 products take less time in oneDNN: the BLAS is MKL, which doesn't use the AVX-512 that is there.
+
+    MKL uses it on Intel's processors. For torch, ATEN_CPU_CAPABILITY may deny it.
+    """
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return has_avx512 and torch.backends.mkl.is_available() and is_amd()
+
+
+def is_amd() -> bool:
+    """Whether the processor is one of AMD's, as the system says."""
+    if _AMD in platform.processor():  # Windows
+        return True
+    try:
+        with CPUINFO.open(encoding="utf-8") as file:  # the first core's part is enough
+            return _AMD in file.read(4096)
+    except OSError:
+        return False
