@@ -32,7 +32,7 @@ DIST_READY := .venv-dist/.ready
 VENVS := .venv .venv-core .venv-quantisers .venv-deepspeed .venv-dist
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test test-everything environments test-core test-quantisers test-deepspeed check format docs dist dist-check pages constraints benchmark clean
+.PHONY: help demo demo-lm test test-everything environments test-core test-quantisers test-deepspeed check format docs dist dist-check pages constraints benchmark benchmark-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -96,6 +96,9 @@ constraints: ## write constraints.txt again, with the newest versions, in new en
 
 benchmark: $(DEV_READY) ## measure speed and memory compared with PEFT's, into out/speed
 	$(BIN)/python -m benchmarks.speed $(BENCHMARK_ARGS)
+
+benchmark-gpu: $(DEV_READY) ## measure speed and memory on a GPU, into out/gpu; a small form on the CPU without one
+	$(BIN)/python -m benchmarks.speed --part gpu --out out/gpu $(BENCHMARK_ARGS)
 
 clean: ## remove what the other targets created
 	rm -rf $(VENVS) site dist build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,5 +1,6 @@
-"""Part `compile`: graph breaks, and the time of compiled steps compared with eager ones."""
+"""Part `compile`: graph breaks, and the time of compiled steps compared with eager ones, and with PEFT LoRA's."""
 
+import time
 import types
 from collections.abc import Callable
 
@@ -19,12 +20,14 @@ from benchmarks.speed.timing import interleave
 PART = "compile"
 NAMES = (who.FLOOR, who.PEFT_LORA, who.LORA, who.ADALORA)
 LIMITS = {who.LORA: 0.0, who.ADALORA: 0.0}
+RATIO, RATIO_LIMITS = "step / PEFT LoRA's compiled", {who.LORA: 0.9, who.ADALORA: 0.9}
 
 
 def measure(settings: Settings) -> list[Row]:
-    """The first encoder only: compiling takes longer than everything else here."""
-    workload = encoders(attrs.evolve(settings, sizes=settings.sizes[:1]))[0]
-    return break_rows(workload, settings) + time_rows(workload, settings)
+    """The first and the last encoder only: compiling takes longer than everything else here."""
+    ends = dict.fromkeys((settings.sizes[0], settings.sizes[-1]))
+    several = encoders(attrs.evolve(settings, sizes=tuple(ends)))
+    return [row for workload in several for row in (*break_rows(workload, settings), *time_rows(workload, settings))]
 
 
 def break_rows(workload: Workload, settings: Settings) -> list[Row]:
@@ -46,11 +49,14 @@ def graph_breaks(name: str, workload: Workload, settings: Settings) -> int:
 def time_rows(workload: Workload, settings: Settings) -> list[Row]:
     """Whole steps, eager and with the forward compiled as one graph, interleaved; a graph break raises an error."""
     torch.compiler.reset()
-    training = {}
+    training, first = {}, {}
     for name in NAMES:
         training[f"{name}, eager"] = who.build(name, workload, settings)
         contender = who.build(name, workload, settings)
         contender.call = compiled(called(name, contender.model), settings.backend)
+        began = time.perf_counter()
+        contender.step()
+        first[f"{name}, compiled"] = time.perf_counter() - began
         training[f"{name}, compiled"] = contender
     calls = {name: contender.step for name, contender in training.items()}
     times = interleave(calls, rounds=settings.pairs, seed=settings.seed, warmup=settings.warmup)
@@ -59,9 +65,15 @@ def time_rows(workload: Workload, settings: Settings) -> list[Row]:
     for name, found in times.items():
         rows.append(estimated(PART, workload.name, name, "step, ms", middle(1e3 * found, kinds, seed=settings.seed)))
         plain, _, how = name.rpartition(", ")
-        if how == "compiled":
-            pairs = Pairs(top=found, bottom=times[f"{plain}, eager"], kinds=kinds)
-            rows.append(estimated(PART, workload.name, name, "step / eager's", ratio(pairs, seed=settings.seed)))
+        if how != "compiled":
+            continue
+        rows.append(Row(PART, workload.name, name, "first step, s", first[name]))
+        others = {"step / eager's": f"{plain}, eager", RATIO: f"{who.PEFT_LORA}, compiled"}
+        for measure, other in others.items():
+            if name != other:
+                estimate = ratio(Pairs(found, times[other], kinds), seed=settings.seed)
+                limit = RATIO_LIMITS.get(plain) if measure == RATIO else None
+                rows.append(estimated(PART, workload.name, name, measure, estimate, limit))
     return rows
 
 

@@ -8,7 +8,7 @@ import json
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,7 @@ from benchmarks.speed import (  # noqa: E402
     alternatives,
     compiled,
     contenders,
+    gpu,
     growth,
     operations,
     shapes,
@@ -41,7 +42,7 @@ from benchmarks.speed import (  # noqa: E402
 )
 from benchmarks.speed.counting import Operations, Waits, count  # noqa: E402
 from benchmarks.speed.marks import Marks  # noqa: E402
-from benchmarks.speed.models import encoder, large_llama, small_llama  # noqa: E402
+from benchmarks.speed.models import LLAMA_SHAPES, encoder, large_llama, small_llama  # noqa: E402
 from benchmarks.speed.settings import Settings, Size, read_sizes  # noqa: E402
 from benchmarks.speed.storages import held_bytes, peak_bytes  # noqa: E402
 from benchmarks.speed.tables import Row, to_json, to_markdown  # noqa: E402
@@ -79,7 +80,7 @@ LIMITS: dict[str, set[tuple[str, float]]] = {
     "allocator": set(),
     "memory": {("beyond, share of trained", 2.04), ("beyond, share of trained", 0.001)},
     "start": {("wrap / PEFT's", 0.5), ("load / PEFT's", 0.5), ("save / PEFT's", 1.0)},
-    "compile": {("graph breaks", 0.0)},
+    "compile": {("graph breaks", 0.0), (compiled.RATIO, 0.9)},
     "growth": set(),
     "alternatives": set(),
     "profile": set(),
@@ -112,7 +113,7 @@ def call_clock() -> Iterator[None]:
         return (next(calls) - began) * 1e-6
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (allocator, growth, start):
+        for module in (allocator, compiled, growth, start):
             patch.setattr(module, "time", fake)
         for timed in (interleave, steps.time_steps):
             patch.setitem(cast(dict[str, Any], timed.__kwdefaults__), "clock", seconds)
@@ -538,9 +539,65 @@ def test_a_step_that_takes_less_than_the_model_alone_has_no_overhead(tmp_path: P
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this part takes minutes")
-def test_the_part_for_gpus_is_empty_without_one() -> None:
-    """A run of all parts works on any machine."""
-    assert command.PARTS["gpu"](TINY) == []
+def test_the_part_for_gpus_runs_in_small_form_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same code in each form that a CPU has. It says what it is not, and no figure of it meets a limit."""
+    with call_clock():
+        rows = gpu.measure(TINY)
+    told = capsys.readouterr().err
+    assert "no GPU is at hand" in told
+    left_out = {form for form in gpu.FORMS if f"{form} is left out" in told}
+    assert {gpu.GRAPH, gpu.LIGER} <= left_out <= {gpu.GRAPH, gpu.LIGER, gpu.NF4}
+    assert {row.where for row in rows} == {f"small, {form}, cpu" for form in gpu.FORMS if form not in left_out}
+    for form in (gpu.EAGER, gpu.COMPILED):
+        named = {row.who for row in rows if row.where == f"small, {form}, cpu" and row.measure == "step, ms"}
+        assert named == {*gpu.NAMES} - ({contenders.PEFT_ADALORA} if form == gpu.COMPILED else set())
+    assert {row.measure for row in rows} >= {"step, ms", steps.RATIO, gpu.NOISE, "peak above the floor's, MiB"}
+    assert {row.limit for row in rows} == {None}
+
+
+@pytest.mark.parametrize(("again", "limit"), [(1.0, True), (1.3, False), (0.5, False), (-1.0, False)])
+def test_the_noise_of_a_form_has_a_limit(again: float, limit: bool) -> None:
+    """Two identical contenders that are far apart, in either direction, say that no ratio beside them counts."""
+    times = {contenders.FLOOR: rounds(1.0) * 0 + 1, contenders.PEFT_LORA: rounds(0.5) + 1}
+    times[contenders.PEFT_LORA_AGAIN] = again * (times[contenders.PEFT_LORA] - 1) + 1
+    assert gpu.noise_row("here", times, attrs.evolve(TINY, pairs=60)).passed == limit
+
+
+@pytest.mark.parametrize("name", [contenders.LORA, contenders.ADALORA])
+def test_a_captured_step_updates_what_it_can_on_the_card(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's graphs are replaced by calls. LoRA's whole step is in the graph, AdaLoRA's update is after it."""
+    captured: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            captured.append("replayed")
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for attribute, value in {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": Graph}.items():
+        monkeypatch.setattr(torch.cuda, attribute, value)
+    for attribute in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, attribute, lambda own: nullcontext())
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched_step(captured))
+    contender = contenders.build(name, encoder(TINY.sizes[0], TINY), TINY)
+    assert contender.optimizer is not None
+    call = gpu.called(gpu.GRAPH, contender, TINY)
+    assert all(group["capturable"] for group in contender.optimizer.param_groups)
+    del captured[:]
+    call()
+    assert captured == ["replayed"] + (["updated"] if name == contenders.ADALORA else [])
+
+
+def watched_step(found: list[str]) -> Any:
+    """An optimizer's step that changes nothing: a capturable one needs a GPU."""
+    return lambda optimizer, *_: found.append("updated")
+
+
+@pytest.mark.parametrize(("form", "fit"), [(gpu.EAGER, False), (gpu.NF4, True)])
+def test_a_base_takes_at_most_half_of_a_card(form: str, fit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8B in bf16 are 14 GB, and in nf4 a quarter of that."""
+    card = types.SimpleNamespace(total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert gpu.fits(LLAMA_SHAPES["llama-8b"], form) == fit
 
 
 def test_counts_are_the_same_at_every_run() -> None:
