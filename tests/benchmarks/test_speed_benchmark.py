@@ -32,6 +32,7 @@ from benchmarks.speed import (  # noqa: E402
     compiled,
     contenders,
     gpu,
+    groups,
     growth,
     operations,
     shapes,
@@ -47,7 +48,7 @@ from benchmarks.speed.settings import Settings, Size, read_sizes  # noqa: E402
 from benchmarks.speed.storages import held_bytes, peak_bytes  # noqa: E402
 from benchmarks.speed.tables import Row, to_json, to_markdown  # noqa: E402
 from benchmarks.speed.timing import Call, interleave, orders  # noqa: E402
-from tunerkit.layers import low_rank as lowrank  # noqa: E402
+from tunerkit.layers import fused, low_rank as lowrank  # noqa: E402
 from tunerkit.layers.fused import add_fused  # noqa: E402
 from tunerkit_adalora.schedule import plan  # noqa: E402
 
@@ -598,6 +599,24 @@ def test_a_base_takes_at_most_half_of_a_card(form: str, fit: bool, monkeypatch: 
     card = types.SimpleNamespace(total_memory=24 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     assert gpu.fits(LLAMA_SHAPES["llama-8b"], form) == fit
+
+
+@pytest.mark.parametrize(
+    ("architecture", "found"),
+    [
+        ("llama", {"groups of 3": 2, "groups of 2": 2, "layers alone": 4}),
+        ("gpt2", {"layers alone": 8}),
+        ("mt5", {"groups of 3": 4, "groups of 2": 6, "layers alone": 12}),
+        ("siglip_vision_model", {"groups of 3": 2, "layers alone": 6}),
+    ],
+)
+def test_layers_of_an_architecture_that_read_one_input(
+    architecture: str, found: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """q, k and v; gate and up; k and v of a decoder's cross-attention. Not where one layer computes them all."""
+    for limit in ("LEAST_WIDTH", "LEAST_NUMBERS"):
+        monkeypatch.setattr(fused, limit, 0)
+    assert groups.groups_of(architecture) == found
 
 
 def test_counts_are_the_same_at_every_run() -> None:
