@@ -152,6 +152,78 @@ def test_an_exported_model_has_operations_that_others_know() -> None:
     assert not [node for node in graph.nodes if str(node.target).startswith(OPERATION)]
 
 
+def test_autocast_in_the_backward_alone_changes_nothing() -> None:
+    """The operations know nothing of it when they are traced."""
+    own, x = model(), torch.randn(4, 3, 6, requires_grad=True)
+    weights = [x, *(p for p in own.parameters() if p.requires_grad)]
+    expected = torch.autograd.grad(own(x).square().sum(), weights)
+    loss = torch.compile(own, backend="aot_eager", fullgraph=True)(x).square().sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(loss, weights)
+    for ours, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)
+
+
+class Breaking(Product):
+    """Its forward breaks the graph."""
+
+    def forward(self, base: Any, x: Tensor, y: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(base, x, y)
+
+
+def test_a_graph_that_breaks_in_an_adapter_computes_the_same() -> None:
+    """Dynamo then traces what a hook calls, and not the hook."""
+    own = adapted(nn.Linear(6, 5), lambda base: Breaking(base, 3))
+    x = torch.randn(4, 6, requires_grad=True)
+    call = torch.compile(own, backend="aot_eager")
+    for found, expected in zip(results(call, own, x), results(own, own, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not vars(call(x))
+
+
+def test_sizes_that_only_the_run_knows_are_no_question_to_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that depend on data, or that the user has bounded. Sizes known to be small have the plain form."""
+    monkeypatch.setattr(compiled, "LEAST_NUMBERS", 300)
+    own, x = model(), torch.randn(40, 6)
+    for size in (40, 60):
+        x = torch.randn(size, 6)
+        torch._dynamo.mark_dynamic(x, 0, min=2, max=1024)
+        assert operations(own, x) == 2
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert operations(lambda x, some: own(x[some]), torch.randn(60, 6), torch.arange(60) % 2 == 0) == 2
+    torch.compiler.reset()  # it remembers which sizes have changed
+    assert operations(own, torch.randn(40, 6)) == 1
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6)], ids=str)
+@pytest.mark.parametrize("least", [0, 1 << 40], ids=["one operation", "plain"])
+def test_inductor_keeps_the_scale(shape: tuple[int, ...], least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fusion of a matrix product with a sum ignores the sum's alpha; inputs with two dimensions have such a sum."""
+    monkeypatch.setattr(compiled, "LEAST_NUMBERS", least)
+    torch.manual_seed(0)
+    own = adapted(nn.Linear(6, 5, bias=False), lambda base: Product(base, 3, diagonal=False))
+    x = torch.randn(shape, requires_grad=True)
+    call = torch.compile(own, fullgraph=True)
+    for found, expected in zip(results(call, own, x), results(own, own, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivatives_without_a_graph_of_the_backward() -> None:
+    """The backend that runs operations as they are has them."""
+    own = model()
+    x = torch.randn(4, 6, requires_grad=True)
+
+    def second(call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        weights = [x, *(p for p in own.parameters() if p.requires_grad)]
+        first = torch.autograd.grad(call(x).square().sum(), weights, create_graph=True)
+        return [*torch.autograd.grad(torch.stack([each.square().sum() for each in first]).sum(), weights)]
+
+    call = torch.compile(own, backend="eager", fullgraph=True)
+    for found, expected in zip(second(call), second(own), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_operations_keep_what_torch_asks_of_one(bias: bool) -> None:
     """Torch's own check: schemas, shapes without values, derivatives, dynamic sizes."""
@@ -160,5 +232,7 @@ def test_the_operations_keep_what_torch_asks_of_one(bias: bool) -> None:
     torch.library.opcheck(compiled.linear_low_rank, (x, w, torch.randn(5) if bias else None, q, p, 0.5))
     g, h = torch.randn(2, 4, 5), torch.randn(8, 3)
     x, q, p = x.detach(), q.detach(), p.detach()
+    columns = torch.randn(6, 20).t(), torch.randn(20, 5).t()  # neither thin nor by row
+    torch.library.opcheck(compiled.gradients_of_factors, (g, x, torch.randn(8, 20), *columns, 0.5))
     torch.library.opcheck(compiled.gradients_of_factors, (g, x, h, q, p, 0.5))
     torch.library.opcheck(compiled.gradient_of_input, (g, w, h, q, 0.5))

@@ -12,21 +12,23 @@ from torch import Tensor
 
 from tunerkit.layers import products, torch_private
 from tunerkit.layers.base import BaseLayer
-from tunerkit.layers.fused import autocasts, frozen_weight, is_alone
+from tunerkit.layers.fused import autocast_off, autocasts, frozen_weight, is_straight
 
 # Numbers of an input from which the operations take less time than what they replace (docs/evidence/speed.md).
 LEAST_NUMBERS = 1 << 17
 _MARK = "_tunerkit_traced"
 
 
-def mark_traced(base: BaseLayer, x: object, y: object) -> bool:
-    """Mark ``y``, in the graph that is being traced, as what comes straight from ``base`` for ``x``; whether it was."""
-    if not (is_alone(base) and isinstance(x, Tensor) and isinstance(y, Tensor)):
-        return False
-    # On the tensor itself: within checkpoints and transforms, nothing that lives longer may be changed. What is
-    # computed from it has no mark.
-    setattr(y, _MARK, (base, x))
-    return True
+def mark_traced(base: BaseLayer, x: Tensor, y: Tensor) -> bool:
+    """Mark ``y``, in the graph that is being traced, as what comes straight from ``base`` for ``x``; whether it was.
+
+    The mark is on this tensor alone: within checkpoints and transforms, nothing that lives longer may be changed. It
+    holds because adapters do not write into ``x`` and ``y``.
+    """
+    if is_straight(base, x, y):
+        setattr(y, _MARK, (base, x))
+        return True
+    return False
 
 
 def unmark_traced(y: Tensor) -> None:
@@ -39,17 +41,26 @@ def add_traced(
 ) -> Tensor | None:
     """Compute y + scale · P Q x as one operation, without ``y``; None where the traced graph needs the plain form.
 
-    It does if it is exported, where others look for operations that they know; and where a transform of torch.func
-    would need a rule for them.
+    That is: with dropout, under autocast, in another dtype than fp32, elsewhere than on a CPU, for an input that is
+    known to be small, and where the base is trained or packed. Also in a graph that is exported, where others look for
+    operations that they know, and where a transform of torch.func would need a rule for them.
     """
-    mark = y._tunerkit_traced if hasattr(y, _MARK) else None  # type: ignore[attr-defined]
-    if mark is None or mark[0] is not base or mark[1] is not x or torch.compiler.is_exporting():
+    mark = getattr(y, _MARK) if hasattr(y, _MARK) else None  # with a default, dynamo finds something in any tensor
+    if mark is None or mark[0] is not base or mark[1] is not x or dropout or autocasts(q.device):
         return None
-    alike = x.dtype == y.dtype == q.dtype == torch.float32 and x.device.type == y.device.type == q.device.type == "cpu"
-    if not alike or dropout or autocasts(q.device) or torch_private.is_transformed() or x.numel() < LEAST_NUMBERS:
+    if torch.compiler.is_exporting() or torch_private.is_transformed() or _is_small(x):
+        return None
+    if not (x.dtype == y.dtype == q.dtype == torch.float32 and x.device.type == q.device.type == "cpu"):
         return None
     w, bias = frozen_weight(base, y), torch_private.own_parameters(base.module).get(base.bias_name)
     return None if w is None else linear_low_rank(x, w, bias, q, p, float(scale))[0]
+
+
+def _is_small(x: Tensor) -> bool:
+    """Whether ``x`` is known to be small, whatever sizes it may have in the graph: a question must not narrow them."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy, as the compiler has
+
+    return statically_known_true(x.numel() < LEAST_NUMBERS)
 
 
 @torch.library.custom_op(
@@ -62,8 +73,9 @@ def linear_low_rank(
 ) -> tuple[Tensor, Tensor]:
     """Return x Wᵀ + bias + scale · x Qᵀ Pᵀ, (..., out), and h = x Qᵀ, (n, r), for ``x`` (..., in)."""
     rows = x.reshape(-1, x.shape[-1])
-    h = products.multiply(rows, q.t())
-    out = products.affine(rows, w, bias).addmm_(h, p.t(), alpha=scale)
+    with autocast_off(x.device):
+        h = products.multiply(rows, q.t())
+        out = products.affine(rows, w, bias).addmm_(h, p.t(), alpha=scale)
     return out.view(*x.shape[:-1], len(w)), h.contiguous()
 
 
@@ -77,9 +89,10 @@ def gradients_of_factors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return g P, (n, r), and the gradients of Q and P, for the gradient ``g`` (..., out) of the sum."""
     rows, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    grad_h = products.multiply(g2, p)
-    grad_q = products.gradient(grad_h, rows, q, scale)
-    return grad_h.contiguous(), grad_q, products.gradient(h, g2, p.t(), scale).t().contiguous()
+    with autocast_off(g.device):  # it may be on in backward alone
+        grad_h = products.multiply(g2, p)
+        grad_q, grad_pt = products.gradient(grad_h, rows, q, scale), products.gradient(h, g2, p.t(), scale)
+    return grad_h.contiguous(), grad_q.contiguous(), grad_pt.t().contiguous()
 
 
 @torch.library.custom_op(
@@ -89,8 +102,9 @@ def gradients_of_factors(
 )
 def gradient_of_input(g: Tensor, w: Tensor, grad_h: Tensor, q: Tensor, scale: float) -> Tensor:
     """Return g W + scale · grad_h Q, (..., in)."""
-    found = products.multiply(g.reshape(-1, g.shape[-1]), w).addmm_(grad_h, q, alpha=scale)
-    return found.view(*g.shape[:-1], q.shape[1])
+    with autocast_off(g.device):
+        found = products.multiply(g.reshape(-1, g.shape[-1]), w).addmm_(grad_h, q, alpha=scale)
+    return found.reshape(*g.shape[:-1], q.shape[1]).contiguous()
 
 
 @linear_low_rank.register_fake
@@ -118,6 +132,11 @@ def _backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 6
     x, w, q, p, h = ctx.saved_tensors
+    if torch.is_grad_enabled():  # second derivatives, which backends without a graph of the backward have
+        rows, g2 = x.reshape(-1, x.shape[-1]), ctx.scale * g.reshape(-1, g.shape[-1])
+        grad_h = g2 @ p
+        grad_x = (g.reshape(-1, g.shape[-1]) @ w + grad_h @ q).reshape(x.shape)
+        return grad_x, None, None, grad_h.t() @ rows, g2.t() @ (rows @ q.t()), None
     grad_h, grad_q, grad_p = gradients_of_factors(g, x, h, q, p, ctx.scale)
     grad_x = gradient_of_input(g, w, grad_h, q, ctx.scale) if ctx.needs_input_grad[0] else None
     return grad_x, None, None, grad_q, grad_p, None

@@ -71,24 +71,25 @@ def plain_form() -> AbstractContextManager[object]:
     return register_module_forward_hook(lambda module, args, output: None)
 
 
-def mark_fresh(base: BaseLayer, x: object, y: object) -> bool:
+def mark_fresh(base: BaseLayer, x: Tensor, y: Tensor) -> bool:
     """Mark ``y`` as coming straight from the forward of ``base`` on ``x``, if it does; whether it was marked.
 
     Only a marked tensor may be overwritten. The mark is valid until the tensor changes or `unmark` removes it. It is on
     this object alone: a tensor that an adapter computes from it has none.
     """
-    if not is_alone(base):
-        return False
-    if type(x) is not Tensor or type(y) is not Tensor or y.is_nested or y.layout != torch.strided:
+    # Where a graph was broken, dynamo may trace this by itself, for a forward that isn't traced.
+    if torch.compiler.is_compiling() or not is_straight(base, x, y):
         return False
     vars(y)[_MARK] = _Fresh(base.module, ref(x), torch_private.version(y))
     return True
 
 
-def is_alone(base: BaseLayer) -> bool:
-    """Whether the output of ``base`` is x Wᵀ + b and no other hook, nor a forward of the module's own, changes it."""
+def is_straight(base: BaseLayer, x: object, y: object) -> bool:
+    """Whether ``y`` is x Wᵀ + b of plain tensors: no other hook changes it, nor has the module a forward of its own."""
     module = base.module
-    return base.linear and torch_private.has_single_hook(module) and "forward" not in vars(module)
+    if not (base.linear and torch_private.has_single_hook(module) and "forward" not in vars(module)):
+        return False
+    return type(x) is Tensor and type(y) is Tensor and not y.is_nested and y.layout == torch.strided
 
 
 def unmark(y: Tensor) -> None:

@@ -43,7 +43,10 @@ def affine(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def gradient(h: Tensor, g: Tensor, of: Tensor, scale: float) -> Tensor:
-    """Compute scale · Hᵀ G, the gradient of a factor ``of`` (r, m), for ``h`` (n, r) and an activation ``g`` (n, m)."""
+    """Compute scale · Hᵀ G, the gradient of a factor ``of`` (r, m), for ``h`` (n, r) and an activation ``g`` (n, m).
+
+    It may have the strides of ``of``, whose values are not read.
+    """
     product = _onednn(g)
     if product is not None:
         scaled = h if scale == 1 else h * scale
@@ -63,7 +66,7 @@ def is_thin(rank: int, factor: Tensor) -> bool:
 
 
 def _onednn(activation: Tensor) -> Any:
-    """The product of oneDNN, if one with ``activation`` is to go there; None otherwise. It cannot be differentiated."""
+    """OneDNN's product, if one with ``activation`` is to go there; autograd cannot differentiate it."""
     if activation.numel() < LEAST_NUMBERS or activation.dtype is not torch.float32 or activation.device.type != "cpu":
         return None
     if torch.is_grad_enabled() or not (prefers_onednn() and activation.is_contiguous()):
@@ -83,10 +86,8 @@ def prefers_onednn() -> bool:
 
 def is_amd() -> bool:
     """Whether the processor is one of AMD's, as the system says."""
-    if _AMD in platform.processor():  # Windows
-        return True
     try:
         with CPUINFO.open(encoding="utf-8") as file:  # the first core's part is enough
             return _AMD in file.read(4096)
-    except OSError:
-        return False
+    except OSError:  # Windows has none; Linux would start a process to answer the next question
+        return _AMD in platform.processor()
