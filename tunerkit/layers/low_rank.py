@@ -65,7 +65,7 @@ def add_low_rank(
     # Ids keep their dtype, and so does what autocast casts.
     cast = x.is_floating_point() and product_dtype(x, q) == q.dtype
     h = base.project_in(x.to(q.device, q.dtype if cast else x.dtype), q, dropout)  # Q x
-    if torch.compiler.is_compiling():  # inductor 2.13 loses the alpha of a sum with a product of matrices
+    if torch.compiler.is_compiling():  # inductor ignores the alpha of a sum with a product (pytorch issue 167313)
         h, scale = h * scale, 1.0
     delta = base.project_out(h, p)  # P Q x
     return torch.add(y, delta.to(y.device, y.dtype), alpha=scale)
