@@ -551,7 +551,7 @@ def test_the_part_for_gpus_runs_in_small_form_on_a_cpu(capsys: pytest.CaptureFix
     assert {row.where for row in rows} == {f"small, {form}, cpu" for form in gpu.FORMS if form not in left_out}
     for form in (gpu.EAGER, gpu.COMPILED):
         named = {row.who for row in rows if row.where == f"small, {form}, cpu" and row.measure == "step, ms"}
-        assert named == {*gpu.NAMES} - ({contenders.PEFT_ADALORA} if form == gpu.COMPILED else set())
+        assert named == {*steps.NAMES} - ({contenders.PEFT_ADALORA} if form == gpu.COMPILED else set())
     assert {row.measure for row in rows} >= {"step, ms", steps.RATIO, gpu.NOISE, "peak above the floor's, MiB"}
     assert {row.limit for row in rows} == {None}
 
@@ -593,12 +593,22 @@ def watched_step(found: list[str]) -> Any:
     return lambda optimizer, *_: found.append("updated")
 
 
-@pytest.mark.parametrize(("form", "fit"), [(gpu.EAGER, False), (gpu.NF4, True)])
-def test_a_base_takes_at_most_half_of_a_card(form: str, fit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """8B in bf16 are 14 GB, and in nf4 a quarter of that."""
-    card = types.SimpleNamespace(total_memory=24 * 2**30)
+@pytest.mark.parametrize(
+    ("name", "size", "form", "fit"),
+    [
+        ("llama-8b", 24, gpu.EAGER, False),
+        ("llama-8b", 24, gpu.NF4, True),
+        ("llama-8b", 80, gpu.EAGER, True),
+        ("llama-70b", 80, gpu.NF4, False),
+    ],
+)
+def test_a_base_takes_at_most_half_of_a_card(
+    name: str, size: int, form: str, fit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8B in bf16 are 14 GB, and in nf4 a quarter of that; 70B in bf16 are 137 GB before they are quantised."""
+    card = types.SimpleNamespace(total_memory=size * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    assert gpu.fits(LLAMA_SHAPES["llama-8b"], form) == fit
+    assert gpu.fits(LLAMA_SHAPES[name], form) == fit
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_conv_forward": ("runs_convolution_of, convolve (layers.kinds)", convolutions),
     "_version": ("version (layers.fused)", versions),
     "_are_functorch_transforms_active": (
-        "is_observed (layers.fused)",
+        "is_transformed, is_observed (layers.compiled, layers.fused)",
         observed_inside(lambda look: torch.vmap(look)(torch.ones(3, 2))),
     ),
     "_current_level": ("is_observed (layers.fused)", observed_inside(in_forward_mode)),

@@ -185,7 +185,7 @@ def is_observed() -> bool:
     That is tracing, a functorch transform, forward-mode differentiation, or selective checkpointing, which returns the
     kept outputs again in backward.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._is_tracing():
+    if is_transformed() or forward_ad._current_level >= 0 or torch._C._is_tracing():
         return True
     if not torch._C._len_torch_dispatch_stack():
         return False
