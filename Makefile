@@ -8,6 +8,8 @@ PYTEST_ARGS ?=
 BENCHMARK_ARGS ?=
 # The exact versions that are installed; empty: the newest that pyproject.toml allows.
 CONSTRAINTS ?= -c constraints.txt
+# Another torch for core's tests, in a new .venv-core; empty: the newest that pip finds.
+TORCH ?=
 # Where dist-check finds what is not ours; empty: it is installed from an index, which takes minutes.
 BORROW ?= --borrow .venv
 DEMO_OUT ?= out/demo
@@ -92,7 +94,7 @@ pages: $(DEV_READY) ## write again what pages say of the repository: commands th
 constraints: ## write constraints.txt again, with the newest versions, in new environments
 	rm -rf $(VENVS)
 	$(MAKE) -j $(WORKERS) environments $(DIST_READY) CONSTRAINTS=
-	$(BIN)/python -m scripts.release.constraints $(VENVS)
+	$(BIN)/python -m scripts.release.constraints $(filter-out .venv-core,$(VENVS))
 
 benchmark: $(DEV_READY) ## measure speed and memory compared with PEFT's, into out/speed
 	$(BIN)/python -m benchmarks.speed $(BENCHMARK_ARGS)
@@ -131,9 +133,10 @@ $(DEV_READY): $(PROJECTS) constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install $(CONSTRAINTS) -e ".[dev]" $(PLUGINS)
 	touch $@ $(DEMO_READY) $(LM_READY)
 
-# No plugin: tests that pass here depend on core alone.
-$(CORE_READY): pyproject.toml constraints.txt | $(CORE_BIN)/python
-	$(CORE_BIN)/python -m pip install $(CONSTRAINTS) -e ".[test]" "accelerate>=1.1" "transformers>=5,<6"
+# No plugin, and the oldest versions: tests that pass here depend on core alone, and on nothing newer.
+$(CORE_READY): pyproject.toml constraints.txt oldest.txt | $(CORE_BIN)/python
+	$(CORE_BIN)/python -m pip install $(CONSTRAINTS) -e ".[test]"
+	$(CORE_BIN)/python -m pip install -r oldest.txt $(if $(TORCH),"torch==$(TORCH)")
 	touch $@
 
 $(QUANTISERS_READY): $(PROJECTS) constraints.txt | .venv-quantisers/bin/python

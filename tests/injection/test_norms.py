@@ -257,14 +257,16 @@ def test_the_check_of_a_norm_leaves_the_random_state_and_the_module_alone() -> N
 
 
 def test_the_checks_of_the_kit_pass() -> None:
-    """Those about the delta, and that a norm with an adapter compiles into one graph."""
+    """Those about the delta, and that a norm with an adapter compiles into one graph, which old versions cut there."""
 
     def output(model: nn.Module) -> Tensor:
         result: Tensor = model(X.to(next(model.parameters()).dtype))
         return result
 
     case = Case("norms", Model, output, lambda model: output(model).float().square().mean())
-    names = ["delta_is_what_forward_adds", "delta_gives_gradients", "gradients_are_true", "merges", "compiles"]
+    names = ["delta_is_what_forward_adds", "delta_gives_gradients", "gradients_are_true", "merges"]
+    if torch.__version__ >= "2.12":  # no comparison of texts
+        names.append("compiles")
     results = check_method("toy-norms", cases=[case], checks=names)
     assert [(each.check, each.status, each.reason) for each in results if each.status != "passed"] == []
     assert len(results) == len(names)

@@ -212,7 +212,9 @@ def dynamo() -> bool:
     noted = len(torch._dynamo.convert_frame.input_codes.seen)
     torch_private.forget_compiled()
     forgotten = not torch._dynamo.convert_frame.input_codes.seen
-    return not before and noted > 0 and forgotten and torch._dynamo.config.skip_nnmodule_hook_guards is False
+    config = torch._dynamo.config
+    guarded = not (config.skip_nnmodule_hook_guards or config.skip_tensor_guards_with_matching_dict_tags)
+    return not before and noted > 0 and forgotten and guarded
 
 
 def compilations() -> bool:
@@ -222,6 +224,20 @@ def compilations() -> bool:
     compiled_function(torch.ones(2)), compiled_function(torch.zeros(2))
     torch.compiler.reset()
     return bool(counter.frame_count == 1)
+
+
+def exporting() -> bool:
+    """A compiled function is not exported, and an exported one is; dynamo traces the question either way."""
+
+    class Asking(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1 if torch_private.is_transformed_or_exported() else x
+
+    x = torch.zeros(1)
+    compiled = torch.compile(Asking(), backend="eager", fullgraph=True)(x)
+    exported = [torch.export.export(Asking(), (x,), strict=strict).module()(x) for strict in (True, False)]
+    torch.compiler.reset()
+    return [float(found) for found in (Asking()(x), compiled, *exported)] == [0, 0, 1, 1]
 
 
 def onednn_products() -> bool:
@@ -261,9 +277,10 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_conv_forward": ("runs_convolution_of, convolve (layers.kinds)", convolutions),
     "_version": ("version (layers.fused)", versions),
     "_are_functorch_transforms_active": (
-        "is_transformed, is_observed (layers.compiled, layers.fused)",
+        "is_transformed_or_exported, is_observed (layers.compiled, layers.fused)",
         observed_inside(lambda look: torch.vmap(look)(torch.ones(3, 2))),
     ),
+    "_is_exporting_flag": ("is_transformed_or_exported (layers.compiled)", exporting),
     "_current_level": ("is_observed (layers.fused)", observed_inside(in_forward_mode)),
     "_is_tracing": (
         "is_observed (layers.fused)",
@@ -294,7 +311,7 @@ DELETED = (
     *("_is_tracing", "_are_functorch_transforms_active", "_len_torch_dispatch_stack", "_current_level"),
     *("_CachingTorchDispatchMode", "_CachedTorchDispatchMode", "torch.utils._python_dispatch", "_ConvNd"),
     *("_BatchNorm", "_NormBase", "_InstanceNorm", "_get_no_batch_dim", "_conv_forward", "_global_forward_hooks"),
-    *("_get_current_dispatch_mode_stack",),
+    *("_get_current_dispatch_mode_stack", "_is_exporting_flag"),
     *("_foreach_div_", "_foreach_copy_", "_current_graph_task_id", "_will_engine_execute_node"),
 )
 OF_INSTANCES = {

@@ -310,6 +310,25 @@ def test_constraints_are_exact_versions_without_addresses() -> None:
     assert not any(name.startswith("tunerkit") for name in names)
 
 
+def exact_versions(name: str) -> dict[str, str]:
+    """The versions in a file at the top of the repository."""
+    lines = [line for line in (ROOT / name).read_text("utf-8").splitlines() if not line.startswith("#")]
+    return dict(line.partition(";")[0].split("==") for line in lines)
+
+
+@pytest.mark.parametrize("folder", projects(), ids=lambda each: each.name)
+def test_what_core_needs_is_tested_in_the_oldest_version_that_anybody_asks_for(folder: Path) -> None:
+    """All of it but torch, whose old versions are tested by hand."""
+    oldest = {"pluggy": exact_versions("constraints.txt")["pluggy"], **exact_versions("oldest.txt")}
+    wanted = [Requirement(text) for text in project_of(folder)["project"]["dependencies"]]
+    if folder == ROOT:
+        assert {own.name for own in wanted} - {"torch"} <= oldest.keys()
+    for own in wanted:
+        lowest = [each.version for each in own.specifier if each.operator == ">="]
+        if own.name in oldest:
+            assert lowest == [] or f"{oldest[own.name]}.".startswith(f"{lowest[0]}."), own
+
+
 def test_environments_that_differ_make_no_constraints() -> None:
     """A library has one line; local versions, which no index has, are cut off."""
     assert constraints.lines_of({"a": {"Torch": "2.1+cpu", "pip": "1"}, "b": {"torch": "2.1", "a_b": "3"}}) == [
@@ -323,8 +342,7 @@ def test_environments_that_differ_make_no_constraints() -> None:
 @pytest.mark.parametrize("folder", projects(), ids=lambda each: each.name)
 def test_constraints_are_within_what_we_ask_for(folder: Path) -> None:
     """And every library that a distribution needs has its line."""
-    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-    exact = dict(line.partition(";")[0].split("==") for line in lines if not line.startswith("#"))
+    exact = exact_versions("constraints.txt")
     for wanted in map(Requirement, project_of(folder)["project"]["dependencies"]):
         if not wanted.name.startswith("tunerkit"):
             assert wanted.specifier.contains(exact[wanted.name])

@@ -177,6 +177,7 @@ def test_a_withheld_parameter_has_a_state_in_the_checkpoint_and_training_goes_on
     assert all(torch.equal(one, two) for one, two in pairs)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 raises a KeyError, also with strict=False")
 def test_states_of_other_shapes_are_left_to_torch(toys: "Toys", holding: HoldingPlugin) -> None:
     """Adafactor keeps rows and columns: nothing is made up for it, and torch says what to do."""
     model, optimizer = attached(toys, torch.optim.Adafactor)

@@ -13,12 +13,12 @@ from tunerkit.serialization.safetensors_file import _DTYPES, bytes_of, plain, re
 
 
 def test_a_file_has_the_bytes_that_the_library_writes(tmp_path: Path) -> None:
-    """Of every dtype, of tensors without values, tied and transposed ones; and reading gives them back."""
+    """Of every dtype it knows, of tensors without values, tied and transposed ones; and reading gives them back."""
     base = torch.arange(24).reshape(4, 6)
     tensors = {
         name: (base / 8 if dtype.is_floating_point else base).to(dtype)
         for name, dtype in _DTYPES.items()
-        if name != "C64"
+        if name != "C64" and not (safetensors.__version__ < "0.8" and name.endswith("FNUZ"))
     }
     tensors |= {"a": base.T, "b": base[1:, ::2], "c": base, "d": torch.empty(0, 3), "e": torch.tensor(3.0)}
     write(path := tmp_path / "x.safetensors", plain(tensors), {"k": "v"})

@@ -48,7 +48,7 @@ def add_traced(
     mark = getattr(y, _MARK) if hasattr(y, _MARK) else None  # with a default, dynamo finds something in any tensor
     if mark is None or mark[0] is not base or mark[1] is not x or dropout or autocasts(q.device):
         return None
-    if torch.compiler.is_exporting() or torch_private.is_transformed() or _is_small(x):
+    if torch_private.is_transformed_or_exported() or _is_small(x):
         return None
     if not (x.dtype == y.dtype == q.dtype == torch.float32 and x.device.type == q.device.type == "cpu"):
         return None

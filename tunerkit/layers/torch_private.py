@@ -185,7 +185,7 @@ def is_observed() -> bool:
     That is tracing, a functorch transform, forward-mode differentiation, or selective checkpointing, which returns the
     kept outputs again in backward.
     """
-    if is_transformed() or forward_ad._current_level >= 0 or torch._C._is_tracing():
+    if is_transformed_or_exported() or forward_ad._current_level >= 0 or torch._C._is_tracing():
         return True
     if not torch._C._len_torch_dispatch_stack():
         return False
@@ -193,9 +193,9 @@ def is_observed() -> bool:
     return any(isinstance(mode, keepers) for mode in _python_dispatch()._get_current_dispatch_mode_stack())
 
 
-def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` is active; dynamo can trace the question."""
-    return torch._C._are_functorch_transforms_active()
+def is_transformed_or_exported() -> bool:
+    """Whether a transform of ``torch.func`` or an export is active. Dynamo can trace the question, in torch 2.9 too."""
+    return torch.compiler._is_exporting_flag or torch._C._are_functorch_transforms_active()
 
 
 def dispatch_mode() -> Any:
@@ -267,14 +267,14 @@ def uncompiled(function: Callable[[nn.Module], None]) -> Callable[[nn.Module], N
 
 
 def forget_compiled() -> None:
-    """Make compiled code respect our hooks: discard what was compiled before, and let dynamo guard on hooks.
+    """Make compiled code respect hooks and shapes: discard what was compiled before, and let dynamo guard on both.
 
     By default dynamo does not guard on hooks. Code compiled for a bare model would then also run, without adapters,
-    for a wrapped model of the same class. Loading dynamo takes seconds, but building an optimizer loads it too, and
-    nothing notifies us then: code compiled before this setting is changed would ignore adapters.
+    for a wrapped model of the same class; and, before torch 2.12, code for a rank after that has changed in place.
+    Loading dynamo takes seconds, but building an optimizer loads it too, and nothing notifies us then: it is not awaited.
     """
     dynamo = importlib.import_module(_DYNAMO)
-    dynamo.config.skip_nnmodule_hook_guards = False
+    dynamo.config.skip_nnmodule_hook_guards = dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
     if dynamo.convert_frame.input_codes.seen:  # usually empty: nothing was compiled yet
         dynamo.reset()
 

@@ -42,8 +42,9 @@ class Config(AdapterConfig):
 class Bases(nn.Module):
     """The random ``a`` (rank, 1, short) and ``b`` (long, n, rank), large enough for all targets, and never trained.
 
-    They are drawn and normalised in bf16, as PEFT does, so that a seed gives the same numbers. Processors with other
-    vector instructions round about one number in 10,000 otherwise, by its last bit: a reason to save the bases.
+    They are drawn in fp32 and rounded to bf16, so that a seed gives the same numbers with every torch; as in PEFT from
+    torch 2.12 on, before which bf16 was drawn otherwise. Processors with other vector instructions round about one
+    number in 10,000 otherwise, by its last bit: a reason to save the bases.
     """
 
     a: Tensor
@@ -53,8 +54,9 @@ class Bases(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(config.seed)
         for name, count, size in (("a", 1, (rank, 1, short)), ("b", -(-short // rank), (long, 1, rank))):
-            empty = [torch.empty(size, dtype=torch.bfloat16) for _ in range(count)]
+            empty = [torch.empty(size) for _ in range(count)]
             drawn = torch.cat([nn.init.kaiming_uniform_(each, a=sqrt(5), generator=generator) for each in empty], 1)
+            drawn = drawn.bfloat16()
             values = nn.Parameter((drawn / drawn.std()).float(), requires_grad=False)
             if config.save_bases:
                 self.register_parameter(name, values)

@@ -2,11 +2,15 @@
 
 from typing import Any
 
+import torch
+
 from tunerkit.layers import torch_private
 
 
 class Counting:
     """Counts the operations dispatched inside the block; an operation on a list of tensors counts once.
+
+    Detaching is not counted: autograd does it for each node, and how often depends on the version of torch.
 
     ::
 
@@ -22,7 +26,7 @@ class Counting:
         self.count = 0
 
         def dispatch(mode: object, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.count += 1
+            self.count += function is not torch.ops.aten.detach.default
             return function(*args, **(kwargs or {}))
 
         self._mode = type("Mode", (torch_private.dispatch_mode(),), {"__torch_dispatch__": dispatch})()

@@ -40,7 +40,8 @@ def _output(model: nn.Module) -> Tensor:
 
 
 def _loss(model: nn.Module) -> Tensor:
-    return F.mse_loss(_sample(model), _noise(2))
+    found = _sample(model)
+    return F.mse_loss(found, _noise(2).to(found.dtype))
 
 
 CASES: tuple[Case, ...] = (
