@@ -271,7 +271,7 @@ def forget_compiled() -> None:
 
     By default dynamo does not guard on hooks. Code compiled for a bare model would then also run, without adapters,
     for a wrapped model of the same class; and, before torch 2.12, code for a rank after that has changed in place.
-    Loading dynamo takes seconds, but building an optimizer loads it too, and nothing notifies us then: it is not awaited.
+    Loading dynamo takes seconds, but building an optimizer loads it too, and nothing notifies us then.
     """
     dynamo = importlib.import_module(_DYNAMO)
     dynamo.config.skip_nnmodule_hook_guards = dynamo.config.skip_tensor_guards_with_matching_dict_tags = False

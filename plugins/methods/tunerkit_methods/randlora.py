@@ -35,16 +35,20 @@ class Config(AdapterConfig):
     rank: int | None = setting(None, ge=1, doc="rank of each product; None takes 32, or less for small layers")
     alpha: float = setting(640.0, gt=0, doc="numerator of the scale alpha / rank", aka=("randlora_alpha",))
     seed: int = setting(0, ge=0, doc="seed of the random bases", aka=("projection_prng_key",))
-    save_bases: bool = setting(True, doc="whether files hold the bases, or draw them again", aka=("save_projection",))
+    save_bases: bool = setting(
+        True,
+        doc="whether files hold the bases; else they are drawn again, as others before torch 2.12",
+        aka=("save_projection",),
+    )
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of the input that is dropped", aka=("randlora_dropout",))
 
 
 class Bases(nn.Module):
     """The random ``a`` (rank, 1, short) and ``b`` (long, n, rank), large enough for all targets, and never trained.
 
-    They are drawn in fp32 and rounded to bf16, so that a seed gives the same numbers with every torch; as in PEFT from
-    torch 2.12 on, before which bf16 was drawn otherwise. Processors with other vector instructions round about one
-    number in 10,000 otherwise, by its last bit: a reason to save the bases.
+    They are drawn and normalised in bf16, as PEFT does, so that a seed gives the same numbers. Before torch 2.12 it
+    gives others, and processors with other vector instructions round about one number in 10,000 otherwise, by its last
+    bit: reasons to save the bases.
     """
 
     a: Tensor
@@ -54,9 +58,8 @@ class Bases(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(config.seed)
         for name, count, size in (("a", 1, (rank, 1, short)), ("b", -(-short // rank), (long, 1, rank))):
-            empty = [torch.empty(size) for _ in range(count)]
+            empty = [torch.empty(size, dtype=torch.bfloat16) for _ in range(count)]
             drawn = torch.cat([nn.init.kaiming_uniform_(each, a=sqrt(5), generator=generator) for each in empty], 1)
-            drawn = drawn.bfloat16()
             values = nn.Parameter((drawn / drawn.std()).float(), requires_grad=False)
             if config.save_bases:
                 self.register_parameter(name, values)
