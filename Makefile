@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 BENCHMARK_ARGS ?=
 # The exact versions that are installed; empty: the newest that pyproject.toml allows.
 CONSTRAINTS ?= -c constraints.txt
-# Another torch for core's tests, in a new .venv-core; empty: the newest that pip finds.
+# Another torch for core's tests, which get an environment for it; empty: that of constraints.txt.
 TORCH ?=
 # Where dist-check finds what is not ours; empty: it is installed from an index, which takes minutes.
 BORROW ?= --borrow .venv
@@ -16,7 +16,7 @@ DEMO_OUT ?= out/demo
 DEMO_LM_OUT ?= out/demo-lm
 
 BIN := .venv/bin
-CORE_BIN := .venv-core/bin
+CORE := .venv-core$(TORCH)
 NAMES := lora adalora methods peft gguf diffusers quant cli testing serving transformers distributed
 PROJECTS := pyproject.toml $(NAMES:%=plugins/%/pyproject.toml)
 PLUGINS := $(NAMES:%=-e plugins/%)
@@ -27,7 +27,7 @@ FEW_THREADS := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_
 DEMO_READY := .venv/.demo-ready
 LM_READY := .venv/.lm-ready
 DEV_READY := .venv/.dev-ready
-CORE_READY := .venv-core/.ready
+CORE_READY := $(CORE)/.ready
 QUANTISERS_READY := .venv-quantisers/.ready
 DEEPSPEED_READY := .venv-deepspeed/.ready
 DIST_READY := .venv-dist/.ready
@@ -57,7 +57,7 @@ test-everything: ## run them in every environment: core alone, with the librarie
 environments: $(DEV_READY) $(CORE_READY) $(QUANTISERS_READY) $(DEEPSPEED_READY)
 
 test-core: $(CORE_READY) ## run core's tests with no plugin installed
-	$(FEW_THREADS) $(CORE_BIN)/python $(PYTEST) tests
+	$(FEW_THREADS) $(CORE)/bin/python $(PYTEST) tests
 
 test-quantisers: $(QUANTISERS_READY) ## run the tests with quantised bases, with the libraries that quantise
 	$(FEW_THREADS) .venv-quantisers/bin/python -m pytest -n $(WORKERS) -k "$(OF_QUANTISED)" $(PYTEST_ARGS) plugins/quant/tests tests/steps/test_engines.py tests/repository/test_readme.py
@@ -103,14 +103,14 @@ benchmark-gpu: $(DEV_READY) ## measure speed and memory on a GPU, into out/gpu; 
 	$(BIN)/python -m benchmarks.speed --part gpu --out out/gpu $(BENCHMARK_ARGS)
 
 clean: ## remove what the other targets created
-	rm -rf $(VENVS) site dist build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENVS) $(wildcard .venv-core*) site dist build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # An existing venv is kept; missing packages are installed into it.
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
-$(CORE_BIN)/python:
-	$(PYTHON) -m venv .venv-core
+$(CORE)/bin/python:
+	$(PYTHON) -m venv $(CORE)
 
 .venv-quantisers/bin/python:
 	$(PYTHON) -m venv .venv-quantisers
@@ -134,9 +134,9 @@ $(DEV_READY): $(PROJECTS) constraints.txt | $(BIN)/python
 	touch $@ $(DEMO_READY) $(LM_READY)
 
 # No plugin, and the oldest versions: tests that pass here depend on core alone, and on nothing newer.
-$(CORE_READY): pyproject.toml constraints.txt oldest.txt | $(CORE_BIN)/python
-	$(CORE_BIN)/python -m pip install $(CONSTRAINTS) -e ".[test]"
-	$(CORE_BIN)/python -m pip install -r oldest.txt $(if $(TORCH),"torch==$(TORCH)")
+$(CORE_READY): pyproject.toml constraints.txt oldest.txt | $(CORE)/bin/python
+	sed -n 's/^\([a-z].*==\).*/^\1/p' oldest.txt | grep -vf - constraints.txt $(if $(TORCH),| grep -v ^torch==) > $(CORE)/newer.txt
+	$(CORE)/bin/python -m pip install $(if $(CONSTRAINTS),-c $(CORE)/newer.txt) -r oldest.txt -e ".[test]" $(if $(TORCH),"torch==$(TORCH)")
 	touch $@
 
 $(QUANTISERS_READY): $(PROJECTS) constraints.txt | .venv-quantisers/bin/python

@@ -1,6 +1,6 @@
 """Writes constraints.txt: the exact versions in the environments given, as an index has them.
 
-    python -m scripts.release.constraints .venv .venv-core
+    python -m scripts.release.constraints .venv .venv-quantisers
 
 Our own distributions are left out: they come from the tree.
 """

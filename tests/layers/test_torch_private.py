@@ -212,9 +212,7 @@ def dynamo() -> bool:
     noted = len(torch._dynamo.convert_frame.input_codes.seen)
     torch_private.forget_compiled()
     forgotten = not torch._dynamo.convert_frame.input_codes.seen
-    config = torch._dynamo.config
-    guarded = not (config.skip_nnmodule_hook_guards or config.skip_tensor_guards_with_matching_dict_tags)
-    return not before and noted > 0 and forgotten and guarded
+    return not before and noted > 0 and forgotten and torch._dynamo.config.skip_nnmodule_hook_guards is False
 
 
 def compilations() -> bool:
@@ -280,7 +278,7 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
         "is_transformed_or_exported, is_observed (layers.compiled, layers.fused)",
         observed_inside(lambda look: torch.vmap(look)(torch.ones(3, 2))),
     ),
-    "_is_exporting_flag": ("is_transformed_or_exported (layers.compiled)", exporting),
+    "_is_exporting_flag": ("is_transformed_or_exported, is_observed (layers.compiled, layers.fused)", exporting),
     "_current_level": ("is_observed (layers.fused)", observed_inside(in_forward_mode)),
     "_is_tracing": (
         "is_observed (layers.fused)",

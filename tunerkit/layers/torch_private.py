@@ -182,8 +182,8 @@ def will_run(node: Any) -> bool:
 def is_observed() -> bool:
     """Whether something records the operations of a forward, or keeps their outputs.
 
-    That is tracing, a functorch transform, forward-mode differentiation, or selective checkpointing, which returns the
-    kept outputs again in backward.
+    That is tracing, export, a functorch transform, forward-mode differentiation, or selective checkpointing, which
+    returns the kept outputs again in backward.
     """
     if is_transformed_or_exported() or forward_ad._current_level >= 0 or torch._C._is_tracing():
         return True
@@ -271,10 +271,13 @@ def forget_compiled() -> None:
 
     By default dynamo does not guard on hooks. Code compiled for a bare model would then also run, without adapters,
     for a wrapped model of the same class; and, before torch 2.12, code for a rank after that has changed in place.
-    Loading dynamo takes seconds, but building an optimizer loads it too, and nothing notifies us then.
+    Loading dynamo takes seconds, but building an optimizer loads it too, and nothing notifies us then: code compiled
+    before this setting is changed would ignore adapters.
     """
     dynamo = importlib.import_module(_DYNAMO)
-    dynamo.config.skip_nnmodule_hook_guards = dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
+    dynamo.config.skip_nnmodule_hook_guards = False
+    if torch.__version__ < "2.12":
+        dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
     if dynamo.convert_frame.input_codes.seen:  # usually empty: nothing was compiled yet
         dynamo.reset()
 

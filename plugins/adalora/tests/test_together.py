@@ -52,6 +52,7 @@ def assert_like_one(job: Job, results: list[dict[str, Any]], folder: Path) -> No
         for name, tensor in one["weights"].items():
             assert torch.equal(each["weights"][name], results[0]["weights"][name])
             assert each["weights"][name].shape == tensor.shape, name
+            # Some λ are above 4: their last bit is 5e-7.
             assert torch.allclose(each["weights"][name].float(), tensor.float(), rtol=1e-6, atol=1e-6), name
     assert sum(one["ranks"].values()) == 2 * job.config["target_rank"]  # type: ignore[operator]
 
@@ -69,7 +70,7 @@ def test_two_processes_allocate_as_one(
     first = trained[cell][0]
     with torch.no_grad():
         loaded = tunerkit.load(together.net(), first["file"])(together.inputs())
-    assert torch.allclose(loaded, first["output"], rtol=1e-6, atol=1e-6)
+    assert torch.allclose(loaded, first["output"], rtol=0, atol=1e-6)
 
 
 def test_masked_triplets_leave_memory_where_adapters_are_whole(

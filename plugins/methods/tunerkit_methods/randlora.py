@@ -37,7 +37,7 @@ class Config(AdapterConfig):
     seed: int = setting(0, ge=0, doc="seed of the random bases", aka=("projection_prng_key",))
     save_bases: bool = setting(
         True,
-        doc="whether files hold the bases; else they are drawn again, as others before torch 2.12",
+        doc="whether files hold the bases; if not, they are drawn again, with other numbers before torch 2.12",
         aka=("save_projection",),
     )
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of the input that is dropped", aka=("randlora_dropout",))
@@ -47,8 +47,8 @@ class Bases(nn.Module):
     """The random ``a`` (rank, 1, short) and ``b`` (long, n, rank), large enough for all targets, and never trained.
 
     They are drawn and normalised in bf16, as PEFT does, so that a seed gives the same numbers. Before torch 2.12 it
-    gives others, and processors with other vector instructions round about one number in 10,000 otherwise, by its last
-    bit: reasons to save the bases.
+    gives others, and processors with other vector instructions round about one number in 10,000 differently, by its
+    last bit: reasons to save the bases.
     """
 
     a: Tensor
