@@ -55,7 +55,7 @@ def test_a_missing_and_an_old_library_come_with_the_command_that_installs_them(
     fine, text = shown()
     assert fine == before
     assert f"plot: {install('plot')}\n" in text
-    assert 'accelerate: pip install --upgrade "accelerate>=1.2"\n' in text
+    assert 'accelerate: pip install --upgrade "accelerate>=1.6"\n' in text
 
 
 def test_no_command_is_cut_where_the_terminal_is_narrow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def leave_out_(trainer: Trainer, tuners: Sequence[Tuner]) -> None:
     if not trainer.is_fsdp_enabled:
         return
     plugin: Any = trainer.accelerator.state.fsdp_plugin
-    if getattr(plugin, "fsdp_version", 1) != 2:  # accelerate before 1.6 knows FSDP1 alone
+    if plugin.fsdp_version != 2:
         raise StepError(
             "a Trainer that runs FSDP1 cannot be attached: it flattens the adapters into one tensor for each process, "
             'so no step sees a whole adapter. Set "version": 2 in fsdp_config'
