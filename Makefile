@@ -133,7 +133,8 @@ $(DEV_READY): $(PROJECTS) constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install $(CONSTRAINTS) -e ".[dev]" $(PLUGINS)
 	touch $@ $(DEMO_READY) $(LM_READY)
 
-# No plugin, and the oldest versions: tests that pass here depend on core alone, and on nothing newer.
+# No plugin, and the oldest versions: tests that pass here depend on core alone, and on nothing newer. What oldest.txt
+# does not name has the version of constraints.txt.
 $(CORE_READY): pyproject.toml constraints.txt oldest.txt | $(CORE)/bin/python
 	sed -n 's/^\([a-z].*==\).*/^\1/p' oldest.txt | grep -vf - constraints.txt $(if $(TORCH),| grep -v ^torch==) > $(CORE)/newer.txt
 	$(CORE)/bin/python -m pip install $(if $(CONSTRAINTS),-c $(CORE)/newer.txt) -r oldest.txt -e ".[test]" $(if $(TORCH),"torch==$(TORCH)")

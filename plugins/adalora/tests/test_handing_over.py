@@ -57,7 +57,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["ranks"] == expected["ranks"]
     assert found["history"] == expected["history"]
     for name, tensor in expected["weights"].items():
-        assert torch.allclose(found["weights"][name], tensor, rtol=1e-6, atol=1e-6), name
+        assert torch.allclose(found["weights"][name], tensor, rtol=0, atol=1e-6), name
 
 
 @pytest.mark.parametrize("name", JOBS)

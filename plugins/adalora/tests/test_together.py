@@ -52,8 +52,7 @@ def assert_like_one(job: Job, results: list[dict[str, Any]], folder: Path) -> No
         for name, tensor in one["weights"].items():
             assert torch.equal(each["weights"][name], results[0]["weights"][name])
             assert each["weights"][name].shape == tensor.shape, name
-            # Some λ are above 4: their last bit is 5e-7.
-            assert torch.allclose(each["weights"][name].float(), tensor.float(), rtol=1e-6, atol=1e-6), name
+            assert torch.allclose(each["weights"][name].float(), tensor.float(), rtol=0, atol=1e-6), name
     assert sum(one["ranks"].values()) == 2 * job.config["target_rank"]  # type: ignore[operator]
 
 
