@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import tunerkit
@@ -89,6 +90,42 @@ def test_both_libraries_return_the_same_products(rank: int, scale: float, calls:
         torch.testing.assert_close(own.double(), other, rtol=1e-5, atol=1e-5)
     assert len(calls) == len(found)
     assert None not in calls
+
+
+@pytest.mark.parametrize(
+    ("threads", "rows", "dtype", "parts"),
+    [
+        (1, 60, torch.float32, 1),
+        (2, 60, torch.float32, 2),
+        (2, 61, torch.float32, 1),
+        (5, 60, torch.float32, 5),
+        (5, 61, torch.float32, 0),
+        (5, 60, torch.float64, 5),
+        (5, 60, torch.bfloat16, 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_a_thin_product_has_a_part_for_each_thread(
+    threads: int, rows: int, dtype: torch.dtype, parts: int, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In all forms it is the product: of as many parts, of one, and with the thin factor on the right."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(products, "prefers_onednn", lambda: False)
+    monkeypatch.setattr(products, "LEAST_NUMBERS", 0)
+    torch.manual_seed(0)
+    x, q, h = (torch.randn(size).to(dtype) for size in ((rows, 33), (3, 33), (rows, 3)))
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        found = [products.multiply(x, q.t()), products.gradient(h, x, q, scale)]
+        found.append(products.gradient(h, x, q.t().contiguous().t(), scale))
+    x, q, h = x.double(), q.double(), h.double()
+    tolerance = 0.1 if dtype is torch.bfloat16 else 1e-4
+    for own, other in zip(found, [x @ q.t(), scale * h.t() @ x, scale * h.t() @ x], strict=True):
+        torch.testing.assert_close(own.double(), other, rtol=tolerance, atol=tolerance)
+    batches = [event.input_shapes[0][0] for event in recorded.events() if event.name == "aten::bmm"]
+    assert batches == ([parts] * 3 if parts > 1 else [])
+    firsts = [event.input_shapes[0] for event in recorded.events() if event.name == "aten::mm"]
+    assert firsts[:1] == ([] if parts > 1 else [[3, 33] if parts else [rows, 33]])
 
 
 class Siblings(nn.Module):
