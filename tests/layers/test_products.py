@@ -122,10 +122,22 @@ def test_a_thin_product_has_a_part_for_each_thread(
     tolerance = 0.1 if dtype is torch.bfloat16 else 1e-4
     for own, other in zip(found, [x @ q.t(), scale * h.t() @ x, scale * h.t() @ x], strict=True):
         torch.testing.assert_close(own.double(), other, rtol=tolerance, atol=tolerance)
-    batches = [event.input_shapes[0][0] for event in recorded.events() if event.name == "aten::bmm"]
-    assert batches == ([parts] * 3 if parts > 1 else [])
-    firsts = [event.input_shapes[0] for event in recorded.events() if event.name == "aten::mm"]
-    assert firsts[:1] == ([] if parts > 1 else [[3, 33] if parts else [rows, 33]])
+    # By name of the operation: the shapes of its left sides.
+    left = {
+        name: [event.input_shapes["add" in name] for event in recorded.events() if event.name == f"aten::{name}"]
+        for name in ("mm", "addmm", "bmm", "baddbmm")
+    }
+    if parts > 1:
+        piece = rows // parts
+        assert left == {"mm": [], "addmm": [], "bmm": [[parts, 3, 33]], "baddbmm": [[parts, 3, piece]] * 2}
+    else:
+        turned = [3, rows] if parts else [33, rows]  # where the gradient's own strides do not ask for rows
+        assert left == {
+            "mm": [[3, 33] if parts else [rows, 33]],
+            "addmm": [[3, rows], turned],
+            "bmm": [],
+            "baddbmm": [],
+        }
 
 
 class Siblings(nn.Module):
