@@ -76,8 +76,8 @@ def is_thin(rank: int, factor: Tensor) -> bool:
 def _parts(activation: Tensor) -> int:
     """In how many products of as many rows one with a thin factor on the left is computed: one for each thread.
 
-    BLAS hardly divides such a product: a second thread saves a fifth of its time. 0 means that the factor is to stand on
-    the right, since the rows cannot be divided among all threads, and there are more than two. Narrow dtypes are
+    BLAS hardly divides such a product: a second thread saves a fifth of its time. 0 means that the factor is to stand
+    on the right, since the rows cannot be divided among all threads, and there are more than two. Narrow dtypes are
     oneDNN's, which divides them itself.
     """
     threads = torch.get_num_threads() if activation.dtype.itemsize >= 4 else 1
