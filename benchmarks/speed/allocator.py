@@ -9,7 +9,7 @@ from benchmarks.speed import contenders as who
 from benchmarks.speed.marks import Marks
 from benchmarks.speed.models import Workload, encoders
 from benchmarks.speed.settings import Settings
-from benchmarks.speed.statistics import Kinds, Pairs, ratio, typical
+from benchmarks.speed.statistics import Kinds, Pairs, median, ratio, typical
 from benchmarks.speed.steps import kinds_of
 from benchmarks.speed.tables import Row, estimated
 from benchmarks.speed.timing import Times, interleave
@@ -69,17 +69,12 @@ def _phase_rows(where: str, name: str, spent: Spent, kinds: Kinds, settings: Set
     own = spent.before + spent.after
     limit = LIMIT if where == LIMITED_SIZE and not name.startswith("PEFT") else None
     share = ratio(Pairs(top=own, bottom=spent.step, kinds=kinds), seed=settings.seed)
-    averaging, mask_step = (_median(spent.after[kinds == kind]) for kind in (0, 1))
+    averaging, mask_step = (median(spent.after[kinds == kind]) for kind in (0, 1))
     phases = {
-        "regulariser": _median(spent.before),
+        "regulariser": median(spent.before),
         "averaging": averaging,
         f"allocation and masks, every {settings.delta_t}": mask_step - averaging,
         "per step": float(typical(own, kinds)),
     }
     rows = [Row(PART, where, name, f"{phase}, ms", 1e3 * found) for phase, found in phases.items()]
     return [*rows, estimated(PART, where, name, "share of the step", share, limit)]
-
-
-def _median(values: Times) -> float:
-    """The median; not a number if there was no such round."""
-    return float(np.median(values)) if len(values) else float("nan")

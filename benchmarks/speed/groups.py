@@ -1,20 +1,28 @@
-"""Which layers of known architectures read one input: ``python -m benchmarks.speed.groups``, in seconds.
+"""Which layers of known architectures read one input, and the memory of their groups, in seconds.
 
-Models are small and random, so the limits of width and size are lifted; every linear layer has LoRA.
+The command is ``python -m benchmarks.speed.groups``. Models are small and random, so the limits of width and size are
+lifted; every linear layer has LoRA.
 """
 
 import warnings
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
+import attrs
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 import tunerkit
+from benchmarks.speed import contenders as who
+from benchmarks.speed.shapes import Shape, build
+from benchmarks.speed.storages import peak_bytes
 from tunerkit.layers import fused
 
+_MIB = 2**20
+WIDE = Shape(2, 1024, 2, 128)
 _SIZES: Mapping[str, Any] = {
     **{"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
@@ -72,8 +80,25 @@ def table() -> list[str]:
     return lines
 
 
+def peaks(shape: Shape) -> dict[str, float]:
+    """MiB of a step's peak: of the model without adapters, and what others add, LoRA with groups and without."""
+    built = build(attrs.asdict(shape), "float32", 2, (who.FLOOR, who.PEFT_LORA, who.LORA))
+
+    def peak(name: str) -> float:
+        built[name].step()  # the first builds what later ones keep
+        return peak_bytes(built[name].step, torch.device("cpu")) / _MIB
+
+    floor, peer, grouped = (peak(name) for name in built)
+    with mock.patch.object(fused, "LEAST_WIDTH", 4 * shape.hidden + 1):  # wider than any input
+        alone = peak(who.LORA)
+    added = {who.PEFT_LORA: peer, "LoRA, in groups": grouped, "LoRA, each layer alone": alone}
+    return {who.FLOOR: floor, **{name: found - floor for name, found in added.items()}}
+
+
 if __name__ == "__main__":
     fused.LEAST_WIDTH = fused.LEAST_NUMBERS = 0
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     print("\n".join(table()))
+    print(f"\n| {WIDE.name} | MiB of a step's peak; of adapters, above the floor's |\n|---|---:|")
+    print("\n".join(f"| {name} | {found:.1f} |" for name, found in peaks(WIDE).items()))

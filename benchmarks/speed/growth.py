@@ -7,14 +7,15 @@ import numpy as np
 from benchmarks.speed import contenders as who
 from benchmarks.speed.marks import Marks
 from benchmarks.speed.models import Workload, small_llama
+from benchmarks.speed.operations import MASK_STEP, OTHER_STEP
 from benchmarks.speed.settings import Settings
-from benchmarks.speed.statistics import middle, one_kind, typical
+from benchmarks.speed.statistics import median, middle, one_kind, typical
 from benchmarks.speed.steps import kinds_of
 from benchmarks.speed.tables import Row, estimated
 from benchmarks.speed.timing import interleave
 
 PART = "growth"
-NAMES = (who.PEFT_ADALORA, who.ADALORA, who.ADALORA_GAMMA)
+NAMES = (who.PEFT_ADALORA, who.LORA, who.ADALORA, who.ADALORA_GAMMA, who.ADALORA_SHRUNK)
 WRAPPED = (who.PEFT_LORA, who.PEFT_ADALORA, who.LORA, who.ADALORA)
 
 
@@ -25,8 +26,8 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def allocator_rows(workload: Workload, settings: Settings) -> list[Row]:
-    """Time per step of the work outside the update, with mask steps in proportion; PEFT's without its regulariser."""
-    marks = {name: Marks(time.perf_counter) for name in NAMES}
+    """CPU time of the work outside the update, by kind of step and in proportion; PEFT's without its regulariser."""
+    marks = {name: Marks(time.process_time) for name in NAMES}
     training = {name: who.build(name, workload, settings, marks[name]) for name in NAMES}
     read: dict[str, list[float]] = {name: [] for name in NAMES}
 
@@ -41,6 +42,8 @@ def allocator_rows(workload: Workload, settings: Settings) -> list[Row]:
     rows = []
     for name, found in read.items():
         own = 1e3 * np.array(found[settings.warmup :])
+        for kind, which in enumerate((OTHER_STEP, MASK_STEP)):
+            rows.append(Row(PART, workload.name, name, f"{which}, ms", median(own[kinds == kind])))
         rows.append(estimated(PART, workload.name, name, "allocator, ms", middle(own, kinds, seed=settings.seed)))
         per_layer = 1e3 * float(typical(own, kinds)) / workload.adapted
         rows.append(Row(PART, workload.name, name, "allocator per layer, µs", per_layer))

@@ -32,6 +32,11 @@ class Pairs:
     kinds: Kinds
 
 
+def median(values: Floats) -> float:
+    """The median; not a number if there was no such round."""
+    return float(np.median(values)) if len(values) else float("nan")
+
+
 def typical(values: Floats, kinds: Kinds) -> Floats:
     """The median of each kind of round, weighted by the kind's share; over the last axis, (..., rounds) to (...).
 

@@ -629,6 +629,16 @@ def test_layers_of_an_architecture_that_read_one_input(
     assert groups.groups_of(architecture) == found
 
 
+def test_a_group_keeps_the_gradients_of_its_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So LoRA's peak is above that of each layer alone, by one gradient as wide as an MLP."""
+    for limit in ("LEAST_WIDTH", "LEAST_NUMBERS"):
+        monkeypatch.setattr(fused, limit, 0)
+    found = groups.peaks(shapes.Shape(1, 64, 8, 16))
+    more = found["LoRA, in groups"] - found["LoRA, each layer alone"]
+    assert more == pytest.approx(8 * 16 * 4 * 64 * 4 / 2**20, rel=0.02)
+    assert found["LoRA, each layer alone"] == pytest.approx(found[contenders.PEFT_LORA], rel=0.02)
+
+
 def test_counts_are_the_same_at_every_run() -> None:
     """The part `operations` depends only on the code."""
     assert operations.measure(TINY) == short_run("operations")
