@@ -33,7 +33,7 @@ def multiply(x: Tensor, w: Tensor, onto: Tensor | None = None) -> Tensor:
         return cast(Tensor, product.default(x, w.t(), None, "none", [], ""))
     if onto is not None:
         return onto.addmm_(x, w)
-    parts = _parts(x) if is_thin(w.shape[1], w) and x.numel() >= LEAST_NUMBERS else 0
+    parts = _parts(x, w.shape[1]) if is_thin(w.shape[1], w) and x.numel() >= LEAST_NUMBERS else 0
     if parts > 1:
         return w.t().expand(parts, -1, -1).bmm(x.unflatten(0, (parts, -1)).mT).mT.flatten(0, 1)
     return w.t().mm(x.t()).t() if parts else x.mm(w)
@@ -55,7 +55,7 @@ def gradient(h: Tensor, g: Tensor, of: Tensor, scale: float) -> Tensor:
         scaled = h if scale == 1 else h * scale
         return cast(Tensor, product.default(scaled.t(), g.t(), None, "none", [], ""))
     thin = is_thin(len(of), of)
-    parts = _parts(g) if thin and g.numel() >= LEAST_NUMBERS else 1
+    parts = _parts(g, len(of)) if thin and g.numel() >= LEAST_NUMBERS else 1
     # With beta=0, only the shape of the first argument is used.
     if parts > 1:
         left, right = h.unflatten(0, (parts, -1)).mT, g.unflatten(0, (parts, -1))
@@ -73,15 +73,15 @@ def is_thin(rank: int, factor: Tensor) -> bool:
     return factor.device.type == "cpu" and rank * factor.element_size() < 64
 
 
-def _parts(activation: Tensor) -> int:
+def _parts(activation: Tensor, rank: int) -> int:
     """In how many products of as many rows one with a thin factor on the left is computed: one for each thread.
 
-    BLAS hardly divides such a product: a second thread saves a fifth of its time. 0 means that the factor is to stand
-    on the right, since the rows cannot be divided among all threads, and there are more than two. Narrow dtypes are
-    oneDNN's, which divides them itself.
+    BLAS hardly divides such a product. With few rows, adding the parts of a gradient costs what is saved. 0 means that
+    the factor is to stand on the right, since the rows cannot be divided, and there are more than two threads. Narrow
+    dtypes are oneDNN's, which divides them itself.
     """
-    threads = torch.get_num_threads() if activation.dtype.itemsize >= 4 else 1
-    return threads if len(activation) % threads == 0 else int(threads <= 2)
+    threads, rows = torch.get_num_threads() if activation.dtype.itemsize >= 4 else 1, len(activation)
+    return threads if rows % threads == 0 and rows >= 4 * rank * threads else int(threads <= 2)
 
 
 def _onednn(activation: Tensor) -> Any:
