@@ -169,7 +169,7 @@ def _limit(column: str, run: Mapping[str, Any]) -> float | None:
 
 
 def _told(found: Estimate, limit: float | None) -> str:
-    mark = "" if limit is None else f", {'met' if found.value <= limit else 'missed'} (≤ {limit:g})"
+    mark = "" if limit is None else f", {'met' if found.high <= limit else 'missed'} (≤ {limit:g})"
     value, low, high = (f"{own:.3g}" if own else "≤ 0" for own in (found.value, found.low, found.high))
     return f"{value} [{low}, {high}]{mark}"
 

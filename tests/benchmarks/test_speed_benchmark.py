@@ -523,6 +523,19 @@ def test_a_busy_machine_meets_no_limit(tmp_path: Path) -> None:
         assert ("busy" in line) != marked
 
 
+@pytest.mark.parametrize(("rest", "marked"), [(0.9, "met"), (1.1, "missed")])
+def test_a_limit_is_met_by_the_whole_interval(rest: float, marked: str, tmp_path: Path) -> None:
+    """Of nine steps, five take 0.9 of PEFT LoRA's: so does the median, whose interval reaches the other four."""
+    times = {f"{name} @ now": [1.0] * 9 for name in shapes.NAMES}
+    times["frozen floor @ now"] = [0.5] * 9
+    times[f"{contenders.ADALORA_GAMMA} @ now"] = [0.9] * 5 + [rest] * 4
+    run = {"kind": "native", "shape": "1x64", "hidden": 64, "checkouts": ["now"], "load": 0.0, "times": times}
+    (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    head, _, line, *_ = (own.split(" | ") for own in shapes.table([tmp_path / "run.json"]))
+    (step,) = (at for at, own in enumerate(head) if own.startswith(f"step, {contenders.ADALORA_GAMMA}"))
+    assert line[step].startswith(f"0.9 [0.9, {rest}], {marked} ")
+
+
 def test_a_step_that_takes_less_than_the_model_alone_has_no_overhead(tmp_path: Path) -> None:
     """Such a ratio is said to be none, and is in no mean: the mean of logarithms has no place for it."""
     times = {f"{name} @ now": [1.0 + at, 1.1 + at] for at, name in enumerate(shapes.NAMES)}

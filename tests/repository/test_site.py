@@ -63,12 +63,18 @@ def address(site: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
+def pages() -> Iterator[dict[int, Page]]:
+    """A page of each width. To resize one is to wait without a limit, and Chromium has been seen not to answer."""
     with sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         browser = playwright.chromium.launch(executable_path=chromium(), args=arguments)
-        yield browser.new_page()
+        yield {width: browser.new_page(viewport={"width": width, "height": 900}) for width in WIDTHS}
         browser.close()
+
+
+@pytest.fixture
+def page(pages: dict[int, Page]) -> Page:
+    return pages[WIDTHS[0]]
 
 
 def too_wide(page: Page) -> dict[str, Any]:
@@ -77,20 +83,19 @@ def too_wide(page: Page) -> dict[str, Any]:
     return found
 
 
-def test_everything_fits_and_nothing_comes_from_another_host(site: Path, address: str, page: Page) -> None:
+def test_everything_fits_and_nothing_comes_from_another_host(site: Path, address: str, pages: dict[int, Page]) -> None:
     """On every page, at two widths: no table and no code is wider than its box, and the console is silent."""
     elsewhere: list[str] = []
     said: list[str] = []
-    page.on("request", lambda asked: elsewhere.append(asked.url))
-    page.on("console", lambda line: said.append(f"{line.type}: {line.text}"))
-    page.on("pageerror", lambda error: said.append(str(error)))
+    for page in pages.values():
+        page.on("request", lambda asked: elsewhere.append(asked.url))
+        page.on("console", lambda line: said.append(f"{line.type}: {line.text}"))
+        page.on("pageerror", lambda error: said.append(str(error)))
     problems: list[str] = []
     boxes = 0
     for path in sorted(site.rglob("*.html")):
-        page.set_viewport_size({"width": WIDTHS[0], "height": 900})
-        page.goto(address + path.relative_to(site).as_posix())
-        for width in WIDTHS:
-            page.set_viewport_size({"width": width, "height": 900})
+        for width, page in pages.items():
+            page.goto(address + path.relative_to(site).as_posix())
             found = too_wide(page)
             boxes += found["count"]
             problems += [f"{path.stem} at {width}: {each}" for each in found["over"]]
@@ -101,14 +106,13 @@ def test_everything_fits_and_nothing_comes_from_another_host(site: Path, address
     assert [each for each in said if each.startswith(("error", "warning", "Error"))] == []
 
 
-def test_a_table_and_code_that_do_not_fit_would_be_seen(address: str, page: Page) -> None:
+def test_a_table_and_code_that_do_not_fit_would_be_seen(address: str, pages: dict[int, Page]) -> None:
     """The measurement finds both, at both widths."""
-    page.goto(f"{address}index.html")
-    page.add_style_tag(content="article table { min-width: 3000px !important }")
-    page.add_style_tag(content="article pre > code { white-space: pre !important }")
-    page.evaluate("document.querySelector('article pre > code').append('x'.repeat(500))")
-    for width in WIDTHS:
-        page.set_viewport_size({"width": width, "height": 900})
+    for page in pages.values():
+        page.goto(f"{address}index.html")
+        page.add_style_tag(content="article table { min-width: 3000px !important }")
+        page.add_style_tag(content="article pre > code { white-space: pre !important }")
+        page.evaluate("document.querySelector('article pre > code').append('x'.repeat(500))")
         over = too_wide(page)["over"]
         assert any(each.startswith("TABLE") for each in over)
         assert any(each.startswith("CODE") for each in over)
@@ -134,7 +138,6 @@ def test_colours_follow_the_system(address: str, page: Page, scheme: Literal["li
 @pytest.mark.parametrize("asked", WANTED)
 def test_search_finds_the_page_that_one_wants(address: str, page: Page, asked: str) -> None:
     """It leads to that page among the first three results."""
-    page.set_viewport_size({"width": WIDTHS[0], "height": 900})
     page.goto(f"{address}index.html?{urlencode({'q': asked})}")  # typed, each letter would show other results
     page.locator(".md-search-result__meta", has_text="matching").wait_for()
     # A result is a page, with the sections of it that match below it. They are shown as one scrolls to them.
