@@ -75,11 +75,12 @@ def test_the_system_names_the_maker_of_the_processor(monkeypatch: pytest.MonkeyP
 
 @needs_onednn
 @pytest.mark.parametrize("rank", [1, 3, 12, 16, 40])
-@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_both_libraries_return_the_same_products(rank: int, scale: float, calls: list[object]) -> None:
-    """Compared with float64: all three forms, for factors by row and by column."""
+    """All three forms, for factors by row and by column. Sums of small whole numbers are exact in any order."""
     torch.manual_seed(rank)
-    x, q, g, p, w = (torch.randn(size) for size in ((50, 33), (rank, 33), (50, 21), (21, rank), (21, 33)))
+    sizes = ((50, 33), (rank, 33), (50, 21), (21, rank), (21, 33))
+    x, q, g, p, w = (torch.randint(-4, 5, size).float() for size in sizes)
     with torch.no_grad():
         h, d = products.multiply(x, q.t()), products.multiply(g, p)
         found = [h, d, products.multiply(g, w), products.multiply(g, w, onto=x.clone())]
@@ -87,7 +88,7 @@ def test_both_libraries_return_the_same_products(rank: int, scale: float, calls:
     x, q, g, p, w, h, d = (each.double() for each in (x, q, g, p, w, h, d))
     expected = [x @ q.t(), g @ p, g @ w, x + g @ w, scale * d.t() @ x, scale * h.t() @ g]
     for own, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(own.double(), other, rtol=1e-5, atol=1e-5)
+        assert torch.equal(own.double(), other)
     assert len(calls) == len(found)
     assert None not in calls
 

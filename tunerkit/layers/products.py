@@ -76,12 +76,12 @@ def is_thin(rank: int, factor: Tensor) -> bool:
 def _parts(activation: Tensor, rank: int) -> int:
     """In how many products of as many rows one with a thin factor on the left is computed: one for each thread.
 
-    BLAS hardly divides such a product. With few rows, adding the parts of a gradient costs what is saved. 0 means that
-    the factor is to stand on the right, since the rows cannot be divided, and there are more than two threads. Narrow
-    dtypes are oneDNN's, which divides them itself.
+    BLAS hardly divides such a product. 0 means that the factor is to stand on the right: with more than two threads,
+    where the rows are no multiple of them, or so few that adding the parts of a gradient costs what is saved. oneDNN
+    divides products of narrow dtypes itself.
     """
-    threads, rows = torch.get_num_threads() if activation.dtype.itemsize >= 4 else 1, len(activation)
-    return threads if rows % threads == 0 and rows >= 4 * rank * threads else int(threads <= 2)
+    threads = torch.get_num_threads() if activation.dtype.itemsize >= 4 else 1
+    return threads if len(activation) % threads == 0 and len(activation) >= 4 * rank * threads else int(threads <= 2)
 
 
 def _onednn(activation: Tensor) -> Any:
