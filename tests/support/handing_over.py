@@ -60,7 +60,7 @@ def _through_accelerate(job: Job, folder: Path, rank: int, processes: int, alone
     part = range(job.stop)
     for again in (False, True):
         accelerator = Accelerator(cpu=True)
-        model: nn.Module = tunerkit.wrap(net(), job.method, job.config, seed=1)
+        model: nn.Module = tunerkit.wrap(net().to(job.dtype), job.method, job.config, seed=1)
         parallel, optimizer = accelerator.prepare(model, adam(model))
         tunerkit.attach(model, optimizer, total_steps=job.steps)
         if alone:

@@ -41,6 +41,12 @@ class Job:
     stop: int = 0
     no_sync: bool = False
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the base and of its inputs: that of the adapter."""
+        found: torch.dtype = getattr(torch, str(self.config.get("adapter_dtype", "float32")))
+        return found
+
 
 def net() -> nn.Sequential:
     """Build a small classifier with the same weights at each call."""
@@ -83,7 +89,7 @@ def train(job: Job, folder: Path, rank: int = 0, processes: int = 1) -> dict[str
         with Collectives() as saving:
             file = tunerkit.save(model, folder / "end")
     with torch.no_grad():
-        output = parallel(inputs())
+        output = parallel(inputs().to(job.dtype))
     return {
         **trained(model),
         "output": output,
@@ -112,9 +118,9 @@ def built(job: Job, file: Path | None) -> tuple[nn.Module, nn.Module, torch.opti
         file: Where the adapter is loaded from; None for a new one.
     """
     if file is None:
-        model: nn.Module = tunerkit.wrap(net(), job.method, job.config, seed=1)
+        model: nn.Module = tunerkit.wrap(net().to(job.dtype), job.method, job.config, seed=1)
     else:
-        model = tunerkit.load(net(), file, trainable=True)
+        model = tunerkit.load(net().to(job.dtype), file, trainable=True)
     parallel = model
     match job.engine:
         case "ddp":
@@ -154,26 +160,38 @@ def take_steps(
         no_sync: See `Job`.
     """
     rank, processes = share
+    dtype = next(model.parameters()).dtype
     for step in steps:
         x, classes = rows(step)
         optimizer.zero_grad()
         for part in range(_ACCUMULATED):
             own = slice(part * processes + rank, None, processes * _ACCUMULATED)
             with tunerkit.no_sync(model) if no_sync and part + 1 < _ACCUMULATED else nullcontext():
-                (nn.functional.cross_entropy(model(x[own]), classes[own]) / _ACCUMULATED).backward()
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.1)
+                (nn.functional.cross_entropy(model(x[own].to(dtype)), classes[own]) / _ACCUMULATED).backward()
+        clip_(model, 0.1)
         optimizer.step()
+
+
+def clip_(model: nn.Module, most: float) -> None:
+    """Scale the gradients down to a norm of ``most``, as torch does in one process.
+
+    With torch 2.9.1, `clip_grad_norm_` adds its 1e-6 to each shard's part of the norm (torch #149768).
+    """
+    trained = [p for p in model.parameters() if p.grad is not None]
+    norm: Any = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    nn.utils.clip_grads_with_norm_(trained, most, norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def _merged(model: nn.Module) -> Any:
     """The output of the merged model, and whether unmerging restored it; or the error's text."""
     with torch.no_grad():
-        before = model(inputs())
+        x = inputs().to(next(model.parameters()).dtype)
+        before = model(x)
         try:
-            merged = tunerkit.merge(model)(inputs())
+            merged = tunerkit.merge(model)(x)
         except tunerkit.TunerkitError as error:
             return str(error)
-        return merged, bool(torch.equal(tunerkit.unmerge(model)(inputs()), before))
+        return merged, bool(torch.equal(tunerkit.unmerge(model)(x), before))
 
 
 def be_one(

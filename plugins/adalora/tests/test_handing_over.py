@@ -17,7 +17,7 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 LONG = os.environ.get("TUNERKIT_LONG") == "1"
-SCHEDULE = {"targets": ["0", "2"], "t_init": 2, "t_final": 3, "delta_t": 1}
+SCHEDULE = {"targets": ["0", "2"], "t_init": 2, "t_final": 3, "delta_t": 1, "adapter_dtype": "float64"}
 WITH_SVD = {**SCHEDULE, "init_rank": 8, "target_rank": 2}
 TRAINS_LAMBDA = {**SCHEDULE, "init_rank": 6, "target_rank": 4, "exact_svd": False, "train_lambda": True}
 # Where shapes stay, one process keeps them too: clipping counts the gradients of masked triplets.
@@ -53,11 +53,11 @@ def in_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """The same ranks and history, and weights within 1e-6."""
+    """The same ranks and history, and weights within 1e-12, in float64."""
     assert found["ranks"] == expected["ranks"]
     assert found["history"] == expected["history"]
     for name, tensor in expected["weights"].items():
-        assert torch.allclose(found["weights"][name], tensor, rtol=0, atol=1e-6), name
+        assert torch.allclose(found["weights"][name], tensor, rtol=0, atol=1e-12), name
 
 
 @pytest.mark.parametrize("name", JOBS)

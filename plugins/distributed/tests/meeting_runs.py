@@ -11,9 +11,9 @@ import torch
 from torch import distributed, nn
 
 import tunerkit
-from plugins.distributed.tests import sharded_runs
+from plugins.distributed.tests import ending_runs, sharded_runs
 from plugins.distributed.tests.sharded_runs import adam, build, shard_
-from tests.support import skipping, together
+from tests.support import skipping, together, two_processes
 from tests.support.collectives import Collectives
 from tunerkit import steps
 from tunerkit_distributed import meeting
@@ -22,13 +22,15 @@ from tunerkit_distributed.meeting import Meeting
 
 def look_inside(rank: int, processes: int, folder: str) -> None:
     """Answer what `sharded_runs.look_inside` asks, and what is asked here; one process's answers by name."""
-    with sharded_runs.in_group(rank, processes, folder):
+    with two_processes.joined(rank, folder, processes):
         answers = {name: check() for name, check in CHECKS.items()} | sharded_runs.look_inside(folder)
         net, own = nn.Linear(2, 2), Meeting()
         own.open_(["default"], net, 1)
         own.watch_(net, forwards=True)
-    net(torch.ones(2)).sum().backward()  # the group is gone, and the process goes on alone
-    torch.save(answers, f"{folder}/{rank}.pt")
+        distributed.barrier()
+        distributed.destroy_process_group()
+        net(torch.ones(2)).sum().backward()  # the process goes on alone
+        torch.save(answers, f"{folder}/{rank}.pt")
 
 
 def _apart() -> dict[str, str]:
@@ -88,8 +90,24 @@ def _has_no_network() -> bool:
 
     with mock.patch.object(distributed, "new_group", fail), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        room = meeting._opened()
+        room = meeting._new_room()
     return room is None and ["a process that skips a backward" in str(each.message) for each in caught] == [True]
+
+
+def _ends_before_the_interpreter() -> bool:
+    """The room's threads are joined though a `Meeting` refers to it, and what was watched goes on without meetings."""
+    net, own, met = nn.Linear(2, 2), Meeting(), Collectives()
+    net(torch.ones(2)).sum().backward()  # autograd may start threads
+    before = ending_runs.threads()
+    own.open_(["default"], net, 1)
+    own.watch_(net, forwards=True)
+    with met:
+        net(torch.ones(2)).sum().backward()
+        during = ending_runs.threads()
+        meeting._close_()
+        meeting._close_()
+        net(torch.ones(2)).sum().backward()
+    return before == ending_runs.threads() < during and met.calls["allreduce_"] == 2
 
 
 def _is_detached() -> bool:
@@ -98,14 +116,15 @@ def _is_detached() -> bool:
     shard_(model)
     tunerkit.attach(model, adam(model))
     with Collectives() as found, torch.no_grad():
-        model(torch.ones(1, 6))
+        model(torch.ones(1, 6).double())
     steps.detach(tunerkit.tuner(model))
     with found:
-        model(torch.ones(1, 6)).sum().backward()
+        model(torch.ones(1, 6).double()).sum().backward()
     return found.calls["allreduce_"] == 0
 
 
 CHECKS = {
+    "ends before the interpreter": _ends_before_the_interpreter,  # first: the room is not open yet
     "meets no longer": _meets_no_longer,
     "no network": _has_no_network,
     "detached": _is_detached,

@@ -77,9 +77,7 @@ def test_a_trainer_under_fsdp2_trains_and_resumes_like_one_process(
             assert {"adapter.safetensors", "optimizer.pt", "scheduler.pt"} < set(found["files"])
             assert not any("fsdp" in name or name.startswith("model") for name in found["files"])
         loaded = tunerkit.load(trainer_runs.base(), place / "trainer" / f"run{number}" / "end")
-        kept = {name: weight.float() for name, weight in runs[0][method]["weights"].items()}  # load's dtype
-        saved = {**runs[0][method], "weights": kept}
-        assert are_equal(saved, {**trainer_runs.results(loaded), "history": alone["history"]}, within=0.0)
+        assert are_equal(runs[0][method], {**trainer_runs.results(loaded), "history": alone["history"]}, within=0.0)
     for run in runs:
         assert 'Set "version": 2 in fsdp_config' in run["refused"]["fsdp1"]
         assert '"cpu_ram_efficient_loading": False' in run["refused"]["ram"]

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import tunerkit
-from tests.support import two_processes
+from tests.support import together, two_processes
 from tunerkit_distributed.accelerate import checkpoint_adapters_
 
 STEPS, STOP, ROWS = 8, 3, 4  # rows of a micro-batch, of all processes together
@@ -63,7 +63,7 @@ def base() -> LlamaForCausalLM:
 def build(method: str, **more: Any) -> Any:
     """An adapted model in float64: Adam scales what one order of sums rounds otherwise than another."""
     name, settings = METHODS[method]
-    return tunerkit.wrap(base(), name, {**settings, **more}, seed=3).double()
+    return tunerkit.wrap(base(), name, {"adapter_dtype": "float64", **settings, **more}, seed=3)
 
 
 def trainer_of(model: nn.Module, folder: Path, processes: int, **options: Any) -> Trainer:
@@ -261,11 +261,11 @@ def loop(model: Any, optimizer: Any, steps: range, accelerator: Any = None, rank
                 with accelerator.accumulate(model):
                     accelerator.backward(model(input_ids=rows, labels=rows).loss)
                     if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                        together.clip_(model, 0.5)
                     optimizer.step()
                     optimizer.zero_grad()
         if accelerator is None:
-            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            together.clip_(model, 0.5)
             optimizer.step()
             optimizer.zero_grad()
 

@@ -4,6 +4,8 @@ An engine that waits for a process which skips a backward waits for ever, and no
 meet before it begins to wait. One is then at a backward, another one at a step, and all of them are told.
 """
 
+import atexit
+import os
 import warnings
 from collections.abc import Iterable
 from datetime import timedelta
@@ -33,11 +35,13 @@ class _Room:
     """A process group on the host, for meetings alone, so that it works while the engine's exchanges are under way.
 
     ``last`` is the number of the backward at which the processes met last: there is one meeting, however many adapters,
-    optimizers and models take part in it. ``courses`` are the trainings, by the model.
+    optimizers and models take part in it. ``courses`` are the trainings, by the model. ``process`` is the one that
+    opened it: a fork has no threads to wait for.
     """
 
     group: Any
     last: int = -1
+    process: int = attrs.field(factory=os.getpid)
     courses: WeakKeyDictionary[nn.Module, "_Course"] = attrs.field(factory=WeakKeyDictionary)
 
 
@@ -59,7 +63,8 @@ class _Course:
     seen: WeakKeyDictionary[Optimizer, int] = attrs.field(factory=WeakKeyDictionary)
 
 
-_rooms: WeakKeyDictionary[Any, _Room | None] = WeakKeyDictionary()  # by the default group, which it does not outlive
+_rooms: WeakKeyDictionary[Any, _Room | None] = WeakKeyDictionary()  # by the default group
+_opened: WeakSet[_Room] = WeakSet()  # all of them: a meeting may hold one whose default group is gone
 
 
 class Meeting:
@@ -224,11 +229,27 @@ def _room() -> _Room | None:
         return None
     default = distributed.group.WORLD
     if default not in _rooms:
-        _rooms[default] = _opened() if distributed.is_gloo_available() else None
+        _rooms[default] = _new_room() if distributed.is_gloo_available() else None
     return _rooms[default]
 
 
-def _opened() -> _Room | None:
+@atexit.register
+def _close_() -> None:
+    """End the threads of all rooms while the interpreter runs.
+
+    One that drops a tensor later, while the interpreter ends, aborts the process (torch #179291).
+    """
+    mine = [room for room in _opened if room.process == os.getpid()]
+    listed = [room for room in mine if _is_open(room)]
+    _rooms.clear()
+    _opened.clear()
+    for room in listed:
+        distributed.destroy_process_group(room.group)
+    for room in mine:
+        room.group = None  # the last reference, unless an error that nobody caught holds one
+
+
+def _new_room() -> _Room | None:
     """A new room, if every process could open it: the host may have no network that gloo can use."""
     try:
         limit = timedelta(seconds=min(group.limit() + 60, _FOR_EVER))  # later than the one that `group` keeps
@@ -237,7 +258,8 @@ def _opened() -> _Room | None:
         room, reason = None, str(error)
     opened = torch.tensor([float(room is not None)], device=group.device())
     group.reduce_(opened, "the process group on the host")
-    if opened.item() == group.processes():
+    if room is not None and opened.item() == group.processes():
+        _opened.add(room)
         return room
     warnings.warn(
         "no process group on the host (gloo) could be made, so a process that skips a backward is not noticed where "

@@ -1,0 +1,46 @@
+"""How a process ends that has met others. Each process imports this by name."""
+
+import atexit
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+
+_kept: list[object] = []  # to the end of the interpreter, as a script's variables
+
+
+def threads() -> int:
+    """How many threads this process has."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def end(rank: int, folder: str, leaves: bool) -> None:
+    """Meet once and end, as a script does.
+
+    Written to a file is how many threads there were before, with the default group, with the room, and at the end.
+
+    Args:
+        rank: The number of this process.
+        folder: Where the processes meet and write.
+        leaves: Whether the script destroys its process groups.
+    """
+    torch.set_num_threads(1)
+    nn.Linear(2, 2)(torch.ones(2)).sum().backward()  # autograd may start threads
+    counted = [threads()]
+    atexit.register(lambda: Path(folder, str(rank)).write_text(json.dumps([*counted, threads()]), encoding="utf-8"))
+    from tunerkit_distributed.meeting import Meeting  # here, so that what it does at the end comes before the above
+
+    place = f"file://{folder}/store{leaves}"
+    distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=2, timeout=timedelta(minutes=20))
+    counted.append(threads())
+    net, own = nn.Linear(2, 2), Meeting()
+    _kept.append(own)
+    own.open_(["default"], net, 1)
+    own.at_forward()
+    counted.append(threads())
+    distributed.barrier()
+    if leaves:
+        distributed.destroy_process_group()
