@@ -46,7 +46,7 @@ PROCESS_STATE = {
     *(f"{CORE}.layers.fused._here", f"{CORE}.layers.fused.forms"),
     # Of the process group.
     *(f"{_OF_GROUPS}.averaging._engines", f"{_OF_GROUPS}.group._written", f"{_OF_GROUPS}.writing._counts"),
-    *(f"{_OF_GROUPS}.meeting._rooms", f"{_OF_GROUPS}.agreement._begun"),
+    *(f"{_OF_GROUPS}.meeting._rooms", f"{_OF_GROUPS}.meeting._opened", f"{_OF_GROUPS}.agreement._begun"),
 }
 # What the plugins that know engines and trainers take from inside the core. It may only shrink: others need no more
 # than `tunerkit`, `tunerkit.errors` and `tunerkit.plugin`.
