@@ -50,7 +50,7 @@ rows = [{"input_ids": ids, "labels": ids} for ids in texts.flatten(0, 1)]
 _GROUP = "torch.distributed.init_process_group('gloo')\n"
 _WRAPPED = "model = tunerkit.wrap(model, 'adalora', {'target_rank': 8}, seed=0)\n"
 _OPTIMIZER = "optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)\n"
-_LEFT = "\ntorch.distributed.destroy_process_group()\n"  # else a thread of gloo may abort at the end (torch #179291)
+_LEFT = "\ntorch.distributed.destroy_process_group()\n"  # else gloo may abort the end: pytorch/pytorch#179291
 _TRAINED = "for batch in loader:\n    model(**batch).loss.backward()\n    optimizer.step()\n    optimizer.zero_grad()\n"
 _ARGUMENTS = """
 import functools

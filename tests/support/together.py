@@ -172,14 +172,17 @@ def take_steps(
         optimizer.step()
 
 
-def clip_(model: nn.Module, most: float) -> None:
-    """Scale the gradients down to a norm of ``most``, as torch does in one process.
+def clip_(model: nn.Module, most: float, clip: Callable[..., object] = nn.utils.clip_grad_norm_) -> None:
+    """Scale the gradients down to a norm of ``most``, by ``clip`` where it does for shards what it does for whole ones.
 
-    With torch 2.9.1, `clip_grad_norm_` adds its 1e-6 to each shard's part of the norm (torch #149768).
+    That of torch 2.9.1 adds its 1e-6 to each shard's part of the norm (pytorch/pytorch#149768); 2.13 does not.
     """
-    trained = [p for p in model.parameters() if p.grad is not None]
-    norm: Any = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    nn.utils.clip_grads_with_norm_(trained, most, norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if torch.__version__ >= "2.13":
+        clip(model.parameters(), most)
+        return
+    norm: Any = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    nn.utils.clip_grads_with_norm_(model.parameters(), most, whole)
 
 
 def _merged(model: nn.Module) -> Any:

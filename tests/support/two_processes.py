@@ -49,8 +49,8 @@ def joined(rank: int, folder: str, processes: int = 2) -> Iterator[None]:
         distributed.barrier()
         distributed.destroy_process_group()
     # A thread of gloo that drops its last tensor while the interpreter ends aborts the process ("terminate called
-    # without an active exception", torch #179291), though all is written. With the group its threads end, but a model
-    # may still refer to it. An error above leaves the block as usual, and spawn reports it.
+    # without an active exception", pytorch/pytorch#179291), though all is written. With the group its threads end, but
+    # a model may still refer to it. An error above leaves the block as usual, and spawn reports it.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

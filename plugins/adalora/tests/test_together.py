@@ -23,7 +23,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 # The dtype of most trainings, where other orders of sums lead further apart.
 FLOAT32 = "8 to 2 in float32"
-OF_ALL = {**CONFIGS, FLOAT32: {**CONFIGS["8 to 2"], "adapter_dtype": "float32"}}
+WITH_FLOAT32 = {**CONFIGS, FLOAT32: {**CONFIGS["8 to 2"], "adapter_dtype": "float32"}}
 LONG = os.environ.get("TUNERKIT_LONG") == "1"
 # Before, during and after pruning: the schedule of 12 steps prunes in 3 to 9.
 STOPS = (0, 1, 5, 10) if LONG else (0,)
@@ -39,7 +39,7 @@ KEEPS_SHAPES = ("fsdp2 sharded",)
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
     """What two processes found in each cell, by process."""
-    jobs = [Job(engine, "adalora", OF_ALL[config], stop=stop) for engine, config, stop in CELLS]
+    jobs = [Job(engine, "adalora", WITH_FLOAT32[config], stop=stop) for engine, config, stop in CELLS]
     return dict(zip(CELLS, together.together(jobs, tmp_path_factory.mktemp("jobs")), strict=True))
 
 
@@ -50,7 +50,7 @@ def assert_like_one(job: Job, results: list[dict[str, Any]], folder: Path) -> No
     """
     config = {**job.config, "shrink": job.engine not in KEEPS_SHAPES}
     one = together.train(attrs.evolve(job, engine="alone", config=config, stop=0), folder)
-    within = 1e-12 if job.dtype is torch.float64 else 1e-4
+    within = 1e-12 if job.dtype is torch.float64 else 1e-6
     for each in results:
         assert each["ranks"] == one["ranks"]
         assert each["history"] == one["history"]
@@ -71,12 +71,12 @@ def test_two_processes_allocate_as_one(
     All but one is in float64. The saved file gives one process the same outputs.
     """
     engine, config, stop = cell
-    job = Job(engine, "adalora", OF_ALL[config], stop=stop)
+    job = Job(engine, "adalora", WITH_FLOAT32[config], stop=stop)
     assert_like_one(job, trained[cell], tmp_path)
     first = trained[cell][0]
     with torch.no_grad():
         loaded = tunerkit.load(together.net().to(job.dtype), first["file"])(together.inputs().to(job.dtype))
-    assert torch.allclose(loaded, first["output"], rtol=0, atol=1e-12 if job.dtype is torch.float64 else 1e-5)
+    assert torch.allclose(loaded, first["output"], rtol=0, atol=1e-12 if job.dtype is torch.float64 else 1e-6)
 
 
 def test_masked_triplets_leave_memory_where_adapters_are_whole(
@@ -98,9 +98,9 @@ def test_collectives_of_an_allocation_are_those_of_the_page(
     for config, extra, size in (("8 to 2", 2, 8), ("6 to 4", 1, 8), (FLOAT32, 2, 4)):
         first = trained["plain", config, 0][0]
         calls, carried = first["stepping"]
-        triplets = 2 * OF_ALL[config]["init_rank"]
+        triplets = 2 * WITH_FLOAT32[config]["init_rank"]
         # Both layers, for each triplet in memory: a column of P, λ and a row of Q.
-        weights = OF_ALL[config]["init_rank"] * ((16 + 1 + 12) + (16 + 1 + 16))
+        weights = WITH_FLOAT32[config]["init_rank"] * ((16 + 1 + 12) + (16 + 1 + 16))
         assert calls["broadcast_"] == extra * len(first["history"])
         assert carried["broadcast_"] == size * len(first["history"]) * (triplets + (weights if extra == 2 else 0))
         assert first["saving"] == ({}, {})

@@ -17,9 +17,13 @@ pytest.importorskip("tunerkit_lora", reason="the engine is tried with LoRA")
 LONG = bool(os.environ.get("TUNERKIT_LONG"))
 
 
-def spawn(worker: Callable[..., None], folder: Path, processes: int) -> list[dict[str, Any]]:
+def skip_without_gloo() -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
+
+
+def spawn(worker: Callable[..., None], folder: Path, processes: int) -> list[dict[str, Any]]:
+    skip_without_gloo()
     two_processes.spawn(worker, (processes, str(folder)), processes)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
@@ -74,14 +78,16 @@ def test_parameters_are_whole_inside_a_block_and_shards_outside_of_it(tmp_path: 
         assert "wrapped without a seed" in texts["no seed, another base"]
 
 
+@pytest.mark.skipif(not ending_runs.TASKS.is_dir(), reason="this system does not list a process's threads in /proc")
 @pytest.mark.parametrize("leaves", [True, False])
 def test_threads_for_meetings_end_before_the_interpreter(leaves: bool, tmp_path: Path) -> None:
     """Also if the script has destroyed its process groups, and still has what met in one."""
+    skip_without_gloo()
     two_processes.spawn(ending_runs.end, (str(tmp_path), leaves))
     for rank in range(2):
         before, with_default, with_room, at_end = json.loads((tmp_path / str(rank)).read_text(encoding="utf-8"))
         assert before < with_default < with_room
-        assert at_end == (before if leaves else with_default)
+        assert at_end <= (before if leaves else with_default)
 
 
 def exchanges(counted: dict[str, Any]) -> None:

@@ -261,7 +261,7 @@ def loop(model: Any, optimizer: Any, steps: range, accelerator: Any = None, rank
                 with accelerator.accumulate(model):
                     accelerator.backward(model(input_ids=rows, labels=rows).loss)
                     if accelerator.sync_gradients:
-                        together.clip_(model, 0.5)
+                        together.clip_(model, 0.5, accelerator.clip_grad_norm_)
                     optimizer.step()
                     optimizer.zero_grad()
         if accelerator is None:

@@ -237,12 +237,13 @@ def _room() -> _Room | None:
 def _close_() -> None:
     """End the threads of all rooms while the interpreter runs.
 
-    One that drops a tensor later, while the interpreter ends, aborts the process (torch #179291).
+    One that drops a tensor later, while the interpreter ends, aborts the process (pytorch/pytorch#179291).
     """
     mine = [room for room in _opened if room.process == os.getpid()]
     listed = [room for room in mine if _is_open(room)]
-    _rooms.clear()
-    _opened.clear()
+    if mine:
+        _rooms.clear()
+        _opened.clear()
     for room in listed:
         distributed.destroy_process_group(room.group)
     for room in mine:
