@@ -1,14 +1,12 @@
 """Part `alternatives`: implementations that were tried and rejected, kept to compare them on other machines."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import attrs
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 import tunerkit
 from benchmarks.speed import contenders as who
@@ -17,17 +15,14 @@ from benchmarks.speed.settings import Settings, Size
 from benchmarks.speed.statistics import Pairs, middle, one_kind, ratio
 from benchmarks.speed.tables import Row, estimated
 from benchmarks.speed.timing import Call, Times, interleave
-from tunerkit.layers import fused, products
+from tunerkit.layers import products
 from tunerkit_adalora.schedule import plan
 
 PART = "alternatives"
 PLAIN = "frozen floor"
 OURS = "LoRA"
 WIDE = "thin factors on the right"
-ALONE = "each layer alone"
-SHARED = "Q x of the group at once"
 ONCE, STAGES = "shrunk once", "shrunk in stages"
-SCALE = 2.0
 _FINE = 1000  # budgets are counted in this fraction of a rank
 
 
@@ -49,7 +44,7 @@ def group_rows(where: str, inputs: int, outputs: Sequence[int], settings: Settin
     times = time_group(inputs, outputs, settings)
     kinds = one_kind(settings.pairs)
     rows = []
-    for name in (OURS, WIDE, ALONE, SHARED):
+    for name in (OURS, WIDE):
         over = times[name] - times[PLAIN]
         rows.append(estimated(PART, where, name, "overhead, ms", middle(1e3 * over, kinds, seed=settings.seed)))
         if name != OURS:
@@ -66,90 +61,27 @@ def time_group(inputs: int, outputs: Sequence[int], settings: Settings) -> dict[
     grads = [torch.randn(settings.batch, settings.tokens, out) for out in outputs]
     apart = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # all read the same weights
     tunerkit.wrap(
-        apart, "lora", {"targets": "re:.*", "rank": settings.init_rank, "alpha": SCALE * settings.init_rank}, seed=0
+        apart, "lora", {"targets": "re:.*", "rank": settings.init_rank, "alpha": 2.0 * settings.init_rank}, seed=0
     )
-    shared = Shared(base, settings.init_rank)
     ways: dict[str, Callable[[Tensor], list[Tensor]]] = {
         PLAIN: lambda x: [layer(x) for layer in base],
-        SHARED: shared,
-        **{name: lambda x: [layer(x) for layer in apart] for name in (OURS, WIDE, ALONE)},
+        **dict.fromkeys((OURS, WIDE), lambda x: [layer(x) for layer in apart]),
     }
 
     def call(name: str) -> Call:
         return lambda: torch.autograd.backward(ways[name](x.detach().requires_grad_()), grads)
 
     def before(name: str) -> None:
-        for own in (*apart.parameters(), *shared.q, *shared.p):
+        for own in apart.parameters():
             own.grad = None
         products.is_thin = (lambda rank, factor: False) if name == WIDE else is_thin
-        fused.join = (lambda x: None) if name == ALONE else join
 
-    is_thin, join = products.is_thin, fused.join
+    is_thin = products.is_thin
     try:
         calls = {name: call(name) for name in ways}
         return interleave(calls, rounds=settings.pairs, seed=settings.seed, warmup=settings.warmup, before_each=before)
     finally:
-        products.is_thin, fused.join = is_thin, join
-
-
-class Shared:
-    """Layers that are known to read the same input: one product for all their Q, in forward and in backward.
-
-    It is called directly, while ours runs in hooks. The cost of finding the group is not included.
-    """
-
-    def __init__(self, layers: Iterable[nn.Module], rank: int) -> None:
-        self.layers = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        self.q = [(0.1 * torch.randn(rank, layer.in_features)).requires_grad_() for layer in self.layers]
-        self.p = [torch.zeros(layer.out_features, rank, requires_grad=True) for layer in self.layers]
-
-    def __call__(self, x: Tensor) -> list[Tensor]:
-        count, weights = len(self.layers), [layer.weight for layer in self.layers]
-        h, *others = _Project.apply(x.reshape(-1, x.shape[-1]), count, *weights, *self.q, *self.p)  # type: ignore[no-untyped-call]
-        parts = zip(self.layers, h.split([len(q) for q in self.q], dim=1), others[:count], others[count:], strict=True)
-        return [_Add.apply(ticket, layer(x), own, columns) for layer, own, columns, ticket in parts]  # type: ignore[no-untyped-call]
-
-
-class _Project(Function):
-    """Q x of all layers, (n, sum of ranks); P of each by column; a tensor for each that takes its output's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, *weights: Tensor) -> tuple[Tensor, ...]:
-        w, qs, ps = weights[:count], weights[count : 2 * count], weights[2 * count :]
-        q = torch.cat(qs)
-        h, columns = x.mm(q.t()), [p.t().contiguous().t() for p in ps]
-        ctx.count, ctx.ranks = count, [len(each) for each in qs]
-        ctx.save_for_backward(x, h, q, *w, *columns)
-        ctx.mark_non_differentiable(h, *columns)
-        return h, *columns, *(x.new_empty(()).expand(len(x), len(each)) for each in w)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, q, *weights = ctx.saved_tensors
-        w, ps, gs = weights[: ctx.count], weights[ctx.count :], grads[1 + ctx.count :]
-        grad_h = torch.cat([g.mm(p) for g, p in zip(gs, ps, strict=True)], dim=1)
-        grad_x = gs[0].mm(w[0])
-        for g, each in zip(gs[1:], w[1:], strict=True):
-            grad_x.addmm_(g, each)
-        grad_x.addmm_(grad_h, q, alpha=SCALE)
-        to_q = torch.addmm(q, grad_h.t(), x, beta=0, alpha=SCALE).split(ctx.ranks)
-        to_p = [
-            torch.addmm(p.t(), own.t(), g, beta=0, alpha=SCALE).t().contiguous()
-            for p, own, g in zip(ps, h.split(ctx.ranks, dim=1), gs, strict=True)
-        ]
-        return grad_x, None, *(None for _ in w), *to_q, *to_p
-
-
-class _Add(Function):
-    @staticmethod
-    def forward(ctx: Any, ticket: Tensor, y: Tensor, h: Tensor, columns: Tensor) -> Tensor:
-        out = y.detach()
-        out.view(-1, y.shape[-1]).addmm_(h, columns.t(), alpha=SCALE)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return g.reshape(-1, g.shape[-1]), None, None, None
+        products.is_thin = is_thin
 
 
 # A whole training

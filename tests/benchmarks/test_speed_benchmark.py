@@ -32,7 +32,6 @@ from benchmarks.speed import (  # noqa: E402
     compiled,
     contenders,
     gpu,
-    groups,
     growth,
     operations,
     shapes,
@@ -48,7 +47,7 @@ from benchmarks.speed.settings import Settings, Size, read_sizes  # noqa: E402
 from benchmarks.speed.storages import held_bytes, peak_bytes  # noqa: E402
 from benchmarks.speed.tables import Row, to_json, to_markdown  # noqa: E402
 from benchmarks.speed.timing import Call, interleave, orders  # noqa: E402
-from tunerkit.layers import fused, low_rank as lowrank  # noqa: E402
+from tunerkit.layers import low_rank as lowrank  # noqa: E402
 from tunerkit.layers.fused import add_fused  # noqa: E402
 from tunerkit_adalora.schedule import plan  # noqa: E402
 
@@ -406,23 +405,6 @@ def test_a_compiled_contender_runs_its_own_graph() -> None:
     assert torch.allclose(compiled.compiled(lora.model, "eager")(workload.x, workload.target).loss, expected)
 
 
-def test_a_group_that_is_known_computes_the_same() -> None:
-    """The alternative with one product for all Q, beside the formula."""
-    layers = [nn.Linear(6, out).requires_grad_(False) for out in (5, 7)]
-    shared = alternatives.Shared(layers, rank=3)
-    for p in shared.p:
-        nn.init.normal_(p)
-    x = torch.randn(2, 4, 6, requires_grad=True)
-    grads = [torch.randn(2, 4, layer.out_features) for layer in layers]
-
-    def gradients(outs: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [*outs, *torch.autograd.grad(outs, [x, *shared.q, *shared.p], grads)]
-
-    each = zip(layers, shared.q, shared.p, strict=True)
-    expected = gradients([layer(x) + alternatives.SCALE * x @ q.t() @ p.t() for layer, q, p in each])
-    torch.testing.assert_close(gradients(shared(x)), expected)
-
-
 def test_a_course_in_stages_spends_each_step_at_the_budget_in_force() -> None:
     """If a step takes as many seconds as its rank, the mean step is the schedule's mean rank."""
     times = {rank: np.full(3, float(rank)) for rank in range(2, 5)}
@@ -622,34 +604,6 @@ def test_a_base_takes_at_most_half_of_a_card(
     card = types.SimpleNamespace(total_memory=size * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     assert gpu.fits(LLAMA_SHAPES[name], form) == fit
-
-
-@pytest.mark.parametrize(
-    ("architecture", "found"),
-    [
-        ("llama", {"groups of 3": 2, "groups of 2": 2, "layers alone": 4}),
-        ("gpt2", {"layers alone": 8}),
-        ("mt5", {"groups of 3": 4, "groups of 2": 6, "layers alone": 12}),
-        ("siglip_vision_model", {"groups of 3": 2, "layers alone": 6}),
-    ],
-)
-def test_layers_of_an_architecture_that_read_one_input(
-    architecture: str, found: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """q, k and v; gate and up; k and v of a decoder's cross-attention. Not where one layer computes them all."""
-    for limit in ("LEAST_WIDTH", "LEAST_NUMBERS"):
-        monkeypatch.setattr(fused, limit, 0)
-    assert groups.groups_of(architecture) == found
-
-
-def test_a_group_keeps_the_gradients_of_its_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So LoRA's peak is above that of each layer alone, by one gradient as wide as an MLP."""
-    for limit in ("LEAST_WIDTH", "LEAST_NUMBERS"):
-        monkeypatch.setattr(fused, limit, 0)
-    found = groups.peaks(shapes.Shape(1, 64, 8, 16))
-    more = found["LoRA, in groups"] - found["LoRA, each layer alone"]
-    assert more == pytest.approx(8 * 16 * 4 * 64 * 4 / 2**20, rel=0.02)
-    assert found["LoRA, each layer alone"] == pytest.approx(found[contenders.PEFT_LORA], rel=0.02)
 
 
 def test_counts_are_the_same_at_every_run() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tunerkit
-from tunerkit.errors import AdapterError
+from tunerkit.errors import AdapterError, TunerkitWarning
 from tunerkit.injection import record, slots_in, tuners_of
 from tunerkit.layers import Adapter
 from tunerkit.plugin import Method, RankChange, Tuner
@@ -197,6 +197,13 @@ def test_the_final_allocation_may_change_parameters_in_place(toys: "Toys") -> No
         before = [parameter.detach().clone() for parameter in tuner.parameters()]
         tuner.finish()
         assert all(torch.equal(p, 0.5 * old) for p, old in zip(tuner.parameters(), before, strict=True))
+
+
+def test_groups_of_layers_are_counted_no_more(toys: "Toys") -> None:
+    """For one version, the call says so."""
+    tuner = tunerkit.tuner(tunerkit.wrap(toys.net(), "toy-low-rank", {"targets": ["conv"]}))
+    with pytest.warns(TunerkitWarning, match=r"no longer grouped.*Remove the call"):
+        assert tuner.groups() == {}
 
 
 def test_an_adapter_that_does_not_say_what_it_adds_is_named() -> None:

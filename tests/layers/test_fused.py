@@ -1,5 +1,6 @@
 """The fused low-rank product compared with the plain form: values, gradients, errors, and when it must not be used."""
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -10,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import tunerkit
+from tests.support import between
 from tests.support.layer_law import known
 from tests.support.products import Product, adapted
+from tunerkit.errors import AdapterError
 from tunerkit.injection.slots import apply_slots
 from tunerkit.layers import as_base_layer, products
 from tunerkit.layers.fused import mark_fresh, plain_form
@@ -507,6 +511,83 @@ def test_a_batch_of_gradients_at_once_is_right() -> None:
     for number, slope in enumerate(slopes):
         for found, expected in zip(together, torch.autograd.grad(y, own, slope, retain_graph=True), strict=True):
             torch.testing.assert_close(found[number], expected)
+
+
+@pytest.mark.parametrize("shape", between.SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", between.DTYPES, ids=str)
+@pytest.mark.parametrize("scenario", between.SCENARIOS)
+def test_what_is_replaced_between_two_reads_ends_as_in_the_plain_form(
+    toys: "Toys", scenario: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Nothing of an input or a weight is remembered from one read to the next."""
+    between.agree("toy-low-rank", {}, scenario, shape, dtype)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("how", ["other values", "second derivatives", "another dtype"])
+def test_parameters_replaced_before_backward_change_no_gradient(name: str, diagonal: bool, how: str) -> None:
+    """The data of the base's and of the adapter's: gradients are those of what the forward read, bit for bit."""
+    layer = adapted(LAYERS[name](), lambda base: Product(base, 3, diagonal=diagonal)).double()
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    own = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def gradients(*, replace: bool) -> list[Any]:
+        layer.zero_grad()
+        x.grad = None
+        y = layer(x)
+        assert is_fused(y)
+        for parameter in layer.parameters() if replace else ():
+            parameter.data = parameter.data.float() if how == "another dtype" else parameter.data + 1
+        loss = y.square().sum()
+        if how == "second derivatives":
+            loss = torch.stack([g.square().sum() for g in torch.autograd.grad(loss, own, create_graph=True)]).sum()
+        loss.backward()
+        return [each.grad for each in own]
+
+    expected = gradients(replace=False)
+    for found, other in zip(gradients(replace=True), expected, strict=True):
+        assert torch.equal(found, other)
+
+
+class Doubling(BaseTorchFunctionMode):
+    """Doubles what every linear layer computes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs)
+        return 2 * found if func is F.linear else found
+
+
+def test_a_linear_layer_that_computes_something_else_takes_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its class got another forward after wrapping, or a mode or a patch changes ``F.linear``; a default device may."""
+    layer = adapted(nn.Linear(5, 4)).double()
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
+    plain, linear = nn.Linear.forward, F.linear
+    with Doubling():
+        assert_agree(layer, x, fused=False)
+    with torch.device("cpu"):
+        assert_agree(layer, x)
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "linear", lambda *args: 2 * linear(*args))
+        assert_agree(layer, x, fused=False)
+
+    @functools.wraps(plain)
+    def patched(self: nn.Linear, x: Tensor) -> Tensor:
+        return plain(self, x).tanh()
+
+    monkeypatch.setattr(nn.Linear, "forward", patched)
+    assert_agree(layer, x, fused=False)
+
+
+def test_a_base_that_was_resized_says_so(toys: "Toys") -> None:
+    """In either direction and form, and not a mismatch of shapes inside torch."""
+    for out, into in ((6, 5), (2, 5), (4, 7), (1, 5)):
+        layer = adapted(nn.Linear(5, 4))
+        layer.weight.data, layer.bias.data = torch.randn(out, into), torch.randn(out)
+        layer.out_features, layer.in_features = out, into
+        for form in (contextlib.nullcontext, plain_form):
+            with form(), pytest.raises(AdapterError, match=r"Linear was resized after .* resize the model first"):
+                layer(torch.randn(3, into))
 
 
 def test_other_dtypes_and_layouts_take_the_plain_form() -> None:

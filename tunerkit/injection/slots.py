@@ -69,7 +69,7 @@ class Slot(nn.Module):
     ) -> Any:
         """Return the output ``y`` of ``module`` as this slot changes it."""
         if self.copy is not None:
-            return _run_copy(self.copy, module, args, kwargs)
+            return self.copy(*args, **kwargs)
         adapter = self.adapter
         if adapter is not None:
             x = input_of(args, kwargs)
@@ -83,21 +83,6 @@ class Slot(nn.Module):
             added = self.bias - cast(Tensor, module.bias)
             y = y + view_bias(module, base, added, y).to(y.dtype)
         return y
-
-
-def _run_copy(copy: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run the trained copy of ``module``. Its own errors say nothing of a resized original, such as new tokens."""
-    if torch.compiler.is_compiling():
-        return copy(*args, **kwargs)
-    try:
-        return copy(*args, **kwargs)
-    except (IndexError, RuntimeError) as error:
-        if _is_resized(module, copy):
-            raise AdapterError(
-                f"the {type(module).__name__} was resized after an adapter had begun to train a copy of it, and the "
-                "copy still has the old size: resize the model first, then call tunerkit.wrap or tunerkit.load"
-            ) from error
-        raise
 
 
 def _is_resized(module: nn.Module, copy: nn.Module) -> bool:
@@ -276,6 +261,21 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: A
         )
     if not slots.enabled or slots.merged:
         return output
+    if torch.compiler.is_compiling():
+        return _apply(slots, module, args, kwargs, output)
+    try:
+        return _apply(slots, module, args, kwargs, output)
+    except (AdapterError, IndexError, RuntimeError) as error:
+        if not slots.is_resized(module):
+            raise
+        raise AdapterError(
+            f"the {type(module).__name__} was resized after an adapter was put into it, and the adapter still has the "
+            "old size: resize the model first, then call tunerkit.wrap or tunerkit.load"
+        ) from error
+
+
+def _apply(slots: Slots, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
+    """Apply the active slots to ``output``, one after the other."""
     own, marked = output, False
     by_name: dict[str, Any] = torch_private.own_children(slots)
     # An adapter may write into a fresh output. Where one reads it beside others, it is needed as it is.

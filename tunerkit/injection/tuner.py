@@ -1,6 +1,6 @@
 """The tuner: the handle on one adapter of a wrapped model, and what a model holds of its adapters."""
 
-from collections import Counter
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from html import escape
@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from tunerkit import hooks
 from tunerkit.config import AdapterConfig
-from tunerkit.errors import AdapterError, StepError, closest, cut, error_text
+from tunerkit.errors import AdapterError, StepError, TunerkitWarning, closest, cut, error_text
 from tunerkit.hooks import Engine, Pieces, Removable, same, whole_pieces
 from tunerkit.injection.slots import Slot, base_modules, inside, is_merged, slots_of
-from tunerkit.layers import Adapter, forms, weights, whole_shape
+from tunerkit.layers import Adapter, weights, whole_shape
 from tunerkit.paths import few, is_number, join
 from tunerkit.records import RankChange, State, Target
 
@@ -173,21 +173,14 @@ class Tuner:
         return {path: adapter.rank for path, adapter in self.adapters().items()}
 
     def groups(self) -> dict[str, int]:
-        """Count how the targets ran the last time: in groups that read one input, alone, or in another form.
-
-        Layers such as q, k and v that read the same tensor, one after the other, compute one gradient of it together.
-
-        Returns:
-            The number of groups by their size, then of the layers in none, by the reason, such as
-            ``{"groups of 3": 12, "layers alone": 24}``.
-        """
-        bases = [slots.base for target in self.targets if (slots := slots_of(target.module)) is not None]
-        found = [
-            forms.get(base, "without a low-rank product so far, or only compiled") for base in bases if base is not None
-        ]
-        sizes = {id(form): form.layers for form in found if not isinstance(form, str)}
-        names = ["layers alone" if size == 1 else f"groups of {size}" for size in sorted(sizes.values(), reverse=True)]
-        return dict(Counter([*names, *(f"layers {form}" for form in found if isinstance(form, str))]))
+        """Warn that layers which read one input are no longer grouped. The next version has no such call."""
+        warnings.warn(
+            "tuner.groups() has nothing to count: layers that read one input are no longer grouped. Remove the call, "
+            "which the next version will not have",
+            TunerkitWarning,
+            stacklevel=2,
+        )
+        return {}
 
     def budget(self, step: int | None = None) -> int:
         """Return the budget in force after an optimizer step.

@@ -8,7 +8,7 @@ from tunerkit.layers import torch_private, weights
 from tunerkit.layers.adapter import Adapter, resize_
 from tunerkit.layers.base import BaseLayer, bias_name, has_trainable_bias, view_bias
 from tunerkit.layers.compiled import mark_traced, unmark_traced
-from tunerkit.layers.fused import autocast_off, forms, mark_fresh, plain_form, unmark
+from tunerkit.layers.fused import autocast_off, mark_fresh, plain_form, unmark
 from tunerkit.layers.kinds import (
     CORE,
     KINDS,

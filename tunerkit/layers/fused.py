@@ -1,16 +1,13 @@
-"""The fused form of a low-rank product, and the groups of layers that read one input.
+"""The fused form of a low-rank product.
 
 The product is accumulated in the memory of the base layer's output, and one node computes the input's gradient through
-both. Alone, each layer computes such a gradient, and autograd adds them up. In a group, such as q, k and v, each layer
-hands its term to one node, which adds all of them to one tensor. The forward is the same bit for
-bit. A group is what reads the same tensor object one after the other, in this forward.
+both. It saves what it multiplied by under names of its own: parameters may be merged, swapped or cast before backward.
 """
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +17,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from tunerkit.layers import products, torch_private
 from tunerkit.layers.base import BaseLayer
 from tunerkit.layers.kinds import drop
+from tunerkit.layers.weights import code_owner, is_listed
 
 _MARK = "_tunerkit_fresh"
-# Width and numbers of an input from which a group takes less time than its layers alone (docs/evidence/speed.md).
-LEAST_WIDTH, LEAST_NUMBERS = 1024, 1 << 16
-# The size of the group that a base layer's product was in when it ran last, or why it was in none.
-forms: "WeakKeyDictionary[BaseLayer, str | Size]" = WeakKeyDictionary()
-PLAIN = "in the plain form"
-SMALL = "with a small input"
-CAST = "whose input is cast by autocast"
-NO_GRADIENT = "without a gradient of the input"
-DROPOUT = "with dropout"
-OTHER_WEIGHT = "whose weight is trained, packed or of another dtype"
-# A group waits for the gradients of all its outputs. Cross-attention may read one input in all layers of a decoder: in
-# one group, they would all be kept until the last is there.
-_MOST = 4
 
 
 def product_dtype(x: Tensor, q: Tensor) -> torch.dtype:
@@ -85,9 +70,11 @@ def mark_fresh(base: BaseLayer, x: Tensor, y: Tensor) -> bool:
 
 
 def is_straight(base: BaseLayer, x: object, y: object) -> bool:
-    """Whether ``y`` is x Wᵀ + b of plain tensors: no other hook changes it, nor has the module a forward of its own."""
+    """Whether ``y`` is x Wᵀ + b of plain tensors: no other hook changes it, and nothing has replaced the forward."""
     module = base.module
     if not (base.linear and torch_private.has_single_hook(module) and "forward" not in vars(module)):
+        return False
+    if torch_private.is_intercepted() or not (base.forwards == () or is_listed(code_owner(module), base.forwards)):
         return False
     return type(x) is Tensor and type(y) is Tensor and not y.is_nested and y.layout == torch.strided
 
@@ -111,127 +98,6 @@ def is_fresh(base: BaseLayer, x: Tensor, y: Tensor, q: Tensor, dtype: torch.dtyp
     return not torch_private.is_observed()
 
 
-# --- Groups ---
-
-
-class Term(NamedTuple):
-    """What one layer adds to the gradient of the input: g W + scale · grad_h Q, with grad_h = g P."""
-
-    g: Tensor
-    w: Tensor
-    grad_h: Tensor
-    q: Tensor
-    scale: float
-
-
-class Size:
-    """How many layers are in a group. It outlives the group, and tells users what ran."""
-
-    def __init__(self) -> None:
-        self.layers = 0
-
-
-class Group:
-    """Layers of one forward that read one input, one after the other.
-
-    Attributes:
-        x: The input, until another group begins: a loss that is kept must not keep all inputs.
-        size: How many layers have joined.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        self.x: Tensor | None = x
-        self.size = Size()
-        self._writes = torch_private.version(x)
-        # By backward pass: one that ended in an error may leave terms behind.
-        self._waiting: dict[int, list[Term]] = {}
-        self._rows: Tensor | None = None
-        self._ticket: Tensor | None = None
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether a further layer that reads ``x`` belongs to the group."""
-        return self.x is x and self._writes == torch_private.version(x) and self.size.layers < _MOST
-
-    def end(self) -> None:
-        """Forget the input: the nodes keep what they need of it."""
-        self.x = self._rows = None
-
-    def rows(self, x: Tensor) -> Tensor:
-        """The input as (n, in)."""
-        if self._rows is None:
-            self._rows = x.reshape(-1, x.shape[-1])
-        return self._rows
-
-    def ticket(self, x: Tensor) -> Tensor:
-        """An input of each layer's node, without a meaning: so autograd runs the group's node after theirs."""
-        if self._ticket is None:
-            self._ticket = _apply(x, self._waiting)
-        return self._ticket
-
-    def add(self, term: Term) -> None:
-        """Hand over a layer's term in backward."""
-        self._waiting.setdefault(torch_private.backward_pass(), []).append(term)
-
-
-class _Here(threading.local):
-    """The group that a forward of this thread is in. Only its layers' nodes keep it alive."""
-
-    group: "ref[Group] | None" = None
-
-
-_here = _Here()
-
-
-def join(x: Tensor) -> Group | None:
-    """Join the group that reads ``x``, or begin one; None if ``x`` needs no gradient."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return None
-    group = None if _here.group is None else _here.group()
-    if group is None or not group.takes(x):
-        if group is not None:
-            group.end()
-        group = Group(x)
-        _here.group = ref(group)
-    group.size.layers += 1
-    return group
-
-
-class _GradientOfInput(Function):
-    """The input of a group. Its gradient is the sum of the terms, which the layers' nodes hand over before."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, waiting: dict[int, list[Term]]) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.waiting, ctx.shape = waiting, x.shape
-        return x.new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, _: None) -> tuple[Tensor | None, None]:
-        terms: list[Term] = ctx.waiting.pop(torch_private.backward_pass(), [])
-        if not terms:
-            return None, None
-        with autocast_off(terms[0].g.device):
-            return _sum(terms).view(ctx.shape), None
-
-
-def _sum(terms: Sequence[Term]) -> Tensor:
-    """The gradient of the input, (n, in)."""
-    first, *others = terms
-    total = products.multiply(first.g, first.w)
-    for term in others:
-        total = products.multiply(term.g, term.w, onto=total)
-    if not others:
-        return total.addmm_(first.grad_h, first.q, alpha=first.scale)
-    if len({term.scale for term in terms}) == 1:
-        grad_h, scale = [term.grad_h for term in terms], first.scale
-    else:
-        grad_h, scale = [term.grad_h * term.scale for term in terms], 1.0
-    return total.addmm_(torch.cat(grad_h, dim=1), torch.cat([term.q for term in terms]), alpha=scale)
-
-
-_apply = torch_private.apply_of(_GradientOfInput)
-
-
 # --- The product ---
 
 
@@ -240,32 +106,12 @@ def add_fused(
 ) -> Tensor:
     """Return y + scale · P diag(λ) Q x, overwriting ``y``. Call it only if ``y`` `is_fresh`.
 
-    If ``x`` is the base layer's own input, one node computes its gradients through both, and through other layers that
-    read it too.
+    If ``x`` is the base layer's own input, one node computes its gradients through both.
     """
     mark: _Fresh = vars(y)[_MARK]
     weight = frozen_weight(base, y) if mark.x() is x and dropout == 0 else None
-    group = _group_of(x, y, weight, dropout)
-    if isinstance(group, str):
-        forms[base] = group
-        rows = drop(x.to(y.dtype), dropout).reshape(-1, q.shape[1])
-        return _add(None, rows, y, weight, q, p, lam, scale, None)
-    # A node of its own for the input's gradient takes longer where a layer is alone: what was, is taken to be again. It
-    # computes the same numbers either way.
-    before, forms[base] = forms.get(base), group.size
-    if group.size.layers == 1 and isinstance(before, Size) and before.layers == 1:
-        return _add(None, group.rows(x), y, weight, q, p, lam, scale, group)
-    return _add(group.ticket(x), group.rows(x), y, weight, q, p, lam, scale, group)
-
-
-def _group_of(x: Tensor, y: Tensor, weight: Tensor | None, dropout: float) -> Group | str:
-    """The group that a layer joins, or why it joins none."""
-    if weight is None:
-        return DROPOUT if dropout else OTHER_WEIGHT
-    if x.dtype != y.dtype:
-        return CAST
-    is_small = x.shape[-1] < LEAST_WIDTH or x.numel() < LEAST_NUMBERS
-    return (SMALL if is_small else join(x)) or NO_GRADIENT
+    rows = drop(x.to(y.dtype), dropout).reshape(-1, q.shape[1])
+    return _add(rows, y, weight, q, p, lam, scale)
 
 
 def frozen_weight(base: BaseLayer, y: Tensor) -> Tensor | None:
@@ -281,72 +127,82 @@ def frozen_weight(base: BaseLayer, y: Tensor) -> Tensor | None:
 
 
 class _FusedLowRank(Function):
-    """out = y + s · P diag(λ) Q x, with x (n, in). With ``w`` = W, backward includes the base layer's part.
-
-    In a group, the gradient of x is the ``ticket``'s: the group's node computes it. What is saved is the same in both
-    cases, so checkpointing may recompute a layer in another group, or alone.
-    """
+    """out = y + s · P diag(λ) Q x, with x (n, in). With ``w`` = W, backward includes the base layer's part."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        ticket: Tensor | None,
-        x: Tensor,
-        y: Tensor,
-        w: Tensor | None,
-        q: Tensor,
-        p: Tensor,
-        lam: Tensor | None,
-        scale: float,
-        group: Group | None,
+        ctx: Any, x: Tensor, y: Tensor, w: Tensor | None, q: Tensor, p: Tensor, lam: Tensor | None, scale: float
     ) -> Tensor:
-        narrow_q, narrow_pt = q.to(y.dtype), _folded(p, lam, y).t()
+        # Aliases have these values also after the ``data`` of a parameter was replaced.
+        seen_p, seen_lam = (p, None) if lam is None else (p.detach(), lam.detach())
+        narrow_q, narrow_pt = q.detach().to(y.dtype), _folded(seen_p, seen_lam, y).t()
         h = products.multiply(x, narrow_q.t())
         # Not y itself: autograd would have to be notified of the change, and would copy y where it is a view, as a
         # biased linear layer's output is. The version counter is shared, so whoever saved y for backward gets an error.
         out = y.detach()
         out.view(-1, p.shape[0]).addmm_(h, narrow_pt, alpha=scale)
         ctx.set_materialize_grads(False)
-        ctx.scale, ctx.group, ctx.is_grouped = scale, group, ticket is not None
-        kept = (x, h) if any(ctx.needs_input_grad[4:7]) else (None, None)
-        ctx.save_for_backward(*kept, w, q, p, lam, narrow_q, narrow_pt)
+        ctx.scale = scale
+        kept = (x, h) if any(ctx.needs_input_grad[3:6]) else (None, None)
+        seen = (None, None) if lam is None else (seen_p, seen_lam)
+        ctx.save_for_backward(*kept, None if w is None else w.detach(), narrow_q, narrow_pt, *seen, q, p, lam)
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 9
+            return (None,) * 7
         with autocast_off(g.device):  # autocast may be on now although it was off in forward
             return _gradients(ctx, g)
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of forward's inputs, for the gradient ``g`` (..., out) of the sum."""
-    x, h, w, q, p, lam, narrow_q, narrow_pt = ctx.saved_tensors
+    """The gradients of forward's inputs, for the gradient ``g`` (..., out) of the sum. Autograd casts them."""
+    x, h, w, narrow_q, narrow_pt, p, lam, *parameters = ctx.saved_tensors
     if torch.is_grad_enabled():  # second derivatives: what forward computed must depend on its inputs
-        narrow_q, narrow_pt = q.to(g.dtype), _folded(p, lam, g).t()
+        narrow_q, narrow_pt, p, lam = _differentiable(narrow_q, narrow_pt, p, lam, *parameters)
         h = None if x is None else products.multiply(x, narrow_q.t())
-    _, to_x, to_y, _, to_q, to_p, to_lam, *_ = ctx.needs_input_grad
-    s, g2 = ctx.scale, g.reshape(-1, p.shape[0])
+    to_x, to_y, _, to_q, to_p, to_lam, _ = ctx.needs_input_grad
+    s, g2 = ctx.scale, g.reshape(-1, narrow_pt.shape[1])
     grad_x = grad_q = grad_p = grad_lam = None
     if to_x or to_q:
         grad_h = products.multiply(g2, narrow_pt.t())  # without s: the products below include it at no cost
-    if ctx.is_grouped:
-        if torch_private.will_run(ctx.next_functions[0][0]):
-            ctx.group.add(Term(g2, w, grad_h, narrow_q, s))
-    elif to_x and w is None:
+    if to_x and w is None:
         grad_x = (grad_h * s).mm(narrow_q)
     elif to_x:
         grad_x = products.multiply(g2, w).addmm_(grad_h, narrow_q, alpha=s)
     if to_q:
-        grad_q = products.gradient(grad_h, x, narrow_q, s).to(q.dtype)
+        grad_q = products.gradient(grad_h, x, narrow_q, s)
     if to_p or to_lam:
-        grad_p = products.gradient(h, g2, narrow_pt, s).t().to(p.dtype)  # so far of P diag(λ)
+        grad_p = products.gradient(h, g2, narrow_pt, s).t()  # so far of P diag(λ)
         if lam is not None:
             grad_lam = (grad_p * p).sum(0) if to_lam else None
             grad_p = grad_p * lam
         grad_p = grad_p.contiguous()  # the layout of P, for optimizers that flatten gradients
-    return None, grad_x, g if to_y and w is None else None, None, grad_q, grad_p, grad_lam, None, None
+    return grad_x, g if to_y and w is None else None, None, grad_q, grad_p, grad_lam, None
+
+
+def _differentiable(
+    narrow_q: Tensor, narrow_pt: Tensor, seen_p: Tensor, seen_lam: Tensor, q: Tensor, p: Tensor, lam: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What forward multiplied by, with the values that it saw, as functions of the parameters."""
+    narrow_q = _as_seen(q.to(narrow_q.dtype), narrow_q)
+    if lam is None:
+        return narrow_q, _as_seen(p.to(narrow_pt.dtype).t(), narrow_pt), p, None
+    p, lam = _as_seen(p, seen_p), _as_seen(lam, seen_lam)
+    return narrow_q, _folded(p, lam, narrow_pt).t(), p, lam
+
+
+class _AsSeen(Function):
+    """The values ``seen`` with the gradient of ``parameter``, which may have other values by now."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, seen: Tensor) -> Tensor:
+        return seen.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
 
 
 def _folded(p: Tensor, lam: Tensor | None, y: Tensor) -> Tensor:
@@ -355,3 +211,4 @@ def _folded(p: Tensor, lam: Tensor | None, y: Tensor) -> Tensor:
 
 
 _add: Callable[..., Tensor] = torch_private.apply_of(_FusedLowRank)
+_as_seen: Callable[..., Tensor] = torch_private.apply_of(_AsSeen)

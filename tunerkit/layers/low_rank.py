@@ -11,7 +11,7 @@ from torch import Tensor
 from tunerkit.errors import AdapterError
 from tunerkit.layers.base import BaseLayer
 from tunerkit.layers.compiled import add_traced
-from tunerkit.layers.fused import PLAIN, add_fused, autocast_off, forms, is_fresh, product_dtype
+from tunerkit.layers.fused import add_fused, autocast_off, is_fresh, product_dtype
 from tunerkit.records import Factors
 
 
@@ -52,10 +52,8 @@ def add_low_rank(
     if q.shape[0] == 0:
         return y
     # The same sum in one node and in y's own memory, where that is safe.
-    if not torch.compiler.is_compiling():
-        if is_fresh(base, x, y, q, product_dtype(x, q)):
-            return add_fused(base, x, y, q=q, p=p, lam=lam, scale=scale, dropout=dropout)
-        forms[base] = PLAIN
+    if not torch.compiler.is_compiling() and is_fresh(base, x, y, q, product_dtype(x, q)):
+        return add_fused(base, x, y, q=q, p=p, lam=lam, scale=scale, dropout=dropout)
     q, p = _fold(q, p, lam)
     if torch.compiler.is_compiling():
         traced = add_traced(base, x, y, q=q, p=p, scale=scale, dropout=dropout)
@@ -68,6 +66,11 @@ def add_low_rank(
     if torch.compiler.is_compiling():  # inductor ignores the alpha of a sum with a product (pytorch issue 167313)
         h, scale = h * scale, 1.0
     delta = base.project_out(h, p)  # P Q x
+    if not torch.compiler.is_compiling() and delta.shape != y.shape:  # torch would broadcast a single feature
+        raise AdapterError(
+            f"the low-rank product has the shape {(*delta.shape,)}, and the output of the {type(base.module).__name__} "
+            f"{(*y.shape,)}; pass the input and the output of the layer, and P as ({base.out_features}, r)"
+        )
     return torch.add(y, delta.to(y.device, y.dtype), alpha=scale)
 
 
@@ -149,6 +152,7 @@ def _fold(q: Tensor, p: Tensor, lam: Tensor | None) -> tuple[Tensor, Tensor]:
     """Multiply λ into the smaller of Q and P, so that a side as large as a vocabulary is not copied."""
     if lam is None:
         return q, p
+    # Views: a product saves its factors for backward, and the ``data`` of a parameter may be replaced before that.
     if q.shape[1] <= p.shape[0]:
-        return lam.unsqueeze(1) * q, p
-    return q, p * lam
+        return lam.unsqueeze(1) * q.view_as(q), p
+    return q, p.view_as(p) * lam.view_as(lam)

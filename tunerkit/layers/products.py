@@ -24,15 +24,11 @@ CPUINFO = Path("/proc/cpuinfo")  # of Linux
 _AMD = "AuthenticAMD"
 
 
-def multiply(x: Tensor, w: Tensor, onto: Tensor | None = None) -> Tensor:
-    """Compute X W, (n, m), for an activation ``x`` (n, k) and ``w`` (k, m); plus ``onto``, which may be overwritten."""
+def multiply(x: Tensor, w: Tensor) -> Tensor:
+    """Compute X W, (n, m), for an activation ``x`` (n, k) and ``w`` (k, m)."""
     product = _onednn(x)
-    if product is not None and onto is not None:
-        return cast(Tensor, product.binary(x, onto, w.t(), None, "add"))
     if product is not None:
         return cast(Tensor, product.default(x, w.t(), None, "none", [], ""))
-    if onto is not None:
-        return onto.addmm_(x, w)
     parts = _parts(x, w.shape[1]) if is_thin(w.shape[1], w) and x.numel() >= LEAST_NUMBERS else 0
     if parts > 1:
         return w.t().expand(parts, -1, -1).bmm(x.unflatten(0, (parts, -1)).mT).mT.flatten(0, 1)

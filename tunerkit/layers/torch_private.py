@@ -8,12 +8,15 @@ import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
+from types import BuiltinFunctionType
 from typing import Any, TypeGuard, cast
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, nn, overrides
 from torch.autograd import Function, forward_ad
 from torch.utils import checkpoint
+from torch.utils._device import DeviceContext
 
 # --- A module's own parameters and children --------------------------------------------------------------------------
 
@@ -169,14 +172,10 @@ def apply_of(function: type[Function]) -> Callable[..., Any]:
     return cast(Callable[..., Any], super(Function, function).apply)  # type: ignore[misc]  # torch's own, in C
 
 
-def backward_pass() -> int:
-    """The number of the backward pass that is running; -1 outside of one."""
-    return torch._C._current_graph_task_id()
-
-
-def will_run(node: Any) -> bool:
-    """Whether the backward pass that is running computes this node of its graph. It may need some gradients alone."""
-    return torch._C._will_engine_execute_node(node)
+def is_intercepted() -> bool:
+    """Whether ``F.linear`` was replaced, or a torch function mode other than a default device may change it."""
+    modes = overrides._get_current_function_mode_stack()
+    return not isinstance(F.linear, BuiltinFunctionType) or any(type(mode) is not DeviceContext for mode in modes)
 
 
 def is_observed() -> bool:
@@ -211,7 +210,7 @@ def _python_dispatch() -> Any:
 
 
 def onednn_product() -> Any:
-    """OneDNN as an operation that computes X Wᵀ, whose overload ``binary`` adds it to a tensor; None if it is off.
+    """OneDNN as an operation that computes X Wᵀ; None if it is off.
 
     Also None inside a dispatch mode, such as one that counts operations: it would not know this one.
     """

@@ -7,7 +7,7 @@ device, so forwards of ordinary models cost nothing and can be compiled.
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from types import MethodType
+from types import FunctionType, MethodType
 
 import attrs
 import torch
@@ -174,6 +174,14 @@ def forward_owner(module: nn.Module) -> type:
 def forward_name(module: nn.Module) -> str:
     """The qualified name of `forward_owner`."""
     return _qualified(forward_owner(module))
+
+
+def code_owner(module: nn.Module) -> str:
+    """The qualified name of the class in whose body the code of the forward stands, also if the class got it later."""
+    forward = type(module).forward
+    if not isinstance(forward, FunctionType):
+        return ""
+    return f"{forward.__globals__['__name__']}.{forward.__code__.co_qualname.rpartition('.')[0]}"
 
 
 def is_named(kind: type, name: str) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support import between
 from tunerkit_lora import LoraConfig
 from tunerkit_lora.adapter import LoraAdapter
 
@@ -95,7 +96,6 @@ def test_dropout_changes_the_training_output_only() -> None:
     """
     model = wrapped(dropout=0.5)
     assert torch.equal(model.train()(X), Net()(X))
-    assert tunerkit.tuner(model).groups() == {"layers with dropout": 2}
     train(model, 10)
     plain = wrapped()
     plain.load_state_dict(model.state_dict())
@@ -106,6 +106,16 @@ def test_dropout_changes_the_training_output_only() -> None:
     torch.testing.assert_close(mean, plain.first(X), rtol=0, atol=0.05)
     with tunerkit.disabled(model):
         assert torch.equal(model(X), Net()(X))
+
+
+@pytest.mark.parametrize("shape", between.SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", between.DTYPES, ids=str)
+@pytest.mark.parametrize("scenario", between.SCENARIOS)
+def test_what_is_replaced_between_two_reads_ends_as_in_the_plain_form(
+    scenario: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Nothing of an input or a weight is remembered from one read to the next."""
+    between.agree("lora", {}, scenario, shape, dtype)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
