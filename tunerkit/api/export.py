@@ -1,4 +1,4 @@
-"""Files that are not tunerkit's own: adapters in the format of another program, and folders of ``tunerkit train``."""
+"""Adapters in the format of another program; and folders that say what their base is, loaded with it."""
 
 import os
 from pathlib import Path
@@ -55,7 +55,7 @@ def export(
 
 
 def from_folder(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
-    """Load a base model with its adapter, and its processor, from the output folder of ``tunerkit train``.
+    """Load a base model with its adapter, and its processor: from a folder of ``tunerkit train``, or of PEFT's.
 
     Both are ready for ``transformers.pipeline``::
 
@@ -63,14 +63,14 @@ def from_folder(path: str | os.PathLike[str], base: str | os.PathLike[str] | Non
         classify = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
 
     Args:
-        path: The folder.
+        path: The folder, or the name of an adapter on the hub.
         base: Where the base model is, if it is no longer where it was at training: a folder, or a name on the hub.
 
     Returns:
-        The model in eval mode, with its adapter, and the tokenizer or image processor.
+        The model in eval mode, with its adapter, and the tokenizer or image processor; None if a base has none.
 
     Raises:
-        FileError: It is no output folder, or a file in it is missing or damaged.
+        FileError: The folder does not say what its base is, or a file in it is missing or damaged.
         BaseMismatchError: ``base`` is another model than the one that was trained.
         TunerkitError: transformers cannot load the base from there.
     """

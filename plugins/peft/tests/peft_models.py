@@ -52,7 +52,7 @@ def _seeded(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return built
 
 
-def _llama() -> nn.Module:
+def _llama(*, tied: bool = False) -> nn.Module:
     return hf.LlamaForCausalLM(
         hf.LlamaConfig(
             vocab_size=40,
@@ -63,7 +63,7 @@ def _llama() -> nn.Module:
             num_key_value_heads=1,
             initializer_range=0.3,
             attention_bias=True,
-            tie_word_embeddings=False,
+            tie_word_embeddings=tied,
             pad_token_id=0,
         )
     )
@@ -173,6 +173,8 @@ class Convolving(nn.Module):
 _IDS = torch.tensor([[5, 3, 9, 1, 7], [2, 8, 8, 4, 6]])
 _TOKENS = {"input_ids": _IDS}
 
+# A model whose head is its embedding.
+TIED = Case(_seeded(lambda: _llama(tied=True)), _TOKENS, ("q_proj", "v_proj"))
 CASES: dict[str, Case] = {
     "llama": Case(
         _seeded(_llama),

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,6 +12,7 @@ import transformers as hf
 from torch import nn
 
 import tunerkit
+from plugins.peft.tests.peft_models import CASES, TIED
 from tunerkit.errors import ConfigError, UnknownMethodError
 from tunerkit_peft.config_objects import settings_of
 
@@ -52,6 +54,15 @@ class Nested(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(3))
 
 
+class Plain(nn.Module):
+    """A body in a list, and a head of two layers. It is never run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.head = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
 def trained(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
@@ -85,6 +96,12 @@ SAME: Mapping[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
     "classifying": (roberta, "lora", {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS"}),
     "classifying, defaults": (roberta, "lora", {"task_type": "SEQ_CLS", "init_lora_weights": "gaussian"}),
     "classifying, all": (roberta, "lora", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "all, without a task": (roberta, "lora", {"target_modules": "all-linear"}),
+    "all, with a part in full": (roberta, "lora", {"target_modules": "all-linear", "modules_to_save": ["out_proj"]}),
+    "all of a model of torch": (Plain, "lora", {"target_modules": "ALL-LINEAR"}),
+    "attention of torch": (CASES["attention"].build, "lora", {"target_modules": ["attention"], "r": 3}),
+    "tying without a tie": (llama, "lora", {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}),
+    "tying of nothing": (TIED.build, "lora", {"target_modules": ["q_proj"], "ensure_weight_tying": True}),
     "answering": (bert_answers, "lora", {"target_modules": ["query"], "task_type": "QUESTION_ANS"}),
     "a language model": (llama, "lora", {"task_type": peft.TaskType.CAUSAL_LM}),
     "AdaLoRA": (llama, "adalora", {"total_step": 100, "tinit": 10, "tfinal": 20, "target_modules": ["q_proj"]}),
@@ -101,7 +118,8 @@ def test_the_same_modules_are_adapted_and_trained_in_full(name: str) -> None:
     model = tunerkit.wrap(build(), method, config)
     assert config == before
     theirs = peft.get_peft_model(build(), METHODS[method](**given))
-    modules = {path.removeprefix("base_model.model."): module for path, module in theirs.named_modules()}
+    named = {path.replace(".base_layer.out_proj", ".out_proj"): module for path, module in theirs.named_modules()}
+    modules = {path.removeprefix("base_model.model."): module for path, module in named.items()}
     adapted = {path for path, each in modules.items() if isinstance(each, peft.tuners.tuners_utils.BaseTunerLayer)}
     copied = {path for path, each in modules.items() if isinstance(each, peft.utils.other.ModulesToSaveWrapper)}
     tuner = tunerkit.tuner(model)
@@ -119,6 +137,54 @@ def test_the_scale_is_pefts(rslora: bool) -> None:
     for path, adapter in tunerkit.tuner(model).adapters().items():
         other: Any = theirs.get_submodule(f"base_model.model.{path}")
         assert adapter.scale == pytest.approx(other.scaling["default"], rel=1e-12)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_attention_of_torch_computes_what_pefts_does(rslora: bool) -> None:
+    """From the same A and B, by patterns of its own: PEFT applies the product of the second projection twice."""
+    case = CASES["attention"]
+    given: dict[str, Any] = {"r": 2, "rank_pattern": {"attention": 3}, "alpha_pattern": {"attention": 5}}
+    config = peft.LoraConfig(target_modules=["attention", "first"], use_rslora=rslora, **given)
+    ours, theirs = tunerkit.wrap(case.build(), "lora", config), peft.get_peft_model(case.build(), config)
+    with torch.no_grad():
+        for path, adapter in tunerkit.tuner(ours).adapters().items():
+            place = path.replace(".out_proj", ".base_layer.out_proj")
+            layer: Any = theirs.get_submodule(f"base_model.model.{place}")
+            for name, other in (("a", layer.lora_A["default"].weight), ("b", layer.lora_B["default"].weight)):
+                values = torch.linspace(-1, 1, other.numel()).reshape(other.shape).sin()
+                adapter.get_parameter(name).copy_(other.copy_(values))
+        outputs = [case.output(ours), case.output(theirs)]
+    assert (outputs[0] - outputs[1]).abs().max() <= 1e-5 * outputs[1].abs().max()
+
+
+def test_a_new_head_is_trained_in_full_by_all_linear(tmp_path: Path) -> None:
+    """A head that the checkpoint lacks is new; PEFT would adapt its random values, and save them nowhere."""
+    hf.RobertaModel(hf.RobertaConfig(vocab_size=40, num_hidden_layers=1, **SIZES)).save_pretrained(tmp_path)
+    base = hf.RobertaForSequenceClassification.from_pretrained(tmp_path)
+    with pytest.warns(tunerkit.TunerkitWarning, match="trained in full"):
+        tuner = tunerkit.tuner(tunerkit.wrap(base, "lora", peft.LoraConfig(target_modules="all-linear")))
+    assert {copy.path for copy in tuner.copies} == {"classifier"}
+    assert not any(target.path.startswith("classifier") for target in tuner.targets)
+
+
+@pytest.mark.parametrize(
+    "given", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "embed_tokens"]}], ids=str
+)
+def test_one_adapter_for_both_sides_of_a_tie_is_refused(given: dict[str, Any]) -> None:
+    """Both sides are named, with the setting that names them, and that each trains on its own."""
+    (field,) = given
+    config = peft.LoraConfig(**{"target_modules": ["q_proj"], **given}, ensure_weight_tying=True)
+    words = rf"PEFT trains 'model.embed_tokens', 'lm_head' as one; .* name all of them in {field}"
+    with pytest.raises(ConfigError, match=words):
+        tunerkit.wrap(TIED.build(), "lora", config)
+
+
+def test_adalora_with_dora_is_refused_as_pefts_own_words_do() -> None:
+    """PEFT's AdaLoRA has none: it refuses such a config when it is built, and ignores one that is set later."""
+    config = peft.AdaLoraConfig(total_step=10, target_modules=["q_proj"])
+    config.use_dora = True
+    with pytest.raises(ConfigError, match="PEFT's AdaLoRA does not have it; leave it out @"):
+        tunerkit.wrap(llama(), "adalora", config)
 
 
 def test_a_second_adapter_is_placed_as_the_first() -> None:
@@ -175,8 +241,14 @@ def test_adaloras_schedule_is_kept() -> None:
         ({"init_lora_weights": "eva", "eva_config": peft.EvaConfig(whiten=True)}, "'eva_config.whiten' is True"),
         ({"init_lora_weights": False}, "'init_lora_weights' is False"),
         ({"inference_mode": True}, r"'inference_mode' is True, .*tunerkit\.freeze\(model, 'default'\)"),
-        ({"ensure_weight_tying": True}, "'ensure_weight_tying' is True"),
-        ({"trainable_token_indices": [1]}, "single trained rows of an embedding"),
+        (
+            {"trainable_token_indices": [1]},
+            r"wrap once more: tunerkit\.wrap\(model, 'trainable-tokens', {'tokens': \[1\]}, adapter='tokens'\)",
+        ),
+        (
+            {"trainable_token_indices": {"embed_tokens": [3, 1]}},
+            r"{'tokens': \[1, 3\], 'targets': \['embed_tokens'\]}, adapter='tokens'\)",
+        ),
         ({"target_parameters": ["experts.w"]}, "'target_parameters'"),
         ({"lora_dropout": 2.0}, "'lora_dropout' is 2.0; expected a number from 0 and below 1"),
         ({"r": 0.5}, "'r' is 0.5; expected an integer from 1"),

@@ -53,6 +53,8 @@ def test_adapters_of_peft_on_top_are_named(toys: "Toys", tmp_path: Path) -> None
         lambda: tunerkit.save(model, tmp_path / "out"),
         lambda: tunerkit.attach(model, optimizer),
     ):
-        refused(call, AdapterError, "peft has put layers of its own", "unload()")
+        refused(call, AdapterError, "peft has put layers of its own", "unload()", "tunerkit.thaw(model, 'default')")
     assert not (tmp_path / "out").exists()
     tunerkit.save(twice.unload(), tmp_path / "out")
+    tunerkit.thaw(model, "default")
+    tunerkit.attach(model, optimizer)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import tunerkit
 from plugins.peft.tests import peft_adapters, peft_folders
 from plugins.peft.tests.peft_folders import IDS, PREFIX
-from plugins.peft.tests.peft_models import CASES, Case
+from plugins.peft.tests.peft_models import CASES, TIED, Case
 from tunerkit.plugin import biases_of, factors_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -350,15 +350,41 @@ def test_another_name_of_the_base_is_a_warning(tmp_path: Path) -> None:
         tunerkit.load(model, folder)
 
 
-def test_tied_adapters_of_one_file_are_refused(tmp_path: Path) -> None:
+def test_tied_adapters_of_which_one_side_is_there_are_refused(tmp_path: Path) -> None:
     """With ``ensure_weight_tying`` PEFT changes the output head too, and the file does not say how."""
     tensors = {
         f"{PREFIX}embed_tokens.lora_embedding_A": torch.ones(2, 10),
         f"{PREFIX}embed_tokens.lora_embedding_B": torch.ones(4, 2),
     }
-    with pytest.raises(tunerkit.errors.FileError, match="ensure_weight_tying"):
+    with pytest.raises(tunerkit.errors.FileError, match="do not have both sides"):
         tunerkit.load(peft_folders.net(), peft_folders.folder(tmp_path, {"ensure_weight_tying": True}, tensors))
     tunerkit.load(peft_folders.net(), peft_folders.folder(tmp_path, {"ensure_weight_tying": True}))
+
+
+@pytest.mark.parametrize(
+    "given", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "embed_tokens"]}], ids=str
+)
+def test_both_sides_of_a_tie_are_read(tmp_path: Path, given: dict[str, Any]) -> None:
+    """PEFT's folder has them with ``ensure_weight_tying``, whichever side is named; and ours is read by PEFT."""
+    case = TIED
+    config = peft.LoraConfig(**{"target_modules": ["q_proj"], **given}, ensure_weight_tying=True)
+    theirs: Any = peft.get_peft_model(case.build(), config)  # type: ignore[arg-type]
+    peft_adapters.randomize_(theirs)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    expected = case.output(theirs.eval())
+    model = tunerkit.load(case.build(), tmp_path / "theirs")
+    again = peft_adapters.loaded(case, tunerkit.export(model, tmp_path / "ours"))
+    for found in (model, again):
+        assert (case.output(found) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_adalora_ignores_dora_as_peft_does(tmp_path: Path) -> None:
+    """Its layers never read the flag, so the folder is AdaLoRA's; a warning says so."""
+    config = peft.AdaLoraConfig(init_r=2, target_r=1, total_step=10, target_modules=["query"])
+    config.use_dora = True
+    with pytest.warns(tunerkit.TunerkitWarning, match="'use_dora' is set, and PEFT's AdaLoRA ignores it"):
+        model = tunerkit.load(peft_folders.net(), saved(tmp_path, config))
+    assert tunerkit.tuner(model).method == "adalora"
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "mica"])

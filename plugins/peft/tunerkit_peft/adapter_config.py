@@ -10,10 +10,12 @@ import attrs
 from tunerkit.errors import first, shown
 from tunerkit.plugin import FileError
 from tunerkit_peft import fields
+from tunerkit_peft.base_starts import STARTS
 from tunerkit_peft.selection import Selection, selection_of
 from tunerkit_peft.values import HIGHEST_RANK, Values, is_number, is_rank
 
 _LARGEST_FILE: Final = 64_000_000  # bytes
+_NOT_IN_ADALORA: Final = ("alpha_pattern", "use_rslora", "use_dora")
 
 
 @attrs.frozen
@@ -67,6 +69,8 @@ class Settings:
         alphas: ``alpha_pattern``.
         live: ``rank_pattern`` of AdaLoRA: how many triplets are live, by the name of their λ; None without one.
         schedule: AdaLoRA's schedule.
+        start: The start of a LoRA that is subtracted from the base, one of `base_starts.STARTS`; else empty.
+        tokens: ``trainable_token_indices`` of a LoRA: ids by the end of a module's path.
         remarks: What the settings say and the adapter will not hold.
     """
 
@@ -79,6 +83,8 @@ class Settings:
     alphas: Mapping[str, float]
     live: Mapping[str, int] | None
     schedule: Schedule
+    start: str
+    tokens: Mapping[str, tuple[int, ...]]
     remarks: tuple[str, ...]
 
 
@@ -134,19 +140,23 @@ def _lora(file: Path, reader: Values) -> Settings:
         ranks=reader.table("rank_pattern", is_rank, f"an integer from 1 to {HIGHEST_RANK}"),
         alphas=reader.table("alpha_pattern", is_number, "a number"),
         live=None,
-        remarks=_velora(reader),
+        start=start if (start := reader.found.get("init_lora_weights")) in STARTS else "",
+        tokens=reader.ids("trainable_token_indices"),
+        remarks=tuple(_training(reader.found)),
         **_common(file, reader),
     )
 
 
 def _adalora(file: Path, reader: Values) -> Settings:
-    ignored = [name for name in ("alpha_pattern", "use_rslora") if reader.found.get(name)]
+    ignored = [name for name in _NOT_IN_ADALORA if reader.found.get(name)]
     return Settings(
         rank=reader.integer("init_r", 12, least=1, most=HIGHEST_RANK),
         rslora=False,
         ranks={},
         alphas={},
         live=reader.masks("rank_pattern"),
+        start="",
+        tokens={},
         remarks=tuple(f"{name!r} is set, and PEFT's AdaLoRA ignores it, so tunerkit does too" for name in ignored),
         **_common(file, reader),
     )
@@ -189,18 +199,35 @@ def common_of(file: Path, reader: Values, bias: str) -> Common:
     )
 
 
-def _velora(reader: Values) -> tuple[str, ...]:
-    if not reader.found.get("velora_config"):
-        return ()
-    return ("it was trained with VeLoRA, which approximates gradients; training goes on with exact ones",)
+def _training(found: Mapping[str, object]) -> Iterator[str]:
+    """Yield how PEFT would train on in another way."""
+    if found.get("velora_config"):
+        yield "it was trained with VeLoRA, which approximates gradients; training goes on with exact ones"
+    if found.get("init_lora_weights") == "mica":
+        yield (
+            "it was trained with MiCA, which trains A alone, and further training here trains B too, twice as many "
+            "parameters; to keep B as it is, write: for each in tunerkit.tuner(model).adapters().values(): "
+            "each.b.requires_grad_(False)"
+        )
+    if found.get("trainable_token_indices"):
+        yield (
+            "the rows of its trainable_token_indices are a product here, which computes the same; further training "
+            "would change other rows too, for which method 'trainable-tokens' is"
+        )
 
 
 def _unsupported(found: Mapping[str, object], kind: object) -> list[str]:
-    return [*fields.problems(found), *(changed_base(found) if kind == "LORA" else ())]  # AdaLoRA has one start
+    if kind == "LORA":
+        held = {name: value for name, value in found.items() if name != "trainable_token_indices"}
+        return [*fields.problems(held), *(changed_base(found) if found.get("init_lora_weights") not in STARTS else ())]
+    # It has one start.
+    return [*fields.problems({name: value for name, value in found.items() if name not in _NOT_IN_ADALORA})]
 
 
 def changed_base(found: Mapping[str, object]) -> Iterator[str]:
     """Yield what is wrong with the start of a LoRA: some change the base weights."""
     start = found.get("init_lora_weights", True)
-    if not (start is None or isinstance(start, bool) or start in fields.PLAIN_STARTS):
+    if isinstance(start, str) and start.startswith("pissa_niter_"):
+        yield f"'init_lora_weights' is {shown(start)}: {fields.RANDOM_START}"
+    elif not (start is None or isinstance(start, bool) or start in fields.PLAIN_STARTS):
         yield f"'init_lora_weights' is {shown(start)}: {fields.CHANGED_BASE}"

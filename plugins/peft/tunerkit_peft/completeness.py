@@ -12,6 +12,7 @@ from tunerkit.errors import first
 from tunerkit.plugin import FileError, TargetError
 from tunerkit_peft.adapter_config import Common
 from tunerkit_peft.others import Others
+from tunerkit_peft.places import is_linear
 from tunerkit_peft.selecting import few
 from tunerkit_peft.selection import ALL_LINEAR, ends
 from tunerkit_peft.tasks import HEADS, is_task_class
@@ -149,7 +150,7 @@ def _targets(context: _Context) -> _Missing:
     lacking = [
         path
         for path, module in context.modules.items()
-        if (_is_linear(module) if is_all else context.takes(module))
+        if (is_linear(module) if is_all else context.takes(module))
         and id(module) not in known
         and not any(module is each for each in heads)
         and not _is_inside(path, context)
@@ -200,11 +201,7 @@ def _biases(context: _Context) -> _Missing:
 
 def adapts(kind: str) -> Callable[[nn.Module], bool]:
     """Return a function that checks whether PEFT adapts a module by LoRA or AdaLoRA."""
-    return lambda module: isinstance(module, _ADAPTED[kind]) or _is_linear(module)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return lambda module: isinstance(module, _ADAPTED[kind]) or is_linear(module)
 
 
 def _is_inside(path: str, context: _Context) -> bool:

@@ -3,7 +3,6 @@
 A setting without effect in training is dropped. One that would make another training is refused, with what to write.
 """
 
-import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
@@ -12,10 +11,11 @@ from typing import Any, Final
 from torch import nn
 
 from tunerkit.errors import shown
-from tunerkit.plugin import ConfigError, exact_patterns, is_broad, matches as matches_path
+from tunerkit.plugin import ConfigError
 from tunerkit_peft import fields
 from tunerkit_peft.kinds import BRINGS, IN_METHODS, installed_for
-from tunerkit_peft.selection import ALL_LINEAR, ends, selection_of
+from tunerkit_peft.object_places import fill_defaults, places_of, refuse_tying
+from tunerkit_peft.places import modules_of
 from tunerkit_peft.table_settings import Converted
 from tunerkit_peft.values import HIGHEST_RANK, Values, is_number, is_rank
 
@@ -25,12 +25,6 @@ _METHODS: Final = {
     "peft.tuners.lora.config.LoraConfig": "lora",
 }
 _BASE: Final = "peft.config.PeftConfig"
-# The modules that a PeftModel of a task trains in full, if it finds them.
-_HEADS: Final = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 _PLAIN: Final = re.compile(r"[\w.-]+")
 _KINDS: Final = {"lora": "LORA", "adalora": "ADALORA"}  # as PEFT names them
 # Its names of LoRA's starts, and ours; PiSSA by randomised SVD becomes PiSSA.
@@ -70,8 +64,10 @@ def settings_of(config: Any, model: nn.Module) -> tuple[str, dict[str, object]] 
         if kind in IN_METHODS:
             raise ConfigError([f"this {type(config).__name__} is of a type that no installed method has. {BRINGS} @ $"])
         return None
-    reader = Values(found)
-    common = [*_refused_by_all(found), *_no_targets(found, model)]
+    reader, modules = Values(found), modules_of(model)
+    copies = reader.names("modules_to_save")
+    common = [*_refused_by_all(found), *fill_defaults(found, model, declared)]
+    common += refuse_tying(found, copies, modules, declared)
     if declared is None:
         assert method is not None
         word, problems = "lora_only", [*_refused(found, method), *common]
@@ -90,7 +86,7 @@ def settings_of(config: Any, model: nn.Module) -> tuple[str, dict[str, object]] 
         whose = f"this {type(config).__name__} of peft cannot be converted"
         raise ConfigError([f"{whose}: {problem} @ $" for problem in wrong])
     settings = {**own, "bias": bias if bias in ("none", "all") else "adapters"}
-    return method, {**settings, **_places(found, reader.names("modules_to_save"), model)}
+    return method, {**settings, **places_of(found, copies, settings, modules, declared)}
 
 
 def _plain(value: Any) -> Any:
@@ -156,7 +152,14 @@ def _refused(found: Mapping[str, Any], method: str) -> Iterator[str]:
         if not value or name in fields.READ or name in fields.HARMLESS:
             continue
         what = fields.REFUSED[name][0] if name in fields.REFUSED else "a setting that PEFT 0.21 does not have"
-        yield f"{name!r} is {shown(value)}: {what}; leave it out, or train it with PEFT, and merge it there"
+        instead = ", or train it with PEFT, and merge it there"
+        if name == "use_dora":  # as LoRA it is a method's, see `installed_for`
+            what, instead = (
+                (f"{what}, and PEFT's AdaLoRA does not have it", "") if method == "adalora" else (what, instead)
+            )
+        elif name == "trainable_token_indices":
+            instead = f", and wrap once more: {_rows_beside(value)}"
+        yield f"{name!r} is {shown(value)}: {what}; leave it out{instead}"
     start = _start(found)
     if method == "lora" and start == "loftq":
         yield (
@@ -180,6 +183,13 @@ def _refused(found: Mapping[str, Any], method: str) -> Iterator[str]:
         )
 
 
+def _rows_beside(given: Any) -> str:
+    """The call for a second adapter that trains the rows of some tokens."""
+    where: Mapping[str, object] = {"targets": [*given]} if isinstance(given, Mapping) else {}
+    ids = sorted({each for some in given.values() for each in some}) if isinstance(given, Mapping) else given
+    return f"tunerkit.wrap(model, 'trainable-tokens', { {'tokens': ids, **where} }, adapter='tokens')"
+
+
 def _refused_by_all(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield what would be another training by any method."""
     if found.get("inference_mode"):
@@ -187,64 +197,6 @@ def _refused_by_all(found: Mapping[str, Any]) -> Iterator[str]:
             "'inference_mode' is True, and wrap makes an adapter to train; leave it out, and call "
             "tunerkit.freeze(model, 'default') if it must not train"
         )
-    if found.get("ensure_weight_tying"):
-        yield (
-            "'ensure_weight_tying' is True, and both sides of a tied weight are adapted one by one here; leave it out, "
-            "and name both sides in modules_to_save"
-        )
-
-
-def _no_targets(found: dict[str, Any], model: nn.Module) -> Iterator[str]:
-    """Put PEFT's default targets in, which depend on the model's type; yield what is wrong if it has none."""
-    if found.get("target_modules"):
-        return
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    # The object is of this library, so it is there.
-    tuners = importlib.import_module("peft.mapping").PEFT_TYPE_TO_TUNER_MAPPING
-    known = vars(importlib.import_module("peft.utils.constants"))
-    defaults = {
-        **(getattr(tuners.get(found["peft_type"]), "target_module_mapping", None) or {}),
-        **known.get(f"TRANSFORMERS_MODELS_TO_{found['peft_type']}_TARGET_MODULES_MAPPING", {}),
-    }
-    if kind in defaults:
-        chosen = defaults[kind]
-        found["target_modules"] = chosen if isinstance(chosen, str) else sorted(chosen)
-    else:
-        yield (
-            f"'target_modules' is missing, and PEFT has no default for a model of type {shown(kind)}; name them, as in "
-            "target_modules='all-linear'"
-        )
-
-
-def _places(found: dict[str, Any], copies: tuple[str, ...], model: nn.Module) -> dict[str, object]:
-    """What is adapted and what is trained in full, as PEFT would find it in the model."""
-    # Not what other adapters have put there: a copy of a head, say.
-    paths = [path for path, _ in model.named_modules() if path and "tunerkit" not in path.split(".")]
-    present = {end for path in paths for end in ends(path)}
-    heads = (name for name in _HEADS.get(str(found.get("task_type")), ()) if name in present)
-    trained = tuple(dict.fromkeys((*copies, *heads)))
-    targets, exclude, layers = found["target_modules"], found.get("exclude_modules"), found.get("layers_to_transform")
-    is_all = isinstance(targets, str) and targets.lower() == ALL_LINEAR
-    named, left_out = () if is_all else _names(targets), _names(exclude or ())
-    if found.get("layers_pattern"):  # PEFT looks for the layer's number after these names
-        matches = selection_of(found).matcher()
-        named, layers = tuple(exact_patterns(path for path in paths if matches(path)).values()), None
-    # PEFT adapts nothing inside a module that is trained in full.
-    inside = [path for path in paths if any(f".{name}." in f".{path}" for name in trained)]
-    inside = [path for path in inside if any(matches_path(pattern, path) for pattern in named)]
-    return {
-        "targets": ALL_LINEAR if is_all else named,
-        "exclude": (*left_out, *exact_patterns(inside).values()),
-        "layers": None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
-        "train_modules": trained,
-    }
-
-
-def _names(given: str | Sequence[str]) -> tuple[str, ...]:
-    """Patterns for an expression for whole paths, or for names that PEFT compares with the ends of paths."""
-    if isinstance(given, str):
-        return (f"re:{given}",)
-    return tuple(rf"re:(.*\.)?{re.escape(name)}" if is_broad(name) else name for name in given)
 
 
 def _pattern(text: str) -> str:

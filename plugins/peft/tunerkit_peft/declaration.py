@@ -227,6 +227,8 @@ class Declaration:
         layers: The classes of the modules that PEFT adapts by this type; ``"Module"`` is any.
         bias: The value of PEFT's ``bias`` with which the biases of the targets are trained, such as ``"vera_only"``;
             empty if this type of PEFT's trains none.
+        tied: The setting that is True where the targets share one weight, and the shared module has all tensors. PEFT
+            then adapts every module that is tied to the input's embedding, and saves the same tensors at each.
     """
 
     type: str = attrs.field(converter=_text)
@@ -238,6 +240,7 @@ class Declaration:
     ignored: tuple[str, ...] = attrs.field(default=(), converter=_names)
     layers: tuple[str, ...] = attrs.field(default=("Linear", "Conv1D"), converter=_texts)
     bias: str = attrs.field(default="", converter=_text_or_none)
+    tied: str = attrs.field(default="", converter=_text_or_none)
 
     def takes(self, module: object) -> bool:
         """Whether PEFT adapts a module of this class."""
@@ -297,7 +300,7 @@ def declarations() -> Iterator[tuple[str, str]]:
 def _contradictions(record: Method, names: Declaration) -> Iterator[str]:
     fields = [field.name for field in attrs.fields(record.config)]
     taken: dict[str, str] = {name: "what every type has" for name in COMMON}
-    for setting in names.settings:
+    for setting in (*names.settings, *([names.tied] if names.tied else [])):
         if setting not in fields:
             yield f"settings: {record.config.__name__} has no setting {setting!r}{closest(setting, fields)}"
     groups: dict[str, Collection[str]] = {

@@ -89,6 +89,11 @@ CHANGED_BASE: Final = (
     "a start that changes the base weights, which are not in the files. Convert it in PEFT: save it with "
     "save_pretrained(folder, path_initial_model_for_weight_conversion=...), or use the changed model as the base"
 )
+RANDOM_START: Final = (
+    "a start that changes the base weights by a random decomposition, which cannot be repeated: PEFT rebuilds another. "
+    "Where it was trained, save it with save_pretrained(folder, path_initial_model_for_weight_conversion=...), or use "
+    "the changed model as the base"
+)
 
 
 def problems(found: Mapping[str, object]) -> Iterator[str]:

@@ -5,10 +5,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import attrs
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from tunerkit.plugin import Factors, exact_patterns, is_broad, low_rank_factors
 from tunerkit_peft.adapter_config import Settings
+from tunerkit_peft.base_starts import refuse_bases, start_of
 from tunerkit_peft.parts import Parts, matrices, refuse_ranks
 from tunerkit_peft.products import Lazy, Read
 from tunerkit_peft.rules import Rule, rules_for
@@ -18,18 +20,30 @@ from tunerkit_peft.weights import Weights
 
 @attrs.frozen(eq=False)
 class _Own:
-    """One module's adapter: A (r, in), B (out, r), and the numerator of the scale."""
+    """One module's adapter: A (r, in), B (out, r), the numerator of the scale, and what is subtracted from B A."""
 
     a: Tensor
     b: Tensor
     alpha: float
+    start: Factors | None = None
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What `tunerkit_lora` has at the module."""
+        own = {"a": self.a, "b": self.b}
+        return own if self.start is None else {**own, "a_start": self.start.q, "b_start": self.start.p}
 
-def read_lora(settings: Settings, weights: Weights, parts: Sequence[Parts]) -> Read:
+
+def read_lora(
+    settings: Settings,
+    weights: Weights,
+    parts: Sequence[Parts],
+    modules: Mapping[str, nn.Module],
+    rows: Mapping[str, Factors],
+) -> Read:
     """Read the adapter.
 
     A row of A that is zero together with its column of B adds nothing and gets no gradient, so it can never train: it
@@ -39,17 +53,24 @@ def read_lora(settings: Settings, weights: Weights, parts: Sequence[Parts]) -> R
         settings: The adapter's settings.
         weights: Its tensors.
         parts: What is at each module.
+        modules: The model's modules.
+        rows: What is added at other modules.
 
     Raises:
-        FileError: A rank has no explanation in the settings, or a pattern cannot be used.
+        FileError: A rank has no explanation in the settings, a pattern cannot be used, or the base cannot tell what
+            PEFT has subtracted from it.
     """
     rules = rules_for(settings, dict.fromkeys(each.place.owner for each in parts))
     refuse_ranks(settings, weights, [line for each in parts if (line := _unexplained(each, rules, weights))])
     own = {each.place.path: _own(settings, weights, each, rules[each.place.owner]) for each in parts}
+    if settings.start:
+        refuse_bases(settings.start, weights.file, modules, [*own])
+        own = {path: _started(settings, each, modules.get(path)) for path, each in own.items()}
+    own |= {path: _row(settings, each) for path, each in rows.items()}
     return Read(
         factors=Lazy({path: _Product(each, settings.rslora) for path, each in own.items()}),
         config=_config(settings, own),
-        tensors={path: {"a": each.a, "b": each.b} for path, each in own.items()},
+        tensors={path: each.tensors() for path, each in own.items()},
     )
 
 
@@ -61,14 +82,17 @@ class _Product:
     rslora: bool
 
     def __call__(self) -> Factors:
-        scale = self.own.alpha / _divisor(self.own.rank or 1, self.rslora)
-        return low_rank_factors(self.own.a, self.own.b, scale=scale)
+        own = self.own
+        scale = own.alpha / _divisor(own.rank or 1, self.rslora)
+        if own.start is None:
+            return low_rank_factors(own.a, own.b, scale=scale)
+        return low_rank_factors(torch.cat([own.a, own.start.q]), torch.cat([own.b, -own.start.p], 1), scale=scale)
 
 
 def _own(settings: Settings, weights: Weights, parts: Parts, rule: Rule) -> _Own:
     a, b = matrices(weights, parts)
     used = a.any(dim=1) | b.any(dim=0)
-    kept = int(used.sum())
+    kept = parts.rank if settings.start else int(used.sum())
     if kept < parts.rank:
         a, b = a[used], b[:, used]
     if rule.alpha <= 0:  # tunerkit's are above 0, so the scale goes into B
@@ -77,6 +101,21 @@ def _own(settings: Settings, weights: Weights, parts: Parts, rule: Rule) -> _Own
     # The scale stays as it was with the padding.
     alpha = rule.alpha * _divisor(kept, settings.rslora) / _divisor(parts.rank, settings.rslora)
     return _Own(a, b, alpha=rule.alpha if kept == parts.rank else alpha)
+
+
+def _started(settings: Settings, own: _Own, module: nn.Module | None) -> _Own:
+    """The adapter with what PEFT has subtracted from the base."""
+    if module is None:
+        return own
+    scale = own.alpha / _divisor(own.rank, settings.rslora)
+    return attrs.evolve(own, start=start_of(settings.start, module, own.rank, scale))
+
+
+def _row(settings: Settings, rows: Factors) -> _Own:
+    """A product as an adapter of scale 1."""
+    own = _Own(rows.q, rows.p, alpha=_divisor(rows.rank, settings.rslora))
+    zeros = Factors(q=torch.zeros_like(rows.q), p=torch.zeros_like(rows.p))
+    return attrs.evolve(own, start=zeros) if settings.start else own
 
 
 def _divisor(rank: int, rslora: bool) -> float:
@@ -102,6 +141,7 @@ def _config(settings: Settings, own: Mapping[str, _Own]) -> dict[str, object]:
         "alpha": alpha,
         "dropout": settings.dropout,
         "rslora": settings.rslora,
+        **({"start": settings.start} if settings.start else {}),
         "rank_pattern": {names[path]: each.rank for path, each in own.items() if each.rank != rank},
         "alpha_pattern": {names[path]: each.alpha for path, each in live.items() if each.alpha != alpha},
     }

@@ -12,7 +12,7 @@ from tunerkit.errors import first, shown
 from tunerkit.plugin import FileError, exact_patterns, file_matchers
 from tunerkit_peft.declaration import Declaration, Leaf, Size
 from tunerkit_peft.moving import Moved
-from tunerkit_peft.places import Place, obstacle, place_of
+from tunerkit_peft.places import Place, obstacle, place_of, tied_to_input
 from tunerkit_peft.products import Adapted, Read
 from tunerkit_peft.shapes import Features, features_of, misfit, ours, shape_of
 from tunerkit_peft.table_settings import TableSettings
@@ -110,6 +110,8 @@ def named_adapter(settings: TableSettings, weights: Weights, modules: Mapping[st
         found.append(at)
     damaged += [f"{leaf.name[0]!r}, which all targets share, is missing" for leaf in _lacking(names, weights)]
     damaged += _different(weights)
+    tied = _tied(names, found, modules)
+    damaged += _parted(weights, found if tied else ())
     if damaged:
         raise FileError("\n- ".join([f"{weights.file} is damaged or incomplete:", *first(damaged)]))
     if unexplained:
@@ -123,11 +125,15 @@ def named_adapter(settings: TableSettings, weights: Weights, modules: Mapping[st
             )
         )
     return Adapted(
-        paths=[at.place.path for at in found],
+        paths=tied or [at.place.path for at in found],
         takes=names.takes,
-        contradictions=list(_other_classes(names, found, modules)),
+        contradictions=[] if tied else list(_other_classes(names, found, modules)),
         mismatches=others,
-        read=lambda: _read(settings, weights, found, chosen),
+        read=lambda: (
+            _all_tied(_read(settings, weights, found[:1], chosen), names, tied)
+            if tied
+            else _read(settings, weights, found, chosen)
+        ),
         remarks=settings.remarks,
     )
 
@@ -185,6 +191,26 @@ def _different(weights: Weights) -> Iterator[str]:
                 continue
             if not torch.equal(weights.tensor(key), weights.tensor(weights.shared[name])):
                 yield f"{shown(key)} and {shown(weights.shared[name])} differ, and all targets share one"
+
+
+def _tied(names: Declaration, found: Sequence[_At], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The paths of the input's embedding and what is tied to it, if the type adapts these as one, and no others."""
+    sides = [*tied_to_input(modules)] if names.tied else []
+    return sides if {at.place.path for at in found} <= {*sides} else []
+
+
+def _parted(weights: Weights, found: Sequence[_At]) -> Iterator[str]:
+    """Tensors that differ between modules that share them."""
+    for part, key in ((part, key) for at in found[1:] for part, key in at.keys.items()):
+        other = found[0].keys.get(part, key)
+        if not torch.equal(weights.tensor(key), weights.tensor(other)):
+            yield f"{shown(key)} and {shown(other)} differ, and their modules are tied"
+
+
+def _all_tied(own: Read, names: Declaration, tied: Sequence[str]) -> Read:
+    """An adapter at one module as that of all that are tied to it."""
+    (tensors,) = own.tensors.values()
+    return Read({}, {**own.config, names.tied: True}, {path: {} for path in tied}, tensors)
 
 
 def _other_classes(names: Declaration, found: Sequence[_At], modules: Mapping[str, nn.Module]) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Where the modules that a PEFT file names are in the user's model."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Final
+from contextlib import suppress
+from typing import Any, Final
 
 import attrs
 from torch import nn
@@ -35,6 +36,28 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return the model's own modules by path, tied ones by each of their paths, and adapters left out."""
     named = model.named_modules(remove_duplicate=False)
     return {path: module for path, module in named if _CHILD not in path.split(".")}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether PEFT takes a module for a linear layer."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def tied_to_input(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the input's embedding, and then what is tied to it, by path, if PEFT adapts these together; else {}."""
+    model: Any = modules.get("")
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return {}
+    found = None
+    with suppress(AttributeError, NotImplementedError):
+        found = model.get_input_embeddings()
+    if not isinstance(found, nn.Embedding):
+        return {}
+    sides = {
+        id(each): path for path, each in reversed([*modules.items()]) if getattr(each, "weight", None) is found.weight
+    }
+    paths = sorted(sides.values(), key=lambda path: modules[path] is not found)
+    return {path: modules[path] for path in paths} if len(paths) > 1 else {}
 
 
 def place_of(name: str, rename: Rename) -> Place:

@@ -19,7 +19,11 @@ def tunerkit_formats() -> Iterable[Format]:
     ]
 
 
-_UNLOAD = "Call unload() on the PeftModel first, and do not pass peft_config to a trainer of a wrapped model"
+_UNLOAD = (
+    "Call unload() on the PeftModel, and then tunerkit.thaw(model, 'default') to train on, since peft has frozen your "
+    "adapter; a second adapter is tunerkit.wrap(model, 'lora', config, adapter='second'). Do not pass peft_config to a "
+    "trainer of a wrapped model"
+)
 LAYERS_OF_PEFT = Restriction(
     "peft",
     classes=(

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+import attrs
 import torch
 from torch import nn
 
 from tunerkit.errors import shown
-from tunerkit.plugin import FileError, Foreign
+from tunerkit.plugin import Factors, FileError, Foreign
 from tunerkit_peft import files
 from tunerkit_peft.adapter_config import Common, Settings, read_settings, settings_at
 from tunerkit_peft.completeness import adapts, missing
@@ -20,9 +21,10 @@ from tunerkit_peft.kinds import declared_for
 from tunerkit_peft.moving import Moved, moving
 from tunerkit_peft.others import Others, read_others
 from tunerkit_peft.parts import parts_of
-from tunerkit_peft.places import modules_of, place_of, refuse_convolutions
+from tunerkit_peft.places import modules_of, place_of, refuse_convolutions, tied_to_input
 from tunerkit_peft.products import Adapted, Read
 from tunerkit_peft.table_settings import TableSettings, read_table_settings
+from tunerkit_peft.token_rows import read_rows, split_rows
 from tunerkit_peft.weights import LORA, Weights, open_weights
 
 _NO_MERGE: Final = (
@@ -55,10 +57,12 @@ def read(path: Path, model: nn.Module) -> Foreign:
         settings, kind = read_settings(found.config, held), LORA
     else:
         settings, kind = read_table_settings(found.config, held, declared), kind_of(declared.names)
-    common, weights = settings.common, open_weights(found.weights, kind)
+    common, weights = _with_tied(settings.common, modules), open_weights(found.weights, kind)
     moved = moving(weights.factors, modules, getattr(model, "base_model_prefix", ""))
     if isinstance(settings, Settings):
-        adapted, method = _products(settings, weights, modules, moved), common.kind.lower()
+        keys, weights = split_rows(settings, weights)
+        rows = read_rows(settings, weights, keys, modules, moved.rename)
+        adapted, method = _products(settings, weights, modules, moved, rows), common.kind.lower()
     else:
         adapted, method = named_adapter(settings, weights, modules, moved), settings.declared.method
     others = read_others(common, weights, modules, moved.rename)
@@ -89,31 +93,50 @@ def read(path: Path, model: nn.Module) -> Foreign:
     )
 
 
-def _products(settings: Settings, weights: Weights, modules: Mapping[str, nn.Module], moved: Moved) -> Adapted:
+def _products(
+    settings: Settings,
+    weights: Weights,
+    modules: Mapping[str, nn.Module],
+    moved: Moved,
+    rows: Mapping[str, Factors],
+) -> Adapted:
     """The matrices of a LoRA or an AdaLoRA. Convolutions come first: some have matrices of other sizes in PEFT."""
     kind = settings.common.kind
     paths = [place_of(name, moved.rename).path for name in weights.factors]
     refuse_convolutions(weights.file, modules, paths, kind, _NO_MERGE)
     parts = parts_of(settings, weights, moved.rename)
-    reads = read_lora if kind == "LORA" else read_adalora
+    if both := [path for path in rows if path in paths]:
+        raise FileError(f"{weights.file} adapts {both[0]!r} and trains rows of it; PEFT never does both")
     return Adapted(
-        paths=paths,
+        paths=[*paths, *rows],
         takes=adapts(kind),
         contradictions=list(other_kinds(parts, modules)),
         mismatches=list(other_kernels(weights, parts, modules)) if kind == "LORA" else [],
-        read=lambda: reads(settings, weights, parts),
+        read=lambda: (
+            read_lora(settings, weights, parts, modules, rows)
+            if kind == "LORA"
+            else read_adalora(settings, weights, parts)
+        ),
         remarks=settings.remarks,
     )
 
 
+def _with_tied(settings: Common, modules: Mapping[str, nn.Module]) -> Common:
+    """Name what PEFT trains in full with one side of a tied weight: its file holds them all."""
+    sides = [*tied_to_input(modules)] if settings.tied and settings.copies else []
+    is_named = any(path.endswith(settings.copies) for path in sides)
+    return attrs.evolve(settings, copies=(*settings.copies, *sides)) if is_named else settings
+
+
 def _refuse_tying(settings: Common, paths: Sequence[str], others: Others, modules: Mapping[str, nn.Module]) -> None:
-    """Refuse adapters that PEFT adds on both sides of a tied weight, while the file holds one side."""
-    embeddings = [path for path in (*paths, *others.copies) if isinstance(modules.get(path), nn.Embedding)]
-    if settings.tied and embeddings:
+    """Refuse adapters that PEFT adds on both sides of a tied weight, if the file holds one side."""
+    changed = {*paths, *others.copies}
+    embeddings = [path for path in changed if isinstance(modules.get(path), nn.Embedding)]
+    if settings.tied and embeddings and not changed >= tied_to_input(modules).keys() > set():
         raise FileError(
-            f"{settings.file}: 'ensure_weight_tying' is true, so PEFT changes the output head together with "
-            f"{embeddings[0]!r}. tunerkit adapts them one by one; merge the adapter in PEFT (merge_and_unload), and "
-            "use the merged model as the base"
+            f"{settings.file}: 'ensure_weight_tying' is true, so PEFT changes what is tied to {embeddings[0]!r} with "
+            "it, and the file and this model do not have both sides. Load the base it was made for; or merge the "
+            "adapter in PEFT (merge_and_unload), and use the merged model as the base"
         )
 
 

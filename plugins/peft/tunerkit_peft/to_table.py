@@ -12,7 +12,7 @@ from tunerkit.plugin import FileError, PluginError, matches
 from tunerkit_peft.declaration import Declared, Leaf
 from tunerkit_peft.forms import Written
 from tunerkit_peft.pieces import Site
-from tunerkit_peft.places import modules_of, obstacle
+from tunerkit_peft.places import modules_of, obstacle, tied_to_input
 from tunerkit_peft.selecting import target_modules
 from tunerkit_peft.shapes import Features, features_of, misfit, shape_of, theirs
 from tunerkit_peft.table_settings import written_settings
@@ -32,6 +32,9 @@ def sites_of(tuner: "Tuner", declared: Declared) -> list[Site]:
     kind = declared.names.type
     ranks = tuner.ranks()
     sites = [Site(target.path, target.path, target.module, ranks[target.path]) for target in tuner.targets]
+    sides = [*tied_to_input(modules_of(tuner.model))] if is_tied(tuner, declared) else []
+    if {site.name for site in sites} == {*sides}:  # PEFT finds what is tied to the embedding
+        sites = [site for site in sites if site.name == sides[0]]
     if any(site.name == "" for site in sites):
         raise FileError(f"the model is itself a target, and PEFT adapts modules inside a model. {_MERGE}")
     wrong = [f"{each.name} ({type(each.module).__name__})" for each in sites if not declared.names.takes(each.module)]
@@ -49,6 +52,11 @@ def sites_of(tuner: "Tuner", declared: Declared) -> list[Site]:
     return sites
 
 
+def is_tied(tuner: "Tuner", declared: Declared) -> bool:
+    """Whether the targets share one weight and all tensors."""
+    return bool(declared.names.tied) and bool(getattr(tuner.config, declared.names.tied))
+
+
 def named(tuner: "Tuner", declared: Declared, sites: Sequence[Site]) -> Written:
     """Return the settings and the tensors of PEFT's type.
 
@@ -63,9 +71,10 @@ def named(tuner: "Tuner", declared: Declared, sites: Sequence[Site]) -> Written:
         PluginError: The method declares no name for one of its tensors, or another shape.
     """
     names, adapters, paths = declared.names, tuner.adapters(), [site.owner for site in sites]
+    tied = is_tied(tuner, declared)
     known: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
-    for site in sites:
+    for site in sites[:1] if tied else sites:
         features = features_of(site.module)
         where = [
             own
@@ -73,7 +82,8 @@ def named(tuner: "Tuner", declared: Declared, sites: Sequence[Site]) -> Written:
             if setting.targets and any(matches(pattern, site.name) for pattern in getattr(tuner.config, own) or ())
         ]
         sizes = known.setdefault(site.name, {})
-        for own, tensor in adapters[site.name].state_dict().items():
+        adapter = adapters[site.name]
+        for own, tensor in (adapter.shared if tied else adapter).state_dict().items():
             leaf = names.tensors.get(own)
             if leaf is None:
                 raise _undeclared(declared, own)
@@ -84,7 +94,7 @@ def named(tuner: "Tuner", declared: Declared, sites: Sequence[Site]) -> Written:
                 raise _misdeclared(declared, own, f"the tensor of {site.name!r} {problem}")
             leaf_name = leaf.embedding if leaf.embedding and isinstance(site.module, nn.Embedding) else leaf.name[0]
             tensors[f"{site.name}.{leaf_name}"] = given
-    shared = dict(_shared(declared, adapters[sites[0].name]))
+    shared = {} if tied else dict(_shared(declared, adapters[sites[0].name]))
     for leaf in names.shared.values():
         if leaf.shape is not None and leaf.name[0] in shared:
             misfit(shared[leaf.name[0]].shape, leaf.shape, Features(0, ()), known.setdefault("the shared module", {}))
@@ -93,6 +103,9 @@ def named(tuner: "Tuner", declared: Declared, sites: Sequence[Site]) -> Written:
     settings = written_settings(declared, tuner.config, alike, lambda patterns: _ends(patterns, paths, chosen))
     again = [leaf.name[0] for leaf in names.shared.values() if leaf.repeated and leaf.name[0] in shared]
     tensors |= {f"{site.name}.{name}": shared[name] for site in sites for name in again}
+    if tied:
+        here = {name.removeprefix(f"{sites[0].name}."): each for name, each in tensors.items()}
+        tensors = {f"{target.path}.{name}": each for target in tuner.targets for name, each in here.items()}
     return Written(settings, tensors, shared)
 
 

@@ -88,6 +88,14 @@ class Values:
             self._wrong(f"{name}.{key}", each, expected, None)
         return {key: each for key, each in value.items() if key not in wrong}
 
+    def ids(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Read ids by the name of a module; those of no module have an empty name."""
+        value = self._given(name, {})
+        table = {"": value} if isinstance(value, list) else value
+        if not isinstance(table, dict) or not all(map(_are_ids, table.values())):
+            return self._wrong(name, value, "a list of ids, or an object that maps names of modules to such lists", {})
+        return {key: tuple(each) for key, each in table.items() if each}
+
     def masks(self, name: str) -> dict[str, int] | None:
         """Read how many values are true, by name; None for null."""
         value = self._given(name, None)
@@ -107,6 +115,10 @@ class Values:
     def _wrong(self, name: str, value: object, expected: str, instead: Value) -> Value:
         self.problems.append(f"{name!r} is {shown(value)}; expected {expected}")
         return instead
+
+
+def _are_ids(ids: object) -> bool:
+    return isinstance(ids, list) and all(type(each) is int and 0 <= each <= _HIGHEST for each in ids)
 
 
 def _is_mask(mask: object) -> bool:

@@ -57,6 +57,32 @@ def test_a_part_of_the_model_says_it_too(toys: "Toys", transformers: Any) -> Non
         wrapped(transformers).bert.set_adapter("default")
 
 
+def test_the_body_says_it_too_of_calls_that_peft_puts_there(toys: "Toys", transformers: Any) -> None:
+    """PEFT's pages write ``model.base_model.update_and_allocate(step)``."""
+    model = wrapped(transformers)
+    with pytest.raises(AdapterError, match=r"write tunerkit\.attach\(model, optimizer, total_steps=...\) once"):
+        model.base_model.update_and_allocate(1)
+    assert "update_and_allocate" not in vars(tunerkit.unwrap(model).bert)
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_generating_with_an_adapter_for_each_row_says_what_to_write(
+    toys: "Toys", transformers: Any, copied: str
+) -> None:
+    """To transformers, the argument is a typo. Without it, the model generates as before."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **sizes))
+    ids = torch.tensor([[3, 4]])
+    expected = base.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
+    model = COPIES[copied](tunerkit.wrap(base, "toy-low-rank"))
+    with pytest.raises(AdapterError, match=r"adapter_names is for .*: write tunerkit\.activate\(model, \['name'\]\)"):
+        model.generate(input_ids=ids, max_new_tokens=2, adapter_names=["default"])
+    with tunerkit.disabled(model):
+        assert torch.equal(model.generate(input_ids=ids, max_new_tokens=2, do_sample=False), expected)
+    assert "generate" not in vars(tunerkit.unwrap(model))
+
+
 def test_every_call_that_models_inherit_is_known(transformers: Any) -> None:
     """Law: what transformers adds for PEFT's adapters, in public, is in the table. A new release may add some."""
     mixin = vars(__import__(ADAPTER_CALLS, fromlist=["PeftAdapterMixin"]).PeftAdapterMixin)

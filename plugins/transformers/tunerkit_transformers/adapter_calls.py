@@ -6,6 +6,7 @@ What transformers calls itself, such as a model that disables its adapters for t
 """
 
 import functools
+import inspect
 import sys
 from typing import Any, Final
 
@@ -24,27 +25,32 @@ _OF_TRANSFORMERS: Final = (
 # Of a PeftModel, which people try on the model that `tunerkit.wrap` returned.
 _OF_PEFT: Final = (
     *("print_trainable_parameters", "get_nb_trainable_parameters", "merge_and_unload", "unload", "merge_adapter"),
-    *("unmerge_adapter", "disable_adapter", "add_weighted_adapter"),
+    *("unmerge_adapter", "disable_adapter", "add_weighted_adapter", "update_and_allocate"),
 )
+_GENERATE: Final = "generate"
 
 
 def watch_calls_(model: nn.Module) -> None:
-    """Replace transformers' calls on ``model`` and the models in it, and add PEFT's to ``model``."""
+    """Replace transformers' calls on ``model`` and the models in it, and add PEFT's to ``model`` and its body."""
     for _, module in base_modules(model):
         for name in _OF_TRANSFORMERS:
             if getattr(getattr(type(module), name, None), "__module__", "") == ADAPTER_CALLS:
                 vars(module).setdefault(name, functools.partial(refuse, module, name))
-    for name in _OF_PEFT:
-        if not hasattr(model, name):
-            vars(model)[name] = functools.partial(refuse, None, name)  # None: no method of its class to pass on
+    # People write model.base_model.update_and_allocate(step), as PEFT's pages do.
+    for owner in (each for each in (model, getattr(model, "base_model", None)) if isinstance(each, nn.Module)):
+        for name in _OF_PEFT:
+            if not hasattr(owner, name):
+                vars(owner)[name] = functools.partial(refuse, None, name)  # None: no method of its class to pass on
+    if inspect.isfunction(getattr(type(model), _GENERATE, None)):
+        vars(model).setdefault(_GENERATE, functools.partial(generate, model))
 
 
 def unwatch_calls_(model: nn.Module) -> None:
     """Undo `watch_calls_`."""
     for module in model.modules():
-        for name in (*_OF_TRANSFORMERS, *_OF_PEFT):
+        for name in (*_OF_TRANSFORMERS, *_OF_PEFT, _GENERATE):
             found = vars(module).get(name)
-            if isinstance(found, functools.partial) and found.func is refuse:
+            if isinstance(found, functools.partial) and found.func in (refuse, generate):
                 del vars(module)[name]
 
 
@@ -55,3 +61,10 @@ def refuse(module: nn.Module | None, name: str, *args: Any, **kwargs: Any) -> An
         return getattr(type(module), name)(module, *args, **kwargs)
     kind = "model" if module is None else type(module).__name__
     raise AdapterError(f"{name} is for adapters of PEFT, and this {kind} has tunerkit's{hooks.elsewhere(name)}")
+
+
+def generate(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Generate as the model does, unless each row shall have its adapter: transformers calls that argument a typo."""
+    if kwargs.get(hooks.ROWS) is not None and hooks.ROWS not in inspect.signature(type(module).forward).parameters:
+        refuse(None, hooks.ROWS)
+    return type(module).generate(module, *args, **kwargs)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from tunerkit import serialization
 from tunerkit.layers import is_named
 from tunerkit.plugin import BaseLayer, DefaultTargets, ModelLibrary, Tuner, WeightReader, hookimpl
 from tunerkit_transformers.adapter_calls import unwatch_calls_, watch_calls_
@@ -81,8 +82,13 @@ def tunerkit_reference(model: nn.Module) -> nn.Module:
 
 @hookimpl(trylast=True)  # it says of every folder what it is: those that know it come first
 def tunerkit_open_run(path: Path, base: str | None) -> tuple[nn.Module, object]:
-    """Load what ``tunerkit train`` wrote. Raises `RunError`, which says what the folder is, if it is none of its."""
+    """Load what ``tunerkit train`` wrote, or another program. Raises `RunError`, which says what else a folder is."""
+    from tunerkit_transformers.adapter_files import is_run
     from tunerkit_transformers.output_folder import load_run, read_run
 
+    if not is_run(str(path)) and serialization.format_at(path) is not None:
+        from tunerkit_transformers.foreign_folder import load_foreign
+
+        return load_foreign(str(path), base)
     loaded = load_run(read_run(path), base)
     return loaded.model, loaded.processor

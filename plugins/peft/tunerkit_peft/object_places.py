@@ -1,0 +1,159 @@
+"""Where PEFT would put the adapter of a config object in a model: its defaults, and the modules that it would find."""
+
+import importlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from torch import nn
+
+from tunerkit.errors import shown
+from tunerkit.plugin import exact_patterns, is_broad, lookup, matches as matches_path
+from tunerkit_peft.declaration import Declared
+from tunerkit_peft.places import is_linear, tied_to_input
+from tunerkit_peft.selecting import few
+from tunerkit_peft.selection import ALL_LINEAR, ends, selection_of
+
+# The modules that a PeftModel of a task trains in full, if it finds them.
+_HEADS: Final = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_OUT: Final = "out_proj"  # attention's second projection, which PEFT adapts with the first
+
+
+def fill_defaults(found: dict[str, Any], model: nn.Module, declared: Declared | None) -> Iterator[str]:
+    """Put PEFT's defaults in that depend on the model's type; yield what is wrong if it has none.
+
+    Args:
+        found: The settings, which are changed.
+        model: The model.
+        declared: The method that declares the type, if it is neither LoRA nor AdaLoRA.
+    """
+    kind, of_type = getattr(getattr(model, "config", None), "model_type", None), found["peft_type"]
+    # The object is of this library, so it is there.
+    known = vars(importlib.import_module("peft.utils.constants"))
+    if not found.get("target_modules") and not (declared is not None and declared.names.tied):
+        tuners = importlib.import_module("peft.mapping").PEFT_TYPE_TO_TUNER_MAPPING
+        defaults = {
+            **(getattr(tuners.get(of_type), "target_module_mapping", None) or {}),
+            **known.get(f"TRANSFORMERS_MODELS_TO_{of_type}_TARGET_MODULES_MAPPING", {}),
+        }
+        if kind not in defaults:
+            yield (
+                f"'target_modules' is missing, and PEFT has no default for a model of type {shown(kind)}; name them, "
+                "as in target_modules='all-linear'"
+            )
+            return
+        found["target_modules"] = chosen if isinstance(chosen := defaults[kind], str) else sorted(chosen)
+    inputs = known.get(f"TRANSFORMERS_MODELS_TO_{of_type}_FEEDFORWARD_MODULES_MAPPING", {})
+    if kind in inputs and found.get("feedforward_modules") is None:  # PEFT looks for them among the targets
+        adapts = selection_of(found).matcher()
+        paths = [path for path, _ in model.named_modules() if _is_all(found["target_modules"]) or adapts(path)]
+        found["feedforward_modules"] = [name for name in inputs[kind] if any(path.endswith(name) for path in paths)]
+
+
+def refuse_tying(
+    found: Mapping[str, Any], copies: tuple[str, ...], modules: Mapping[str, nn.Module], declared: Declared | None
+) -> Iterator[str]:
+    """Yield why one adapter on both sides of a tied weight would be another training, if the settings name a side."""
+    sides = {} if declared is not None and declared.names.tied else tied_to_input(modules)
+    adapts = selection_of(found).matcher()
+    named = [path for path in sides if path.endswith(copies)], [path for path in sides if adapts(path)]
+    for field, paths in zip(("modules_to_save", "target_modules"), named, strict=True):
+        if paths and found.get("ensure_weight_tying"):
+            yield (
+                f"'ensure_weight_tying' is True, and PEFT trains {few([*sides])} as one; here each has values of its "
+                f"own, which start alike. If that will do, leave it out, and name all of them in {field}"
+            )
+
+
+def places_of(
+    found: Mapping[str, Any],
+    copies: tuple[str, ...],
+    settings: Mapping[str, Any],
+    modules: Mapping[str, nn.Module],
+    declared: Declared | None,
+) -> dict[str, object]:
+    """Return what is adapted and what is trained in full, as PEFT would find it in the model.
+
+    Args:
+        found: PEFT's settings, with its defaults.
+        copies: Those of ``modules_to_save``.
+        settings: The same as the method's. Ranks and alphas by pattern also get those of attention's projections.
+        modules: The model's modules by path.
+        declared: The method that declares the type, if it is neither LoRA nor AdaLoRA.
+    """
+    paths = [path for path in modules if path]
+    present = {end for path in paths for end in ends(path)}
+    heads = (name for name in _HEADS.get(str(found.get("task_type")), ()) if name in present)
+    trained = tuple(dict.fromkeys((*copies, *heads)))
+    targets, exclude, layers = found["target_modules"], found.get("exclude_modules"), found.get("layers_to_transform")
+    # PEFT adapts nothing inside a module that is trained in full.
+    inside = [path for path in paths if any(f".{name}." in f".{path}" for name in trained)]
+    if _is_all(targets):
+        ends_of_trained = tuple(f".{name}" for name in trained)
+        heads_too = (path for path in _outside_blocks(modules) if not f".{path}".endswith(ends_of_trained))
+        named = (ALL_LINEAR, *exact_patterns(path for path in heads_too if path not in inside).values())
+        inside = []
+    else:
+        named = _names(targets or ())
+    if found.get("layers_pattern"):  # PEFT looks for the layer's number after these names
+        matches = selection_of(found).matcher()
+        named, layers = tuple(exact_patterns(path for path in paths if matches(path)).values()), None
+    chosen = [path for path in paths if any(matches_path(pattern, path) for pattern in named)]
+    beside, patterns = _attention(chosen, modules, settings) if found["peft_type"] == "LORA" else ((), {})
+    sides = tied_to_input(modules) if declared is not None and declared.names.tied else {}
+    tied = sides if not sides.keys().isdisjoint(chosen) else ()
+    return {
+        "targets": (*named, *exact_patterns((*beside, *tied)).values()) or None,
+        "exclude": (*_names(exclude or ()), *exact_patterns(path for path in inside if path in chosen).values()),
+        "layers": None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
+        "train_modules": trained,
+        **patterns,
+    }
+
+
+def _outside_blocks(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The linear layers that PEFT's ``"all-linear"`` takes and ours may leave out, as heads: all but the output's."""
+    model: Any = modules[""]
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    around = {path for path, module in modules.items() if isinstance(module, nn.ModuleList | nn.MultiheadAttention)}
+    for path, module in modules.items():
+        if is_linear(module) and module is not output and around.isdisjoint(_upwards(path)):
+            yield path
+
+
+def _upwards(path: str) -> Iterator[str]:
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _attention(
+    chosen: Sequence[str], modules: Mapping[str, nn.Module], settings: Mapping[str, Any]
+) -> tuple[list[str], dict[str, object]]:
+    """The output projections of torch's attention, which PEFT adapts with its input's, and their ranks and alphas.
+
+    They have the rank of the attention, and twice its scale: see `places.Place`.
+    """
+    owners = {f"{path}.{_OUT}": path for path in chosen if isinstance(modules[path], nn.MultiheadAttention)}
+    if not owners or not {"rank_pattern", "alpha_pattern"} <= settings.keys():
+        return [*owners], {}
+    names = exact_patterns(owners)
+    ranks, alphas = settings["rank_pattern"], settings["alpha_pattern"]
+    own = {names[out]: lookup(ranks, owner, settings["rank"]) for out, owner in owners.items()}
+    twice = {names[out]: 2 * lookup(alphas, owner, settings["alpha"]) for out, owner in owners.items()}
+    return [*owners], {"rank_pattern": {**own, **ranks}, "alpha_pattern": {**twice, **alphas}}
+
+
+def _is_all(targets: object) -> bool:
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Patterns for an expression for whole paths, or for names that PEFT compares with the ends of paths."""
+    if isinstance(given, str):
+        return (f"re:{given}",)
+    return tuple(rf"re:(.*\.)?{re.escape(name)}" if is_broad(name) else name for name in given)
