@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.errors import ConfigError
+from tunerkit.errors import ConfigError, TargetError
 from tunerkit_methods.trainable_tokens import Rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -78,7 +78,8 @@ def test_what_peft_fills_in_is_filled_in(name: str, made: str) -> None:
 def test_inputs_that_are_no_targets_are_left_out() -> None:
     """PEFT's default of what IA³ multiplies at the input names modules that it then does not adapt."""
     config = peft.IA3Config(target_modules=["k_proj", "v_proj"])
-    assert tunerkit.tuner(tunerkit.wrap(built("llama"), "ia3", config)).config.feedforward == ()
+    tuner = tunerkit.tuner(tunerkit.wrap(built("llama"), "ia3", config))
+    assert tunerkit.unstructure(tuner.config)["feedforward"] == []
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -118,6 +119,13 @@ def test_sides_of_a_tie_with_rows_that_differ_are_refused(tmp_path: Path) -> Non
     save_file(tensors, file)
     with pytest.raises(tunerkit.errors.FileError, match="differ, and their modules are tied"):
         tunerkit.load(built("qwen2, tied"), tmp_path)
+
+
+def test_a_tie_by_the_setting_alone_is_refused() -> None:
+    """One set of rows would begin at another weight's."""
+    settings = {"tokens": [3], "targets": ["embed_tokens", "lm_head"], "tied": True}
+    with pytest.raises(TargetError, match="tied is True, and the targets are not several modules with one weight"):
+        tunerkit.wrap(built("llama"), "trainable-tokens", settings)
 
 
 def test_an_earlier_file_keeps_rows_of_each_side(tmp_path: Path) -> None:

@@ -40,7 +40,6 @@ class Config(AdapterConfig):
     tokens: tuple[int, ...] | None = setting(
         None, ge=0, doc="ids whose rows are trained; None: the model's special tokens", aka=("token_indices",)
     )
-
     tied: bool | None = setting(
         None, doc="one set of rows for all targets, as they share one weight; None: if they do, when they are wrapped"
     )
@@ -54,10 +53,14 @@ class Config(AdapterConfig):
         """Name the embedding, and the special tokens: those of the model's config, ``eos_token_id`` and the like.
 
         Raises:
-            TargetError: A setting is missing, and the model names no embedding of tokens, or no such token.
+            TargetError: A setting is missing, and the model names no embedding of tokens, or no such token; or the
+                targets are tied by the setting alone.
         """
         found = self if self.targets and self.tokens else self._named(model)
-        return found if self.tied is not None else attrs.evolve(found, tied=_is_tied(model, found.targets or ()))
+        tied = _is_tied(model, found.targets or ())
+        if self.tied and not tied:
+            raise TargetError("tied is True, and the targets are not several modules with one weight; leave it out")
+        return attrs.evolve(found, tied=tied if self.tied is None else self.tied)
 
     def _named(self, model: Any) -> Self:
         first = next((each for each in model.modules() if isinstance(each, nn.Embedding)), None)

@@ -56,7 +56,7 @@ def test_such_a_start_is_computed_again(tmp_path: Path, name: str) -> None:
         assert (base - expected).abs().max() > 1e-2 * expected.abs().max()
         for found in (model, again, back):
             assert (case.output(found) - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert tunerkit.tuner(model).config.start == given["init_lora_weights"]
+    assert tunerkit.unstructure(tunerkit.tuner(model).config)["start"] == given["init_lora_weights"]
 
 
 def test_its_training_goes_on_as_in_peft(tmp_path: Path) -> None:
@@ -104,6 +104,12 @@ def test_a_layer_that_peft_starts_in_no_such_way_is_refused(tmp_path: Path) -> N
     config = {"init_lora_weights": "olora", "target_modules": ["point"]}
     folder = peft_folders.folder(tmp_path, config, tensors())
     peft_folders.refused(folder, "point is a Conv2d", "no such start", model=CASES["convolutions"].build())
+
+
+def test_an_alpha_that_nothing_is_divided_by_is_refused(tmp_path: Path) -> None:
+    """PiSSA divides the singular values by the scale; with OLoRA, a scale of 0 would hide what is subtracted."""
+    config = {"init_lora_weights": "olora", "lora_alpha": 0}
+    peft_folders.refused(peft_folders.folder(tmp_path, config), "alpha is 0 at 'layers.0.query'", "above 0")
 
 
 def test_mica_is_told_and_can_train_as_in_peft(tmp_path: Path) -> None:

@@ -246,12 +246,15 @@ def test_adaloras_schedule_is_kept() -> None:
             r"wrap once more: tunerkit\.wrap\(model, 'trainable-tokens', {'tokens': \[1\]}, adapter='tokens'\)",
         ),
         (
-            {"trainable_token_indices": {"embed_tokens": [3, 1]}},
-            r"{'tokens': \[1, 3\], 'targets': \['embed_tokens'\]}, adapter='tokens'\)",
+            {"trainable_token_indices": {"embed_tokens": [3, 1], "lm_head": [2]}},
+            r"'targets': \['embed_tokens'\]}, adapter='tokens'\) and .*'targets': \['lm_head'\]}, adapter='tokens1'\)",
         ),
         ({"target_parameters": ["experts.w"]}, "'target_parameters'"),
         ({"lora_dropout": 2.0}, "'lora_dropout' is 2.0; expected a number from 0 and below 1"),
         ({"r": 0.5}, "'r' is 0.5; expected an integer from 1"),
+        ({"target_modules": [1]}, r"'target_modules' is \[1\]; expected a list of names, or a regular expression"),
+        ({"exclude_modules": 5}, "'exclude_modules' is 5; expected a list of names"),
+        ({"layers_to_transform": 1.5}, "expected int, got float 1.5"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

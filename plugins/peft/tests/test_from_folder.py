@@ -25,12 +25,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import peft
 
     at = tmp_path_factory.mktemp("folders")
-    LLAMA.build().save_pretrained(at / "base")
+    save(LLAMA.build(), at / "base")
     tokenizer().save_pretrained(at / "base")
     base = hf.AutoModelForCausalLM.from_pretrained(at / "base")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    peft.get_peft_model(base, config).save_pretrained(at / "adapter")
+    peft.get_peft_model(base, config).save_pretrained(str(at / "adapter"))
     return at
+
+
+def save(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
 
 
 def tokenizer() -> Any:
@@ -120,7 +124,7 @@ def test_a_base_that_cannot_be_had_is_said(
     """With the argument that names another one."""
     folder = edited(folders, tmp_path / "adapter", **changes)
     if base is not None:
-        CASES["bert"].build().save_pretrained(tmp_path / base)
+        save(CASES["bert"].build(), tmp_path / base)
     place = None if base is None else tmp_path / base
     with pytest.raises(error, match=rf"(?s){re.escape(words)}.*in Python, that is tunerkit\.from_folder\("):
         tunerkit.from_folder(folder, base=place)
@@ -128,7 +132,7 @@ def test_a_base_that_cannot_be_had_is_said(
 
 def test_a_base_without_a_tokenizer_gives_none(folders: Path, tmp_path: Path) -> None:
     """And a warning, since a pipeline would miss it."""
-    LLAMA.build().save_pretrained(tmp_path / "bare")
+    save(LLAMA.build(), tmp_path / "bare")
     with pytest.warns(tunerkit.TunerkitWarning, match="no tokenizer or image processor"):
         model, words = tunerkit.from_folder(folders / "adapter", base=tmp_path / "bare")
     assert words is None

@@ -211,8 +211,8 @@ def _training(found: Mapping[str, object]) -> Iterator[str]:
         )
     if found.get("trainable_token_indices"):
         yield (
-            "the rows of its trainable_token_indices are a product here, which computes the same; further training "
-            "would change other rows too, for which method 'trainable-tokens' is"
+            "the rows of its trainable_token_indices are a product here, which computes the same, and further training "
+            "would change other rows too; method 'trainable-tokens' trains such rows alone"
         )
 
 

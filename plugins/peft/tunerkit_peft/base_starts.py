@@ -24,17 +24,17 @@ class NeedsWeightsError(FileError, NotImplementedError):
 def start_of(kind: str, module: nn.Module, rank: int, scale: float) -> Factors:
     """Return A₀ (r, in) and B₀ (out, r), of a module that `refuse_bases` has accepted. An embedding's are zeros."""
     held: Any = module.weight
-    weight: Tensor = held.detach().to("cpu", torch.float32)
+    weight: Tensor = held.detach().to(torch.float32)  # on its device, which may be much faster
     if isinstance(module, nn.Embedding):  # which PEFT starts as without PiSSA
-        return Factors(q=weight.new_zeros(rank, len(weight)), p=weight.new_zeros(weight.shape[1], rank))
+        return Factors(q=torch.zeros(rank, len(weight)), p=torch.zeros(weight.shape[1], rank))
     if kind == "olora":
         q, r = torch.linalg.qr(weight)
-        return Factors(q=r[:rank], p=q[:, :rank])
+        return Factors(q=r[:rank].cpu(), p=q[:, :rank].cpu())
     if not isinstance(module, nn.Linear):  # Conv1D holds its transpose
         weight = weight.T
     u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
     root = (sigma[:rank] / scale).sqrt()
-    return Factors(q=root[:, None] * vh[:rank], p=u[:, :rank] * root)
+    return Factors(q=(root[:, None] * vh[:rank]).cpu(), p=(u[:, :rank] * root).cpu())
 
 
 def refuse_bases(kind: str, source: object, modules: Mapping[str, nn.Module], paths: Sequence[str]) -> None:

@@ -65,9 +65,9 @@ def settings_of(config: Any, model: nn.Module) -> tuple[str, dict[str, object]] 
             raise ConfigError([f"this {type(config).__name__} is of a type that no installed method has. {BRINGS} @ $"])
         return None
     reader, modules = Values(found), modules_of(model)
-    copies = reader.names("modules_to_save")
-    common = [*_refused_by_all(found), *fill_defaults(found, model, declared)]
-    common += refuse_tying(found, copies, modules, declared)
+    copies, common = reader.names("modules_to_save"), [*_refused_by_all(found)]
+    if reader.places("target_modules") and reader.places("exclude_modules"):
+        common += [*fill_defaults(found, model, declared), *refuse_tying(found, copies, modules, declared)]
     if declared is None:
         assert method is not None
         word, problems = "lora_only", [*_refused(found, method), *common]
@@ -90,8 +90,8 @@ def settings_of(config: Any, model: nn.Module) -> tuple[str, dict[str, object]] 
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, set):
-        return sorted(value)
+    if isinstance(value, set | tuple):
+        return sorted(value) if isinstance(value, set) else [*value]
     return value.value if isinstance(value, Enum) else value
 
 
@@ -153,10 +153,8 @@ def _refused(found: Mapping[str, Any], method: str) -> Iterator[str]:
             continue
         what = fields.REFUSED[name][0] if name in fields.REFUSED else "a setting that PEFT 0.21 does not have"
         instead = ", or train it with PEFT, and merge it there"
-        if name == "use_dora":  # as LoRA it is a method's, see `installed_for`
-            what, instead = (
-                (f"{what}, and PEFT's AdaLoRA does not have it", "") if method == "adalora" else (what, instead)
-            )
+        if name == "use_dora" and method == "adalora":
+            what, instead = f"{what}, and PEFT's AdaLoRA does not have it", ""
         elif name == "trainable_token_indices":
             instead = f", and wrap once more: {_rows_beside(value)}"
         yield f"{name!r} is {shown(value)}: {what}; leave it out{instead}"
@@ -184,10 +182,14 @@ def _refused(found: Mapping[str, Any], method: str) -> Iterator[str]:
 
 
 def _rows_beside(given: Any) -> str:
-    """The call for a second adapter that trains the rows of some tokens."""
-    where: Mapping[str, object] = {"targets": [*given]} if isinstance(given, Mapping) else {}
-    ids = sorted({each for some in given.values() for each in some}) if isinstance(given, Mapping) else given
-    return f"tunerkit.wrap(model, 'trainable-tokens', { {'tokens': ids, **where} }, adapter='tokens')"
+    """The call for a second adapter that trains the rows of some tokens, or one for each module that is named."""
+    each: list[dict[str, object]] = [{"tokens": given}]
+    if isinstance(given, Mapping):
+        each = [{"tokens": ids, "targets": [name]} for name, ids in given.items()]
+    calls = (
+        f"wrap(model, 'trainable-tokens', {settings}, adapter='tokens{n or ''}')" for n, settings in enumerate(each)
+    )
+    return " and ".join(f"tunerkit.{call}" for call in calls)
 
 
 def _refused_by_all(found: Mapping[str, Any]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Say what a PEFT folder holds, without a model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -43,8 +44,14 @@ def describe(path: Path) -> Description:
         labels=_labels(weights) if chosen.task in _MAYBE_CLASSES else 0,
         ranks=ranks,
         copies=_copies(common, weights),
-        settings={**told, "bias": common.bias, "modules_to_save": list(common.copies)},
+        settings={**told, "bias": common.bias, "modules_to_save": list(common.copies), **_revision(held)},
     )
+
+
+def _revision(held: Mapping[str, object]) -> dict[str, object]:
+    """The commit, branch or tag of the base on the hub, if the files say one."""
+    found = held.get("revision")
+    return {"revision": found} if isinstance(found, str) and found else {}
 
 
 def _labels(weights: Weights) -> int:
@@ -74,6 +81,8 @@ def _told(settings: Settings) -> dict[str, object]:
         "rank_pattern": dict(settings.ranks),
         "alpha_pattern": dict(settings.alphas),
     }
+    told |= {"start": settings.start} if settings.start else {}
+    told |= {"trainable_token_indices": dict(settings.tokens)} if settings.tokens else {}
     if settings.common.kind == "ADALORA":
         told |= {"target_rank": settings.schedule.target_r, "total_steps": settings.schedule.total_step}
     return told

@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit.plugin import Factors, exact_patterns, is_broad, low_rank_factors
+from tunerkit.plugin import Factors, FileError, exact_patterns, is_broad, low_rank_factors
 from tunerkit_peft.adapter_config import Settings
 from tunerkit_peft.base_starts import refuse_bases, start_of
 from tunerkit_peft.parts import Parts, matrices, refuse_ranks
@@ -65,6 +65,11 @@ def read_lora(
     own = {each.place.path: _own(settings, weights, each, rules[each.place.owner]) for each in parts}
     if settings.start:
         refuse_bases(settings.start, weights.file, modules, [*own])
+        if odd := [path for path, rule in rules.items() if rule.alpha <= 0]:
+            raise FileError(
+                f"{weights.file}: alpha is {rules[odd[0]].alpha:g} at {odd[0]!r}, and 'init_lora_weights' "
+                f"{settings.start!r} divides by it; it must be above 0"
+            )
         own = {path: _started(settings, each, modules.get(path)) for path, each in own.items()}
     own |= {path: _row(settings, each) for path, each in rows.items()}
     return Read(

@@ -2,7 +2,7 @@
 
 import importlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from torch import nn
@@ -49,8 +49,7 @@ def fill_defaults(found: dict[str, Any], model: nn.Module, declared: Declared | 
         found["target_modules"] = chosen if isinstance(chosen := defaults[kind], str) else sorted(chosen)
     inputs = known.get(f"TRANSFORMERS_MODELS_TO_{of_type}_FEEDFORWARD_MODULES_MAPPING", {})
     if kind in inputs and found.get("feedforward_modules") is None:  # PEFT looks for them among the targets
-        adapts = selection_of(found).matcher()
-        paths = [path for path, _ in model.named_modules() if _is_all(found["target_modules"]) or adapts(path)]
+        paths = _among((path for path, _ in model.named_modules()), found["target_modules"])
         found["feedforward_modules"] = [name for name in inputs[kind] if any(path.endswith(name) for path in paths)]
 
 
@@ -58,11 +57,12 @@ def refuse_tying(
     found: Mapping[str, Any], copies: tuple[str, ...], modules: Mapping[str, nn.Module], declared: Declared | None
 ) -> Iterator[str]:
     """Yield why one adapter on both sides of a tied weight would be another training, if the settings name a side."""
-    sides = {} if declared is not None and declared.names.tied else tied_to_input(modules)
-    adapts = selection_of(found).matcher()
-    named = [path for path in sides if path.endswith(copies)], [path for path in sides if adapts(path)]
+    if not found.get("ensure_weight_tying") or (declared is not None and declared.names.tied):
+        return
+    sides = tied_to_input(modules)
+    named = [path for path in sides if path.endswith(copies)], _among(sides, found.get("target_modules") or ())
     for field, paths in zip(("modules_to_save", "target_modules"), named, strict=True):
-        if paths and found.get("ensure_weight_tying"):
+        if paths:
             yield (
                 f"'ensure_weight_tying' is True, and PEFT trains {few([*sides])} as one; here each has values of its "
                 f"own, which start alike. If that will do, leave it out, and name all of them in {field}"
@@ -107,9 +107,9 @@ def places_of(
     sides = tied_to_input(modules) if declared is not None and declared.names.tied else {}
     tied = sides if not sides.keys().isdisjoint(chosen) else ()
     return {
-        "targets": (*named, *exact_patterns((*beside, *tied)).values()) or None,
+        "targets": (*named, *exact_patterns((*beside, *tied)).values()) if targets else None,
         "exclude": (*_names(exclude or ()), *exact_patterns(path for path in inside if path in chosen).values()),
-        "layers": None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
+        "layers": None if layers is None or layers == [] else tuple(layers) if isinstance(layers, list) else (layers,),
         "train_modules": trained,
         **patterns,
     }
@@ -146,6 +146,12 @@ def _attention(
     own = {names[out]: lookup(ranks, owner, settings["rank"]) for out, owner in owners.items()}
     twice = {names[out]: 2 * lookup(alphas, owner, settings["alpha"]) for out, owner in owners.items()}
     return [*owners], {"rank_pattern": {**own, **ranks}, "alpha_pattern": {**twice, **alphas}}
+
+
+def _among(paths: Iterable[str], targets: str | Sequence[str]) -> list[str]:
+    """Those of the paths that PEFT's targets may name; all if these are all linear layers."""
+    named = () if _is_all(targets) else _names(targets)
+    return [path for path in paths if _is_all(targets) or any(matches_path(pattern, path) for pattern in named)]
 
 
 def _is_all(targets: object) -> bool:

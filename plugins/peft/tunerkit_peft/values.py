@@ -78,6 +78,13 @@ class Values:
             return tuple(value)
         return self._wrong(name, value, "a list of names", ())
 
+    def places(self, name: str) -> bool:
+        """Whether a value is a list of names of modules, or an expression for their paths."""
+        value = self._given(name, [])
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+            return True
+        return self._wrong(name, value, "a list of names, or a regular expression", False)
+
     def table(self, name: str, is_valid: Callable[[object], bool], expected: str) -> dict[str, Any]:
         """Read numbers by name."""
         value = self._given(name, {})

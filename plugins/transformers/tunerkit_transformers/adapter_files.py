@@ -117,10 +117,12 @@ def _of_format(format: Format, path: str) -> BaseFacts:
     found = description_at(format, path)
     if found is None:
         return BaseFacts()
+    revision = found.settings.get("revision")
     return BaseFacts(
         source=found.base,
         kind=found.model_class,
         labels=found.labels,
+        revision=revision if isinstance(revision, str) else None,
         paths=(*found.ranks, *found.copies),
     )
 
