@@ -33,7 +33,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2, tied": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2, bos_token_id=1, eos_token_id=1)),
     "t5, tied": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
     "bert, tied": lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES, max_position_embeddings=16)),
-    "a classifier": lambda: hf.BertForSequenceClassification(hf.BertConfig(**SIZES, max_position_embeddings=16)),
 }
 
 
@@ -80,6 +79,15 @@ def test_inputs_that_are_no_targets_are_left_out() -> None:
     config = peft.IA3Config(target_modules=["k_proj", "v_proj"])
     tuner = tunerkit.tuner(tunerkit.wrap(built("llama"), "ia3", config))
     assert tunerkit.unstructure(tuner.config)["feedforward"] == []
+
+
+def test_a_model_for_which_peft_has_no_default_asks_for_it() -> None:
+    """As PEFT does; and the second call of the message works."""
+    config = peft.IA3Config(target_modules=["0"])
+    with pytest.raises(ConfigError, match=r"'feedforward_modules' is missing, .* write feedforward_modules=\[\] @"):
+        tunerkit.wrap(nn.Sequential(nn.Linear(4, 3)), "ia3", config)
+    config = peft.IA3Config(target_modules=["0"], feedforward_modules=[])
+    assert trained(tunerkit.wrap(nn.Sequential(nn.Linear(4, 3)), "ia3", config)) == 3
 
 
 @pytest.mark.parametrize("name", MODELS)

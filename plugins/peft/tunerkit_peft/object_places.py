@@ -48,9 +48,15 @@ def fill_defaults(found: dict[str, Any], model: nn.Module, declared: Declared | 
             return
         found["target_modules"] = chosen if isinstance(chosen := defaults[kind], str) else sorted(chosen)
     inputs = known.get(f"TRANSFORMERS_MODELS_TO_{of_type}_FEEDFORWARD_MODULES_MAPPING", {})
-    if kind in inputs and found.get("feedforward_modules") is None:  # PEFT looks for them among the targets
-        paths = _among((path for path, _ in model.named_modules()), found["target_modules"])
-        found["feedforward_modules"] = [name for name in inputs[kind] if any(path.endswith(name) for path in paths)]
+    if not inputs or found.get("feedforward_modules") is not None:
+        return
+    if kind not in inputs:
+        yield (
+            f"'feedforward_modules' is missing, and PEFT has no default for a model of type {shown(kind)}; name the "
+            "targets whose input is scaled, or write feedforward_modules=[]"
+        )
+    paths = _among((path for path, _ in model.named_modules()), found["target_modules"])  # where PEFT looks for them
+    found["feedforward_modules"] = [name for name in inputs.get(kind, ()) if any(path.endswith(name) for path in paths)]
 
 
 def refuse_tying(
