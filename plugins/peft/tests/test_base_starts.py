@@ -76,9 +76,18 @@ def test_its_training_goes_on_as_in_peft(tmp_path: Path) -> None:
         assert (mine - other).abs().max() <= 1e-5 * other.abs().max()
 
 
+def packed() -> nn.Module:
+    """A model with integers for one weight, as a quantiser leaves them."""
+    model: Any = LLAMA.build()
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight = nn.Parameter(layer.weight.detach().mul(100).to(torch.int8), requires_grad=False)
+    return model  # type: ignore[no-any-return]
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "bfloat16": (lambda: LLAMA.build().bfloat16(), "q_proj is in bfloat16"),
     "float16": (lambda: LLAMA.build().half(), "q_proj is in float16"),
+    "int8": (packed, "layers.0.self_attn.q_proj is quantised"),
     "the meta device": (lambda: LLAMA.build().to("meta"), "q_proj has no weights"),
 }
 

@@ -11,6 +11,7 @@ import torch
 
 import tunerkit
 from plugins.peft.tests.peft_models import CASES
+from tunerkit import hooks
 from tunerkit.errors import BaseMismatchError, FileError, TunerkitError
 
 pytest.importorskip("tunerkit_transformers", reason="tunerkit-transformers is not installed")
@@ -128,6 +129,13 @@ def test_a_base_that_cannot_be_had_is_said(
     place = None if base is None else tmp_path / base
     with pytest.raises(error, match=rf"(?s){re.escape(words)}.*in Python, that is tunerkit\.from_folder\("):
         tunerkit.from_folder(folder, base=place)
+
+
+def test_without_the_plugin_of_the_format_it_is_named(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the command that installs it, as `tunerkit.load` says it."""
+    monkeypatch.setattr(hooks, "gather_formats", dict)
+    with pytest.raises(FileError, match=r"in the format of PEFT.*tunerkit-peft"):
+        tunerkit.from_folder(folders / "adapter")
 
 
 def test_a_base_without_a_tokenizer_gives_none(folders: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tunerkit_peft.others import Others, read_others
 from tunerkit_peft.parts import parts_of
 from tunerkit_peft.places import modules_of, place_of, refuse_convolutions, tied_to_input
 from tunerkit_peft.products import Adapted, Read
+from tunerkit_peft.selecting import few
 from tunerkit_peft.table_settings import TableSettings, read_table_settings
 from tunerkit_peft.token_rows import read_rows, split_rows
 from tunerkit_peft.weights import LORA, Weights, open_weights
@@ -75,7 +76,7 @@ def read(path: Path, model: nn.Module) -> Foreign:
         contradictions=adapted.contradictions,
         mismatches=adapted.mismatches,
     )
-    _refuse_tying(common, adapted.paths, others, modules)
+    tying = [*_tying(common, adapted.paths, others, modules)]
     own = adapted.read()
     unknown = missing(
         common, weights.file, modules, adapted.paths, others, takes=adapted.takes, is_moved=bool(moved.remarks)
@@ -89,7 +90,10 @@ def read(path: Path, model: nn.Module) -> Foreign:
         copies=others.copies,
         biases=others.biases,
         base=common.base,
-        remarks=(*adapted.remarks, *moved.remarks, *unknown, *_other_base(common, model), *_padding(own, modules)),
+        remarks=(
+            *(*adapted.remarks, *moved.remarks, *unknown, *tying),
+            *(*_other_base(common, model), *_padding(own, modules)),
+        ),
     )
 
 
@@ -128,16 +132,20 @@ def _with_tied(settings: Common, modules: Mapping[str, nn.Module]) -> Common:
     return attrs.evolve(settings, copies=(*settings.copies, *sides)) if is_named else settings
 
 
-def _refuse_tying(settings: Common, paths: Sequence[str], others: Others, modules: Mapping[str, nn.Module]) -> None:
-    """Refuse adapters that PEFT adds on both sides of a tied weight, if the file holds one side."""
+def _tying(settings: Common, paths: Sequence[str], others: Others, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Say that both sides of a tied weight train apart, or refuse adapters of both, if the file holds one side."""
     changed = {*paths, *others.copies}
     embeddings = [path for path in changed if isinstance(modules.get(path), nn.Embedding)]
-    if settings.tied and embeddings and not changed >= tied_to_input(modules).keys() > set():
+    if not settings.tied or not embeddings:
+        return
+    sides = [*tied_to_input(modules)]
+    if not sides or not changed.issuperset(sides):
         raise FileError(
             f"{settings.file}: 'ensure_weight_tying' is true, so PEFT changes what is tied to {embeddings[0]!r} with "
             "it, and the file and this model do not have both sides. Load the base it was made for; or merge the "
             "adapter in PEFT (merge_and_unload), and use the merged model as the base"
         )
+    yield f"PEFT trains {few(sides)} as one ('ensure_weight_tying'); further training here changes each on its own"
 
 
 def _other_base(settings: Common, model: nn.Module) -> Iterator[str]:

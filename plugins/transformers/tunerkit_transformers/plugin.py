@@ -86,7 +86,7 @@ def tunerkit_open_run(path: Path, base: str | None) -> tuple[nn.Module, object]:
     from tunerkit_transformers.adapter_files import is_run
     from tunerkit_transformers.output_folder import load_run, read_run
 
-    if not is_run(str(path)) and serialization.format_at(path) is not None:
+    if not is_run(str(path)) and (serialization.is_foreign(str(path)) or serialization.format_at(path) is not None):
         from tunerkit_transformers.foreign_folder import load_foreign
 
         return load_foreign(str(path), base)
