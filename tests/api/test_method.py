@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -314,9 +315,95 @@ def test_an_answer_of_another_type_than_its_annotation_is_refused(declared: Any,
         return a if answer == "Tensor" else Gain(a)
 
     other.__annotations__["return"] = declared
-    with registered(tunerkit.method("other-answer")(other)):
-        model = tunerkit.wrap(net(), "other-answer", TARGETS)
-        message = f"other returned a (Parameter|{answer}), not a {declared.__name__}; annotate what it returns"
-        for use in (lambda: model(X), lambda: tunerkit.merge(model)):
-            with pytest.raises(PluginError, match=message):
-                use()
+    message = f"other returned a (Parameter|{answer}), not a {declared.__name__}; annotate what it returns"
+    with registered(tunerkit.method("other-answer")(other)), pytest.raises(PluginError, match=message):
+        tunerkit.wrap(net(), "other-answer", TARGETS)
+
+
+def _writes(weight: Tensor, g: Tensor = parameter("out")) -> Tensor:
+    weight -= weight.mean()
+    return g[:, None] * weight
+
+
+def _writes_base(base: BaseLayer, g: Tensor = parameter("out")) -> Tensor:
+    return g[:, None] * base.dense().mul_(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", [_writes, _writes_base])
+def test_a_write_into_the_base_is_refused_and_undone(function: Any, dtype: torch.dtype) -> None:
+    """W is the base's own: nothing would put it back. In lower precision it is a copy, and refused all the same."""
+    model, before = net().to(dtype), net().to(dtype).state_dict()
+    with (
+        registered(tunerkit.method("writing")(function)),
+        pytest.raises(PluginError, match=f"{function.__name__} writes into the weight of a Linear.*a new tensor"),
+    ):
+        tunerkit.wrap(model, "writing", TARGETS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not tunerkit.adapters(model)
+
+
+@pytest.mark.parametrize("use", [lambda model: model(X), tunerkit.merge], ids=["forward", "merge"])
+def test_a_write_that_comes_later_is_found_in_that_call(use: Any) -> None:
+    """No call is trusted because the first one was right."""
+
+    def later(weight: Tensor, g: Tensor = parameter("out")) -> Tensor:
+        return g[:, None] * (weight.sub_(1) if waits else weight)
+
+    waits: list[int] = []
+    with registered(tunerkit.method("later")(later)):
+        model = tunerkit.wrap(net(), "later", TARGETS)
+        model(X)
+        waits.append(1)
+        with pytest.raises(PluginError, match=r"later writes into the weight .* load the base again"):
+            use(model)
+
+
+SHAPES: dict[str, tuple[Any, str]] = {
+    "a row": (lambda a: a[:1], r"[(1, 6)] for '0'; they must be [(8, 6)]"),
+    "turned": (lambda a: a.T, r"[(6, 8)] for '0'; they must be [(8, 6)]"),
+    "one more": (lambda a: a[None], r"[(1, 8, 6)] for '0'; they must be [(8, 6)]"),
+    "one factor": (lambda a: Gain(a[:1, 0] + 1), r"[(1,)] for '0'; they must be [(8,)]"),
+    "a column": (lambda a: Gain(a[:, :1] + 1), r"[(8, 1)] for '0'; they must be [(8,)]"),
+    "no dimension": (lambda a: Gain(a.sum() + 1), r"[()] for '0'; they must be [(8,)]"),
+    "q of one": (lambda a: Factors(a[:1, :1], a[:, :1]), r"[(1, 1), (8, 1)] for '0'; they must be [(1, 6), (8, 1)]"),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_a_wrong_shape_is_refused_when_wrapping(case: str) -> None:
+    """Torch would broadcast some of them: they would train, and fail at the first merge."""
+    answer, words = SHAPES[case]
+
+    def shaped(a: Tensor = parameter("out", "in")) -> Any:
+        return answer(a)
+
+    shaped.__annotations__["return"] = type(answer(torch.ones(8, 6)))
+    with registered(tunerkit.method("shaped")(shaped)), pytest.raises(PluginError, match=re.escape(words)):
+        tunerkit.wrap(net(), "shaped", TARGETS)
+
+
+@pytest.mark.parametrize("answer", [lambda a: a, lambda a: Gain(a[:, 0]), lambda a: Factors(q=a, p=a @ a.T)])
+def test_a_start_that_adds_something_is_refused_unless_it_is_declared(answer: Any) -> None:
+    """Training would begin at another model than the base, and nobody would know."""
+
+    def starting(a: Tensor = parameter("out", "in", start=0.5)) -> Any:
+        return answer(a)
+
+    starting.__annotations__["return"] = type(answer(torch.ones(8, 6)))
+    model = net()
+    with (
+        registered(tunerkit.method("starting")(starting)),
+        pytest.raises(PluginError, match=r"starting adds something to '0' at its start; .*start=\"rounding\""),
+    ):
+        tunerkit.wrap(model, "starting", TARGETS)
+    assert torch.equal(model(X), net()(X))
+    with registered(tunerkit.method("starting", start="rounding")(starting)):
+        tunerkit.wrap(model, "starting", TARGETS)
+
+
+def test_a_compiled_model_asks_nothing_and_is_one_graph() -> None:
+    """What a function writes is counted in Python, which compiled code is spared."""
+    model = trained("rows")
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(X), model(X))

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, Final, NoReturn, TypeAlias, get_type_hints
 
 import attrs
@@ -10,10 +9,11 @@ import pluggy
 import torch
 from torch import Tensor, nn
 
+from tunerkit import layers
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, closest, error_text, shown
 from tunerkit.layers import Adapter, BaseLayer, add_delta, add_low_rank, autocast_off
-from tunerkit.records import Delta, Factors, Gain, Method, mistyped
+from tunerkit.records import Delta, Factors, Gain, Method, Target, mistyped
 
 hookimpl = pluggy.HookimplMarker("tunerkit")  # as the package's own, which comes after this file
 Start: TypeAlias = float | Callable[[Tensor], object]
@@ -53,7 +53,7 @@ def method(
 
     The arguments of the function have `tunerkit.plugin.parameter` or `tunerkit.plugin.setting` as their defaults. It
     may also name ``base``, the `BaseLayer`, and ``weight``, its W (out, in), detached, in the dtype of the parameters
-    or a wider one. Its annotation says what it returns:
+    or a wider one, which it must not change. Its annotation says what it returns:
 
     - ``Tensor``: ΔW, (out, in).
     - ``Factors``: ΔW as a product of two small matrices, which is never computed as a whole in training.
@@ -74,18 +74,21 @@ def method(
     Raises:
         PluginError: The function's signature does not say what is needed.
     """
-    return partial(_plugin, name, sizes, record)
+
+    def decorate(function: Callable[..., Any]) -> FunctionPlugin:
+        try:
+            hints = get_type_hints(function)
+        except Exception as error:  # an annotation may be any expression
+            what = f"the function {function.__qualname__} has an annotation that cannot be read ({error_text(error)})"
+            raise PluginError(f"{what}; its module must have what it names, also when it runs") from error
+        kind = ProductPlugin if hints.get("return") is Factors else DeltaPlugin
+        return kind(name, function, sizes, record, hints)
+
+    return decorate
 
 
 class FunctionPlugin:
-    """The plugin of a method that is one function. Calling it calls the function.
-
-    Attributes:
-        method: The method's record.
-        config: Its config class.
-        parameters: Its tensors by name.
-        returns: What its function returns: a tensor, factors or gains.
-    """
+    """The plugin of a method that is one function, with its record and its config class. Calling it calls that."""
 
     def __init__(
         self,
@@ -140,7 +143,9 @@ class FunctionPlugin:
         return [self.method]
 
     @hookimpl
-    def tunerkit_build_adapter(self, base: BaseLayer, config: AdapterConfig) -> "FunctionAdapter":
+    def tunerkit_build_adapter(
+        self, target: Target, base: BaseLayer, config: AdapterConfig, loading: bool
+    ) -> "FunctionAdapter":
         settings = {key: value for key, value in attrs.asdict(config, recurse=False).items() if key in self.settings}
         known = {key: value for key, value in settings.items() if type(value) is int}
         known |= {"in": base.in_features, "out": base.out_features}
@@ -148,16 +153,14 @@ class FunctionPlugin:
         if mistyped(further, Mapping[str, int]) is not None:
             self.refuse(f"has sizes that returned {shown(further)}", "they must return a mapping of names to int")
         known |= further
-        for key, each in self.parameters.items():
-            for size in each.shape:
-                if type(size) is not int and size not in known:
-                    self.refuse(
-                        f"has a parameter {key!r} with the size {size!r}, which is unknown",
-                        f"known are: {', '.join(known)}",
-                        str(size),
-                        known,
-                    )
-        return FunctionAdapter(self, known, settings)
+        for key, size in [(key, size) for key, each in self.parameters.items() for size in each.shape]:
+            if type(size) is not int and size not in known:
+                what = f"has a parameter {key!r} with the size {size!r}, which is unknown"
+                self.refuse(what, f"known are: {', '.join(known)}", str(size), known)
+        adapter = FunctionAdapter(self, known, settings)
+        if not loading:
+            adapter.try_(target, base)
+        return adapter
 
 
 class DeltaPlugin(FunctionPlugin):
@@ -175,20 +178,6 @@ class ProductPlugin(FunctionPlugin):
     def tunerkit_factors(self, adapter: "FunctionAdapter", base: BaseLayer) -> Factors:
         added: Factors = adapter.added(base)
         return added
-
-
-def _plugin(
-    name: str,
-    sizes: Callable[[BaseLayer, Any], Mapping[str, int]] | None,
-    record: Mapping[str, Any],
-    function: Callable[..., Any],
-) -> FunctionPlugin:
-    try:
-        hints = get_type_hints(function)
-    except Exception as error:  # an annotation may be any expression
-        what = f"the function {function.__qualname__} has an annotation that cannot be read ({error_text(error)})"
-        raise PluginError(f"{what}; its module must have what it names, also when it runs") from error
-    return (ProductPlugin if hints.get("return") is Factors else DeltaPlugin)(name, function, sizes, record, hints)
 
 
 class FunctionAdapter(Adapter):
@@ -211,17 +200,49 @@ class FunctionAdapter(Adapter):
     def rank(self) -> int:
         return self._rank
 
+    @torch.no_grad()
+    def try_(self, target: Target, base: BaseLayer) -> None:
+        """Call the function once where the layer runs. If this raises `PluginError`, the layer is as it was.
+
+        Refused are a write into W, another shape than is needed, and a start that adds something.
+        """
+        own = layers.torch_private.parameters_of(base.module) if self.plugin.given else {}
+        values = {name: parameter.detach().clone() for name, parameter in own.items()}
+        try:
+            added = self.to(layers.weights.execution_device(base.module)).added(base)
+        except BaseException:
+            for name, before in values.items():
+                own[name].data.copy_(before)
+            raise
+        parts = added if isinstance(added, tuple) else (added,)
+        out, into, rank = base.out_features, base.in_features, parts[0].shape[:1]
+        needed = {Tensor: [(out, into)], Gain: [(out,)], Factors: [(*rank, into), (out, *rank)]}[self.plugin.returns]
+        if (shapes := [tuple(part.shape) for part in parts]) != needed:
+            self.plugin.refuse(f"returned shapes {shapes} for {target.path!r}", f"they must be {needed}")
+        start = parts[-1] @ parts[0] if len(parts) > 1 else parts[0] - int(self.plugin.returns is Gain)
+        if self.plugin.method.start == "exact" and start.any():
+            self.plugin.refuse(
+                f"adds something to {target.path!r} at its start",
+                "choose starts for which ΔW is 0, or gains are 1, with every setting; if they are so up to rounding, "
+                'declare tunerkit.method(..., start="rounding")',
+            )
+
     def added(self, base: BaseLayer) -> Any:
         """What the function returns: ΔW (out, in), factors, or gains (out,)."""
         tensors = dict(self.named_parameters(recurse=False))
         wide = torch.promote_types(next(iter(tensors.values())).dtype, torch.float32)
-        given: dict[str, Any] = {"base": base}
-        if "weight" in self.plugin.given:
-            given["weight"] = base.dense().to(wide)
-        arguments: dict[str, Any] = {**tensors, **self.settings, **{key: given[key] for key in self.plugin.given}}
+        given: dict[str, Any] = {key: base if key == "base" else base.dense().to(wide) for key in self.plugin.given}
+        read: list[Tensor] = []
+        if given and not torch.compiler.is_compiling():  # `try_` has asked before
+            read = [*filter(torch.is_tensor, given.values()), *layers.torch_private.parameters_of(base.module).values()]
+        before = [*map(layers.torch_private.version, read)]
         # Half precision is for products with the input: what is merged must be what forward adds.
         with autocast_off(next(iter(tensors.values())).device):
-            answer = self.plugin.function(**arguments)
+            answer = self.plugin.function(**tensors, **self.settings, **given)
+        if before != [*map(layers.torch_private.version, read)]:
+            what = f"writes into the weight of a {type(base.module).__name__}, which is the base's own"
+            new = "compute a new tensor, as in weight = weight - weight.mean()"
+            self.plugin.refuse(what, f"{new}. tunerkit.wrap puts W back; after any other call, load the base again")
         if not isinstance(answer, self.plugin.returns):
             self.plugin.refuse(f"returned a {type(answer).__name__}, not a {self.plugin.returns.__name__}", _ANNOTATE)
         return answer
