@@ -153,7 +153,10 @@ MUTATIONS = (
     Mutation("threads", "tunerkit/injection/preconditions.py", "if running and", "if False and"),
     Mutation("misuse", "tunerkit/serialization/merge.py", "    if injection.is_merged(model):", "    if False:"),
     Mutation(
-        "broken plugins", "tunerkit/hooks/loading.py", "except BaseException as error:", "except Exception as error:"
+        "broken plugins",
+        "tunerkit/hooks/loading.py",
+        "    except BaseException as error:\n                if",
+        "    except Exception as error:\n                if",
     ),
 )
 

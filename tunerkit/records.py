@@ -521,7 +521,7 @@ def _is_of(value: Any, kind: Any, parts: tuple[Any, ...]) -> bool:
         return isinstance(value, Collection) and not isinstance(value, str | Mapping | Tensor)
     if kind is tuple and parts[-1] is not ...:
         return isinstance(value, tuple) and len(value) == len(parts)
-    return kind is Any or isinstance(value, kind)
+    return kind is Any or isinstance(value, type(None) if kind is None else kind)
 
 
 def _inside(value: Any, kind: Any, parts: tuple[Any, ...]) -> Iterator[tuple[str, Any, Any]]:
@@ -534,7 +534,7 @@ def _inside(value: Any, kind: Any, parts: tuple[Any, ...]) -> Iterator[tuple[str
         types = parts if kind is tuple and parts[-1] is not ... else repeat(parts[0])
         for index, (each, its_type) in enumerate(zip(value, types, strict=False)):
             yield f"[{index}]", each, its_type
-    elif kind.__module__ == __name__ and attrs.has(kind):
+    elif attrs.has(kind) and kind.__module__ == __name__:
         for field in attrs.fields(kind):
             yield f".{field.name}", getattr(value, field.name), field.type
 

@@ -173,7 +173,8 @@ def test_what_a_formats_config_raises_names_the_format(toys: "Toys", found: obje
 
     with registered(Foreign()), pytest.raises(error) as raised:
         tunerkit.wrap(toys.net(), "toy-low-rank", object())
-    assert raised.value.__notes__ == ["raised by config of format 'foreign'"]
+    assert raised.value.__notes__[0] == "raised by config of format 'foreign'"
+    assert "because of tunerkit_formats of plugin 'Foreign' (in-process); to run without" in raised.value.__notes__[1]
 
 
 def test_a_seed_repeats_the_start_and_leaves_the_global_state_alone(toys: "Toys") -> None:

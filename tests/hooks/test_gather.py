@@ -16,7 +16,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit import injection
-from tunerkit.errors import TunerkitWarning
+from tunerkit.errors import PluginError, TunerkitWarning
 from tunerkit.hooks import gather_knowledge
 from tunerkit.hooks.calls import in_short
 from tunerkit.layers import as_base_layer
@@ -137,20 +137,64 @@ def test_records_of_a_wrong_form_are_left_out_by_name(toys: "Toys", hook: str, a
     assert f"returned {in_short(answer)}" in str(told[0].message)
 
 
+def read(error: BaseException) -> Iterator[object]:
+    """A generator that raises when it is read."""
+    yield from ()
+    raise error
+
+
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("error", [ValueError("broken"), SystemExit("broken"), asyncio.CancelledError("broken")])
 @pytest.mark.parametrize("hook", ["tunerkit_base_layers", "tunerkit_weight_readers", "tunerkit_default_targets"])
 def test_a_plugin_that_raises_when_asked_what_it_knows_is_left_out(
-    toys: "Toys", hook: str, error: BaseException
+    toys: "Toys", hook: str, error: BaseException, late: bool
 ) -> None:
     """One warning names the hook and the plugin, wrapping continues without it, and `methods` lists it."""
     words = f"{type(error).__name__}: broken"
-    with registered(answering(hook, error)):
+    with registered(answering(hook, read(error) if late else error)):
         with pytest.warns(TunerkitWarning, match=f"{hook} of plugin 'answering' .*: {words}"):
             tunerkit.wrap(toys.net(), "toy-shift")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             tunerkit.wrap(toys.net(), "toy-shift")
         assert tunerkit.methods()["answering"].error == f"{hook} failed and was left out: {words}"
+
+
+def test_a_plugin_that_changes_weights_when_a_model_is_wrapped_is_named(toys: "Toys") -> None:
+    """`unwrap` would give back another base, and say nothing."""
+
+    class Scaling:
+        @tunerkit.hookimpl
+        def tunerkit_wrapped(self, model: Any) -> None:
+            with torch.no_grad():
+                model.head[0].weight.mul_(2)
+
+    model = toys.net()
+    words = r"tunerkit_wrapped of plugin 'Scaling' \(in-process\) changed weights.*loaded again; to run without it"
+    with registered(Scaling()), pytest.raises(PluginError, match=words):
+        tunerkit.wrap(model, "toy-shift")
+    assert not tunerkit.adapters(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+SERVED = {
+    "tunerkit_base_layers": ([type("Quantised", (DenseLinear,), {"forwards": ("acme.Linear",)})], "acme.Linear"),
+    "tunerkit_weight_readers": ([WeightReader("acme.Attention", ("out",))], "acme.Attention"),
+    "tunerkit_default_targets": ([DefaultTargets(("acme", "others"), ("out",))], "acme"),
+}
+
+
+@pytest.mark.parametrize("hook", SERVED)
+def test_who_comes_second_with_what_one_can_serve_is_named_once(toys: "Toys", hook: str) -> None:
+    """The first of two is used, and the user learns that there was a choice."""
+    answer, name = SERVED[hook]
+    words = f"{hook} of plugin 'answering' .* is not used for '{name}': plugin 'answering' .* comes first; to run"
+    with registered(answering(hook, answer), answering(hook, answer)):
+        with pytest.warns(TunerkitWarning, match=words):
+            tunerkit.wrap(toys.net(), "toy-shift")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tunerkit.wrap(toys.net(), "toy-shift")
 
 
 class Reader(nn.Module):

@@ -13,7 +13,6 @@ import tunerkit
 from tunerkit.extras import install
 from tunerkit.hooks import specs
 from tunerkit.hooks.loading import Catalog
-from tunerkit.hooks.registry import Answer, Registry
 from tunerkit.layers import as_base_layer, weights
 from tunerkit.plugin import optimizer_of, resize_obstacle
 from tunerkit_testing.small import trainable
@@ -28,16 +27,8 @@ TARGETS = {"targets": ["layers.0"]}
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plugin knows of processes, whatever is installed."""
     monkeypatch.setattr(weights.plugins, "holdings", tuple)
-    gather, ask = Registry.gather, Registry.ask
-
-    def without(self: Registry, hook: Callable[..., object], **arguments: Any) -> list[Answer]:
-        return [] if hook is specs.tunerkit_restrictions else gather(self, hook, **arguments)
-
-    def alone(self: Registry, hook: Callable[..., object], **arguments: Any) -> Iterator[Answer]:
-        return iter(()) if hook is specs.tunerkit_engine else ask(self, hook, **arguments)
-
-    monkeypatch.setattr(Registry, "gather", without)
-    monkeypatch.setattr(Registry, "ask", alone)
+    asked, unknown = Catalog.asked, (specs.tunerkit_restrictions, specs.tunerkit_engine)
+    monkeypatch.setattr(Catalog, "asked", lambda self, hook: [] if hook in unknown else asked(self, hook))
     monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")
 
 

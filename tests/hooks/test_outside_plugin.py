@@ -122,7 +122,7 @@ def tunerkit_base_layers():
 # What a user does with the plugin; it prints what it found as JSON.
 SESSION = """\
 import copy, json, sys, warnings
-import attrs, torch, tunerkit
+import attrs, safetensors, torch, tunerkit
 from torch import nn
 
 torch.manual_seed(0)
@@ -154,6 +154,8 @@ trained = model(x).detach()
 
 path = tunerkit.save(model, sys.argv[1])
 loaded = tunerkit.load(copy.deepcopy(untouched), path)
+with safetensors.safe_open(path, framework="pt") as file:
+    found["versions"] = json.loads(file.metadata()["tunerkit"])["versions"]
 found["loads equal"] = torch.equal(loaded(x), trained)
 
 tunerkit.merge(model)
@@ -241,6 +243,18 @@ def test_a_colliding_plugin_beside_it_is_named_with_both_distributions(session: 
     assert colliding["distribution"] == "acme-colliding"
     assert "tunerkit-shift" in colliding["error"]
     assert "acme-colliding" in colliding["error"]
+
+
+def test_wrapping_with_a_method_that_two_provide_names_the_loser(session: dict[str, Any]) -> None:
+    """With the way to choose the other one."""
+    loser = "acme-colliding's is left out. To use it, list the plugins that may load in the environment variable "
+    assert [text for text in session["told"] if f"{loser}TUNERKIT_PLUGINS, without 'shift'" in text]
+
+
+def test_the_file_says_which_distribution_the_method_came_from(session: dict[str, Any]) -> None:
+    """With its version, beside those of tunerkit and torch."""
+    assert session["versions"].keys() == {"tunerkit", "torch", "tunerkit-shift"}
+    assert session["versions"]["tunerkit-shift"] == "0.7.0"
 
 
 def test_a_careless_plugin_beside_it_keeps_to_its_own_method(session: dict[str, Any]) -> None:

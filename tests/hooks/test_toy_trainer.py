@@ -54,6 +54,19 @@ class LoopPlugin:
 PLUGINS = (LowRankPlugin(), LoopPlugin())
 
 
+class Claiming:
+    """Answers for whatever is attached."""
+
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+
+    @tunerkit.hookimpl(tryfirst=True)
+    def tunerkit_attach(self) -> object:
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
 @pytest.fixture(autouse=True)
 def _toys() -> Iterator[None]:
     with registered(*PLUGINS):
@@ -118,22 +131,32 @@ def test_a_plugin_that_says_false_is_not_the_last_to_be_asked() -> None:
     assert len(loop.listening) == 1
 
 
-def test_what_would_end_the_program_is_an_error_that_names_the_plugin() -> None:
-    """Also where an optimizer is attached, which is none of the plugin's business."""
-
-    class Ending:
-        @tunerkit.hookimpl
-        def tunerkit_attach(self) -> bool | None:
-            raise SystemExit(0)
-
-    model = wrapped()
-    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
-    with (
-        registered(Ending()),
-        pytest.raises(tunerkit.errors.PluginError, match=r"tunerkit_attach of plugin 'Ending'.*SystemExit"),
-    ):
+@pytest.mark.parametrize("answer", [True, "yes", SystemExit(0)])
+def test_an_optimizer_of_torch_is_cores_own(answer: Any) -> None:
+    """No plugin is asked about it: one that claims everything would train nothing, in silence."""
+    with registered(Claiming(answer)):
+        model = wrapped()
+        optimizer = torch.optim.SGD(trainable(model), lr=0.1)
         tunerkit.attach(model, optimizer, total_steps=1)
-    assert optimizer_of(tunerkit.tuner(model)) is None
+    assert optimizer_of(tunerkit.tuner(model)) is optimizer
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("yes", r"returned 'yes'; it must return bool \| None"),
+        (1, r"returned 1; it must return bool \| None"),
+        (SystemExit(0), "raised SystemExit"),
+    ],
+)
+def test_a_wrong_answer_about_a_trainer_names_the_plugin(answer: Any, words: str) -> None:
+    """So does what would end the program; and both say how to run without the plugin."""
+    with (
+        registered(Claiming(answer)),
+        pytest.raises(tunerkit.errors.PluginError, match=f"tunerkit_attach of plugin 'Claiming'.*{words}") as caught,
+    ):
+        tunerkit.attach(model := wrapped(), Loop(model, 1))
+    assert "to run without it, pass it to tunerkit.unregister" in str(caught.value)
 
 
 def test_a_folder_that_no_plugin_opens_is_refused_with_the_extra_that_does(

@@ -152,3 +152,45 @@ def test_a_wrong_answer_is_left_out(answer: Any) -> None:
     words = r"must return Iterable\[tunerkit\.plugin\.Holding\]"
     with registered(Wrong()), pytest.warns(tunerkit.TunerkitWarning, match=words):
         assert weights.offloading(layer) is None
+
+
+def claiming(**fields: Any) -> Any:
+    """A plugin that says of every weight what ``fields`` do."""
+
+    class Claiming:
+        @tunerkit.hookimpl
+        def tunerkit_holdings(self) -> list[Holding]:
+            return [Holding(**fields)]
+
+    return Claiming()
+
+
+CLAIMS: dict[str, tuple[Any, str]] = {
+    "shards": (lambda tensor: True, "each process holds a shard of adapter"),
+    "lent": (lambda module: "they are lent", "cannot merge into '0': they are lent"),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_who_claims_weights_is_named_where_that_stops_the_user(name: str, tmp_path: Path) -> None:
+    """The message speaks of a library that is not there; a note says which plugin said so, and how to run without."""
+    claim, words = CLAIMS[name]
+    with registered(LowRankPlugin(), claiming(**{name: claim})):
+        model = tunerkit.wrap(net(), "toy-low-rank", {"targets": ["0"]})
+        with pytest.raises(tunerkit.errors.AdapterError, match=words) as caught:
+            tunerkit.save(model, tmp_path) if name == "shards" else tunerkit.merge(model)
+    assert caught.value.__notes__ == [
+        "because of tunerkit_holdings of plugin 'Claiming' (in-process); to run without it, pass it to "
+        "tunerkit.unregister"
+    ]
+
+
+def test_a_function_of_a_holding_that_is_wrong_names_the_plugin() -> None:
+    """Whether it raises or answers with something else, where it is asked."""
+    layer = nn.Linear(2, 2).to("meta")
+    with registered(claiming(offloads=lambda module: 1 / 0)), pytest.raises(ZeroDivisionError) as raised:
+        weights.offloading(layer)
+    assert "raised in offloads of a Holding of plugin 'Claiming' (in-process); to run" in raised.value.__notes__[0]
+    words = r"offloads of a Holding of plugin 'Claiming' .*returned 'yes'; it must return bool; to run without it"
+    with registered(claiming(offloads=lambda module: "yes")), pytest.raises(tunerkit.errors.PluginError, match=words):
+        weights.offloading(layer)

@@ -356,7 +356,8 @@ def test_an_error_of_a_reader_keeps_its_class_and_names_the_format(toys: "Toys",
 
     with pytest.raises(ZeroDivisionError) as raised:
         load(toys, exported, FormatPlugin(read=read))
-    assert raised.value.__notes__ == ["raised by read of format 'toy'"]
+    assert raised.value.__notes__[0] == "raised by read of format 'toy'"
+    assert "tunerkit_formats of plugin 'FormatPlugin' (in-process)" in raised.value.__notes__[1]
 
 
 def test_our_file_comes_first(toys: "Toys", exported: Path) -> None:
@@ -741,6 +742,8 @@ def test_records_of_a_wrong_form_are_left_out_by_name(toys: "Toys", exported: Pa
 
 def test_of_two_formats_with_one_name_the_first_counts(toys: "Toys", products: None, tmp_path: Path) -> None:
     """As with base-layer kinds, a plugin cannot replace what another one brings."""
-    with registered(FormatPlugin(), FormatPlugin(write=lambda tuner, path, options: 1 / 0)):
+    words = "'FormatPlugin'.* is not used for 'toy': plugin 'FormatPlugin' .*comes first"
+    second = FormatPlugin(write=lambda tuner, path, options: 1 / 0)
+    with registered(FormatPlugin(), second), pytest.warns(TunerkitWarning, match=words):
         path = tunerkit.export(trained(toys), tmp_path / "out", format="toy")
     assert [each.name for each in path.iterdir()] == ["toy.json"]

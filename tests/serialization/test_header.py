@@ -1,5 +1,6 @@
 """The header of a file: what it says, and one short error for whatever it should not say."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,9 @@ from hypothesis import example, given, strategies as st
 
 import tunerkit
 from tunerkit.errors import BaseMismatchError, ConfigError, FileError, TargetError, UnknownMethodError
+from tunerkit.hooks.registry import Registry
 from tunerkit.plugin import ModelLibrary
+from tunerkit.records import MethodInfo
 from tunerkit.serialization.header import Header, decode, digest, read
 from tunerkit_testing.registering import registered
 
@@ -123,6 +126,22 @@ def test_the_header_says_what_is_inside(toys: "Toys", saved: Path) -> None:
     assert (said["targets"], said["copies"]) == (["conv", "layers.0", "layers.1"], ["head.0", "head.2"])
     assert said["biases"] == ["conv", "group_norm", "layers.0", "layers.1", "norm"]
     assert {"tunerkit", "torch"} <= set(said["versions"])
+
+
+@pytest.mark.parametrize(("saved_by", "is_told"), [("acme-two", True), ("acme-one", False), ("in-process", False)])
+def test_a_method_of_another_distribution_than_the_file_names_is_told(
+    toys: "Toys", saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_by: str, is_told: bool
+) -> None:
+    """Two may call different methods by one name. What was tried in a notebook may be installed since."""
+    path = rewritten(saved, tmp_path / "x.safetensors", wrong(versions={"tunerkit": "0", "torch": "0", saved_by: "1"}))
+    monkeypatch.setattr(Registry, "owner_of", lambda self, method: MethodInfo("acme-one", "2"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tunerkit.load(toys.net(), path)
+    told = "was saved with method 'toy-low-rank' of acme-two; here it is acme-one's, which may compute something else"
+    assert [told in str(each.message) for each in caught if "was saved with method" in str(each.message)] == (
+        [True] * is_told
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,16 @@ VERBS = ("wrap", "attach", "save", "merge")
 TARGETS = {"targets": ["layers.0", "layers.1"]}
 
 
-def refused(call: Callable[[], object], error: type[Exception], *words: str) -> None:
-    """``call`` raises ``error``, and its message has all ``words``."""
+WAY_OUT = "to run without it, pass it to tunerkit.unregister"
+
+
+def refused(call: Callable[[], object], error: type[Exception], *words: str) -> list[str]:
+    """``call`` raises ``error``, and its message has all ``words``. Returns its notes."""
     with pytest.raises(error) as raised:
         call()
     assert type(raised.value) is error
     assert all(word in str(raised.value) for word in words), str(raised.value)
+    return [*vars(raised.value).get("__notes__", ())]
 
 
 class Table(nn.Linear):
@@ -57,7 +61,8 @@ def test_what_a_plugin_refuses_is_refused(toys: "Toys", tmp_path: Path) -> None:
     }
     with registered(Plugin()):
         for verb, call in calls.items():
-            refused(call, TargetError, f"cannot {verb} with my tables, found at 'layers.1': its tables would be lost")
+            notes = refused(call, TargetError, f"cannot {verb} with my tables, found at 'layers.1': its tables would")
+            assert notes == [f"because of tunerkit_restrictions of plugin 'Plugin' (in-process); {WAY_OUT}"]
     calls["merge"]()
 
 

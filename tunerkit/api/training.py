@@ -60,14 +60,13 @@ def attach(
         every = list(injection.require_tuners(model).values())
         tuners = [tuner for tuner in every if not injection.is_frozen(tuner)] or every
     injection.refuse_restricted(injection.base_modules(model), "attach")
-    answers = hooks.registry.ask(
+    if isinstance(optimizer_or_trainer, torch.optim.Optimizer) or not hooks.first(
         hooks.specs.tunerkit_attach,
         tuners=tuners,
         candidate=optimizer_or_trainer,
         total_steps=total_steps,
         data_parallel=data_parallel,
-    )
-    if not any(answer.value for answer in answers):
+    ):
         engine, candidate = steps.engine_for(tuners, model, optimizer_or_trainer, data_parallel)
         needing = [tuner for tuner in tuners if injection.needs_steps(tuner)]
         earlier = ", ".join(f"{tuner.name!r} after {tuner.steps} steps" for tuner in needing if tuner.steps)
@@ -81,12 +80,8 @@ def attach(
                 "state: tunerkit.load_state, or the optimizer's state_dict"
             )
     for tuner in tuners:
-        progress = tuner.progress
-        if (
-            hooks.statistics(tuner) is not None
-            and progress.calibration is None
-            and not (progress.loaded or tuner.steps)
-        ):
+        is_new = not (tuner.progress.calibration or tuner.progress.loaded or tuner.steps)
+        if is_new and hooks.statistics(tuner) is not None:
             warn(
                 f"method {tuner.method!r} sets its start from data, and adapter {tuner.name!r} got none, so it trains "
                 "from the start that tunerkit.wrap gave it; call tunerkit.calibrate(model, batches) before attach"

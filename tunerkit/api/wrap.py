@@ -55,6 +55,7 @@ def wrap(
         raise ConfigError([f"expected an int of 64 bits or None, got {type(seed).__name__} {seed!r} @ seed"])
     root = injection.ready_model(model, adapter, trainable=True)
     method = hooks.registry.named(method)
+    hooks.registry.warn_of_rivals(method)
     config = hooks.configure(method, config, root)
     with hooks.Question(AdapterConfig.for_model, method, type(root).__name__) as question:
         found = config.for_model(root)

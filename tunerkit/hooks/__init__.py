@@ -30,6 +30,7 @@ from tunerkit.hooks.calls import (
 from tunerkit.hooks.engines import Engine, Pieces, Removable, in_group, same, whole_pieces
 from tunerkit.hooks.gather import (
     adapted,
+    because_of,
     configure,
     first,
     gather_formats,
@@ -40,7 +41,9 @@ from tunerkit.hooks.gather import (
     naming,
     ranks_changed,
     tell,
+    wrapped,
 )
+from tunerkit.hooks.loading import IN_PROCESS
 from tunerkit.hooks.registry import registry
 from tunerkit.layers import weights
 

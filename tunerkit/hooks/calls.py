@@ -129,14 +129,7 @@ def in_short(value: object) -> str:
 
 @attrs.frozen(eq=False)
 class Caller:
-    """A hook of the plugin that owns a method, looked up once.
-
-    Attributes:
-        question: What is asked, for messages.
-        function: The plugin's function.
-        takes: Which of the hook's arguments it takes, in its order.
-        check: Checks an answer other than None.
-    """
+    """A hook of the plugin that owns a method, looked up once. ``check`` looks at an answer other than None."""
 
     question: Question
     function: Callable[..., Any]

@@ -15,29 +15,34 @@ from torch import nn
 
 from tunerkit import extras
 from tunerkit.config import AdapterConfig
-from tunerkit.errors import ConfigError, PluginError, error_text, is_of_user, shown, warn
+from tunerkit.errors import ConfigError, PluginError, TunerkitError, error_text, is_of_user, shown, warn
 from tunerkit.hooks import specs
 from tunerkit.hooks.calls import declared, is_json, structure, unlike
 from tunerkit.hooks.engines import TunerView, in_group
 from tunerkit.hooks.loading import Plugin
 from tunerkit.hooks.registry import registry
-from tunerkit.layers import CORE, BaseLayer, Knowledge
+from tunerkit.layers import CORE, BaseLayer, Knowledge, torch_private
 from tunerkit.patterns import is_broad
 from tunerkit.records import Format, Holding, ModelLibrary, RankChange, Restriction, type_name
 
 P = ParamSpec("P")
 R = TypeVar("R")
+E = TypeVar("E", bound=Exception)
 
 
 def first(hook: Callable[P, R], /, *args: P.args, **arguments: P.kwargs) -> R | None:
     """Ask one plugin after another until one answers; None if none does. Raises `PluginError` for a wrong answer."""
-    for answer in registry.ask(hook, *args, **arguments):
-        if (wrong := unlike(answer.value, declared(hook))) is not None:
-            whose = f"{hook.__name__} of {answer.plugin}"
-            raise PluginError(f"{whose} returned {wrong[0]}; it must return {wrong[1]}")
-        found: R = answer.value
-        return found
+    for plugin, answer in registry.ask(hook, *args, **arguments):
+        _refuse(plugin, hook.__name__, unlike(answer, declared(hook)))
+        if answer is not None and answer is not False:
+            found: R = answer
+            return found
     return None
+
+
+def _refuse(plugin: Plugin, what: str, wrong: tuple[str, str] | None) -> None:
+    if wrong is not None:
+        raise PluginError(f"{what} of {plugin} returned {wrong[0]}; it must return {wrong[1]}; {plugin.way_out}")
 
 
 def tell(hook: Callable[P, None], /, *args: P.args, **arguments: P.kwargs) -> None:
@@ -80,6 +85,8 @@ def naming(format: Format, function: str) -> Iterator[None]:
         yield
     except Exception as error:
         error.add_note(f"raised by {function} of format {format.name!r}")
+        if not isinstance(error, TunerkitError):  # whose message says what to do
+            because_of(format, specs.tunerkit_formats, error)
         raise
 
 
@@ -108,33 +115,12 @@ def configure(method: str, config: object, model: nn.Module) -> AdapterConfig:
     raise ConfigError([f"{takes}, got {got.__name__}{which} @ $"])
 
 
-def gather_holdings() -> tuple[Holding, ...]:
-    """How libraries hold weights, as all plugins say it."""
-    return _records(specs.tunerkit_holdings)
-
-
-def gather_libraries() -> tuple[ModelLibrary, ...]:
-    """What libraries know of their models, as all plugins say it; the functions are checked, and name the plugin."""
-
-    def checked(plugin: Plugin, library: ModelLibrary) -> ModelLibrary:
-        functions = attrs.asdict(library, recurse=False)
-        return ModelLibrary(**{name: partial(_called, plugin, name, call) for name, call in functions.items()})
-
-    return tuple(checked(*pair) for pair in _known(specs.tunerkit_model_libraries))
-
-
-def _called(plugin: Plugin, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        answer = function(*arguments)
-    except Exception as error:
-        error.add_note(f"raised in {name} of a ModelLibrary of {plugin}")
-        raise
-    wrong = unlike(answer, get_args(attrs.fields_dict(ModelLibrary)[name].type)[-1])
-    if name == "settings" and not is_json(answer):
-        wrong = shown(answer), "a dict that JSON can hold"
-    if wrong is not None:
-        raise PluginError(f"{name} of a ModelLibrary of {plugin} returned {wrong[0]}; it must return {wrong[1]}")
-    return answer
+def because_of(record: R | None, hook: Callable[[], Iterable[R]], error: E) -> E:
+    """Return an error with a note that names the plugin whose ``record``, returned from ``hook``, is its reason."""
+    for plugin, known in _known(hook):
+        if known is record:
+            error.add_note(f"because of {hook.__name__} of {plugin}; {plugin.way_out}")
+    return error
 
 
 def gather_restrictions() -> tuple[Restriction, ...]:
@@ -146,6 +132,15 @@ def gather_restrictions() -> tuple[Restriction, ...]:
             marks = dict.fromkeys(library.marks)
             found.append(Restriction(library.name, dict.fromkeys(library.verbs, why), classes, marks))
     return tuple(found)
+
+
+def wrapped(model: nn.Module) -> None:
+    """Let every plugin prepare a model. Raises `PluginError` if one changes its weights."""
+    before = torch_private.versions(model)
+    for plugin, _ in registry.ask(specs.tunerkit_wrapped, model=model):
+        if torch_private.versions(model) != before:
+            what = "changed weights of the base, which must be loaded again"
+            raise PluginError(f"tunerkit_wrapped of {plugin} {what}; {plugin.way_out}")
 
 
 def adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
@@ -166,14 +161,10 @@ def ranks_changed(
     """
     change = RankChange(step, budget, dict(ranks))
     history.append(change)
-    given = {"tuner": tuner, "change": change}
     catalog = registry.catalog  # nothing to look up in a step, and a plugin that came after `attach` is there too
     for plugin in () if catalog is None else catalog.hooks["tunerkit_ranks_changed"]:
-        each = plugin.hooks["tunerkit_ranks_changed"]
         try:
-            answer = each.function(*(given[name] for name in each.argnames))
-            if isinstance(answer, Iterator):
-                deque(answer, maxlen=0)  # a generator runs only when it is read
+            plugin.call("tunerkit_ranks_changed", tuner=tuner, change=change)
         except BaseException as error:  # SystemExit too: a watcher must not end a training
             if is_of_user(error):
                 raise
@@ -183,15 +174,41 @@ def ranks_changed(
 # --- What plugins say to know -----------------------------------------------------------------------------------------
 
 
+def _has_matches(kind: type[BaseLayer]) -> bool:
+    return inspect.getattr_static(kind, "matches") is not vars(BaseLayer)["matches"]
+
+
 def _is_complete(kind: type[BaseLayer]) -> bool:
     # Without both it would match no module, in silence; a text without a comma is no tuple.
-    matches = kind.forwards or inspect.getattr_static(kind, "matches") is not vars(BaseLayer)["matches"]
-    named = bool(matches) and type(kind.forwards) is tuple
+    named = bool(kind.forwards or _has_matches(kind)) and type(kind.forwards) is tuple
     return named and not inspect.isabstract(kind) and (not kind.linear or kind.matrix is not BaseLayer.matrix)
 
 
 def _are_plain(*names: str) -> bool:
     return all(name and not is_broad(name) for name in names)
+
+
+def _called(plugin: Plugin, what: str, declared: Any, function: Callable[..., Any], *given: Any) -> Any:
+    with plugin.naming(what):
+        answer = function(*given)
+    wrong = unlike(answer, declared)
+    if what.startswith("settings ") and not is_json(answer):
+        wrong = shown(answer), "a dict that JSON can hold"
+    _refuse(plugin, what, wrong)
+    return answer
+
+
+def _checked(plugin: Plugin, record: Any) -> Any:
+    """What is said of a library, with functions that name the plugin in what they raise, and if the answer is wrong."""
+    if not isinstance(record, Holding | ModelLibrary):
+        return record
+    kind: Any = type(record)
+    values = attrs.asdict(record, recurse=False)
+    for name, value in values.items():
+        if callable(value):
+            its = get_args(attrs.fields_dict(kind)[name].type)[-1]
+            values[name] = partial(_called, plugin, f"{name} of a {kind.__name__}", its, value)
+    return kind(**values)
 
 
 # What each record must be beyond the types of its fields.
@@ -208,6 +225,13 @@ _RULES: Final[Mapping[Callable[..., object], tuple[str, Callable[[Any], bool]]]]
         lambda record: _are_plain(record.name) and attrs.has(record.options),
     ),
 }
+# What each record serves that only the first plugin can.
+_SERVED: Final[Mapping[Callable[..., object], Callable[[Any], Iterable[str]]]] = {
+    specs.tunerkit_base_layers: lambda kind: () if _has_matches(kind) else kind.forwards,
+    specs.tunerkit_weight_readers: lambda record: (record.owner,),
+    specs.tunerkit_default_targets: lambda record: record.model_types,
+    specs.tunerkit_formats: lambda record: (record.name,),
+}
 
 
 def _records(hook: Callable[[], Iterable[R]]) -> tuple[R, ...]:
@@ -216,7 +240,7 @@ def _records(hook: Callable[[], Iterable[R]]) -> tuple[R, ...]:
 
 def _known(hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plugin, R], ...]:
     """The records that plugins return from ``hook``, each with its plugin. The same plugins are asked once."""
-    known = registry.loaded().known  # before they are asked: of plugins that are left out then, nothing is kept
+    known = registry.loaded().known  # before they are asked: they may bring other plugins
     if hook not in known:
         known[hook] = _asked(hook)
     found: tuple[tuple[Plugin, R], ...] = known[hook]
@@ -224,19 +248,34 @@ def _known(hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plugin, R], ...]:
 
 
 def _asked(hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plugin, R], ...]:
-    """Ask the plugins what they know. One whose answer is not as it must be is left out."""
+    """Ask the plugins what they know. One that raises, or whose answer is not as it must be, is left out."""
     found: list[tuple[Plugin, R]] = []
     rule, is_met = _RULES.get(hook, ("", lambda record: True))
-    for answer in registry.gather(hook):
+    for plugin in registry.loaded().asked(hook):
         try:
-            wrong = unlike(answer.value, declared(hook))
-            if wrong is None and not all(map(is_met, answer.value)):
-                wrong = shown(answer.value), f"{type_name(declared(hook))}, each {rule}"
-            if wrong is None:
-                found += [(answer.plugin, record) for record in answer.value]
+            if (answer := plugin.call(hook.__name__)) is None:
                 continue
-            fault = f"it returned {wrong[0]}; it must return {wrong[1]}"
-        except Exception as error:  # a plugin's metaclass or property may raise anything
-            fault = f"checking its answer raised {error_text(error)}"
-        registry.leave_out(answer.plugin, hook, fault)
+            wrong = unlike(answer, declared(hook))
+            if wrong is None and not all(map(is_met, answer)):
+                wrong = shown(answer), f"{type_name(declared(hook))}, each {rule}"
+            fault = wrong and f"it returned {wrong[0]}; it must return {wrong[1]}"
+        except BaseException as error:  # a plugin's metaclass or property may raise anything too
+            if is_of_user(error):
+                raise
+            fault = error_text(error)
+        if fault:
+            registry.leave_out(plugin, hook, fault)
+        else:
+            found += [(plugin, _checked(plugin, record)) for record in answer]
+    firsts: dict[str, Plugin] = {}
+    served = _SERVED.get(hook, lambda record: ())
+    for plugin, record in found:
+        for name in served(record):
+            if (first := firsts.setdefault(name, plugin)) is not plugin:
+                warn(f"{hook.__name__} of {plugin} is not used for {name!r}: {first} comes first; {first.way_out}")
     return tuple(found)
+
+
+# How libraries hold weights, and what they know of their models, as all plugins say it.
+gather_holdings = partial(_records, specs.tunerkit_holdings)
+gather_libraries = partial(_records, specs.tunerkit_model_libraries)

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from inspect import getattr_static, isclass, isfunction
 from typing import Any
@@ -11,7 +12,7 @@ import attrs
 import pluggy
 
 from tunerkit.config import AdapterConfig
-from tunerkit.errors import PluginError, closest, error_text, is_of_user, shown
+from tunerkit.errors import PluginError, TunerkitError, closest, error_text, is_of_user, shown
 from tunerkit.extras import METHODS_ELSEWHERE
 from tunerkit.hooks import specs
 from tunerkit.paths import few
@@ -19,6 +20,7 @@ from tunerkit.records import Method, MethodInfo, StatisticsRequest, mistyped, ty
 
 GROUP = "tunerkit"
 VARIABLE = "TUNERKIT_PLUGINS"
+IN_PROCESS = "in-process"
 # The version of the contract between core and plugins, and the oldest that still works;
 # docs/authors/write-a-plugin.md says what may change when.
 API, OLDEST_API = 2, 1
@@ -30,16 +32,7 @@ _NAME_FIRST = "; the name comes before the config: tunerkit.wrap(model, 'lora', 
 
 @attrs.frozen(eq=False)
 class Plugin:
-    """A plugin that passed all checks.
-
-    Attributes:
-        plugin: The module or object with the hooks.
-        entry: The name of its entry point; an in-process plugin has the name of its module or class.
-        info: Its distribution.
-        hooks: Its implementation of each hook, by the hook's name.
-        methods: Its methods by name.
-        api: The number of the contract that it was written for.
-    """
+    """A plugin that passed all checks. One in process has the name of its module or class as its ``entry``."""
 
     plugin: object
     entry: str
@@ -51,25 +44,46 @@ class Plugin:
     def __str__(self) -> str:
         return f"plugin {self.entry!r} ({self.info.distribution})"
 
+    @property
+    def way_out(self) -> str:
+        """How to run without the plugin, for messages about what it does to others."""
+        if self.info.distribution == IN_PROCESS:
+            return "to run without it, pass it to tunerkit.unregister"
+        return f"to run without it, list the plugins that may load in the environment variable {VARIABLE}"
+
+    def call(self, hook: str, **arguments: Any) -> Any:
+        """Call its implementation of a hook with those arguments that it takes; a generator is read to its end."""
+        answer = self.hooks[hook].function(*(arguments[name] for name in self.hooks[hook].argnames))
+        return tuple(answer) if isinstance(answer, Iterator) else answer
+
+    @contextmanager
+    def naming(self, what: str) -> Iterator[None]:
+        """Name the plugin in an error. Raises `PluginError` instead of what would end the program, as SystemExit."""
+        try:
+            yield
+        except BaseException as error:
+            if is_of_user(error):
+                raise
+            if not isinstance(error, Exception):
+                raise PluginError(f"{what} of {self} raised {error_text(error)}; {self.way_out}") from error
+            way_out = "" if isinstance(error, TunerkitError) else f"; {self.way_out}"  # a message of ours has its own
+            error.add_note(f"raised in {what} of {self}{way_out}")
+            raise
+
 
 @attrs.frozen(eq=False)
 class Catalog:
-    """The plugins of a registry. What changes makes a new catalog, so that other threads read one of the two.
+    """The plugins of a registry in load order. What changes them makes a new catalog: a thread reads one of the two.
 
-    Attributes:
-        plugins: The plugins in load order.
-        failures: What could not be loaded, or is not used: its name, and its distribution with the reason.
-        limit: The entry points that may load; None allows all.
-        left_out: The reason why a plugin's answer to a hook is not used, by plugin and hook.
-        owners: The plugin that provides each method: of the distribution named after it, else the first by name.
-        hooks: The plugins that implement each hook, in the order of the calls.
-        known: What these plugins have answered to hooks that ask what they know.
+    ``failures`` could not be loaded, or are not used. ``left_out`` says why a plugin's answer to a hook is not used,
+    ``known`` has the answers to hooks that ask what plugins know. ``limit`` names the entry points that may load; None
+    allows all. A method belongs to the plugin of the distribution that is named after it, else to the first.
     """
 
     plugins: tuple[Plugin, ...]
     failures: tuple[Failure, ...] = ()
     limit: frozenset[str] | None = None
-    left_out: Mapping[tuple[Plugin, str], str] = attrs.field(factory=dict)
+    left_out: dict[tuple[Plugin, str], str] = attrs.field(factory=dict)
     owners: Mapping[str, Plugin] = attrs.field(init=False)
     hooks: Mapping[str, tuple[Plugin, ...]] = attrs.field(init=False)
     known: dict[object, Any] = attrs.field(init=False, factory=dict)
@@ -91,6 +105,11 @@ class Catalog:
             return tuple(sorted(own, key=lambda each: (each.hooks[name].trylast, not each.hooks[name].tryfirst)))
 
         return {name: in_order(name) for name in HOOKS}
+
+    def asked(self, hook: Callable[..., object]) -> list[Plugin]:
+        """Return the plugins to ask: sorted by distribution, in-process ones after them, ``trylast`` at the end."""
+        name = hook.__name__
+        return [plugin for plugin in self.hooks[name] if (plugin, name) not in self.left_out]
 
     def listed(self) -> dict[str, MethodInfo]:
         """Return a record for each method by its name, and one for each failure by the name of its entry point."""
@@ -162,7 +181,8 @@ def load(distributions: Iterable[metadata.Distribution] | None) -> Catalog:
             if (owner := owners[name]) is not found:
                 why = (
                     f"method {name!r} is also provided by {owner.info.distribution}, which is used; "
-                    f"{found.info.distribution}'s is left out"
+                    f"{found.info.distribution}'s is left out. To use it, list the plugins that may load in the "
+                    f"environment variable {VARIABLE}, without {owner.entry!r}"
                 )
                 failures.append((f"{name} ({found.info.distribution})", attrs.evolve(found.info, error=why)))
     used = [found for found in plugins if not found.methods or found in owners.values()]

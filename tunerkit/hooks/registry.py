@@ -4,28 +4,18 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from types import ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import attrs
 import pluggy
 
 from tunerkit import extras
 from tunerkit.errors import PluginError, UnknownMethodError, error_text, is_of_user, shown, warn
-from tunerkit.hooks.loading import Catalog, Plugin, admit, load
+from tunerkit.hooks.loading import IN_PROCESS, Catalog, Plugin, admit, load
 from tunerkit.records import Method, MethodInfo
-
-IN_PROCESS = "in-process"
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-@attrs.frozen
-class Answer:
-    """One plugin's answer to a hook that is called on all plugins."""
-
-    plugin: Plugin
-    value: Any
 
 
 class Registry:
@@ -65,6 +55,12 @@ class Registry:
             PluginError: ``TUNERKIT_PLUGINS`` names a plugin that is not installed.
         """
         return self.loaded().listed()
+
+    def warn_of_rivals(self, method: str) -> None:
+        """Warn of each distribution whose method of this name is left out."""
+        for name, info in self.loaded().failures:
+            if name == f"{method} ({info.distribution})":
+                warn(str(info.error))
 
     def owner_of(self, method: str) -> MethodInfo:
         """Return the distribution and version that provide ``method``. Raises `UnknownMethodError`."""
@@ -107,31 +103,22 @@ class Registry:
         if method not in catalog.owners:
             raise PluginError(f"{hook.__name__} needs the plugin of method {method!r}: {catalog.missing(method)}")
         found = self.implementation(hook, method)
-        return None if found is None else _call(found, **arguments)
+        return None if found is None else cast(R, found.function(*(arguments[name] for name in found.argnames)))
 
-    def ask(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> Iterator[Answer]:
-        """Ask one plugin after another, as far as the caller iterates; ``trylast`` implementations come last.
+    def ask(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> Iterator[tuple[Plugin, Any]]:
+        """Ask one plugin after another, as far as the caller iterates. What one raises names it."""
+        for plugin in self.loaded().asked(hook):
+            with plugin.naming(hook.__name__):
+                answer = plugin.call(hook.__name__, **arguments)
+            yield plugin, answer
 
-        Raises:
-            PluginError: A plugin raised what would end the program, such as SystemExit. Its other exceptions propagate
-                with a note that names it.
-        """
-        return self._each(hook, arguments, leaves_out=False)
-
-    def gather(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> list[Answer]:
-        """Ask every plugin: sorted by distribution, in-process ones last. One that raises is left out from then on."""
-        return list(self._each(hook, arguments, leaves_out=True))
-
-    def leave_out(self, found: Plugin, hook: Callable[..., object], reason: str) -> None:
+    def leave_out(self, plugin: Plugin, hook: Callable[..., object], reason: str) -> None:
         """Use no more of what a plugin answers to ``hook``: warn once, and list it in `methods`."""
-        key, failed = (found, hook.__name__), f"failed and was left out: {reason}"
-        with self._lock:
-            catalog = self.loaded()
-            if found not in catalog.plugins or key in catalog.left_out:
-                return
-            left_out = {**catalog.left_out, key: f"{hook.__name__} {failed}"}
-            self.catalog = attrs.evolve(catalog, left_out=left_out)
-        warn(f"{hook.__name__} of {found} {failed}")
+        catalog, failed = self.loaded(), f"failed and was left out: {reason}"
+        catalog.known.pop(hook, None)
+        if (plugin, hook.__name__) not in catalog.left_out:
+            catalog.left_out[plugin, hook.__name__] = f"{hook.__name__} {failed}"
+            warn(f"{hook.__name__} of {plugin} {failed}")
 
     def register(self, plugin: object) -> None:
         """Register an in-process plugin, for notebooks and tests.
@@ -184,30 +171,6 @@ class Registry:
         with self._lock:
             self.catalog = None
 
-    def _each(self, hook: Callable[..., object], arguments: dict[str, Any], *, leaves_out: bool) -> Iterator[Answer]:
-        """Call the hook on each plugin. One that raises is left out, or named by what it raised."""
-        catalog, name = self.loaded(), hook.__name__
-        for plugin in catalog.hooks[name]:
-            if (plugin, name) in catalog.left_out:
-                continue
-            try:
-                # A generator is exhausted here, so that its errors can name the plugin.
-                value = _call(plugin.hooks[name], **arguments)
-                value = tuple(value) if isinstance(value, Iterator) else value
-            except BaseException as error:  # SystemExit too: a plugin must not end the user's program
-                if is_of_user(error):
-                    raise
-                if leaves_out:
-                    self.leave_out(plugin, hook, error_text(error))
-                    continue
-                if not isinstance(error, Exception):
-                    raise PluginError(f"{name} of {plugin} raised {error_text(error)}") from error
-                if not isinstance(error, PluginError):
-                    error.add_note(f"raised in {name} of {plugin}")
-                raise
-            if value is not None:
-                yield Answer(plugin, value)
-
     def _owner(self, name: str) -> Plugin:
         if name not in tuple((catalog := self.loaded()).owners):  # the name may be unhashable
             raise UnknownMethodError(catalog.missing(name))
@@ -228,11 +191,6 @@ class Registry:
                 finally:
                     self._loading = False
             return self.catalog
-
-
-def _call(implementation: pluggy.HookImpl, **arguments: Any) -> Any:
-    """Call one plugin's implementation with those of the hook's arguments that it takes."""
-    return implementation.function(*(arguments[name] for name in implementation.argnames))
 
 
 # State of the process, as what is installed is: a plugin is loaded and checked once, whichever model asks.

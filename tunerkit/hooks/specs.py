@@ -49,8 +49,8 @@ An answer must be of the declared type. A wrong one of the method's plugin is a 
 keeps its class and gets a note that names the plugin, the hook and the target or adapter; SystemExit and the like
 become a `PluginError`. Hooks that ask every plugin for a list of what it knows never stop the user's call: a wrong
 answer or an exception is left out, with one warning, and ``tunerkit.methods()`` lists the plugin with its error. They
-are asked once, and again when a plugin is added, removed or left out. What a plugin does in the other hooks that ask
-every plugin is part of the user's call: what it raises, that raises.
+are asked once, and again when a plugin is added or removed. In the other hooks that ask every plugin, and in functions
+of what is listed, a plugin is part of the user's call: what it raises, that raises, naming it and how to run without.
 
 The examples follow ``import torch, tunerkit`` and ``from types import SimpleNamespace``.
 """
@@ -168,15 +168,12 @@ def tunerkit_model_libraries() -> Iterable[ModelLibrary]:
     Fires when a model is wrapped, merged or made dense, and when an adapter is saved or loaded. What a function of the
     record raises, the user's call raises; a wrong answer is a `PluginError`.
 
-    >>> class Decoder(torch.nn.Module):
-    ...     '''A model of a library whose norms have an epsilon, which no weight shows.'''
-    ...     epsilon = 1e-5
     >>> def settings(model):
-    ...     return {"epsilon": model.epsilon} if isinstance(model, Decoder) else {}
+    ...     return {"epsilon": model.eps} if isinstance(model, torch.nn.LayerNorm) else {}  # which no weight shows
     >>> @tunerkit.hookimpl
     ... def tunerkit_model_libraries():
     ...     return [tunerkit.plugin.ModelLibrary(settings=settings)]
-    >>> [library.settings(Decoder()) for library in tunerkit_model_libraries()]
+    >>> [library.settings(torch.nn.LayerNorm(2)) for library in tunerkit_model_libraries()]
     [{'epsilon': 1e-05}]
     """
 
@@ -233,7 +230,7 @@ def tunerkit_build_adapter(
 def tunerkit_wrapped(model: nn.Module) -> None:
     """Prepare a model whose first adapter has just been put in, for what a library does with the model later.
 
-    Fires in ``wrap`` and in ``load``. `tunerkit_unwrapped` undoes what is done here. If it raises, nothing is put in.
+    Fires in ``wrap`` and ``load``; `tunerkit_unwrapped` undoes it. If it raises or changes weights, nothing is put in.
 
     >>> @tunerkit.hookimpl
     ... def tunerkit_wrapped(model):
@@ -254,13 +251,8 @@ def tunerkit_unwrapped(model: nn.Module) -> None:
 
     >>> @tunerkit.hookimpl
     ... def tunerkit_unwrapped(model):
-    ...     for module in model.modules():
-    ...         vars(module).pop("card", None)
-    >>> model = torch.nn.Linear(2, 2)
-    >>> model.card = "with adapters"
-    >>> tunerkit_unwrapped(model)
-    >>> hasattr(model, "card")
-    False
+    ...     vars(model).pop("card", None)
+    >>> tunerkit_unwrapped(torch.nn.Linear(2, 2))
     """
 
 
@@ -273,11 +265,9 @@ def tunerkit_adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
 
     >>> @tunerkit.hookimpl
     ... def tunerkit_adapted(model, modules):
-    ...     model.card = f"{len(modules)} modules with adapters"
-    >>> model = torch.nn.Linear(2, 2)
-    >>> tunerkit_adapted(model, [model])
-    >>> model.card
-    '1 modules with adapters'
+    ...     print(f"{len(modules)} modules with adapters")
+    >>> tunerkit_adapted(torch.nn.Linear(2, 2), [])
+    0 modules with adapters
     """
 
 
@@ -379,19 +369,15 @@ def tunerkit_attach(
     """Connect adapters to what trains them, if that is something of a library that this plugin knows: a trainer.
 
     Fires in ``tunerkit.attach``, until one plugin answers True. None means that the object is none of this plugin's.
-    Core itself attaches to optimizers of torch: a plugin waits until the trainer has one, and attaches that.
+    Nobody is asked about an optimizer of torch, which core attaches: a plugin waits until the trainer has one.
 
-    >>> class Loop:
-    ...     '''A trainer that builds its optimizer when it is run.'''
-    ...     on_start = []
     >>> @tunerkit.hookimpl
     ... def tunerkit_attach(tuners, candidate, total_steps):
-    ...     if not isinstance(candidate, Loop):
+    ...     if not hasattr(candidate, "on_start"):  # where a trainer of this library lists what to call
     ...         return None
-    ...     names = [tuner.name for tuner in tuners]
-    ...     candidate.on_start.append((names, total_steps))  # attach its optimizer there
+    ...     candidate.on_start.append((tuners, total_steps))  # attach its optimizer there
     ...     return True
-    >>> tunerkit_attach([], Loop(), 10), tunerkit_attach([], "a text", 10)
+    >>> tunerkit_attach([], SimpleNamespace(on_start=[]), 10), tunerkit_attach([], "a text", 10)
     (True, None)
     """
 
@@ -411,17 +397,11 @@ def tunerkit_engine(
         that stands for it.
 
     >>> from tunerkit.plugin import Engine
-    >>> class Counted(Engine):
-    ...     '''The engine of one process, which counts the steps of all its adapters.'''
-    ...     name, steps = "counted", 0
-    ...     def before_step_(self, optimizer):
-    ...         self.steps += 1
     >>> @tunerkit.hookimpl
     ... def tunerkit_engine(candidate):
-    ...     return Counted(), candidate
-    >>> engine, _ = tunerkit_engine("an optimizer")
-    >>> engine.before_step_(None), engine.steps
-    (None, 1)
+    ...     return Engine(), candidate  # that of one process
+    >>> tunerkit_engine("an optimizer")[1]
+    'an optimizer'
     """
 
 
@@ -590,12 +570,11 @@ def tunerkit_from_factors(
     >>> @tunerkit.hookimpl
     ... def tunerkit_from_factors(targets, factors):
     ...     adapters = {}
-    ...     for path, each in factors.items():
-    ...         features = SimpleNamespace(in_features=each.q.shape[1], out_features=each.p.shape[0])
-    ...         adapters[path] = adapter = LowRank(features, each.rank)
-    ...         adapter.a.data, adapter.b.data = each.q, each.p / SCALE
-    ...     ranks = {each.rank for each in factors.values()}
-    ...     return LowRankConfig(rank=max(ranks), targets=tuple(factors)), adapters
+    ...     for target in targets:
+    ...         given = factors[target.path]
+    ...         adapters[target.path] = adapter = LowRank(target.module, given.rank)
+    ...         adapter.a.data, adapter.b.data = given.q, given.p / SCALE
+    ...     return LowRankConfig(rank=max(given.rank for given in factors.values())), adapters
     >>> factors = {"head": tunerkit.plugin.Factors(q=torch.ones(2, 4), p=torch.ones(3, 2))}
     >>> config, adapters = tunerkit_from_factors([tunerkit.plugin.Target("head", torch.nn.Linear(4, 3))], factors)
     >>> config.rank, adapters["head"].rank

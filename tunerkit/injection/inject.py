@@ -104,9 +104,9 @@ def _base_at(tuner: Tuner, target: Target, scanned: Scan) -> BaseLayer:
 
 def _adapter(tuner: Tuner, target: Target, base: BaseLayer, shared: nn.Module | None) -> Adapter:
     """Build one adapter through the method's plugin, which must not change what all of them share."""
-    before = _versions(shared)
+    before = {} if shared is None else torch_private.versions(shared)
     built = hooks.build_adapter(tuner.method, target, base, tuner.config, shared, loading=tuner.progress.loaded)
-    if _versions(shared) != before:
+    if shared is not None and torch_private.versions(shared) != before:
         raise PluginError(
             f"{hooks.registry.plugin_of(tuner.method)} changed the shared module in tunerkit_build_adapter for "
             f"{target.path!r}: adapters that were built before would use other values; set them in tunerkit_shared"
@@ -114,12 +114,6 @@ def _adapter(tuner: Tuner, target: Target, base: BaseLayer, shared: nn.Module | 
     if shared is not None:
         built.share(shared)
     return built
-
-
-def _versions(shared: nn.Module | None) -> dict[str, tuple[int, int | None]]:
-    """Which tensors a module has, and how often each was changed in place."""
-    own = {} if shared is None else {**dict(shared.named_buffers()), **dict(shared.named_parameters())}
-    return {name: (id(tensor), torch_private.version(tensor)) for name, tensor in own.items()}
 
 
 def _refuse_unfit(tuner: Tuner, target: Target, base: BaseLayer, built: Adapter, *, is_read: bool) -> None:
@@ -235,7 +229,7 @@ def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
             parameter.requires_grad_(False)
         watch_states_(model)
         watch_threads_(model)
-        hooks.tell(hooks.specs.tunerkit_wrapped, model=model)
+        hooks.wrapped(model)
     for path, module in modules_in(tuner).items():
         slot, slots, found = built[path], slots_of(module), scanned.by_path[path]
         # A copy replaces the whole module, so there is no base layer.

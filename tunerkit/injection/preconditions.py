@@ -84,8 +84,10 @@ def refuse_restricted(modules: Iterable[tuple[str, nn.Module]], verb: str) -> No
             for each in restrictions:
                 if each in of_class[kind] or _is_marked(thing, each.marks):
                     where = f"at {place!r}" if place else "in the model itself"
-                    error = each.error or AdapterError
-                    raise error(f"cannot {verb} with {each.name}, found {where}: {each.refused[verb]}")
+                    error = (each.error or AdapterError)(
+                        f"cannot {verb} with {each.name}, found {where}: {each.refused[verb]}"
+                    )
+                    raise hooks.because_of(each, hooks.specs.tunerkit_restrictions, error)
 
 
 def _is_marked(thing: nn.Module | nn.Parameter, marks: Mapping[str, object]) -> bool:

@@ -167,6 +167,12 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def versions(module: nn.Module) -> dict[str, tuple[int, int | None]]:
+    """Which tensors ``module`` has, by name, and how often each was changed in place."""
+    own = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+    return {name: (id(tensor), version(tensor)) for name, tensor in own.items()}
+
+
 def apply_of(function: type[Function]) -> Callable[..., Any]:
     """``function.apply`` for calls outside of functorch's transforms, without what prepares the arguments for them."""
     return cast(Callable[..., Any], super(Function, function).apply)  # type: ignore[misc]  # torch's own, in C

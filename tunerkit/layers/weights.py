@@ -98,9 +98,9 @@ def duplicate(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module
     return copy.deepcopy(module, {**replaced})
 
 
-def lent(module: nn.Module) -> str | None:
-    """Why what is written into the module's weights now would be lost; None if it would not."""
-    return next((reason for each in plugins.holdings() if (reason := each.lent(module)) is not None), None)
+def lender(module: nn.Module) -> Holding | None:
+    """What makes that what is written into the module's weights now would be lost; None if it would not."""
+    return next((each for each in plugins.holdings() if each.lent(module) is not None), None)
 
 
 # --- Weights of which a process has a part ----------------------------------------------------------------------------

@@ -195,10 +195,12 @@ def _refuse_unsavable(tuner: Tuner) -> None:
     shards = [name for name, parameter in tuner.named_parameters() if layers.is_sharded(parameter)]
     engine = injection.engine_of(tuner)
     if shards and (engine is None or not engine.splits):
-        raise AdapterError(
+        error = AdapterError(
             f"each process holds a shard of adapter {tuner.name!r} ({few(shards, shown=2)}), and only an attached one "
             "is gathered: call tunerkit.attach after sharding, in every process, and save in every process"
         )
+        holder = layers.weights.sharding(tuner.parameters())
+        raise hooks.because_of(holder, hooks.specs.tunerkit_holdings, error)
 
 
 def warn_of_unspent_schedule(tuner: Tuner) -> None:
@@ -347,6 +349,11 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
     chosen, copies, biases = (targets.from_paths(scanned, paths) for paths in header.places.values())
     adapts = hooks.registry.get(header.method).targets
     refuse_places(scanned, chosen, header.copies, source, adapts=adapts)
+    if (owner := hooks.registry.owner_of(header.method).distribution) not in header.versions:
+        others = few([*(header.versions.keys() - {"tunerkit", "torch"})], shown=2)
+        if others and hooks.IN_PROCESS not in (owner, others):  # what a notebook tries may be installed later
+            known = f"{source} was saved with method {header.method!r} of {others}; here it is {owner}'s"
+            warn(f"{known}, which may compute something else: install the former, and list it in TUNERKIT_PLUGINS")
     calibration = None
     match header.values.get(_CALIBRATION):
         case {"batches": int(batches), "rows": int(rows)}:  # nothing depends on it, so anything else is ignored

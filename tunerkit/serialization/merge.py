@@ -205,7 +205,9 @@ def refuse_unmergeable(model: nn.Module) -> None:
     injection.refuse_restricted([place[:2] for place in places if not _is_packed(place[2])], "merge")
     for path, module, slots in places:
         if (reason := next(_obstacles(module, slots), None)) is not None:
-            raise AdapterError(f"cannot merge into {path!r}: {reason}")
+            error = AdapterError(f"cannot merge into {path!r}: {reason}")
+            holder = weights.offloading(module) or weights.lender(module) or weights.sharding(module.parameters())
+            raise hooks.because_of(holder, hooks.specs.tunerkit_holdings, error)
     injection.refuse_lost(tuners.values())
 
 
@@ -222,8 +224,8 @@ def _obstacles(module: nn.Module, slots: Slots) -> Iterator[str]:
         )
     if slots.base is not None and any(own.is_meta for own in module.parameters(recurse=False)):
         yield "its weight is on the meta device; load the weights first"
-    if (reason := weights.lent(module)) is not None:
-        yield reason
+    if (holder := weights.lender(module)) is not None:
+        yield str(holder.lent(module))
     if _is_packed(slots) and (holder := weights.sharding(module.parameters())) is not None:
         yield (
             f"its weight is quantised, and {holder.name} has cut it into shards, which cannot be read alone. Save the "
