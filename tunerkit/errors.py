@@ -147,7 +147,7 @@ def closest(name: str, names: Iterable[str]) -> str:
     """Return a hint for an error about a mistyped name, ``; did you mean 'adalora'?``, or an empty string."""
     if len(name) > _LONGEST_NAME:
         return ""
-    found = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
+    found = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3, cutoff=0.6)
     if not found:
         return ""
     return "; did you mean " + " or ".join(repr(candidate) for candidate in found) + "?"

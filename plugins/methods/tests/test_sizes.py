@@ -1,5 +1,8 @@
 """Sizes that are given and do not fit a layer are refused in one line that says what does."""
 
+from collections.abc import Callable
+from typing import Any
+
 import attrs
 import pytest
 from torch import nn
@@ -22,6 +25,7 @@ from tunerkit.hooks import registry
         ("fourierft", {"count": 513}, "count is 513, and at most 512 fits here"),
         ("miss", {"rank": 33}, "rank is 33, and at most 32 fits here"),
         ("randlora", {"rank": 17}, "rank is 17, and at most 16 fits here"),
+        ("randlora", {"rank": 10**9}, "rank is 1000000000, and at most 1024 fits here"),
         ("vblora", {"length": 32}, "length is 32, which does not divide 16"),
         ("vblora", {"vectors": 2, "top": 4}, "top is 4, and at most 2 fits here"),
     ],
@@ -78,6 +82,29 @@ def test_zero_that_stops_all_gradients_is_refused(method: str, name: str) -> Non
         tunerkit.wrap(nn.Sequential(nn.Linear(32, 16)), method, {"targets": "re:0", name: number})
     with pytest.raises(ConfigError, match=rf"expected a number other than 0.* @ \$.{name}"):
         tunerkit.wrap(nn.Sequential(nn.Linear(32, 16)), method, {"targets": "re:0", name: 0.0})
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "usual", "other", "size"),
+    [
+        ("loha", "rank", 2, 3, lambda each: each.b1.shape[1]),
+        ("lokr", "alpha", 8.0, 2.0, lambda each: each.scale * 8),
+        ("dora", "rank", 2, 3, lambda each: each.rank),
+        ("dora", "alpha", 8.0, 4.0, lambda each: each.scale * 8),
+        ("delora", "rank", 2, 3, lambda each: each.rank),
+        ("c3a", "block_size", 2, 4, lambda each: each.kernel.shape[2]),
+        ("fourierft", "count", 5, 6, lambda each: len(each.spectrum)),
+    ],
+)
+def test_a_pattern_gives_some_targets_another_value(
+    method: str, setting: str, usual: float, other: float, size: Callable[[Any], float]
+) -> None:
+    """A file restores them, and a pattern that matches no target is an error, as it is for targets."""
+    pattern = {"targets": "re:0|1", setting: usual, f"{setting}_pattern": {"1": other}}
+    model = tunerkit.wrap(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)), method, pattern)
+    assert [size(each) for each in tunerkit.tuner(model).adapters().values()] == [usual, other]
+    with pytest.raises(ConfigError, match=rf"'2'.*{setting}_pattern"):
+        tunerkit.wrap(nn.Sequential(nn.Linear(8, 16)), method, {**pattern, f"{setting}_pattern": {"2": other}})
 
 
 @pytest.mark.parametrize("method", ["dora", "loha", "lokr"])

@@ -68,9 +68,10 @@ def test_the_exact_transform_of_oft_is_orthogonal() -> None:
     [
         ("oft", {"block_size": 5}, nn.Linear(16, 32), "does not divide 16"),
         ("oft", {}, nn.Conv1d(4, 4, 1, groups=4), "single input"),
-        ("oft", {}, nn.Embedding(8, 4), "token's number"),
+        ("oft", {"blocks": 3}, nn.Linear(16, 32), "blocks is 3, which does not divide 16"),
         ("boft", {"block_size": 4, "factors": 3}, nn.Linear(24, 8), "do not fit a layer with 24 inputs"),
         ("boft", {"block_size": 3, "factors": 2}, nn.Linear(24, 8), "do not fit a layer with 24 inputs"),
+        ("boft", {"blocks": 3}, nn.Linear(16, 8), "blocks 3 .* do not fit a layer with 16 inputs"),
         ("boft", {}, nn.Embedding(8, 4), "token's number"),
         ("hra", {"rank": 3}, nn.Linear(16, 32), "take an even one"),
         ("hra", {"rank": 18}, nn.Linear(16, 32), "at most 16 fits"),
@@ -85,6 +86,54 @@ def test_what_does_not_fit_is_refused(method: str, settings: dict[str, object], 
     """A size that was given and does not fit, and a layer that cannot be turned, are one line."""
     with pytest.raises(tunerkit.errors.TargetError, match=message):
         tunerkit.wrap(nn.Sequential(layer), method, {"targets": "0", **settings})
+
+
+def test_a_butterfly_has_one_factor_unless_more_are_asked_for() -> None:
+    """PEFT reads one factor everywhere. None means two where they fit, as files of earlier versions say it."""
+    assert adapter_at(nn.Linear(16, 8), "boft").t.shape == (1, 4, 4, 4)
+    assert adapter_at(nn.Linear(16, 8), "boft", factors=None).t.shape == (2, 4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "tensor", "shapes"), [("oft", "v", [(4, 3), (4, 1)]), ("boft", "t", [(1, 4, 3, 3), (1, 4, 2, 2)])]
+)
+def test_blocks_may_be_counted(method: str, tensor: str, shapes: list[tuple[int, ...]]) -> None:
+    """Each layer has as many blocks, of its own size; a size beside them would say another number."""
+    model = tunerkit.wrap(nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4)), method, {"targets": "*", "blocks": 4})
+    assert [getattr(each, tensor).shape for each in tunerkit.tuner(model).adapters().values()] == shapes
+    with pytest.raises(tunerkit.errors.ConfigError, match="one of block_size and blocks, got 2 and 4"):
+        tunerkit.wrap(nn.Sequential(nn.Linear(12, 8)), method, {"targets": "0", "blocks": 4, "block_size": 2})
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_constrained_turns_stay_near_the_identity(shared: bool) -> None:
+    """No Q is longer than eps over the root of the number of blocks; a shorter one is as it is."""
+    adapter = adapter_at(
+        nn.Linear(12, 8), "oft", block_size=4, constrained=True, eps=0.01, neumann=False, shared_block=shared
+    )
+    with torch.no_grad():
+        adapter.v[0] *= 1e-6
+        turns = adapter.turn()  # about -2 Q
+        length = 0.01 / len(turns) ** 0.5
+        expected = [float(2**0.5 * adapter.v[0].norm()), *[length] * (len(turns) - 1)]
+        assert torch.allclose(turns.norm(dim=(1, 2)) / 2, torch.tensor(expected, dtype=torch.float64), rtol=1e-4)
+
+
+def test_oft_turns_what_an_embedding_returns() -> None:
+    """Merged and not."""
+    torch.manual_seed(0)
+    layer = nn.Embedding(6, 8, padding_idx=2)
+    model = tunerkit.wrap(nn.Sequential(copy.deepcopy(layer)), "oft", {"targets": "0", "block_size": 4})
+    adapter: Any = tunerkit.tuner(model).adapters()["0"]
+    ids = torch.tensor([[0, 2, 5]])
+    with torch.no_grad():
+        for parameter in tunerkit.tuner(model).parameters():
+            parameter.normal_(std=0.1)
+        turn = torch.block_diag(*(adapter.turn() + torch.eye(4)))
+        expected = layer(ids) @ turn
+        assert torch.allclose(model(ids), expected, atol=1e-5)
+        tunerkit.merge(model)
+        assert torch.allclose(model(ids), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["oft", "boft", "hra", "road"])

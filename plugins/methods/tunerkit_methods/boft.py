@@ -1,6 +1,6 @@
 """BOFT (Liu et al., ICLR 2024, arXiv 2311.06243): turns a layer's input by a butterfly of block matrices."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import attrs
 import torch
@@ -16,8 +16,15 @@ NAMES = {
         "t": {"name": "boft_R", "shape": ["factors", "blocks", "block_size", "block_size"]},
         "s": {"name": "boft_s", "shape": ["out", 1], "convolution": [1, "out"]},
     },
-    "settings": {"block_size": "boft_block_size", "factors": "boft_n_butterfly_factor"},
-    "constants": {"boft_block_num": 0},
+    "settings": {
+        "block_size": "boft_block_size",
+        "blocks": {"name": "boft_block_num", "default": 0, "instead_of": "block_size"},
+        # Without its CUDA extension, PEFT has one factor, whatever its config says.
+        "factors": {
+            **{"name": "boft_n_butterfly_factor", "measured": True},
+            "portable": [1, "PEFT reads more than one only where its CUDA extension is installed"],
+        },
+    },
     "training": {"boft_dropout": 0.0},
     "ignored": ["init_weights"],
     "layers": ["Linear", "Conv2d"],
@@ -33,23 +40,34 @@ class Config(AdapterConfig):
         None, ge=2, doc="inputs of a block, b; None means 4, or the nearest that fits", aka=("boft_block_size",)
     )
     factors: int | None = setting(
-        None,
+        1,
         ge=1,
-        doc="factors of the butterfly, m; None means 2 where they fit, or 1",
+        doc="factors of the butterfly, m; None means 2 where they fit, or 1. PEFT reads more than 1 where its CUDA "
+        "extension is installed",
         aka=("boft_n_butterfly_factor",),
     )
+    blocks: int | None = setting(
+        None, ge=1, doc="blocks of each layer, in place of block_size", aka=("boft_block_num",)
+    )
+
+    def problems(self) -> Iterable[str]:
+        if self.blocks is not None and self.block_size is not None:
+            yield f"expected one of block_size and blocks, got {self.block_size} and {self.blocks} @ $.blocks"
 
     def fit(self, features: int) -> tuple[int, int]:
         """The size of blocks and the number of factors at a layer with so many inputs."""
         counts = (2, 1) if self.factors is None else (self.factors,)
+        given = features // self.blocks if self.blocks is not None and features % self.blocks == 0 else self.block_size
         for count in counts:  # a factor i > 0 mixes the halves of 2ⁱ⁺¹ blocks, so it needs two of each
-            sizes = range(2, features + 1) if self.block_size is None else (self.block_size,)
+            sizes = range(2, features + 1) if given is None else (given,)
             fitting = [n for n in sizes if features % (n * 2 ** (count - 1)) == 0 and (count == 1 or n % 2 == 0)]
-            if fitting:
+            if fitting and (self.blocks is None or given is not None):
                 return min(fitting, key=lambda size: (abs(size - 4), size)), count
+        wanted = f"block_size {self.block_size}" if self.blocks is None else f"blocks {self.blocks}"
         raise TargetError(
-            f"block_size {self.block_size} and factors {self.factors} do not fit a layer with {features} inputs: "
-            "block_size · 2 ** (factors - 1) must divide them, with an even block_size above 1 factor; leave both out"
+            f"{wanted} and factors {self.factors} do not fit a layer with {features} inputs: "
+            "block_size · 2 ** (factors - 1) must divide them, and so must blocks, with an even block_size above 1 "
+            "factor; leave them out"
         )
 
 

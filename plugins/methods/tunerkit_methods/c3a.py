@@ -1,19 +1,20 @@
 """C3A (Chen et al., 2024, arXiv 2407.19342): ΔW of circulant blocks, multiplied by fast Fourier transforms."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, add_delta, hookimpl, setting
+from tunerkit.plugin import Adapter, BaseLayer, Delta, Method, Target, add_delta, hookimpl, setting
+from tunerkit_methods.patterned import PatternedConfig
 from tunerkit_methods.sizes import common_divisor
 
 NAMES = {
     "type": "C3A",
     "tensors": {"kernel": {"name": "c3a_kernel", "shape": ["rows", "columns", "block_size"]}},
-    "settings": {"block_size": "block_size"},
+    "settings": {"block_size": {"name": "block_size", "pattern": "block_size_pattern"}},
     "bias": "c3a_only",
     "ignored": ["init_weights"],
     "layers": ["Linear"],
@@ -21,11 +22,14 @@ NAMES = {
 
 
 @attrs.frozen
-class Config(AdapterConfig):
+class Config(PatternedConfig):
     """The settings of C3A."""
 
     block_size: int | None = setting(
         None, ge=1, doc="rows and columns of a block; it divides both sides of W. None takes the largest up to 256"
+    )
+    block_size_pattern: Mapping[str, int] = setting(
+        attrs.Factory(dict), ge=1, doc="maps a target pattern to a block size; the first match counts"
     )
 
 
@@ -38,10 +42,10 @@ class Circulant(Adapter):
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
 
-    def __init__(self, base: BaseLayer, config: Config) -> None:
+    def __init__(self, base: BaseLayer, size: int | None) -> None:
         super().__init__()
         both = base.out_features, base.in_features
-        b = common_divisor(config.block_size, 256, both, "block_size, both sides of the layer")
+        b = common_divisor(size, 256, both, "block_size, both sides of the layer")
         self.kernel = nn.Parameter(torch.zeros(base.out_features // b, base.in_features // b, b))
 
     def delta(self) -> Tensor:
@@ -67,8 +71,8 @@ def tunerkit_methods() -> Iterator[Method]:
 
 
 @hookimpl
-def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Circulant:
-    return Circulant(base, config)
+def tunerkit_build_adapter(target: Target, base: BaseLayer, config: Config) -> Circulant:
+    return Circulant(base, config.at(target.path, "block_size"))
 
 
 @hookimpl

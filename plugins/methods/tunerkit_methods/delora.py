@@ -1,21 +1,28 @@
 """DeLoRA (Bini et al., ICLR 2025, arXiv 2503.18225): a low-rank product of bounded size."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Factors, Method, add_low_rank, hookimpl, setting
+from tunerkit.plugin import Adapter, BaseLayer, Factors, Method, Target, add_low_rank, hookimpl, setting
+from tunerkit_methods.patterned import PatternedConfig
 from tunerkit_methods.sizes import at_most
 
 NAMES = {
     "type": "DELORA",
-    "tensors": {"a": "delora_A", "b": "delora_B", "bound": "delora_lambda", "norms": "delora_w_norm"},
-    "settings": {"rank": "r", "bound": "delora_lambda", "dropout": "module_dropout"},
-    "constants": {"rank_pattern": {}},
+    "tensors": {
+        "a": {"name": "delora_A", "shape": ["rank", "in"]},
+        "b": {"name": "delora_B", "shape": ["out", "rank"]},
+        **{"bound": "delora_lambda", "norms": "delora_w_norm"},
+    },
+    "settings": {
+        "rank": {"name": "r", "pattern": "rank_pattern"},
+        **{"bound": "delora_lambda", "dropout": "module_dropout"},
+    },
     "ignored": ["init_weights", "lambda_pattern"],
     "layers": ["Linear"],
     "bias": "delora_only",
@@ -23,12 +30,15 @@ NAMES = {
 
 
 @attrs.frozen
-class Config(AdapterConfig):
+class Config(PatternedConfig):
     """The settings of DeLoRA."""
 
     rank: int = setting(8, ge=1, doc="rows of A and columns of B", aka=("r",))
     bound: float = setting(15.0, gt=0, doc="λ at the start; it is trained", aka=("delora_lambda",))
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of the input that is dropped", aka=("module_dropout",))
+    rank_pattern: Mapping[str, int] = setting(
+        attrs.Factory(dict), ge=1, doc="maps a target pattern to a rank; the first match counts"
+    )
 
 
 class Bounded(Adapter):
@@ -41,10 +51,10 @@ class Bounded(Adapter):
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = True  # at the start
 
-    def __init__(self, base: BaseLayer, config: Config, *, loading: bool) -> None:
+    def __init__(self, base: BaseLayer, config: Config, path: str, *, loading: bool) -> None:
         super().__init__()
         most = max(8, min(base.out_features, base.in_features))  # 8, the default, does no harm
-        rank = at_most(config.rank, 8, most, "rank, the rank of the weight")
+        rank = at_most(config.at(path, "rank"), 8, most, "rank, the rank of the weight")
         self.a = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=math.sqrt(5)))
         self.b = nn.Parameter(torch.zeros(base.out_features, rank))
         self.bound = nn.Parameter(torch.tensor([config.bound]))
@@ -74,8 +84,8 @@ def tunerkit_methods() -> Iterator[Method]:
 
 
 @hookimpl
-def tunerkit_build_adapter(base: BaseLayer, config: Config, loading: bool) -> Bounded:
-    return Bounded(base, config, loading=loading)
+def tunerkit_build_adapter(target: Target, base: BaseLayer, config: Config, loading: bool) -> Bounded:
+    return Bounded(base, config, target.path, loading=loading)
 
 
 @hookimpl

@@ -1,6 +1,6 @@
 """DoRA (Liu et al., ICML 2024, arXiv 2402.09353): LoRA that trains the length of each row of W + ΔW by itself."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import attrs
 import torch
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from tunerkit.plugin import (
     Adapter,
-    AdapterConfig,
     BaseLayer,
     Delta,
     Method,
+    Target,
     add_low_rank,
     autocast_off,
     hookimpl,
@@ -19,29 +19,50 @@ from tunerkit.plugin import (
     setting,
 )
 from tunerkit_methods.inputs import wide_weight
+from tunerkit_methods.patterned import PatternedConfig
 
 NAMES = {
     "type": "LORA",
     "tensors": {
-        "a": {"name": "lora_A.weight", "convolution": ["rank", "*in"], "embedding": "lora_embedding_A"},
-        "b": {"name": "lora_B.weight", "convolution": ["out", "rank", "1*"], "embedding": "lora_embedding_B"},
+        "a": {
+            "name": "lora_A.weight",
+            "shape": ["rank", "in"],
+            "convolution": ["rank", "*in"],
+            "embedding": "lora_embedding_A",
+        },
+        "b": {
+            "name": "lora_B.weight",
+            "shape": ["out", "rank"],
+            "convolution": ["out", "rank", "1*"],
+            "embedding": "lora_embedding_B",
+        },
         "m": {"name": ["lora_magnitude_vector", "lora_magnitude_vector.weight"], "convolution": [1, "out", "1*"]},
     },
-    "settings": {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dropout": "lora_dropout"},
-    "constants": {"use_dora": True, "rank_pattern": {}, "alpha_pattern": {}},
+    "settings": {
+        "rank": {"name": "r", "pattern": "rank_pattern"},
+        "alpha": {"name": "lora_alpha", "pattern": "alpha_pattern"},
+        **{"rslora": "use_rslora", "dropout": "lora_dropout"},
+    },
+    "constants": {"use_dora": True},
     "layers": ["Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding"],
     "bias": "lora_only",
 }
 
 
 @attrs.frozen
-class Config(AdapterConfig):
+class Config(PatternedConfig):
     """The settings of DoRA."""
 
     rank: int = setting(8, ge=1, doc="rows of A and columns of B; may exceed the layer's sides", aka=("r",))
     alpha: float = setting(16.0, gt=0, doc="numerator of the scale", aka=("lora_alpha",))
     rslora: bool = setting(False, doc="divide alpha by the root of the rank instead of the rank", aka=("use_rslora",))
     dropout: float = setting(0.0, ge=0, lt=1, doc="share of A's input dropped in training", aka=("lora_dropout",))
+    rank_pattern: Mapping[str, int] = setting(
+        attrs.Factory(dict), ge=1, doc="maps a target pattern to a rank; the first match counts"
+    )
+    alpha_pattern: Mapping[str, float] = setting(
+        attrs.Factory(dict), gt=0, doc="maps a target pattern to an alpha; the first match counts"
+    )
 
 
 class Dora(Adapter):
@@ -55,12 +76,13 @@ class Dora(Adapter):
     reads_output = True
     reads_weight = True
 
-    def __init__(self, base: BaseLayer, config: Config) -> None:
+    def __init__(self, base: BaseLayer, config: Config, path: str) -> None:
         super().__init__()
-        self.scale = config.alpha / (config.rank**0.5 if config.rslora else config.rank)
+        rank = config.at(path, "rank")
+        self.scale = config.at(path, "alpha") / (rank**0.5 if config.rslora else rank)
         self.dropout = config.dropout
-        self.a = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(config.rank, base.in_features), a=5**0.5))
-        self.b = nn.Parameter(torch.zeros(base.out_features, config.rank))
+        self.a = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=5**0.5))
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
         weight = wide_weight(base, getattr(torch, config.adapter_dtype))
         self.m = nn.Parameter(torch.linalg.vector_norm(weight, dim=1))
 
@@ -94,8 +116,8 @@ def tunerkit_methods() -> Iterator[Method]:
 
 
 @hookimpl
-def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Dora:
-    return Dora(base, config)
+def tunerkit_build_adapter(target: Target, base: BaseLayer, config: Config) -> Dora:
+    return Dora(base, config, target.path)
 
 
 @hookimpl

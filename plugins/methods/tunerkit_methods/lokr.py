@@ -1,31 +1,48 @@
 """LoKr (Yeh et al., ICLR 2024, arXiv 2309.14859): the Kronecker product of a small matrix and a low-rank one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import isqrt, prod, sqrt
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, add_delta, hookimpl, setting
+from tunerkit.plugin import Adapter, BaseLayer, Delta, Method, Target, add_delta, hookimpl, setting
+from tunerkit_methods.patterned import PatternedConfig
 
+
+def of_effective(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT's tensors of an "effective convolution", whose B (r, n) is a core (r, r, *kernel) times (r, channels)."""
+    b = torch.einsum("ij...,jc->ic...", theirs["lokr_t2"], theirs["lokr_w2_b"]).flatten(1)
+    return {"lokr_w2_a": theirs["lokr_w2_a"].mT, "lokr_w2_b": b}
+
+
+_SHAPES = {"w1": ["k", "m"], "w1_a": ["k", "rank"], "w1_b": ["rank", "m"], "w2_a": ["o", "rank"], "w2_b": ["rank", "n"]}
 NAMES = {
     "type": "LOKR",
     "tensors": {
-        name: {"name": f"lokr_{name}", "optional": True} for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")
+        name: {"name": f"lokr_{name}", "optional": True, "shape": _SHAPES.get(name)}
+        for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")
     },
-    "settings": {"rank": "r", "alpha": "alpha", "factor": "decompose_factor", "decompose_both": "decompose_both"},
-    "constants": {"use_effective_conv2d": False},
-    "training": {"rank_dropout": 0.0, "module_dropout": 0.0, "rank_dropout_scale": False},
+    "others": {"lokr_t2": of_effective},
+    "settings": {
+        "rank": {"name": "r", "pattern": "rank_pattern"},
+        "alpha": {"name": "alpha", "pattern": "alpha_pattern"},
+        **{"factor": "decompose_factor", "decompose_both": "decompose_both"},
+    },
+    "fixed": {"conv1d": ("peft", ["Conv1d"])},
+    "training": {
+        **{"use_effective_conv2d": False, "rank_dropout": 0.0, "module_dropout": 0.0, "rank_dropout_scale": False},
+    },
     "ignored": ["init_weights"],
-    "layers": ["Linear", "Conv2d"],  # at a Conv1d, PEFT's ΔW is not the product where W₂ is held in full
+    "layers": ["Linear", "Conv1d", "Conv2d"],
 }
 
 
 @attrs.frozen
-class Config(AdapterConfig):
+class Config(PatternedConfig):
     """The settings of LoKr."""
 
     rank: int = setting(8, ge=1, doc="rank of a matrix that is a product; may exceed the layer's sides", aka=("r",))
@@ -34,6 +51,16 @@ class Config(AdapterConfig):
         -1, ge=-1, doc="rows and columns of W₁, or their limit; -1 takes the square root", aka=("decompose_factor",)
     )
     decompose_both: bool = setting(False, doc="whether W₁ may be a product too, where it is large")
+    rank_pattern: Mapping[str, int] = setting(
+        attrs.Factory(dict), ge=1, doc="maps a target pattern to a rank; the first match counts"
+    )
+    alpha_pattern: Mapping[str, float] = setting(
+        attrs.Factory(dict), gt=0, doc="maps a target pattern to an alpha; the first match counts"
+    )
+    conv1d: Literal["kronecker", "peft"] = setting(
+        "kronecker",
+        doc="what ΔW of a Conv1d is where W₂ is no product: W₁ ⊗ W₂, or its numbers in the order that PEFT has",
+    )
 
 
 class Lokr(Adapter):
@@ -46,15 +73,17 @@ class Lokr(Adapter):
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
 
-    def __init__(self, base: BaseLayer, config: Config) -> None:
+    def __init__(self, base: BaseLayer, config: Config, path: str) -> None:
         super().__init__()
-        self.scale = config.alpha / config.rank
+        rank: int = config.at(path, "rank")
+        self.scale: float = config.at(path, "alpha") / rank
+        self.as_peft = config.conv1d == "peft" and isinstance(base.module, nn.Conv1d)
         kernel = base.pack(torch.empty(base.out_features, base.in_features, device="meta")).shape[2:]
         k, o = split(base.out_features, config.factor)
         m, n = split(base.in_features // prod(kernel), config.factor)
-        products = {"w1": config.decompose_both and config.rank < max(k, m) / 2, "w2": config.rank < max(o, n) / 2}
+        products = {"w1": config.decompose_both and rank < max(k, m) / 2, "w2": rank < max(o, n) / 2}
         for name, shape in {"w1": (k, m), "w2": (o, n, *kernel)}.items():
-            parts = {f"{name}_a": (shape[0], config.rank), f"{name}_b": (config.rank, prod(shape[1:]))}
+            parts = {f"{name}_a": (shape[0], rank), f"{name}_b": (rank, prod(shape[1:]))}
             for part, sizes in parts.items() if products[name] else {name: shape}.items():
                 self.register_parameter(part, nn.Parameter(torch.zeros(sizes)))
                 if part not in ("w1", "w1_a"):
@@ -66,6 +95,10 @@ class Lokr(Adapter):
         return own[name].flatten(1) if name in own else own[f"{name}_a"] @ own[f"{name}_b"]
 
     def delta(self) -> Tensor:
+        if self.as_peft and (w2 := dict(self.named_parameters(recurse=False)).get("w2")) is not None:
+            w1 = self.matrix("w1")  # the rows of its product with W₂ (o, n, l) are (o, k, n), and its columns (m, l)
+            numbers = torch.einsum("km,onl->oknml", w1, w2)
+            return self.scale * numbers.reshape(len(w1) * len(w2), -1)
         return self.scale * torch.kron(self.matrix("w1"), self.matrix("w2"))
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
@@ -93,8 +126,8 @@ def tunerkit_methods() -> Iterator[Method]:
 
 
 @hookimpl
-def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Lokr:
-    return Lokr(base, config)
+def tunerkit_build_adapter(target: Target, base: BaseLayer, config: Config) -> Lokr:
+    return Lokr(base, config, target.path)
 
 
 @hookimpl

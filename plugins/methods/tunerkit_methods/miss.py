@@ -13,7 +13,7 @@ NAMES = {
     "type": "MISS",
     "tensors": {"block": {"name": "miss_block", "shape": ["rank", "out"]}},
     "settings": {"rank": "r", "dropout": "miss_dropout"},
-    "constants": {"init_weights": True},  # "bat" and "mini" are other products
+    "constants": {"init_weights": (True, False)},  # "bat" and "mini" are other products
     "bias": "MiSS_only",
     "ignored": ["mini_r"],
     "layers": ["Linear"],

@@ -22,7 +22,7 @@ NAMES = {
         **{"rank": "r", "alpha": "randlora_alpha", "dropout": "randlora_dropout"},
         **{"seed": "projection_prng_key", "save_bases": "save_projection"},
     },
-    "constants": {"sparse": False, "very_sparse": False},
+    "drawn": {"sparse": False, "very_sparse": False},
     "bias": "randlora_only",
     "ignored": ["init_weights"],
 }
@@ -108,12 +108,15 @@ def tunerkit_shared(bases: Sequence[BaseLayer], config: Config) -> Bases:
     largest = max(min(base.in_features, base.out_features) for base in bases)
     if short == 1:
         raise TargetError("all targets have a single input, or a single output, too few for random bases; add others")
-    rank = at_most(config.rank, 32, largest, "rank, the shorter side of the largest layer")
+    # PEFT's folders may have a rank above the layers, which `tunerkit_build_adapter` refuses in a new adapter.
+    rank = at_most(config.rank, min(32, largest), max(1024, largest), "rank, the shorter side of the largest layer")
     return Bases(rank, short, long, config)
 
 
 @hookimpl
-def tunerkit_build_adapter(base: BaseLayer, config: Config, shared: Bases) -> Sums:
+def tunerkit_build_adapter(base: BaseLayer, config: Config, shared: Bases, loading: bool) -> Sums:
+    if not loading:
+        at_most(config.rank, 32, shared.a.shape[2], "rank, the shorter side of the largest layer")
     return Sums(base, config, shared)
 
 

@@ -17,7 +17,7 @@ NAMES = {
     "settings": {"rank": "r", "size": "u", "tying": "weight_tying", "dropout": "tinylora_dropout"},
     "constants": {"save_projection": True},
     "ignored": ["projection_seed", "init_v_bound", "init_weights"],
-    "layers": ["Linear", "Conv1D", "Embedding"],
+    "layers": ["Linear", "Conv1D"],  # at an embedding, PEFT's matrices are the other way round
     "bias": "tinylora_only",
 }
 

@@ -320,6 +320,24 @@ WRONG: dict[str, tuple[Any, str]] = {
         {**NAMES, "tensors": {"b": {"name": "x", "chosen": {"rank": [1]}}}},
         "'b' is chosen by 'rank', which is no setting with targets=True",
     ),
+    "a pattern": (
+        {**NAMES, "settings": {"rank": {"name": "r", "pattern": "rank_pattern"}}},
+        "settings.rank: Config has no setting 'rank_pattern'",
+    ),
+    "a setting in place of another": (
+        {**NAMES, "settings": {"rank": {"name": "r", "instead_of": "size"}}},
+        "settings.rank: Config has no setting 'size'",
+    ),
+    "what every PEFT reads": (
+        {**NAMES, "settings": {"rank": {"name": "r", "portable": 1}}},
+        "settings: rank: portable: expected a value and a sentence, got 1",
+    ),
+    "a fixed setting": ({**NAMES, "fixed": {"rnk": (1, "Linear")}}, "Config has no setting 'rnk'; did you mean 'rank'"),
+    "a fixed setting's layers": (
+        {**NAMES, "fixed": {"rank": 1}},
+        "fixed: rank: expected a value and the classes of layers, got 1",
+    ),
+    "another form": ({**NAMES, "others": {"x": 3}}, "others: x: expected a function of the tensors of a target, got 3"),
     "a star": ({**NAMES, "shared": {"q": "vera_*"}}, "a '\\*' ends both names"),
 }
 

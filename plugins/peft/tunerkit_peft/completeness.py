@@ -82,7 +82,8 @@ def missing(
         is_moved: Whether paths of the file are other ones in the model, so that expressions do not fit.
 
     Returns:
-        A remark for each setting that names modules which may have been absent in training.
+        A remark for each setting that names modules which may have been absent in training, and for tensors of modules
+        that no setting names.
 
     Raises:
         FileError: Tensors are lost.
@@ -96,6 +97,11 @@ def missing(
     remarks = []
     try:
         found.append(_targets(context))
+        if unnamed := _unnamed(context):
+            remarks.append(
+                f"'target_modules' does not name {few(unnamed)}, for which the file has tensors: they are loaded here, "
+                "and PEFT drops them"
+            )
     except TargetError as error:
         remarks.append(f"'target_modules' cannot be compared with the tensors: {error}")
     if lines := [f"{each.field}: {few(each.lost)}" for each in found if each.lost]:
@@ -159,6 +165,21 @@ def _targets(context: _Context) -> _Missing:
     ]
     found = _judged("'target_modules'", lacking, present, chosen.kinds, context)
     return _Missing(found.field, [], [*found.lost, *found.unclear]) if is_all else found
+
+
+def _unnamed(context: _Context) -> list[str]:
+    """The targets that PEFT would not adapt. Which layer a path is in, its versions read in different ways."""
+    chosen = context.settings.selection
+    if context.is_moved or chosen.targets is None or str(chosen.targets).lower() == ALL_LINEAR:
+        return []
+    matches = attrs.evolve(chosen, layers=None).matcher()
+    named = context.known([path for path in context.modules if matches(path)])
+    return [path for path in context.targets if not named & context.known([path, *_around(path, context)])]
+
+
+def _around(path: str, context: _Context) -> list[str]:
+    """The attention by which PEFT names one of its parts."""
+    return [path.rpartition(".")[0]] if _is_inside(path, context) else []
 
 
 def _copies(context: _Context) -> _Missing:

@@ -81,6 +81,7 @@ def settings_of(config: Any, model: nn.Module) -> tuple[str, dict[str, object]] 
         # A setting without effect on what is computed is told of a folder, and here it would be another training.
         problems = [*converted.problems_of(found, declared), *converted.remarks, *common]
         own = {**converted.config, **{name: _by_ends(value) for name, value in converted.chosen.items()}}
+        own |= {f"{name}_pattern": _by_pattern(table) for name, table in converted.patterns.items()}
     bias = reader.choice("bias", ("none", "all", word) if word else ("none",))
     if wrong := [*reader.problems, *problems]:
         whose = f"this {type(config).__name__} of peft cannot be converted"
@@ -106,8 +107,8 @@ def _of_lora(reader: Values) -> dict[str, object]:
     return {
         "rank": reader.integer("r", 8, least=1, most=HIGHEST_RANK),
         "rslora": reader.flag("use_rslora"),
-        "rank_pattern": {_pattern(name): rank for name, rank in ranks.items()},
-        "alpha_pattern": {_pattern(name): alpha for name, alpha in alphas.items()},
+        "rank_pattern": _by_pattern(ranks),
+        "alpha_pattern": _by_pattern(alphas),
         **_start_of(reader.found),
     }
 
@@ -201,6 +202,6 @@ def _refused_by_all(found: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _pattern(text: str) -> str:
-    """A key of ``rank_pattern``: PEFT reads it as an expression for the end of a path."""
-    return text if _PLAIN.fullmatch(text) else rf"re:(.*\.)?({text})"
+def _by_pattern(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table by patterns of ours: PEFT reads its keys as expressions for the ends of paths."""
+    return {name if _PLAIN.fullmatch(name) else rf"re:(.*\.)?({name})": value for name, value in table.items()}

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import attrs
+from torch import Tensor
 
 import tunerkit
 from tunerkit.errors import closest, shown
@@ -11,7 +12,8 @@ from tunerkit.plugin import Method, PluginError, method_record
 
 Made = TypeVar("Made")
 Size = int | str
-OUT, IN, KERNEL, ONES = "out", "in", "*in", "1*"
+Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+OUT, IN, KERNEL, ONES, CHANNELS = "out", "in", "*in", "1*", "channels"
 FORMAT: Final = "peft"
 NONE: Final = object()  # no default: None is one
 # The fields of PEFT's configs that every type has, and that this plugin reads and writes itself.
@@ -86,6 +88,22 @@ def _text_or_none(value: Any) -> str:
     return "" if value == "" else _text(value)
 
 
+def _fixed(value: Any) -> dict[str, tuple[Any, tuple[str, ...]]]:
+    def pair(given: Any) -> tuple[Any, tuple[str, ...]]:
+        if isinstance(given, list | tuple) and len(given) == 2:
+            return given[0], _texts(given[1])
+        raise _wrong("a value and the classes of layers", given)
+
+    return _each(pair, value)
+
+
+def _functions(value: Any) -> dict[str, Convert]:
+    for name, each in (given := _mapping(value)).items():
+        if not callable(each):
+            raise ValueError(f"{name}: {_wrong('a function of the tensors of a target', each)}")
+    return given
+
+
 def _each(make: Callable[[Any], Made], value: Any) -> dict[str, Made]:
     """Convert the values of a mapping; an error says which."""
     found = {}
@@ -109,6 +127,7 @@ class Leaf:
     of one target agree on, which must equal the setting of that name if there is one; a number, which is that size. A
     ``1`` is a dimension that tunerkit's tensor lacks. ``"1*"`` is such a dimension for each one of a convolution's
     kernel, and none elsewhere. ``"*in"`` is "in" as a convolution has it: the input channels, and the kernel.
+    ``"channels"`` is "in" without the kernel, and of all groups.
 
     Attributes:
         name: The name below the module's path, without the adapter's name: ``"hada_w1_a"``, ``"oft_R.weight"``. If
@@ -143,6 +162,12 @@ def _values(value: Any) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
     return tuple((own, tuple(each) if isinstance(each, list | tuple) else (each,)) for own, each in value.items())
 
 
+def _portable(value: Any) -> tuple[Any, str] | None:
+    if value is None or (isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[1], str)):
+        return None if value is None else (value[0], value[1])
+    raise _wrong("a value and a sentence", value)
+
+
 @attrs.frozen(kw_only=True)
 class Setting:
     """PEFT's name of one setting of the method's config. A bare text is the name alone.
@@ -152,13 +177,29 @@ class Setting:
         values: PEFT's value for each value here. Of several, all are read, and the first one is written. Empty if the
             values are the same.
         default: What PEFT takes where an older folder lacks the field. Without it, such a folder is refused.
+        none: PEFT's value where the setting is None.
+        instead_of: Another setting: PEFT uses that one or this one, and has 0 for the other. Here that is None.
+        measured: Whether the tensors say it by a size of this name, whatever PEFT's field says.
+        portable: The value that every PEFT reads, and a sentence on the others, which is a warning when one is written.
+        pattern: PEFT's field that maps patterns to other values at some targets. Here that is the setting with
+            ``_pattern`` after this one's name.
         targets: Whether the setting names some of the targets, by patterns here and by ends of their paths in PEFT.
     """
 
     name: tuple[str, ...] = attrs.field(converter=_texts)
     values: tuple[tuple[Any, tuple[Any, ...]], ...] = attrs.field(default={}, converter=_values)
     default: Any = NONE
+    none: Any = NONE
+    instead_of: str = attrs.field(default="", converter=_text_or_none)
+    measured: bool = attrs.field(default=False, converter=_flag)
+    portable: tuple[Any, str] | None = attrs.field(default=None, converter=_portable)
+    pattern: str = attrs.field(default="", converter=_text_or_none)
     targets: bool = attrs.field(default=False, converter=_flag)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All fields of PEFT's config that it is read from."""
+        return (*self.name, *([self.pattern] if self.pattern else []))
 
 
 def _leaves(value: Any) -> dict[str, Leaf]:
@@ -219,8 +260,14 @@ class Declaration:
         shared: The same for the tensors of the shared module. PEFT keeps them under ``base_model.``. A ``*`` at the end
             of both names stands for the rest of a name, as in ``{"v.*": "tinylora_v.*"}``.
         settings: PEFT's name of each setting of the method's config: see `Setting`.
-        constants: Fields of PEFT's config that change what is computed, with the only value that the method computes.
-            A folder with another one is refused, and this one is written.
+        others: Functions that turn the tensors of a target in another form of PEFT's, by PEFT's names, into those of
+            the declared form, which is written. Each is used where a file has the tensor that it is named by.
+        fixed: Settings of the method that PEFT has no field for, each with the value that a folder of PEFT's has, and
+            with the classes of the layers where it matters: an adapter with another value there is not written.
+        constants: Fields of PEFT's config that change what is computed, with the only value that the method computes,
+            or a tuple of values that mean the same. A folder with another one is refused, and the first is written.
+        drawn: Constants that say how optional shared tensors are drawn where a file lacks them. In others, any value is
+            right.
         training: Fields that only change training, with the value that the method trains with. A folder with another
             one is read, with a warning, and this one is written.
         ignored: Fields of any value that say how the adapter began, or that its tensors say too.
@@ -235,7 +282,10 @@ class Declaration:
     tensors: Mapping[str, Leaf] = attrs.field(converter=_leaves)
     shared: Mapping[str, Leaf] = attrs.field(factory=dict, converter=_leaves)
     settings: Mapping[str, Setting] = attrs.field(factory=dict, converter=_settings)
+    others: Mapping[str, Convert] = attrs.field(factory=dict, converter=_functions)
+    fixed: Mapping[str, tuple[Any, tuple[str, ...]]] = attrs.field(factory=dict, converter=_fixed)
     constants: Mapping[str, Any] = attrs.field(factory=dict, converter=_mapping)
+    drawn: Mapping[str, Any] = attrs.field(factory=dict, converter=_mapping)
     training: Mapping[str, Any] = attrs.field(factory=dict, converter=_mapping)
     ignored: tuple[str, ...] = attrs.field(default=(), converter=_names)
     layers: tuple[str, ...] = attrs.field(default=("Linear", "Conv1D"), converter=_texts)
@@ -300,12 +350,16 @@ def declarations() -> Iterator[tuple[str, str]]:
 def _contradictions(record: Method, names: Declaration) -> Iterator[str]:
     fields = [field.name for field in attrs.fields(record.config)]
     taken: dict[str, str] = {name: "what every type has" for name in COMMON}
-    for setting in (*names.settings, *([names.tied] if names.tied else [])):
+    for setting in (*names.settings, *names.fixed, *([names.tied] if names.tied else [])):
         if setting not in fields:
             yield f"settings: {record.config.__name__} has no setting {setting!r}{closest(setting, fields)}"
+    for own, each in names.settings.items():
+        for given in (*([f"{own}_pattern"] if each.pattern else []), *([each.instead_of] if each.instead_of else [])):
+            if given not in fields:
+                yield f"settings.{own}: {record.config.__name__} has no setting {given!r}{closest(given, fields)}"
     groups: dict[str, Collection[str]] = {
-        **{f"settings.{own}": each.name for own, each in names.settings.items()},
-        **{"constants": names.constants, "training": names.training, "ignored": names.ignored},
+        **{f"settings.{own}": each.fields for own, each in names.settings.items()},
+        **{"constants": names.constants, "drawn": names.drawn, "training": names.training, "ignored": names.ignored},
     }
     for group, used in groups.items():
         for name in used:

@@ -1,30 +1,35 @@
 """Read the tensors of a type of PEFT's by the names that a method declares."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import first, shown
-from tunerkit.plugin import FileError, exact_patterns, file_matchers
-from tunerkit_peft.declaration import Declaration, Leaf, Size
+from tunerkit.plugin import FileError, exact_patterns, file_matchers, method_record
+from tunerkit_peft.adapter_config import refuse
+from tunerkit_peft.declaration import Declaration, Declared, Leaf, Size
 from tunerkit_peft.moving import Moved
-from tunerkit_peft.places import Place, obstacle, place_of, tied_to_input
+from tunerkit_peft.places import NO_MERGE, Place, caveats, place_of, refuse_convolutions, tied_to_input
 from tunerkit_peft.products import Adapted, Read
+from tunerkit_peft.rules import agreed, matched
 from tunerkit_peft.shapes import Features, features_of, misfit, ours, shape_of
 from tunerkit_peft.table_settings import TableSettings
 from tunerkit_peft.weights import Kind, Weights
 
 _AGAIN: Final = "shared "  # PEFT saves some shared tensors at each target as well
+_OTHER: Final = "other "  # of another form of the same adapter
 
 
 def kind_of(names: Declaration) -> Kind:
     """Return how the tensors of a type are known."""
     leaves = [(own, name) for own, leaf in names.tensors.items() for name in leaf.names]
     leaves += [(_AGAIN + own, name) for own, leaf in names.shared.items() for name in leaf.names if "*" not in name]
+    leaves += [(_OTHER + name, name) for name in names.others]
     # The longer ones first: what follows a name may be an adapter's name, or a part of another name.
     patterns = [(own, _pattern(name)) for own, name in sorted(leaves, key=lambda each: -each[1].count("."))]
 
@@ -48,6 +53,7 @@ def kind_of(names: Declaration) -> Kind:
     return Kind(f"one {names.type}", leaves[0][1] if leaves else names.type, find, find_shared, integers)
 
 
+_LAYERS: Final = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KINDS: Final = {"int8": "I8", "uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64"}
 
 
@@ -66,12 +72,14 @@ class _At:
         keys: The names in the file, by ours.
         shapes: The sizes that each should have; None for those that the method has here.
         features: The layer's; None if the model has no such module.
+        sizes: The sizes that the tensors agree on.
     """
 
     place: Place
     keys: Mapping[str, str]
     shapes: Mapping[str, tuple[Size, ...] | None]
     features: Features | None
+    sizes: dict[str, int] = attrs.field(factory=dict)
 
 
 def named_adapter(settings: TableSettings, weights: Weights, modules: Mapping[str, nn.Module], moved: Moved) -> Adapted:
@@ -87,7 +95,10 @@ def named_adapter(settings: TableSettings, weights: Weights, modules: Mapping[st
         FileError: Tensors are missing, contradict each other or the settings, or are at a module of another class.
     """
     names = settings.declared.names
+    weights = _as_declared(weights, names)
     places = {name: place_of(name, moved.rename) for name in weights.factors}
+    refuse_convolutions(weights.file, modules, [place.path for place in places.values()], names.type, NO_MERGE)
+    rules = _rules(settings, [place.owner for place in places.values()])
     chosen = {own: _chosen(value, places.values()) for own, value in settings.chosen.items()}
     found: list[_At] = []
     damaged: list[str] = []
@@ -101,13 +112,16 @@ def named_adapter(settings: TableSettings, weights: Weights, modules: Mapping[st
         named = [setting for setting, paths in chosen.items() if place.path in paths]
         own = {part: key for part, key in keys.items() if not part.startswith(_AGAIN)}
         at = _At(place, own, {part: _sizes(names.tensors[part], features, named) for part in own}, features)
-        sizes: dict[str, int] = {}
-        wrong, misfits = _misshapen(weights, at, sizes)
+        found.append(at)
+        if module is not None and not names.takes(module):
+            continue  # as `_other_classes` says
+        wrong, misfits = _misshapen(weights, at)
         damaged += wrong
         others += misfits
         if not wrong:
-            unexplained += _unexplained(settings, sizes, at)
-        found.append(at)
+            unexplained += _unexplained(settings, at, rules)
+    if settings.drawn and not names.shared.keys() <= weights.shared.keys():
+        refuse(settings.common.file, settings.drawn)
     damaged += [f"{leaf.name[0]!r}, which all targets share, is missing" for leaf in _lacking(names, weights)]
     damaged += _different(weights)
     tied = _tied(names, found, modules)
@@ -127,15 +141,49 @@ def named_adapter(settings: TableSettings, weights: Weights, modules: Mapping[st
     return Adapted(
         paths=tied or [at.place.path for at in found],
         takes=names.takes,
-        contradictions=[] if tied else list(_other_classes(names, found, modules)),
+        contradictions=[] if tied else list(_other_classes(settings.declared, found, modules)),
         mismatches=others,
         read=lambda: (
-            _all_tied(_read(settings, weights, found[:1], chosen), names, tied)
+            _all_tied(_read(settings, weights, found[:1], chosen, rules), names, tied)
             if tied
-            else _read(settings, weights, found, chosen)
+            else _read(settings, weights, found, chosen, rules)
         ),
-        remarks=settings.remarks,
+        remarks=(
+            *settings.remarks,
+            *caveats([(at.place.path, modules.get(at.place.path)) for at in found], names.type),
+        ),
     )
+
+
+def _as_declared(weights: Weights, names: Declaration) -> Weights:
+    """The tensors with those of other forms of PEFT's turned into the declared one.
+
+    Raises:
+        FileError: A tensor of such a form is missing, or they do not fit together.
+    """
+    factors: dict[str, dict[str, str]] = {}
+    turned: dict[str, Tensor] = {}
+    for path, keys in weights.factors.items():
+        own = factors[path] = {part: key for part, key in keys.items() if not part.startswith(_OTHER)}
+        other = {part.removeprefix(_OTHER): key for part, key in keys.items() if part.startswith(_OTHER)}
+        if not other:
+            continue
+        written = {leaf.name[0]: own[part] for part, leaf in names.tensors.items() if part in own}
+        given = {name: weights.tensor(key).float() for name, key in {**written, **other}.items()}
+        try:
+            made = names.others[next(iter(other))](given)
+        except (KeyError, RuntimeError) as error:
+            key, lacks = next(iter(other.values())), isinstance(error, KeyError)
+            problem = f"is there without its {error.args[0]}" if lacks else "does not fit to the others of its layer"
+            raise FileError(f"{weights.file} is damaged or incomplete:\n- {shown(key)} {problem}") from error
+        turned |= {key: made[name] for name, key in written.items() if name in made}
+    return attrs.evolve(weights, factors=factors, replaced=turned)
+
+
+def _rules(settings: TableSettings, owners: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The values of PEFT's patterns at each target, by our name of the setting."""
+    names, file = settings.declared.names, settings.common.file
+    return {own: matched(file, names.settings[own].pattern, table, owners) for own, table in settings.patterns.items()}
 
 
 def _chosen(value: tuple[str, ...] | str, places: Iterable[Place]) -> list[str]:
@@ -154,7 +202,7 @@ def _incomplete(names: Declaration, keys: Mapping[str, str], path: str) -> Itera
         yield f"{shown(there)} is there without its {' and '.join(lacking)}"
 
 
-def _misshapen(weights: Weights, at: _At, sizes: dict[str, int]) -> tuple[list[str], list[str]]:
+def _misshapen(weights: Weights, at: _At) -> tuple[list[str], list[str]]:
     """What contradicts itself, and what another base model would explain. The sizes are filled."""
     wrong: list[str] = []
     others: list[str] = []
@@ -162,18 +210,23 @@ def _misshapen(weights: Weights, at: _At, sizes: dict[str, int]) -> tuple[list[s
         expected = at.shapes[part]
         if expected is None or at.features is None:
             continue
-        problem, is_base = misfit(weights.shape(key), expected, at.features, sizes)
+        problem, is_base = misfit(weights.shape(key), expected, at.features, at.sizes)
         if problem:
             (others if is_base else wrong).append(f"{shown(key)} {problem}")
     return wrong, others
 
 
-def _unexplained(settings: TableSettings, sizes: Mapping[str, int], at: _At) -> Iterator[str]:
-    for name, size in sizes.items():
-        wanted = settings.config.get(name)
-        if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted != size:
-            setting = settings.declared.names.settings[name].name[0]
-            yield f"{shown(next(iter(at.keys.values())))} has {name} {size}; {setting!r} says {wanted}"
+def _unexplained(settings: TableSettings, at: _At, rules: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for name, size in at.sizes.items():
+        setting, wanted = settings.declared.names.settings.get(name), settings.config.get(name)
+        if setting is None or setting.measured:
+            continue
+        allowed = set(rules.get(name, {}).get(at.place.owner, {}).values()) or {wanted}
+        if size not in allowed and all(isinstance(each, int) and not isinstance(each, bool) for each in allowed):
+            has_table = bool(settings.patterns.get(name))
+            say = f"{setting.name[0]!r}{f' and {setting.pattern!r} say' if has_table else ' says'}"
+            sizes = " or ".join(map(str, sorted(allowed)))
+            yield f"{shown(next(iter(at.keys.values())))} has {name} {size}; {say} {sizes}"
 
 
 def _lacking(names: Declaration, weights: Weights) -> Iterator[Leaf]:
@@ -213,25 +266,40 @@ def _all_tied(own: Read, names: Declaration, tied: Sequence[str]) -> Read:
     return Read({}, {**own.config, names.tied: True}, {path: {} for path in tied}, tensors)
 
 
-def _other_classes(names: Declaration, found: Sequence[_At], modules: Mapping[str, nn.Module]) -> Iterator[str]:
+def _other_classes(declared: Declared, found: Sequence[_At], modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    names = declared.names
+    only_norms = method_record(declared.method).targets == "norms"
+    merge = "merge the adapter in PEFT (merge_and_unload), and use the merged model as the base"
     for at in found:
-        module = modules.get(at.place.path)
-        if module is None:
+        if (module := modules.get(at.place.path)) is None:
             continue
+        kind = type(module).__name__
+        belongs = f"{next(iter(at.keys.values()))} belongs to {'an' if kind[0] in 'AEIOU' else 'a'} {kind} here"
         if not names.takes(module) or at.place.times != 1:
-            yield (
-                f"{next(iter(at.keys.values()))} belongs to a {type(module).__name__} here, and the names that are "
-                f"declared for PEFT's {names.type} are for {', '.join(names.layers)}; merge the adapter in PEFT "
-                "(merge_and_unload), and use the merged model as the base"
-            )
-        elif reason := obstacle(module, names.type):
-            yield f"PEFT computes something else than a change of the weight of {at.place.path!r} ({reason})"
+            layers = ", ".join(names.layers)
+            yield f"{belongs}, and the names that are declared for PEFT's {names.type} are for {layers}; {merge}"
+        elif only_norms and isinstance(module, _LAYERS):
+            yield f"{belongs}, which PEFT trains in full, and method {declared.method!r} adapts norms alone; {merge}"
 
 
-def _read(settings: TableSettings, weights: Weights, found: Sequence[_At], chosen: Mapping[str, Sequence[str]]) -> Read:
+def _read(
+    settings: TableSettings,
+    weights: Weights,
+    found: Sequence[_At],
+    chosen: Mapping[str, Sequence[str]],
+    rules: Mapping[str, Mapping[str, dict[str, Any]]],
+) -> Read:
     names = settings.declared.names
     exact = exact_patterns([at.place.path for at in found])
     config = {**settings.config, **{own: [exact[path] for path in paths] for own, paths in chosen.items()}}
+    config |= {own: value for own, (value, _) in names.fixed.items()}
+    for own, setting in names.settings.items():
+        if not (setting.measured or settings.patterns.get(own)):
+            continue
+        values = {at.place.path: _value(settings, own, at, rules.get(own, {})) for at in found}
+        config[own] = common = Counter(values.values()).most_common(1)[0][0]
+        if setting.pattern:
+            config[f"{own}_pattern"] = {exact[path]: value for path, value in values.items() if value != common}
     tensors = {
         at.place.path: {
             part: ours(weights.tensor(key), names.tensors[part], at.shapes[part], at.features)
@@ -242,6 +310,14 @@ def _read(settings: TableSettings, weights: Weights, found: Sequence[_At], chose
     }
     shared = {own: _shared(names, own, weights.tensor(key)) for own, key in weights.shared.items()}
     return Read({}, config, tensors, shared)
+
+
+def _value(settings: TableSettings, own: str, at: _At, rules: Mapping[str, dict[str, Any]]) -> Any:
+    """The value of a setting at a target: as its tensors say, or the settings."""
+    if own in at.sizes:
+        return at.sizes[own]
+    field, owner = settings.declared.names.settings[own].pattern, at.place.owner
+    return agreed(settings.common.file, field, rules.get(owner, {}), owner, settings.config[own])
 
 
 def _shared(names: Declaration, own: str, tensor: Tensor) -> Tensor:

@@ -14,6 +14,16 @@ IN_METHODS: Final = (
     *("LOHA", "LOKR", "VERA", "IA3", "OFT", "BOFT", "HRA", "RANDLORA", "VBLORA", "FOURIERFT", "C3A", "MISS", "ROAD"),
     *("SHIRA", "DELORA", "TINYLORA", "LN_TUNING", "TRAINABLE_TOKENS"),
 )
+# The types of peft 0.21 that no method reads.
+_OF_PEFT: Final = (
+    *("ADAMSS", "BEFT", "LILY", "FROD", "PVERA", "GLORA", "UNILORA", "HIRA", "WAVEFT", "OSF", "GRALORA", "PSOFT"),
+    *("PEANUT", "SUPERTUNING", "DEFT", "POLY", "XLORA"),
+)
+# Those that change no weight, so that they cannot be merged.
+_PROMPTS: Final = (
+    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE"),
+    "SHADOW",
+)
 BRINGS: Final = "tunerkit-methods brings one: install tunerkit[methods]"
 
 
@@ -60,9 +70,14 @@ def _unknown(source: str | Path, kind: object) -> str:
     known = sorted({given for _, given in declarations()} - {*_OWN})
     if kind in IN_METHODS:
         return f"{source}: 'peft_type' is {shown(kind)}, and no installed method reads it. {BRINGS}"
-    hint = closest(str(kind), (*_OWN, *known, *IN_METHODS))
-    read = f"LORA and ADALORA, and by installed methods {', '.join(known)}" if known else "LORA and ADALORA"
+    reads = f"tunerkit reads LORA and ADALORA{', and by installed methods ' + ', '.join(known) if known else ''}"
+    if kind in _PROMPTS:
+        return (
+            f"{source}: 'peft_type' is {shown(kind)}, which adds no weights to layers, and tunerkit has adapters of "
+            f"layers alone. Use this adapter in PEFT, or train another type; {reads}"
+        )
+    hint = "" if kind in _OF_PEFT else closest(str(kind), (*_OWN, *known, *IN_METHODS))
     return (
-        f"{source}: 'peft_type' is {shown(kind)}, and tunerkit reads {read}{hint}. Merge the adapter in PEFT "
-        "(merge_and_unload), if that method can be merged, and use the merged model as the base"
+        f"{source}: 'peft_type' is {shown(kind)}, a type that tunerkit does not read{hint or '.'} Merge the adapter in "
+        f"PEFT (merge_and_unload), if that type can be merged, and use the merged model as the base; {reads}"
     )

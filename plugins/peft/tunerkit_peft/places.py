@@ -1,5 +1,6 @@
 """Where the modules that a PEFT file names are in the user's model."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Final
@@ -9,11 +10,17 @@ from torch import nn
 
 from tunerkit.errors import first, shown
 from tunerkit.plugin import FileError
+from tunerkit_peft.selecting import few
 
 # PEFT wraps attention's output projection inside the wrapped attention.
 INNER: Final = ".base_layer.out_proj"
 _CHILD: Final = "tunerkit"  # where tunerkit keeps adapters, below the modules of the model
 Rename = Callable[[str], str]
+# What to do with an adapter of convolutions that PEFT cannot merge either.
+NO_MERGE: Final = (
+    "So PEFT cannot merge it into them either. Use this adapter in PEFT; or train one with tunerkit, whose adapters "
+    "change the weight there too; or leave these layers out of target_modules, and train again"
+)
 
 
 @attrs.frozen
@@ -105,8 +112,19 @@ def obstacle(module: nn.Module | None, kind: str) -> str:
     return next(_obstacles(module, kind), "") if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else ""
 
 
+def caveats(modules: Iterable[tuple[str, nn.Module | None]], kind: str) -> Iterator[str]:
+    """Yield where PEFT computes the same as tunerkit only once it has merged the adapter."""
+    patches = [path for path, each in modules if isinstance(each, nn.Conv2d) and math.prod(each.kernel_size) > 1]
+    if kind == "OFT" and patches:
+        yield (
+            f"PEFT's OFT adds up the patches of a convolution's input that overlap, and its merge does not: at "
+            f"{few(patches)}, PEFT computes what is computed here once it has merged the adapter, or where the kernel "
+            "covers the whole input"
+        )
+
+
 def _obstacles(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, kind: str) -> Iterator[str]:
-    if kind in ("LORA", "ADALORA") and module.groups > 1:
+    if kind in ("LORA", "ADALORA", "OFT") and module.groups > 1:
         yield f"groups {module.groups}"
     pairs = zip(module.kernel_size, module.dilation, strict=True)
     if kind == "LORA" and any(size > 1 and dilation > 1 for size, dilation in pairs):

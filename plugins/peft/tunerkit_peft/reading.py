@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Final
 
 import attrs
 import torch
@@ -21,17 +20,12 @@ from tunerkit_peft.kinds import declared_for
 from tunerkit_peft.moving import Moved, moving
 from tunerkit_peft.others import Others, read_others
 from tunerkit_peft.parts import parts_of
-from tunerkit_peft.places import modules_of, place_of, refuse_convolutions, tied_to_input
+from tunerkit_peft.places import NO_MERGE, modules_of, place_of, refuse_convolutions, tied_to_input
 from tunerkit_peft.products import Adapted, Read
 from tunerkit_peft.selecting import few
 from tunerkit_peft.table_settings import TableSettings, read_table_settings
 from tunerkit_peft.token_rows import read_rows, split_rows
 from tunerkit_peft.weights import LORA, Weights, open_weights
-
-_NO_MERGE: Final = (
-    "So PEFT cannot merge it into them either. Use this adapter in PEFT; or train one with tunerkit, whose adapters "
-    "change the weight there too; or leave these layers out of target_modules, and train again"
-)
 
 
 def read(path: Path, model: nn.Module) -> Foreign:
@@ -107,7 +101,7 @@ def _products(
     """The matrices of a LoRA or an AdaLoRA. Convolutions come first: some have matrices of other sizes in PEFT."""
     kind = settings.common.kind
     paths = [place_of(name, moved.rename).path for name in weights.factors]
-    refuse_convolutions(weights.file, modules, paths, kind, _NO_MERGE)
+    refuse_convolutions(weights.file, modules, paths, kind, NO_MERGE)
     parts = parts_of(settings, weights, moved.rename)
     if both := [path for path in rows if path in paths]:
         raise FileError(f"{weights.file} adapts {both[0]!r} and trains rows of it; PEFT never does both")

@@ -1,7 +1,8 @@
 """PEFT's rules for the rank and the alpha of a module, from patterns whose order its JSON has lost."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Final, TypeVar
 
 import attrs
@@ -41,55 +42,49 @@ def rules_for(settings: Settings, paths: Iterable[str]) -> dict[str, Rule]:
     Raises:
         FileError: A pattern is malformed or takes too many steps, or the alpha of a module is ambiguous.
     """
-    ranks = _compiled(settings, "rank_pattern", settings.ranks)
-    alphas = _compiled(settings, "alpha_pattern", settings.alphas)
-    return {path: _rule(settings, path, ranks, alphas) for path in paths}
+    file, there = settings.common.file, list(paths)
+    ranks = matched(file, "rank_pattern", settings.ranks, there)
+    alphas = matched(file, "alpha_pattern", settings.alphas, there)
+    return {
+        path: Rule(
+            frozenset(ranks[path].values()) or frozenset({settings.rank}),
+            agreed(file, "alpha_pattern", alphas[path], path, settings.alpha),
+        )
+        for path in there
+    }
 
 
-Pattern = tuple[str, Callable[[str], object], Value]
+def matched(file: Path, field: str, table: Mapping[str, Value], paths: Iterable[str]) -> dict[str, dict[str, Value]]:
+    r"""Return the patterns that match each path, with their values.
 
+    PEFT compares ``(.*\.)?(PATTERN)`` with a whole path.
 
-def _compiled(settings: Settings, field: str, table: Mapping[str, Value]) -> list[Pattern[Value]]:
-    r"""Match as PEFT does: ``(.*\.)?(PATTERN)`` from the start to the end of a path."""
+    Raises:
+        FileError: A pattern is malformed or takes too many steps.
+    """
     whole = {pattern: rf"(.*\.)?({pattern})" for pattern in table}
     simple = {text: re.compile(text) for pattern, text in whole.items() if _SIMPLE.fullmatch(pattern)}
     try:
         others = file_matchers(text for text in whole.values() if text not in simple)
+        matches = {pattern: others.get(text) or simple[text].fullmatch for pattern, text in whole.items()}
+        return {path: {each: table[each] for each in table if matches[each](path)} for path in paths}
     except TargetError as error:
-        raise _bad_pattern(settings, field, error) from error
-    return [(pattern, others.get(text) or simple[text].fullmatch, table[pattern]) for pattern, text in whole.items()]
-
-
-def _rule(settings: Settings, path: str, ranks: list[Pattern[int]], alphas: list[Pattern[float]]) -> Rule:
-    matched = _matching(settings, "rank_pattern", ranks, path)
-    scaled = _matching(settings, "alpha_pattern", alphas, path)
-    if len(set(scaled.values())) > 1:
         raise FileError(
-            f"{settings.common.file}: 'alpha_pattern' has several values for {path!r}: {_listed(scaled)}. PEFT takes "
+            f"{file}: {field!r} has a pattern that cannot be used: {error}. Replace it with the names of the modules"
+        ) from error
+
+
+def agreed(file: Path, field: str, found: Mapping[str, Value], path: str, default: Value) -> Value:
+    """Return the value of the patterns that match a path; the default if none does.
+
+    Raises:
+        FileError: They have several values.
+    """
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{value} by {shown(pattern)}" for pattern, value in sorted(found.items()))
+        raise FileError(
+            f"{file}: {field!r} has several values for {path!r}: {listed}. PEFT takes "
             "the first one, but it sorts the patterns when it saves, so the order is lost, and with it the scale. "
             "Leave one of them in the file"
         )
-    allowed = frozenset(matched.values()) or frozenset({settings.rank})
-    return Rule(allowed, next(iter(scaled.values()), settings.alpha))
-
-
-def _matching(settings: Settings, field: str, patterns: list[Pattern[Value]], path: str) -> dict[str, Value]:
-    found = {}
-    for pattern, matches, value in patterns:
-        try:
-            if matches(path):
-                found[pattern] = value
-        except TargetError as error:
-            raise _bad_pattern(settings, field, error) from error
-    return found
-
-
-def _bad_pattern(settings: Settings, field: str, error: TargetError) -> FileError:
-    return FileError(
-        f"{settings.common.file}: {field!r} has a pattern that cannot be used: {error}. Replace it with "
-        "the names of the modules"
-    )
-
-
-def _listed(found: Mapping[str, object]) -> str:
-    return ", ".join(f"{value} by {shown(pattern)}" for pattern, value in sorted(found.items()))
+    return next(iter(found.values()), default)

@@ -7,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit_peft.declaration import IN, KERNEL, ONES, OUT, Leaf, Size
+from tunerkit_peft.declaration import CHANNELS, IN, KERNEL, ONES, OUT, Leaf, Size
 
 
 @attrs.frozen
@@ -18,11 +18,19 @@ class Features:
         out: Its output features; 0 if it has no weight.
         inputs: Its input features; of a convolution the channels, and the kernel.
         kernel: The number of the kernel's dimensions.
+        groups: Of a convolution.
     """
 
     out: int
     inputs: tuple[int, ...]
     kernel: int = 0
+    groups: int = 1
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those that a shape may name."""
+        channels = self.inputs[0] * self.groups if self.kernel else math.prod(self.inputs)
+        return {OUT: self.out, IN: math.prod(self.inputs), CHANNELS: channels}
 
 
 def features_of(module: nn.Module) -> Features:
@@ -31,7 +39,8 @@ def features_of(module: nn.Module) -> Features:
         return Features(module.embedding_dim, (module.num_embeddings,))
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return Features(module.out_channels, tuple(module.weight.shape[1:]), len(module.kernel_size))
+        inputs = tuple(module.weight.shape[1:])
+        return Features(module.out_channels, inputs, len(module.kernel_size), module.groups)
     if isinstance(module, nn.Linear):  # whose weight may be packed
         return Features(module.out_features, (module.in_features,))
     if not isinstance(weight, Tensor) or weight.ndim == 0:
@@ -68,7 +77,7 @@ def misfit(shape: Sequence[int], sizes: Sequence[Size], features: Features, know
         What is wrong, empty if nothing is; and whether another base model would have other features.
     """
     wanted = list(_expanded(sizes, features))
-    layer = {OUT: features.out, IN: math.prod(features.inputs)}
+    layer = features.sizes
     expected = "[" + ", ".join(_shown(size, {**known, **layer}) for size in wanted) + "]"
     if len(wanted) != len(shape):
         return f"is {list(shape)}; expected {expected}", False

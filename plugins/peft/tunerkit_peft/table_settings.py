@@ -10,8 +10,8 @@ from tunerkit.errors import closest, shown
 from tunerkit.plugin import ConfigError
 from tunerkit_peft import fields
 from tunerkit_peft.adapter_config import Common, changed_base, common_of, refuse
-from tunerkit_peft.declaration import COMMON, NONE, Declared, Setting
-from tunerkit_peft.values import Values
+from tunerkit_peft.declaration import COMMON, NONE, Declaration, Declared, Setting
+from tunerkit_peft.values import Values, is_number
 
 _ABSENT: Final = object()
 
@@ -25,6 +25,8 @@ class TableSettings:
         declared: The method, and its names.
         config: The settings of the method, but those that name targets.
         chosen: PEFT's values of the settings that name targets, by our names: ends of paths, or an expression.
+        patterns: PEFT's patterns with their values, by our names of the settings that differ between targets.
+        drawn: What is wrong with the settings if the file lacks a shared tensor, so that it would be drawn.
         remarks: What the settings say and the adapter will not hold.
     """
 
@@ -32,6 +34,8 @@ class TableSettings:
     declared: Declared
     config: Mapping[str, object]
     chosen: Mapping[str, tuple[str, ...] | str]
+    patterns: Mapping[str, Mapping[str, Any]]
+    drawn: tuple[str, ...]
     remarks: tuple[str, ...]
 
 
@@ -46,7 +50,9 @@ def read_table_settings(file: Path, found: Mapping[str, Any], declared: Declared
     common = common_of(file, reader, declared.names.bias)
     converted = Converted()
     refuse(file, [*reader.problems, *converted.problems_of(found, declared)])
-    return TableSettings(common, declared, converted.config, converted.chosen, tuple(converted.remarks))
+    own = (converted.config, converted.chosen, converted.patterns)
+    drawn = tuple(_other_constants(found, declared, declared.names.drawn))
+    return TableSettings(common, declared, *own, drawn, tuple(converted.remarks))
 
 
 @attrs.define
@@ -55,6 +61,7 @@ class Converted:
 
     config: dict[str, object] = attrs.field(factory=dict)
     chosen: dict[str, tuple[str, ...] | str] = attrs.field(factory=dict)
+    patterns: dict[str, dict[str, Any]] = attrs.field(factory=dict)
     remarks: list[str] = attrs.field(factory=list)
 
     def problems_of(self, found: Mapping[str, Any], declared: Declared) -> Iterator[str]:
@@ -62,16 +69,12 @@ class Converted:
         names = declared.names
         for own, setting in names.settings.items():
             yield from self._setting(found, own, setting)
-        for name, value in names.constants.items():
-            given = found.get(name, _ABSENT)
-            # PEFT turns new features off where an older folder lacks their field.
-            if given is _ABSENT and value:
-                yield f"{name!r} is missing, and method {declared.method!r} computes what PEFT does with {shown(value)}"
-            elif given is not _ABSENT and not _same(given, value) and (given or value):
-                yield (
-                    f"{name!r} is {shown(given)}, and method {declared.method!r} computes what PEFT does with "
-                    f"{shown(value)}; merge the adapter in PEFT (merge_and_unload), if that method can be merged"
-                )
+            if setting.pattern:
+                yield from self._patterns(found.get(setting.pattern) or {}, own, setting)
+        for own, setting in names.settings.items():
+            if setting.instead_of:
+                self._one_of(own, setting)
+        yield from _other_constants(found, declared, names.constants)
         for name, value in names.training.items():
             given = found.get(name, value)
             if not _same(given, value) and (given or value):
@@ -106,7 +109,37 @@ class Converted:
                 allowed = ", ".join(shown(each) for _, theirs in setting.values for each in theirs)
                 yield f"{first!r} is {shown(value)}; the method computes what PEFT does with {allowed}"
         else:
-            self.config[own] = value
+            self.config[own] = None if setting.none is not NONE and _same(value, setting.none) else value
+
+    def _patterns(self, table: Any, own: str, setting: Setting) -> Iterator[str]:
+        if not isinstance(table, dict) or not all(map(is_number, table.values())):
+            yield f"{setting.pattern!r} is {shown(table)}; expected an object that maps patterns to numbers"
+        else:
+            self.patterns[own] = table
+
+    def _one_of(self, own: str, setting: Setting) -> None:
+        """PEFT has 0 for the one of two settings that is not used."""
+        for name in (own, setting.instead_of):
+            if name in self.config and _same(self.config[name], 0):
+                self.config[name] = None
+
+
+def _other_constants(found: Mapping[str, Any], declared: Declared, constants: Mapping[str, Any]) -> Iterator[str]:
+    for name, values in constants.items():
+        given, value = found.get(name, _ABSENT), _all(values)[0]
+        # PEFT turns new features off where an older folder lacks their field.
+        if given is _ABSENT and value:
+            yield f"{name!r} is missing, and method {declared.method!r} computes what PEFT does with {shown(value)}"
+        elif given is not _ABSENT and not any(_same(given, each) for each in _all(values)) and (given or value):
+            yield (
+                f"{name!r} is {shown(given)}, and method {declared.method!r} computes what PEFT does with "
+                f"{shown(value)}; merge the adapter in PEFT (merge_and_unload), if that method can be merged"
+            )
+
+
+def _all(values: Any) -> tuple[Any, ...]:
+    """The values of PEFT's that a constant may have."""
+    return values if isinstance(values, tuple) else (values,)
 
 
 def _is_name(value: object) -> bool:
@@ -120,8 +153,8 @@ def _same(first: object, second: object) -> bool:
 
 def _unknown(found: Mapping[str, Any], declared: Declared) -> Iterator[str]:
     names = declared.names
-    known = {*COMMON, *names.constants, *names.training, *names.ignored}
-    known |= {name for setting in names.settings.values() for name in setting.name}
+    known = {*COMMON, *names.constants, *names.drawn, *names.training, *names.ignored}
+    known |= {name for setting in names.settings.values() for name in setting.fields}
     if names.type == "LORA":
         known |= fields.HARMLESS
         yield from changed_base(found)
@@ -139,6 +172,12 @@ def _unknown(found: Mapping[str, Any], declared: Declared) -> Iterator[str]:
             )
 
 
+def replaced(names: Declaration, config: object) -> set[str]:
+    """The settings in whose place the config has others; see `Setting.instead_of`."""
+    used = (own for own in names.settings if getattr(config, own) is not None)
+    return {names.settings[own].instead_of for own in used} - {""}
+
+
 def written_settings(
     declared: Declared,
     config: object,
@@ -150,18 +189,23 @@ def written_settings(
     Args:
         declared: The method, and its names.
         config: Its config.
-        sizes: What the tensors agree on, for settings that are None.
+        sizes: What the tensors say, for settings that are None, that tensors say or that have patterns.
         named: Gives PEFT's form of patterns of targets.
 
     Raises:
         ConfigError: PEFT has no value for one of the settings.
     """
     names, problems = declared.names, []
-    written: dict[str, object] = {"peft_type": names.type, **names.constants, **names.training}
+    constants = {name: _all(values)[0] for name, values in names.constants.items()}
+    written: dict[str, object] = {"peft_type": names.type, **constants, **names.drawn, **names.training}
     for own, setting in names.settings.items():
         value = getattr(config, own)
-        if value is None:
-            value = sizes.get(own)
+        if own in replaced(names, config) or (setting.instead_of and value is None):
+            value = 0
+        elif setting.pattern or setting.measured or value is None:
+            value = sizes.get(own, value)
+        if value is None and setting.none is not NONE:
+            value = setting.none
         if setting.targets:
             value = named(value or ())
         elif setting.values:

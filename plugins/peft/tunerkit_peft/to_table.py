@@ -1,21 +1,22 @@
 """Write an adapter as PEFT's type of its method, by the names that the method declares."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.errors import first, shown
-from tunerkit.plugin import FileError, PluginError, matches
+from tunerkit.errors import first, shown, warn
+from tunerkit.plugin import FileError, PluginError, lookup, matches
 from tunerkit_peft.declaration import Declared, Leaf
 from tunerkit_peft.forms import Written
 from tunerkit_peft.pieces import Site
-from tunerkit_peft.places import modules_of, obstacle, tied_to_input
-from tunerkit_peft.selecting import target_modules
+from tunerkit_peft.places import caveats, modules_of, obstacle, tied_to_input
+from tunerkit_peft.selecting import pattern_for, target_modules
 from tunerkit_peft.shapes import Features, features_of, misfit, shape_of, theirs
-from tunerkit_peft.table_settings import written_settings
+from tunerkit_peft.table_settings import replaced, written_settings
 
 if TYPE_CHECKING:
     from tunerkit.plugin import Tuner
@@ -39,6 +40,12 @@ def sites_of(tuner: "Tuner", declared: Declared) -> list[Site]:
         raise FileError(f"the model is itself a target, and PEFT adapts modules inside a model. {_MERGE}")
     wrong = [f"{each.name} ({type(each.module).__name__})" for each in sites if not declared.names.takes(each.module)]
     wrong += [f"{each.name} ({reason})" for each in sites if (reason := obstacle(each.module, kind))]
+    for own, (value, layers) in declared.names.fixed.items():
+        given = getattr(tuner.config, own)
+        others = [each.name for each in sites if type(each.module).__name__ in layers and given != value]
+        wrong += [
+            f"{name} (there PEFT computes what {own}={value!r} does, and this one has {given!r})" for name in others
+        ]
     if wrong:
         raise FileError(
             "\n- ".join(
@@ -98,15 +105,49 @@ def named(tuner: "Tuner", declared: Declared, sites: Sequence[Site]) -> Written:
     for leaf in names.shared.values():
         if leaf.shape is not None and leaf.name[0] in shared:
             misfit(shared[leaf.name[0]].shape, leaf.shape, Features(0, ()), known.setdefault("the shared module", {}))
-    alike = _alike(declared, tuner.config, known)
+    said, patterns = _patterned(declared, tuner.config, {site.name: known[site.name] for site in sites})
+    said |= _alike(declared, tuner.config, known)
     chosen = target_modules(paths, modules_of(tuner.model))
-    settings = written_settings(declared, tuner.config, alike, lambda patterns: _ends(patterns, paths, chosen))
+    settings = written_settings(declared, tuner.config, said, lambda patterns: _ends(patterns, paths, chosen))
+    _warn(declared, settings, sites)
     again = [leaf.name[0] for leaf in names.shared.values() if leaf.repeated and leaf.name[0] in shared]
     tensors |= {f"{site.name}.{name}": shared[name] for site in sites for name in again}
     if tied:
         here = {name.removeprefix(f"{sites[0].name}."): each for name, each in tensors.items()}
         tensors = {f"{target.path}.{name}": each for target in tuner.targets for name, each in here.items()}
-    return Written(settings, tensors, shared)
+    return Written({**settings, **patterns}, tensors, shared)
+
+
+def _patterned(
+    declared: Declared, config: Any, known: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Any], dict[str, object]]:
+    """The most common value of each setting that may have patterns, and PEFT's patterns for the others."""
+    said: dict[str, Any] = {}
+    written: dict[str, object] = {}
+    for own, setting in declared.names.settings.items():
+        if not setting.pattern:
+            continue
+        table, usual = getattr(config, f"{own}_pattern"), getattr(config, own)
+        values = {path: sizes.get(own, lookup(table, path, usual)) for path, sizes in known.items()}
+        said[own] = common = Counter(values.values()).most_common(1)[0][0]
+        # A path as it is, where that is right: some types of PEFT compare it, and no expression.
+        ambiguous = {path for path in values if any(other.endswith(f".{path}") for other in values)}
+        written[setting.pattern] = {
+            pattern_for(path, [*values]) if path in ambiguous else path: value
+            for path, value in values.items()
+            if value != common
+        }
+    return said, written
+
+
+def _warn(declared: Declared, settings: Mapping[str, object], sites: Sequence[Site]) -> None:
+    """Tell what not every PEFT computes as it is computed here."""
+    told = [*caveats([(site.name, site.module) for site in sites], declared.names.type)]
+    for setting in declared.names.settings.values():
+        if setting.portable and (value := settings[setting.name[0]]) != setting.portable[0]:
+            told.append(f"{setting.name[0]!r} is {shown(value)}: {setting.portable[1]}")
+    for line in told:
+        warn(line)
 
 
 def below(declared: Declared) -> list[str]:
@@ -138,16 +179,20 @@ def _theirs(declared: Declared, own: str, tensor: Tensor, leaf: Leaf, shape: Any
 
 def _alike(declared: Declared, config: object, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The sizes that all targets agree on."""
+    settings = declared.names.settings
+    alike = {own for own, each in settings.items() if not (each.pattern or each.instead_of)} - replaced(
+        declared.names, config
+    )
     found: dict[str, dict[Any, str]] = {}
     for path, sizes in known.items():
         for name, size in sizes.items():
-            if name in declared.names.settings:
+            if name in alike:
                 found.setdefault(name, {}).setdefault(size, path)
     for name, sizes in found.items():
         wanted = getattr(config, name)
         is_wrong = isinstance(wanted, int) and not isinstance(wanted, bool) and set(sizes) != {wanted}
         if len(sizes) > 1 or is_wrong:
-            field = declared.names.settings[name].name[0]
+            field = settings[name].name[0]
             lines = [f"{path} has {size}" for size, path in sizes.items()]
             raise FileError(
                 "\n- ".join(

@@ -34,6 +34,7 @@ class Weights:
             ``"B"``, and ``"E"`` for AdaLoRA's λ.
         others: The names of all other tensors, by their names without PEFT's prefix.
         shared: The names of the tensors that all targets share, by part.
+        replaced: Tensors by their names that are no longer as in the file.
     """
 
     file: Path
@@ -41,9 +42,12 @@ class Weights:
     others: dict[str, str]
     shared: dict[str, str]
     _opened: Any
+    replaced: Mapping[str, Tensor] = attrs.field(factory=dict)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
+        if name in self.replaced:
+            return tuple(self.replaced[name].shape)
         return tuple(self._opened.get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
@@ -52,6 +56,8 @@ class Weights:
         Raises:
             FileError: The file is damaged.
         """
+        if name in self.replaced:
+            return self.replaced[name]
         try:
             found: Tensor = self._opened.get_tensor(name)
         except _UNREADABLE as error:
@@ -130,7 +136,7 @@ def open_weights(file: Path, kind: Kind = LORA) -> Weights:
         raise FileError("\n- ".join([f"{file} does not hold {kind.what}:", *first(problems)]))
     if not factors:
         held = f"; it holds {shown(keys[0])}" if keys else ""
-        raise FileError(f"{file} holds no adapter: none of its {len(keys)} tensors is a {kind.first}{held}")
+        raise FileError(f"{file} holds no adapter: none of its {len(keys)} tensors is called {kind.first}{held}")
     return Weights(file, factors, others, shared, opened)
 
 
