@@ -47,9 +47,8 @@ class Differs(Exception):
 
 def cases_of(folder: Path) -> ModuleType:
     """Import PEFT's test module by its file, without the tests that it derives from: these need further libraries."""
-    package: Any = ModuleType("peft_tests")
+    sys.modules["peft_tests"] = package = ModuleType("peft_tests")
     package.__path__ = [str(folder)]
-    sys.modules["peft_tests"] = package
     common: Any = ModuleType("peft_tests.testing_common")
     common.PeftCommonTester = object
     common._skip_if_deleting_adapter_not_supported = common._skip_if_merging_not_supported = lambda *_: None
@@ -159,10 +158,9 @@ def main(folder: str, *types: str) -> None:
         numbers = [counted[kind, result] for result in RESULTS]
         print(f"| {kind} | {sum(numbers)} |", " | ".join(map(str, numbers)), "|")
     alike: dict[str, list[Row]] = {}
-    for row in found:
-        if row.message:
-            text = re.sub(r"'[A-Z0-9_]+'|[0-9]+", "#", row.message)  # but for types of PEFT and numbers
-            alike.setdefault(f"{row.result}: {text}", []).append(row)
+    for row in (each for each in found if each.message):
+        text = re.sub(r"'[A-Z0-9_]+'|[0-9]+", "#", row.message)  # but for types of PEFT and numbers
+        alike.setdefault(f"{row.result}: {text}", []).append(row)
     for same in alike.values():
         names = [f"{row.name}{' (warned)' if row.warned else ''}" for row in same]
         print(f"\n{len(same)} {same[0].result}: {same[0].message}\n    {'; '.join(names)}")

@@ -1,6 +1,7 @@
 """The methods that turn inputs or outputs, OFT, BOFT, HRA and RoAd: what they turn, and sizes that do not fit."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import peft.tuners.boft.layer as peft_boft
@@ -88,10 +89,17 @@ def test_what_does_not_fit_is_refused(method: str, settings: dict[str, object], 
         tunerkit.wrap(nn.Sequential(layer), method, {"targets": "0", **settings})
 
 
-def test_a_butterfly_has_one_factor_unless_more_are_asked_for() -> None:
+def test_a_butterfly_has_one_factor_unless_more_are_asked_for(tmp_path: Path) -> None:
     """PEFT reads one factor everywhere. None means two where they fit, as files of earlier versions say it."""
     assert adapter_at(nn.Linear(16, 8), "boft").t.shape == (1, 4, 4, 4)
-    assert adapter_at(nn.Linear(16, 8), "boft", factors=None).t.shape == (2, 4, 4, 4)
+    base = nn.Sequential(nn.Linear(16, 8))
+    model = tunerkit.wrap(copy.deepcopy(base), "boft", {"targets": "0", "factors": None})
+    for parameter in tunerkit.tuner(model).parameters():
+        parameter.data.normal_()
+    again = tunerkit.load(base, tunerkit.save(model, tmp_path))
+    adapter: Any = tunerkit.tuner(again).adapters()["0"]
+    assert adapter.t.shape == (2, 4, 4, 4)
+    assert torch.equal(again(torch.eye(16)), model(torch.eye(16)))
 
 
 @pytest.mark.parametrize(

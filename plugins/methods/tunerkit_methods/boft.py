@@ -42,6 +42,7 @@ class Config(AdapterConfig):
     factors: int | None = setting(
         1,
         ge=1,
+        le=63,  # 2 ** (factors - 1) is a number of blocks
         doc="factors of the butterfly, m; None means 2 where they fit, or 1. PEFT reads more than 1 where its CUDA "
         "extension is installed",
         aka=("boft_n_butterfly_factor",),

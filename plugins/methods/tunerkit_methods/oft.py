@@ -40,7 +40,9 @@ class Config(AdapterConfig):
     )
     shared_block: bool = setting(False, doc="turn all blocks of a layer alike", aka=("block_share",))
     neumann: bool = setting(True, doc="sum powers in place of inverting a matrix", aka=("use_cayley_neumann",))
-    terms: int = setting(5, ge=4, doc="powers to sum, the identity among them", aka=("num_cayley_neumann_terms",))
+    terms: int = setting(
+        5, ge=4, le=1000, doc="powers to sum, the identity among them", aka=("num_cayley_neumann_terms",)
+    )
     blocks: int | None = setting(None, ge=1, doc="blocks of each layer, in place of block_size", aka=("r",))
     constrained: bool = setting(False, doc="keep each block near the identity, as constrained OFT does", aka=("coft",))
     eps: float = setting(

@@ -12,7 +12,11 @@ from tunerkit_methods.sizes import at_most
 
 NAMES = {
     "type": "TINYLORA",
-    "tensors": {"a": "tinylora_A", "b": "tinylora_B", "p": "tinylora_P"},
+    "tensors": {
+        "a": {"name": "tinylora_A", "shape": ["r", "in"]},
+        "b": {"name": "tinylora_B", "shape": ["out", "r"]},
+        "p": {"name": "tinylora_P", "shape": ["u", "r", "r"]},
+    },
     "shared": {"v.*": "tinylora_v.*"},
     "settings": {"rank": "r", "size": "u", "tying": "weight_tying", "dropout": "tinylora_dropout"},
     "constants": {"save_projection": True},

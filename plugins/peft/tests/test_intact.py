@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from plugins.peft.tests import peft_folders
-from tunerkit.errors import FileError, TunerkitWarning
+from tunerkit.errors import BaseMismatchError, FileError, TunerkitWarning
 
 pytest.importorskip("tunerkit_methods")
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns of its own defaults
@@ -205,6 +205,17 @@ def test_what_does_not_fit_together_is_refused(
     peft_folders.refused(edited(tmp_path, CASES[name], settings, left_out), part, model=build(CASES[name].model)[0])
 
 
+def test_a_kernel_of_another_size_costs_nothing(tmp_path: Path) -> None:
+    """The shape is compared before the form is turned: here that would take 360 GB, and other files more."""
+    edited(tmp_path, CASES["loha, effective"], {})
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    wide = {"hada_t": torch.zeros(3, 3, 10_000, 10), "_b": torch.zeros(3, 300_000)}
+    changed = {key: next((each for end, each in wide.items() if end in key), old) for key, old in held.items()}
+    save_file({key: each.clone() for key, each in changed.items()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(BaseMismatchError, match=r"is \[3, 30000000000\]; expected \[rank 3, in 54\]"):
+        tunerkit.load(build("conv2d")[0], tmp_path)
+
+
 def test_tensors_that_no_setting_names_are_told(tmp_path: Path) -> None:
     """They are loaded, where PEFT drops them: one warning. Nothing is told of a folder that is named as a whole."""
     case = Case("linear", peft.LoraConfig, {"r": 2})
@@ -232,6 +243,18 @@ def test_where_pefts_oft_computes_this_merged_alone_is_told(tmp_path: Path) -> N
         theirs: Any = peft.PeftModel.from_pretrained(build("conv2d")[0], str(tmp_path / folder))  # type: ignore[arg-type]
         with torch.no_grad():
             assert close(model(x), theirs.merge_and_unload()(x))
+
+
+def test_the_tensors_say_how_many_factors_a_butterfly_has(tmp_path: Path) -> None:
+    """Whatever the settings say: with its CUDA extension PEFT has as many as they do, and without it one."""
+    for count, said in ((1, 2), (2, 2), (2, 1)):
+        case = Case("linear", peft.BOFTConfig, {"boft_block_size": 2})
+        edited(tmp_path, case, {"boft_n_butterfly_factor": said})
+        held = load_file(tmp_path / "adapter_model.safetensors")
+        wide = {key: each.repeat(count, 1, 1, 1) if "boft_R" in key else each for key, each in held.items()}
+        save_file(wide, tmp_path / "adapter_model.safetensors")
+        config: Any = tunerkit.tuner(tunerkit.load(build("linear")[0], tmp_path)).config
+        assert config.factors == count
 
 
 def test_what_not_every_peft_reads_is_told(tmp_path: Path) -> None:

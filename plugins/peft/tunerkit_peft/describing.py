@@ -35,6 +35,7 @@ def describe(path: Path) -> Description:
         named = read_table_settings(found.config, held, declared)
         weights = open_weights(found.weights, kind_of(declared.names))
         common, method, told = named.common, declared.method, {**named.config, **named.chosen}
+        told |= {f"{own}_pattern": dict(table) for own, table in named.patterns.items() if table}
         ranks = {path: rank if isinstance(rank := named.config.get("rank"), int) else 0 for path in weights.factors}
     chosen = common.selection
     return Description(

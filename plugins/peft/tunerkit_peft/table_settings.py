@@ -67,6 +67,7 @@ class Converted:
     def problems_of(self, found: Mapping[str, Any], declared: Declared) -> Iterator[str]:
         """Convert all settings, and yield what is wrong."""
         names = declared.names
+        self.config |= {own: value for own, (value, _) in names.fixed.items()}
         for own, setting in names.settings.items():
             yield from self._setting(found, own, setting)
             if setting.pattern:

@@ -130,14 +130,15 @@ def _patterned(
         table, usual = getattr(config, f"{own}_pattern"), getattr(config, own)
         values = {path: sizes.get(own, lookup(table, path, usual)) for path, sizes in known.items()}
         said[own] = common = Counter(values.values()).most_common(1)[0][0]
-        # A path as it is, where that is right: some types of PEFT compare it, and no expression.
-        ambiguous = {path for path in values if any(other.endswith(f".{path}") for other in values)}
-        written[setting.pattern] = {
-            pattern_for(path, [*values]) if path in ambiguous else path: value
-            for path, value in values.items()
-            if value != common
-        }
+        others = {path: value for path, value in values.items() if value != common}
+        written[setting.pattern] = {_key(path, [*values]): value for path, value in others.items()}
     return said, written
+
+
+def _key(path: str, paths: Sequence[str]) -> str:
+    """A pattern for a path: the path itself where that is right, because some types of PEFT's compare it as it is."""
+    is_end = any(other.endswith(f".{path}") for other in paths)
+    return path if re.fullmatch(r"[\w.-]+", path) and not is_end else pattern_for(path, paths)
 
 
 def _warn(declared: Declared, settings: Mapping[str, object], sites: Sequence[Site]) -> None:

@@ -25,6 +25,14 @@ _UNREADABLE: Final = (SafetensorError, OSError, ValueError, RuntimeError, TypeEr
 
 
 @attrs.frozen(eq=False)
+class Turned:
+    """A tensor that is computed from some of the file."""
+
+    shape: tuple[int, ...]
+    compute: Callable[[], Tensor]
+
+
+@attrs.frozen(eq=False)
 class Weights:
     """The tensors of one adapter, which stay in the file until they are asked for.
 
@@ -34,7 +42,7 @@ class Weights:
             ``"B"``, and ``"E"`` for AdaLoRA's λ.
         others: The names of all other tensors, by their names without PEFT's prefix.
         shared: The names of the tensors that all targets share, by part.
-        replaced: Tensors by their names that are no longer as in the file.
+        turned: Those by their names that are used in another form than the file has.
     """
 
     file: Path
@@ -42,12 +50,12 @@ class Weights:
     others: dict[str, str]
     shared: dict[str, str]
     _opened: Any
-    replaced: Mapping[str, Tensor] = attrs.field(factory=dict)
+    turned: Mapping[str, Turned] = attrs.field(factory=dict)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
-        if name in self.replaced:
-            return tuple(self.replaced[name].shape)
+        if name in self.turned:
+            return self.turned[name].shape
         return tuple(self._opened.get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
@@ -56,8 +64,8 @@ class Weights:
         Raises:
             FileError: The file is damaged.
         """
-        if name in self.replaced:
-            return self.replaced[name]
+        if name in self.turned:
+            return self.turned[name].compute()
         try:
             found: Tensor = self._opened.get_tensor(name)
         except _UNREADABLE as error:
