@@ -65,7 +65,7 @@ SETTINGS: list[tuple[str, Any, str]] = [
     ("use_bdlora", {"nblocks": 2}, "block-diagonal"),
     ("arrow_config", {"top_k": 2}, "load each"),
     ("kasa_config", {"beta": 1}, "merge it in PEFT"),
-    ("monteclora_config", {"num_samples": 8}, "plain LoRA"),
+    ("monteclora_config", {"num_samples": 8}, "merge it in PEFT"),
     ("megatron_config", {"tensor_model_parallel_size": 2}, "plain LoRA"),
     ("use_tora", True, "did you mean"),
     ("brand_new", 3, "PEFT 0.21 does not have"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import tunerkit
 from plugins.peft.tests import peft_folders
 from tunerkit.errors import BaseMismatchError, FileError, TunerkitWarning
+from tunerkit_peft.describing import describe
 
 pytest.importorskip("tunerkit_methods")
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns of its own defaults
@@ -254,7 +255,7 @@ def test_the_tensors_say_how_many_factors_a_butterfly_has(tmp_path: Path) -> Non
         wide = {key: each.repeat(count, 1, 1, 1) if "boft_R" in key else each for key, each in held.items()}
         save_file(wide, tmp_path / "adapter_model.safetensors")
         config: Any = tunerkit.tuner(tunerkit.load(build("linear")[0], tmp_path)).config
-        assert config.factors == count
+        assert config.factors == describe(tmp_path).settings["factors"] == count
 
 
 def test_what_not_every_peft_reads_is_told(tmp_path: Path) -> None:

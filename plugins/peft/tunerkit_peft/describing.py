@@ -7,6 +7,7 @@ from typing import Final
 from tunerkit.plugin import Description
 from tunerkit_peft import files
 from tunerkit_peft.adapter_config import Common, Settings, read_settings, settings_at
+from tunerkit_peft.declaration import Declaration
 from tunerkit_peft.from_table import kind_of
 from tunerkit_peft.kinds import declared_for
 from tunerkit_peft.others import copy_around
@@ -35,6 +36,7 @@ def describe(path: Path) -> Description:
         named = read_table_settings(found.config, held, declared)
         weights = open_weights(found.weights, kind_of(declared.names))
         common, method, told = named.common, declared.method, {**named.config, **named.chosen}
+        told |= _measured(declared.names, weights)
         told |= {f"{own}_pattern": dict(table) for own, table in named.patterns.items() if table}
         ranks = {path: rank if isinstance(rank := named.config.get("rank"), int) else 0 for path in weights.factors}
     chosen = common.selection
@@ -53,6 +55,16 @@ def _revision(held: Mapping[str, object]) -> dict[str, object]:
     """The commit, branch or tag of the base on the hub, if the files say one."""
     found = held.get("revision")
     return {"revision": found} if isinstance(found, str) and found else {}
+
+
+def _measured(names: Declaration, weights: Weights) -> dict[str, object]:
+    """The settings that the tensors say, by those of one target."""
+    said = {own for own, setting in names.settings.items() if setting.measured}
+    found: dict[str, object] = {}
+    for part, key in next(iter(weights.factors.values())).items():
+        shape = names.tensors[part].shape if part in names.tensors else None
+        found |= {str(own): size for own, size in zip(shape or (), weights.shape(key), strict=False) if own in said}
+    return found
 
 
 def _labels(weights: Weights) -> int:

@@ -79,7 +79,7 @@ REFUSED: Final[Mapping[str, tuple[str, str]]] = {
     "use_bdlora": ("BD-LoRA, whose matrices are block-diagonal", _MERGE),
     "arrow_config": ("Arrow, which routes between several adapters", "load each of its adapters by itself"),
     "kasa_config": ("KaSA, which changes the base weight at the start", _MERGE),
-    "monteclora_config": ("MonteCLoRA, which draws random weights", _RETRAIN),
+    "monteclora_config": ("MonteCLoRA, which draws random weights in training", _MERGE),
     "megatron_config": ("an adapter of Megatron's parallel layers", _RETRAIN),
 }
 

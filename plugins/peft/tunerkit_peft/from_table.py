@@ -2,8 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -13,24 +12,24 @@ from torch import Tensor, nn
 from tunerkit.errors import first, shown
 from tunerkit.plugin import FileError, exact_patterns, file_matchers, method_record
 from tunerkit_peft.adapter_config import refuse
-from tunerkit_peft.declaration import Convert, Declaration, Declared, Leaf, Size
+from tunerkit_peft.declaration import Declaration, Declared, Leaf, Size
 from tunerkit_peft.moving import Moved
+from tunerkit_peft.other_forms import OTHER, as_declared
 from tunerkit_peft.places import NO_MERGE, Place, caveats, place_of, refuse_convolutions, tied_to_input
 from tunerkit_peft.products import Adapted, Read
 from tunerkit_peft.rules import agreed, matched
 from tunerkit_peft.shapes import Features, features_of, misfit, ours, shape_of
 from tunerkit_peft.table_settings import TableSettings
-from tunerkit_peft.weights import Kind, Turned, Weights
+from tunerkit_peft.weights import Kind, Weights
 
 _AGAIN: Final = "shared "  # PEFT saves some shared tensors at each target as well
-_OTHER: Final = "other "  # of another form of the same adapter
 
 
 def kind_of(names: Declaration) -> Kind:
     """Return how the tensors of a type are known."""
     leaves = [(own, name) for own, leaf in names.tensors.items() for name in leaf.names]
     leaves += [(_AGAIN + own, name) for own, leaf in names.shared.items() for name in leaf.names if "*" not in name]
-    leaves += [(_OTHER + name, name) for name in names.others]
+    leaves += [(OTHER + name, name) for name in names.others]
     # The longer ones first: what follows a name may be an adapter's name, or a part of another name.
     patterns = [(own, _pattern(name)) for own, name in sorted(leaves, key=lambda each: -each[1].count("."))]
 
@@ -96,7 +95,7 @@ def named_adapter(settings: TableSettings, weights: Weights, modules: Mapping[st
         FileError: Tensors are missing, contradict each other or the settings, or are at a module of another class.
     """
     names = settings.declared.names
-    weights = _as_declared(weights, names)
+    weights = as_declared(weights, names)
     places = {name: place_of(name, moved.rename) for name in weights.factors}
     refuse_convolutions(weights.file, modules, [place.path for place in places.values()], names.type, NO_MERGE)
     rules = _rules(settings, [place.owner for place in places.values()])
@@ -154,44 +153,6 @@ def named_adapter(settings: TableSettings, weights: Weights, modules: Mapping[st
             *caveats([(at.place.path, modules.get(at.place.path)) for at in found], names.type),
         ),
     )
-
-
-def _as_declared(weights: Weights, names: Declaration) -> Weights:
-    """The tensors with those of other forms of PEFT's turned into the declared one, once they are asked for.
-
-    Raises:
-        FileError: A tensor of such a form is missing, or they do not fit together.
-    """
-    factors: dict[str, dict[str, str]] = {}
-    turned: dict[str, Turned] = {}
-    for path, keys in weights.factors.items():
-        own = factors[path] = {part: key for part, key in keys.items() if not part.startswith(_OTHER)}
-        other = {part.removeprefix(_OTHER): key for part, key in keys.items() if part.startswith(_OTHER)}
-        if not other:
-            continue
-        written = {leaf.name[0]: own[part] for part, leaf in names.tensors.items() if part in own}
-        turn = partial(_turned, weights, {**written, **other}, names.others[next(iter(other))])
-        try:
-            made = turn(shapes_alone=True)  # they are compared before anything is computed
-        except (KeyError, RuntimeError) as error:
-            key, lacks = next(iter(other.values())), isinstance(error, KeyError)
-            problem = f"is there without its {error.args[0]}" if lacks else "does not fit to the others of its layer"
-            raise FileError(f"{weights.file} is damaged or incomplete:\n- {shown(key)} {problem}") from error
-        changed = {name: key for name, key in written.items() if name in made}
-        turned |= {key: Turned(tuple(made[name].shape), partial(_one, turn, name)) for name, key in changed.items()}
-    return attrs.evolve(weights, factors=factors, turned=turned)
-
-
-def _turned(
-    weights: Weights, keys: Mapping[str, str], convert: Convert, *, shapes_alone: bool = False
-) -> Mapping[str, Tensor]:
-    if shapes_alone:
-        return convert({name: torch.empty(weights.shape(key), device="meta") for name, key in keys.items()})
-    return convert({name: weights.tensor(key).float() for name, key in keys.items()})
-
-
-def _one(turn: Callable[[], Mapping[str, Tensor]], name: str) -> Tensor:
-    return turn()[name]
 
 
 def _rules(settings: TableSettings, owners: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
