@@ -15,6 +15,7 @@ from tunerkit.serialization import warn_of_unspent_schedule
 from tunerkit.steps import detach, drive, engine_for, is_attached
 from tunerkit_transformers.checkpoints import load_states, restore_weights_, take_over_
 from tunerkit_transformers.fsdp import leave_out_, refuse_other_shards
+from tunerkit_transformers.head_weights import refuse_liger
 from tunerkit_transformers.trl import settle_
 from tunerkit_transformers.zero_checkpoints import runs_deepspeed
 
@@ -37,6 +38,7 @@ def attach_trainer(
                 "training now); attach only one of them"
             )
     leave_out_(trainer, tuners)
+    refuse_liger(trainer, tuners[0].model)
     settle_(trainer, tuners)
     if present is not None:
         present.add(tuners, total_steps)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import attrs
@@ -25,6 +25,7 @@ from tunerkit.injection import (
 )
 from tunerkit.layers import torch_private
 from tunerkit.paths import CHILD, is_adapter_path, join
+from tunerkit_transformers.head_weights import heads_shown
 
 
 @attrs.define(eq=False)
@@ -96,7 +97,9 @@ class Reference(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model as it stood: in eval mode, and without gradients."""
-        with self._snapshot.shown():
+        # A forward that TRL has put here reads the weights of output heads itself.
+        heads = heads_shown(self._snapshot.model) if "forward" in vars(self) else nullcontext()
+        with self._snapshot.shown(), heads:
             return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

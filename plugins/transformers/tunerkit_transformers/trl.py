@@ -1,4 +1,4 @@
-"""What TRL's trainers do to a wrapped model, and its repair: a second base as reference, and casts of adapters."""
+"""What TRL's trainers do to a wrapped model, and its repair: a second base as reference, casts, and heads left out."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, Trainer
 from tunerkit.errors import StepError, warn
 from tunerkit.injection import Tuner, inside, modules_in, slots_in, slots_of
 from tunerkit.layers import bias_name
+from tunerkit_transformers.head_weights import settle_heads_
 from tunerkit_transformers.reference import Reference, reference
 from tunerkit_transformers.stored_weights import differs_from_stored
 
@@ -23,6 +24,7 @@ def settle_(trainer: Trainer, tuners: list[Tuner]) -> None:
     _refuse_options(trainer)
     _restore_dtypes_(trainer, tuners)
     _settle_reference_(trainer, tuners[0].model)
+    settle_heads_(trainer, tuners)
 
 
 def _refuse_options(trainer: Trainer) -> None:
