@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tunerkit.errors import warn
 from tunerkit.plugin import Cut, Tuner, optimizer_of, shrink_
 from tunerkit_adalora.budget import costs_of
+from tunerkit_adalora.followers import follower
 from tunerkit_adalora.importance import Part
 from tunerkit_adalora.phase import Phase
 from tunerkit_adalora.schedule import Allocation
@@ -76,7 +77,8 @@ def spend_(
         # A budget in parameters may buy nothing. Without any triplet the loss might depend on no trained weight, and
         # backward would raise.
         if config.shrink and any(found.ranks):
-            reason = shrink_(cuts, optimizer_of(tuner))
+            reason = follower(tuner, weights, scores[0]) if cuts else None
+            reason = reason or shrink_(cuts, optimizer_of(tuner))
             if reason is None:
                 for layer, mask, rank in zip(layers, masks, found.ranks, strict=True):
                     layer.set_mask(mask.new_ones(rank), rank=rank)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tunerkit.plugin import (
     BaseLayer,
@@ -19,6 +20,7 @@ from tunerkit.plugin import (
 from tunerkit_adalora import fitting, state as saved_state, step as steps, training
 from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.conversion import from_products
+from tunerkit_adalora.followers import refuse_split
 from tunerkit_adalora.svd_layer import SvdLayer
 
 
@@ -52,9 +54,11 @@ def tunerkit_calibrate(tuner: Tuner, statistics: Mapping[str, Statistics]) -> No
 
 
 @hookimpl
-def tunerkit_start(tuner: Tuner, total_steps: int) -> training.Training:
-    """Check the start and the schedule; prepare the averages."""
+def tunerkit_start(tuner: Tuner, total_steps: int, optimizer: Optimizer | None) -> training.Training:
+    """Check the start, the optimizer and the schedule; prepare the averages."""
     fitting.refuse_unfitted(tuner)
+    if tuner.engine is None:
+        refuse_split(tuner, optimizer)
     return training.start(tuner, total_steps)
 
 

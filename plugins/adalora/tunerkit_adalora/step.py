@@ -11,6 +11,7 @@ from tunerkit.errors import warn
 from tunerkit.plugin import StepError, Tuner
 from tunerkit_adalora.allocator import mask_, spend_
 from tunerkit_adalora.budget import costs_of
+from tunerkit_adalora.followers import warn_of_average
 from tunerkit_adalora.importance import Part, on_devices_of, smooth_, stacks_of, triplet_scores
 from tunerkit_adalora.orthogonality import add_gradient_
 from tunerkit_adalora.partial_scores import partial_scores, placed_lams
@@ -78,6 +79,8 @@ def after_step(tuner: Tuner, step: int) -> dict[str, int] | None:
     if phase is Phase.WAITING:
         _make_all_live_(training)
         _warn_if_nothing_is_left(tuner, training)
+        if training.resolved.exact_svd:
+            warn_of_average(tuner, training.schedule.final_step)
     due = training.schedule.allocation(previous, step)  # budget: b(t), if an allocation is due
     found, training.weights, pieces = training.weights or weights_of(training.layers), [], None
     if not training.schedule.is_final(step) or phase is Phase.WAITING:  # importance: Ī and Ū (Eq. 8-10)

@@ -1,0 +1,110 @@
+"""What follows an adapter's weights tensor by tensor, and relies on their shapes: averages, and other optimizers."""
+
+import gc
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+import tunerkit
+from tunerkit.errors import warn
+from tunerkit.plugin import StepError, Tuner, optimizer_of
+
+F = TypeVar("F", str, bool)
+
+
+def refuse_split(tuner: Tuner, optimizer: Optimizer | None) -> None:
+    """Refuse to leave a λ to another optimizer, whose step would move it after the mask was applied.
+
+    Args:
+        tuner: The adapter's handle, without an engine, whose optimizers may hold other tensors than the model's.
+        optimizer: The optimizer that drives it.
+
+    Raises:
+        StepError: If another optimizer holds a λ that this one does not.
+    """
+    lams = {path: own.get_parameter("lam") for path, own in tuner.adapters().items()}
+    left = {path: lam for path, lam in lams.items() if optimizer is not None and not _holds(optimizer, [lam])}
+    names = _found(lambda: _kinds(_alive(Optimizer), lambda other: _holds(other, left.values()))) if left else ""
+    if names:
+        raise StepError(
+            f"the optimizer leaves λ of adapter {tuner.name!r} at {next(iter(left))!r} to another one ({names}): masks "
+            "act on λ after each step of the attached optimizer, and the other would move it again. Put P, λ and Q of "
+            "all targets into one; its parameter groups may have learning rates of their own"
+        )
+
+
+def follower(tuner: Tuner, weights: Sequence[nn.Parameter], like: Tensor) -> str | None:
+    """Say what would not fit any more if the weights shrank, in all processes alike: what process 0 has decides.
+
+    Args:
+        tuner: The adapter's handle.
+        weights: P, λ and Q of each layer, one after the other.
+        like: A tensor on the device on which processes agree.
+
+    Returns:
+        The reason why shapes must stay; None if they may change.
+    """
+    found = _found(lambda: _obstacle(tuner, weights))
+    if tuner.engine is not None:
+        decision = like.new_tensor(float(bool(found)))
+        tuner.agree_([decision], "what follows the weights")
+        found = (found or "something in process 0 follows them") if decision else ""
+    return found or None
+
+
+def warn_of_average(tuner: Tuner, final_step: int) -> None:
+    """Warn, before triplets are re-parametrised, about an average of the weights, which means nothing across that."""
+    if _found(lambda: _is_averaged(tuner, _alive(AveragedModel))):
+        warn(
+            f"adapter {tuner.name!r}: an AveragedModel averages it, and each allocation re-parametrises P, Λ and Q, "
+            f"across which an average means nothing. Set exact_svd=False, or begin to average after step {final_step}, "
+            "the last allocation"
+        )
+
+
+def _obstacle(tuner: Tuner, weights: Sequence[nn.Parameter]) -> str:
+    alive, own = _alive(AveragedModel, Optimizer), optimizer_of(tuner)
+    if _is_averaged(tuner, alive):
+        return "an AveragedModel averages them, and its copy keeps their shapes"
+    shrinks = None if own is None else own.state  # a wrapper may have the very state of its optimizer
+    names = _kinds(alive, lambda other: vars(other).get("state") is not shrinks and _keeps(other, weights))
+    return names and f"another optimizer ({names}) keeps a state of them; let one optimizer step all"
+
+
+def _is_averaged(tuner: Tuner, alive: Iterable[object]) -> bool:
+    """Whether an average of the tuner's model is among the objects. Its copy tells no more than such an adapter."""
+    models = (each.module for each in alive if isinstance(each, AveragedModel))
+    copies = (tunerkit.adapters(model).get(tuner.name) for model in models)
+    return any(copied is not None and copied is not tuner and copied.config == tuner.config for copied in copies)
+
+
+def _kinds(alive: Iterable[object], does: Callable[[Optimizer], bool]) -> str:
+    """The kinds of the optimizers of which ``does`` is true."""
+    return ", ".join(sorted({type(each).__name__ for each in alive if isinstance(each, Optimizer) and does(each)}))
+
+
+def _keeps(optimizer: Optimizer, weights: Iterable[Tensor]) -> bool:
+    state = vars(optimizer).get("state", {})
+    kept = (value for weight in weights if weight in state for value in state[weight].values())
+    return any(isinstance(value, Tensor) and value.ndim for value in kept)
+
+
+def _holds(optimizer: Optimizer, weights: Iterable[Tensor]) -> bool:
+    held = {id(parameter) for group in vars(optimizer).get("param_groups", ()) for parameter in group["params"]}
+    return any(id(weight) in held for weight in weights)
+
+
+def _found(look: Callable[[], F]) -> F:
+    """What ``look`` finds among the objects that are alive. One that is gone may wait for the garbage collector."""
+    if found := look():
+        gc.collect()
+        found = look()
+    return found
+
+
+def _alive(*kinds: type) -> list[object]:
+    """All objects of some kinds. Torch keeps no list of them, and this takes a tenth of a second."""
+    return [each for each in gc.get_objects() if issubclass(type(each), kinds)]
