@@ -43,6 +43,8 @@ class Method:
             module that is called, such as a norm or a block; or ``"norms"``, norms over the last dimension, by default
             all of them outside output heads. What adapts outputs can be merged where it implements ``tunerkit_delta``
             and the module is a layer or such a norm, whose weight is seen as a column, (out, 1).
+        multiplies: Whether the adapter multiplies the layer's weight or output, as IA³ does. If two such adapters of a
+            layer are active, their changes are added, and a warning says so.
         statistics: What the method wants to know of the data before training, see `tunerkit.calibrate`; None for a
             method that wants nothing. If that depends on the settings, a function of the config that says it.
         pieces: Whether the method's hooks work on the pieces that a process holds where an engine has cut an adapter,
@@ -56,6 +58,7 @@ class Method:
     needs_steps: bool = False
     start: Literal["exact", "rounding"] = attrs.field(default="exact", kw_only=True)
     targets: Literal["weights", "outputs", "norms"] = attrs.field(default="weights", kw_only=True)
+    multiplies: bool = attrs.field(default=False, kw_only=True)
     statistics: StatisticsRequest | Callable[[Any], StatisticsRequest | None] | None = attrs.field(
         default=None, kw_only=True
     )

@@ -37,6 +37,7 @@ ADDED = frozenset(
         "tunerkit.Gain.rows",
         "tunerkit.autocast_off(POSITIONAL_OR_KEYWORD device)",
         "tunerkit.Method.foreign",
+        "tunerkit.Method.multiplies",
         "tunerkit.add_delta(POSITIONAL_OR_KEYWORD base, POSITIONAL_OR_KEYWORD x, POSITIONAL_OR_KEYWORD y, "
         "POSITIONAL_OR_KEYWORD delta, KEYWORD_ONLY dropout = 0.0)",
         "tunerkit.method(POSITIONAL_OR_KEYWORD name, KEYWORD_ONLY sizes = None, VAR_KEYWORD record)",
@@ -230,7 +231,8 @@ ADDED = frozenset(
 # What functions of the snapshot have gained: parameters at the end, by keyword and with a default.
 GAINED = {
     "tunerkit.Method": ", KEYWORD_ONLY start = 'exact', KEYWORD_ONLY targets = 'weights', "
-    "KEYWORD_ONLY statistics = None, KEYWORD_ONLY pieces = False, KEYWORD_ONLY foreign = _Nothing",
+    "KEYWORD_ONLY multiplies = False, KEYWORD_ONLY statistics = None, KEYWORD_ONLY pieces = False, "
+    "KEYWORD_ONLY foreign = _Nothing",
     "tunerkit.attach": ", KEYWORD_ONLY data_parallel = None",
     "tunerkit.load": ", KEYWORD_ONLY check_config = True",
     "tunerkit.save": ", KEYWORD_ONLY allow_nonfinite = False",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tunerkit import hooks
-from tunerkit.errors import AdapterError, PluginError, TargetError, first as first_of
+from tunerkit.errors import AdapterError, PluginError, TargetError, first as first_of, warn
 from tunerkit.injection.integrity import note_call, shapes_of, watch
 from tunerkit.injection.preconditions import (
     refuse_mixed_dtypes,
@@ -208,6 +208,7 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable
         _inject_(tuner, built, scanned)
         train_(tuner, trained=trainable)
         _prepare_next_forward_(tuner.model)
+        _warn_of_products(tuner.model)
     except BaseException:
         _eject_([tuner])
         raise
@@ -318,6 +319,21 @@ def activate_(model: nn.Module, names: Sequence[str]) -> None:
     wrapped_of(model).active = tuple(names)
     for _, _, slots in adapted:
         slots.activate(names)
+    _warn_of_products(model)
+
+
+def _warn_of_products(model: nn.Module) -> None:
+    """Warn if two active adapters multiply one layer: neither acts on what the other makes of it."""
+    for path, _, slots in walk(model):
+        pairs = zip(slots.active, slots.applied, strict=True)
+        own = [name for name, slot in pairs if slot.adapter is not None and hooks.registry.get(slot.method).multiplies]
+        if len(own) > 1:
+            warn(
+                f"adapters {own[0]!r} and {own[1]!r} both multiply {path!r}: what each changes in the base is added, "
+                "not multiplied. Activate one at a time; or, for one to act on what the other makes, put it into "
+                "the base before you wrap the one: tunerkit.unwrap(model, keep_merged=True)"
+            )
+            return
 
 
 def rename_(tuner: Tuner, new: str) -> None:

@@ -82,17 +82,14 @@ def refuse_restricted(modules: Iterable[tuple[str, nn.Module]], verb: str) -> No
             if not of_class[kind] and marks.isdisjoint(vars(thing)):
                 continue
             for each in restrictions:
-                if each in of_class[kind] or _is_marked(thing, each.marks):
+                own = vars(thing)
+                marked = any(name in own and value in (None, own[name]) for name, value in each.marks.items())
+                if each in of_class[kind] or marked:
                     where = f"at {place!r}" if place else "in the model itself"
                     error = (each.error or AdapterError)(
                         f"cannot {verb} with {each.name}, found {where}: {each.refused[verb]}"
                     )
                     raise hooks.because_of(each, hooks.specs.tunerkit_restrictions, error)
-
-
-def _is_marked(thing: nn.Module | nn.Parameter, marks: Mapping[str, object]) -> bool:
-    own = vars(thing)
-    return any(name in own and value in (None, own[name]) for name, value in marks.items())
 
 
 def refuse_idle_patterns(tuner: Tuner) -> None:

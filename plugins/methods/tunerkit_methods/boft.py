@@ -108,7 +108,7 @@ class Butterfly(Adapter):
 
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
-    yield Method("boft", config=Config, foreign={"peft": NAMES})
+    yield Method("boft", config=Config, multiplies=True, foreign={"peft": NAMES})
 
 
 @hookimpl

@@ -112,7 +112,7 @@ class Dora(Adapter):
 
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
-    yield Method("dora", config=Config, foreign={"peft": NAMES})
+    yield Method("dora", config=Config, multiplies=True, foreign={"peft": NAMES})
 
 
 @hookimpl

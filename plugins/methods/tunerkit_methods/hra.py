@@ -39,7 +39,7 @@ def pairs(u: Tensor) -> None:
     u.copy_(nn.init.kaiming_uniform_(u[:, ::2].contiguous(), a=5**0.5).repeat_interleave(2, dim=1))
 
 
-@tunerkit.method("hra", sizes=sizes, start="rounding", foreign={"peft": NAMES})
+@tunerkit.method("hra", sizes=sizes, start="rounding", multiplies=True, foreign={"peft": NAMES})
 def hra(
     weight: Tensor,
     u: Tensor = parameter("in", "rank", start=pairs),

@@ -70,7 +70,7 @@ class Scaling(Adapter):
 
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
-    yield Method("ia3", config=Config, foreign={"peft": NAMES})
+    yield Method("ia3", config=Config, multiplies=True, foreign={"peft": NAMES})
 
 
 @hookimpl

@@ -56,7 +56,7 @@ class TrainedNorm(Adapter):
 
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
-    yield Method("ln-tuning", config=Config, targets="norms", foreign={"peft": NAMES})
+    yield Method("ln-tuning", config=Config, targets="norms", multiplies=True, foreign={"peft": NAMES})
 
 
 @hookimpl

@@ -124,7 +124,7 @@ class Rotation(Adapter):
 
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
-    yield Method("oft", config=Config, foreign={"peft": NAMES})
+    yield Method("oft", config=Config, multiplies=True, foreign={"peft": NAMES})
 
 
 @hookimpl

@@ -72,7 +72,7 @@ class Turning(Adapter):
 
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
-    yield Method("road", config=Config, foreign={"peft": NAMES})
+    yield Method("road", config=Config, multiplies=True, foreign={"peft": NAMES})
 
 
 @hookimpl
