@@ -22,11 +22,11 @@ OURS = sorted(
 )
 
 
-def wrapped(method: str, seed: int, *names: str) -> nn.Module:
+def wrapped(method: str, seed: int, *names: str) -> Any:
     torch.manual_seed(seed)
-    layers: dict[str, nn.Module] = {"ids": nn.Embedding(8, 8), "layer": nn.Linear(8, 8), "norm": nn.LayerNorm(8)}
-    model = nn.ModuleDict(layers)
-    nn.init.uniform_(model["norm"].weight)
+    norm = nn.LayerNorm(8)
+    nn.init.uniform_(norm.weight)
+    model = nn.ModuleDict({"ids": nn.Embedding(8, 8), "layer": nn.Linear(8, 8), "norm": norm})
     for name in names:
         tunerkit.wrap(model, method, SETTINGS.get(method, {"targets": ["layer"]}), adapter=name, seed=0)
     return model

@@ -77,7 +77,7 @@ def adapted(place: str, *, moved: float = 0.0) -> Any:
     return model
 
 
-def trainer_of(kind: str, model: nn.Module, folder: Path, *, attach: bool = True, **options: Any) -> Any:
+def trainer_of(kind: str, model: Any, folder: Path, *, attach: bool = True, **options: Any) -> Any:
     llama().save_pretrained(folder)
     model.config._name_or_path = str(folder)  # from where GRPO and RLOO load a reference
     given: dict[str, Any] = {
