@@ -9,6 +9,7 @@ import operator
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 from weakref import ref
 
@@ -75,8 +76,10 @@ def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer | No
                 f"{needing[0]!r} pruned; train it with {wrapped} alone, or use a method that needs no steps"
             )
         candidate = inner
-    if isinstance(candidate, Optimizer) and _takes_hooks(candidate):
-        return candidate
+    if isinstance(candidate, Optimizer):
+        with suppress(AttributeError):
+            candidate.register_state_dict_post_hook(lambda *_: None).remove()
+            return candidate
     name = type(candidate).__name__
     if isinstance(candidate, type) or not isinstance(candidate, _Stepping):
         raise StepError(
@@ -93,14 +96,6 @@ def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer | No
         "them"
     )
     return None
-
-
-def _takes_hooks(optimizer: Optimizer) -> bool:
-    try:
-        optimizer.register_state_dict_post_hook(lambda *_: None).remove()
-    except AttributeError:
-        return False
-    return True
 
 
 def check_attachable(tuner: Tuner, optimizer: Optimizer | None) -> None:

@@ -1,24 +1,26 @@
 """The allocation of a budget: scores of all triplets in, masks out, and what the layers make of them."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from operator import attrgetter
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from tunerkit.errors import warn
 from tunerkit.plugin import Cut, Tuner, optimizer_of, shrink_
 from tunerkit_adalora.budget import costs_of
-from tunerkit_adalora.followers import follower
+from tunerkit_adalora.followers import copies_in, follower
 from tunerkit_adalora.importance import Part
 from tunerkit_adalora.phase import Phase
 from tunerkit_adalora.schedule import Allocation
 from tunerkit_adalora.svd_form import to_svd_form_
 from tunerkit_adalora.svd_layer import SvdLayer, apply_masks_, weights_of
 from tunerkit_adalora.training import Training
-from tunerkit_adalora.weight_copies import copies_in
 
 _MASK = attrgetter("mask")
 
@@ -67,6 +69,7 @@ def spend_(
         )
     ranks = {target.path: rank for target, rank in zip(tuner.targets, found.ranks, strict=True)}
     cuts = _cuts(weights, masks, found.ranks) if due.final and config.shrink else []
+    following = _following(weights) if cuts else []
     mask_(tuner, layers, weights, masks, found.ranks)
     training.in_force = due.keep
     if training.resolved.exact_svd:
@@ -77,8 +80,10 @@ def spend_(
         # A budget in parameters may buy nothing. Without any triplet the loss might depend on no trained weight, and
         # backward would raise.
         if config.shrink and any(found.ranks):
-            reason = follower(tuner, weights, scores[0]) if cuts else None
-            reason = reason or shrink_(cuts, optimizer_of(tuner))
+            optimizer = optimizer_of(tuner)
+            is_alone = not cuts or (tuner.engine is None and following in ([], [optimizer]))
+            following.clear()  # so that what is gone can be collected
+            reason = (None if is_alone else follower(tuner, weights, scores[0])) or shrink_(cuts, optimizer)
             if reason is None:
                 for layer, mask, rank in zip(layers, masks, found.ranks, strict=True):
                     layer.set_mask(mask.new_ones(rank), rank=rank)
@@ -128,6 +133,20 @@ def _cuts(weights: Sequence[nn.Parameter], masks: Sequence[Tensor], ranks: Seque
             p, lam, q = weights[len(Part) * index :][: len(Part)]
             found += Cut(p, dim=1, kept=kept), Cut(lam, dim=0, kept=kept), Cut(q, dim=0, kept=kept)
     return found
+
+
+def _following(weights: Sequence[nn.Parameter]) -> list[object]:
+    """What is alive and may rely on the shapes of the weights: averages, and optimizers with a state of them.
+
+    Torch keeps no list of them. Looking for them takes a tenth of a second, once in a training.
+    """
+    alive = [each for each in gc.get_objects() if issubclass(type(each), AveragedModel | Optimizer)]
+    states = [vars(each).get("state", {}) for each in alive]
+    return [each for each, state in zip(alive, states, strict=True) if _relies(each, state, weights)]
+
+
+def _relies(each: object, state: Mapping[Tensor, object], weights: Sequence[nn.Parameter]) -> bool:
+    return isinstance(each, AveragedModel) or not state.keys().isdisjoint(weights)
 
 
 def _warn_of_kept(tuner: Tuner, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What follows an adapter's weights tensor by tensor, and relies on their shapes: averages, and other optimizers."""
+"""What keeps copies of an adapter's weights, or relies on their shapes: averages, and optimizers."""
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +13,27 @@ from tunerkit.errors import warn
 from tunerkit.plugin import StepError, Tuner, optimizer_of
 
 F = TypeVar("F", str, bool)
+# What optimizers call a second copy of the weights in their state: ASGD, schedule-free ones, Prodigy, D-Adaptation,
+# Ranger, timm's Lookahead, and those with weights in full precision.
+_COPIES = frozenset(
+    {"ax", "z", "p0", "x0", "slow_buffer", "lookahead_params", "lookahead_slow_buff", "master_param", "master_weights"}
+)
+
+
+def copies_in(optimizer: Optimizer | None, weights: Iterable[Tensor]) -> list[str]:
+    """Look for copies of the weights in an optimizer's state.
+
+    Args:
+        optimizer: The optimizer, or None if it is gone.
+        weights: The weights.
+
+    Returns:
+        The names of the copies in the state, sorted.
+    """
+    if optimizer is None:
+        return []
+    kept = (optimizer.state[weight] for weight in weights if weight in optimizer.state)
+    return sorted({str(name) for state in kept for name in state if name in _COPIES})
 
 
 def refuse_split(tuner: Tuner, optimizer: Optimizer | None) -> None:
@@ -106,5 +127,5 @@ def _found(look: Callable[[], F]) -> F:
 
 
 def _alive(*kinds: type) -> list[object]:
-    """All objects of some kinds. Torch keeps no list of them, and this takes a tenth of a second."""
+    """All objects of some kinds. Torch keeps no list of them."""
     return [each for each in gc.get_objects() if issubclass(type(each), kinds)]
