@@ -164,11 +164,11 @@ WRONG: list[tuple[str, object, str]] = [
     ("alpha", True, "expected float, got bool True @ $.alpha"),
     ("alpha", "much", "expected float, got str 'much' @ $.alpha"),
     ("alpha", "1e-3", "expected float, got str '1e-3' (YAML reads this as text: write 1.0e-3) @ $.alpha"),
-    ("alpha", math.nan, "expected a finite float, got float nan @ $.alpha"),
-    ("alpha", math.inf, "expected a finite float, got float inf @ $.alpha"),
+    ("alpha", math.nan, "expected a finite float of 32 bits, got float nan @ $.alpha"),
+    ("alpha", math.inf, "expected a finite float of 32 bits, got float inf @ $.alpha"),
     ("alpha", 0, "expected > 0, got 0.0 @ $.alpha"),
     ("dropout", 1.0, "expected < 1, got 1.0 @ $.dropout"),
-    ("t_init", -math.inf, "expected a finite float, got float -inf @ $.t_init"),
+    ("t_init", -math.inf, "expected a finite float of 32 bits, got float -inf @ $.t_init"),
     ("t_init", False, "expected int or float, got bool False @ $.t_init"),
     ("t_init", -1, "expected >= 0, got -1 @ $.t_init"),
     ("total_steps", 1.5, "expected int or None, got float 1.5 @ $.total_steps"),
@@ -189,7 +189,7 @@ WRONG: list[tuple[str, object, str]] = [
     ("ranks", {"q": "3"}, "expected int, got str '3' @ $.ranks['q']"),
     ("ranks", {"q": -1}, "expected >= 0, got -1 @ $.ranks['q']"),
     ("ranks", {7: 1}, "expected str, got int 7 @ $.ranks[7]"),
-    ("alphas", {"q": math.nan}, "expected a finite float, got float nan @ $.alphas['q']"),
+    ("alphas", {"q": math.nan}, "expected a finite float of 32 bits, got float nan @ $.alphas['q']"),
     ("betas", [0.1], "expected list of float and float, got 1 values @ $.betas"),
     ("betas", [0.1, 0.2, 0.3], "expected list of float and float, got 3 values @ $.betas"),
     ("betas", [0.1, 1], "expected < 1, got 1.0 @ $.betas[1]"),
@@ -213,7 +213,7 @@ KINDS: dict[str, st.SearchStrategy[Any]] = {
     "bool": st.booleans(),
     "text": st.text(),
     "none": st.none(),
-    "ints": st.lists(st.integers(), min_size=3, max_size=5),
+    "ints": st.lists(st.integers(1, 9), min_size=3, max_size=5),
     "texts": st.lists(st.text(), min_size=3, max_size=5),
     "mapping": st.dictionaries(st.text(), st.integers(1, 9), min_size=1, max_size=3),
 }
@@ -504,8 +504,24 @@ def test_a_range_is_about_numbers_alone() -> None:
 
 def test_an_int_too_large_for_a_float_is_refused() -> None:
     """10**400 is no float; if an int is allowed, it stays one."""
-    assert "expected a finite float, got int 1000" in problems_of(lambda: Sample(alpha=10**400))[0]
-    assert Sample(t_init=10**400).t_init == 10**400
+    assert "expected a finite float of 32 bits, got int 1000" in problems_of(lambda: Sample(alpha=10**400))[0]
+    assert "expected an int of 64 bits, got int 1000" in problems_of(lambda: Sample(t_init=10**400))[0]
+
+
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 10**400])
+def test_an_int_of_more_than_64_bits_is_refused(number: int) -> None:
+    """Torch takes none as a size or a seed; where a float is allowed too, the int does not become one."""
+    for name, value in (("t_init", number), ("layers", [0, number]), ("ranks", {"q": number})):
+        with pytest.raises(ConfigError, match=r"^expected an int of 64 bits, got int .* @ [^\n]*$"):
+            from_mapping(Sample, {name: value})
+    assert (Sample(t_init=2**64 - 1).t_init, Sample(layers=(-(2**63),)).layers) == (2**64 - 1, (-(2**63),))
+
+
+@pytest.mark.parametrize("number", [1e308, -3.5e38])
+def test_a_float_that_fp32_cannot_hold_is_refused(number: float) -> None:
+    """A scale multiplies numbers in fp32, and torch's own error would come with the first forward."""
+    assert problems_of(lambda: Sample(alpha=number))[0].startswith("expected a finite float of 32 bits, got float ")
+    assert Sample(alpha=3.4e38).alpha == 3.4e38
 
 
 def test_a_converter_that_fails_is_a_problem_with_a_path() -> None:

@@ -8,7 +8,6 @@ of letters, 8.9 as 8, and True as 1.
 import functools
 import operator
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, NoReturn, Self, TypeVar, Union, cast, get_args, get_origin
@@ -279,19 +278,22 @@ def _read(fields: Fields, mapping: Mapping[str, Any]) -> tuple[dict[str, object]
             except Exception as error:  # cattrs raises groups, a plugin's converter may raise anything
                 problems += transform_error(error, f"$.{name}", lambda problem, _: str(problem))
             else:
-                problems += _out_of_range(values[name], field.metadata, f"$.{name}")
+                problems += [
+                    f"expected {sign} {limit}, got {shown(number)} @ {path}"
+                    for path, number in numbers_in(values[name], f"$.{name}")
+                    for key, (sign, holds) in _COMPARE.items()
+                    if (limit := field.metadata.get(key)) is not None and not holds(number, limit)
+                ]
     return values, problems
 
 
-def _out_of_range(value: object, limits: Mapping[str, Any], path: str) -> Iterator[str]:
-    if isinstance(value, (tuple, dict)):
+def numbers_in(value: object, path: str) -> Iterator[tuple[str, float]]:
+    """The numbers in a setting, each with its path."""
+    if isinstance(value, (tuple, list, dict)):
         for key, element in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _out_of_range(element, limits, f"{path}[{shown(key)}]")
+            yield from numbers_in(element, f"{path}[{shown(key)}]")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        for name, (sign, holds) in _COMPARE.items():
-            limit = limits.get(name)
-            if limit is not None and not holds(value, limit):
-                yield f"expected {sign} {limit}, got {shown(value)} @ {path}"
+        yield path, value
 
 
 # --- The strict converter ---------------------------------------------------------------------------------------------
@@ -353,9 +355,11 @@ def _scalar(value: Any, cls: type) -> object:
     # What derives from a number or from text, such as an IntEnum, becomes one: YAML cannot write it.
     if not isinstance(value, (int, float) if cls is float else cls) or (isinstance(value, bool) and cls is not bool):
         _refuse(value, cls)
-    # Also if it is NaN, or an int too large for a float.
-    if cls is float and not abs(cast(float, value)) <= sys.float_info.max:
-        raise ValueError(f"expected a finite float, {_got(value)}")
+    # As far as torch takes them: an int as a size or a seed, a float as a factor of numbers in fp32. NaN is no factor.
+    if cls is int and not -(2**63) <= value < 2**64:
+        raise ValueError(f"expected an int of 64 bits, {_got(value)}")
+    if cls is float and not abs(value) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"expected a finite float of 32 bits, {_got(value)}")
     if cls is str:
         return str.__str__(value)
     return None if cls is NoneType else cls(value)
@@ -371,8 +375,8 @@ def _literal(value: object, cls: Any) -> object:
 
 def _union(value: object, cls: Any) -> object:
     errors: list[Exception] = []
-    # Try float last, because it also accepts ints: with `float | int`, 8 stays an int.
-    for member in sorted(get_args(cls), key=lambda member: member is float):
+    is_int = isinstance(value, int) and int in get_args(cls)  # float would accept it too: with `float | int`, 8 stays 8
+    for member in (member for member in get_args(cls) if not (is_int and member is float)):
         try:
             return _CONVERTER.structure(value, member)
         except Exception as error:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tests.support.toys import Toys
 from tests.support.model_checks import losing, untouched
 from tests.support.toy_formats import read, sniff, write
+from tests.support.toy_norms import NormPlugin
 from tunerkit.layers.adapter import resize_
 from tunerkit.plugin import AdapterConfig, Format, Method, setting
 from tunerkit_testing.registering import registered
@@ -197,6 +198,27 @@ def test_a_seed_repeats_the_start_and_leaves_the_global_state_alone(toys: "Toys"
     torch.manual_seed(1)
     unseeded = start(None)
     assert not torch.equal(start(None), unseeded)
+
+
+@pytest.mark.parametrize(("method", "config"), [("toy-low-rank", None), ("toy-norms", {"targets": "norm"})])
+def test_a_default_device_changes_nothing(
+    toys: "Toys", tmp_path: Path, method: str, config: dict[str, object] | None
+) -> None:
+    """Adapters and copies are built on the CPU, and norms are found there, as if torch made all tensors there."""
+    config = config or dict(toys.full)
+    with registered(NormPlugin()):
+        expected = tunerkit.wrap(toys.net(), method, config, seed=1)
+        file, wrapped, loaded = tunerkit.save(expected, tmp_path), toys.net(), toys.net()
+        torch.set_default_device("meta")
+        try:
+            tunerkit.wrap(wrapped, method, config, seed=1)
+            tunerkit.load(loaded, file)
+        finally:
+            torch.set_default_device(None)
+        for model in (wrapped, loaded):
+            assert model.state_dict().keys() == expected.state_dict().keys()
+            assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.state_dict().items())
+            assert torch.equal(model(toys.x()), expected(toys.x()))
 
 
 @given(name=LEGAL_NAMES)

@@ -225,9 +225,7 @@ def test_a_file_that_asks_for_huge_shared_matrices_is_refused(tmp_path: Path) ->
         text = file.metadata()["tunerkit"].replace('"rank": 2', f'"rank": {10**10}')
     assert str(10**10) in text
     save_file(tensors, path, metadata={"tunerkit": text, "tunerkit.digest": digest(text, tensors)})
-    with pytest.raises(
-        tunerkit.errors.FileError, match=r"does not fit its own header.*'0' needs many times more memory"
-    ):
+    with pytest.raises(tunerkit.errors.FileError, match=r"does not fit its own header.*'0' needs a tensor of"):
         tunerkit.load(net(), path)
 
 

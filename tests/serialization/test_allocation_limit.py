@@ -1,13 +1,15 @@
-"""A plugin that builds an adapter from a file's config cannot make tensors out of proportion to the file."""
+"""A plugin that builds an adapter cannot make tensors out of proportion to the file, or else to the layers."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tunerkit.errors import FileError
+from tunerkit.errors import ConfigError, FileError
 from tunerkit.records import Target
 from tunerkit.serialization.tensor_checks import AllocationLimit, limit_for
 
@@ -16,6 +18,10 @@ LARGE = {"rank": 10**6}
 FILE = {"layer.adapter.a": torch.zeros(2, 64), "layer.adapter.b": torch.zeros(64, 2)}
 WEIGHT = torch.ones(64, 64)
 TARGET = Target("layer", nn.Linear(64, 64))
+
+
+def under_limit(target: Target = TARGET, tensors: Mapping[str, Tensor] = FILE) -> AbstractContextManager[object]:
+    return limit_for(LARGE, [target], tensors, "x")(target)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +36,7 @@ TARGET = Target("layer", nn.Linear(64, 64))
         lambda: torch.zeros(1).new_zeros(HUGE),
         lambda: torch.zeros(1).repeat(HUGE),
         lambda: torch.eye(10**6),
+        lambda: torch.eye(2, HUGE),
         lambda: torch.arange(HUGE),
         lambda: torch.zeros(3, 1).expand(3, HUGE),
         lambda: nn.Linear(64, HUGE),
@@ -40,8 +47,8 @@ TARGET = Target("layer", nn.Linear(64, 64))
 def test_a_huge_tensor_is_refused_before_it_is_made(make: Callable[[], object]) -> None:
     """By size or by result, in every way in which an adapter makes its weights."""
     with (
-        pytest.raises(FileError, match=r"x does not fit its own header.*'layer'.*than the 256 values"),
-        limit_for(LARGE, FILE, "x")(TARGET),
+        pytest.raises(FileError, match=r"x does not fit its own header.*'layer'.*the file has 256"),
+        under_limit(),
     ):
         make()
 
@@ -58,7 +65,7 @@ def test_a_huge_tensor_is_refused_before_it_is_made(make: Callable[[], object]) 
 )
 def test_what_a_method_computes_from_the_weight_is_allowed(make: Callable[[], Any]) -> None:
     """A start may need factors of the weight; a target of the model's size is in proportion."""
-    with limit_for(LARGE, FILE, "x")(TARGET):
+    with under_limit():
         assert make() is not None
 
 
@@ -66,7 +73,7 @@ def test_packed_weights_count_as_what_they_stand_for() -> None:
     """A quantised layer holds two values in each byte, and a plugin may unpack them all."""
     layer = nn.Module()
     layer.register_buffer("packed", torch.zeros(512 * 512 // 8, dtype=torch.int32))
-    with limit_for(LARGE, FILE, "x")(Target("layer", layer)):
+    with under_limit(Target("layer", layer)):
         assert torch.zeros(512, 512).numel() == 2**18
         with pytest.raises(FileError):
             torch.zeros(4096, 4096)
@@ -79,13 +86,13 @@ def test_values_are_those_that_would_be_made_without_a_limit() -> None:
         torch.manual_seed(0)
         return nn.init.kaiming_uniform_(torch.empty(2, 64, dtype=torch.float64))
 
-    with limit_for(LARGE, FILE, "x")(TARGET):
+    with under_limit():
         limited = make()
     assert torch.equal(limited, make())
 
 
 @pytest.mark.parametrize(
-    ("config", "limited"),
+    ("config", "is_limited"),
     [
         ({"rank": 64, "dropout": 0.1, "targets": ["a"], "bias": True}, False),
         ({"rank": 2000}, False),  # a dimension of the file's tensors
@@ -94,16 +101,34 @@ def test_values_are_those_that_would_be_made_without_a_limit() -> None:
         ({"alpha": 1e30}, True),
     ],
 )
-def test_only_a_config_with_a_large_number_is_built_under_the_limit(config: object, limited: bool) -> None:
+def test_only_a_config_with_a_large_number_is_built_under_the_limit(
+    config: dict[str, object], is_limited: bool
+) -> None:
     """The limit costs time, and a config without such a number cannot ask for much."""
-    with limit_for(config, {"layer.adapter.a": torch.zeros(2000, 1)}, "x")(TARGET) as entered:
-        assert isinstance(entered, AllocationLimit) == limited
+    with limit_for(config, [TARGET], {"layer.adapter.a": torch.zeros(2000, 1)}, "x")(TARGET) as entered:
+        assert isinstance(entered, AllocationLimit) == is_limited
 
 
 def test_what_adapters_share_counts_for_the_target_that_it_lies_beside() -> None:
     """Shared matrices are as large as the largest target, and the first one may be small."""
     shared = {**FILE, "layer.tunerkit.a": torch.empty(2, 10**5), "layer.tunerkit.adapter.b": torch.empty(10**5, 2)}
-    with limit_for(LARGE, shared, "x")(TARGET):
-        nn.Parameter(torch.randn(10, 10**5))
-    with pytest.raises(FileError, match=r"than the 256 values"), limit_for(LARGE, FILE, "x")(TARGET):
-        torch.randn(10, 10**5)
+    with under_limit(tensors=shared):
+        nn.Parameter(torch.randn(15, 10**5))
+    with pytest.raises(FileError, match=r"the file has 256"), under_limit():
+        torch.randn(15, 10**5)
+
+
+def test_a_new_adapter_is_compared_with_the_largest_layer() -> None:
+    """Without a file, the error names the size, the layer's, and each setting that may ask for it."""
+    targets = [TARGET, Target("large", nn.Linear(1000, 1000, device="meta"))]
+    limit = limit_for({"rank": 4000, "ranks": {"a": [8, 10**6]}, "alpha": 16.0}, targets)
+    with limit(TARGET):  # what all adapters share is built for the first target
+        torch.zeros(4000, 1000)
+    words = (
+        "the adapter at 'layer' needs a tensor of 64,000,000 numbers, and the largest layer has 1,001,000; "
+        "lower it @ $.rank, $.ranks['a'][1]"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(words)}$"), limit(TARGET):
+        torch.zeros(10**6, 64)
+    with limit_for({"rank": 1024}, targets)(TARGET) as entered:
+        assert not isinstance(entered, AllocationLimit)

@@ -41,27 +41,6 @@ def test_the_digest_covers_name_dtype_and_shape_of_equal_bytes() -> None:
     assert digest("text", {"a": zeros, "b": zeros + 1}) == digest("text", {"b": zeros + 1, "a": zeros})
 
 
-def test_a_setting_may_be_any_finite_number_of_its_type() -> None:
-    """What a config accepts can be saved: only integers have a limit, which Python takes long to print."""
-
-    def made(size: float) -> Header:
-        return Header(
-            kind="adapter",
-            method="toy",
-            config={"scale": size},
-            targets=[],
-            copies=[],
-            biases=[],
-            steps=0,
-            total_steps=None,
-            versions={},
-        )
-
-    assert made(1e300).config == {"scale": 1e300}
-    with pytest.raises(ValueError, match="settings below"):
-        made(10**101)
-
-
 @pytest.mark.parametrize("word", ["toy-low-rank", "conv", "sample", '\\"steps\\": 0'])
 def test_an_edited_header_is_damage(toys: "Toys", saved: Path, tmp_path: Path, word: str) -> None:
     """The digest covers the header's text: an edit of the same length is detected."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tunerkit import hooks, injection, layers, serialization, steps, targets
-from tunerkit.config import AdapterConfig
+from tunerkit.config import AdapterConfig, unstructure
 from tunerkit.errors import ConfigError, warn
 from tunerkit.injection import Progress, Tuner
 from tunerkit.targets import Scan
@@ -54,9 +54,15 @@ def wrap(
     if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**64):
         raise ConfigError([f"expected an int of 64 bits or None, got {type(seed).__name__} {seed!r} @ seed"])
     root = injection.ready_model(model, adapter, trainable=True)
-    method = hooks.registry.named(method)
+    # Torch trains no parameter that is made in inference mode.
+    with layers.weights.new_modules_whole(), torch.inference_mode(False):
+        _wrap(root, hooks.registry.named(method), config, adapter, seed)
+    return model
+
+
+def _wrap(root: nn.Module, method: str, given: object, adapter: str, seed: int | None) -> None:
     hooks.registry.warn_of_rivals(method)
-    config = hooks.configure(method, config, root)
+    config = hooks.configure(method, given, root)
     with hooks.Question(AdapterConfig.for_model, method, type(root).__name__) as question:
         found = config.for_model(root)
         if (wrong := hooks.unlike(found, type(config))) is not None:
@@ -66,20 +72,17 @@ def wrap(
     tuner = _choose(scanned, method, found, adapter)
     tuner.progress.seed = seed
     injection.refuse_idle_patterns(tuner)
-    # Torch trains no parameter that is made in inference mode. Adapters are built on the CPU.
-    separate = torch.random.fork_rng(devices=[], enabled=seed is not None)
-    with separate, layers.weights.new_modules_whole(), torch.inference_mode(False):
+    around = serialization.limit_for(unstructure(found), tuner.targets)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):  # adapters are built on the CPU
         if seed is not None:
             torch.default_generator.manual_seed(seed)
-        slots = dict(injection.build_each(scanned, tuner))
+        slots = dict(injection.build_each(scanned, tuner, around=around))
     injection.warn_of_limits(scanned, tuner)
     targets.warn_of_unknown_packed(scanned)
     _warn_of_unserved(root, found)
     serialization.note_base(tuner, scanned)
-    with layers.weights.new_modules_whole(), torch.inference_mode(False):
-        injection.inject_(tuner, slots, scanned, trainable=True)
+    injection.inject_(tuner, slots, scanned, trainable=True)
     steps.watch_(tuner)
-    return model
 
 
 def _warn_of_unserved(root: nn.Module, config: AdapterConfig) -> None:

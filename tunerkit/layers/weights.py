@@ -149,8 +149,10 @@ def reshard_(model: nn.Module) -> None:
 
 @contextmanager
 def new_modules_whole() -> Iterator[None]:
-    """Inside the block, new modules are whole, also where a library would divide them at once."""
+    """Inside the block, new modules are whole, and on the CPU, whatever library or default device would have them."""
     with ExitStack() as entered:
+        if torch.get_default_device().type != "cpu":  # else it would only cost time, in every call of torch
+            entered.enter_context(torch.device("cpu"))
         for each in plugins.holdings():
             entered.enter_context(each.outside())
         yield

@@ -331,9 +331,8 @@ def _load(
     refuse_nonfinite(tensors, base_values(tuner), source)
     # The file overwrites the initial values; keep the caller's random state.
     with torch.random.fork_rng(devices=[]):
-        around = limit_for(unstructure(tuner.config), tensors, source)
-        built = injection.build_each(scanned, tuner, around=around, ready=ready)
-        slots = fill(built, tensors, root, source)
+        around = limit_for(unstructure(tuner.config), tuner.targets, tensors, source)
+        slots = fill(injection.build_each(scanned, tuner, around=around, ready=ready), tensors, root, source)
     injection.inject_(tuner, slots, scanned, trainable=trainable)
     steps.watch_(tuner)
     warn_of_lone(tuner)

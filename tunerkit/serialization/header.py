@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,7 +22,6 @@ from tunerkit.serialization.safetensors_file import bytes_of, file_at, metadata_
 KEY = "tunerkit"
 FORMAT = 1
 _LONGEST_NAME = 200  # characters of a method's name
-_LARGEST_SETTING = 10**100
 _LARGEST = 2**63  # counts and sizes are 64-bit integers to torch
 _LARGEST_FLOAT = sys.float_info.max
 # The public function that writes each kind of file.
@@ -71,27 +70,8 @@ def _is_change(instance: "Header", attribute: _Attribute, change: Any) -> None:
     )
 
 
-def _are_settings(value: object) -> bool:
-    numbers = numbers_in(value)
-    return isinstance(value, dict) and not any(type(each) is int and abs(each) > _LARGEST_SETTING for each in numbers)
-
-
-def numbers_in(values: object) -> Iterator[float]:
-    """The numbers in plain values, in lists and mappings at any depth."""
-    waiting = [values]
-    while waiting:
-        match waiting.pop():
-            case int() | float() as number:
-                yield number
-            case list() as members:
-                waiting += members
-            case Mapping() as settings:
-                waiting += settings.values()
-
-
 _is_count = _expect("an integer from 0 to 2**63 - 1", _is_size)
 _is_method = _expect("the name of a method", lambda value: isinstance(value, str) and len(value) <= _LONGEST_NAME)
-_has_settings = _expect("a mapping, with integers in settings below 10**100", _are_settings)
 _lists_paths = _expect("a list of texts, none of them twice", _are_paths)
 _holds_entry = _expect("a shape of integers, a dtype and a sample of finite numbers", _is_entry)
 
@@ -107,7 +87,7 @@ class Header:
 
     kind: str
     method: str = attrs.field(validator=_is_method)
-    config: dict[str, Any] = attrs.field(validator=_has_settings)
+    config: dict[str, Any] = attrs.field(validator=instance_of(dict))
     targets: list[str] = attrs.field(validator=_lists_paths)
     copies: list[str] = attrs.field(validator=_lists_paths)
     biases: list[str] = attrs.field(validator=_lists_paths)

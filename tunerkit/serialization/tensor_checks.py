@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tunerkit import hooks
-from tunerkit.errors import BaseMismatchError, FileError, TunerkitError, cut, first
+from tunerkit.config import numbers_in
+from tunerkit.errors import BaseMismatchError, ConfigError, FileError, TunerkitError, cut, first
 from tunerkit.injection import Slot
+from tunerkit.layers.weights import whole_shape
 from tunerkit.paths import CHILD, few, join
 from tunerkit.records import Resized, Target
-from tunerkit.serialization.header import numbers_in
 
 _Shapes = tuple[Sequence[int], Sequence[int]]  # in the file, and in this model
 _NOTHING: Mapping[str, Tensor] = {}
@@ -27,8 +28,8 @@ _TO_READ = (
 # One of these may replace another: a base or an adapter may be held in another precision than it was saved in.
 _PRECISIONS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 # A plugin may make tensors that it does not keep, such as a factor of the weight in float64.
-_FACTOR, _ALWAYS = 4, 2**16
-# A rank or a number of steps up to this is nothing unusual, whatever the file's tensors are like.
+_FACTOR, _ALWAYS = 4, 2**20
+# A rank or a number of steps up to this is nothing unusual, whatever the tensors are like.
 _USUAL = 1024
 # The functions that are given a size. Others are checked by their results.
 _FACTORIES = frozenset(
@@ -163,41 +164,49 @@ def _load_slot(path: str, slot: Slot, tensors: Mapping[str, Tensor]) -> list[str
 
 
 def limit_for(
-    config: object, tensors: Mapping[str, Tensor], source: str
+    config: Mapping[str, object], targets: Sequence[Target], tensors: Mapping[str, Tensor] = _NOTHING, source: str = ""
 ) -> Callable[[Target], AbstractContextManager[object]]:
     """Return what to enter while the adapter of a target is built: an `AllocationLimit`, or nothing if none is needed.
 
     The limit costs time in every call of torch. A config with no number above the dimensions that the file's tensors
-    have cannot ask for much more than the file has. ``config`` is in plain values.
+    have cannot ask for much more than the file has. ``config`` is in plain values; a new adapter has no ``source``.
     """
-    largest = max([_USUAL, *(size for tensor in tensors.values() for size in tensor.shape)])
-    if not any(number > largest for number in numbers_in(config)):
+    usual = max([_USUAL, *(size for tensor in tensors.values() for size in tensor.shape)])
+    numbers = (found for name, value in config.items() for found in numbers_in(value, f"$.{name}"))
+    if not (large := [path for path, number in numbers if number > usual]):
         return nullcontext
     held: Counter[str] = Counter()
     for name, tensor in tensors.items():
         path, of_shared, _ = name.partition(f".{CHILD}.")
         held[path if of_shared else name.rpartition(".adapter.")[0]] += tensor.numel()
-    return lambda target: AllocationLimit(target, held[target.path], source)
+    # Integers may pack several weights, two in each byte. What all adapters share may be made for the largest target.
+    own = [chain(each.module.parameters(recurse=False), each.module.buffers(recurse=False)) for each in targets]
+    count = [[math.prod(whole_shape(t)) * (1 if t.is_floating_point() else 2 * t.itemsize) for t in ts] for ts in own]
+    largest = max(map(sum, count), default=0)
+
+    def limited(target: Target) -> AllocationLimit:
+        def refusal(elements: int) -> TunerkitError:
+            text = f"the adapter at {cut(target.path, 200)!r} needs a tensor of {elements:,} numbers, and the"
+            if source:
+                there = f"{text} file has {held[target.path]:,} for it"
+                return FileError(f"{source} does not fit its own header: by its config, {there}")
+            return ConfigError([f"{text} largest layer has {largest:,}; lower it @ {few(large, shown=5)}"])
+
+        return AllocationLimit(_FACTOR * (held[target.path] + largest) + _ALWAYS, refusal)
+
+    return limited
 
 
 class AllocationLimit(TorchFunctionMode):
-    """Rejects calls of torch with more elements than a target can need, while its adapter is built from a file.
+    """Rejects calls of torch with more than ``most`` elements while an adapter is built: what a config may ask for.
 
-    A file's config may ask for more memory than there is, in a file of a few bytes. An adapter that fits the file needs
-    no more than ``held``, the number of the file's values for this target. For what a plugin computes meanwhile, a few
-    times the size of the target's own weights is added.
+    An adapter that fits its file needs no more than the file's values for its target. For what a plugin computes
+    meanwhile, and for a new adapter, a few times the size of the largest target's own weights is added.
     """
 
-    def __init__(self, target: Target, held: int, source: str) -> None:
+    def __init__(self, most: int, refusal: Callable[[int], TunerkitError]) -> None:
         super().__init__()
-        own = chain(target.module.parameters(recurse=False), target.module.buffers(recurse=False))
-        # Integers may pack several weights: two in each byte.
-        weights = sum(t.numel() if t.is_floating_point() else 2 * t.numel() * t.element_size() for t in own)
-        self._most = _FACTOR * (held + weights) + _ALWAYS
-        self._text = (
-            f"{source} does not fit its own header: by its config, the adapter at {cut(target.path, 200)!r} needs many "
-            f"times more memory than the {held} values that the file has for it"
-        )
+        self._most, self._refusal = most, refusal
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -206,6 +215,7 @@ class AllocationLimit(TorchFunctionMode):
         if func in _FACTORIES:
             given = [*args, kwargs.get("size")]
             counts = [arg for arg in args if type(arg) is int]
+            counts = (2 * counts)[:2] if func is torch.eye else counts  # a square, unless it has two sizes
             sizes = next((arg for arg in given if isinstance(arg, list | tuple)), counts)
             self._refuse_above(math.prod(abs(size) for size in sizes if isinstance(size, int)))
         result = func(*args, **kwargs)
@@ -215,7 +225,7 @@ class AllocationLimit(TorchFunctionMode):
 
     def _refuse_above(self, elements: int) -> None:
         if elements > self._most:
-            raise FileError(self._text)
+            raise self._refusal(elements)
 
 
 def resize_hint(model: nn.Module, resized: Sequence[Resized]) -> str:

@@ -6,6 +6,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import attrs
+import torch
 from hypothesis import reject, strategies as st
 from hypothesis.strategies import SearchStrategy
 
@@ -91,30 +92,22 @@ def _scalar(cls: Any, limits: Mapping[str, Any]) -> SearchStrategy[Any]:
     return _ints(limits) if cls is int else _floats(limits)
 
 
-def _bounds(limits: Mapping[str, Any]) -> tuple[float, float, bool, bool]:
-    """Return the lowest and the highest value, and whether each is excluded."""
+def _bounds(limits: Mapping[str, Any], lowest: float, highest: float) -> tuple[float, float, bool, bool]:
+    """Return the lowest and the highest value, and whether each is excluded; by default what any config accepts."""
     ge, gt, le, lt = (limits.get(name) for name in ("ge", "gt", "le", "lt"))
-    low = max((limit for limit in (ge, gt) if limit is not None), default=-math.inf)
-    high = min((limit for limit in (le, lt) if limit is not None), default=math.inf)
+    low = max((limit for limit in (ge, gt) if limit is not None), default=lowest)
+    high = min((limit for limit in (le, lt) if limit is not None), default=highest)
     return low, high, low == gt, high == lt
 
 
 def _ints(limits: Mapping[str, Any]) -> SearchStrategy[int]:
-    low, high, open_below, open_above = _bounds(limits)
-    lowest = None if low == -math.inf else (math.floor(low) + 1 if open_below else math.ceil(low))
-    highest = None if high == math.inf else (math.ceil(high) - 1 if open_above else math.floor(high))
-    if lowest is not None and highest is not None and lowest > highest:
-        return st.nothing()
-    return st.integers(lowest, highest)
+    low, high, open_below, open_above = _bounds(limits, -(2**63), 2**64 - 1)
+    lowest = math.floor(low) + 1 if open_below else math.ceil(low)
+    highest = math.ceil(high) - 1 if open_above else math.floor(high)
+    return st.nothing() if lowest > highest else st.integers(lowest, highest)
 
 
 def _floats(limits: Mapping[str, Any]) -> SearchStrategy[float]:
-    low, high, open_below, open_above = _bounds(limits)
-    return st.floats(
-        min_value=None if low == -math.inf else low,
-        max_value=None if high == math.inf else high,
-        exclude_min=open_below,
-        exclude_max=open_above,
-        allow_nan=False,
-        allow_infinity=False,
-    )
+    largest = torch.finfo(torch.float32).max
+    low, high, open_below, open_above = _bounds(limits, -largest, largest)
+    return st.floats(low, high, exclude_min=open_below, exclude_max=open_above, allow_nan=False)
