@@ -356,9 +356,9 @@ def _scalar(value: Any, cls: type) -> object:
     if not isinstance(value, (int, float) if cls is float else cls) or (isinstance(value, bool) and cls is not bool):
         _refuse(value, cls)
     # As far as torch takes them: an int as a size or a seed, a float as a factor of numbers in fp32. NaN is no factor.
-    if cls is int and not -(2**63) <= value < 2**64:
+    if cls is int and not -(2**63) <= cast(int, value) < 2**64:
         raise ValueError(f"expected an int of 64 bits, {_got(value)}")
-    if cls is float and not abs(value) <= torch.finfo(torch.float32).max:
+    if cls is float and not abs(cast(float, value)) <= torch.finfo(torch.float32).max:
         raise ValueError(f"expected a finite float of 32 bits, {_got(value)}")
     if cls is str:
         return str.__str__(value)

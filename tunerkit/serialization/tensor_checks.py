@@ -15,7 +15,7 @@ from tunerkit import hooks
 from tunerkit.config import numbers_in
 from tunerkit.errors import BaseMismatchError, ConfigError, FileError, TunerkitError, cut, first
 from tunerkit.injection import Slot
-from tunerkit.layers.weights import whole_shape
+from tunerkit.layers import weights
 from tunerkit.paths import CHILD, few, join
 from tunerkit.records import Resized, Target
 
@@ -181,8 +181,8 @@ def limit_for(
         held[path if of_shared else name.rpartition(".adapter.")[0]] += tensor.numel()
     # Integers may pack several weights, two in each byte. What all adapters share may be made for the largest target.
     own = [chain(each.module.parameters(recurse=False), each.module.buffers(recurse=False)) for each in targets]
-    count = [[math.prod(whole_shape(t)) * (1 if t.is_floating_point() else 2 * t.itemsize) for t in ts] for ts in own]
-    largest = max(map(sum, count), default=0)
+    size = [[math.prod(weights.whole_shape(t)) * (t.is_floating_point() or 2 * t.itemsize) for t in ts] for ts in own]
+    largest = max(map(sum, size), default=0)
 
     def limited(target: Target) -> AllocationLimit:
         def refusal(elements: int) -> TunerkitError:

@@ -1,5 +1,6 @@
 """AdaLoRA's work around an optimizer step: regulariser, masks, budget."""
 
+import copy
 import itertools
 import math
 import warnings
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from plugins.adalora.tests.short_training import TOTAL, adamw, attached, layers, live, masked_lambdas, weights, wrapped
+from tunerkit.errors import AdapterError, FileError
 from tunerkit_adalora.orthogonality import penalty
 from tunerkit_adalora.schedule import plan
 from tunerkit_adalora.training import training_of
@@ -60,6 +62,20 @@ def test_accumulation_does_not_multiply_the_regulariser(form: str, micro_batches
     for layer, own in zip(layers(model), lambdas, strict=True):
         assert layer.lam.grad is not None
         assert torch.equal(layer.lam.grad, own)
+
+
+def test_clipping_does_not_see_the_regulariser() -> None:
+    """The norm is that of the loss's gradient, which is clipped alone. The regulariser is added in full."""
+    clipped = []
+    for gamma in (0.0, 1.0):
+        model = wrapped(gamma=gamma, start="gaussian")
+        optimizer = attached(model)
+        loss_of(model).backward()
+        norm = nn.utils.clip_grad_norm_(trainable(model), 1e-5)
+        optimizer.step()
+        clipped.append((norm, nn.utils.get_total_norm([p.grad for p in trainable(model) if p.grad is not None])))
+    assert clipped[0][0] == clipped[1][0] > 4e-5
+    assert clipped[0][1] < 1.1e-5 < 0.01 < clipped[1][1]
 
 
 @pytest.mark.parametrize("unscale", [False, True])
@@ -594,3 +610,67 @@ def test_a_training_too_short_to_choose_what_to_prune_is_refused(total: int) -> 
     tunerkit.attach(model, adamw(model), total_steps=6)
     fixed = wrapped(t_init=0.1, t_final=0.3, delta_t=10, target_rank=2, init_rank=2, exact_svd=False)
     tunerkit.attach(fixed, adamw(fixed), total_steps=total)
+
+
+@pytest.mark.filterwarnings("ignore:.*nothing is left to prune")
+@pytest.mark.parametrize("spans", [{}, {"t_init": 0.1, "t_final": 0.3}], ids=["steps", "shares"])
+@pytest.mark.parametrize("shrink", [True, False])
+def test_a_finished_adapter_trains_a_few_steps_more(shrink: bool, spans: dict[str, Any], tmp_path: Path) -> None:
+    """Nothing is left to prune, so any number of steps will do, and the ranks stay; it can be resumed too."""
+    model = wrapped(shrink=shrink, **spans)
+    train(model, attached(model), TOTAL)
+    ranks, file = tunerkit.tuner(model).ranks(), tunerkit.save(model, tmp_path / "finished")
+    for total in (1, 2, 5):
+        more = tunerkit.load(net(), file, trainable=True)
+        before, optimizer = weights(more), attached(more, total)
+        train(more, optimizer, total)
+        tuner = tunerkit.tuner(more)
+        assert (tuner.ranks(), tuner.budget(), sum(ranks.values())) == (ranks, 6, 6)
+        assert not torch.equal(weights(more)[0], before[0])
+        again = tunerkit.load(net(), tunerkit.save(more, tmp_path / "more"), trainable=True)
+        attached(again, total)
+        tunerkit.load_state(again, tunerkit.save_state(more, tmp_path / "more"))
+        assert (tunerkit.tuner(again).ranks(), tunerkit.tuner(again).budget()) == (ranks, 6)
+        assert torch.equal(loss_of(again), loss_of(more))
+
+
+@pytest.mark.filterwarnings("ignore:.*above the final 6")
+@pytest.mark.parametrize("shrink", [True, False])
+def test_weights_of_mid_training_in_a_finished_adapter_are_not_saved(shrink: bool, tmp_path: Path) -> None:
+    """The file would have 12 triplets after a budget of 6. With the state of that step, it is that training."""
+    model = wrapped(shrink=shrink)
+    optimizer = attached(model)
+    train(model, optimizer, 4)
+    middle = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, TOTAL - 4)
+    file = tunerkit.save(model, tmp_path)
+    finished, data = copy.deepcopy(model.state_dict()), file.read_bytes()
+    model.load_state_dict(middle[0])
+    with pytest.raises(
+        AdapterError, match=r"keep 12, .* left a budget of 6: .*optimizer's state_dict.* of step 20 again"
+    ):
+        tunerkit.save(model, tmp_path)
+    assert file.read_bytes() == data
+    model.load_state_dict(finished)
+    tunerkit.save(model, tmp_path)
+    assert file.read_bytes() == data
+    model.load_state_dict(middle[0])
+    optimizer.load_state_dict(middle[1])
+    tunerkit.save(model, tmp_path)
+    assert sum(tunerkit.tuner(tunerkit.load(net(), tmp_path)).ranks().values()) == 12
+
+
+def test_a_state_of_mid_training_in_a_finished_adapter_is_refused(tmp_path: Path) -> None:
+    """Its masks would revive what is pruned, with λ at 0. Nothing changes."""
+    model = wrapped()
+    optimizer = attached(model)
+    train(model, optimizer, 4)
+    state = tunerkit.save_state(model, tmp_path)
+    train(model, optimizer, TOTAL - 4)
+    before = weights(model)
+    with pytest.raises(
+        FileError, match="the masks keep 6 triplets that are pruned in the adapter, whose weights are of"
+    ):
+        tunerkit.load_state(model, state)
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+    assert tunerkit.tuner(model).steps == TOTAL

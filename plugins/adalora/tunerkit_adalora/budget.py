@@ -35,13 +35,15 @@ def schedule_of(config: AdaLoraConfig, resolved: Resolved, layers: Sequence[SvdL
         ConfigError: If the schedule is impossible.
     """
     per_rank = sum(costs_of(config, layers))  # one triplet at each target
+    target = resolved.target_rank * per_rank if config.budget is None else config.budget
     return plan(
         total_steps=total_steps,
         t_init=config.t_init,
         t_final=config.t_final,
         delta_t=config.delta_t,
         initial=resolved.init_rank * per_rank,
-        target=resolved.target_rank * per_rank if config.budget is None else config.budget,
+        target=target,
+        prunes=live_budget(config, layers) > target,
         target_field="target_rank" if config.budget is None else "budget",
     )
 

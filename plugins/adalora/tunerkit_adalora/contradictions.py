@@ -34,6 +34,9 @@ def contradictions(
     there = sum(len(layer.lam) * cost for layer, cost in zip(layers, costs, strict=True))
     if live > values.in_force:
         yield f"the masks keep {live}, above the budget 'in_force' {values.in_force}"
+    revived = sum(int((mask & ~layer.mask).sum()) for mask, layer in zip(masks, layers, strict=True))
+    if revived:
+        yield f"the masks keep {revived} triplets that are pruned in the adapter, whose weights are of another step"
     if values.shrunk and live < there:
         yield f"'shrunk' is true, but the masks keep {live} of {there}"
     if there > values.initial:

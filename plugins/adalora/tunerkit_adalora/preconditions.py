@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from tunerkit.plugin import StepError, Tuner
+from tunerkit.plugin import AdapterError, StepError, Tuner
 
 
 def refuse_sharded(tuner: Tuner, weights: Sequence[nn.Parameter]) -> None:
@@ -44,3 +44,24 @@ def refuse_other_ranks(adapter: str) -> None:
         f"adapter {adapter!r} has other ranks than when it was attached (load_state_dict of a checkpoint?), so the "
         "optimizer's state does not fit; load the optimizer's state too, then tunerkit.load_state"
     )
+
+
+def refuse_revived(adapter: str, live: int, in_force: int, step: int) -> None:
+    """Refuse masks that keep more than the last allocation left.
+
+    Args:
+        adapter: The adapter's name, for the message.
+        live: What the masks keep, in the config's unit.
+        in_force: The budget of the last allocation.
+        step: The last step.
+
+    Raises:
+        AdapterError: If the masks are of another step.
+    """
+    if live > in_force:
+        raise AdapterError(
+            f"the masks of adapter {adapter!r} keep {live}, and its last allocation left a budget of {in_force}: "
+            "weights of another step were loaded into it (load_state_dict). Load the training state of that step too "
+            f"(the optimizer's state_dict, or tunerkit.load_state), or the weights of step {step} again. To keep the "
+            "best weights of a training, tunerkit.save them at their step"
+        )

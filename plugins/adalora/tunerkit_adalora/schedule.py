@@ -95,8 +95,13 @@ class Schedule:
         return self.initial if last is None else self.cubic(last)
 
 
+def is_short(schedule: Schedule) -> bool:
+    """Whether a training is too short to choose what to prune. One that prunes nothing may have any length."""
+    return schedule.target < schedule.initial and schedule.total_steps < LEAST_STEPS
+
+
 def refuse_short(schedule: Schedule) -> None:
-    """Refuse a training that is too short to choose what to prune. One that prunes nothing may have any length.
+    """Refuse a training that is too short to choose what to prune.
 
     Args:
         schedule: The schedule.
@@ -104,7 +109,7 @@ def refuse_short(schedule: Schedule) -> None:
     Raises:
         ConfigError: If there are too few steps.
     """
-    if schedule.target < schedule.initial and schedule.total_steps < LEAST_STEPS:
+    if is_short(schedule):
         raise ConfigError(
             [
                 f"expected at least {LEAST_STEPS} steps, got {schedule.total_steps}: scores of so few gradients say "
@@ -122,6 +127,7 @@ def plan(
     delta_t: int,
     initial: int,
     target: int,
+    prunes: bool = True,
     initial_field: str = "init_rank",
     target_field: str = "target_rank",
 ) -> Schedule:
@@ -134,6 +140,7 @@ def plan(
         delta_t: Δ_T, in steps.
         initial: b(0), in any unit.
         target: b(T), in the same unit.
+        prunes: Whether anything is left to prune. If not, t_i and t_f may leave no room for it, and are then 0.
         initial_field: The config field that ``initial`` came from, for the errors.
         target_field: The config field that ``target`` came from.
 
@@ -144,15 +151,17 @@ def plan(
         ConfigError: With one line for each problem.
     """
     problems = [
-        *_length_problems(total_steps, t_init, t_final, delta_t),
+        *_length_problems(total_steps, t_init, t_final, delta_t, prunes=prunes),
         *_budget_problems(initial, target, initial_field, target_field),
     ]
     if problems:
         raise ConfigError(problems)
+    first, last = _steps(t_init, total_steps), _steps(t_final, total_steps)
+    fits = first + last < total_steps
     return Schedule(
         total_steps=total_steps,
-        t_init=_steps(t_init, total_steps),
-        t_final=_steps(t_final, total_steps),
+        t_init=first if fits else 0,
+        t_final=last if fits else 0,
         delta_t=delta_t,
         initial=initial,
         target=target,
@@ -190,12 +199,14 @@ def _budget_problems(initial: int, target: int, initial_field: str, target_field
     return []
 
 
-def _length_problems(total_steps: int, t_init: int | float, t_final: int | float, delta_t: int) -> list[str]:
+def _length_problems(
+    total_steps: int, t_init: int | float, t_final: int | float, delta_t: int, *, prunes: bool
+) -> list[str]:
     """Each length by itself, then whether they leave room for pruning."""
     total = _size_problems("total_steps", total_steps, "set total_steps to the number of optimizer steps")
     between = _size_problems("delta_t", delta_t, "set the number of steps between two allocations")
     spans = [*_span_problems("t_init", t_init), *_span_problems("t_final", t_final)]
-    room = [] if total or spans else _room_problems(total_steps, t_init, t_final)
+    room = [] if total or spans or not prunes else _room_problems(total_steps, t_init, t_final)
     return [*total, *between, *spans, *room]
 
 

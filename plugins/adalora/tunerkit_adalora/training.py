@@ -10,9 +10,9 @@ from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.gradients import GradientCount
 from tunerkit_adalora.importance import Averages, new_averages, stacks_of, unstack
 from tunerkit_adalora.phase import Phase
-from tunerkit_adalora.preconditions import refuse_sharded
+from tunerkit_adalora.preconditions import refuse_revived, refuse_sharded
 from tunerkit_adalora.resolved import Resolved
-from tunerkit_adalora.schedule import Schedule, refuse_short
+from tunerkit_adalora.schedule import Schedule, is_short, refuse_short
 from tunerkit_adalora.svd_layer import SvdLayer, weights_of
 
 
@@ -60,7 +60,7 @@ def start(tuner: Tuner, total_steps: int) -> Training:
 
     An adapter that was loaded pruned keeps its masks until the first step, so that it can still be saved as it is. Then
     every triplet in memory is live. Triplets that were removed from memory do not come back: the budget falls from what
-    is there.
+    is there. A training that is too short to prune may continue a finished one: then the masks stay.
 
     Args:
         tuner: The tuner that is attached.
@@ -80,21 +80,27 @@ def start(tuner: Tuner, total_steps: int) -> Training:
         refuse_sharded(tuner, weights)
     resolved = config.resolved()
     schedule = schedule_of(config, resolved, layers, total_steps)
-    refuse_short(schedule)
     bounds = bounds_of(config, resolved, tuner.targets)
     check_bounds(config, bounds, tuner.targets, layers, schedule.target)
     sizes = [len(layer.lam) for layer in layers]
     there = sum(size * cost for size, cost in zip(sizes, costs_of(config, layers), strict=True))
+    schedule = attrs.evolve(schedule, initial=there, target=min(schedule.target, there))
+    in_force = live_budget(config, layers)
+    masks_stay = is_short(schedule) and in_force <= schedule.target
+    if not masks_stay:
+        refuse_short(schedule)
+    averaged = [] if masks_stay else weights
     return Training(
         config=config,
         layers=layers,
         resolved=resolved,
         bounds=bounds,
-        schedule=attrs.evolve(schedule, initial=there, target=min(schedule.target, there)),
-        running=new_averages(weights if tuner.engine is None else tuner.pieces(weights).values),
+        schedule=schedule,
+        running=new_averages(averaged if tuner.engine is None else tuner.pieces(averaged).values),
         gradients=GradientCount(torch.zeros((), dtype=torch.int64, device=layers[0].lam.device)),
-        in_force=live_budget(config, layers),
+        in_force=in_force,
         sizes=sizes,
+        phase=Phase.FINAL_MASKED if masks_stay else Phase.WAITING,
     )
 
 
@@ -113,9 +119,13 @@ def budget(tuner: Tuner, step: int | None) -> int:
 
     Raises:
         StepError: If the schedule is asked for and the total steps are unknown.
+        AdapterError: If weights of another step were loaded, which have triplets beyond the budget in force.
     """
     training, config = tuner.state, config_of(tuner)
     if isinstance(training, Training):
+        # A Trainer that loads its best weights sets their step too.
+        if tuner.steps == training.last_step and training.phase is not Phase.WAITING:
+            refuse_revived(tuner.name, live_budget(config, layers_of(tuner)), training.in_force, training.last_step)
         return training.in_force if step is None else training.schedule.budget(step)
     if step is None:
         return live_budget(config, layers_of(tuner))
