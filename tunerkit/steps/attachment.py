@@ -179,8 +179,8 @@ def agree_on_total(tuner: Tuner, total_steps: SupportsIndex | None) -> int | Non
         count = 0 if isinstance(total, bool) else operator.index(total)  # numpy's integers are accepted too
     except TypeError:
         count = 0
-    if count < 1:
-        raise StepError(f"total_steps: expected a number of optimizer steps >= 1, got {total!r}")
+    if not 1 <= count < 2**63:
+        raise StepError(f"total_steps: expected a number of optimizer steps from 1 to 2**63 - 1, got {shown(total)}")
     return count
 
 
