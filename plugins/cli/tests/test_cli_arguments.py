@@ -59,6 +59,10 @@ def test_values_of_the_wrong_kind_are_all_named() -> None:
         "training.max_grad_norm: expected a number, got nan",
         "training.neftune_noise_alpha: expected a number from 0 up, got -1.0",
     )
+    assert problems_of(per_device_train_batch_size=2**63, learning_rate=10**20) == (
+        "training.per_device_train_batch_size: expected a number of at most 64 bits, got 9223372036854775808",
+        "training.learning_rate: expected a number of at most 64 bits, got 100000000000000000000",
+    )
     assert problems_of(learning_rate=float("inf"), num_train_epochs=True) == (
         "training.learning_rate: expected a number above 0, got inf",
         "training.num_train_epochs: expected a number, got True",

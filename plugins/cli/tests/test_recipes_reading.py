@@ -93,6 +93,7 @@ def test_json_is_read_too(tmp_path: Path) -> None:
         ("columns: {text: 3}\n", "columns.text: expected text, got 3; put it in quotes"),
         ("columns: {text: [a, b]}\n", r"columns.text: expected text, got \['a', 'b'\]"),
         ("max_length: 0\n", "max_length: expected at least 4, got 0"),
+        ("max_length: 9223372036854775808\n", "max_length: expected at most 2147483647, got 9223372036854775808"),
         ("max_length: 1e2\n", "max_length: expected a whole number, got 100.0"),
         ("baseline: 'yes'\n", "baseline: expected true or false, got 'yes'"),
         ("baseline: 1\n", "baseline: expected true or false, got 1"),

@@ -90,7 +90,7 @@ class Recipe:
         {},
         additionalProperties={"type": "string", "minLength": 1},
     )
-    max_length: int | None = _key("integer", "Longer texts are cut to this many tokens.", minimum=4)
+    max_length: int | None = _key("integer", "Longer texts are cut to this many tokens.", minimum=4, maximum=2**31 - 1)
     train_on_prompts: bool | None = _key(
         "boolean", "Whether a language model learns the prompts too, and not only completions or the assistant's turns."
     )

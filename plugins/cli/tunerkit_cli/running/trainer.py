@@ -150,6 +150,8 @@ def _wanted(name: str, value: Any, allowed: set[Any]) -> str | None:
         return "a number"
     if name in _SEEDS and value is not None and not 0 <= value < 2**32:
         return "a whole number from 0 to 4294967295"
+    if kind is int and not -(2**63) <= value < 2**63:
+        return "a number of at most 64 bits"
     if name == "neftune_noise_alpha" and value is not None and not 0 <= value < math.inf:
         return "a number from 0 up"
     if name in _LEAST and value is not None and value < _LEAST[name]:
