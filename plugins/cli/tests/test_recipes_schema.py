@@ -34,7 +34,8 @@ def valid(value: Any, fragment: dict[str, Any]) -> bool:
         return False
     if isinstance(value, str) and len(value) < fragment.get("minLength", 0):
         return False
-    if isinstance(value, int | float) and value < fragment.get("minimum", value):
+    least, most = fragment.get("minimum", value), fragment.get("maximum", value)
+    if isinstance(value, int | float) and not least <= value <= most:
         return False
     if isinstance(value, list):
         within = (valid(each, fragment.get("items", {})) for each in value)
@@ -70,13 +71,18 @@ def test_the_keywords_are_those_of_the_test_above() -> None:
     within = [properties["columns"]["additionalProperties"], properties["data"]["items"]]
     fragments = [*properties.values(), *within]
     known = {"type", "enum", "minLength", "minimum", "properties", "additionalProperties", "description", "default"}
-    known |= {"items", "minItems"}
+    known |= {"items", "minItems", "maximum"}
     assert {keyword for fragment in fragments for keyword in fragment} <= known
 
 
 KEYS = [*(field.name for field in attrs.fields(Recipe)), "modle"]
 values = (
-    st.none() | st.booleans() | st.integers(-1, 2) | st.floats(-1, 1) | st.sampled_from(["", "x", *TASKS])
+    st.none()
+    | st.booleans()
+    | st.integers(-1, 2)
+    | st.just(2**31)
+    | st.floats(-1, 1)
+    | st.sampled_from(["", "x", *TASKS])
 ) | st.dictionaries(st.sampled_from("ab"), st.integers() | st.text(max_size=1), max_size=2)
 
 
