@@ -16,7 +16,7 @@ from tunerkit.errors import BaseMismatchError, ConfigError, FileError, TargetErr
 from tunerkit.hooks.registry import Registry
 from tunerkit.plugin import ModelLibrary
 from tunerkit.records import MethodInfo
-from tunerkit.serialization.header import Header, decode, digest, read
+from tunerkit.serialization.header import decode, digest, read
 from tunerkit_testing.registering import registered
 
 if TYPE_CHECKING:
