@@ -98,7 +98,11 @@ def test_a_missing_column_is_reported_with_the_closest_name(ending: str, tmp_pat
         ("d.jsonl", b"[1, 2]\n", r"line 1: expected a JSON object .*, got \[1, 2\]"),
         ("d.jsonl", b'{"text": "x", "label": null}\n', r"row 1 has no value in column 'label'"),
         ("d.parquet", b"not parquet", r"cannot be read as .parquet"),
-        ("d.jsonl", b'{"text": "x", "label": ' + b"1" * 5000 + b"}\n", r"line 1 is not JSON: .*digits"),
+        (
+            "d.jsonl",
+            b'{"text": "x", "label": ' + b"1" * 5000 + b"}\n",
+            r"line 1 has .* more than 4,300 digits",
+        ),
         ("d.jsonl", b"[" * 100_000 + b"\n", r"line 1 is not JSON: .*recursion"),
         ("d.csv", "text,label\nGr\xfc\xdfe,a\n".encode("latin-1"), r"not UTF-8 .*save it with the encoding UTF-8"),
         ("d.csv", "text,label\nx,a\n".encode("utf-16"), r"not UTF-8 .*save it with the encoding UTF-8"),
@@ -188,10 +192,14 @@ def test_tidy_names_differ_where_readers_see_it(name: str) -> None:
 
 
 def test_names_that_look_alike_are_grouped() -> None:
-    """Case, inner spaces and width, and true beside 1; other names are in no group."""
+    """Case, inner spaces and width; true beside 1, and 01 and 1.0 too; other names are in no group."""
     names = ["good", "Good", "very  good", "Very good", "true", "1", "0", "\uff11", "bad", "false positive"]
     assert look_alikes(names) == [["1", "true", "\uff11"], ["Good", "good"], ["Very good", "very  good"]]
-    assert look_alikes(["a", "b"]) == []
+    assert look_alikes(["True", "1", "1.0", "+01", "-1", "0.", "-0", "False"]) == [
+        ["+01", "1", "1.0", "True"],
+        ["-0", "0.", "False"],
+    ]
+    assert look_alikes(["a", "b", "1.1", "1.10", "-1", "1", "10"]) == []
 
 
 def test_labels_of_an_earlier_version_are_found_by_their_tidy_names() -> None:

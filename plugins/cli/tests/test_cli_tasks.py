@@ -216,7 +216,7 @@ def test_each_task_learns_and_predicts_the_same_after_loading(
         json.dumps(before)
         tunerkit.save(session.loaded.model, "out")
         session.loaded.processor.save_pretrained("out")
-        model = model_facts(session.loaded, session.trainer.args.seed)
+        model = model_facts(session.loaded, session.trainer.args.seed, Path("out"))
         record = {"version": 1, "task": task.name, "model": model, "labels": list(rows.labels)}
         write_json(Path("out", RECORD), record)
         fresh = load_run(read_run("out"))

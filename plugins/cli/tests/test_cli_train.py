@@ -697,7 +697,7 @@ def test_a_training_that_needs_a_failing_evaluation_keeps_its_adapter(arguments:
 def test_the_home_folder_may_be_written_as_a_tilde(
     folder: Path, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a recipe and after an equals sign no shell replaces it."""
+    """In a recipe and after an equals sign no shell replaces it. What is published does not name it otherwise."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(folder)
     shutil.copytree(folder / "tiny", tmp_path / "tiny")
@@ -709,8 +709,12 @@ def test_the_home_folder_may_be_written_as_a_tilde(
     assert done.exit_code == 130
     assert done.stderr.endswith(f"--out {tmp_path / 'out'} --resume\n")
     succeeded("train", "--out=~/out", "--resume")
-    assert record_of(tmp_path / "out")["model"]["source"] == str(tmp_path / "tiny")
+    assert record_of(tmp_path / "out")["model"]["source"] == "~/tiny"
     assert not (folder / "~").exists()
+    for name in ("run.json", "recipe.yaml", "data.sha256", "report.html"):
+        assert str(tmp_path) not in (tmp_path / "out" / name).read_text(), name
+    monkeypatch.chdir(tmp_path)
+    assert tunerkit.from_folder("~/out")[0].name_or_path == str(tmp_path / "tiny")
 
 
 def test_one_of_several_processes_is_refused(
@@ -850,7 +854,7 @@ def test_a_run_that_is_refused_late_leaves_no_folder(
 
 
 def test_an_ended_run_is_kept_unless_it_is_overwritten(arguments: list[str], folder: Path, tmp_path: Path) -> None:
-    """Refused without a flag and with ``--resume``; ``--overwrite`` leaves nothing of the earlier run."""
+    """Refused without a flag and with ``--resume``; ``--overwrite`` keeps it until there is a new adapter."""
     new = tmp_path / "new"
     short = [*arguments, "--out", new, "--set", "max_steps=1", "--method", "toy-low-rank", "--config", "{rank: 1}"]
     succeeded(*short)
@@ -863,9 +867,10 @@ def test_an_ended_run_is_kept_unless_it_is_overwritten(arguments: list[str], fol
     (new / "checkpoints" / "checkpoint-99").mkdir()
     with signalled(1, signal.SIGINT, times=2):
         assert command(*short, "--overwrite").exit_code == 130
-    # No file of the earlier run is left that the interrupted one could be taken for.
-    assert {"run.json", "adapter.safetensors"}.isdisjoint(file.name for file in new.iterdir())
+    # The earlier run is there, and none of its checkpoints: the interrupted one could be resumed from them.
+    assert (new / "run.json").read_bytes() == record
     assert not (new / "checkpoints" / "checkpoint-99").exists()
+    assert "holds a run that has not ended" in command(*short).stderr
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     done = command(*arguments, "--out", tmp_path / "mine", "--overwrite")
@@ -915,7 +920,7 @@ def test_after_ctrl_c_the_end_is_that_of_an_uninterrupted_run(arguments: list[st
 
 def test_a_run_that_ends_inside_an_epoch_is_resumed_in_its_last_step(arguments: list[str], tmp_path: Path) -> None:
     """After Ctrl-C only the evaluation at the epoch's end is due, and the trainer's loop takes no further step."""
-    short = [*arguments, "--set", "max_steps=11"]
+    short = [*arguments, "--set", "max_steps=11", "--set", "logging_steps=4"]  # no checkpoint is at a log entry
     succeeded(*short, "--out", tmp_path / "whole")
     check_resumed_after_ctrl_c(short, tmp_path / "whole", tmp_path / "parts", at=(3, 11))
 

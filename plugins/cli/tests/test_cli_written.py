@@ -217,20 +217,75 @@ def test_overwrite_removes_no_file_of_the_users(name: str, arguments: list[str],
         assert json.loads(after["out/run.json"])["recipe"]["out"] == str(tmp_path / "out")
 
 
-def test_overwrite_leaves_nothing_of_the_earlier_run(arguments: list[str], run: Path, tmp_path: Path) -> None:
-    """Also of one by a version that kept no list: what it wrote is known by its content and its names."""
+def test_overwrite_keeps_the_earlier_run_until_there_is_a_new_adapter(
+    arguments: list[str], run: Path, tmp_path: Path
+) -> None:
+    """Its adapter can be used all the time, and then nothing of it is left. What would be resumed goes at once.
+
+    Also of one by a version that kept no list: what it wrote is known by its content and its names.
+    """
     for name in ("listed", "earlier"):
         out = tmp_path / name
         shutil.copytree(run, out)
         (out / "checkpoints" / "checkpoint-2").rename(out / "checkpoints" / "checkpoint-77")
+        (out / "tokenizer.json").rename(out / "vocab.txt")  # a file that the new run does not write
+        text = (out / "written.json").read_text().replace("checkpoint-2/", "checkpoint-77/")
+        (out / "written.json").write_text(text.replace('"tokenizer.json"', '"vocab.txt"'))
         if name == "earlier":
             (out / "written.json").unlink()
-        else:
-            text = (out / "written.json").read_text()
-            (out / "written.json").write_text(text.replace("checkpoint-2/", "checkpoint-77/"))
-        with signalled(1, signal.SIGINT, times=2):
-            assert command(*arguments, "--out", out, "--overwrite").exit_code == 130
-        assert {path.name for path in out.iterdir()} == {"written.json", "recipe.yaml", "data.sha256"}
+        before = content(out)
+        for _ in range(2 if name == "listed" else 1):  # the second one replaces a run that has not ended
+            with signalled(1, signal.SIGINT, times=2):
+                done = command(*arguments, "--out", out, "--overwrite")
+            assert done.exit_code == 130, done.output
+            assert f"{out / 'adapter.safetensors'} is still that of the earlier run" in done.stderr
+            after = content(out)
+            kept = {"adapter.safetensors", "run.json", "report.html", "environment.json", "vocab.txt"}
+            assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
+            assert after.keys() - before.keys() <= {"written.json"}
+            assert not [path for path in after if path.startswith("checkpoints/")]
+        assert "holds a run that has not ended; pass --overwrite" in command(*arguments, "--out", out).stderr
+        if name == "listed":
+            with mock.patch.object(tunerkit, "save", side_effect=tunerkit.errors.StepError("no room")):
+                assert command("train", "--out", out, "--resume").exit_code == 2
+            assert (out / "adapter.safetensors").read_bytes() == before["adapter.safetensors"]
+        succeeded("train", "--out", out, "--resume")
+        assert content(out).keys() == content(run).keys()
+        assert "earlier" not in json.loads((out / "written.json").read_text())
+
+
+def test_a_run_that_was_killed_before_its_report_gets_it_by_resuming(run: Path, tmp_path: Path) -> None:
+    """The record is drawn, as it is; with a report, there is nothing to resume."""
+    out = shutil.copytree(run, tmp_path / "out")
+    before = content(out)
+    (out / "report.html").unlink()
+    assert "the run in" in succeeded("train", "--out", out, "--resume", "--dry-run").output
+    assert not (out / "report.html").exists()
+    succeeded("train", "--out", out, "--resume")
+    assert content(out) == before
+    assert "this run has ended" in command("train", "--out", out, "--resume").stderr
+
+
+def test_a_run_and_the_data_in_its_folder_may_move(arguments: list[str], run: Path, tmp_path: Path) -> None:
+    """Paths below the folder are relative to it: the run is resumed and evaluated where it is now."""
+    out = shutil.copytree(run, tmp_path / "out")
+    inside = out / "data.csv"
+    shutil.copy(arguments[arguments.index("--data") + 1], inside)
+    shutil.copytree(arguments[arguments.index("--model") + 1], out / "base")
+    there = {"--data": inside, "--model": out / "base"}
+    given = [there.get(before, value) for before, value in zip(["", *arguments], arguments, strict=False)]
+    with signalled(1, signal.SIGINT):
+        assert command(*given, "--out", out, "--overwrite").exit_code == 130
+    kept = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert (kept["data"], kept["model"]) == ("./data.csv", "./base")
+    assert (out / "data.sha256").read_text().endswith("  ./data.csv\n")
+    moved = out.rename(tmp_path / "moved")
+    inside = moved / "data.csv"
+    succeeded("train", moved / "recipe.yaml", "--out", moved, "--resume")
+    assert record_of(moved)["model"]["source"] == "./base"
+    assert record_of(moved)["data"] == {"train": "./data.csv", "eval": "a fifth of each class of ./data.csv"}
+    again = moved.rename(tmp_path / "again")
+    assert tunerkit.from_folder(again)[0].name_or_path == str(again / "base")
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])

@@ -3,6 +3,8 @@
 import csv
 import json
 import random
+import re
+import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,12 +17,14 @@ import attrs
 from tunerkit import TunerkitError
 from tunerkit.errors import closest, cut, half_character, shown
 from tunerkit.paths import few
+from tunerkit_transformers.run_folder import irregular
 
 T = TypeVar("T")
 # The csv reader keeps values beyond the header under the key None.
 Row = Mapping[str | None, object]
 _LONGEST_VALUE = 2**31 - 1  # the greatest limit that csv takes on every system
 _AS_NUMBERS = {"true": "1", "false": "0"}
+_WHOLE = re.compile(r"\+?(-?)0*(\d+)(?:\.0*)?")  # whole numbers as some programs write them: 01 and 1.0
 IMAGES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
@@ -58,6 +62,8 @@ def read_table(path: Path, *, predicting: bool = False) -> Table:
     """
     if path.is_dir():
         return _read_images(path, predicting=predicting)
+    if (what := irregular(path)) is not None:
+        raise DataError(f"{path}: is {what}, and no file; write the rows into a file, and pass that")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         allowed = ", ".join(_READERS)
@@ -168,8 +174,14 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             except json.JSONDecodeError as problem:
                 where = f"{problem.msg} at character {problem.pos + 1}"
                 raise DataError(f"{path}: line {number} is not JSON: {where}; write one object per line") from None
-            except (ValueError, RecursionError) as problem:  # an integer of thousands of digits, or too many brackets
+            except RecursionError as problem:
                 raise DataError(f"{path}: line {number} is not JSON: {_first_line(problem)}") from None
+            except ValueError:  # Python's own limit
+                digits = sys.get_int_max_str_digits()
+                raise DataError(
+                    f"{path}: line {number} has a whole number of more than {digits:,} digits; put it in quotes if it "
+                    "is a name, or write a smaller one"
+                ) from None
             if not isinstance(row, dict):
                 raise DataError(
                     f'{path}: line {number}: expected a JSON object such as {{"text": "..."}}, got {shown(row)}'
@@ -223,11 +235,14 @@ def tidy(name: str) -> str:
 
 
 def look_alikes(names: Iterable[str]) -> list[list[str]]:
-    """The groups of names that differ in case, spaces or width alone, or as ``true`` and ``1`` do."""
+    """The groups of names that differ in case, spaces or width alone, or as ``true``, ``1`` and ``1.0`` do."""
     groups = defaultdict(list)
     for name in sorted(set(names)):
         key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-        groups[_AS_NUMBERS.get(key, key)].append(name)
+        key = _AS_NUMBERS.get(key, key)
+        if (number := _WHOLE.fullmatch(key)) is not None:
+            key = number[1] + number[2] if number[2] != "0" else "0"
+        groups[key].append(name)
     return [group for group in groups.values() if len(group) > 1]
 
 

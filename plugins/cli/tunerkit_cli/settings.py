@@ -11,20 +11,50 @@ import yaml
 
 from tunerkit.errors import ConfigError, shown
 from tunerkit.paths import few
+from tunerkit_transformers.run_folder import irregular
 
 # A method has a few dozen settings. Reading 100 kB of YAML takes about a second.
 _MAX_BYTES = 100_000
 _MAX_VALUES = 10_000
 DEEPEST = 10  # levels of mappings and lists
+_LONGEST_NUMBER = 250  # characters of a whole number, in hexadecimal too: floats end at 309 digits
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads ``2e-3`` as a number, as YAML 1.2 and JSON do, and rejects duplicate keys."""
+    """Safe YAML that reads ``2e-3`` as a number, as YAML 1.2 and JSON do, and rejects duplicate keys.
+
+    Numbers that YAML 1.1 reads by other rules than 1.2 and JSON are rejected: ``010`` as octal, ``1:30`` to base 60.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         if isinstance(node, yaml.MappingNode):
             _once([(self.construct_object(key, deep=True), None) for key, _ in node.value])
         return super().construct_mapping(node, deep)
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        """A whole number, which Python can print and a float can hold."""
+        self._refuse_doubtful(node)
+        _refuse_long(node.value)
+        return int(self.construct_yaml_int(node))
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> float:
+        """A number with a point or an exponent."""
+        self._refuse_doubtful(node)
+        return float(self.construct_yaml_float(node))
+
+    def _refuse_doubtful(self, node: yaml.ScalarNode) -> None:
+        other = "a text" if ":" in node.value else "decimal" if _OCTAL.fullmatch(node.value) else None
+        if other is not None:
+            base = "a number to base 60" if ":" in node.value else "octal"
+            raise ValueError(
+                f"line {node.start_mark.line + 1}: {shown(node.value)[1:-1]} is {base} in YAML 1.1 and {other} in YAML "
+                "1.2; write the decimal number that is meant, or put a text in quotes"
+            )
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_decimal)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -72,6 +102,8 @@ def read_settings(path: Path) -> dict[str, object]:
     suffix = path.suffix.lower()
     if suffix not in (".yaml", ".yml", ".json"):
         raise ConfigError([f"{path}: settings files end in .yaml, .yml or .json, got {path.suffix or 'no ending'!r}"])
+    if (what := irregular(path)) is not None:
+        raise ConfigError([f"{path}: is {what}, and no file; write the settings into a file, and pass that"])
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -102,7 +134,9 @@ def _settings_in(text: str, suffix: str, path: str) -> dict[str, object]:
 
 def _parsed(text: str, suffix: str, path: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_once) if suffix == ".json" else yaml.load(text, Loader=_Loader)
+        if suffix == ".json":
+            return json.loads(text, object_pairs_hook=_once, parse_int=_integer)
+        return yaml.load(text, Loader=_Loader)
     except RecursionError as problem:
         raise ConfigError([f"{path}: is nested too deeply; settings have at most {DEEPEST} levels"]) from problem
     except Exception as problem:  # for some text the YAML library raises KeyError, IndexError or AttributeError
@@ -132,6 +166,16 @@ def write_settings(settings: dict[str, object]) -> str:
     """YAML text that `read_settings` reads back to the same mapping."""
     # Without allow_unicode: it would write U+0085 unescaped, which YAML reads as a line break.
     return yaml.dump(settings, Dumper=_Dumper, sort_keys=False)
+
+
+def _integer(text: str) -> int:
+    _refuse_long(text)
+    return int(text)
+
+
+def _refuse_long(number: str) -> None:
+    if len(number) > _LONGEST_NUMBER:
+        raise ValueError(f"a whole number of {len(number):,} characters; use at most {_LONGEST_NUMBER}")
 
 
 def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 import tunerkit
 from plugins.gguf.tests.base_files import LINEAR, causal_lm, meta_lm, randomize, write_all
+from tests.support.pipes import pipe
 from tunerkit.plugin import factors_of
 from tunerkit_gguf.reading import read, sniff
 
@@ -114,6 +116,8 @@ def test_an_adapter_is_recognised_by_its_first_bytes(tmp_path: Path) -> None:
     assert sniff(tmp_path / "folder")
     assert sniff(tmp_path / "folder" / "adapter.gguf")
     assert not any(sniff(tmp_path / name) for name in ("model.gguf", "text.gguf", "missing", ".", "a\0b"))
+    with pipe(tmp_path / "pipe.gguf") as path, mock.patch.object(Path, "open", side_effect=AssertionError):
+        assert not sniff(path)  # without opening it, which would wait
 
 
 def test_reading_needs_no_weights(tmp_path: Path) -> None:

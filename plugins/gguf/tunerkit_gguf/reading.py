@@ -25,7 +25,9 @@ _BEGINNING: Final = 1 << 20  # bytes: an adapter's metadata are small
 def sniff(path: Path) -> bool:
     """Whether a path is a GGUF file with an adapter, or a folder with one named adapter.gguf."""
     try:
-        with _place(path).open("rb") as stream:
+        if not (place := _place(path)).is_file():  # to open a pipe would wait for who writes into it
+            return False
+        with place.open("rb") as stream:
             beginning = stream.read(_BEGINNING)
     except (OSError, ValueError):
         return False

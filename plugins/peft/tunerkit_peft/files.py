@@ -50,6 +50,8 @@ def sniff(path: Path) -> bool:
 
 def _is_config(file: Path) -> bool:
     """Whether a file of settings says that it is PEFT's: core replaces what this is true of."""
+    if not file.is_file():  # to open a pipe would wait for who writes into it
+        return False
     with file.open("rb") as opened:
         return b'"peft_type"' in opened.read(_BEGINNING)
 

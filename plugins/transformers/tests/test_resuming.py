@@ -1,5 +1,6 @@
 """Which checkpoint a Trainer with adapters resumes from: a whole one, or none."""
 
+import json
 import re
 import shutil
 import warnings
@@ -99,6 +100,34 @@ def test_a_checkpoint_that_was_named_is_refused_if_it_is_not_whole(
     with pytest.raises(tunerkit.errors.FileError, match=rf"{Path(name).name}.*earlier checkpoint"):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     assert all(torch.equal(a, b) for a, b in zip(weights(trainer), before, strict=True))
+
+
+STATES = {
+    "no fields": {},
+    "no number of steps": {"global_step": None},
+    "a step below 0": {"global_step": -1},
+    "a text for a step": {"global_step": "4"},
+    "no epoch": {"epoch": None},
+    "no log": {"log_history": {"loss": 1}},
+    "a log of numbers": {"log_history": [1]},
+    "a text for a loss": {"log_history": [{"step": 1, "loss": "x"}]},
+    "an unknown field": {"golbal_step": 4},
+    "callbacks in a list": {"stateful_callbacks": 3},
+}
+
+
+@pytest.mark.parametrize("what", STATES)
+def test_a_state_that_no_trainer_wrote_is_damaged(what: str, whole: tuple[Trainer, Path], tmp_path: Path) -> None:
+    """It may be JSON: values of other types would end the training in an error that says nothing of the file."""
+    folder = copied(whole[1], tmp_path)
+    for number in (2, 4):
+        file = folder / f"checkpoint-{number}" / "trainer_state.json"
+        found = json.loads(file.read_text())
+        file.write_text(json.dumps({**found, **STATES[what]} if STATES[what] else {}))
+    trainer = attached_trainer(folder)
+    for asked in (True, str(folder / "checkpoint-4")):
+        with pytest.raises(tunerkit.errors.FileError, match=r"damaged trainer_state\.json"):
+            trainer.train(resume_from_checkpoint=asked)
 
 
 def test_a_checkpoint_of_more_processes_is_resumed_with_a_warning(whole: tuple[Trainer, Path], tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import attrs
 import torch
 from torch import nn
 
-from tunerkit.errors import TunerkitError, cut, shown
-from tunerkit_transformers.pretrained import LOADING, ModelError, closest_folder, is_path, tried
+from tunerkit.errors import TunerkitError, shown
+from tunerkit_transformers.pretrained import LOADING, ModelError, closest_folder, is_path, reason_of, tried
+from tunerkit_transformers.run_folder import irregular
 
 _PASS = "pass the folder of the model, or its name on the hub (org/name), with --base"
 
@@ -111,8 +112,9 @@ def refuse_missing(source: str, revision: str | None = None) -> None:
     if not folder.exists() and is_path(source, revision):
         hint = closest_folder(source)
         raise ModelError(f"{source}: there is no such folder{hint}{' P' if hint else '; p'}{_PASS[1:]}")
-    if folder.is_file():
-        raise ModelError(f"{source} is a file; pass the folder that has config.json and the weights, with --base")
+    if folder.exists() and not folder.is_dir():
+        what = irregular(folder) or "a file"
+        raise ModelError(f"{source} is {what}; pass the folder that has config.json and the weights, with --base")
     if (folder / "model_index.json").is_file():
         raise ModelError(
             f"{source} is the folder of a whole pipeline; pass that of the part that is adapted, such as "
@@ -131,11 +133,10 @@ def refusing(base: Base) -> Iterator[None]:
     except TunerkitError:
         raise
     except LOADING as problem:
-        reason = cut(" ".join(str(problem).split()) or type(problem).__name__, 600)
         kind = f" as {base.kind}" if base.kind else ""
         raise ModelError(
-            f"cannot load {base.source!r}{kind}{tried(base.source)}: {reason}; pass the folder of the adapter's base "
-            "model with --base"
+            f"cannot load {base.source!r}{kind}{tried(base.source)}: {reason_of(problem)}; pass the folder of the "
+            "adapter's base model with --base"
         ) from problem
 
 

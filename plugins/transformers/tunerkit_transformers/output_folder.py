@@ -3,6 +3,7 @@
 `tunerkit show` reads the record in well under a second, so torch is imported where a base is loaded.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from tunerkit.errors import BaseMismatchError, FileError, shown
-from tunerkit_transformers.run_folder import NAME as RECORD, read_record
+from tunerkit_transformers.run_folder import NAME as RECORD, placed, read_record
 from tunerkit_transformers.task_classes import TASKS
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def read_run(folder: str | Path) -> Run:
         RunError: It is no such folder, its training has not ended, or its record cannot be read.
         FileError: The record is of another version, or lacks something.
     """
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     path, record = folder / RECORD, read_record(folder)
     version = record.get("version")
     if version != VERSION:
@@ -63,17 +64,20 @@ def read_run(folder: str | Path) -> Run:
         raise FileError(f"{path}: task: expected one of {', '.join(TASKS)}, got {shown(record.get('task'))}")
     if not isinstance(model, dict) or not isinstance(model.get("source"), str):
         raise FileError(f"{path}: model.source: expected a folder or a name on the hub, got {shown(model)}")
+    seed = model.get("seed", 0)
+    if type(seed) is not int or not 0 <= seed < 2**64:
+        raise FileError(f"{path}: model.seed: expected a whole number from 0 to 2^64 - 1, got {shown(seed)}")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise FileError(f"{path}: labels: expected a list of names, got {shown(labels)}")
     return Run(
         folder=folder,
         task=record["task"],
-        source=model["source"],
+        source=placed(model["source"], folder),
         revision=model.get("revision"),
         dtype=str(model.get("dtype", "float32")),
         quantisation=None if (name := model.get("quantisation")) is None else str(name),
         labels=tuple(labels),
-        seed=int(model.get("seed", 0)),
+        seed=seed,
         record=record,
     )
 

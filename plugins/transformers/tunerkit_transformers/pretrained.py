@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import attrs
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from tunerkit.errors import TunerkitError, closest, cut, shown
 from tunerkit_transformers import transformers_private
 from tunerkit_transformers.quantising import quantising
+from tunerkit_transformers.run_folder import irregular
 from tunerkit_transformers.task_classes import CAUSAL, TASKS, TEXT, TaskClasses
 
 _CLOSE = 0.6  # how alike a mistyped name is to the right one, as difflib measures it
@@ -260,8 +262,10 @@ def _refuse_missing(source: str, revision: str | None) -> None:
             f"{source}: no such folder{hint}{' Pass' if hint else '; pass'} the folder of a model, or its name on the "
             f"hub (org/name){download}"
         )
-    if folder.is_file():
-        raise ModelError(f"{source} is a file; pass the folder that has config.json and the weights")
+    if folder.exists() and not folder.is_dir():
+        raise ModelError(
+            f"{source} is {irregular(folder) or 'a file'}; pass the folder that has config.json and the weights"
+        )
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"{source}: the folder has no config.json, so it holds no model that transformers can load")
 
@@ -330,12 +334,22 @@ def tried(source: str) -> str:
     return f" (no such folder here{closest_folder(source)}; {cache})".replace("?;", "?")
 
 
-LOADING = (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError, SafetensorError)
+_LIBRARIES = (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError, SafetensorError)
+LOADING = (*_LIBRARIES, UnpicklingError, EOFError)  # what loading a model raises
+
+
+def reason_of(problem: BaseException) -> str:
+    """What is wrong with a model that cannot be loaded, in one line."""
+    if isinstance(problem, UnpicklingError | EOFError):
+        return (
+            "its weights are a pickle that is damaged or holds more than tensors, which may run any code when it is "
+            "read, so it is not; save them as safetensors with the program that wrote them"
+        )
+    return cut(" ".join(str(problem).split()) or type(problem).__name__, 600)
 
 
 def _loading(what: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except LOADING as problem:
-        reason = cut(" ".join(str(problem).split()) or type(problem).__name__, 600)
-        raise ModelError(f"cannot load {what}: {reason}") from problem
+        raise ModelError(f"cannot load {what}: {reason_of(problem)}") from problem

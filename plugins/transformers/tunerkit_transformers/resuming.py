@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -26,6 +26,7 @@ from tunerkit_transformers.zero_checkpoints import runs_deepspeed
 
 _WEIGHTS = "go on with the weights alone: tunerkit.load(base, checkpoint, trainable=True) starts a new training run"
 _SHOWN = 5
+_LOGGED = ("loss", "eval_loss", "learning_rate")  # what a training that goes on reads in its log
 _WHOLE_MODEL = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
@@ -150,7 +151,7 @@ def _problems(trainer: Trainer, tuners: Sequence[Tuner], checkpoint: Path) -> It
     state = checkpoint / TRAINER_STATE_NAME
     if not state.is_file():
         yield f"is not complete: writing it was interrupted before {TRAINER_STATE_NAME}"
-    elif not _is_json(state):
+    elif not _is_state(state):
         yield f"has a damaged {TRAINER_STATE_NAME}"
     yield from _problems_of_adapters(tuners, checkpoint)
     names = _trainer_files(trainer, checkpoint)
@@ -216,11 +217,27 @@ def _problems_of_file(folder: Path, content: str) -> Iterator[str]:
         yield f"has a file that cannot be read: {error}"
 
 
-def _is_json(path: Path) -> bool:
+def _is_state(path: Path) -> bool:
+    """Whether a file is a state that a Trainer can go on from: its fields, with values of their types."""
     try:
-        return isinstance(json.loads(path.read_bytes()), dict)
-    except (ValueError, RecursionError):
+        found = json.loads(path.read_bytes())
+        state = TrainerState(**found)
+    except (ValueError, TypeError, RecursionError):
         return False
+    steps = (state.global_step, state.max_steps, state.num_input_tokens_seen)
+    logs = state.log_history if isinstance(state.log_history, list) else [None]
+    return (
+        found.keys() >= {"global_step", "max_steps", "epoch", "log_history"}
+        and all(type(each) is int and each >= 0 for each in steps)
+        and all(_is_number(each) for each in (state.epoch, state.total_flos))
+        and all(isinstance(each, dict) and type(each.get("step")) is int for each in logs)
+        and all(_is_number(each.get(name, 0)) for each in logs for name in _LOGGED)
+        and isinstance(state.stateful_callbacks, dict)
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_whole_archive(path: Path) -> bool:

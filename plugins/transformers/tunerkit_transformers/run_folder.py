@@ -1,6 +1,8 @@
-"""The records of runs, read from their output folders."""
+"""The records of runs, read from their output folders, and the paths that are stated there."""
 
 import json
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -10,6 +12,7 @@ from tunerkit.paths import few
 
 NAME: Final = "run.json"
 RECIPE: Final = "recipe.yaml"  # which a run has from its beginning, and its record only at its end
+LIST: Final = "written.json"  # of the files that the run wrote
 
 
 class RunError(TunerkitError):
@@ -23,6 +26,8 @@ def read_record(folder: Path) -> Mapping[str, Any]:
         RunError: There is no such folder, it has no record, or the record is no JSON.
     """
     path = folder / NAME
+    if (what := irregular(path)) is not None:
+        raise RunError(f"{path}: is {what}, and no file; restore what `tunerkit train` wrote, or train again")
     try:
         found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (FileNotFoundError, NotADirectoryError):
@@ -35,6 +40,39 @@ def read_record(folder: Path) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise RunError(f"{path}: expected a JSON object, got a {type(found).__name__}; train again")
     return found
+
+
+def stated(path: str, folder: Path) -> str:
+    """A path as the files of a run in ``folder`` state it, which may be published: without the name of the user.
+
+    Below the folder it is relative, and begins with ``./``; else below the home folder it begins with ``~``.
+    """
+    for top, short in ((os.path.abspath(folder), "."), (os.path.expanduser("~"), "~")):
+        for each in (top, os.path.realpath(top)):
+            if path.startswith(f"{each}{os.sep}") and each != os.sep:
+                return short + path[len(each) :]
+    return path
+
+
+def placed(path: str, folder: Path) -> str:
+    """Where the path is that the files of a run in ``folder`` state so; the folder may have been moved since."""
+    if path.startswith(f".{os.sep}"):
+        return os.path.join(os.path.abspath(folder), path[2:])
+    return os.path.expanduser(path)
+
+
+def irregular(path: Path) -> str | None:
+    """What is in the place of a file that is to be read, in words: to open a pipe would wait for who writes into it.
+
+    None for a file, and where nothing is.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # whoever opens it says why
+        return None
+    if stat.S_ISREG(mode):
+        return None
+    return "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
 
 
 def _absent(folder: Path) -> str:

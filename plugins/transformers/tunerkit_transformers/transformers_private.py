@@ -34,6 +34,27 @@ def overridden(kind: Any, base: Any) -> list[str]:
     return [original.__name__ for method, original in zip(own, originals, strict=True) if method is not original]
 
 
+def losses(trainer: Any) -> dict[str, float]:
+    """What a Trainer has added up of its losses: of the steps before its last log entry, and of those since.
+
+    Nothing before it trains.
+    """
+    if "_tr_loss" not in vars(trainer or object):
+        return {}
+    logged, since, last = trainer._total_loss_scalar, float(trainer._tr_loss), trainer._globalstep_last_logged
+    return {"logged": logged, "since": since, "last_logged": last}
+
+
+def set_losses_(trainer: Any, found: object) -> bool:
+    """Let a Trainer add its losses to those that `losses` returned, and return whether it did: not to other values."""
+    match found:
+        case {"logged": float(logged), "since": float(since), "last_logged": int(last)}:
+            trainer._total_loss_scalar, trainer._globalstep_last_logged = logged, last
+            trainer._tr_loss.fill_(since)
+            return True
+    return False
+
+
 def is_loaded(parameter: nn.Parameter) -> bool:
     """Whether ``from_pretrained`` read the parameter from a checkpoint. A deep copy of a model loses these marks."""
     return bool(vars(parameter).get("_is_hf_initialized", False))

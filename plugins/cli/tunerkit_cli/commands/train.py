@@ -10,7 +10,6 @@ from rich.console import Console
 from tunerkit import TunerkitError
 from tunerkit_cli.recipes import reading, setting
 from tunerkit_cli.recipes.recipe import TASKS
-from tunerkit_cli.settings import read_settings
 
 
 def train(
@@ -79,11 +78,11 @@ def train(
     options: dict[str, Any] = {**locals(), "from": from_}  # the parameters that are flags have their names in FLAGS
     given = {name: options[name] for name in setting.FLAGS if options[name] not in (None, [])}
     is_bare = recipe is None and not set_ and {*given} <= {"out", "precision"}
-    mapping = read_settings(recipe) if recipe is not None else {}
+    mapping = reading.mapping_at(recipe) if recipe is not None else {}
     if resume and is_bare:  # the run's own recipe, but for its `out`: the folder may have been moved
         from tunerkit_cli.running.output import recipe_file
 
-        mapping = read_settings(recipe_file(Path(given.setdefault("out", "out")).expanduser()))
+        mapping = reading.mapping_at(recipe_file(Path(given.setdefault("out", "out")).expanduser()))
     source = str(recipe or "the recipe")
     merged = _merged(mapping, given, set_ or [])
     chosen = reading.structure(merged, source)

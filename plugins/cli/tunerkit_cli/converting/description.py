@@ -87,6 +87,8 @@ def describe_adapter(source: str) -> Shown:
 def _from_header(source: str) -> Shown | None:
     """Describe a file of tunerkit's; None if anything about it is unusual: reading it whole says what that is."""
     file = source if source.endswith(".safetensors") else os.path.join(source, "adapter.safetensors")
+    if not os.path.isfile(file):
+        return None
     try:
         with safe_open(file, framework="np"):  # refuses entries that overlap or do not fill the file
             content = Path(file).read_bytes()

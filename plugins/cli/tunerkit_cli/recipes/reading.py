@@ -12,8 +12,9 @@ import tunerkit
 from tunerkit.errors import ConfigError, half_character, shown
 from tunerkit_cli.plugin_commands import plugin_commands
 from tunerkit_cli.recipes.fragments import Fragment, problems
-from tunerkit_cli.recipes.recipe import VERSION, Recipe
+from tunerkit_cli.recipes.recipe import PATHS, VERSION, Recipe, files_of
 from tunerkit_cli.settings import read_settings
+from tunerkit_transformers.run_folder import LIST, RECIPE, placed
 
 
 def schema(plugin_keys: Mapping[str, Fragment] | None = None) -> dict[str, Any]:
@@ -54,13 +55,29 @@ def read_recipe(path: Path, plugin_keys: Mapping[str, Fragment] | None = None) -
     return structure(read_settings(path), str(path), plugin_keys)
 
 
+def mapping_at(path: Path) -> dict[str, Any]:
+    """Read a recipe's mapping from a file, unchecked. In that of a run, paths are relative to the folder of the run.
+
+    Raises `ConfigError` as `read_settings` does.
+    """
+    found = read_settings(path)
+    if path.name == RECIPE and (path.parent / LIST).is_file():
+        for name in PATHS:
+            match found.get(name):
+                case str() as one:
+                    found[name] = placed(one, path.parent)
+                case list() as several:
+                    found[name] = [placed(each, path.parent) if isinstance(each, str) else each for each in several]
+    return found
+
+
 def structure(
     mapping: Mapping[str, Any], source: str = "the recipe", plugin_keys: Mapping[str, Fragment] | None = None
 ) -> Recipe:
     """Convert a mapping to a recipe. ``source`` names it in errors; the rest is as for `read_recipe`."""
     declared = plugin_commands().recipe_keys if plugin_keys is None else plugin_keys
     # Another version has other keys, and a mapping of other types cannot be searched for half characters.
-    for find in (_version_problems, lambda mapping: problems(dict(mapping), schema(declared)), _half_characters):
+    for find in (_version_problems, lambda mapping: problems(dict(mapping), schema(declared)), _unwritable):
         if found := [f"{source}: {problem}" for problem in find(mapping)]:
             raise ConfigError(found)
     given = {name: copy.deepcopy(value) for name, value in mapping.items() if value is not None}
@@ -78,8 +95,10 @@ def _version_problems(mapping: Mapping[str, Any]) -> Iterator[str]:
         yield f"version: got {shown(version)}, and tunerkit {tunerkit.__version__} reads version {VERSION}; {do}"
 
 
-def _half_characters(mapping: Mapping[str, Any]) -> Iterator[str]:
-    """Texts and paths that no file of the run could state."""
+def _unwritable(mapping: Mapping[str, Any]) -> Iterator[str]:
+    """Texts that no file of the run could state, and paths that no system has."""
     for name, value in mapping.items():
+        if name in PATHS and any("\0" in path for path in files_of(value)):
+            yield f"{name}: a path cannot contain the character NUL, got {shown(value)}"
         if (problem := half_character(json.dumps(value, ensure_ascii=False, default=str))) is not None:
             yield f"{name}: {problem}"

@@ -4,11 +4,13 @@
 
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Final
 
 import attrs
 
 from tunerkit.errors import ConfigError, shown
+from tunerkit_transformers.run_folder import placed, stated
 
 VERSION: Final = 1
 DEFAULT_METHOD: Final = "adalora"
@@ -48,6 +50,9 @@ def _files(description: str) -> Any:
 
 def _alone(paths: str | list[str] | None) -> str | list[str] | None:
     return paths[0] if isinstance(paths, list) and len(paths) == 1 else paths
+
+
+PATHS: Final = ("data", "eval_data", "out", "model", "from_adapter")  # the keys that name files and folders
 
 
 @attrs.frozen
@@ -159,9 +164,19 @@ def with_full_paths(recipe: Recipe) -> Recipe:
     return _with_paths(recipe, names, lambda path: os.path.abspath(os.path.expanduser(path)))
 
 
+def as_stated(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with full paths in the form that the files of its run in ``folder`` have, see `stated`."""
+    return _with_paths(with_full_paths(recipe), PATHS, lambda path: stated(path, folder))
+
+
+def as_placed(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe that a run in ``folder`` has written, with full paths again."""
+    return _with_paths(recipe, PATHS, lambda path: placed(path, folder))
+
+
 def with_home(recipe: Recipe) -> Recipe:
     """Return the recipe with the home folder for ``~``, which a shell leaves in a recipe and after ``=``."""
-    return _with_paths(recipe, ("data", "eval_data", "out", "model", "from_adapter"), os.path.expanduser)
+    return _with_paths(recipe, PATHS, os.path.expanduser)
 
 
 def files_of(data: str | list[str] | None) -> list[str]:

@@ -80,7 +80,9 @@ def _parsed(setting: str) -> tuple[str, object]:
     try:
         value = given_value(text, f"--set {key}")
     except ConfigError as problem:
-        raise ConfigError([f"{line}; if it is text, put it in quotes" for line in problem.problems]) from problem
+        quoted = "; if it is text, put it in quotes"
+        lines = [line if "in quotes" in line else f"{line}{quoted}" for line in problem.problems]
+        raise ConfigError(lines) from problem
     if value is None and text.strip().lower() not in ("null", "~"):  # an empty variable of the shell, or a YAML comment
         raise ConfigError(
             [f"--set {shown(setting)}: {_EXAMPLE}; write {key}=null for no value, or put the value in quotes"]

@@ -9,9 +9,7 @@ from typing import Final, Literal
 import attrs
 
 from tunerkit_cli.report import scores, wording
-from tunerkit_cli.report.record import GREATEST, Run
-
-Points = tuple[tuple[float, float], ...]
+from tunerkit_cli.report.record import Points, Run
 
 MOST_POINTS: Final = 400
 _MOST_METRICS: Final = 6
@@ -115,15 +113,17 @@ def thinned(points: Points, limit: int = MOST_POINTS) -> Points:
     return (*kept, points[-1])
 
 
-def smoothed(points: Points) -> Points:
+def smoothed(points: Points, every: int = 1) -> Points:
     """Return the mean of the points around each one, a tenth of all, and fewer towards the ends.
 
-    A one-sided mean over that many would flatten the steep start of a loss, and a single point would be noise.
+    A one-sided mean over that many would flatten the steep start of a loss, and a single point would be noise. With
+    ``every``, only each so many-th point is in the result, and the last one: where a curve is thinned anyway.
     """
     sums = [0.0, *itertools.accumulate(value for _, value in points)]
     reach = max(1, len(points) // 20)
     means = []
-    for number, (step, _) in enumerate(points):
+    for number in dict.fromkeys((*range(0, len(points), every), len(points) - 1)):
+        step = points[number][0]
         near = min(reach, max(number, reach // 4), max(len(points) - 1 - number, reach // 4))
         first, end = max(0, number - near), min(len(points), number + near + 1)
         means.append((step, (sums[end] - sums[first]) / (end - first)))
@@ -132,25 +132,25 @@ def smoothed(points: Points) -> Points:
 
 def _measured(run: Run, name: str) -> tuple[Curve, ...]:
     """Return the values of training and those on held-out rows; nothing if neither has two points."""
-    train, held_out = _points(run, name), _points(run, f"{_EVAL}{name}")
+    train, held_out = run.measured.get(name, ()), run.measured.get(f"{_EVAL}{name}", ())
     if max(len(train), len(held_out)) < 2:
         return ()
     curves = [Curve("training", train)] if train else []
     if len(train) >= _AT_LEAST_SMOOTHED:
         each = Curve("training, each log", thinned(train), "faint")
-        curves = [each, Curve("training, smoothed", thinned(smoothed(train)))]
+        every = max(1, len(train) // (10 * MOST_POINTS))
+        curves = [each, Curve("training, smoothed", thinned(smoothed(train, every)))]
     return (*curves, *([Curve("held-out", thinned(held_out), "dots")] if held_out else []))
 
 
 def _metrics(run: Run) -> Iterator[Panel]:
     """Yield a panel per metric with two points or more, the main one first; those on held-out rows before others."""
-    names = dict.fromkeys(key for row in run.logs for key in row if _is_metric(key))
+    names = [key for key in run.measured if _is_metric(key)]
     held_out = [name.removeprefix(_EVAL) for name in names if name.startswith(_EVAL)]
     ordered = dict.fromkeys([*held_out, *(name for name in names if not name.startswith(_EVAL))])
     main = scores.main_metric(run.metrics, run.main_metric)
-    found = {name: _measured(run, name) for name in sorted(ordered, key=lambda name: name != main)}
-    for name in [name for name, curves in found.items() if curves][:_MOST_METRICS]:
-        curves = found[name]
+    measured = ((name, _measured(run, name)) for name in sorted(ordered, key=lambda name: name != main))
+    for name, curves in itertools.islice(((name, curves) for name, curves in measured if curves), _MOST_METRICS):
         if run.baseline is not None and name in run.baseline.metrics:
             steps = [step for curve in curves for step, _ in curve.points]
             level = run.baseline.metrics[name]
@@ -162,7 +162,7 @@ def _metrics(run: Run) -> Iterator[Panel]:
 
 def _schedule(run: Run) -> Iterator[Panel]:
     for name, title in (("learning_rate", "Learning rate"), ("grad_norm", "Norm of the gradient")):
-        points = _points(run, name)
+        points = run.measured.get(name, ())
         if len({value for _, value in points}) > 1:
             yield Panel(name.replace("_", "-"), title, (Curve(title.lower(), thinned(points)),))
 
@@ -176,13 +176,3 @@ def _is_metric(key: str) -> bool:
         or name.rpartition("/")[2] in _NO_METRICS
         or "/rank/" in name
     )
-
-
-def _points(run: Run, key: str) -> Points:
-    """Return the values of ``key`` over steps; of rows with the same step, the last."""
-    rows = (row for row in run.logs if _is_number(row.get("step")) and _is_number(row.get(key)))
-    return tuple(sorted({float(row["step"]): float(row[key]) for row in rows}.items()))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= GREATEST

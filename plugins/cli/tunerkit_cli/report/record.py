@@ -1,6 +1,8 @@
 """The record of a run, ``run.json``, checked and structured."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from types import NoneType
 from typing import Any, Final, get_args, get_origin
 
@@ -9,6 +11,7 @@ from cattrs import Converter, transform_error
 
 from tunerkit.errors import TunerkitError, first, shown
 
+Points = tuple[tuple[float, float], ...]
 VERSION: Final = 1
 GREATEST: Final = 1e100  # JSON also has integers that no float can hold
 
@@ -162,6 +165,22 @@ class Run:
     conversations: bool | None = None
     left_out: Mapping[str, Mapping[str, int]] = attrs.field(factory=dict)
 
+    @cached_property
+    def measured(self) -> Mapping[str, Points]:
+        """The numbers in the logs over steps, by name; of rows with the same step, the last."""
+        found: defaultdict[str, dict[float, float]] = defaultdict(dict)
+        for row in self.logs:
+            step: Any = row.get("step")
+            if _is_number(step):
+                for name, value in row.items():
+                    if _is_number(value):
+                        found[name][float(step)] = float(value)
+        return {name: tuple(sorted(values.items())) for name, values in found.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (float, int) and abs(value) <= GREATEST
+
 
 def read(record: Mapping[str, Any]) -> Run:
     """Check a record and structure it. Unknown keys are left out, and None stands for a key that is not there.
@@ -244,6 +263,8 @@ def _container(kind: Any) -> Callable[[object, Any], Any]:
     def structure(value: Any, _: object) -> Any:
         if not isinstance(value, wanted):
             raise ValueError(f"expected {_name(kind)}, got {_got(value)}")
+        if members == (str, Any) and {*map(type, value)} <= {str}:
+            return value  # which it would also be key by key, for each row of the logs
         return elements.structure(value, kind)
 
     return structure

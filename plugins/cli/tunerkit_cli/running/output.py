@@ -17,13 +17,14 @@ from tunerkit.errors import FileError, shown
 from tunerkit_cli.outputs import OutputError, publishing, writing as writing_to
 from tunerkit_cli.recipes import writing
 from tunerkit_cli.recipes.reading import read_recipe
-from tunerkit_cli.recipes.recipe import Recipe, files_of, to_mapping, with_full_paths, with_precision
+from tunerkit_cli.recipes.recipe import Recipe, as_placed, as_stated, files_of, to_mapping, with_precision
 from tunerkit_cli.running import written
 from tunerkit_cli.running.trainer import arguments_of
 from tunerkit_cli.running.written import CARD, CHECKPOINTS, DIGESTS, LIST, LOGS, PICTURES, RECIPE
 from tunerkit_cli.tasks import task_of
 from tunerkit_transformers.output_folder import RECORD
 from tunerkit_transformers.pretrained import Pretrained
+from tunerkit_transformers.run_folder import placed, stated
 
 ADAPTER = "adapter.safetensors"
 ENVIRONMENT = "environment.json"
@@ -55,8 +56,9 @@ def check(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Non
             "folder"
         )
     elif ours is not None and not overwrite:
-        ended = f"an ended run ({RECORD})" if RECORD in ours else "a run that has not ended"
-        how = "" if RECORD in ours else ", --resume to go on with it"
+        has_ended = written.has_ended(folder)
+        ended = f"an ended run ({RECORD})" if has_ended else "a run that has not ended"
+        how = "" if has_ended else ", --resume to go on with it"
         raise OutputError(f"--out {folder}: holds {ended}; pass --overwrite to replace it{how}, or another folder")
     if ours is not None:
         refuse_theirs(folder, ours, _WRITTEN)
@@ -84,9 +86,10 @@ def refuse_theirs(folder: Path, ours: Collection[str], wanted: Collection[str]) 
 
 
 def begin(folder: Path, recipe: Recipe, earlier: Collection[str] = (), *, resume: bool) -> None:
-    """Remove an earlier run from the folder, unless it is resumed, and write what resuming reads.
+    """Replace an earlier run in the folder, unless it is resumed, and write what resuming reads.
 
-    That is the recipe, and the digest of each file of data, in the form of ``sha256sum``. Files that no run wrote stay.
+    That is the recipe, and the digest of each file of data, in the form of ``sha256sum``. Files that no run wrote stay,
+    and so do the earlier run's adapter and what describes it, until there is a new adapter: see `save`.
 
     Args:
         folder: The folder.
@@ -98,10 +101,14 @@ def begin(folder: Path, recipe: Recipe, earlier: Collection[str] = (), *, resume
         written.note(folder, written.run_files(folder) or ())  # an earlier version kept no list
         return
     if earlier:
-        written.note(folder, earlier)  # first: a folder that is half removed is still a run's
-        written.remove(folder, earlier)
+        gone = {
+            path for path in earlier if path in (RECIPE, DIGESTS) or path.startswith((f"{CHECKPOINTS}/", f"{LOGS}/"))
+        }
+        # First: a folder that is half removed is still a run's.
+        written.note(folder, earlier, earlier={*earlier} - gone - {LIST})
+        written.remove(folder, gone)
     written.note(folder, [RECIPE, DIGESTS])
-    lines = [f"{digest}  {path}\n" for path, digest in _digests(recipe).items()]
+    lines = [f"{digest}  {stated(path, folder)}\n" for path, digest in _digests(as_placed(recipe, folder)).items()]
     serialization.replace(folder / DIGESTS, ["".join(lines).encode()])
     serialization.replace(folder / RECIPE, [writing.dump(recipe).encode()])
 
@@ -117,12 +124,16 @@ def refuse_processor(folder: Path, processor: Any) -> None:
 
 
 def save(loaded: Pretrained, folder: Path) -> None:
-    """Write a trained adapter and its processor."""
-    written.note(folder, [ADAPTER])
-    tunerkit.save(loaded.model, folder)
+    """Write a trained adapter and its processor, in place of those of an earlier run in the folder."""
+    earlier = written.earlier_files(folder)
     with publishing(folder) as scratch:
+        tunerkit.save(loaded.model, scratch)
         loaded.processor.save_pretrained(scratch)
-        written.note(folder, written.files_in(scratch, "."))
+        new = written.files_in(scratch, ".")
+        written.note(folder, new)
+        written.remove(folder, earlier - new)  # the record first: it is not the new adapter's
+    if earlier:
+        written.note(folder, (), earlier=())
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -140,13 +151,15 @@ def settings_begun_with(folder: Path) -> Mapping[str, Any]:
 
 def after_interrupt(folder: Path) -> str:
     """What is in the folder after Ctrl-C and how to go on, as the end of a sentence; empty without a checkpoint."""
-    if (folder / RECORD).is_file():
+    if written.has_ended(folder):
         return f"; the run in {folder} has ended, and its adapter is complete"
-    if (folder / ADAPTER).is_file():
+    is_earlier = ADAPTER in written.earlier_files(folder)
+    if (folder / ADAPTER).is_file() and not is_earlier:
         return f"; the adapter is written to {folder}, for tunerkit.load, and not evaluated"
+    still = f"; {folder / ADAPTER} is still that of the earlier run" if is_earlier else ""
     if has_checkpoint(folder):
-        return f"; go on with: tunerkit train --out {shlex.quote(str(folder))} --resume"
-    return ""
+        return f"{still}; go on with: tunerkit train --out {shlex.quote(str(folder))} --resume"
+    return still
 
 
 def recipe_file(folder: Path) -> Path:
@@ -161,16 +174,18 @@ def _no_run(folder: Path) -> OutputError:
 
 
 def _check_resume(folder: Path, recipe: Recipe) -> None:
-    kept = with_precision(read_recipe(recipe_file(folder)))
-    if (folder / RECORD).is_file():
-        raise OutputError(f"--out {folder}: this run has ended; pass --overwrite to run it again")
+    kept = as_placed(with_precision(read_recipe(recipe_file(folder))), folder)
+    if written.has_ended(folder):
+        if (folder / REPORT).exists():
+            raise OutputError(f"--out {folder}: this run has ended; pass --overwrite to run it again")
+        return  # it was killed before it had its report
     left = ("task", "precision", "train_on_prompts")
     recipe = attrs.evolve(recipe, **{name: getattr(kept, name) for name in left if getattr(recipe, name) is None})
     silent = arguments_of(attrs.evolve(kept, training={}), task_of(kept.task)) if kept.task is not None else {}
     meant = {name: value for name, value in kept.training.items() if silent.get(name) == value}
     recipe = attrs.evolve(recipe, training={**meant, **recipe.training})  # a recipe may leave defaults out
-    asked = attrs.evolve(with_full_paths(recipe), out=kept.out)
-    before, now = (_flat(to_mapping(each)) for each in (kept, asked))
+    asked = attrs.evolve(recipe, out=kept.out)
+    before, now = (_flat(to_mapping(as_stated(each, folder))) for each in (kept, asked))
     different = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if different:
         name = different[0]
@@ -186,7 +201,7 @@ def _check_data(folder: Path, recipe: Recipe) -> None:
     """Refuse data that has changed since the run began. Runs of earlier versions have no digests."""
     file = folder / DIGESTS
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    before = {path: digest for digest, _, path in (line.partition("  ") for line in lines)}
+    before = {placed(path, folder): digest for digest, _, path in (line.partition("  ") for line in lines)}
     for path, digest in _digests(recipe).items():
         if before.get(path, digest) != digest:
             raise OutputError(

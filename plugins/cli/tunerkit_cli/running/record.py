@@ -24,6 +24,7 @@ from tunerkit_cli.running import written
 from tunerkit_cli.running.telling import say
 from tunerkit_cli.running.written import PICTURES
 from tunerkit_transformers.pretrained import Pretrained
+from tunerkit_transformers.run_folder import stated
 
 _PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "scikit-learn")
 
@@ -95,15 +96,15 @@ def environment(method: str) -> dict[str, str]:
     return found
 
 
-def model_facts(loaded: Pretrained, seed: int) -> dict[str, Any]:
-    """What the base model was, so that it can be loaded again: a folder is named by its full path.
+def model_facts(loaded: Pretrained, seed: int, run: Path) -> dict[str, Any]:
+    """What the base model was, so that it can be loaded again: a folder is named by its path, see `stated`.
 
-    ``seed`` is what its new modules were initialised by.
+    ``seed`` is what its new modules were initialised by, and ``run`` the folder of the run.
     """
     folder = Path(loaded.source).expanduser()
     return {
         "name": folder.name if folder.is_dir() else loaded.source,
-        "source": str(folder.resolve()) if folder.is_dir() else loaded.source,
+        "source": stated(str(folder.resolve()), run) if folder.is_dir() else loaded.source,
         "revision": loaded.revision,
         "class": type(loaded.model).__name__,
         "seed": seed,

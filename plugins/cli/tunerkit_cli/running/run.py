@@ -14,7 +14,15 @@ import tunerkit
 from tunerkit import TunerkitError, hooks
 from tunerkit.errors import shown
 from tunerkit_cli import outputs
-from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, Recipe, to_mapping, with_full_paths, with_home, with_precision
+from tunerkit_cli.recipes.recipe import (
+    DEFAULT_METHOD,
+    Recipe,
+    as_stated,
+    files_of,
+    to_mapping,
+    with_home,
+    with_precision,
+)
 from tunerkit_cli.running import hardware, output, written
 from tunerkit_cli.running.baseline import NoBaselineError, head_alone
 from tunerkit_cli.running.data import prepare_data
@@ -44,6 +52,7 @@ from tunerkit_cli.running.watching import read_restarts
 from tunerkit_cli.tasks.language import are_conversations
 from tunerkit_transformers.output_folder import RECORD, VERSION
 from tunerkit_transformers.pretrained import quiet
+from tunerkit_transformers.run_folder import read_record, stated
 
 
 def run(
@@ -71,6 +80,9 @@ def run(
     folder = Path(recipe.out)
     with nullcontext() if dry_run else outputs.claimed(folder):
         output.check(folder, recipe, resume=resume, overwrite=overwrite)
+        if resume and written.has_ended(folder):
+            _finish_report(folder, console, dry_run=dry_run)
+            return
         recipe = settled(recipe, folder, resume=resume)
         if recipe.from_adapter is None and recipe.method is not None:
             tunerkit.structure(recipe.method, recipe.config)  # report a typo before downloading anything
@@ -88,7 +100,7 @@ def run(
             return
         known: dict[str, Any] = {"task": task.name, "method": session.tuner.method}
         known |= {"training": arguments_of(recipe, task), "train_on_prompts": task.trains_on_prompts}
-        kept = with_full_paths(attrs.evolve(recipe, **known))
+        kept = as_stated(attrs.evolve(recipe, **known), folder)
         output.refuse_processor(folder, session.loaded.processor)
         with hardware.computing_in(session.precision, session.loaded.model.device):
             before = task.samples(session.loaded, data.held_out)
@@ -96,6 +108,15 @@ def run(
             session, trained = train_with_restarts(session, listing, console, resume=resume)
         output.save(session.loaded, folder)  # at once: what follows only describes it
         _finish(session, trained, kept, before, console)
+
+
+def _finish_report(folder: Path, console: Console, *, dry_run: bool) -> None:
+    """Write the report of a run that has ended, and that was killed before it had one."""
+    if not dry_run:
+        written.note(folder, [output.REPORT])
+        write_report(folder, read_record(folder), console)
+    do = "it would get" if dry_run else "it has got"
+    say(console, f"the run in {folder} has ended, and had no report: {do} {folder / output.REPORT}")
 
 
 def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[str, str]], console: Console) -> None:
@@ -152,10 +173,13 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
     record: dict[str, Any] = {
         "version": VERSION,
         "task": task.name,
-        "model": model_facts(loaded, session.trainer.args.seed),
-        "data": {"train": data.source, "eval": data.held_out_source},
+        "model": model_facts(loaded, session.trainer.args.seed, session.folder),
+        "data": {"train": _sources(session, data.source), "eval": _sources(session, data.held_out_source)},
         "rows": {part: session.rows(part) for part in data.parts},
-        "held_out": dict(data.findings),
+        "held_out": {
+            name: {**found, "source": _sources(session, found["source"])} if name == "also_trained_example" else found
+            for name, found in data.findings.items()
+        },
         "columns": list(data.train[0]),
         "labels": list(data.labels),
         "metrics": dict(trained.metrics),
@@ -188,6 +212,14 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
     record |= {name: value for name, value in further.items() if value not in (None, {}, [])}
     plain: dict[str, Any] = finite(record)
     return plain
+
+
+def _sources(session: Session, text: str) -> str:
+    """A text about the files of data, with their paths as the recipe states them."""
+    given = [str(Path(each)) for each in (*files_of(session.recipe.data), *files_of(session.recipe.eval_data))]
+    for path in sorted(given, key=len, reverse=True):
+        text = text.replace(path, stated(path, session.folder))
+    return text
 
 
 def _beside(session: Session, trained: Trained, baseline: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tunerkit import TunerkitError, TunerkitWarning, serialization
 from tunerkit.errors import BaseMismatchError, ConfigError, FileError, StepError, shown
 from tunerkit.paths import few
 from tunerkit.plugin import Description, Tuner
+from tunerkit_cli.recipes.reading import mapping_at
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, DTYPES, PRECISIONS, Recipe
 from tunerkit_cli.rows import DataError, tidy
 from tunerkit_cli.running import written
@@ -22,7 +23,6 @@ from tunerkit_cli.running.data import Data
 from tunerkit_cli.running.hardware import choose_device, obstacle
 from tunerkit_cli.running.record import write_json
 from tunerkit_cli.running.written import CHECKPOINTS, RECIPE
-from tunerkit_cli.settings import read_settings
 from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.texts import labels_of
 from tunerkit_transformers import transformers_private
@@ -120,7 +120,7 @@ def completed(mapping: Mapping[str, Any], recipe: Recipe, *, resume: bool) -> di
         TunerkitError: The adapter cannot be read, or something in the recipe contradicts it.
     """
     kept = Path(recipe.out).expanduser() / RECIPE
-    said = _said(recipe) if not resume else read_settings(kept) if kept.is_file() else {}
+    said = _said(recipe) if not resume else mapping_at(kept) if kept.is_file() else {}
     known = {name: said[name] for name in _FROM_RUN if said.get(name) is not None}
     if {"bf16", "fp16"} & {*recipe.training}:  # another way to say the precision
         known.pop("precision", None)

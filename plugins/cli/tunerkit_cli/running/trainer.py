@@ -17,10 +17,11 @@ import torch
 from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tunerkit import TunerkitError, hooks
-from tunerkit.errors import ConfigError, closest, shown
+from tunerkit.errors import ConfigError, closest, shown, warn
 from tunerkit_cli.demo import demo_of
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, Recipe
 from tunerkit_cli.report.scores import is_better_high
@@ -28,11 +29,13 @@ from tunerkit_cli.running import hardware
 from tunerkit_cli.running.written import CHECKPOINTS, LOGS
 from tunerkit_cli.tasks import TASKS, task_of
 from tunerkit_cli.tasks.base import MissingPackageError, Task
+from tunerkit_transformers import transformers_private
 
 # What the command decides: where checkpoints go, and what the trainer must not do with them.
 _OURS: Mapping[str, str] = {
     "output_dir": "set the recipe's `out` instead",
     "resume_from_checkpoint": "pass --resume instead",
+    "restore_callback_states_from_checkpoint": "--resume restores what the command needs of them",
     "overwrite_output_dir": "pass --overwrite instead",
     "disable_tqdm": "progress is shown by tunerkit instead",
     "do_train": "`tunerkit train` trains instead",
@@ -112,6 +115,9 @@ def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, pre
         settings.setdefault("greater_is_better", is_better_high(best))
     with _refusing():
         arguments = kind(**settings)
+        arguments.dataloader_num_workers, note = hardware.choose_workers(arguments.dataloader_num_workers)
+        if note:
+            warn(note)
         # Where it is fp32, transformers would take what the environment says, as `accelerate config` may leave it.
         arguments.mixed_precision = "no" if precision == "fp32" else precision
         for callback in get_reporting_integration_callbacks(arguments.report_to):
@@ -126,7 +132,7 @@ def _refusing() -> Iterator[None]:
         yield
     except TunerkitError:
         raise
-    except (TypeError, ValueError, ImportError, AttributeError, RuntimeError) as problem:
+    except (TypeError, ValueError, ImportError, AttributeError, RuntimeError, OverflowError) as problem:
         raise ConfigError([f"training: {' '.join(str(problem).split()) or type(problem).__name__}"]) from problem
 
 
@@ -213,12 +219,15 @@ def build_trainer(kind: type[Any], arguments: Any, *, callbacks: Sequence[Any] =
         ConfigError: The trainer refuses its arguments.
     """
     wanted = Path(arguments.output_dir)
+    resumable = Resumable()
     with tempfile.TemporaryDirectory() as scratch, _tensorboard_in(wanted.parent / LOGS), _refusing():
         arguments.output_dir = scratch
-        trainer = kind(args=arguments, callbacks=[*callbacks, Resumable()], **settings)
+        trainer = kind(args=arguments, callbacks=[*callbacks, resumable], **settings)
+    resumable.trainer = trainer
     arguments.output_dir = trainer.args.output_dir = str(wanted)  # a trainer may copy its arguments
     trainer.remove_callback(PrinterCallback)
     trainer.get_batch_samples = partial(_batches, trainer, trainer.get_batch_samples)
+    trainer.log = partial(resumable.log, trainer.log)
     return trainer
 
 
@@ -278,16 +287,35 @@ def _tensorboard_in(folder: Path) -> Iterator[None]:
             del os.environ[name]
 
 
-class Resumable(TrainerCallback):
+class Resumable(TrainerCallback, ExportableState):
     """Lets a resumed training see the batches, the random numbers and the logs of one that was not interrupted.
 
     Batches by length are drawn by the seed and the epoch alone. By themselves they depend on all random numbers drawn
     before the epoch, dropout's too. And a checkpoint at the end of an epoch is written after the epoch's evaluation,
-    which it would lack otherwise. An epoch that is resumed after its evaluation is not evaluated again.
+    which it would lack otherwise. An epoch that is resumed after its evaluation is not evaluated again. A checkpoint
+    keeps the sum of the losses, so that the means that are logged are those of the whole run.
     """
 
     def __init__(self) -> None:
+        self.trainer: Any = None  # which is built with it
+        self._has_losses = True  # not in a checkpoint of an earlier version
         self._is_due = False  # whether a checkpoint waits for the end of the epoch
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"args": {}, "attributes": {}, "losses": transformers_private.losses(self.trainer)}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step > 0:
+            self._has_losses = transformers_private.set_losses_(self.trainer, kept.get("losses"))
+
+    def log(self, call: Callable[..., None], logs: dict[str, float], *arguments: Any) -> None:
+        """Log with ``call``. The trainer's own mean loss at the end is of the steps since it was resumed."""
+        if "train_loss" in logs and self._has_losses:
+            added = transformers_private.losses(self.trainer)["logged"]
+            logs = {**logs, "train_loss": added / max(self.trainer.state.global_step, 1)}
+        call(logs, *arguments)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         batches = kwargs["train_dataloader"].batch_sampler

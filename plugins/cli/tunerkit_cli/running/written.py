@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -14,9 +14,8 @@ from tunerkit.errors import TunerkitError
 from tunerkit_cli.recipes.recipe import TASKS
 from tunerkit_cli.settings import read_settings
 from tunerkit_transformers.output_folder import RECORD
+from tunerkit_transformers.run_folder import LIST, RECIPE
 
-LIST: Final = "written.json"
-RECIPE: Final = "recipe.yaml"
 DIGESTS: Final = "data.sha256"
 CHECKPOINTS: Final = "checkpoints"
 LOGS: Final = "logs"  # TensorBoard's
@@ -39,15 +38,32 @@ _OF_PICTURES: Final = re.compile(
 _DRAWN: Final = b"Software\0Matplotlib"
 
 
-def note(folder: Path, paths: Iterable[str]) -> None:
-    """Add files to the list, by their paths in the folder; the end ``/`` is for a checkpoint that is being written."""
+def note(folder: Path, paths: Iterable[str], *, earlier: Collection[str] | None = None) -> None:
+    """Add files to the list, by their paths in the folder; the end ``/`` is for a checkpoint that is being written.
+
+    ``earlier`` are the files that stay of the run that this one replaces (`earlier_files`); None leaves them as they
+    are.
+    """
     known = {path for path in _listed(folder) or () if os.path.lexists(folder / path)}
     found = sorted({*known, *paths, LIST})
     # A checkpoint that has been written is listed file by file: its folder is left out.
     whole = {f"{parent}/" for path in found for parent in PurePosixPath(path.rstrip("/")).parents}
     found = [path for path in found if path not in whole]
-    text = json.dumps({"tunerkit": tunerkit.__version__, "files": found}, indent=1, ensure_ascii=False)
-    serialization.replace(folder / LIST, [text.encode()])
+    older = sorted(earlier_files(folder) if earlier is None else earlier)
+    listed = {"tunerkit": tunerkit.__version__, "files": found, **({"earlier": older} if older else {})}
+    serialization.replace(folder / LIST, [json.dumps(listed, indent=1, ensure_ascii=False).encode()])
+
+
+def earlier_files(folder: Path) -> frozenset[str]:
+    """The files of an earlier run, its adapter and record, that stay until the run which replaces it has an adapter."""
+    listed = _json(folder / LIST).get("earlier")
+    paths = listed if isinstance(listed, list) else []
+    return frozenset(path for path in paths if isinstance(path, str)) & (run_files(folder) or frozenset())
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the run that was last begun in a folder has its record."""
+    return (folder / RECORD).is_file() and RECORD not in earlier_files(folder)
 
 
 def files_in(folder: Path, *inside: str) -> frozenset[str]:
@@ -136,7 +152,8 @@ def _of_earlier_version(folder: Path) -> frozenset[str]:
     if ended or (folder / "adapter.safetensors").is_file():  # after which it wrote its processor
         names |= {each.name for each in folder.iterdir() if _OF_PROCESSORS.fullmatch(each.name)}
     if ended:
-        pictures = [path for path in files_in(folder, PICTURES) if _OF_PICTURES.fullmatch(path)]
+        drawn = [path for path in files_in(folder, PICTURES) if _OF_PICTURES.fullmatch(path)]
+        pictures = [path for path in drawn if (folder / path).is_file()]
         names |= {path for path in pictures if _DRAWN in (folder / path).read_bytes()[:500]}
     names |= {path for path in files_in(folder, LOGS) if "/events.out.tfevents." in path}
     starts = {f"{CHECKPOINTS}/{name}" for name in ("start/adapter.safetensors", "start.json", "restarts.json")}
@@ -154,6 +171,8 @@ def _checkpoints(folder: Path, wanted: str = "") -> Iterator[str]:
 
 def _has_digests(folder: Path, recipe: Mapping[str, Any]) -> bool:
     """Whether a folder has digests of the files that a recipe names, and of no others."""
+    if not (folder / DIGESTS).is_file():
+        return False
     try:
         lines = (folder / DIGESTS).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
@@ -166,6 +185,8 @@ def _has_digests(folder: Path, recipe: Mapping[str, Any]) -> bool:
 
 def _json(path: Path) -> Mapping[str, Any]:
     """The JSON object in a file; empty without one."""
+    if not path.is_file():
+        return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

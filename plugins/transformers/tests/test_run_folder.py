@@ -1,0 +1,44 @@
+"""What the files of a run state: the paths in them, and what is in the place of a file."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.pipes import pipe
+from tunerkit_transformers.run_folder import RunError, irregular, placed, read_record, stated
+
+
+def test_a_path_is_stated_without_the_home_folder_and_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below the run's folder it moves with it; below the home folder it is another user's too; others are kept."""
+    home, run = tmp_path / "me", tmp_path / "me" / "runs" / "a"
+    run.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(home)
+    for name in (home, tmp_path / "link"):  # the name of a home folder may be a link
+        monkeypatch.setenv("HOME", str(name))
+        said = {str(run / "base"): "./base", str(home / "data.csv"): "~/data.csv", str(run): "~/runs/a"}
+        said |= dict.fromkeys((str(tmp_path / "mean" / "x"), "org/name", "data.csv", "~"), None)
+        for path, wanted in said.items():
+            assert stated(path, run) == (wanted or path)
+            assert os.path.realpath(placed(stated(path, run), run)) == os.path.realpath(os.path.expanduser(path))
+    moved = run.rename(tmp_path / "b")
+    assert placed("./base", moved) == str(moved / "base")
+    monkeypatch.setenv("HOME", os.sep)
+    assert stated("/data/x", moved) == "/data/x"
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    """A file is read, and what is absent is reported by whoever opens it."""
+    (tmp_path / "file").touch()
+    (tmp_path / "device").symlink_to(os.devnull)
+    with pipe(tmp_path / "run.json") as path:
+        assert irregular(path) == "a pipe"
+        with pytest.raises(RunError, match=r"run\.json: is a pipe, and no file; restore what"):
+            read_record(tmp_path)
+    assert irregular(tmp_path) == "a folder"
+    assert irregular(tmp_path / "device") == "a device or a socket"
+    assert [irregular(Path(each)) for each in (tmp_path / "file", tmp_path / "absent", "a\0b", "x" * 5000)] == [
+        None
+    ] * 4
