@@ -11,7 +11,7 @@ from pathlib import Path
 def pipe(path: Path) -> Iterator[Path]:
     """Inside the block there is a pipe at ``path``, and who reads it finds an empty file."""
     os.mkfifo(path)
-    writer = threading.Thread(target=lambda: path.open("wb").close())  # opening waits for a reader
+    writer = threading.Thread(target=lambda: os.close(os.open(path, os.O_WRONLY)))  # opening waits for a reader
     writer.start()
     try:
         yield path

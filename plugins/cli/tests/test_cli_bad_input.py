@@ -54,25 +54,26 @@ PIPES = {
     "train --model bert --data reviews.csv --eval-data pipe.parquet": ": is a pipe, and no file",
     "train --model pipe.csv --data reviews.csv": " is a pipe; pass the folder that has config.json",
     "predict run --data pipe.jsonl": ": is a pipe, and no file",
-    "merge run --base pipe --out new": " is a pipe; pass the folder that has config.json",
+    "merge run --base pipe": " is a pipe; pass the folder that has config.json",
     "show pipe.safetensors": "holds no adapter",
     "train --from pipe.safetensors --data reviews.csv": "there is no file",
-    "merge pipe.safetensors --base bert --out new": "holds no adapter",
+    "merge pipe.safetensors --base bert": "holds no adapter",
 }
 
 
 @pytest.mark.parametrize("command", PIPES)
 def test_a_pipe_in_the_place_of_a_file_is_named(command: str, folder: Path) -> None:
     """Opening it would wait for ever: for who writes into it."""
+    out = "--out hostile" if command.startswith(("train", "merge")) else ""
     name = next(word for word in command.split() if word.startswith("pipe"))
     with pipe(folder / name):
-        done = bad_inputs.run(bad_inputs.BadInput("", command))
+        done = bad_inputs.run(bad_inputs.BadInput("", f"{command} {out}"))
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.output
     assert name in done.stderr
     assert PIPES[command] in done.stderr
 
 
-TRAIN = "train --model bert --data reviews.csv"
+TRAIN = "train --model bert --data reviews.csv --out hostile"
 LINES = {
     r"""--set 'out="a\0b"'""": "out: a path cannot contain the character NUL, got 'a\\x00b'",
     r"""--set 'eval_data=["a\0b"]' --dry-run""": "eval_data: a path cannot contain the character NUL",

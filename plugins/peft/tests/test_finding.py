@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 import tunerkit
 from plugins.peft.tests import peft_folders
 from plugins.peft.tests.peft_folders import refused
+from tests.support.pipes import pipe
+from tunerkit_peft.files import sniff
 
 
 def test_a_folder_without_one_of_the_files_is_refused(tmp_path: Path) -> None:
@@ -37,6 +40,12 @@ def test_a_folder_around_adapters_is_no_adapter(tmp_path: Path) -> None:
     peft_folders.folder(tmp_path / "news")
     (tmp_path / "README.md").write_text("# Adapters")
     refused(tmp_path, "no adapter_config.json", str(tmp_path / "news"), "pass one of these")
+
+
+def test_a_pipe_for_its_settings_makes_no_adapter_of_a_folder(tmp_path: Path) -> None:
+    """To open it would wait for who writes into it."""
+    with pipe(tmp_path / "adapter_config.json"), mock.patch.object(Path, "open", side_effect=AssertionError):
+        assert not sniff(tmp_path)
 
 
 def test_a_pointer_is_named_as_such(tmp_path: Path) -> None:

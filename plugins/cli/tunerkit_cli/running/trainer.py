@@ -35,7 +35,6 @@ from tunerkit_transformers import transformers_private
 _OURS: Mapping[str, str] = {
     "output_dir": "set the recipe's `out` instead",
     "resume_from_checkpoint": "pass --resume instead",
-    "restore_callback_states_from_checkpoint": "--resume restores what the command needs of them",
     "overwrite_output_dir": "pass --overwrite instead",
     "disable_tqdm": "progress is shown by tunerkit instead",
     "do_train": "`tunerkit train` trains instead",
@@ -115,6 +114,7 @@ def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, pre
         settings.setdefault("greater_is_better", is_better_high(best))
     with _refusing():
         arguments = kind(**settings)
+        arguments.restore_callback_states_from_checkpoint = False  # it would build another `Resumable`
         arguments.dataloader_num_workers, note = hardware.choose_workers(arguments.dataloader_num_workers)
         if note:
             warn(note)
