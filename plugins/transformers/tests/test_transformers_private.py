@@ -24,6 +24,7 @@ MARK = "_is_hf_initialized"
 PLUGIN = Path(__file__).parents[1] / "tunerkit_transformers"
 FILE = "tunerkit_transformers/transformers_private.py"
 USER = "tunerkit_transformers.checkpoints"
+LOSSES = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 
 
 class Net(nn.Module):
@@ -143,7 +144,31 @@ def test_a_private_method_of_the_trainer_does_what_it_is_taken_for(name: str, tm
 def test_every_private_name_in_the_file_has_a_canary() -> None:
     """Also, no canary is for a name that is no longer used."""
     source = next(s for s in read("plugin", PLUGIN) if s.name.endswith("transformers_private"))
-    assert set(private_attributes(source)) == {*CANARIES, MARK, transformers_private.HAS_ADAPTERS}
+    assert set(private_attributes(source)) == {*CANARIES, *LOSSES, MARK, transformers_private.HAS_ADAPTERS}
+
+
+def test_a_trainer_adds_its_losses_up_where_they_are_taken_from(tmp_path: Path) -> None:
+    """Before a training there are none. What is set as it begins counts in the means that it logs."""
+    own = trainer(tmp_path, logging_steps=2)
+    assert transformers_private.losses(None) == transformers_private.losses(own) == {}
+    seen: list[dict[str, float]] = []
+
+    class Setting(transformers.TrainerCallback):  # type: ignore[misc, name-defined]  # a module that may be missing
+        def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+            assert transformers_private.set_losses_(own, {"logged": 10.0, "since": 100.0, "last_logged": 0})
+            assert not transformers_private.set_losses_(own, {"logged": "10", "since": 100.0, "last_logged": 0})
+
+        def on_step_end(self, *_: Any, **kwargs: Any) -> None:
+            seen.append(transformers_private.losses(own))
+
+    own.add_callback(Setting())
+    own.train()
+    assert [(each["logged"], each["last_logged"]) for each in seen] == [(10.0, 0), (10.0, 0)]
+    assert 100 < seen[0]["since"] < seen[1]["since"]
+    (mean,) = [entry["loss"] for entry in own.state.log_history if "loss" in entry]
+    assert 2 * mean == pytest.approx(seen[1]["since"])
+    found = transformers_private.losses(own)
+    assert found == {"logged": pytest.approx(10 + 2 * mean), "since": 0.0, "last_logged": 2}
 
 
 def test_a_trainer_takes_a_quantised_model_with_the_mark_of_adapters_alone() -> None:

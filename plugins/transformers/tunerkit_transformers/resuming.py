@@ -221,11 +221,11 @@ def _is_state(path: Path) -> bool:
     """Whether a file is a state that a Trainer can go on from: its fields, with values of their types."""
     try:
         found = json.loads(path.read_bytes())
-        state = TrainerState(**found)
+        state: Any = TrainerState(**found)  # Any: it has whatever the file has
     except (ValueError, TypeError, RecursionError):
         return False
     steps = (state.global_step, state.max_steps, state.num_input_tokens_seen)
-    logs = state.log_history if isinstance(state.log_history, list) else [None]
+    logs: list[Any] = state.log_history if isinstance(state.log_history, list) else [None]
     return (
         found.keys() >= {"global_step", "max_steps", "epoch", "log_history"}
         and all(type(each) is int and each >= 0 for each in steps)

@@ -306,9 +306,11 @@ class Resumable(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {}, "losses": transformers_private.losses(self.trainer)}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        states: Any = state.stateful_callbacks  # a mapping by now
+        kept = states.setdefault(type(self).__name__, self.state())
         if state.global_step > 0:
-            self._has_losses = transformers_private.set_losses_(self.trainer, kept.get("losses"))
+            losses = kept.get("losses") if isinstance(kept, dict) else None
+            self._has_losses = transformers_private.set_losses_(self.trainer, losses)
 
     def log(self, call: Callable[..., None], logs: dict[str, float], *arguments: Any) -> None:
         """Log with ``call``. The trainer's own mean loss at the end is of the steps since it was resumed."""
