@@ -91,9 +91,8 @@ def _relative(mine: Tensor, other: Tensor) -> float:
 
 def kit(method: str, tests: ModuleType, case: Case) -> str:
     """How many checks passed, were skipped and failed as expected; the names of others that failed."""
-    settings, expected = tests.METHODS[method]
     try:
-        results = check_method(method, settings, [case], expected)
+        results = check_method(method, tests.METHODS[method], [case])
     except TunerkitError as error:
         return f"refused: {str(error).splitlines()[0][:60]}"
     count = Counter(each.status for each in results)
@@ -144,7 +143,7 @@ def rows(methods: Iterable[str]) -> Iterator[str]:
     """Yield the table's rows, one as soon as it is measured."""
     parities, conformance = _imported("test_peft_parity"), _imported("test_conformance")
     for method in methods:
-        settings = conformance.METHODS[method][0]
+        settings = conformance.METHODS[method]
         cells = [str(lines(method)), *parity(method, parities)]
         cells.append("; ".join(kit(method, conformance, case) for case in named(CASES)))
         cells += [folder(method, settings), f"{merging(moved(method, settings)):.0e}"]

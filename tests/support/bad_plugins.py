@@ -310,25 +310,38 @@ class NotPicklable(Plugin):
 # --- Steps ------------------------------------------------------------------------------------------------------------
 
 
-class IgnoresGradScale(Plugin):
+class NeedsSteps(Plugin):
+    """The method ``bad`` with the declaration that its hooks must be called."""
+
+    @hookimpl
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method(METHOD, config=LowRankConfig, needs_steps=True)]
+
+
+def own(tuner: Tuner) -> list[nn.Parameter]:
+    """The parameters of the adapters, without those of modules that are trained in full."""
+    return [parameter for adapter in tuner.adapters().values() for parameter in adapter.parameters()]
+
+
+class IgnoresGradScale(NeedsSteps):
     @hookimpl
     def tunerkit_before_step(self, tuner: Tuner) -> None:
-        for parameter in tuner.parameters():
+        for parameter in own(tuner):
             if parameter.grad is not None:
                 parameter.grad += 0.1 * parameter.detach()
 
 
-class StateNotSaved(Plugin):
+class StateNotSaved(NeedsSteps):
     """Keeps an average of the weights, towards which each step pulls them, and does not save it."""
 
     @hookimpl
     def tunerkit_start(self, tuner: Tuner) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in tuner.parameters()]
+        return [parameter.detach().clone() for parameter in own(tuner)]
 
     @hookimpl
     def tunerkit_after_step(self, tuner: Tuner) -> None:
         averages: Any = tuner.state
-        for average, parameter in zip(averages, tuner.parameters(), strict=True):
+        for average, parameter in zip(averages, own(tuner), strict=True):
             average.lerp_(parameter.detach(), 0.1)
             parameter.lerp_(average, 0.01)
 

@@ -48,6 +48,8 @@ NAMES = {
     "bias": "lora_only",
 }
 
+FAILS = {"gradients_are_true": "the norm has no gradient, as in the paper"}
+
 
 @attrs.frozen
 class Config(PatternedConfig):
@@ -112,7 +114,8 @@ class Dora(Adapter):
 
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
-    yield Method("dora", config=Config, multiplies=True, foreign={"peft": NAMES})
+    foreign = {"peft": NAMES, "testing": {"expected_failures": FAILS}}
+    yield Method("dora", config=Config, multiplies=True, foreign=foreign)
 
 
 @hookimpl

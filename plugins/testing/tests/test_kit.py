@@ -13,6 +13,7 @@ import tunerkit
 from tests.support import bad_plugins, checks_page, hard_plugins, mistakes
 from tests.support.bad_plugins import CASE
 from tests.support.mistakes import MISTAKES, Mistake
+from tests.support.quiet_plugins import QUIET
 from tests.support.subtle_plugins import CAUGHT, LoopsInAStep, NoRoomIn, ReadsOutputInSecret, with_adapter, with_config
 from tests.support.toy_growing import GrowingPlugin
 from tests.support.toy_outputs import OutputPlugin
@@ -106,11 +107,20 @@ def test_every_other_check_fails_for_some_plugin(toys: None, check: str, plugin:
     assert len(result.reason.split()) > 8
 
 
+@pytest.mark.parametrize(("check", "plugin", "cause"), QUIET, ids=[f"{c}-{p.__name__}-{w[:20]}" for c, p, w in QUIET])
+def test_what_shows_late_or_elsewhere_is_named(check: str, plugin: type, cause: str) -> None:
+    """Law: the check about the mistake fails, and its sentence names the cause."""
+    with registered(plugin()):
+        (result,) = check_method("bad", cases=[CASE], checks=[check])
+    assert result.status == "failed", result
+    assert cause in result.reason
+
+
 def test_every_check_is_seen_to_fail() -> None:
-    """Law: each check has a plugin that fails it, except those that need what may be missing here."""
-    failing = {mistake.check for mistake in MISTAKES} | {check for check, _ in CAUGHT}
-    # These need an accelerator, and LoRA, whose own tests have a plugin that fails it.
-    assert set(BY_NAME) - failing == {"device", "operations"}
+    """Law: each check has a plugin that fails it, except one that needs what may be missing here."""
+    failing = {mistake.check for mistake in MISTAKES} | {check for check, *_ in (*CAUGHT, *QUIET)}
+    # It needs LoRA, whose own tests have a plugin that fails it.
+    assert set(BY_NAME) - failing == {"operations"}
 
 
 @pytest.mark.skipif("lora" not in tunerkit.methods(), reason="the check compares with LoRA, which is not installed")

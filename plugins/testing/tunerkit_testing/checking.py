@@ -69,7 +69,7 @@ def run(
     count = Counter(result.status for result in results if result not in bad)
     told = f"{count['passed']} passed, {len(bad)} failed, {count['skipped']} skipped"
     told += f", {count['advice']} with advice" if count["advice"] else ""
-    told += f", {count['expected failure']} failed as expected" if reasons else ""
+    told += f", {count['expected failure']} failed as expected" if count["expected failure"] else ""
     console.print(f"{escape(method.removesuffix(':'))}: {told}")
     return not bad
 

@@ -13,7 +13,7 @@ import torch
 
 import tunerkit
 from tunerkit import TunerkitError, hooks
-from tunerkit.errors import PluginError, TargetError, bounded, closest
+from tunerkit.errors import PluginError, TargetError, bounded, closest, shown
 from tunerkit.plugin import AdapterConfig
 from tunerkit_testing.blaming import told
 from tunerkit_testing.cases import Advice, Case, Check, name_of, wrapped
@@ -65,7 +65,8 @@ def check_method(
         cases: The models, or names of the kit's own; by default a small BERT, GPT-2 and Llama, or a small network
             without transformers.
         expected_failures: Reasons why checks fail, by the check's name. They still run; one that passes says so. Those
-            that depend on them run too: each one that fails as well needs a reason of its own.
+            that depend on them run too: each one that fails as well needs a reason of its own. Those that the method's
+            own record expects are added, see `declared_failures`.
         checks: The names of the checks to run; by default all.
 
     Returns:
@@ -76,11 +77,42 @@ def check_method(
         UnknownMethodError: No installed plugin provides the method.
         TunerkitError: There is no check or case of a name, or the plugin has no method or several.
     """
-    wanted, expected = [*CHECKS] if checks is None else find(checks), expected_failures or {}
+    wanted, expected = [*CHECKS] if checks is None else find(checks), dict(expected_failures or {})
     find(expected)
     with method_of(method) as name:
         settings, given = settings_of(name, config), default_cases() if cases is None else named(cases)
+        expected = {**declared_failures(name), **expected}
         return [result for case in given for result in _check_case(case, name, settings, wanted, expected, given)]
+
+
+def declared_failures(name: str) -> Mapping[str, str]:
+    """Return the reasons why checks of a method fail that stand in its record, by the check's name.
+
+    ::
+
+        Method("my-dora", config=Config, foreign={"testing": {"expected_failures": {"gradients_are_true": "why"}}})
+
+    Where such a check passes, as on another model, it has passed.
+
+    Args:
+        name: The method's name.
+
+    Raises:
+        PluginError: It is no mapping from names of checks to reasons.
+    """
+    given = hooks.registry.get(hooks.registry.named(name)).foreign.get("testing", {})
+    found: Mapping[str, str] = given.get("expected_failures", {})
+    where = f"foreign['testing'] of method {name!r}"
+    if given.keys() - {"expected_failures"} or not isinstance(found, Mapping):
+        raise PluginError(f"{where}: expected {{'expected_failures': {{CHECK: REASON}}}}, got {shown(str(given))}")
+    for check, reason in found.items():
+        if not isinstance(reason, str) or not reason.strip():
+            raise PluginError(f"{where}: expected a reason why {check!r} fails, got {reason!r}")
+    try:
+        find(found)
+    except TunerkitError as error:
+        raise PluginError(f"{where}: {error}") from error
+    return found
 
 
 def settings_of(name: str, config: AdapterConfig | Mapping[str, object] | None) -> dict[str, object]:
@@ -154,7 +186,7 @@ def unsuited(case: Case, given: Iterable[Case], method: str, config: Mapping[str
 
 def _refusal(case: Case, method: str, config: Mapping[str, object]) -> str | None:
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"), _as_usual():
             wrapped(case, method, config)
     except TargetError as error:
         return bounded(str(error))
@@ -196,7 +228,7 @@ def unexpected_pass(reason: str) -> str:
 
 
 def run_check(check: Check, case: Case, method: str, config: Mapping[str, object]) -> CheckResult:
-    """Run one check in a folder and a random state of its own, without warnings, and with one thread.
+    """Run one check in a folder, a random state and settings of torch of its own, without warnings, in one thread.
 
     Args:
         check: The check.
@@ -209,7 +241,7 @@ def run_check(check: Check, case: Case, method: str, config: Mapping[str, object
         tempfile.TemporaryDirectory() as folder,
         torch.random.fork_rng(devices=[]),
         warnings.catch_warnings(action="ignore"),
-        _one_thread(),
+        _as_usual(),
     ):
         try:
             reason = check(case, hooks.registry.named(method), config, Path(folder)) or ""
@@ -229,11 +261,17 @@ def _explained(check: Check, error: Exception) -> str:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute with one thread: on small models more only wait for each other, for 5 times the CPU time measured."""
-    before = torch.get_num_threads()
+def _as_usual() -> Iterator[None]:
+    """Set torch's settings that a plugin may have changed, and compute with one thread.
+
+    On small models more threads only wait for each other, for 5 times the CPU time measured.
+    """
+    threads, dtype, precision = torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
     try:
-        yield
+        with torch.enable_grad():
+            yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)

@@ -9,7 +9,16 @@ from tunerkit.errors import warn
 from tunerkit.plugin import AdapterConfig
 from tunerkit_testing.cases import Case, Check, name_of
 from tunerkit_testing.checks.order import CHECKS, NEEDS
-from tunerkit_testing.kit import CheckResult, as_expected, beside_expected, find, run_check, settings_of, unsuited
+from tunerkit_testing.kit import (
+    CheckResult,
+    as_expected,
+    beside_expected,
+    declared_failures,
+    find,
+    run_check,
+    settings_of,
+    unsuited,
+)
 from tunerkit_testing.known_cases import default_cases, named
 from tunerkit_testing.registering import method_of
 
@@ -26,7 +35,8 @@ class BoundCheck:
         method: The method's name, or its plugin.
         config: The method's config.
         given: All cases of the test.
-        expected: Reasons why checks fail, by name. If this one passes all the same, its test fails.
+        expected: Reasons why checks fail, by name. If this one passes all the same, its test fails. It does not if the
+            reason stands in the method's record.
     """
 
     check: Check
@@ -43,7 +53,8 @@ class BoundCheck:
         """
         import pytest  # the command `tunerkit check` works without it
 
-        result = as_expected(self._run(self.check), self.expected)
+        expected = self._expected()
+        result = as_expected(self._run(self.check), expected)
         where = f"{result.check} on {result.case}"
         if result.status == "skipped":
             pytest.skip(result.reason)
@@ -56,10 +67,10 @@ class BoundCheck:
                 pytest.fail(f"{where}: {result.reason}", pytrace=False)
         elif (reason := self._unsuited()) is not None:
             pytest.skip(reason)
-        elif (cause := self._cause(self.check)) is not None:
+        elif (cause := self._cause(self.check, expected)) is not None:
             pytest.skip(f"because {cause} failed")
         else:
-            pytest.fail(f"{where}: {beside_expected(self.check, self.expected)}{result.reason}", pytrace=False)
+            pytest.fail(f"{where}: {beside_expected(self.check, expected)}{result.reason}", pytrace=False)
 
     def _run(self, check: Check) -> CheckResult:
         with method_of(self.method) as name:
@@ -69,12 +80,16 @@ class BoundCheck:
         with method_of(self.method) as name:
             return unsuited(self.case, self.given, name, settings_of(name, self.config))
 
-    def _cause(self, check: Check) -> str | None:
+    def _expected(self) -> Mapping[str, str]:
+        with method_of(self.method) as name:
+            return {**declared_failures(name), **self.expected}
+
+    def _cause(self, check: Check, expected: Mapping[str, str]) -> str | None:
         """Return the name of the first check that fails, and is not expected to, of all that a check needs."""
         for need in NEEDS[check]:
-            if (cause := self._cause(need)) is not None:
+            if (cause := self._cause(need, expected)) is not None:
                 return cause
-            if name_of(need) not in self.expected and self._run(need).status in ("failed", "error"):
+            if name_of(need) not in expected and self._run(need).status in ("failed", "error"):
                 return name_of(need)
         return None
 
@@ -105,7 +120,7 @@ def parametrize_with_checks(
             those of `check_method`.
         expected_failures: Reasons why checks fail, by the check's name. Their tests are xfailed, strictly: one whose
             check passes fails. Others that fail for the same reason are named too. If a check fails on some models
-            alone, parametrise a second test with these.
+            alone, parametrise a second test with these. Those of the method's own record are added, and may pass.
         checks: The names of the checks to run; by default all.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Hypothesis strategies that draw configs of a method from its fields' annotations and ranges."""
+"""Hypothesis strategies for methods: configs, from the annotations of their fields, and what an allocator is given."""
 
 import math
 from collections.abc import Mapping
@@ -45,6 +45,50 @@ def configs_of(cls: type[Config], **given: SearchStrategy[Any]) -> SearchStrateg
             reject()
 
     return draw_config()
+
+
+@attrs.frozen
+class Allocation:
+    """What an allocator is given at one step.
+
+    Attributes:
+        scores: The score of each rank of each target, ``scores[target][rank]``.
+        budget: How many ranks of all targets it may keep.
+    """
+
+    scores: tuple[tuple[float, ...], ...]
+    budget: int
+
+
+def allocations(
+    *, steps: int = 5, scores: SearchStrategy[float] | None = None, rising: bool = False
+) -> SearchStrategy[list[Allocation]]:
+    """Draw a sequence of allocations for the same targets, with a budget that falls from step to step.
+
+    The budgets reach from 0 to all ranks, targets may have no rank, and many scores are equal. ``scores`` adds those
+    that a broken training gives: ``floats(allow_nan=True)``.
+
+    Args:
+        steps: How many allocations at most.
+        scores: Scores beside those that are drawn anyway: ties, zeros of both signs, tiny and huge ones.
+        rising: Whether the budget rises instead.
+
+    Returns:
+        A strategy for lists of one `Allocation` or more.
+    """
+    hard = st.sampled_from([0.0, -0.0, 1.0, 2.0, 1e-45, 3e38, -1.0])
+    each = hard | (st.floats(-10, 10, width=32) if scores is None else scores)
+
+    @st.composite
+    def draw_allocations(draw: st.DrawFn) -> list[Allocation]:
+        ranks = draw(st.lists(st.integers(0, 5), min_size=1, max_size=5))
+        budgets = draw(st.lists(st.integers(0, sum(ranks)), min_size=1, max_size=steps))
+        return [
+            Allocation(draw(st.tuples(*(st.tuples(*[each] * rank) for rank in ranks))), budget)
+            for budget in sorted(budgets, reverse=not rising)
+        ]
+
+    return draw_allocations()
 
 
 def values_of(field: "attrs.Attribute[Any]") -> SearchStrategy[Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tunerkit_testing.blaming import told
 from tunerkit_testing.cases import Case, assert_same
 from tunerkit_testing.checks.dropping import without_dropout
 from tunerkit_testing.checks.probing import (
@@ -60,7 +61,8 @@ def check_large_batch(case: Case, method: str, config: Mapping[str, object], tmp
 def check_row_by_row(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
     """In eval mode a target gives a sample alone what it gives it in a batch; a linear layer does so for each token.
 
-    A linear layer is called with samples (2, 3, in) too, and with the same six rows as (6, in).
+    A linear layer is called with samples (2, 3, in) too, and with the same six rows as (6, in). How x and y lie in
+    memory makes no difference. An empty batch gives an empty output.
     """
     model = filled(case, method, config)
     found = 0
@@ -73,6 +75,7 @@ def check_row_by_row(case: Case, method: str, config: Mapping[str, object], tmp_
         found += 1
         hint = "compute each sample alone in forward"
         assert_same(call.with_input(call.x[:1]).run(), output[:1], f"{call.path}: the first sample alone", hint)
+        _assert_any_layout(call, output)
         if not _is_linear(call):
             continue
         rows = random_like(torch.empty(6, call.x.shape[-1])).to(call.x)
@@ -80,9 +83,41 @@ def check_row_by_row(case: Case, method: str, config: Mapping[str, object], tmp_
         folded = call.with_input(rows.unflatten(0, (2, 3))).run().flatten(0, 1)
         hint = "compute on the last dimension, dim=-1: what stands before it are samples and tokens, which must not mix"
         assert_same(folded, expected, f"{call.path}: x of shape (2, 3, in) against its rows as (6, in)", hint)
+        samples = call.with_input(rows.unflatten(0, (2, 3)))
+        _assert_any_layout(samples, samples.run())
+        _assert_empty(call.with_input(rows[:0]))
     if not found:
         raise SkipTest("each target is given more than one tensor, or has no samples")
     return f"{found} targets"
+
+
+def _assert_any_layout(call: Call, y: Tensor) -> None:
+    """Assert that an adapter computes the same from tensors whose first two dimensions lie in memory the other way."""
+    if call.base.lends or call.x.ndim < 2 or y.ndim < 2:
+        return
+    expected, hint = call.adapter(call.base, call.x, y.clone()), "use reshape or flatten in place of view and strides"
+    other = [
+        tensor.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1) for tensor in (call.x, y)
+    ]
+    where = f"{call.path}: with x {tuple(call.x.shape)} and y {tuple(y.shape)} that are not contiguous"
+    try:
+        found = call.adapter(call.base, *other)
+    except Exception as error:
+        raise AssertionError(f"{where}, forward raised {told(error)}; {hint}") from error
+    assert_same(found, expected, where, hint)
+
+
+def _assert_empty(call: Call) -> None:
+    try:
+        rows = len(call.run())
+    except Exception as error:
+        raise AssertionError(
+            f"{call.path}: with an empty batch, x {tuple(call.x.shape)}, forward raised {told(error)}; a part of a "
+            "batch may be empty, as for an expert without tokens"
+        ) from error
+    assert not rows, (
+        f"{call.path}: with an empty batch the output has {rows} rows; compute each sample alone in forward"
+    )
 
 
 def _is_linear(call: Call) -> bool:

@@ -15,21 +15,34 @@ from tunerkit_testing.cases import Case
 
 
 def check_config_round_trip(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """A config that was written as JSON and read again is equal, also with its defaults resolved."""
+    """A config that was written as JSON and read again is equal, also with its defaults resolved.
+
+    A config whose defaults are resolved is settled: `settled()` returns it as it is.
+    """
     built = tunerkit.structure(method, {**case.settings, **config})
     assert_survives_json(method, built)
-    assert_survives_json(method, built.settled())
+    settled = built.settled()
+    again = settled.settled()
+    assert again == settled, (
+        f"settled() is not idempotent: called on what it returned, it changes {_differing(settled, again)}; files hold "
+        "settled configs, and settle them again when they are loaded: return what is resolved already as it is"
+    )
+    assert_survives_json(method, settled)
 
 
 def assert_survives_json(method: str, config: AdapterConfig) -> None:
     """Assert that a config is equal once it was unstructured, written as JSON, read and structured again."""
     text = json.dumps(tunerkit.unstructure(config), allow_nan=False)
     again = tunerkit.structure(method, json.loads(text))
-    if again != config:
-        raise AssertionError(
-            f"the config is another one after a round trip through JSON: {again} instead of {config}; make settled() "
-            "and the fields' converters return what they were given if it is resolved already"
-        )
+    assert again == config, (
+        f"the config is another one after a round trip through JSON, which changes {_differing(config, again)}; let "
+        "the converter of a field return what it was given, if that is converted already"
+    )
+
+
+def _differing(one: AdapterConfig, other: AdapterConfig) -> str:
+    fields = [field.name for field in attrs.fields(type(one)) if getattr(one, field.name) != getattr(other, field.name)]
+    return ", ".join(f"{name} from {getattr(one, name)!r} to {getattr(other, name)!r}" for name in fields)
 
 
 def check_bad_config_refused(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:

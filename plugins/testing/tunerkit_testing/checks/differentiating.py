@@ -96,7 +96,11 @@ def check_delta_gives_gradients(case: Case, method: str, config: Mapping[str, ob
     for call in calls_of(model, case):
         if call.base.lends or not call.base.has_weight:  # its output is computed from the delta, or there is none
             continue
-        delta = hooks.delta(call.path, method, call.adapter, call.base)
+        delta = hooks.delta(call.path, method, call.adapter.train(), call.base)
+        assert call.adapter.training, (
+            f"{call.path}: the delta's hook leaves the adapter in eval mode; call no eval() there"
+        )
+        delta = hooks.delta(call.path, method, call.adapter.eval(), call.base)
         by_delta = _reached([part for part in (delta.weight, delta.bias) if part is not None], own)
         by_forward = _reached([call.run()], own)
         lost = by_forward.moved - by_delta.moved

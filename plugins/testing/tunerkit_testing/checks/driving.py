@@ -1,6 +1,7 @@
 """Checks of steps that are taken in another way: scaled, accumulated, checkpointed. The result must be the same."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from unittest import SkipTest
 
@@ -10,12 +11,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tunerkit
-from tunerkit import hooks
-from tunerkit_testing.cases import SEED, STEPS, Case
+from tunerkit import hooks, injection
+from tunerkit.errors import TunerkitError
+from tunerkit.plugin import AdapterConfig
+from tunerkit_testing.cases import SEED, STEPS, TOLERANCE, Case
 from tunerkit_testing.checks.probing import (
     assert_equal_sets,
+    filled,
     gradients,
     largest,
+    meanwhile,
+    outliving,
     seeded,
     trained_parameters,
     without_copies,
@@ -57,23 +63,82 @@ def check_accumulation(case: Case, method: str, config: Mapping[str, object], tm
 
 
 def check_trainings_do_not_meet(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """A model that is trained in turns with another one, on the same targets, ends as if it were trained alone."""
+    """A model that is trained in turns with another one, on the same targets, ends as if it were trained alone.
+
+    The other one has other settings. An adapter also computes what it computed once another one with these settings is
+    in its model, which is inactive.
+    """
     others: list[tuple[nn.Module, torch.optim.Optimizer]] = []
+    different = _other_settings(case, method, config)
+    _assert_alone(case, method, config, different)
 
     def in_turns(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         with torch.random.fork_rng(devices=[]):  # what steps draw is the user's to share
             if not others:  # after the first model is attached, and before its first step
-                others.append(_another(case, method, config))
+                try:
+                    others.append(_another(case, method, different))
+                except TunerkitError:  # such as a schedule that is longer than this training
+                    others.append(_another(case, method, config))
             (seeded(case.loss, others[0][0], step + STEPS) * _LOUDER).backward()
             others[0][1].step()
             others[0][1].zero_grad()
         seeded(case.loss, model, step).backward()
 
     hint = (
-        "another model was trained in turns with it: keep what steps remember in tuner.state or in the adapters, and "
-        "nothing in a class, a module or the plugin, whatever its key"
+        "another model was trained in turns with it: keep what steps remember in tuner.state or in the adapters, the "
+        "values of a config in the adapters, and nothing in a class, a module or the plugin, whatever its key"
     )
     _compare(case, method, config, in_turns, hint, _SAME)
+
+
+@torch.no_grad()
+def _assert_alone(case: Case, method: str, config: Mapping[str, object], different: Mapping[str, object]) -> None:
+    model = filled(case, method, config)
+    expected, lasting, (name,) = case.output(model), outliving(model), injection.tuners_of(model)
+    with suppress(TunerkitError):  # of some methods there is one adapter alone
+        tunerkit.wrap(model, method, {**case.settings, **different, "train_modules": ()}, adapter="another", seed=SEED)
+        tunerkit.activate(model, [name])
+        worst = float((case.output(model.eval()) - expected).abs().max())
+        assert worst <= TOLERANCE * float(expected.abs().max()), (
+            f"with an inactive adapter of other settings in the model, the output differs by {worst:.3g}: one config's "
+            "values are used by another adapter; keep them in the adapter, and nothing in the base's modules, in a "
+            "class, in a Python module or in the plugin" + meanwhile(lasting, model, name)
+        )
+
+
+def _other_settings(case: Case, method: str, config: Mapping[str, object]) -> Mapping[str, object]:
+    """Return a config in which as many numbers and flags of the method as it accepts have other values."""
+
+    def structured(settings: Mapping[str, object]) -> object:
+        return tunerkit.structure(method, {**case.settings, **settings})
+
+    def built(settings: Mapping[str, object]) -> object:
+        return case.output(tunerkit.wrap(case.build(), method, {**case.settings, **settings}, seed=SEED))
+
+    found = _changed(method, structured(config), config, structured)
+    try:
+        built(found)
+    except Exception:  # such as a rank, or a number of features, that the layers do not have
+        found = _changed(method, structured(config), config, built)
+    return found
+
+
+def _changed(
+    method: str, built: object, config: Mapping[str, object], accept: Callable[[Mapping[str, object]], object]
+) -> Mapping[str, object]:
+    shared = {field.name for field in attrs.fields(AdapterConfig)}
+    for field in attrs.fields(hooks.registry.get(method).config):
+        value = getattr(built, field.name)
+        if field.name in shared or type(value) not in (int, float, bool):
+            continue
+        # Not in the same proportion: a scale of alpha / rank must be another one too.
+        others = [value + 1, value - 1] if "rank" in field.name else [3 * value + 1, value + 1, value / 2, value - 1]
+        for other in [not value] if type(value) is bool else map(type(value), others):
+            with suppress(Exception):  # as above
+                accept({**config, field.name: other})
+                config = {**config, field.name: other}
+                break
+    return config
 
 
 def _another(case: Case, method: str, config: Mapping[str, object]) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -13,8 +13,9 @@ import tunerkit
 from tunerkit import hooks
 from tunerkit.errors import ConfigError, TargetError
 from tunerkit.layers import Adapter
-from tunerkit_testing.cases import Case, assert_same, trained, wrapped
-from tunerkit_testing.checks.probing import calls_of, filled, in_dtype, own_parameters, own_parts, saved
+from tunerkit_testing.cases import Case, assert_same, wrapped
+from tunerkit_testing.checks.probing import calls_of, copy_state, filled, in_dtype, own_parameters, saved
+from tunerkit_testing.checks.training import ended
 
 _ROUNDING = 1e-5  # of what an adapter adds in fp64: it may compute in fp32
 _HINT = "keep everything that forward needs in parameters and persistent buffers, or in the config"
@@ -22,7 +23,7 @@ _HINT = "keep everything that forward needs in parameters and persistent buffers
 
 def check_saves_and_loads(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """A new base model with the saved adapter has the trained model's output and ranks, and can be saved again."""
-    model = trained(case, method, config)
+    model = ended(case, method, config)
     path = tunerkit.save(model, tmp_path / "out")
     loaded = tunerkit.load(case.build(), path).eval()
     assert_same(case.output(loaded), case.output(model), "loaded against trained", _HINT)
@@ -42,7 +43,7 @@ def check_state_is_all(case: Case, method: str, config: Mapping[str, object], tm
     early = filled(wide, method, settings)
     _round_base_(early)
     late = wrapped(attrs.evolve(wide, build=lambda: _rounded(wide.build())), method, settings).eval()
-    _copy_state(early, late)
+    copy_state(early, late)
     expected = _added(early, wide)
     for path, found in _added(late, wide).items():
         worst = float((found - expected[path]).abs().max())
@@ -77,18 +78,6 @@ def _rounded(model: nn.Module, kept: Collection[int] = ()) -> nn.Module:
 def _round_base_(model: nn.Module) -> None:
     tuner = tunerkit.tuner(model)
     _rounded(model, {id(p) for p in (*tuner.parameters(), *own_parameters(tuner).values())})
-
-
-@torch.no_grad()
-def _copy_state(source: nn.Module, goal: nn.Module) -> None:
-    """Copy what files have: the parameters and persistent buffers of adapters and of what they share, and copies."""
-    goal_parameters = dict(goal.named_parameters())
-    parts = own_parts(goal)
-    for name, part in own_parts(source).items():
-        parts[name].load_state_dict(part.state_dict())
-    for name, parameter in source.named_parameters():
-        if parameter.requires_grad:
-            goal_parameters[name].copy_(parameter)
 
 
 def check_other_rank_setting(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:

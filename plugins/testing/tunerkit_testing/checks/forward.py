@@ -1,6 +1,5 @@
 """Checks of an adapter's forward: it reads its arguments, adds something, and leaves no trace."""
 
-import copy
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -11,27 +10,32 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit.errors import PluginError
-from tunerkit_testing.blaming import told
-from tunerkit_testing.cases import Case, assert_base_untouched, assert_same, wrapped
+from tunerkit.layers import torch_private
+from tunerkit_testing.blaming import changed, told
+from tunerkit_testing.cases import TOLERANCE, Case, assert_base_untouched, assert_same, wrapped
 from tunerkit_testing.checks.dropping import without_dropout
 from tunerkit_testing.checks.probing import (
     Call,
     calls_of,
+    copy_state,
     fill_,
     filled,
     in_dtype,
+    meanwhile,
     movable,
+    outliving,
     seeded,
     shared_in,
     trained_parameters,
+    unregistered,
 )
-
-# What torch keeps in every module. It changes in a forward, and torch looks after it.
-_TORCH = frozenset(vars(nn.Module()))
 
 
 def check_forward_runs(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """At each target, forward and its gradients can be computed from the model's own input, in both modes."""
+    """At each target, forward and its gradients can be computed from the model's own input, in both modes.
+
+    Meanwhile no parameter of the base is written into, not even for a moment.
+    """
     model = wrapped(case, method, config)
     own = trained_parameters(tunerkit.tuner(model))
     for noted in calls_of(model, case):
@@ -40,16 +44,33 @@ def check_forward_runs(case: Case, method: str, config: Mapping[str, object], tm
         for training in (True, False):
             noted.adapter.train(training)
             call, moved = movable(noted, own)
-            what = "forward"
+            what, versions = "forward", _versions(call.module)
             try:
                 output = call.run()
+                _assert_unwritten(call, versions)
                 if moved and output.requires_grad:
                     what = "the backward of forward"
                     torch.autograd.grad(output.sum(), [*moved.values()], allow_unused=True)
-            except PluginError:
+            except (PluginError, AssertionError):
                 raise
             except Exception as error:
                 raise AssertionError(f"{call.path}: {what} raised {told(error)}; {_shapes(call)}") from error
+
+
+def _versions(module: nn.Module) -> dict[str, int]:
+    return {
+        name: parameter._version
+        for name, parameter in torch_private.own_parameters(module).items()
+        if parameter is not None
+    }
+
+
+def _assert_unwritten(call: Call, before: Mapping[str, int]) -> None:
+    written = [name for name, version in _versions(call.module).items() if version != before.get(name)]
+    assert not written, (
+        f"{call.path}: forward wrote into the base's {' and '.join(written)}, which other adapters, other threads and "
+        "the disabled model read; base.dense() gives W, of which compute new tensors"
+    )
 
 
 def _shapes(call: Call) -> str:
@@ -93,55 +114,51 @@ def check_inputs_unwritten(case: Case, method: str, config: Mapping[str, object]
 
 
 def check_no_hidden_state(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Two forwards are equal, in both modes, and a forward changes no attribute and no buffer of an adapter."""
+    """Two forwards are equal, in both modes, and a forward changes no attribute and no buffer of an adapter.
+
+    Once its tensors are others, also by ``.data``, it computes what a new adapter computes with them.
+    """
     model = fill_(wrapped(case, method, config))
     case.start_training(model)
     adapters = tunerkit.tuner(model).adapters()
     before = {path: _attributes(adapter) for path, adapter in adapters.items()}
+    lasting = outliving(model)
     for mode in (partial(case.start_training, model), partial(model.train, False)):
         mode()
         first, second = seeded(case.loss, model), seeded(case.loss, model)
         assert torch.equal(first, second), (
             f"the same input gives two losses, which differ by {float((first - second).abs()):.3g}; forward must "
-            "depend on its arguments and on parameters and buffers alone"
+            "depend on its arguments and on parameters and buffers alone" + meanwhile(lasting, model)
         )
     for path, adapter in adapters.items():
-        after = _attributes(adapter)
-        changed = [
-            name
-            for name in {**before[path], **after}
-            if name not in before[path] or name not in after or not _same(before[path][name], after[name])
-        ]
-        assert not changed, (
-            f"{path}: forward changed {', '.join(changed)} of the adapter; a forward that keeps something is compiled "
+        others = changed(before[path], _attributes(adapter))
+        assert not others, (
+            f"{path}: forward changed {', '.join(others)} of the adapter; a forward that keeps something is compiled "
             "again at every call, and wrong under checkpointing. Change such values in a step hook"
         )
+    _assert_nothing_remembered(model, case, method, config)
+
+
+def _assert_nothing_remembered(model: nn.Module, case: Case, method: str, config: Mapping[str, object]) -> None:
+    before, lasting = case.output(model), outliving(model)
+    for number, parameter in enumerate(trained_parameters(tunerkit.tuner(model)).values()):
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        parameter.data = parameter.data + 0.1 * noise.to(parameter)
+    found, fresh = case.output(model), wrapped(case, method, config).eval()
+    copy_state(model, fresh)
+    worst = float((found - case.output(fresh)).abs().max())
+    assert worst <= TOLERANCE * float(before.abs().max()), (
+        f"in eval mode, an adapter whose parameters changed since its last forward computes what differs by "
+        f"{worst:.3g} from what a new one computes with the same tensors; keep nothing that is computed from weights "
+        "from one forward to the next: neither train() nor a version counter tells every change, such as that of .data"
+        + meanwhile(lasting, model)
+    )
 
 
 def _attributes(adapter: nn.Module) -> dict[str, object]:
     """Copy an adapter's buffers, and what it holds beyond a plain module's attributes; other modules are left out."""
     found: dict[str, object] = {name: buffer.detach().clone() for name, buffer in adapter.named_buffers()}
-    for path, module in adapter.named_modules():
-        for name, value in vars(module).items():
-            if name not in _TORCH and not isinstance(value, nn.Module):
-                found[f"{path}.{name}".lstrip(".")] = _copied(value)
-    return found
-
-
-def _copied(value: object) -> object:
-    try:
-        return copy.deepcopy(value)
-    except Exception:  # such as a lock, or a tensor that needs gradients
-        return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _same(one: object, other: object) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    try:
-        return bool(one == other) or (type(one) is type(other) and repr(one) == repr(other))
-    except Exception:  # a comparison of anything may raise
-        return one is other
+    return {**found, **dict(unregistered(adapter))}
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from tunerkit_testing.checks.probing import (
     require_places,
     seeded,
 )
+from tunerkit_testing.checks.training import ended
 
 _HINT = "return from tunerkit_delta or tunerkit_factors exactly what forward adds, with its scale"
 
@@ -131,7 +132,7 @@ def check_builds_from_factors(case: Case, method: str, config: Mapping[str, obje
 def check_merges(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """Merging keeps the output. Unmerging restores every base tensor bit for bit. A merged model can be saved."""
     require_delta(method)
-    model = trained(case, method, config)
+    model = ended(case, method, config)
     require_places(model)
     adapted = case.output(model)
     tunerkit.merge(model)
@@ -155,7 +156,7 @@ _OWN = "write to no tensor of the base layer in a hook"
 @one_code_path()
 def check_disabled_is_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """Inside ``disabled`` the output is bit-identical to the base model's; then it is adapted again."""
-    expected, model = base_output(case), trained(case, method, config)
+    expected, model = base_output(case), ended(case, method, config)
     adapted = case.output(model)
     with tunerkit.disabled(model), tunerkit.disabled(model):
         assert torch.equal(case.output(model), expected), "disabled, the model is not the base; " + _OWN
@@ -169,6 +170,9 @@ def check_unwraps(case: Case, method: str, config: Mapping[str, object], tmp_pat
     model = trained(case, method, config)
     tunerkit.unwrap(model)
     assert list(model.state_dict()) == list(original.state_dict()), "unwrap left something in the model; " + _OWN
+    for (path, module), own in zip(model.named_modules(), original.modules(), strict=True):
+        left = sorted(vars(module).keys() - vars(own).keys())
+        assert not left, f"unwrap left the attribute {left[0]!r} in the module at {path!r}; set it in the adapter"
     assert_base_untouched(model, case, _OWN)
     flags = {name: p.requires_grad for name, p in original.named_parameters()}
     found = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -181,7 +185,7 @@ def check_unwraps(case: Case, method: str, config: Mapping[str, object], tmp_pat
 def check_keeps_merged(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """``unwrap(keep_merged=True)`` keeps the adapted output in a plain model."""
     require_delta(method)
-    model = trained(case, method, config)
+    model = ended(case, method, config)
     require_places(model)
     adapted, dtypes = case.output(model), adapter_dtypes(model)
     merged = tunerkit.unwrap(copy.deepcopy(model), keep_merged=True)

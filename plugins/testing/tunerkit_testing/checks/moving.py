@@ -2,27 +2,42 @@
 
 import copy
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from unittest import SkipTest
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tunerkit
+from tunerkit import hooks
 from tunerkit.errors import TargetError, shown
-from tunerkit_testing.cases import Case, assert_same, trained, wrapped
-from tunerkit_testing.checks.probing import fill_, filled, in_dtype, trained_parameters, with_inputs
+from tunerkit.layers import Adapter, BaseLayer, torch_private
+from tunerkit_testing.blaming import told
+from tunerkit_testing.cases import Case, assert_same, wrapped
+from tunerkit_testing.checks.probing import (
+    Call,
+    calls_of,
+    fill_,
+    filled,
+    in_dtype,
+    own_parts,
+    trained_parameters,
+    unregistered,
+    with_inputs,
+)
+from tunerkit_testing.checks.training import ended
 
 _DEVICES = 1e-3  # another device sums up in another order, and may multiply in a lower precision
 
 
 def check_deepcopy(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """A deep copy of a trained model computes the same, and its adapters are its own."""
-    model = trained(case, method, config)
+    model = ended(case, method, config)
     before = case.output(model)
     twin = copy.deepcopy(model)
     assert torch.equal(case.output(twin), before), "a deep copy computes something else; " + _OWN
@@ -53,7 +68,14 @@ def check_pickle(case: Case, method: str, config: Mapping[str, object], tmp_path
 
 
 def check_offload(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """On a base whose weights accelerate loads for each forward, the output is the same, and the adapter trains."""
+    """On a base whose weights accelerate loads for each forward, the output is the same, and the adapter trains.
+
+    Forward and delta read W and the bias as the base layer gives them: where weights are offloaded, packed or sharded,
+    the module has others.
+    """
+    model = filled(case, method, config)
+    for call in calls_of(model, case):
+        _assert_reads_the_layer(call, method)
     if find_spec("accelerate") is None:
         raise SkipTest("accelerate is not installed")
     if find_spec("tunerkit_distributed") is None:
@@ -82,12 +104,94 @@ def check_offload(case: Case, method: str, config: Mapping[str, object], tmp_pat
     assert any(parameter.grad is not None for parameter in own.values()), f"no parameter has a gradient; {hint}"
 
 
+class _Elsewhere:
+    """A base layer whose module has other numbers than the layer gives."""
+
+    def __init__(self, base: BaseLayer) -> None:
+        self._base, self.module = base, copy.deepcopy(base.module)
+        for parameter in torch_private.own_parameters(self.module).values():
+            if parameter is not None:
+                parameter.mul_(3)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+    @property
+    def __class__(self) -> Any:  # methods may ask isinstance
+        return type(self._base)
+
+
+@torch.no_grad()
+def _assert_reads_the_layer(call: Call, method: str) -> None:
+    y = None if call.base.lends else call.run()
+    given: list[Any] = [call.base, _Elsewhere(call.base)]
+    parts: dict[str, list[Tensor]] = {}
+    for base in given:
+        if y is not None:
+            parts.setdefault("forward", []).append(call.adapter(base, call.x, y.clone()))
+        if call.base.has_weight and hooks.has_delta(method):
+            delta = hooks.delta(call.path, method, call.adapter, base)
+            for name, tensor in (("the delta", delta.weight), ("the delta's bias", delta.bias)):
+                if tensor is not None:
+                    parts.setdefault(name, []).append(tensor)
+    for name, (own, other) in parts.items():
+        assert torch.equal(own, other), (
+            f"{call.path}: {name} is computed from the live weights of base.module; read W as base.dense() or "
+            "base.matrix(), and the bias as base.bias(): where weights are packed, offloaded or sharded, the module "
+            "has others, or none"
+        )
+
+
 def check_device(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """On an accelerator, moved there or wrapped there, the model has the output that it has on the CPU."""
-    if not torch.accelerator.is_available():
-        raise SkipTest("there is no accelerator")
-    device = torch.accelerator.current_accelerator()
+    """On another device an adapter computes all of its part there: it holds tensors as parameters and buffers alone.
+
+    That is tried with torch's meta device, which has shapes and no numbers. On an accelerator, moved there or wrapped
+    there, the model has the output that it has on the CPU.
+    """
     model = filled(case, method, config)
+    for name, part in own_parts(model).items():
+        saved = [tensor for tensor in part.state_dict().values() if isinstance(tensor, Tensor)]
+        held = [key for key, value in unregistered(part) if isinstance(value, Tensor) and not _among(value, saved)]
+        assert not held, (
+            f"{name}: {held[0]} is a tensor that is neither a parameter nor a buffer: no model.to moves it, and no "
+            "file has it; use register_buffer(name, tensor), with persistent=False if it is computed from the config"
+        )
+    for call in calls_of(model, case):
+        _assert_moves(call)
+    if torch.accelerator.is_available():
+        _assert_same_there(case, model, method, config)
+
+
+def _among(tensor: Tensor, others: Iterable[Tensor]) -> bool:
+    return any(tensor.shape == other.shape and torch.equal(tensor, other) for other in others)
+
+
+def _assert_moves(call: Call) -> None:
+    layer = copy.deepcopy(call.module)
+    for module in [*layer.modules()]:
+        if isinstance(module, Adapter) and module.has_shared:
+            module.shared.to("meta")
+    moved = attrs.evolve(
+        call,
+        module=layer.to("meta"),
+        args=_on_meta(call.args),
+        kwargs=dict(zip(call.kwargs, _on_meta(call.kwargs.values()), strict=True)),
+    )
+    try:
+        moved.run()
+    except Exception as error:
+        raise AssertionError(
+            f"{call.path}: moved to another device, forward raised {told(error)}; use no tensor there that is neither "
+            "an argument, a parameter nor a buffer, such as a global one, and make new ones with device=x.device"
+        ) from error
+
+
+def _on_meta(values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(value.to("meta") if isinstance(value, Tensor) else value for value in values)
+
+
+def _assert_same_there(case: Case, model: nn.Module, method: str, config: Mapping[str, object]) -> None:
+    device = torch.accelerator.current_accelerator()
     expected, start = case.output(model), case.output(wrapped(case, method, config).eval())
     hint = "keep tensors in parameters and buffers, and build new ones on the device of x"
     moved = with_inputs(model.to(device), lambda x: x.to(device))

@@ -33,6 +33,7 @@ _RUNS: Final = (*_BUILT, forward.check_forward_runs)
 _PURE: Final = (forward.check_no_hidden_state, forward.check_same_in_inference)
 _TRAINS: Final = (training.check_something_trains, training.check_steps_run, *_PURE)
 _FILES: Final = (training.check_every_tensor_moves, *_PURE)
+_STEPS: Final = (start.check_seed, training.check_every_tensor_moves)
 _MERGES: Final = (
     merging.check_delta_is_what_forward_adds,
     training.check_steps_keep_the_base,
@@ -73,9 +74,10 @@ NEEDS: Final[Mapping[Check, Sequence[Check]]] = MappingProxyType(
         training.check_trains_beside_copies: (training.check_loss_falls,),
         training.check_freezing: _TRAINS,
         training.check_param_groups: _TRAINS,
-        driving.check_grad_scale: (training.check_every_tensor_moves,),
-        driving.check_accumulation: (training.check_every_tensor_moves,),
-        driving.check_trainings_do_not_meet: (training.check_every_tensor_moves,),
+        driving.check_grad_scale: _STEPS,
+        driving.check_accumulation: _STEPS,
+        driving.check_trainings_do_not_meet: _STEPS,
+        training.check_needs_steps: _TRAINS,
         driving.check_checkpointing: (training.check_gradients_reach_every_tensor,),
         precision.check_autocast: (forward.check_output_dtype, training.check_gradients_reach_every_tensor),
         precision.check_half_precision: (forward.check_output_dtype, training.check_gradients_reach_every_tensor),
@@ -102,6 +104,7 @@ NEEDS: Final[Mapping[Check, Sequence[Check]]] = MappingProxyType(
         stacking.check_stacked_first: (merging.check_merges,),
         stacking.check_stacked_second: (merging.check_merges,),
         resuming.check_resumes: (files.check_saves_and_loads, training.check_steps_keep_the_base),
+        resuming.check_resumes_late: (resuming.check_resumes,),
         moving.check_deepcopy: _FILES,
         moving.check_pickle: (),
         moving.check_device: (forward.check_output_dtype, *_PURE),

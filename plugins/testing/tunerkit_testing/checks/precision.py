@@ -1,6 +1,7 @@
 """Checks in lower precision: under autocast, and on a base in bf16 or fp16."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 from unittest import SkipTest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.errors import shown
+from tunerkit import hooks, injection
+from tunerkit.errors import PluginError, TunerkitError, shown
 from tunerkit_testing.cases import STEPS, Case, assert_base_untouched, optimizer_of
 from tunerkit_testing.checks.probing import (
     Call,
@@ -62,7 +64,10 @@ def _calls(model: nn.Module, case: Case, where: str) -> list[Call]:
 
 
 def check_half_precision(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """On bases in bf16 and fp16, each layer's output and gradients are those in fp64, up to rounding."""
+    """On bases in bf16 and fp16, each layer's output and gradients are those in fp64, up to rounding.
+
+    So is its output with adapters in bf16 and fp16, on a base in fp32, computed by forward and by the delta.
+    """
     for dtype in _SHARES:
         narrow = in_dtype(case, dtype)
         wide = in_dtype(narrow, torch.float64)
@@ -77,7 +82,36 @@ def check_half_precision(case: Case, method: str, config: Mapping[str, object], 
                 continue
             found = _found(call, own)
             expected = _found(twins[call.path].with_input(_widened(call.x)), theirs)
-            _assert_near(call.path, dtype, share, found, expected)
+            _assert_near(f"{call.path}: on a base in {dtype}", call.path, share, found, expected)
+    _assert_narrow_adapters(case, method, config)
+
+
+@torch.no_grad()
+def _assert_narrow_adapters(case: Case, method: str, config: Mapping[str, object]) -> None:
+    wide = in_dtype(case, torch.float64)
+    exact = filled(wide, method, {**config, "adapter_dtype": "float64"})
+    twins = {call.path: call for call in calls_of(exact, wide)}
+    for dtype, share in _SHARES.items():
+        try:
+            model = filled(case, method, {**config, "adapter_dtype": str(dtype).removeprefix("torch.")})
+        except TunerkitError:
+            continue  # refused in words
+        for part, twin in zip(own_parts(model).values(), own_parts(exact).values(), strict=True):
+            twin.load_state_dict(part.state_dict())
+        for call in calls_of(model, case):
+            found, expected = (_computed(each, root) for each, root in ((call, model), (twins[call.path], exact)))
+            _assert_near(f"{call.path}: with adapters in {dtype}", call.path, share, found, expected)
+
+
+def _computed(call: Call, model: nn.Module) -> dict[str, Tensor]:
+    """Return a layer's output as forward computes it, and with the delta in its place."""
+    found = {} if call.base.lends else {_OUTPUT: call.run().double()}
+    if call.base.has_weight and hooks.has_delta(call.slot.method):
+        with suppress(PluginError):  # such as one of another shape
+            tensors = injection.adapted_tensors(call.path, call.module, call.slots)
+            with tunerkit.disabled(model):
+                found[f"{_OUTPUT} with the delta"] = call.run(tensors).double()
+    return found
 
 
 def _widened(x: Any) -> Any:
@@ -99,7 +133,7 @@ _OUTPUT = "the output"
 
 
 def _assert_near(
-    path: str, dtype: torch.dtype, share: float, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    where: str, path: str, share: float, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> None:
     hint = (
         "compute in the dtype of the adapter's own parameters, as x.to(self.a.dtype), and cast the sum to y.dtype; "
@@ -108,17 +142,14 @@ def _assert_near(
     for name, right in expected.items():
         what, error = name.removeprefix(f"{path}: "), found[name] - right
         assert bool(found[name].isfinite().all()) or not bool(right.isfinite().all()), (
-            f"{path}: on a base in {dtype}, {what} is NaN or inf in places; {hint}"
+            f"{where}, {what} is NaN or inf in places; {hint}"
         )
-        if name == _OUTPUT:
+        if name.startswith(_OUTPUT):
             worst, limit = float(error.abs().max()), share * float(right.abs().max())
         else:
             what = f"the gradient for {what}"
             worst, limit = float(error.norm()), _GRADIENTS * float(right.norm())
-        assert worst <= limit, (
-            f"{path}: on a base in {dtype}, {what} differs by {worst:.3g} from that in fp64, "
-            f"allowed {limit:.3g}; {hint}"
-        )
+        assert worst <= limit, f"{where}, {what} differs by {worst:.3g} from that in fp64, allowed {limit:.3g}; {hint}"
 
 
 def check_bf16_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Looks at a wrapped model as several checks do: its adapters, the calls of its targets, its gradients."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from unittest import SkipTest
 
 import attrs
@@ -16,9 +18,12 @@ from tunerkit import hooks, injection
 from tunerkit.injection import Slot, Slots
 from tunerkit.layers import Adapter, BaseLayer, torch_private
 from tunerkit.plugin import Tuner
+from tunerkit_testing.blaming import changed, lasting_values, values_in
 from tunerkit_testing.cases import Case, wrapped
 
 _SHARED = "the shared module"
+# What torch keeps in every module, and looks after.
+_TORCH = frozenset(vars(nn.Module()))
 
 
 def shared_in(tuner: Tuner) -> nn.Module | None:
@@ -122,6 +127,50 @@ def calls_of(model: nn.Module, case: Case) -> list[Call]:
     return list(found.values())
 
 
+class _Alone(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(*args, **kwargs)
+
+
+_PLACING: Final = ("targets", "exclude", "layers")
+IN_LAYER: Final[Mapping[str, object]] = {"targets": ("layer",), "train_modules": ()}
+
+
+def in_layer(config: Mapping[str, object]) -> dict[str, object]:
+    """Return a config for a model of `layers_of`."""
+    return {**{name: config[name] for name in config if name not in _PLACING}, **IN_LAYER}
+
+
+def layers_of(case: Case, method: str, config: Mapping[str, object]) -> Iterator[Case]:
+    """Yield a target of each kind as a model of its own, which is cheaper. Its loss is the output's mean square."""
+    base, kinds = case.build().eval(), set()
+    for call in calls_of(wrapped(case, method, config).eval(), case):
+        if type(call.module) not in kinds:
+            kinds.add(type(call.module))
+            layer, run = base.get_submodule(call.path), partial(_output, call)
+            yield Case(call.path, partial(_alone, layer), torch.no_grad()(run), partial(_square, run), lr=case.lr)
+
+
+def _alone(layer: nn.Module) -> nn.Module:
+    return _Alone(copy.deepcopy(layer))
+
+
+def _output(call: Call, model: nn.Module) -> Tensor:
+    found = model(*call.args, **call.kwargs)
+    result: Tensor = found[0] if type(found) is tuple else found
+    return result
+
+
+def _square(run: Callable[[nn.Module], Tensor], model: nn.Module) -> Tensor:
+    return run(model).square().mean()
+
+
 @contextmanager
 def one_code_path() -> Iterator[None]:
     """Keep torch from the fused inference of whole encoder layers, which it never uses where adapters are.
@@ -146,6 +195,15 @@ def own_parts(model: nn.Module) -> dict[str, nn.Module]:
     tuner = tunerkit.tuner(model)
     shared = shared_in(tuner)
     return {**tuner.adapters(), **({} if shared is None else {_SHARED: shared})}
+
+
+def unregistered(part: nn.Module) -> Iterator[tuple[str, object]]:
+    """Yield copies of what a module holds beyond a plain module's attributes; other modules are left out."""
+    own = {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
+    for path, module in part.named_modules():
+        for name in vars(module).keys() - _TORCH:
+            if id(vars(module)[name]) not in own:
+                yield from values_in(vars(module)[name], f"{path}.{name}".lstrip("."))
 
 
 def own_parameters(tuner: Tuner) -> dict[str, nn.Parameter]:
@@ -185,6 +243,32 @@ def fill_(model: nn.Module, share: float = 0.1) -> nn.Module:
 def filled(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
     """Build a wrapped model in eval mode with `fill_`."""
     return fill_(wrapped(case, method, config)).eval()
+
+
+@torch.no_grad()
+def copy_state(source: nn.Module, goal: nn.Module) -> None:
+    """Copy what files have: the parameters and persistent buffers of adapters and of what they share, and copies."""
+    goal_parameters = dict(goal.named_parameters())
+    parts = own_parts(goal)
+    for name, part in own_parts(source).items():
+        parts[name].load_state_dict(part.state_dict())
+    for name, parameter in source.named_parameters():
+        if parameter.requires_grad:
+            goal_parameters[name].copy_(parameter)
+
+
+def outliving(model: nn.Module, adapter: str | None = None) -> dict[str, object]:
+    """Copy what outlives the adapters of a model, by name: values of the plugin, of classes, of Python modules."""
+    tuner = tunerkit.tuner(model, adapter)
+    plugin = hooks.registry.loaded().owners[tuner.method].plugin
+    return lasting_values(plugin, (*tuner.adapters().values(), shared_in(tuner)))
+
+
+def meanwhile(before: Mapping[str, object], model: nn.Module, adapter: str | None = None) -> str:
+    """Return what to add to a message: what `outliving` named before, and is another value now."""
+    others = changed(before, outliving(model, adapter))
+    listed = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    return f". Meanwhile {listed} changed, which all adapters have in common" if others else ""
 
 
 def saved(model: nn.Module, folder: Path) -> Path:

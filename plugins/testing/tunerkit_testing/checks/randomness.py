@@ -21,7 +21,10 @@ _SEED, _STEPS = 20_141_222, 3
 
 
 def check_random_state(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """No hook and no forward seeds torch's random state, or uses those of Python and NumPy: they are the user's."""
+    """No hook and no forward seeds torch's random state, or uses those of Python and NumPy: they are the user's.
+
+    So are torch's global settings, such as the mode of gradients, the default dtype and the number of threads.
+    """
     base, again = case.build(), case.build()
     _assert_unseeded("building adapters", lambda: tunerkit.wrap(base, method, {**case.settings, **config}))
     model = filled(case, method, config)
@@ -59,9 +62,14 @@ def _assert_unseeded_steps(model: nn.Module, case: Case) -> None:
 
 def _assert_unseeded(what: str, run: Callable[[], object]) -> None:
     torch.manual_seed(_SEED)
-    before = random.getstate(), numpy.random.get_state(legacy=False)
+    before, usual = (random.getstate(), numpy.random.get_state(legacy=False)), _settings()
     with suppress(Exception):  # other checks are about it
         run()
+    others = [name for name, value in _settings().items() if value != usual[name]]
+    assert not others, (
+        f"{what} changes torch's {' and '.join(others)}, which is the user's and holds for all that runs here; "
+        "set such a thing for a block alone, as `with torch.no_grad():` does"
+    )
     assert torch.initial_seed() == _SEED, (
         f"{what} sets the seed of torch's random state, which is the user's: what is drawn later repeats itself, and "
         "the seed of wrap has no effect; call no torch.manual_seed, and draw from torch's random state or from a "
@@ -72,6 +80,21 @@ def _assert_unseeded(what: str, run: Callable[[], object]) -> None:
         f"{what} uses the random state of Python or NumPy, which is the user's, and which no seed of wrap sets; draw "
         "from torch's random state or from a torch.Generator of your own"
     )
+
+
+def _settings() -> dict[str, object]:
+    """Return the settings of torch that hold in the whole process or thread, by name."""
+    return {
+        "mode of gradients": torch.is_grad_enabled(),
+        "mode of inference": torch.is_inference_mode_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "number of threads": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "precision of matrix products": torch.get_float32_matmul_precision(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "detection of anomalies": torch.is_anomaly_enabled(),
+    }
 
 
 def check_other_process(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:

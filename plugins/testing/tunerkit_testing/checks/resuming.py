@@ -1,37 +1,83 @@
 """Checks of a training that is saved and resumed in new objects."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from unittest import SkipTest
 
 import torch
 from torch import nn
 
 import tunerkit
-from tunerkit import injection
+from tunerkit import hooks, injection
+from tunerkit.errors import TunerkitError
 from tunerkit.plugin import State
+from tunerkit_testing.blaming import changed, values_in
 from tunerkit_testing.cases import STEPS, Case, optimizer_of, wrapped
-from tunerkit_testing.checks.probing import seeded
+from tunerkit_testing.checks.probing import (
+    in_layer,
+    layers_of,
+    outliving,
+    own_parts,
+    seeded,
+    trained_parameters,
+    unregistered,
+)
+from tunerkit_testing.checks.training import STEP_HOOKS, assert_held, not_in
 
 
 def check_resumes(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """Saved in the middle and resumed in a new model, a training ends bit for bit as without the interruption."""
-    model, half = wrapped(case, method, config), STEPS // 2
-    optimizer = _attached(model, case)
+    _assert_resumes(case, method, config, tmp_path, STEPS // 2, STEPS)
+
+
+def check_resumes_late(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """On one layer, a training of 64 steps that is saved after 20 ends as without the interruption, bit for bit.
+
+    What steps keep may have an effect only after many of them.
+    """
+    if not any(hooks.implements(hook, method) for hook in STEP_HOOKS):
+        raise SkipTest("the method does nothing in steps: it implements no hook of them")
+    settings = in_layer(config)
+    layer = next(each for each in layers_of(case, method, config) if _takes(each, method, settings))
+    _assert_resumes(layer, method, settings, tmp_path, 20, 64)
+
+
+def _takes(layer: Case, method: str, settings: Mapping[str, object]) -> bool:
+    with suppress(TunerkitError):
+        return bool(trained_parameters(tunerkit.tuner(wrapped(layer, method, settings))))
+    return False
+
+
+def _assert_resumes(case: Case, method: str, config: Mapping[str, object], folder: Path, half: int, steps: int) -> None:
+    model = wrapped(case, method, config)
+    optimizer = _attached(model, case, steps)
     _steps(model, case, optimizer, range(half))
-    path = tunerkit.save(model, tmp_path / "adapter")
-    tunerkit.save_state(model, tmp_path / "adapter")
+    path = tunerkit.save(model, folder / "adapter")
+    tunerkit.save_state(model, folder / "adapter")
     saved = copy.deepcopy(injection.training_state(tunerkit.tuner(model)))
-    kept = copy.deepcopy(optimizer.state_dict())
-    _steps(model, case, optimizer, range(half, STEPS))
+    kept, remembered = copy.deepcopy(optimizer.state_dict()), _remembered(model)
+    _steps(model, case, optimizer, range(half, steps))
+    assert_held(not_in(optimizer, tunerkit.tuner(model)), steps)
     again = tunerkit.load(case.build(), path, trainable=True)
     fresh = _optimizer(again, case)
     fresh.load_state_dict(kept)
-    tunerkit.attach(again, fresh, total_steps=STEPS)
-    tunerkit.load_state(again, tmp_path / "adapter")
+    tunerkit.attach(again, fresh, total_steps=steps)
+    tunerkit.load_state(again, folder / "adapter")
     _assert_same_state(injection.training_state(tunerkit.tuner(again)), saved)
-    _steps(again, case, fresh, range(half, STEPS))
-    _assert_same_end(again, model)
+    lost = changed(remembered, _remembered(again))
+    _steps(again, case, fresh, range(half, steps))
+    _assert_same_end(again, model, lost)
+
+
+def _remembered(model: nn.Module) -> dict[str, object]:
+    """Copy what steps may have kept, by name: in the tuner, in adapters, and elsewhere."""
+    tuner = tunerkit.tuner(model)
+    found = dict(values_in(tuner.state, "tuner.state"))
+    for path, part in own_parts(model).items():
+        found.update({f"{name} of the adapter at {path!r}": value for name, value in unregistered(part)})
+    return {**outliving(model), **found}
 
 
 def _assert_same_state(found: State, saved: State) -> None:
@@ -49,11 +95,12 @@ def _assert_same_state(found: State, saved: State) -> None:
     )
 
 
-def _assert_same_end(found: nn.Module, expected: nn.Module) -> None:
+def _assert_same_end(found: nn.Module, expected: nn.Module, lost: Sequence[str]) -> None:
+    named = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
     hint = (
         "return everything that later steps depend on from tunerkit_state, and set it again in tunerkit_restore: "
         "averages, masks, counters. What forward needs belongs into parameters and buffers"
-    )
+    ) + (f". After load_state these were others than at save_state: {named}" if lost else "")
     one, other = tunerkit.tuner(found), tunerkit.tuner(expected)
     assert one.steps == other.steps, f"resumed, the training has {one.steps} steps instead of {other.steps}; {hint}"
     assert one.ranks() == other.ranks(), f"resumed, the ranks are others at the end; {hint}"
@@ -69,9 +116,9 @@ def _optimizer(model: nn.Module, case: Case) -> torch.optim.Optimizer:
     return optimizer_of((p for p in model.parameters() if p.requires_grad), case.lr)
 
 
-def _attached(model: nn.Module, case: Case) -> torch.optim.Optimizer:
+def _attached(model: nn.Module, case: Case, steps: int) -> torch.optim.Optimizer:
     optimizer = _optimizer(model, case)
-    tunerkit.attach(model, optimizer, total_steps=STEPS)
+    tunerkit.attach(model, optimizer, total_steps=steps)
     return optimizer
 
 

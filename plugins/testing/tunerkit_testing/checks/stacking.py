@@ -1,22 +1,18 @@
 """Checks of adapters of several methods at one target: merging is right, or it is refused."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from unittest import SkipTest
 
 import attrs
-import torch
-from torch import Tensor, nn
 
 import tunerkit
 from tunerkit import hooks
 from tunerkit.errors import AdapterError, ConfigError, TargetError
-from tunerkit_testing.cases import Case, assert_same, wrapped
-from tunerkit_testing.checks.probing import Call, adapter_dtypes, calls_of, fill_, require_delta
+from tunerkit_testing.cases import Case, assert_same
+from tunerkit_testing.checks.probing import IN_LAYER, adapter_dtypes, fill_, in_layer, layers_of, require_delta
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import DeclaredPlugin
 
@@ -51,9 +47,9 @@ def check_stacked_second(case: Case, method: str, config: Mapping[str, object], 
 
 def _check(case: Case, method: str, config: Mapping[str, object], *, first: bool) -> str:
     require_delta(method)
-    mine = Part(method, {**{name: config[name] for name in config if name not in _PLACING}, **_ALONE})
+    mine = Part(method, in_layer(config))
     done: dict[str, None] = {}
-    for layer in _layers(case, method, config):
+    for layer in layers_of(case, method, config):
         for theirs in _others():
             try:
                 refused = _merge(layer, mine, theirs) if first else _merge(layer, theirs, mine)
@@ -69,47 +65,11 @@ def _check(case: Case, method: str, config: Mapping[str, object], *, first: bool
     return "with " + ", ".join(done)
 
 
-class _Alone(nn.Module):
-    """A model of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.layer(*args, **kwargs)
-
-
-_PLACING: Final = ("targets", "exclude", "layers")
-_ALONE: Final[Mapping[str, object]] = {"targets": ("layer",), "train_modules": ()}
-
-
-def _layers(case: Case, method: str, config: Mapping[str, object]) -> Iterator[Case]:
-    """Yield a target of each kind as a model of its own: adapters meet there, and with many methods that is cheaper."""
-    base, kinds = case.build().eval(), set()
-    for call in calls_of(wrapped(case, method, config).eval(), case):
-        if type(call.module) not in kinds:
-            kinds.add(type(call.module))
-            layer = base.get_submodule(call.path)
-            yield Case(call.path, partial(_alone, layer), partial(_output, call), case.loss)
-
-
-def _alone(layer: nn.Module) -> nn.Module:
-    return _Alone(copy.deepcopy(layer))
-
-
-@torch.no_grad()
-def _output(call: Call, model: nn.Module) -> Tensor:
-    found = model(*call.args, **call.kwargs)
-    result: Tensor = found[0] if type(found) is tuple else found
-    return result
-
-
 def _others() -> Iterator[Part]:
     """Yield each installed method that has a delta."""
     for other, info in tunerkit.methods().items():
         if info.error is None and hooks.registry.get(other).targets == "weights" and hooks.has_delta(other):
-            yield Part(other, _ALONE)
+            yield Part(other, IN_LAYER)
 
 
 def _merge(case: Case, below: Part, above: Part) -> bool:
@@ -141,7 +101,7 @@ def _judged(case: Case, mine: Part, theirs: Part, what: str) -> str:
     Raises:
         AssertionError: It is the fault of the method that is checked, or it cannot be decided.
     """
-    toy = Part(_TOY, _ALONE)
+    toy = Part(_TOY, IN_LAYER)
     parts = [mine] if mine.method == theirs.method else [mine, theirs]
     with nullcontext() if _TOY in tunerkit.methods() else registered(DeclaredPlugin()):
         guilty = [part.method for part in parts if _fails_beside(case, part, toy)]

@@ -3,13 +3,23 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tunerkit
 from tunerkit import hooks
-from tunerkit_testing.cases import Case, assert_base_untouched, assert_same, wrapped
-from tunerkit_testing.checks.probing import adapter_dtypes, base_output, in_dtype, one_code_path
+from tunerkit_testing.cases import SEED, Case, assert_base_untouched, assert_same, wrapped
+from tunerkit_testing.checks.probing import (
+    adapter_dtypes,
+    base_output,
+    in_dtype,
+    meanwhile,
+    one_code_path,
+    outliving,
+    own_parts,
+)
+from tunerkit_testing.counting import Counting
 
 
 def check_building_keeps_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
@@ -40,15 +50,57 @@ def assert_start(model: nn.Module, case: Case) -> None:
 
 
 def check_seed(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """The same seed gives the same adapter, also on a base of another dtype, whatever was drawn before."""
-    first = wrapped(case, method, config)
+    """The same seed gives the same adapter, also on a base of another dtype, whatever was drawn before.
+
+    Another seed gives another adapter, unless nothing is drawn for it, or a setting is called seed or key.
+    """
+    first, noted = _built(case, method, config)
+    lasting = outliving(first)
     torch.rand(3)
-    assert_same_start(first, wrapped(case, method, config), "drawn twice with one seed")
+    second, again = _built(case, method, config)
+    cause = (
+        "what was drawn is the same, so something counts or remembers that outlives an adapter: let its start depend "
+        "on no class attribute, no global and nothing in the plugin"
+        if noted.drawn == again.drawn
+        else "draw from torch's random state, which wrap seeds, and from no generator that goes on from one adapter to "
+        "the next"
+    )
+    assert_same_start(first, second, f"drawn twice with one seed; {cause}{meanwhile(lasting, second)}")
+    if noted.seeded:
+        _assert_seeded(first, case, method, config)
     adapters = tunerkit.tuner(first).adapters().values()
     if any(adapter.reads_weight for adapter in adapters):
         return  # the start may depend on the weight, which is rounded
     other = wrapped(in_dtype(case, torch.bfloat16), method, config)
-    assert_same_start(first, other, "on a base in bfloat16 (if it depends on the weight, set reads_weight = True)")
+    where = "on a base in bfloat16; build it on the CPU in the default dtype, and not in the base's"
+    assert_same_start(first, other, f"{where} (if it depends on the weight, set reads_weight = True)")
+
+
+def _built(case: Case, method: str, config: Mapping[str, object], seed: int = SEED) -> tuple[nn.Module, Counting]:
+    """Return a wrapped model, and what was drawn for its adapter."""
+    model = case.build()
+    with Counting() as counting:
+        tunerkit.wrap(model, method, {**case.settings, **config}, seed=seed)
+    return model, counting
+
+
+def _assert_seeded(first: nn.Module, case: Case, method: str, config: Mapping[str, object]) -> None:
+    """Assert that the seed of `tunerkit.wrap` changes some tensor of the file, unless the method has its own seed."""
+    fields = attrs.fields(hooks.registry.get(method).config)
+    if any({"seed", "key"} & {*field.name.split("_")} for field in fields):
+        return
+    other = own_parts(_built(case, method, config, SEED + 1)[0])
+    pairs = [
+        (tensor, other[name].state_dict()[key])
+        for name, part in own_parts(first).items()
+        for key, tensor in part.state_dict().items()
+        if isinstance(tensor, Tensor) and tensor.numel() and bool((tensor != tensor.flatten()[0]).any())
+    ]
+    assert not pairs or not all(torch.equal(one, two) for one, two in pairs), (
+        "another seed=... of wrap gives the same adapter, though random numbers are drawn for it: they come from a "
+        "generator with a fixed seed; draw from torch's random state, which wrap seeds, or let the config have that "
+        "seed as a setting that is called seed or key"
+    )
 
 
 def assert_same_start(one: nn.Module, other: nn.Module, what: str) -> None:
@@ -57,6 +109,4 @@ def assert_same_start(one: nn.Module, other: nn.Module, what: str) -> None:
     for path, adapter in tunerkit.tuner(one).adapters().items():
         twin = found[path].state_dict()
         for name, tensor in adapter.state_dict().items():
-            assert torch.equal(tensor, twin[name]), (
-                f"{path}: {name} differs {what}; build it on the CPU in the default dtype, from torch's random state"
-            )
+            assert torch.equal(tensor, twin[name]), f"{path}: {name} differs {what}"

@@ -1,8 +1,9 @@
 """Checks of a training: what gets gradients, what moves, and what stays."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 from unittest import SkipTest
 
 import attrs
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tunerkit import hooks
 from tunerkit.errors import PluginError, TunerkitError
+from tunerkit.plugin import Tuner
 from tunerkit_testing.blaming import told
 from tunerkit_testing.cases import STEPS, Case, assert_base_untouched, optimizer_of, train, wrapped
 from tunerkit_testing.checks.probing import own_parameters, seeded, trained_parameters, without_copies
@@ -18,6 +21,7 @@ from tunerkit_testing.remembering import remembered
 
 _LEAST_FALL = 1e-5  # a share of the first loss. Some start slowly: AdaLoRA as in its paper falls by 1.4e-4 on BERT
 
+STEP_HOOKS: Final = (hooks.specs.tunerkit_before_step, hooks.specs.tunerkit_after_step)
 _SCALE = 1024.0
 
 
@@ -33,6 +37,7 @@ class Seen:
         reached: Those whose gradient was not 0 in some step.
         losses: The loss before each step.
         cut: Whether the loss has no gradient at all; the training ends there.
+        lost: Those at the end that the optimizer does not hold.
     """
 
     model: nn.Module
@@ -42,6 +47,7 @@ class Seen:
     reached: set[str]
     losses: list[float]
     cut: bool = False
+    lost: Sequence[str] = ()
 
 
 def _observed(case: Case, method: str, config: Mapping[str, object]) -> Seen:
@@ -69,7 +75,23 @@ def _observed(case: Case, method: str, config: Mapping[str, object]) -> Seen:
                 seen.reached.add(name)
         optimizer.step()
     seen.ends.update(_values(trained_parameters(tuner)))
+    seen.lost = not_in(optimizer, tuner)
     return seen
+
+
+def not_in(optimizer: torch.optim.Optimizer, tuner: Tuner) -> list[str]:
+    """Return the names of the method's trained parameters that an optimizer does not hold."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [name for name, parameter in trained_parameters(tuner).items() if id(parameter) not in held]
+
+
+def assert_held(lost: Sequence[str], steps: int) -> None:
+    """Assert that no parameter is trained that an optimizer does not hold."""
+    assert not lost, (
+        f"after {steps} steps {lost[0]} is another nn.Parameter than the optimizer was given, so no step moves it; "
+        "write new values into the one that is there, by copy_(); tunerkit.plugin.shrink_ and grow_ do it for those of "
+        "another size"
+    )
 
 
 def _values(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -133,6 +155,11 @@ def _trained(case: Case, method: str, config: Mapping[str, object]) -> Ended:
     return Ended(model, train(model, case), wrong, fixed)
 
 
+def ended(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
+    """Return a model after a training with all that the case trains, in eval mode. Other checks use it too."""
+    return remembered(_trained, case, method, config).model.eval()
+
+
 def _of_the_base(model: nn.Module) -> list[str]:
     own = {id(parameter) for parameter in tunerkit.tuner(model).parameters()}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
@@ -152,8 +179,12 @@ def check_gradients_reach_every_tensor(case: Case, method: str, config: Mapping[
 
 
 def check_every_tensor_moves(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """In a short training each trained tensor of the method changes, by the optimizer or by the method itself."""
+    """In a short training each trained tensor of the method changes, by the optimizer or by the method itself.
+
+    At the end, the optimizer still holds each of them.
+    """
     seen = remembered(_observed, case, method, config)
+    assert_held(seen.lost, STEPS)
     still = {
         name
         for name, start in seen.starts.items()
@@ -182,11 +213,57 @@ def check_loss_falls(case: Case, method: str, config: Mapping[str, object], tmp_
 
 
 def check_trains_beside_copies(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """With all that the case trains, such as a new head, the loss falls."""
+    """With all that the case trains, such as a new head, the loss falls.
+
+    The method's hooks change neither gradients nor values of what is trained in full, nor of biases.
+    """
+    for name in remembered(_meddling, case, method, config):
+        assert name.startswith(_OWN), (
+            f"a step hook changes {name}, which is trained beside the adapters; change and penalise only parameters of "
+            "tuner.adapters() and of what they share: tuner.parameters() has biases and trained modules too"
+        )
     losses = remembered(_trained, case, method, config).losses
     assert losses[-1] < losses[0], (
         f"the loss goes from {losses[0]:.4g} to {losses[-1]:.4g}; leave modules that are trained in full to the "
         "optimizer, and change only parameters of tuner.adapters() in a step hook"
+    )
+
+
+_OWN = "the adapters' "
+
+
+def _meddling(case: Case, method: str, config: Mapping[str, object]) -> list[str]:
+    """Return the gradients and values that hooks change in steps in which the optimizer changes nothing."""
+    if not any(hooks.implements(hook, method) for hook in STEP_HOOKS):
+        return []
+    model, generator, found = _with_biases(case, method, config), torch.Generator().manual_seed(3), dict[str, None]()
+    tuner = tunerkit.tuner(model)
+    optimizer = torch.optim.SGD([p for p in tuner.parameters() if p.requires_grad], lr=0.0)
+    tunerkit.attach(model, optimizer, total_steps=STEPS)
+    for _ in range(STEPS):
+        trained = {name: p for name, p in tuner.named_parameters() if p.requires_grad}
+        own = {id(parameter) for parameter in own_parameters(tuner).values()}
+        for parameter in trained.values():
+            parameter.grad = 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter)
+        before = {name: (p.detach().clone(), p.grad.clone()) for name, p in trained.items() if p.grad is not None}
+        optimizer.step()
+        for name, (value, gradient) in before.items():
+            parameter, whose = trained[name], _OWN * (id(trained[name]) in own)
+            if parameter.grad is not None and not torch.equal(parameter.grad, gradient):
+                found[f"{whose}gradient of {name}"] = None
+            if not torch.equal(parameter, value):
+                found[f"{whose}{name}"] = None
+    return [*found]
+
+
+def check_needs_steps(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+    """A method whose step hooks change gradients or weights declares ``needs_steps``: it needs `tunerkit.attach`."""
+    if hooks.registry.get(method).needs_steps:
+        return
+    changes = [name for name in remembered(_meddling, case, method, config) if name.startswith(_OWN)]
+    assert not changes, (
+        f"a step hook changes {changes[0]}, and without tunerkit.attach it is never called: the adapter would be "
+        "trained as if the method had no such step, without a word; declare Method(..., needs_steps=True)"
     )
 
 
