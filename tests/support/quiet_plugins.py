@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests.support.bad_plugins import METHOD, NeedsSteps, Plugin, Product, own
 from tests.support.subtle_plugins import with_adapter, with_config
-from tunerkit.plugin import Adapter, BaseLayer, Delta, Method, Tuner, hookimpl, setting
+from tunerkit.plugin import Adapter, BaseLayer, Delta, Method, Tuner, hookimpl, optimizer_of, setting
 from tunerkit_testing.toy_methods import LowRankConfig
 
 # --- The base ---------------------------------------------------------------------------------------------------------
@@ -345,6 +345,34 @@ class ReplacesItLate(ReplacesAParameter):
         super().tunerkit_after_step(tuner, step - 40)
 
 
+class LowersTheRate(NeedsSteps):
+    @hookimpl
+    def tunerkit_after_step(self, tuner: Tuner) -> None:
+        optimizer = optimizer_of(tuner)
+        assert optimizer is not None
+        for group in optimizer.param_groups:
+            group["lr"] = 0.9 * group["lr"] + 1e-6
+
+
+class AsksEveryGradient(NeedsSteps):
+    @hookimpl
+    def tunerkit_before_step(self, tuner: Tuner) -> None:
+        for parameter in own(tuner):
+            parameter.grad.mul_(1)  # type: ignore[union-attr]  # the mistake
+
+
+class NormsItselfInForward(Product):
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        self.a.data.div_(self.a.data.norm(dim=1, keepdim=True))
+        return super().forward(base, x, y)
+
+
+class HooksTheLayer(Product):
+    def __init__(self, base: BaseLayer, rank: int) -> None:
+        super().__init__(base, rank)
+        base.module.register_forward_hook(lambda module, args, output: None)
+
+
 # --- Configs ----------------------------------------------------------------------------------------------------------
 
 
@@ -421,8 +449,12 @@ QUIET: tuple[tuple[str, type, str], ...] = (
     ("resumes_late", LateAverage, "than at save_state: tuner.state[0]"),
     ("resumes_late", ReplacesItLate, "is another nn.Parameter than the optimizer was given"),
     ("every_tensor_moves", ReplacesAParameter, "is another nn.Parameter than the optimizer was given"),
-    ("trains_beside_copies", PenaltyOnAll, "a step hook changes gradient of 0.bias, which is trained beside"),
-    ("trains_beside_copies", DecaysAll, "a step hook changes 0.bias, which is trained beside"),
+    ("trains_beside_copies", PenaltyOnAll, "a step hook changes gradient of 0.bias, which is not the method's"),
+    ("trains_beside_copies", DecaysAll, "a step hook changes 0.bias, which is not the method's"),
+    ("trains_beside_copies", LowersTheRate, "a step hook changes the optimizer's lr"),
+    ("trains_beside_copies", AsksEveryGradient, "in a step in which a target has no gradient"),
+    ("no_hidden_state", with_adapter(NormsItselfInForward), "forward changed a of the adapter"),
+    ("unwraps", with_adapter(HooksTheLayer), "unwrap left forward_hooks in the module"),
     ("needs_steps", ForgetsNeedsSteps, "declare Method(..., needs_steps=True)"),
     ("random_state", with_adapter(DisablesGradients), "forward changes torch's mode of gradients"),
     ("random_state", SetsThePrecision, "building adapters changes torch's precision of matrix products"),

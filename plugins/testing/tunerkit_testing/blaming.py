@@ -4,12 +4,14 @@ import copy
 import linecache
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from traceback import walk_tb
 from types import FrameType, ModuleType
 from typing import Any, Final
 
 import attrs
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -65,6 +67,8 @@ def values_in(thing: object, name: str = "", deep: int = 4) -> Iterator[tuple[st
         yield name, thing.detach().clone()
     elif isinstance(thing, torch.Generator):
         yield name, thing.get_state()
+    elif isinstance(thing, numpy.ndarray):
+        yield name, thing.tobytes()
     elif isinstance(thing, bool | int | float | str | bytes | complex | set | frozenset | None):
         yield name, copy.copy(thing)
     elif isinstance(thing, nn.Module | ModuleType | type) or callable(thing) or not deep:
@@ -73,13 +77,16 @@ def values_in(thing: object, name: str = "", deep: int = 4) -> Iterator[tuple[st
         for key in list(thing):
             yield from values_in(thing[key], f"{name}[{key!r}]", deep - 1)
     elif isinstance(thing, Iterable) and hasattr(thing, "__len__"):
-        for number, each in enumerate(thing):
+        for number, each in enumerate(islice(thing, 1000)):
             yield from values_in(each, f"{name}[{number}]", deep - 1)
     else:
-        slots = [field.name for field in attrs.fields(type(thing))] if attrs.has(type(thing)) else []
-        for own in dict.fromkeys([*vars_of(thing), *slots]):
+        kind: Any = type(thing)  # an attrs class may have slots in place of a __dict__
+        names = dict.fromkeys(
+            [*vars_of(thing), *([field.name for field in attrs.fields(kind)] if attrs.has(kind) else [])]
+        )
+        for own in names:
             yield from values_in(getattr(thing, own, None), f"{name}.{own}", deep - 1)
-        if not slots and not vars_of(thing):  # such as itertools.count, which shows where it is
+        if not names:  # such as itertools.count, which shows where it is
             yield name, repr(thing)
 
 

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from unittest import SkipTest
 
 import attrs
@@ -101,7 +101,7 @@ def declared_failures(name: str) -> Mapping[str, str]:
         PluginError: It is no mapping from names of checks to reasons.
     """
     given = hooks.registry.get(hooks.registry.named(name)).foreign.get("testing", {})
-    found: Mapping[str, str] = given.get("expected_failures", {})
+    found: Any = given.get("expected_failures", {})
     where = f"foreign['testing'] of method {name!r}"
     if given.keys() - {"expected_failures"} or not isinstance(found, Mapping):
         raise PluginError(f"{where}: expected {{'expected_failures': {{CHECK: REASON}}}}, got {shown(str(given))}")
@@ -112,7 +112,7 @@ def declared_failures(name: str) -> Mapping[str, str]:
         find(found)
     except TunerkitError as error:
         raise PluginError(f"{where}: {error}") from error
-    return found
+    return dict(found)
 
 
 def settings_of(name: str, config: AdapterConfig | Mapping[str, object] | None) -> dict[str, object]:

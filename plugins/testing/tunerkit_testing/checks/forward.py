@@ -114,7 +114,7 @@ def check_inputs_unwritten(case: Case, method: str, config: Mapping[str, object]
 
 
 def check_no_hidden_state(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Two forwards are equal, in both modes, and a forward changes no attribute and no buffer of an adapter.
+    """Two forwards are equal, in both modes, and a forward changes no attribute and no tensor of an adapter.
 
     Once its tensors are others, also by ``.data``, it computes what a new adapter computes with them.
     """
@@ -156,9 +156,9 @@ def _assert_nothing_remembered(model: nn.Module, case: Case, method: str, config
 
 
 def _attributes(adapter: nn.Module) -> dict[str, object]:
-    """Copy an adapter's buffers, and what it holds beyond a plain module's attributes; other modules are left out."""
-    found: dict[str, object] = {name: buffer.detach().clone() for name, buffer in adapter.named_buffers()}
-    return {**found, **dict(unregistered(adapter))}
+    """Copy an adapter's tensors, and what it holds beyond a plain module's attributes; other modules are left out."""
+    own = (*adapter.named_parameters(), *adapter.named_buffers())
+    return {**{name: tensor.detach().clone() for name, tensor in own}, **dict(unregistered(adapter))}
 
 
 @torch.no_grad()

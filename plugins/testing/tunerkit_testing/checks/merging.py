@@ -173,6 +173,12 @@ def check_unwraps(case: Case, method: str, config: Mapping[str, object], tmp_pat
     for (path, module), own in zip(model.named_modules(), original.modules(), strict=True):
         left = sorted(vars(module).keys() - vars(own).keys())
         assert not left, f"unwrap left the attribute {left[0]!r} in the module at {path!r}; set it in the adapter"
+        hooked = [
+            name for name in vars(own) if name.endswith("_hooks") and len(vars(module)[name]) > len(vars(own)[name])
+        ]
+        assert not hooked, (
+            f"unwrap left {hooked[0].strip('_')} in the module at {path!r}; register none in a base layer"
+        )
     assert_base_untouched(model, case, _OWN)
     flags = {name: p.requires_grad for name, p in original.named_parameters()}
     found = {name: p.requires_grad for name, p in model.named_parameters()}

@@ -117,7 +117,7 @@ class _Elsewhere:
         return getattr(self._base, name)
 
     @property
-    def __class__(self) -> Any:  # methods may ask isinstance
+    def __class__(self) -> Any:  # type: ignore[misc]  # methods may ask isinstance of the base layer
         return type(self._base)
 
 

@@ -100,6 +100,11 @@ def check_budget(case: Case, method: str, config: Mapping[str, object], tmp_path
         f"tuner.finish() after the last step changes the budget from {planned} to {tuner.budget()}; let "
         "tunerkit_finish make the final allocation, which is in force already"
     )
+    ranks = dict(tuner.ranks())
+    tuner.finish()
+    assert tuner.ranks() == ranks, (
+        "tuner.finish() a second time changes the ranks; let tunerkit_finish return None then"
+    )
     for change in tuner.history[-1:]:
         assert (change.budget, change.ranks) == (now, tuner.ranks()), (
             "the last allocation reported other ranks or another budget than are in force; return the new ranks from "

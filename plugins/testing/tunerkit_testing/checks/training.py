@@ -215,12 +215,14 @@ def check_loss_falls(case: Case, method: str, config: Mapping[str, object], tmp_
 def check_trains_beside_copies(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """With all that the case trains, such as a new head, the loss falls.
 
-    The method's hooks change neither gradients nor values of what is trained in full, nor of biases.
+    The method's hooks change neither gradients nor values of what is trained in full, nor of biases, nor a learning
+    rate, and a target may have no gradient in a step.
     """
     for name in remembered(_meddling, case, method, config):
         assert name.startswith(_OWN), (
-            f"a step hook changes {name}, which is trained beside the adapters; change and penalise only parameters of "
-            "tuner.adapters() and of what they share: tuner.parameters() has biases and trained modules too"
+            f"a step hook changes {name}, which is not the method's; change and penalise only parameters of "
+            "tuner.adapters() and of what they share: tuner.parameters() has biases and trained modules too, and "
+            "learning rates are the user's"
         )
     losses = remembered(_trained, case, method, config).losses
     assert losses[-1] < losses[0], (
@@ -233,27 +235,46 @@ _OWN = "the adapters' "
 
 
 def _meddling(case: Case, method: str, config: Mapping[str, object]) -> list[str]:
-    """Return the gradients and values that hooks change in steps in which the optimizer changes nothing."""
+    """Return the gradients, values and learning rates that hooks change in steps in which the optimizer changes none.
+
+    In the last of these steps the first target has no gradient, as where no batch used it.
+    """
     if not any(hooks.implements(hook, method) for hook in STEP_HOOKS):
         return []
     model, generator, found = _with_biases(case, method, config), torch.Generator().manual_seed(3), dict[str, None]()
     tuner = tunerkit.tuner(model)
     optimizer = torch.optim.SGD([p for p in tuner.parameters() if p.requires_grad], lr=0.0)
     tunerkit.attach(model, optimizer, total_steps=STEPS)
-    for _ in range(STEPS):
+    for step in range(STEPS):
         trained = {name: p for name, p in tuner.named_parameters() if p.requires_grad}
         own = {id(parameter) for parameter in own_parameters(tuner).values()}
         for parameter in trained.values():
             parameter.grad = 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter)
+        if step == STEPS - 1:
+            next(iter(tuner.adapters().values())).zero_grad()
         before = {name: (p.detach().clone(), p.grad.clone()) for name, p in trained.items() if p.grad is not None}
-        optimizer.step()
+        _step(optimizer, step)
         for name, (value, gradient) in before.items():
             parameter, whose = trained[name], _OWN * (id(trained[name]) in own)
             if parameter.grad is not None and not torch.equal(parameter.grad, gradient):
                 found[f"{whose}gradient of {name}"] = None
             if not torch.equal(parameter, value):
                 found[f"{whose}{name}"] = None
+        if any(group["lr"] for group in optimizer.param_groups):
+            found["the optimizer's lr"] = None
     return [*found]
+
+
+def _step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    try:
+        optimizer.step()
+    except Exception as error:
+        if step < STEPS - 1:
+            raise
+        raise AssertionError(
+            f"a step hook raised {told(error)} in a step in which a target has no gradient, as where no batch used it; "
+            "look whether parameter.grad is None"
+        ) from error
 
 
 def check_needs_steps(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
