@@ -55,7 +55,7 @@ class Circulant(Adapter):
         return blocks.transpose(1, 2).reshape(rows * b, columns * b) / (columns * b)
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
-        if not base.linear:
+        if not base.linear or not x.numel():  # MKL transforms no empty batch
             return add_delta(base, x, y, self.delta())
         _, columns, b = self.kernel.shape
         wide = torch.promote_types(self.kernel.dtype, torch.float32)  # there are no transforms in half precision

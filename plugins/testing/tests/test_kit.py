@@ -4,6 +4,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import attrs
 import pytest
@@ -21,10 +22,12 @@ from tests.support.toy_readers import DirectionPlugin, ScaleConfig, ScalePlugin
 from tests.support.toy_shared import SharedPlugin
 from tests.support.toy_starts import FittedPlugin, PrincipalPlugin
 from tunerkit import TunerkitError
+from tunerkit.errors import PluginError
 from tunerkit.plugin import Adapter, BaseLayer, Delta, Method, setting
 from tunerkit_testing import Case, check_method, kit, known_cases, matrix, small
 from tunerkit_testing.checks.order import BY_NAME, CHECKS, NEEDS
 from tunerkit_testing.checks.probing import in_dtype
+from tunerkit_testing.parametrizing import BoundCheck
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import Scale
 from tunerkit_testing.toy_methods import DeclaredPlugin, LowRankConfig, LowRankPlugin, ShiftPlugin
@@ -224,9 +227,49 @@ def test_an_expected_failure_is_recorded_with_its_reason() -> None:
     assert found["merges"].status == "expected failure"
     assert found["start"].status == "passed"
     assert found["start"].reason == (
-        "it passes, and is expected to fail (never fails); remove it from expected_failures"
+        "it passes, and is expected to fail (never fails); remove it from expected_failures, or from the method's record "
+        "if it passes on all models"
     )
     assert not [r for r in found.values() if r.status in ("failed", "error")]
+
+
+class Declares(bad_plugins.WrongDtype):
+    """Its record expects what its base class does wrong, and a failure that does not come."""
+
+    failures: ClassVar[Mapping[str, object]] = {"output_dtype": "fp32 is the point", "start": "not on this model"}
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method("bad", config=LowRankConfig, foreign={"testing": {"expected_failures": self.failures}})]
+
+
+def test_a_record_may_carry_its_own_expected_failures() -> None:
+    """Law: everybody who runs the checks expects them; one that passes, as on another model, has passed."""
+    with registered(Declares()):
+        found = check_method("BAD", cases=[CASE], checks=["output_dtype", "start"])
+        given = check_method("bad", cases=[CASE], checks=["output_dtype"], expected_failures={"output_dtype": "mine"})
+        with pytest.raises(pytest.xfail.Exception, match="fp32 is the point"):
+            BoundCheck(BY_NAME["output_dtype"], CASE, "bad", None, [CASE], {})()
+        BoundCheck(BY_NAME["start"], CASE, "bad", None, [CASE], {})()
+    assert {r.check: r.status for r in found} == {"output_dtype": "expected failure", "start": "passed"}
+    assert [r.reason for r in found if r.check == "output_dtype"] == ["fp32 is the point"]
+    assert given[0].reason == "mine"
+
+
+@pytest.mark.parametrize(
+    ("failures", "words"),
+    [
+        ({"stat": "why"}, "foreign['testing'] of method 'bad': no check named 'stat'; did you mean 'start'"),
+        ({"start": " "}, "expected a reason why 'start' fails, got ' '"),
+        (["start"], "expected {'expected_failures': {CHECK: REASON}}"),
+    ],
+)
+def test_a_record_s_expected_failures_are_checked(failures: object, words: str) -> None:
+    """Law: before any check runs, with the closest name of a check that there is not."""
+    plugin = Declares()
+    vars(plugin)["failures"] = failures
+    with registered(plugin), pytest.raises(PluginError, match=re.escape(words)):
+        check_method("bad", cases=[CASE], checks=["start"])
 
 
 def test_an_expected_failure_silences_no_other_check() -> None:
