@@ -57,7 +57,7 @@ class TrainedNorm(Adapter):
 
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
-    foreign = {"peft": NAMES, "testing": {"expected_failures": FAILS}}
+    foreign: dict[str, dict[str, Any]] = {"peft": NAMES, "testing": {"expected_failures": FAILS}}
     yield Method("ln-tuning", config=Config, targets="norms", multiplies=True, foreign=foreign)
 
 

@@ -227,8 +227,8 @@ def test_an_expected_failure_is_recorded_with_its_reason() -> None:
     assert found["merges"].status == "expected failure"
     assert found["start"].status == "passed"
     assert found["start"].reason == (
-        "it passes, and is expected to fail (never fails); remove it from expected_failures, or from the method's record "
-        "if it passes on all models"
+        "it passes, and is expected to fail (never fails); remove it from expected_failures, or from the method's "
+        "record if it passes on all models"
     )
     assert not [r for r in found.values() if r.status in ("failed", "error")]
 

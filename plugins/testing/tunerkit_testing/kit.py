@@ -225,8 +225,8 @@ def beside_expected(check: Check, expected: Mapping[str, str]) -> str:
 def unexpected_pass(reason: str) -> str:
     """Return what to say of a check that passes although it is expected to fail, for this reason."""
     return (
-        f"it passes, and is expected to fail ({reason}); remove it from expected_failures, or from the method's record if "
-        "it passes on all models"
+        f"it passes, and is expected to fail ({reason}); remove it from expected_failures, or from the method's record "
+        "if it passes on all models"
     )
 
 

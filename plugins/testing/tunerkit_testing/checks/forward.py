@@ -57,15 +57,15 @@ def check_forward_runs(case: Case, method: str, config: Mapping[str, object], tm
                 raise AssertionError(f"{call.path}: {what} raised {told(error)}; {_shapes(call)}") from error
 
 
-def _versions(module: nn.Module) -> dict[str, int]:
+def _versions(module: nn.Module) -> dict[str, int | None]:
     return {
-        name: parameter._version
+        name: torch_private.version(parameter)
         for name, parameter in torch_private.own_parameters(module).items()
         if parameter is not None
     }
 
 
-def _assert_unwritten(call: Call, before: Mapping[str, int]) -> None:
+def _assert_unwritten(call: Call, before: Mapping[str, int | None]) -> None:
     written = [name for name, version in _versions(call.module).items() if version != before.get(name)]
     assert not written, (
         f"{call.path}: forward wrote into the base's {' and '.join(written)}, which other adapters, other threads and "

@@ -108,17 +108,17 @@ class _Elsewhere:
     """A base layer whose module has other numbers than the layer gives."""
 
     def __init__(self, base: BaseLayer) -> None:
-        self._base, self.module = base, copy.deepcopy(base.module)
+        self.layer, self.module = base, copy.deepcopy(base.module)
         for parameter in torch_private.own_parameters(self.module).values():
             if parameter is not None:
                 parameter.mul_(3)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._base, name)
+        return getattr(self.layer, name)
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]  # methods may ask isinstance of the base layer
-        return type(self._base)
+    @property  # type: ignore[misc]  # object's can be written; methods may ask isinstance of a base layer
+    def __class__(self) -> Any:
+        return type(self.layer)
 
 
 @torch.no_grad()
