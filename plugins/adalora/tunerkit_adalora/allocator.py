@@ -13,7 +13,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from tunerkit.errors import warn
 from tunerkit.plugin import Cut, Tuner, optimizer_of, shrink_
-from tunerkit_adalora.budget import costs_of
 from tunerkit_adalora.followers import copies_in, follower
 from tunerkit_adalora.importance import Part
 from tunerkit_adalora.phase import Phase
@@ -52,7 +51,7 @@ def spend_(
     masks = allocate(
         scores,
         due.keep,
-        costs=costs_of(config, layers) if config.budget_unit == "parameters" else None,
+        costs=training.costs if config.budget_unit == "parameters" else None,
         minimum=bounds.minimum,
         maximum=bounds.maximum,
         # Where nothing moves λ, a λ at 0 stays there, whatever the averages remember.

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from torch import nn
 
@@ -46,8 +47,8 @@ def refuse_other_ranks(adapter: str) -> None:
     )
 
 
-def refuse_revived(adapter: str, live: int, in_force: int, step: int) -> None:
-    """Refuse masks that keep more than the last allocation left.
+def refuse_revived(adapter: str, live: int, in_force: int, step: int) -> NoReturn:
+    """Refuse masks that keep more than the last allocation left, and so are of another step.
 
     Args:
         adapter: The adapter's name, for the message.
@@ -56,12 +57,11 @@ def refuse_revived(adapter: str, live: int, in_force: int, step: int) -> None:
         step: The last step.
 
     Raises:
-        AdapterError: If the masks are of another step.
+        AdapterError: Always.
     """
-    if live > in_force:
-        raise AdapterError(
-            f"the masks of adapter {adapter!r} keep {live}, and its last allocation left a budget of {in_force}: "
-            "weights of another step were loaded into it (load_state_dict). Load the training state of that step too "
-            f"(the optimizer's state_dict, or tunerkit.load_state), or the weights of step {step} again. To keep the "
-            "best weights of a training, tunerkit.save them at their step"
-        )
+    raise AdapterError(
+        f"the masks of adapter {adapter!r} keep {live}, and its last allocation left a budget of {in_force}: "
+        "weights of another step were loaded into it (load_state_dict). Load the training state of that step too "
+        f"(the optimizer's state_dict, or tunerkit.load_state), or the weights of step {step} again. To keep the "
+        "best weights of a training, tunerkit.save them at their step"
+    )

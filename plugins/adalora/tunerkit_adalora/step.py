@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tunerkit.errors import warn
 from tunerkit.plugin import StepError, Tuner
 from tunerkit_adalora.allocator import mask_, spend_
-from tunerkit_adalora.budget import costs_of
 from tunerkit_adalora.followers import warn_of_average
 from tunerkit_adalora.importance import Part, on_devices_of, smooth_, stacks_of, triplet_scores
 from tunerkit_adalora.orthogonality import add_gradient_
@@ -148,8 +147,8 @@ def _warn_if_nothing_is_left(tuner: Tuner, training: Training) -> None:
 
     Not when attaching: a resumed training has nothing left either once it has shrunk, and then it has a later step.
     """
-    config, schedule = training.config, training.schedule
-    whole = training.resolved.init_rank * sum(costs_of(config, training.layers))
+    schedule = training.schedule
+    whole = training.resolved.init_rank * sum(training.costs)
     if schedule.initial <= schedule.target < whole:
         warn(
             f"adapter {tuner.name!r}: nothing is left to prune, because an earlier training removed the other triplets "

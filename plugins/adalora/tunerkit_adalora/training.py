@@ -1,5 +1,7 @@
 """AdaLoRA's training state: what one step leaves to the next."""
 
+from operator import attrgetter, mul
+
 import attrs
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,8 @@ class Training:
         schedule: b(t).
         running: The running averages of what this process holds of the layers' weights; none once the ranks are final.
         gradients: Counts since the last allocation.
-        in_force: The budget of the last allocation, in the config's unit.
+        costs: What a triplet of each layer costs, in the config's unit.
+        in_force: The budget of the last allocation, in the same unit.
         sizes: Triplets of each layer in memory, dead ones included.
         weights: P, λ and Q of each layer, from the hook before a step to the one after it, if this process is alone.
         last_step: The last step's number; 0 before the first.
@@ -43,6 +46,7 @@ class Training:
     schedule: Schedule
     running: list[Averages]
     gradients: GradientCount
+    costs: list[int]
     in_force: int
     sizes: list[int]
     weights: list[nn.Parameter] = attrs.field(factory=list)
@@ -82,8 +86,8 @@ def start(tuner: Tuner, total_steps: int) -> Training:
     schedule = schedule_of(config, resolved, layers, total_steps)
     bounds = bounds_of(config, resolved, tuner.targets)
     check_bounds(config, bounds, tuner.targets, layers, schedule.target)
-    sizes = [len(layer.lam) for layer in layers]
-    there = sum(size * cost for size, cost in zip(sizes, costs_of(config, layers), strict=True))
+    sizes, costs = [len(layer.lam) for layer in layers], costs_of(config, layers)
+    there = sum(size * cost for size, cost in zip(sizes, costs, strict=True))
     schedule = attrs.evolve(schedule, initial=there, target=min(schedule.target, there))
     in_force = live_budget(config, layers)
     masks_stay = is_short(schedule) and in_force <= schedule.target
@@ -98,6 +102,7 @@ def start(tuner: Tuner, total_steps: int) -> Training:
         schedule=schedule,
         running=new_averages(averaged if tuner.engine is None else tuner.pieces(averaged).values),
         gradients=GradientCount(torch.zeros((), dtype=torch.int64, device=layers[0].lam.device)),
+        costs=costs,
         in_force=in_force,
         sizes=sizes,
         phase=Phase.FINAL_MASKED if masks_stay else Phase.WAITING,
@@ -125,7 +130,9 @@ def budget(tuner: Tuner, step: int | None) -> int:
     if isinstance(training, Training):
         # A Trainer that loads its best weights sets their step too.
         if tuner.steps == training.last_step and training.phase is not Phase.WAITING:
-            refuse_revived(tuner.name, live_budget(config, layers_of(tuner)), training.in_force, training.last_step)
+            live = sum(map(mul, map(attrgetter("rank"), training.layers), training.costs))
+            if live > training.in_force:
+                refuse_revived(tuner.name, live, training.in_force, training.last_step)
         return training.in_force if step is None else training.schedule.budget(step)
     if step is None:
         return live_budget(config, layers_of(tuner))

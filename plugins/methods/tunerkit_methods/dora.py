@@ -114,7 +114,7 @@ class Dora(Adapter):
 
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
-    foreign: dict[str, dict[str, Any]] = {"peft": NAMES, "testing": {"expected_failures": FAILS}}
+    foreign: dict[str, dict[str, object]] = {"peft": NAMES, "testing": {"expected_failures": FAILS}}
     yield Method("dora", config=Config, multiplies=True, foreign=foreign)
 
 

@@ -20,9 +20,8 @@ def tunerkit_formats() -> Iterable[Format]:
 
 
 _UNLOAD = (
-    "Call unload() on the PeftModel, and then tunerkit.thaw(model, 'default') to train on, since peft has frozen your "
-    "adapter; a second adapter is tunerkit.wrap(model, 'lora', config, adapter='second'). Do not pass peft_config to a "
-    "trainer of a wrapped model"
+    "Call unload() on the PeftModel, then tunerkit.thaw(model, 'default'), since peft froze your adapter. A second one "
+    "is wrap(..., adapter='second'), without peft_config"
 )
 LAYERS_OF_PEFT = Restriction(
     "peft",
@@ -35,7 +34,7 @@ LAYERS_OF_PEFT = Restriction(
         "wrap": "this is a PeftModel, or holds layers of one, so an adapter would be put on top of peft's. Call "
         "merge_and_unload() on it to keep what peft trained, or unload() to drop that, and wrap what it returns",
         "attach": f"peft has put layers of its own into the wrapped model. {_UNLOAD}",
-        "save": f"peft has put layers of its own into the wrapped model, and the file would fit no base. {_UNLOAD}",
+        "save": f"peft has put layers of its own in, and the file would fit no base. {_UNLOAD}",
     },
 )
 

@@ -1,4 +1,4 @@
-"""What `allocations` draws covers what a training gives to an allocator; `tests/test_configs.py` is about configs."""
+"""What `allocations` draws covers what a training can give to an allocator."""
 
 import math
 
