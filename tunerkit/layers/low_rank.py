@@ -66,9 +66,8 @@ def add_low_rank(
     if torch.compiler.is_compiling():  # inductor ignores the alpha of a sum with a product (pytorch issue 167313)
         h, scale = h * scale, 1.0
     delta = base.project_out(h, p)  # P Q x
-    if (
-        not (torch.compiler.is_compiling() or y.is_nested) and delta.shape != y.shape
-    ):  # torch would broadcast a single feature
+    is_checked = not (torch.compiler.is_compiling() or y.is_nested)
+    if is_checked and delta.shape != y.shape:  # torch would broadcast a single feature
         raise AdapterError(
             f"the low-rank product has the shape {(*delta.shape,)}, and the output of the {type(base.module).__name__} "
             f"{(*y.shape,)}; pass the input and the output of the layer, and P as ({base.out_features}, r)"
