@@ -128,10 +128,12 @@ def budget(tuner: Tuner, step: int | None) -> int:
     """
     training, config = tuner.state, config_of(tuner)
     if isinstance(training, Training):
-        live = sum(map(mul, map(attrgetter("rank"), training.layers), training.costs))
-        # A Trainer that loads its best weights sets their step too.
-        if live > training.in_force and training.phase is not Phase.WAITING and tuner.steps == training.last_step:
-            refuse_revived(tuner.name, live, training.in_force, training.last_step)
+        there = sum(len(layer.lam) * cost for layer, cost in zip(training.layers, training.costs, strict=True))
+        if there > training.in_force and training.phase is not Phase.WAITING:  # else no mask could keep more
+            live = sum(map(mul, map(attrgetter("rank"), training.layers), training.costs))
+            # A Trainer that loads its best weights sets their step too.
+            if live > training.in_force and tuner.steps == training.last_step:
+                refuse_revived(tuner.name, live, training.in_force, training.last_step)
         return training.in_force if step is None else training.schedule.budget(step)
     if step is None:
         return live_budget(config, layers_of(tuner))
