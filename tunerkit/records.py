@@ -49,7 +49,7 @@ class Method:
             method that wants nothing. If that depends on the settings, a function of the config that says it.
         pieces: Whether the method's hooks work on the pieces that a process holds where an engine has cut an adapter,
             see `tunerkit.plugin.Tuner.pieces`. Hooks of other methods see whole weights, gathered around each of them.
-        foreign: What others than core must know of the method, by their names; each says what it needs. ``"peft"``
+        foreign: What other packages than core need to know about the method, by their names. ``"peft"``
             wants PEFT's names of tensors and settings, ``"testing"`` the ``expected_failures`` of checks, with reasons.
     """
 

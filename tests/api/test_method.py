@@ -329,8 +329,18 @@ def _writes_base(base: BaseLayer, g: Tensor = parameter("out")) -> Tensor:
     return g[:, None] * base.dense().mul_(2)
 
 
+def _writes_data(base: BaseLayer, g: Tensor = parameter("out")) -> Tensor:
+    base.module.weight.data.mul_(2)  # type: ignore[operator,union-attr]
+    return g[:, None] * base.dense()
+
+
+def _replaces_data(base: BaseLayer, g: Tensor = parameter("out")) -> Tensor:
+    base.module.weight.data = 2 * base.module.weight.data  # type: ignore[operator,union-attr]
+    return g[:, None] * base.dense()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("function", [_writes, _writes_base])
+@pytest.mark.parametrize("function", [_writes, _writes_base, _writes_data, _replaces_data])
 def test_a_write_into_the_base_is_refused_and_undone(function: Any, dtype: torch.dtype) -> None:
     """W is the base's own: nothing would put it back. In lower precision it is a copy, and refused all the same."""
     model, before = net().to(dtype), net().to(dtype).state_dict()
@@ -359,14 +369,30 @@ def test_a_write_that_comes_later_is_found_in_that_call(use: Any) -> None:
             use(model)
 
 
+def test_a_base_with_inf_adds_nothing_at_a_start_of_0() -> None:
+    """Inf · 0 is NaN, which is no start that adds something."""
+
+    def scaled(weight: Tensor, g: Tensor = parameter("out")) -> Tensor:
+        return g[:, None] * weight
+
+    model = net()
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.inf
+    with registered(tunerkit.method("scaled")(scaled)):
+        assert tunerkit.adapters(tunerkit.wrap(model, "scaled", TARGETS))
+
+
 SHAPES: dict[str, tuple[Any, str]] = {
-    "a row": (lambda a: a[:1], r"[(1, 6)] for '0'; they must be [(8, 6)]"),
-    "turned": (lambda a: a.T, r"[(6, 8)] for '0'; they must be [(8, 6)]"),
-    "one more": (lambda a: a[None], r"[(1, 8, 6)] for '0'; they must be [(8, 6)]"),
-    "one factor": (lambda a: Gain(a[:1, 0] + 1), r"[(1,)] for '0'; they must be [(8,)]"),
-    "a column": (lambda a: Gain(a[:, :1] + 1), r"[(8, 1)] for '0'; they must be [(8,)]"),
-    "no dimension": (lambda a: Gain(a.sum() + 1), r"[()] for '0'; they must be [(8,)]"),
-    "q of one": (lambda a: Factors(a[:1, :1], a[:, :1]), r"[(1, 1), (8, 1)] for '0'; they must be [(1, 6), (8, 1)]"),
+    "a row": (lambda a: a[:1], "returned shape (1, 6) for '0'; it must be (8, 6)"),
+    "turned": (lambda a: a.T, "returned shape (6, 8) for '0'; it must be (8, 6)"),
+    "one more": (lambda a: a[None], "returned shape (1, 8, 6) for '0'; it must be (8, 6)"),
+    "one factor": (lambda a: Gain(a[:1, 0] + 1), "returned shape (1,) for '0'; it must be (8,)"),
+    "a column": (lambda a: Gain(a[:, :1] + 1), "returned shape (8, 1) for '0'; it must be (8,)"),
+    "no dimension": (lambda a: Gain(a.sum() + 1), "returned shape () for '0'; it must be (8,)"),
+    "q of one": (
+        lambda a: Factors(a[:1, :1], a[:, :1]),
+        "returned q of shape (1, 1) and p of shape (8, 1) for '0'; it must be q (r, 6) and p (8, r), with one r",
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from torch import nn
 import tunerkit
 from tunerkit import injection
 from tunerkit.errors import PluginError, TunerkitWarning
-from tunerkit.hooks import gather_knowledge
+from tunerkit.hooks import gather_formats, gather_knowledge, registry
 from tunerkit.hooks.calls import in_short
 from tunerkit.layers import as_base_layer
 from tunerkit.layers.kinds import DenseLinear, LinearLayer
@@ -175,6 +175,34 @@ def test_a_plugin_that_changes_weights_when_a_model_is_wrapped_is_named(toys: "T
         tunerkit.wrap(model, "toy-shift")
     assert not tunerkit.adapters(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_plugin_may_add_to_a_model_when_it_is_wrapped(toys: "Toys") -> None:
+    """A buffer of its own changes nothing of the base."""
+
+    class Counting:
+        @tunerkit.hookimpl
+        def tunerkit_wrapped(self, model: Any) -> None:
+            model.head.register_buffer("seen", torch.zeros(1), persistent=False)
+
+    with registered(Counting()):
+        assert tunerkit.adapters(tunerkit.wrap(toys.net(), "toy-shift"))
+
+
+def test_plugins_may_be_listed_while_others_are_left_out() -> None:
+    """What is left out is in a new catalog: who reads the one before meets no change."""
+
+    class Wrong:
+        @tunerkit.hookimpl
+        def tunerkit_formats(self) -> Any:
+            return ["no format"]
+
+    with registered(Wrong()):
+        before = registry.loaded()
+        with pytest.warns(TunerkitWarning, match="failed and was left out"):
+            gather_formats()
+        assert not before.left_out
+        assert registry.loaded().left_out
 
 
 SERVED = {

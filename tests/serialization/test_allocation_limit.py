@@ -125,10 +125,15 @@ def test_a_new_adapter_is_compared_with_the_largest_layer() -> None:
     with limit(TARGET):  # what all adapters share is built for the first target
         torch.zeros(4000, 1000)
     words = (
-        "the adapter at 'layer' needs a tensor of 64,000,000 numbers, and the largest layer has 1,001,000; "
+        "the adapter at 'layer' needs a tensor of 640,000,000 numbers, and the largest target has 1,001,000; "
         "lower it @ $.rank, $.ranks['a'][1]"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(words)}$"), limit(TARGET):
-        torch.zeros(10**6, 64)
+        torch.zeros(10**7, 64)
+    with limit(TARGET):  # as of a ΔW for each triplet, which is nothing unusual
+        torch.zeros(2**26, device="meta")
+    block = Target("block", nn.Sequential(nn.Linear(8000, 8000, device="meta")))
+    with limit_for({"rank": 4000}, [block])(block):  # what is in a block counts too
+        torch.zeros(2**27, device="meta")
     with limit_for({"rank": 1024}, targets)(TARGET) as entered:
         assert not isinstance(entered, AllocationLimit)

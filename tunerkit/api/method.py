@@ -159,7 +159,7 @@ class FunctionPlugin:
                 self.refuse(what, f"known are: {', '.join(known)}", str(size), known)
         adapter = FunctionAdapter(self, known, settings)
         if not loading:
-            adapter.try_(target, base)
+            adapter.check_first_call(target, base)
         return adapter
 
 
@@ -178,6 +178,18 @@ class ProductPlugin(FunctionPlugin):
     def tunerkit_factors(self, adapter: "FunctionAdapter", base: BaseLayer) -> Factors:
         added: Factors = adapter.added(base)
         return added
+
+
+def _put_back_(module: nn.Module, own: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> bool:
+    """Give a module its parameters with their values again; whether anything was another."""
+    now, changed = layers.torch_private.own_parameters(module), False
+    for name, parameter in own.items():
+        before = values[name]
+        same = parameter.is_meta or torch.equal(parameter.nan_to_num(), before.nan_to_num())
+        if now.get(name) is not parameter or not same:
+            now[name], changed = parameter, True
+            parameter.data = before
+    return changed
 
 
 class FunctionAdapter(Adapter):
@@ -201,7 +213,7 @@ class FunctionAdapter(Adapter):
         return self._rank
 
     @torch.no_grad()
-    def try_(self, target: Target, base: BaseLayer) -> None:
+    def check_first_call(self, target: Target, base: BaseLayer) -> None:
         """Call the function once where the layer runs. If this raises `PluginError`, the layer is as it was.
 
         Refused are a write into W, another shape than is needed, and a start that adds something.
@@ -211,21 +223,31 @@ class FunctionAdapter(Adapter):
         try:
             added = self.to(layers.weights.execution_device(base.module)).added(base)
         except BaseException:
-            for name, before in values.items():
-                own[name].data.copy_(before)
+            _put_back_(base.module, own, values)
             raise
+        if _put_back_(base.module, own, values):
+            self.refuse_write(base)
         parts = added if isinstance(added, tuple) else (added,)
-        out, into, rank = base.out_features, base.in_features, parts[0].shape[:1]
-        needed = {Tensor: [(out, into)], Gain: [(out,)], Factors: [(*rank, into), (out, *rank)]}[self.plugin.returns]
-        if (shapes := [tuple(part.shape) for part in parts]) != needed:
-            self.plugin.refuse(f"returned shapes {shapes} for {target.path!r}", f"they must be {needed}")
+        if isinstance(added, Factors):
+            wrong = layers.misfit(base, added)
+        else:
+            needed = (base.out_features,) if self.plugin.returns is Gain else (base.out_features, base.in_features)
+            wrong = None if parts[0].shape == needed else (f"shape {tuple(parts[0].shape)}", str(needed))
+        if wrong is not None:
+            self.plugin.refuse(f"returned {wrong[0]} for {target.path!r}", f"it must be {wrong[1]}")
         start = parts[-1] @ parts[0] if len(parts) > 1 else parts[0] - int(self.plugin.returns is Gain)
-        if self.plugin.method.start == "exact" and start.any():
+        if self.plugin.method.start == "exact" and start.nan_to_num().any():  # a base may hold inf, and inf · 0 is NaN
             self.plugin.refuse(
                 f"adds something to {target.path!r} at its start",
                 "choose starts for which ΔW is 0, or gains are 1, with every setting; if they are so up to rounding, "
                 'declare tunerkit.method(..., start="rounding")',
             )
+
+    def refuse_write(self, base: BaseLayer) -> NoReturn:
+        """Raise `PluginError`: the function has changed W."""
+        what = f"writes into the weight of a {type(base.module).__name__}, which is the base's own"
+        new = "compute a new tensor, as in weight = weight - weight.mean()"
+        self.plugin.refuse(what, f"{new}. tunerkit.wrap puts W back; after any other call, load the base again")
 
     def added(self, base: BaseLayer) -> Any:
         """What the function returns: ΔW (out, in), factors, or gains (out,)."""
@@ -233,16 +255,14 @@ class FunctionAdapter(Adapter):
         wide = torch.promote_types(next(iter(tensors.values())).dtype, torch.float32)
         given: dict[str, Any] = {key: base if key == "base" else base.dense().to(wide) for key in self.plugin.given}
         read: list[Tensor] = []
-        if given and not torch.compiler.is_compiling():  # `try_` has asked before
+        if given and not torch.compiler.is_compiling():  # the first call was checked
             read = [*filter(torch.is_tensor, given.values()), *layers.torch_private.parameters_of(base.module).values()]
         before = [*map(layers.torch_private.version, read)]
         # Half precision is for products with the input: what is merged must be what forward adds.
         with autocast_off(next(iter(tensors.values())).device):
             answer = self.plugin.function(**tensors, **self.settings, **given)
         if before != [*map(layers.torch_private.version, read)]:
-            what = f"writes into the weight of a {type(base.module).__name__}, which is the base's own"
-            new = "compute a new tensor, as in weight = weight - weight.mean()"
-            self.plugin.refuse(what, f"{new}. tunerkit.wrap puts W back; after any other call, load the base again")
+            self.refuse_write(base)
         if not isinstance(answer, self.plugin.returns):
             self.plugin.refuse(f"returned a {type(answer).__name__}, not a {self.plugin.returns.__name__}", _ANNOTATE)
         return answer

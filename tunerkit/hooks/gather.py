@@ -138,7 +138,8 @@ def wrapped(model: nn.Module) -> None:
     """Let every plugin prepare a model. Raises `PluginError` if one changes its weights."""
     before = torch_private.versions(model)
     for plugin, _ in registry.ask(specs.tunerkit_wrapped, model=model):
-        if torch_private.versions(model) != before:
+        now = torch_private.versions(model)
+        if any(now.get(name) != version for name, version in before.items()):
             what = "changed weights of the base, which must be loaded again"
             raise PluginError(f"tunerkit_wrapped of {plugin} {what}; {plugin.way_out}")
 

@@ -83,7 +83,7 @@ class Catalog:
     plugins: tuple[Plugin, ...]
     failures: tuple[Failure, ...] = ()
     limit: frozenset[str] | None = None
-    left_out: dict[tuple[Plugin, str], str] = attrs.field(factory=dict)
+    left_out: Mapping[tuple[Plugin, str], str] = attrs.field(factory=dict)
     owners: Mapping[str, Plugin] = attrs.field(init=False)
     hooks: Mapping[str, tuple[Plugin, ...]] = attrs.field(init=False)
     known: dict[object, Any] = attrs.field(init=False, factory=dict)

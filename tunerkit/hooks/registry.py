@@ -114,11 +114,14 @@ class Registry:
 
     def leave_out(self, plugin: Plugin, hook: Callable[..., object], reason: str) -> None:
         """Use no more of what a plugin answers to ``hook``: warn once, and list it in `methods`."""
-        catalog, failed = self.loaded(), f"failed and was left out: {reason}"
-        catalog.known.pop(hook, None)
-        if (plugin, hook.__name__) not in catalog.left_out:
-            catalog.left_out[plugin, hook.__name__] = f"{hook.__name__} {failed}"
-            warn(f"{hook.__name__} of {plugin} {failed}")
+        key, failed = (plugin, hook.__name__), f"failed and was left out: {reason}"
+        with self._lock:
+            catalog = self.loaded()
+            if plugin not in catalog.plugins or key in catalog.left_out:
+                return
+            left_out = {**catalog.left_out, key: f"{hook.__name__} {failed}"}
+            self.catalog = attrs.evolve(catalog, left_out=left_out)
+        warn(f"{hook.__name__} of {plugin} {failed}")
 
     def register(self, plugin: object) -> None:
         """Register an in-process plugin, for notebooks and tests.

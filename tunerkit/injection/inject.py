@@ -325,13 +325,15 @@ def activate_(model: nn.Module, names: Sequence[str]) -> None:
 def _warn_of_products(model: nn.Module) -> None:
     """Warn if two active adapters multiply one layer: neither acts on what the other makes of it."""
     for path, _, slots in walk(model):
+        if len(slots.active) < 2:
+            continue
         pairs = zip(slots.active, slots.applied, strict=True)
         own = [name for name, slot in pairs if slot.adapter is not None and hooks.registry.get(slot.method).multiplies]
         if len(own) > 1:
             warn(
                 f"adapters {own[0]!r} and {own[1]!r} both multiply {path!r}: what each changes in the base is added, "
-                "not multiplied. Activate one at a time; or, for one to act on what the other makes, put it into "
-                "the base before you wrap the one: tunerkit.unwrap(model, keep_merged=True)"
+                "not multiplied. Activate one at a time; or, to apply one after the other, merge the first with "
+                "tunerkit.unwrap(model, keep_merged=True), then wrap the second"
             )
             return
 

@@ -183,7 +183,7 @@ def code_owner(module: nn.Module) -> str:
     forward = type(module).forward
     if not isinstance(forward, FunctionType):
         return ""
-    return f"{forward.__globals__['__name__']}.{forward.__code__.co_qualname.rpartition('.')[0]}"
+    return f"{forward.__globals__.get('__name__', '')}.{forward.__code__.co_qualname.rpartition('.')[0]}"
 
 
 def is_named(kind: type, name: str) -> bool:

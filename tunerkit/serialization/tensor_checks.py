@@ -29,6 +29,8 @@ _TO_READ = (
 _PRECISIONS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 # A plugin may make tensors that it does not keep, such as a factor of the weight in float64.
 _FACTOR, _ALWAYS = 4, 2**20
+# A new adapter may also make tensors out of proportion to its layers, such as the ΔW of each triplet.
+_NEW = 2**26
 # A rank or a number of steps up to this is nothing unusual, whatever the tensors are like.
 _USUAL = 1024
 # The functions that are given a size. Others are checked by their results.
@@ -180,7 +182,7 @@ def limit_for(
         path, of_shared, _ = name.partition(f".{CHILD}.")
         held[path if of_shared else name.rpartition(".adapter.")[0]] += tensor.numel()
     # Integers may pack several weights, two in each byte. What all adapters share may be made for the largest target.
-    own = [chain(each.module.parameters(recurse=False), each.module.buffers(recurse=False)) for each in targets]
+    own = [chain(each.module.parameters(), each.module.buffers()) for each in targets]
     size = [[math.prod(weights.whole_shape(t)) * (t.is_floating_point() or 2 * t.itemsize) for t in ts] for ts in own]
     largest = max(map(sum, size), default=0)
 
@@ -190,9 +192,10 @@ def limit_for(
             if source:
                 there = f"{text} file has {held[target.path]:,} for it"
                 return FileError(f"{source} does not fit its own header: by its config, {there}")
-            return ConfigError([f"{text} largest layer has {largest:,}; lower it @ {few(large, shown=5)}"])
+            return ConfigError([f"{text} largest target has {largest:,}; lower it @ {few(large, shown=5)}"])
 
-        return AllocationLimit(_FACTOR * (held[target.path] + largest) + _ALWAYS, refusal)
+        most = _FACTOR * (held[target.path] + largest) + _ALWAYS
+        return AllocationLimit(most if source else max(most, _NEW), refusal)
 
     return limited
 

@@ -60,6 +60,29 @@ _KEPT = (
 )
 
 
+class Keeping(torch.optim.SGD):
+    """Its state is none of torch's."""
+
+    def __init__(self, parameters: Any, state: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.state = state
+
+
+@pytest.mark.parametrize("state", [list, dict], ids=["a list", "tensors alone"])
+def test_an_optimizer_with_a_state_of_its_own_kind_stops_no_training(state: type) -> None:
+    """What derives from torch's class may keep anything; a tensor of the weights' shape keeps the shapes."""
+    model = wrapped()
+    optimizer = adamw(trainable(model))
+    tunerkit.attach(model, optimizer, total_steps=TOTAL)
+    held = [] if state is list else {weight: torch.zeros_like(weight) for weight in trainable(model)}
+    other = Keeping(trainable(model), held)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", tunerkit.TunerkitWarning)
+        train(model, optimizer, TOTAL)
+    assert ["Keeping" in str(each.message) for each in told] == [True] * (state is dict)
+    assert other.state is held
+
+
 @pytest.mark.parametrize("name", ["default", "other"])
 def test_an_average_of_another_model_keeps_nothing(name: str) -> None:
     """Nor one without adapters: it has no copy of this one."""

@@ -144,8 +144,9 @@ def _following(weights: Sequence[nn.Parameter]) -> list[object]:
     return [each for each, state in zip(alive, states, strict=True) if _relies(each, state, weights)]
 
 
-def _relies(each: object, state: Mapping[Tensor, object], weights: Sequence[nn.Parameter]) -> bool:
-    return isinstance(each, AveragedModel) or not state.keys().isdisjoint(weights)
+def _relies(each: object, state: object, weights: Sequence[nn.Parameter]) -> bool:
+    # What derives from Optimizer may keep anything as its state.
+    return isinstance(each, AveragedModel) or (isinstance(state, Mapping) and not state.keys().isdisjoint(weights))
 
 
 def _warn_of_kept(tuner: Tuner, reason: str) -> None:

@@ -1,7 +1,7 @@
 """What keeps copies of an adapter's weights, or relies on their shapes: averages, and optimizers."""
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -108,8 +108,9 @@ def _kinds(alive: Iterable[object], does: Callable[[Optimizer], bool]) -> str:
 
 
 def _keeps(optimizer: Optimizer, weights: Iterable[Tensor]) -> bool:
-    state = vars(optimizer).get("state", {})
-    kept = (value for weight in weights if weight in state for value in state[weight].values())
+    state = vars(optimizer).get("state")
+    own = [state[weight] for weight in weights if weight in state] if isinstance(state, Mapping) else []
+    kept = [value for each in own for value in (each.values() if isinstance(each, Mapping) else (each,))]
     return any(isinstance(value, Tensor) and value.ndim for value in kept)
 
 

@@ -127,6 +127,8 @@ def budget(tuner: Tuner, step: int | None) -> int:
         AdapterError: If weights of another step were loaded, which have triplets beyond the budget in force.
     """
     training, config = tuner.state, config_of(tuner)
+    if isinstance(training, Training) and step is not None:
+        return training.schedule.budget(step)
     if isinstance(training, Training):
         there = sum(len(layer.lam) * cost for layer, cost in zip(training.layers, training.costs, strict=True))
         if there > training.in_force and training.phase is not Phase.WAITING:  # else no mask could keep more
@@ -134,7 +136,7 @@ def budget(tuner: Tuner, step: int | None) -> int:
             # A Trainer that loads its best weights sets their step too.
             if live > training.in_force and tuner.steps == training.last_step:
                 refuse_revived(tuner.name, live, training.in_force, training.last_step)
-        return training.in_force if step is None else training.schedule.budget(step)
+        return training.in_force
     if step is None:
         return live_budget(config, layers_of(tuner))
     total_steps = tuner.total_steps if tuner.total_steps is not None else config.total_steps

@@ -119,6 +119,18 @@ def test_what_shows_late_or_elsewhere_is_named(check: str, plugin: type, cause: 
     assert cause in result.reason
 
 
+class LooksAtValues(bad_plugins.Product):
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        return super().added(x) * (2 if x.abs().max() > 1e9 else 1)
+
+
+def test_a_forward_that_looks_at_values_is_not_called_wrong_elsewhere() -> None:
+    """Law: a device without values says nothing of it."""
+    with registered(with_adapter(LooksAtValues)()):
+        (result,) = check_method("bad", cases=[CASE], checks=["device"])
+    assert result.status != "failed", result
+
+
 def test_every_check_is_seen_to_fail() -> None:
     """Law: each check has a plugin that fails it, except one that needs what may be missing here."""
     failing = {mistake.check for mistake in MISTAKES} | {check for check, *_ in (*CAUGHT, *QUIET)}

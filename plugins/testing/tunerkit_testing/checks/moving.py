@@ -180,6 +180,9 @@ def _assert_moves(call: Call) -> None:
     try:
         moved.run()
     except Exception as error:
+        # A forward may look at values, which a tensor of the meta device has not: nothing follows then.
+        if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
+            return
         raise AssertionError(
             f"{call.path}: moved to another device, forward raised {told(error)}; use no tensor there that is neither "
             "an argument, a parameter nor a buffer, such as a global one, and make new ones with device=x.device"
