@@ -74,8 +74,8 @@ def from_folder(path: str | os.PathLike[str], base: str | os.PathLike[str] | Non
         BaseMismatchError: ``base`` is another model than the one that was trained.
         TunerkitError: transformers cannot load the base from there.
     """
-    base = None if base is None else os.fspath(base)
-    if found := hooks.first(hooks.specs.tunerkit_open_run, path=Path(path), base=base):
+    base = None if base is None else os.path.expanduser(base)
+    if found := hooks.first(hooks.specs.tunerkit_open_run, path=Path(os.path.expanduser(path)), base=base):
         return found
     lacking = hooks.registry.lacking("reads what `tunerkit train` writes")
     raise FileError(

@@ -218,7 +218,7 @@ def read(path: str | os.PathLike[str], *, content: str) -> tuple[str, dict[str, 
 def is_foreign(path: str) -> bool:
     """Whether an adapter of another program lies at ``path``, by the names of files: no plugin need read it."""
     place = Path(path)
-    inside = [each.name for each in place.iterdir()] if place.is_dir() else []
+    inside = os.listdir(place) if os.path.isdir(place) else []  # a path that no file system allows is no folder
     return reader_of([place.name, *inside]) is not None
 
 

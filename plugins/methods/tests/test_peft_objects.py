@@ -111,6 +111,51 @@ def test_tokens_go_both_ways(tmp_path: Path, name: str) -> None:
     assert close(merged, output(model))
 
 
+def test_tokens_of_a_head_alone_are_refused(tmp_path: Path) -> None:
+    """PEFT changes no embedding then, and an adapter on one side of a tied weight would change one side."""
+    config = peft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["lm_head"])
+    peft.get_peft_model(built("qwen2, tied"), config).save_pretrained(str(tmp_path))  # type: ignore[arg-type]
+    with pytest.raises(tunerkit.errors.FileError, match="lm_head.trainable_tokens_delta belongs to a Linear here"):
+        tunerkit.load(built("qwen2, tied"), tmp_path)
+    with pytest.raises(TargetError, match="lm_head: has a tied weight"):
+        tunerkit.wrap(built("qwen2, tied"), "trainable-tokens", config)
+
+
+@pytest.mark.filterwarnings("error::tunerkit.TunerkitWarning")
+def test_tokens_of_a_named_side_of_a_tie_are_no_surprise(tmp_path: Path) -> None:
+    """PEFT's folder names the embedding, and the other side comes with it: no warning says that it is not named."""
+    config = peft.TrainableTokensConfig(token_indices=[3], target_modules=["embed_tokens"])
+    peft.get_peft_model(built("qwen2, tied"), config).save_pretrained(str(tmp_path))  # type: ignore[arg-type]
+    assert len(tunerkit.tuner(tunerkit.load(built("qwen2, tied"), tmp_path)).ranks()) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "calls"),
+    [
+        ("llama", {"embed_tokens": [3, 1], "lm_head": [2]}, 2),
+        ("qwen2, tied", {"embed_tokens": [1]}, 1),
+        ("qwen2, tied", {"embed_tokens": [1], "lm_head": [1]}, 1),
+        ("qwen2, tied", {"embed_tokens": [1], "lm_head": [2]}, 0),
+        ("qwen2, tied", {"lm_head": [2]}, 0),
+        ("qwen2, tied", [4, 2], 1),
+    ],
+)
+def test_the_calls_for_rows_beside_a_lora_work(name: str, tokens: Any, calls: int) -> None:
+    """They train as many parameters as PEFT does; where no call can, PEFT is named."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens)
+    theirs = peft.get_peft_model(built(name), config)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="'trainable_token_indices' is ") as raised:
+        tunerkit.wrap(built(name), "lora", config)
+    told, config.trainable_token_indices = str(raised.value), None
+    lines = told.partition("wrap once more: ")[2].removesuffix(" @ $").split(" and ") if calls else []
+    assert len(lines) == calls
+    assert calls or "train it with PEFT" in told
+    model = tunerkit.wrap(built(name), "lora", config)
+    for line in lines:
+        exec(line, {"tunerkit": tunerkit, "model": model})
+    assert not calls or trained(model) == trained(theirs)
+
+
 def close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
 

@@ -7,7 +7,6 @@ from typing import Any, Self
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from tunerkit.errors import TargetError
 from tunerkit.plugin import (
@@ -179,5 +178,6 @@ def tunerkit_build_adapter(base: BaseLayer, config: Config) -> Rows:
 @hookimpl
 def tunerkit_factors(adapter: Rows, base: BaseLayer) -> Factors:
     change = adapter.change(base)
-    chosen = one_hot(adapter.ids, base.out_features if adapter.of_head else base.in_features).to(change)
+    chosen = change.new_zeros(adapter.rank, base.out_features if adapter.of_head else base.in_features)
+    chosen.scatter_(1, adapter.ids.to(change.device).unsqueeze(1), 1.0)
     return Factors(q=change, p=chosen.T) if adapter.of_head else Factors(q=chosen, p=change.T)

@@ -26,6 +26,11 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
     "olora": ("llama", {"init_lora_weights": "olora", "target_modules": ["q_proj", "down_proj"]}),
     "pissa, by patterns": ("llama", {"init_lora_weights": "pissa", "target_modules": ["q_proj", "v_proj"], **PATTERNS}),
     "olora, by patterns": ("llama", {"init_lora_weights": "olora", "target_modules": ["q_proj", "v_proj"], **PATTERNS}),
+    "pissa, above a layer's rank": ("llama", {"init_lora_weights": "pissa", "target_modules": ["q_proj"], "r": 32}),
+    "olora, above a layer's rank": (
+        "llama",
+        {"init_lora_weights": "olora", "target_modules": ["q_proj", "v_proj"], "r": 12, "use_rslora": True},
+    ),
     "pissa of Conv1D": ("gpt2", {"init_lora_weights": "pissa", "target_modules": ["c_attn"]}),
     "pissa beside an embedding": (
         "llama",
@@ -37,7 +42,7 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
 def saved(folder: Path, case: Case, **given: Any) -> Any:
     """A model with an adapter that PEFT trained, which it has saved."""
     torch.manual_seed(3)
-    model: Any = peft.get_peft_model(case.build(), peft.LoraConfig(r=4, lora_alpha=6, **given))  # type: ignore[arg-type]
+    model: Any = peft.get_peft_model(case.build(), peft.LoraConfig(**{"r": 4, "lora_alpha": 6, **given}))  # type: ignore[arg-type]
     peft_adapters.randomize_(model)
     model.save_pretrained(str(folder))
     return model.eval()
@@ -97,7 +102,9 @@ def test_another_base_than_one_in_full_precision_is_refused(tmp_path: Path, base
     """What PEFT has subtracted from a rounded weight is another part; the error says which base to load."""
     saved(tmp_path, LLAMA, init_lora_weights="pissa", target_modules=["q_proj"])
     build, part = REFUSED[base]
-    with pytest.raises(FileError, match=rf"(?s)Load the base with its weights, in float32.*{part}") as raised:
+    with pytest.raises(
+        FileError, match=rf"(?s)in float32, as in from_pretrained\(.*dtype=torch\.float32.*{part}"
+    ) as raised:
         serialization.open_unloaded(build(), tmp_path)
     # The command takes it for torch's own error, and loads the base with its weights.
     assert isinstance(raised.value, NotImplementedError) == (base == "the meta device")

@@ -100,6 +100,16 @@ SAME: Mapping[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
     "all, with a part in full": (roberta, "lora", {"target_modules": "all-linear", "modules_to_save": ["out_proj"]}),
     "all of a model of torch": (Plain, "lora", {"target_modules": "ALL-LINEAR"}),
     "attention of torch": (CASES["attention"].build, "lora", {"target_modules": ["attention"], "r": 3}),
+    "attention of torch, without its output": (
+        CASES["attention"].build,
+        "lora",
+        {"target_modules": ["attention", "last"], "exclude_modules": ["out_proj", "last"]},
+    ),
+    "attention of torch, left out": (
+        CASES["attention"].build,
+        "lora",
+        {"target_modules": ["attention", "first"], "exclude_modules": ["attention"]},
+    ),
     "tying without a tie": (llama, "lora", {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}),
     "tying of nothing": (TIED.build, "lora", {"target_modules": ["q_proj"], "ensure_weight_tying": True}),
     "answering": (bert_answers, "lora", {"target_modules": ["query"], "task_type": "QUESTION_ANS"}),

@@ -23,6 +23,8 @@ READ: dict[str, tuple[Any, dict[str, Any]]] = {
     "a list": (CASES["llama"], {"trainable_token_indices": [5, 9]}),
     "by name": (CASES["llama"], {"trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [3]}}),
     "tied": (TIED, {"trainable_token_indices": [9, 5, 2], "use_rslora": True}),
+    "tied, both named": (TIED, {"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [1, 5]}}),
+    "tied, in other orders": (TIED, {"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [5, 1]}}),
     "tied, apart": (TIED, {"trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [3]}}),
     "over PiSSA": (CASES["llama"], {"trainable_token_indices": [5], "init_lora_weights": "pissa"}),
     "with a scaled embedding": (CASES["gemma3"], {"trainable_token_indices": [5, 9]}),
@@ -39,12 +41,30 @@ def test_one_load_computes_what_peft_does(tmp_path: Path, name: str) -> None:
     theirs.save_pretrained(str(tmp_path / "theirs"))
     with torch.no_grad():
         expected = case.output(theirs.eval())
-        with pytest.warns(tunerkit.TunerkitWarning, match="'trainable-tokens' trains such rows alone"):
+        with pytest.warns(
+            tunerkit.TunerkitWarning, match=r"^[^\n]*\n- [^\n]*'trainable-tokens' trains such rows alone$"
+        ):
             model = tunerkit.load(case.build(), tmp_path / "theirs")
         back = peft_adapters.loaded(case, tunerkit.export(model, tmp_path / "ours"))
         merged = tunerkit.unwrap(tunerkit.load(case.build(), tmp_path / "theirs"), keep_merged=True)
         for found in (model, back, merged):
             assert (case.output(found) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_rows_of_a_head_alone_stay_with_it(tmp_path: Path) -> None:
+    """PEFT leaves the embedding as it is, which a tied weight cannot hold; the line of the error unties the model."""
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"lm_head": [1, 5]})
+    theirs: Any = peft.get_peft_model(TIED.build(), config)  # type: ignore[arg-type]
+    peft_adapters.randomize_(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    model = TIED.build()
+    with pytest.raises(tunerkit.errors.TargetError, match="lm_head: has a tied weight") as raised:
+        tunerkit.load(model, tmp_path)
+    exec(str(raised.value).partition("load onto it: ")[2], {"model": model, "torch": torch})
+    with torch.no_grad():
+        found, expected = TIED.output(tunerkit.load(model, tmp_path)), TIED.output(theirs.eval())
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def with_rows(rows: Tensor, key: str = KEY) -> dict[str, Tensor]:

@@ -220,7 +220,7 @@ def _unsupported(found: Mapping[str, object], kind: object) -> list[str]:
     if kind == "LORA":
         held = {name: value for name, value in found.items() if name != "trainable_token_indices"}
         return [*fields.problems(held), *(changed_base(found) if found.get("init_lora_weights") not in STARTS else ())]
-    # It has one start.
+    # PEFT's AdaLoRA starts in one way, so what the settings say of a start has no effect.
     return [*fields.problems({name: value for name, value in found.items() if name not in _NOT_IN_ADALORA})]
 
 

@@ -18,7 +18,10 @@ _AWAY: Final = " has no weights"
 
 
 class NeedsWeightsError(FileError, NotImplementedError):
-    """The base's values are needed, and it is on the meta device. As of torch's error, the command then loads them."""
+    """The base's values are needed, and it is on the meta device.
+
+    It derives from the class of torch's own error for that: where the command meets one, it loads the base's values.
+    """
 
 
 def start_of(kind: str, module: nn.Module, rank: int, scale: float) -> Factors:
@@ -42,9 +45,10 @@ def refuse_bases(kind: str, source: object, modules: Mapping[str, nn.Module], pa
     if wrong := [*_obstacles(kind, modules, paths)]:
         title = (
             f"{source}: 'init_lora_weights' is {shown(kind)}, so PEFT has subtracted a part of the base's weights, and "
-            "that is computed again from a base in full precision. Load the base with its weights, in float32, and the "
-            "adapter onto that; or convert the adapter in PEFT: save_pretrained(folder, "
-            "path_initial_model_for_weight_conversion=...). Here:"
+            "that is computed again from a base in full precision. Load the base with its weights, in float32, as in "
+            "from_pretrained(..., dtype=torch.float32), and the adapter onto that with tunerkit.load(model, folder): "
+            "tunerkit.from_folder leaves a base in the dtype that it is stored in. Or convert the adapter in PEFT: "
+            "save_pretrained(folder, path_initial_model_for_weight_conversion=...). Here:"
         )
         is_away = any(each.endswith(_AWAY) for each in wrong)
         raise (NeedsWeightsError if is_away else FileError)("\n- ".join([title, *first(wrong)]))

@@ -12,7 +12,8 @@ from tunerkit.errors import first
 from tunerkit.plugin import FileError, TargetError
 from tunerkit_peft.adapter_config import Common
 from tunerkit_peft.others import Others
-from tunerkit_peft.places import is_linear
+from tunerkit_peft.places import is_linear, tied_to_input
+from tunerkit_peft.products import Adapted
 from tunerkit_peft.selecting import few
 from tunerkit_peft.selection import ALL_LINEAR, ends
 from tunerkit_peft.tasks import HEADS, is_task_class
@@ -60,10 +61,9 @@ def missing(
     settings: Common,
     file: Path,
     modules: Mapping[str, nn.Module],
-    targets: Sequence[str],
+    adapted: Adapted,
     others: Others,
     *,
-    takes: Callable[[nn.Module], bool],
     is_moved: bool,
 ) -> tuple[str, ...]:
     """Look for targets, trained copies and biases of this model that the settings name and the file lacks.
@@ -76,9 +76,8 @@ def missing(
         settings: The settings.
         file: The file of the tensors.
         modules: The model's modules.
-        targets: The paths of the adapted modules.
+        adapted: What the file has at its targets. PEFT refuses what it does not adapt by name, so no folder lacks that.
         others: The copies and the biases.
-        takes: Whether PEFT adapts such a module. It refuses others by name, so no folder lacks them.
         is_moved: Whether paths of the file are other ones in the model, so that expressions do not fit.
 
     Returns:
@@ -90,14 +89,15 @@ def missing(
     """
     chosen = settings.selection
     is_same = is_task_class(modules.get(""), chosen.task, chosen.model_class)
-    context = _Context(settings, modules, targets, others, takes, is_same, is_moved)
+    context = _Context(settings, modules, adapted.paths, others, adapted.takes, is_same, is_moved)
     if not {*context.targets, *others.copies, *others.biases} <= modules.keys():
         return ()  # of another base model, as core will say
     found = [_copies(context), _biases(context)]
     remarks = []
     try:
         found.append(_targets(context))
-        if unnamed := _unnamed(context):
+        beside = {*adapted.beside, *(tied_to_input(modules) if settings.tied else ())}
+        if unnamed := [path for path in _unnamed(context) if path not in beside]:
             remarks.append(
                 f"'target_modules' does not name {few(unnamed)}, for which the file has tensors: they are loaded here, "
                 "and PEFT drops them"

@@ -15,7 +15,7 @@ from tunerkit.plugin import ConfigError
 from tunerkit_peft import fields
 from tunerkit_peft.kinds import BRINGS, IN_METHODS, installed_for
 from tunerkit_peft.object_places import fill_defaults, places_of, refuse_tying
-from tunerkit_peft.places import modules_of
+from tunerkit_peft.places import modules_of, tied_to_input
 from tunerkit_peft.table_settings import Converted
 from tunerkit_peft.values import HIGHEST_RANK, Values, is_number, is_rank
 
@@ -70,7 +70,7 @@ def settings_of(config: Any, model: nn.Module) -> tuple[str, dict[str, object]] 
         common += [*fill_defaults(found, model, declared), *refuse_tying(found, copies, modules, declared)]
     if declared is None:
         assert method is not None
-        word, problems = "lora_only", [*_refused(found, method), *common]
+        word, problems = "lora_only", [*_refused(found, method, modules), *common]
         own = {
             "alpha": reader.number("lora_alpha", 8.0),
             "dropout": reader.number("lora_dropout", 0.0, least=0.0, below=1.0),
@@ -147,7 +147,7 @@ def _of_adalora(reader: Values) -> dict[str, object]:
     }
 
 
-def _refused(found: Mapping[str, Any], method: str) -> Iterator[str]:
+def _refused(found: Mapping[str, Any], method: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:
     """Yield what would be another training, and what to do."""
     for name, value in found.items():
         if not value or name in fields.READ or name in fields.HARMLESS:
@@ -156,8 +156,8 @@ def _refused(found: Mapping[str, Any], method: str) -> Iterator[str]:
         instead = ", or train it with PEFT, and merge it there"
         if name == "use_dora" and method == "adalora":
             what, instead = f"{what}, and PEFT's AdaLoRA does not have it", ""
-        elif name == "trainable_token_indices":
-            instead = f", and wrap once more: {_rows_beside(value)}"
+        elif name == "trainable_token_indices" and (calls := _rows_beside(value, modules)):
+            instead = f", and wrap once more: {calls}"
         yield f"{name!r} is {shown(value)}: {what}; leave it out{instead}"
     start = _start(found)
     if method == "lora" and start == "loftq":
@@ -182,11 +182,20 @@ def _refused(found: Mapping[str, Any], method: str) -> Iterator[str]:
         )
 
 
-def _rows_beside(given: Any) -> str:
-    """The call for a second adapter that trains the rows of some tokens, or one for each module that is named."""
-    each: list[dict[str, object]] = [{"tokens": given}]
-    if isinstance(given, Mapping):
-        each = [{"tokens": ids, "targets": [name]} for name, ids in given.items()]
+def _rows_beside(given: Any, modules: Mapping[str, nn.Module]) -> str:
+    """The call for a second adapter that trains the rows of some tokens, or one for each module that is named.
+
+    Sides of a tie train as one, without targets. Empty if PEFT would train these apart.
+    """
+    named: Mapping[str, Any] = given if isinstance(given, Mapping) else {"": given}
+    sides = [*tied_to_input(modules)]
+    tied = {name: ids for name, ids in named.items() if any(side.endswith(name) for side in sides)}
+    together = [*tied.values()][:1]
+    if tied and not (sides[0].endswith(tuple(tied)) and [*tied.values()] == together * len(tied)):
+        return ""
+    each = [{"tokens": ids} for ids in together]
+    apart = {name: ids for name, ids in named.items() if name not in tied}
+    each += [{"tokens": ids, **({"targets": [name]} if name else {})} for name, ids in apart.items()]
     calls = (
         f"wrap(model, 'trainable-tokens', {settings}, adapter='tokens{n or ''}')" for n, settings in enumerate(each)
     )

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import attrs
 import torch
@@ -61,8 +61,9 @@ def read_lora(
             PEFT has subtracted from it.
     """
     rules = rules_for(settings, dict.fromkeys(each.place.owner for each in parts))
-    refuse_ranks(settings, weights, [line for each in parts if (line := _unexplained(each, rules, weights))])
-    own = {each.place.path: _own(settings, weights, each, rules[each.place.owner]) for each in parts}
+    ranks = {each.name: _rank(settings, weights, each, modules, rules[each.place.owner].ranks) for each in parts}
+    refuse_ranks(settings, weights, [*_unexplained(parts, ranks, rules)])
+    own = {each.place.path: _own(settings, weights, each, rules[each.place.owner], ranks[each.name]) for each in parts}
     if settings.start:
         refuse_bases(settings.start, weights.file, modules, [*own])
         if odd := [path for path, rule in rules.items() if rule.alpha <= 0]:
@@ -94,7 +95,17 @@ class _Product:
         return low_rank_factors(torch.cat([own.a, own.start.q]), torch.cat([own.b, -own.start.p], 1), scale=scale)
 
 
-def _own(settings: Settings, weights: Weights, parts: Parts, rule: Rule) -> _Own:
+def _rank(
+    settings: Settings, weights: Weights, parts: Parts, modules: Mapping[str, nn.Module], allowed: Collection[int]
+) -> int:
+    """The rank that PEFT divides by: above that of the tensors where such a start finds no more directions."""
+    most = min(weights.shape(parts.names["A"])[1], weights.shape(parts.names["B"])[0])
+    if not settings.start or parts.rank != most or isinstance(modules.get(parts.place.path), nn.Embedding):
+        return parts.rank
+    return min(allowed) if len(allowed) == 1 and min(allowed) > most else parts.rank
+
+
+def _own(settings: Settings, weights: Weights, parts: Parts, rule: Rule, rank: int) -> _Own:
     a, b = matrices(weights, parts)
     used = a.any(dim=1) | b.any(dim=0)
     kept = parts.rank if settings.start else int(used.sum())
@@ -104,8 +115,8 @@ def _own(settings: Settings, weights: Weights, parts: Parts, rule: Rule) -> _Own
         scale = rule.alpha / _divisor(parts.rank, settings.rslora)
         return _Own(a, b * scale, alpha=_divisor(kept, settings.rslora))
     # The scale stays as it was with the padding.
-    alpha = rule.alpha * _divisor(kept, settings.rslora) / _divisor(parts.rank, settings.rslora)
-    return _Own(a, b, alpha=rule.alpha if kept == parts.rank else alpha)
+    alpha = rule.alpha * _divisor(kept, settings.rslora) / _divisor(rank, settings.rslora)
+    return _Own(a, b, alpha=rule.alpha if kept == rank else alpha)
 
 
 def _started(settings: Settings, own: _Own, module: nn.Module | None) -> _Own:
@@ -127,12 +138,11 @@ def _divisor(rank: int, rslora: bool) -> float:
     return math.sqrt(rank) if rslora else float(rank)
 
 
-def _unexplained(parts: Parts, rules: Mapping[str, Rule], weights: Weights) -> str:
-    allowed = rules[parts.place.owner].ranks
-    if parts.rank in allowed:
-        return ""
-    expected = " or ".join(map(str, sorted(allowed)))
-    return f"{parts.names['A']} has rank {parts.rank}; 'r' and 'rank_pattern' say {expected}"
+def _unexplained(parts: Sequence[Parts], ranks: Mapping[str, int], rules: Mapping[str, Rule]) -> Iterator[str]:
+    for each in parts:
+        if ranks[each.name] not in (allowed := rules[each.place.owner].ranks):
+            expected = " or ".join(map(str, sorted(allowed)))
+            yield f"{each.names['A']} has rank {each.rank}; 'r' and 'rank_pattern' say {expected}"
 
 
 def _config(settings: Settings, own: Mapping[str, _Own]) -> dict[str, object]:

@@ -152,6 +152,7 @@ def named_adapter(settings: TableSettings, weights: Weights, modules: Mapping[st
             *settings.remarks,
             *caveats([(at.place.path, modules.get(at.place.path)) for at in found], names.type),
         ),
+        beside=tied,
     )
 
 
@@ -222,9 +223,12 @@ def _different(weights: Weights) -> Iterator[str]:
 
 
 def _tied(names: Declaration, found: Sequence[_At], modules: Mapping[str, nn.Module]) -> list[str]:
-    """The paths of the input's embedding and what is tied to it, if the type adapts these as one, and no others."""
-    sides = [*tied_to_input(modules)] if names.tied else []
-    return sides if {at.place.path for at in found} <= {*sides} else []
+    """The paths of the input's embedding and what is tied to it, if the type adapts these as one, and no others.
+
+    It does where the embedding is a target: PEFT changes a head alone without it.
+    """
+    sides, paths = [*tied_to_input(modules)] if names.tied else [], {at.place.path for at in found}
+    return sides if paths <= {*sides} and paths.issuperset(sides[:1]) else []
 
 
 def _parted(weights: Weights, found: Sequence[_At]) -> Iterator[str]:

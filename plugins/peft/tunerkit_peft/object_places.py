@@ -109,12 +109,17 @@ def places_of(
         matches = selection_of(found).matcher()
         named, layers = tuple(exact_patterns(path for path in paths if matches(path)).values()), None
     chosen = [path for path in paths if any(matches_path(pattern, path) for pattern in named)]
-    beside, patterns = _attention(chosen, modules, settings) if found["peft_type"] == "LORA" else ((), {})
-    sides = tied_to_input(modules) if declared is not None and declared.names.tied else {}
-    tied = sides if not sides.keys().isdisjoint(chosen) else ()
+    left_out, dropped = _names(exclude or ()), {*inside}
+    dropped |= {path for path in paths if any(matches_path(pattern, path) for pattern in left_out)}
+    kept = [path for path in chosen if path not in dropped]
+    beside, patterns = _attention(kept, modules, settings) if found["peft_type"] == "LORA" else ((), {})
+    sides = [*tied_to_input(modules)] if declared is not None and declared.names.tied else []
+    tied = sides if {*sides[:1]} & {*kept} else ()  # of a head alone, PEFT leaves the embedding as it is
+    if not dropped.isdisjoint(beside):  # PEFT adapts these with their attention, whatever is excluded
+        left_out, inside = (), [path for path in chosen if path in dropped and path not in beside]
     return {
         "targets": (*named, *exact_patterns((*beside, *tied)).values()) if targets else None,
-        "exclude": (*_names(exclude or ()), *exact_patterns(path for path in inside if path in chosen).values()),
+        "exclude": (*left_out, *exact_patterns(path for path in inside if path in chosen).values()),
         "layers": None if layers is None or layers == [] else tuple(layers) if isinstance(layers, list) else (layers,),
         "train_modules": trained,
         **patterns,

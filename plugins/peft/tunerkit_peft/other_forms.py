@@ -35,7 +35,7 @@ def as_declared(weights: Weights, names: Declaration) -> Weights:
             made = turn(shapes_alone=True)  # they are compared before anything is computed
         except (KeyError, RuntimeError) as error:
             key, lacks = next(iter(other.values())), isinstance(error, KeyError)
-            problem = f"is there without its {error.args[0]}" if lacks else "does not fit to the others of its layer"
+            problem = f"is there without its {error.args[0]}" if lacks else "does not fit the layer's other tensors"
             raise FileError(f"{weights.file} is damaged or incomplete:\n- {shown(key)} {problem}") from error
         changed = {name: key for name, key in written.items() if name in made}
         turned |= {key: Turned(tuple(made[name].shape), partial(_one, turn, name)) for name, key in changed.items()}

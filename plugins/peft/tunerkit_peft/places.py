@@ -78,7 +78,7 @@ def place_of(name: str, rename: Rename) -> Place:
 def refuse_convolutions(
     source: object, modules: Mapping[str, nn.Module], paths: Iterable[str], kind: str, instead: str
 ) -> None:
-    """Refuse convolutions in which PEFT adds something that is no change of the weight.
+    """Refuse convolutions in which PEFT computes something that is no change of the weight.
 
     Args:
         source: What an error is about.
@@ -95,7 +95,7 @@ def refuse_convolutions(
         raise FileError(
             "\n- ".join(
                 [
-                    f"{source}: PEFT adds to the output of these convolutions, in a way that no change of their weight "
+                    f"{source}: PEFT changes the output of these convolutions in a way that no change of their weight "
                     f"does. {instead}:",
                     *first(wrong),
                 ]

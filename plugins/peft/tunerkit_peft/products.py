@@ -1,6 +1,6 @@
 """What a PEFT adapter holds, as its method has it: the products in core's orientation, and its own tensors."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import attrs
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class Adapted:
         mismatches: What another base model would explain.
         read: Reads the tensors.
         remarks: What the settings say and the adapter will not hold.
+        beside: Those of the paths that ``target_modules`` need not name: PEFT finds them in another way.
     """
 
     paths: Sequence[str]
@@ -44,6 +45,7 @@ class Adapted:
     mismatches: Sequence[str]
     read: Callable[[], Read]
     remarks: Sequence[str]
+    beside: Collection[str] = ()
 
 
 class Lazy(Mapping[str, Factors]):

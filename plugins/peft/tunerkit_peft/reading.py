@@ -72,9 +72,7 @@ def read(path: Path, model: nn.Module) -> Foreign:
     )
     tying = [*_tying(common, adapted.paths, others, modules)]
     own = adapted.read()
-    unknown = missing(
-        common, weights.file, modules, adapted.paths, others, takes=adapted.takes, is_moved=bool(moved.remarks)
-    )
+    unknown = missing(common, weights.file, modules, adapted, others, is_moved=bool(moved.remarks))
     return Foreign(
         own.factors,
         method,
@@ -116,6 +114,7 @@ def _products(
             else read_adalora(settings, weights, parts)
         ),
         remarks=settings.remarks,
+        beside=rows,
     )
 
 

@@ -6,7 +6,6 @@ from typing import Any, Final
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from tunerkit.errors import first, shown
 from tunerkit.plugin import Factors, FileError
@@ -43,23 +42,26 @@ def read_rows(
         FileError: Rows are missing, or do not fit the settings or the model.
         NeedsWeightsError: The base has no values.
     """
+    given = {rename(path): (key, _ids(settings, path)) for path, key in keys.items()}
+    # Where rows of the input's embedding are trained, PEFT has them at what is tied to it too, and saves them once.
+    embedding, *tied = tied_to_input(modules) or [""]
+    held = tied if embedding in given and given.keys().isdisjoint(tied) else []
     problems = [
         f"{shown(name) if name else 'the embedding of the input'} has no rows in the file"
-        for name in settings.tokens
+        for name, ids in settings.tokens.items()
         if not any(path.endswith(name) for path in keys)
+        if not any(side.endswith(name) and ids == given[embedding][1] for side in held)
     ]
-    given = {rename(path): (key, _ids(settings, path)) for path, key in keys.items()}
     for path, (key, ids) in given.items():
         problems += _problems(weights, key, ids, modules.get(path))
     if problems:
         title = f"{weights.file} and 'trainable_token_indices' in {settings.common.file.name} do not fit this model:"
         raise FileError("\n- ".join([title, *first(problems)]))
-    sides, found = tied_to_input(modules), {}
-    for path, (key, ids) in given.items():
-        rows = weights.tensor(key)
-        for each in (path, *(side for side in sides if path in sides and side not in given)):
-            found[each] = _product(rows, ids, modules[each])
-    return found
+    return {
+        each: _product(weights.tensor(key), ids, modules[each])
+        for path, (key, ids) in given.items()
+        for each in (path, *(held if path == embedding else ()))
+    }
 
 
 def _ids(settings: Settings, path: str) -> tuple[int, ...]:
@@ -87,5 +89,5 @@ def _product(rows: Tensor, ids: tuple[int, ...], module: nn.Module) -> Factors:
         )
     weight: Tensor = held.detach()[list(ids)].cpu()
     change = rows.to(weight.dtype).float() - weight.float()  # PEFT puts them into the base's weight, in its dtype
-    chosen = one_hot(torch.tensor(ids), len(held)).float()
+    chosen = torch.zeros(len(ids), len(held)).scatter_(1, torch.tensor(ids).unsqueeze(1), 1.0)
     return Factors(q=chosen, p=change.T) if isinstance(module, nn.Embedding) else Factors(q=change, p=chosen.T)
