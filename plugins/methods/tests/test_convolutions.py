@@ -1,11 +1,13 @@
 """Methods that PEFT has for convolutions compute there what PEFT's do."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tunerkit
@@ -48,3 +50,15 @@ def test_computes_what_peft_computes(name: str, kind: str) -> None:
     with tunerkit.disabled(ours):
         assert (ours(x) - theirs(x)).abs().max() > 1e-3
     assert (ours(x) - theirs(x)).abs().max() <= 1e-12 * theirs(x).abs().max()
+
+
+def test_a_core_of_another_size_is_damage(tmp_path: Path) -> None:
+    """The error names the tensor."""
+    base = nn.Sequential(nn.Conv2d(6, 8, 3))
+    config = peft.LoHaConfig(r=2, target_modules=["0"], use_effective_conv2d=True)
+    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(str(tmp_path))  # type: ignore[arg-type]
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {name: each.flatten() if "hada_t1" in name else each for name, each in load_file(file).items()}
+    save_file(tensors, file)
+    with pytest.raises(tunerkit.errors.FileError, match="hada_t1' does not fit the layer's other tensors"):
+        tunerkit.load(base, tmp_path)

@@ -115,7 +115,7 @@ def test_tokens_of_a_head_alone_are_refused(tmp_path: Path) -> None:
     """PEFT changes no embedding then, and an adapter on one side of a tied weight would change one side."""
     config = peft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["lm_head"])
     peft.get_peft_model(built("qwen2, tied"), config).save_pretrained(str(tmp_path))  # type: ignore[arg-type]
-    with pytest.raises(tunerkit.errors.FileError, match="lm_head.trainable_tokens_delta belongs to a Linear here"):
+    with pytest.raises(tunerkit.errors.FileError, match=r"lm_head\.trainable_tokens_delta belongs to a Linear here"):
         tunerkit.load(built("qwen2, tied"), tmp_path)
     with pytest.raises(TargetError, match="lm_head: has a tied weight"):
         tunerkit.wrap(built("qwen2, tied"), "trainable-tokens", config)

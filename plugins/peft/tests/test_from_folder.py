@@ -65,6 +65,19 @@ def test_the_base_is_the_one_that_the_files_name(folders: Path) -> None:
     assert len(words) == 40
 
 
+def test_a_tilde_is_the_home_folder(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both paths."""
+    monkeypatch.setenv("HOME", str(folders))
+    monkeypatch.setenv("USERPROFILE", str(folders))
+    assert same(tunerkit.from_folder("~/adapter", base="~/base")[0], folders)
+
+
+def test_a_path_that_no_file_system_allows_is_one_error() -> None:
+    """As every path with nothing there is."""
+    with pytest.raises(TunerkitError, match=r"x{100}"):
+        tunerkit.from_folder("x" * 5000)
+
+
 def test_the_class_may_be_named_in_place_of_a_task(folders: Path, tmp_path: Path) -> None:
     """As PEFT writes it without a task. A module that the file names is never imported."""
     mapping = {"base_model_class": "LlamaForCausalLM", "parent_library": "no_module_of_this_name"}

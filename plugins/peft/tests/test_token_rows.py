@@ -7,6 +7,8 @@ import peft
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import tunerkit
 from plugins.peft.tests import peft_adapters, peft_folders
@@ -65,6 +67,27 @@ def test_rows_of_a_head_alone_stay_with_it(tmp_path: Path) -> None:
     with torch.no_grad():
         found, expected = TIED.output(tunerkit.load(model, tmp_path)), TIED.output(theirs.eval())
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+class Largest(TorchDispatchMode):
+    """Measures the largest tensor that is made, in bytes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.size = max([self.size, *(each.nbytes for each in tree_leaves(made) if isinstance(each, Tensor))])
+        return made
+
+
+def test_no_tensor_is_larger_than_the_product(tmp_path: Path) -> None:
+    """A vocabulary may have hundreds of thousands of rows, and a file some hundreds of them."""
+    model, ids = peft_folders.net(), [*range(1, 9)]
+    model.embed_tokens = torch.nn.Embedding(1000, 4)
+    folder = peft_folders.folder(tmp_path, {"trainable_token_indices": ids}, with_rows(torch.ones(8, 4)))
+    with Largest() as largest:
+        tunerkit.load(model, folder)
+    assert largest.size == 8 * 1000 * 4
 
 
 def with_rows(rows: Tensor, key: str = KEY) -> dict[str, Tensor]:
