@@ -330,12 +330,13 @@ def _writes_base(base: BaseLayer, g: Tensor = parameter("out")) -> Tensor:
 
 
 def _writes_data(base: BaseLayer, g: Tensor = parameter("out")) -> Tensor:
-    base.module.weight.data.mul_(2)  # type: ignore[operator,union-attr]
+    base.module.get_parameter("weight").data.mul_(2)
     return g[:, None] * base.dense()
 
 
 def _replaces_data(base: BaseLayer, g: Tensor = parameter("out")) -> Tensor:
-    base.module.weight.data = 2 * base.module.weight.data  # type: ignore[operator,union-attr]
+    weight = base.module.get_parameter("weight")
+    weight.data = 2 * weight.data
     return g[:, None] * base.dense()
 
 
@@ -377,7 +378,7 @@ def test_a_base_with_inf_adds_nothing_at_a_start_of_0() -> None:
 
     model = net()
     with torch.no_grad():
-        model[0].weight[0, 0] = torch.inf
+        model.get_parameter("0.weight")[0, 0] = torch.inf
     with registered(tunerkit.method("scaled")(scaled)):
         assert tunerkit.adapters(tunerkit.wrap(model, "scaled", TARGETS))
 

@@ -18,7 +18,7 @@ class CentresTheBase(Product):
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         weight = base.module.get_parameter("weight")
         with torch.no_grad():
-            weight -= weight.mean()
+            weight.sub_(weight.mean())
         return super().forward(base, x, y)
 
 

@@ -1,6 +1,7 @@
 """DoRA (Liu et al., ICML 2024, arXiv 2402.09353): LoRA that trains the length of each row of W + ΔW by itself."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import attrs
 import torch
@@ -114,7 +115,7 @@ class Dora(Adapter):
 
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
-    foreign: dict[str, dict[str, object]] = {"peft": NAMES, "testing": {"expected_failures": FAILS}}
+    foreign: dict[str, Mapping[str, Any]] = {"peft": NAMES, "testing": {"expected_failures": FAILS}}
     yield Method("dora", config=Config, multiplies=True, foreign=foreign)
 
 
