@@ -48,12 +48,12 @@ def test_bad_input_is_one_line_that_says_what_to_do(what: str, folder: Path) -> 
 
 
 PIPES = {
-    "train pipe.yaml": ": is a pipe, and no file; write the settings into a file",
-    "train --model bert --data reviews.csv --config pipe.yaml": ": is a pipe, and no file; write the settings",
-    "train --model bert --data pipe.csv": ": is a pipe, and no file; write the rows into a file",
-    "train --model bert --data reviews.csv --eval-data pipe.parquet": ": is a pipe, and no file",
+    "train pipe.yaml": ": is a pipe, not a file; write the settings into a file",
+    "train --model bert --data reviews.csv --config pipe.yaml": ": is a pipe, not a file; write the settings",
+    "train --model bert --data pipe.csv": ": is a pipe, not a file; write the rows into a file",
+    "train --model bert --data reviews.csv --eval-data pipe.parquet": ": is a pipe, not a file",
     "train --model pipe.csv --data reviews.csv": " is a pipe; pass the folder that has config.json",
-    "predict run --data pipe.jsonl": ": is a pipe, and no file",
+    "predict run --data pipe.jsonl": ": is a pipe, not a file",
     "merge run --base pipe": " is a pipe; pass the folder that has config.json",
     "show pipe.safetensors": "holds no adapter",
     "train --from pipe.safetensors --data reviews.csv": "there is no file",

@@ -23,6 +23,7 @@ from tests.support.train_command import (
     succeeded,
 )
 from tunerkit.plugin import Description, Foreign, Format
+from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.running import starting
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import SCALE
@@ -261,6 +262,20 @@ def test_a_run_that_stopped_before_its_copy_starts_from_the_original(first: Path
     facts.unlink()
     succeeded("train", "--out", tmp_path / "parts", "--resume")
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_copy_names_the_base_without_the_home_folder(
+    first: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the other files of a run do, which may be published; it is found again."""
+    monkeypatch.setenv("HOME", str(folder))
+    start, checkpoints = starting.find_start(str(first)), tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    starting.keep_start(start, tunerkit.from_folder(first)[0], checkpoints, tmp_path)
+    assert json.loads((checkpoints / "start.json").read_text())["model"] == "~/tiny"
+    found = starting.start_of(Recipe(from_adapter=str(first), out=str(tmp_path)), resume=True)
+    assert found is not None
+    assert (found.model, found.path) == (str(folder / "tiny"), str(checkpoints / "start"))
 
 
 def test_a_run_is_resumed_with_its_own_start_only(first: Path, folder: Path, tmp_path: Path) -> None:

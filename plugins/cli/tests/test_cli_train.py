@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ import torch
 import transformers
 import yaml
 from rich.console import Console
+from transformers import TrainerControl, TrainerState
 
 import tunerkit
 from tests.support.tiny_models import SIDE, save_tiny_llama, save_tiny_vit
@@ -50,6 +52,7 @@ from tunerkit_cli.running import (
 from tunerkit_cli.running.hardware import computing_in
 from tunerkit_cli.running.output import PICTURES
 from tunerkit_cli.running.preparing import settled
+from tunerkit_cli.running.trainer import Resumable
 from tunerkit_cli.running.training import train
 from tunerkit_cli.running.watching import LostError, Watching
 from tunerkit_cli.tasks import task_of
@@ -962,6 +965,22 @@ def test_a_checkpoint_that_is_not_whole_is_none(
         done = command("train", "--out", new, "--resume")
     assert done.exit_code == 130, done.output
     assert done.stderr == "tunerkit: interrupted\n"  # at once, without a checkpoint to go on from
+
+
+@pytest.mark.parametrize("kept", [{}, {"Resumable": {"args": {}, "attributes": {}}}])
+def test_a_checkpoint_without_the_sum_of_the_losses_leaves_the_trainers_mean(kept: dict[str, Any]) -> None:
+    """An earlier version kept none. A sum of the steps since, over all steps, would be a wrong mean."""
+    trainer: Any = SimpleNamespace(
+        _tr_loss=torch.zeros(()), _total_loss_scalar=0.0, _globalstep_last_logged=0, state=TrainerState(global_step=8)
+    )
+    trainer.state.stateful_callbacks = kept
+    resumable = Resumable()
+    resumable.trainer = trainer
+    resumable.on_train_begin(None, trainer.state, TrainerControl())
+    logged: list[dict[str, float]] = []
+    resumable.log(logged.append, {"train_loss": 0.7})
+    assert logged == [{"train_loss": 0.7}]
+    assert "Resumable" in trainer.state.stateful_callbacks
 
 
 def test_a_run_is_resumed_from_any_folder_and_with_the_same_recipe_only(

@@ -24,7 +24,7 @@ T = TypeVar("T")
 Row = Mapping[str | None, object]
 _LONGEST_VALUE = 2**31 - 1  # the greatest limit that csv takes on every system
 _AS_NUMBERS = {"true": "1", "false": "0"}
-_WHOLE = re.compile(r"\+?(-?)0*(\d+)(?:\.0*)?")  # whole numbers as some programs write them: 01 and 1.0
+_WHOLE = re.compile(r"\+?(-?)(?=\d)0*+(\d*)(?:\.0*)?")  # whole numbers as some programs write them: 01 and 1.0
 IMAGES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
@@ -63,7 +63,7 @@ def read_table(path: Path, *, predicting: bool = False) -> Table:
     if path.is_dir():
         return _read_images(path, predicting=predicting)
     if (what := irregular(path)) is not None:
-        raise DataError(f"{path}: is {what}, and no file; write the rows into a file, and pass that")
+        raise DataError(f"{path}: is {what}, not a file; write the rows into a file, and pass that")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         allowed = ", ".join(_READERS)
@@ -241,7 +241,7 @@ def look_alikes(names: Iterable[str]) -> list[list[str]]:
         key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
         key = _AS_NUMBERS.get(key, key)
         if (number := _WHOLE.fullmatch(key)) is not None:
-            key = number[1] + number[2] if number[2] != "0" else "0"
+            key = number[1] + number[2] if number[2] else "0"
         groups[key].append(name)
     return [group for group in groups.values() if len(group) > 1]
 

@@ -24,7 +24,8 @@ _OCTAL = re.compile(r"[-+]?0[0-7_]+")
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads ``2e-3`` as a number, as YAML 1.2 and JSON do, and rejects duplicate keys.
 
-    Numbers that YAML 1.1 reads by other rules than 1.2 and JSON are rejected: ``010`` as octal, ``1:30`` to base 60.
+    Two forms that YAML 1.1 reads by other rules than 1.2 and JSON are rejected: numbers that begin with a zero, as
+    ``010`` is octal, and those with colons, as ``1:30`` is to base 60. ``1_000`` and ``0b11`` are the numbers of 1.1.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -103,7 +104,7 @@ def read_settings(path: Path) -> dict[str, object]:
     if suffix not in (".yaml", ".yml", ".json"):
         raise ConfigError([f"{path}: settings files end in .yaml, .yml or .json, got {path.suffix or 'no ending'!r}"])
     if (what := irregular(path)) is not None:
-        raise ConfigError([f"{path}: is {what}, and no file; write the settings into a file, and pass that"])
+        raise ConfigError([f"{path}: is {what}, not a file; write the settings into a file, and pass that"])
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)

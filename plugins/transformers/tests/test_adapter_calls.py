@@ -1,6 +1,7 @@
 """transformers' and PEFT's calls for adapters on a wrapped model: each says ours, and transformers' own use goes on."""
 
 import copy
+import inspect
 import pickle
 import types
 from collections.abc import Callable
@@ -75,9 +76,14 @@ def test_generating_with_an_adapter_for_each_row_says_what_to_write(
     base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **sizes))
     ids = torch.tensor([[3, 4]])
     expected = base.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
+    base_generate = type(base).generate
     model = COPIES[copied](tunerkit.wrap(base, "toy-low-rank"))
     with pytest.raises(AdapterError, match=r"adapter_names is for .*: write tunerkit\.activate\(model, \['name'\]\)"):
         model.generate(input_ids=ids, max_new_tokens=2, adapter_names=["default"])
+    assert inspect.signature(model.generate) == inspect.signature(base_generate.__get__(model))
+    assert (model.generate.__name__, model.generate.__self__, model.generate.__func__) == (
+        "generate", model, base_generate
+    )  # fmt: skip
     with tunerkit.disabled(model):
         assert torch.equal(model.generate(input_ids=ids, max_new_tokens=2, do_sample=False), expected)
     assert "generate" not in vars(tunerkit.unwrap(model))

@@ -25,7 +25,7 @@ from tunerkit.plugin import Packing
 from tunerkit_testing.toy_methods import LowRankConfig
 from tunerkit_testing.trainer_toys import VOCABULARY, arguments, tokenizer
 from tunerkit_transformers import head_weights
-from tunerkit_transformers.head_weights import settle_heads_
+from tunerkit_transformers.head_weights import refuse_heads
 
 TRL: Any = trl  # it is untyped in part
 QUIET: dict[str, Any] = {
@@ -181,16 +181,35 @@ def interrupted(*args: Any, **kwargs: Any) -> Any:
 
 
 def test_a_generation_computes_no_dense_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would be one for each token; the head's own hook adds the adapter there."""
+    """It would be one for each token; the head's own hook adds the adapter there, as it does in a plain call."""
     model = adapted("adapter", moved=0.1)
     trainer_of("SFT", model, tmp_path)
     shown: list[nn.Module] = []
     monkeypatch.setattr(head_weights, "_show_", lambda model, undo: shown.append(model))
     ids = torch.tensor([[1, 2, 3]])
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+    model(input_ids=ids)
+    assert not shown
+    model(input_ids=ids, labels=ids, fused_lm_head=True)
+    assert shown == [model]
+
+
+def test_a_forward_of_an_earlier_trl_is_shown_the_heads_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no argument that says so: each call reads the weight, except the steps of a generation."""
+    model = adapted("adapter", moved=0.1)
+    trainer = trainer_of("SFT", model, tmp_path, attach=False)
+    earlier: dict[str, Any] = {"__name__": "trl.trainer.sft_trainer"}
+    exec("def forward(self, *args, **kwargs): return type(self).forward(self, *args, **kwargs)", earlier)
+    model.forward = MethodType(earlier["forward"], model)
+    tunerkit.attach(model, trainer)
+    shown: list[nn.Module] = []
+    monkeypatch.setattr(head_weights, "_show_", lambda model, undo: shown.append(model))
+    ids = torch.tensor([[1, 2, 3]])
+    model(input_ids=ids, use_cache=True)
     assert not shown
     model(input_ids=ids)
-    assert shown == [model]
+    model(input_ids=ids, labels=ids, use_cache=True)
+    assert shown == [model, model]
 
 
 @pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}], ids=["in training", "in advance"])
@@ -221,13 +240,39 @@ def test_a_head_that_cannot_be_shown_is_refused_at_attach(tmp_path: Path) -> Non
             with pytest.raises(
                 tunerkit.errors.StepError, match=f"SFTTrainer multiplies by the weight of 'lm_head' .*{reason}.*Leave"
             ):
-                settle_heads_(trainer, [tunerkit.tuner(model)])
+                refuse_heads(trainer, [tunerkit.tuner(model)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LowRankConfig, "dropout", 0.5)
         with pytest.warns(
             tunerkit.TunerkitWarning, match="dropout is not applied at 'lm_head': the loss of SFTTrainer"
         ):
             tunerkit.attach(model, trainer)
+
+
+def test_a_trainer_that_calls_its_head_is_left_alone(tmp_path: Path) -> None:
+    """Its forward stays, a head whose weight cannot be replaced is no matter, and dropout is applied: no warning."""
+    model = adapted("adapter")
+    trainer = trainer_of("SFT", model, tmp_path, attach=False)
+    del model.forward  # as `CPOTrainer` leaves it
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error", tunerkit.TunerkitWarning)
+        patch.setattr(LowRankConfig, "dropout", 0.5)
+        patch.setattr(LinearLayer, "packing", Packing("q4", 4))
+        tunerkit.attach(model, trainer)
+    assert "forward" not in vars(model)
+
+
+def test_a_refused_trainer_is_left_as_it_was(tmp_path: Path) -> None:
+    """What TRL loaded as the reference stays, and no forward is changed, until nothing is left to refuse."""
+    model = adapted("adapter")
+    trainer = trainer_of("DPO", model, tmp_path, attach=False, ref_model=llama())
+    held, forward = trainer.ref_model, model.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hooks, "has_delta", lambda method: False)
+        with pytest.raises(tunerkit.errors.StepError, match="does not say what it adds"):
+            tunerkit.attach(model, trainer)
+    assert trainer.ref_model is held
+    assert model.forward == forward
 
 
 def test_values_that_trl_computed_without_the_heads_adapter_are_refused(tmp_path: Path) -> None:

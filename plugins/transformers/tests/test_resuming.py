@@ -107,11 +107,14 @@ STATES = {
     "no number of steps": {"global_step": None},
     "a step below 0": {"global_step": -1},
     "a text for a step": {"global_step": "4"},
-    "no epoch": {"epoch": None},
+    "a text for the epoch": {"epoch": "x"},
     "no log": {"log_history": {"loss": 1}},
     "a log of numbers": {"log_history": [1]},
     "a text for a loss": {"log_history": [{"step": 1, "loss": "x"}]},
     "an unknown field": {"golbal_step": 4},
+    "a text for a batch": {"train_batch_size": "x"},
+    "a text for an interval": {"save_steps": "x"},
+    "nothing for an interval": {"logging_steps": None},
     "callbacks in a list": {"stateful_callbacks": 3},
 }
 

@@ -8,6 +8,7 @@ What transformers calls itself, such as a model that disables its adapters for t
 import functools
 import inspect
 import sys
+import types
 from typing import Any, Final
 
 from torch import nn
@@ -28,6 +29,7 @@ _OF_PEFT: Final = (
     *("unmerge_adapter", "disable_adapter", "add_weighted_adapter", "update_and_allocate"),
 )
 _GENERATE: Final = "generate"
+_NAMES: Final = ("__module__", "__name__", "__qualname__", "__doc__")  # annotations are the method's own
 
 
 def watch_calls_(model: nn.Module) -> None:
@@ -42,7 +44,15 @@ def watch_calls_(model: nn.Module) -> None:
             if not hasattr(owner, name):
                 vars(owner)[name] = functools.partial(refuse, None, name)  # None: no method of its class to pass on
     if inspect.isfunction(getattr(type(model), _GENERATE, None)):
-        vars(model).setdefault(_GENERATE, functools.partial(generate, model))
+        vars(model).setdefault(_GENERATE, _watched(model))
+
+
+def _watched(model: Any) -> Any:
+    """What replaces ``model.generate``: with the signature of the method, and its attributes, which libraries read."""
+    method = types.MethodType(getattr(type(model), _GENERATE), model)
+    watched: Any = functools.update_wrapper(functools.partial(generate, model), method, _NAMES, ())
+    vars(watched).update(__self__=model, __func__=method.__func__)
+    return watched
 
 
 def unwatch_calls_(model: nn.Module) -> None:

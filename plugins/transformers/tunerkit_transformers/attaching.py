@@ -16,7 +16,7 @@ from tunerkit.steps import detach, drive, engine_for, is_attached
 from tunerkit_transformers.checkpoints import load_states, restore_weights_, take_over_
 from tunerkit_transformers.fsdp import leave_out_, refuse_other_shards
 from tunerkit_transformers.head_weights import refuse_liger
-from tunerkit_transformers.trl import settle_
+from tunerkit_transformers.trl import refuse_unfit, settle_
 from tunerkit_transformers.zero_checkpoints import runs_deepspeed
 
 
@@ -37,8 +37,9 @@ def attach_trainer(
                 f"adapter {tuner.name!r} is already driven by an optimizer (tunerkit.attach, or a Trainer that is "
                 "training now); attach only one of them"
             )
-    leave_out_(trainer, tuners)
     refuse_liger(trainer, tuners[0].model)
+    refuse_unfit(trainer, tuners)
+    leave_out_(trainer, tuners)  # which refuses before it changes anything, too
     settle_(trainer, tuners)
     if present is not None:
         present.add(tuners, total_steps)

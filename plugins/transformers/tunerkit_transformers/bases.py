@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tunerkit.errors import TunerkitError, shown
-from tunerkit_transformers.pretrained import LOADING, ModelError, closest_folder, is_path, reason_of, tried
+from tunerkit_transformers.pretrained import LOADING, OWN_CODE, ModelError, closest_folder, is_path, reason_of, tried
 from tunerkit_transformers.run_folder import irregular
 
 _PASS = "pass the folder of the model, or its name on the hub (org/name), with --base"
@@ -48,7 +48,8 @@ def skeleton(base: Base) -> nn.Module:
         if diffusers_class(base.source):
             return _module(kind.from_config(kind.load_config(base.source)))
         config = config_of(base.source, base.revision, **_labels(base))
-        return _module(kind.from_config(config) if base.kind.startswith("Auto") else kind(config))
+        is_auto = base.kind.startswith("Auto")
+        return _module(kind.from_config(config, **OWN_CODE) if is_auto else kind(config))
 
 
 def whole(base: Base, *, dtype: torch.dtype | str = torch.float32) -> nn.Module:
@@ -70,7 +71,7 @@ def whole(base: Base, *, dtype: torch.dtype | str = torch.float32) -> nn.Module:
             return _module(kind.from_pretrained(base.source, **plain)).eval()
         head = {**_labels(base), "ignore_mismatched_sizes": True} if base.labels else {}
         revised = {} if base.revision is None else {"revision": base.revision}
-        return _module(kind.from_pretrained(base.source, dtype=dtype, **revised, **head)).eval()
+        return _module(kind.from_pretrained(base.source, dtype=dtype, **OWN_CODE, **revised, **head)).eval()
 
 
 def config_of(source: str, revision: str | None = None, **settings: Any) -> Any:
@@ -78,7 +79,7 @@ def config_of(source: str, revision: str | None = None, **settings: Any) -> Any:
     import transformers
 
     revised = {} if revision is None else {"revision": revision}
-    return transformers.AutoConfig.from_pretrained(source, **revised, **settings)
+    return transformers.AutoConfig.from_pretrained(source, **OWN_CODE, **revised, **settings)
 
 
 def diffusers_class(source: str) -> str:

@@ -1,5 +1,6 @@
 """An adapter of another program with its base, in one call: its files say which base that is."""
 
+import os
 from typing import Any
 
 from torch import nn
@@ -8,7 +9,7 @@ from tunerkit import serialization
 from tunerkit.errors import BaseMismatchError, warn
 from tunerkit_transformers.base_choice import choose_base, with_base
 from tunerkit_transformers.bases import Base, whole
-from tunerkit_transformers.pretrained import LOADING, ModelError
+from tunerkit_transformers.pretrained import LOADING, OWN_CODE, ModelError, reason_of
 
 _TOKENIZER = "tokenizer_config.json"
 
@@ -47,24 +48,47 @@ def _in_python(problem: Exception, path: str) -> str:
 
 
 def _processor(path: str, base: Base, model: Any) -> object:
-    """The tokenizer beside the adapter, for which the model gets as many rows as it needs; else what the base has."""
+    """The tokenizer beside the adapter, for which the model gets as many rows as it needs; else what the base has.
+
+    Raises:
+        ModelError: There is a tokenizer beside the adapter, and it cannot be loaded: the base's may be another one.
+    """
     import transformers
+
+    if (place := _tokenizer_beside(path)) is None:
+        revised = {} if base.revision is None else {"revision": base.revision}
+        try:
+            return transformers.AutoProcessor.from_pretrained(base.source, **OWN_CODE, **revised)
+        except LOADING as problem:
+            warn(
+                f"{base.source} has no tokenizer or image processor that transformers can load, so None is in its "
+                f"place: {reason_of(problem)}"
+            )
+            return None
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(place, **OWN_CODE)
+    except LOADING as problem:
+        raise ModelError(
+            f"cannot load the tokenizer beside the adapter, from {_TOKENIZER} in {place}: {reason_of(problem)}; mend "
+            "it, or delete the tokenizer's files if it is the base's"
+        ) from problem
+    if len(found) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(found))
+    return found
+
+
+def _tokenizer_beside(path: str) -> str | None:
+    """The folder or the name on the hub where a tokenizer lies beside the adapter; None if there is none."""
     from transformers.utils.hub import cached_file
 
-    there = cached_file(
+    if os.path.exists(path):
+        folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+        return folder if os.path.isfile(os.path.join(folder, _TOKENIZER)) else None
+    found = cached_file(
         path,
         _TOKENIZER,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
     )
-    kind, source = ("AutoProcessor", base.source) if there is None else ("AutoTokenizer", path)
-    revised = {"revision": base.revision} if there is None and base.revision is not None else {}
-    try:
-        found = getattr(transformers, kind).from_pretrained(source, **revised)
-    except LOADING:
-        warn(f"{source} has no tokenizer or image processor that transformers can load: None is in its place")
-        return None
-    if there is not None and len(found) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(found))
-    return found
+    return None if found is None else path

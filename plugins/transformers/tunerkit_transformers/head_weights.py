@@ -1,7 +1,8 @@
 """Losses that multiply by an output head's weight themselves, as TRL's do: they read it with its adapters applied."""
 
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
@@ -28,30 +29,45 @@ from tunerkit.layers import autocast_off
 from tunerkit_transformers.output_heads import named_heads
 
 _MARK = "_tunerkit_shows_heads"
+_FUSED = "fused_lm_head"  # the argument by which a forward that TRL has replaced multiplies by the weight itself
 _REDIRECTION = "_forward_redirection"  # with which TRL runs a loss of its own in place of a model's forward
+
+
+def refuse_heads(trainer: Any, tuners: list[Tuner]) -> None:
+    """Raise `StepError` if a loss reads the weight of an adapted head that cannot be shown with its adapters applied.
+
+    The loss would ignore them, and train none of them. Nothing is changed.
+    """
+    models = _read_models(trainer, tuners)
+    for model in models:
+        _refuse_unfit(trainer, model)
+    if models and vars(trainer.args).get("precompute_ref_log_probs"):
+        held = vars(trainer).get("ref_model")
+        _refuse_computed(tuners[0].model if held is None else inside(held))
 
 
 def settle_heads_(trainer: Any, tuners: list[Tuner]) -> None:
     """Let a trainer whose loss reads the weights of adapted output heads see them with the adapters applied.
 
-    That goes for the trained model, and for a reference and a teacher. Without such a head this does nothing.
-
-    Raises:
-        StepError: A head cannot be shown so: the loss would ignore its adapters, and train none of them.
+    That goes for the trained model, and for a reference and a teacher. Without such a head this does nothing, and
+    neither where the trainer calls it, as `CPOTrainer` does.
     """
-    trained = tuners[0].model
-    others = [vars(trainer).get(name) for name in ("ref_model", "teacher_model")]
-    models = [model for model in (trained, *map(inside, filter(None, others))) if _adapted_heads(model)]
-    for model in models:
-        _refuse_heads(trainer, model)
+    models = _read_models(trainer, tuners)
+    for model in filter(_forward_of_trl, models):
         _show_in_forward_(model)
-    if trained in models:
+    if tuners[0].model in models:
         _warn_of_dropout(trainer, tuners)
-    if vars(trainer.args).get("precompute_ref_log_probs"):
-        _refuse_computed(trained if others[0] is None else inside(others[0]))
     redirect = vars(trainer).get(_REDIRECTION)
     if models and redirect is not None:
         setattr(trainer, _REDIRECTION, functools.partial(_redirect, getattr(redirect, "args", [redirect])[0], models))
+
+
+def _read_models(trainer: Any, tuners: list[Tuner]) -> list[nn.Module]:
+    """The models with adapted output heads whose weights the trainer's loss reads itself."""
+    others = [vars(trainer).get(name) for name in ("ref_model", "teacher_model")]
+    every = (tuners[0].model, *map(inside, filter(None, others)))
+    redirects = vars(trainer).get(_REDIRECTION) is not None
+    return [model for model in every if _adapted_heads(model) and (redirects or _forward_of_trl(model) is not None)]
 
 
 def refuse_liger(trainer: Trainer, model: nn.Module) -> None:
@@ -66,7 +82,7 @@ def refuse_liger(trainer: Trainer, model: nn.Module) -> None:
             )
 
 
-def _refuse_heads(trainer: Trainer, model: nn.Module) -> None:
+def _refuse_unfit(trainer: Trainer, model: nn.Module) -> None:
     """Raise `StepError` if the weight of an adapted head cannot be replaced for the time of a loss."""
     for path, (_, slots) in zip(_adapted_paths(model), _adapted_heads(model), strict=True):
         deltas = [slot.method for slot in slots.applied if slot.adapter is not None]
@@ -151,21 +167,29 @@ def _adapted_paths(model: nn.Module) -> list[str]:
     return [path for head in heads for path, module in base_modules(model) if module is head]
 
 
-def _show_in_forward_(model: nn.Module) -> None:
-    """Let ``model.forward``, which TRL has replaced on the instance, show the heads.
+def _forward_of_trl(model: nn.Module) -> Any:
+    """The forward by which TRL has replaced the model's, and which reads the weights of output heads; None if none."""
+    run = vars(model).get("forward")
+    while run is not None and not str(getattr(run, "__globals__", {}).get("__name__")).startswith("trl."):
+        run = getattr(run, "__wrapped__", None)  # what others have wrapped it in
+    return run
 
-    The steps of a generation call the head, and a dense weight for each of them would be slow: they are left out.
+
+def _show_in_forward_(model: nn.Module) -> None:
+    """Let a ``model.forward`` that TRL has replaced on the instance show the heads where it reads their weights.
+
+    Each other call, such as the steps of a generation, calls the head: a dense weight would be slow there.
     """
     run: Any = model.forward
     if hasattr(run, _MARK):
         return
+    has_switch = _FUSED in inspect.signature(_forward_of_trl(model), follow_wrapped=False).parameters
     is_bound = isinstance(run, MethodType)
     function: Callable[..., Any] = run.__func__ if is_bound else run
 
     @functools.wraps(function)  # `generate` reads the signature
     def forward(*args: Any, **kwargs: Any) -> Any:
-        generates = kwargs.get("use_cache") or kwargs.get("past_key_values") is not None
-        if generates and kwargs.get("labels") is None:
+        if not (kwargs.get(_FUSED) if has_switch else _trains(kwargs)):
             return function(*args, **kwargs)
         with heads_shown(args[0] if is_bound else model):  # a deep copy binds the method to itself
             return function(*args, **kwargs)
@@ -173,6 +197,12 @@ def _show_in_forward_(model: nn.Module) -> None:
     setattr(forward, _MARK, True)
     forward = torch.compiler.disable(forward, recursive=False)  # what it calls is compiled
     model.forward = MethodType(forward, model) if is_bound else forward
+
+
+def _trains(inputs: Mapping[str, Any]) -> bool:
+    """Whether a call is no step of a generation: then earlier versions of TRL read the weight, untold."""
+    generates = inputs.get("use_cache") or inputs.get("past_key_values") is not None
+    return inputs.get("labels") is not None or not generates
 
 
 def _redirect(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import torch
@@ -18,6 +18,8 @@ from tunerkit_transformers.quantising import quantising
 from tunerkit_transformers.run_folder import irregular
 from tunerkit_transformers.task_classes import CAUSAL, TASKS, TEXT, TaskClasses
 
+# Without it, transformers asks at the terminal whether to run the code that a folder or the hub brings along.
+OWN_CODE: Final[Mapping[str, Any]] = {"trust_remote_code": False}
 _CLOSE = 0.6  # how alike a mistyped name is to the right one, as difflib measures it
 
 
@@ -101,7 +103,7 @@ def load_pretrained(
     packed = {}
     if quantisation is not None:
         packed = quantising(quantisation, dtype, _heads_of_class(task_classes, config) if classifies else ())
-    settings = {"dtype": dtype, **version, **packed, **_head_settings(task_classes, labels)}
+    settings = {"dtype": dtype, **OWN_CODE, **version, **packed, **_head_settings(task_classes, labels)}
     # The seed decides what the checkpoint lacks, and no random numbers of the caller's are drawn.
     with torch.random.fork_rng(devices=[]), _quietly() as transformers:
         torch.manual_seed(seed)
@@ -122,7 +124,7 @@ def _load_processor(task_classes: TaskClasses, source: str | Path, settings: Map
 
     what = "image processor" if "Image" in task_classes.processor else "tokenizer"
     kind = getattr(transformers, task_classes.processor)
-    processor = _loading(f"the {what} of {str(source)!r}", lambda: kind.from_pretrained(source, **settings))
+    processor = _loading(f"the {what} of {str(source)!r}", lambda: kind.from_pretrained(source, **OWN_CODE, **settings))
     if task_classes.processor == TEXT and set(processor.get_vocab()) <= set(processor.all_special_tokens):
         raise ModelError(  # transformers builds an empty tokenizer from the config alone
             f"{source}: the model has no tokenizer (there is no tokenizer.json, and no other vocabulary); save the "
@@ -194,7 +196,9 @@ def _config_of(source: str, revised: Mapping[str, str]) -> Any:
             f"{source}: config.json has the model type {shown(values.get('model_type'))}, which transformers "
             f"{transformers.__version__} does not know; update transformers, or pass another model"
         )
-    return _loading(f"the config of {source!r}", lambda: transformers.AutoConfig.from_pretrained(source, **revised))
+    return _loading(
+        f"the config of {source!r}", lambda: transformers.AutoConfig.from_pretrained(source, **OWN_CODE, **revised)
+    )
 
 
 def loaded_heads(model: Any) -> tuple[str, ...]:
@@ -215,7 +219,7 @@ def _heads_of_class(task_classes: TaskClasses, config: Any) -> tuple[str, ...]:
     import transformers
 
     with torch.device("meta"):
-        return tuple(_heads(getattr(transformers, task_classes.model).from_config(config)))
+        return tuple(_heads(getattr(transformers, task_classes.model).from_config(config, **OWN_CODE)))
 
 
 @contextmanager
@@ -344,6 +348,11 @@ def reason_of(problem: BaseException) -> str:
         return (
             "its weights are a pickle that is damaged or holds more than tensors, which may run any code when it is "
             "read, so it is not; save them as safetensors with the program that wrote them"
+        )
+    if "trust_remote_code" in str(problem):
+        return (
+            "it brings code of its own, which tunerkit does not run; if you trust it, load it with transformers, and "
+            "the adapter with tunerkit.load(model, path)"
         )
     return cut(" ".join(str(problem).split()) or type(problem).__name__, 600)
 

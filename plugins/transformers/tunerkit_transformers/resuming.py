@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import typing
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from tunerkit_transformers.zero_checkpoints import runs_deepspeed
 _WEIGHTS = "go on with the weights alone: tunerkit.load(base, checkpoint, trainable=True) starts a new training run"
 _SHOWN = 5
 _LOGGED = ("loss", "eval_loss", "learning_rate")  # what a training that goes on reads in its log
+_CHECKED = ("log_history", "stateful_callbacks")  # by what is in them
 _WHOLE_MODEL = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
@@ -224,16 +226,23 @@ def _is_state(path: Path) -> bool:
         state: Any = TrainerState(**found)  # Any: it has whatever the file has
     except (ValueError, TypeError, RecursionError):
         return False
-    steps = (state.global_step, state.max_steps, state.num_input_tokens_seen)
+    steps = (state.global_step, state.max_steps)
     logs: list[Any] = state.log_history if isinstance(state.log_history, list) else [None]
+    hints = typing.get_type_hints(TrainerState)
     return (
         found.keys() >= {"global_step", "max_steps", "epoch", "log_history"}
+        and all(_is_of(hints[name], value) for name, value in found.items() if name not in _CHECKED)
         and all(type(each) is int and each >= 0 for each in steps)
-        and all(_is_number(each) for each in (state.epoch, state.total_flos))
         and all(isinstance(each, dict) and type(each.get("step")) is int for each in logs)
         and all(_is_number(each.get(name, 0)) for each in logs for name in _LOGGED)
         and isinstance(state.stateful_callbacks, dict)
     )
+
+
+def _is_of(hint: Any, value: object) -> bool:
+    """Whether a value of JSON is of a type in an annotation. A whole number may be written with a point."""
+    kinds = {typing.get_origin(each) or each for each in typing.get_args(hint) or (hint,)}
+    return type(value) in kinds or (_is_number(value) and not kinds.isdisjoint((int, float)))
 
 
 def _is_number(value: object) -> bool:

@@ -27,7 +27,7 @@ def read_record(folder: Path) -> Mapping[str, Any]:
     """
     path = folder / NAME
     if (what := irregular(path)) is not None:
-        raise RunError(f"{path}: is {what}, and no file; restore what `tunerkit train` wrote, or train again")
+        raise RunError(f"{path}: is {what}, not a file; restore what `tunerkit train` wrote, or train again")
     try:
         found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (FileNotFoundError, NotADirectoryError):
@@ -45,18 +45,22 @@ def read_record(folder: Path) -> Mapping[str, Any]:
 def stated(path: str, folder: Path) -> str:
     """A path as the files of a run in ``folder`` state it, which may be published: without the name of the user.
 
-    Below the folder it is relative, and begins with ``./``; else below the home folder it begins with ``~``.
+    Below the folder it is relative, and begins with ``./``; else below the home folder it begins with ``~/``. After
+    these, it has slashes on every system.
     """
+    alike = os.path.normcase(path)  # on Windows, capitals and the slash are no matter
     for top, short in ((os.path.abspath(folder), "."), (os.path.expanduser("~"), "~")):
-        for each in (top, os.path.realpath(top)):
-            if path.startswith(f"{each}{os.sep}") and each != os.sep:
-                return short + path[len(each) :]
+        for each in map(os.path.normcase, (top, os.path.realpath(top))):
+            if alike.startswith(f"{each}{os.sep}") and each != os.sep:
+                return short + path[len(each) :].replace(os.sep, "/")
     return path
 
 
 def placed(path: str, folder: Path) -> str:
     """Where the path is that the files of a run in ``folder`` state so; the folder may have been moved since."""
-    if path.startswith(f".{os.sep}"):
+    if path.startswith((".\\", "~\\")):  # as an earlier version wrote it on Windows
+        path = path.replace("\\", "/")
+    if path.startswith("./"):
         return os.path.join(os.path.abspath(folder), path[2:])
     return os.path.expanduser(path)
 

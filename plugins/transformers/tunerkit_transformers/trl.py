@@ -9,19 +9,26 @@ from transformers import PreTrainedModel, Trainer
 from tunerkit.errors import StepError, warn
 from tunerkit.injection import Tuner, inside, modules_in, slots_in, slots_of
 from tunerkit.layers import bias_name
-from tunerkit_transformers.head_weights import settle_heads_
+from tunerkit_transformers.head_weights import refuse_heads, settle_heads_
 from tunerkit_transformers.reference import Reference, reference
 from tunerkit_transformers.stored_weights import differs_from_stored
+
+
+def refuse_unfit(trainer: Trainer, tuners: list[Tuner]) -> None:
+    """Raise `StepError` if one of TRL's trainers cannot train the adapters as it stands. Nothing is changed."""
+    if _is_of_trl(trainer):
+        _refuse_options(trainer)
+        _refuse_other_reference(trainer, tuners[0].model)
+        refuse_heads(trainer, tuners)
 
 
 def settle_(trainer: Trainer, tuners: list[Tuner]) -> None:
     """Give one of TRL's trainers the reference of the model that it trains, and the adapters the dtype they had.
 
-    Other trainers are left as they are.
+    Other trainers are left as they are. `refuse_unfit` comes before it.
     """
     if not _is_of_trl(trainer):
         return
-    _refuse_options(trainer)
     _restore_dtypes_(trainer, tuners)
     _settle_reference_(trainer, tuners[0].model)
     settle_heads_(trainer, tuners)
@@ -70,20 +77,23 @@ def _restore_dtypes_(trainer: Trainer, tuners: list[Tuner]) -> None:
                 parameter.data = parameter.data.to(originals[name].dtype)
 
 
+def _refuse_other_reference(trainer: Any, model: nn.Module) -> None:
+    held = vars(trainer).get("ref_model")
+    inner = None if held is None else inside(held)
+    if isinstance(inner, Reference) and inner.source is not model:
+        raise StepError(
+            "the trainer's ref_model is the reference of another model; pass tunerkit.reference(model) of the model "
+            "that it trains"
+        )
+
+
 def _settle_reference_(trainer: Any, model: nn.Module) -> None:
     """Replace a reference model that TRL has loaded. One that somebody chose stays."""
     held = vars(trainer).get("ref_model")
     if held is None:
         return
     inner = inside(held)
-    if isinstance(inner, Reference):
-        if inner.source is not model:
-            raise StepError(
-                "the trainer's ref_model is the reference of another model; pass tunerkit.reference(model) of the "
-                "model that it trains"
-            )
-        return
-    if not _may_be_loaded_by_trl(inner, model, trainer):
+    if isinstance(inner, Reference) or not _may_be_loaded_by_trl(inner, model, trainer):
         return
     trainer.ref_model = None
     trainer.accelerator.free_memory()  # the list of prepared models still holds it; each call of train empties it too

@@ -22,6 +22,7 @@ from tunerkit_cli.settings import given_value
 from tunerkit_transformers.adapter_files import description_at
 from tunerkit_transformers.base_choice import choose_base
 from tunerkit_transformers.bases import whole
+from tunerkit_transformers.pretrained import OWN_CODE
 
 _WEIGHTS: Final = (".safetensors", ".bin")
 # Files with such endings that are no weights of a model.
@@ -208,7 +209,7 @@ def _copy_processor(source: str, folder: Path) -> None:
 
     for name in _PROCESSORS:
         try:
-            processor = getattr(transformers, name).from_pretrained(source)
+            processor = getattr(transformers, name).from_pretrained(source, **OWN_CODE)
         except Exception:  # what a library raises where a folder has no such file differs between its classes
             continue
         processor.save_pretrained(folder)

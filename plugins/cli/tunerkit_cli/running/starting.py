@@ -28,6 +28,7 @@ from tunerkit_cli.tasks.texts import labels_of
 from tunerkit_transformers import transformers_private
 from tunerkit_transformers.output_folder import RECORD, read_run
 from tunerkit_transformers.pretrained import Pretrained, classes_of
+from tunerkit_transformers.run_folder import placed, stated
 
 # What a recipe need not say: an output folder's record does, and so does the recipe of a run that is resumed.
 _FROM_RUN = ("task", "model", "dtype", "precision", "method")
@@ -166,18 +167,22 @@ def start_of(recipe: Recipe, *, resume: bool) -> Start | None:
         return find_start(source)
     try:
         facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-        return Start(source, str(folder / _COPY), **{**facts, "labels": tuple(facts["labels"])})
-    except (OSError, ValueError, TypeError, KeyError) as problem:
+        model = None if facts["model"] is None else placed(facts["model"], Path(recipe.out))
+        return Start(source, str(folder / _COPY), **{**facts, "model": model, "labels": tuple(facts["labels"])})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
         raise FileError(
             f"{folder / _FACTS}: is damaged ({shown(str(problem))}); delete it to start from {source} again"
         ) from problem
 
 
-def keep_start(start: Start, model: nn.Module, scratch: Path) -> None:
-    """Copy the loaded adapter into a scratch folder, before training: the original may be gone at resuming."""
+def keep_start(start: Start, model: nn.Module, scratch: Path, folder: Path) -> None:
+    """Copy the loaded adapter into a scratch folder, before training: the original may be gone at resuming.
+
+    The facts beside it state the base's path as the other files of the run in ``folder`` do.
+    """
     tunerkit.save(model, scratch / _COPY)
     facts = {name: value for name, value in attrs.asdict(start).items() if name not in ("source", "path")}
-    write_json(scratch / _FACTS, facts)
+    write_json(scratch / _FACTS, {**facts, "model": None if start.model is None else stated(start.model, folder)})
 
 
 def place_start(scratch: Path, folder: Path) -> None:

@@ -307,7 +307,8 @@ class Resumable(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         states: Any = state.stateful_callbacks  # a mapping by now
-        kept = states.setdefault(type(self).__name__, self.state())
+        kept = states.get(type(self).__name__)
+        states.setdefault(type(self).__name__, self.state())
         if state.global_step > 0:
             losses = kept.get("losses") if isinstance(kept, dict) else None
             self._has_losses = transformers_private.set_losses_(self.trainer, losses)

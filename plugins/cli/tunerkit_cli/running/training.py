@@ -92,7 +92,7 @@ def replacing(session: Session, kept: Recipe, *, resume: bool) -> Iterator[Listi
     folder = session.folder
     with outputs.scratch_beside(folder, "start") as scratch:
         if session.start is not None and not resume:
-            keep_start(session.start, session.loaded.model, scratch)
+            keep_start(session.start, session.loaded.model, scratch, folder)
 
         earlier = written.run_files(folder) or frozenset()  # before a logger of the new run writes beside them
 
