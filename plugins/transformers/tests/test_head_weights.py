@@ -265,8 +265,9 @@ def test_a_trainer_that_calls_its_head_is_left_alone(tmp_path: Path) -> None:
 def test_a_refused_trainer_is_left_as_it_was(tmp_path: Path) -> None:
     """What TRL loaded as the reference stays, and no forward is changed, until nothing is left to refuse."""
     model = adapted("adapter")
-    trainer = trainer_of("DPO", model, tmp_path, attach=False, ref_model=llama())
-    held, forward = trainer.ref_model, model.forward
+    trainer = trainer_of("DPO", model, tmp_path, attach=False)
+    trainer.ref_model = held = LlamaForCausalLM.from_pretrained(tmp_path)  # as TRL loads it
+    forward = model.forward
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hooks, "has_delta", lambda method: False)
         with pytest.raises(tunerkit.errors.StepError, match="does not say what it adds"):
