@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def _formats(toys: Any) -> Iterator[None]:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny Llama with its tokenizer."""
     folder = tmp_path_factory.mktemp("base")
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCABULARY, **sizes)).save_pretrained(folder)
     tokenizer(folder).save_pretrained(folder)
@@ -101,6 +101,7 @@ def test_no_code_of_a_folder_is_run(at: str, base: Path, adapter: Path, monkeypa
 @pytest.mark.parametrize("name", ["", "toy.json"])
 def test_a_file_is_opened_as_its_folder_is(name: str, base: Path, adapter: Path) -> None:
     """With the tokenizer beside it, or else the base's; a path here is never asked of the hub."""
+    words: Any
     model, words = load_foreign(str(adapter / name), str(base))
     assert tunerkit.tuner(model).method == "toy-low-rank"
     assert len(words) == VOCABULARY
@@ -108,7 +109,8 @@ def test_a_file_is_opened_as_its_folder_is(name: str, base: Path, adapter: Path)
     grown.add_tokens(["new"])
     grown.save_pretrained(adapter)
     model, words = load_foreign(str(adapter / name), str(base))
-    assert len(words) == model.get_input_embeddings().num_embeddings == VOCABULARY + 1
+    embedding: Any = cast(Any, model).get_input_embeddings()
+    assert len(words) == embedding.num_embeddings == VOCABULARY + 1
 
 
 def test_a_damaged_tokenizer_beside_the_adapter_is_no_missing_one(base: Path, adapter: Path) -> None:

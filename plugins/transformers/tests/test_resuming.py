@@ -102,7 +102,7 @@ def test_a_checkpoint_that_was_named_is_refused_if_it_is_not_whole(
     assert all(torch.equal(a, b) for a, b in zip(weights(trainer), before, strict=True))
 
 
-STATES = {
+STATES: dict[str, dict[str, Any]] = {
     "no fields": {},
     "no number of steps": {"global_step": None},
     "a step below 0": {"global_step": -1},

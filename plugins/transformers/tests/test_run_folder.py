@@ -22,7 +22,11 @@ def test_a_path_is_stated_without_the_home_folder_and_found_again(
     (tmp_path / "link").symlink_to(home)
     for name in (home, tmp_path / "link"):  # the name of a home folder may be a link
         monkeypatch.setenv("HOME", str(name))
-        said = {str(run / "base"): "./base", str(home / "data.csv"): "~/data.csv", str(run): "~/runs/a"}
+        said: dict[str, str | None] = {
+            str(run / "base"): "./base",
+            str(home / "data.csv"): "~/data.csv",
+            str(run): "~/runs/a",
+        }
         said |= dict.fromkeys((str(tmp_path / "mean" / "x"), "org/name", "data.csv", "~"), None)
         for path, wanted in said.items():
             assert stated(path, run) == (wanted or path)
