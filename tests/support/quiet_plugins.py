@@ -115,6 +115,27 @@ class HoldsATensor(Plugin):
         return Delta(weight=adapter.gains["out"].to(adapter.a.dtype)[:, None] * (adapter.b @ adapter.a))
 
 
+class RoundsUnderAutocast(ReadsTheWeight):
+    """Adds ``(W R − W) x`` with R the identity at the start: under autocast W R is rounded."""
+
+    def __init__(self, base: BaseLayer, rank: int) -> None:
+        super().__init__(base, rank)
+        self.a, self.b = nn.Parameter(torch.zeros(base.in_features)), nn.Parameter(torch.zeros(base.in_features))
+
+    def change(self, base: BaseLayer) -> Tensor:
+        weight = base.dense().float()
+        return weight @ torch.diag(1 + self.a.float() + self.b.float()) - weight
+
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        delta = self.change(base)
+        return y + (x.to(delta.dtype) @ delta.T).to(y.dtype)
+
+
+class GuardsTooSmall(Product):
+    def added(self, x: Tensor) -> Tensor:
+        return x.to(self.a.dtype) @ self.a.T @ (self.b / (self.b.norm(dim=0, keepdim=True) + 1e-8)).T
+
+
 _TWOS = torch.full((6,), 2.0)
 
 
@@ -257,6 +278,95 @@ class CachesByVersion(Product):
         return x.to(self.a.dtype) @ _CACHE[key].to(self.a.dtype).T
 
 
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+class OtherScaleSettled(Plugin):
+    """Where alpha is left out, an adapter is built with 1, and the settled config says 4."""
+
+    @hookimpl
+    def tunerkit_methods(self) -> list[Method]:
+        return [Method(METHOD, config=SettledConfig)]
+
+    @hookimpl
+    def tunerkit_build_adapter(self, base: BaseLayer, config: "SettledConfig") -> Adapter:  # type: ignore[override]
+        return ScaledItself(base, config.rank, config.alpha or 1.0)
+
+    @hookimpl
+    def tunerkit_delta(self, adapter: "ScaledItself") -> Delta:  # type: ignore[override]
+        return Delta(weight=adapter.scale * adapter.b @ adapter.a)
+
+
+@attrs.frozen
+class SettledConfig(LowRankConfig):
+    alpha: float | None = setting(None, gt=0, doc="Numerator of the scale.")
+
+    def settled(self) -> Self:
+        return self if self.alpha is not None else attrs.evolve(self, alpha=4.0)
+
+
+class ScaledItself(Product):
+    def __init__(self, base: BaseLayer, rank: int, scale: float) -> None:
+        super().__init__(base, rank)
+        self.scale = scale
+
+    def added(self, x: Tensor) -> Tensor:
+        return super().added(x) * self.scale
+
+
+class Signed(Product):
+    """Draws signs after ``a``, of which fewer numbers are drawn while a file is loaded."""
+
+    def __init__(self, base: BaseLayer, rank: int, loading: bool) -> None:
+        super().__init__(base, rank)
+        torch.rand(0 if loading else 5)
+        self.register_buffer("signs", torch.randn(rank), persistent=False)
+
+    def added(self, x: Tensor) -> Tensor:
+        return x.to(self.a.dtype) @ (self.signs.to(self.a)[:, None] * self.a).T @ self.b.T
+
+
+class DrawsLessWhenLoading(Plugin):
+    @hookimpl
+    def tunerkit_build_adapter(self, base: BaseLayer, config: LowRankConfig, loading: bool) -> Adapter:  # type: ignore[override]
+        return Signed(base, config.rank, loading)
+
+    @hookimpl
+    def tunerkit_delta(self, adapter: Signed) -> Delta:  # type: ignore[override]
+        return Delta(weight=adapter.b @ (adapter.signs[:, None] * adapter.a))
+
+
+# --- Ranks and deltas -------------------------------------------------------------------------------------------------
+
+
+class LeavesOutARank(Product):
+    rank_dims: ClassVar[dict[str, int]] = {"a": 0, "b": 1}
+
+    def __init__(self, base: BaseLayer, rank: int) -> None:
+        super().__init__(base, rank)
+        self.gains = nn.Parameter(torch.ones(rank))
+
+    def added(self, x: Tensor) -> Tensor:
+        return x.to(self.a.dtype) @ self.a.T @ (self.b * self.gains).T
+
+
+class LeavesItOut(Plugin):
+    adapter = LeavesOutARank
+
+    @hookimpl
+    def tunerkit_delta(self, adapter: LeavesOutARank) -> Delta:  # type: ignore[override]
+        return Delta(weight=(adapter.b * adapter.gains) @ adapter.a)
+
+
+class Shifts(Product):
+    def __init__(self, base: BaseLayer, rank: int) -> None:
+        super().__init__(base, rank)
+        self.shift = nn.Parameter(torch.zeros(base.out_features))
+
+    def added(self, x: Tensor) -> Tensor:
+        return super().added(x) + self.shift
+
+
 # --- Steps ------------------------------------------------------------------------------------------------------------
 
 
@@ -345,6 +455,12 @@ class ReplacesItLate(ReplacesAParameter):
         super().tunerkit_after_step(tuner, step - 40)
 
 
+class ReplacesItMuchLater(ReplacesAParameter):
+    @hookimpl
+    def tunerkit_after_step(self, tuner: Tuner, step: int) -> None:
+        super().tunerkit_after_step(tuner, step - 100)
+
+
 class LowersTheRate(NeedsSteps):
     @hookimpl
     def tunerkit_after_step(self, tuner: Tuner) -> None:
@@ -430,6 +546,12 @@ QUIET: tuple[tuple[str, type, str], ...] = (
     ("offload", ForwardOfTheLiveWeight, "forward is computed from the live weights of base.module"),
     ("half_precision", with_adapter(WrongInItsOwnHalf), "with adapters in torch.bfloat16, the output differs"),
     ("half_precision", DeltaWrongInHalf, "with adapters in torch.float16, the output with the delta differs"),
+    ("autocast", with_adapter(RoundsUnderAutocast), "autocast_off(x.device)"),
+    ("half_precision", with_adapter(GuardsTooSmall), "in torch.float16, the first output is NaN or inf"),
+    ("saves_and_loads", OtherScaleSettled, "scale of the adapter at '0' (1.0, now 4.0)"),
+    ("saves_and_loads", DrawsLessWhenLoading, "no file has them: signs of the adapter at '0'"),
+    ("rank", LeavesItOut, "rank_dims leaves out gains"),
+    ("delta_is_what_forward_adds", with_adapter(Shifts), "the delta lacks a bias"),
     ("row_by_row", with_adapter(Viewing), "that are not contiguous, forward raised RuntimeError"),
     ("row_by_row", with_adapter(ViewsY), "use reshape or flatten in place of view"),
     ("row_by_row", with_adapter(NormedByTheBatch), "with an empty batch"),
@@ -437,17 +559,18 @@ QUIET: tuple[tuple[str, type, str], ...] = (
     ("device", HoldsAGlobalTensor, "use no tensor there that is neither an argument, a parameter nor a buffer"),
     ("device", with_adapter(MakesOnTheCpu), "make new ones with device=x.device"),
     ("seed", with_adapter(SeedsItself), "a generator with a fixed seed"),
-    ("seed", with_adapter(CountedAtBuild), "Meanwhile CountedAtBuild.built changed"),
+    ("seed", with_adapter(CountedAtBuild), "CountedAtBuild.built changed meanwhile"),
     ("seed", with_adapter(DrawsOn), "no generator that goes on from one adapter to the next"),
     ("trainings_do_not_meet", LeaksItsScale, "one config's values are used by another adapter"),
     ("trainings_do_not_meet", LeaksThroughTheLayer, "nothing in the base's modules"),
-    ("no_hidden_state", with_adapter(CountsInAGlobal), "Meanwhile tests.support.quiet_plugins._CALLS[0] changed"),
+    ("no_hidden_state", with_adapter(CountsInAGlobal), "tests.support.quiet_plugins._CALLS[0] changed meanwhile"),
     ("no_hidden_state", with_adapter(CachesInEval), "keep nothing that is computed from weights"),
     ("no_hidden_state", with_adapter(CachesByVersion), "keep nothing that is computed from weights"),
     ("resumes", UnsavedCounter, "After load_state these were others than at save_state: tuner.state['count']"),
     ("resumes", UnsavedCounterOfTheAdapter, "than at save_state: count of the adapter at '0'"),
     ("resumes_late", LateAverage, "than at save_state: tuner.state[0]"),
     ("resumes_late", ReplacesItLate, "is another nn.Parameter than the optimizer was given"),
+    ("resumes_late", ReplacesItMuchLater, "is another nn.Parameter than the optimizer was given"),
     ("every_tensor_moves", ReplacesAParameter, "is another nn.Parameter than the optimizer was given"),
     ("trains_beside_copies", PenaltyOnAll, "a step hook changes gradient of 0.bias, which is not the method's"),
     ("trains_beside_copies", DecaysAll, "a step hook changes 0.bias, which is not the method's"),

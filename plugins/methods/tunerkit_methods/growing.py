@@ -44,9 +44,10 @@ class Grown(tk.Adapter):
         at_most(config.target_rank, 1, self.most, "target_rank, the rank of the weight")
         self.a = nn.Parameter(nn.init.orthogonal_(torch.empty(1, base.in_features), 3**-0.5))
         self.b = nn.Parameter(torch.zeros(base.out_features, 1))
-        # So small that the first gradients outweigh them.
-        self.left = nn.Parameter(nn.init.orthogonal_(torch.empty(base.out_features, min(4, self.most)), 1e-9))
-        self.right = nn.Parameter(nn.init.orthogonal_(torch.empty(min(4, self.most), base.in_features), 1e-9))
+        # So small that the first gradients outweigh them, and no smaller than their dtype can hold.
+        self.small = 1e-4 if config.adapter_dtype == "float16" else 1e-9
+        self.left = nn.Parameter(nn.init.orthogonal_(torch.empty(base.out_features, min(4, self.most)), self.small))
+        self.right = nn.Parameter(nn.init.orthogonal_(torch.empty(min(4, self.most), base.in_features), self.small))
 
     @property
     def rank(self) -> int:
@@ -116,8 +117,8 @@ def tunerkit_after_step(tuner: Any, step: int) -> dict[str, int] | None:
         a, b, rows = layers[at].a, layers[at].b, further(found[at][1], count, 1000 * step + at)
         growths += [tk.Growth(a, 0, rows), tk.Growth(b, 1, b.new_zeros(len(b), count))]
     for layer, (left, right, _) in zip(layers, found, strict=True):
-        layer.left.copy_(left * 1e-9)
-        layer.right.copy_(right * 1e-9)
+        layer.left.copy_(left * layer.small)
+        layer.right.copy_(right * layer.small)
     if obstacle := tk.grow_(growths, tk.optimizer_of(tuner)):
         raise tk.StepError(f"growing changes ranks during training, and {obstacle}")
     return dict(tuner.ranks())

@@ -49,7 +49,8 @@ def looking(a: Tensor, b: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, 
         Factors (r + 2w, in) and (out, r + 2w), whose product is B A.
     """
     p, q = left.detach(), right.detach()
-    return torch.cat([a, normalize(q), right - q]), torch.cat([b, left - p, normalize(p, dim=0)], dim=1)
+    rows, columns = normalize(q.float()).to(q), normalize(p.float(), dim=0).to(p)  # the guard of normalize is 0 in fp16
+    return torch.cat([a, rows, right - q]), torch.cat([b, left - p, columns], dim=1)
 
 
 def largest(a: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -124,9 +124,21 @@ class LooksAtValues(bad_plugins.Product):
         return super().added(x) * (2 if x.abs().max() > 1e9 else 1)
 
 
-def test_a_forward_that_looks_at_values_is_not_called_wrong_elsewhere() -> None:
-    """Law: a device without values says nothing of it."""
-    with registered(with_adapter(LooksAtValues)()):
+class AsksForAutocast(bad_plugins.Product):
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        return super().added(x) * (2 if torch.is_autocast_enabled(x.device.type) else 1)
+
+
+class TurnsAutocastOff(bad_plugins.Product):
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().added(x)
+
+
+@pytest.mark.parametrize("adapter", [LooksAtValues, AsksForAutocast, TurnsAutocastOff])
+def test_what_a_device_without_values_cannot_do_is_not_called_wrong(adapter: type[bad_plugins.Product]) -> None:
+    """Law: the meta device has neither values nor autocast, and says nothing of a forward that asks for them."""
+    with registered(with_adapter(adapter)()):
         (result,) = check_method("bad", cases=[CASE], checks=["device"])
     assert result.status != "failed", result
 

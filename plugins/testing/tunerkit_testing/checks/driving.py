@@ -100,9 +100,9 @@ def _assert_alone(case: Case, method: str, config: Mapping[str, object], differe
         tunerkit.activate(model, [name])
         worst = float((case.output(model.eval()) - expected).abs().max())
         assert worst <= TOLERANCE * float(expected.abs().max()), (
-            f"with an inactive adapter of other settings in the model, the output differs by {worst:.3g}: one config's "
-            "values are used by another adapter; keep them in the adapter, and nothing in the base's modules, in a "
-            "class, in a Python module or in the plugin" + meanwhile(lasting, model, name)
+            f"{meanwhile(lasting, model, name)}with an inactive adapter of other settings in the model, the output "
+            f"differs by {worst:.3g}: one config's values are used by another adapter; keep them in the adapter, and "
+            "nothing in the base's modules, in a class, in a Python module or in the plugin"
         )
 
 

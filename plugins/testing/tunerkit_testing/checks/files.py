@@ -13,8 +13,18 @@ import tunerkit
 from tunerkit import hooks
 from tunerkit.errors import ConfigError, TargetError
 from tunerkit.layers import Adapter
+from tunerkit_testing.blaming import changed
 from tunerkit_testing.cases import Case, assert_same, wrapped
-from tunerkit_testing.checks.probing import calls_of, copy_state, filled, in_dtype, own_parameters, saved
+from tunerkit_testing.checks.probing import (
+    calls_of,
+    copy_state,
+    filled,
+    in_dtype,
+    own_parameters,
+    own_parts,
+    saved,
+    unregistered,
+)
 from tunerkit_testing.checks.training import ended
 
 _ROUNDING = 1e-5  # of what an adapter adds in fp64: it may compute in fp32
@@ -26,12 +36,40 @@ def check_saves_and_loads(case: Case, method: str, config: Mapping[str, object],
     model = ended(case, method, config)
     path = tunerkit.save(model, tmp_path / "out")
     loaded = tunerkit.load(case.build(), path).eval()
-    assert_same(case.output(loaded), case.output(model), "loaded against trained", _HINT)
+    assert_same(case.output(loaded), case.output(model), "loaded against trained", _HINT + _unsaved(model, loaded))
     assert tunerkit.tuner(loaded).ranks() == tunerkit.tuner(model).ranks(), f"the ranks are others once loaded; {_HINT}"
     assert not any(p.requires_grad for p in loaded.parameters()), "a loaded adapter is trained; set no requires_grad"
     tunerkit.save(loaded, tmp_path / "again")
     again = tunerkit.load(case.build(), tmp_path / "again").eval()
     assert torch.equal(case.output(again), case.output(loaded)), f"saved twice, the output is another; {_HINT}"
+
+
+def _unsaved(model: nn.Module, loaded: nn.Module) -> str:
+    """Return what to add to a message: what adapters hold that no file has, and that is another once loaded."""
+    before, after = _beside_the_state(model), _beside_the_state(loaded)
+    others = changed(before, after)
+    if not others:
+        return ""
+    listed = ", ".join(
+        name
+        + ("" if isinstance(before.get(name), Tensor) else f" ({before.get(name)!r:.40}, now {after.get(name)!r:.40})")
+        for name in others[:3]
+    )
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    return (
+        f". Once loaded these are others, and no file has them: {listed}{more}. A buffer with persistent=False must "
+        "follow from the config alone, and with `loading` as many numbers be drawn. An attribute must be computed from "
+        "the config as it is and as its settled() returns it, alike: that one is saved"
+    )
+
+
+def _beside_the_state(model: nn.Module) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for path, part in own_parts(model).items():
+        saved = part.state_dict()
+        held = [*unregistered(part), *((name, each) for name, each in part.named_buffers() if name not in saved)]
+        found.update({f"{name} of the adapter at {path!r}": value for name, value in held})
+    return found
 
 
 def check_state_is_all(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
@@ -125,8 +163,12 @@ def rank_of(adapter: Adapter) -> int:
 def cut(adapter: Adapter) -> dict[str, Tensor]:
     """Return an adapter's state without its last triplet, also in what it saves beside its tensors, such as a mask."""
     state, rank = adapter.state_dict(), rank_of(adapter)
-    own = {**dict(adapter.named_parameters()), **dict(adapter.named_buffers())}
-    beside = {name: 0 for name, tensor in state.items() if name not in own and tensor.shape == (rank,)}
-    for name, dim in {**adapter.rank_dims, **beside}.items():
+    for name, dim in {**adapter.rank_dims, **dict.fromkeys(cut_beside(adapter), 0)}.items():
         state[name] = state[name].narrow(dim, 0, rank - 1).clone()
     return state
+
+
+def cut_beside(adapter: Adapter) -> list[str]:
+    """Return what an adapter saves for each triplet beside its tensors, such as a mask."""
+    own, rank = {*dict(adapter.named_parameters()), *dict(adapter.named_buffers())}, rank_of(adapter)
+    return [name for name, each in adapter.state_dict().items() if name not in own and each.shape == (rank,)]

@@ -127,8 +127,9 @@ def check_no_hidden_state(case: Case, method: str, config: Mapping[str, object],
         mode()
         first, second = seeded(case.loss, model), seeded(case.loss, model)
         assert torch.equal(first, second), (
-            f"the same input gives two losses, which differ by {float((first - second).abs()):.3g}; forward must "
-            "depend on its arguments and on parameters and buffers alone" + meanwhile(lasting, model)
+            f"{meanwhile(lasting, model)}the same input gives two losses, which differ by "
+            f"{float((first - second).abs()):.3g}; forward must depend on its arguments and on parameters and "
+            "buffers alone"
         )
     for path, adapter in adapters.items():
         others = changed(before[path], _attributes(adapter))
@@ -148,10 +149,10 @@ def _assert_nothing_remembered(model: nn.Module, case: Case, method: str, config
     copy_state(model, fresh)
     worst = float((found - case.output(fresh)).abs().max())
     assert worst <= TOLERANCE * float(before.abs().max()), (
-        f"in eval mode, an adapter whose parameters changed since its last forward computes what differs by "
-        f"{worst:.3g} from what a new one computes with the same tensors; keep nothing that is computed from weights "
-        "from one forward to the next: neither train() nor a version counter tells every change, such as that of .data"
-        + meanwhile(lasting, model)
+        f"{meanwhile(lasting, model)}in eval mode, an adapter whose parameters changed since its last forward computes "
+        f"what differs by {worst:.3g} from what a new one computes with the same tensors; keep nothing that is "
+        "computed from weights from one forward to the next: neither train() nor a version counter tells every change, "
+        "such as that of .data"
     )
 
 

@@ -58,8 +58,20 @@ def check_delta_is_what_forward_adds(case: Case, method: str, config: Mapping[st
         added, worst = float((adapted - plain).abs().max()), float((merged - adapted).abs().max())
         assert worst <= share * max(added, float((merged - plain).abs().max())), (
             f"{call.path}: forward changes the output by up to {added:.4g}, and with its delta the layer computes "
-            f"something else, by up to {worst:.4g}; {_HINT}"
+            f"something else, by up to {worst:.4g}; {_HINT}{_of_the_bias(merged - adapted, adapted)}"
         )
+
+
+def _of_the_bias(difference: Tensor, output: Tensor) -> str:
+    """Return what to add to a message where a difference does not depend on the input, and the output does."""
+    rows, others = difference.flatten(0, -2), output.flatten(0, -2)
+    near = 1e-6 * float(difference.abs().max())
+    if bool((rows - rows[0]).abs().max() > near) or torch.equal(others, others[0].expand_as(others)):
+        return ""
+    return (
+        ". The difference is the same for every input: the delta lacks a bias, or has another one than forward adds: "
+        "return Delta(weight=..., bias=...); base.bias() is the layer's own"
+    )
 
 
 def _has_no_place(call: Call, method: str) -> bool:

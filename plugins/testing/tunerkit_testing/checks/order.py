@@ -71,7 +71,7 @@ NEEDS: Final[Mapping[Check, Sequence[Check]]] = MappingProxyType(
         training.check_steps_keep_the_base: (*_TRAINS, forward.check_forward_keeps_the_base),
         training.check_fixed_stays_fixed: _TRAINS,
         training.check_loss_falls: (training.check_every_tensor_moves,),
-        training.check_trains_beside_copies: (training.check_loss_falls,),
+        training.check_trains_beside_copies: (training.check_every_tensor_moves,),
         training.check_freezing: _TRAINS,
         training.check_param_groups: _TRAINS,
         driving.check_grad_scale: _STEPS,

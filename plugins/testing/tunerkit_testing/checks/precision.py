@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tunerkit
 from tunerkit import hooks, injection
 from tunerkit.errors import PluginError, TunerkitError, shown
-from tunerkit_testing.cases import STEPS, Case, assert_base_untouched, optimizer_of
+from tunerkit_testing.cases import STEPS, Case, assert_base_untouched, optimizer_of, wrapped
 from tunerkit_testing.checks.probing import (
     Call,
     adapter_dtypes,
@@ -37,7 +37,10 @@ _NARROW = 4  # times that, where the adapter itself is in 16 bits: its own produ
 
 
 def check_autocast(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """Under bf16 autocast each layer's output is that in fp32 up to rounding, and the gradients are finite."""
+    """Under bf16 autocast each layer's output is that in fp32 up to rounding, and the gradients are finite.
+
+    At the start it is the base's, bit for bit, unless the method declares ``start="rounding"``.
+    """
     model = filled(case, method, config)
     with tunerkit.disabled(model), torch.autocast("cpu", torch.bfloat16):
         _calls(model, case, "under autocast")
@@ -49,12 +52,34 @@ def check_autocast(case: Case, method: str, config: Mapping[str, object], tmp_pa
         worst, limit = float((found - expected).abs().max()), _AUTOCAST * float(expected.abs().max())
         assert worst <= limit, (
             f"{call.path}: under autocast the output differs by {worst:.3g} from that in fp32, allowed {limit:.3g}; "
-            "compute in the dtype of the adapter's own parameters, with autocast off"
+            f"{_PLAIN}"
         )
     with torch.autocast("cpu", torch.bfloat16):
         loss = seeded(case.loss, model)
     for name, gradient in gradients(loss, tunerkit.tuner(model)).items():
         assert bool(gradient.isfinite().all()), f"{name} has NaN or inf as its gradient under autocast"
+    if hooks.registry.get(method).start == "exact":
+        _assert_starts_under_autocast(wrapped(case, method, config).eval(), case)
+
+
+_PLAIN = (
+    "compute in the dtype of the adapter's own parameters, inside `with tunerkit.plugin.autocast_off(x.device):`; "
+    ".float() does not help, as autocast rounds the factors of each product"
+)
+
+
+@torch.no_grad()
+def _assert_starts_under_autocast(model: nn.Module, case: Case) -> None:
+    for call in calls_of(model, case):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = call.run()
+            with tunerkit.disabled(model):
+                expected = call.run()
+        worst = float((found - expected).abs().max())
+        assert torch.equal(found, expected), (
+            f"{call.path}: under autocast the adapter changes the first output by {worst:.3g}, and without it by "
+            f"nothing; {_PLAIN}"
+        )
 
 
 def _calls(model: nn.Module, case: Case, where: str) -> list[Call]:
@@ -67,7 +92,8 @@ def _calls(model: nn.Module, case: Case, where: str) -> list[Call]:
 def check_half_precision(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """On bases in bf16 and fp16, each layer's output and gradients are those in fp64, up to rounding.
 
-    So is its output with adapters in bf16 and fp16, on a base in fp32, computed by forward and by the delta.
+    So is its output with adapters in bf16 and fp16, on a base in fp32, computed by forward and by the delta. With these
+    it is finite at the start too, in both modes.
     """
     for dtype in _SHARES:
         narrow = in_dtype(case, dtype)
@@ -93,15 +119,29 @@ def _assert_narrow_adapters(case: Case, method: str, config: Mapping[str, object
     exact = filled(wide, method, {**config, "adapter_dtype": "float64"})
     twins = {call.path: call for call in calls_of(exact, wide)}
     for dtype, share in _SHARES.items():
+        name = str(dtype).removeprefix("torch.")
         try:
-            model = filled(case, method, {**config, "adapter_dtype": str(dtype).removeprefix("torch.")})
+            model = filled(case, method, {**config, "adapter_dtype": name})
         except TunerkitError:
             continue  # refused in words
+        _assert_starts_finite(wrapped(case, method, {**config, "adapter_dtype": name}).eval(), case, dtype)
         for part, twin in zip(own_parts(model).values(), own_parts(exact).values(), strict=True):
             twin.load_state_dict(part.state_dict())
         for call in calls_of(model, case):
             found, expected = (_computed(each, root) for each, root in ((call, model), (twins[call.path], exact)))
             _assert_near(f"{call.path}: with adapters in {dtype}", call.path, _NARROW * share, found, expected)
+
+
+def _assert_starts_finite(model: nn.Module, case: Case, dtype: torch.dtype) -> None:
+    calls = calls_of(model, case)
+    for mode in (False, True):
+        model.train(mode)
+        for call in calls:
+            assert bool(seeded(lambda _, call=call: call.run(), model).isfinite().all()), (  # type: ignore[misc]
+                f"{call.path}: with adapters in {dtype}, the first output is NaN or inf in places, in "
+                f"{'training' if mode else 'eval'} mode; below 6e-8 numbers are 0 in fp16, such as a guard of 1e-8 in "
+                "a quotient, or a start that small: divide in fp32, as after self.a.float()"
+            )
 
 
 def _computed(call: Call, model: nn.Module) -> dict[str, Tensor]:

@@ -265,10 +265,10 @@ def outliving(model: nn.Module, adapter: str | None = None) -> dict[str, object]
 
 
 def meanwhile(before: Mapping[str, object], model: nn.Module, adapter: str | None = None) -> str:
-    """Return what to add to a message: what `outliving` named before, and is another value now."""
+    """Return what a message begins with: what `outliving` named before, and is another value now."""
     others = changed(before, outliving(model, adapter))
     listed = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-    return f". Meanwhile {listed} changed, which all adapters have in common" if others else ""
+    return f"{listed} changed meanwhile, which all adapters have in common, where nothing may count; " if others else ""
 
 
 def saved(model: nn.Module, folder: Path) -> Path:

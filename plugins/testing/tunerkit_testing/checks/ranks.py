@@ -9,8 +9,9 @@ from torch import nn
 
 import tunerkit
 from tunerkit import hooks, injection
+from tunerkit_testing.blaming import told
 from tunerkit_testing.cases import STEPS, Case, train, trained, wrapped
-from tunerkit_testing.checks.files import cut, rank_of
+from tunerkit_testing.checks.files import cut, cut_beside, rank_of
 from tunerkit_testing.checks.probing import fill_, filled, in_dtype, require_delta
 
 # A singular value below this share of the largest is rounding for the upper bound: a delta may be computed in fp32. For
@@ -38,10 +39,22 @@ def check_rank(case: Case, method: str, config: Mapping[str, object], tmp_path: 
     model = trained(wide, method, settings)
     _assert_true_ranks(model, method, "after training", least=False)
     _assert_true_ranks(fill_(model), method, "after training, at random values", most=False)
+    left_out: dict[str, int] = {}
     for adapter in tuner.adapters().values():
-        if rank_of(adapter) > 1:
+        if (rank := rank_of(adapter)) > 1:
+            named = {*adapter.rank_dims, *cut_beside(adapter)}
+            shapes = {name: tensor.shape for name, tensor in adapter.state_dict().items() if name not in named}
+            left_out |= {name: rank for name, shape in shapes.items() if rank in shape}
             adapter.load_state_dict(cut(adapter))
-    _assert_true_ranks(start, method, "with one of its rank_dims less")
+    try:
+        _assert_true_ranks(start, method, "with one of its rank_dims less")
+    except Exception as error:
+        if isinstance(error, AssertionError) or not left_out:
+            raise
+        raise AssertionError(
+            f"rank_dims leaves out {' and '.join(left_out)}, of size {max(left_out.values())} as the rank: list every "
+            f"tensor with a dimension of that size that follows the rank. With one of its rank_dims less: {told(error)}"
+        ) from error
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ def check_resumes(case: Case, method: str, config: Mapping[str, object], tmp_pat
 
 
 def check_resumes_late(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
-    """On one layer, a training of 48 steps that is saved after 8 ends as without the interruption, bit for bit.
+    """On one layer, a training of 200 steps that is saved after 8 ends as without the interruption, bit for bit.
 
     What steps keep may have an effect only after many of them.
     """
@@ -41,7 +41,7 @@ def check_resumes_late(case: Case, method: str, config: Mapping[str, object], tm
         raise SkipTest("the method does nothing in steps: it implements no hook of them")
     settings = in_layer(config)
     layer = next(each for each in layers_of(case, method, config) if _takes(each, method, settings))
-    _assert_resumes(layer, method, settings, tmp_path, 8, 48)
+    _assert_resumes(layer, method, settings, tmp_path, 8, 200)
 
 
 def _takes(layer: Case, method: str, settings: Mapping[str, object]) -> bool:

@@ -65,7 +65,7 @@ def check_seed(case: Case, method: str, config: Mapping[str, object], tmp_path: 
         else "draw from torch's random state, which wrap seeds, and from no generator that goes on from one adapter to "
         "the next"
     )
-    assert_same_start(first, second, f"drawn twice with one seed; {cause}{meanwhile(lasting, second)}")
+    assert_same_start(first, second, f"drawn twice with one seed; {cause}", meanwhile(lasting, second))
     if noted.seeded:
         _assert_seeded(first, case, method, config)
     adapters = tunerkit.tuner(first).adapters().values()
@@ -103,10 +103,10 @@ def _assert_seeded(first: nn.Module, case: Case, method: str, config: Mapping[st
     )
 
 
-def assert_same_start(one: nn.Module, other: nn.Module, what: str) -> None:
-    """Assert that two models have the same adapters, bit for bit."""
+def assert_same_start(one: nn.Module, other: nn.Module, what: str, first: str = "") -> None:
+    """Assert that two models have the same adapters, bit for bit; a message begins with ``first``."""
     found = dict(tunerkit.tuner(other).adapters())
     for path, adapter in tunerkit.tuner(one).adapters().items():
         twin = found[path].state_dict()
         for name, tensor in adapter.state_dict().items():
-            assert torch.equal(tensor, twin[name]), f"{path}: {name} differs {what}"
+            assert torch.equal(tensor, twin[name]), f"{first}{path}: {name} differs {what}"
