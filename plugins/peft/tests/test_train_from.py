@@ -110,9 +110,8 @@ def test_a_pruned_adalora_of_peft_goes_on_from_its_ranks(folder: Path, tmp_path:
     assert sum(ranks) <= 8
     assert len({*ranks}) > 1
     call = ("train", "--from", source, "--data", folder / "texts.jsonl", *SHORT)
-    done = command(*call, "--set", "training.max_steps=2", "--out", tmp_path / "short")
-    assert done.exit_code == 2
-    assert "These are settings of the adapter --from" in done.stderr
+    succeeded(*call, "--set", "training.max_steps=2", "--out", tmp_path / "short")
+    assert sorted(record_of(tmp_path / "short")["ranks"].values()) == ranks  # too few steps to prune once more
     succeeded(*call, "--set", "training.max_steps=6", "--out", tmp_path / "more")
     record = record_of(tmp_path / "more")
     assert record["method"] == "adalora"

@@ -5,12 +5,10 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from tunerkit import hooks
 from tunerkit.errors import StepError, warn
@@ -27,6 +25,9 @@ from tunerkit.injection import (
 )
 from tunerkit.layers import autocast_off
 from tunerkit_transformers.output_heads import named_heads
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 _MARK = "_tunerkit_shows_heads"
 _FUSED = "fused_lm_head"  # the argument by which a forward that TRL has replaced multiplies by the weight itself
@@ -70,7 +71,7 @@ def _read_models(trainer: Any, tuners: list[Tuner]) -> list[nn.Module]:
     return [model for model in every if _adapted_heads(model) and (redirects or _forward_of_trl(model) is not None)]
 
 
-def refuse_liger(trainer: Trainer, model: nn.Module) -> None:
+def refuse_liger(trainer: "Trainer", model: nn.Module) -> None:
     """Raise `StepError` if a kernel of Liger's, which replaces the forward when training starts, would bypass one."""
     options = trainer.args.liger_kernel_config or {}
     if trainer.args.use_liger_kernel and options.get("fused_linear_cross_entropy", True):
@@ -82,8 +83,10 @@ def refuse_liger(trainer: Trainer, model: nn.Module) -> None:
             )
 
 
-def _refuse_unfit(trainer: Trainer, model: nn.Module) -> None:
+def _refuse_unfit(trainer: "Trainer", model: nn.Module) -> None:
     """Raise `StepError` if the weight of an adapted head cannot be replaced for the time of a loss."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # listing plugins needs none of it
+
     for path, (_, slots) in zip(_adapted_paths(model), _adapted_heads(model), strict=True):
         deltas = [slot.method for slot in slots.applied if slot.adapter is not None]
         reason = None
@@ -101,7 +104,7 @@ def _refuse_unfit(trainer: Trainer, model: nn.Module) -> None:
             )
 
 
-def _warn_of_dropout(trainer: Trainer, tuners: list[Tuner]) -> None:
+def _warn_of_dropout(trainer: "Trainer", tuners: list[Tuner]) -> None:
     for path in _adapted_paths(tuners[0].model):
         dropped = [tuner.name for tuner in tuners if tuner.config.dropout and path in tuner.adapters()]
         if dropped:
