@@ -35,12 +35,14 @@ plain = st.recursive(
     max_leaves=5,
 )
 mappings = st.dictionaries(words, plain, max_size=3)
+paths = words.filter(lambda path: "\0" not in path)
+files = st.none() | paths | st.lists(paths, min_size=1, max_size=3)
 recipes = st.builds(
     Recipe,
     task=st.none() | st.sampled_from(TASKS),
-    model=st.none() | words,
-    data=st.none() | words | st.lists(words, min_size=1, max_size=3),
-    eval_data=st.none() | words | st.lists(words, min_size=1, max_size=3),
+    model=st.none() | paths,
+    data=files,
+    eval_data=files,
     method=words,
     config=mappings,
     training=mappings,
@@ -48,7 +50,7 @@ recipes = st.builds(
     max_length=st.none() | st.integers(4, 10**6),
     baseline=st.booleans(),
     on_collapse=st.sampled_from(["tell", "restart"]),
-    out=words,
+    out=paths,
     extra=st.fixed_dictionaries({}, optional={"acme": mappings}),
 )
 
