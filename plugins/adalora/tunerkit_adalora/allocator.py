@@ -80,7 +80,9 @@ def spend_(
         # backward would raise.
         if config.shrink and any(found.ranks):
             optimizer = optimizer_of(tuner)
-            is_alone = not cuts or (tuner.engine is None and following in ([], [optimizer]))
+            engine = tuner.engine
+            # Shards keep their shapes anyway, so the processes need not agree on it.
+            is_alone = not cuts or (following in ([], [optimizer]) if engine is None else engine.splits)
             following.clear()  # so that what is gone can be collected
             reason = (None if is_alone else follower(tuner, weights, scores[0])) or shrink_(cuts, optimizer)
             if reason is None:
