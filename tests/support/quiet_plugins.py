@@ -317,6 +317,8 @@ class ScaledItself(Product):
 class Signed(Product):
     """Draws signs after ``a``, of which fewer numbers are drawn while a file is loaded."""
 
+    signs: Tensor
+
     def __init__(self, base: BaseLayer, rank: int, loading: bool) -> None:
         super().__init__(base, rank)
         torch.rand(0 if loading else 5)

@@ -94,15 +94,19 @@ def test_masked_triplets_leave_memory_where_adapters_are_whole(
 def test_collectives_of_an_allocation_are_those_of_the_page(
     trained: dict[tuple[str, str, int], list[dict[str, Any]]],
 ) -> None:
-    """Each allocation broadcasts the scores, one number a triplet; the SVD then sends the weights around."""
+    """Each allocation broadcasts the scores, one number a triplet; the SVD then sends the weights around.
+
+    Before weights shrink, process 0 says whether something else relies on their shapes.
+    """
     for config, extra, size in (("8 to 2", 2, 8), ("6 to 4", 1, 8), (FLOAT32, 2, 4)):
         first = trained["plain", config, 0][0]
         calls, carried = first["stepping"]
         triplets = 2 * WITH_FLOAT32[config]["init_rank"]
         # Both layers, for each triplet in memory: a column of P, λ and a row of Q.
         weights = WITH_FLOAT32[config]["init_rank"] * ((16 + 1 + 12) + (16 + 1 + 16))
-        assert calls["broadcast_"] == extra * len(first["history"])
-        assert carried["broadcast_"] == size * len(first["history"]) * (triplets + (weights if extra == 2 else 0))
+        numbers = len(first["history"]) * (triplets + (weights if extra == 2 else 0))
+        assert calls["broadcast_"] == extra * len(first["history"]) + 1
+        assert carried["broadcast_"] == size * (numbers + 1)
         assert first["saving"] == ({}, {})
 
 

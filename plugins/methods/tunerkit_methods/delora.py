@@ -68,9 +68,11 @@ class Bounded(Adapter):
         return len(self.a)
 
     def product(self) -> Factors:
-        # A column of length 0 has no direction; PEFT has the same limit.
-        lengths = self.a.norm(dim=1).clamp(min=1e-4) * self.b.norm(dim=0).clamp(min=1e-4)
-        return Factors(q=self.a * self.norms, p=self.b * (self.bound / self.rank / lengths))
+        wide = torch.promote_types(self.b.dtype, torch.float32)
+        a, b = self.a.to(wide), self.b.to(wide)
+        # A column of length 0 has no direction; PEFT has the same limit. Squared, it would be 0 in fp16.
+        lengths = a.norm(dim=1).clamp(min=1e-4) * b.norm(dim=0).clamp(min=1e-4)
+        return Factors(q=self.a * self.norms, p=(b * (self.bound / self.rank / lengths)).to(self.b.dtype))
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         product = self.product()

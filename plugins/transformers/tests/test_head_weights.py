@@ -18,6 +18,7 @@ pytest.importorskip("datasets", reason="TRL takes its data from it")
 import datasets
 import trl
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+from transformers.integrations import deepspeed
 
 from tunerkit import hooks
 from tunerkit.layers import LinearLayer
@@ -224,7 +225,7 @@ def test_a_reference_has_the_head_of_the_model_as_it_stood(options: dict[str, An
 
 
 UNFIT: dict[str, tuple[object, str, object]] = {
-    "weight is divided among the processes": (head_weights, "is_deepspeed_zero3_enabled", lambda: True),
+    "weight is divided among the processes": (deepspeed, "is_deepspeed_zero3_enabled", lambda: True),
     "method 'toy-low-rank' does not say what it adds": (hooks, "has_delta", lambda method: False),
     "weight is stored as q4": (LinearLayer, "packing", Packing("q4", 4)),
 }
