@@ -3,33 +3,45 @@
 import importlib
 import re
 import sys
+import tomllib
 import types
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 import tunerkit
-from tunerkit.extras import CALLS_ELSEWHERE, serving
+from tunerkit.extras import hints, serving
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys
 
 
-@pytest.mark.parametrize("name", CALLS_ELSEWHERE)
+@pytest.mark.parametrize("name", hints("calls"))
 def test_a_name_of_another_library_answers_with_ours(name: str) -> None:
     """As an attribute and in ``from tunerkit import``, whose error would otherwise lose the text."""
     assert not hasattr(tunerkit, name)
-    with pytest.raises(AttributeError, match=re.escape(f"'{name}': write {CALLS_ELSEWHERE[name]}")):
+    with pytest.raises(AttributeError, match=re.escape(f"'{name}': write {hints('calls')[name]}")):
         getattr(tunerkit, name)
-    with pytest.raises(ImportError, match=re.escape(f"'{name}': write {CALLS_ELSEWHERE[name]}")):
+    with pytest.raises(ImportError, match=re.escape(f"'{name}': write {hints('calls')[name]}")):
         exec(f"from tunerkit import {name}")
 
 
-@pytest.mark.parametrize("name", CALLS_ELSEWHERE)
+@pytest.mark.parametrize("name", hints("calls"))
 def test_every_line_to_write_names_what_there_is(name: str) -> None:
     """Each ``tunerkit.name`` in it is public."""
-    for ours in re.findall(r"tunerkit\.(\w+)", CALLS_ELSEWHERE[name]):
+    for ours in re.findall(r"tunerkit\.(\w+)", hints("calls")[name]):
         assert callable(getattr(tunerkit, ours))
+
+
+@pytest.mark.parametrize("kind", ["calls", "settings", "methods"])
+def test_each_name_leads_to_one_line_and_each_extra_in_it_exists(kind: str) -> None:
+    """The file holds lines with their names, and "{quant}" for the command that installs an extra."""
+    text = (Path(tunerkit.__file__).parent / "elsewhere.toml").read_text("utf-8")
+    names = [name for listed in tomllib.loads(text)[kind].values() for name in listed]
+    assert sorted(names) == sorted(hints(kind))
+    assert set(re.findall(r"\{(\w+)\}", text)) == {"lora", "adalora", "methods", "quant"}
+    assert not any("{" in line for line in hints(kind).values())
 
 
 @pytest.mark.parametrize("name", ["prompt-tuning", "PREFIX_TUNING", "p_tuning", "adaption-prompt"])

@@ -18,7 +18,7 @@ from cattrs import Converter, transform_error
 from torch import nn
 
 from tunerkit.errors import ConfigError, closest, cut, shown
-from tunerkit.extras import SETTINGS_ELSEWHERE
+from tunerkit.extras import hints
 
 Config = TypeVar("Config", bound="AdapterConfig")
 Fields = Mapping[str, "attrs.Attribute[Any]"]
@@ -263,7 +263,7 @@ def _unknown(key: object, fields: Fields) -> str:
 def meant(key: str, fields: Iterable["attrs.Attribute[Any]"]) -> str:
     """Return a hint for a key that another library has: which of ``fields`` it is here, or what to do instead."""
     ours = [repr(field.name) for field in fields if key in field.metadata.get("aka", ())]
-    instead = SETTINGS_ELSEWHERE.get(key)
+    instead = hints("settings").get(key)
     return f"; did you mean {' or '.join(ours)}?" if ours else f"; {instead}" if instead else ""
 
 

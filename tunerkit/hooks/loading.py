@@ -13,7 +13,7 @@ import pluggy
 
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, TunerkitError, closest, error_text, is_of_user, shown
-from tunerkit.extras import METHODS_ELSEWHERE
+from tunerkit.extras import hints
 from tunerkit.hooks import specs
 from tunerkit.paths import few
 from tunerkit.records import Method, MethodInfo, StatisticsRequest, mistyped, type_name
@@ -127,7 +127,7 @@ class Catalog:
             few(sorted(self.owners), shown=40) or "none (each is a separate distribution, such as tunerkit-lora)"
         )
         hint = closest(name, self.owners) if isinstance(name, str) else _NAME_FIRST
-        if (reason := METHODS_ELSEWHERE.get(str(name).lower().replace("_", "-"))) is not None:
+        if (reason := hints("methods").get(str(name).lower().replace("_", "-"))) is not None:
             hint = f"; {reason}"
         parts = [f"no method named {shown(name)}; installed: {installed}{hint}"]
         for failed, info in self.failures:

@@ -61,7 +61,7 @@ def test_core_knows_these_names_where_the_distribution_is_not_installed() -> Non
     """So that the error about a method says how to install it."""
     from tunerkit import extras, hooks
 
-    named = {name for name, line in extras.METHODS_ELSEWHERE.items() if line.startswith("tunerkit-methods")}
+    named = {name for name, line in extras.hints("methods").items() if line.startswith("tunerkit-methods")}
     assert named == {name for name, info in hooks.methods().items() if info.distribution == "tunerkit-methods"}
 
 
