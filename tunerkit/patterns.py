@@ -20,9 +20,9 @@ from tunerkit.errors import TargetError, shown
 
 _LONGEST: Final = 1000  # characters of an expression in a file
 _STEPS: Final = 10_000_000  # of all patterns in a file together: about three seconds
-# As many steps as compiling takes: one character, a set with one beyond Latin-1, a glob.
+# As many steps as compiling takes: one character; a set, which may be a table of all characters; a glob.
 _TO_COMPILE: Final = 20
-_TO_COMPILE_WIDE: Final = 2000
+_TO_COMPILE_SET: Final = 2000
 _TO_COMPILE_GLOB: Final = 300
 _TOO_MANY: Final = "the patterns in this file take too many steps; use plain names in it"
 _COMPILED: Final = 4096  # patterns: one for each target of a large model is nothing unusual
@@ -100,36 +100,27 @@ def _malformed(pattern: str, error: Exception) -> TargetError:
 
 
 def at_paths(config: Mapping[str, Any], paths: Collection[str], *, of_file: bool = False) -> dict[str, Any]:
-    """Return settings in which exact patterns replace a table with regular expressions.
+    """Return settings in which exact patterns replace a table with regular expressions, as files store them.
 
-    Files store settings in this form. Some of earlier versions hold the expressions themselves.
-
-    Args:
-        config: Settings by name, as JSON has them. A table maps target patterns to values.
-        paths: The paths of the targets.
-        of_file: Whether the settings come from a file, so that no expression in them is compiled as a whole.
-
-    Raises:
-        TargetError: An expression is malformed, or one of a file is not supported there or takes too long.
+    Some files of earlier versions hold the expressions themselves: with ``of_file``, none is compiled as a whole.
+    Raises `TargetError` if one is malformed, or, with ``of_file``, not supported or too slow.
     """
 
     def is_expression(key: str) -> bool:
         return key.startswith("re:") and not is_exact(key)
 
     tables = {name: table for name, table in config.items() if type(table) is dict and any(map(is_expression, table))}
-    bounded: dict[str, Matcher] = {}
-    if of_file:
-        keys = [key for table in tables.values() for key in table]
-        if len(keys) * (_TO_COMPILE_GLOB + len(paths)) > _STEPS:
-            raise TargetError(_TOO_MANY)
-        found = file_matchers(key[3:] for key in keys if is_expression(key))
-        bounded = {f"re:{expression}": matches for expression, matches in found.items()}
+    keys = [key for table in tables.values() for key in table]
+    if of_file and len(keys) * (_TO_COMPILE_GLOB + len(paths)) > _STEPS:
+        raise TargetError(_TOO_MANY)
+    found = file_matchers(key[3:] for key in keys if of_file and is_expression(key))
+    bounded = {f"re:{expression}": matches for expression, matches in found.items()}
     exact = exact_patterns(paths) if tables else {}
 
     def resolved(table: Mapping[str, Any]) -> dict[str, Any]:
         rows = [(bounded.get(key) or matcher(key), value) for key, value in table.items()]
-        found = ((pattern, next((row for row in rows if row[0](path)), None)) for path, pattern in exact.items())
-        return {pattern: row[1] for pattern, row in found if row is not None}
+        firsts = ((pattern, next((row for row in rows if row[0](path)), None)) for path, pattern in exact.items())
+        return {pattern: row[1] for pattern, row in firsts if row is not None}
 
     return {name: resolved(value) if name in tables else value for name, value in config.items()}
 
@@ -137,8 +128,8 @@ def at_paths(config: Mapping[str, Any], paths: Collection[str], *, of_file: bool
 def file_matchers(expressions: Iterable[str]) -> dict[str, Matcher]:
     """Return a matcher of whole paths for each regular expression in a file, which anybody may have written.
 
-    They are not compiled as a whole: a matcher follows all places in a path at once, so that it never goes back, and
-    all of them share a number of steps. References to groups, flags and atomic groups are not supported.
+    Python's own matcher backtracks, for hours if an expression asks for it. These follow all places in a path at once,
+    and share a number of steps. References to groups, lookbehinds, flags and atomic groups are not supported.
 
     Args:
         expressions: The expressions, without ``re:``.
@@ -146,84 +137,75 @@ def file_matchers(expressions: Iterable[str]) -> dict[str, Matcher]:
     Raises:
         TargetError: An expression is malformed, too long or not supported; or, from a matcher, the steps are spent.
     """
-    walk = _Walk()
-    return {expression: walk.matcher(expression) for expression in expressions}
+    left = _STEPS
 
-
-_Step = Callable[[str, set[int]], set[int]]  # from a path and places in it where a match begins to those where it ends
-
-
-class _Walk:
-    """Turns parsed expressions into functions that follow all places of a path at once, and counts their steps."""
-
-    def __init__(self) -> None:
-        self.left = _STEPS
-
-    def matcher(self, expression: str) -> Matcher:
-        if len(expression) > _LONGEST:
-            raise TargetError(f"{shown(expression)} is {len(expression)} characters long, the limit is {_LONGEST}")
-        try:
-            parsed = _parser.parse(expression)
-            if parsed.state.flags != re.UNICODE:
-                raise ValueError("flags are not supported in files")
-            ends = self._sequence(parsed)
-        except TargetError:
-            raise
-        except Exception as error:
-            raise _malformed(expression, error) from error
-        return lambda path: len(path) in ends(path, {0})
-
-    def _sequence(self, parts: Any) -> _Step:
-        steps = [self._step(parts.state, part) for part in parts]
-
-        def ends(path: str, places: set[int]) -> set[int]:
-            for step in steps:
-                self._spend(1 + len(places))
-                places = step(path, places)
-            return places
-
-        return ends
-
-    def _spend(self, steps: int) -> None:
-        self.left -= steps
-        if self.left < 0:
+    def spend(steps: int) -> None:
+        nonlocal left
+        left -= steps
+        if left < 0:
             raise TargetError(_TOO_MANY)
 
-    def _step(self, state: Any, part: tuple[Any, Any]) -> _Step:
-        kind, value = part
-        match kind:
-            case sre.BRANCH:
-                branches = [self._sequence(branch) for branch in value[1]]
-                return lambda path, places: set().union(*(branch(path, places) for branch in branches))
-            case sre.SUBPATTERN if not (value[1] or value[2]):
-                return self._sequence(value[3])
-            case sre.MAX_REPEAT | sre.MIN_REPEAT:
-                least, most, repeated = value
-                return functools.partial(_repeated, least, most, self._sequence(repeated))
-            case sre.ASSERT | sre.ASSERT_NOT if value[0] > 0:
-                ahead, wanted = self._sequence(value[1]), kind is sre.ASSERT
-                return lambda path, places: {place for place in places if bool(ahead(path, {place})) is wanted}
-            case sre.AT | sre.ANY | sre.LITERAL | sre.NOT_LITERAL | sre.IN:
-                # One character, or none: Python's own matcher cannot go back in it.
-                self._spend(_TO_COMPILE_WIDE if kind is sre.IN and _is_wide(value) else _TO_COMPILE)
-                one = _compiler.compile(_parser.SubPattern(state, [part]))
-                return lambda path, places: {end.end() for place in places if (end := one.match(path, place))}
-        raise ValueError(f"{str(kind).lower()} is not supported in files")
+    return {expression: _bounded(expression, spend) for expression in expressions}
 
 
-def _is_wide(parts: Any) -> bool:
-    """Whether a set has a character beyond Latin-1: compiling it makes a table of all characters."""
-    last = (value[1] if kind is sre.RANGE else value for kind, value in parts if kind in (sre.RANGE, sre.LITERAL))
-    return any(code > 255 for code in last)
+_Spend = Callable[[int], None]
+_Follow = Callable[[str, set[int]], set[int]]  # from places in a path where a match begins to those where it ends
 
 
-def _repeated(least: int, most: int, step: _Step, path: str, places: set[int]) -> set[int]:
-    found = set(places) if least == 0 else set()
-    count = 0
-    while count < most:
-        before, count = places, count + 1
-        places = step(path, places) - (found if count > least else set())
-        found |= places if count >= least else set()
-        if not places or (places == before and count < least):  # what matches nothing may be repeated for ever
-            return found | places
-    return found
+def _bounded(expression: str, spend: _Spend) -> Matcher:
+    if len(expression) > _LONGEST:
+        raise TargetError(f"{shown(expression)} is {len(expression)} characters long, the limit is {_LONGEST}")
+    try:
+        parsed = _parser.parse(expression)
+        if parsed.state.flags != re.UNICODE:
+            raise ValueError("flags are not supported in files")
+        follow = _sequence(parsed, spend)
+    except TargetError:
+        raise
+    except Exception as error:
+        raise _malformed(expression, error) from error
+    return lambda path: len(path) in follow(path, {0})
+
+
+def _sequence(parts: Any, spend: _Spend) -> _Follow:
+    steps = [_part(parts.state, *part, spend) for part in parts]
+
+    def follow(path: str, places: set[int]) -> set[int]:
+        for step in steps:
+            spend(1 + len(places))
+            places = step(path, places)
+        return places
+
+    return follow
+
+
+def _part(state: Any, kind: Any, value: Any, spend: _Spend) -> _Follow:
+    match kind:
+        case sre.BRANCH:
+            branches = [_sequence(branch, spend) for branch in value[1]]
+            return lambda path, places: set().union(*(branch(path, places) for branch in branches))
+        case sre.SUBPATTERN if not (value[1] or value[2]):
+            return _sequence(value[3], spend)
+        case sre.MAX_REPEAT | sre.MIN_REPEAT:
+            return functools.partial(_repeated, value[0], value[1], _sequence(value[2], spend))
+        case sre.ASSERT | sre.ASSERT_NOT if value[0] > 0:
+            ahead, wanted = _sequence(value[1], spend), kind is sre.ASSERT
+            return lambda path, places: {place for place in places if bool(ahead(path, {place})) is wanted}
+        case sre.AT | sre.ANY | sre.LITERAL | sre.NOT_LITERAL | sre.IN:  # one character, or none: no way back in it
+            spend(_TO_COMPILE_SET if kind is sre.IN else _TO_COMPILE)
+            one = _compiler.compile(_parser.SubPattern(state, [(kind, value)]))
+            return lambda path, places: {end.end() for place in places if (end := one.match(path, place))}
+    raise ValueError(f"{str(kind).lower()} is not supported in files")
+
+
+def _repeated(least: int, most: int, step: _Follow, path: str, places: set[int]) -> set[int]:
+    rounds = len(path) + 1  # more of them lead to no other places
+    ends: set[int] = set()
+    for count in range(min(most, rounds) + 1):
+        places = step(path, places) if count else places
+        if count >= min(least, rounds):
+            places = places - ends
+            ends |= places
+        if not places:
+            break
+    return ends
