@@ -94,13 +94,13 @@ MUTATIONS = (
     Mutation(
         "kills in mid-save",
         "tunerkit/serialization/atomic_writing.py",
-        "        _remove_leftovers(path)\n        _replace(",
-        "        _remove_leftovers(path)\n        path.unlink(missing_ok=True)\n        _replace(",
+        "            move({file: path}, scratch)\n",
+        "            path.unlink(missing_ok=True)\n            move({file: path}, scratch)\n",
     ),
     Mutation(
         "kills of a command",
         "tunerkit/serialization/formats.py",
-        "scratch_in(above, SCRATCH, recover=_put_back_older)",
+        "scratch_in(above, SCRATCH, recover=put_back)",
         "scratch_in(above, SCRATCH)",
     ),
     Mutation(
@@ -112,14 +112,14 @@ MUTATIONS = (
     Mutation(
         "failing calls",
         "tunerkit/serialization/atomic_writing.py",
-        "            temporary.unlink()\n",
-        "            pass\n",
+        "            file = scratch / path.name\n",
+        '            file = path.with_name(f".{path.name}")\n',
     ),
     Mutation(
         "flushes",
         "tunerkit/serialization/atomic_writing.py",
-        "            os.fsync(file.fileno())\n",
-        "            pass\n",
+        "                os.fsync(written.fileno())\n",
+        "                pass\n",
     ),
     Mutation(
         "full disk",
@@ -130,10 +130,15 @@ MUTATIONS = (
     Mutation(
         "two writers and a reader",
         "tunerkit/serialization/atomic_writing.py",
-        "        os.replace(temporary, path)\n",
-        '        path.write_bytes(b"")\n        __import__("time").sleep(0.005)\n        os.replace(temporary, path)\n',
+        "            os.replace(file, new)\n",
+        '            new.write_bytes(b""), __import__("time").sleep(0.005), os.replace(file, new)\n',
     ),
-    Mutation("umask and modes", "tunerkit/serialization/atomic_writing.py", "os.chmod(temporary, mode)", "pass"),
+    Mutation(
+        "umask and modes",
+        "tunerkit/serialization/atomic_writing.py",
+        "file.chmod(stat.S_IMODE(new.stat().st_mode) & 0o777)",
+        "pass",
+    ),
     Mutation("resume", "plugins/transformers/tunerkit_transformers/resuming.py", 'yield f"has no {name}"', "continue"),
     Mutation(
         "bad gradients",

@@ -280,9 +280,10 @@ def _read(fields: Fields, mapping: Mapping[str, Any]) -> tuple[dict[str, object]
             else:
                 problems += [
                     f"expected {sign} {limit}, got {shown(number)} @ {path}"
-                    for path, number in numbers_in(values[name], f"$.{name}")
                     for key, (sign, holds) in _COMPARE.items()
-                    if (limit := field.metadata.get(key)) is not None and not holds(number, limit)
+                    if (limit := field.metadata.get(key)) is not None
+                    for path, number in numbers_in(values[name], f"$.{name}")
+                    if not holds(number, limit)
                 ]
     return values, problems
 

@@ -58,7 +58,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_whole(
     _, expected, _ = read(saved, content="adapter")
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
-    assert header.targets == ["conv"]
+    assert header.targets == ("conv",)
 
 
 def test_tensors_do_not_change_with_the_file(saved: Path, tmp_path: Path) -> None:

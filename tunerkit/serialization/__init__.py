@@ -11,8 +11,8 @@ from tunerkit.serialization.adapter_file import (
 )
 from tunerkit.serialization.atomic_writing import locked, replace, scratch_in
 from tunerkit.serialization.fingerprint import note_base
-from tunerkit.serialization.formats import DEFAULT_FORMAT, SCRATCH, find_format, format_at, write_format
-from tunerkit.serialization.header import is_foreign, read
+from tunerkit.serialization.formats import DEFAULT_FORMAT, SCRATCH, find_format, format_at, is_foreign, write_format
+from tunerkit.serialization.header import read
 from tunerkit.serialization.merge import (
     disabled,
     merge,

@@ -81,11 +81,7 @@ def save(
 
 
 def write_trained(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
-    """Call ``write`` in one process, after the checks of an adapter at the end of its training; return its path.
-
-    A method that needs steps must have seen one, unless the adapter came from a file. Warn if the ranks are above their
-    final budget, or if nothing was trained.
-    """
+    """Call ``write`` in one process, after the checks of an adapter at the end of its training; return its path."""
     if injection.needs_steps(tuner) and _is_fresh(tuner):
         raise AdapterError(
             f"adapter {tuner.name!r} was trained with no step: method {tuner.method!r} needs to see each step of the "
@@ -132,18 +128,19 @@ def _write(tuner: Tuner, place: Path, allow_nonfinite: bool) -> Path:
 def header_of(tuner: Tuner, *, content: str, **fields: Any) -> Header:
     """Return the header for a file of ``tuner``; ``content`` is its kind, and only some kinds have the other fields."""
     owner = hooks.registry.owner_of(tuner.method)
-    paths = [target.path for target in tuner.targets]
+    paths = tuple(target.path for target in tuner.targets)
+    rest: dict[str, Any] = {"base": {}, "values": {}, "history": (), **fields}
     return Header(
         kind=content,
         method=tuner.method,
         config=patterns.at_paths(unstructure(tuner.config.settled()), paths),
         targets=paths,
-        copies=[place.path for place in tuner.copies],
-        biases=[place.path for place in tuner.biases],
+        copies=tuple(place.path for place in tuner.copies),
+        biases=tuple(place.path for place in tuner.biases),
         steps=tuner.steps,
         total_steps=tuner.total_steps,
         versions={"tunerkit": version("tunerkit"), "torch": torch.__version__, owner.distribution: owner.version},
-        **fields,
+        **rest,
     )
 
 
@@ -169,10 +166,7 @@ def write_own(tuner: Tuner, place: Path, header: Header, tensors: Mapping[str, T
 
 
 def tensors_of(tuner: Tuner, *, allow_nonfinite: bool = False) -> dict[str, Tensor]:
-    """Return all tensors of an adapter, by ``<path of the module>.<name in the slot>``.
-
-    Raises `AdapterError` if they are offloaded, or contain NaN or inf where the base's own do not.
-    """
+    """All tensors of an adapter, by ``<path of the module>.<name in the slot>``, where they have finite values."""
     tensors = {join(path, name): tensor for path, slot in slots_in(tuner) for name, tensor in slot.state_dict().items()}
     away = [name for name, tensor in tensors.items() if tensor.is_meta]
     if away:
@@ -216,7 +210,7 @@ def warn_of_unspent_schedule(tuner: Tuner) -> None:
 
 
 def _warn_of_untrained(tuner: Tuner) -> None:
-    """Warn of what nothing trained. A method that needs steps cannot miss them, and `attach` looks at what it holds."""
+    """Warn of untrained parameters. A method that needs steps cannot miss them, and `attach` checks its own."""
     if tuner.progress.loaded or injection.needs_steps(tuner) or (tuner.steps == 0 and not _is_fresh(tuner)):
         return
     saved, has_idle_matrices = f"adapter {tuner.name!r} was saved", injection.is_untrained(tuner)
@@ -240,7 +234,7 @@ def _warn_of_untrained(tuner: Tuner) -> None:
 
 
 def _is_fresh(tuner: Tuner) -> bool:
-    """Whether nothing made the adapter what it is but its method: no file, no step, no data."""
+    """Whether the adapter is as its method built it: no file, no step and no data changed it."""
     return not tuner.progress.loaded and tuner.steps == 0 and tuner.progress.calibration is None
 
 
@@ -279,7 +273,7 @@ def load(
             contain NaN or inf.
         BaseMismatchError: The adapter was trained on a different base model, or its config differs.
         TargetError: The weight of a target is tied to one without an adapter, or on the meta device; or ``trainable``
-            is set and a quantised layer passes no gradient on.
+            is set and a quantized layer passes no gradient on.
         AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled,
             inside DDP, FSDP or an engine of DeepSpeed, a PeftModel, or running in another thread.
         UnknownMethodError: No installed plugin provides the method.
@@ -295,8 +289,8 @@ def open_unloaded(
 ) -> M:
     """Put a saved adapter into a model whose weights are on the meta device, to write it in another format.
 
-    The adapter itself is on the CPU. The model cannot run. Of the base, only names, shapes and settings are compared.
-    ``format`` reads it in place of the format that the path holds.
+    The adapter itself is on the CPU. Only names, shapes and settings of the base are compared. ``format`` reads it in
+    place of the format that the path holds.
     """
     return _load(skeleton, path, adapter, unloaded=True, format=format)
 

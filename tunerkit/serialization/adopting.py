@@ -32,17 +32,17 @@ from tunerkit.serialization.fingerprint import refuse_places
 from tunerkit.serialization.tensor_checks import refuse_nonfinite
 from tunerkit.targets import Scan
 
-# Every method's adapters can be told to become these: their products say all.
+# Adapters of every method that adds products can become these.
 _COMMON = "lora"
 
 
 def adopt(
     format: Format, path: str | os.PathLike[str], scanned: Scan, adapter: str
 ) -> tuple[Tuner, dict[str, Tensor], Mapping[str, Adapter] | None]:
-    """Read an adapter of another program as one of an installed method. The scanned model is not changed.
+    """Read an adapter of another program as one of an installed method; the scanned model is not changed.
 
-    One warning tells the user what the adapter lost on its way. Return the handle, the tensors by their names in a file
-    of ours, and the adapters that the method has built already, if it was given products.
+    Return the handle, the tensors by their names in a file of ours, and the adapters that the method has built already,
+    if it was given products. One warning says what the adapter lost.
     """
     source, model = os.fspath(path), scanned.root.module
     found = _read(format, Path(path), model)
@@ -123,7 +123,7 @@ def _is_matrix(value: object) -> bool:
 
 
 def _in_full(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of what is trained in full, and the copies' paths: of a container, the modules in it."""
+    """Return the tensors of trained copies and biases, and the copies' paths: in place of a container, its modules."""
     tensors = {join(path, "bias"): bias for path, bias in found.biases.items()}
     copies: list[str] = []
     for path, own in found.copies.items():

@@ -1,8 +1,8 @@
 """The base under an adapter: its fingerprint, and whether a model is the base that an adapter was trained on.
 
-A fingerprint has names, shapes and sampled values, so its cost depends on the number of tensors. A file also names the
-new modules that another adapter trained in full beside this one, on whose copies it was trained. The fingerprint leaves
-their values out, which are random in each process, and the model needs the other adapter.
+A fingerprint has names, shapes and sampled values, so its cost depends on the number of tensors. It leaves out what is
+trained in full, and new modules owned by another adapter that was active during training: their values are random in
+each process.
 """
 
 import math
@@ -31,24 +31,18 @@ _RELATIVE = 2.0**-7
 _DIGITS = 1e-5
 Fingerprint = Mapping[str, Mapping[str, Any]]
 _OTHER_VALUES = "other values"
-# The entries of an adapter file's ``values`` with the base's settings, and with the paths of what was trained beside
-# it. Readers that do not know them ignore them.
+# Entries of an adapter file's ``values``: the base's settings, and the paths of modules that another adapter trained
+# meanwhile. Readers that do not know them ignore them.
 _SETTINGS, _BESIDE = "base_config", "trained_beside"
 
 
 def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str, Any]]:
     """Return ``{parameter: {"shape": [...], "dtype": "float32", "sample": [...]}}`` of the base under ``tuner``.
 
-    A tensor on the meta device has no values, so its sample is empty and only its shape is compared. What the adapter
-    trains in full (copies and biases) is left out, because a new head has other values at each load. So is a new head
-    that another adapter trained beside it.
-
-    Before the adapter is in the model, parameters that an engine has emptied are gathered one by one, so all processes
-    must call this together. Where the base was sharded since, this is what was noted then. ``scanned`` is the scan of
-    the model, needed only before the adapter is in it.
-
-    A weight that a quantiser stores has one entry, with the name and the shape of the unquantised weight, the
-    quantiser's name as its dtype, and an empty sample. What it is packed in has none.
+    A tensor on the meta device has an empty sample. A weight that a quantizer stores has one entry, with the name and
+    the shape of the unquantized weight and the quantizer's name as its dtype. Before the adapter is in the model
+    (``scanned`` is its scan), emptied parameters are gathered, so all processes call this together; afterwards the
+    noted one is returned for a sharded base.
     """
     noted = tuner.progress.noted
     if (noted or scanned is None) and weights.sharding(tuner.model.parameters()) is not None:
@@ -99,10 +93,9 @@ def _bases(tuner: Tuner, scanned: Scan | None = None) -> dict[nn.Module, BaseLay
 
 
 def _base_tensors(tuner: Tuner, bases: Mapping[nn.Module, BaseLayer]) -> dict[str, Tensor]:
-    """Return the base's own parameters by name: originals where merged, and without those that are trained in full.
+    """The base's own parameters by name: originals where merged, and without those that are trained in full.
 
-    If the weight of a target is a buffer, all buffers of the module are included: together they make up the weight. Of
-    a layer whose weight a quantiser stores, only the bias is.
+    If the weight of a target is a buffer, all buffers of the module are included. Of a packed layer, only the bias is.
     """
     left_out, targeted = _left_out(tuner), {target.module for target in tuner.targets}
     biased = {join(place.path, layers.bias_name(bases.get(place.module))) for place in tuner.biases}
@@ -129,15 +122,12 @@ def _base_tensors(tuner: Tuner, bases: Mapping[nn.Module, BaseLayer]) -> dict[st
 
 
 def _left_out(tuner: Tuner) -> set[str]:
-    """The paths of what is trained in full."""
+    """Paths of the modules that this or another adapter trains in full."""
     return {*(place.path for place in tuner.copies), *tuner.progress.beside}
 
 
 def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Return `SAMPLES` evenly spaced values of each tensor with values, with one transfer per device and dtype.
-
-    ``torch.take`` handles any strides, so nothing is copied.
-    """
+    """Return `SAMPLES` evenly spaced values of each tensor with values, with one transfer per device and dtype."""
     alike: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
         if tensor.numel() and not tensor.is_meta and not is_packed(tensor):
@@ -159,7 +149,7 @@ def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
 
 
 def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
-    """List what differs between two fingerprints, one line per kind of difference; empty if they agree."""
+    """List the differences between two fingerprints, one line per kind; empty if they agree."""
     resized = _reshaped(saved, found)
     pairs = {name: (entry, found[name]) for name, entry in saved.items() if name in found}
     kinds = {
@@ -172,7 +162,7 @@ def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
 
 
 def _reshaped(saved: Fingerprint, found: Fingerprint) -> dict[str, tuple[Any, Any]]:
-    """Both shapes of the tensors whose shapes differ. A quantiser stores the (in, out) of a Conv1D as (out, in)."""
+    """Both shapes of the tensors whose shapes differ. A quantizer stores the (in, out) of a Conv1D as (out, in)."""
     resized = {}
     for name, there in saved.items():
         here = found.get(name, there)
@@ -203,8 +193,7 @@ def refuse_other_base(
 ) -> None:
     """Raise `BaseMismatchError` if the base under ``tuner`` is not the one that the file describes.
 
-    Warn if it is, and one of the two is quantised, or both are in different ways. ``check_config`` says whether to
-    compare the settings too; a file of an earlier version has none.
+    Warn if one of the two is quantized, or both are in different ways. A file of an earlier version has no settings.
     """
     found = fingerprint(tuner, scanned)
     lines = differences(header.base, found)
@@ -231,7 +220,7 @@ def refuse_other_base(
 
 
 def _warn_of_storage(saved: Fingerprint, found: Fingerprint, source: str) -> None:
-    """Warn, in one line, if this base stores weights with another quantiser than the one of the file, or with none."""
+    """Warn, in one line, if this base stores weights with another quantizer than the one of the file, or with none."""
     counts = Counter(
         (there["dtype"], found[name]["dtype"])
         for name, there in saved.items()
@@ -268,11 +257,11 @@ def refuse_places(
         raise TargetError(f"{source} cannot be loaded onto this model: {error}") from error
 
 
-# --- Settings, and what was trained beside the adapter ----------------------------------------------------------------
+# --- Settings, and modules that another adapter trains ----------------------------------------------------------------
 
 
 def described(tuner: Tuner) -> dict[str, Any]:
-    """What an adapter's file says of the base beyond its fingerprint, for the header's field ``values``."""
+    """Facts about the base beyond its fingerprint, for the header's field ``values`` in an adapter's file."""
     values: dict[str, Any] = {_SETTINGS: _settings_of(tuner.model) or tuner.progress.settings}
     return values | ({_BESIDE: list(tuner.progress.beside)} if tuner.progress.beside else {})
 
@@ -308,7 +297,7 @@ def _other_settings(tuner: Tuner, header: Header, source: str) -> list[str]:
 
 
 def beside_of(header: Header, source: str) -> tuple[str, ...]:
-    """Return the paths in a file's header of what was trained beside it. Raises `FileError` for anything else there."""
+    """Paths of modules that another adapter trained meanwhile, from a file's header. Raises `FileError` for others."""
     match header.values.get(_BESIDE, []):
         case list(paths) if all(isinstance(path, str) for path in paths):
             return tuple(paths)

@@ -1,24 +1,21 @@
 """The formats of other programs: which one a path holds, and writing an adapter in one through its plugin."""
 
 import os
-import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from tunerkit import hooks
 from tunerkit.errors import FileError, PluginError, TunerkitError, UnknownFormatError, closest, shown, warn
-from tunerkit.extras import DEFAULT_FORMAT, READERS, distribution, install
+from tunerkit.extras import DEFAULT_FORMAT, READERS, distribution, install, reader_of
 from tunerkit.injection import Tuner
 from tunerkit.paths import few
 from tunerkit.records import Format
-from tunerkit.serialization.atomic_writing import reason, scratch_in, sync
-from tunerkit.serialization.header import is_ours
-from tunerkit.serialization.safetensors_file import file_at, metadata_at
+from tunerkit.serialization.atomic_writing import move, put_back, reason, scratch_in, sync
+from tunerkit.serialization.safetensors_file import file_at, is_ours, metadata_at
 
 SCRATCH: Final = ".tunerkit-"
-_OLDER: Final = "older"
 # A file that people write too. It is replaced only if it has this text, which formats put into theirs.
 CARD: Final = "README.md"
 MARK: Final = b"<!-- written by tunerkit -->"
@@ -42,10 +39,7 @@ def find_format(name: object) -> Format:
 
 
 def format_at(path: str | os.PathLike[str]) -> Format | None:
-    """Return the format of what lies at ``path``; None if a file of tunerkit's does, or nothing that is known.
-
-    Raises `FileError` if adapters in several formats lie there.
-    """
+    """The format of the adapter at ``path``; None for a file of ours, or an unknown one. Several raise `FileError`."""
     place = file_at(path, "adapter")
     metadata = metadata_at(place)
     if is_ours(metadata) or (metadata is None and os.path.isfile(place) and place != Path(path)):
@@ -60,12 +54,32 @@ def format_at(path: str | os.PathLike[str]) -> Format | None:
 
 
 def sniffs(format: Format, path: Path) -> bool:
-    """Whether a format takes what lies at ``path`` for its own. One that raises does not, with a warning."""
+    """Whether a format recognizes the file or folder at ``path``. One that raises does not, with a warning."""
     try:
         return bool(format.sniff(path))
     except Exception as error:
         warn(f"format {format.name!r} cannot say whether {path} is an adapter: {type(error).__name__}: {error}")
         return False
+
+
+def is_foreign(path: str) -> bool:
+    """Whether an adapter of another program lies at ``path``, by the names of files: no plugin need read it."""
+    place = Path(path)
+    inside = os.listdir(place) if os.path.isdir(place) else []  # a path that no file system allows is no folder
+    return reader_of([place.name, *inside]) is not None
+
+
+def refuse_foreign(place: Path, files: Collection[str], tensors: Collection[str]) -> None:
+    """Raise `FileError` for an adapter of another program, by the names of its files and tensors."""
+    if (found := reader_of(files, tensors)) is not None:
+        installed = not hooks.gather_formats().keys().isdisjoint(found.formats)
+        reader = distribution(found.extra)
+        known = ", which is installed and cannot read this: pass the folder or the file that holds the adapter"
+        raise FileError(
+            f"{place} holds an adapter in the format of {found.program}. tunerkit itself does not read it: that takes "
+            f"the distribution {reader}{known if installed else f' ({install(found.extra)})'}. Without it, use "
+            f"{found.instead}"
+        )
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -74,22 +88,18 @@ def sniffs(format: Format, path: Path) -> bool:
 def write_format(tuner: Tuner, place: Path, format: Format, options: object) -> Path:
     """Write one adapter to ``place``: a folder; or a file, if the format writes one file, and the path ends as it does.
 
-    The files are written into a scratch folder first. A new folder appears whole or not at all. In a folder that
-    exists, all files are replaced, or none. If the process is killed in between, the next call puts the older files
-    back before it replaces them. Raises `FileError` if the files cannot be written, or others are there already.
+    A new folder appears whole or not at all. In a folder that exists, all files are replaced or none: see `move`.
     """
     missing: list[Path] = []
     try:
         above = place if place.is_dir() else place.parent  # a file can be renamed only within one file system
         missing = [folder for folder in (above, *above.parents) if not folder.exists()]
         above.mkdir(parents=True, exist_ok=True)
-        with scratch_in(above, SCRATCH, recover=_put_back_older) as scratch:
-            whole = scratch / "whole"  # the scratch folder itself is closed to other users
-            whole.mkdir()
-            written = _written(format, tuner, whole, options)
+        with scratch_in(above, SCRATCH, recover=put_back) as scratch:
+            written = _written(format, tuner, scratch, options)
             for file in written:
                 sync(file)
-            _publish(written, whole, place, format)
+            _publish(written, scratch, place, format)
             return place
     except BaseException as error:
         for folder in missing:
@@ -100,12 +110,6 @@ def write_format(tuner: Tuner, place: Path, format: Format, options: object) -> 
         raise FileError(
             f"cannot write {place}: {reason(error)}. Nothing was changed. Pass a folder in which you may create files"
         ) from error
-
-
-def _put_back_older(scratch: Path) -> None:
-    """Put back what a writer had set aside, also one that was killed: the older adapter is whole again then."""
-    for file in sorted((scratch / _OLDER).glob("*")):
-        os.replace(file, scratch.parent / file.name)
 
 
 def _written(format: Format, tuner: Tuner, folder: Path, options: object) -> list[Path]:
@@ -125,30 +129,26 @@ def _written(format: Format, tuner: Tuner, folder: Path, options: object) -> lis
     return [folder / name for name in names]
 
 
-def _publish(written: Sequence[Path], whole: Path, place: Path, format: Format) -> None:
+def _publish(written: Sequence[Path], scratch: Path, place: Path, format: Format) -> None:
     """Move the files to ``place``: a file if one of them ends as it does, else a folder."""
     if place.is_dir():
         moves = {file: place / file.name for file in written}
         kept = place / CARD
         if kept.is_file() and MARK not in kept.read_bytes():
             moves = {file: new for file, new in moves.items() if new != kept}
-        _replace(moves, whole.parent, place, format)
     elif place.suffix in {file.suffix for file in written}:
+        moves = {written[0]: place}
         if len(written) > 1:
             raise FileError(
                 f"cannot write {place}: format {format.name!r} writes several files ("
                 f"{few([file.name for file in written], shown=5)}), so pass a folder"
             )
-        _replace({written[0]: place}, whole.parent, place, format)
     elif place.exists():
         raise FileError(f"cannot write {place}: it is a file, and format {format.name!r} writes into a folder")
     else:
-        os.rename(whole, place)
+        os.rename(scratch, place)
         sync(place.parent)
-
-
-def _replace(moves: Mapping[Path, Path], scratch: Path, place: Path, format: Format) -> None:
-    """Move all files to their places, or none: those that they replace are set aside first."""
+        return
     taken = [new for new in moves.values() if os.path.lexists(new)]
     adapters = [new for new in taken if new.name != CARD]
     if [new for new in taken if new.is_dir()] or (adapters and not sniffs(format, place)):
@@ -156,19 +156,5 @@ def _replace(moves: Mapping[Path, Path], scratch: Path, place: Path, format: For
             f"cannot write {place}: {few([new.name for new in taken], shown=5)} is there already and is no adapter in "
             f"format {format.name!r}. Nothing was changed. Pass another path, or delete it first"
         )
-    older = scratch / _OLDER
-    older.mkdir()
-    try:
-        for new in taken:
-            os.replace(new, older / new.name)
-        for file, new in moves.items():
-            aside = older / new.name
-            if aside.is_file():
-                file.chmod(stat.S_IMODE(aside.stat().st_mode) & 0o777)
-            os.replace(file, new)
-    except BaseException:
-        for new in set(moves.values()).difference(taken):
-            new.unlink(missing_ok=True)
-        _put_back_older(scratch)
-        raise
+    move(moves, scratch)
     sync(place if place.is_dir() else place.parent)

@@ -4,107 +4,97 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import attrs
-from attrs.validators import deep_iterable, deep_mapping, instance_of, optional
 from torch import Tensor
 
-from tunerkit import hooks
-from tunerkit.errors import FileError, TargetError, cut, shown
-from tunerkit.extras import distribution, install, reader_of
+from tunerkit.config import options_from, setting
+from tunerkit.errors import ConfigError, FileError, TargetError, cut, shown
 from tunerkit.patterns import at_paths
 from tunerkit.serialization import safetensors_file
-from tunerkit.serialization.safetensors_file import bytes_of, file_at, metadata_at, plain
+from tunerkit.serialization.formats import refuse_foreign
+from tunerkit.serialization.safetensors_file import KEY, bytes_of, file_at, is_ours, metadata_at, plain
 
-KEY = "tunerkit"
 FORMAT = 1
 _LONGEST_NAME = 200  # characters of a method's name
-_LARGEST = 2**63  # counts and sizes are 64-bit integers to torch
-_LARGEST_FLOAT = sys.float_info.max
+_SIZES = 2**63  # counts and sizes are 64-bit integers to torch
 # The public function that writes each kind of file.
 _WRITERS = {"adapter": "save", "state": "save_state"}
-_Attribute: TypeAlias = "attrs.Attribute[Any]"
 
 # --- The fields -------------------------------------------------------------------------------------------------------
 # The digest detects damage, but not a header that someone edited and hashed again. So types and ranges are checked too.
 
 
-def _expect(what: str, is_right: Callable[[Any], bool]) -> Callable[[object, _Attribute, Any], None]:
-    def check(instance: object, attribute: _Attribute, value: Any) -> None:
-        if not is_right(value):
-            raise ValueError(f"{attribute.name}: expected {what}, got {shown(value)}")
+@attrs.frozen(kw_only=True)
+class Header:
+    """The fields of a header; docs/concepts/files.md explains each. `tunerkit.config` checks the types.
 
-    return check
+    Raises:
+        ValueError: A field has its type and an impossible value.
+    """
+
+    format: int = setting(FORMAT, doc="The number of the format.")
+    kind: str = setting(doc="'adapter' or 'state'.")
+    method: str = setting(doc="The method's name.")
+    config: Mapping[str, Any] = setting(doc="The method's settings.")
+    targets: tuple[str, ...] = setting(doc="The paths of the adapted layers.")
+    copies: tuple[str, ...] = setting(doc="The paths of the modules trained in full.")
+    biases: tuple[str, ...] = setting(doc="The paths of the modules whose bias is trained.")
+    steps: int = setting(ge=0, lt=_SIZES, doc="Optimizer steps taken.")
+    total_steps: int | None = setting(ge=0, lt=_SIZES, doc="The length of training.")
+    versions: Mapping[str, str] = setting(doc="Versions of distributions.")
+    base: Mapping[str, Any] = setting(doc="The fingerprint of the base model.")
+    values: Mapping[str, Any] = setting(doc="JSON values: the method's own, or what is said of the base beyond `base`.")
+    history: tuple[Any, ...] = setting(doc="Allocations: step, budget, and a list of the rank of each target.")
+
+    def __attrs_post_init__(self) -> None:
+        if len(self.method) > _LONGEST_NAME:
+            raise ValueError(f"method: expected the name of a method, got {shown(self.method)}")
+        for name, paths in self.places.items():
+            if len(set(paths)) < len(paths):
+                raise ValueError(f"{name}: expected paths, none of them twice, got {shown(paths)}")
+        for entry in self.base.values():
+            if not _is_entry(entry):
+                raise ValueError(
+                    f"base: expected a shape of integers, a dtype and a sample of finite numbers, got {shown(entry)}"
+                )
+        for change in self.history:
+            if not _is_change(change, len(self.targets)):
+                raise ValueError(
+                    "history: expected a step, a budget and a list of one rank per target, each an integer from 0 to "
+                    f"2**63 - 1, got {shown(change)}"
+                )
+
+    @property
+    def places(self) -> dict[str, tuple[str, ...]]:
+        """The paths of the adapted modules, by the field that lists them."""
+        return {"targets": self.targets, "copies": self.copies, "biases": self.biases}
 
 
+# By hand, since a file may have a million of these numbers.
 def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value < _LARGEST
+    return type(value) is int and 0 <= value < _SIZES
 
 
 def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT  # type: ignore[operator]
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
-def _are_paths(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(x, str) for x in value) and len(set(value)) == len(value)
-
-
-def _is_entry(value: object) -> bool:
-    match value:
+def _is_entry(entry: object) -> bool:
+    match entry:
         case {"shape": list(shape), "dtype": str(), "sample": list(sample), **others} if not others:
             return all(map(_is_size, shape)) and all(map(_is_finite, sample))
     return False
 
 
-def _is_change(instance: "Header", attribute: _Attribute, change: Any) -> None:
+def _is_change(change: object, targets: int) -> bool:
     match change:
-        case [step, budget, list(ranks)] if len(ranks) == len(instance.targets):
-            if all(map(_is_size, (step, budget, *ranks))):
-                return
-    raise ValueError(
-        f"{attribute.name}: expected a step, a budget and a list of one rank per target, each an integer from 0 to "
-        f"2**63 - 1, got {shown(change)}"
-    )
-
-
-_is_count = _expect("an integer from 0 to 2**63 - 1", _is_size)
-_is_method = _expect("the name of a method", lambda value: isinstance(value, str) and len(value) <= _LONGEST_NAME)
-_lists_paths = _expect("a list of texts, none of them twice", _are_paths)
-_holds_entry = _expect("a shape of integers, a dtype and a sample of finite numbers", _is_entry)
-
-
-@attrs.frozen
-class Header:
-    """The fields of a header; docs/concepts/files.md explains each.
-
-    ``base`` is the base model's fingerprint. ``values`` are JSON values: in a training state the method's own, in an
-    adapter's file what it says of the base beyond ``base``. ``history`` has one ``[step, budget, [rank of each
-    target]]`` per allocation (training state only).
-    """
-
-    kind: str
-    method: str = attrs.field(validator=_is_method)
-    config: dict[str, Any] = attrs.field(validator=instance_of(dict))
-    targets: list[str] = attrs.field(validator=_lists_paths)
-    copies: list[str] = attrs.field(validator=_lists_paths)
-    biases: list[str] = attrs.field(validator=_lists_paths)
-    steps: int = attrs.field(validator=_is_count)
-    total_steps: int | None = attrs.field(validator=optional(_is_count))
-    versions: dict[str, str] = attrs.field(validator=instance_of(dict))
-    base: dict[str, Any] = attrs.field(
-        factory=dict, validator=deep_mapping(instance_of(str), _holds_entry, instance_of(dict))
-    )
-    values: dict[str, Any] = attrs.field(factory=dict, validator=instance_of(dict))
-    history: list[Any] = attrs.field(factory=list, validator=deep_iterable(_is_change, instance_of(list)))
-    format: int = FORMAT
-
-    @property
-    def places(self) -> dict[str, list[str]]:
-        """The paths of the adapted modules, by the field that lists them."""
-        return {"targets": self.targets, "copies": self.copies, "biases": self.biases}
+        case [step, budget, list(ranks)] if len(ranks) == targets:
+            return all(map(_is_size, (step, budget, *ranks)))
+    return False
 
 
 # --- In the metadata --------------------------------------------------------------------------------------------------
@@ -128,11 +118,6 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return hasher.hexdigest()
 
 
-def is_ours(metadata: Mapping[str, str] | None) -> bool:
-    """Whether a safetensors file with this metadata was written by tunerkit."""
-    return metadata is not None and KEY in metadata and f"{KEY}.digest" in metadata
-
-
 def decode(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], *, source: str, content: str) -> Header:
     """Verify the digest, then return the header. Raises `FileError` if the file is damaged or not ours."""
     if not is_ours(metadata):
@@ -149,13 +134,10 @@ def decode(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], *, source
     if fields.get("format") != FORMAT:
         found = shown(fields.get("format"))
         raise FileError(f"{source} has format {found}, this tunerkit reads {FORMAT}; install a matching release")
-    lacking = [field.name for field in attrs.fields(Header) if field.name not in fields]
     try:
-        if lacking:
-            raise ValueError(f"it has no {lacking[0]!r}")
-        header = Header(**fields)
-    except (TypeError, ValueError) as error:
-        why = cut(str(error.args[0] if error.args else error), 400)
+        header: Header = options_from(Header, fields)
+    except ConfigError as error:
+        why = cut("; ".join(error.problems), 400)
         raise FileError(
             f"{source}: its header has a field that tunerkit would not write: {why}; if a later tunerkit wrote the "
             "file, install that release"
@@ -200,7 +182,7 @@ def read(path: str | os.PathLike[str], *, content: str) -> tuple[str, dict[str, 
             names = os.listdir(place.parent)
         except (OSError, ValueError):
             names = []
-        _refuse_foreign(place.parent, [place.parent.name, *names], ())
+        refuse_foreign(place.parent, [place.parent.name, *names], ())
         raise FileError(
             f"there is no file {source}; tunerkit.{_WRITERS[content]} writes {content}.safetensors into the folder "
             "it is given"
@@ -208,27 +190,8 @@ def read(path: str | os.PathLike[str], *, content: str) -> tuple[str, dict[str, 
 
     def accept(metadata: Mapping[str, str], names: Collection[str]) -> None:
         if not is_ours(metadata):
-            _refuse_foreign(place, [place.name], names)
+            refuse_foreign(place, [place.name], names)
             raise _not_ours(source)
 
     tensors, metadata = safetensors_file.read(place, accept)
     return source, tensors, decode(metadata, tensors, source=source, content=content)
-
-
-def is_foreign(path: str) -> bool:
-    """Whether an adapter of another program lies at ``path``, by the names of files: no plugin need read it."""
-    place = Path(path)
-    inside = os.listdir(place) if os.path.isdir(place) else []  # a path that no file system allows is no folder
-    return reader_of([place.name, *inside]) is not None
-
-
-def _refuse_foreign(place: Path, files: Collection[str], tensors: Collection[str]) -> None:
-    if (found := reader_of(files, tensors)) is not None:
-        installed = not hooks.gather_formats().keys().isdisjoint(found.formats)
-        reader = distribution(found.extra)
-        known = ", which is installed and cannot read this: pass the folder or the file that holds the adapter"
-        raise FileError(
-            f"{place} holds an adapter in the format of {found.program}. tunerkit itself does not read it: that takes "
-            f"the distribution {reader}{known if installed else f' ({install(found.extra)})'}. Without it, use "
-            f"{found.instead}"
-        )

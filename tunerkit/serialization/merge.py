@@ -34,7 +34,7 @@ def merge(model: M, *, permanent: bool = False) -> M:
     their own, and ``config.tie_word_embeddings`` becomes False, so that ``save_pretrained`` writes all of them.
     `unmerge` and `disabled` put the shared Parameter object and the setting back.
 
-    A weight that a quantiser stores is dequantised, and the sum is quantised again in the same way. `rounding` lists
+    A weight that a quantizer stores is dequantized, and the sum is quantized again in the same way. `rounding` lists
     what that rounds, and a warning says it for weights of 4 bits and less.
 
     No forward may run in another thread while the weights change: use one lock for both. One that is seen to run is an
@@ -55,7 +55,7 @@ def merge(model: M, *, permanent: bool = False) -> M:
             replaced, resized or tied after wrapping; a packed weight is tied, or its kind cannot write it; a base layer
             has no place for a bias; a method does not implement ``tunerkit_delta``; or merged weights contain NaN or
             inf.
-        TargetError: The model was quantised by torchao after wrapping.
+        TargetError: The model was quantized by torchao after wrapping.
         PluginError: A method returns an invalid delta.
     """
     refuse_unmergeable(model)
@@ -168,7 +168,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def _enable_(places: Places, enabled: bool) -> None:
     """Switch adapters on or off; where they are merged, exchange the merged and the original values and ties.
 
-    What has begun is completed before an interrupt raises: the values of both sides exist only here then.
+    An interrupt raises once all are exchanged: the values of both sides exist only here meanwhile.
     """
     turned = [(module, slots, slots.originals) for _, module, slots in places if slots.enabled is not enabled]
     exchanged = [(module, slots, shown, _values(module, slots, shown)) for module, slots, shown in turned]
@@ -193,7 +193,7 @@ def _enable_(places: Places, enabled: bool) -> None:
 def refuse_unmergeable(model: nn.Module) -> None:
     """Raise the error of the first reason why the active adapters cannot be merged now."""
     tuners = injection.require_tuners(model)
-    weights.reshard_(model)  # what a forward has left whole cannot be told from what stays so
+    weights.reshard_(model)  # weights left whole by a forward look like unsharded ones
     injection.refuse_disabled(model)
     if injection.is_merged(model):
         raise AdapterError("the model is merged already; call tunerkit.unmerge first")
@@ -212,7 +212,7 @@ def refuse_unmergeable(model: nn.Module) -> None:
 
 
 def _obstacles(module: nn.Module, slots: Slots) -> Iterator[str]:
-    """Why nothing can be merged into a module now, each as the end of a sentence."""
+    """Reasons why nothing can be merged into a module now (sentence fragments)."""
     kind = type(module).__name__
     if (holder := weights.offloading(module)) is not None:
         yield f"{holder.name} offloads its weights; {holder.way_out}, which loads them, and then merge"
@@ -272,7 +272,7 @@ def refuse_permanent(places: Places) -> None:
 
 @attrs.frozen(eq=False)
 class _Change:
-    """What a merge changes in an adapted module: tensors by their local name, the merged ones and the originals."""
+    """The changes of a merge in an adapted module: merged and original tensors by their local name."""
 
     path: str
     module: nn.Module
@@ -349,7 +349,7 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_packed(slots: Slots) -> bool:
-    """Whether a quantiser stores the weight of a module: its library can read and write whole ones alone."""
+    """Whether a quantizer stores the weight of a module: its library can read and write whole ones alone."""
     return slots.base is not None and slots.base.packing is not None
 
 

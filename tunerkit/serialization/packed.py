@@ -1,7 +1,4 @@
-"""Base layers with a `BaseLayer.packing`: what merging rounds in them, and dense ones instead.
-
-A packed weight is no matrix to which a delta can be added. Its kind, in a plugin, reads it and stores another one.
-"""
+"""Base layers with a `BaseLayer.packing`, which their kinds read and write: rounding on merge, dense replacements."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,13 +21,13 @@ _FEW_BITS = 4
 
 
 def rounding(model: nn.Module) -> dict[str, Rounding]:
-    """Return what merging into quantised layers has rounded.
+    """Return what merging into quantized layers has rounded.
 
     Args:
         model: A merged model.
 
     Returns:
-        The errors by the layer's path; empty without quantised layers, or if the model is not merged.
+        The errors by the layer's path; empty without quantized layers, or if the model is not merged.
 
     Raises:
         AdapterError: The model has no adapter.
@@ -58,8 +55,8 @@ def warn_of_rounding(found: Sequence[Rounding]) -> None:
 def requiring_effect(path: str, slots: Slots, merged: Collection[str], noted: list[Rounding]) -> Iterator[None]:
     """Raise `AdapterError` if the block, which writes ``merged``, leaves the weight nearer to W than to W + ΔW.
 
-    A class that nobody knows may ignore what is assigned to it, or round it away. Where a quantiser stores W, what that
-    rounds is added to ``noted``. It may be all of ΔW, if that is below the quantiser's own error.
+    An unknown class may ignore an assignment, or round it away. What a quantizer rounds is added to ``noted``; that may
+    be all of ΔW, if it is below the quantizer's own error.
     """
     base = slots.base
     if base is None or _is_assigned(base, merged):
@@ -84,10 +81,7 @@ def requiring_effect(path: str, slots: Slots, merged: Collection[str], noted: li
 
 
 def _is_assigned(base: BaseLayer, merged: Collection[str]) -> bool:
-    """Whether a weight becomes what is assigned to it: a matrix of plain numbers or a shard of one, or none is.
-
-    A kind may write other tensors, of which its module computes the weight.
-    """
+    """Whether assigning to the weight takes effect: it is a plain matrix or a shard of one, or nothing is assigned."""
     if base.packing is not None:
         return all(name == base.bias_name for name in merged)
     if base.weight_name not in merged:
@@ -103,10 +97,9 @@ def _is_assigned(base: BaseLayer, merged: Collection[str]) -> bool:
 @torch.inference_mode(False)
 @torch.no_grad()
 def dense_layers(tuner: Tuner, dtype: torch.dtype, *, merged: bool) -> dict[str, nn.Module]:
-    """Build a dense layer for each layer of the model whose weight a quantiser stores, by path; the model is only read.
+    """A dense layer for each packed layer of the model, by path, with what active adapters add if ``merged``.
 
-    With ``merged``, it has what the active adapters add, unless they are merged for good. The sum is computed in fp32,
-    or in ``dtype`` if that is wider, and rounded once.
+    The sum is computed in fp32, or in ``dtype`` if that is wider, and rounded once. The model is only read.
     """
     found = packed_layers(tuner)
     for path, module in injection.base_modules(tuner.model):
@@ -143,4 +136,4 @@ def replace_by_dense_(model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
         for path, module in list(model.named_modules(remove_duplicate=False)):
             if path and module in new:
                 model.set_submodule(path, new[module])
-        hooks.tell(hooks.specs.tunerkit_unwrapped, model=model)  # again: only now it holds no quantised layer
+        hooks.tell(hooks.specs.tunerkit_unwrapped, model=model)  # again: only now it holds no quantized layer

@@ -17,10 +17,11 @@ from tunerkit.errors import FileError, shown
 from tunerkit.injection import Tuner
 from tunerkit.serialization.atomic_writing import replace
 
+KEY = "tunerkit"  # of the header in the metadata of tunerkit's files
 _SUFFIX = ".safetensors"
 _METADATA = "__metadata__"
 _BEGINNING = f'{{"{_METADATA}":'
-# What a file may hold, by the names that safetensors gives them: each value is in bytes of its own.
+# The dtypes of safetensors whose values fill whole bytes.
 _DTYPES = {
     **{"BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64},
     **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "C64": torch.complex64},
@@ -30,7 +31,7 @@ _DTYPES = {
 }
 _MOST_DIMENSIONS = 64  # torch's own limit for most operations
 _LONGEST_HEADER = 100_000_000  # bytes: the limit of the safetensors library
-# What the library and torch raise, and what reading JSON raises: also RecursionError, a RuntimeError.
+# Exceptions of the library, of torch and of JSON: also RecursionError, a RuntimeError.
 _UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError)
 
 
@@ -88,9 +89,8 @@ def read(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a safetensors file, on the CPU, and its metadata. Raises `FileError` if it cannot be read.
 
-    The file is opened once and read into memory. So header and data are of one file even if another one is renamed over
-    it meanwhile, and a file that is cut later does no harm. ``accept`` is called with the metadata and the tensors'
-    names before the data is read, and raises an error for a file that should not be read.
+    It is opened once and read into memory, so that header and data are of one file, whatever happens to it meanwhile.
+    ``accept`` gets the metadata and the tensors' names before the data is read, and raises an error for a foreign file.
     """
     try:
         with open(path, "rb") as file:
@@ -128,6 +128,11 @@ def metadata_at(path: Path) -> dict[str, str] | None:
         return None
 
 
+def is_ours(metadata: Mapping[str, str] | None) -> bool:
+    """Whether a safetensors file with this metadata was written by tunerkit."""
+    return metadata is not None and KEY in metadata and f"{KEY}.digest" in metadata
+
+
 def _header_of(file: IO[bytes]) -> bytes:
     """Read a file up to its data: the length of the header, and the header."""
     size = file.read(8)
@@ -152,8 +157,8 @@ def _parsed(text: str | bytes) -> tuple[Collection[str], dict[str, str]]:
 def folder_of(checkpoint: Path, tuners: Sequence[Tuner], tuner: Tuner) -> Path:
     """Return the folder of one adapter's files: the checkpoint itself if it is the only one, else a subfolder.
 
-    A subfolder is used even after the other adapters were deleted. It has the adapter's name, or a digest of it where
-    not every file system can store and distinguish the name. The dot before a digest keeps it apart from every name.
+    That has the adapter's name, or a digest of it where a file system might not store or distinguish the name. The dot
+    before a digest keeps it apart from every name.
     """
     digest = hashlib.sha256(tuner.name.encode()).hexdigest()[:16]
     named = checkpoint / (tuner.name if re.fullmatch(r"[a-z0-9_-]+", tuner.name) else f"name.{digest}")

@@ -46,11 +46,7 @@ _FACTORIES = frozenset(
 
 @torch.no_grad()
 def nonfinite(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] = _NOTHING) -> list[str]:
-    """Return the names of the tensors that contain NaN or inf, with one transfer per device.
-
-    A tensor whose NaN and inf only repeat those in ``base`` is not named: a model may have a mask of -inf in a buffer.
-    Integers, booleans and tensors without values are finite.
-    """
+    """Names of the tensors with NaN or inf that ``base`` does not have there too, with one transfer per device."""
     checks: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         inexact = tensor.dtype.is_floating_point or tensor.dtype.is_complex
@@ -94,9 +90,8 @@ def fill(
 ) -> dict[str, Slot]:
     """Copy a file's tensors into slots, each as soon as it comes, and return the slots by path.
 
-    Slots that do not fit are not kept. Raises `FileError` if tensors are missing, unexpected, misshapen, of another
-    kind, or not finite once they are in the slots' precision; `BaseMismatchError` if only what is trained in full has
-    another size in this base.
+    Raises `FileError` if tensors are missing, unexpected, misshapen, of another kind, or not finite in the slots'
+    precision; `BaseMismatchError` if only what is trained in full has another size in this base.
     """
     filled: dict[str, Slot] = {}
     problems: list[str] = []
@@ -137,10 +132,7 @@ def fill(
 def _misfits(
     path: str, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, _Shapes | None]]:
-    """Say what does not fit a slot: with the shapes of copies and trained biases that have another size in this base.
-
-    An adapter's own shapes are checked as it is loaded, since it may have another rank.
-    """
+    """Yield what does not fit a slot, with both shapes where this base has another size; an adapter checks its own."""
     for name, built in state.items():
         if name not in tensors:
             yield f"missing: {name}", None
@@ -170,8 +162,8 @@ def limit_for(
 ) -> Callable[[Target], AbstractContextManager[object]]:
     """Return what to enter while the adapter of a target is built: an `AllocationLimit`, or nothing if none is needed.
 
-    The limit costs time in every call of torch. A config with no number above the dimensions that the file's tensors
-    have cannot ask for much more than the file has. ``config`` is in plain values; a new adapter has no ``source``.
+    The limit costs time in every call of torch, and a config with no number above the dimensions in the file needs
+    none. A new adapter has no ``source``.
     """
     usual = max([_USUAL, *(size for tensor in tensors.values() for size in tensor.shape)])
     numbers = (found for name, value in config.items() for found in numbers_in(value, f"$.{name}"))
@@ -201,11 +193,7 @@ def limit_for(
 
 
 class AllocationLimit(TorchFunctionMode):
-    """Rejects calls of torch with more than ``most`` elements while an adapter is built: what a config may ask for.
-
-    An adapter that fits its file needs no more than the file's values for its target. For what a plugin computes
-    meanwhile, and for a new adapter, a few times the size of the largest target's own weights is added.
-    """
+    """Rejects calls of torch with more than ``most`` elements while an adapter is built: what a config may ask for."""
 
     def __init__(self, most: int, refusal: Callable[[int], TunerkitError]) -> None:
         super().__init__()

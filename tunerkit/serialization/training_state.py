@@ -93,10 +93,7 @@ def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
 
 
 def carry(tuner: Tuner, optimizer: Optimizer) -> None:
-    """Add the training state to ``optimizer.state_dict()``, so that any loop's own checkpoints contain it.
-
-    The entry has its own name beside torch's. An optimizer without attached adapters ignores it.
-    """
+    """Add the training state to ``optimizer.state_dict()`` under a name of its own, so that checkpoints contain it."""
     steps.hold(
         tuner,
         optimizer.register_state_dict_post_hook(functools.partial(_put_in, tuner)),
@@ -140,7 +137,7 @@ def _take_out(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) ->
 def _state_of(tuner: Tuner) -> tuple[Mapping[str, Tensor], Header]:
     """Return the tensors of the training state, and the header of a file with them."""
     state = injection.training_state(tuner)
-    history = [[change.step, change.budget, list(change.ranks.values())] for change in tuner.history]
+    history = tuple([change.step, change.budget, list(change.ranks.values())] for change in tuner.history)
     return state.tensors, header_of(tuner, content="state", values=dict(state.values), history=history)
 
 
@@ -175,10 +172,7 @@ def _resume_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, source
 
 @contextmanager
 def _all_or_nothing(tuner: Tuner) -> Iterator[None]:
-    """Restore an adapter's tensors, training state, step count and history if the block raises, whatever a plugin does.
-
-    The Parameter objects stay the same.
-    """
+    """Restore an adapter's tensors, state, steps and history, in the same Parameter objects, if the block raises."""
     progress, model = tuner.progress, tuner.model
     slots = [(slot, {name: value.clone() for name, value in slot.state_dict().items()}) for _, slot in slots_in(tuner)]
     # The copy of the state refers to the live model, as the state itself does.
@@ -199,8 +193,7 @@ def _all_or_nothing(tuner: Tuner) -> Iterator[None]:
 def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
     """Load the weights at ``path`` into the live adapter, which may have other ranks: all of them, or raise an error.
 
-    The Parameter objects stay the same. If a parameter changes its shape, its optimizer state is dropped, because it
-    belongs to the old tensor.
+    The Parameter objects stay the same. One that changes its shape loses its optimizer state.
     """
     source, tensors, header = read(path, content="adapter")
     _refuse_other_run(tuner, header, source)
@@ -222,7 +215,7 @@ def _refuse_other_run(tuner: Tuner, saved: Header, source: str) -> None:
     if saved.method != own.method:
         lines = [f"method {shown(saved.method)} -> {own.method!r}"]
     else:
-        # A setting that the file's version did not have was what its default is.
+        # A setting that the file's version did not have had its default.
         earlier = {field.name: field.default for field in attrs.fields(type(tuner.config))} | saved.config
         settings = {name: (earlier.get(name), own.config.get(name)) for name in {*saved.config, *own.config}}
         lines = [

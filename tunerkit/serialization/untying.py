@@ -1,7 +1,6 @@
 """Gives modules that share a parameter one each while they are merged, and the shared one back afterwards.
 
-Adapters at all sides of a tie make of one weight as many different ones. Each side therefore gets a parameter of its
-own. The shared Parameter object is set aside with its values, so that unmerging puts the very same one back.
+Adapters at all sides of a tie make different weights of it. The shared Parameter object is set aside with its values.
 """
 
 import operator
@@ -33,16 +32,10 @@ class _Holder:
 
 @attrs.frozen(eq=False)
 class Parting:
-    """How one adapted module gets out of its ties, and in again.
+    """How one adapted module gets out of its ties, and in again."""
 
-    Attributes:
-        holders: The modules at or in the adapted module that hold a parameter shared with a module elsewhere.
-        flags: Objects and the names of their attributes that say that weights are tied, which is not so while they are
-            apart.
-    """
-
-    holders: tuple[_Holder, ...]
-    flags: tuple[tuple[object, str], ...]
+    holders: tuple[_Holder, ...]  # at or in the module, of parameters shared with modules elsewhere
+    flags: tuple[tuple[object, str], ...]  # objects, and their attributes that are True while weights are tied
 
     def set_(self, *, apart: bool) -> None:
         """Give the module parameters of its own, or put the shared Parameter objects back."""
@@ -53,10 +46,9 @@ class Parting:
 
 
 def plan_parting(model: nn.Module, places: Places, merged: Sequence[dict[str, Any]]) -> list[Parting | None]:
-    """Plan how modules get out of their ties, changing nothing in the model.
+    """Plan how modules get out of their ties, changing nothing in the model; None where nothing merged is shared.
 
-    A module that gets out leaves all its ties: what is not merged stays equal, in a tensor of its own, which is added
-    to those that are ``merged`` there. A place where nothing merged is shared with a module elsewhere has no plan.
+    A module leaves all its ties: what is not merged gets an equal tensor of its own, added to ``merged`` there.
     """
     shared = targets.tied(injection.base_modules(model))
     if not shared:
@@ -82,11 +74,7 @@ def plan_parting(model: nn.Module, places: Places, merged: Sequence[dict[str, An
 def _refuse_left_out(
     places: Places, merged: Sequence[Mapping[str, Any]], shared: Mapping[int, tuple[str, ...]]
 ) -> None:
-    """Raise `AdapterError` if a parameter to merge is shared and its sides cannot get one each.
-
-    A module without an active adapter was tied after wrapping: `tunerkit.wrap` and `tunerkit.load` accept a tied weight
-    only at all sides. A packed weight is more than its values.
-    """
+    """Raise `AdapterError` if a parameter to merge is shared, since wrapping, and its sides cannot get one each."""
     active = {path for path, _, slots in places if slots.active}
     for (path, module, _), tensors in zip(places, merged, strict=True):
         own = dict(module.named_parameters(remove_duplicate=False))
@@ -105,7 +93,7 @@ def _refuse_left_out(
 
 
 def _holders(module: nn.Module, tensors: dict[str, Any], shared: Mapping[int, tuple[str, ...]]) -> tuple[_Holder, ...]:
-    """What a place shares with modules elsewhere; empty if none of it is among the merged ``tensors``."""
+    """The parameters that a place shares with modules elsewhere; empty if none is among the merged ``tensors``."""
     held: dict[int, dict[str, tuple[nn.Module, str]]] = defaultdict(dict)
     parameters = {}
     for path, part in injection.base_modules(module):
@@ -129,10 +117,7 @@ def _holders(module: nn.Module, tensors: dict[str, Any], shared: Mapping[int, tu
 def _tied_flags(
     model: nn.Module, parted: set[tuple[str, ...]], left: set[tuple[str, ...]]
 ) -> Iterator[tuple[object, str]]:
-    """The flags that say "tied" of the modules around what is parted, if nothing in these modules stays tied.
-
-    One flag stands for all ties of such a module: its library reads and writes what stays tied only if it is set.
-    """
+    """The "tied" flags of the modules around parted weights, if nothing in these modules stays tied."""
     if unserved := hooks.unserved(model, described=True):
         warn(
             f"tied weights of this {type(model).__name__} get values of their own, and its config still says that they "
