@@ -252,12 +252,12 @@ def drop(x: Tensor, dropout: float) -> Tensor:
 
 
 def _has_numbers(module: nn.Module) -> bool:
-    """Whether the weight is a matrix of numbers: not that of a lazy layer, and not packed."""
+    """Whether the weight is a matrix of numbers, neither lazy nor packed."""
     weight = cast(Tensor, module.weight)
     return not is_lazy(weight) and not is_packed(weight)
 
 
-# --- What is known of all layers and models ---------------------------------------------------------------------------
+# --- Knowledge of all layers and models -------------------------------------------------------------------------------
 
 
 def _raise(kind: type[BaseLayer], error: BaseException) -> NoReturn:

@@ -82,7 +82,7 @@ def as_output(module: nn.Module) -> BaseLayer:
 
 
 def _offset_of(module: nn.Module) -> float | None:
-    """What a norm adds to its weight before it multiplies; None if the module is no such norm."""
+    """The number that a norm adds to its weight before it multiplies; None if the module is no such norm."""
     own, children = torch_private.parameters_of(module), torch_private.own_children(module)
     weight, more = own.get("weight"), [*module.buffers(recurse=False), *(children.keys() - {CHILD})]
     if weight is None or more or not own.keys() <= {"weight", "bias"} or forward_owner(module) is object:

@@ -1,7 +1,7 @@
-"""The weights and forwards of modules, also where a library holds or wraps them.
+"""The weights and forwards of modules, also where a library holds or wraps them: see `tunerkit.plugin.Holding`.
 
-Plugins say how, see `tunerkit.plugin.Holding`. About weights they are asked only where one is empty or on the meta
-device, so forwards of ordinary models cost nothing and can be compiled.
+Plugins are asked about weights only where one is empty or on the meta device, so ordinary forwards cost nothing and can
+be compiled.
 """
 
 import copy
@@ -20,7 +20,7 @@ from tunerkit.records import Holding
 
 @attrs.define(eq=False)
 class _Plugins:
-    """The way to the plugins' answers: `tunerkit.hooks` sets it, which knows layers, and so also this file."""
+    """Callback that returns the plugins' holdings; set by tunerkit.hooks to avoid an import cycle."""
 
     holdings: Callable[[], Sequence[Holding]] = tuple
 
@@ -28,13 +28,13 @@ class _Plugins:
 plugins = _Plugins()
 
 
-# --- Weights that are elsewhere ---------------------------------------------------------------------------------------
+# --- Offloaded weights ------------------------------------------------------------------------------------------------
 
 
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     """The weight as the module's forward uses it: the parameter itself, or its values, detached, if it is elsewhere.
 
-    Between two forwards, an offloaded parameter is on the meta device. Products with it give uninitialised memory. One
+    Between two forwards, an offloaded parameter is on the meta device. Products with it give uninitialized memory. One
     that is divided among processes may be empty then, and is gathered: all processes ask for it together.
 
     Raises:
@@ -59,14 +59,14 @@ def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
 
 
 def offloading(module: nn.Module) -> Holding | None:
-    """What loads the module's own weights for each forward and removes them after it; None if they are there."""
+    """The library that offloads the module's own weights between forwards; None if they are loaded."""
     if not any(tensor.is_meta for tensor in _own(module)):
         return None
     return next((each for each in plugins.holdings() if each.offloads(module)), None)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """The device on which the module runs, to which its weights may be loaded first; None if nothing says it."""
+    """The device on which the module runs, to which its weights may be loaded first; None if it is unknown."""
     own = _own(module)
     if not own or any(tensor.is_meta for tensor in own):
         for each in plugins.holdings():
@@ -99,15 +99,15 @@ def duplicate(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module
 
 
 def lender(module: nn.Module) -> Holding | None:
-    """What makes that what is written into the module's weights now would be lost; None if it would not."""
+    """The library that currently discards in-place writes to the module's weights; None if they persist."""
     return next((each for each in plugins.holdings() if each.lent(module) is not None), None)
 
 
-# --- Weights of which a process has a part ----------------------------------------------------------------------------
+# --- Sharded weights --------------------------------------------------------------------------------------------------
 
 
 def sharding(tensors: Iterable[Tensor]) -> Holding | None:
-    """What divides one of the tensors among processes, also while it is gathered; None if all are whole."""
+    """The library that shards one of the tensors, also while it is gathered; None if all are whole."""
     holdings = plugins.holdings()
     return next((each for tensor in tensors for each in holdings if each.shards(tensor)), None)
 
@@ -118,19 +118,19 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def emptied(tensors: Iterable[Tensor]) -> Holding | None:
-    """What has left one of the tensors empty, of which each process keeps a part; None if all have values."""
+    """The library that shards one of the tensors and has left it empty; None if all have values."""
     empty = [tensor for tensor in tensors if not tensor.numel()]
     return sharding(empty) if empty else None
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
     """The shape of the whole tensor, which may be empty between its uses."""
-    holding = emptied([tensor])
+    holding = None if tensor.numel() else sharding([tensor])
     return tensor.shape if holding is None else torch.Size(holding.shape(tensor))
 
 
 def part_of(tensor: Tensor) -> Tensor | None:
-    """What this process holds of a tensor that is divided: the memory itself; None if it is whole."""
+    """The shard of a tensor in this process, as a view of its memory; None if it is whole."""
     holding = sharding([tensor])
     return None if holding is None else holding.part(tensor)
 
@@ -142,7 +142,7 @@ def gathered(module: nn.Module) -> AbstractContextManager[Callable[[str, Tensor]
 
 
 def reshard_(model: nn.Module) -> None:
-    """Divide again what a forward has left whole in ``model``."""
+    """Shard again the weights of ``model`` that a forward has left whole."""
     for each in plugins.holdings():
         each.reshard_(model)
 
@@ -193,7 +193,9 @@ def is_named(kind: type, name: str) -> bool:
 
 def is_listed(name: str, listed: tuple[str, ...]) -> bool:
     """Whether a qualified name is one of ``listed``, or in one of its packages, which end with a dot."""
-    return name in listed or any(each.endswith(".") and name.startswith(each) for each in listed)
+    if name in listed or not name.startswith(listed):  # nearly always
+        return name in listed
+    return any(each.endswith(".") and name.startswith(each) for each in listed)
 
 
 def _qualified(cls: type) -> str:

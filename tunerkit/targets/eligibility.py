@@ -1,4 +1,4 @@
-"""What prevents a module from being adapted or trained in full: its kind, how its owner uses it, or a tied weight."""
+"""Obstacles to adapting a module or training it in full: its kind, its owner's use of the weight, or a tied weight."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -23,10 +23,7 @@ _READ_AND_OFFLOADED = "is offloaded, and its weight is used directly, bypassing 
 
 
 def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *, adapts: str) -> str | None:
-    """Why a module cannot be adapted beside the targets at the paths ``others``, or None.
-
-    It is the end of a sentence about the module's path. ``adapts`` is what the method says in `Method.targets`.
-    """
+    """Why a module cannot be adapted beside the targets at ``others``, as the end of a sentence about it, or None."""
     if adapts != "weights":
         return _output_obstacle(found) or (_NO_NORM if adapts == "norms" and not is_norm(found) else None)
     module, base = found.module, found.base
@@ -83,7 +80,7 @@ def _without_kind(module: nn.Module, scanned: Scan) -> str:
 
 
 def warn_of_unknown_packed(scanned: Scan) -> None:
-    """Warn of layers that a library has quantised and that no kind knows, also where they are no targets."""
+    """Warn of layers that a library has quantized and that no kind knows, also where they are no targets."""
     found = [(each, name) for each in scanned.modules if each.base is None and (name := quantiser_of(each.module))]
     if found:
         first, library = found[0]
@@ -96,7 +93,7 @@ def warn_of_unknown_packed(scanned: Scan) -> None:
 
 
 def quantiser_of(module: nn.Module) -> str | None:
-    """The library that quantised ``module``, in words; None if it is none that is known by name."""
+    """The library that quantized ``module``, in words; None if it is none that is known by name."""
     packed = (type(own) for own in torch_private.parameters_of(module).values() if is_packed(own))
     # The classes of the module too: a forward on the instance or in a subclass hides its owner.
     owners = (forward_owner(module), *packed, *type(module).__mro__)
@@ -119,11 +116,10 @@ def _output_obstacle(found: ScannedModule) -> str | None:
 
 
 def left_out(names: Sequence[str], sides: Collection[str]) -> list[str]:
-    """Return those of a tied parameter's full names whose modules would not change with the others.
+    """The full names of a tied parameter whose modules would not change with those adapted or trained at ``sides``.
 
-    ``sides`` are the paths of the modules that are adapted or trained in full, each on its own. If the parameter is at
-    none of them, nothing is left out. If a module around a layer holds the layer's bias under another name, as BERT's
-    masked head does, that name is only an alias: the layer adds the bias.
+    Empty if it is at none of them. Where a module around a layer holds the layer's bias under another name, as BERT's
+    masked head does, that name is an alias.
     """
 
     def is_alias(name: str) -> bool:
@@ -136,10 +132,7 @@ def left_out(names: Sequence[str], sides: Collection[str]) -> list[str]:
 
 
 def _way_out(scanned: Scan, name: str, names: Sequence[str], *, setting: str) -> str:
-    """What makes a tied parameter adaptable: sentences, of which the last ends with Python code that unties the model.
-
-    ``name`` is the one of its ``names`` that was asked for, ``setting`` the one in which their modules may be named.
-    """
+    """How to make the tied parameter ``name`` adaptable, ending with Python code that unties the model."""
     owners = list(dict.fromkeys(map(parent, names)))
     found = [scanned.by_path.get(owner) for owner in owners]
     nameable = all(each is not None and (setting != "targets" or each.base is not None) for each in found)
@@ -178,20 +171,14 @@ def lines(reasons: Mapping[str, str | None]) -> list[str]:
 
 
 def refuse_unfit(scanned: Scan, targets: Iterable[Target], *, adapts: str = "weights") -> None:
-    """Raise `TargetError` listing every target that a method cannot adapt, which ``adapts`` what its record says.
-
-    Targets may share a weight if all modules that share it are among them: each gets its own adapter.
-    """
+    """Raise `TargetError` listing every target that a method cannot adapt. All sides of a tie may be targets."""
     found = {target.path: scanned.by_path[target.path] for target in targets}
     paths = {each.path for each in found.values()}
     refuse(lines({path: obstacle_at(each, scanned, paths, adapts=adapts) for path, each in found.items()}))
 
 
 def refuse_tied(scanned: Scan, paths: Collection[str]) -> None:
-    """Raise `TargetError` if a parameter at or under one of ``paths`` is shared with a module at none of them.
-
-    Modules at several of the ``paths`` may share one: each is trained on its own, from the same values.
-    """
+    """Raise `TargetError` if a parameter at or under one of ``paths`` is shared with a module at none of them."""
     problems = []
     for path, names in product(paths, dict.fromkeys(scanned.sharers.values())):
         inside = [name for name in names if is_under(name, (path,))]
@@ -203,11 +190,7 @@ def refuse_tied(scanned: Scan, paths: Collection[str]) -> None:
 
 
 def refuse_impassable(scanned: Scan) -> None:
-    """Raise `TargetError` listing the packed layers, targets or not, through which no gradient would reach adapters.
-
-    Raises:
-        PluginError: The kind of one names its packing as torch's dtypes are named.
-    """
+    """Raise `TargetError` listing the packed layers, targets or not, through which no gradient would reach adapters."""
     bases = {each.path: each.base for each in (scanned.root, *scanned.modules) if each.base is not None}
     packed = {path: (base, base.packing) for path, base in bases.items() if base.packing is not None}
     refuse(lines({path or "the model": base.obstacle() for path, (base, _) in packed.items()}))

@@ -24,29 +24,17 @@ _ENDINGS = ("_head", "_heads", "_classifier", "_predictions")
 
 @attrs.frozen(eq=False)
 class ScannedModule:
-    """A module of the model.
+    """A module of the model."""
 
-    Attributes:
-        paths: Every path at which the module is registered.
-        module: The module.
-        base: The module as a base layer; None if no kind matches it.
-        reading_owner: The first of the modules that hold it whose forward uses its weight directly, bypassing its own.
-        read_and_called: Whether there is one, and another module that holds it may call it.
-        inside_attention: Whether an ``nn.MultiheadAttention`` holds it whose forward is not torch's.
-        layer: The first number in its first path: the index of its block.
-        in_head: Whether it is an output head or inside one.
-        in_block: Whether it is in a numbered block. A head may number its layers too, most often in a Sequential.
-    """
-
-    paths: tuple[str, ...]
+    paths: tuple[str, ...]  # at which it is registered
     module: nn.Module
-    base: BaseLayer | None
-    reading_owner: nn.Module | None
-    read_and_called: bool
-    inside_attention: bool
-    layer: int | None
-    in_head: bool
-    in_block: bool
+    base: BaseLayer | None  # None if no kind matches it
+    reading_owner: nn.Module | None  # the first of its holders whose forward uses its weight directly
+    read_and_called: bool  # whether there is one, and another holder may call it
+    inside_attention: bool  # whether an nn.MultiheadAttention holds it whose forward is not torch's
+    layer: int | None  # the first number in its first path: the index of its block
+    in_head: bool  # whether it is an output head or inside one
+    in_block: bool  # whether it is in a numbered block; a head may number its layers too, most often in a Sequential
 
     @property
     def path(self) -> str:
@@ -63,24 +51,14 @@ class ScannedModule:
 
 @attrs.frozen(eq=False)
 class Scan:
-    """What selection and injection need to know of a model, collected once. Adapters in it are left out.
+    """What selection and injection need to know of a model, collected once. Adapters in it are left out."""
 
-    Attributes:
-        root: The model itself.
-        modules: The modules inside it, in its order.
-        by_path: The modules by each of their paths; the root has an empty path.
-        sharers: For the id of each tied parameter, the full names under which modules hold it.
-        knowledge: What is known of layers and models.
-        unloaded: Whether weights on the meta device are no obstacle, since the model will not run: an adapter is read
-            to be written in another format, and its own tensors are on the CPU.
-    """
-
-    root: ScannedModule
-    modules: tuple[ScannedModule, ...]
-    by_path: Mapping[str, ScannedModule]
-    sharers: Mapping[int, tuple[str, ...]]
+    root: ScannedModule  # the model itself
+    modules: tuple[ScannedModule, ...]  # inside it, in its order
+    by_path: Mapping[str, ScannedModule]  # by each of their paths; the root has an empty one
+    sharers: Mapping[int, tuple[str, ...]]  # for the id of each tied parameter, its full names
     knowledge: Knowledge
-    unloaded: bool = False
+    unloaded: bool = False  # whether the model will not run, so that weights on the meta device are no obstacle
 
 
 class _Registration(NamedTuple):
@@ -156,10 +134,7 @@ def _scanned(places: Sequence[_Registration], base: BaseLayer | None) -> Scanned
 
 
 def from_paths(scanned: Scan, paths: Sequence[str]) -> tuple[Target, ...]:
-    """Find the modules at exact paths, such as an adapter file's, in their order. No path is read as a pattern.
-
-    Raises `TargetError` with the first paths that are missing, and how many more there are.
-    """
+    """The modules at exact paths, such as an adapter file's, in their order. Raises `TargetError` for missing ones."""
     missing = [path for path in paths if not path or path not in scanned.by_path]
     # Searching for the closest names is slow, and a model of another architecture lacks every path.
     problems = [

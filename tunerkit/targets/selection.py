@@ -29,19 +29,14 @@ _NOTHING = 'there is nothing to adapt: no module is left (never output heads; wi
 
 @attrs.frozen(eq=False)
 class _Scope:
-    """The part of the model that the caller wants.
-
-    ``free`` may have targets; ``trained`` is trained in full. ``stacks`` are full names of parameters. ``adapts`` says
-    what the method adapts. ``named`` are the paths in ``free`` that plain names match: only these may share a
-    weight, since a broad pattern does not say that each should change on its own.
-    """
+    """The part of the model that the caller wants."""
 
     scanned: Scan
-    free: Sequence[ScannedModule]
-    trained: Sequence[ScannedModule]
-    stacks: Sequence[str]
-    adapts: str
-    named: Collection[str] = ()
+    free: Sequence[ScannedModule]  # may have targets
+    trained: Sequence[ScannedModule]  # in full
+    stacks: Sequence[str]  # full names of parameters
+    adapts: str  # see `Method.targets`
+    named: Collection[str] = ()  # paths in `free` that plain names match: only these may share a weight
 
     def obstacle_at(self, each: ScannedModule) -> str | None:
         """Why the module cannot be a target, or None."""
@@ -58,19 +53,16 @@ def select(
     new: Collection[str] = (),
     adapts: str = "weights",
 ) -> tuple[Target, ...]:
-    """Select the targets, in the model's order. Warns once, listing what a broad pattern left out.
+    """Select the targets, in the model's order. Warn once, listing the modules left out by a broad pattern.
 
     Args:
         scanned: The scan of the model.
-        targets: Patterns, or ``"all-linear"``: every linear layer except output heads. None means the architecture's
-            default; without one, the convolutions of blocks that hold no linear layer (see `_default_convolutions`),
-            else ``"all-linear"``.
+        targets: Patterns, or ``"all-linear"``; None for the default, see `_choose_default`.
         exclude: Patterns of modules to leave out, with everything inside them.
-        layers: Keeps the targets whose path has one of these numbers as its first number.
+        layers: The first numbers in the paths of the targets; None for all.
         trained: The paths of modules that the user trains in full. No target is at or under one.
         new: The paths of modules trained in full because they are new. Patterns pass over them.
-        adapts: What the method adapts, see `Method.targets`: for ``"outputs"``, any module that is called can be a
-            target; for ``"norms"``, norms, by default all outside output heads.
+        adapts: What the method adapts, see `Method.targets`.
 
     Raises:
         TargetError: Nothing is selected, or something that was named cannot be; the error lists every problem.
@@ -121,16 +113,13 @@ def _insists(pattern: str | None) -> bool:
 
 
 def _stacks(modules: Iterable[ScannedModule]) -> Iterator[str]:
-    """Full names of the parameters that are stacks of matrices, where a module that is no layer holds them.
-
-    Position embeddings and class tokens have three dimensions too, but one of them is 1 or the name says so.
-    """
+    """Full names of the parameters that are stacks of matrices, where a module that is no layer holds them."""
     for each in modules:
         unstacked = isinstance(each.module, ParametrizationList) or torch_private.is_convolution(each.module)
         if each.base is None and not unstacked:
             for name, tensor in torch_private.parameters_of(each.module).items():
                 shape = whole_shape(tensor)
-                if len(shape) >= 3 and min(shape) > 1 and "embed" not in name:
+                if len(shape) >= 3 and min(shape) > 1 and "embed" not in name:  # no class token, no positions
                     yield join(each.path, name)
 
 
@@ -143,19 +132,20 @@ def _layer_problems(scanned: Scan, layers: Sequence[int] | None) -> Iterator[str
         yield f"the model has no layer {few(missing, shown=20)}; {there}"
 
 
-# --- What each pattern chooses: paths, each with what prevents adapting it, or None -----------------------------------
+# --- The choice of each pattern: paths, each with an obstacle or None -------------------------------------------------
 
 _Choices = Iterator[tuple[str, str | None]]
 
 
 def _choose(scope: _Scope, pattern: str | None, problems: list[str]) -> _Choices:
-    """What a pattern chooses, or the default for None; adds to ``problems`` if it matches nothing."""
+    """The choice of a pattern; adds to ``problems`` if it matches nothing."""
     if pattern is None:
         return _choose_default(scope)
     return _choose_linear(scope) if pattern == ALL_LINEAR else _choose_matching(scope, pattern, problems)
 
 
 def _choose_default(scope: _Scope) -> _Choices:
+    """The architecture's layers; without a default, convolutions of blocks without linear layers, or all linear."""
     if scope.adapts == "norms":
         return _choose_broadly(scope, (each for each in scope.free if not each.in_head and is_norm(each)))
     names: tuple[str, ...] = ()
@@ -232,10 +222,9 @@ def _may_be_linear(each: ScannedModule) -> bool:
 
 
 def _default_convolutions(scanned: Scan) -> tuple[ScannedModule, ...]:
-    """The convolutions in the numbered blocks of a model, if these hold no linear layer; else none.
+    """The convolutions in numbered blocks (or, without one there, in the whole body), if no linear layer is there.
 
-    If no numbered block holds a convolution, the whole model except its head is searched instead. Depthwise
-    convolutions are left out: their matrix is as narrow as one kernel, so a low rank saves nothing.
+    Depthwise convolutions are left out: their matrix is as narrow as one kernel, so a low rank saves nothing.
     """
 
     def is_wide(module: nn.Module) -> bool:
@@ -259,10 +248,9 @@ def matching(modules: Iterable[ScannedModule], match: Matcher) -> list[ScannedMo
 def unknown(
     pattern: str, scanned: Scan, candidates: Iterable[ScannedModule], *, told: int, others: Iterable[str] = ()
 ) -> str:
-    """The error text for a pattern that matches no module.
+    """The error text for a pattern that matches no module, with the closest name of ``candidates`` or ``others``.
 
-    Its hint is the closest name of ``candidates`` or ``others``. Finding it is slow, so only the first errors have one;
-    ``told`` is the number of those before.
+    Finding that is slow, so only the first errors have one; ``told`` is the number of those before.
     """
     if told >= SEARCHED:
         return f"no module named {shown(pattern)}"

@@ -1,4 +1,4 @@
-"""What is trained in full, as copies: modules that the user names, new ones that no checkpoint filled, and biases."""
+"""Modules trained in full, as copies: those that the user names, new ones that no checkpoint filled, and biases."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
@@ -23,9 +23,8 @@ _SHOWN = 5
 def choose_copies(scanned: Scan, names: tuple[str, ...]) -> tuple[str, ...]:
     """Find the modules that are trained in full, as copies; ``names`` are the patterns of ``train_modules``.
 
-    A container is replaced by the modules in it: it either runs all its children, so it would run a copy as one of
-    them, or it is never run itself. Blocks, and what is in them, are replaced by their layers: see `_parts`. Raises
-    `TargetError` if a pattern matches nothing, or a module that cannot be trained as a copy.
+    A container is replaced by the modules in it: it runs all its children, a copy among them, or is never run itself.
+    Blocks, and what is in them, are replaced by their layers: see `_parts`.
     """
     chosen: list[str] = []
     whole: list[str] = []
@@ -44,10 +43,7 @@ def choose_copies(scanned: Scan, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def resolve_modules(scanned: Scan, names: Sequence[str]) -> tuple[str, ...]:
-    """Find the modules that patterns match, in the model's order; of nested modules only the outermost.
-
-    Raises `TargetError` listing all patterns that match nothing.
-    """
+    """The modules that patterns match, in the model's order; of nested modules only the outermost."""
     matched = {name: matching(scanned.modules, matcher(name)) for name in names}
     idle = [name for name, modules in matched.items() if not modules]
     refuse(f"train_modules: {unknown(name, scanned, scanned.modules, told=told)}" for told, name in enumerate(idle))
@@ -57,10 +53,10 @@ def resolve_modules(scanned: Scan, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _parts(scanned: Scan, path: str) -> Iterator[tuple[str, bool]]:
-    """What is copied to train the module at ``path`` in full: itself; or its layers, if it is in a block or holds one.
+    """The paths copied to train a module in full: itself; or its layers, if it is in a block or holds one.
 
-    A copy runs after its original. That is right for a layer, but attention would add its keys to the cache twice. With
-    each path comes whether the module holds parameters beside its layers, which are told after it.
+    A copy runs after its original, so attention would add its keys to the cache twice. With each path comes whether it
+    holds parameters beside its layers.
     """
     if any(each.in_block for each in scanned.modules if f"{each.path}.".startswith(f"{path}.")):
         yield from _layers(scanned, path)
@@ -93,10 +89,7 @@ def _has_tensors(module: nn.Module) -> bool:
 
 
 def copies_at(scanned: Scan, path: str) -> list[str]:
-    """Find the paths of what is copied to train the module at ``path`` in full: itself, or the modules in a container.
-
-    Raises `TargetError` if it cannot be trained as a copy.
-    """
+    """The paths copied to train the module at ``path`` in full: itself, or the modules in a container."""
     found = scanned.by_path[path]
     if found.inside_attention or found.reading_owner is not None:
         held = ((parent(own), scanned.by_path[parent(own)].module) for own in found.paths)
@@ -132,7 +125,7 @@ def _uncontained(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]
 
 
 def find_new(scanned: Scan) -> NewModules:
-    """Find the modules that are new, as the first library says that knows any of the model."""
+    """Find the modules that are new, by the first library that knows the model."""
     heads = {each.path for each in scanned.modules if each.in_head}
     blocks = {each.path for each in scanned.modules if each.in_block}
     answers = (library.new(scanned.root.module, blocks, heads) for library in scanned.knowledge.libraries)
@@ -152,9 +145,8 @@ def choose_new(
     exclude: Sequence[str],
     adapted: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Choose the modules that are new, to train them in full, if ``train_modules`` has chosen no ``copies``.
+    """Choose the new modules to train in full, if ``train_modules`` has chosen no ``copies``; warn about all others.
 
-    One warning says what is trained, one what stays frozen although it is new, and one where that cannot be seen.
     Modules that ``exclude`` names are left alone, and so are those that alone match a plain name in ``targets``, and
     those at ``adapted``, which active adapters have changed already.
     """
@@ -199,10 +191,7 @@ def trained_elsewhere(new: NewModules, copied: Collection[str]) -> tuple[str, ..
 def _named(
     scanned: Scan, targets: str | Sequence[str] | None, exclude: Sequence[str], new: Collection[str]
 ) -> Iterator[str]:
-    """The paths that ``exclude`` matches, and those that a plain name in ``targets`` does.
-
-    A name that base layers have too, such as that of the projections in every block, says nothing about new ones.
-    """
+    """The paths that ``exclude`` matches, and the ``new`` ones that a plain name in ``targets`` matches alone."""
     for pattern in exclude:
         yield from filter(matcher(pattern), scanned.by_path)
     for name in (targets,) if isinstance(targets, str) else targets or ():
@@ -232,7 +221,7 @@ def _warn_of_trained(scanned: Scan, loader: str, trained: Mapping[str, Sequence[
 
 
 def _warn_of_unknown(loader: str, heads: Sequence[str], replaced: Sequence[str]) -> None:
-    """Warn that the marks do not show whether ``heads`` are new; in the blocks, those of ``replaced`` are missing."""
+    """Warn that the marks do not show whether ``heads`` are new, since those of ``replaced`` blocks are missing."""
     if heads or replaced:
         lost = f" (in the blocks, the marks of {few(replaced, shown=_SHOWN)} are missing)" if heads and replaced else ""
         advice = f"train_modules={list(heads[:_SHOWN])}. Otherwise name it in exclude"
@@ -249,11 +238,7 @@ def _warn_of_unknown(loader: str, heads: Sequence[str], replaced: Sequence[str])
 
 
 def choose_biases(scanned: Scan, bias: str, chosen: tuple[Target, ...], copies: tuple[str, ...]) -> tuple[Target, ...]:
-    """Find the modules whose bias is trained: of the targets (``"adapters"``), or of the whole model (``"all"``).
-
-    Those at the paths ``copies`` are trained in full, with their biases. Raises `TargetError` listing all biases of the
-    model that cannot be trained.
-    """
+    """Find the modules whose bias is trained: of the targets (``"adapters"``), or of the whole model (``"all"``)."""
     if bias == "none":
         return ()
     adapted = {target.path for target in chosen}
