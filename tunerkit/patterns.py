@@ -168,7 +168,7 @@ def _bounded(expression: str, spend: _Spend) -> Matcher:
 
 
 def _sequence(parts: Any, spend: _Spend) -> _Follow:
-    steps = [_part(parts.state, *part, spend) for part in parts]
+    steps = [_part(parts.state, kind, value, spend) for kind, value in parts]
 
     def follow(path: str, places: set[int]) -> set[int]:
         for step in steps:

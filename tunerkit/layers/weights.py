@@ -175,7 +175,8 @@ def forward_owner(module: nn.Module) -> type:
 
 def forward_name(module: nn.Module) -> str:
     """The qualified name of `forward_owner`."""
-    return _qualified(forward_owner(module))
+    owner = forward_owner(module)
+    return f"{owner.__module__}.{owner.__qualname__}"
 
 
 def code_owner(module: nn.Module) -> str:
@@ -188,7 +189,8 @@ def code_owner(module: nn.Module) -> str:
 
 def is_named(kind: type, name: str) -> bool:
     """Whether ``kind`` is the class with this qualified name, or one in the package ``name.``, or derives from one."""
-    return any(is_listed(_qualified(each), (name,)) for each in kind.__mro__)
+    own = [f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__]
+    return name in own or (name.endswith(".") and any(each.startswith(name) for each in own))
 
 
 def is_listed(name: str, listed: tuple[str, ...]) -> bool:
@@ -196,7 +198,3 @@ def is_listed(name: str, listed: tuple[str, ...]) -> bool:
     if name in listed or not name.startswith(listed):  # nearly always
         return name in listed
     return any(each.endswith(".") and name.startswith(each) for each in listed)
-
-
-def _qualified(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"

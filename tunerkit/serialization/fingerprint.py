@@ -53,7 +53,7 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
             )
         return noted
     bases = _bases(tuner, scanned)
-    tensors = _base_tensors(tuner, bases)
+    tensors, packed = _base_weights(tuner, bases)
     emptied = {name: tensor for name, tensor in tensors.items() if weights.emptied([tensor]) is not None}
     samples = _sample({name: tensor for name, tensor in tensors.items() if name not in emptied})
     for name, tensor in emptied.items():
@@ -63,11 +63,7 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
         name: {"shape": list(whole_shape(t)), "dtype": str(t.dtype).removeprefix("torch."), "sample": samples[name]}
         for name, t in tensors.items()
     }
-    for path, base in packed_layers(tuner, bases).items():
-        if base.packing is not None and not is_under(path, _left_out(tuner)):
-            shape = [base.out_features, base.in_features]
-            found[join(path, "weight")] = {"shape": shape, "dtype": base.packing.name, "sample": []}
-    return found
+    return found | packed
 
 
 def note_base(tuner: Tuner, scanned: Scan) -> None:
@@ -76,9 +72,9 @@ def note_base(tuner: Tuner, scanned: Scan) -> None:
         tuner.progress.noted = fingerprint(tuner, scanned)
 
 
-def packed_layers(tuner: Tuner, bases: Mapping[nn.Module, BaseLayer] | None = None) -> dict[str, BaseLayer]:
+def packed_layers(tuner: Tuner) -> dict[str, BaseLayer]:
     """Return the modules of the base with a `BaseLayer.packing`, by path, each as its kind sees it."""
-    bases = _bases(tuner) if bases is None else bases
+    bases = _bases(tuner)
     found = {path: bases[module] for path, module in base_modules(tuner.model) if module in bases}
     return {path: base for path, base in found.items() if base.packing is not None}
 
@@ -92,20 +88,27 @@ def _bases(tuner: Tuner, scanned: Scan | None = None) -> dict[nn.Module, BaseLay
     return adapted | as_base_layers([each for each in modules if each not in adapted], hooks.gather_knowledge())
 
 
-def _base_tensors(tuner: Tuner, bases: Mapping[nn.Module, BaseLayer]) -> dict[str, Tensor]:
-    """The base's own parameters by name: originals where merged, and without those that are trained in full.
+def _base_weights(
+    tuner: Tuner, bases: Mapping[nn.Module, BaseLayer]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The base's own parameters by name, originals where merged; and the entries of packed weights in their place.
 
-    If the weight of a target is a buffer, all buffers of the module are included. Of a packed layer, only the bias is.
+    Those that are trained in full are left out. If the weight of a target is a buffer, all buffers of the module are
+    included.
     """
-    left_out, targeted = _left_out(tuner), {target.module for target in tuner.targets}
+    left_out = {*(place.path for place in tuner.copies), *tuner.progress.beside}
+    targeted = {target.module for target in tuner.targets}
     biased = {join(place.path, layers.bias_name(bases.get(place.module))) for place in tuner.biases}
-    found = {}
+    found: dict[str, Tensor] = {}
+    packed: dict[str, dict[str, Any]] = {}
     for path, module in base_modules(tuner.model):
         if is_under(path, left_out):
             continue
         base, slots = bases.get(module), slots_of(module)
         if base is not None and base.packing is not None:
             own = {base.bias_name: base.bias()}
+            shape = [base.out_features, base.in_features]
+            packed[join(path, "weight")] = {"shape": shape, "dtype": base.packing.name, "sample": []}
         else:
             own, buffers = dict(torch_private.own_parameters(module)), dict(module.named_buffers(recurse=False))
             if base is not None and module in targeted and base.weight_name in buffers:
@@ -118,12 +121,7 @@ def _base_tensors(tuner: Tuner, bases: Mapping[nn.Module, BaseLayer]) -> dict[st
                 found[name] = tensor
             else:
                 found[name] = tensor.detach() if slots is None else slots.original(leaf, tensor)
-    return found
-
-
-def _left_out(tuner: Tuner) -> set[str]:
-    """Paths of the modules that this or another adapter trains in full."""
-    return {*(place.path for place in tuner.copies), *tuner.progress.beside}
+    return found, packed
 
 
 def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
@@ -179,7 +177,7 @@ def _is_quantised(entry: Mapping[str, Any]) -> bool:
 
 def _close(saved: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
     """Whether two samples are of the same tensor: within the stored digits, or within bfloat16's if dtypes differ."""
-    if not saved["sample"] or not found["sample"]:
+    if not saved["sample"] or not found["sample"] or saved["sample"] == found["sample"]:
         return True
     relative = _DIGITS if saved["dtype"] == found["dtype"] else _RELATIVE
     return len(saved["sample"]) == len(found["sample"]) and all(

@@ -36,18 +36,19 @@ class Header:
         ValueError: A field has its type and an impossible value.
     """
 
+    # The keys of a mapping are texts, as JSON has no others.
     format: int = setting(FORMAT, doc="The number of the format.")
     kind: str = setting(doc="'adapter' or 'state'.")
     method: str = setting(doc="The method's name.")
-    config: Mapping[str, Any] = setting(doc="The method's settings.")
+    config: Mapping[Any, Any] = setting(doc="The method's settings.")
     targets: tuple[str, ...] = setting(doc="The paths of the adapted layers.")
     copies: tuple[str, ...] = setting(doc="The paths of the modules trained in full.")
     biases: tuple[str, ...] = setting(doc="The paths of the modules whose bias is trained.")
     steps: int = setting(ge=0, lt=_SIZES, doc="Optimizer steps taken.")
     total_steps: int | None = setting(ge=0, lt=_SIZES, doc="The length of training.")
     versions: Mapping[str, str] = setting(doc="Versions of distributions.")
-    base: Mapping[str, Any] = setting(doc="The fingerprint of the base model.")
-    values: Mapping[str, Any] = setting(doc="JSON values: the method's own, or what is said of the base beyond `base`.")
+    base: Mapping[Any, Any] = setting(doc="The fingerprint of the base model.")
+    values: Mapping[Any, Any] = setting(doc="JSON values: the method's own, or what is said of the base beyond `base`.")
     history: tuple[Any, ...] = setting(doc="Allocations: step, budget, and a list of the rank of each target.")
 
     def __attrs_post_init__(self) -> None:
@@ -148,7 +149,8 @@ def decode(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], *, source
         config = at_paths(header.config, header.targets, of_file=True)
     except TargetError as error:
         raise FileError(f"{source} has settings that cannot be used: {error}") from error
-    return attrs.evolve(header, config=config)
+    object.__setattr__(header, "config", config)  # `attrs.evolve` would check all numbers again
+    return header
 
 
 def _not_ours(source: str) -> FileError:

@@ -216,7 +216,8 @@ def _refuse_other_run(tuner: Tuner, saved: Header, source: str) -> None:
         lines = [f"method {shown(saved.method)} -> {own.method!r}"]
     else:
         # A setting that the file's version did not have had its default.
-        earlier = {field.name: field.default for field in attrs.fields(type(tuner.config))} | saved.config
+        defaults = {field.name: field.default for field in attrs.fields(type(tuner.config))}
+        earlier = {**defaults, **saved.config}
         settings = {name: (earlier.get(name), own.config.get(name)) for name in {*saved.config, *own.config}}
         lines = [
             f"{cut(name, 200)} {shown(there)} -> {shown(here)}"
