@@ -605,29 +605,6 @@ def test_a_derived_class_that_switches_the_checks_off_is_refused() -> None:
                 pass
 
 
-@pytest.mark.parametrize(
-    "annotation",
-    [
-        set[int],
-        tuple,
-        dict,
-        list[int],
-        Any,
-        torch.dtype,
-        Mapping[int, str],
-        tuple[set[int], ...],
-        int | bytes,
-        Literal[b"x"],
-        None,
-    ],
-)
-def test_annotations_that_json_cannot_hold_are_refused_when_the_class_is_made(annotation: Any) -> None:
-    """The method's author gets the error at import, not a user when saving."""
-    field = attrs.field(default=0, type=annotation)
-    with pytest.raises(TypeError, match=r"Odd\.value is annotated .*, which a config cannot hold; use bool, "):
-        attrs.make_class("Odd", {"value": field}, bases=(AdapterConfig,), frozen=True)
-
-
 def test_annotations_written_as_text_are_resolved() -> None:
     """A plugin may postpone the evaluation of annotations; its config is checked all the same."""
 

@@ -6,15 +6,20 @@ of letters, 8.9 as 8, and True as 1.
 
 # Without `from __future__ import annotations`: the checks need annotations that are types, not strings.
 import functools
+import inspect
+import json
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum, EnumMeta
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, NoReturn, Self, TypeVar, Union, cast, get_args, get_origin
 
 import attrs
 import torch
-from cattrs import Converter, transform_error
+from cattrs import Converter, IterableValidationError
 from torch import nn
 
 from tunerkit.errors import ConfigError, closest, cut, shown
@@ -29,9 +34,13 @@ _COMPARE: Final = {
     "le": ("<=", operator.le),
     "lt": ("<", operator.lt),
 }
+TAG: Final = "type"  # the key that names the class of a mapping, if an annotation allows several classes
+_PLAIN: Final = (bool, int, float, str, NoneType)
 # What `get_origin` returns for the annotations that have members.
 _UNIONS: Final = (Union, UnionType)
 _MAPPINGS: Final = (dict, Mapping)
+_SETS: Final = (set, frozenset)
+_LISTS: Final = (tuple, list, *_SETS)
 _SCIENTIFIC: Final = re.compile(r"([+-]?\d+)(?:\.(\d*))?[eE]([+-]?)(\d+)")
 
 
@@ -48,7 +57,7 @@ def setting(
 ) -> Any:
     """Define a config field: its default, its meaning and its range.
 
-    The range applies to every number in the field, including each value of a tuple or mapping. ``None`` is exempt.
+    The range applies to every number in the field, including each value of a list or mapping. ``None`` is exempt.
     The return type is ``Any``, so that type checkers use the annotation: ``rank: int = setting(8, ...)``.
 
     Args:
@@ -83,9 +92,9 @@ class AdapterConfig:
         class LoraConfig(AdapterConfig):
             rank: int = setting(8, ge=1, doc="The rank of every update.")
 
-    Annotations may use ``bool``, ``int``, ``float``, ``str``, ``None``, ``Literal[...]``, ``tuple[...]``,
-    ``Mapping[str, ...]`` and unions of these, so that every config can be written as JSON. Building a config checks
-    all fields, converts lists to tuples and copies mappings. The ``doc`` of each field explains it.
+    Annotations may use ``bool``, ``int``, ``float``, ``str``, ``None``, ``Literal[...]``, ``Enum``, ``Path``, attrs
+    classes, tuples, lists, sets and ``Mapping[str, ...]`` of these, and unions, so that every config can be written as
+    JSON. Building a config checks and copies all fields. The ``doc`` of each field explains it.
 
     Raises:
         ConfigError: Some fields are invalid; the error lists every problem.
@@ -128,12 +137,7 @@ class AdapterConfig:
     def __attrs_init_subclass__(cls) -> None:
         if cls.__attrs_post_init__ is not AdapterConfig.__attrs_post_init__:
             raise TypeError(f"{cls.__name__} overrides __attrs_post_init__, which checks it; override problems()")
-        for field in attrs.fields(attrs.resolve_types(cls)):
-            if not _is_supported(field.type):
-                raise TypeError(
-                    f"{cls.__name__}.{field.name} is annotated {_described(field.type)}, which a config cannot hold; "
-                    "use bool, int, float, str, None, Literal, tuple[...], Mapping[str, ...] or a union of these"
-                )
+        _check_annotations(cls, ())
         made: Any = cls.__init__
 
         def checked(self: Self, *values: Any, **settings: Any) -> None:
@@ -210,12 +214,20 @@ def from_mapping(cls: type[Config], mapping: object) -> Config:
 
 
 # Any: a format's options are of a class of its plugin's.
-def options_from(cls: Any, mapping: Mapping[str, object]) -> Any:
-    """Build an object of any attrs class, checked as a config is. Raises `ConfigError` with every problem."""
-    fields = {field.name: field for field in attrs.fields(attrs.resolve_types(cls)) if field.init}
-    arguments = _arguments(fields, mapping)
+def options_from(cls: Any, given: object) -> Any:
+    """Build an object of any attrs class, checked as a config is, from a mapping or from another such object.
+
+    Raises `ConfigError` with every problem.
+    """
+    if type(given) is cls:
+        given = attrs.asdict(cast(Any, given), recurse=False, filter=lambda field, _: field.init)
+    if not isinstance(given, Mapping):
+        _refuse(given, cls)
+    arguments = _arguments(_fields(cls), given)
     try:
         return cls(**arguments)
+    except ConfigError:
+        raise
     except (ValueError, TypeError) as error:  # of a validator of attrs
         raise ConfigError([f"{error} @ $"]) from error
 
@@ -250,7 +262,11 @@ def _settings(cls: object) -> dict[str, "attrs.Attribute[Any]"]:
     """Return the fields that a config is built from, by name. Raises `TypeError` if ``cls`` is no config class."""
     if not (isinstance(cls, type) and issubclass(cls, AdapterConfig)):
         raise TypeError(f"expected a config class derived from tunerkit.plugin.AdapterConfig, got {cls!r}")
-    return {field.name: field for field in attrs.fields(cls) if field.init}
+    return _fields(cls)
+
+
+def _fields(cls: Any) -> dict[str, "attrs.Attribute[Any]"]:
+    return {field.name: field for field in attrs.fields(attrs.resolve_types(cls)) if field.init}
 
 
 def _unknown(key: object, fields: Fields) -> str:
@@ -269,14 +285,15 @@ def meant(key: str, fields: Iterable["attrs.Attribute[Any]"]) -> str:
 
 def _read(fields: Fields, mapping: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
     """Return the valid settings of ``mapping`` as the fields store them, and the problems of the others."""
-    values, problems = {}, []
+    values: dict[str, object] = {}
+    problems: list[str] = []
     for name, field in fields.items():
         if name in mapping:
             convert = field.metadata.get("converter") or (lambda value: value)
             try:
                 values[name] = _CONVERTER.structure(convert(mapping[name]), cast(Any, field.type))
             except Exception as error:  # cattrs raises groups, a plugin's converter may raise anything
-                problems += transform_error(error, f"$.{name}", lambda problem, _: str(problem))
+                problems += _located(error, f"$.{name}")
             else:
                 problems += [
                     f"expected {sign} {limit}, got {shown(number)} @ {path}"
@@ -288,9 +305,21 @@ def _read(fields: Fields, mapping: Mapping[str, Any]) -> tuple[dict[str, object]
     return values, problems
 
 
+def _located(error: Exception, path: str) -> Iterator[str]:
+    """The problems with a value, each with its path: those of its elements, and of the fields of a class."""
+    if isinstance(error, IterableValidationError):
+        for problem, note in error.group_exceptions()[0]:
+            yield from _located(problem, f"{path}[{note.index!r}]")
+    elif isinstance(error, ConfigError):
+        for text, sign, inner in (problem.rpartition(" @ $") for problem in error.problems):
+            yield f"{text} @ {path}{inner}" if sign else f"{inner} @ {path}"
+    else:
+        yield f"{error} @ {path}"
+
+
 def numbers_in(value: object, path: str) -> Iterator[tuple[str, float]]:
-    """The numbers in a setting, each with its path."""
-    if isinstance(value, (tuple, list, dict)):
+    """The numbers in a setting, each with its path. A class inside has ranges of its own."""
+    if isinstance(value, (*_LISTS, dict)):
         for key, element in value.items() if isinstance(value, dict) else enumerate(value):
             yield from numbers_in(element, f"{path}[{shown(key)}]")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -320,8 +349,7 @@ def _hint(text: str, kinds: tuple[object, ...]) -> str:
     if found and float in kinds:
         whole, fraction, sign, exponent = found.groups()
         return f" (YAML reads this as text: write {whole}.{fraction or '0'}e{sign or '+'}{exponent})"
-    choices = (choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind))
-    return closest(text, (choice for choice in choices if isinstance(choice, str)))
+    return closest(text, (plain for kind in kinds for plain, _ in _choices(kind) if isinstance(plain, str)))
 
 
 def _described(cls: Any) -> str:
@@ -329,9 +357,11 @@ def _described(cls: Any) -> str:
     origin, members = get_origin(cls), get_args(cls)
     if origin in _UNIONS:
         return " or ".join(map(_described, members))
-    if origin is Literal:
-        return " or ".join(map(repr, members))
-    if origin is tuple:
+    if choices := _choices(cls):
+        return " or ".join(repr(plain) for plain, _ in choices)
+    if _is_class(cls):
+        return f"{cls.__name__} (a mapping of {', '.join(_fields(cls)) or 'nothing'})"
+    if origin in _LISTS:
         return f"list of {' and '.join(_described(member) for member in members if member is not Ellipsis)}"
     if origin in _MAPPINGS:
         return f"mapping of {' to '.join(map(_described, members))}"
@@ -340,41 +370,97 @@ def _described(cls: Any) -> str:
     return cls.__name__ if isinstance(cls, type) else repr(cls)
 
 
-def _is_supported(cls: Any) -> bool:
-    """Whether JSON can hold values of this annotation and the converter can read them."""
-    origin, members = get_origin(cls), get_args(cls)
-    if origin is Literal:
-        return all(type(member) in (bool, int, str, NoneType) for member in members)
-    if origin in _MAPPINGS:
-        return members[:1] == (str,) and _is_supported(members[1])
-    if origin in (*_UNIONS, tuple):
-        return all(_is_supported(member) for member in members if member is not Ellipsis)
-    return cls in (bool, int, float, str, NoneType)
+def _choices(cls: Any) -> list[tuple[Any, Any]]:
+    """The members of a Literal or an Enum, each after its form in JSON. Other annotations have none."""
+    members = get_args(cls) if get_origin(cls) is Literal else cls if isinstance(cls, EnumMeta) else ()
+    return [(member.value if isinstance(member, Enum) else member, member) for member in members]
 
 
-def _scalar(value: Any, cls: type) -> object:
+def _is_class(cls: Any) -> bool:
+    return isinstance(cls, type) and attrs.has(cls) and not issubclass(cls, AdapterConfig)
+
+
+def _check_annotations(cls: Any, outer: tuple[object, ...]) -> None:
+    """Raise `TypeError` if a config cannot hold a field of an attrs class, which stands inside the ``outer`` ones."""
+    for field in attrs.fields(attrs.resolve_types(cls)):
+        if not _forms(field.type, (*outer, cls)):
+            given = inspect.formatannotation(field.type)
+            raise TypeError(
+                f"{cls.__name__}.{field.name} is annotated {given}, which a config cannot hold; use bool, int, float, "
+                "str, None, Literal, Enum, Path, an attrs class of such fields and without itself, list[...], "
+                "tuple[...], Mapping[str, ...], set[...] or frozenset[...] of what can be hashed, or a union whose "
+                f"members differ in JSON, where attrs classes have their names in the key {TAG!r}"
+            )
+
+
+def _forms(cls: Any, outer: tuple[object, ...]) -> set[tuple[object, object]]:
+    """The types of an annotation's values in JSON, each with what it means; empty if a config cannot hold them.
+
+    In a union, nothing may have two meanings.
+    """
+    if cls in _PLAIN:
+        return {(float, float), (int, int)} if cls is float else {(cls, cls)}
+    if cls is Path:
+        return {(str, Path)}
+    if choices := _choices(cls):
+        known = all(math.isfinite(plain) if type(plain) is float else type(plain) in _PLAIN for plain, _ in choices)
+        return {(type(plain), type(member)) for plain, member in choices} if known else set()
+    if _is_class(cls) and cls not in outer:
+        _check_annotations(cls, outer)
+        return {(dict, TAG), (cls.__name__, cls), (TAG, cls if TAG in _fields(cls) else TAG)}
+    origin, members = get_origin(cls), [member for member in get_args(cls) if member is not Ellipsis]
+    inner = [_forms(member, outer) for member in members]
+    forms = {form for each in inner for form in each}
+    if not all(inner) or (origin in _SETS and not all(map(_is_hashable, members))):
+        return set()
+    if origin in _UNIONS:
+        return forms if len(dict(forms)) == len(forms) else set()
+    if (origin in _LISTS and (members or origin is tuple)) or (origin in _MAPPINGS and members[:1] == [str]):
+        outside = dict if origin in _MAPPINGS else list
+        is_plain = origin in (tuple, *_MAPPINGS) and all(one is meant for one, meant in forms)
+        return {(outside, outside if is_plain else cls)}
+    return set()
+
+
+def _is_hashable(cls: Any) -> bool:
+    inner = [field.type for field in _fields(cls).values()] if _is_class(cls) else get_args(cls)
+    return (get_origin(cls) or cls).__hash__ is not None and all(map(_is_hashable, inner))
+
+
+def _scalar(value: Any, cls: Any) -> object:
+    if issubclass(cls, Enum):  # cattrs asks for an IntEnum as for an int
+        return _choice(value, cls)
     # What derives from a number or from text, such as an IntEnum, becomes one: YAML cannot write it.
-    if not isinstance(value, (int, float) if cls is float else cls) or (isinstance(value, bool) and cls is not bool):
+    kinds = {float: (int, float), Path: (str, Path)}.get(cls, cls)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and cls is not bool):
         _refuse(value, cls)
     # As far as torch takes them: an int as a size or a seed, a float as a factor of numbers in fp32. NaN is no factor.
-    if cls is int and not -(2**63) <= cast(int, value) < 2**64:
+    if cls is int and not -(2**63) <= value < 2**64:
         raise ValueError(f"expected an int of 64 bits, {_got(value)}")
-    if cls is float and not abs(cast(float, value)) <= torch.finfo(torch.float32).max:
+    if cls is float and not abs(value) <= torch.finfo(torch.float32).max:
         raise ValueError(f"expected a finite float of 32 bits, {_got(value)}")
-    if cls is str:
-        return str.__str__(value)
+    if isinstance(value, str):
+        value = str.__str__(value)
     return None if cls is NoneType else cls(value)
 
 
-def _literal(value: object, cls: Any) -> object:
+def _choice(value: object, cls: Any) -> Any:
     # Compare types first: True == 1, but Literal[1] must not accept True. Comparing an array gives an array.
-    for member in get_args(cls):
-        if isinstance(value, type(member)) and isinstance(value, bool) == isinstance(member, bool) and value == member:
+    for plain, member in _choices(cls):
+        is_alike = isinstance(value, type(plain)) and isinstance(value, bool) == isinstance(plain, bool)
+        if value is member or (is_alike and value == plain):
             return member
     _refuse(value, cls)
 
 
 def _union(value: object, cls: Any) -> object:
+    classes = {member.__name__: member for member in get_args(cls) if _is_class(member)}
+    if len(classes) > 1 and isinstance(value, Mapping):
+        try:
+            named = classes[_choice(value.get(TAG), Literal[tuple(classes)])]
+        except _WrongKindError as error:
+            raise ConfigError([f"{error} @ $.{TAG}"]) from None
+        return options_from(named, {key: each for key, each in value.items() if key != TAG})
     errors: list[Exception] = []
     is_int = isinstance(value, int) and int in get_args(cls)  # float would accept it too: with `float | int`, 8 stays 8
     for member in (member for member in get_args(cls) if not (is_int and member is float)):
@@ -390,31 +476,61 @@ def _union(value: object, cls: Any) -> object:
 
 
 def _container(cls: Any) -> Callable[[object, Any], object]:
-    """Make the hook of a tuple or mapping: it checks kind and length, then calls cattrs' own hook, which adds paths."""
-    is_tuple, members = get_origin(cls) is tuple, get_args(cls)
+    """Make the hook of a list or mapping: it checks kind and length, then calls cattrs' own hook, which adds paths."""
+    origin, members = get_origin(cls), get_args(cls)
+    kinds: Any = Mapping if origin in _MAPPINGS else (list, tuple, *_SETS) if origin in _SETS else (list, tuple)
     # In this converter, cattrs reads the container and the strict converter reads its elements.
     elements = _SCALARS.copy()
     elements.register_structure_hook_func(lambda member: member in members, _CONVERTER.structure)
 
     def structure(value: Any, _: object) -> object:
-        if not isinstance(value, (list, tuple) if is_tuple else Mapping):
+        if not isinstance(value, kinds):
             _refuse(value, cls)
-        if is_tuple and Ellipsis not in members and len(value) != len(members):
+        if origin is tuple and Ellipsis not in members and len(value) != len(members):
             raise ValueError(f"expected {_described(cls)}, got {len(value)} values")
-        return elements.structure(value, cls)
+        found: Any = elements.structure(value, cls)
+        if len(found) < len(value):
+            raise ValueError(f"expected no value twice, {_got(value)}")
+        return found
 
     return structure
+
+
+def _written(union: Any) -> Callable[[Any], object]:
+    """Make the hook that writes a value of a union as its member; one of several classes with its name."""
+    members = get_args(union)
+    kinds = [dict if get_origin(member) is Mapping else get_origin(member) or member for member in members]
+    hooks = {  # if there are several tuples or mappings, what they hold needs no hook
+        kind: _CONVERTER.get_unstructure_hook(member)
+        for kind, member in zip(kinds, members, strict=True)
+        if kinds.count(kind) == 1
+    }
+    classes = [member for member in members if _is_class(member)]
+
+    def write(value: Any) -> object:
+        plain: Any = hooks.get(type(value), _CONVERTER.unstructure)(value)
+        return {TAG: type(value).__name__, **plain} if len(classes) > 1 and type(value) in classes else plain
+
+    return write
 
 
 def _has_origin(*origins: object) -> Callable[[Any], bool]:
     return lambda cls: get_origin(cls) in origins
 
 
+# A set is written in the same order in every process: numbers, then all others by their JSON.
+_in_order: Final = functools.partial(
+    sorted, key=lambda value: (0, value, "") if isinstance(value, (int, float)) else (1, 0, json.dumps(value))
+)
 # Write tuples as lists. This is explicit because the default differs between versions of cattrs.
-_SCALARS: Final = Converter(unstruct_collection_overrides={tuple: list})
-for scalar in (bool, NoneType, int, float, str):
+_SCALARS: Final = Converter(unstruct_collection_overrides={tuple: list, set: _in_order, frozenset: _in_order})
+for scalar in (*_PLAIN, Enum, Path):
     _SCALARS.register_structure_hook(scalar, _scalar)
+_SCALARS.register_unstructure_hook(str, lambda text: text.value if isinstance(text, Enum) else text)
+_SCALARS.register_unstructure_hook(Path, Path.as_posix)
 _CONVERTER: Final = _SCALARS.copy()
-_CONVERTER.register_structure_hook_func(_has_origin(Literal), _literal)
+_CONVERTER.register_structure_hook_func(_has_origin(Literal), _choice)
 _CONVERTER.register_structure_hook_func(_has_origin(*_UNIONS), _union)
-_CONVERTER.register_structure_hook_factory(_has_origin(tuple, *_MAPPINGS), _container)
+_CONVERTER.register_structure_hook_func(_is_class, lambda value, cls: options_from(cls, value))
+_CONVERTER.register_structure_hook_factory(_has_origin(*_LISTS, *_MAPPINGS), _container)
+_CONVERTER.register_unstructure_hook_factory(_has_origin(*_UNIONS), _written)

@@ -5,6 +5,8 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum, EnumMeta
+from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin
 
@@ -16,6 +18,7 @@ from typer.cli import get_docs_for_click
 import tunerkit
 from scripts.docs.gallery import measured
 from tunerkit import plugin
+from tunerkit.config import TAG
 from tunerkit.hooks import specs
 from tunerkit.plugin import AdapterConfig
 from tunerkit_cli.app import build
@@ -225,7 +228,7 @@ def settings(config: type, own: bool) -> str:
     """Describe the fields of a config: ``own`` leaves out those that it inherits."""
     fields = [each for each in attrs.fields(config) if not (own and each.inherited)]
     rows = (
-        (f"`{each.name}`", allowed(each), f"`{_default(each)!r}`", _sentence(each.metadata["doc"])) for each in fields
+        (f"`{each.name}`", allowed(each), f"`{_default(each)}`", _sentence(each.metadata["doc"])) for each in fields
     )
     return table(["setting", "allowed", "default", "what it does"], rows)
 
@@ -234,29 +237,38 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:].removesuffix(".") if text[:1].isascii() and text[1:2].islower() else text
 
 
-def _default(field: "attrs.Attribute[Any]") -> object:
+def _default(field: "attrs.Attribute[Any]") -> str:
     factory = getattr(field.default, "factory", None)
-    return field.default if factory is None else factory()
+    default = field.default if factory is None else factory()
+    return repr(default.value if isinstance(default, Enum) else str(default) if isinstance(default, Path) else default)
 
 
 def allowed(field: "attrs.Attribute[Any]") -> str:
     """Say which values a setting takes: its type, and the range of its numbers."""
-    kinds = list(_kinds(field.type))
+    kinds = dict.fromkeys(_kinds(field.type))
     limits = [f"{sign} {field.metadata[key]}" for key, sign in _SIGNS.items() if field.metadata.get(key) is not None]
     return " or ".join(kinds) + (f"; {' and '.join(limits)}" if limits else "")
 
 
-def _kinds(annotation: Any) -> Iterator[str]:
+def _kinds(annotation: Any, tagged: bool = False) -> Iterator[str]:
+    """Yield what an annotation allows. A class is a mapping: a tagged one has a key with its name."""
     origin, members = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
+        several = sum(map(attrs.has, members)) > 1
         for member in members:
-            yield from _kinds(member)
-    elif origin is Literal:
-        yield from (f"`{each!r}`" for each in members)
-    elif origin is tuple:
-        yield f"list of `{members[0].__name__}`"
+            yield from _kinds(member, several)
+    elif origin is Literal or isinstance(annotation, EnumMeta):
+        choices = members if origin is Literal else annotation
+        yield from (f"`{each.value if isinstance(each, Enum) else each!r}`" for each in choices)
+    elif origin in (tuple, list, set, frozenset):
+        inner = dict.fromkeys(kind for member in members if member is not Ellipsis for kind in _kinds(member))
+        yield f"list of {'different ' if origin in (set, frozenset) else ''}{' or '.join(inner)}"
     elif origin is not None:
         yield f"mapping to {' or '.join(_kinds(members[1]))}"
+    elif attrs.has(annotation):
+        fields = [field for field in attrs.fields(attrs.resolve_types(annotation)) if field.init]
+        keys = [f"`{TAG}: {annotation.__name__}`"] if tagged else []
+        yield f"mapping with {', '.join([*keys, *(f'`{each.name}` ({allowed(each)})' for each in fields)])}"
     else:
         yield "`None`" if annotation in (None, type(None)) else f"`{annotation.__name__}`"
 

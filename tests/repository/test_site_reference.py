@@ -16,7 +16,9 @@ import typer
 
 import tunerkit
 from scripts.docs.hooks import repository_links
+from scripts.docs.reference import allowed
 from scripts.release.building import address
+from tests.support.config_checks import Kinds
 from tests.support.site import Read, built
 from tunerkit import plugin
 from tunerkit.hooks import specs
@@ -115,6 +117,19 @@ def test_every_setting_is_described_with_its_range_and_default(site: Path) -> No
         assert mine, field.name
         limits = [str(field.metadata[key]) for key in ("ge", "gt", "le", "lt") if field.metadata[key] is not None]
         assert any(all(limit in row[1] for limit in limits) and row[3] for row in mine), field.name
+
+
+def test_every_kind_of_field_is_described() -> None:
+    """Choices, collections and classes inside, with the ranges of their fields and the key that names a class."""
+    cells = {field.name: allowed(field) for field in attrs.fields(Kinds)}
+    linear = "`steps` (`int`; ≥ 1), `unit` (`'steps'` or `'share'`)"
+    cosine = f"`start` (`float`), `warm_up` (mapping with {linear} or `None`), `share` (`float`)"
+    assert cells["folder"] == "`Path` or `None`"
+    assert cells["size"] == "`1` or `9` or `None`"
+    assert cells["several"] == "list of `float`; ≥ 0"
+    assert cells["names"] == "list of different `str`"
+    assert cells["shape"] == f"mapping with `type: Linear`, {linear} or mapping with `type: Cosine`, {cosine}"
+    assert cells["stages"] == f"mapping to mapping with {linear}"
 
 
 def test_every_recipe_key_is_described(site: Path) -> None:

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping
+from enum import EnumMeta
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -17,7 +19,7 @@ Config = TypeVar("Config", bound=AdapterConfig)
 
 
 def configs_of(cls: type[Config], **given: SearchStrategy[Any]) -> SearchStrategy[Config]:
-    """Draw valid configs: each field is drawn from its annotation, within its range.
+    """Draw valid configs: each field is drawn from its annotation, within its range, and so are the classes inside.
 
     If checks across fields would discard most draws, pass strategies for single fields::
 
@@ -117,13 +119,31 @@ def _of(cls: Any, limits: Mapping[str, Any]) -> SearchStrategy[Any]:
         return st.sampled_from(members)
     if get_origin(cls) in (Union, UnionType):
         return st.one_of(*(_of(member, limits) for member in members))
-    if get_origin(cls) is tuple:
-        if Ellipsis in members:
-            return st.lists(_of(members[0], limits), max_size=4).map(tuple)
+    if get_origin(cls) is tuple and Ellipsis not in members:
         return st.tuples(*(_of(member, limits) for member in members))
+    if get_origin(cls) in (tuple, list):
+        return st.lists(_of(members[0], limits), max_size=4).map(get_origin(cls))
+    if get_origin(cls) in (set, frozenset):
+        return st.frozensets(_of(members[0], limits), max_size=4).map(get_origin(cls))
     if get_origin(cls) in (dict, Mapping):
         return st.dictionaries(_of(members[0], {}), _of(members[1], limits), max_size=4)
-    return _scalar(cls, limits)
+    if isinstance(cls, EnumMeta):
+        return st.sampled_from([*cls])
+    return _objects(cls) if attrs.has(cls) else _scalar(cls, limits)
+
+
+def _objects(cls: Any) -> SearchStrategy[Any]:
+    """Draw objects of an attrs class inside a config, without those that its own checks refuse."""
+    fields = {str(field.alias): values_of(field) for field in attrs.fields(attrs.resolve_types(cls)) if field.init}
+
+    def is_accepted(values: Mapping[str, Any]) -> bool:
+        try:
+            cls(**values)
+        except ValueError:
+            return False
+        return True
+
+    return st.fixed_dictionaries(fields).filter(is_accepted).map(lambda values: cls(**values))
 
 
 def _scalar(cls: Any, limits: Mapping[str, Any]) -> SearchStrategy[Any]:
@@ -133,6 +153,8 @@ def _scalar(cls: Any, limits: Mapping[str, Any]) -> SearchStrategy[Any]:
         return st.booleans()
     if cls is str:
         return st.text(max_size=12)
+    if cls is Path:  # without half characters, which no file system has
+        return st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12).map(Path)
     return _ints(limits) if cls is int else _floats(limits)
 
 

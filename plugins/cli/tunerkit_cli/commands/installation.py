@@ -25,9 +25,18 @@ def init(
         typer.echo(f"written to {out}; set model and data in it")
 
 
-def schema() -> None:
+def schema(
+    method: Annotated[str | None, typer.Argument(help="A method, whose settings `config` then has.")] = None,
+) -> None:
     """Print the JSON schema of recipes, with which an editor completes and checks them."""
-    typer.echo(json.dumps(reading.schema(), indent=2))
+    found = reading.schema()
+    if method is not None:
+        from tunerkit_cli.recipes.method_settings import settings_schema  # imports torch
+
+        config = found["properties"]["config"]
+        own = settings_schema(method)
+        config |= {**own, "type": config["type"], "description": config["description"], "default": config["default"]}
+    typer.echo(json.dumps(found, indent=2))
 
 
 def config(

@@ -1,0 +1,425 @@
+"""The law of each kind of field: a config carries it through a mapping, JSON, YAML and an adapter's file, strictly."""
+
+import copy
+import datetime
+import enum
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from safetensors import safe_open
+from torch import nn
+
+import tunerkit
+from tests.support.config_checks import Cosine, Kinds, KindsPlugin, Linear, Noted, Size, Unit
+from tunerkit.config import AdapterConfig, from_mapping, setting, unstructure
+from tunerkit.errors import ConfigError
+from tunerkit_testing.registering import registered
+from tunerkit_testing.strategies import configs_of
+
+LINEAR = "Linear (a mapping of steps, unit)"
+COSINE = "Cosine (a mapping of start, warm_up, share)"
+# Of each field: a value, how it is written, and three wrong values with the problem of each.
+CASES: dict[str, tuple[Any, Any, list[tuple[Any, str]]]] = {
+    "whole": (
+        3,
+        3,
+        [
+            (True, "expected int, got bool True @ $.whole"),
+            ("3", "expected int, got str '3' @ $.whole"),
+            (0, "expected >= 1, got 0 @ $.whole"),
+        ],
+    ),
+    "number": (
+        0.25,
+        0.25,
+        [
+            (None, "expected float, got None @ $.number"),
+            ("1e-3", "expected float, got str '1e-3' (YAML reads this as text: write 1.0e-3) @ $.number"),
+            (float("nan"), "expected a finite float of 32 bits, got float nan @ $.number"),
+        ],
+    ),
+    "switch": (
+        True,
+        True,
+        [
+            (1, "expected bool, got int 1 @ $.switch"),
+            ("yes", "expected bool, got str 'yes' @ $.switch"),
+            (None, "expected bool, got None @ $.switch"),
+        ],
+    ),
+    "text": (
+        "a",
+        "a",
+        [
+            (1, "expected str, got int 1 @ $.text"),
+            (["a"], "expected str, got list ['a'] @ $.text"),
+            (Unit.STEPS, "expected str, got Unit <Unit.STEPS: 'steps'> @ $.text"),
+        ],
+    ),
+    "perhaps": (
+        4,
+        4,
+        [
+            (4.0, "expected int or None, got float 4.0 @ $.perhaps"),
+            ("", "expected int or None, got str '' @ $.perhaps"),
+            (2**64, f"expected an int of 64 bits, got int {2**64} @ $.perhaps"),
+        ],
+    ),
+    "choice": (
+        "two",
+        "two",
+        [
+            ("tow", "expected 'one' or 'two', got str 'tow'; did you mean 'two'? @ $.choice"),
+            (None, "expected 'one' or 'two', got None @ $.choice"),
+            (["two"], "expected 'one' or 'two', got list ['two'] @ $.choice"),
+        ],
+    ),
+    "unit": (
+        Unit.SHARE,
+        "share",
+        [
+            ("shares", "expected 'steps' or 'share', got str 'shares'; did you mean 'share'? @ $.unit"),
+            (Size.BIG, "expected 'steps' or 'share', got Size <Size.BIG: 9> @ $.unit"),
+            (0, "expected 'steps' or 'share', got int 0 @ $.unit"),
+        ],
+    ),
+    "size": (
+        Size.BIG,
+        9,
+        [
+            (True, "expected 1 or 9 or None, got bool True @ $.size"),
+            (9.0, "expected 1 or 9 or None, got float 9.0 @ $.size"),
+            ("BIG", "expected 1 or 9 or None, got str 'BIG' @ $.size"),
+        ],
+    ),
+    "folder": (
+        Path("a/b.json"),
+        "a/b.json",
+        [
+            (3, "expected Path or None, got int 3 @ $.folder"),
+            (b"a", "expected Path or None, got bytes b'a' @ $.folder"),
+            (["a"], "expected Path or None, got list ['a'] @ $.folder"),
+        ],
+    ),
+    "pair": (
+        (2, Unit.SHARE),
+        [2, "share"],
+        [
+            ([2], "expected list of int and 'steps' or 'share', got 1 values @ $.pair"),
+            ([2, "sharp"], "expected 'steps' or 'share', got str 'sharp'; did you mean 'share'? @ $.pair[1]"),
+            ("2", "expected list of int and 'steps' or 'share', got str '2' @ $.pair"),
+        ],
+    ),
+    "several": (
+        [0.5, 1.0],
+        [0.5, 1.0],
+        [
+            ("0.5", "expected list of float, got str '0.5' @ $.several"),
+            ([0.5, True], "expected float, got bool True @ $.several[1]"),
+            ([0.5, -1.0], "expected >= 0, got -1.0 @ $.several[1]"),
+        ],
+    ),
+    "sizes": (
+        {Size.BIG, Size.SMALL},
+        [1, 9],
+        [
+            ([1, 2], "expected 1 or 9, got int 2 @ $.sizes[1]"),
+            ([1, 1], "expected no value twice, got list [1, 1] @ $.sizes"),
+            ({"1": 1}, "expected list of 1 or 9, got dict {'1': 1} @ $.sizes"),
+        ],
+    ),
+    "names": (
+        frozenset({"v", "q"}),
+        ["q", "v"],
+        [
+            ("qv", "expected list of str, got str 'qv' @ $.names"),
+            (["q", 1], "expected str, got int 1 @ $.names[1]"),
+            (["q", "q"], "expected no value twice, got list ['q', 'q'] @ $.names"),
+        ],
+    ),
+    "ranks": (
+        {"q": 3},
+        {"q": 3},
+        [
+            ([["q", 3]], "expected mapping of str to int, got list [['q', 3]] @ $.ranks"),
+            ({"q": "3"}, "expected int, got str '3' @ $.ranks['q']"),
+            ({3: 3}, "expected str, got int 3 @ $.ranks[3]"),
+        ],
+    ),
+    "schedule": (
+        Linear(5, Unit.SHARE),
+        {"steps": 5, "unit": "share"},
+        [
+            (5, f"expected {LINEAR}, got int 5 @ $.schedule"),
+            ({"stpes": 5, "steps": 5}, "unknown key 'stpes'; did you mean 'steps'? @ $.schedule.stpes"),
+            ({"steps": 0}, "expected >= 1, got 0 @ $.schedule.steps"),
+        ],
+    ),
+    "warm_up": (
+        Linear(5),
+        {"steps": 5, "unit": "steps"},
+        [
+            ({}, "missing, and it has no default @ $.warm_up.steps"),
+            ({"steps": True}, "expected int, got bool True @ $.warm_up.steps"),
+            (Cosine(), f"expected {LINEAR} or None, got Cosine {Cosine()!r} @ $.warm_up"),
+        ],
+    ),
+    "shape": (
+        Cosine(0.5, Linear(2)),
+        {"type": "Cosine", "start": 0.5, "warm_up": {"steps": 2, "unit": "steps"}, "share": 0.5},
+        [
+            ({"steps": 5}, "expected 'Linear' or 'Cosine', got None @ $.shape.type"),
+            (
+                {"type": "Cosin"},
+                "expected 'Linear' or 'Cosine', got str 'Cosin'; did you mean 'Cosine'? @ $.shape.type",
+            ),
+            ({"type": "Cosine", "warm_up": {"steps": "2"}}, "expected int, got str '2' @ $.shape.warm_up.steps"),
+        ],
+    ),
+    "ending": (
+        Linear(7),
+        {"type": "Linear", "steps": 7, "unit": "steps"},
+        [
+            ("7", f"expected {LINEAR} or {COSINE} or float or None, got str '7' @ $.ending"),
+            ({"type": "Linear"}, "missing, and it has no default @ $.ending.steps"),
+            ({"type": "Cosine", "share": 1.0}, "'share' must be < 1: 1.0 @ $.ending"),
+        ],
+    ),
+    "parts": (
+        (Linear(1), Cosine()),
+        [
+            {"type": "Linear", "steps": 1, "unit": "steps"},
+            {"type": "Cosine", "start": 1.0, "warm_up": None, "share": 0.5},
+        ],
+        [
+            ([3], f"expected {LINEAR} or {COSINE}, got int 3 @ $.parts[0]"),
+            (
+                [{"type": "Linear", "steps": 1}, {"type": 3}],
+                "expected 'Linear' or 'Cosine', got int 3 @ $.parts[1].type",
+            ),
+            ([Linear(0)], "expected >= 1, got 0 @ $.parts[0].steps"),
+        ],
+    ),
+    "stages": (
+        {"q": Linear(1)},
+        {"q": {"steps": 1, "unit": "steps"}},
+        [
+            ({"q": {"steps": 1.5}}, "expected int, got float 1.5 @ $.stages['q'].steps"),
+            ({"q": 1}, f"expected {LINEAR}, got int 1 @ $.stages['q']"),
+            ({"q": {"steps": 1, "unit": None}}, "expected 'steps' or 'share', got None @ $.stages['q'].unit"),
+        ],
+    ),
+    "noted": (
+        Noted(["a"]),
+        {"notes": ["a"]},
+        [
+            ({"notes": "a"}, "expected list of str, got str 'a' @ $.noted.notes"),
+            ({"notes": [1]}, "expected str, got int 1 @ $.noted.notes[0]"),
+            (["a"], "expected Noted (a mapping of notes), got list ['a'] @ $.noted"),
+        ],
+    ),
+}
+
+
+def problems_of(build: Callable[[], object]) -> list[str]:
+    """The lines of the error that ``build`` raises."""
+    with pytest.raises(ConfigError) as caught:
+        build()
+    return list(caught.value.problems)
+
+
+def test_every_field_has_a_case() -> None:
+    """The table below covers the whole config."""
+    assert set(CASES) == attrs.fields_dict(Kinds).keys() - attrs.fields_dict(AdapterConfig).keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_kind_of_field_is_carried_everywhere_and_strictly(name: str, tmp_path: Path) -> None:
+    """A mapping, JSON, YAML and an adapter's file give back the same object; what is wrong is named with its path."""
+    value, plain, wrong = CASES[name]
+    with registered(KindsPlugin()):
+        config: Any = tunerkit.structure("toy-kinds", {name: plain})
+        assert config == Kinds(**{name: value})
+        assert (getattr(config, name), type(getattr(config, name))) == (value, type(value))
+        assert tunerkit.unstructure(config)[name] == plain
+        for text, read in ((json.dumps({name: plain}), json.loads), (yaml.safe_dump({name: plain}), yaml.safe_load)):
+            assert tunerkit.structure("toy-kinds", read(text)) == config
+        model = tunerkit.wrap(nn.Sequential(nn.Linear(4, 4)), "toy-kinds", {name: plain, "targets": "0"})
+        with pytest.warns(tunerkit.TunerkitWarning, match="untrained"):
+            path = tunerkit.save(model, tmp_path)
+        with safe_open(path, "pt") as file:
+            assert json.loads(file.metadata()["tunerkit"])["config"][name] == plain
+        loaded = tunerkit.load(copy.deepcopy(tunerkit.unwrap(model)), tmp_path)
+        assert tunerkit.tuner(loaded).config == attrs.evolve(config, targets="0")
+    for mistake, problem in wrong:
+        lines = problems_of(lambda: from_mapping(Kinds, {name: mistake}))  # noqa: B023 (called at once)
+        assert lines == problems_of(lambda: Kinds(**{name: mistake})) == [problem]  # noqa: B023 (called at once)
+
+
+@given(configs_of(Kinds))
+@settings(max_examples=50)
+def test_drawn_configs_survive_json_and_yaml(config: Kinds) -> None:
+    """Whatever `configs_of` draws, and it draws every field, comes back equal and of the same types."""
+    plain = unstructure(config)
+    for again in (json.loads(json.dumps(plain, allow_nan=False)), yaml.safe_load(yaml.safe_dump(plain))):
+        copied = from_mapping(Kinds, again)
+        assert copied == config
+        assert repr(copied.shape) == repr(config.shape)
+        assert [type(each) for each in copied.several] == [float] * len(config.several)
+
+
+def test_all_problems_inside_are_named_at_once() -> None:
+    """Those of several fields, of one class and of several elements, each with its path."""
+    wrong = {"schedule": {"steps": "5", "unit": 3, "x": 1}, "stages": {"q": {"steps": 0}, "v": {}}, "text": 3}
+    assert problems_of(lambda: from_mapping(Kinds, wrong)) == [
+        "expected str, got int 3 @ $.text",
+        "unknown key 'x'; known keys: steps, unit @ $.schedule.x",
+        "expected int, got str '5' @ $.schedule.steps",
+        "expected 'steps' or 'share', got int 3 @ $.schedule.unit",
+        "expected >= 1, got 0 @ $.stages['q'].steps",
+        "missing, and it has no default @ $.stages['v'].steps",
+    ]
+
+
+def test_a_class_inside_may_check_its_fields_against_each_other() -> None:
+    """It raises a `ConfigError` with paths of its own; each line gets the path to the class."""
+
+    @attrs.frozen
+    class Span:
+        first: int = 0
+        last: int = 0
+
+        def __attrs_post_init__(self) -> None:
+            if self.first > self.last:
+                raise ConfigError([f"expected first <= last, got {self.first} > {self.last} @ $.first", "odd"])
+
+    config: Any = attrs.make_class(
+        "Spans", {"spans": attrs.field(type=list[Span])}, bases=(AdapterConfig,), frozen=True
+    )
+    assert problems_of(lambda: config([{"last": 1}, {"first": 2}])) == [
+        "expected first <= last, got 2 > 0 @ $.spans[1].first",
+        "odd @ $.spans[1]",
+    ]
+
+
+def test_configs_share_nothing_that_can_change() -> None:
+    """Neither with the caller's object, nor with the default, nor with each other."""
+    mine = Noted(["a"])
+    one, other = Kinds(noted=mine), Kinds()
+    mine.notes.append("b")
+    one.several.append(1.0)
+    one.ranks["q"] = 1
+    assert one.noted == Noted(["a"])
+    other.noted.notes.append("c")
+    assert (Kinds().noted, Kinds().several, Kinds().ranks) == (Noted(), [], {})
+
+
+def test_a_config_whose_fields_can_be_hashed_can_be_hashed() -> None:
+    """Frozen classes, frozensets and tuples inside are as good as numbers."""
+
+    @attrs.frozen
+    class Hashed(AdapterConfig):
+        schedule: Linear | Cosine | None = setting(None, doc="Frozen.")  # noqa: RUF009 (an attrs field)
+        names: frozenset[Linear] = setting(frozenset(), doc="Frozen.")
+        folder: Path = setting(Path("a"), doc="Frozen.")  # noqa: RUF009 (an attrs field)
+
+    config = Hashed(Linear(1), frozenset({Linear(3), Linear(2)}))
+    again = from_mapping(Hashed, unstructure(config))
+    assert again == config
+    assert hash(again) == hash(config)
+    assert [each["steps"] for each in unstructure(config)["names"]] == [2, 3]
+
+
+def test_a_set_is_written_in_one_order() -> None:
+    """Numbers by their size and texts by their letters, so that equal configs give equal files."""
+
+    @attrs.frozen
+    class Unordered(AdapterConfig):
+        values: frozenset[int | str | None] = setting(frozenset(), doc="A set.")
+
+    assert unstructure(Unordered(frozenset({"b", 10, None, 9, "a"})))["values"] == [9, 10, "a", "b", None]
+
+
+class Shade(enum.Enum):
+    """Choices that are texts, as those of `Unit`."""
+
+    DARK = "dark"
+
+
+class Odd(enum.Enum):
+    """Choices that JSON does not have."""
+
+    PAIR = (1, 2)
+
+
+@attrs.frozen
+class Tree:
+    """A class that contains itself."""
+
+    children: "tuple[Tree, ...]" = ()
+
+
+@attrs.frozen
+class Typed:
+    """A class with the key that says the class."""
+
+    type: str = ""
+
+
+@dataclass
+class Plain:
+    """Not an attrs class."""
+
+
+@attrs.frozen
+class Bytes:
+    """A class with a field that JSON does not have."""
+
+    raw: bytes = b""
+
+
+Twin: Any = attrs.make_class("Linear", {"steps": attrs.field(type=int, default=1)})
+
+
+@pytest.mark.parametrize(
+    "annotation",
+    [
+        *(list, set, frozenset, dict, tuple, Any, None, type, complex, datetime.date, torch.dtype, Callable[[], int]),
+        *(int | bytes, Mapping[int, str], Literal[b"x"], Plain, Odd, Tree, tuple[set[Any], ...]),
+        *(Mapping[int, Linear], dict[Unit, int], set[list[int]], set[tuple[Noted, ...]], AdapterConfig, Kinds),
+        *(Path | str, Unit | str, Unit | Shade, Unit | Literal["x"], Size | int, Size | float, Linear | dict[str, int]),
+        *(list[int] | tuple[int, ...], set[int] | list[int], tuple[Linear, ...] | tuple[Cosine, ...]),
+        *(Linear | Twin, Linear | Typed, list[Linear | Twin], list[bytes | None]),
+    ],
+)
+def test_what_json_cannot_hold_or_tell_apart_is_refused_when_the_class_is_made(annotation: Any) -> None:
+    """The method's author gets the error at import, not a user when saving: which field it is, and what is allowed."""
+    field = attrs.field(default=None, type=annotation)
+    with pytest.raises(TypeError, match=r"^\w+\.\w+ is annotated .*, which a config cannot hold; use bool, .* Enum, "):
+        attrs.make_class("Wrong", {"value": field}, bases=(AdapterConfig,), frozen=True)
+
+
+def test_a_field_inside_that_cannot_be_held_is_named_itself() -> None:
+    """The class and the field that are wrong, wherever the class is used."""
+    field = attrs.field(default=None, type=dict[str, tuple[Bytes | None, ...]])
+    with pytest.raises(TypeError, match=r"^Bytes\.raw is annotated bytes, which a config cannot hold"):
+        attrs.make_class("Outer", {"value": field}, bases=(AdapterConfig,), frozen=True)
+
+
+def test_a_class_may_have_a_field_named_type_where_it_is_alone() -> None:
+    """The key says a class only where there are several."""
+
+    @attrs.frozen
+    class Alone(AdapterConfig):
+        value: Typed | None = setting(None, doc="A class.")  # noqa: RUF009 (an attrs field)
+
+    assert from_mapping(Alone, {"value": {"type": "x"}}).value == Typed("x")
+    assert unstructure(Alone(Typed("x")))["value"] == {"type": "x"}
