@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum, EnumMeta
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Final, Literal, NoReturn, Self, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, Final, Literal, Self, TypeVar, Union, cast, get_args, get_origin
 
 import attrs
 import torch
@@ -222,7 +222,7 @@ def options_from(cls: Any, given: object) -> Any:
     if type(given) is cls:
         given = attrs.asdict(cast(Any, given), recurse=False, filter=lambda field, _: field.init)
     if not isinstance(given, Mapping):
-        _refuse(given, cls)
+        raise _WrongKindError(given, cls)
     arguments = _arguments(_fields(cls), given)
     try:
         return cls(**arguments)
@@ -289,9 +289,10 @@ def _read(fields: Fields, mapping: Mapping[str, Any]) -> tuple[dict[str, object]
     problems: list[str] = []
     for name, field in fields.items():
         if name in mapping:
-            convert = field.metadata.get("converter") or (lambda value: value)
+            convert = field.metadata.get("converter")
             try:
-                values[name] = _CONVERTER.structure(convert(mapping[name]), cast(Any, field.type))
+                given = mapping[name] if convert is None else convert(mapping[name])
+                values[name] = _CONVERTER.structure(given, cast(Any, field.type))
             except Exception as error:  # cattrs raises groups, a plugin's converter may raise anything
                 problems += _located(error, f"$.{name}")
             else:
@@ -332,15 +333,15 @@ def numbers_in(value: object, path: str) -> Iterator[tuple[str, float]]:
 class _WrongKindError(ValueError):
     """The value has a different type from the annotation. Another member of a union may still accept it."""
 
+    def __str__(self) -> str:
+        value, cls = self.args
+        hint = _hint(value, (cls, *get_args(cls))) if isinstance(value, str) else ""
+        return f"expected {_described(cls)}, {_got(value)}{hint}"
+
 
 def _got(value: object) -> str:
     """Describe a value in one short line: ``got str '8'``."""
     return "got None" if value is None else f"got {type(value).__name__} {shown(value)}"
-
-
-def _refuse(value: object, cls: object) -> NoReturn:
-    hint = _hint(value, (cls, *get_args(cls))) if isinstance(value, str) else ""
-    raise _WrongKindError(f"expected {_described(cls)}, {_got(value)}{hint}")
 
 
 def _hint(text: str, kinds: tuple[object, ...]) -> str:
@@ -433,7 +434,7 @@ def _scalar(value: Any, cls: Any) -> object:
     # What derives from a number or from text, such as an IntEnum, becomes one: YAML cannot write it.
     kinds = {float: (int, float), Path: (str, Path)}.get(cls, cls)
     if not isinstance(value, kinds) or (isinstance(value, bool) and cls is not bool):
-        _refuse(value, cls)
+        raise _WrongKindError(value, cls)
     # As far as torch takes them: an int as a size or a seed, a float as a factor of numbers in fp32. NaN is no factor.
     if cls is int and not -(2**63) <= value < 2**64:
         raise ValueError(f"expected an int of 64 bits, {_got(value)}")
@@ -450,17 +451,17 @@ def _choice(value: object, cls: Any) -> Any:
         is_alike = isinstance(value, type(plain)) and isinstance(value, bool) == isinstance(plain, bool)
         if value is member or (is_alike and value == plain):
             return member
-    _refuse(value, cls)
+    raise _WrongKindError(value, cls)
 
 
 def _union(value: object, cls: Any) -> object:
-    classes = {member.__name__: member for member in get_args(cls) if _is_class(member)}
-    if len(classes) > 1 and isinstance(value, Mapping):
+    if isinstance(value, Mapping) and len(classes := [member for member in get_args(cls) if _is_class(member)]) > 1:
+        named = {each.__name__: each for each in classes}
         try:
-            named = classes[_choice(value.get(TAG), Literal[tuple(classes)])]
+            name = _choice(value.get(TAG), Literal[tuple(named)])
         except _WrongKindError as error:
             raise ConfigError([f"{error} @ $.{TAG}"]) from None
-        return options_from(named, {key: each for key, each in value.items() if key != TAG})
+        return options_from(named[name], {key: each for key, each in value.items() if key != TAG})
     errors: list[Exception] = []
     is_int = isinstance(value, int) and int in get_args(cls)  # float would accept it too: with `float | int`, 8 stays 8
     for member in (member for member in get_args(cls) if not (is_int and member is float)):
@@ -472,7 +473,7 @@ def _union(value: object, cls: Any) -> object:
     specific = [error for error in errors if not isinstance(error, _WrongKindError)]
     if len(specific) == 1:
         raise specific[0]
-    _refuse(value, cls)
+    raise _WrongKindError(value, cls)
 
 
 def _container(cls: Any) -> Callable[[object, Any], object]:
@@ -485,7 +486,7 @@ def _container(cls: Any) -> Callable[[object, Any], object]:
 
     def structure(value: Any, _: object) -> object:
         if not isinstance(value, kinds):
-            _refuse(value, cls)
+            raise _WrongKindError(value, cls)
         if origin is tuple and Ellipsis not in members and len(value) != len(members):
             raise ValueError(f"expected {_described(cls)}, got {len(value)} values")
         found: Any = elements.structure(value, cls)
@@ -497,18 +498,16 @@ def _container(cls: Any) -> Callable[[object, Any], object]:
 
 
 def _written(union: Any) -> Callable[[Any], object]:
-    """Make the hook that writes a value of a union as its member; one of several classes with its name."""
-    members = get_args(union)
-    kinds = [dict if get_origin(member) is Mapping else get_origin(member) or member for member in members]
-    hooks = {  # if there are several tuples or mappings, what they hold needs no hook
-        kind: _CONVERTER.get_unstructure_hook(member)
-        for kind, member in zip(kinds, members, strict=True)
-        if kinds.count(kind) == 1
-    }
-    classes = [member for member in members if _is_class(member)]
+    """Make the hook that writes a value of a union as its member says; one of several classes gets its name."""
+    hooks: dict[Any, Callable[[Any], Any]] = {}
+    for member in get_args(union):
+        kind = dict if get_origin(member) is Mapping else get_origin(member) or member
+        # If there are several tuples or mappings, all that they hold is plain.
+        hooks[kind] = _CONVERTER.unstructure if kind in hooks else _CONVERTER.get_unstructure_hook(member)
+    classes = [kind for kind in hooks if _is_class(kind)]
 
     def write(value: Any) -> object:
-        plain: Any = hooks.get(type(value), _CONVERTER.unstructure)(value)
+        plain = hooks.get(type(value), _CONVERTER.unstructure)(value)
         return {TAG: type(value).__name__, **plain} if len(classes) > 1 and type(value) in classes else plain
 
     return write
