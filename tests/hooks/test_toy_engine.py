@@ -99,9 +99,7 @@ def test_two_models_train_as_one_on_the_whole_batch() -> None:
     several = trained([wrapped(0), wrapped(1)], lambda m, o: tunerkit.attach(m, Several(o, training), total_steps=3))
     alone = trained([wrapped(0)], lambda m, o: tunerkit.attach(m, o, total_steps=3))
     assert tunerkit.tuner(several).steps == 3
-    engine = tunerkit.tuner(several).engine
-    assert engine is not None
-    assert engine.name == "several models of one process"
+    assert tunerkit.tuner(several).engine.name == "several models of one process"
     for one, other in zip(trainable(several), trainable(alone), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import tunerkit
 from tests.support.interrupting import half_done, interrupt, same_state, state_of
 from tests.support.toys import FULL
 from tunerkit.errors import AdapterError
-from tunerkit.injection import tuners_of
+from tunerkit.injection import Undo, completed, tuners_of
 from tunerkit.paths import is_adapter_path
 
 if TYPE_CHECKING:
@@ -148,6 +149,33 @@ def test_integers_in_a_copy_do_not_ask_for_gradients(toys: "Toys") -> None:
     tunerkit.wrap(model, "toy-shift", toys.full)
     assert not model.get_parameter("head.0.tunerkit.default.copy.table").requires_grad
     assert model.get_parameter("head.0.tunerkit.default.copy.weight").requires_grad
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_what_a_block_has_begun_is_undone_in_reverse(error: type[BaseException]) -> None:
+    """Also by Ctrl-C. A block that ends undoes nothing."""
+    undone: list[int] = []
+    for raised in (True, False):
+        with pytest.raises(error) if raised else nullcontext(), Undo() as undo:
+            for number in range(2):
+                undo.callback(undone.append, number)
+            if raised:
+                raise error
+    assert undone == [1, 0]
+
+
+def test_what_can_be_repeated_is_completed_after_an_interrupt() -> None:
+    """The second call finds what the first has left, and the interrupt is raised after it."""
+    left = [1, 2, 3]
+
+    def empty() -> None:
+        while left:
+            if left.pop() == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        completed(empty)
+    assert left == []
 
 
 def _two(toys: "Toys") -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit.errors import TunerkitWarning
-from tunerkit.injection.preconditions import enter, note_thread
+from tunerkit.injection.preconditions import refuse_rows
 from tunerkit.steps.attachment import look
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ def warnings_of(model: nn.Module, x: Tensor) -> list[str]:
 
 
 def hooks(model: nn.Module) -> int:
-    """Forward hooks and pre-hooks, without those that note which threads run the model and what nobody drives."""
+    """Forward hooks and pre-hooks, without those that look at the model's arguments and at what nobody drives."""
     found = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    return sum(getattr(hook, "func", None) not in (enter, note_thread) and hook is not look for hook in found)
+    return sum(hook not in (refuse_rows, look) for hook in found)
 
 
 def test_a_layer_whose_forward_is_bypassed_is_named_once(toys: "Toys") -> None:

@@ -122,14 +122,13 @@ def delete(model: nn.Module, adapter: str) -> None:
     tuner = _named(model, adapter)
     injection.refuse_fixed(tuner.model, "deleting an adapter")
     injection.refuse_running(tuner.model, "deleting an adapter")
-    try:
+    with injection.Undo() as rest:  # it is completed after a KeyboardInterrupt, since `detach` cannot be undone
+        rest.callback(steps.unwatch_, tuner.model)
+        rest.callback(injection.eject_, [tuner])
         steps.detach(tuner)
         injection.train_(tuner, trained=False)
-    finally:  # also after a KeyboardInterrupt: a half cannot be undone, since `detach` cannot
-        try:
-            injection.eject_([tuner])
-        finally:
-            steps.unwatch_(tuner.model)
+        injection.eject_([tuner])
+        steps.unwatch_(tuner.model)
 
 
 def _named(model: nn.Module, adapter: object) -> Tuner:

@@ -106,8 +106,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for tuner in injection.require_tuners(model).values():
-            if tuner.engine is not None:
-                stack.enter_context(tuner.engine.no_sync())
+            stack.enter_context(tuner.engine.no_sync())
         yield
 
 

@@ -178,18 +178,15 @@ def unwrap(model: M, *, keep_merged: bool = False, dtype: torch.dtype | None = N
         permanent = any(slots.permanent for _, _, slots in places)
         with nullcontext() if permanent else serialization.disabled(root):
             dense = serialization.dense_layers(tuners[0], dtype, merged=keep_merged)
-    ready = False  # whether the weights are as asked for
-    try:
-        if not keep_merged:
-            serialization.restore_originals_(root)
-        elif not was_merged:
+    with injection.Undo() as undo:
+        if keep_merged and not was_merged:
+            undo.callback(serialization.restore_originals_, root)
             serialization.merge_except_(root, dense)
-        ready = True
+        undo.callback(_take_out_, tuners, dense)  # from here on it is completed: `detach` cannot be undone
+        if not keep_merged:
+            undo.callback(serialization.restore_originals_, root)
+            serialization.restore_originals_(root)
         _take_out_(tuners, dense)
-    except BaseException:
-        if ready or injection.is_merged(root) == keep_merged:
-            _take_out_(tuners, dense)
-        raise
     return model
 
 

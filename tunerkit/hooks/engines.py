@@ -14,6 +14,8 @@ from tunerkit.config import AdapterConfig
 from tunerkit.layers import Adapter
 from tunerkit.records import Target
 
+_FIXED = "torch.distributed is initialised, and DDP and FSDP do not allow shapes to change"
+
 
 @attrs.frozen(eq=False)
 class Pieces:
@@ -92,7 +94,7 @@ class Engine:
 
     @property
     def fixed_shapes(self) -> str | None:
-        return None
+        return _FIXED if in_group() else None
 
     @property
     def splits(self) -> bool:
@@ -180,36 +182,27 @@ class TunerView(Protocol):
     config: AdapterConfig
     targets: tuple[Target, ...]
     state: object | None
-    engine: Engine | None
+    engine: Engine
 
     @property
-    def steps(self) -> int:
-        """The number of optimizer steps since `attach`."""
+    def steps(self) -> int: ...
 
     @property
-    def total_steps(self) -> int | None:
-        """The length of training in optimizer steps, if it is known."""
+    def total_steps(self) -> int | None: ...
 
-    def adapters(self) -> dict[str, Adapter]:
-        """The method's adapters by target path."""
+    def adapters(self) -> dict[str, Adapter]: ...
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The adapter's parameters: the method's own, also those it keeps fixed, and trained copies and biases."""
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The adapter's parameters with their names in the adapter's file."""
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
-    def whole(self, *, gradients: bool = False) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
-        """Inside the block, the adapter is whole in this process. All processes must enter it."""
+    def whole(self, *, gradients: bool = False) -> AbstractContextManager[Callable[[Tensor], Tensor]]: ...
 
-    def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
-        """What this process holds of the adapter's parameters, for a method that works on pieces."""
+    def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces: ...
 
-    def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
-        """Overwrite tensors with those of process 0, so that all processes of a training decide alike."""
+    def agree_(self, tensors: Sequence[Tensor], what: str) -> None: ...
 
-    def ranks(self) -> dict[str, int]:
-        """The live rank by target path."""
+    def ranks(self) -> dict[str, int]: ...
 
 
 def in_group() -> bool:

@@ -1,8 +1,9 @@
 """Build the parts of an adapter, put them into a model, and take them out: the only file that changes its structure."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import chain
+from types import TracebackType
 
 import torch
 from torch import nn
@@ -10,16 +11,10 @@ from torch import nn
 from tunerkit import hooks
 from tunerkit.errors import AdapterError, PluginError, TargetError, first as first_of, warn
 from tunerkit.injection.integrity import note_call, shapes_of, watch
-from tunerkit.injection.preconditions import (
-    refuse_mixed_dtypes,
-    refuse_overlap,
-    refuse_running,
-    unwatch_threads_,
-    watch_threads_,
-)
+from tunerkit.injection.preconditions import refuse_mixed_dtypes, refuse_overlap, refuse_rows, refuse_running
 from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, is_called, slots_of, walk
 from tunerkit.injection.state_dicts import unwatch_states_, watch_states_
-from tunerkit.injection.tuner import WRAPPED, Tuner, modules_in, slots_in, wrapped_of
+from tunerkit.injection.tuner import WRAPPED, Tuner, Wrapped, modules_in, slots_in, wrapped_of
 from tunerkit.injection.weight_override import update_overrides_
 from tunerkit.layers import Adapter, BaseLayer, as_output, bias_name, torch_private, weight_of, weights
 from tunerkit.paths import CHILD, join
@@ -42,14 +37,8 @@ def build_each(
 ) -> Iterator[tuple[str, Slot]]:
     """Yield the slots of one adapter by path, one after the other: a caller may stop before all are in memory.
 
-    Args:
-        scanned: The scan of the model.
-        tuner: The adapter's handle.
-        around: What to enter while the plugin builds the adapter of a target.
-        ready: Adapters by target path that the method's plugin has built already, from factors.
-
-    Raises:
-        TargetError: The method refuses targets. All of them are listed, once the others are built.
+    The plugin builds each adapter inside ``around``, or has built those in ``ready``. If the method refuses targets,
+    one `TargetError` lists all of them, once the others are built.
     """
     targets, copies, biases = (
         {each.path: each for each in kind} for kind in (tuner.targets, tuner.copies, tuner.biases)
@@ -117,11 +106,7 @@ def _adapter(tuner: Tuner, target: Target, base: BaseLayer, shared: nn.Module | 
 
 
 def _refuse_unfit(tuner: Tuner, target: Target, base: BaseLayer, built: Adapter, *, is_read: bool) -> None:
-    """Refuse an adapter that cannot work at its target.
-
-    Where the module's owner reads the weight, only a temporary weight override works. It needs a delta from the method,
-    and a weight that is a plain matrix.
-    """
+    """Refuse an adapter that cannot work at its target: a weight override needs a delta, and a plain matrix."""
     if built.reads_weight and not base.has_weight:
         raise TargetError(
             f"{target.path!r} is a {type(target.module).__name__}, of which tunerkit knows no weight, and method "
@@ -195,86 +180,100 @@ def _comes_from_file(place: Target, parameters: Iterable[nn.Parameter], scanned:
 # --- Changing the model -----------------------------------------------------------------------------------------------
 
 
+class Undo(ExitStack):
+    """A stack of callbacks that undo what a block has begun: they run if it raises, a KeyboardInterrupt too.
+
+    Push each callback before the change that it undoes, which may then be half done, or not begun.
+    """
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> bool:
+        if error is None:
+            self.pop_all()
+        return super().__exit__(kind, error, trace)
+
+
+def completed(function: Callable[..., object], *args: object) -> None:
+    """Call a function that can be repeated. If it is interrupted, complete it before the interrupt raises."""
+    with Undo() as rest:
+        rest.callback(function, *args)
+        function(*args)
+
+
 def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable: bool) -> None:
     """Freeze the base and add the adapter's slots, ``built`` by path, to its modules, each with one forward hook.
 
     If this raises, also a KeyboardInterrupt, nothing is added.
     """
-    refuse_running(tuner.model, "adding an adapter")
-    tuner.progress.shapes = shapes_of(tuner.model)
+    model = tuner.model
+    refuse_running(model, "adding an adapter")
+    tuner.progress.shapes = shapes_of(model)
     if trainable:
         refuse_mixed_dtypes(tuner, built)
-    try:
-        _inject_(tuner, built, scanned)
+    with Undo() as undo:
+        undo.callback(eject_, [tuner])
+        if not wrapped_of(model).tuners:
+            _prepare_(model)
+        readers = [_put_(path, module, tuner, built[path], scanned) for path, module in modules_in(tuner).items()]
+        update_overrides_(model, readers)
+        for copied in tuner.copies:
+            # The module still runs itself. A batch norm then uses its statistics but does not update them.
+            for _, norm in base_modules(copied.module):
+                if torch_private.is_batch_norm(norm) and norm.track_running_stats:
+                    vars(norm)[_STOPPED] = True
+                    norm.track_running_stats = False
+        wrapped = wrapped_of(model)
+        wrapped.tuners[tuner.name] = tuner
+        wrapped.active = (*wrapped.active, tuner.name)
         train_(tuner, trained=trainable)
-        _prepare_next_forward_(tuner.model)
-        _warn_of_products(tuner.model)
-    except BaseException:
-        _eject_([tuner])
-        raise
+        _prepare_next_forward_(model)
+        _warn_of_products(model)
 
 
-def _inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan) -> None:
-    model, wrapped, readers = tuner.model, wrapped_of(tuner.model), []
-    if not wrapped.tuners:
-        # A base parameter that is unfrozen later is meant to be trained, so only the first adapter freezes.
-        own = {  # a tied one by each of its names: merging may make as many parameters of it
-            join(path, name): parameter
-            for path, module in base_modules(model)
-            for name, parameter in torch_private.own_parameters(module).items()
-            if parameter is not None and parameter.requires_grad
-        }
-        wrapped.frozen = tuple(own)
-        vars(model)[WRAPPED] = wrapped  # first, so that an interruption can be undone
-        for parameter in own.values():
-            parameter.requires_grad_(False)
-        watch_states_(model)
-        watch_threads_(model)
-        hooks.wrapped(model)
-    for path, module in modules_in(tuner).items():
-        slot, slots, found = built[path], slots_of(module), scanned.by_path[path]
-        # A copy replaces the whole module, so there is no base layer.
-        base, reader = (found.base, found.reader) if slot.copy is None else (None, None)
-        if slot.adapter is not None and base is None:
-            base = as_output(module)
-        readers.append(reader)
-        if slots is None:
-            slots = Slots(base).train(module.training)
-            module.add_module(CHILD, slots)
-            watch_states_(module)
-            if reader is None:
-                # First: the base's own hooks then see the same output as after a merge.
-                module.register_forward_hook(apply_slots, with_kwargs=True, prepend=True)
-        elif slots.base is None and base is not None:  # another adapter trains the bias of a module without a kind
-            slots.see_as(base)
-        if not module.training:  # new parts are in training mode, and a copy has the modes of its original
-            slot.eval()
-        slots.put(tuner.name, slot)
-    update_overrides_(model, readers)
-    for copied in tuner.copies:
-        # The module still runs itself. A batch norm then uses its statistics but does not update them.
-        for _, norm in base_modules(copied.module):
-            if torch_private.is_batch_norm(norm) and norm.track_running_stats:
-                vars(norm)[_STOPPED] = True
-                norm.track_running_stats = False
-    wrapped.tuners[tuner.name] = tuner
-    wrapped.active = (*wrapped.active, tuner.name)
+def _prepare_(model: nn.Module) -> None:
+    """Freeze the base for its first adapter: one of its parameters that is unfrozen later is meant to be trained."""
+    own = {  # a tied one by each of its names: merging may make as many parameters of it
+        join(path, name): parameter
+        for path, module in base_modules(model)
+        for name, parameter in torch_private.own_parameters(module).items()
+        if parameter is not None and parameter.requires_grad
+    }
+    vars(model)[WRAPPED] = Wrapped(frozen=tuple(own))  # first, so that an interruption can be undone
+    for parameter in own.values():
+        parameter.requires_grad_(False)
+    watch_states_(model)
+    model.register_forward_pre_hook(refuse_rows, prepend=True, with_kwargs=True)
+    hooks.wrapped(model)
+
+
+def _put_(path: str, module: nn.Module, tuner: Tuner, slot: Slot, scanned: Scan) -> nn.Module | None:
+    """Put an adapter's slot into one module. Returns what uses the module's weight directly, if something does."""
+    slots, found = slots_of(module), scanned.by_path[path]
+    # A copy replaces the whole module, so there is no base layer.
+    base, reader = (found.base, found.reader) if slot.copy is None else (None, None)
+    if slot.adapter is not None and base is None:
+        base = as_output(module)
+    if slots is None:
+        slots = Slots(base).train(module.training)
+        module.add_module(CHILD, slots)
+        watch_states_(module)
+        if reader is None:
+            # First: the base's own hooks then see the same output as after a merge.
+            module.register_forward_hook(apply_slots, with_kwargs=True, prepend=True)
+    elif slots.base is None and base is not None:  # another adapter trains the bias of a module without a kind
+        slots.see_as(base)
+    if not module.training:  # new parts are in training mode, and a copy has the modes of its original
+        slot.eval()
+    slots.put(tuner.name, slot)
+    return reader
 
 
 def eject_(tuners: Sequence[Tuner]) -> None:
     """Take adapters out of their one model. Modules without any adapter left lose the child and the hook.
 
-    If this is interrupted (KeyboardInterrupt), they are taken out all the same before it raises.
+    It also completes an earlier call that was interrupted, and undoes a half `inject_`.
     """
-    try:
-        _eject_(tuners)
-    except BaseException:
-        _eject_(tuners)
-        raise
-
-
-def _eject_(tuners: Sequence[Tuner]) -> None:
-    """Take adapters out. It also completes an earlier call that was interrupted, and undoes a half `_inject_`."""
     model = tuners[0].model
     wrapped = wrapped_of(model)
     frozen = set(wrapped.frozen)
@@ -299,7 +298,7 @@ def _eject_(tuners: Sequence[Tuner]) -> None:
                 with torch.inference_mode(parameter.is_inference()):
                     parameter.requires_grad_(True)
         unwatch_states_(model)
-        unwatch_threads_(model)
+        torch_private.remove_hooks_(model, refuse_rows)
         hooks.tell(hooks.specs.tunerkit_unwrapped, model=model)
         vars(model).pop(WRAPPED, None)
     _prepare_next_forward_(model)
@@ -382,7 +381,7 @@ def copy_base(module: nn.Module) -> nn.Module:
     hooks.tell(hooks.specs.tunerkit_unwrapped, model=twin)
     for part in twin.modules():
         unwatch_states_(part)
-    unwatch_threads_(twin)
+    torch_private.remove_hooks_(twin, refuse_rows)
     _resume_statistics_(twin)
     return twin
 

@@ -64,18 +64,11 @@ def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
 
 
 class _Watch(NamedTuple):
-    """What ran in eager mode before the report, and what should have.
-
-    Attributes:
-        ran: The paths of the watched modules that ran.
-        owners: The path and the module of the owner, by the path of an adapted module. The model may be changed before
-            the report.
-        chosen: The paths of the lists and dicts of modules, which never run: their owner chooses among their entries.
-    """
+    """The watched modules that ran in eager mode before the report, and those that should have, by path."""
 
     ran: set[str]
-    owners: dict[str, tuple[str, nn.Module]]
-    chosen: set[str]
+    owners: dict[str, tuple[str, nn.Module]]  # of each adapted module; the model may be changed before the report
+    chosen: set[str]  # lists and dicts of modules, which never run: their owner chooses among their entries
 
 
 def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:

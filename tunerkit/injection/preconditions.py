@@ -1,13 +1,13 @@
 """Rejects models, names and settings with which no adapter can be put in, and changes of a model that is running."""
 
-import functools
 import inspect
 import re
+import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
-from weakref import WeakSet
+import traceback
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import FrameType
 
-import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -22,6 +22,7 @@ from tunerkit.records import Restriction
 from tunerkit.targets import Scan
 
 _NAME = r"[^./\ud800-\udfff]{1,64}"
+_CALL = nn.Module.__call__.__code__
 
 
 def check_name(adapter: object, taken: Collection[str]) -> None:
@@ -164,60 +165,30 @@ def warn_of_limits(scanned: Scan, tuner: Tuner) -> None:
         )
 
 
-class _Threads(WeakSet[threading.Thread]):
-    """The threads that are inside the model's forward, not their numbers, which the system gives to later threads too.
-
-    A copy or a pickle of the model starts with none.
-    """
-
-    def __reduce__(self) -> tuple[type["_Threads"], tuple[()]]:
-        return type(self), ()
-
-
-_ATTRIBUTE = "_tunerkit_threads"
-
-
-def watch_threads_(model: nn.Module) -> None:
-    """Note which threads run ``model``, from now on."""
-    threads = vars(model)[_ATTRIBUTE] = _Threads()
-    model.register_forward_pre_hook(functools.partial(enter, threads.add), prepend=True, with_kwargs=True)
-    # Also called after an exception, or that thread would count as running.
-    model.register_forward_hook(functools.partial(note_thread, threads.discard), always_call=True)
-
-
-def unwatch_threads_(model: nn.Module) -> None:
-    """Undo `watch_threads_`."""
-    torch_private.remove_hooks_(model, enter, note_thread)
-    vars(model).pop(_ATTRIBUTE, None)
-
-
-def enter(note: Callable[[threading.Thread], None], model: nn.Module, args: object, kwargs: dict[str, object]) -> None:
-    """The pre-hook of a wrapped model: refuse an argument that its forward would drop in silence; note the thread."""
+def refuse_rows(model: nn.Module, args: object, kwargs: Mapping[str, object]) -> None:
+    """Refuse an argument that the forward of a wrapped model would drop in silence: its pre-hook."""
     rows = hooks.ROWS
     if kwargs.get(rows) is not None and rows not in inspect.signature(model.forward).parameters:
         raise AdapterError(f"{rows}= would be ignored: every row gets the active adapters{hooks.elsewhere(rows)}")
-    note_thread(note)
-
-
-def note_thread(note: Callable[[threading.Thread], None], *call: object) -> None:
-    """Note that this thread starts or ends to run a model: with ``note`` bound, hooks around its forward."""
-    # Not under compile: compiled code must not have a Python side effect in each call.
-    if not torch.compiler.is_compiling():
-        note(threading.current_thread())
 
 
 def refuse_running(model: nn.Module, what: str) -> None:
-    """Raise `AdapterError` if another thread is inside the forward of ``model``, whose output would be of both states.
+    """Raise `AdapterError` if another thread is in a call of ``model``, whose output would mix old and new state.
 
-    What is not seen: a forward that starts after this check, one of a part of the model alone, and compiled code. Those
-    need a lock of the caller's. A thread that lives on after an interrupt (KeyboardInterrupt, SystemExit) in its
-    forward counts until its next one, because torch calls hooks after an `Exception` only.
+    Calls that start after this check, and calls of parts of the model alone, are not seen: the caller needs a lock.
     """
-    threads: WeakSet[threading.Thread] = vars(model).get(_ATTRIBUTE, _Threads())
-    running = [thread for thread in threading.enumerate() if thread in threads]
-    if running and running != [threading.current_thread()]:
+    here = threading.get_ident()
+    stacks = (called_in(frame) for thread, frame in sys._current_frames().items() if thread != here)
+    # It may be compiled, or in DataParallel.
+    if any(inside(module) is model for called in stacks for module in called):
         raise AdapterError(
             f"another thread runs this {type(model).__name__}, and its output would be wrong if {what} changed the "
-            "model now; wait until it is done, and let your server hold one lock for both. If it was interrupted in "
-            "the model's forward (KeyboardInterrupt), run the model there once more"
+            "model now; wait until it is done, and let your server hold one lock for both"
         )
+
+
+def called_in(frame: FrameType) -> Iterator[nn.Module]:
+    """Yield the modules whose calls run in a stack, the innermost first."""
+    for each, _ in traceback.walk_stack(frame):
+        if each.f_code is _CALL:
+            yield each.f_locals[_CALL.co_varnames[0]]

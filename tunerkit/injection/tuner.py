@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from html import escape
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from tunerkit import hooks
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import AdapterError, StepError, TunerkitWarning, closest, cut, error_text
-from tunerkit.hooks import Engine, Pieces, Removable, same, whole_pieces
+from tunerkit.hooks import Engine, Pieces, Removable, same
 from tunerkit.injection.slots import Slot, base_modules, inside, is_merged, slots_of
 from tunerkit.layers import Adapter, weights, whole_shape
 from tunerkit.paths import few, is_number, join
@@ -34,7 +34,7 @@ class Link:
     """
 
     optimizer: "ref[Optimizer]"
-    handles: tuple[Removable, ...]
+    handles: list[Removable] = attrs.field(factory=list)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         # A deep copy or pickle holds None instead: the optimizer does not drive the copy.
@@ -43,42 +43,25 @@ class Link:
 
 @attrs.define(eq=False)
 class Progress:
-    """What changes after an adapter was put into a model, and what the base was then.
+    """The training of an adapter, and the base when it was put in. The step driver, saving and merging write to it."""
 
-    Only the step driver, saving, resuming and merging write to it.
-
-    Attributes:
-        steps: The optimizer steps taken.
-        total_steps: The length of training in optimizer steps, if it is known.
-        history: The allocations so far, the oldest first.
-        link: The connection to the optimizer, from `attach` on.
-        loaded: Whether the adapter came from a file.
-        calibration: The numbers of batches and of input rows that set the adapter's start; None if none did.
-        fingerprint: The base's fingerprint, kept if a permanent merge overwrote the base.
-        shapes: The shapes of the base's parameters when the adapter was put in.
-        beside: New modules of the base that another adapter, active when this one was put in, trains in full. The
-            fingerprint leaves them out, because this adapter never used the base's own values.
-        noted: The base's fingerprint when the adapter was put in, if a group of processes may shard the base later.
-        settings: The base's settings in the loaded file, for a file that is written where no plugin knows them.
-        seed: The seed that `wrap` was given.
-        files: The files that it was loaded from or saved to, with what each holds: ``"adapter"`` or ``"state"``.
-        last: What is known of its last gradient, to notice an optimizer that does not drive it: the step driver's own.
-    """
-
-    steps: int = 0
-    total_steps: int | None = None
-    history: list[RankChange] = attrs.field(factory=list)
-    link: Link | None = None
-    loaded: bool = False
-    calibration: dict[str, int] | None = None
-    fingerprint: dict[str, dict[str, Any]] | None = attrs.field(default=None, repr=False)
-    shapes: dict[str, tuple[int, ...]] = attrs.field(factory=dict, repr=False)
+    steps: int = 0  # optimizer steps taken
+    total_steps: int | None = None  # the length of training
+    history: list[RankChange] = attrs.field(factory=list)  # the allocations so far, the oldest first
+    link: Link | None = None  # to the optimizer, from `attach` on
+    loaded: bool = False  # from a file
+    calibration: dict[str, int] | None = None  # the numbers of batches and of input rows, if they set the start
+    fingerprint: dict[str, dict[str, Any]] | None = attrs.field(default=None, repr=False)  # before a permanent merge
+    shapes: dict[str, tuple[int, ...]] = attrs.field(factory=dict, repr=False)  # of the base's parameters
+    # New modules of the base that another adapter, active when this one was put in, trains in full. The fingerprint
+    # leaves them out, because this adapter never used the base's own values.
     beside: tuple[str, ...] = ()
+    # The base's fingerprint, if a group of processes may shard the base later.
     noted: dict[str, dict[str, Any]] | None = attrs.field(default=None, repr=False)
-    settings: dict[str, Any] = attrs.field(factory=dict)
-    seed: int | None = None
-    files: dict[str, str] = attrs.field(factory=dict)
-    last: Any = attrs.field(default=None, repr=False)
+    settings: dict[str, Any] = attrs.field(factory=dict)  # the base's in the loaded file, if no plugin here knows them
+    seed: int | None = None  # of `wrap`
+    files: dict[str, str] = attrs.field(factory=dict)  # loaded from or saved to, with what each holds
+    last: Any = attrs.field(default=None, repr=False)  # its last gradient, for the step driver
 
 
 @attrs.define(eq=False, repr=False, on_setattr=attrs.setters.frozen)
@@ -95,7 +78,7 @@ class Tuner:
         biases: The other modules whose bias is trained.
         progress: What changes during training.
         state: The method's own training state, from `attach` on; `tunerkit_restore` may replace it.
-        engine: How several processes train the adapter together, from `attach` on; None if this one is alone.
+        engine: How several processes train the adapter together, from `attach` on; the default one is for one process.
     """
 
     name: str
@@ -107,14 +90,14 @@ class Tuner:
     biases: tuple[Target, ...] = ()
     progress: Progress = attrs.field(factory=Progress)
     state: object | None = attrs.field(default=None, on_setattr=attrs.setters.NO_OP)
-    engine: Engine | None = attrs.field(default=None, on_setattr=attrs.setters.NO_OP)
+    engine: Engine = attrs.field(factory=Engine, on_setattr=attrs.setters.NO_OP)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is not attached, and the engine is that of the processes which train the original.
-        return {**attrs.asdict(self, recurse=False), "engine": None}
+        return attrs.asdict(self, recurse=False, filter=lambda field, value: field.name != "engine")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
+        # A copy is not attached, and an engine is that of the processes which train the original.
+        for name, value in {**state, "engine": Engine()}.items():
             object.__setattr__(self, name, value)
 
     if not TYPE_CHECKING:  # mypy would accept every name
@@ -218,9 +201,9 @@ class Tuner:
             the optimizer knows.
         """
         engine = engine_of(self)
-        if engine is None or (not engine.splits and engine.withholds):  # finding slots takes long, and steps ask
-            return nullcontext(same)
-        return engine.whole([slot for _, slot in slots_in(self)], gradients=gradients)
+        # Finding slots takes long, and steps ask.
+        slots = [slot for _, slot in slots_in(self)] if engine.splits or not engine.withholds else []
+        return engine.whole(slots, gradients=gradients)
 
     def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
         """Return what this process holds of the adapter's parameters: plain tensors, also where an engine cut them.
@@ -231,7 +214,7 @@ class Tuner:
         Args:
             parameters: Parameters of this adapter, as its modules have them now.
         """
-        return whole_pieces(parameters) if self.engine is None else self.engine.pieces(parameters)
+        return self.engine.pieces(parameters)
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Overwrite tensors with those of process 0, so that the processes of one training decide alike.
@@ -243,8 +226,7 @@ class Tuner:
             tensors: Tensors of the same shapes in every process.
             what: What they are, for messages.
         """
-        if self.engine is not None:
-            self.engine.agree_(tensors, f"{what} of adapter {self.name!r}")
+        self.engine.agree_(tensors, f"{what} of adapter {self.name!r}")
 
 
 @attrs.frozen
@@ -340,27 +322,24 @@ def needs_steps(tuner: Tuner) -> bool:
     return hooks.registry.get(tuner.method).needs_steps
 
 
-def engine_of(tuner: Tuner) -> Engine | None:
-    """Return what holds the adapter together over several processes; None if this one has all of it.
+def engine_of(tuner: Tuner) -> Engine:
+    """Return what holds the adapter together over several processes.
 
     A frozen adapter is never attached. If it is sharded too, the engine of one that is trained beside it gathers it.
     """
     engines = (other.engine for other in wrapped_of(tuner.model).tuners.values())
-    beside = next((engine for engine in engines if engine is not None and engine.splits), None)
-    if tuner.engine is not None or beside is None or not is_frozen(tuner):
+    beside = next((engine for engine in engines if engine.splits), tuner.engine)
+    if tuner.engine.splits or beside is tuner.engine or not is_frozen(tuner):
         return tuner.engine
-    return None if weights.sharding(tuner.parameters()) is None else beside
+    return tuner.engine if weights.sharding(tuner.parameters()) is None else beside
 
 
-@contextmanager
-def as_hooks_see_it(tuner: Tuner, *, gradients: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
+def as_hooks_see_it(tuner: Tuner, *, gradients: bool = False) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
     """Inside the block, parameters are what the method works on: pieces if it can, else whole as in `Tuner.whole`."""
-    if tuner.engine is not None and tuner.engine.gives_pieces and hooks.registry.get(tuner.method).pieces:
+    if tuner.engine.gives_pieces and hooks.registry.get(tuner.method).pieces:
         tuner.engine.reshard_()
-        yield same
-        return
-    with tuner.whole(gradients=gradients) as outside:
-        yield outside
+        return nullcontext(same)
+    return tuner.whole(gradients=gradients)
 
 
 def record(tuner: Tuner, ranks: Mapping[str, int] | None) -> None:
@@ -377,19 +356,12 @@ def training_state(tuner: Tuner) -> State:
 
 @attrs.define(eq=False)
 class Wrapped:
-    """What a wrapped model holds of tunerkit, for all its adapters.
+    """The adapters of a wrapped model."""
 
-    Attributes:
-        tuners: The tuners by adapter name, the oldest first.
-        active: The names of the adapters that forward applies, in order.
-        frozen: The names of the base parameters that wrapping froze.
-        told: What a warning has said of the base that no adapter's file holds.
-    """
-
-    tuners: dict[str, Tuner] = attrs.field(factory=dict)
-    active: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
-    told: set[str] = attrs.field(factory=set)
+    tuners: dict[str, Tuner] = attrs.field(factory=dict)  # by name, the oldest first
+    active: tuple[str, ...] = ()  # the adapters that forward applies, in order
+    frozen: tuple[str, ...] = ()  # the base parameters that wrapping froze
+    told: set[str] = attrs.field(factory=set)  # the base parameters that a warning has named
 
 
 def wrapped_of(model: nn.Module) -> Wrapped:

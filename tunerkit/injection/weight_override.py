@@ -1,6 +1,6 @@
 """Temporary weight overrides: while an owner uses a layer's weight directly, the adapted weight replaces it."""
 
-import functools
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.injection.delta import adapted_tensors
+from tunerkit.injection.preconditions import called_in
 from tunerkit.injection.slots import Slots, base_modules, is_called, slots_of, walk
 from tunerkit.layers import torch_private
 
@@ -20,12 +21,9 @@ _CALLS = "_tunerkit_overrides"
 
 @attrs.frozen(eq=False)
 class _Calls:
-    """The calls of an owner that have not ended, all in one thread.
+    """The calls of an owner that have not ended, all in one thread: what each of them replaced, the outermost first.
 
-    Attributes:
-        thread: The number of that thread.
-        replaced: What each call replaced, the outermost first: a module, its attribute, and the earlier value, None if
-            there was none. Undoing one call shows the one around it.
+    Replaced are attributes of modules, with the earlier value; None if there was none.
     """
 
     thread: int | None
@@ -36,7 +34,7 @@ def update_overrides_(model: nn.Module, readers: Iterable[nn.Module | None] = ()
     """Register the hooks that override weights, and remove those of owners that have nothing left to override.
 
     Owners are the ``readers``, which use weights of adapted modules directly, and transformer encoders around adapted
-    modules. At each call, the model restores what an interrupted call of an owner left overridden.
+    modules.
     """
     modules = [module for _, module in base_modules(model)]
     encoders = (module for module in modules if isinstance(module, nn.TransformerEncoder))
@@ -46,11 +44,9 @@ def update_overrides_(model: nn.Module, readers: Iterable[nn.Module | None] = ()
             module.register_forward_hook(restore, always_call=True, prepend=True)
     for owner in _owners(modules):
         if not _may_override(owner):
-            _restore_all(owner)
+            while _CALLS in vars(owner):
+                _undo_(owner)
             torch_private.remove_hooks_(owner, override, restore)
-    torch_private.remove_hooks_(model, restore_abandoned)
-    if owners := _owners(modules):
-        model.register_forward_pre_hook(functools.partial(restore_abandoned, owners), prepend=True)
 
 
 def overridden_in(modules: Iterable[nn.Module]) -> set[int]:
@@ -58,8 +54,8 @@ def overridden_in(modules: Iterable[nn.Module]) -> set[int]:
     return {id(module) for owner in _owners(modules) for module, _ in _read_modules(owner)}
 
 
-def _owners(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
-    return tuple(module for module in modules if torch_private.has_hook(module, override))
+def _owners(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if torch_private.has_hook(module, override)]
 
 
 def override(owner: nn.Module, args: Any) -> None:
@@ -73,78 +69,49 @@ def override(owner: nn.Module, args: Any) -> None:
 
 
 def restore(owner: nn.Module, args: Any, output: Any) -> None:
-    """Undo `override`: the owner's forward hook, which is also called after an exception, without an output."""
-    if _CALLS in vars(owner):
-        torch_private.uncompiled(_restore_last)(owner)
-    elif output is not None and _overrides_now(owner):
-        raise AdapterError(
-            f"{type(owner).__name__} was running when the whole model was called again. Its overrides were mistaken "
-            "for those of an interrupted call and removed, so its adapters had no effect. Do not call a model from a "
-            "hook inside it"
-        )
+    """Undo `override`: the owner's forward hook, which is also called after an exception.
 
-
-def restore_abandoned(owners: tuple[nn.Module, ...], model: nn.Module, args: Any) -> None:
-    """Restore what an interrupted call has left overridden: with ``owners`` bound, the model's forward pre-hook.
-
-    After a KeyboardInterrupt no forward hook is called, and the call looks like one that still runs. Only frames could
-    tell, which a kept traceback keeps alive. So `override` takes it for a call around the next one, which is right for
-    either. When the whole model is called, all calls inside it in this thread have ended, so an open one was abandoned.
-    A hook inside an owner that calls the whole model breaks this rule, and `restore` raises.
+    If another thread runs the owner, the call of this thread was rejected, and has overridden nothing.
     """
-    for owner in owners:
-        if _CALLS in vars(owner):
-            torch_private.uncompiled(_restore_own)(owner)
+    calls: _Calls | None = vars(owner).get(_CALLS)
+    if calls is not None and calls.thread == threading.get_ident():
+        torch_private.uncompiled(_undo_)(owner)
 
 
 def _override(owner: nn.Module) -> None:
-    own = _Calls(threading.current_thread().ident)  # not get_ident: this also registers threads that C++ started
+    here = threading.current_thread().ident  # not get_ident: this also registers threads that C++ started
     # setdefault is atomic: if two threads begin at once, one of them sees the other.
-    while (calls := vars(owner).setdefault(_CALLS, own)).thread != own.thread:
-        if any(other.ident == calls.thread for other in threading.enumerate()):
+    while (calls := vars(owner).setdefault(_CALLS, _Calls(here))).thread != here or _has_abandoned(owner, calls):
+        if calls.thread != here and any(other.ident == calls.thread for other in threading.enumerate()):
             raise AdapterError(
                 f"{type(owner).__name__} runs in two threads at once, but its weights can be overridden for only one "
                 "call at a time; call tunerkit.merge before serving a model from several threads"
             )
-        _restore_all(owner)  # that thread died inside the call
+        _undo_(owner)
     calls.replaced.append([])
     for module, name, value in _changes(owner):
         calls.replaced[-1].append((module, name, vars(module).get(name)))
         _set_(module, name, value)
 
 
-def _restore_last(owner: nn.Module) -> None:
-    """Undo the last call of ``owner``, unless another thread runs it: then the call of this thread was rejected."""
-    if (calls := _calls_here(owner)) is not None:
-        _undo_(owner, calls)
+def _has_abandoned(owner: nn.Module, calls: _Calls) -> bool:
+    """Whether a call before this one was interrupted: no forward hook comes after a KeyboardInterrupt."""
+    if not calls.replaced:
+        return False
+    running = sum(module is owner for module in called_in(sys._getframe()))
+    return len(calls.replaced) >= max(running, 1)  # compiled code may hide this one
 
 
-def _restore_own(owner: nn.Module) -> None:
-    """Undo every call of ``owner`` if they are this thread's."""
-    if _calls_here(owner) is not None:
-        _restore_all(owner)
-
-
-def _calls_here(owner: nn.Module) -> _Calls | None:
-    """Return the open calls of ``owner`` if they are this thread's. Those of another thread may end at any moment."""
+def _undo_(owner: nn.Module) -> None:
+    """Undo the last call of ``owner``, which shows the one around it. It may be repeated after an interrupt."""
     calls: _Calls | None = vars(owner).get(_CALLS)
-    return calls if calls is not None and calls.thread == threading.get_ident() else None
-
-
-def _restore_all(owner: nn.Module) -> None:
-    """Undo every call of ``owner``, whichever thread made it."""
-    while (calls := vars(owner).get(_CALLS)) is not None:
-        _undo_(owner, calls)
-
-
-def _undo_(owner: nn.Module, calls: _Calls) -> None:
-    """Undo the last of the ``calls`` of ``owner``. It may be repeated after an interrupt."""
-    for module, name, value in reversed(calls.replaced[-1] if calls.replaced else []):
-        _set_(module, name, value)
-    if len(calls.replaced) > 1:
-        calls.replaced.pop()
-    else:
-        vars(owner).pop(_CALLS, None)
+    if calls is not None:
+        for module, name, value in reversed(calls.replaced[-1] if calls.replaced else []):
+            _set_(module, name, value)
+        if len(calls.replaced) > 1:
+            calls.replaced.pop()
+        else:
+            vars(owner).pop(_CALLS, None)
 
 
 def _set_(module: nn.Module, name: str, value: object) -> None:

@@ -105,10 +105,7 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: b
 
 def written_once(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
     """Call ``write`` in one of the processes that train an adapter together; return the path in all of them."""
-    engine = injection.engine_of(tuner)
-    if engine is None:
-        return write()
-    content = ""
+    engine, content = injection.engine_of(tuner), ""
     if engine.is_shared:
         # The same in all processes, and another after each step or allocation. Weights may differ in their last bits.
         state = [tuner.name, tuner.steps, len(tuner.history), tuner.ranks()]
@@ -187,8 +184,7 @@ def _refuse_unsavable(tuner: Tuner) -> None:
     injection.refuse_restricted(injection.base_modules(tuner.model), "save")
     injection.refuse_lost([tuner])
     shards = [name for name, parameter in tuner.named_parameters() if layers.is_sharded(parameter)]
-    engine = injection.engine_of(tuner)
-    if shards and (engine is None or not engine.splits):
+    if shards and not injection.engine_of(tuner).splits:
         error = AdapterError(
             f"each process holds a shard of adapter {tuner.name!r} ({few(shards, shown=2)}), and only an attached one "
             "is gathered: call tunerkit.attach after sharding, in every process, and save in every process"

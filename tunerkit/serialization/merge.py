@@ -1,7 +1,7 @@
 """Merge adapters into their base layers, unmerge them exactly, and show the base model while adapters stay in."""
 
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import attrs
@@ -77,8 +77,9 @@ def merge_except_(model: nn.Module, paths: Collection[str], *, permanent: bool =
             for (path, module, slots), tensors, plan in zip(places, merged, plans, strict=True)
         ]
         noted: list[Rounding] = []
-        try:
+        with injection.Undo() as undo:
             for each in changes:
+                undo.callback(_put_back_, each.module, each.slots, each.originals, each.parting)
                 with requiring_effect(each.path, each.slots, each.merged, noted):
                     each.slots.parting = each.parting
                     _write_(each.module, each.slots, each.merged, apart=True)
@@ -86,15 +87,9 @@ def merge_except_(model: nn.Module, paths: Collection[str], *, permanent: bool =
                 each.slots.note_merged({} if permanent else each.originals, permanent=permanent)
                 each.slots.parting = None if permanent else each.parting
             for name, base in kept.items():
+                undo.callback(setattr, tuners[name].progress, "fingerprint", None)
                 tuners[name].progress.fingerprint = base
             warn_of_rounding(noted)
-        except BaseException:
-            for each in changes:
-                each.slots.parting = each.parting
-                _put_back_(each.module, each.slots, each.originals)
-            for tuner in tuners.values():
-                tuner.progress.fingerprint = None
-            raise
 
 
 def unmerge(model: M) -> M:
@@ -128,13 +123,9 @@ def restore_originals_(model: nn.Module) -> None:
     def restore_() -> None:
         for _, module, slots in places:
             if slots.merged:
-                _put_back_(module, slots, slots.originals)
+                _put_back_(module, slots, slots.originals, slots.parting)
 
-    try:
-        restore_()
-    except BaseException:
-        restore_()
-        raise
+    injection.completed(restore_)
 
 
 @contextmanager
@@ -153,16 +144,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
     if places:
         injection.refuse_running(injection.wrapped_model(model), "disabling adapters")
     weights.reshard_(model)
-    try:
-        try:
-            _enable_(places, False)
-            yield
-        finally:
-            weights.reshard_(model)
-            _enable_(places, True)
-    except BaseException:  # it may be a KeyboardInterrupt on the way back
-        _enable_(places, True)
-        raise
+    with injection.Undo() as again, ExitStack() as back:
+        again.callback(_enable_, places, True)  # a KeyboardInterrupt may come on the way back
+        back.callback(_enable_, places, True)
+        back.callback(weights.reshard_, model)
+        _enable_(places, False)
+        yield
 
 
 def _enable_(places: Places, enabled: bool) -> None:
@@ -180,11 +167,7 @@ def _enable_(places: Places, enabled: bool) -> None:
                 slots.set_aside(hidden)
             slots.enabled = enabled
 
-    try:
-        show_()
-    except BaseException:
-        show_()
-        raise
+    injection.completed(show_)
 
 
 # --- What cannot be merged -------------------------------------------------------------------------------------------
@@ -305,8 +288,9 @@ def _merged_tensors(places: Places) -> list[dict[str, Any]]:
     return found
 
 
-def _put_back_(module: nn.Module, slots: Slots, originals: dict[str, Any]) -> None:
+def _put_back_(module: nn.Module, slots: Slots, originals: dict[str, Any], parting: Parting | None) -> None:
     """Undo the merge of one module, or the half of one."""
+    slots.parting = parting
     _write_(module, slots, originals, apart=False)
     slots.forget_merge()
 

@@ -38,16 +38,15 @@ def hold(tuner: Tuner, *handles: Removable) -> None:
     """Store more hook handles of the optimizer that drives ``tuner``; `detach` removes them."""
     link = tuner.progress.link
     assert link is not None
-    tuner.progress.link = attrs.evolve(link, handles=(*link.handles, *handles))
+    link.handles.extend(handles)
 
 
 def detach(tuner: Tuner) -> None:
     """Undo `attach`. If ``tuner`` is not attached, nothing happens."""
-    link = tuner.progress.link
-    if link is not None:
+    if (link := tuner.progress.link) is not None:
         for handle in link.handles:
             handle.remove()
-        tuner.progress.link = attrs.evolve(link, handles=())
+        link.handles.clear()
 
 
 # --- Before attaching: what steps, what it holds, how long training is, and which processes take part in it ----------
@@ -186,11 +185,11 @@ def agree_on_total(tuner: Tuner, total_steps: SupportsIndex | None) -> int | Non
 
 def engine_for(
     tuners: Sequence[Tuner], model: nn.Module, candidate: object, data_parallel: bool | None
-) -> tuple[Engine | None, object]:
+) -> tuple[Engine, object]:
     """Find out what the processes do together, and what takes the step hooks: ``candidate``, or what stands for it.
 
-    ``model`` is the one that runs, which may be around the wrapped one. If no plugin has an engine, it is None for a
-    process that is alone. Raises `StepError` if there is a process group, which would not be kept alike.
+    ``model`` is the one that runs, which may be around the wrapped one. Raises `StepError` if this process belongs to a
+    group, and no plugin has an engine that keeps it alike.
     """
     if data_parallel not in (None, False, True):
         raise StepError(f"data_parallel: expected True, False or None, got {shown(data_parallel)}")
@@ -208,7 +207,7 @@ def engine_for(
             f"alike, so each process would train its own in silence. {f'{lacking}. ' if lacking else ''}If they are "
             "meant to be apart, attach with data_parallel=False"
         )
-    return None, candidate
+    return Engine(), candidate
 
 
 # --- An adapter that an optimizer moves and does not drive ------------------------------------------------------------
@@ -216,23 +215,16 @@ def engine_for(
 
 @attrs.define(eq=False)
 class LastGradient:
-    """The last gradient of one parameter of an adapter that nobody has accounted for.
+    """The most recent gradient of an adapter that no driven step has used."""
 
-    Attributes:
-        is_reported: Whether nothing more is said of the adapter: a warning has, or its method does not act on steps.
-        parameter: The parameter. No weak reference: torch converts no parameter that has one.
-        version: Torch's count of the changes of its values at the gradient; None if there was none, or if the adapter
-            was driven since, or loaded.
-        values: A copy of its values then, if nothing drove the adapter: torch counts no changes by fused optimizers.
-    """
-
-    is_reported: bool
-    parameter: nn.Parameter | None = None
-    version: int | None = None
+    parameter: nn.Parameter | None = None  # no weak reference: torch converts no parameter that has one
+    version: int | None = None  # torch's count of the changes of its values at the gradient; None without one
+    # Its values at the gradient, if nothing drives the adapter: torch counts no changes by fused optimizers.
     values: Tensor | None = None
+    is_reported: bool = False
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # a copy or a pickle of the model starts anew
+    def __reduce__(self) -> tuple[type["LastGradient"], tuple[()]]:
+        return LastGradient, ()  # a copy or a pickle of the model starts anew
 
     def was_used(self) -> bool:
         """Whether the values have changed since."""
@@ -246,19 +238,12 @@ class LastGradient:
         return not torch.equal(before.nan_to_num(), now.nan_to_num())
 
 
-def last_gradient(tuner: Tuner) -> LastGradient:
-    """Return the record of an adapter's gradients."""
-    last: LastGradient | None = tuner.progress.last
-    if last is None:
-        last = tuner.progress.last = LastGradient(is_reported=not hooks.watches_steps(tuner.method))
-    return last
-
-
 def watch_(tuner: Tuner) -> LastGradient:
     """Let the model of an adapter look for undriven steps from now on, if the adapter's method acts on steps."""
-    last, model = last_gradient(tuner), tuner.model
+    last: LastGradient = tuner.progress.last or LastGradient()
     last.version = None
-    if not last.is_reported:
+    if hooks.watches_steps(tuner.method):
+        tuner.progress.last, model = last, tuner.model
         if not torch_private.has_hook(model, look):
             model.register_forward_pre_hook(look)
             model.register_load_state_dict_pre_hook(forget)
@@ -276,7 +261,8 @@ def unwatch_(model: nn.Module) -> None:
 def forget(model: nn.Module, *state: object) -> None:
     """Expect other values, which are about to be loaded: a hook before ``load_state_dict``."""
     for tuner in injection.wrapped_of(model).tuners.values():
-        last_gradient(tuner).version = None
+        if tuner.progress.last is not None:
+            tuner.progress.last.version = None
 
 
 def look(model: nn.Module, args: Any) -> None:
@@ -285,30 +271,22 @@ def look(model: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     for tuner in injection.wrapped_of(model).tuners.values():
-        last = last_gradient(tuner)
-        if not last.is_reported:
+        last: LastGradient | None = tuner.progress.last
+        if last is not None and not last.is_reported:
             report_undriven(tuner)
             _follow_(tuner, last)
 
 
 def _follow_(tuner: Tuner, last: LastGradient) -> None:
     """Note the gradients of the parameter that is trained now. Shrinking and engines replace parameters."""
-    own = _trained(tuner)
+    slots = (injection.slots_of(target.module) for target in tuner.targets)
+    found = (each.get(tuner.name) for each in slots if each is not None)
+    # Of the method's own adapters: one may train a new head alone before.
+    adapters = (slot.adapter for slot in found if slot is not None and slot.adapter is not None)
+    own = next((p for adapter in adapters for p in adapter.parameters() if p.requires_grad), None)
     if own is not None and last.parameter is not own:
         last.parameter, last.version, last.values = own, None, None
         own.register_post_accumulate_grad_hook(functools.partial(_note, ref(tuner)))
-
-
-def _trained(tuner: Tuner) -> nn.Parameter | None:
-    """The first trained parameter of the method's own adapters: one may train a new head alone before."""
-    for target in tuner.targets:
-        slots = injection.slots_of(target.module)
-        slot = None if slots is None else slots.get(tuner.name)
-        if slot is not None and slot.adapter is not None:
-            for parameter in slot.adapter.parameters():
-                if parameter.requires_grad:
-                    return parameter
-    return None
 
 
 def _note(watched: "ref[Tuner]", parameter: Tensor) -> None:
@@ -316,8 +294,8 @@ def _note(watched: "ref[Tuner]", parameter: Tensor) -> None:
     tuner = watched()
     if tuner is None or injection.wrapped_of(tuner.model).tuners.get(tuner.name) is not tuner:
         return  # it was taken out
-    last = last_gradient(tuner)
-    if last.parameter is parameter and not last.is_reported:
+    last: LastGradient | None = tuner.progress.last
+    if last is not None and last.parameter is parameter and not last.is_reported:
         report_undriven(tuner)
         last.version = torch_private.version(parameter)
         last.values = None if is_attached(tuner) else parameter.detach().clone()
@@ -329,8 +307,8 @@ def report_undriven(tuner: Tuner, *, saving: bool = False) -> None:
     A method that needs steps stops if nothing drives it: it could never be saved. If other adapters of the model are
     attached, somebody chose these, and may attach this one later. Then, and before saving, a warning is enough.
     """
-    last = last_gradient(tuner)
-    if last.is_reported or not last.was_used():
+    last: LastGradient | None = tuner.progress.last
+    if last is None or last.is_reported or not last.was_used():
         return
     last.version = last.values = None
     others = injection.wrapped_of(tuner.model).tuners.values()

@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any
 from weakref import ref
 
@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from tunerkit import hooks, injection
 from tunerkit.errors import StepError, warn
-from tunerkit.hooks import Engine, Removable, same
-from tunerkit.injection import Link, Slot, Slots, Tuner, Wrapped, modules_in, slots_in
+from tunerkit.hooks import Engine, same
+from tunerkit.injection import Link, Slot, Slots, Tuner, Undo, Wrapped, modules_in, slots_in
 from tunerkit.layers import torch_private
 from tunerkit.paths import CHILD
 from tunerkit.steps.attachment import (
@@ -84,34 +84,22 @@ class Withheld:
 
 @attrs.define(eq=False)
 class Drive:
-    """The connection between one tuner and one optimizer: all that a step needs, looked up once, and what it leaves.
-
-    Attributes:
-        tuner: The adapter's handle.
-        wrapped: What the model holds of its adapters.
-        places: The adapter's modules.
-        callers: The hooks of the method's plugin.
-        engine: What the processes of the training do together; None if this one is alone.
-        clock: Returns the number of the current step, from 1; None to count the steps.
-        last: The adapter's last gradient, by which the next forward recognises an optimizer that does not drive it.
-        withheld: The gradients that the method withholds from the current step.
-        fixed: The values that are put back after it, by parameter, where the engine's optimizer moves a parameter
-            without a gradient too.
-        is_idle: Whether the current step trains nothing.
-        was_past_total: Whether a warning has said that the schedule is over.
-    """
+    """The connection between one tuner and one optimizer: all that a step needs, looked up once, and what it leaves."""
 
     tuner: Tuner
     wrapped: Wrapped
     places: Sequence[Place]
     callers: hooks.Callers
-    engine: Engine | None
-    clock: Callable[[], int] | None
+    engine: Engine
+    meets: bool  # the engine acts before a step
+    gathers: bool  # the engine shows the adapter to the method's hooks, and takes it back
+    clock: Callable[[], int] | None  # the number of the current step, from 1; None to count the steps
     last: LastGradient
     withheld: Withheld = attrs.field(factory=Withheld)
+    # Values to put back after the step, by name, where an engine's optimizer moves a parameter without a gradient too.
     fixed: dict[str, Tensor] = attrs.field(factory=dict)
-    is_idle: bool = False
-    was_past_total: bool = False
+    is_idle: bool = False  # the current step trains nothing
+    was_past_total: bool = False  # a warning has said that the schedule is over
 
 
 def drive(
@@ -129,7 +117,7 @@ def drive(
         candidate: A torch optimizer, or a wrapper around one.
         total_steps: The length of training in optimizer steps, if it is known.
         clock: Returns the number of the current step, from 1; by default the steps of each adapter are counted.
-        engine: What the processes of the training do together; None if this one is alone.
+        engine: What the processes of the training do together; by default this one is alone.
 
     Returns:
         The torch optimizer; None if it takes no hooks, so that no step is counted.
@@ -138,7 +126,8 @@ def drive(
     for tuner in tuners:
         check_attachable(tuner, optimizer)
     totals = [agree_on_total(tuner, total_steps) for tuner in tuners]
-    with ExitStack() as undo:
+    engine = Engine() if engine is None else engine
+    with Undo() as undo:
         if optimizer is not None:
             undo.callback(vars(optimizer).update, {ENGINE: vars(optimizer).get(ENGINE)})
             vars(optimizer)[ENGINE] = engine
@@ -147,10 +136,8 @@ def drive(
             undo.callback(_restore_, tuner, attrs.evolve(tuner.progress), tuner.state, tuner.engine)
             tuner.progress.total_steps = total
             if optimizer is not None:
-                tuner.progress.link = Link(ref(optimizer), ())
-        kept: Mapping[str, tuple[Removable, ...]] = {}
-        if engine is not None:
-            kept = engine.begin_(tuners, optimizer)
+                tuner.progress.link = Link(ref(optimizer))
+        kept = engine.begin_(tuners, optimizer)
         for handles in kept.values():
             for handle in handles:
                 undo.callback(handle.remove)
@@ -162,11 +149,10 @@ def drive(
             if optimizer is not None:
                 hold(tuner, *kept.get(tuner.name, ()))
                 _register_(tuner, optimizer, clock)
-        undo.pop_all()
     return optimizer
 
 
-def _restore_(tuner: Tuner, before: injection.Progress, state: object | None, engine: Engine | None) -> None:
+def _restore_(tuner: Tuner, before: injection.Progress, state: object | None, engine: Engine) -> None:
     detach(tuner)
     tuner.state, tuner.engine, progress = state, engine, tuner.progress
     progress.link, progress.total_steps = before.link, before.total_steps
@@ -181,8 +167,10 @@ def _register_(tuner: Tuner, optimizer: Optimizer, clock: Callable[[], int] | No
         for path, slot in slots_in(tuner)
         if (slots := injection.slots_of(modules[path])) is not None
     ]
-    callers, wrapped = hooks.callers_of(tuner), injection.wrapped_of(tuner.model)
-    found = Drive(tuner, wrapped, places, callers, tuner.engine, clock, watch_(tuner))
+    callers, wrapped, engine = hooks.callers_of(tuner), injection.wrapped_of(tuner.model), tuner.engine
+    meets = type(engine).before_step_ is not Engine.before_step_
+    gathers = engine.splits or not engine.withholds
+    found = Drive(tuner, wrapped, places, callers, engine, meets, gathers, clock, watch_(tuner))
     # Not in a compiled optimizer step: plugins run any Python code there, and may change shapes.
     hold(tuner, optimizer.register_step_pre_hook(torch.compiler.disable(functools.partial(_before, found))))
     hold(tuner, optimizer.register_step_post_hook(torch.compiler.disable(functools.partial(_after, found))))
@@ -218,12 +206,14 @@ def _before(
 
 def _refuse_misplaced(drive: Drive) -> None:
     """Reject a step while the model is merged, or after the adapter was removed by hand from one of its modules."""
-    name = drive.tuner.name
-    if drive.wrapped.tuners.get(name) is not drive.tuner or any(
-        place.children.get(CHILD) is not place.slots or place.own.get(name) is not place.slot for place in drive.places
-    ):
+    name, is_merged = drive.tuner.name, False
+    is_there = drive.wrapped.tuners.get(name) is drive.tuner
+    for place in drive.places:  # no generator: each step asks all places
+        is_there = is_there and place.children.get(CHILD) is place.slots and place.own.get(name) is place.slot
+        is_merged = is_merged or bool(place.slots.merged)
+    if not is_there:
         list(slots_in(drive.tuner))  # raises an error that names the module
-    if any(place.slots.merged for place in drive.places):
+    if is_merged:
         raise StepError("the model is merged: a step would train nothing. Call tunerkit.unmerge before more training")
 
 
@@ -238,18 +228,18 @@ def _run_closure(drive: Drive, optimizer: Optimizer, closure: Callable[[], Any])
 
 def _call_before_step(drive: Drive, optimizer: Optimizer) -> None:
     tuner, engine, caller = drive.tuner, drive.engine, drive.callers.before_step
-    if engine is not None and _leads(drive, optimizer):
+    if drive.meets and _leads(drive, optimizer):
         engine.before_step_(optimizer)
     if not _takes_part(drive):
         return
     if injection.WATCHED in vars(tuner.model):
         injection.report(tuner.model)
     # Where the engine's step takes the gradients away, they are kept for what acts after it.
-    if caller is None and (engine is None or engine.withholds or drive.callers.after_step is None):
+    if caller is None and (engine.withholds or drive.callers.after_step is None):
         return
     # Under a GradScaler a fused optimizer steps on scaled gradients; the scale is its attribute, if there is one.
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    seen = nullcontext(same) if engine is None else injection.as_hooks_see_it(tuner, gradients=True)
+    seen = injection.as_hooks_see_it(tuner, gradients=True) if drive.gathers else nullcontext(same)
     with torch.no_grad(), seen as outside:
         if caller is None:
             return
@@ -263,7 +253,7 @@ def _call_before_step(drive: Drive, optimizer: Optimizer) -> None:
             raise
         if kept is None:
             return
-        if engine is None or engine.withholds:
+        if engine.withholds:
             drive.withheld.take_([outside(parameter) for parameter in kept], grad_scale)
         else:
             fixed = {id(parameter) for parameter in kept}
@@ -284,9 +274,8 @@ def _takes_part(drive: Drive) -> bool:
     So adapters that share an optimizer and are trained alternately count their own steps. With a clock (a Trainer's
     global step), a step has the same number for all, and an adapter sees those in which it takes part.
     """
-    own = (parameter for place in drive.places for parameter in place.slot.parameters())
-    first = next(own, None)  # usually enough
-    if first is not None and not first.requires_grad and not any(parameter.requires_grad for parameter in own):
+    first = next(drive.places[0].slot.parameters(), None)  # usually enough
+    if (first is None or not first.requires_grad) and injection.is_frozen(drive.tuner):
         return False
     return drive.tuner.name in drive.wrapped.active or any(
         parameter.grad is not None for place in drive.places for parameter in place.slot.parameters()
@@ -305,7 +294,7 @@ def _after(drive: Drive, optimizer: Optimizer, args: tuple[Any, ...], kwargs: di
         return
     step = tuner.progress.steps = tuner.progress.steps + 1 if drive.clock is None else drive.clock()
     if callers.after_step is not None or callers.before_step is not None:
-        seen = nullcontext(same) if drive.engine is None else injection.as_hooks_see_it(tuner, gradients=True)
+        seen = injection.as_hooks_see_it(tuner, gradients=True) if drive.gathers else nullcontext(same)
         with torch.no_grad(), seen:
             if drive.fixed:
                 for name, parameter in tuner.named_parameters():

@@ -96,8 +96,7 @@ def shrink_(cuts: Sequence[Cut], optimizer: Optimizer | None) -> str | None:
                     state[key] = value.index_select(dim, kept.to(value.device))
             resize_(parameter, parameter.data.index_select(dim, kept))
             parameter.grad = grad
-    if engine is not None:
-        engine.resized_()
+    engine.resized_()
     return None
 
 
@@ -138,8 +137,7 @@ def grow_(growths: Sequence[Growth], optimizer: Optimizer | None) -> str | None:
                     state[key] = torch.cat([value, _fresh(key, new.to(value), settings)], dim)
             resize_(parameter, torch.cat([parameter.data, new.to(parameter.data)], dim))
             parameter.grad = grad
-    if engine is not None:
-        engine.resized_()
+    engine.resized_()
     return None
 
 
@@ -155,10 +153,8 @@ def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | N
         needs shapes that stay, such as a DistributedDataParallel that cannot be rebuilt; a parameter is sharded; or
         ``optimizer`` is not known to update each element independently.
     """
-    parameters, engine = list(parameters), _engine_of(optimizer)
-    if engine is None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        return "torch.distributed is initialised, and DDP and FSDP do not allow shapes to change"
-    if engine is not None and (reason := engine.fixed_shapes) is not None:
+    parameters = list(parameters)
+    if (reason := _engine_of(optimizer).fixed_shapes) is not None:
         return reason
     for parameter in parameters:
         if type(parameter.data) is not Tensor:
@@ -173,8 +169,9 @@ def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | N
     return f"{name} keeps {', '.join(sorted(odd))} in a shape other than the parameter's" if odd else None
 
 
-def _engine_of(optimizer: Optimizer | None) -> Engine | None:
-    return None if optimizer is None else vars(optimizer).get(ENGINE)
+def _engine_of(optimizer: Optimizer | None) -> Engine:
+    found: Engine | None = None if optimizer is None else vars(optimizer).get(ENGINE)
+    return Engine() if found is None else found
 
 
 def _odd(state: Mapping[str, Any], parameter: Tensor) -> list[str]:

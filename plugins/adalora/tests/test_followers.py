@@ -148,7 +148,7 @@ def test_process_0_decides_for_all(first: bool) -> None:
     tuner = tunerkit.tuner(model)
 
     class InGroup:
-        name, config, engine, progress = tuner.name, tuner.config, SimpleNamespace(), tuner.progress
+        name, config, engine, progress = tuner.name, tuner.config, SimpleNamespace(is_shared=True), tuner.progress
 
         def agree_(self, tensors: list[torch.Tensor], what: str) -> None:
             tensors[0].fill_(first)

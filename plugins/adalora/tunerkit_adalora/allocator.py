@@ -46,7 +46,7 @@ def spend_(
         The new ranks by target path.
     """
     config, bounds, layers, gradients = training.config, training.bounds, training.layers, training.gradients
-    if tuner.engine is not None:
+    if tuner.engine.is_shared:
         tuner.agree_(scores, "the scores")
     masks = allocate(
         scores,
@@ -82,7 +82,7 @@ def spend_(
             optimizer = optimizer_of(tuner)
             engine = tuner.engine
             # Shards keep their shapes anyway, so the processes need not agree on it.
-            is_alone = not cuts or (following in ([], [optimizer]) if engine is None else engine.splits)
+            is_alone = not cuts or (engine.splits if engine.is_shared else following in ([], [optimizer]))
             following.clear()  # so that what is gone can be collected
             reason = (None if is_alone else follower(tuner, weights, scores[0])) or shrink_(cuts, optimizer)
             if reason is None:
@@ -114,11 +114,11 @@ def mask_(
         for layer, mask, rank in zip(layers, masks, ranks, strict=True):
             layer.set_mask(mask, rank=rank)
     lams, own = weights[Part.LAM :: len(Part)], [*map(_MASK, layers)]
-    if tuner.engine is None:
-        apply_masks_(lams, own)
-    else:
+    if tuner.engine.gives_pieces:
         pieces = tuner.pieces(lams)
         apply_masks_(pieces.values, pieces.cut(own))
+    else:
+        apply_masks_(lams, own)
 
 
 def _cuts(weights: Sequence[nn.Parameter], masks: Sequence[Tensor], ranks: Sequence[int]) -> list[Cut]:

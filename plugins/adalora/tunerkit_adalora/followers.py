@@ -40,7 +40,7 @@ def refuse_split(tuner: Tuner, optimizer: Optimizer | None) -> None:
     """Refuse to leave a λ to another optimizer, whose step would move it after the mask was applied.
 
     Args:
-        tuner: The adapter's handle, without an engine, whose optimizers may hold other tensors than the model's.
+        tuner: The adapter's handle. With an engine that is shared, optimizers may hold other tensors than the model's.
         optimizer: The optimizer that drives it.
 
     Raises:
@@ -69,7 +69,7 @@ def follower(tuner: Tuner, weights: Sequence[nn.Parameter], like: Tensor) -> str
         The reason why shapes must stay; None if they may change.
     """
     found = _found(lambda: _obstacle(tuner, weights))
-    if tuner.engine is not None:
+    if tuner.engine.is_shared:
         decision = like.new_tensor(float(bool(found)))
         tuner.agree_([decision], "what follows the weights")
         found = (found or "something in process 0 follows them") if decision else ""

@@ -57,7 +57,7 @@ def tunerkit_calibrate(tuner: Tuner, statistics: Mapping[str, Statistics]) -> No
 def tunerkit_start(tuner: Tuner, total_steps: int, optimizer: Optimizer | None) -> training.Training:
     """Check the start, the optimizer and the schedule; prepare the averages."""
     fitting.refuse_unfitted(tuner)
-    if tuner.engine is None:
+    if not tuner.engine.is_shared:
         refuse_split(tuner, optimizer)
     return training.start(tuner, total_steps)
 

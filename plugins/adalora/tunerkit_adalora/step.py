@@ -43,7 +43,7 @@ def before_step(tuner: Tuner, grad_scale: Tensor | None) -> Iterable[nn.Paramete
         refuse_sharded(tuner, weights)
     if [*map(Tensor.numel, lams)] != training.sizes:
         refuse_other_ranks(tuner.name)
-    if tuner.engine is None:  # no step replaces them, and looking for them takes as long as the rest of this hook
+    if not tuner.engine.is_shared:  # no step replaces them; looking for them takes as long as the rest of this hook
         training.weights = weights
     if config.gamma > 0:
         with tuner.whole(gradients=True):
@@ -85,7 +85,7 @@ def after_step(tuner: Tuner, step: int) -> dict[str, int] | None:
     if not training.schedule.is_final(step) or phase is Phase.WAITING:  # importance: Ī and Ū (Eq. 8-10)
         weights: Sequence[Tensor] = found
         grads: Sequence[Tensor | None] = [*map(_GRAD, weights)]
-        if tuner.engine is not None:
+        if tuner.engine.gives_pieces:
             pieces = tuner.pieces(found)
             weights, grads = pieces.values, pieces.grads
         count = training.gradients
@@ -106,7 +106,7 @@ def after_step(tuner: Tuner, step: int) -> dict[str, int] | None:
         training.phase = Phase.AVERAGING
     if due is None:
         return None
-    if tuner.engine is not None:
+    if tuner.engine.gives_pieces:
         return spend_(tuner, training, due, found, *_scores_and_lams(tuner, training))
     return spend_(
         tuner, training, due, found, triplet_scores(stacks_of(training.running))

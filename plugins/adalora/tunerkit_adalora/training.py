@@ -100,7 +100,7 @@ def start(tuner: Tuner, total_steps: int) -> Training:
         resolved=resolved,
         bounds=bounds,
         schedule=schedule,
-        running=new_averages(averaged if tuner.engine is None else tuner.pieces(averaged).values),
+        running=new_averages(tuner.pieces(averaged).values),
         gradients=GradientCount(torch.zeros((), dtype=torch.int64, device=layers[0].lam.device)),
         costs=costs,
         in_force=in_force,

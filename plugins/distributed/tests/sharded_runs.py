@@ -364,8 +364,7 @@ def _trains_in_pieces(*, several_meshes: bool) -> bool:
     with tuner.whole():
         found = results(model)
     return (
-        tuner.engine is not None
-        and tuner.engine.gives_pieces is not several_meshes
+        tuner.engine.gives_pieces is not several_meshes
         and found["history"] == expected["history"]
         and are_close(found["weights"], expected["weights"])
     )

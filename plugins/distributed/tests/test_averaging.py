@@ -14,6 +14,7 @@ import tunerkit
 from tests.support import apart, together, two_processes
 from tests.support.toy_growing import GrowingPlugin
 from tunerkit import serialization
+from tunerkit.plugin import Engine
 from tunerkit_distributed import torch_private
 from tunerkit_testing.counting import Counting
 from tunerkit_testing.registering import registered
@@ -286,7 +287,7 @@ def test_a_killed_process_costs_nothing_since_the_last_checkpoint(tmp_path: Path
     assert all(torch.equal(a, b) for end in ends[1:] for a, b in zip(ends[0], end, strict=True))
 
 
-def test_one_process_has_no_engine_and_may_not_ask_for_one() -> None:
+def test_one_process_has_the_default_engine_and_may_not_ask_for_another() -> None:
     """Without a process group nothing changes, and data_parallel=True says what is missing."""
     with registered(LowRankPlugin()):
         model = tunerkit.wrap(together.net(), "toy-low-rank", {"targets": TARGETS})
@@ -295,7 +296,7 @@ def test_one_process_has_no_engine_and_may_not_ask_for_one() -> None:
             with pytest.raises(tunerkit.errors.StepError, match=words):
                 tunerkit.attach(model, optimizer, data_parallel=given)  # type: ignore[arg-type]
         tunerkit.attach(model, optimizer)
-        assert tunerkit.tuner(model).engine is None
+        assert type(tunerkit.tuner(model).engine) is Engine
         with tunerkit.no_sync(model), Counting() as counted:
             pass
     assert counted.count == 0

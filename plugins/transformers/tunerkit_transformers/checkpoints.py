@@ -151,7 +151,7 @@ def _takes_part(trainer: Trainer, tuner: Tuner) -> bool:
     """Whether this process saves an adapter. With DeepSpeed all do, since each may hold a part, and one writes."""
     if trainer.args.should_save:
         return True
-    return runs_deepspeed(trainer) and (tuner.engine is not None or any(map(is_sharded, tuner.parameters())))
+    return runs_deepspeed(trainer) and (tuner.engine.is_shared or any(map(is_sharded, tuner.parameters())))
 
 
 def _held(tuners: Sequence[Tuner]) -> list[Tuner]:
