@@ -22,7 +22,7 @@ from hypothesis import given, strategies as st
 from typer.testing import CliRunner
 
 import tunerkit
-from tests.support import bad_plugins
+from plugins.testing.tests import bad_methods
 from tunerkit.extras import install
 from tunerkit_cli import assets, settings
 from tunerkit_cli.app import build
@@ -381,7 +381,7 @@ def test_check_prints_a_table_if_there_are_several_models() -> None:
 
 def test_check_exits_with_1_and_prints_a_sentence_for_each_failure() -> None:
     """The sentence says which check failed on which case, and what to change."""
-    with registered(bad_plugins.WrongDtype()):
+    with registered(bad_methods.plugin_of(bad_methods.Widening)()):
         found = CliRunner().invoke(build(), ["check", "bad", "--case", "network", "--check", "output_dtype"])
     assert found.exit_code == 1
     assert "output_dtype on network: 0: on a base in torch.bfloat16 the output is torch.float32" in found.output
@@ -391,7 +391,7 @@ def test_check_exits_with_1_and_prints_a_sentence_for_each_failure() -> None:
 def test_check_trains_at_the_rate_that_it_is_given() -> None:
     """The sentence of a check that trains has the rate."""
     arguments = ["check", "bad", "--case", "network", "--check", "loss_falls", "--lr", "0.25"]
-    with registered(bad_plugins.TrainsNothingZero()):
+    with registered(bad_methods.plugin_of(bad_methods.AllZero)()):
         found = CliRunner().invoke(build(), arguments)
     assert found.exit_code == 1
     assert "at a learning rate of 0.25" in found.output
@@ -435,12 +435,12 @@ def test_check_takes_a_module_of_hooks(name: str, tmp_path: Path, monkeypatch: p
 def test_check_takes_reasons_for_expected_failures() -> None:
     """A check that fails as expected changes no exit code; one that passes all the same does."""
     arguments = ["check", "bad", "--case", "network", "--check", "output_dtype"]
-    with registered(bad_plugins.WrongDtype()):
+    with registered(bad_methods.plugin_of(bad_methods.Widening)()):
         found = CliRunner().invoke(build(), [*arguments, "--expected-failure", "output_dtype=a = b is to come"])
     assert found.exit_code == 0
     assert "expected failure output_dtype: a = b is to come" in found.output
     assert "bad: 0 passed, 0 failed, 0 skipped, 1 failed as expected" in found.output
-    with registered(bad_plugins.Plugin()):
+    with registered(bad_methods.Plugin()):
         found = CliRunner().invoke(build(), [*arguments, "--expected-failure", "output_dtype=to come"])
     assert found.exit_code == 1
     assert "output_dtype on network: it passes, and is expected to fail (to come)" in found.output

@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 
 import tunerkit
-from tests.support import bad_plugins
-from tests.support.bad_plugins import CASE
-from tests.support.subtle_plugins import LoopsInAStep, NoRoomIn
+from plugins.testing.tests import bad_methods
+from plugins.testing.tests.bad_methods import CASE, LoopsInAStep, NoRoomIn, plugin_of
 from tunerkit import TunerkitError
 from tunerkit_testing import matrix, parametrize_with_checks
 from tunerkit_testing.checks.order import CHECKS
@@ -58,10 +57,10 @@ def test_names_are_accepted_as_cases() -> None:
 
 def test_a_check_passes_or_fails_with_its_sentence() -> None:
     """Law: the message is the sentence alone, without a traceback of the kit."""
-    with registered(bad_plugins.Plugin()):
+    with registered(bad_methods.Plugin()):
         bound("start")()
     with (
-        registered(bad_plugins.StartsAFarOff()),
+        registered(plugin_of(bad_methods.StartsFarOff)()),
         pytest.raises(pytest.fail.Exception, match=r"start on square: .*0\.00911"),
     ):
         bound("start")()
@@ -69,7 +68,7 @@ def test_a_check_passes_or_fails_with_its_sentence() -> None:
 
 def test_a_check_that_fails_for_another_reason_is_skipped_with_it() -> None:
     """Law: each test stands alone, and still the root cause is the only failure."""
-    with registered(bad_plugins.TrainsNothingZero()):
+    with registered(plugin_of(bad_methods.AllZero)()):
         with pytest.raises(pytest.skip.Exception, match="because every_tensor_moves failed"):
             bound("loss_falls")()
         with pytest.raises(pytest.fail.Exception, match="every_tensor_moves on square"):
@@ -78,14 +77,14 @@ def test_a_check_that_fails_for_another_reason_is_skipped_with_it() -> None:
 
 def test_a_check_without_a_subject_is_skipped_with_its_reason() -> None:
     """Law: a skipped check says what the method does not have."""
-    with registered(bad_plugins.Plugin()), pytest.raises(pytest.skip.Exception, match="share no module"):
+    with registered(bad_methods.Plugin()), pytest.raises(pytest.skip.Exception, match="share no module"):
         bound("shared_module_used")()
 
 
 def test_an_expected_failure_is_an_xfail_with_its_reason() -> None:
     """Law: it is xfailed only if the check fails; one that passes is a failure that says what to remove."""
     expected = {"delta_is_what_forward_adds": "no delta yet", "start": "never fails"}
-    with registered(bad_plugins.DeltaMissing()):
+    with registered(bad_methods.DeltaMissing()):
         with pytest.raises(pytest.xfail.Exception, match="no delta yet"):
             bound("delta_is_what_forward_adds", expected_failures=expected)()
         with pytest.raises(pytest.fail.Exception, match=r"start on square: it passes.*\(never fails\); remove it from"):

@@ -4,8 +4,8 @@ import pytest
 from torch import Tensor, nn
 
 import tunerkit
-from tests.support import bad_plugins
-from tests.support.bad_plugins import CASE
+from plugins.testing.tests import bad_methods
+from plugins.testing.tests.bad_methods import CASE
 from tunerkit.plugin import parameter, setting
 from tunerkit_testing import check_method, parametrize_with_checks
 from tunerkit_testing.registering import method_of, registered
@@ -22,7 +22,7 @@ def function(
     return b @ a
 
 
-@pytest.mark.parametrize("plugin", [function, bad_plugins.Plugin()], ids=["function", "hooks"])
+@pytest.mark.parametrize("plugin", [function, bad_methods.Plugin()], ids=["function", "hooks"])
 def test_a_plugin_is_checked_without_being_registered(plugin: object) -> None:
     """Law: all checks run, and afterwards the method is as unknown as before; a wrong config is refused."""
     found = check_method(plugin, {"rank": 3}, [CASE])

@@ -1,6 +1,6 @@
-"""The tables of the page about the kit, from the code: ``python -m tests.support.checks_page`` prints the page."""
+"""The page about the kit, from the code: ``python -m plugins.testing.tests.checks_page`` prints it."""
 
-from tests.support import mistakes
+from plugins.testing.tests.bad_methods import MISTAKES, first_failure, results
 from tunerkit_testing.checks.order import BY_NAME
 
 _INTRODUCTION = """# What the kit checks
@@ -73,9 +73,16 @@ def checks_table() -> str:
     return "\n".join(["| check | law |", "|---|---|", *rows]) + "\n"
 
 
+def mistakes_table() -> str:
+    """One row for each mistake of the page: what the kit says of it."""
+    shown = [(each, first_failure(results(each.plugin, each.case))) for each in MISTAKES if each.what]
+    rows = [f"| {each.what} | `{found.check}` | {found.reason} |" for each, found in shown]
+    return "\n".join(["| mistake | check | sentence |", "|---|---|---|", *rows])
+
+
 def page() -> str:
     """The whole page. The figures of the grid are those of the last time that it was run."""
-    return f"{_INTRODUCTION}\n{checks_table()}{_MISTAKES}\n{mistakes.table()}\n{_GRID}"
+    return f"{_INTRODUCTION}\n{checks_table()}{_MISTAKES}\n{mistakes_table()}\n{_GRID}"
 
 
 if __name__ == "__main__":
