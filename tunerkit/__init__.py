@@ -28,59 +28,115 @@ For example:
 """
 
 import ast
+import functools
 import importlib
 import pkgutil
 import sys
 import warnings
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pluggy
 
-from tunerkit.extras import elsewhere
+from tunerkit.errors import VerbError, error_text
+from tunerkit.extras import VERBS, distribution, elsewhere, install
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __version__ = "0.1.0"
-__all__ = [
+_NAMES: Final = (  # with the verbs that other distributions bring, they are ``__all__``
     *("wrap", "attach", "save", "load", "merge", "unmerge", "unwrap", "disabled", "export", "from_folder"),
     *("tuner", "adapters", "active", "activate", "freeze", "thaw", "rename", "delete", "trainable_parameters"),
-    *("param_groups", "calibrate", "no_sync", "reference", "rounding", "save_state", "load_state", "grow_"),
-    *("method", "methods", "structure", "unstructure", "register", "unregister", "TunerkitError", "TunerkitWarning"),
-]
+    *("param_groups", "no_sync", "reference", "rounding", "save_state", "load_state", "grow_", "methods"),
+    *("structure", "unstructure", "register", "unregister", "TunerkitError", "TunerkitWarning"),
+)
 hookimpl = pluggy.HookimplMarker(__name__)
-
 
 # All names, and the module of each; for a module that is public itself, an empty text. Type checkers read the stub too.
 _STUB: Final = ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or b"")
 _IMPORTS: Final = [each for each in _STUB.body if isinstance(each, ast.ImportFrom) and each.level]
 _PLACES: Final = {"plugin": "", **{name.name: each.module or "" for each in _IMPORTS for name in each.names}}
+_MODULES: Final = frozenset(each.name for each in pkgutil.iter_modules(__path__))
+_GROUP: Final = "tunerkit.verbs"  # entry points: ``calibrate`` is a verb, ``plugin.parameter`` a name for authors
+_FACES: Final = ([__name__], [__name__, "plugin"])  # the modules that answer with `find`
 
 
 def find(name: str) -> Any:
     """Import the module of a name when it is first used: torch takes seconds, and the command's help needs none."""
     if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{elsewhere(name)}")
+        return _brought(name)
     place = _PLACES[name]
     module = importlib.import_module(f".{place or name}", __name__)
     return getattr(module, name) if place else module
 
 
-def __getattr__(name: str) -> Any:
-    caller = sys._getframe(1)
+def _brought(name: str) -> Any:
+    """Load a name that another distribution brings. Raises `VerbError`, or `AttributeError` for an unknown name."""
+    if name.startswith("_") or name in _MODULES:  # Python and notebooks look for many; `from tunerkit import hooks`
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    entries = (name, f"plugin.{name}")
+    if _points().keys().isdisjoint(entries):
+        _points.cache_clear()  # its distribution may have been installed since
+    points = [point for entry in entries for point in _points().get(entry, ())]
+    whose = [f"{point.dist.name} {point.dist.version}" for point in points if point.dist is not None]
+    known = next((entry for entry in entries if entry in VERBS), None)
+    if len(points) > 1:
+        raise _error(f"tunerkit.{name} comes with {' and with '.join(whose)}; uninstall one of them", VerbError)
+    if not points and known is not None:
+        extra = VERBS[known]
+        text = f"tunerkit.{known} comes with {distribution(extra)}, which is not installed: {install(extra)}"
+        raise _error(text, VerbError)
+    if not points:
+        text = f"module {__name__!r} has no attribute {name!r}{elsewhere(name)}"
+        raise _error(text, AttributeError) if elsewhere(name) else AttributeError(text)
     try:
-        found = find(name)
-    except AttributeError as error:
-        # It loses its text in `from tunerkit import name`, which asks through that function of Python's.
-        if elsewhere(name) and caller.f_code.co_name == "_handle_fromlist":
-            raise ImportError(*error.args) from None
-        raise
-    if name in __all__ or not _PLACES[name]:
+        return points[0].load()
+    except (Exception, SystemExit) as error:
+        text = f"tunerkit.{points[0].name} of {whose[0]} cannot be loaded: {error_text(error)}; install another version"
+        raise _error(text, VerbError) from error
+
+
+@functools.cache
+def _points() -> dict[str, list["EntryPoint"]]:
+    """The entry points of the group by name. Of two distributions with one name, the first on the path counts."""
+    from importlib.metadata import distributions  # `import tunerkit` alone does without it
+
+    found: dict[str, list[EntryPoint]] = {}
+    seen = set[str]()
+    for each in distributions():
+        try:
+            points = each.entry_points.select(group=_GROUP)
+            name = each.name if points else ""
+        except Exception:  # `tunerkit.methods` lists what cannot be read
+            continue
+        for point in points if name not in seen else ():
+            found.setdefault(point.name, []).append(point)
+        seen.add(name)
+    return found
+
+
+def _error(text: str, kind: type[AttributeError]) -> Exception:
+    """An error of a kind, but an `ImportError` in ``from tunerkit import name``, where another would lose its text."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[:2] in _FACES:
+        frame = frame.f_back
+    return ImportError(text) if frame.f_code.co_name == "_handle_fromlist" else kind(text)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return [*_NAMES, *sorted(verb for verb in _points() if verb.isidentifier() and verb not in _PLACES)]
+    found, place = find(name), _PLACES.get(name)
+    if name in _NAMES or place == "" or (place is None and name in _points()):
         return globals().setdefault(name, found)
     # ``from tunerkit import X`` asks twice, first from inside the import system. Nothing is kept: each use warns.
-    if caller.f_globals.get("__name__") != "importlib._bootstrap":
-        home = f"{__name__}.{'errors' if _PLACES[name] == 'errors' else 'plugin'}"
+    if sys._getframe(1).f_globals.get("__name__") != "importlib._bootstrap":
+        home = f"{__name__}.{'errors' if place == 'errors' else 'plugin'}"
         text = f"tunerkit.{name} will be removed in version 0.3; write: from {home} import {name}"
         warnings.warn(text, DeprecationWarning, stacklevel=2)
     return found
 
 
 def __dir__() -> list[str]:
-    return sorted({"errors", "plugin", *__all__, *(name for name in globals() if name.startswith("__"))})
+    names = {"errors", "plugin", *__getattr__("__all__")}
+    return sorted({*names, *(name for name in globals() if name.startswith("__"))})

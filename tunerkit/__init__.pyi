@@ -4,14 +4,18 @@
 # ruff: noqa: I001
 # fmt: off
 
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
+
 import pluggy
+from torch import Tensor, nn
 
 from . import errors as errors, patterns as patterns
 from .api import (
-    activate as activate, active as active, adapters as adapters, attach as attach, calibrate as calibrate,
-    delete as delete, export as export, freeze as freeze, from_folder as from_folder, method as method,
-    no_sync as no_sync, param_groups as param_groups, parameter as parameter, reference as reference, rename as rename,
-    thaw as thaw, unwrap as unwrap, wrap as wrap,
+    activate as activate, active as active, adapters as adapters, attach as attach, delete as delete,
+    export as export, fit_start_ as fit_start_, freeze as freeze, from_folder as from_folder, no_sync as no_sync,
+    param_groups as param_groups, reference as reference, rename as rename, thaw as thaw, unwrap as unwrap,
+    wrap as wrap,
 )
 from .config import AdapterConfig as AdapterConfig, setting as setting, unstructure as unstructure
 from .errors import (
@@ -35,7 +39,7 @@ from .layers import (
 )
 from .records import (
     DefaultTargets as DefaultTargets, Delta as Delta, Description as Description, Factors as Factors,
-    Foreign as Foreign, Format as Format, Gain as Gain, Holding as Holding, Method as Method, MethodInfo as MethodInfo,
+    Foreign as Foreign, Format as Format, Holding as Holding, Method as Method, MethodInfo as MethodInfo,
     ModelLibrary as ModelLibrary, NewModules as NewModules, Packing as Packing, ParamGroup as ParamGroup,
     RankChange as RankChange, Restriction as Restriction, Rounding as Rounding, State as State,
     Statistics as Statistics, StatisticsRequest as StatisticsRequest, Target as Target, WeightReader as WeightReader,
@@ -51,3 +55,26 @@ from .steps import (
 
 __version__: str
 hookimpl: pluggy.HookimplMarker
+
+# What tunerkit-verbs brings. Its tests compare these lines with its functions.
+_M = TypeVar("_M", bound=nn.Module)
+
+class Gain(NamedTuple):
+    rows: Tensor
+
+class _FunctionPlugin(Protocol):
+    config: Any
+    method: Method
+    def __call__(self, *args: Any, **arguments: Any) -> Any: ...
+
+def calibrate(
+    model: _M,
+    batches: Iterable[Any],
+    adapter: str | None = None,
+    *,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+) -> _M: ...
+def method(
+    name: str, *, sizes: Callable[[BaseLayer, Any], Mapping[str, int]] | None = None, **record: Any
+) -> Callable[[Callable[..., Any]], _FunctionPlugin]: ...
+def parameter(*shape: str | int, start: float | Callable[[Tensor], object] = 0.0, trained: bool = True) -> Any: ...

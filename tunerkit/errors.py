@@ -51,6 +51,10 @@ class PluginError(TunerkitError):
     """A plugin is broken, conflicts with another one, or violates the contract of a hook."""
 
 
+class VerbError(PluginError, AttributeError):
+    """A verb comes with a distribution that is not installed or cannot be loaded, or with two distributions."""
+
+
 class UnknownMethodError(TunerkitError, LookupError):
     """No installed plugin provides a method with that name."""
 

@@ -11,6 +11,8 @@ FROM, AFTER = ("", "") if PUBLISHED else ("--find-links dist ", ", after `make d
 QUANTISED: Final = "quant"  # knows the layers of libraries that quantize
 ENGINES: Final = "distributed"  # trains in several processes
 # Things that core cannot do, in the words of messages, and the extra that does them.
+# What has left core under its old name, as the entry points that bring it, and the extra with them.
+VERBS: Final = dict.fromkeys(("calibrate", "method", "plugin.parameter", "plugin.Gain"), "verbs")
 DOES: Final = {
     **dict.fromkeys(("makes references", "reads what `tunerkit train` writes", "compares them"), "transformers"),
     "keeps them alike": ENGINES,

@@ -15,7 +15,7 @@ __all__ = [
     *("whole_pieces", "Tuner", "factors_of", "copies_of", "biases_of", "Method", "MethodInfo", "Target"),
     *("WeightReader", "DefaultTargets", "ModelLibrary", "NewModules", "Restriction", "Holding", "forward_name"),
     *("Delta", "Factors", "Gain", "parameter", "add_delta", "add_low_rank", "low_rank_delta", "low_rank_factors"),
-    *("autocast_off", "Format", "Foreign", "Description"),
+    *("autocast_off", "fit_start_", "Format", "Foreign", "Description"),
     *("Rounding", "State", "Statistics", "StatisticsRequest", "ParamGroup", "RankChange", "Cut", "Growth", "grow_"),
     *("shrink_", "optimizer_of", "resize_", "resize_obstacle", "Matcher", "exact_patterns", "file_matchers"),
     *("is_broad", "is_exact", "lookup", "matcher", "matches", "AdapterError", "BaseMismatchError", "ConfigError"),

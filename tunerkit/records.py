@@ -224,16 +224,6 @@ class Factors(NamedTuple):
         return left @ u, sigma, vh @ right.T
 
 
-class Gain(NamedTuple):
-    """Factors of a layer's output, as a method that is written as a function returns them.
-
-    Attributes:
-        rows: One for each row of W, (out,). The bias is multiplied too.
-    """
-
-    rows: Tensor
-
-
 @attrs.frozen(eq=False)
 class ParamGroup:
     """Parameters that are trained with settings of their own, as a plugin yields them from ``tunerkit_param_groups``.

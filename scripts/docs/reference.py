@@ -45,7 +45,7 @@ def first_sentence(text: str | None) -> str:
 
 def users_names() -> list[str]:
     """Return the names of `tunerkit`."""
-    return list(vars(tunerkit)["__all__"])
+    return list(getattr(tunerkit, "__all__"))  # noqa: B009 - the stub has none
 
 
 def api() -> str:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import tunerkit
-from tunerkit import patterns, plugin
+from tunerkit import extras, patterns, plugin
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
 
@@ -34,14 +34,12 @@ ADDED = frozenset(
         "tunerkit.AdapterConfig.for_model(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD model)",
         "tunerkit.BaseLayer.forwards",
         "tunerkit.Factors.triplets(POSITIONAL_OR_KEYWORD self)",
-        "tunerkit.Gain.rows",
         "tunerkit.autocast_off(POSITIONAL_OR_KEYWORD device)",
         "tunerkit.Method.foreign",
         "tunerkit.Method.multiplies",
         "tunerkit.add_delta(POSITIONAL_OR_KEYWORD base, POSITIONAL_OR_KEYWORD x, POSITIONAL_OR_KEYWORD y, "
         "POSITIONAL_OR_KEYWORD delta, KEYWORD_ONLY dropout = 0.0)",
-        "tunerkit.method(POSITIONAL_OR_KEYWORD name, KEYWORD_ONLY sizes = None, VAR_KEYWORD record)",
-        "tunerkit.parameter(VAR_POSITIONAL shape, KEYWORD_ONLY start = 0.0, KEYWORD_ONLY trained = True)",
+        "tunerkit.fit_start_(POSITIONAL_OR_KEYWORD tuner, POSITIONAL_OR_KEYWORD measure)",
         "tunerkit.Holding(KEYWORD_ONLY name = 'an engine', KEYWORD_ONLY way_out = 'load the model without it', "
         "KEYWORD_ONLY one_dtype = '', KEYWORD_ONLY offloads = function, KEYWORD_ONLY load = "
         "builtin_function_or_method, KEYWORD_ONLY device = function, KEYWORD_ONLY forward = function, "
@@ -195,8 +193,6 @@ ADDED = frozenset(
         "tunerkit.StatisticsRequest.gradients",
         "tunerkit.StatisticsRequest.inputs",
         "tunerkit.Tuner.named_parameters(POSITIONAL_OR_KEYWORD self)",
-        "tunerkit.calibrate(POSITIONAL_OR_KEYWORD model, POSITIONAL_OR_KEYWORD batches, "
-        "POSITIONAL_OR_KEYWORD adapter = None, KEYWORD_ONLY loss = None)",
         "tunerkit.grow_(POSITIONAL_OR_KEYWORD growths, POSITIONAL_OR_KEYWORD optimizer)",
         "tunerkit.low_rank_factors(POSITIONAL_OR_KEYWORD q, POSITIONAL_OR_KEYWORD p, KEYWORD_ONLY "
         "scale, KEYWORD_ONLY lam = None)",
@@ -248,6 +244,8 @@ REMOVED = frozenset(
     }
 )
 MODULES = ("tunerkit.errors", "tunerkit.patterns")
+# The names of `tunerkit.plugin` that core brings itself.
+AUTHORS = [name for name in vars(plugin)["__all__"] if f"plugin.{name}" not in extras.VERBS]
 
 
 def parameters(function: object) -> Iterator[str]:
@@ -279,13 +277,18 @@ def described(name: str, found: object) -> Iterator[str]:
             yield f"{name}.{attribute}{arguments}"
 
 
+def users() -> list[str]:
+    """The names of ``tunerkit``, with the verbs of other distributions that are installed."""
+    return list(getattr(tunerkit, "__all__"))  # noqa: B009 - the stub has none
+
+
 def names_of_users() -> dict[str, object]:
-    return {name: getattr(tunerkit, name) for name in vars(tunerkit)["__all__"]}
+    return {name: getattr(tunerkit, name) for name in users() if name not in extras.VERBS}
 
 
 def names_of_authors() -> dict[str, object]:
     """Those of ``tunerkit.plugin``, without the functions on patterns, which have a module of their own."""
-    names = [name for name in vars(plugin)["__all__"] if name not in vars(patterns)]
+    names = [name for name in AUTHORS if name not in vars(patterns)]
     return {name: getattr(plugin, name) for name in names}
 
 
@@ -319,8 +322,8 @@ def test_no_public_name_is_gone_and_no_parameter_changed() -> None:
 def test_what_authors_import_stands_in_one_module() -> None:
     """``tunerkit.plugin`` has what a plugin needs, and the functions on patterns; a verb of users it does not have."""
     names = vars(plugin)["__all__"]
-    found = {name: getattr(plugin, name) for name in names}
-    assert len(found) == len(names)
+    found = {name: getattr(plugin, name) for name in AUTHORS}
+    assert len(found) == len(AUTHORS)
     assert [name for name in dir(plugin) if not name.startswith("__")] == sorted(names)
     assert plugin.lookup({"q_proj": 1}, "layers.0.q_proj", default=2) == 1
     with pytest.raises(AttributeError, match=r"'tunerkit\.plugin' has no attribute 'wrap'"):
@@ -329,12 +332,12 @@ def test_what_authors_import_stands_in_one_module() -> None:
 
 def test_users_find_few_names_and_authors_the_others() -> None:
     """``tunerkit`` has at most 35 names: all of the contract's; every other one is an author's. ``dir`` shows them."""
-    users = vars(tunerkit)["__all__"]
-    assert len(users) == len(set(users)) <= 35
-    assert set(users) >= CONTRACT
-    assert [name for name in dir(tunerkit) if not name.startswith("__")] == sorted([*users, "errors", "plugin"])
+    names = users()
+    assert len(names) == len(set(names)) <= 35
+    assert {*names, *extras.VERBS} >= CONTRACT
+    assert [name for name in dir(tunerkit) if not name.startswith("__")] == sorted([*names, "errors", "plugin"])
     listed = re.findall(r"(\w+) as \1\b", (ROOT / "tunerkit" / "__init__.pyi").read_text(encoding="utf-8"))
-    assert set(listed) - {*users, "errors", "patterns"} <= set(vars(plugin)["__all__"])
+    assert set(listed) - {*names, "errors", "patterns"} <= set(vars(plugin)["__all__"])
 
 
 def test_names_of_users_come_without_a_warning() -> None:
@@ -361,7 +364,7 @@ def test_an_old_name_warns_once_at_each_use_and_names_the_new_import(name: str, 
 
 def test_our_own_code_uses_no_old_name() -> None:
     """Core, plugins, tests, examples, benchmarks, templates and pages: none shows what will be removed."""
-    old = set(vars(plugin)["__all__"]) - set(vars(tunerkit)["__all__"]) - {"hookimpl"}
+    old = set(vars(plugin)["__all__"]) - set(users()) - {"hookimpl"}
     files = [f for end in ("py", "md", "txt", "ipynb") for part in PARTS for f in (ROOT / part).rglob(f"*.{end}")]
     assert len(files) > 500
     found = {str(f.relative_to(ROOT)): old_names(f.read_text(encoding="utf-8"), old) for f in files}

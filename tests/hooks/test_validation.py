@@ -8,7 +8,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit.hooks import loading
-from tunerkit.plugin import Method, StatisticsRequest as Request
+from tunerkit.plugin import Method, Statistics, StatisticsRequest as Request, fit_start_
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
@@ -139,4 +139,4 @@ def test_statistics_without_the_hook_that_takes_them_are_refused() -> None:
         tunerkit.register(Declaring(statistics=StatisticsRequest(inputs=2)))
     with registered(Calibrating(statistics=StatisticsRequest(inputs=2))):
         model = tunerkit.wrap(nn.Sequential(nn.Linear(3, 3)), "toy-declaring", {"targets": ["0"]})
-        tunerkit.calibrate(model, [torch.ones(2, 3)])
+        fit_start_(tunerkit.tuner(model), lambda request, bases: ({"0": Statistics(2, torch.ones(2, 3), None)}, 1))

@@ -62,14 +62,14 @@ INSIDE = {
 }
 FOR_PLUGINS = frozenset({"__init__", "errors", "plugin"})
 # The plugins that take nothing else; the command and what extends it are built on more.
-OUTSIDE = [f"tunerkit_{name}" for name in ("lora", "adalora", "peft", "gguf", "diffusers", "quant")]
+OUTSIDE = [f"tunerkit_{name}" for name in ("lora", "adalora", "peft", "gguf", "diffusers", "quant", "verbs")]
 LIBRARIES = frozenset(
     {"transformers", "accelerate", "timm", "diffusers", "torchvision", "peft", "trl", "bitsandbytes", "deepspeed"}
     | {"lightning", "pytorch_lightning", "torchao", "torchaudio", "sentence_transformers", "huggingface_hub"}
 )
 NAMES_OF_LIBRARIES = ("extras",)  # the part of core where these may stand
-# Distributions that bring no method and no kind of layer: the command, and what extends it alone.
-TOOLS = ("tunerkit_cli", "tunerkit_serving", "tunerkit_testing")
+# Distributions that bring no method and no kind of layer: the command, what extends it alone, and verbs.
+TOOLS = ("tunerkit_cli", "tunerkit_serving", "tunerkit_testing", "tunerkit_verbs")
 # Each file is a method, and a plugin: hooks and arithmetic in less than a page.
 EACH = ("tunerkit_methods",)
 # The command trains with transformers, so it is built on that plugin.
@@ -362,22 +362,23 @@ def test_only_plugin_modules_of_a_plugin_know_pluggy(sources: Sources) -> None:
 
 
 def test_only_the_registry_and_what_it_is_made_of_import_pluggy(sources: Sources) -> None:
-    """All other core modules call plugins through the registry; a method that is one function is a plugin itself."""
+    """All other core modules call plugins through the registry."""
     users = {n for n, s in sources.items() if belongs(n, [CORE]) and "pluggy" in imported(s, sources, deep=True)}
     within_hooks = {f"{CORE}.hooks.{name}" for name in ("loading", "registry", "specs")}
-    assert users == {CORE, f"{CORE}.api.method", *within_hooks}
+    assert users == {CORE, *within_hooks}
 
 
 def test_adapters_never_import_the_registry(sources: Sources) -> None:
     """Importing an adapter's module never imports the registry, directly or indirectly, unless it is a plugin too."""
     graph = graph_of(sources)
-    adapters = [name for name in adapter_modules(sources) if not belongs(name, [*EACH])]
+    adapters = [name for name in adapter_modules(sources) if not belongs(name, [*EACH, "tunerkit_verbs"])]
     assert [name for name in adapters if f"{CORE}.hooks.registry" in reached(graph, name)] == []
 
 
 def test_private_names_of_torch_stand_in_one_file(sources: Sources) -> None:
     """A new release of torch then affects one file; the testing kit and the command are checked too."""
-    ours, allowed = [CORE, *TOOLS, "tunerkit_distributed"], (PRIVATE["torch"], "tunerkit_distributed.torch_private")
+    ours = [CORE, *TOOLS, "tunerkit_distributed"]
+    allowed = (PRIVATE["torch"], *(f"tunerkit_{name}.torch_private" for name in ("distributed", "verbs")))
     core = {name: source for name, source in sources.items() if belongs(name, ours) and name not in allowed}
     attributes = torch_attributes() | set(private_attributes(sources[PRIVATE["torch"]]))
     found = {name: private_of("torch", source, attributes) for name, source in core.items()}

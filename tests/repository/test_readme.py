@@ -26,9 +26,11 @@ MORE_NEEDED = {
     "docs/how-to/preference-training.md": ("trl", "datasets", "tokenizers"),
     "plugins/diffusers/README.md": ("tunerkit_diffusers", "diffusers"),
     "plugins/gguf/README.md": ("tunerkit_gguf", "gguf"),
-    "plugins/peft/README.md": ("tunerkit_peft",),
+    "plugins/peft/README.md": ("tunerkit_peft", "tunerkit_verbs"),
+    "plugins/verbs/README.md": ("tunerkit_verbs",),
+    "docs/authors/write-a-method.md": ("tunerkit_verbs",),
     "docs/authors/base-layers.md": ("tunerkit_quant",),
-    "docs/how-to/training.md": ("trl", "datasets", "tokenizers"),
+    "docs/how-to/training.md": ("trl", "datasets", "tokenizers", "tunerkit_verbs"),
     "docs/how-to/quantised-models.md": ("bitsandbytes", "tunerkit_quant"),
 }
 # Blocks may be indented, as they are in tabs.

@@ -188,7 +188,8 @@ def test_a_command_in_another_message_would_be_seen(code: str, found: bool) -> N
 def test_the_command_names_extras_that_exist() -> None:
     """Each of the extras that messages name, in a form that pip takes."""
     optional = project_of(ROOT)["project"]["optional-dependencies"]
-    named = {each.extra for each in (*extras.READERS, *extras.LIBRARIES)} | {*extras.DOES.values()}
+    named = {each.extra for each in (*extras.READERS, *extras.LIBRARIES)}
+    named |= {*extras.DOES.values(), *extras.VERBS.values()}
     assert named <= set(optional)
     assert f'"tunerkit[{",".join(sorted(named))}]"' in extras.install(*sorted(named))
 

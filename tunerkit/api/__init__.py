@@ -2,6 +2,5 @@
 
 from tunerkit.api.adapters import activate, active, adapters, delete, freeze, reference, rename, thaw
 from tunerkit.api.export import export, from_folder
-from tunerkit.api.method import method, parameter
-from tunerkit.api.training import attach, calibrate, no_sync, param_groups
+from tunerkit.api.training import attach, fit_start_, no_sync, param_groups
 from tunerkit.api.wrap import unwrap, wrap

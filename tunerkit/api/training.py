@@ -1,20 +1,20 @@
-"""What training needs of a wrapped model: calibrate it, attach it to its optimizer or Trainer, group its parameters."""
+"""Training a wrapped model: attach it to its optimizer or Trainer, group its parameters, fit its start to data."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from tunerkit import hooks, injection, serialization, steps
 from tunerkit.errors import AdapterError, StepError, warn
-from tunerkit.injection import Tuner, slots_in
+from tunerkit.injection import Tuner
+from tunerkit.layers import BaseLayer
+from tunerkit.records import Statistics, StatisticsRequest
 
-M = TypeVar("M", bound=nn.Module)
-# Of fitting a new head on frozen features, which is a convex problem for a linear one.
-_PASSES, _LR = 3, 5e-3
+Measure: TypeAlias = Callable[[StatisticsRequest, Mapping[str, BaseLayer]], tuple[Mapping[str, Statistics], int]]
 
 
 def attach(
@@ -67,18 +67,7 @@ def attach(
         total_steps=total_steps,
         data_parallel=data_parallel,
     ):
-        engine, candidate = steps.engine_for(tuners, model, optimizer_or_trainer, data_parallel)
-        needing = [tuner for tuner in tuners if injection.needs_steps(tuner)]
-        earlier = ", ".join(f"{tuner.name!r} after {tuner.steps} steps" for tuner in needing if tuner.steps)
-        optimizer = steps.drive(tuners, candidate, total_steps=total_steps, engine=engine)
-        if optimizer is not None:
-            for tuner in needing:
-                serialization.carry(tuner, optimizer)  # only here: a Trainer's checkpoints have a file for the state
-        if earlier:
-            warn(
-                f"the schedule restarts at step 0 for adapter {earlier}; to resume that training instead, load its "
-                "state: tunerkit.load_state, or the optimizer's state_dict"
-            )
+        _attach_optimizer(model, tuners, optimizer_or_trainer, total_steps, data_parallel)
     for tuner in tuners:
         is_new = not (tuner.progress.calibration or tuner.progress.loaded or tuner.steps)
         if is_new and hooks.statistics(tuner) is not None:
@@ -87,6 +76,24 @@ def attach(
                 "from the start that tunerkit.wrap gave it; call tunerkit.calibrate(model, batches) before attach"
             )
     injection.warn_of_base_changes(tuners)
+
+
+def _attach_optimizer(
+    model: nn.Module, tuners: list[Tuner], candidate: object, total_steps: int | None, data_parallel: bool | None
+) -> None:
+    """Let an optimizer, or what an engine makes of one, drive adapters."""
+    engine, candidate = steps.engine_for(tuners, model, candidate, data_parallel)
+    needing = [tuner for tuner in tuners if injection.needs_steps(tuner)]
+    earlier = ", ".join(f"{tuner.name!r} after {tuner.steps} steps" for tuner in needing if tuner.steps)
+    optimizer = steps.drive(tuners, candidate, total_steps=total_steps, engine=engine)
+    if optimizer is not None:
+        for tuner in needing:
+            serialization.carry(tuner, optimizer)  # only here: a Trainer's checkpoints have a file for the state
+    if earlier:
+        warn(
+            f"the schedule restarts at step 0 for adapter {earlier}; to resume that training instead, load its state: "
+            "tunerkit.load_state, or the optimizer's state_dict"
+        )
 
 
 @contextmanager
@@ -144,62 +151,27 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float | None = No
     return [group for group in injection.regrouped([{"params": trained, **own}], tuners) if group["params"]]
 
 
-def calibrate(model: M, batches: Iterable[Any], adapter: str | None = None, *, loss: injection.Loss | None = None) -> M:
-    """Run a model on data before training, and let an adapter's method set its start and its ranks from that.
+def fit_start_(tuner: Tuner, measure: Measure) -> None:
+    """Let an adapter's method set its start and its ranks from data, by the hook `tunerkit_calibrate`.
 
-    The method says what it wants to know, see `tunerkit.plugin.StatisticsRequest`. Statistics are summed up over the
-    batches, so any amount of data takes the same memory. The base model and the caller's random state do not change.
-
-    If the method wants gradients, modules that are trained in full are fitted to the batches first, because the
-    gradients behind a new head say nothing. Embeddings are not fitted: most of their rows are pretrained.
+    `tunerkit.calibrate` is built on this. The method says what it wants to know, see
+    `tunerkit.plugin.StatisticsRequest`. Meanwhile the model is in eval mode, with gradients on; afterwards its modes
+    and the random state are as before.
 
     Args:
-        model: The wrapped model. Call this after `wrap` and before `attach`.
-        batches: Mappings of keyword arguments, tuples or lists of arguments, or single arguments of the model; on the
-            model's device. If a new head must be fitted, they are gone through several times: pass a list or a loader.
-        adapter: The adapter's name. It may be left out if the model has only one.
-        loss: Computes the loss from the model's output and the batch. By default it is the output's ``loss``, or the
-            output itself if that is one number. Only methods that want gradients need it.
-
-    Returns:
-        The same object.
+        tuner: The handle on an adapter that is as `tunerkit.wrap` made it.
+        measure: Runs the model. It gets the request, and the base layers by target path; it returns the statistics by
+            target path, and the number of batches.
 
     Raises:
-        AdapterError: The method does not calibrate; training has begun; the model is merged, disabled or runs in a
-            process group; there is no batch; a batch gives no loss or NaN; or a target never ran.
+        AdapterError: The method needs no data with these settings, training has begun, or the model is merged or
+            disabled.
         PluginError: The method's plugin violates the contract of the hook.
     """
-    tuner = injection.tuner(model, adapter)
     if (request := hooks.statistics(tuner)) is None:
-        if hooks.registry.get(tuner.method).statistics is not None:
-            raise AdapterError(
-                f"adapter {tuner.name!r} of method {tuner.method!r} needs no data with its settings; train it as it is"
-            )
-        listed = hooks.registry.methods().items()
-        able = [name for name, info in listed if info.error is None and hooks.registry.get(name).statistics is not None]
-        known = f"methods that do: {', '.join(able)}" if able else "no installed method does"
-        raise AdapterError(f"method {tuner.method!r} does not calibrate; {known}. Train it as it is")
-    _refuse_started(tuner)
-    injection.refuse_fixed(tuner.model, "calibrating")
-    if isinstance(batches, Mapping | torch.Tensor | str):
-        raise AdapterError(f"batches is one {type(batches).__name__}; pass a list of batches")
-    with (
-        injection.evaluating(tuner.model),
-        torch.random.fork_rng(devices=[]),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
-        if request.gradients:
-            _fit_heads_(tuner, batches, loss)
-        found, bases, count = injection.measure(tuner, request, batches, loss)
-        with torch.no_grad():
-            ranks = hooks.calibrate(tuner, found, bases)
-    tuner.progress.calibration = {"batches": count, "rows": max(each.rows for each in found.values())}
-    injection.record(tuner, ranks)
-    return model
-
-
-def _refuse_started(tuner: Tuner) -> None:
+        raise AdapterError(
+            f"adapter {tuner.name!r} of method {tuner.method!r} needs no data with its settings; train it as it is"
+        )
     # What a method adds at its start tells whether a loop that nobody attached has trained the adapter.
     starts_at_0 = hooks.registry.get(tuner.method).start == "exact" and hooks.has_delta(tuner.method)
     states = {
@@ -213,38 +185,18 @@ def _refuse_started(tuner: Tuner) -> None:
                 f"adapter {tuner.name!r} is already {state}, and calibrating would overwrite it: calibrate right after "
                 "tunerkit.wrap"
             )
-    if hooks.in_group():
-        raise AdapterError(
-            "calibrating in a process group would give each process another start; calibrate in one process, save the "
-            "adapter, and load it with trainable=True in all"
-        )
-
-
-def _fit_heads_(tuner: Tuner, batches: Iterable[Any], loss: injection.Loss | None) -> None:
-    """Train the possible new heads, and nothing else, on the batches. If that fails, their values are restored."""
-    copies = [slot.copy for _, slot in slots_in(tuner) if slot.copy is not None]
-    heads = [copy for copy in copies if not any(isinstance(part, nn.Embedding) for part in copy.modules())]
-    if heads and isinstance(batches, Iterator):
-        raise AdapterError(
-            "a new head must be fitted before gradients mean anything, which goes through the batches several times, "
-            f"and a {type(batches).__name__} can be gone through once; pass a list or a loader"
-        )
-    trained = [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
-    if not trained:
-        return
-    before = [parameter.detach().clone() for parameter in trained]
-    optimizer = torch.optim.AdamW(trained, lr=_LR)
-    try:
-        for _ in range(_PASSES):
-            for batch in batches:
-                value = injection.loss_of(tuner.model, batch, loss)
-                gradients = torch.autograd.grad(value, trained, allow_unused=True)
-                for parameter, grad in zip(trained, gradients, strict=True):
-                    parameter.grad = grad
-                optimizer.step()
-    except BaseException:
-        for parameter, values in zip(trained, before, strict=True):
-            parameter.data.copy_(values)
-        raise
-    finally:
-        optimizer.zero_grad()
+    injection.refuse_fixed(tuner.model, "calibrating")
+    modules = injection.modules_in(tuner)
+    slots = {path: injection.slots_of(modules[path]) for path in tuner.adapters()}
+    bases = {path: each.base for path, each in slots.items() if each is not None and each.base is not None}
+    with (
+        injection.evaluating(tuner.model),
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        found, count = measure(request, bases)
+        with torch.no_grad():
+            ranks = hooks.calibrate(tuner, found, bases)
+    tuner.progress.calibration = {"batches": count, "rows": max(each.rows for each in found.values())}
+    injection.record(tuner, ranks)

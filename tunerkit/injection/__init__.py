@@ -25,7 +25,6 @@ from tunerkit.injection.slots import (
     slots_of,
     walk,
 )
-from tunerkit.injection.statistics import Loss, evaluating, loss_of, measure
 from tunerkit.injection.tuner import (
     Adapters,
     Link,
@@ -35,6 +34,7 @@ from tunerkit.injection.tuner import (
     Wrapped,
     as_hooks_see_it,
     engine_of,
+    evaluating,
     is_frozen,
     modules_in,
     needs_steps,

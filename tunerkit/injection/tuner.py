@@ -342,6 +342,19 @@ def as_hooks_see_it(tuner: Tuner, *, gradients: bool = False) -> AbstractContext
     return tuner.whole(gradients=gradients)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block, every module is in eval mode. Afterwards each has its own mode: parts may differ."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def record(tuner: Tuner, ranks: Mapping[str, int] | None) -> None:
     """Add an allocation to an adapter's history, and notify every plugin. None says that no mask changed."""
     if ranks is not None:

@@ -115,7 +115,7 @@ def test_the_project_names_its_plugin_and_the_tunerkit_it_needs(generated: Gener
     assert project["name"] == f"tunerkit-new-{generated.variant}"
     named = "method:new_function" if generated.variant == "function" else "plugin"
     assert project["entry-points"]["tunerkit"] == {generated.names.method: f"{generated.names.package}.{named}"}
-    (needed,) = (text for text in project["dependencies"] if text.startswith("tunerkit"))
+    (needed,) = (text for text in project["dependencies"] if text.startswith("tunerkit>"))
     assert metadata.version("tunerkit").startswith(needed.removeprefix("tunerkit>="))
     assert getattr(generated.plugin, "TUNERKIT_API", 2) == 2
 

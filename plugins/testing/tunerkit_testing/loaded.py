@@ -5,6 +5,6 @@ from tunerkit import plugin
 
 # Names are imported when they are first asked for.
 for _module in (tunerkit, plugin):
-    for _name in vars(_module)["__all__"]:
+    for _name in dir(_module):
         getattr(_module, _name)
 tunerkit.methods()

@@ -44,6 +44,7 @@ class Variant:
         entry: What the entry point names in the package.
         prepare: What the README's example does after `wrap`.
         targets: The targets that the kit checks, for a method without default ones.
+        needs: The distributions of tunerkit that it uses, in addition to core.
     """
 
     folders: tuple[str, ...]
@@ -54,6 +55,7 @@ class Variant:
     entry: str = "plugin"
     prepare: str = ""
     targets: str | None = None
+    needs: tuple[str, ...] = ()
 
 
 _PARTS: Final[Mapping[str, str]] = {
@@ -76,6 +78,7 @@ VARIANTS: Final[Mapping[str, Variant]] = {
         reference='return base(x) + adapter.settings["scale"] * (x @ adapter.q.T @ adapter.p.T)',
         contents={"method.py": "the method: its parameters, its settings, and what it adds to a weight"},
         entry="method:$function",
+        needs=("tunerkit-verbs",),
     ),
     "low-rank": _LOW_RANK,
     "scale": Variant(
@@ -123,6 +126,7 @@ VARIANTS: Final[Mapping[str, Variant]] = {
         folders=("low_rank", "fitted"),
         summary="each target gets a low-rank update ΔW = scale · P Q; Q starts at the main directions of the inputs",
         prepare="\ntunerkit.calibrate(model, [(torch.randn(32, 16),)])  # the start is fitted to these inputs",
+        needs=("tunerkit-verbs",),
     ),
 }
 
@@ -250,12 +254,13 @@ def _closest(method: str) -> str:
 def _rendered(names: Names, variant: Variant) -> Iterator[tuple[PurePath, str]]:
     """Yield the path of each file of the distribution, and its text."""
     checked = {**variant.settings, **({} if variant.targets is None else {"targets": variant.targets})}
+    version = ".".join(metadata.version("tunerkit").split(".")[:2])
     values = {
         "method": names.method,
         "distribution": names.distribution,
         "package": names.package,
         "Name": names.classes,
-        "version": ".".join(metadata.version("tunerkit").split(".")[:2]),
+        "needed": "".join(f', "{name}>={version}"' for name in ("tunerkit", *variant.needs)),
         "summary": variant.summary,
         "settings": json.dumps(dict(variant.settings))[1:-1],
         "function": names.function,

@@ -1,19 +1,13 @@
 """Statistics of the data at an adapter's targets, in bounded memory: the inputs' second moment and the gradient."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from tunerkit.errors import AdapterError
-from tunerkit.injection.slots import input_of, slots_of
-from tunerkit.injection.tuner import Tuner, modules_in
-from tunerkit.layers import BaseLayer, autocast_off
-from tunerkit.paths import few
-from tunerkit.records import Factors, Statistics, StatisticsRequest
+from tunerkit.plugin import AdapterError, BaseLayer, Factors, Statistics, StatisticsRequest, Tuner, autocast_off
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 # A sketch has this many times the rows that are asked for. Without that, a Nyström approximation has no bound on its
@@ -23,13 +17,13 @@ _NOISE = 1e-7  # of the largest eigenvalue: what sums of fp32 products leave whe
 
 
 def measure(
-    tuner: Tuner, request: StatisticsRequest, batches: Iterable[Any], loss: Loss | None
-) -> tuple[dict[str, Statistics], dict[str, BaseLayer], int]:
-    """Measure what a method wants to know of the data, on batches that are one call of a model in eval mode each.
+    tuner: Tuner, request: StatisticsRequest, bases: Mapping[str, BaseLayer], batches: Iterable[Any], loss: Loss | None
+) -> tuple[dict[str, Statistics], int]:
+    """Measure the data at each target, on batches that are one call of a model in eval mode each.
 
-    Return it and the base layers by target path, and the number of batches.
+    Return the statistics by target path, and the number of batches.
     """
-    sketches = _sketches(tuner, request)
+    sketches = _sketches(tuner, request, bases)
     handles = [each.base.module.register_forward_hook(each.hook, with_kwargs=True) for each in sketches.values()]
     count = 0
     try:
@@ -47,46 +41,32 @@ def measure(
         raise AdapterError("there is no batch to calibrate on: batches is empty, or an iterator that is used up")
     if idle := [path for path, sketch in sketches.items() if not sketch.rows]:
         raise AdapterError(
-            f"{len(idle)} targets never ran on these batches: {few(idle, shown=5)}; give batches that use them, or "
+            f"{len(idle)} targets never ran on these batches: {_few(idle)}; give batches that use them, or "
             "exclude them from the targets"
         )
     if wrong := [path for path, sketch in sketches.items() if not sketch.is_finite()]:
         raise AdapterError(
-            f"the statistics at {few(wrong, shown=5)} contain NaN or inf, so the model's activations or gradients do; "
+            f"the statistics at {_few(wrong)} contain NaN or inf, so the model's activations or gradients do; "
             "check the batches, or load the model in float32 or bfloat16"
         )
-    bases = {path: sketch.base for path, sketch in sketches.items()}
-    return {path: sketch.statistics() for path, sketch in sketches.items()}, bases, count
+    return {path: sketch.statistics() for path, sketch in sketches.items()}, count
 
 
-def _sketches(tuner: Tuner, request: StatisticsRequest) -> "dict[str, _Sketch]":
+def _few(paths: list[str]) -> str:
+    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+
+
+def _sketches(tuner: Tuner, request: StatisticsRequest, bases: Mapping[str, BaseLayer]) -> "dict[str, _Sketch]":
     found: dict[str, _Sketch] = {}
-    modules = modules_in(tuner)
-    for path in tuner.adapters():
-        slots = slots_of(modules[path])
-        if slots is None or slots.base is None or slots.base.lends or not slots.base.has_weight:
+    for target in tuner.targets:
+        base = bases.get(target.path)
+        if base is None or base.lends or not base.has_weight:
             raise AdapterError(
-                f"the inputs of {path!r} cannot be seen: its {type(modules[path]).__name__} is not called with them; "
-                "exclude it from the targets"
+                f"the inputs of {target.path!r} cannot be seen: its {type(target.module).__name__} is not called with "
+                "them; exclude it from the targets"
             )
-        found[path] = _Sketch(slots.base, request, seed=len(found))
+        found[target.path] = _Sketch(base, request, seed=len(found))
     return found
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, without dropout and without changing statistics of batch norms.
-
-    Afterwards each module has the mode that it had before: parts may have another one than the whole.
-    """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _run(model: nn.Module, batch: Any) -> Any:
@@ -147,7 +127,7 @@ class _Sketch:
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Count one call of the layer, and add the probes P and Q, which are 0, to its output: a forward hook."""
-        x = input_of(args, kwargs)
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
         x = x.float() if x.is_floating_point() else x
         with autocast_off(output.device):
             if self.counting:

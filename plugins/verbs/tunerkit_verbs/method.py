@@ -2,23 +2,41 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, NoReturn, TypeAlias, get_type_hints
+from typing import Any, Final, NamedTuple, NoReturn, TypeAlias, get_type_hints
 
 import attrs
-import pluggy
 import torch
 from torch import Tensor, nn
 
-from tunerkit import layers
-from tunerkit.config import AdapterConfig
 from tunerkit.errors import PluginError, closest, error_text, shown
-from tunerkit.layers import Adapter, BaseLayer, add_delta, add_low_rank, autocast_off
-from tunerkit.records import Delta, Factors, Gain, Method, Target, mistyped
+from tunerkit.plugin import (
+    Adapter,
+    AdapterConfig,
+    BaseLayer,
+    Delta,
+    Factors,
+    Method,
+    Target,
+    add_delta,
+    add_low_rank,
+    autocast_off,
+    hookimpl,
+)
+from tunerkit_verbs.torch_private import own_parameters, parameters_of, version
 
-hookimpl = pluggy.HookimplMarker("tunerkit")  # as the package's own, which comes after this file
 Start: TypeAlias = float | Callable[[Tensor], object]
 _GIVEN: Final = ("base", "weight")  # what a function may ask for beside its parameters and settings
 _ANNOTATE: Final = "annotate what it returns: -> Tensor for ΔW, -> Factors or -> Gain"
+
+
+class Gain(NamedTuple):
+    """Factors of a layer's output, as a method that is written as a function returns them.
+
+    Attributes:
+        rows: One for each row of W, (out,). The bias is multiplied too.
+    """
+
+    rows: Tensor
 
 
 @attrs.frozen
@@ -150,7 +168,7 @@ class FunctionPlugin:
         known = {key: value for key, value in settings.items() if type(value) is int}
         known |= {"in": base.in_features, "out": base.out_features}
         further = {} if self.sizes is None else self.sizes(base, config)
-        if mistyped(further, Mapping[str, int]) is not None:
+        if not _are_sizes(further):
             self.refuse(f"has sizes that returned {shown(further)}", "they must return a mapping of names to int")
         known |= further
         for key, size in [(key, size) for key, each in self.parameters.items() for size in each.shape]:
@@ -180,9 +198,24 @@ class ProductPlugin(FunctionPlugin):
         return added
 
 
+def _are_sizes(value: object) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    return all(isinstance(key, str) and isinstance(size, int) for key, size in value.items())
+
+
+def _misfit(base: BaseLayer, product: Factors) -> tuple[str, str] | None:
+    """The shapes of a product and those that ``base`` needs; None if they fit."""
+    q, p, rank = tuple(product.q.shape), tuple(product.p.shape), product.q.shape[:1]
+    if (q, p) == ((*rank, base.in_features), (base.out_features, *rank)):
+        return None
+    needed = f"q (r, {base.in_features}) and p ({base.out_features}, r), with one r"
+    return f"q of shape {q} and p of shape {p}", needed
+
+
 def _put_back_(module: nn.Module, own: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> bool:
     """Give a module its parameters with their values again; whether anything was another."""
-    now, changed = layers.torch_private.own_parameters(module), False
+    now, changed = own_parameters(module), False
     for name, parameter in own.items():
         before = values[name]
         same = parameter.is_meta or torch.equal(parameter.nan_to_num(), before.nan_to_num())
@@ -218,10 +251,10 @@ class FunctionAdapter(Adapter):
 
         Refused are a write into W, another shape than is needed, and a start that adds something.
         """
-        own = layers.torch_private.parameters_of(base.module) if self.plugin.given else {}
+        own = parameters_of(base.module) if self.plugin.given else {}
         values = {name: parameter.detach().clone() for name, parameter in own.items()}
         try:
-            added = self.to(layers.weights.execution_device(base.module)).added(base)
+            added = self.to(self.device_of(base)).added(base)
         except BaseException:
             _put_back_(base.module, own, values)
             raise
@@ -229,7 +262,7 @@ class FunctionAdapter(Adapter):
             self.refuse_write(base)
         parts = added if isinstance(added, tuple) else (added,)
         if isinstance(added, Factors):
-            wrong = layers.misfit(base, added)
+            wrong = _misfit(base, added)
         else:
             needed = (base.out_features,) if self.plugin.returns is Gain else (base.out_features, base.in_features)
             wrong = None if parts[0].shape == needed else (f"shape {tuple(parts[0].shape)}", str(needed))
@@ -242,6 +275,14 @@ class FunctionAdapter(Adapter):
                 "choose starts for which ΔW is 0, or gains are 1, with every setting; if they are so up to rounding, "
                 'declare tunerkit.method(..., start="rounding")',
             )
+
+    def device_of(self, base: BaseLayer) -> torch.device | None:
+        """The device for the first call: where the layer runs, or the function reads W; None to stay on the CPU."""
+        own = [*parameters_of(base.module).values(), *base.module.buffers(recurse=False)]
+        if own and not any(tensor.is_meta for tensor in own):
+            return own[0].device
+        read = base.dense() if self.plugin.given and base.has_weight else None  # an offloaded one is loaded
+        return None if read is None or read.is_meta else read.device
 
     def refuse_write(self, base: BaseLayer) -> NoReturn:
         """Raise `PluginError`: the function has changed W."""
@@ -256,12 +297,12 @@ class FunctionAdapter(Adapter):
         given: dict[str, Any] = {key: base if key == "base" else base.dense().to(wide) for key in self.plugin.given}
         read: list[Tensor] = []
         if given and not torch.compiler.is_compiling():  # the first call was checked
-            read = [*filter(torch.is_tensor, given.values()), *layers.torch_private.parameters_of(base.module).values()]
-        before = [*map(layers.torch_private.version, read)]
+            read = [*filter(torch.is_tensor, given.values()), *parameters_of(base.module).values()]
+        before = [*map(version, read)]
         # Half precision is for products with the input: what is merged must be what forward adds.
         with autocast_off(next(iter(tensors.values())).device):
             answer = self.plugin.function(**tensors, **self.settings, **given)
-        if before != [*map(layers.torch_private.version, read)]:
+        if before != [*map(version, read)]:
             self.refuse_write(base)
         if not isinstance(answer, self.plugin.returns):
             self.plugin.refuse(f"returned a {type(answer).__name__}, not a {self.plugin.returns.__name__}", _ANNOTATE)

@@ -52,27 +52,11 @@ def test_the_start_and_the_ranks_follow_the_data_and_the_output_stays(method: st
     assert tuner.ranks() == {path: len(adapter.get_parameter("a")) for path, adapter in tuner.adapters().items()}
     (change,) = tuner.history
     assert (change.step, change.ranks) == (0, tuner.ranks())
+    assert tuner.progress.calibration == {"batches": 2, "rows": 8}
     optimizer = torch.optim.AdamW(trainable(model), lr=0.05)
     tunerkit.attach(model, optimizer, total_steps=5)
     losses = train(model, optimizer, 5)
     assert losses[-1] < losses[0]
-
-
-def test_a_start_that_needs_data_and_got_none_is_told_when_training_begins() -> None:
-    """The warning names the method, the adapter and the call; a calibrated and a loaded adapter get none."""
-
-    def told(model: nn.Module) -> list[str]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            tunerkit.attach(model, torch.optim.AdamW(trainable(model), lr=0.05))
-        return [str(each.message) for each in caught if "sets its start from data" in str(each.message)]
-
-    (text,) = told(wrapped())
-    assert "'toy-inputs'" in text
-    assert "'default' got none" in text
-    assert "tunerkit.calibrate(model, batches) before attach" in text
-    assert told(calibrated("toy-inputs")) == []
-    assert told(wrapped("toy-low-rank")) == []
 
 
 def test_inputs_in_a_plane_give_rank_2() -> None:
@@ -139,22 +123,6 @@ def test_batches_may_be_mappings_tuples_or_single_arguments(method: str) -> None
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
             torch.testing.assert_close(one.abs(), two.abs(), atol=1e-3, rtol=0)  # a direction may be reversed
-
-
-@pytest.mark.filterwarnings("ignore:.*saved untrained")
-@pytest.mark.parametrize("method", METHODS)
-def test_it_is_recorded_and_saved_and_a_loaded_adapter_knows_it(method: str, tmp_path: Path) -> None:
-    """The file has how much data there was; the loaded adapter has the fitted ranks and values."""
-    model = calibrated(method)
-    step(model, torch.optim.SGD(trainable(model), lr=1.0))
-    loaded = tunerkit.load(net(), tunerkit.save(model, tmp_path))
-    assert torch.equal(loaded(X), model(X))
-    for each in (model, loaded):
-        assert tunerkit.tuner(each).progress.calibration == {"batches": 2, "rows": 8}
-    again = tunerkit.load(net(), tunerkit.save(loaded, tmp_path / "again"))
-    assert tunerkit.tuner(again).progress.calibration == {"batches": 2, "rows": 8}
-    tunerkit.save(wrapped(method), tmp_path / "never")
-    assert tunerkit.tuner(tunerkit.load(net(), tmp_path / "never")).progress.calibration is None
 
 
 def test_a_new_head_is_fitted_before_gradients_are_measured() -> None:
@@ -267,65 +235,36 @@ class Branching(nn.Module):
         return self.used(x)  # type: ignore[no-any-return]
 
 
-def stepped(model: nn.Module) -> nn.Module:
-    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
-    tunerkit.attach(model, optimizer)
-    step(model, optimizer)
-    return model
-
-
-def trained_alone(model: nn.Module) -> nn.Module:
-    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
-    step(model, optimizer)
-    return model
-
-
-def attached(model: nn.Module) -> nn.Module:
-    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
-    tunerkit.attach(model, optimizer)
-    vars(model)["optimizer"] = optimizer  # it must live as long as the model
-    return model
-
-
-def reloaded(folder: Path) -> nn.Module:
-    return tunerkit.load(net(), tunerkit.save(calibrated("toy-inputs"), folder), trainable=True)
-
-
-CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no batch": (lambda folder: (wrapped(), []), "there is no batch to calibrate on"),
-    "used up": (lambda folder: (wrapped(), iter(())), "an iterator that is used up"),
-    "NaN": (lambda folder: (wrapped(), [X * torch.nan]), "'?0'?, .*contain NaN or inf"),
-    "inf": (lambda folder: (wrapped(), [X, X * torch.inf]), "contain NaN or inf"),
-    "NaN loss": (lambda folder: (wrapped("toy-gradients"), [(X[:3] * torch.nan,)]), "the loss of a batch is nan"),
+CASES: dict[str, tuple[Callable[[], Any], str]] = {
+    "no batch": (lambda: (wrapped(), []), "there is no batch to calibrate on"),
+    "used up": (lambda: (wrapped(), iter(())), "an iterator that is used up"),
+    "NaN": (lambda: (wrapped(), [X * torch.nan]), "'?0'?, .*contain NaN or inf"),
+    "inf": (lambda: (wrapped(), [X, X * torch.inf]), "contain NaN or inf"),
+    "NaN loss": (lambda: (wrapped("toy-gradients"), [(X[:3] * torch.nan,)]), "the loss of a batch is nan"),
     "never ran": (
-        lambda folder: (wrapped("toy-inputs", Branching(), targets=["used", "idle"]), [X]),
+        lambda: (wrapped("toy-inputs", Branching(), targets=["used", "idle"]), [X]),
         "1 targets never ran on these batches: idle",
     ),
-    "attached": (lambda folder: (attached(wrapped()), BATCHES), "already attached to an optimizer.*right after"),
-    "trained": (lambda folder: (stepped(wrapped()), BATCHES), "already trained.*right after tunerkit.wrap"),
-    "trained without attach": (lambda folder: (trained_alone(wrapped()), BATCHES), "already trained"),
-    "one mapping": (lambda folder: (wrapped(), {"x": X}), "batches is one dict; pass a list of batches"),
-    "one tensor": (lambda folder: (wrapped(), X), "batches is one Tensor"),
-    "loaded": (lambda folder: (reloaded(folder), BATCHES), "already loaded from a file"),
-    "merged": (lambda folder: (tunerkit.merge(wrapped()), BATCHES), "merged"),
+    "one mapping": (lambda: (wrapped(), {"x": X}), "batches is one dict; pass a list of batches"),
+    "one tensor": (lambda: (wrapped(), X), "batches is one Tensor"),
     "other method": (
-        lambda folder: (tunerkit.wrap(net(), "toy-low-rank", {"targets": ["0"]}), BATCHES),
+        lambda: (tunerkit.wrap(net(), "toy-low-rank", {"targets": ["0"]}), BATCHES),
         "'toy-low-rank' does not calibrate; methods that do: .*toy-gradients",
     ),
     "one pass": (
-        lambda folder: (wrapped("toy-gradients", train_modules=["4"]), iter(BATCHES)),
+        lambda: (wrapped("toy-gradients", train_modules=["4"]), iter(BATCHES)),
         "a new head must be fitted.*list_iterator can be gone through once; pass a list",
     ),
-    "not wrapped": (lambda folder: (net(), BATCHES), "has no adapter"),
+    "not wrapped": (lambda: (net(), BATCHES), "has no adapter"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:these adapters never ran")
 @pytest.mark.parametrize("case", CASES)
-def test_what_cannot_be_calibrated_is_refused_in_words(case: str, tmp_path: Path) -> None:
+def test_what_cannot_be_calibrated_is_refused_in_words(case: str) -> None:
     """Nothing changes: values, modes and hooks are as before, and nothing is recorded."""
     build, words = CASES[case]
-    model, batches = build(tmp_path)
+    model, batches = build()
     model(X)  # from the second forward on, hooks that check the first one are gone
     before = copy.deepcopy(model.state_dict())
     hooks = [len(module._forward_hooks) for module in model.modules()]
@@ -334,13 +273,6 @@ def test_what_cannot_be_calibrated_is_refused_in_words(case: str, tmp_path: Path
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert all(module.training for module in model.modules())
-
-
-def test_inside_disabled_it_is_refused() -> None:
-    """The base alone would run there."""
-    model = wrapped()
-    with tunerkit.disabled(model), pytest.raises(tunerkit.errors.AdapterError, match="disabled"):
-        tunerkit.calibrate(model, BATCHES)
 
 
 def test_in_a_process_group_it_is_refused() -> None:
@@ -368,28 +300,3 @@ def test_without_a_loss_only_gradients_are_refused(method: str) -> None:
     else:
         with pytest.raises(tunerkit.errors.AdapterError, match=r"Tensor instead of a loss; add labels.*loss=\.\.\."):
             tunerkit.calibrate(model, BATCHES)
-
-
-class Answering(FittedPlugin):
-    """Answers `tunerkit_calibrate` with a given value."""
-
-    def __init__(self, answer: Any) -> None:
-        self.answer = answer
-
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-answering", config=LowRankConfig, statistics=StatisticsRequest(inputs=2))]
-
-    @tunerkit.hookimpl
-    def tunerkit_calibrate(self) -> Any:  # type: ignore[override]
-        return self.answer
-
-
-@pytest.mark.parametrize("answer", [3, {"0": 1}, {"0": 1, "2": -1}, {"0": 1, "2": 1, "4": 1}, "ranks"])
-def test_a_wrong_answer_of_the_hook_names_the_plugin(answer: object) -> None:
-    """Ranks have to be counts for exactly the targets."""
-    with registered(Answering(answer)):
-        model = wrapped("toy-answering")
-        with pytest.raises(tunerkit.errors.PluginError, match=r"tunerkit_calibrate.*'toy-answering'.*must return"):
-            tunerkit.calibrate(model, BATCHES)
-        assert tunerkit.tuner(model).progress.calibration is None
