@@ -37,7 +37,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pluggy
 
-from tunerkit.errors import VerbError, error_text
 from tunerkit.extras import VERBS, distribution, elsewhere, install
 
 if TYPE_CHECKING:
@@ -56,7 +55,6 @@ hookimpl = pluggy.HookimplMarker(__name__)
 _STUB: Final = ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or b"")
 _IMPORTS: Final = [each for each in _STUB.body if isinstance(each, ast.ImportFrom) and each.level]
 _PLACES: Final = {"plugin": "", **{name.name: each.module or "" for each in _IMPORTS for name in each.names}}
-_MODULES: Final = frozenset(each.name for each in pkgutil.iter_modules(__path__))
 _GROUP: Final = "tunerkit.verbs"  # entry points: ``calibrate`` is a verb, ``plugin.parameter`` a name for authors
 _FACES: Final = ([__name__], [__name__, "plugin"])  # the modules that answer with `find`
 
@@ -72,8 +70,11 @@ def find(name: str) -> Any:
 
 def _brought(name: str) -> Any:
     """Load a name that another distribution brings. Raises `VerbError`, or `AttributeError` for an unknown name."""
-    if name.startswith("_") or name in _MODULES:  # Python and notebooks look for many; `from tunerkit import hooks`
+    # Python and notebooks look for names with underscores; `from tunerkit import hooks` also asks before it imports.
+    if name.startswith("_") or any(each.name == name for each in pkgutil.iter_modules(__path__)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from tunerkit.errors import VerbError, error_text  # at first use, as all names
+
     entries = (name, f"plugin.{name}")
     if _points().keys().isdisjoint(entries):
         _points.cache_clear()  # its distribution may have been installed since
