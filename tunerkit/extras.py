@@ -10,9 +10,9 @@ PUBLISHED: Final = False  # whether an index has our distributions; after a chan
 FROM, AFTER = ("", "") if PUBLISHED else ("--find-links dist ", ", after `make dist` in a clone")
 QUANTISED: Final = "quant"  # knows the layers of libraries that quantize
 ENGINES: Final = "distributed"  # trains in several processes
-# Things that core cannot do, in the words of messages, and the extra that does them.
-# What has left core under its old name, as the entry points that bring it, and the extra with them.
+# Names that left core, as the entry points that bring them, and the extra with them.
 VERBS: Final = dict.fromkeys(("calibrate", "method", "plugin.parameter", "plugin.Gain"), "verbs")
+# Things that core cannot do, in the words of messages, and the extra that does them.
 DOES: Final = {
     **dict.fromkeys(("makes references", "reads what `tunerkit train` writes", "compares them"), "transformers"),
     "keeps them alike": ENGINES,

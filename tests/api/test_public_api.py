@@ -28,7 +28,7 @@ CONTRACT = {
     *("unstructure", "register", "export", "calibrate", "activate", "reference", "param_groups", "grow_"),
     *("from_folder", "save_state", "TunerkitWarning"),
 }
-# What this release has beyond the snapshot, which was taken at commit 9d060d1.
+# What this release has beyond the snapshot, which was taken at commit 9d060d1; that of `DOORS`, when they were made.
 ADDED = frozenset(
     {
         "tunerkit.AdapterConfig.for_model(POSITIONAL_OR_KEYWORD self, POSITIONAL_OR_KEYWORD model)",
@@ -246,6 +246,7 @@ REMOVED = frozenset(
 MODULES = ("tunerkit.errors", "tunerkit.patterns")
 # The names of `tunerkit.plugin` that core brings itself.
 AUTHORS = [name for name in vars(plugin)["__all__"] if f"plugin.{name}" not in extras.VERBS]
+DOORS = ("tunerkit.plugin.engines", "tunerkit.plugin.trainers")
 
 
 def parameters(function: object) -> Iterator[str]:
@@ -292,6 +293,15 @@ def names_of_authors() -> dict[str, object]:
     return {name: getattr(plugin, name) for name in names}
 
 
+def behind_doors() -> Iterator[str]:
+    """The functions for engines and trainers with their parameters; classes by name, since core makes the objects."""
+    for module in map(importlib.import_module, DOORS):
+        for name in vars(module)["__all__"]:
+            found = getattr(module, name)
+            arguments = "" if inspect.isclass(found) else f"({', '.join(parameters(found))})"
+            yield f"{module.__name__}.{name}{arguments}"
+
+
 def public_api() -> list[str]:
     """All public functions and classes, one per line, wherever they are imported from."""
     named = [(f"tunerkit.{name}", found) for name, found in {**names_of_authors(), **names_of_users()}.items()]
@@ -299,7 +309,7 @@ def public_api() -> list[str]:
         for name, found in vars(module).items():
             if not name.startswith("_") and getattr(found, "__module__", None) == module.__name__:
                 named.append((f"{module.__name__}.{name}", found))
-    return sorted(line for name, found in named for line in described(name, found))
+    return sorted([*(line for name, found in named for line in described(name, found)), *behind_doors()])
 
 
 def without_gains(line: str) -> str:
@@ -328,6 +338,16 @@ def test_what_authors_import_stands_in_one_module() -> None:
     assert plugin.lookup({"q_proj": 1}, "layers.0.q_proj", default=2) == 1
     with pytest.raises(AttributeError, match=r"'tunerkit\.plugin' has no attribute 'wrap'"):
         getattr(plugin, "wrap")  # noqa: B009 - a type checker sees it
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_door_has_few_names_each_with_its_words(door: str) -> None:
+    """At most 36, none of them in ``tunerkit.plugin`` or ``tunerkit`` too, and each has a docstring."""
+    module = importlib.import_module(door)
+    names = set(vars(module)["__all__"])
+    assert len(names) <= 36
+    assert names.isdisjoint({*vars(plugin)["__all__"], *vars(tunerkit)["__all__"]})
+    assert all(inspect.getdoc(getattr(module, name)) for name in names)
 
 
 def test_users_find_few_names_and_authors_the_others() -> None:

@@ -1,4 +1,4 @@
-"""An engine of a library that nobody knows: a plugin brings it without a line in core."""
+"""An engine of an unknown library: a plugin brings it without a line in core, and with the public names alone."""
 
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,8 +11,8 @@ from torch import nn
 
 import tunerkit
 from tests.support.toy_growing import GrowingPlugin
-from tunerkit.hooks import Engine, Removable
-from tunerkit.plugin import Tuner, optimizer_of, resize_obstacle
+from tunerkit.plugin import Engine, Tuner, optimizer_of, resize_obstacle
+from tunerkit.plugin.engines import Removable
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, trainable
 from tunerkit_testing.toy_methods import LowRankPlugin
@@ -105,7 +105,7 @@ def test_two_models_train_as_one_on_the_whole_batch() -> None:
 
 
 def test_what_the_engine_says_holds_for_methods_and_its_errors_reach_the_user() -> None:
-    """A method that grows is told why shapes must stay; models that differ are refused, and nothing is attached."""
+    """A growing method gets the reason for fixed shapes; models that differ are rejected, and nothing is attached."""
     training: list[Tuner] = []
     model, other = wrapped(0), wrapped(0, "toy-growing")
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
@@ -127,7 +127,7 @@ class Counted(Engine):
 
 
 def test_an_engine_of_one_process_sees_each_step() -> None:
-    """It need not share anything to be told."""
+    """Also if it shares nothing."""
     counted, plugin = Counted(), types.ModuleType("counting")
     plugin.tunerkit_engine = tunerkit.hookimpl(  # type: ignore[attr-defined]
         lambda candidate: (counted, candidate) if isinstance(candidate, torch.optim.SGD) else None

@@ -1,6 +1,5 @@
-"""A trainer of a library that nobody knows: a plugin attaches to it without a line in core."""
+"""Trainers of an unknown library: a plugin attaches to them without a line in core, and with the public names alone."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,9 +10,8 @@ import torch
 from torch import nn
 
 import tunerkit
-from tunerkit.hooks.loading import Catalog
-from tunerkit.hooks.registry import Registry
 from tunerkit.plugin import Tuner, optimizer_of
+from tunerkit.plugin.trainers import detach, drive, engine_for, folder_of, is_attached, restore_, save_tuner
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, trainable
 from tunerkit_testing.toy_methods import LowRankPlugin
@@ -51,7 +49,70 @@ class LoopPlugin:
         return True
 
 
-PLUGINS = (LowRankPlugin(), LoopPlugin())
+class Resumable(Loop):
+    """A trainer that counts its own steps, may skip some, and writes checkpoints through whoever attaches to it."""
+
+    def __init__(self, model: nn.Module, steps: int, skipped: frozenset[int] = frozenset()) -> None:
+        super().__init__(model, steps)
+        self.step, self.skipped = 0, skipped
+        self.driving: Driving | None = None
+
+    def run(self) -> None:
+        optimizer = torch.optim.SGD(trainable(self.model), lr=0.1)
+        assert self.driving is not None
+        self.driving.begin(optimizer)
+        while self.step < self.steps:
+            self.model(X).square().sum().backward()
+            if self.step not in self.skipped:
+                optimizer.step()
+            optimizer.zero_grad()
+            self.step += 1
+        self.driving.end()
+
+
+class Driving:
+    """Drives adapters by the trainer's steps, and writes them into its checkpoints."""
+
+    def __init__(self, loop: Resumable, tuners: Sequence[Tuner], data_parallel: bool | None) -> None:
+        self.loop, self.tuners, self.data_parallel = loop, tuners, data_parallel
+        self.resumed: Path | None = None
+
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        engine, candidate = engine_for(self.tuners, self.loop.model, optimizer, self.data_parallel)
+        steps, clock = self.loop.steps, lambda: self.loop.step + 1
+        drive(self.tuners, candidate, total_steps=steps, clock=clock, engine=engine)
+        for tuner in self.tuners if self.resumed is not None else ():
+            tunerkit.load_state(tuner.model, folder_of(self.resumed, self.tuners, tuner), adapter=tuner.name)
+
+    def end(self) -> None:
+        for tuner in self.tuners:
+            detach(tuner)
+
+    def save(self, checkpoint: Path) -> None:
+        for tuner in self.tuners:
+            folder = folder_of(checkpoint, self.tuners, tuner)
+            save_tuner(tuner, folder)
+            tunerkit.save_state(tuner.model, folder, adapter=tuner.name)
+
+    def resume(self, checkpoint: Path, step: int) -> None:
+        self.resumed, self.loop.step = checkpoint, step
+        for tuner in self.tuners:
+            restore_(tuner, folder_of(checkpoint, self.tuners, tuner))
+
+
+class DrivingPlugin:
+    @tunerkit.hookimpl(tryfirst=True)
+    def tunerkit_attach(self, tuners: Sequence[Tuner], candidate: object, data_parallel: bool | None) -> bool | None:
+        if not isinstance(candidate, Resumable):
+            return None
+        for tuner in tuners:
+            if is_attached(tuner):
+                raise tunerkit.errors.StepError(f"adapter {tuner.name!r} is attached already")
+        candidate.driving = Driving(candidate, tuners, data_parallel)
+        return True
+
+
+PLUGINS = (LowRankPlugin(), LoopPlugin(), DrivingPlugin())
 
 
 class Claiming:
@@ -91,28 +152,51 @@ def test_a_trainer_that_a_plugin_knows_drives_the_adapter() -> None:
     assert tunerkit.tuner(other).total_steps == 1
 
 
+def driven(steps: int, names: Sequence[str], **options: Any) -> tuple[Any, Any]:
+    """A model with these adapters, and a trainer that drives them."""
+    model: Any = net()
+    for seed, name in enumerate(names):
+        tunerkit.wrap(model, "toy-low-rank", TARGETS, adapter=name, seed=seed)
+    tunerkit.activate(model, names)
+    loop = Resumable(model, steps, **options)
+    tunerkit.attach(model, loop)
+    return model, loop
+
+
+@pytest.mark.parametrize("names", [["default"], ["one", "other"]])
+def test_a_trainer_s_checkpoint_continues_the_training(names: list[str], tmp_path: Path) -> None:
+    """Law: stopped after two steps and resumed in a new model, the weights are those of the whole training."""
+    whole, loop = driven(4, names)
+    loop.run()
+    _, loop = driven(2, names)
+    loop.run()
+    loop.driving.save(tmp_path)
+    resumed, loop = driven(4, names)
+    loop.driving.resume(tmp_path, 2)
+    loop.run()
+    assert all(torch.equal(one, other) for one, other in zip(trainable(resumed), trainable(whole), strict=True))
+    assert [tuner.steps for tuner in tunerkit.adapters(resumed).values()] == [4] * len(names)
+
+
+def test_steps_follow_the_trainer_s_clock_until_it_ends() -> None:
+    """A step that the trainer skips counts; while it trains nobody else attaches, and afterwards anybody may."""
+    model, loop = driven(4, ["default"], skipped=frozenset({1}))
+    loop.driving.begin(optimizer := torch.optim.SGD(trainable(model), lr=0.1))
+    with pytest.raises(tunerkit.errors.StepError, match="adapter 'default' is attached already"):
+        tunerkit.attach(model, Resumable(model, 1))
+    assert optimizer_of(tunerkit.tuner(model)) is optimizer
+    loop.driving.end()
+    loop.run()
+    assert tunerkit.tuner(model).steps == 4
+    tunerkit.attach(model, torch.optim.SGD(trainable(model), lr=0.1), total_steps=1)
+
+
 def test_what_the_plugin_raises_reaches_the_user_and_names_it() -> None:
     """It is no reason to go on with somebody else's way of attaching."""
     model = wrapped()
     with pytest.raises(tunerkit.errors.StepError, match="the loop takes 3 steps, not 5") as caught:
         tunerkit.attach(model, Loop(model, 3), total_steps=5)
     assert any("tunerkit_attach of plugin 'LoopPlugin'" in note for note in caught.value.__notes__)
-
-
-def test_a_trainer_that_no_plugin_knows_is_refused_with_the_extra_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the library of its class, if the plugin for it is not there; otherwise it is told what to pass instead."""
-    model = wrapped()
-    trainer = type("SFTTrainer", (), {"__module__": "trl.trainer.sft_trainer"})()
-    monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")
-    with pytest.raises(
-        tunerkit.errors.StepError, match=r'tunerkit-transformers is not installed.*"tunerkit\[transformers\]"'
-    ):
-        tunerkit.attach(model, trainer)
-    with pytest.raises(tunerkit.errors.StepError, match="got object; pass the optimizer that steps the adapter"):
-        tunerkit.attach(model, object())
-    monkeypatch.setattr(Catalog, "absence", lambda self, name: None)
-    with pytest.raises(tunerkit.errors.StepError, match="got SFTTrainer; pass the optimizer that steps the adapter"):
-        tunerkit.attach(model, trainer)
 
 
 def test_a_plugin_that_says_false_is_not_the_last_to_be_asked() -> None:
@@ -157,53 +241,3 @@ def test_a_wrong_answer_about_a_trainer_names_the_plugin(answer: Any, words: str
     ):
         tunerkit.attach(model := wrapped(), Loop(model, 1))
     assert "to run without it, pass it to tunerkit.unregister" in str(caught.value)
-
-
-def test_a_folder_that_no_plugin_opens_is_refused_with_the_extra_that_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What an in-process plugin opens is its own, whatever else is installed; a wrong answer names it."""
-
-    class Opening:
-        answer: object = None
-
-        @tunerkit.hookimpl
-        def tunerkit_open_run(self, path: object, base: str | None) -> object:
-            return self.answer or (net(), f"{base} of {path}")
-
-    plugin = Opening()
-    with registered(plugin):
-        assert tunerkit.from_folder(tmp_path, "mine")[1] == f"mine of {tmp_path}"
-        plugin.answer = "a model"
-        words = r"plugin 'Opening' .*returned 'a model'; it must return tuple\[torch\.nn\.Module, object\] \| None"
-        with pytest.raises(tunerkit.errors.PluginError, match=words):
-            tunerkit.from_folder(tmp_path)
-    monkeypatch.setattr(Registry, "ask", lambda *_, **__: iter(()))
-    for absent, words in ("it is not installed", r"tunerkit\[transformers\]"), (None, "knows this folder. An adapter"):
-        monkeypatch.setattr(Catalog, "absence", lambda self, name, absent=absent: absent)
-        with pytest.raises(tunerkit.errors.FileError, match=f"no installed plugin.*{words}"):
-            tunerkit.from_folder(tmp_path)
-
-
-def test_a_model_of_a_library_without_its_plugin_says_how_its_targets_were_chosen(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """And what else is missing, where targets are named too, and only as long as the plugin is not there."""
-
-    def model() -> nn.Module:
-        built: Any = net()
-        built.__class__ = type("BertModel", (nn.Sequential,), {"__module__": "transformers.models.bert"})
-        return built  # type: ignore[no-any-return]
-
-    monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")
-    lost = r"new modules of this BertModel.*stay frozen.*do not record its settings.*transformers is not installed"
-    said = f"default targets of this BertModel are chosen by the kinds of its layers; {lost}"
-    with pytest.warns(tunerkit.TunerkitWarning, match=said) as caught:
-        tunerkit.wrap(model(), "toy-low-rank")
-    assert caught[0].filename == __file__
-    with pytest.warns(tunerkit.TunerkitWarning, match=f"^{lost}"):
-        tunerkit.wrap(model(), "toy-low-rank", TARGETS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        monkeypatch.setattr(Catalog, "absence", lambda self, name: None)
-        tunerkit.wrap(model(), "toy-low-rank")

@@ -48,6 +48,7 @@ from tunerkit.hooks.registry import registry
 from tunerkit.layers import weights
 
 implements = registry.implements
+lacking = registry.lacking
 method_record = registry.get
 methods = registry.methods
 register = registry.register

@@ -109,6 +109,13 @@ def note_call(ran: set[str], path: str, module: nn.Module, args: Any) -> None:
         ran.add(path)
 
 
+def note_used(model: nn.Module, paths: Iterable[str]) -> None:
+    """Note that the adapters at ``paths`` have an effect, although their modules may never be called."""
+    watched: _Watch | None = vars(model).get(WATCHED)
+    if watched is not None:
+        watched.ran.update(paths)
+
+
 def report(model: nn.Module, *call: Any) -> None:
     """Warn about what was seen of ``model``, once: its forward hook, which a step also calls.
 

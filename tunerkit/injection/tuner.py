@@ -306,7 +306,7 @@ def modules_in(tuner: Tuner) -> dict[str, nn.Module]:
 
 
 def slots_in(tuner: Tuner) -> Iterator[tuple[str, Slot]]:
-    """Yield an adapter's slots by path, in the order of `modules_in`. Raises `AdapterError` where one is gone."""
+    """Yield an adapter's slots by path: targets, copies, then other biases. Raises `AdapterError` if one is gone."""
     # By the record first: another adapter may have taken the name of one that was deleted.
     present = wrapped_of(tuner.model).tuners.get(tuner.name) is tuner
     for path, module in modules_in(tuner).items():

@@ -1,4 +1,4 @@
-"""How a process ends that has met others. Each process imports this by name."""
+"""How a process ends after a barrier. Each process imports this by name."""
 
 import atexit
 import json
@@ -20,25 +20,25 @@ def _threads() -> int:
 
 
 def end(rank: int, folder: str, leaves: bool) -> None:
-    """Meet once and end, as a script does.
+    """Run one barrier and end, as a script does.
 
-    Written to a file is how many threads there were before, with the default group, with the room, and at the end.
+    It writes the number of threads before, with the default group, with the host group, and at the end.
 
     Args:
         rank: The number of this process.
-        folder: Where the processes meet and write.
+        folder: Where the processes find each other and write.
         leaves: Whether the script destroys its process groups.
     """
     torch.set_num_threads(1)
     nn.Linear(2, 2)(torch.ones(2)).sum().backward()  # autograd may start threads
     counted = [_threads()]
     atexit.register(_write, Path(folder, str(rank)), counted, leaves)
-    from tunerkit_distributed.meeting import Meeting  # here, so that what it does at the end comes before the above
+    from tunerkit_distributed.barrier import Barrier  # here, so that its exit handler runs before the one above
 
     place = f"file://{folder}/store{leaves}"
     distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=2, timeout=timedelta(minutes=20))
     counted.append(_threads())
-    net, own = nn.Linear(2, 2), Meeting()
+    net, own = nn.Linear(2, 2), Barrier()
     _kept.append(own)
     own.open_(["default"], net, 1)
     own.at_forward()

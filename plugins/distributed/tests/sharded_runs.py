@@ -340,7 +340,7 @@ def _collectives() -> dict[str, Any]:
             "parameters": len(shapes),
             "triplets": _triplets(model),
         }
-        found[method]["meetings"] = before.calls["allreduce_"], before.bytes["allreduce_"]
+        found[method]["barriers"] = before.calls["allreduce_"], before.bytes["allreduce_"]
         found[method]["values"] = sum(shape.numel() for shape in shapes)
         found[method]["allocations"] = [change.step for change in tunerkit.tuner(model).history]
     return found

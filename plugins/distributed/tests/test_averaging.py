@@ -244,7 +244,7 @@ def test_what_ddp_would_mix_up_or_wait_for_is_told(wrong: list[dict[str, Any]]) 
         assert "its DistributedDataParallel is gone" in each["ddp_is_gone"]
 
 
-def test_one_meeting_for_each_backward_that_ddp_averages(wrong: list[dict[str, Any]]) -> None:
+def test_one_barrier_for_each_backward_that_ddp_averages(wrong: list[dict[str, Any]]) -> None:
     """However many adapters, models and optimizers take part, and none where gradients are only added up."""
     for each in wrong:
         assert each["ddp_accumulates"][0] == 1

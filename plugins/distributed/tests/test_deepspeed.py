@@ -197,9 +197,9 @@ def test_a_process_that_skips_a_backward_is_named_in_both(trained: list[dict[str
             assert f"process 0 is at {first} (adapters: default); process 1 is at {second} (" in one
 
 
-def test_the_meetings_of_a_step_are_those_of_the_page(trained: list[dict[str, Any]]) -> None:
+def test_the_barriers_of_a_step_are_those_of_the_page(trained: list[dict[str, Any]]) -> None:
     """At each of two backwards and at the step, and with ZeRO-3 at each forward."""
-    assert [trained[0]["apart"][f"{stage} meetings"] for stage in (1, 2, 3)] == [3, 3, 5]
+    assert [trained[0]["apart"][f"{stage} barriers"] for stage in (1, 2, 3)] == [3, 3, 5]
 
 
 def test_detaching_restores_deepspeeds_step(trained: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from plugins.distributed.tests import ending_runs, meeting_runs, sharded_runs
+from plugins.distributed.tests import barrier_runs, ending_runs, sharded_runs
 from tests.support import two_processes
 from tunerkit_distributed.shards import Cut, joined, longest, packed
 
@@ -63,7 +63,7 @@ def test_training_with_sharded_adapters_is_that_of_one_process(processes: int, t
 
 def test_parameters_are_whole_inside_a_block_and_shards_outside_of_it(tmp_path: Path) -> None:
     """Also where processes hold parts of unlike sizes, or nothing, or FSDP2 left its root whole; and after an error."""
-    for answers in spawn(meeting_runs.look_inside, tmp_path, 2):
+    for answers in spawn(barrier_runs.look_inside, tmp_path, 2):
         exchanges(answers.pop("collectives"))
         told(answers.pop("apart"))
         refused = ("mixed", "resized", "other seeds", "no seed", "no seed, another base")
@@ -80,13 +80,13 @@ def test_parameters_are_whole_inside_a_block_and_shards_outside_of_it(tmp_path: 
 
 @pytest.mark.skipif(not ending_runs.TASKS.is_dir(), reason="this system does not list a process's threads in /proc")
 @pytest.mark.parametrize("leaves", [True, False])
-def test_threads_for_meetings_end_before_the_interpreter(leaves: bool, tmp_path: Path) -> None:
-    """Also if the script has destroyed its process groups, and still has what met in one."""
+def test_threads_for_barriers_end_before_the_interpreter(leaves: bool, tmp_path: Path) -> None:
+    """Also if the script has destroyed its process groups, and still has a barrier of one."""
     skip_without_gloo()
     two_processes.spawn(ending_runs.end, (str(tmp_path), leaves))
     for rank in range(2):
-        before, with_default, with_room, at_end = json.loads((tmp_path / str(rank)).read_text(encoding="utf-8"))
-        assert before < with_default < with_room
+        before, with_default, with_host, at_end = json.loads((tmp_path / str(rank)).read_text(encoding="utf-8"))
+        assert before < with_default < with_host
         assert at_end <= (before if leaves else with_default)
 
 
@@ -96,13 +96,13 @@ def exchanges(counted: dict[str, Any]) -> None:
     for method, found in counted.items():
         part, triplets, values = (8 * found[name] for name in ("longest", "triplets", "values"))  # in float64
         flags = 4 * found["parameters"]
-        meetings = 2 * sharded_runs.ACCUMULATED  # at each forward and each backward
-        assert found["meetings"] == (meetings, meetings * 28)
+        barriers = 2 * sharded_runs.ACCUMULATED  # at each forward and each backward
+        assert found["barriers"] == (barriers, barriers * 28)
         averaging = 1 if method == "lora" else 2  # hooks of LoRA see whole weights; AdaLoRA has two averages of each
         assert found["states"][0] == ({"allgather_": 1}, {"allgather_": averaging * part})
         assert found["states"][-1] == (found["states"][0] if method == "lora" else ({}, {}))
         for number, (calls, sent) in enumerate(found["steps"] if method != "lora" else (), 1):
-            expected, carried = Counter(allreduce_=1), Counter(allreduce_=28)  # a meeting
+            expected, carried = Counter(allreduce_=1), Counter(allreduce_=28)  # a barrier
             if number < found["allocations"][-1]:  # which gradients are finite
                 expected += Counter(allreduce_=1)
                 carried += Counter(allreduce_=flags)

@@ -1,6 +1,7 @@
 """Canaries: each private name of torch that the engines use exists and behaves as expected."""
 
-import importlib
+import copy
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,36 @@ def special() -> bool:
     with join.Join([parallel]):  # torch leaves the mark there afterwards
         joined = "Join" in str(torch_private.special_way_of_reducing(parallel))
     return plain and complete and ordinary and hooked and joined
+
+
+def held() -> bool:
+    """The parameters of a module are in a dict that can be written to, and hooks are removed from a deep copy too."""
+    module = nn.Linear(2, 2)
+    table, weight = torch_private.own_parameters(module), module.weight
+    table["weight"] = nn.Parameter(torch.zeros(2, 2))
+    replaced = module.weight is not weight
+    module.register_forward_pre_hook(looks)
+    twin = copy.deepcopy(module)
+    torch_private.remove_hook_(twin, looks)
+    return replaced and list(module._forward_pre_hooks.values()) == [looks] and not twin._forward_pre_hooks
+
+
+def looks(module: nn.Module, args: Any) -> None: ...
+
+
+def traced() -> bool:
+    """The compiler's module is where it was, and a function is called as before."""
+    seen: list[nn.Module] = []
+    torch_private.uncompiled(seen.append)(module := nn.Identity())
+    return seen == [module] and importlib.util.find_spec("torch._dynamo") is not None
+
+
+def grouped() -> bool:
+    """Lists of tensors are copied and divided in place."""
+    own = [torch.ones(2), torch.zeros(1)]
+    torch_private.copy_(own, [torch.full((2,), 6.0), torch.full((1,), 4.0)])
+    torch_private.divide_(own, torch.tensor(2.0))
+    return [each.tolist() for each in own] == [[3.0, 3.0], [2.0]]
 
 
 def first() -> bool:
@@ -214,6 +245,11 @@ def managed() -> bool:
 
 # By the names that stand in torch_private.py: what uses them, and a check.
 CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
+    "_parameters": ("own_parameters", held),
+    "_forward_pre_hooks": ("remove_hook_", held),
+    "torch._dynamo": ("uncompiled (unsynchronised)", traced),
+    "_foreach_copy_": ("copy_ (flat)", grouped),
+    "_foreach_div_": ("divide_ (zero)", grouped),
     "_get_default_store": ("default_store", store),
     "_current_graph_task_id": ("running_backward", numbered),
     "_execution_engine": ("after_backward", ends),
@@ -226,7 +262,7 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_join_config": ("is_joining, special_way_of_reducing", special),
     "_delay_all_reduce_params": ("special_way_of_reducing", special),
     "_use_python_reducer": ("special_way_of_reducing", special),
-    "_backward_hooks": ("hook_first_ (meeting)", first),
+    "_backward_hooks": ("hook_first_ (barrier)", first),
     "_C": ("running_backward", numbered),
     "_load_state_dict_post_hooks": ("take_load_hooks_, is_managed_by_fsdp2", lambda: taken() and managed()),
     "torch.distributed.fsdp._fully_shard._fsdp_param": ("is_managed_by_fsdp2 (holdings)", managed),

@@ -212,7 +212,7 @@ def leave(deepspeed: Any, rank: int, folder: Path) -> dict[str, Any]:
 def part(deepspeed: Any, rank: int, folder: Path) -> dict[str, Any]:
     """Skip a backward in one process, or have one more there, at each stage; the error of this process by case.
 
-    Besides, the meetings of two accumulated batches and a step, by stage.
+    Besides, the barriers of two accumulated batches and a step, by stage.
     """
     found: dict[str, Any] = {}
     for stage in (1, 2, 3):
@@ -224,7 +224,7 @@ def part(deepspeed: Any, rank: int, folder: Path) -> dict[str, Any]:
         _, engine = build(deepspeed, ZeroJob(stage, "lora", {}), None)
         with Collectives() as counted:
             take_steps(engine, range(1), rank)
-        found[f"{stage} meetings"] = counted.sizes["allreduce_", 28]
+        found[f"{stage} barriers"] = counted.sizes["allreduce_", 28]
     return found
 
 

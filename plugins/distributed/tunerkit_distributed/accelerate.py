@@ -1,4 +1,4 @@
-"""An Accelerator's checkpoints: adapters, their training states and the optimizer's, instead of the model."""
+"""An Accelerator's checkpoints: the adapters, their training states and the optimizer's, instead of the model."""
 
 import functools
 from collections.abc import Iterator
@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from tunerkit import serialization
+import tunerkit
 from tunerkit.errors import FileError
-from tunerkit.injection import Tuner, tuners_of
-from tunerkit.serialization import folder_of
+from tunerkit.plugin import Tuner
+from tunerkit.plugin.trainers import folder_of, restore_, save_tuner
 from tunerkit_distributed.optimizer_state import own_state, whole_state
 
 
 def checkpoint_adapters_(accelerator: Any) -> None:
-    """Let ``accelerator.save_state`` and ``load_state`` write and read adapters instead of the models that hold them.
+    """Let ``accelerator.save_state`` and ``load_state`` write and read adapters instead of whole models.
 
     A checkpoint then has the size of the adapters, and resuming from it is exact, also with FSDP2 and with another
-    number of processes. What else accelerate keeps (schedulers, random states, scaler, registered objects) stays. Call
-    this once, in every process. Attach the adapters before loading.
+    number of ranks. Accelerate's other states (schedulers, random states, scaler, registered objects) are unchanged.
+    Call this once, on every rank. Attach the adapters before loading.
 
     Args:
         accelerator: An `accelerate.Accelerator`.
@@ -36,7 +36,7 @@ def _save_state(accelerator: Any, save: Any, *args: Any, **kwargs: Any) -> Any:
     folder = Path(place)
     tuners = _tuners(models)
     for tuner in tuners:
-        serialization.save_tuner(tuner, folder_of(folder, tuners, tuner))
+        save_tuner(tuner, folder_of(folder, tuners, tuner))
     for number, optimizer in enumerate(optimizers):
         state = whole_state(_torch_optimizer(optimizer))  # with the adapters' training states
         if accelerator.is_main_process:
@@ -53,7 +53,7 @@ def _load_state(accelerator: Any, load: Any, input_dir: Any = None, *args: Any, 
     folder = Path(input_dir)
     tuners = _tuners(models)
     for tuner in tuners:
-        serialization.restore_(tuner, folder_of(folder, tuners, tuner))
+        restore_(tuner, folder_of(folder, tuners, tuner))
     for number, optimizer in enumerate(optimizers):
         state = torch.load(folder / _name(number), map_location="cpu", weights_only=True)
         own = _torch_optimizer(optimizer)
@@ -62,7 +62,7 @@ def _load_state(accelerator: Any, load: Any, input_dir: Any = None, *args: Any, 
 
 
 def _tuners(models: list[Any]) -> list[Tuner]:
-    return [tuner for model in models for tuner in tuners_of(model).values()]
+    return [tuner for model in models for tuner in tunerkit.adapters(model).values()]
 
 
 def _torch_optimizer(optimizer: Any) -> Optimizer:
@@ -78,7 +78,7 @@ def _name(number: int) -> str:
 
 @contextmanager
 def _without_models(accelerator: Any) -> Iterator[tuple[list[Any], list[Any]]]:
-    """Inside the block, an Accelerator has neither models nor optimizers to write or to read. Yields both."""
+    """Inside the block, hide an Accelerator's models and optimizers from its own checkpointing. Yields both."""
     models, optimizers = accelerator._models, accelerator._optimizers
     accelerator._models, accelerator._optimizers = [], []
     try:

@@ -1,4 +1,4 @@
-"""Compare what the processes of a training are about to train, before the first step."""
+"""Compare the adapters of all ranks at attach, before the first step."""
 
 import hashlib
 import json
@@ -10,27 +10,25 @@ import torch
 from torch import Tensor, distributed
 from torch.optim import LBFGS, Optimizer
 
-from tunerkit import hooks, unstructure
+from tunerkit import unstructure
 from tunerkit.errors import StepError, cut
-from tunerkit.plugin import Tuner
+from tunerkit.plugin import Tuner, method_record
 from tunerkit_distributed import group
 from tunerkit_distributed.flat import unflatten_
 
 _WHAT = "the comparison of the adapters at attach"
-_begun: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # how many trainings, by the default group
+_begun: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # the number of trainings, by the default group
 
 
 def refuse_differing(tuners: Sequence[Tuner], optimizer: Optimizer | None) -> int:
-    """Raise `StepError` in every process if they are about to train different adapters, or would drift apart.
-
-    It costs one collective of 32 bytes if they agree.
+    """Raise `StepError` on every rank if their adapters differ, or would diverge. One collective of 32 bytes if not.
 
     Args:
-        tuners: The adapters of this process.
-        optimizer: What steps them.
+        tuners: The adapters of this rank.
+        optimizer: Their optimizer.
 
     Returns:
-        The number of the training in this process group, from 1: all processes begin each at the same time.
+        The number of the training in this process group, from 1; it is the same on all ranks.
     """
     if isinstance(optimizer, LBFGS):
         raise StepError(
@@ -50,17 +48,17 @@ def refuse_differing(tuners: Sequence[Tuner], optimizer: Optimizer | None) -> in
 
 
 def starts_alike(tuner: Tuner) -> bool:
-    """Whether the start may be taken from process 0. It may not if the base was changed to fit it."""
-    return hooks.registry.get(tuner.method).start == "exact"
+    """Whether the start may be broadcast from rank 0; not if the base was changed to compensate for it."""
+    return method_record(tuner.method).start == "exact"
 
 
 @torch.no_grad()
 def take_from_first_(tensors: Sequence[Tensor], what: str) -> None:
-    """Overwrite tensors with those of process 0: one broadcast for each dtype and device.
+    """Overwrite tensors with those of rank 0: one broadcast for each dtype and device.
 
     Args:
-        tensors: Tensors of the same shapes in every process.
-        what: What they are, for messages.
+        tensors: Tensors of the same shapes on every rank.
+        what: Their name in messages.
     """
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
@@ -75,9 +73,9 @@ _ADVICE = "wrap with the same config, seed and base in all; if these are trainin
 
 
 def _described(tuner: Tuner, optimizer: Optimizer | None) -> dict[str, str]:
-    """What an adapter's training must have in common in all processes, by what messages call it.
+    """The properties of an adapter's training that must be equal on all ranks, by their names in messages.
 
-    The seed is compared only as it was given. Without one, processes start differently, and take process 0's start.
+    The seed is compared as it was passed: without one, ranks start differently, and rank 0's start is broadcast.
     """
     progress, groups = tuner.progress, [] if optimizer is None else optimizer.param_groups
     numbers = [
@@ -106,7 +104,7 @@ def _digest(value: object) -> str:
 
 @torch.no_grad()
 def _sums(parameters: Iterable[Tensor]) -> str:
-    """Two sums over all values, which differ if the values do; FSDP2's and ZeRO-3's shards differ in any case."""
+    """A digest of two sums over all values. Shards of FSDP2 and ZeRO-3 are left out: they always differ."""
     plain = [p for p in parameters if type(p.data) is Tensor and p.numel()]
     sums = [torch.stack([p.double().sum(), p.double().square().sum()]).cpu() for p in plain]
     return _digest([[round(float(each), 9) for each in pair] for pair in sums])
@@ -131,7 +129,7 @@ def _differences(everybody: Sequence[Mapping[str, Mapping[str, str]]]) -> list[s
 
 
 def _listed(values: Sequence[str]) -> str:
-    """Each value with the processes that have it."""
+    """Each value with its ranks."""
     owners: dict[str, list[str]] = {}
     for number, value in enumerate(values):
         owners.setdefault(value, []).append(str(number))

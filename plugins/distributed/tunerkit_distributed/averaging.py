@@ -1,4 +1,4 @@
-"""Adapters of which every process holds a whole copy: their gradients are averaged at the end of each backward."""
+"""Replicated adapters: their gradients are averaged over all ranks at the end of each backward."""
 
 import sys
 import weakref
@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit.errors import StepError, warn
-from tunerkit.hooks import Engine, Removable
-from tunerkit.paths import few
-from tunerkit.plugin import Tuner
+from tunerkit.plugin import Engine, Tuner
+from tunerkit.plugin.engines import Removable
 from tunerkit_distributed import group, torch_private
 from tunerkit_distributed.agreement import refuse_differing, starts_alike, take_from_first_
+from tunerkit_distributed.barrier import Barrier
 from tunerkit_distributed.deepspeed_names import is_of_deepspeed
 from tunerkit_distributed.flat import flat, unflatten_
 from tunerkit_distributed.holdings import is_sharded
-from tunerkit_distributed.meeting import Meeting
-from tunerkit_distributed.place import Place
+from tunerkit_distributed.position import Position
 from tunerkit_distributed.reducers import Reducers
 from tunerkit_distributed.under_ddp import UnderDdp
 from tunerkit_distributed.writing import written_once
@@ -38,54 +37,53 @@ class Replicated(Engine):
     """Plain data parallel, and FSDP2 with the adapters among its ``ignored_params``.
 
     At the end of each backward, one all-reduce averages the gradients of all adapters. Clipping comes later, so it sees
-    the averages. Under DistributedDataParallel, which averages them itself, nothing is reduced here: the processes meet
-    at the first gradient of a backward, and DDP waits at its end. A model does not know its DDP, which may be built
-    after `attach`, so the first backward looks for it. Under FSDP2 they meet at each forward and backward, in which it
-    gathers the base.
+    the averages. DistributedDataParallel averages them itself: then there is only a barrier, at the first gradient of a
+    backward. A model does not know its DDP, which may be built after `attach`, so the first backward looks for it.
+    FSDP2 gathers the base in forwards and backwards, so each of them has a barrier.
 
-    Besides the gradients, the all-reduce carries for each parameter in how many processes it has one, and where the
-    process is: at which step and backward, of which adapters, or that it steps without a backward.
+    Besides the gradients, the all-reduce carries the number of ranks with a gradient for each parameter, and the rank's
+    `Position`: its step, its backward and its adapters.
 
     Args:
-        expected: Whether the user has said that the processes train together. Otherwise the first average says so.
+        expected: Whether the user passed ``data_parallel=True``. Otherwise the first average triggers a warning.
     """
 
     is_shared = True
 
     def __init__(self, *, expected: bool = False) -> None:
-        self._told = expected
-        # Weak: the hooks of the parameters hold this, and a model must be freed when its user drops it.
+        self._announced = expected
+        # Weak: the hooks of the parameters refer to this, and a model must be freed when its user drops it.
         self._held: dict[str, list[weakref.ref[nn.Parameter]]] = {}
         self._reducers = Reducers()
         self._in_ddp: bool | None = None  # None: not looked for yet
-        self._queued = -1  # the backward at whose end the averages are due
+        self._queued = -1  # the number of the backward that ends with an average
         self._pending = self._paused = False
         self._steps = self._backwards = self._averages = 0
         self._seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._checked: frozenset[int] = frozenset()
         self._training = 0
         self._under_ddp = UnderDdp(self._reducers.found)
-        self._meeting = Meeting()
+        self._barrier = Barrier()
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return "DistributedDataParallel" if self._in_ddp else "data parallel with replicated adapters"
 
     @property
     def fixed_shapes(self) -> str | None:
-        """Why a parameter's shape must not change."""
+        """The reason why shapes must not change; None if they may."""
         if self._in_ddp and not self._reducers.found():
             return _GONE
         return None if self._in_ddp is False else self._reducers.obstacle()
 
     @property
     def is_writer(self) -> bool:
-        """Whether this is process 0."""
+        """Whether this is rank 0."""
         return group.rank() == 0
 
     def begin_(self, adapters: Sequence[Tuner], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
-        """Compare the adapters, take their start from process 0, and average from now on. See `Engine`."""
+        """Compare the adapters, broadcast their start from rank 0, and average from now on. See `Engine`."""
         self._training = refuse_differing(adapters, optimizer)
         handles: dict[str, tuple[Removable, ...]] = {}
         for tuner in adapters:
@@ -100,27 +98,27 @@ class Replicated(Engine):
             hooks += [p.register_post_accumulate_grad_hook(self._queue_other) for p in _others(tuner.model, own)]
             handles[tuner.name] = (*hooks, _Membership(self._held, tuner.name))
         self._reducers.follow_()
-        seats = self._seats(handles, adapters[0].model)
-        return {name: (*registered, seats[name]) for name, registered in handles.items()}
+        members = self._open_barrier(handles, adapters[0].model)
+        return {name: (*registered, members[name]) for name, registered in handles.items()}
 
-    def _seats(self, names: Iterable[str], model: nn.Module) -> Mapping[str, Removable]:
-        """Open the meetings of the engine around the model: of FSDP2, if it has cut the base, else of DDP."""
+    def _open_barrier(self, names: Iterable[str], model: nn.Module) -> Mapping[str, Removable]:
+        """Open the barrier for FSDP2 if the base is sharded, else the one for DDP."""
         if not any(map(is_sharded, model.parameters())):
             return self._under_ddp.open_(names, model, self._training)
-        seats = self._meeting.open_(names, model, self._training)
-        self._meeting.watch_(model, forwards=True)  # FSDP2 gathers the base in forwards and backwards
-        return seats
+        members = self._barrier.open_(names, model, self._training)
+        self._barrier.watch_(model, forwards=True)  # FSDP2 gathers the base in forwards and backwards
+        return members
 
     def before_step_(self, optimizer: Optimizer) -> None:
-        """Refuse a step without a backward that other processes had. See `Engine`."""
+        """Reject a step without a backward that other ranks had. See `Engine`."""
         if self._look_for_ddp():
             if not self._under_ddp.is_there():
                 raise StepError(f"adapters {', '.join(self._held)}: {_GONE}")
             self._under_ddp.before_step_(optimizer)
             return
-        self._meeting.before_step_(optimizer)
+        self._barrier.before_step_(optimizer)
         self._refuse_strangers(optimizer)
-        if self._pending:  # said to be followed by another backward, and it was not: late for clipping, but averaged
+        if self._pending:  # the last backward was to be followed by another one: too late for clipping, but averaged
             self._average_(backward=True)
         elif self._seen.get(optimizer, 0) == self._averages:
             self._average_(backward=False)
@@ -129,7 +127,7 @@ class Replicated(Engine):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Leave the averages to the next backward after the block. See `Engine`."""
+        """Postpone the averages to the next backward after the block. See `Engine`."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -137,7 +135,7 @@ class Replicated(Engine):
             self._paused = before
 
     def resized_(self) -> None:
-        """Build the reducer of DDP anew. See `Engine`."""
+        """Rebuild DDP's reducer. See `Engine`."""
         self._reducers.rebuild_()
 
     def write_once(self, place: Path, content: str, write: Callable[[], Path]) -> Path:
@@ -145,24 +143,24 @@ class Replicated(Engine):
         return written_once(self, place, content, write)
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
-        """Broadcast from process 0, in one collective for each dtype and device. See `Engine`."""
+        """Broadcast from rank 0, in one collective for each dtype and device. See `Engine`."""
         if self._in_ddp:
             self._under_ddp.before_agreeing(what)
         take_from_first_(tensors, what)
 
     def holds(self) -> Iterator[nn.Parameter]:
-        """Return the adapters' parameters, those that are not trained among them."""
+        """Return the adapters' parameters, including frozen ones."""
         held = (ref() for own in self._held.values() for ref in own)
         return (parameter for parameter in held if parameter is not None)
 
     def _look_for_ddp(self) -> bool:
-        """Whether DDP averages. It is looked for once: when a model is trained, its DDP is there."""
+        """Whether DDP averages the gradients. One look is enough: DDP exists before the first backward."""
         if self._in_ddp is None:
             self._in_ddp = bool(self._reducers.follow_())
         return self._in_ddp
 
     def _queue(self, parameter: Tensor) -> None:
-        """After a parameter's gradient was added up: average all at the end of this backward, or let DDP do so."""
+        """A hook after a gradient was accumulated: average all at the end of this backward, unless DDP does."""
         running = torch_private.running_backward()
         if self._queued == running:
             return
@@ -173,7 +171,7 @@ class Replicated(Engine):
             torch_private.after_backward(self._after_backward)
 
     def _queue_other(self, parameter: Tensor) -> None:
-        """After the gradient of one that no adapter has, which DDP may average: a batch may use no adapter at all."""
+        """The same for a parameter outside the adapters: in a batch that uses no adapter, DDP still averages it."""
         if self._look_for_ddp():
             self._queue(parameter)
 
@@ -185,22 +183,22 @@ class Replicated(Engine):
 
     @torch.no_grad()
     def _average_(self, *, backward: bool) -> None:
-        """Average the gradients of all processes, in one all-reduce."""
+        """Average the gradients over all ranks, in one all-reduce."""
         self._pending = False
         self._averages += 1
-        held = list(self.holds())  # all: each process must send as much, whatever it has frozen
+        held = list(self.holds())  # frozen ones too: every rank must send the same number of values
         if not held:
             return
-        self._tell()
+        self._announce()
         used = [parameter.grad is not None for parameter in held]
         grads = [_zeros(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad for p in held]
         doing = f"backward {self._backwards}" if backward else "and it steps without a backward"
-        place = Place(self._steps, self._backwards, not backward, self._training, [*self._held], doing)
-        flags = [*used, *place.numbers()]
+        position = Position(self._steps, self._backwards, not backward, self._training, [*self._held], doing)
+        flags = [*used, *position.numbers()]
         vector = flat([*grads, torch.tensor(flags, dtype=torch.float32, device=grads[0].device)])
         group.reduce_(vector, f"the gradients of step {self._steps + 1}")
         averages, counts = vector[: -len(flags)], vector[-len(flags) :].tolist()
-        place.refuse_apart(counts[len(used) :])
+        position.refuse_mismatch(counts[len(used) :])
         kept = [(p, grad) for p, grad, count in zip(held, grads, counts, strict=False) if count and p.requires_grad]
         averages.div_(group.processes())
         unflatten_(averages, grads)
@@ -209,7 +207,7 @@ class Replicated(Engine):
                 parameter.grad = grad
 
     def _refuse_strangers(self, optimizer: Optimizer) -> None:
-        """Raise `StepError` if something is trained that nobody averages, at first and when more is trained."""
+        """Raise `StepError` if the optimizer trains parameters whose gradients nothing averages."""
         trained = frozenset(id(p) for each in optimizer.param_groups for p in each["params"] if p.requires_grad)
         if trained <= self._checked:
             return
@@ -225,10 +223,10 @@ class Replicated(Engine):
             )
         self._checked |= trained
 
-    def _tell(self) -> None:
-        if self._told:
+    def _announce(self) -> None:
+        if self._announced:
             return
-        self._told = True
+        self._announced = True
         if group.rank() == 0:
             warn(
                 f"{group.processes()} processes train these adapters, and nothing else averages their gradients, so "
@@ -239,13 +237,13 @@ class Replicated(Engine):
 
 @attrs.frozen(eq=False)
 class _Membership:
-    """Takes an adapter out of the averages: at one point of the program, not when its memory happens to be freed."""
+    """The handle of one adapter in the averages, so that all ranks remove it at the same point of the program."""
 
     parameters: MutableMapping[str, list[weakref.ref[nn.Parameter]]]
     name: str
 
     def remove(self) -> None:
-        """Take the adapter out."""
+        """Remove the adapter."""
         self.parameters.pop(self.name, None)
 
 
@@ -253,7 +251,7 @@ _engines: "weakref.WeakSet[Replicated]" = weakref.WeakSet()
 
 
 def _strangers(optimizer: Optimizer, models: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """What is trained and averaged by nobody: no attached adapter has it, and FSDP2 does not shard it."""
+    """Trained parameters that belong to no attached adapter and are not sharded, so that nothing averages them."""
     known = {id(parameter) for engine in _engines for parameter in engine.holds()}
     trained = [parameter for each in optimizer.param_groups for parameter in each["params"]]
     trained += [parameter for model in models for parameter in model.parameters()]
@@ -262,7 +260,7 @@ def _strangers(optimizer: Optimizer, models: Iterable[nn.Module]) -> list[nn.Par
 
 
 def _others(model: nn.Module, known: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """What is trained besides, whole in each process: modules of the base, and other adapters."""
+    """Other trained parameters that are replicated: those of the base and of other adapters."""
     ids = set(map(id, known))
     return [p for p in model.parameters() if p.requires_grad and id(p) not in ids and not is_sharded(p)]
 
@@ -272,7 +270,12 @@ def _zeros(parameter: Tensor) -> Tensor:
 
 
 def _is_accumulating() -> bool:
-    """Whether accelerate says that more backwards come before the next optimizer step."""
+    """Whether accelerate accumulates gradients, so that more backwards precede the next optimizer step."""
     state = sys.modules.get("accelerate.state")
     shared: dict[str, Any] = {} if state is None else state.GradientState._shared_state
     return not shared.get("sync_gradients", True)
+
+
+def few(names: Sequence[str], *, shown: int) -> str:
+    """The first names and the number of the others, for a message: ``a, b and 3 more``."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -1,16 +1,15 @@
-"""Find out in which kind of training a process is: which engine keeps its adapters alike."""
+"""Choose the engine of a training: how its ranks synchronise their adapters."""
 
 from collections.abc import Sequence
 
 from torch import nn
 
-from tunerkit import injection, layers
+import tunerkit
 from tunerkit.errors import StepError, warn
-from tunerkit.hooks import Engine
-from tunerkit.paths import few
-from tunerkit.plugin import Tuner
+from tunerkit.plugin import Engine, Tuner
+from tunerkit.plugin.engines import is_called, is_named
 from tunerkit_distributed import group
-from tunerkit_distributed.averaging import OF_DEEPSPEED, Replicated
+from tunerkit_distributed.averaging import OF_DEEPSPEED, Replicated, few
 from tunerkit_distributed.deepspeed_names import DEEPSPEED, is_of_deepspeed
 from tunerkit_distributed.dtensors import is_split, reshard_
 from tunerkit_distributed.holdings import is_sharded
@@ -27,30 +26,30 @@ _UNJOINED = (
 def engine_for(
     tuners: Sequence[Tuner], model: nn.Module, candidate: object, data_parallel: bool | None
 ) -> tuple[Engine, object]:
-    """Find out what the processes do together, and what takes the step hooks.
+    """Choose the engine and the optimizer with the step hooks.
 
     It warns if a launcher started several processes that have formed no group.
 
     Args:
         tuners: The adapters that are trained.
         model: The model that runs, in which FSDP2 may have sharded the wrapped one.
-        candidate: The optimizer, or what DeepSpeed has instead.
-        data_parallel: False for a process that trains adapters of its own; None to find out; True if there must be a
-            process group.
+        candidate: The optimizer, or DeepSpeed's object.
+        data_parallel: False if each rank trains adapters of its own; None to detect it; True to require a process
+            group.
 
     Returns:
-        A new engine; and ``candidate``, or where DeepSpeed trains the optimizer that stands for its own.
+        A new engine; and ``candidate``, or a torch optimizer around DeepSpeed's.
 
     Raises:
         StepError: ``data_parallel`` is True and there is no process group, or DeepSpeed trains in a way that is not
             supported.
     """
-    if any(layers.is_named(type(candidate), kind) for kind in DEEPSPEED):
+    if any(is_named(type(candidate), kind) for kind in DEEPSPEED):
         from tunerkit_distributed import zero  # few trainings need it
 
         engine = zero.engine_of(candidate)
         if engine is not None:
-            _refuse_overrides(tuners)
+            _refuse_overrides(tuners[0].model)
             return engine, engine.optimizer
     if data_parallel and not group.is_formed():
         raise StepError(
@@ -72,23 +71,17 @@ def engine_for(
     return Single(), candidate
 
 
-def _refuse_overrides(tuners: Sequence[Tuner]) -> None:
+def _refuse_overrides(model: nn.Module) -> None:
     """Raise `StepError` if a forward must override a weight that ZeRO-3 has emptied by then."""
+    active, tuners = tunerkit.active(model), tunerkit.adapters(model)
+    targets = {target.path: target.module for name in active for target in tuners[name].targets}
     read = [
         path
-        for path, module, slots in injection.walk(tuners[0].model)
-        if slots.base is not None
-        and not injection.is_called(module)
-        and any(slot.adapter is not None for slot in slots.applied)  # a trained bias needs no weight
-        and _is_sharded(module, slots.base.weight_name)
+        for path, module in targets.items()
+        if not is_called(module) and any(map(is_sharded, module.parameters(recurse=False)))
     ]
     if read:
         raise StepError(
             f"{few(read, shown=5)} is used directly by its owner, bypassing its own forward(), so its delta must be "
             "added to a weight that ZeRO-3 has partitioned: exclude it from the targets, or use ZeRO-2"
         )
-
-
-def _is_sharded(module: nn.Module, name: str) -> bool:
-    weight = layers.torch_private.own_parameters(module).get(name)
-    return weight is not None and is_sharded(weight)

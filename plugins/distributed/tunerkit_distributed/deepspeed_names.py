@@ -5,13 +5,13 @@ from torch import Tensor
 DEEPSPEED_ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
 DEEPSPEED_OPTIMIZER = "deepspeed.runtime.base_optimizer.DeepSpeedOptimizer"
 ZERO_OPTIMIZER = "deepspeed.runtime.base_optimizer.ZeROOptimizer"
-# accelerate's wrappers, and where they store what they wrap.
+# accelerate's wrappers, and the attribute with the wrapped object.
 DEEPSPEED_WRAPPERS = {
     "accelerate.utils.deepspeed.DeepSpeedEngineWrapper": "engine",
     "accelerate.utils.deepspeed.DeepSpeedOptimizerWrapper": "optimizer",
 }
 DEEPSPEED = (DEEPSPEED_ENGINE, DEEPSPEED_OPTIMIZER, *DEEPSPEED_WRAPPERS)
-# What ZeRO sets on a parameter: stage 3 a number, stages 1 and 2 what they train.
+# The attributes of a parameter that ZeRO sets: stage 3 a number, stages 1 and 2 a mapping for trained ones.
 _MARKS = ("ds_id", "_hp_mapping")
 
 

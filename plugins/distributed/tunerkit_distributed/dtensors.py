@@ -1,4 +1,4 @@
-"""DTensors, as FSDP2 makes them: whole tensors put together from all processes, and this process's part of one."""
+"""DTensors, as FSDP2 makes them: gathering whole tensors from all ranks, and this rank's shard of one."""
 
 import itertools
 import sys
@@ -22,11 +22,12 @@ class Part:
     Attributes:
         parameter: The DTensor. Any: torch.distributed.tensor is imported late.
         places: The modules that hold it, with its name there.
-        cut: How it is cut.
-        group: The processes over which it is cut, and this one's number in it.
-        stand_in: The whole parameter, inside the block.
+        cut: How it is sharded.
+        group: The process group over which it is sharded.
+        number: The index of this rank's shard.
+        stand_in: The gathered parameter, inside the block.
         grad: The DTensor's own gradient before the block.
-        hooks: What the block does without: FSDP2's hooks after ``load_state_dict``, by module.
+        hooks: FSDP2's hooks after ``load_state_dict``, by module, which are removed inside the block.
     """
 
     parameter: Any
@@ -40,11 +41,11 @@ class Part:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What parameters that travel together have in common."""
+        """A key that is equal for parameters that share a collective."""
         return self.group, self.parameter.dtype, local(self.parameter).device
 
     def stand_in_(self, value: Tensor, grad: Tensor | None) -> int:
-        """Put a whole parameter in its place. Returns the id of that."""
+        """Replace the DTensor by a gathered parameter, and return the id of that."""
         self.stand_in = nn.Parameter(value, requires_grad=self.parameter.requires_grad)
         self.stand_in.grad = grad
         self.grad = self.parameter.grad
@@ -53,7 +54,7 @@ class Part:
         return id(self.stand_in)
 
     def put_back_(self) -> Tensor:
-        """Put the DTensor back. Returns what the module had at the end of the block."""
+        """Restore the DTensor, and return the module's parameter at the end of the block."""
         module, name = self.places[0]
         left = torch_private.own_parameters(module)[name]
         self._put_(self.parameter)
@@ -66,7 +67,7 @@ class Part:
             torch_private.own_parameters(module)[name] = parameter
 
     def write_back_(self, left: Tensor, *, gradients: bool) -> None:
-        """Copy this process's part of the value and of the gradient into the shard."""
+        """Copy this rank's shard of the value and of the gradient into the DTensor."""
         local(self.parameter).copy_(self.cut.part(left, self.number))
         if not gradients:
             return
@@ -75,22 +76,20 @@ class Part:
         elif self.grad is None:
             self.parameter.grad = torch.empty_like(self.parameter)
             local(self.parameter.grad).copy_(self.cut.part(left.grad, self.number))
-        else:  # into the gradient that was there: the block may have withheld it from the step
+        else:  # into the same tensor: the block may have withheld that gradient from the step
             local(self.grad).copy_(self.cut.part(left.grad, self.number))
 
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[Callable[[str, Tensor], Tensor]]:
-    """Inside the block, the parameters of ``module`` and below are whole; what the block changes is lost.
-
-    Those that every process holds whole stay as they are. All processes must call it.
+    """Inside the block, the parameters below ``module`` are gathered, for reading. All ranks must call it.
 
     Returns:
-        A context manager. It gives a function from a parameter's name in ``module`` and a whole tensor of its shape to
-        the part of it that this process would hold, in memory of its own; for other names, to the tensor itself.
+        A context manager. It yields a function from a parameter's name in ``module`` and a whole tensor of its shape to
+        this rank's shard of that tensor, as a copy; for a parameter that is not sharded, to the tensor itself.
 
     Raises:
-        StepError: A parameter is cut along several dimensions.
+        StepError: A parameter is sharded along several dimensions.
     """
     shards = [part_of(parameter, places) for parameter, places in owners([module]) if is_split(parameter)]
     names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -112,31 +111,31 @@ def gathered(module: nn.Module) -> Iterator[Callable[[str, Tensor], Tensor]]:
 
 
 def gathered_tensors(tensors: Sequence[Tensor], what: str) -> list[Tensor]:
-    """Put DTensors together that are no parameters, such as an optimizer's state. All processes must call it."""
+    """Gather DTensors that are no parameters, such as an optimizer's state. All ranks must call it."""
     shards = [part_of(tensor, []) for tensor in tensors]
     return whole_values([local(tensor) for tensor in tensors], shards, what)
 
 
 def cut_of(tensor: Tensor) -> tuple[Cut, int]:
-    """How a DTensor is cut, and which of the parts this process holds."""
+    """How a DTensor is sharded, and the index of this rank's shard."""
     shard = part_of(tensor, [])
     return shard.cut, shard.number
 
 
 def shard_like(parameter: Any, part: Tensor) -> Tensor:
-    """Make a DTensor of this process's part of a tensor that is cut as ``parameter`` is."""
+    """Make a DTensor from this rank's shard, sharded like ``parameter``."""
     made = torch.empty_like(parameter, dtype=part.dtype)
     local(made).copy_(part)
     return made
 
 
 def local_part(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter: the memory itself."""
+    """This rank's shard of a parameter, not a copy."""
     return local(parameter) if is_split(parameter) else parameter
 
 
 def reshard_(model: nn.Module) -> None:
-    """Shard what FSDP2 has left whole in ``model``: after a forward, the parameters of its root until a backward."""
+    """Reshard parameters that FSDP2 keeps gathered: those of the root module, from a forward to the next backward."""
     fully: Any = sys.modules.get("torch.distributed.fsdp")  # importing it takes long
     for module in () if fully is None else model.modules():
         if isinstance(module, fully.FSDPModule):
@@ -144,14 +143,14 @@ def reshard_(model: nn.Module) -> None:
 
 
 def is_split(parameter: Tensor) -> bool:
-    """Whether a parameter is a DTensor, of which this process holds a part."""
+    """Whether a parameter is a DTensor."""
     # If nobody has imported the module, no DTensor exists. Importing it takes long.
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(parameter, tensors.DTensor)
 
 
 def owners(slots: Sequence[nn.Module]) -> list[tuple[nn.Parameter, list[tuple[nn.Module, str]]]]:
-    """The parameters below ``slots``, each once, with all modules that hold it."""
+    """The parameters below ``slots``, each once, with the modules that hold it."""
     modules = {id(module): module for slot in slots for module in slot.modules()}
     found: dict[int, tuple[nn.Parameter, list[tuple[nn.Module, str]]]] = {}
     for module in modules.values():
@@ -162,7 +161,7 @@ def owners(slots: Sequence[nn.Module]) -> list[tuple[nn.Parameter, list[tuple[nn
 
 
 def part_of(parameter: Any, places: list[tuple[nn.Module, str]]) -> Part:
-    """Read a DTensor's layout. Raises `StepError` if it is cut in another way than along one dimension."""
+    """Read a DTensor's layout. Raises `StepError` unless it is sharded along exactly one dimension."""
     from torch.distributed.tensor import Shard
 
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -186,14 +185,14 @@ def part_of(parameter: Any, places: list[tuple[nn.Module, str]]) -> Part:
 
 
 def local(tensor: Any) -> Tensor:
-    """This process's part, not a copy of it."""
+    """This rank's shard, not a copy."""
     with torch.no_grad():
         own: Tensor = tensor.to_local()
     return own
 
 
 def whole_values(parts: Sequence[Tensor], shards: Sequence[Part], what: str) -> list[Tensor]:
-    """Gather whole tensors from the parts of all processes: one all-gather for each kind of shards."""
+    """Gather whole tensors from the shards of all ranks: one all-gather for each kind of shards."""
     kinds: dict[tuple[object, ...], list[int]] = {}
     for index, shard in enumerate(shards):
         kinds.setdefault(shard.kind, []).append(index)
@@ -206,17 +205,17 @@ def whole_values(parts: Sequence[Tensor], shards: Sequence[Part], what: str) -> 
 
 
 def whole_gradients(shards: Sequence[Part]) -> list[Tensor | None]:
-    """Gather the gradients. A parameter that is not trained travels neither, and one without a gradient has None.
+    """Gather the gradients; None for a frozen parameter, which is not sent, and for one without a gradient.
 
     Raises:
-        StepError: Only some processes have a gradient for a parameter.
+        StepError: Only some ranks have a gradient for a parameter.
     """
     trained = [shard for shard in shards if shard.parameter.requires_grad]
     parts, flags = [], []
     for shard in trained:
         own, grad = local(shard.parameter), shard.parameter.grad
         parts.append(torch.zeros_like(own) if grad is None else local(grad).to(own))
-        # As many numbers in each process: what they hold of a gradient must not depend on whether there is one.
+        # Every rank sends the same number of values, whether it has a gradient or not.
         flags.append(own.new_full((1,), grad is not None))
     flag_cuts = [attrs.evolve(shard, cut=Cut((shard.cut.processes,), 0, shard.cut.processes)) for shard in trained]
     found = whole_values([*parts, *flags], [*trained, *flag_cuts], "the adapter's gradients")
@@ -232,7 +231,7 @@ def whole_gradients(shards: Sequence[Part]) -> list[Tensor | None]:
 
 
 def _on_host(flags: Sequence[Tensor]) -> list[list[float]]:
-    """Read short vectors, one number for each process that shares a parameter, from the device at once."""
+    """Copy short vectors, one number for each rank that shares a parameter, from the device at once."""
     if not flags:
         return []
     numbers: Iterator[float] = iter(torch.cat([flag.float().to(flags[0].device) for flag in flags]).tolist())
@@ -240,7 +239,7 @@ def _on_host(flags: Sequence[Tensor]) -> list[list[float]]:
 
 
 def _exchanged(vector: Tensor, shard: Part, what: str) -> Tensor:
-    """All-gather a vector over the processes of ``shard``, (processes, length), on the vector's own device."""
+    """All-gather a vector over the ranks of ``shard``: (ranks, length), on the vector's own device."""
     # CPU offload: the shards lie on the CPU, and the process group may only know the mesh's devices.
     own = vector.to(shard.parameter.device_mesh.device_type)
     return torch.stack(group.gather(own, what, within=shard.group)).to(vector.device)

@@ -1,4 +1,4 @@
-"""Several tensors in one vector, so that a collective carries them all."""
+"""Several tensors in one vector, for a single collective."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from tunerkit_distributed import torch_private
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Put tensors into one vector, on the first one's device and in the widest dtype, fp32 or wider."""
+    """Concatenate tensors into one vector, on the first one's device and in the widest dtype, at least fp32."""
     dtype = torch.float32
     for kind in {tensor.dtype for tensor in tensors}:
         dtype = torch.promote_types(dtype, kind)
@@ -17,7 +17,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def unflatten_(vector: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Write what `flat` made back."""
+    """Copy a vector from `flat` back into the tensors."""
     parts = vector.split([tensor.numel() for tensor in tensors])
     shaped = [part.view(tensor.shape) for tensor, part in zip(tensors, parts, strict=True)]
     torch_private.copy_(list(tensors), shaped)

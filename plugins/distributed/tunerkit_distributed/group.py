@@ -1,7 +1,7 @@
-"""The process group of a training, and waiting for the others in it without waiting for ever.
+"""The process group of a training: collectives that detect deadlocks.
 
-A process that waits long writes down for what, where all can read it. If another one waits for something else, neither
-will ever go on: both raise an error then. A process that is busy, with an evaluation or a file, is waited for.
+A rank that waits long publishes in the group's store what it waits for. If another rank waits for something else, both
+are deadlocked, and both raise. A rank that is busy, with an evaluation or a file, publishes nothing, so others wait.
 """
 
 import json
@@ -19,73 +19,70 @@ from tunerkit.errors import ConfigError, StepError, shown
 from tunerkit_distributed import torch_private
 
 Value = TypeVar("Value")
-# Environment variables, with their defaults: the seconds after which waiting ends (as torch's own for gloo), and after
-# which a process writes down where it waits, and looks where the others do.
+# Environment variables, with their defaults: the timeout in seconds (torch's own for gloo), and the seconds after which
+# a rank publishes what it waits for, and looks at the others.
 _LIMIT: Final = ("TUNERKIT_COLLECTIVE_SECONDS", 1800.0)
 _LOOK: Final = ("TUNERKIT_LOOK_SECONDS", 10.0)
 _BRIEFLY: Final = 0.05
-_PLACES: Final = "tunerkit/waiting/"
-_written: set[int] = set()  # this process's number, while it has written down where it waits
+_WAITS: Final = "tunerkit/waiting/"
+_written: set[int] = set()  # this rank, while it has published what it waits for
 
 
 def is_formed() -> bool:
-    """Whether there is a process group, of several or of this process alone."""
+    """Whether there is a process group, also one of a single process."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def in_group() -> bool:
-    """Whether this process belongs to a process group of several."""
+    """Whether this process belongs to a process group of several ranks."""
     return is_formed() and distributed.get_world_size() > 1
 
 
 def is_launched() -> bool:
-    """Whether this process is one of several, also if they have formed no group yet: a launcher says so."""
+    """Whether this process is one of several, in a process group or by the environment that a launcher set."""
     return in_group() or os.environ.get("WORLD_SIZE", "1") not in ("", "1")
 
 
 def is_alone() -> bool:
-    """Whether nothing says that there are, or may be, other processes: no process group, also of one, and no launcher.
-
-    In a process group of one, there may be a DistributedDataParallel around the model.
-    """
+    """Whether there is no process group and no launcher. A group of one process may have a DDP around the model."""
     return not is_formed() and not is_launched()
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The rank of this process."""
     return distributed.get_rank() if in_group() else 0
 
 
 def processes() -> int:
-    """The number of processes."""
+    """The number of ranks."""
     return distributed.get_world_size() if in_group() else 1
 
 
 def reduce_(tensor: Tensor, what: str, within: Any = None) -> None:
-    """Replace ``tensor`` by its sum over all processes.
+    """Replace ``tensor`` by its sum over all ranks.
 
     Args:
-        tensor: The tensor, of the same shape in all processes.
-        what: What is added up, for messages.
+        tensor: The tensor, of the same shape on all ranks.
+        what: Its name in messages.
         within: The process group; None for the default one.
 
     Raises:
-        StepError: Another process is lost, or waits for something else.
+        StepError: Another rank is lost, or waits for something else.
     """
     _await(lambda: distributed.all_reduce(tensor, group=within, async_op=True), tensor, what)
 
 
 def broadcast_(tensor: Tensor, what: str) -> None:
-    """Replace ``tensor`` by that of process 0. Raises like `reduce_`."""
+    """Replace ``tensor`` by the one of rank 0. Raises like `reduce_`."""
     _await(lambda: distributed.broadcast(tensor, src=0, async_op=True), tensor, what)
 
 
 def gather(tensor: Tensor, what: str, within: Any = None) -> list[Tensor]:
-    """Return the ``tensor`` of each process, by its number; all have one shape. Raises like `reduce_`.
+    """Return the tensors of all ranks, in their order; all have one shape. Raises like `reduce_`.
 
     Args:
-        tensor: This process's.
-        what: What is gathered, for messages.
+        tensor: This rank's tensor.
+        what: Its name in messages.
         within: The process group; None for the default one.
     """
     found = [torch.empty_like(tensor) for _ in range(distributed.get_world_size(within))]
@@ -94,7 +91,7 @@ def gather(tensor: Tensor, what: str, within: Any = None) -> list[Tensor]:
 
 
 def gather_text(text: str, what: str, within: Any = None) -> list[str]:
-    """Return the ``text`` of each process, by its number, in two collectives. See `gather`."""
+    """Return the texts of all ranks, in their order, in two collectives. See `gather`."""
     place = device(within)
     own = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8).to(place)
     lengths = [int(length) for length in gather(torch.tensor([len(text.encode())], device=place), what, within)]
@@ -108,10 +105,10 @@ def wait_until(found: Callable[[], Value | None], what: str) -> Value:
     """Call ``found`` until it returns something. Raises like `reduce_`.
 
     Args:
-        found: Looks for what another process does. It must return quickly.
-        what: What is waited for, for messages.
+        found: Polls for an action of another rank. It must return quickly.
+        what: The name of that action in messages.
     """
-    _forget_place()
+    _forget_wait()
     look = _seconds(*_LOOK)
     started = looked = time.monotonic()
     while (answer := found()) is None:
@@ -119,24 +116,24 @@ def wait_until(found: Callable[[], Value | None], what: str) -> Value:
         if time.monotonic() - looked > look:
             looked = time.monotonic()
             _look_around(what, looked - started)
-    _forget_place()
+    _forget_wait()
     return answer
 
 
 def limit() -> float:
-    """The seconds after which waiting for the other processes ends."""
+    """The timeout in seconds for waiting for other ranks."""
     return _seconds(*_LIMIT)
 
 
 def device(within: Any = None) -> torch.device:
-    """Where a group's collectives take tensors from: the CPU if they do, else this process's accelerator."""
+    """The device of a group's collectives: the CPU if they support it, else this process's accelerator."""
     kinds = dict(each.split(":") for each in str(distributed.get_backend_config(within)).split(","))
     found = None if "cpu" in kinds else torch.accelerator.current_accelerator()
     return torch.device("cpu") if found is None else torch.device(found.type, torch.accelerator.current_device_index())
 
 
 def _await(call: Callable[[], Any], tensor: Tensor, what: str) -> None:
-    _forget_place()
+    _forget_wait()
     started = time.monotonic()
     try:
         work = call()
@@ -146,7 +143,7 @@ def _await(call: Callable[[], Any], tensor: Tensor, what: str) -> None:
         while True:
             try:
                 work.wait(timedelta(seconds=_seconds(*_LOOK)))
-                _forget_place()
+                _forget_wait()
                 return
             except RuntimeError:
                 if work.is_completed():
@@ -160,12 +157,12 @@ def _await(call: Callable[[], Any], tensor: Tensor, what: str) -> None:
 
 
 def _look_around(what: str, waited: float) -> None:
-    """Write down where this process waits. Raise `StepError` if another one waits elsewhere, or the limit is over."""
+    """Publish what this rank waits for. Raise `StepError` on a timeout, or if another rank waits for anything else."""
     store, own = torch_private.default_store(), rank()
-    store.set(f"{_PLACES}{own}", json.dumps(what))
+    store.set(f"{_WAITS}{own}", json.dumps(what))
     _written.add(own)
     for other in range(processes()):
-        key = f"{_PLACES}{other}"
+        key = f"{_WAITS}{other}"
         place = json.loads(store.get(key)) if other != own and store.check([key]) else None
         if place not in (None, what):
             raise StepError(
@@ -179,11 +176,11 @@ def _look_around(what: str, waited: float) -> None:
         )
 
 
-def _forget_place() -> None:
-    """Take back what `_look_around` wrote down. After an error it stays until the next wait, for the others to see."""
+def _forget_wait() -> None:
+    """Withdraw what `_look_around` published. After an error it stays until the next wait, for the others to see."""
     if rank() in _written:
         _written.discard(rank())
-        torch_private.default_store().set(f"{_PLACES}{rank()}", json.dumps(None))
+        torch_private.default_store().set(f"{_WAITS}{rank()}", json.dumps(None))
 
 
 def _seconds(name: str, default: float) -> float:

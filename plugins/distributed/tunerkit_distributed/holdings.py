@@ -1,4 +1,4 @@
-"""How accelerate, DeepSpeed and FSDP2 hold weights, and what cannot be done with the engines."""
+"""How accelerate, DeepSpeed and FSDP2 hold weights, and which operations they rule out."""
 
 from torch import Tensor, nn
 
@@ -9,12 +9,12 @@ from tunerkit_distributed.torch_private import FLATTENED, VIEWS_FLAT, is_managed
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether this process holds only a shard of a parameter, as under FSDP2 and ZeRO-3."""
+    """Whether this rank holds only a shard of a parameter, as under FSDP2 and ZeRO-3."""
     return dtensors.is_split(parameter) or zero_init.is_zero_shard(parameter)
 
 
 def _kept_whole(module: nn.Module) -> str | None:
-    """Why a merge into a module would be lost: FSDP2 has gathered its weights for a while."""
+    """The reason why a merge into a module would be lost, while FSDP2 has its weights gathered; None otherwise."""
     if not is_managed_by_fsdp2(module) or any(map(dtensors.is_split, module.parameters())):
         return None
     return (

@@ -58,10 +58,9 @@ def load(module: nn.Module, name: str) -> Tensor:
 
 
 def identity(module: nn.Module, name: str, tensor: Tensor) -> int | None:
-    """A number that tied parameters share: the address of the offloaded weight; None if it is not offloaded.
+    """The address of an offloaded weight, which tied parameters share; None if it is not offloaded.
 
-    Offloading gives each of two tied modules its own object. Weights on disk would have to be read, so a tie among
-    those is not found.
+    Offloading gives each of two tied modules its own object. Ties among weights on disk are not detected.
     """
     if (loader := _loader(module)) is None:
         return None
@@ -75,9 +74,9 @@ def identity(module: nn.Module, name: str, tensor: Tensor) -> int | None:
 
 
 def duplicate(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module | None:
-    """A deep copy whose weights stay on the device that the module runs on; None if no hook is in the module.
+    """A deep copy with its weights on the device of execution; None if the module has no hook.
 
-    ``replaced`` maps the id of a submodule to the module that takes its place in the copy.
+    ``replaced`` maps the id of a submodule to its replacement in the copy.
     """
     # A hook may hold the weights of the whole model. They must not be copied with it.
     hooks = {id(hook): _only_moving(hook) for part in module.modules() for hook in _hooks(part)}

@@ -1,4 +1,4 @@
-"""The state of an optimizer whose parameters are shards: whole, as a file holds it, and a process's own part."""
+"""The state of an optimizer with sharded parameters: gathered for a file, and split again for a rank."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from tunerkit_distributed.dtensors import cut_of, gathered_tensors, is_split, sh
 
 @torch.no_grad()
 def whole_state(optimizer: Optimizer) -> dict[str, Any]:
-    """Return ``optimizer.state_dict()`` with whole tensors, for one process to write. All processes must call this."""
+    """Return ``optimizer.state_dict()`` with gathered tensors. All ranks must call this."""
     state: dict[str, Any] = optimizer.state_dict()
     places = [
         (own, name)
@@ -29,11 +29,11 @@ def whole_state(optimizer: Optimizer) -> dict[str, Any]:
 
 @torch.no_grad()
 def own_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Return this process's part of what `whole_state` returned, for ``optimizer.load_state_dict``.
+    """Return this rank's shards of a gathered state, for ``optimizer.load_state_dict``.
 
     Args:
-        optimizer: The optimizer, whose parameters may be cut over another number of processes than before.
-        state: Its state, whole.
+        optimizer: The optimizer; the number of ranks may differ from the one that wrote the state.
+        state: The state that `whole_state` returned.
     """
     groups = zip(optimizer.param_groups, state["param_groups"], strict=False)
     parameters = {

@@ -1,4 +1,4 @@
-"""The tensors in what a model returns."""
+"""The tensors in a model's output."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What a process holds of an adapter's parameters, for methods that do without whole ones."""
+"""This rank's shards of an adapter's parameters, for methods that need no whole ones."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from tunerkit.hooks import Pieces
+from tunerkit.plugin import Pieces
 from tunerkit_distributed import group
 from tunerkit_distributed.dtensors import Part, is_split, part_of, whole_values
 from tunerkit_distributed.flat import flat, unflatten_
@@ -15,10 +15,10 @@ from tunerkit_distributed.flat import flat, unflatten_
 
 @attrs.frozen(eq=False)
 class CutPieces(Pieces):
-    """Pieces of DTensors, all cut over the same processes.
+    """Shards of DTensors, all over the same process group.
 
     Attributes:
-        parts: How each is cut.
+        parts: The layout of each.
     """
 
     parts: Sequence[Part]
@@ -46,12 +46,12 @@ class CutPieces(Pieces):
 
 @torch.no_grad()
 def pieces_of(parameters: Sequence[Any]) -> Pieces:
-    """What this process holds of DTensors that are cut over the same processes.
+    """This rank's shards of DTensors, which are sharded over one process group.
 
     Args:
         parameters: The DTensors. Any: torch.distributed.tensor is imported late.
     """
-    layouts: dict[tuple[object, ...], Part] = {}  # thousands of parameters have few layouts
+    layouts: dict[tuple[object, ...], Part] = {}  # thousands of parameters have a few layouts
     parts = []
     for parameter in parameters:
         key = parameter.device_mesh, parameter.placements, parameter.shape
@@ -65,5 +65,5 @@ def pieces_of(parameters: Sequence[Any]) -> Pieces:
 
 
 def are_cut_alike(parameters: Sequence[Tensor]) -> bool:
-    """Whether parameters are DTensors, cut over the same processes, so that `pieces_of` takes them."""
+    """Whether parameters are DTensors over one process group, as `pieces_of` needs."""
     return all(map(is_split, parameters)) and len({part_of(parameter, []).group for parameter in parameters}) == 1

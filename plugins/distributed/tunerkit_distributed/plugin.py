@@ -1,11 +1,10 @@
-"""The hooks: which engine trains adapters, how libraries hold weights, and what cannot be done with them."""
+"""The hooks: which engine trains adapters, how libraries hold weights, and which operations they rule out."""
 
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from tunerkit.hooks import Engine
-from tunerkit.plugin import Holding, Restriction, Tuner, hookimpl
+from tunerkit.plugin import Engine, Holding, Restriction, Tuner, hookimpl
 from tunerkit_distributed import group
 from tunerkit_distributed.choice import engine_for
 from tunerkit_distributed.holdings import HOLDINGS, RESTRICTIONS
@@ -16,7 +15,7 @@ from tunerkit_distributed.unsynchronised import check_at_next_forward_, remove_c
 def tunerkit_engine(
     tuners: Sequence[Tuner], model: nn.Module, candidate: object, data_parallel: bool | None
 ) -> tuple[Engine, object] | None:
-    """Find out in which kind of training this process is, unless it is alone."""
+    """Choose an engine, unless this process is alone."""
     if group.is_alone() and not data_parallel:
         return None
     return engine_for(tuners, model, candidate, data_parallel)
@@ -30,7 +29,7 @@ def tunerkit_holdings() -> Iterable[Holding]:
 
 @hookimpl
 def tunerkit_restrictions() -> Iterable[Restriction]:
-    """Return what is refused with FSDP and DeepSpeed."""
+    """Return the operations that are rejected with FSDP and DeepSpeed."""
     return RESTRICTIONS
 
 

@@ -1,7 +1,7 @@
-"""DistributedDataParallel around adapters: where its reducer is built anew after parameters changed shape.
+"""DistributedDataParallel around adapters: its reducer is rebuilt after parameters changed shape.
 
-A reducer has a bucket of fixed size for the gradients of its parameters, so each change of a shape needs a new one.
-Pickle needs one too, and the way in which DDP restores itself from a pickle also works in place.
+A reducer has buckets of fixed size for gradients, so each change of a shape needs a new one. DDP also builds one when
+it is unpickled, and the same code works in place.
 """
 
 import weakref
@@ -15,7 +15,7 @@ from tunerkit.errors import StepError
 from tunerkit_distributed import torch_private
 
 _ADVICE = "to let adapters change their shapes, leave DistributedDataParallel out, and attach averages them"
-_SHAPES = "_tunerkit_shapes"  # an attribute of a DDP that is followed
+_SHAPES = "_tunerkit_shapes"  # the attribute of a DDP with the shapes that its reducer was built for
 
 
 class Reducers:
@@ -34,22 +34,22 @@ class Reducers:
         self._models.update(models)
 
     def found(self) -> list[DistributedDataParallel]:
-        """Each DDP around one of the models. A process group is needed for one."""
+        """Each DDP around one of the models; none without a process group."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return []
         return torch_private.ddps_around(list(self._models))
 
     def obstacle(self) -> str | None:
-        """Why shapes must not change; None if there is no DDP, or one that can be rebuilt."""
+        """The reason why shapes must not change; None without a DDP, or with one that can be rebuilt."""
         found = self.found()
         reason = f"it is inside {len(found)} of them" if len(found) > 1 else next(map(_obstacle, found), None)
         return reason and f"DistributedDataParallel cannot be rebuilt around this model: {reason}; {_ADVICE}"
 
     def follow_(self) -> list[DistributedDataParallel]:
-        """Rebuild a DDP before each forward for which parameters have other shapes than those it was built for.
+        """Rebuild each DDP before a forward if shapes have changed since its reducer was built.
 
-        `shrink_` and `grow_` need no such look. Loading an adapter of other ranks does, through ``load_state_dict``.
-        Parameters without an element, of adapters of rank 0, have no gradient, for which DDP would wait.
+        This covers ``load_state_dict`` with an adapter of other ranks; `shrink_` and `grow_` rebuild by themselves.
+        Empty parameters, of adapters of rank 0, never get a gradient, and DDP would wait for one.
 
         Returns:
             Each DDP around one of the models.
@@ -68,13 +68,13 @@ class Reducers:
         return found
 
     def rebuild_(self) -> None:
-        """Give DDP a new reducer for the shapes that parameters have now, in all processes alike."""
+        """Rebuild DDP's reducer for the current shapes. All ranks must call this."""
         for ddp in self.follow_():
             _rebuild_(ddp)
 
 
 def _obstacle(ddp: DistributedDataParallel) -> str | None:
-    """Why this DDP cannot get a new reducer."""
+    """The reason why this DDP cannot be rebuilt; None if it can."""
     if type(ddp) is not DistributedDataParallel:
         return f"{type(ddp).__name__} is a class of its own"
     if getattr(ddp, "reducer", None) is None:
@@ -89,7 +89,7 @@ def _obstacle(ddp: DistributedDataParallel) -> str | None:
 
 
 def _note_(ddp: DistributedDataParallel, averaged: Iterable[Tensor]) -> None:
-    """Note the shapes that DDP is built for, by the place of the parameter, so that DDP can be pickled and copied."""
+    """Record the shapes that DDP was built for, by the parameter's index: DDP may be pickled and copied."""
     own = set(map(id, averaged))
     known = enumerate(torch_private.parameters_of(ddp))
     vars(ddp)[_SHAPES] = {place: parameter.shape for place, parameter in known if id(parameter) in own}

@@ -1,4 +1,4 @@
-"""Adapters that FSDP2 has sharded: each process holds a part of every parameter, as a DTensor."""
+"""Adapters that FSDP2 has sharded: each rank holds a shard of every parameter, as a DTensor."""
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit.errors import StepError
-from tunerkit.hooks import Engine, Pieces, Removable, whole_pieces
-from tunerkit.injection import slots_in
-from tunerkit.plugin import Tuner
+from tunerkit.plugin import Engine, Pieces, Tuner, whole_pieces
+from tunerkit.plugin.engines import Removable, slots_in
 from tunerkit_distributed import group
 from tunerkit_distributed.agreement import refuse_differing, starts_alike, take_from_first_
+from tunerkit_distributed.barrier import Barrier
 from tunerkit_distributed.dtensors import (
     Part,
     is_split,
@@ -25,7 +25,6 @@ from tunerkit_distributed.dtensors import (
     whole_gradients,
     whole_values,
 )
-from tunerkit_distributed.meeting import Meeting
 from tunerkit_distributed.pieces import are_cut_alike, pieces_of
 from tunerkit_distributed.writing import written_once
 
@@ -42,8 +41,8 @@ _ADVICE = (
 class Sharded(Engine):
     """FSDP2 with adapters that are sharded like the base.
 
-    FSDP2 averages the gradients itself. A method sees whole parameters inside `whole`: plain stand-ins, gathered from
-    all processes. Afterwards each process writes its part of them back.
+    FSDP2 averages the gradients itself. Inside `whole`, a method sees plain tensors that were gathered from all ranks,
+    in place of the parameters. Afterwards each rank writes its shard of them back.
 
     Args:
         model: The model that was passed to ``fully_shard``, or one around it.
@@ -53,37 +52,37 @@ class Sharded(Engine):
     gives_pieces = False  # until `begin_` has looked at the adapters
 
     def __init__(self, model: nn.Module) -> None:
-        # Weak: the optimizer's hooks hold this, and a model must be freed when its user drops it.
+        # Weak: the optimizer's hooks refer to this, and a model must be freed when its user drops it.
         self._model = weakref.ref(model)
         self._slots: list[weakref.ref[nn.Module]] = []
-        self._meeting = Meeting()
-        self._standing: dict[int, Tensor] = {}  # inside `whole`: the parameters outside of it, by the stand-in's id
+        self._barrier = Barrier()
+        self._replaced: dict[int, Tensor] = {}  # inside `whole`: the sharded parameter by the id of the gathered one
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return "FSDP2 with sharded adapters"
 
     @property
     def fixed_shapes(self) -> str:
-        """Why a parameter's shape must not change."""
+        """The reason why shapes must not change."""
         return _FIXED
 
     @property
     def splits(self) -> bool:
-        """Whether a process holds only a part: it does."""
+        """Whether a rank holds only a part of an adapter: it does."""
         return True
 
     @property
     def is_writer(self) -> bool:
-        """Whether this is process 0."""
+        """Whether this is rank 0."""
         return group.rank() == 0
 
     def begin_(self, adapters: Sequence[Tuner], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
-        """Compare the adapters of all processes. See `Engine`.
+        """Compare the adapters of all ranks. See `Engine`.
 
-        No start is sent around: a whole parameter is the parts that the processes hold. If they wrapped without a seed,
-        it is put together from several random starts, and is a random start itself.
+        No start is broadcast: the ranks' shards together are the parameter. If they wrapped without a seed, its shards
+        come from several random starts, which together are a random start too.
         """
         number = refuse_differing(adapters, optimizer)
         slots = [slot for tuner in adapters for _, slot in slots_in(tuner)]
@@ -96,28 +95,28 @@ class Sharded(Engine):
                 )
         self._slots = list(map(weakref.ref, slots))
         self.gives_pieces = are_cut_alike([part.parameter for part in found])
-        seats = self._meeting.open_((tuner.name for tuner in adapters), adapters[0].model, number)
+        members = self._barrier.open_((tuner.name for tuner in adapters), adapters[0].model, number)
         model = self._model()
         if model is not None:
-            self._meeting.watch_(model, forwards=True)
-        return {name: (seat,) for name, seat in seats.items()}
+            self._barrier.watch_(model, forwards=True)
+        return {name: (member,) for name, member in members.items()}
 
     def before_step_(self, optimizer: Optimizer) -> None:
-        """Meet the other processes: a method may gather parameters next. See `Meeting.before_step_`."""
-        self._meeting.before_step_(optimizer, always=True)
+        """Wait for all ranks: a method may gather parameters next. See `Barrier.before_step_`."""
+        self._barrier.before_step_(optimizer, always=True)
 
     @contextmanager
     def whole(self, slots: Sequence[nn.Module], *, gradients: bool) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Put whole stand-ins where the sharded parameters are. See `Engine`.
+        """Replace the sharded parameters by gathered ones. See `Engine`.
 
         It costs one all-gather of the parameters for each dtype, and one of their gradients. Inside another such block
         it does nothing.
 
         Raises:
             StepError: Some parameters are sharded and others are not; the block has changed a shape; or only some
-                processes have a gradient.
+                ranks have a gradient.
         """
-        if self._standing:
+        if self._replaced:
             yield self._outside
             return
         shards = self._found(slots)
@@ -125,11 +124,11 @@ class Sharded(Engine):
             values = whole_values([local(shard.parameter) for shard in shards], shards, "the adapter's parameters")
             grads = whole_gradients(shards) if gradients else [None] * len(shards)
         for shard, value, grad in zip(shards, values, grads, strict=True):
-            self._standing[shard.stand_in_(value, grad)] = shard.parameter
+            self._replaced[shard.stand_in_(value, grad)] = shard.parameter
         try:
             yield self._outside
         finally:
-            self._standing.clear()
+            self._replaced.clear()
             left = [shard.put_back_() for shard in shards]
             _refuse_resized(shards, left)
             with torch.no_grad():
@@ -137,17 +136,17 @@ class Sharded(Engine):
                     shard.write_back_(now, gradients=gradients)
 
     def _outside(self, parameter: Tensor) -> Tensor:
-        return self._standing.get(id(parameter), parameter)
+        return self._replaced.get(id(parameter), parameter)
 
     def reshard_(self) -> None:
-        """Let FSDP2 cut its root again, which it leaves whole after a forward without a backward. See `Engine`."""
+        """Reshard FSDP2's root module, which stays gathered after a forward without a backward. See `Engine`."""
         slots = [slot for ref in self._slots if (slot := ref()) is not None]
         model = self._model()
         if model is not None and not all(is_split(p) for slot in slots for p in slot.parameters()):
             reshard_(model)
 
     def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
-        """Return this process's pieces; inside `whole` all of the stand-ins. See `Engine`."""
+        """Return this rank's shards; inside `whole`, the gathered parameters. See `Engine`."""
         return pieces_of(parameters) if all(map(is_split, parameters)) else whole_pieces(parameters)
 
     def write_once(self, place: Path, content: str, write: Callable[[], Path]) -> Path:
@@ -155,11 +154,11 @@ class Sharded(Engine):
         return written_once(self, place, content, write)
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
-        """Broadcast from process 0. See `Engine`."""
+        """Broadcast from rank 0. See `Engine`."""
         take_from_first_(tensors, what)
 
     def _found(self, slots: Sequence[nn.Module]) -> list[Part]:
-        """Find the parameters below ``slots``, each once. Raises `StepError` if only some are sharded."""
+        """The parameters below ``slots``, each once. Raises `StepError` if only some are sharded."""
         found = owners(slots)
         if not all(is_split(parameter) for parameter, _ in found):
             model = self._model()

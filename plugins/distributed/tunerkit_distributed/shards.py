@@ -1,4 +1,4 @@
-"""Where the shards of a tensor lie: how a dimension is cut over processes, and how the whole is put together."""
+"""The layout of sharded tensors: how a dimension is split over ranks, and how shards are joined."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -10,12 +10,12 @@ from torch import Tensor
 
 @attrs.frozen
 class Cut:
-    """How a tensor is cut along one dimension. The first processes hold the longest parts, the last may hold nothing.
+    """The split of a tensor along one dimension. The first ranks hold the longest shards, the last may hold none.
 
     Attributes:
-        shape: The shape of the whole.
-        dim: The dimension that is cut.
-        processes: Over how many processes.
+        shape: The shape of the whole tensor.
+        dim: The dimension that is split.
+        processes: The number of ranks.
     """
 
     shape: tuple[int, ...]
@@ -23,33 +23,33 @@ class Cut:
     processes: int
 
     def rows(self, process: int) -> slice:
-        """Which indices along `dim` a process holds: parts of ceil(n / processes), as `torch.chunk` cuts."""
+        """A rank's indices along `dim`: shards of ceil(n / ranks), as `torch.chunk` splits."""
         length = self.shape[self.dim]
         part = -(-length // self.processes)
         return slice(min(process * part, length), min((process + 1) * part, length))
 
     def part_shape(self, process: int) -> tuple[int, ...]:
-        """The shape of the part that a process holds."""
+        """The shape of a rank's shard."""
         rows = self.rows(process)
         return (*self.shape[: self.dim], rows.stop - rows.start, *self.shape[self.dim + 1 :])
 
     def part(self, whole: Tensor, process: int) -> Tensor:
-        """The part of ``whole`` that a process holds, as a view."""
+        """A rank's shard of ``whole``, as a view."""
         rows = self.rows(process)
         return whole.narrow(self.dim, rows.start, rows.stop - rows.start)
 
     def size(self, process: int) -> int:
-        """How many numbers a process holds."""
+        """The number of values in a rank's shard."""
         return torch.Size(self.part_shape(process)).numel()
 
 
 def longest(cuts: Sequence[Cut]) -> int:
-    """How many numbers of all tensors together the first process holds. No other holds more."""
+    """The number of values of all tensors on rank 0, which holds the most."""
     return sum(cut.size(0) for cut in cuts)
 
 
 def packed(parts: Sequence[Tensor], length: int) -> Tensor:
-    """Put the parts that one process holds into a vector of ``length`` numbers. What is too much is 0."""
+    """Concatenate a rank's shards into a vector (length,), padded with 0."""
     vector = parts[0].new_zeros(length)
     used = sum(part.numel() for part in parts)
     torch.cat([part.reshape(-1) for part in parts], out=vector[:used])
@@ -57,11 +57,11 @@ def packed(parts: Sequence[Tensor], length: int) -> Tensor:
 
 
 def joined(vectors: Tensor, cuts: Sequence[Cut]) -> list[Tensor]:
-    """Put whole tensors together, in memory of their own.
+    """Join the shards of all ranks into whole tensors, as copies.
 
     Args:
-        vectors: What `packed` made in each process, (processes, length).
-        cuts: The cuts of the tensors, in the order in which they were packed.
+        vectors: The vector from `packed` of each rank, (ranks, length).
+        cuts: The layouts of the tensors, in the order of packing.
     """
     pieces: list[list[Tensor]] = [[] for _ in cuts]
     for process, vector in enumerate(vectors):

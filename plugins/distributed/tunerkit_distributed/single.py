@@ -1,25 +1,25 @@
-"""The engine of one process, and of processes that train adapters of their own."""
+"""The engine of one process, and the one of ranks that each train an adapter of their own."""
 
 from collections.abc import Mapping, Sequence
 
 from torch.optim import Optimizer
 
-from tunerkit.hooks import Engine, Removable
-from tunerkit.plugin import Tuner
+from tunerkit.plugin import Engine, Tuner
+from tunerkit.plugin.engines import Removable
 from tunerkit_distributed.reducers import Reducers
 
 _APART = "with data_parallel=False each process decides for itself, and DistributedDataParallel needs equal shapes"
 
 
 class Single(Engine):
-    """Nothing is done together; but there may be a DistributedDataParallel of one process around the model."""
+    """One process, which may have a DistributedDataParallel around the model."""
 
     def __init__(self) -> None:
         self._reducers = Reducers()
 
     @property
     def fixed_shapes(self) -> str | None:
-        """Why a parameter's shape must not change: DDP may be one that cannot be rebuilt."""
+        """The reason why shapes must not change: a DDP that cannot be rebuilt. None if they may."""
         return self._reducers.obstacle()
 
     def begin_(self, adapters: Sequence[Tuner], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
@@ -29,12 +29,12 @@ class Single(Engine):
         return {}
 
     def resized_(self) -> None:
-        """Build the reducer of DDP anew. See `Engine`."""
+        """Rebuild DDP's reducer. See `Engine`."""
         self._reducers.rebuild_()
 
 
 class Apart(Engine):
-    """A process of a group that trains adapters of its own: ``data_parallel=False``. Under DDP, shapes stay even so."""
+    """A rank that trains adapters of its own: ``data_parallel=False``. Under DDP, shapes must not change."""
 
     name = "a process that trains adapters of its own"
 
@@ -43,7 +43,7 @@ class Apart(Engine):
 
     @property
     def fixed_shapes(self) -> str | None:
-        """Why a parameter's shape must not change. Without DDP each process may."""
+        """The reason why shapes must not change under DDP; None without DDP."""
         return _APART if self._reducers.found() else None
 
     def begin_(self, adapters: Sequence[Tuner], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:

@@ -5,17 +5,42 @@ If a release of torch renames one, the tests beside this report its name, and th
 
 import gc
 import importlib
+import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunerkit.layers import torch_private as of_core
+# --- Modules and tensors ---------------------------------------------------------------------------------------------
 
-# Core's own, so that each file of ours has one place to ask.
-own_parameters, copy_, divide_ = of_core.own_parameters, of_core.copy_, of_core.divide_
-remove_hooks_, uncompiled = of_core.remove_hooks_, of_core.uncompiled
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters of ``module`` itself, as the live dict."""
+    return module._parameters
+
+
+def remove_hook_(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Remove a forward pre-hook by its function: a deep copy of a module has no handle of its hooks."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is function:
+            del module._forward_pre_hooks[key]
+
+
+def uncompiled(function: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    """``function`` as code that dynamo does not trace. Importing dynamo takes seconds; before, nothing is compiled."""
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+
+
+def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy ``sources`` into ``targets``, in one operation for tensors of one device and dtype."""
+    torch._foreach_copy_(targets, sources)
+
+
+def divide_(tensors: list[Tensor], divisor: Tensor) -> None:
+    """Divide ``tensors`` in place, in one operation. All are on the device of ``divisor``."""
+    torch._foreach_div_(tensors, divisor)
+
 
 # --- DistributedDataParallel -----------------------------------------------------------------------------------------
 
@@ -26,21 +51,21 @@ def running_ddp() -> nn.parallel.DistributedDataParallel | None:
 
 
 def known_to(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
-    """The parameters that ``ddp`` synchronises, and those that it was told to ignore or to synchronise later."""
+    """The parameters that ``ddp`` synchronises, and those on its lists to ignore or to synchronise later."""
     ignored = [p for name, p in ddp.module.named_parameters() if name in ddp.parameters_to_ignore]
     return [*ddp._module_parameters, *ignored]
 
 
 def ddp_around(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
-    """The DistributedDataParallel that holds ``model``; None if there is none, the first one if there are several."""
+    """The first DistributedDataParallel that contains ``model``; None if there is none."""
     return next(iter(ddps_around([model])), None)
 
 
 def ddps_around(models: Collection[nn.Module]) -> list[nn.parallel.DistributedDataParallel]:
-    """Each DistributedDataParallel that holds one of ``models``, found among all objects of the process."""
+    """Each DistributedDataParallel that contains one of ``models``, found among all objects of the process."""
     found = _ddps_around(models)
     if len(found) > 1:
-        del found  # all but one may only be waiting to be freed, which happens in each process at another time
+        del found  # the others may be garbage, which each rank frees at another time
         gc.collect()
         found = _ddps_around(models)
     return found
@@ -53,7 +78,7 @@ def _ddps_around(models: Collection[nn.Module]) -> list[nn.parallel.DistributedD
 
 
 def is_joining(ddp: nn.parallel.DistributedDataParallel) -> bool:
-    """Whether ``ddp`` was put into ``join``, inside which processes may run out of data. It stays so afterwards."""
+    """Whether ``ddp`` is or was in ``join``, inside which ranks may run out of data."""
     return bool(ddp._join_config.enable)
 
 
@@ -64,13 +89,13 @@ _OF_REDUCER = ("_get_zeros_like_grad_buckets",)
 
 
 def missing_for_rebuilding(ddp: nn.parallel.DistributedDataParallel) -> list[str]:
-    """The names that `rebuild_reducer_` needs, and that this release of torch does not have."""
+    """The names for `rebuild_reducer_` that this release of torch lacks."""
     own = [name for name in _OF_DDP if not hasattr(ddp, name)]
     return own + [name for name in _OF_REDUCER if not hasattr(ddp.reducer, name)]
 
 
 def special_way_of_reducing(ddp: nn.parallel.DistributedDataParallel) -> str | None:
-    """What ``ddp`` does beside averaging gradients in its reducer, which a new reducer would not do; in words."""
+    """A feature of ``ddp`` that a new reducer would lose, in words; None if there is none."""
     if getattr(ddp, "_use_python_reducer", False):
         return "compiled autograd averages instead of its reducer"
     if getattr(ddp, "_delay_all_reduce_params", None):
@@ -84,20 +109,20 @@ def special_way_of_reducing(ddp: nn.parallel.DistributedDataParallel) -> str | N
 
 
 def _stateless() -> tuple[Callable[..., Any], ...]:
-    """Communication hooks that keep nothing from one backward to the next."""
+    """Communication hooks without state."""
     known = importlib.import_module("torch.distributed.algorithms.ddp_comm_hooks.default_hooks")
     return known.allreduce_hook, known.fp16_compress_hook, known.bf16_compress_hook
 
 
 def parameters_of(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
-    """The parameters of the model when ``ddp`` was built, frozen ones among them."""
+    """The parameters of the model when ``ddp`` was built, including frozen ones."""
     return ddp._module_parameters
 
 
 def averaged_by(ddp: nn.parallel.DistributedDataParallel) -> Sequence[Tensor]:
     """The parameters whose gradients ``ddp`` averages: those that were trained when it was built.
 
-    Where others are trained now, or where shapes have changed, this takes as much memory as its buckets for a moment.
+    If others are trained now, or shapes have changed, this temporarily takes as much memory as its buckets.
     """
     trained: list[Tensor] = [parameter for parameter in ddp._module_parameters if parameter.requires_grad]
     if is_built_for(ddp, trained):
@@ -113,13 +138,13 @@ def is_built_for(ddp: nn.parallel.DistributedDataParallel, parameters: Iterable[
 
 
 def rebuild_reducer_(ddp: nn.parallel.DistributedDataParallel, averaged: Iterable[Tensor]) -> None:
-    """Give ``ddp`` a new reducer for the shapes that its parameters have now, as restoring it from a pickle does.
+    """Give ``ddp`` a new reducer for the current shapes of its parameters, as restoring it from a pickle does.
 
     The old reducer's hooks on parameters are removed. The settings of DDP stay.
 
     Args:
-        ddp: What to change.
-        averaged: The parameters whose gradients the new one averages, whatever is frozen at the moment.
+        ddp: The DDP.
+        averaged: The parameters whose gradients the new reducer averages, also if they are frozen now.
     """
     wanted = set(map(id, averaged))
     hooks, ddp._comm_hooks = list(ddp._comm_hooks), []
@@ -170,7 +195,7 @@ def take_load_hooks_(module: nn.Module) -> dict[int, Any]:
 
 
 def put_load_hooks_(module: nn.Module, hooks: dict[int, Any]) -> None:
-    """Put back what `take_load_hooks_` removed."""
+    """Restore the hooks that `take_load_hooks_` removed."""
     module._load_state_dict_post_hooks.update(hooks)
 
 
@@ -178,12 +203,12 @@ def put_load_hooks_(module: nn.Module, hooks: dict[int, Any]) -> None:
 
 
 def default_store() -> Any:
-    """The key-value store through which the processes of the default group met."""
+    """The key-value store of the default process group."""
     return torch.distributed.distributed_c10d._get_default_store()
 
 
 def running_backward() -> int:
-    """The number of the backward that is running; another one for each, also for those inside others."""
+    """The number of the running backward, unique also among nested ones; -1 outside of a backward."""
     return torch._C._current_graph_task_id()
 
 
@@ -196,6 +221,6 @@ def hook_first_(tensor: Tensor, function: Callable[[Tensor], None]) -> None:
 
 
 def after_backward(function: Callable[[], None]) -> None:
-    """Call ``function`` at the end of the backward that is running. What it raises, backward raises."""
+    """Call ``function`` at the end of the running backward, which raises its exceptions."""
     engine: Any = torch.autograd.Variable._execution_engine
     engine.queue_callback(function)

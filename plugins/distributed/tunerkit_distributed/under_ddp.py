@@ -1,4 +1,4 @@
-"""Meetings under DistributedDataParallel, which launches its all-reduces during a backward and waits at its end."""
+"""The barrier under DistributedDataParallel, which launches all-reduces during a backward and waits at its end."""
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -8,26 +8,25 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tunerkit.hooks import Removable
+from tunerkit.plugin.engines import Removable
 from tunerkit_distributed import torch_private
-from tunerkit_distributed.meeting import Meeting
+from tunerkit_distributed.barrier import Barrier
 
 
 class UnderDdp:
-    """The processes meet at the first gradient of each backward in which DDP averages, before DDP waits.
+    """A barrier at the first gradient of each backward in which DDP averages, before DDP waits.
 
-    So compiled models meet too, and parts that are called by hand. DDP averages in the first backward after a forward
-    of its own; a backward of the model inside alone, in one process, is no business of the others. A gradient that
-    `torch.autograd.grad` returns needs no meeting. Inside DDP's ``join``, where processes may run out of data, there is
-    none.
+    A hook on parameters also works for compiled models and for parts that are called directly. DDP averages in the
+    first backward after a forward of its own; backwards of the inner model need no barrier, nor do gradients that
+    `torch.autograd.grad` returns. Inside DDP's ``join``, where ranks may run out of data, there is none.
 
     Args:
-        find: Returns each DDP around the models. It takes long, so it is called once, and again if that DDP is gone.
+        find: Returns each DDP around the models. It is slow, so it is called once, and again if that DDP is gone.
     """
 
     def __init__(self, find: Callable[[], Sequence[nn.parallel.DistributedDataParallel]]) -> None:
         self._find = find
-        self._meeting = Meeting()
+        self._barrier = Barrier()
         self._found: weakref.ref[nn.parallel.DistributedDataParallel] | None = None
         self._is_due = False
 
@@ -35,36 +34,36 @@ class UnderDdp:
         return UnderDdp, (tuple,)
 
     def open_(self, names: Iterable[str], model: nn.Module, training: int) -> dict[str, Removable]:
-        """Take part. See `Meeting.open_`."""
+        """Add adapters. See `Barrier.open_`."""
         self._ddp()
-        return {**self._meeting.open_(names, model, training)}
+        return {**self._barrier.open_(names, model, training)}
 
     def is_there(self) -> bool:
-        """Whether there is a DDP around the model, still or again."""
+        """Whether there is a DDP around the model now."""
         return self._ddp() is not None
 
     def at_backward(self) -> None:
-        """Meet, once in the backward that is running. See `Meeting.at_backward`."""
+        """Wait for all ranks, once in the running backward. See `Barrier.at_backward`."""
         ddp = self._ddp()
         if ddp is None or torch_private.is_joining(ddp):
             return
         if not ddp.require_backward_grad_sync:
-            self._meeting.at_backward(exchanged=False)
+            self._barrier.at_backward(exchanged=False)
         elif self._is_due:
             self._is_due = False
-            self._meeting.at_backward()
+            self._barrier.at_backward()
 
     def before_step_(self, optimizer: Optimizer) -> None:
-        """Meet, if no backward has met since the last step. See `Meeting.before_step_`."""
+        """Wait for all ranks if no backward has had a barrier since the last step. See `Barrier.before_step_`."""
         ddp = self._ddp()
         if ddp is not None and not torch_private.is_joining(ddp):
-            self._meeting.before_step_(optimizer)
+            self._barrier.before_step_(optimizer)
 
     def before_agreeing(self, what: str) -> None:
-        """Meet before all take something from process 0. See `Meeting.before_agreeing`."""
+        """Wait for all ranks before a broadcast from rank 0. See `Barrier.before_agreeing`."""
         ddp = self._ddp()
         if ddp is not None and not torch_private.is_joining(ddp):
-            self._meeting.before_agreeing(what)
+            self._barrier.before_agreeing(what)
 
     def _ddp(self) -> nn.parallel.DistributedDataParallel | None:
         """The DDP around a model, as long as it lives."""
@@ -73,13 +72,13 @@ class UnderDdp:
             found = next(iter(self._find()), None)
             self._found = None if found is None else weakref.ref(found)
             if found is not None:
-                self._meeting.keep_(found.register_forward_pre_hook(self._before_forward))
-            self._is_due = torch_private.running_backward() >= 0  # then its forward was before this hook
+                self._barrier.keep_(found.register_forward_pre_hook(self._before_forward))
+            self._is_due = torch_private.running_backward() >= 0  # its forward preceded this hook
         return found
 
     def _before_forward(self, ddp: nn.parallel.DistributedDataParallel, args: Any) -> None:
-        """Note that a backward is due; meet before DDP exchanges buffers, as those of a language model's positions."""
+        """Expect a backward. DDP broadcasts buffers, such as a language model's positions, so that needs a barrier."""
         if torch.is_grad_enabled() and ddp.require_backward_grad_sync and not torch_private.is_joining(ddp):
             self._is_due = True
             if ddp.will_sync_module_buffers() and not torch.compiler.is_compiling():
-                self._meeting.at_forward()
+                self._barrier.at_forward()

@@ -1,17 +1,19 @@
 """Rejects adapters that DistributedDataParallel would not synchronise, because it was built before them.
 
-A module does not know which DDP contains it, so wrapping a part of a DDP cannot detect this. DDP's next forward can.
+A module does not know which DDP contains it, so wrapping a part of a DDP cannot detect this; DDP's next forward can.
 """
 
+import re
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from tunerkit.errors import AdapterError
-from tunerkit.injection import walk
 from tunerkit_distributed import torch_private
+
+_ADAPTER: Final = re.compile(r"(?:^|\.)tunerkit\.([^.]+)\.")  # the adapter's name in a parameter's
 
 
 def check_at_next_forward_(model: nn.Module, adapted: Collection[nn.Module]) -> None:
@@ -32,8 +34,8 @@ def refuse_unsynchronised(module: nn.Module, args: Any) -> None:
 def _check(module: nn.Module) -> None:
     ddp = torch_private.running_ddp()
     known = set(map(id, torch_private.known_to(ddp))) if ddp is not None else set()
-    added = [(name, slot) for _, _, slots in walk(module) for name, slot in slots.named_children()]
-    unknown = {repr(name) for name, slot in added if not known.issuperset(map(id, slot.parameters()))}
+    named = module.named_parameters(remove_duplicate=False)
+    unknown = {repr(found[1]) for name, p in named if id(p) not in known and (found := _ADAPTER.search(name))}
     if unknown:
         raise AdapterError(
             f"the model was already inside DistributedDataParallel when adapter {', '.join(sorted(unknown))} was put "
@@ -45,4 +47,4 @@ def _check(module: nn.Module) -> None:
 def remove_check_(model: nn.Module) -> None:
     """Remove the check from a model."""
     for module in model.modules():
-        torch_private.remove_hooks_(module, refuse_unsynchronised)
+        torch_private.remove_hook_(module, refuse_unsynchronised)

@@ -1,4 +1,4 @@
-"""Files that one process writes for all: the others wait until they are there."""
+"""Files that rank 0 writes for all ranks: the others wait for its answer in the group's store."""
 
 import json
 import time
@@ -12,43 +12,43 @@ import attrs
 from torch import distributed
 
 from tunerkit.errors import AdapterError, FileError, TunerkitError
-from tunerkit.hooks import Engine
+from tunerkit.plugin import Engine
 from tunerkit_distributed import group, torch_private
 
 _KEY: Final = "tunerkit/written"
-_GRACE: Final = 2.0  # seconds from a file to the answer about it
-_PATIENCE: Final = 60.0  # seconds after which a file that process 0 wrote elsewhere counts as the one waited for
+_GRACE: Final = 2.0  # seconds between a file and the answer about it
+_PATIENCE: Final = 60.0  # seconds after which an equal file that rank 0 wrote to another path is an error
 
 
 @attrs.frozen(eq=False)
 class _Counts:
-    """What a process has written, or been told of, since its process group was made: a place may be written again.
+    """The answers and files of one process group so far: a path may be written several times.
 
     Attributes:
-        answers: How many answers about a place process 0 has given, or another process has taken.
-        files: The number of the last file with some content that process 0 has written, or another process knows of.
+        answers: By path, the number of answers that rank 0 has given, or another rank has read.
+        files: By content, the number of the last file that rank 0 has written, or another rank has read of.
     """
 
     answers: Counter[str] = attrs.field(factory=Counter)
     files: Counter[str] = attrs.field(factory=Counter)
 
 
-_counts: WeakKeyDictionary[Any, _Counts] = WeakKeyDictionary()  # by the default group, whose store has the answers
+_counts: WeakKeyDictionary[Any, _Counts] = WeakKeyDictionary()  # by the default group, whose store holds the answers
 
 
 def written_once(engine: Engine, place: Path, content: str, write: Callable[[], Path]) -> Path:
-    """Let the writer of a training write a file, and return in every process once it is there.
+    """Write a file on one rank, and return on every rank once it exists.
 
-    The writer waits for nobody, and may also be the only one to call this.
+    The writer does not wait for the others, and may be the only rank that calls this.
 
     Args:
         engine: The engine of the training.
-        place: The file, as the process was told.
-        content: What is written, in the same words in all processes if it is the same.
+        place: The file, as it was passed on this rank.
+        content: A text that identifies the content, equal on all ranks.
         write: Writes the file, and returns its path. Only the writer calls it.
 
     Raises:
-        TunerkitError: What writing raised, in every process.
+        TunerkitError: Writing failed; every rank raises it.
     """
     if not engine.is_shared:
         return write()
@@ -70,11 +70,11 @@ def written_once(engine: Engine, place: Path, content: str, write: Callable[[], 
 
 @attrs.frozen
 class _Answer:
-    """What process 0 says of one attempt to write.
+    """The result of one attempt of rank 0 to write.
 
     Attributes:
-        file: The number of the last file with this content that it has written.
-        error: The class of the error; None if the file is there.
+        file: The number of the last file with this content.
+        error: The class of the error; None if the file exists.
         text: The path of the file, or the text of the error.
     """
 
@@ -113,7 +113,7 @@ def _read(key: str) -> _Answer | None:
 
 
 def _looking(key: str, any_place: str, place: Path) -> Callable[[], _Answer | None]:
-    """What looks for the next answer of process 0 that this process has not taken yet."""
+    """A function that polls for rank 0's next answer."""
     started, counts = time.monotonic(), _own_counts()
 
     def look() -> _Answer | None:
@@ -131,14 +131,14 @@ def _looking(key: str, any_place: str, place: Path) -> Callable[[], _Answer | No
 
 
 def _catch_up(key: str, any_place: str, place: Path) -> None:
-    """Go on behind the answer about ``place``: process 0 may have written files of this name alone before.
+    """Skip answers up to the one about ``place``: rank 0 may have written files of this name alone before.
 
-    Else a later wait would take its last file for one that was written since. Through another mount no answer has the
-    path of this process, and none is left out.
+    Otherwise a later wait would read one of those answers. Where rank 0 sees the folder under another path, no answer
+    has the path of this rank, and none is skipped.
     """
     counts, started = _own_counts(), time.monotonic()
     number = counts.answers[key]
-    while time.monotonic() - started < _GRACE:  # it answers after the file is there
+    while time.monotonic() - started < _GRACE:  # the answer comes after the file
         if (later := _read(f"{key}/{number + 1}")) is None:
             time.sleep(0.01)
             continue
@@ -149,7 +149,7 @@ def _catch_up(key: str, any_place: str, place: Path) -> None:
 
 
 def _wait_for(place: Path) -> None:
-    """Wait for a file that process 0 calls by another path: through another mount, or it has written another one."""
+    """Wait for a file that rank 0 wrote under another path: the same file through another mount, or another one."""
     started = time.monotonic()
 
     def look() -> Any:

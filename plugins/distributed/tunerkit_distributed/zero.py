@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO, stages 1, 2 and 3, as an engine: whole adapters around a step, and hooks on the step itself."""
+"""DeepSpeed's ZeRO, stages 1, 2 and 3, as an engine: adapters are gathered around a step, and the step calls hooks."""
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit.errors import StepError
-from tunerkit.hooks import Engine, Removable, same
-from tunerkit.injection import slots_in
-from tunerkit.layers import is_named
-from tunerkit.plugin import Tuner
+from tunerkit.plugin import Engine, Tuner
+from tunerkit.plugin.engines import Removable, is_named, slots_in
 from tunerkit_distributed import torch_private
 from tunerkit_distributed.agreement import refuse_differing, starts_alike, take_from_first_
+from tunerkit_distributed.barrier import Barrier
 from tunerkit_distributed.deepspeed_names import (
     DEEPSPEED_ENGINE,
     DEEPSPEED_OPTIMIZER,
@@ -26,7 +25,6 @@ from tunerkit_distributed.deepspeed_names import (
 )
 from tunerkit_distributed.group import rank
 from tunerkit_distributed.holdings import is_sharded
-from tunerkit_distributed.meeting import Meeting
 from tunerkit_distributed.writing import written_once
 from tunerkit_distributed.zero_parts import parts_of, trained_by, unflatten
 
@@ -34,16 +32,16 @@ _FIXED = "DeepSpeed keeps all parameters in flat buffers, so their shapes must n
 
 
 def engine_of(candidate: object) -> "ZeroEngine | None":
-    """Return an engine for what DeepSpeed trains, if ``candidate`` is of DeepSpeed.
+    """Return an engine if ``candidate`` is DeepSpeed's.
 
     Args:
-        candidate: What was passed to attach: a DeepSpeedEngine, its optimizer, or accelerate's wrapper of either.
+        candidate: The argument of attach: a DeepSpeedEngine, its optimizer, or accelerate's wrapper of either.
 
     Returns:
-        The engine; None if this is something else, such as a torch optimizer.
+        The engine; None for anything else, such as a torch optimizer.
 
     Raises:
-        StepError: If DeepSpeed runs without ZeRO, or holds the parameters in a way that is not supported.
+        StepError: DeepSpeed runs without ZeRO, or stores the parameters in an unsupported way.
     """
     own: Any = candidate
     for kind, attribute in DEEPSPEED_WRAPPERS.items():
@@ -62,10 +60,10 @@ def engine_of(candidate: object) -> "ZeroEngine | None":
 
 
 class ZeroSteps(Optimizer):
-    """DeepSpeed's optimizer as torch's: its ``step`` calls hooks, once for each step that DeepSpeed takes.
+    """A torch optimizer around DeepSpeed's: its ``step`` calls hooks, once for each step of DeepSpeed.
 
-    DeepSpeed's own class derives from no torch optimizer. The one inside steps flat buffers, several times in a step.
-    From `install_` on, DeepSpeed's engine calls this instead. It does at the boundaries of gradient accumulation only.
+    DeepSpeed's own class is no torch optimizer, and its inner optimizer steps flat buffers, several times in a step.
+    After `install_`, DeepSpeed's engine calls this one, only at the boundaries of gradient accumulation.
 
     Args:
         zero: DeepSpeed's optimizer.
@@ -80,12 +78,12 @@ class ZeroSteps(Optimizer):
 
     @staticmethod
     def of(zero: Any) -> "ZeroSteps":
-        """The one that is installed on DeepSpeed's optimizer, or else a new one."""
+        """The one that is installed on DeepSpeed's optimizer, or a new one."""
         installed = getattr(vars(zero).get("step"), "__self__", None)
         return installed if isinstance(installed, ZeroSteps) else ZeroSteps(zero)
 
     def install_(self) -> Removable:
-        """Let DeepSpeed call this. When all that `install_` returned is removed, all is as before."""
+        """Make DeepSpeed call this one, until every handle that `install_` returned is removed."""
         use = _Use(self)
         self._users.add(use)
         self.zero.step = self.run
@@ -98,7 +96,7 @@ class ZeroSteps(Optimizer):
             del self.zero.step
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """What DeepSpeed calls."""
+        """Replaces ``step`` of DeepSpeed's optimizer."""
         self.has_moved = False
         self.scale = float(self.zero.loss_scale)  # of the gradients now; a dynamic one changes inside the step
         return self.step(*args, **kwargs)
@@ -120,7 +118,7 @@ class ZeroSteps(Optimizer):
         return bool(getattr(self.zero, "overflow", False))
 
     def divisor(self) -> Tensor:
-        """By what the last step divided gradients, 0-d: the loss scale, and more where it clipped."""
+        """The divisor of the last step's gradients, 0-d: the loss scale, times the factor of clipping."""
         limit, norm = float(self.zero.clip_grad), getattr(self.zero, "_global_grad_norm", None)
         scale = torch.tensor(self.scale)
         if limit <= 0 or norm is None:
@@ -129,7 +127,7 @@ class ZeroSteps(Optimizer):
 
 
 class _Use:
-    """One use of a `ZeroSteps`."""
+    """The handle of one use of a `ZeroSteps`."""
 
     def __init__(self, steps: ZeroSteps) -> None:
         self._steps = weakref.ref(steps)
@@ -142,26 +140,26 @@ class _Use:
 
 
 class ZeroEngine(Engine):
-    """ZeRO-1, 2 and 3. The methods see stand-ins of the adapters' parameters: whole, in fp32, with whole gradients.
+    """ZeRO-1, 2 and 3. Methods see stand-ins of the adapters' parameters: gathered, in fp32, with their gradients.
 
-    DeepSpeed clips inside its step, so what a method adds to the gradients is clipped along.
+    DeepSpeed clips inside its step, so gradients that a method adds are clipped too.
     """
 
     withholds = False
     is_shared = True
 
     def __init__(self, steps: ZeroSteps) -> None:
-        # The adapter holds its engine, and must not keep the optimizer in memory: only DeepSpeed's own does, from
-        # `begin_` on.
+        # The adapter refers to its engine, and must not keep the optimizer in memory: after `begin_`, only DeepSpeed's
+        # own optimizer does.
         self._new: ZeroSteps | None = steps
         self._steps = weakref.ref(steps)
         self._parts = parts_of(steps.param_groups[0]["params"])
         self._kept: dict[int, Tensor] = {}  # gradients, from before the step to after it
-        self._meeting = Meeting()
+        self._barrier = Barrier()
 
     @property
     def optimizer(self) -> ZeroSteps:
-        """What takes the step hooks. Raises `StepError` if DeepSpeed's optimizer is gone."""
+        """The optimizer with the step hooks. Raises `StepError` if DeepSpeed's is gone."""
         steps = self._steps()
         if steps is None:
             raise StepError("DeepSpeed's optimizer is gone; attach the adapter to a new one")
@@ -169,54 +167,54 @@ class ZeroEngine(Engine):
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return "DeepSpeed ZeRO"
 
     @property
     def fixed_shapes(self) -> str:
-        """Why a parameter's shape must not change."""
+        """The reason why shapes must not change."""
         return _FIXED
 
     @property
     def splits(self) -> bool:
-        """Whether a process holds only parts: with ZeRO-3, and of master weights where parameters have 16 bits."""
+        """Whether a rank holds only a part: under ZeRO-3, and of the master weights of 16-bit parameters."""
         return self._parts.splits
 
     @property
     def is_writer(self) -> bool:
-        """Whether this is process 0."""
+        """Whether this is rank 0."""
         return rank() == 0
 
     def begin_(self, adapters: Sequence[Tuner], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
-        """Compare the adapters, and hook DeepSpeed's step. It gave all processes the weights of process 0 already."""
+        """Compare the adapters, and hook DeepSpeed's step. DeepSpeed has broadcast the weights of rank 0 already."""
         number = refuse_differing(adapters, optimizer)
         for tuner in adapters:
             buffers = [buffer for _, slot in slots_in(tuner) for buffer in slot.buffers()]
             if starts_alike(tuner) and buffers:
                 self.agree_(buffers, f"the start of adapter {tuner.name!r}")
-        seats = self._meeting.open_((tuner.name for tuner in adapters), adapters[0].model, number)
+        members = self._barrier.open_((tuner.name for tuner in adapters), adapters[0].model, number)
         for tuner in adapters:
-            # ZeRO-3 gathers what it has partitioned in a forward too.
-            self._meeting.watch_(tuner.model, forwards=any(map(is_sharded, tuner.model.parameters())))
-        handles = {name: (self.optimizer.install_(), seat) for name, seat in seats.items()}
+            # ZeRO-3 gathers its shards in forwards too.
+            self._barrier.watch_(tuner.model, forwards=any(map(is_sharded, tuner.model.parameters())))
+        handles = {name: (self.optimizer.install_(), member) for name, member in members.items()}
         self._new = None
         return handles
 
     def before_step_(self, optimizer: Optimizer) -> None:
-        """Meet the other processes before DeepSpeed's own exchanges in a step. See `Meeting.before_step_`."""
-        self._meeting.before_step_(optimizer, always=True)
+        """Wait for all ranks before DeepSpeed's collectives in a step. See `Barrier.before_step_`."""
+        self._barrier.before_step_(optimizer, always=True)
 
     @contextmanager
     def whole(self, slots: Sequence[nn.Module], *, gradients: bool) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Put stand-ins into the modules, then write what they hold into DeepSpeed's parts. See `Engine`.
+        """Replace parameters by stand-ins, then write their values into DeepSpeed's shards. See `Engine`.
 
-        Before a step the gradients are DeepSpeed's. After it these are gone: then they are those of before the step,
-        unscaled and clipped as the step did.
+        Before a step, the gradients are read from DeepSpeed, which frees them in the step. After it, they are those
+        from before, unscaled and clipped as in the step.
         """
         places = _places(slots)
         own = list({id(parameter): parameter for _, _, parameter in places}.values())
         if not own:
-            yield same
+            yield lambda parameter: parameter
             return
         steps = self._steps()
         fresh = gradients and steps is not None and not steps.has_moved
@@ -236,7 +234,7 @@ class ZeroEngine(Engine):
             self._parts.write_gradients_([p for p, _ in trained], [self._kept[id(p)] for p, _ in trained])
 
     def _return_(self, trained: Sequence[tuple[nn.Parameter, nn.Parameter]], divisor: Tensor) -> None:
-        """Give stand-ins the gradients from before the step, as the step used them."""
+        """Set the stand-ins' gradients to those from before the step, divided as in the step."""
         for parameter, stand_in in trained:
             stand_in.grad = self._kept.pop(id(parameter), None)
         torch_private.divide_([s.grad for _, s in trained if s.grad is not None], divisor.to(trained[0][1].device))
@@ -246,7 +244,7 @@ class ZeroEngine(Engine):
         return written_once(self, place, content, write)
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
-        """Broadcast from process 0. See `Engine`."""
+        """Broadcast from rank 0. See `Engine`."""
         take_from_first_(tensors, what)
 
 
@@ -254,9 +252,9 @@ Place = tuple[dict[str, nn.Parameter | None], str, nn.Parameter]
 
 
 def _places(slots: Sequence[nn.Module]) -> list[Place]:
-    """Where ZeRO's parameters are below ``slots``: the dict of a module, the key in it, the parameter.
+    """ZeRO's parameters below ``slots``: the dict of a module, the key in it, the parameter.
 
-    Inside a block of `ZeroEngine.whole` there are none: its stand-ins are no parameters of ZeRO's.
+    Inside a block of `ZeroEngine.whole` there are none, because stand-ins are not ZeRO's.
     """
     tables = [torch_private.own_parameters(module) for slot in slots for module in slot.modules()]
     return [(table, key, p) for table in tables for key, p in table.items() if p is not None and is_of_deepspeed(p)]
@@ -266,7 +264,7 @@ def _places(slots: Sequence[nn.Module]) -> list[Place]:
 def _put_in(
     places: Sequence[Place], pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]
 ) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Inside the block, the modules have the second of each pair instead of the first."""
+    """Inside the block, replace the first parameter of each pair by the second."""
     inside = {id(parameter): stand_in for parameter, stand_in in pairs}
     outside = {id(stand_in): parameter for parameter, stand_in in pairs}
     for table, key, parameter in places:
@@ -282,7 +280,7 @@ def _put_in(
 
 @torch.no_grad()
 def _take_over_(stand_in: nn.Parameter, found: nn.Parameter | None) -> None:
-    """Keep a parameter that the block put into the place of a stand-in."""
+    """Copy a parameter that replaced a stand-in inside the block."""
     if found is stand_in:
         return
     if found is None or found.shape != stand_in.shape:

@@ -1,4 +1,4 @@
-"""Parameters that DeepSpeed has partitioned, in `deepspeed.zero.Init` or later: their whole values, and new modules.
+"""Parameters that DeepSpeed has partitioned, in `deepspeed.zero.Init` or later: gathering them, and new modules.
 
 Nothing here imports DeepSpeed unless a parameter shows that it is in use.
 """
@@ -12,34 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_STATUS, _WHOLE = "ds_status", "AVAILABLE"  # anything else: this process has a share, and the parameter is empty
+_STATUS, _WHOLE = "ds_status", "AVAILABLE"  # otherwise this rank has a shard, and the parameter is empty
 _INIT = "deepspeed.runtime.zero.partition_parameters"
 
 
 def is_zero_shard(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has divided a parameter among the processes, also while it is gathered."""
+    """Whether ZeRO-3 has partitioned a parameter, also while it is gathered."""
     return "ds_id" in vars(parameter)
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
-    """The shape of the whole parameter. ZeRO-3 stores it apart, since it empties parameters between their uses."""
+    """The shape of the whole parameter: ZeRO-3 empties parameters between their uses, and stores it separately."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[Callable[[str, Tensor], Tensor]]:
-    """Inside the block, the parameters of a module are whole. They are only read; all processes enter together."""
+    """Inside the block, the parameters of a module are gathered, for reading. All ranks must enter it."""
     away = [parameter for parameter in module.parameters() if _is_partitioned(parameter)]
     if not away:
         yield _whole
         return
-    deepspeed: Any = importlib.import_module("deepspeed")  # it has made them what they are
+    deepspeed: Any = importlib.import_module("deepspeed")  # imported already: it has partitioned them
     with deepspeed.zero.GatheredParameters(away):
         yield _whole
 
 
 def _is_partitioned(parameter: Tensor) -> bool:
-    """Whether DeepSpeed has emptied a parameter, of which each process keeps a share."""
+    """Whether DeepSpeed has emptied a parameter, of which each rank keeps a shard."""
     status = getattr(parameter, _STATUS, None)
     return status is not None and getattr(status, "name", status) != _WHOLE
 
@@ -50,7 +50,7 @@ def _whole(name: str, tensor: Tensor) -> Tensor:
 
 @contextmanager
 def outside_zero_init() -> Iterator[None]:
-    """Inside the block, new modules are whole, also if the caller is in `deepspeed.zero.Init`."""
+    """Inside the block, new modules are not partitioned, also if the caller is in `deepspeed.zero.Init`."""
     module: Any = sys.modules.get(_INIT)
     if module is None:
         yield

@@ -1,7 +1,7 @@
-"""Which part of a parameter a process holds under DeepSpeed's ZeRO: read the parts of all processes, write the own one.
+"""A rank's shards of parameters under DeepSpeed's ZeRO: gather those of all ranks, write the own ones.
 
-DeepSpeed's accessors (`safe_get_full_fp32_param` and the like) do this with one collective for each tensor. Here one
-collective carries all tensors. The attributes of DeepSpeed's that this relies on stand only in this file.
+DeepSpeed's accessors (`safe_get_full_fp32_param` and the like) need one collective for each tensor; here one carries
+all tensors. DeepSpeed's attributes that this relies on are used only in this file.
 """
 
 import importlib
@@ -24,33 +24,33 @@ _FRAGMENT, _SHARD = "_hp_mapping", "ds_id"
 
 
 class Parts(Protocol):
-    """How the processes hold parameters. The same calls are made in all of them, in the same order."""
+    """How the ranks hold parameters. All ranks make the same calls, in the same order."""
 
     splits: bool
 
     def read(self, parameters: Sequence[nn.Parameter], *, gradients: bool, what: str) -> tuple[list[Tensor], Tensor]:
-        """Exchange values, and gradients too if asked, in at most one collective.
+        """Gather values, and gradients if asked, in at most one collective.
 
         Args:
             parameters: Parameters for which `is_of_deepspeed` is true.
-            gradients: Whether to read the gradients of those that require one. They exist from the last backward before
-                a step to the step.
-            what: What is read, for messages.
+            gradients: Whether to read the gradients of trained parameters, which exist from the last backward to the
+                step.
+            what: The name of the tensors in messages.
 
         Returns:
-            The whole values in fp32, or in the parameter's dtype where it is not trained, and one vector of all
-            gradients, fp32, which `unflatten` cuts.
+            The whole values, in fp32 if they are trained and in the parameter's dtype if not; and one fp32 vector of
+            all gradients, for `unflatten`.
         """
 
     def write_(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-        """Set whole values, the same in all processes. No collective."""
+        """Set whole values, equal on all ranks. No collective."""
 
     def write_gradients_(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        """Set whole gradients, the same in all processes, before the step. No collective."""
+        """Set whole gradients, equal on all ranks, before the step. No collective."""
 
 
 def trained_by(zero: Any) -> list[nn.Parameter]:
-    """The model's parameters that DeepSpeed's optimizer trains."""
+    """The model's parameters that DeepSpeed's optimizer trains. Raises `StepError` if they cannot be found."""
     groups = next((getattr(zero, name) for name in _GROUPS if hasattr(zero, name)), None)
     held = [] if groups is None else [parameter for group in groups for parameter in group]
     if not held or not all(is_of_deepspeed(parameter) for parameter in held):
@@ -62,10 +62,10 @@ def trained_by(zero: Any) -> list[nn.Parameter]:
 
 
 def parts_of(parameters: Sequence[nn.Parameter]) -> Parts:
-    """How these parameters, of one DeepSpeed optimizer, are held.
+    """How the parameters of one DeepSpeed optimizer are held.
 
     Raises:
-        StepError: If only some of the processes share a parameter, or if the parts are packed or on disk.
+        StepError: Only some of the ranks share a parameter, or the shards are quantised or on disk.
     """
     groups = [getattr(p, "ds_process_group", None) or getattr(p, "_dp_group", None) for p in parameters]
     if any(group is not None and torch.distributed.get_world_size(group) != processes() for group in groups):
@@ -94,10 +94,10 @@ def _refuse_odd_shard(parameter: Any) -> None:
 
 
 class Fragments:
-    """ZeRO-1 and 2: each process has all parameters, and of master weights and gradients a stretch of one long vector.
+    """ZeRO-1 and 2: each rank has all parameters, and a range of one long vector of master weights and gradients.
 
-    A parameter's stretch may lie in one process, be cut between two, or be elsewhere. Parameters of 16 bits have
-    master weights in fp32; others equal their master weights.
+    A parameter's range may lie on one rank, be split between two, or lie on others. 16-bit parameters have master
+    weights in fp32; others equal their master weights.
     """
 
     def __init__(self, *, splits: bool) -> None:
@@ -105,7 +105,7 @@ class Fragments:
 
     @torch.no_grad()
     def read(self, parameters: Sequence[Any], *, gradients: bool, what: str) -> tuple[list[Tensor], Tensor]:
-        """Add up, over the processes, vectors that are 0 outside of the own stretches. See `Parts`."""
+        """Sum over all ranks vectors that are 0 outside the own ranges. See `Parts`."""
         masters = [p for p in parameters if p.dtype != torch.float32]
         trained = [p for p in parameters if gradients and p.requires_grad]
         sizes = [p.numel() for p in (*masters, *trained)]
@@ -114,13 +114,13 @@ class Fragments:
         for parameter, piece in zip(masters, pieces, strict=False):
             own = getattr(parameter, _FRAGMENT)
             if own is not None:
-                _stretch(own, piece).copy_(own.get_hp_fragment())
+                _range(own, piece).copy_(own.get_hp_fragment())
         for parameter, piece in zip(trained, pieces[len(masters) :], strict=True):
             own = getattr(parameter, _FRAGMENT)
             if own is not None:
-                stretch = _stretch(own, piece)
+                part = _range(own, piece)
                 found = own.get_lp_grad_fragment(parameter._index_in_param_group).reshape(-1)
-                stretch.copy_(_stretch(own, found) if found.numel() == parameter.numel() else found)
+                part.copy_(_range(own, found) if found.numel() == parameter.numel() else found)
         if sizes:
             group.reduce_(vector, what)
         whole = {id(p): piece.view(p.shape) for p, piece in zip(masters, pieces, strict=False)}
@@ -129,7 +129,7 @@ class Fragments:
 
     @torch.no_grad()
     def write_(self, parameters: Sequence[Any], values: Sequence[Tensor]) -> None:
-        """Set the own stretches of the master weights, and the parameters. See `Parts`."""
+        """Set the own ranges of the master weights, and the parameters. See `Parts`."""
         utils = _accessors()
         for parameter, value in zip(parameters, values, strict=True):
             utils.safe_set_full_fp32_param(parameter, value)
@@ -137,36 +137,36 @@ class Fragments:
 
     @torch.no_grad()
     def write_gradients_(self, parameters: Sequence[Any], gradients: Sequence[Tensor]) -> None:
-        """Set the own stretches. See `Parts`."""
+        """Set the own ranges. See `Parts`."""
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.set_full_hp_grad(gradient)  # `safe_set_full_grad` would prefer a leftover `grad`
 
 
-def _stretch(own: Any, whole: Tensor) -> Tensor:
-    """The stretch of a whole parameter, flat, of which this process has the master weights."""
+def _range(own: Any, whole: Tensor) -> Tensor:
+    """The range of a whole parameter, flat, of which this rank has the master weights."""
     address = own.lp_fragment_address
     return whole.narrow(0, address.start, address.numel)
 
 
 class Shards:
-    """ZeRO-3: each process has an equal share of each parameter, of its master weights and of its gradient.
+    """ZeRO-3: each rank has an equal shard of each parameter, of its master weights and of its gradient.
 
-    The last share is padded. Between uses a parameter is empty, except for small ones (those below
-    ``stage3_param_persistence_threshold``), which stay gathered.
+    The last shard is padded. Between uses a parameter is empty, unless it is smaller than
+    ``stage3_param_persistence_threshold``.
     """
 
     splits = True
 
     @torch.no_grad()
     def read(self, parameters: Sequence[Any], *, gradients: bool, what: str) -> tuple[list[Tensor], Tensor]:
-        """Gather the shares. See `Parts`."""
+        """Gather the shards. See `Parts`."""
         utils = _accessors()
         trained = [p for p in parameters if gradients and p.requires_grad]
         shares = [_master(p) for p in parameters]
         shares += [utils.safe_get_local_grad(p) for p in trained]
         sizes = [share.numel() for share in shares]
         everybody = [found.split(sizes) for found in group.gather(flat(shares), what)]
-        pieces = zip(*everybody, strict=True)  # those of all processes, for each parameter
+        pieces = zip(*everybody, strict=True)  # for each parameter, the shards of all ranks
         whole = [torch.cat(own)[: p.ds_numel] for p, own in zip((*parameters, *trained), pieces, strict=True)]
         values = [
             value.view(p.ds_shape) if p.requires_grad else value.view(p.ds_shape).to(p.dtype)
@@ -176,7 +176,7 @@ class Shards:
 
     @torch.no_grad()
     def write_(self, parameters: Sequence[Any], values: Sequence[Tensor]) -> None:
-        """Set the own shares of the master weights and of the parameters. See `Parts`."""
+        """Set the own shards of the master weights and of the parameters. See `Parts`."""
         utils, number = _accessors(), rank()
         for parameter, value in zip(parameters, values, strict=True):
             share = _share(parameter, value, number)
@@ -187,20 +187,20 @@ class Shards:
 
     @torch.no_grad()
     def write_gradients_(self, parameters: Sequence[Any], gradients: Sequence[Tensor]) -> None:
-        """Set the own shares. See `Parts`."""
+        """Set the own shards. See `Parts`."""
         utils, number = _accessors(), rank()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             utils.safe_set_local_grad(parameter, _share(parameter, gradient, number))
 
 
 def _master(parameter: Any) -> Tensor:
-    """The own share of the master weights, flat; of the parameter itself where it is frozen."""
+    """The own shard of the master weights, flat; of the parameter itself if it is frozen."""
     local: Tensor | None = _accessors().safe_get_local_fp32_param(parameter) if parameter.requires_grad else None
     return parameter.ds_tensor if local is None else local
 
 
 def _share(parameter: Any, whole: Tensor, number: int) -> Tensor:
-    """The share of whole values that process ``number`` has, padded by zeros."""
+    """The shard of rank ``number`` of whole values, padded with zeros."""
     size = parameter.ds_tensor.numel()
     share = whole.reshape(-1)[number * size : (number + 1) * size]
     missing = size - share.numel()
@@ -208,10 +208,10 @@ def _share(parameter: Any, whole: Tensor, number: int) -> Tensor:
 
 
 def _accessors() -> Any:
-    return importlib.import_module("deepspeed.utils")  # whoever gets here has imported DeepSpeed
+    return importlib.import_module("deepspeed.utils")  # DeepSpeed is imported already
 
 
 def unflatten(vector: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Cut a vector into tensors of the whole parameters' shapes, views of it."""
+    """Split a vector into views with the shapes of the whole parameters."""
     shapes = [whole_shape(parameter) for parameter in parameters]
     return [piece.view(shape) for piece, shape in zip(vector.split([s.numel() for s in shapes]), shapes, strict=True)]

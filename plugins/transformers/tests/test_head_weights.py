@@ -20,7 +20,6 @@ import trl
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.integrations import deepspeed
 
-from tunerkit import hooks
 from tunerkit.layers import LinearLayer
 from tunerkit.plugin import Packing
 from tunerkit_testing.toy_methods import LowRankConfig
@@ -226,7 +225,7 @@ def test_a_reference_has_the_head_of_the_model_as_it_stood(options: dict[str, An
 
 UNFIT: dict[str, tuple[object, str, object]] = {
     "weight is divided among the processes": (deepspeed, "is_deepspeed_zero3_enabled", lambda: True),
-    "method 'toy-low-rank' does not say what it adds": (hooks, "has_delta", lambda method: False),
+    "method 'toy-low-rank' does not say what it adds": (head_weights, "has_delta", lambda method: False),
     "weight is stored as q4": (LinearLayer, "packing", Packing("q4", 4)),
 }
 
@@ -270,7 +269,7 @@ def test_a_refused_trainer_is_left_as_it_was(tmp_path: Path) -> None:
     trainer.ref_model = held = LlamaForCausalLM.from_pretrained(tmp_path)  # as TRL loads it
     forward = model.forward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hooks, "has_delta", lambda method: False)
+        patch.setattr(head_weights, "has_delta", lambda method: False)
         with pytest.raises(tunerkit.errors.StepError, match="does not say what it adds"):
             tunerkit.attach(model, trainer)
     assert trainer.ref_model is held

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from scripts.structure import private_attributes, read
 from tests.support.canaries import confirm
-from tunerkit.layers import torch_private
 from tunerkit_transformers import transformers_private
 
 transformers = pytest.importorskip("transformers", reason="the canaries are about its Trainer")
@@ -144,7 +143,8 @@ def test_a_private_method_of_the_trainer_does_what_it_is_taken_for(name: str, tm
 def test_every_private_name_in_the_file_has_a_canary() -> None:
     """Also, no canary is for a name that is no longer used."""
     source = next(s for s in read("plugin", PLUGIN) if s.name.endswith("transformers_private"))
-    assert set(private_attributes(source)) == {*CANARIES, *LOSSES, MARK, transformers_private.HAS_ADAPTERS}
+    others = {MARK, transformers_private.HAS_ADAPTERS, "_version"}
+    assert set(private_attributes(source)) == {*CANARIES, *LOSSES, *others}
 
 
 def test_a_trainer_adds_its_losses_up_where_they_are_taken_from(tmp_path: Path) -> None:
@@ -220,9 +220,20 @@ def test_from_pretrained_marks_every_module_and_writes_in_place_only_what_it_did
         for name, parameter in changed.named_parameters():
             new = name.startswith("model.layers.1.")
             assert transformers_private.is_loaded(parameter) is not new, f"{where}mend {FILE}"
-            assert bool(torch_private.version(parameter)) is new, f"{where}it wrote {name}, or not: mend {FILE}"
+            assert bool(transformers_private.version(parameter)) is new, f"{where}it wrote {name}, or not: mend {FILE}"
     assert not transformers_private.is_built(nn.Linear(1, 1))
-    assert not any(torch_private.version(p) for p in copy.deepcopy(model).parameters())
+    assert not any(transformers_private.version(p) for p in copy.deepcopy(model).parameters())
+
+
+def test_torch_counts_the_changes_of_a_parameter_s_values() -> None:
+    """In place, and not those that replace it; a parameter of inference mode has no count."""
+    weight = nn.Parameter(torch.zeros(2))
+    with torch.no_grad():
+        before = transformers_private.version(weight)
+        weight.add_(1)
+    assert (before, transformers_private.version(weight)) == (0, 1)
+    with torch.inference_mode():
+        assert transformers_private.version(nn.Parameter(torch.zeros(2))) is None
 
 
 def test_methods_for_weights_of_a_trainer_s_own_are_named() -> None:

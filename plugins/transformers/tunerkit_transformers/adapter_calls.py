@@ -1,8 +1,8 @@
-"""The calls by which transformers and PEFT handle adapters, on a wrapped model: each raises, and says ours.
+"""The adapter calls of transformers and PEFT on a wrapped model: each raises an error that names tunerkit's.
 
-transformers' own look for layers of PEFT, and without any tell the user to upgrade it. As in `save_pretrained`, they
-are replaced on the instance by a `functools.partial` of a function of this file: copies and pickles have their own.
-What transformers calls itself, such as a model that disables its adapters for texts, is passed on.
+transformers' own look for PEFT's layers, and if there are none, ask the user to upgrade PEFT. As in `save_pretrained`,
+they are replaced on the instance by a `functools.partial` of a function of this file, so copies and pickles have their
+own. Calls from transformers itself, as by a model that disables its adapters for texts, are forwarded.
 """
 
 import functools
@@ -13,9 +13,8 @@ from typing import Any, Final
 
 from torch import nn
 
-from tunerkit import hooks
 from tunerkit.errors import AdapterError
-from tunerkit.injection import base_modules
+from tunerkit.plugin.trainers import base_modules, elsewhere
 from tunerkit_transformers.transformers_private import ADAPTER_CALLS
 
 # Of classes that inherit them from transformers. A model may have others of the same name, as speech models do.
@@ -29,6 +28,7 @@ _OF_PEFT: Final = (
     *("unmerge_adapter", "disable_adapter", "add_weighted_adapter", "update_and_allocate"),
 )
 _GENERATE: Final = "generate"
+_ROWS: Final = "adapter_names"  # the argument by which PEFT's models take an adapter for each row of a batch
 _NAMES: Final = ("__module__", "__name__", "__qualname__", "__doc__")  # annotations are the method's own
 
 
@@ -48,7 +48,7 @@ def watch_calls_(model: nn.Module) -> None:
 
 
 def _watched(model: Any) -> Any:
-    """What replaces ``model.generate``: with the signature of the method, and its attributes, which libraries read."""
+    """The replacement of ``model.generate``, with the method's signature and attributes, which libraries read."""
     method = types.MethodType(getattr(type(model), _GENERATE), model)
     watched: Any = functools.update_wrapper(functools.partial(generate, model), method, _NAMES, ())
     vars(watched).update(__self__=model, __func__=method.__func__)
@@ -65,16 +65,16 @@ def unwatch_calls_(model: nn.Module) -> None:
 
 
 def refuse(module: nn.Module | None, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Say what to write instead of ``module.name(...)``, unless transformers calls a method of ``module`` itself."""
+    """Raise `AdapterError` with the replacement for ``module.name(...)``, unless transformers itself calls it."""
     caller = str(sys._getframe(1).f_globals.get("__name__", ""))
     if module is not None and caller.partition(".")[0] == "transformers":
         return getattr(type(module), name)(module, *args, **kwargs)
     kind = "model" if module is None else type(module).__name__
-    raise AdapterError(f"{name} is for adapters of PEFT, and this {kind} has tunerkit's{hooks.elsewhere(name)}")
+    raise AdapterError(f"{name} is for adapters of PEFT, and this {kind} has tunerkit's{elsewhere(name)}")
 
 
 def generate(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """Generate as the model does, unless each row shall have its adapter: transformers calls that argument a typo."""
-    if kwargs.get(hooks.ROWS) is not None and hooks.ROWS not in inspect.signature(type(module).forward).parameters:
-        refuse(None, hooks.ROWS)
+    """Generate as the model does. Reject an adapter for each row, for which transformers would report a typo."""
+    if kwargs.get(_ROWS) is not None and _ROWS not in inspect.signature(type(module).forward).parameters:
+        refuse(None, _ROWS)
     return type(module).generate(module, *args, **kwargs)

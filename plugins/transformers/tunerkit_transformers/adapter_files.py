@@ -1,4 +1,4 @@
-"""What the files of an adapter say of its base model: a run's folder, a lone file of tunerkit's, or another format."""
+"""The facts about the base model in an adapter's files: a run's folder, a file of tunerkit's, or another format."""
 
 import json
 import os
@@ -8,10 +8,9 @@ from pathlib import Path
 import attrs
 from safetensors import SafetensorError, safe_open
 
-from tunerkit import hooks, serialization
 from tunerkit.errors import FileError, PluginError, shown
-from tunerkit.paths import few, join
-from tunerkit.records import Description, Format
+from tunerkit.plugin import Description, Format
+from tunerkit.plugin.trainers import file_at, format_at, gather_formats, is_foreign, read
 from tunerkit_transformers.output_folder import RECORD, read_run
 from tunerkit_transformers.run_folder import RECIPE
 from tunerkit_transformers.task_classes import TASKS
@@ -21,18 +20,18 @@ _UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, Attrib
 
 @attrs.frozen
 class BaseFacts:
-    """What is known of the base of an adapter. Each field is empty if the files do not say it.
+    """The known facts about an adapter's base. A field is empty if the files lack it.
 
     Attributes:
         source: The folder or the hub name of the base.
-        kind: The class of transformers that loaded it.
+        kind: The name of its class of transformers.
         labels: The number of classes of its head.
         revision: The commit of the hub.
-        seed: What its new modules were initialised by.
-        paths: Modules that it has.
-        shapes: The shapes of parameters that it has, by name.
-        copies: The shapes of parameters that the adapter replaces, by name. A head may have another number of classes
-            in the base.
+        seed: The seed of its new modules.
+        paths: The paths of some of its modules.
+        shapes: The shapes of some of its parameters, by name.
+        copies: The shapes of parameters that the adapter replaces, by name. In the base, a head may have another number
+            of classes.
     """
 
     source: str = ""
@@ -52,31 +51,31 @@ def is_run(path: str) -> bool:
 
 def holds_adapter(path: str) -> bool:
     """Whether an adapter lies at ``path``: a file of tunerkit's, damaged or not, or one in an installed format."""
-    return _is_file(serialization.file_at(path, "adapter")) or serialization.format_at(path) is not None
+    return _is_file(file_at(path, "adapter")) or format_at(path) is not None
 
 
 def has_no_record(path: str) -> bool:
-    """Whether ``path`` is no output folder of ``tunerkit train``, nor that of a run that has not ended."""
-    has_adapter = holds_adapter(path) or serialization.is_foreign(path)
+    """Whether ``path`` is no output folder of ``tunerkit train``, of a finished run or of another one."""
+    has_adapter = holds_adapter(path) or is_foreign(path)
     return not is_run(path) and (has_adapter or not _is_file(Path(path) / RECIPE))
 
 
 def base_facts(path: str) -> BaseFacts:
-    """Return what the adapter at ``path`` says of its base.
+    """Read the facts about the base from the adapter's files at ``path``.
 
     Raises:
         FileError: No adapter is there, or its files are damaged.
     """
-    format = serialization.format_at(path)
+    format = format_at(path)
     if format is not None:
         return _of_format(format, path)
     if is_run(path):
         return _of_run(path)
     refuse_absent(path)
     try:
-        return _of_header(serialization.file_at(path, "adapter"))
+        return _of_header(file_at(path, "adapter"))
     except _UNREADABLE:
-        serialization.read(path, content="adapter")  # says what is wrong
+        read(path, content="adapter")  # raises an error with the reason
         return BaseFacts()
 
 
@@ -89,7 +88,7 @@ def _of_header(file: Path) -> BaseFacts:
         paths=tuple(map(str, header["targets"])),
         shapes={name: tuple(map(int, entry["shape"])) for name, entry in header["base"].items()},
         copies={
-            join(place, name.removeprefix(f"{place}.copy.")): shape
+            f"{place}.{name.removeprefix(f'{place}.copy.')}": shape
             for place in map(str, header["copies"])
             for name, shape in stored.items()
             if name.startswith(f"{place}.copy.")
@@ -98,7 +97,7 @@ def _of_header(file: Path) -> BaseFacts:
 
 
 def description_at(format: Format, path: str) -> Description | None:
-    """Return what a format says of the files at ``path`` without a model; None if it cannot.
+    """Return a format's description of the files at ``path``; None if it has none.
 
     Raises:
         FileError: The files are damaged.
@@ -135,8 +134,8 @@ def _of_run(path: str) -> BaseFacts:
 
 
 def refuse_absent(path: str) -> None:
-    """Raise `FileError` if nothing is at ``path`` that an adapter might be."""
-    if holds_adapter(path) or serialization.is_foreign(path):
+    """Raise `FileError` if nothing at ``path`` can be an adapter."""
+    if holds_adapter(path) or is_foreign(path):
         return
     place = Path(path)
     if (place / "config.json").is_file():
@@ -145,7 +144,7 @@ def refuse_absent(path: str) -> None:
         what = "there is no such folder or file"
     else:
         what = "no installed format knows its files" if place.is_dir() else "it is a file of another kind"
-    formats = few(sorted(hooks.gather_formats()), shown=10) or "none (each is a distribution, such as tunerkit-peft)"
+    formats = ", ".join(sorted(gather_formats())) or "none (each is a distribution, such as tunerkit-peft)"
     raise FileError(
         f"{path} holds no adapter: {what}. Pass a folder with adapter.safetensors, or an adapter in another format; "
         f"installed: {formats}"

@@ -1,4 +1,4 @@
-"""What the processes of one training tell each other, so that all of them come to the same decision."""
+"""Values that all ranks of a training exchange, so that they decide alike."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -9,10 +9,10 @@ Value = TypeVar("Value")
 
 
 def gathered(value: Value) -> list[Value]:
-    """Return the ``value`` of each process, by its rank. All processes must call this; one process alone sends nothing.
+    """Return the values of all ranks, in their order. All ranks must call this; one process alone sends nothing.
 
     Args:
-        value: What this process tells the others. It is pickled.
+        value: This rank's value. It is pickled.
     """
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return [value]
@@ -22,10 +22,10 @@ def gathered(value: Value) -> list[Value]:
 
 
 def union(seen: Sequence[Sequence[str]]) -> list[str]:
-    """Return what any process has seen, each sentence once. Where not all have seen it, the processes are named.
+    """Return the sentences of all ranks, each once, with the ranks if it is not from all of them.
 
     Args:
-        seen: The sentences of each process, by its rank, as `gathered` returns them.
+        seen: The sentences of each rank, as `gathered` returns them.
     """
     sentences = dict.fromkeys(sentence for own in seen for sentence in own)
     ranks = {sentence: [rank for rank, own in enumerate(seen) if sentence in own] for sentence in sentences}

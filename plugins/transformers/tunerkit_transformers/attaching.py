@@ -9,10 +9,18 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+import tunerkit
 from tunerkit.errors import StepError, TunerkitWarning
-from tunerkit.injection import Tuner, refuse_fixed, tuners_of, warn_of_base_changes, wrapped_of
-from tunerkit.serialization import warn_of_unspent_schedule
-from tunerkit.steps import detach, drive, engine_for, is_attached
+from tunerkit.plugin import Tuner
+from tunerkit.plugin.trainers import (
+    detach,
+    drive,
+    engine_for,
+    is_attached,
+    refuse_fixed,
+    warn_of_base_changes,
+    warn_of_unspent_schedule,
+)
 from tunerkit_transformers.checkpoints import load_states, restore_weights_, take_over_
 from tunerkit_transformers.fsdp import leave_out_, refuse_other_shards
 from tunerkit_transformers.head_weights import refuse_liger
@@ -24,7 +32,7 @@ def attach_trainer(
     tuners: list[Tuner], trainer: Trainer, total_steps: int | None, data_parallel: bool | None = None
 ) -> None:
     """Let the trainer drive ``tuners`` from the start of training, and include them in its checkpoints and logs."""
-    held = tuners_of(trainer.model).values() if trainer.model is not None else ()
+    held = tunerkit.adapters(trainer.model).values() if trainer.model is not None else ()
     present = next((cb for cb in trainer.callback_handler.callbacks if isinstance(cb, StepCallback)), None)
     for tuner in tuners:
         if tuner not in held:
@@ -52,8 +60,9 @@ def attach_trainer(
 class StepCallback(TrainerCallback):
     """Drives adapters while ``trainer.train()`` runs, because the optimizer and the total steps only exist then.
 
-    ``attached`` are all tuners that were attached, even if they have left their model since. ``resumed`` is the
-    checkpoint that this call of train resumes from, if it holds adapters.
+    Attributes:
+        attached: All tuners that were attached, also those of adapters that were deleted since.
+        resumed: The checkpoint that this call of train resumes from, if it has adapters.
     """
 
     def __init__(
@@ -69,7 +78,7 @@ class StepCallback(TrainerCallback):
     @property
     def tuners(self) -> list[Tuner]:
         """The tuners that are still in their model: adapters may be deleted or unwrapped at any time."""
-        return [tuner for tuner in self.attached if tuner in wrapped_of(tuner.model).tuners.values()]
+        return [tuner for tuner in self.attached if tunerkit.adapters(tuner.model).get(tuner.name) is tuner]
 
     def add(self, tuners: list[Tuner], total_steps: int | None) -> None:
         """Drive more adapters, immediately if training is running. The total steps must be the same for all."""
@@ -110,7 +119,7 @@ class StepCallback(TrainerCallback):
         warn_of_base_changes(self.tuners, again=False)
         if self.resumed is not None:
             if runs_deepspeed(self.trainer):
-                # Its own files hold what is trained, and this the rest; and only this compares the base.
+                # DeepSpeed's files hold the trained parameters. This restores the rest, and compares the base.
                 restore_weights_(self.tuners, self.resumed)
             load_states(self.tuners, self.resumed)
 
@@ -130,7 +139,7 @@ class StepCallback(TrainerCallback):
     def _refuse_other_model(self) -> None:
         """Reject a model without the attached adapters: with ``model_init``, each call of train builds a new model."""
         model = self.trainer.model
-        held = tuners_of(model).values() if isinstance(model, torch.nn.Module) else ()
+        held = tunerkit.adapters(model).values() if isinstance(model, torch.nn.Module) else ()
         gone = [tuner.name for tuner in self.tuners if tuner not in held]
         if gone:
             raise StepError(

@@ -19,14 +19,14 @@ _CLASSIFIER = "Classification"  # in the names of all classes with such a head
 def choose_base(path: str, *, base: str | None, task: str | None, beside: str | None = None) -> Base:
     """Find the base of the adapter at ``path``.
 
-    The class is that of ``task``; or the one that the adapter's files name; or the first that has what the files list,
-    of: the folder's own architecture, the classes of all tasks, and the model without a head.
+    Its class comes from ``task``, or from the adapter's files. Otherwise it is the first with the modules and shapes in
+    those files, of: the folder's own architecture, the classes of all tasks, and the model without a head.
 
     Args:
         path: The adapter.
-        base: The folder of the base, or its name on the hub; None for what the adapter's files say.
+        base: The folder of the base, or its name on the hub; None to read it from the adapter's files.
         task: One of the tasks of ``tunerkit train``, or None.
-        beside: Another adapter of the same base; where the files of the first one name no base, its files may.
+        beside: Another adapter of the same base, whose files are read if those of the first name no base.
 
     Raises:
         FileError: No adapter is there, or its files are damaged.
@@ -82,7 +82,7 @@ def _kinds(base: Base, facts: BaseFacts, task: str | None) -> Iterator[str]:
 
 
 def _first_fit(bases: Sequence[Base], facts: BaseFacts) -> Base:
-    """The first that has what the adapter needs; the first of all if none has, so that loading says what is missing."""
+    """The first base that fits the adapter; if none does, the first of all, so that loading reports the mismatch."""
     for base in bases:
         try:
             model = skeleton(base)
@@ -104,7 +104,7 @@ def _fits(model: nn.Module, facts: BaseFacts) -> bool:
 
 
 def _labels_of(model: nn.Module, facts: BaseFacts) -> int:
-    """The number of classes that the adapter's files say; or of its own head, if that is another one; else 0."""
+    """The number of classes in the adapter's files; without it, of the adapter's own head if it differs; else 0."""
     if _CLASSIFIER not in type(model).__name__:
         return 0  # a table of tokens that is trained in full is no head with classes
     if facts.labels:
@@ -124,13 +124,13 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def with_base(problem: BaseMismatchError, base: Base, model: nn.Module, path: str) -> BaseMismatchError:
-    """Return the error of an adapter that does not fit, with what was built and what to pass.
+    """Return the error of an adapter that does not fit, extended by the base and by the options for another one.
 
     Args:
         problem: The error.
-        base: What was built.
-        model: The same.
-        path: The adapter. If the model has all the modules that it names, another class would help nothing.
+        base: The base.
+        model: The model that was built from it.
+        path: The adapter. If the model has all of its modules, another class would not help.
     """
     named = base_facts(path).paths
     modules = {each for each, _ in model.named_modules(remove_duplicate=False)}

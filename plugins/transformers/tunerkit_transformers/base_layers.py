@@ -5,8 +5,8 @@ from typing import Any, ClassVar, cast, final
 import attrs
 from torch import Tensor, nn
 
-from tunerkit.layers import DenseLinear, EmbeddingLayer
 from tunerkit.plugin import BaseLayer, forward_name
+from tunerkit.plugin.trainers import DenseLinear, EmbeddingLayer
 
 
 @final

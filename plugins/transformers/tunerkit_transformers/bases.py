@@ -25,9 +25,9 @@ class Base:
         source: A folder, or a name on the hub.
         kind: The name of a class of transformers, such as ``"AutoModelForCausalLM"``; for a folder of diffusers, of one
             of its classes.
-        labels: The number of classes of a head; 0 for as many as the folder says.
+        labels: The number of classes of a head; 0 for the folder's own.
         revision: The commit, branch or tag of the hub.
-        seed: What the modules are initialised by that the weights' files do not have.
+        seed: The seed of modules that the weights' files lack.
     """
 
     source: str
@@ -57,12 +57,12 @@ def whole(base: Base, *, dtype: torch.dtype | str = torch.float32) -> nn.Module:
 
     Args:
         base: The model.
-        dtype: The dtype of the weights; ``"auto"`` keeps that of the files.
+        dtype: The dtype of the weights; ``"auto"`` keeps the files' own.
 
     Raises:
         ModelError: There is no such folder, or its weights cannot be loaded.
     """
-    # The seed decides what the files lack, and no random numbers of the caller's are drawn.
+    # Modules that the files lack are drawn from the seed, not from the caller's random state.
     with refusing(base), torch.random.fork_rng(devices=[]):
         torch.manual_seed(base.seed)
         kind = _class_of(base)

@@ -17,15 +17,14 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tunerkit import serialization
+import tunerkit
 from tunerkit.errors import warn
-from tunerkit.injection import Tuner, regrouped, tuners_of, warn_of_base_changes, wrapped_of
-from tunerkit.layers import is_sharded
-from tunerkit.serialization import folder_of, has_file
+from tunerkit.plugin import Tuner
+from tunerkit.plugin.trainers import folder_of, is_sharded, regrouped, restore_, save_tuner, warn_of_base_changes
 from tunerkit_transformers import transformers_private
 from tunerkit_transformers.precision import Precision
 from tunerkit_transformers.ranks import rows_of, write_ranks
-from tunerkit_transformers.resuming import choose_checkpoint
+from tunerkit_transformers.resuming import choose_checkpoint, has_file
 from tunerkit_transformers.switching import DEEPSPEED, FSDP, without
 from tunerkit_transformers.zero_checkpoints import base_may_be_missing, runs_deepspeed, without_base
 
@@ -88,7 +87,7 @@ def restore_weights_(tuners: Sequence[Tuner], checkpoint: Path) -> None:
     """Load the weights in ``checkpoint``, with their ranks, into the live adapters."""
     folders = {tuner: folder_of(checkpoint, tuners, tuner) for tuner in tuners}
     for tuner, folder in folders.items():
-        serialization.restore_(tuner, folder)
+        restore_(tuner, folder)
 
 
 def _has_adapters(checkpoint: Path, tuners: Sequence[Tuner]) -> bool:
@@ -100,7 +99,7 @@ def load_states(tuners: Sequence[Tuner], checkpoint: Path) -> None:
     for tuner in tuners:
         folder = folder_of(checkpoint, tuners, tuner)
         if has_file(folder, "state"):
-            serialization.load_state(tuner.model, folder, adapter=tuner.name)
+            tunerkit.load_state(tuner.model, folder, adapter=tuner.name)
 
 
 def _save_model(
@@ -121,7 +120,7 @@ def _save(
     output_dir: str | None = None,
     state_dict: Any = None,
 ) -> None:
-    """Write the adapters, and also what the Trainer writes with a model: the processor and the arguments."""
+    """Write the adapters, and the processor and the arguments as the Trainer does with a model."""
     tuners = attached.tuners
     if not tuners:
         save_model(output_dir, state_dict)  # unwrapped: it is an ordinary model again
@@ -135,7 +134,7 @@ def _save(
     for tuner in held:
         if not _takes_part(trainer, tuner):
             continue
-        written = serialization.save_tuner(tuner, folder_of(folder, held, tuner))
+        written = save_tuner(tuner, folder_of(folder, held, tuner))
         if writes:
             write_ranks(tuner, written.parent)
     if not writes:
@@ -155,11 +154,11 @@ def _takes_part(trainer: Trainer, tuner: Tuner) -> bool:
 
 
 def _held(tuners: Sequence[Tuner]) -> list[Tuner]:
-    """The adapters that a checkpoint holds: the attached ones, and others that are active, frozen ones for example.
+    """The adapters in a checkpoint: the attached ones, and other active ones, such as frozen adapters.
 
-    Without these, what is loaded from the checkpoint would be another model.
+    Without these, the checkpoint would be of another model.
     """
-    present, active = tuners_of(tuners[0].model).values(), wrapped_of(tuners[0].model).active
+    present, active = tunerkit.adapters(tuners[0].model).values(), tunerkit.active(tuners[0].model)
     return [*tuners, *(other for other in present if other.name in active and other not in tuners)]
 
 
@@ -168,7 +167,7 @@ def _save_states(trainer: Trainer, attached: Attached, save_optimizer: Callable[
     tuners = attached.tuners
     for tuner in [each for each in tuners if _takes_part(trainer, each)]:
         folder = folder_of(Path(output_dir), _held(tuners), tuner)
-        serialization.save_state(tuner.model, folder, adapter=tuner.name)
+        tunerkit.save_state(tuner.model, folder, adapter=tuner.name)
     if not tuners:
         save_optimizer(output_dir)
         return
@@ -205,9 +204,9 @@ def _load_best(trainer: Trainer, attached: Attached, load_model: Callable[[], No
         load_model()  # a whole model; if there is nothing at all, the Trainer reports it
         return
     for tuner, folder in folders.items():
-        serialization.restore_(tuner, folder)
+        restore_(tuner, folder)
         if has_file(folder, "state"):
-            serialization.load_state(tuner.model, folder, adapter=tuner.name)
+            tunerkit.load_state(tuner.model, folder, adapter=tuner.name)
         else:
             # There is no training state for these weights, nor a history after their step.
             tuner.state = None
@@ -222,10 +221,10 @@ def _train(
     The model's forward is its own again, too.
     """
     try:
-        # Every process asks, also one that was called without: the processes decide together.
+        # Every rank calls this, also without a checkpoint to resume from: the ranks decide together.
         wanted = args[0] if args else kwargs.get("resume_from_checkpoint")
         chosen = choose_checkpoint(trainer, attached.tuners, wanted)
-        if args:  # what to resume from comes first; a subclass may take no argument at all
+        if args:  # the checkpoint is the first argument; a subclass may take none at all
             args = (chosen, *args[1:])
         elif "resume_from_checkpoint" in kwargs:
             kwargs["resume_from_checkpoint"] = chosen

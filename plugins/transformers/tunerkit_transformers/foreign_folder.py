@@ -1,11 +1,11 @@
-"""An adapter of another program with its base, in one call: its files say which base that is."""
+"""Load an adapter of another program together with the base that its files name."""
 
 import os
 from typing import Any
 
 from torch import nn
 
-from tunerkit import serialization
+import tunerkit
 from tunerkit.errors import BaseMismatchError, warn
 from tunerkit_transformers.base_choice import choose_base, with_base
 from tunerkit_transformers.bases import Base, whole
@@ -36,19 +36,19 @@ def load_foreign(path: str, base: str | None) -> tuple[nn.Module, object]:
         raise ModelError(_in_python(problem, path)) from problem
     processor = _processor(path, chosen, model)
     try:
-        serialization.load(model, path)
+        tunerkit.load(model, path)
     except BaseMismatchError as problem:
         raise BaseMismatchError(_in_python(with_base(problem, chosen, model, path), path)) from problem
     return model.eval(), processor
 
 
 def _in_python(problem: Exception, path: str) -> str:
-    """The error, whose words are those of the command, with the call that does what ``--base`` does there."""
+    """The text of an error of the command, extended by the call in Python that replaces ``--base``."""
     return f"{problem}; in Python, that is tunerkit.from_folder({path!r}, base=...)"
 
 
 def _processor(path: str, base: Base, model: Any) -> object:
-    """The tokenizer beside the adapter, for which the model gets as many rows as it needs; else what the base has.
+    """The tokenizer beside the adapter, to which the model's embeddings are resized; else the base's processor.
 
     Raises:
         ModelError: There is a tokenizer beside the adapter, and it cannot be loaded: the base's may be another one.

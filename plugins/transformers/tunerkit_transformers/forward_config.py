@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tunerkit.injection import base_modules
-from tunerkit.paths import is_under, join
+from tunerkit.plugin.trainers import base_modules
 from tunerkit_transformers.forward_fields import FORWARD_ALIASES, FORWARD_FIELDS, FORWARD_SYNONYMS
 
 _DEEPEST = 4  # configs inside configs: a multi-modal model has two or three levels
@@ -21,17 +20,21 @@ def forward_config(model: nn.Module) -> dict[str, Any]:
             precede the names.
     """
     found: dict[str, Any] = {}
-    owners: set[str] = set()
+    owner: str | None = None  # the last module with a config; the modules inside it follow
     for path, module in base_modules(model):
-        if "" in owners:
+        if owner == "":
             break
-        if not is_under(path, owners):
+        if owner is None or not path.startswith(f"{owner}."):
             match module:
                 case nn.Module(config=object(model_type=str(kind), __dict__=dict(fields))):
-                    owners.add(path)
+                    owner = path
                     settings = _settings({"model_type": kind, **fields}, _DEEPEST)
-                    found.update((join(path, name), value) for name, value in settings)
+                    found.update((_join(path, name), value) for name, value in settings)
     return found
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _settings(config: Mapping[str, Any], depth: int) -> Iterator[tuple[str, Any]]:
@@ -39,7 +42,7 @@ def _settings(config: Mapping[str, Any], depth: int) -> Iterator[tuple[str, Any]
         match value:
             case object(model_type=str(kind), __dict__=dict(fields)) if depth:
                 inner = _settings({"model_type": kind, **fields}, depth - 1)
-                yield from ((join(name, field), found) for field, found in inner)
+                yield from ((_join(name, field), found) for field, found in inner)
             case _ if name in FORWARD_FIELDS:
                 yield from _flat(name, value)
 
@@ -49,7 +52,7 @@ def _flat(name: str, value: object) -> Iterator[tuple[str, Any]]:
     name = FORWARD_ALIASES.get(name, name)
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _flat(join(name, str(key)), inner)
+            yield from _flat(_join(name, str(key)), inner)
     elif value is not None:  # None stands for a default, which a later release may write out
         yield name, _plain(value)
 

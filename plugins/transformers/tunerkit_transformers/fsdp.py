@@ -1,4 +1,4 @@
-"""A Trainer that runs FSDP2: adapters are left out of sharding, and its checkpoints stay those of adapters."""
+"""A Trainer that runs FSDP2: adapters are not sharded, and checkpoints contain adapters alone."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -8,14 +8,14 @@ from torch import nn
 from transformers import Trainer
 
 from tunerkit.errors import StepError
-from tunerkit.injection import Tuner, walk
-from tunerkit.layers import is_sharded
+from tunerkit.plugin import Tuner
+from tunerkit.plugin.trainers import is_sharded, walk
 
 _LATER = "call tunerkit.attach before trainer.train() and trainer.evaluate(), which shard the model"
 
 
 def leave_out_(trainer: Trainer, tuners: Sequence[Tuner]) -> None:
-    """Tell accelerate not to shard the adapters: each process holds them whole, and their gradients are averaged.
+    """Exclude the adapters from sharding: each rank holds them whole, and their gradients are averaged.
 
     Without FSDP this does nothing.
 
@@ -51,14 +51,14 @@ def leave_out_(trainer: Trainer, tuners: Sequence[Tuner]) -> None:
 
 
 def _modules(ignored: str | Iterable[nn.Module] | None, model: nn.Module) -> list[nn.Module]:
-    """What accelerate was told to leave out, which may be a pattern of paths."""
+    """The modules that accelerate does not shard; its setting may be a pattern of paths."""
     if isinstance(ignored, str):
         return [module for path, module in model.named_modules() if re.fullmatch(ignored, path)]
     return [] if ignored is None else list(ignored)
 
 
 def refuse_other_shards(trainer: Trainer) -> None:
-    """Raise `StepError` if the optimizer also trains what FSDP2 shards: a checkpoint would hold one process's part."""
+    """Raise `StepError` if the optimizer trains sharded parameters too: a checkpoint would hold one rank's shards."""
     if not trainer.is_fsdp_enabled or trainer.optimizer is None:
         return
     trained = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]

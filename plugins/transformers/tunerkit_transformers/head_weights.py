@@ -10,20 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tunerkit import hooks
+import tunerkit
 from tunerkit.errors import StepError, warn
-from tunerkit.injection import (
-    WATCHED,
-    Slots,
-    Tuner,
-    adapted_tensors,
-    adds_nothing,
-    base_modules,
-    inside,
-    slots_of,
-    tuners_of,
-)
-from tunerkit.layers import autocast_off
+from tunerkit.plugin import Tuner, autocast_off
+from tunerkit.plugin.trainers import Slots, adapted_tensors, adds_nothing, has_delta, inside, note_used, walk
 from tunerkit_transformers.output_heads import named_heads
 
 if TYPE_CHECKING:
@@ -48,10 +38,10 @@ def refuse_heads(trainer: Any, tuners: list[Tuner]) -> None:
 
 
 def settle_heads_(trainer: Any, tuners: list[Tuner]) -> None:
-    """Let a trainer whose loss reads the weights of adapted output heads see them with the adapters applied.
+    """Let a loss that reads the weights of adapted output heads see them with the adapters applied.
 
-    That goes for the trained model, and for a reference and a teacher. Without such a head this does nothing, and
-    neither where the trainer calls it, as `CPOTrainer` does.
+    This covers the trained model, a reference and a teacher. Nothing changes without such a head, or if the trainer
+    calls the head, as `CPOTrainer` does.
     """
     models = _read_models(trainer, tuners)
     for model in filter(_forward_of_trl, models):
@@ -72,10 +62,10 @@ def _read_models(trainer: Any, tuners: list[Tuner]) -> list[nn.Module]:
 
 
 def refuse_liger(trainer: "Trainer", model: nn.Module) -> None:
-    """Raise `StepError` if a kernel of Liger's, which replaces the forward when training starts, would bypass one."""
+    """Raise `StepError` if a Liger kernel, which replaces the forward as training starts, would bypass an adapter."""
     options = trainer.args.liger_kernel_config or {}
     if trainer.args.use_liger_kernel and options.get("fused_linear_cross_entropy", True):
-        for path in _adapted_paths(model):
+        for path, _, _ in _adapted_heads(model):
             raise StepError(
                 f"use_liger_kernel=True multiplies by the weight of {path!r} itself, so what an adapter adds there "
                 'would be ignored. Set liger_kernel_config={"fused_linear_cross_entropy": False}, or leave the head '
@@ -84,17 +74,17 @@ def refuse_liger(trainer: "Trainer", model: nn.Module) -> None:
 
 
 def _refuse_unfit(trainer: "Trainer", model: nn.Module) -> None:
-    """Raise `StepError` if the weight of an adapted head cannot be replaced for the time of a loss."""
+    """Raise `StepError` if the weight of an adapted head cannot be overridden during a loss."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # listing plugins needs none of it
 
-    for path, (_, slots) in zip(_adapted_paths(model), _adapted_heads(model), strict=True):
+    for path, _, slots in _adapted_heads(model):
         deltas = [slot.method for slot in slots.applied if slot.adapter is not None]
         reason = None
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             reason = "that weight is divided among the processes"
         elif deltas and slots.base is not None and slots.base.packing is not None:
             reason = f"that weight is stored as {slots.base.packing.name}"
-        elif lacking := [method for method in deltas if not hooks.has_delta(method)]:
+        elif lacking := [method for method in deltas if not has_delta(method)]:
             reason = f"method {lacking[0]!r} does not say what it adds to a weight"
         if reason is not None:
             raise StepError(
@@ -105,7 +95,7 @@ def _refuse_unfit(trainer: "Trainer", model: nn.Module) -> None:
 
 
 def _warn_of_dropout(trainer: "Trainer", tuners: list[Tuner]) -> None:
-    for path in _adapted_paths(tuners[0].model):
+    for path, _, _ in _adapted_heads(tuners[0].model):
         dropped = [tuner.name for tuner in tuners if tuner.config.dropout and path in tuner.adapters()]
         if dropped:
             warn(
@@ -116,12 +106,12 @@ def _warn_of_dropout(trainer: "Trainer", tuners: list[Tuner]) -> None:
 
 
 def _refuse_computed(reference: nn.Module) -> None:
-    """Raise `StepError` if TRL has run a model as reference in its constructor, whose head had adapters by then."""
-    heads = _adapted_paths(reference)
-    if heads and not all(map(adds_nothing, tuners_of(reference).values())):
+    """Raise `StepError` if TRL ran a reference with an adapted head in its constructor, before the override."""
+    heads = _adapted_heads(reference)
+    if heads and not all(map(adds_nothing, tunerkit.adapters(reference).values())):
         raise StepError(
             f"precompute_ref_log_probs has run the reference before tunerkit.attach, without the adapter of "
-            f"{heads[0]!r}. Pass ref_model=tunerkit.reference(model), or set precompute_ref_log_probs=False"
+            f"{heads[0][0]!r}. Pass ref_model=tunerkit.reference(model), or set precompute_ref_log_probs=False"
         )
 
 
@@ -134,7 +124,8 @@ def heads_shown(model: nn.Module) -> Iterator[None]:
 
 
 def _show_(model: nn.Module, undo: ExitStack) -> None:
-    for head, slots in _adapted_heads(model):
+    heads = _adapted_heads(model)
+    for _, head, slots in heads:
         if not slots.enabled or slots.merged or not slots.active:
             continue
         own, shown = vars(head), _shown(head, slots)
@@ -143,12 +134,11 @@ def _show_(model: nn.Module, undo: ExitStack) -> None:
         undo.callback(setattr, slots, "enabled", True)
         slots.enabled = False
         own.update(shown)
-        if (watched := vars(model).get(WATCHED)) is not None:
-            watched.ran.update(_adapted_paths(model))  # it has an effect, although it is not called
+        note_used(model, (path for path, _, _ in heads))
 
 
 def _shown(head: nn.Module, slots: Slots) -> dict[str, Any]:
-    """The head's tensors as its active adapters change them, with gradients to what is trained."""
+    """The head's tensors with its active adapters applied, with gradients to trained parameters."""
     for slot in slots.applied:
         if slot.copy is not None:  # it replaces the head, which nothing else adapts then
             return dict(slot.copy.named_parameters())
@@ -161,20 +151,17 @@ def _remove_(attributes: dict[str, Any], names: dict[str, Any]) -> None:
         attributes.pop(name, None)
 
 
-def _adapted_heads(model: nn.Module) -> list[tuple[nn.Module, Slots]]:
-    return [(head, slots) for head in named_heads(model) if (slots := slots_of(head)) is not None]
-
-
-def _adapted_paths(model: nn.Module) -> list[str]:
-    heads = [head for head, _ in _adapted_heads(model)]
-    return [path for head in heads for path, module in base_modules(model) if module is head]
+def _adapted_heads(model: nn.Module) -> list[tuple[str, nn.Module, Slots]]:
+    """The adapted output heads of a model, with their paths and slots."""
+    heads = set(map(id, named_heads(model)))
+    return [found for found in walk(model) if id(found[1]) in heads] if heads else []
 
 
 def _forward_of_trl(model: nn.Module) -> Any:
-    """The forward by which TRL has replaced the model's, and which reads the weights of output heads; None if none."""
+    """TRL's replacement of the model's forward, which reads the weights of output heads; None if there is none."""
     run = vars(model).get("forward")
     while run is not None and not str(getattr(run, "__globals__", {}).get("__name__")).startswith("trl."):
-        run = getattr(run, "__wrapped__", None)  # what others have wrapped it in
+        run = getattr(run, "__wrapped__", None)  # below other wrappers
     return run
 
 
@@ -198,12 +185,12 @@ def _show_in_forward_(model: nn.Module) -> None:
             return function(*args, **kwargs)
 
     setattr(forward, _MARK, True)
-    forward = torch.compiler.disable(forward, recursive=False)  # what it calls is compiled
+    forward = torch.compiler.disable(forward, recursive=False)  # only this function: its callees are compiled
     model.forward = MethodType(forward, model) if is_bound else forward
 
 
 def _trains(inputs: Mapping[str, Any]) -> bool:
-    """Whether a call is no step of a generation: then earlier versions of TRL read the weight, untold."""
+    """Whether a call is no step of a generation: then earlier versions of TRL read the weight, without an argument."""
     generates = inputs.get("use_cache") or inputs.get("past_key_values") is not None
     return inputs.get("labels") is not None or not generates
 

@@ -1,4 +1,4 @@
-"""What transformers knows of its models, and timm of the heads of its own: heads, settings, ties, sizes."""
+"""The record of models of transformers, and of timm's heads: heads, new modules, settings, ties and sizes."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,7 +13,7 @@ _TIED = "tie_word_embeddings"
 
 
 def tied_flags(module: nn.Module) -> Sequence[str]:
-    """The settings by which a config says that embeddings are tied: transformers reads them when it loads and saves."""
+    """The config's settings that tie embeddings: transformers reads them when it loads and saves."""
     match module:
         case nn.Module(config=object() as config):
             return [*_flags(config, "config"), *_flags(getattr(config, "text_config", None), "config.text_config")]

@@ -5,12 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from tunerkit.injection import base_modules
-from tunerkit.layers import is_named, torch_private, whole_shape
-from tunerkit.paths import is_under, parent
 from tunerkit.plugin import NewModules
+from tunerkit.plugin.trainers import base_modules, is_named
 from tunerkit_transformers.output_heads import named_heads
-from tunerkit_transformers.transformers_private import is_built, is_loaded
+from tunerkit_transformers.transformers_private import is_built, is_loaded, version
 
 _PRETRAINED_MODEL = "transformers.modeling_utils.PreTrainedModel"
 _LOADER = "from_pretrained"
@@ -25,10 +23,10 @@ def find_new(model: nn.Module, blocks: Collection[str], heads: Collection[str]) 
     Args:
         model: The model.
         blocks: The paths of the modules in numbered blocks.
-        heads: The paths of the output heads, and of what is in them.
+        heads: The paths of the output heads, and of the modules inside them.
 
     Returns:
-        What is new, or may be; None if nothing is.
+        The modules that are or may be new; None if there are none.
     """
     places = dict(base_modules(model))
     longer = tuple(_longer(places))
@@ -46,7 +44,7 @@ _Paths = tuple[str, ...]
 def _unloaded(
     places: Mapping[str, nn.Module], blocks: Collection[str], heads: Collection[str]
 ) -> tuple[_Paths, _Paths, _Paths, _Paths]:
-    """The modules that are new as a whole and in part, the heads that may be, and the modules that are the reason."""
+    """The modules that are new as a whole and in part, the heads that may be new, and modules with replaced weights."""
     owned = {path: (module, _own(module)) for path, module in places.items()}
     marks = {path: [is_loaded(parameter) for parameter in own] for path, (_, own) in owned.items()}
     if not any(map(any, marks.values())):
@@ -59,27 +57,27 @@ def _unloaded(
 
 
 def _replaced(owned: _Owned, blocks: Collection[str]) -> _Paths:
-    """The modules in numbered blocks some of whose parameters lost their mark, so that marks prove nothing.
+    """The modules in numbered blocks with parameters that lost their mark, after which marks prove nothing.
 
-    What copies, moves or replaces a parameter drops its mark too. What ``from_pretrained`` did not find is different:
-    it is in a module that ``from_pretrained`` built, and its first values were written in place, while loaded
-    parameters were never written to.
+    Copying, moving or replacing a parameter drops its mark too. A parameter that ``from_pretrained`` did not find is
+    recognised otherwise: its module was built by ``from_pretrained``, its first values were written in place, and
+    loaded parameters were never written to.
     """
     inside = {path: owned[path] for path in owned if path in blocks}
     new = {path: (module, [p for p in own if not is_loaded(p)]) for path, (module, own) in inside.items()}
     unmarked = {path: found for path, found in new.items() if found[1]}
     if not unmarked:
         return ()
-    untouched = not any(torch_private.version(p) for _, own in inside.values() for p in own if is_loaded(p))
+    untouched = not any(version(p) for _, own in inside.values() for p in own if is_loaded(p))
     return tuple(
         path
         for path, (module, own) in unmarked.items()
-        if not (untouched and is_built(module) and all(map(torch_private.version, own)))
+        if not (untouched and is_built(module) and all(map(version, own)))
     )
 
 
 def _unmarked(places: Mapping[str, nn.Module], marks: Mapping[str, list[bool]]) -> tuple[_Paths, _Paths]:
-    """What has no mark as a whole, the outermost of it, and in part, where every mark is right."""
+    """The outermost modules without any mark, and modules with some unmarked parameters, if all marks are valid."""
     known = [path for path, own in marks.items() if any(own) or _is_away(places[path])]
     mixed = {above for path in known for above in _upwards(path)}
     partly = tuple(path for path, own in marks.items() if path in mixed and not all(own))
@@ -92,21 +90,20 @@ def _upwards(path: str) -> Iterator[str]:
     """The path, its parent, and so on up to the model itself."""
     yield path
     while path:
-        path = parent(path)
+        path = path.rpartition(".")[0]
         yield path
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the module itself that may have a mark: offloading and packing replace parameters."""
+    """The module's own parameters that can have a mark: offloading and packing replace parameters."""
     if _is_away(module) or _is_computed(module):
         return []
-    own = torch_private.own_parameters(module).values()
-    return [p for p in own if type(p) is nn.Parameter and p.is_floating_point()]
+    return [p for p in module.parameters(recurse=False) if type(p) is nn.Parameter and p.is_floating_point()]
 
 
 def _is_away(module: nn.Module) -> bool:
-    """Whether the module's weights are offloaded, or were never there."""
-    return any(p is not None and p.is_meta for p in torch_private.own_parameters(module).values())
+    """Whether the module's weights are on the meta device."""
+    return any(p.is_meta for p in module.parameters(recurse=False))
 
 
 def _is_computed(module: nn.Module) -> bool:
@@ -121,7 +118,7 @@ def _task_heads(places: Mapping[str, nn.Module], heads: Collection[str]) -> _Pat
     known = {id(head) for head in named_heads(places[""])}
     filled = [path for path in places if path in heads and next(places[path].parameters(), None) is not None]
     tasks = [path for path in filled if not any(id(part) in known for part in places[path].modules())]
-    return tuple(path for path in tasks if not is_under(parent(path), tasks))
+    return tuple(path for path in tasks if not any(above and path.startswith(f"{above}.") for above in tasks))
 
 
 def _longer(places: Mapping[str, nn.Module]) -> Iterator[str]:
@@ -134,8 +131,11 @@ def _longer(places: Mapping[str, nn.Module]) -> Iterator[str]:
 
 
 def _rows(head: nn.Module) -> int | None:
-    weight = torch_private.own_parameters(head).get("weight")
-    return None if weight is None else whole_shape(weight)[0]
+    match head:
+        case nn.Linear(out_features=rows):  # an engine may have emptied its weight
+            return rows
+    weight = dict(head.named_parameters(recurse=False)).get("weight")
+    return None if weight is None else weight.shape[0]
 
 
 def _grown_embeddings(modules: Collection[nn.Module]) -> Iterator[nn.Embedding]:

@@ -1,4 +1,4 @@
-"""The output folder of a training run: the adapter, the processor, and the record that says what the base was.
+"""The output folder of a training run: the adapter, the processor, and the record, which names the base.
 
 `tunerkit show` reads the record in well under a second, so torch is imported where a base is loaded.
 """
@@ -22,7 +22,7 @@ VERSION = 1
 
 @attrs.frozen
 class Run:
-    """What a folder's record says that loading needs.
+    """The part of a folder's record that loading needs.
 
     Attributes:
         folder: The folder.
@@ -32,7 +32,7 @@ class Run:
         dtype: The dtype of the base's weights, such as ``"float32"``.
         quantisation: How the base was quantised as it was loaded; None if it was not.
         labels: The names of the classes, in the order of the logits.
-        seed: What the modules were initialised by that the base's checkpoint does not have.
+        seed: The seed of modules that the base's checkpoint lacks.
         record: The whole record.
     """
 
@@ -94,7 +94,7 @@ def load_run(run: Run, base: str | Path | None = None) -> "Pretrained":
         BaseMismatchError: It is another base.
         FileError: The adapter's file is missing or damaged.
     """
-    from tunerkit import serialization
+    import tunerkit
     from tunerkit_transformers.pretrained import load_pretrained
 
     source = str(base) if base is not None else run.source
@@ -114,7 +114,7 @@ def load_run(run: Run, base: str | Path | None = None) -> "Pretrained":
         quantisation=run.quantisation,
     )
     try:
-        serialization.load(loaded.model, run.folder)
+        tunerkit.load(loaded.model, run.folder)
     except BaseMismatchError as problem:
         raise BaseMismatchError(
             f"{problem}\n- pass the base that was trained, {run.source} (base=, or --base)"

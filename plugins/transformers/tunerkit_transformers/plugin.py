@@ -1,4 +1,4 @@
-"""The hooks: trainers, runs, and what is known of the models of transformers and of its neighbours."""
+"""The hooks: trainers, runs, and facts about the models of transformers and of related libraries."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -6,15 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from tunerkit import serialization
-from tunerkit.layers import is_named
 from tunerkit.plugin import BaseLayer, DefaultTargets, ModelLibrary, Tuner, WeightReader, hookimpl
+from tunerkit.plugin.trainers import format_at, is_foreign, is_named
 from tunerkit_transformers.adapter_calls import unwatch_calls_, watch_calls_
 from tunerkit_transformers.base_layers import Conv1DLayer, FalconLinearLayer, ScaledEmbeddingLayer
 from tunerkit_transformers.default_targets import DEFAULT_TARGETS
 from tunerkit_transformers.model_library import LIBRARY
 from tunerkit_transformers.quantised_models import mark_trainable_, unmark_trainable_
-from tunerkit_transformers.reference import reference
+from tunerkit_transformers.reference import begin_generation_, end_generation_, reference
 from tunerkit_transformers.save_pretrained import unwatch_saving_, watch_saving_
 from tunerkit_transformers.weight_readers import WEIGHT_READERS
 
@@ -29,7 +28,7 @@ def tunerkit_base_layers() -> Iterable[type[BaseLayer]]:
 
 @hookimpl
 def tunerkit_model_libraries() -> Iterable[ModelLibrary]:
-    """Say what is known of transformers' models."""
+    """Return the facts about transformers' models."""
     return [LIBRARY]
 
 
@@ -47,18 +46,20 @@ def tunerkit_weight_readers() -> Iterable[WeightReader]:
 
 @hookimpl
 def tunerkit_wrapped(model: nn.Module) -> None:
-    """Watch ``save_pretrained`` and the calls for PEFT's adapters, and let a Trainer train a quantised model's."""
+    """Watch ``save_pretrained`` and PEFT's calls, let a Trainer train quantised models, and allow references."""
     watch_saving_(model)
     watch_calls_(model)
     mark_trainable_(model)
+    begin_generation_(model)
 
 
 @hookimpl
 def tunerkit_unwrapped(model: nn.Module) -> None:
-    """Undo all of it."""
+    """Undo all of it, and invalidate the model's references."""
     unwatch_saving_(model)
     unwatch_calls_(model)
     unmark_trainable_(model)
+    end_generation_(model)
 
 
 @hookimpl
@@ -74,19 +75,19 @@ def tunerkit_attach(
     return True
 
 
-@hookimpl(trylast=True)  # a plugin that knows better comes first
+@hookimpl(trylast=True)  # more specific plugins come first
 def tunerkit_reference(model: nn.Module) -> nn.Module:
     """Make a reference that shares the model's weights."""
     return reference(model)
 
 
-@hookimpl(trylast=True)  # it says of every folder what it is: those that know it come first
+@hookimpl(trylast=True)  # it answers for every folder, so more specific plugins come first
 def tunerkit_open_run(path: Path, base: str | None) -> tuple[nn.Module, object]:
-    """Load what ``tunerkit train`` wrote, or another program. Raises `RunError`, which says what else a folder is."""
+    """Load a run of ``tunerkit train``, or an adapter of another program. Raises `RunError` for any other folder."""
     from tunerkit_transformers.adapter_files import is_run
     from tunerkit_transformers.output_folder import load_run, read_run
 
-    if not is_run(str(path)) and (serialization.is_foreign(str(path)) or serialization.format_at(path) is not None):
+    if not is_run(str(path)) and (is_foreign(str(path)) or format_at(path) is not None):
         from tunerkit_transformers.foreign_folder import load_foreign
 
         return load_foreign(str(path), base)

@@ -6,16 +6,16 @@ from typing import Any
 
 from transformers import Trainer
 
-# What accelerate leaves on a model: its own forward, the one that this replaces, and that the model was prepared.
+# Attributes that accelerate leaves on a model: its forward, the replaced forward, and the mark of a prepared model.
 _FORWARD, _REPLACED, _PREPARED = "forward", "_original_forward", "_is_accelerate_prepared"
 
 
 class Precision:
-    """The precision of a trainer, and what accelerate puts around the model's forward for it.
+    """The precision of a trainer: accelerate's wrapper around the model's forward is removed after training.
 
-    Accelerate leaves its autocast, and its conversion of outputs to fp32, on the model for good. A model that was
-    trained would so compute in bf16, and the same adapter on a model that was loaded in fp32. And the next trainer of
-    the model would train in this one's precision, because a model is prepared only once.
+    Accelerate never removes its autocast and its conversion of outputs to fp32. A trained model would then compute in
+    bf16, and the same adapter in a newly loaded model in fp32. The next trainer would also keep this one's precision,
+    because a model is prepared only once.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -24,7 +24,7 @@ class Precision:
 
     @contextmanager
     def around_training(self) -> Iterator[None]:
-        """At the end of the block, take off what accelerate has put on the model in it, or before."""
+        """At the end of the block, remove accelerate's wrapper from the model, also one from before."""
         model: Any = self.trainer.model
         state = vars(model)
         before = {name: state[name] for name in (_FORWARD, _REPLACED, _PREPARED) if name in state}
@@ -45,10 +45,10 @@ class Precision:
                 _exchanged(state, before, _PREPARED)
 
     def evaluate(self, loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the trainer's evaluation ``loop`` in the trainer's precision, and leave the model as it was.
+        """Run the trainer's evaluation ``loop`` in the trainer's precision, and restore the model.
 
-        While the trainer trains, accelerate's autocast is around the model anyway. Before, the loop puts it there.
-        After that, the trainer would evaluate in the model's own dtype, so it is put back.
+        During training, accelerate's autocast is in place. Before training, the loop adds it. After training, it was
+        removed, so it is added again for the loop.
         """
         state = vars(self.trainer.model)
         if _REPLACED in state:
@@ -59,7 +59,7 @@ class Precision:
 
 
 def _exchanged(state: dict[str, Any], before: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Give the names in ``state`` the values that they had ``before``, or none; return those that they had."""
+    """Set names in ``state`` to their values ``before``, or remove them; return their current values."""
     taken = {name: state.pop(name) for name in names if name in state}
     state.update({name: before[name] for name in names if name in before})
     return taken

@@ -78,7 +78,7 @@ def load_pretrained(
             which its head was trained.
         revision: The commit, branch or tag of the hub.
         dtype: The dtype of the base's weights; ``"auto"`` keeps the checkpoint's.
-        seed: What the new modules are initialised by.
+        seed: The seed of new modules.
         processor_from: The folder of the processor, if it is not the model's.
         quantisation: How to quantise the model as it is loaded, see `quantising`; None loads it as it is.
 
@@ -104,7 +104,7 @@ def load_pretrained(
     if quantisation is not None:
         packed = quantising(quantisation, dtype, _heads_of_class(task_classes, config) if classifies else ())
     settings = {"dtype": dtype, **OWN_CODE, **version, **packed, **_head_settings(task_classes, labels)}
-    # The seed decides what the checkpoint lacks, and no random numbers of the caller's are drawn.
+    # Modules that the checkpoint lacks are drawn from the seed, not from the caller's random state.
     with torch.random.fork_rng(devices=[]), _quietly() as transformers:
         torch.manual_seed(seed)
         model = _loading(
@@ -160,7 +160,7 @@ def _settle_padding(source: str, tokenizer: Any, model: Any) -> None:
 
 
 def check_kind(task: str, source: str, config: Any) -> None:
-    """Raise `ModelError` if a model of this config cannot be trained for ``task``; the message says what it is for."""
+    """Raise `ModelError` if a model of this config cannot be trained for ``task``; the message names its purpose."""
     wanted = classes_of(task)
     if _fits(wanted, config):
         return
@@ -331,7 +331,7 @@ def _folders(place: Path) -> list[str]:
 
 
 def tried(source: str) -> str:
-    """What was looked for, in words, where a model's name is no folder here; empty for a folder."""
+    """A remark on the search for a model whose name is no local folder; empty for a folder."""
     if Path(source).expanduser().is_dir():
         return ""
     cache = "the hub's cache has it" if _is_cached(source) else "the hub's cache on this machine does not have it"
@@ -339,11 +339,11 @@ def tried(source: str) -> str:
 
 
 _LIBRARIES = (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError, SafetensorError)
-LOADING = (*_LIBRARIES, UnpicklingError, EOFError)  # what loading a model raises
+LOADING = (*_LIBRARIES, UnpicklingError, EOFError)  # the exceptions of loading a model
 
 
 def reason_of(problem: BaseException) -> str:
-    """What is wrong with a model that cannot be loaded, in one line."""
+    """The reason why a model cannot be loaded, in one line."""
     if isinstance(problem, UnpicklingError | EOFError):
         return (
             "its weights are a pickle that is damaged or holds more than tensors, which may run any code when it is "

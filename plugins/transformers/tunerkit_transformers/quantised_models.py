@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from tunerkit.injection import base_modules
+from tunerkit.plugin.trainers import base_modules
 from tunerkit_transformers.transformers_private import HAS_ADAPTERS, IS_QUANTISED
 
 

@@ -7,9 +7,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from tunerkit import hooks
 from tunerkit.errors import TunerkitError, closest
-from tunerkit.layers import as_base_layers
+from tunerkit.plugin.trainers import is_named, lacking
 
 QUANTISATIONS: Final = ("nf4", "int8")
 
@@ -35,9 +34,9 @@ def quantising(name: str, dtype: torch.dtype | str, heads: Sequence[str] = ()) -
             f"quantisation: there is no {name!r}{closest(name, QUANTISATIONS)}; there are {', '.join(QUANTISATIONS)}"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        lacking = hooks.registry.lacking("adapts its layers", "quant")
+        absent = lacking("adapts its layers", "quant")
         raise QuantisationError(
-            f"quantisation: {name} needs bitsandbytes (pip install bitsandbytes){f'. {lacking}' if lacking else ''}"
+            f"quantisation: {name} needs bitsandbytes (pip install bitsandbytes){f'. {absent}' if absent else ''}"
         )
     from transformers import BitsAndBytesConfig
 
@@ -56,10 +55,8 @@ def bytes_of(model: nn.Module) -> tuple[int, int]:
     own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     width = next((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), 4)
     dense = own
-    for module, base in as_base_layers(list(model.modules()), hooks.gather_knowledge()).items():
-        if base.packing is not None:
-            packed = sum(
-                tensor.nbytes for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-            )
-            dense += base.out_features * base.in_features * width - packed
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and is_named(type(module), "bitsandbytes."):
+            packed = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            dense += module.out_features * module.in_features * width - sum(tensor.nbytes for tensor in packed)
     return own, dense

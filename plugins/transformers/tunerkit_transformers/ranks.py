@@ -5,30 +5,30 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from tunerkit import hooks, serialization
-from tunerkit.injection import Tuner
+from tunerkit.plugin import Tuner
+from tunerkit.plugin.trainers import budget, replace
 
-# An environment variable, as the Trainer's reporters have them: what is logged belongs to neither method nor model.
+# An environment variable, as for the Trainer's reporters: logging is a setting of neither the method nor the model.
 _EACH_TARGET = "TUNERKIT_LOG_TARGET_RANKS"
 _OFF = ("", "0", "false")
 
 
 def rows_of(tuner: Tuner, logged: MutableMapping[str, int], *, prefix: str) -> dict[str, float]:
-    """Return what a row of the logs says of an adapter with a budget: the budget, and mean, least and greatest rank.
+    """Return the log entries of an adapter with a budget: the budget, and mean, minimum and maximum rank.
 
     With ``TUNERKIT_LOG_TARGET_RANKS=1`` in the environment, the first row after an allocation also has the rank of each
-    target, which for a large model are hundreds of entries.
+    target: hundreds of entries for a large model.
 
     Args:
         tuner: The adapter's handle.
-        logged: How many allocations have been logged, by adapter name; it is updated.
-        prefix: What each key starts with.
+        logged: The number of logged allocations, by adapter name; it is updated.
+        prefix: The prefix of all keys.
     """
-    budget = hooks.budget(tuner, None)
-    if budget is None:
+    spent = budget(tuner, None)
+    if spent is None:
         return {}
     ranks = tuner.ranks()
-    row: dict[str, float] = {f"{prefix}budget": budget}
+    row: dict[str, float] = {f"{prefix}budget": spent}
     if ranks:
         row[f"{prefix}rank_mean"] = sum(ranks.values()) / len(ranks)
         row[f"{prefix}rank_min"], row[f"{prefix}rank_max"] = min(ranks.values()), max(ranks.values())
@@ -40,7 +40,7 @@ def rows_of(tuner: Tuner, logged: MutableMapping[str, int], *, prefix: str) -> d
 
 def write_ranks(tuner: Tuner, folder: Path) -> None:
     """Write ``ranks.json`` beside the adapter's file, if the adapter has a budget. Nothing reads it back."""
-    budget = hooks.budget(tuner, None)
-    if budget is not None:
-        found = {"step": tuner.steps, "budget": budget, "ranks": tuner.ranks()}
-        serialization.replace(folder / "ranks.json", [f"{json.dumps(found, indent=1)}\n".encode()])
+    spent = budget(tuner, None)
+    if spent is not None:
+        found = {"step": tuner.steps, "budget": spent, "ranks": tuner.ranks()}
+        replace(folder / "ranks.json", [f"{json.dumps(found, indent=1)}\n".encode()])

@@ -3,29 +3,20 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import torch
 from torch import Tensor, nn
 
+import tunerkit
 from tunerkit.errors import AdapterError
-from tunerkit.injection import (
-    Slot,
-    Slots,
-    adds_nothing,
-    evaluating,
-    is_merged,
-    refuse_fixed,
-    require_tuners,
-    slots_in,
-    walk,
-    wrapped_model,
-    wrapped_of,
-)
-from tunerkit.layers import torch_private
-from tunerkit.paths import CHILD, is_adapter_path, join
+from tunerkit.plugin.trainers import Slot, Slots, adds_nothing, refuse_fixed, slots_in, walk
 from tunerkit_transformers.head_weights import heads_shown
+from tunerkit_transformers.save_pretrained import CHILD, is_adapter_path
+
+# The attribute of a wrapped model with a token, until its last adapter leaves it.
+_GENERATION: Final = "_tunerkit_generation"
 
 
 @attrs.define(eq=False)
@@ -34,13 +25,13 @@ class _Snapshot:
 
     Attributes:
         model: The wrapped model.
-        wrapped: The model's record at that time. After a complete `unwrap` it has another one, or none.
-        frozen: Copies of the slots of adapters that changed the output then, by module path and adapter name.
-        running: How many calls of the reference are running now.
+        generation: The model's token: a model that was unwrapped has none, and one that was wrapped again another one.
+        frozen: Frozen copies of the slots of adapters that changed the output, by module path and adapter name.
+        running: The number of calls of the reference in progress.
     """
 
     model: nn.Module
-    wrapped: object
+    generation: object
     frozen: Mapping[str, Mapping[str, Slot]]
     running: int = 0
 
@@ -48,11 +39,11 @@ class _Snapshot:
     def shown(self) -> Iterator[None]:
         """Show the snapshot in the model, in eval mode and without gradients.
 
-        Slots are exchanged, not values: a backward pass that is still to come needs the live parameters untouched.
+        Slots are exchanged, not values: a pending backward pass needs the live parameters untouched.
         """
         places = self._places()
-        before = [(slots, slots.enabled, slots.active, dict(torch_private.own_children(slots))) for slots in places]
-        with evaluating(self.model), torch.no_grad():
+        before = [(slots, slots.enabled, slots.active, _by_name(slots)) for slots in places]
+        with _evaluating(self.model), torch.no_grad():
             self.running += 1
             try:
                 for slots, frozen in places.items():
@@ -60,21 +51,23 @@ class _Snapshot:
                 yield
             finally:
                 self.running -= 1
-                for slots, enabled, active, children in before:
+                for slots, enabled, active, own in before:
+                    for name in slots.names:
+                        slots.drop(name)
+                    for name, slot in own.items():
+                        slots.put(name, slot)
                     slots.enabled, slots.active = enabled, active
-                    torch_private.own_children(slots).clear()
-                    torch_private.own_children(slots).update(children)
 
     def _places(self) -> dict[Slots, Mapping[str, Slot]]:
-        """Return what to show at each adapted module. Raises `AdapterError` if the model was changed too much."""
-        if wrapped_of(self.model) is not self.wrapped:
+        """Return the frozen slots of each adapted module. Raises `AdapterError` if the model was changed too much."""
+        if vars(self.model).get(_GENERATION) is not self.generation:
             raise AdapterError(
                 "the model was unwrapped after its reference was made, so its weights may be others; call "
                 "tunerkit.reference again on the model that is trained now"
             )
-        if is_merged(self.model):
-            raise AdapterError("the model is merged; call tunerkit.unmerge before you use its reference")
         adapted = {path: slots for path, _, slots in walk(self.model)}
+        if any(slots.merged for slots in adapted.values()):
+            raise AdapterError("the model is merged; call tunerkit.unmerge before you use its reference")
         if gone := [path for path in self.frozen if path not in adapted]:
             raise AdapterError(
                 f"the reference shows adapters at {gone[0]!r}, where the model has none any more; call "
@@ -86,8 +79,8 @@ class _Snapshot:
 class Reference(nn.Module):
     """A view of a wrapped model as it stood when `reference` was called. It has no parameters and no children.
 
-    While it runs, it also has the model's own attributes and parts, which a trainer's forward may use. At other times
-    it has only the plain ones, such as ``config``: the model's methods and modules would show the trained adapters.
+    While it runs, it has the model's attributes and submodules, which a trainer's forward may use. At other times it
+    has only plain attributes, such as ``config``: methods and submodules would use the trained adapters.
     """
 
     def __init__(self, snapshot: _Snapshot) -> None:
@@ -113,7 +106,7 @@ class Reference(nn.Module):
         tensors: dict[str, Tensor] = {name: tensor for name, tensor in own.items() if not is_adapter_path(name)}
         for path, slots in self._snapshot.frozen.items():
             for name, slot in slots.items():
-                tensors |= slot.state_dict(prefix=join(path, f"{CHILD}.{name}."))
+                tensors |= slot.state_dict(prefix=f"{path}.{CHILD}.{name}.".lstrip("."))
         return tensors
 
     def __getattr__(self, name: str) -> Any:
@@ -136,20 +129,48 @@ class Reference(nn.Module):
 
 def reference(model: nn.Module) -> Reference:
     """Make a frozen reference of a wrapped model, see `tunerkit.reference`."""
-    tuners = require_tuners(model)
-    root = wrapped_model(model)
+    tuners = tunerkit.adapters(model)
+    if not tuners:
+        raise AdapterError(f"this {type(model).__name__} has no adapter; call tunerkit.wrap or tunerkit.load first")
+    root = next(iter(tuners.values())).model
     refuse_fixed(root, "making a reference")
-    wrapped = wrapped_of(root)
     frozen: dict[str, dict[str, Slot]] = {}
     with torch.no_grad():
-        for name in wrapped.active:
+        for name in tunerkit.active(root):
             if not adds_nothing(tuners[name]):
-                copied: dict[int, Any] = {}  # what the adapters share is copied once
+                copied: dict[int, Any] = {}  # shared modules are copied once
                 for path, slot in slots_in(tuners[name]):
                     twin = copy.deepcopy(slot, copied).eval().requires_grad_(False)
                     twin.zero_grad(set_to_none=True)
                     frozen.setdefault(path, {})[name] = twin
-    return Reference(_Snapshot(root, wrapped, frozen))
+    return Reference(_Snapshot(root, vars(root).get(_GENERATION), frozen))
+
+
+def begin_generation_(model: nn.Module) -> None:
+    """Mark a model that gets its first adapter."""
+    vars(model).setdefault(_GENERATION, object())
+
+
+def end_generation_(model: nn.Module) -> None:
+    """Invalidate the references of a model that has lost its last adapter: its weights may change now."""
+    vars(model).pop(_GENERATION, None)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode; afterwards each module has its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _by_name(slots: Slots) -> dict[str, Slot]:
+    return {name: slot for name in slots.names if (slot := slots.get(name)) is not None}
 
 
 def _show_(slots: Slots, frozen: Mapping[str, Slot]) -> None:
@@ -158,15 +179,15 @@ def _show_(slots: Slots, frozen: Mapping[str, Slot]) -> None:
         live = slots.get(name)
         if live is not None:
             _follow_(slot, live)
-        torch_private.own_children(slots)[name] = slot
+        slots.put(name, slot)
     slots.enabled = True
-    slots.active = tuple(frozen)
+    slots.activate(frozen)
 
 
 def _follow_(slot: Slot, live: Slot) -> None:
-    """Move a frozen slot to where its live one may have been moved with the model.
+    """Move a frozen slot to the devices of its live one.
 
-    An adapter keeps its dtype, which may be another than the base's. What replaces the base's own has the base's.
+    An adapter keeps its dtype, which may differ from the base's. Trained copies and biases take the base's dtype.
     """
     moved = dict(live.named_parameters())
     for name, parameter in slot.named_parameters():

@@ -1,4 +1,4 @@
-"""The checkpoint that a training resumes from: a whole one, so that the end is that of the uninterrupted training."""
+"""Choose a complete checkpoint to resume from, so that the result equals that of the uninterrupted training."""
 
 import json
 import os
@@ -17,39 +17,38 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from tunerkit import serialization
 from tunerkit.errors import FileError, TunerkitWarning
-from tunerkit.injection import Tuner, needs_steps
-from tunerkit.serialization import folder_of, has_file
+from tunerkit.plugin import Tuner, method_record
+from tunerkit.plugin.trainers import file_at, folder_of, read
 from tunerkit_transformers import zero_checkpoints
 from tunerkit_transformers.agreement import gathered, union
 from tunerkit_transformers.zero_checkpoints import runs_deepspeed
 
 _WEIGHTS = "go on with the weights alone: tunerkit.load(base, checkpoint, trainable=True) starts a new training run"
 _SHOWN = 5
-_LOGGED = ("loss", "eval_loss", "learning_rate")  # what a training that goes on reads in its log
-_CHECKED = ("log_history", "stateful_callbacks")  # by what is in them
+_LOGGED = ("loss", "eval_loss", "learning_rate")  # the values in the log that a resumed training reads
+_CHECKED = ("log_history", "stateful_callbacks")  # whose contents are checked, and not only the type
 _WHOLE_MODEL = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
 def choose_checkpoint(trainer: Trainer, tuners: Sequence[Tuner], wanted: Any) -> Any:
-    """Return what ``trainer.train`` should resume from.
+    """Return the checkpoint for ``trainer.train`` to resume from.
 
-    The processes of a distributed training may see other files, so each learns what any of them saw. All of them
-    return the same checkpoint or raise the same error, and the main process warns. All must call this.
+    Ranks may see different files, so they exchange their findings. All of them return the same checkpoint or raise the
+    same error, and the main process warns. All ranks must call this.
 
     Args:
         trainer: The trainer that is about to train.
         tuners: The adapters that it drives.
-        wanted: What it was asked to resume from: a checkpoint, True for the newest one, or nothing.
+        wanted: The argument of train: a checkpoint, True for the newest one, or nothing.
 
     Returns:
-        ``wanted`` itself, if it is a whole checkpoint or none at all; for True, the newest whole checkpoint. A warning
-        names newer ones that are not whole.
+        ``wanted`` itself, if it is a complete checkpoint or nothing; for True, the newest complete one. A warning names
+        newer ones that are incomplete.
 
     Raises:
-        FileError: The checkpoint that was asked for, or every one, is not whole. The error says what is wrong. Or the
-            processes were asked for different checkpoints.
+        FileError: The checkpoint, or for True every one, is incomplete; the error lists the reasons. Or ranks were
+            given different checkpoints.
     """
     _refuse_disagreement(wanted)
     if isinstance(wanted, str | os.PathLike):
@@ -70,9 +69,9 @@ def choose_checkpoint(trainer: Trainer, tuners: Sequence[Tuner], wanted: Any) ->
 
 
 def _refuse_disagreement(wanted: Any) -> None:
-    """Raise `FileError` in every process if they were asked to resume from different checkpoints.
+    """Raise `FileError` on every rank if they were given different checkpoints.
 
-    A script that looks for the newest checkpoint itself finds none where the folder is another machine's. The folders
+    A script that searches for the newest checkpoint itself finds none if the folder is on another machine. The folders
     above a checkpoint may differ between machines.
     """
     own = Path(wanted).name if isinstance(wanted, str | os.PathLike) else "the newest" if wanted is True else "nothing"
@@ -86,7 +85,7 @@ def _refuse_disagreement(wanted: Any) -> None:
 
 
 def _newest_whole(trainer: Trainer, tuners: Sequence[Tuner], found: Sequence[Path]) -> tuple[Path, list[str]]:
-    """Return the first whole checkpoint of ``found``, and what to warn of."""
+    """Return the first complete checkpoint of ``found``, and the texts of warnings."""
     passed: list[str] = []
     for checkpoint in found:
         seen = _examined(trainer, tuners, checkpoint)
@@ -108,7 +107,7 @@ def _warn(trainer: Trainer, notes: Sequence[str]) -> None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """Return the checkpoints in ``folder`` that any process sees, the newest first."""
+    """Return the checkpoints in ``folder`` that any rank sees, the newest first."""
     own = {
         int(match[1]): path.name
         for path in (folder.iterdir() if folder.is_dir() else ())
@@ -120,11 +119,11 @@ def _newest_first(folder: Path) -> list[Path]:
 
 @attrs.frozen
 class _Examined:
-    """What the processes saw in one checkpoint, as the ends of sentences about it.
+    """The findings of all ranks about one checkpoint, as the ends of sentences about it.
 
     Attributes:
-        problems: What keeps it from being resumed exactly, or by all processes alike. A whole one has none.
-        notes: Why the end will not be that of an uninterrupted training, although the checkpoint is whole.
+        problems: The reasons why it cannot be resumed exactly on all ranks; none for a complete checkpoint.
+        notes: The reasons why the result will differ from an uninterrupted training's, although it is complete.
     """
 
     problems: list[str]
@@ -135,18 +134,18 @@ def _examined(trainer: Trainer, tuners: Sequence[Tuner], checkpoint: Path) -> _E
     own: tuple[list[str], list[str]]
     try:
         own = list(_problems(trainer, tuners, checkpoint)), list(_notes(trainer, checkpoint))
-    except OSError as error:  # the other processes wait for an answer
+    except OSError as error:  # the other ranks wait in a collective
         own = [f"cannot be read: {error}"], []
     everywhere = gathered(own)
     problems = union([problems for problems, _ in everywhere])
     notes = union([notes for _, notes in everywhere])
-    # With the optimizer's file on one machine only, its process would go on and the others start anew.
+    # With the optimizer's file on one machine alone, only its rank would resume, and the others would restart.
     apart = [note for note in notes if note not in own[1]]
     return _Examined([*problems, *apart], notes)
 
 
 def _problems(trainer: Trainer, tuners: Sequence[Tuner], checkpoint: Path) -> Iterator[str]:
-    """Yield what keeps ``checkpoint`` from being resumed exactly, as the ends of sentences about it."""
+    """Yield the reasons why ``checkpoint`` cannot be resumed exactly, as the ends of sentences about it."""
     if not checkpoint.is_dir():
         yield "is not a folder"
         return
@@ -172,7 +171,7 @@ def _problems(trainer: Trainer, tuners: Sequence[Tuner], checkpoint: Path) -> It
 
 
 def _trainer_files(trainer: Trainer, checkpoint: Path) -> list[str]:
-    """Return the names of the files that the Trainer itself reads to go on exactly, and skips if they are missing."""
+    """Return the names of the Trainer's own files for an exact resume, which it ignores if they are missing."""
     scaler = [SCALER_NAME] if trainer.accelerator.scaler is not None else []
     states = [] if _has_other_processes(trainer, checkpoint) else [_random_state_of(trainer)]
     if runs_deepspeed(trainer):
@@ -186,7 +185,7 @@ def _random_state_of(trainer: Trainer) -> str:
 
 
 def _has_other_processes(trainer: Trainer, checkpoint: Path) -> bool:
-    """Whether the checkpoint has random states, but for another number of processes."""
+    """Whether the checkpoint has random states for another number of ranks."""
     names = {path.name for path in checkpoint.glob("rng_state*.pth")}
     alone = trainer.args.world_size <= 1
     return bool(names) and ("rng_state.pth" in names) != alone
@@ -205,25 +204,30 @@ def _problems_of_adapters(tuners: Sequence[Tuner], checkpoint: Path) -> Iterator
             yield from _problems_of_file(folder, "adapter")
         if has_file(folder, "state"):
             yield from _problems_of_file(folder, "state")
-        elif needs_steps(tuner):
+        elif method_record(tuner.method).needs_steps:
             yield (
                 f"has no state.safetensors for adapter {tuner.name!r} (save_only_model?), and method "
                 f"{tuner.method!r} cannot resume without it: load the adapter and start a new training run instead"
             )
 
 
+def has_file(folder: Path, content: str) -> bool:
+    """Whether a checkpoint's folder has an ``"adapter"`` or a training ``"state"``."""
+    return file_at(folder, content).is_file()
+
+
 def _problems_of_file(folder: Path, content: str) -> Iterator[str]:
     try:
-        serialization.read(folder, content=content)
+        read(folder, content=content)
     except FileError as error:
         yield f"has a file that cannot be read: {error}"
 
 
 def _is_state(path: Path) -> bool:
-    """Whether a file is a state that a Trainer can go on from: its fields, with values of their types."""
+    """Whether a file is a valid state of a Trainer: all fields, with values of their types."""
     try:
         found = json.loads(path.read_bytes())
-        state: Any = TrainerState(**found)  # Any: it has whatever the file has
+        state: Any = TrainerState(**found)  # Any: its values are unchecked
     except (ValueError, TypeError, RecursionError):
         return False
     steps = (state.global_step, state.max_steps)
@@ -269,7 +273,7 @@ def _is_of_older_format(path: Path) -> bool:
 
 
 def _notes(trainer: Trainer, checkpoint: Path) -> Iterator[str]:
-    """Yield why training cannot end as it would have without the interruption, if the checkpoint is whole."""
+    """Yield the reasons why the result will differ from an uninterrupted training's, for a complete checkpoint."""
     if _has_other_processes(trainer, checkpoint):
         yield (
             "was written by another number of processes: the random state starts anew, so the end is not that of an "

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from tunerkit.errors import TunerkitError
-from tunerkit.paths import few
 
 NAME: Final = "run.json"
 RECIPE: Final = "recipe.yaml"  # which a run has from its beginning, and its record only at its end
@@ -20,7 +19,7 @@ class RunError(TunerkitError):
 
 
 def read_record(folder: Path) -> Mapping[str, Any]:
-    """Return the record in ``folder``, as JSON has it. What is in it is checked where it is used.
+    """Return the JSON record in ``folder``. Its values are checked where they are used.
 
     Raises:
         RunError: There is no such folder, it has no record, or the record is no JSON.
@@ -66,13 +65,13 @@ def placed(path: str, folder: Path) -> str:
 
 
 def irregular(path: Path) -> str | None:
-    """What is in the place of a file that is to be read, in words: to open a pipe would wait for who writes into it.
+    """The kind of a path that is no regular file, in words; None for a file, and if nothing is there.
 
-    None for a file, and where nothing is.
+    Opening a pipe would block until somebody writes into it.
     """
     try:
         mode = os.stat(path).st_mode
-    except (OSError, ValueError):  # whoever opens it says why
+    except (OSError, ValueError):  # opening it raises the reason
         return None
     if stat.S_ISREG(mode):
         return None
@@ -91,7 +90,10 @@ def _absent(folder: Path) -> str:
     if (folder / "config.json").is_file():
         return f"{folder} is the folder of a model, not of a run; pass one that `tunerkit train --out` has written"
     inside = sorted(str(path.parent) for path in folder.glob(f"*/{NAME}"))
-    hint = f"did you mean {few(inside, shown=3)}?" if inside else "pass one that `tunerkit train --out` has written"
+    more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
+    hint = (
+        f"did you mean {', '.join(inside[:3])}{more}?" if inside else "pass one that `tunerkit train --out` has written"
+    )
     return f"{folder}: has no {NAME}, so it is not the output folder of a finished run; {hint}"
 
 

@@ -1,7 +1,7 @@
-"""A model's own ``save_pretrained`` while adapters are in it: a warning, and no adapters' keys beside merged weights.
+"""A model's own ``save_pretrained`` while it has adapters: it warns, and writes no adapter keys with merged weights.
 
-The method is replaced on the instance by a `functools.partial` of a function of this file, which holds the module. A
-deep copy and a pickle of the model therefore have their own.
+The method is replaced on the instance by a `functools.partial` of a function of this file with the module as its
+argument, so a deep copy and a pickle of the model have their own.
 """
 
 import functools
@@ -9,15 +9,15 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
 from tunerkit.errors import TunerkitWarning
-from tunerkit.injection import base_modules, walk
-from tunerkit.paths import is_adapter_path
+from tunerkit.plugin.trainers import base_modules, walk
 from tunerkit_transformers.quantised_models import unmarked
 
+CHILD: Final = "tunerkit"  # the child of an adapted module that holds its adapters: path.tunerkit.adapter.parameter
 _NAME = "save_pretrained"
 # The attribute of a module with the folder of the Trainer's run whose checkpoints a warning was about.
 _RUN = "_tunerkit_run"
@@ -27,7 +27,7 @@ def watch_saving_(model: nn.Module) -> None:
     """Replace the method on ``model`` and on the modules in it that have one, once each."""
     for _, module in base_modules(model):
         if hasattr(type(module), _NAME) and not _is_watched(module):
-            # None if the class's method is used: what somebody put on the instance is called and put back.
+            # None for the class's method. A method of the instance is called, and restored later.
             vars(module)[_NAME] = functools.partial(save_pretrained, module, vars(module).get(_NAME))
 
 
@@ -49,10 +49,9 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def save_pretrained(module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
-    """Call the method that ``module`` had, ``own`` or its class's, and warn if it will lose adapters.
+    """Call the original method, ``own`` or the class's, and warn if adapters will be lost.
 
-    Where the module's weights are those to be saved, merged or the base's inside `disabled`, the keys of adapters are
-    left out.
+    If the module's own weights are to be saved, merged or inside `disabled`, the adapters' keys are left out.
     """
     method: Callable[..., Any] = own or functools.partial(getattr(type(module), _NAME), module)
     slots = [slots for _, _, slots in walk(module)]
@@ -61,13 +60,13 @@ def save_pretrained(module: nn.Module, own: Callable[..., Any] | None, *args: An
             warnings.warn(_LOST.format(type(module).__name__), TunerkitWarning, stacklevel=2)
         with unmarked(module):
             return method(*args, **kwargs)
-    # Passed or asked of the model: the method takes the weights from one of the two.
+    # The method takes the weights from an argument or from the model.
     with unmarked(module), module.register_state_dict_post_hook(_drop_adapters):
         return method(*map(_without_adapters, args), **{name: _without_adapters(kwargs[name]) for name in kwargs})
 
 
 def _is_first_of_run(module: nn.Module, folder: object) -> bool:
-    """Whether ``folder`` is not a further checkpoint of a Trainer's run: one warning a run is enough."""
+    """Whether ``folder`` is not a later checkpoint of the same run: one warning a run is enough."""
     run = checkpoints_of(folder)
     if run is None:
         return True
@@ -81,6 +80,11 @@ def checkpoints_of(folder: object) -> str | None:
         return None
     run, name = os.path.split(os.path.normpath(os.fspath(folder)))
     return run if re.fullmatch(r"checkpoint-\d+", name) else None
+
+
+def is_adapter_path(name: str) -> bool:
+    """Whether a parameter with this dotted name belongs to an adapter."""
+    return CHILD in name.split(".")[:-1]
 
 
 def _drop_adapters(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: object) -> None:

@@ -19,9 +19,9 @@ _PLACES = frozenset({"cache_dir", "revision", "token"})
 
 
 def differs_from_stored(model: PreTrainedModel, loaded: torch.dtype, options: Mapping[str, Any]) -> bool:
-    """Whether some sampled value of ``model`` is not that of its checkpoint. Nothing is downloaded.
+    """Whether a sampled value of ``model`` differs from its checkpoint's. Nothing is downloaded.
 
-    False also where this cannot be seen: the checkpoint has no safetensors file here, or the options change the values.
+    False also if they cannot be compared: there is no local safetensors file, or the options change the values.
     Vectors and matrices of the same name and shape are compared. Loading may rename, merge, cut or transpose others.
 
     Args:

@@ -1,4 +1,4 @@
-"""Switch off, for a while, what a Trainer does because an engine is enabled."""
+"""Temporarily disable a Trainer's behaviour for an engine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -13,7 +13,7 @@ class TaskClasses:
         model: The auto class of the model.
         mapping: The mapping whose keys are the classes of the configs for which there is such a model.
         processor: The auto class of the tokenizer or image processor.
-        problem: What a classifier's ``problem_type`` is set to, which chooses the loss; None if it has none.
+        problem: The value of a classifier's ``problem_type``, which chooses the loss; None if it has none.
         pipeline: The name of transformers' pipeline for such models; None if there is none.
         what: The model in words, for messages.
     """

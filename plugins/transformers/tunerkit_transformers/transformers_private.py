@@ -1,6 +1,7 @@
 """The private names of transformers: a Trainer's methods for weights and states, and marks of parameters and models.
 
-Nothing here imports transformers. If a release renames one, test_transformers_private.py reports it.
+Beside them stands the one name of torch's that those marks need. Nothing here imports transformers. If a release
+renames one, test_transformers_private.py reports it.
 """
 
 from collections.abc import Callable
@@ -35,10 +36,7 @@ def overridden(kind: Any, base: Any) -> list[str]:
 
 
 def losses(trainer: Any) -> dict[str, float]:
-    """What a Trainer has added up of its losses: of the steps before its last log entry, and of those since.
-
-    Nothing before it trains.
-    """
+    """A Trainer's sums of its losses, up to its last log entry and since then; empty before it trains."""
     if "_tr_loss" not in vars(trainer or object):
         return {}
     logged, since, last = trainer._total_loss_scalar, float(trainer._tr_loss), trainer._globalstep_last_logged
@@ -46,7 +44,7 @@ def losses(trainer: Any) -> dict[str, float]:
 
 
 def set_losses_(trainer: Any, found: object) -> bool:
-    """Let a Trainer add its losses to those that `losses` returned, and return whether it did: not to other values."""
+    """Restore sums that `losses` returned, and return whether ``found`` was valid."""
     match found:
         case {"logged": float(logged), "since": float(since), "last_logged": int(last)}:
             trainer._total_loss_scalar, trainer._globalstep_last_logged = logged, last
@@ -63,3 +61,8 @@ def is_loaded(parameter: nn.Parameter) -> bool:
 def is_built(module: nn.Module) -> bool:
     """Whether ``from_pretrained``, or a class of transformers, gave the module its first values or loaded them."""
     return bool(vars(module).get("_is_hf_initialized", False))
+
+
+def version(parameter: nn.Parameter) -> int | None:
+    """Torch's counter of in-place changes of a parameter; None for one of inference mode, which has none."""
+    return None if parameter.is_inference() else parameter._version

@@ -1,4 +1,4 @@
-"""What TRL's trainers do to a wrapped model, and its repair: a second base as reference, casts, and heads left out."""
+"""Repairs of what TRL's trainers do to a wrapped model: a second base as reference, casts, and bypassed heads."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from tunerkit.errors import StepError, warn
-from tunerkit.injection import Tuner, inside, modules_in, slots_in, slots_of
-from tunerkit.layers import bias_name
+from tunerkit.plugin import Tuner
+from tunerkit.plugin.trainers import inside
 from tunerkit_transformers.head_weights import refuse_heads, settle_heads_
 from tunerkit_transformers.reference import Reference, reference
 from tunerkit_transformers.stored_weights import differs_from_stored
@@ -65,16 +65,19 @@ def _restore_dtypes_(trainer: Trainer, tuners: list[Tuner]) -> None:
     if not any(getattr(own, mark, False) for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit")):
         return
     for tuner in tuners:
-        modules = modules_in(tuner)
-        for path, slot in slots_in(tuner):
-            if slot.adapter is not None:
-                slot.adapter.to(getattr(torch, tuner.config.adapter_dtype))
-            slots, originals = slots_of(modules[path]), dict(modules[path].named_parameters())
-            copies = dict(slot.copy.named_parameters()) if slot.copy is not None else {}
-            if slot.bias is not None:
-                copies[bias_name(None if slots is None else slots.base)] = slot.bias
-            for name, parameter in copies.items():
-                parameter.data = parameter.data.to(originals[name].dtype)
+        for adapter in tuner.adapters().values():
+            adapter.to(getattr(torch, tuner.config.adapter_dtype))
+        trained = dict(tuner.named_parameters())
+        for place in (*tuner.targets, *tuner.copies, *tuner.biases):
+            for name, original in place.module.named_parameters():
+                for copied in ("copy." + name, "bias" if name in _BIASES else ""):
+                    parameter = trained.get(f"{place.path}.{copied}".lstrip("."))
+                    if parameter is not None:
+                        parameter.data = parameter.data.to(original.dtype)
+
+
+# The names of a module's own bias, of which an adapter may train a copy; the second is torch's attention's.
+_BIASES = ("bias", "in_proj_bias")
 
 
 def _refuse_other_reference(trainer: Any, model: nn.Module) -> None:
@@ -107,13 +110,12 @@ def _settle_reference_(trainer: Any, model: nn.Module) -> None:
 
 
 def _may_be_loaded_by_trl(held: nn.Module, model: nn.Module, trainer: Any) -> bool:
-    """Whether ``held`` is what TRL loads without a ``ref_model``, as far as this can be seen.
+    """Whether ``held`` looks like the reference that TRL loads if it gets no ``ref_model``.
 
-    A trainer keeps neither its arguments nor another trace of who loaded the model. But TRL loads the checkpoint as it
-    is stored, and freezes nothing. So a model with other weights than the checkpoint, or a frozen one, is somebody's
-    choice. The weights of the trained model say nothing: after a merged fine-tuning it is TRL's load that differs from
-    them. An unfrozen model with the weights of the checkpoint counts as TRL's. If it was somebody's choice, the
-    warning says how to keep it; if it stayed and was not, a wrong reference would go unnoticed.
+    A trainer keeps neither its arguments nor a trace of who loaded the model. But TRL loads the checkpoint unchanged
+    and unfrozen, so a frozen model, or one with other weights than the checkpoint, is the user's. The weights of the
+    trained model are no evidence: after a merged fine-tuning, TRL's load differs from them. An unfrozen model with the
+    weights of the checkpoint counts as TRL's: a warning says how to keep it, but a wrong reference would go unnoticed.
     """
     checkpoint = _checkpoint_of(held)
     if type(held) is not type(model) or not checkpoint or checkpoint != _checkpoint_of(model):

@@ -35,7 +35,7 @@ def without_base(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def base_may_be_missing(model: nn.Module) -> Iterator[None]:
-    """Inside the block, ``model.load_state_dict`` accepts what `without_base` wrote: no frozen parameters."""
+    """Inside the block, ``model.load_state_dict`` accepts files of `without_base`, without frozen parameters."""
     handle = model.register_load_state_dict_post_hook(_forgive)
     try:
         yield
@@ -49,12 +49,12 @@ def _forgive(model: nn.Module, keys: Any) -> None:
 
 
 def trainer_files(trainer: Trainer) -> list[str]:
-    """The names of what the Trainer writes beside DeepSpeed's files; these hold the schedule if the config names it."""
+    """The names of the Trainer's files beside DeepSpeed's, which hold the schedule if the config names one."""
     return [] if "scheduler" in trainer.accelerator.state.deepspeed_plugin.deepspeed_config else [SCHEDULER_NAME]
 
 
 def parts(trainer: Trainer, checkpoint: Path) -> tuple[list[str], list[Path]]:
-    """What of DeepSpeed's files is missing, as the ends of sentences; and the files that this process reads.
+    """DeepSpeed's missing files, as the ends of sentences; and the files that this rank reads.
 
     Args:
         trainer: The trainer that is about to resume.
@@ -83,6 +83,6 @@ def parts(trainer: Trainer, checkpoint: Path) -> tuple[list[str], list[Path]]:
 
 
 def _rank(path: Path) -> int | None:
-    """Which process wrote one of DeepSpeed's files; None if one wrote it for all."""
+    """The rank that wrote one of DeepSpeed's files; None for a common file."""
     match = re.search(r"zero_pp_rank_(\d+)_", path.name)
     return None if match is None else int(match[1])

@@ -1,4 +1,4 @@
-"""Where a process is in the training, as numbers that one all-reduce compares."""
+"""The position of a rank in the training, as numbers that one all-reduce compares."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -8,20 +8,20 @@ import attrs
 from tunerkit.errors import StepError
 from tunerkit_distributed import group
 
-_ROUND: Final = 16  # numbers are compared modulo this: fp32 holds their squares exactly, summed over 74,000 processes
+_ROUND: Final = 16  # numbers are compared modulo this: fp32 holds their squares exactly, summed over 74,000 ranks
 
 
 @attrs.frozen
-class Place:
+class Position:
     """A point of the training.
 
     Attributes:
         step: The steps taken.
-        part: What happened since the last step, as a number that differs if something else happened.
-        stepping: Whether the process is about to step, and not at a backward.
+        part: A number for the forwards and backwards since the last step.
+        stepping: Whether the rank is about to step; otherwise it is in a forward or a backward.
         training: The number of the training: a process group may have several, of adapters with the same names.
         adapters: The names of the adapters that are trained.
-        doing: What the process does there, for messages.
+        doing: The current operation, for messages.
     """
 
     step: int
@@ -32,19 +32,19 @@ class Place:
     doing: str
 
     def numbers(self) -> list[float]:
-        """What is summed over all processes, 7 numbers: the flag, and each other number with its square."""
-        whose = 5 * self.training + len(self.adapters)  # an adapter may be deleted in one process
+        """The 7 numbers to sum over all ranks: ``stepping``, and three numbers, each with its square."""
+        whose = 5 * self.training + len(self.adapters)  # an adapter may be deleted on one rank alone
         rounded = [number % _ROUND for number in (self.step, self.part, whose)]
         return [float(self.stepping), *(float(each) for number in rounded for each in (number, number * number))]
 
-    def refuse_apart(self, sums: Sequence[float], within: Any = None) -> None:
-        """Raise `StepError`, in every process, if they are not at one place.
+    def refuse_mismatch(self, sums: Sequence[float], within: Any = None) -> None:
+        """Raise `StepError` on every rank if their positions differ.
 
-        Numbers are equal in all processes if their squares' mean is the square of their mean.
+        A number is equal on all ranks if the mean of its squares is the square of its mean.
 
         Args:
-            sums: The sums over all processes of `numbers`.
-            within: The process group that tells where each process is; None for the default one.
+            sums: `numbers`, summed over all ranks.
+            within: The process group for the ranks' descriptions; None for the default one.
         """
         processes = group.processes()
         stepping, *rest = sums
@@ -52,11 +52,11 @@ class Place:
         if stepping in (0, processes) and all(squared * processes == total * total for total, squared in pairs):
             return
         own = f"step {self.step + 1}, {self.doing} (adapters: {', '.join(self.adapters)})"
-        told = group.gather_text(f"{self.training} {own}", "the places of the processes", within)
-        trainings, places = zip(*(text.split(" ", 1) for text in told), strict=True)
+        described = group.gather_text(f"{self.training} {own}", "the places of the processes", within)
+        trainings, positions = zip(*(text.split(" ", 1) for text in described), strict=True)
         which = [f" of training {each}" for each in trainings] if len(set(trainings)) > 1 else [""] * len(trainings)
-        everybody = map("".join, zip(places, which, strict=True))
-        listed = "; ".join(f"process {number} is at {place}" for number, place in enumerate(everybody))
+        everybody = map("".join, zip(positions, which, strict=True))
+        listed = "; ".join(f"process {number} is at {position}" for number, position in enumerate(everybody))
         raise StepError(
             f"the processes are not at the same point of the training: {listed}. Every process must take every step, "
             "with the same number of backwards in each. Where data runs out unevenly, drop the last batches"

@@ -1,7 +1,8 @@
 """What authors of plugins import: the marker of hooks, records, base classes, and functions on adapters and patterns.
 
-A plugin needs `tunerkit`, `tunerkit.errors` and this module, and nothing deeper. The names are imported when they are
-first used, as those of `tunerkit` are: a module with commands must not import torch for the marker alone.
+A plugin needs `tunerkit`, `tunerkit.errors` and this package. One for engines also needs `tunerkit.plugin.engines`, one
+for trainers `tunerkit.plugin.trainers`. The names here are imported at their first use, as those of `tunerkit` are: a
+module with commands must not import torch for the marker alone.
 """
 
 import importlib

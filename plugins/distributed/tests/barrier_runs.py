@@ -1,4 +1,4 @@
-"""Where processes meet with sharded adapters, and where they do not. Each process imports this by name."""
+"""Where the barrier of sharded adapters runs, and where it does not. Each process imports this by name."""
 
 import copy
 import gc
@@ -17,15 +17,15 @@ from plugins.distributed.tests.sharded_runs import adam, build, shard_
 from tests.support import skipping, together, two_processes
 from tests.support.collectives import Collectives
 from tunerkit import steps
-from tunerkit_distributed import meeting
-from tunerkit_distributed.meeting import Meeting
+from tunerkit_distributed import barrier
+from tunerkit_distributed.barrier import Barrier
 
 
 def look_inside(rank: int, processes: int, folder: str) -> None:
     """Answer what `sharded_runs.look_inside` asks, and what is asked here; one process's answers by name."""
     with two_processes.joined(rank, folder, processes):
         answers = {name: check() for name, check in CHECKS.items()} | sharded_runs.look_inside(folder)
-        net, own = nn.Linear(2, 2), Meeting()
+        net, own = nn.Linear(2, 2), Barrier()
         own.open_(["default"], net, 1)
         own.watch_(net, forwards=True)
         distributed.barrier()
@@ -52,14 +52,14 @@ def _apart() -> dict[str, str]:
     return found
 
 
-def _meets_no_longer() -> bool:
+def _runs_no_longer() -> bool:
     """A copy, a pickle, one that is compiled as one graph and one that was left run in one process alone.
 
     A model that is dropped is freed.
     """
-    net, own = nn.Linear(2, 2), Meeting()
+    net, own = nn.Linear(2, 2), Barrier()
     before = len(net._forward_hooks), len(net._forward_pre_hooks)
-    (seat,) = own.open_(["default"], net, 1).values()
+    (member,) = own.open_(["default"], net, 1).values()
     own.watch_(net, forwards=True)
     met = Collectives()
     with met:
@@ -68,7 +68,7 @@ def _meets_no_longer() -> bool:
         compiled = torch.compile(net, backend="eager", fullgraph=True)
         for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), compiled):
             twin(torch.ones(2)).sum().backward()
-    seat.remove()
+    member.remove()
     left = (len(net._forward_hooks), len(net._forward_pre_hooks)) == before
     if distributed.get_rank() == 0:
         net(torch.ones(2)).sum().backward()
@@ -82,7 +82,7 @@ def _meets_no_longer() -> bool:
 
 
 def _has_no_network() -> bool:
-    """If one process cannot make the group for meetings, none has it, and each says so."""
+    """If one rank cannot create the host group, none has it, and each warns."""
 
     def fail(**_: object) -> object:
         if distributed.get_rank() == 1:
@@ -91,29 +91,29 @@ def _has_no_network() -> bool:
 
     with mock.patch.object(distributed, "new_group", fail), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        room = meeting._new_room()
-    return room is None and ["a process that skips a backward" in str(each.message) for each in caught] == [True]
+        host = barrier._new_host_group()
+    return host is None and ["a process that skips a backward" in str(each.message) for each in caught] == [True]
 
 
 def _ends_before_the_interpreter() -> bool:
-    """What was watched goes on without meetings then. A fork leaves the room alone: it has none of its threads."""
-    net, own, met = nn.Linear(2, 2), Meeting(), Collectives()
+    """The model then runs without barriers. A fork leaves the host group alone: it has none of its threads."""
+    net, own, met = nn.Linear(2, 2), Barrier(), Collectives()
     own.open_(["default"], net, 1)
     own.watch_(net, forwards=True)
     with mock.patch.object(os, "getpid", return_value=0):
-        meeting._close_()
+        barrier._close_()
     with met:
         net(torch.ones(2)).sum().backward()
     before = met.calls["allreduce_"]
-    meeting._close_()
-    meeting._close_()
+    barrier._close_()
+    barrier._close_()
     with met:
         net(torch.ones(2)).sum().backward()
     return (before, met.calls["allreduce_"]) == (2, 2)
 
 
 def _is_detached() -> bool:
-    """Once no adapter is attached, no meeting is left; before, evaluating takes none."""
+    """Once no adapter is attached, no barrier runs; before, evaluation has none."""
     model = build("lora")
     shard_(model)
     tunerkit.attach(model, adam(model))
@@ -127,7 +127,7 @@ def _is_detached() -> bool:
 
 CHECKS = {
     "ends before the interpreter": _ends_before_the_interpreter,
-    "meets no longer": _meets_no_longer,
+    "runs no longer": _runs_no_longer,
     "no network": _has_no_network,
     "detached": _is_detached,
     "apart": _apart,
