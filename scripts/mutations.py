@@ -94,8 +94,8 @@ MUTATIONS = (
     Mutation(
         "kills in mid-save",
         "tunerkit/serialization/atomic_writing.py",
-        "            move({file: path}, scratch)\n",
-        "            path.unlink(missing_ok=True)\n            move({file: path}, scratch)\n",
+        "        _remove_leftovers(path)\n        _replace(",
+        "        _remove_leftovers(path)\n        path.unlink(missing_ok=True)\n        _replace(",
     ),
     Mutation(
         "kills of a command",
@@ -112,14 +112,14 @@ MUTATIONS = (
     Mutation(
         "failing calls",
         "tunerkit/serialization/atomic_writing.py",
-        "            file = scratch / path.name\n",
-        '            file = path.with_name(f".{path.name}")\n',
+        "            temporary.unlink()\n",
+        "            pass\n",
     ),
     Mutation(
         "flushes",
         "tunerkit/serialization/atomic_writing.py",
-        "                os.fsync(written.fileno())\n",
-        "                pass\n",
+        "            os.fsync(file.fileno())\n",
+        "            pass\n",
     ),
     Mutation(
         "full disk",
@@ -130,15 +130,10 @@ MUTATIONS = (
     Mutation(
         "two writers and a reader",
         "tunerkit/serialization/atomic_writing.py",
-        "            os.replace(file, new)\n",
-        '            new.write_bytes(b""), __import__("time").sleep(0.005), os.replace(file, new)\n',
+        "        os.replace(temporary, path)\n",
+        '        path.write_bytes(b"")\n        __import__("time").sleep(0.005)\n        os.replace(temporary, path)\n',
     ),
-    Mutation(
-        "umask and modes",
-        "tunerkit/serialization/atomic_writing.py",
-        "file.chmod(stat.S_IMODE(new.stat().st_mode) & 0o777)",
-        "pass",
-    ),
+    Mutation("umask and modes", "tunerkit/serialization/atomic_writing.py", "os.chmod(temporary, mode)", "pass"),
     Mutation("resume", "plugins/transformers/tunerkit_transformers/resuming.py", 'yield f"has no {name}"', "continue"),
     Mutation(
         "bad gradients",

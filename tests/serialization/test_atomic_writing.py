@@ -3,14 +3,12 @@
 import errno
 import multiprocessing
 import os
-import shutil
 import signal
 import stat
 import threading
 from collections.abc import Iterator
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -30,13 +28,15 @@ def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path, mode: int) -> No
     path.chmod(mode)
 
     def parts() -> Iterator[bytes]:
-        seen.extend(stat.S_IMODE(found.stat().st_mode) for found in tmp_path.iterdir() if found != path)
+        seen.extend(stat.S_IMODE(found.stat().st_mode) for found in tmp_path.glob("*.tmp"))
+        seen.extend(stat.S_IMODE(found.stat().st_mode) for found in tmp_path.glob(".*.tmp"))
         yield b"new"
 
     replace(path, parts())
     assert path.read_bytes() == b"new"
     assert stat.S_IMODE(path.stat().st_mode) == mode
-    assert seen == [0o700]  # of the folder that it is written in
+    assert seen
+    assert all(found & ~mode == 0 for found in seen)
 
 
 def _write_slowly(path: Path, started: Event) -> None:
@@ -50,7 +50,7 @@ def _write_slowly(path: Path, started: Event) -> None:
 
 @posix
 def test_the_next_writer_removes_what_a_killed_writer_left(tmp_path: Path) -> None:
-    """The scratch folder of a dead process is removed, and the old file is complete until then."""
+    """The temporary file of a dead process is removed, and the old file is complete until then."""
     path = tmp_path / "a.safetensors"
     replace(path, [b"old"])
     context = multiprocessing.get_context("fork")
@@ -59,7 +59,7 @@ def test_the_next_writer_removes_what_a_killed_writer_left(tmp_path: Path) -> No
     writer.start()
     assert started.wait(120)
     replace(path, [b"meanwhile"])
-    assert len(list(tmp_path.iterdir())) == 2  # the folder of the living writer is left alone
+    assert len(list(tmp_path.iterdir())) == 2  # the file of the living writer is left alone
     assert writer.pid is not None
     os.kill(writer.pid, signal.SIGKILL)
     writer.join()
@@ -70,17 +70,17 @@ def test_the_next_writer_removes_what_a_killed_writer_left(tmp_path: Path) -> No
 
 @posix
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
-    """Only scratch folders for the same name and machine are removed: no other program's, no file and no link."""
+    """Only leftovers of the same name and machine are removed: no other program's, and no folder."""
+    kept = [".a.safetensors.tmp", "a.safetensors.tmp", ".b.safetensors.0.tmp", ".a.safetensors.elsewhere.1.tmp"]
+    for name in kept:
+        (tmp_path / name).write_bytes(b"mine")
     prefix = f".a.safetensors.{atomic_writing._HOST}."
-    kept = [".a.safetensors.x", "a.safetensors.x", ".b.safetensors.x", ".a.safetensors.elsewhere.x"]
-    for name in (*kept, f"{prefix}dead"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "lock").write_bytes(b"")
-    (tmp_path / f"{prefix}file").write_bytes(b"mine")
-    (tmp_path / f"{prefix}link").symlink_to(tmp_path / kept[0])
+    (tmp_path / f"{prefix}folder.tmp").mkdir()
+    (tmp_path / f"{prefix}dead.tmp").write_bytes(b"left")
+    (tmp_path / f"{prefix}link.tmp").symlink_to(tmp_path / kept[0])
     replace(tmp_path / "a.safetensors", [b"new"])
     left = {found.name for found in tmp_path.iterdir()}
-    assert left == {*kept, "a.safetensors", f"{prefix}file", f"{prefix}link"}
+    assert left == {*kept, "a.safetensors", f"{prefix}folder.tmp", f"{prefix}link.tmp"}
 
 
 def test_writers_at_the_same_time_end_with_the_file_of_one_of_them(tmp_path: Path) -> None:
@@ -106,17 +106,17 @@ def test_writers_at_the_same_time_end_with_the_file_of_one_of_them(tmp_path: Pat
     assert [found.name for found in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_a_writer_whose_folder_is_taken_for_a_leftover_takes_another_one(
+def test_a_writer_whose_file_is_taken_for_a_leftover_takes_another_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another writer may remove the scratch folder before it is locked: that one is not written to."""
+    """Another writer may remove the temporary file before it is locked: that one is not written to."""
     path, lock = tmp_path / "a.safetensors", atomic_writing.try_lock
     removed: list[Path] = []
 
     def remove_first(number: int) -> bool | None:
         if not removed:
-            removed.extend(tmp_path.glob(".*"))
-            shutil.rmtree(removed[0])
+            removed.extend(tmp_path.glob(".*.tmp"))
+            removed[0].unlink()
         return lock(number)
 
     monkeypatch.setattr(atomic_writing, "try_lock", remove_first)
@@ -183,14 +183,11 @@ def test_the_longest_name_that_a_file_may_have_can_be_written(tmp_path: Path) ->
 
 def test_a_folder_that_may_not_be_listed_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leftovers are then not looked for."""
-    scan = os.scandir
 
-    def refuse(folder: Any) -> Any:
-        if folder == tmp_path:
-            raise PermissionError(errno.EACCES, "Permission denied")
-        return scan(folder)
+    def refuse(folder: object) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "listdir", refuse)
     replace(tmp_path / "a.safetensors", [b"new"])
     assert (tmp_path / "a.safetensors").read_bytes() == b"new"
 
@@ -198,8 +195,8 @@ def test_a_folder_that_may_not_be_listed_is_written_to(tmp_path: Path, monkeypat
 def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then nothing is known of leftovers, and they stay."""
     path = tmp_path / "a.safetensors"
-    left = tmp_path / f".a.safetensors.{atomic_writing._HOST}.0"
-    left.mkdir()
+    left = tmp_path / f".a.safetensors.{atomic_writing._HOST}.0.tmp"
+    left.write_bytes(b"left")
     monkeypatch.setattr(atomic_writing, "try_lock", lambda number: None)
     replace(path, [b"new"])
     assert {found.name for found in tmp_path.iterdir()} == {left.name, path.name}

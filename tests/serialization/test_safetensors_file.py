@@ -90,7 +90,7 @@ def test_a_failing_write_leaves_what_was_there(
 
 
 def test_a_file_is_replaced_in_one_move(toys: "Toys", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A complete file, flushed to disk, is moved from a folder inside its own, so the move is atomic."""
+    """A complete file, flushed to disk, is moved within its folder, so the move is atomic."""
     model, moves, synced = toys.trained(targets=["conv"]), [], []
     replace, fsync = os.replace, os.fsync
 
@@ -100,7 +100,7 @@ def test_a_file_is_replaced_in_one_move(toys: "Toys", tmp_path: Path, monkeypatc
 
     def watch(source: Path, target: Path) -> None:
         assert synced
-        moves.append((source.parents[2], source.read_bytes()))
+        moves.append((source.parent, source.read_bytes()))
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", note)

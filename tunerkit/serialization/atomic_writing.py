@@ -1,10 +1,12 @@
-"""Write files completely or not at all, and remove the scratch folders that killed writers left."""
+"""Write files completely or not at all, and remove what killed writers left: their files and scratch folders."""
 
+import contextlib
 import errno
 import glob
 import hashlib
 import os
 import platform
+import secrets
 import shutil
 import stat
 import tempfile
@@ -19,8 +21,8 @@ try:
 except ImportError:  # on Windows, leftovers stay
     fcntl = None  # type: ignore[assignment]
 
-_OLDER, _LOCK = "older", "lock"  # in a scratch folder
-_TO_LOCK = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # network file systems lock only what can be written
+_BINARY, _NOT_A_LINK = getattr(os, "O_BINARY", 0), getattr(os, "O_NOFOLLOW", 0)  # Windows has the first alone
+_OLDER = "older"  # in a scratch folder
 # Some file systems keep locks to one machine. So a writer judges only the leftovers of its own machine.
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _NOT_SUPPORTED = frozenset({errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOTSUP, errno.EISDIR})
@@ -29,8 +31,10 @@ _NOT_SUPPORTED = frozenset({errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF
 def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file under a temporary name, flush it to disk, rename it, and flush its folder.
 
-    A file that is replaced keeps its mode; a new one follows the umask. Missing folders are created. Several writers of
-    one path do not disturb each other: each has its own `scratch_in`.
+    A file that is replaced keeps its mode; a new one follows the umask. Missing folders are created.
+
+    Several writers of one path do not disturb each other: each has its own temporary file and a lock on it. The kernel
+    releases the lock of a writer that was killed. The next writer then finds the file unlocked and removes it.
 
     Raises `FileError` if it cannot be written, and an older one is unchanged; or if only the folder could not be
     flushed, and the message says that the new file is there.
@@ -38,14 +42,8 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     try:
         missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         _create_folder(path)
-        # The name is cut, so that a long one has a scratch folder too.
-        with scratch_in(path.parent, f".{path.name[:50]}.{_HOST}.") as scratch:
-            file = scratch / path.name
-            with open(file, "wb") as written:
-                written.writelines(parts)
-                written.flush()
-                os.fsync(written.fileno())
-            move({file: path}, scratch)
+        _remove_leftovers(path)
+        _replace(path, parts)
     except FileError:
         raise
     except (OSError, ValueError) as error:  # ValueError: the path cannot be encoded
@@ -74,6 +72,53 @@ def _create_folder(path: Path) -> None:
         ) from error
 
 
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of writers of ``path`` that were killed."""
+    names = []
+    with contextlib.suppress(OSError):  # one may write into a folder that one may not list
+        names = os.listdir(path.parent)
+    for left in [path.with_name(name) for name in names if name.startswith(_prefix(path)) and name.endswith(".tmp")]:
+        # Opened to be written: network file systems lock no other file.
+        with contextlib.suppress(OSError), locked(left, os.O_RDWR | _NOT_A_LINK) as is_left:
+            if is_left:
+                left.unlink()
+
+
+def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode) & 0o777 if path.exists() else None
+    temporary, number, lock = _create(path, 0o666 if mode is None else mode)
+    try:
+        with open(number, "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        if mode is not None:
+            os.chmod(temporary, mode)  # the umask has restricted it further
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        os.close(lock)
+
+
+def _create(path: Path, mode: int) -> tuple[Path, int, int]:
+    """Create a temporary file beside ``path``; its path, a descriptor to write to, and one that holds the lock."""
+    while True:
+        temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
+        number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode)
+        lock = os.dup(number)
+        # Another writer may have taken it for a leftover before it was locked, and removed it.
+        if try_lock(lock) is not False and os.fstat(lock).st_nlink:
+            return temporary, number, lock
+        os.close(number)
+        os.close(lock)
+
+
+def _prefix(path: Path) -> str:
+    # Cut, so that a long name has a temporary name too. The lock protects files that share a prefix.
+    return f".{path.name[:50]}.{_HOST}."
+
+
 def move(moves: Mapping[Path, Path], scratch: Path) -> None:
     """Move files out of a `scratch_in` to their places: all, or none. Each takes the mode of the file it replaces.
 
@@ -83,7 +128,7 @@ def move(moves: Mapping[Path, Path], scratch: Path) -> None:
         if new.is_file():
             file.chmod(stat.S_IMODE(new.stat().st_mode) & 0o777)
     taken = [new for new in moves.values() if len(moves) > 1 and os.path.lexists(new)]
-    older = scratch.with_name(_OLDER)
+    older = scratch / _OLDER
     older.mkdir()
     try:
         for new in taken:
@@ -91,12 +136,11 @@ def move(moves: Mapping[Path, Path], scratch: Path) -> None:
         for file, new in moves.items():
             os.replace(file, new)
     except BaseException:
-        if len(moves) > 1:
-            for new in set(moves.values()).difference(taken):
-                new.unlink(missing_ok=True)
-        put_back(scratch.parent)
+        for new in set(moves.values()).difference(taken) if len(moves) > 1 else ():
+            new.unlink(missing_ok=True)
+        put_back(scratch)
         raise
-    os.rename(older, scratch.with_name("replaced"))
+    os.rename(older, scratch / "replaced")  # whoever finds the scratch folder later has nothing to put back
 
 
 def put_back(left: Path) -> None:
@@ -109,29 +153,24 @@ def put_back(left: Path) -> None:
 def scratch_in(
     folder: Path, prefix: str, *, recover: Callable[[Path], None] = lambda left: None, refuse: Exception | None = None
 ) -> Iterator[Path]:
-    """Yield an empty folder inside a scratch folder, which is removed at the end.
+    """Yield a scratch folder, which is removed at the end; first remove those of processes that were killed.
 
-    First remove the scratch folders of processes that were killed, whose locks the kernel has released. ``prefix``
-    begins with a dot, and only folders with the same one are looked at. ``recover`` is called with each before it is
-    removed. ``refuse`` is raised if another process is using one now.
+    ``prefix`` begins with a dot, and only folders with the same one are looked at. ``recover`` is called with one that
+    a killed process left, before it is removed. ``refuse`` is raised if another process is using one now.
     """
     for left in folder.glob(f"{glob.escape(prefix)}*"):
-        if left.is_symlink():
-            continue
-        with locked(left / _LOCK, _TO_LOCK) as is_left:
-            if is_left:
+        with locked(left) as is_left:
+            if is_left and not left.is_symlink():
                 recover(left)
                 shutil.rmtree(left, ignore_errors=True)
         if refuse is not None and is_left is False:
             raise refuse
     while True:
         scratch = tempfile.TemporaryDirectory(dir=folder, prefix=prefix, ignore_cleanup_errors=True)
-        with scratch, locked(Path(scratch.name, _LOCK), _TO_LOCK) as is_mine:
+        with scratch, locked(Path(scratch.name)) as is_mine:
             # Another process may have taken it for a leftover before it was locked.
             if is_mine is not False and os.path.isdir(scratch.name):
-                inside = Path(scratch.name, "new")  # the scratch folder itself is closed to other users
-                inside.mkdir()
-                yield inside
+                yield Path(scratch.name)
                 return
 
 

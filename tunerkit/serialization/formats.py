@@ -96,10 +96,12 @@ def write_format(tuner: Tuner, place: Path, format: Format, options: object) -> 
         missing = [folder for folder in (above, *above.parents) if not folder.exists()]
         above.mkdir(parents=True, exist_ok=True)
         with scratch_in(above, SCRATCH, recover=put_back) as scratch:
-            written = _written(format, tuner, scratch, options)
+            whole = scratch / "whole"  # the scratch folder itself is closed to other users
+            whole.mkdir()
+            written = _written(format, tuner, whole, options)
             for file in written:
                 sync(file)
-            _publish(written, scratch, place, format)
+            _publish(written, whole, place, format)
             return place
     except BaseException as error:
         for folder in missing:
@@ -129,7 +131,7 @@ def _written(format: Format, tuner: Tuner, folder: Path, options: object) -> lis
     return [folder / name for name in names]
 
 
-def _publish(written: Sequence[Path], scratch: Path, place: Path, format: Format) -> None:
+def _publish(written: Sequence[Path], whole: Path, place: Path, format: Format) -> None:
     """Move the files to ``place``: a file if one of them ends as it does, else a folder."""
     if place.is_dir():
         moves = {file: place / file.name for file in written}
@@ -146,7 +148,7 @@ def _publish(written: Sequence[Path], scratch: Path, place: Path, format: Format
     elif place.exists():
         raise FileError(f"cannot write {place}: it is a file, and format {format.name!r} writes into a folder")
     else:
-        os.rename(scratch, place)
+        os.rename(whole, place)
         sync(place.parent)
         return
     taken = [new for new in moves.values() if os.path.lexists(new)]
@@ -156,5 +158,5 @@ def _publish(written: Sequence[Path], scratch: Path, place: Path, format: Format
             f"cannot write {place}: {few([new.name for new in taken], shown=5)} is there already and is no adapter in "
             f"format {format.name!r}. Nothing was changed. Pass another path, or delete it first"
         )
-    move(moves, scratch)
+    move(moves, whole.parent)
     sync(place if place.is_dir() else place.parent)
