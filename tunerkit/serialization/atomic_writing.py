@@ -21,7 +21,7 @@ try:
 except ImportError:  # on Windows, leftovers stay
     fcntl = None  # type: ignore[assignment]
 
-_BINARY, _NOT_A_LINK = getattr(os, "O_BINARY", 0), getattr(os, "O_NOFOLLOW", 0)  # Windows has the first alone
+_BINARY, _NOT_A_LINK = vars(os).get("O_BINARY", 0), vars(os).get("O_NOFOLLOW", 0)  # Windows has the first alone
 _OLDER = "older"  # in a scratch folder
 # Some file systems keep locks to one machine. So a writer judges only the leftovers of its own machine.
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
