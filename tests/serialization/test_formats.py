@@ -461,6 +461,23 @@ def test_an_older_adapter_is_replaced_and_other_files_stay(toys: "Toys", product
     assert sorted(each.name for each in exported.iterdir()) == ["notes.txt", "toy.json"]
 
 
+def test_one_file_is_replaced_in_one_step(
+    toys: "Toys", products: None, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader never finds the older file gone."""
+    move, moved = os.replace, []
+
+    def watched(source: Any, target: Any) -> None:
+        moved.append(Path(target))
+        assert (exported / "toy.json").is_file()
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    with registered(FormatPlugin()):
+        tunerkit.export(trained(toys), exported, format="toy")
+    assert moved == [exported / "toy.json"]
+
+
 def cards(text: str) -> Callable[[Tuner, Path, object], list[Path]]:
     """A writer that also writes a card."""
 
