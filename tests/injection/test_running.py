@@ -45,7 +45,7 @@ def model_of(toys: "Toys") -> Any:
 
 
 @contextmanager
-def held(model: nn.Module, waits: nn.Module) -> Iterator[None]:
+def held(model: Callable[..., Any], waits: nn.Module) -> Iterator[None]:
     """Inside the block, another thread is in the middle of a forward of ``model``."""
     thread = threading.Thread(target=model, args=(torch.ones(1, 3),), name="held")
     thread.start()

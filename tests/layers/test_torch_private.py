@@ -46,6 +46,18 @@ def compiled() -> bool:
     return torch_private.compiled_from(torch.compile(module)) is module and torch_private.compiled_from(module) is None  # type: ignore[arg-type]
 
 
+def calls() -> bool:
+    """The module of each call in a stack, the innermost first."""
+
+    class Looks(nn.Module):
+        def forward(self, x: object) -> list[nn.Module]:
+            return list(torch_private.called_in(sys._getframe()))
+
+    inner = Looks()
+    outer = nn.Sequential(inner)
+    return outer(None) == [inner, outer]  # type: ignore[no-any-return]
+
+
 def nothing(*_: object, **__: object) -> None:
     """A hook."""
 
@@ -252,6 +264,7 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_parameters": ("own_parameters (everywhere)", parameters),
     "_modules": ("own_children, compiled_from (injection.slots)", children),
     "_orig_mod": ("compiled_from (injection.slots)", compiled),
+    "_wrapped_call_impl": ("called_in (injection.preconditions, injection.weight_override)", calls),
     "_forward_hooks": ("has_hook, has_single_hook, remove_hooks_ (injection, layers.fused)", hooks),
     "_forward_pre_hooks": ("has_hook, remove_hooks_ (injection)", hooks),
     "_forward_hooks_with_kwargs": ("remove_hooks_ (injection)", hooks),
@@ -300,7 +313,7 @@ DELETED = (
     *("_CachingTorchDispatchMode", "_CachedTorchDispatchMode", "torch.utils._python_dispatch", "_ConvNd"),
     *("_BatchNorm", "_NormBase", "_InstanceNorm", "_get_no_batch_dim", "_conv_forward", "_global_forward_hooks"),
     *("_get_current_dispatch_mode_stack", "_is_exporting_flag"),
-    *("_foreach_div_", "_foreach_copy_", "_get_current_function_mode_stack"),
+    *("_foreach_div_", "_foreach_copy_", "_get_current_function_mode_stack", "_wrapped_call_impl"),
 )
 OF_INSTANCES = {
     *("_parameters", "_modules", "_orig_mod", "_forward_hooks", "_version"),

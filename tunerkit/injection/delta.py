@@ -97,12 +97,7 @@ def adds_nothing(tuner: Tuner) -> bool:
 
 @torch.no_grad()
 def is_untrained(tuner: Tuner) -> bool:
-    """Whether what the method built surely adds nothing; copies and biases do not count.
-
-    A method with a start of zero has a parameter that is 0 throughout until it is trained, in every adapter. The first
-    adapter without one ends the search, before any delta is computed. A method with another start is never untrained
-    here.
-    """
+    """Whether the method's adapters surely add nothing: each has a parameter that is 0 throughout, and ΔW = 0."""
     adapted = [(path, slot, slot.adapter) for path, slot in slots_in(tuner) if slot.adapter is not None]
     if not all(any(not parameter.any() for parameter in adapter.parameters()) for _, _, adapter in adapted):
         return False

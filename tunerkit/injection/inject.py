@@ -133,11 +133,8 @@ def _refuse_unfit(tuner: Tuner, target: Target, base: BaseLayer, built: Adapter,
 
 
 def _place_(built: nn.Module, module: nn.Module, tuner: Tuner) -> None:
-    """Move a new part to the device where ``module`` runs, and to the config's dtype.
-
-    The module's weights may be offloaded to another device. Parameters become contiguous: FSDP2 shards no others.
-    """
-    for parameter in built.parameters():
+    """Move a new part to the device where ``module`` runs, not where it is offloaded, and to the config's dtype."""
+    for parameter in built.parameters():  # FSDP2 shards contiguous ones alone
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
     device, dtype = weights.execution_device(module), getattr(torch, tuner.config.adapter_dtype)
@@ -188,7 +185,7 @@ class Undo(ExitStack):
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> bool:
+    ) -> bool | None:
         if error is None:
             self.pop_all()
         return super().__exit__(kind, error, trace)

@@ -26,10 +26,7 @@ _SAVE_BASE = "save the base too, inside tunerkit.disabled(model), and load the a
 
 
 def refuse_lost(tuners: Iterable[Tuner]) -> None:
-    """Raise `AdapterError` naming the modules that were replaced, resized or stripped of their hook after wrapping.
-
-    An adapter has no effect there, or does not fit, and no forward would show it.
-    """
+    """Raise `AdapterError` naming the modules that were replaced, resized or stripped of their hook after wrapping."""
     lost = dict.fromkeys(found for tuner in tuners for found in _lost(tuner))  # several adapters may lose one module
     if lost:
         grouped = {reason: [path for path, other in lost if other == reason] for _, reason in lost}
@@ -117,10 +114,9 @@ def note_used(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def report(model: nn.Module, *call: Any) -> None:
-    """Warn about what was seen of ``model``, once: its forward hook, which a step also calls.
+    """Warn once about adapters that never ran: the forward hook of the model, which a step also calls.
 
-    If nothing has run in eager mode yet, the watch continues. A base that was replaced after wrapping raises, since a
-    loop that attaches nothing would train without these adapters.
+    It waits for a call in eager mode. A base that was replaced after wrapping raises `AdapterError`.
     """
     watched: _Watch | None = vars(model).get(WATCHED)
     if watched is None or torch.compiler.is_compiling() or not watched.ran:

@@ -4,9 +4,7 @@ import inspect
 import re
 import sys
 import threading
-import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from types import FrameType
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -22,7 +20,6 @@ from tunerkit.records import Restriction
 from tunerkit.targets import Scan
 
 _NAME = r"[^./\ud800-\udfff]{1,64}"
-_CALL = nn.Module.__call__.__code__
 
 
 def check_name(adapter: object, taken: Collection[str]) -> None:
@@ -178,17 +175,10 @@ def refuse_running(model: nn.Module, what: str) -> None:
     Calls that start after this check, and calls of parts of the model alone, are not seen: the caller needs a lock.
     """
     here = threading.get_ident()
-    stacks = (called_in(frame) for thread, frame in sys._current_frames().items() if thread != here)
+    stacks = (torch_private.called_in(frame) for thread, frame in sys._current_frames().items() if thread != here)
     # It may be compiled, or in DataParallel.
     if any(inside(module) is model for called in stacks for module in called):
         raise AdapterError(
             f"another thread runs this {type(model).__name__}, and its output would be wrong if {what} changed the "
             "model now; wait until it is done, and let your server hold one lock for both"
         )
-
-
-def called_in(frame: FrameType) -> Iterator[nn.Module]:
-    """Yield the modules whose calls run in a stack, the innermost first."""
-    for each, _ in traceback.walk_stack(frame):
-        if each.f_code is _CALL:
-            yield each.f_locals[_CALL.co_varnames[0]]

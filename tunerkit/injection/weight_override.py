@@ -11,7 +11,6 @@ from torch import nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.injection.delta import adapted_tensors
-from tunerkit.injection.preconditions import called_in
 from tunerkit.injection.slots import Slots, base_modules, is_called, slots_of, walk
 from tunerkit.layers import torch_private
 
@@ -98,7 +97,7 @@ def _has_abandoned(owner: nn.Module, calls: _Calls) -> bool:
     """Whether a call before this one was interrupted: no forward hook comes after a KeyboardInterrupt."""
     if not calls.replaced:
         return False
-    running = sum(module is owner for module in called_in(sys._getframe()))
+    running = sum(module is owner for module in torch_private.called_in(sys._getframe()))
     return len(calls.replaced) >= max(running, 1)  # compiled code may hide this one
 
 

@@ -6,9 +6,10 @@ If a release of torch renames one, tests/layers/test_torch_private.py reports it
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from functools import partial
-from types import BuiltinFunctionType
+from types import BuiltinFunctionType, FrameType
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -121,7 +122,15 @@ def remove_state_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> No
         del before[key]
 
 
-# --- Kinds of modules ------------------------------------------------------------------------------------------------
+# --- Calls and kinds of modules ---------------------------------------------------------------------------------------
+
+
+def called_in(frame: FrameType) -> Iterator[nn.Module]:
+    """Yield the modules whose calls run in a stack, the innermost first."""
+    call: Any = nn.Module._wrapped_call_impl  # a library may have replaced `__call__`
+    for each, _ in traceback.walk_stack(frame):
+        if each.f_code is call.__code__:
+            yield each.f_locals["self"]
 
 
 def is_convolution(module: nn.Module) -> "TypeGuard[nn.modules.conv._ConvNd]":

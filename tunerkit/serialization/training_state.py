@@ -179,15 +179,17 @@ def _all_or_nothing(tuner: Tuner) -> Iterator[None]:
     live = [tuner, steps.optimizer_of(tuner), *model.modules(), *model.parameters(), *model.buffers()]
     state = copy.deepcopy(tuner.state, {id(part): part for part in live})
     count, history = progress.steps, list(progress.history)
-    try:
-        yield
-    except BaseException:
+
+    def put_back_() -> None:
         for slot, values in slots:
             with torch.no_grad():
                 slot.load_state_dict(values)
         tuner.state, progress.steps = state, count
         progress.history[:] = history
-        raise
+
+    with injection.Undo() as undo:
+        undo.callback(put_back_)
+        yield
 
 
 def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:

@@ -60,11 +60,10 @@ class _Stepping(Protocol):
 
 
 def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer | None:
-    """Return the torch optimizer inside wrappers such as accelerate's, which store it as ``.optimizer``.
+    """Return the torch optimizer inside wrappers such as accelerate's; None, with a warning, for one without hooks.
 
-    If a method of ``tuners`` needs steps, an optimizer that takes no hooks is rejected. So is a wrapper that keeps its
-    own state, such as Lookahead: it would restore pruned weights, in their old shapes. If none needs steps, the result
-    is None for an optimizer without hooks: its steps cannot be counted, which a warning says.
+    If a method needs steps, that is rejected, and a wrapper with a state of its own, such as Lookahead, too: it would
+    restore pruned weights, in their old shapes.
     """
     needing = [tuner.name for tuner in tuners if injection.needs_steps(tuner)]
     while isinstance(inner := getattr(candidate, "optimizer", None), Optimizer):
@@ -124,13 +123,10 @@ def check_attachable(tuner: Tuner, optimizer: Optimizer | None) -> None:
 
 
 def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
-    """Reject an optimizer that holds no parameter of the adapter; warn about one that holds only some of them.
-
-    For a method that needs steps, heads that are trained in full do not count: its allocations depend on how the
-    adapters themselves are trained.
-    """
+    """Reject an optimizer that holds no parameter of the adapter; warn about one that holds only some of them."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = {path: {n: p for n, p in slot.named_parameters() if p.requires_grad} for path, slot in slots_in(tuner)}
+    # Allocations depend on how the adapters themselves are trained, so a head that is trained in full does not count.
     adapters = tuner.adapters() if injection.needs_steps(tuner) else trained
     counted = [own for path, own in trained.items() if own and path in adapters]
     if counted and not any(id(p) in held for own in counted for p in own.values()):
@@ -186,10 +182,10 @@ def agree_on_total(tuner: Tuner, total_steps: SupportsIndex | None) -> int | Non
 def engine_for(
     tuners: Sequence[Tuner], model: nn.Module, candidate: object, data_parallel: bool | None
 ) -> tuple[Engine, object]:
-    """Find out what the processes do together, and what takes the step hooks: ``candidate``, or what stands for it.
+    """Choose the engine of a training, and the optimizer that takes the step hooks: ``candidate`` or a stand-in.
 
-    ``model`` is the one that runs, which may be around the wrapped one. Raises `StepError` if this process belongs to a
-    group, and no plugin has an engine that keeps it alike.
+    ``model`` is the one that runs, which may be around the wrapped one. Raises `StepError` in a process group for which
+    no plugin has an engine.
     """
     if data_parallel not in (None, False, True):
         raise StepError(f"data_parallel: expected True, False or None, got {shown(data_parallel)}")

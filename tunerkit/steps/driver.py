@@ -63,13 +63,9 @@ class Withheld:
 
     @torch.no_grad()
     def put_back_(self, *, stepped: bool) -> None:
-        """Put back every withheld gradient, after a step or instead of one. Calling this again does nothing.
-
-        A fused optimizer divides the gradients by ``grad_scale`` while it steps, so the withheld ones are divided too.
-        After a skipped or interrupted step all are still scaled. The division happens only here, because multiplying
-        again could not undo its rounding.
-        """
+        """Put back every withheld gradient, after a step or instead of one. Calling this again does nothing."""
         held, self.gradients = self.gradients, []
+        # A fused optimizer has divided the other gradients by the scale. Multiplying could not undo its rounding.
         if stepped and self.grad_scale is not None:
             for device in {grad.device for _, grad in held}:
                 own = [grad for _, grad in held if grad.device == device]
