@@ -194,6 +194,15 @@ def test_the_command_names_extras_that_exist() -> None:
     assert f'"tunerkit[{",".join(sorted(named))}]"' in extras.install(*sorted(named))
 
 
+def test_what_has_left_core_is_brought_by_the_distribution_that_messages_name() -> None:
+    """Law: the entry points of the group `tunerkit.verbs` in this repository are those that core knows, no others."""
+    found = {}
+    for folder in projects()[1:]:
+        points = project_of(folder)["project"].get("entry-points", {}).get("tunerkit.verbs", {})
+        found.update(dict.fromkeys(points, folder.name))
+    assert found == extras.VERBS
+
+
 @pytest.mark.parametrize(
     ("written", "today", "later"),
     [
