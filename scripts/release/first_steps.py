@@ -45,7 +45,7 @@ def main() -> None:
         "the budget is spent": sum(tuner.ranks().values()) == tuner.budget(),
         "tokens were generated": written.shape == (1, 8),
         "the loaded model computes the same": torch.equal(loaded(batch).logits, trained),
-        "verbs of other distributions are found": callable(tunerkit.calibrate) and callable(tunerkit.method),
+        "verbs of other distributions are found": all(map(callable, (tunerkit.calibrate, tunerkit.method))),
         "the package lies outside the working folder": not Path(tunerkit.__file__).is_relative_to(Path.cwd()),
     }
     tunerkit.merge(loaded)
