@@ -2,6 +2,7 @@
 
 import io
 import tomllib
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -75,17 +76,25 @@ def test_it_lists_every_extra_for_users() -> None:
     assert set(installed.EXTRAS) <= extras
 
 
-@pytest.mark.parametrize("broken", ["method", "commands"])
-def test_a_broken_plugin_makes_the_exit_code_1(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its error is printed, whether the plugin adds methods or commands."""
+@pytest.mark.parametrize("broken", ["method", "commands", "verb"])
+def test_a_broken_plugin_makes_the_exit_code_1(broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its error is printed, whether the plugin adds methods, commands or a verb."""
     methods: dict[str, Any] = {"acme": MethodInfo("acme-plugin", "3.1", None)}
     problems: tuple[str, ...] = ()
     if broken == "method":
         methods["acme"] = MethodInfo("acme-plugin", "3.1", "ImportError: no libacme")
+    elif broken == "verb":
+        info = tmp_path / "acme_plugin-3.1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-plugin\nVersion: 3.1\n", encoding="utf-8")
+        (info / "entry_points.txt").write_text("[tunerkit.verbs]\nacme = libacme:verb\n", encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setitem(vars(tunerkit), "_points", cache(vars(tunerkit)["_points"].__wrapped__))
     else:
         problems = ("the commands of acme-plugin cannot be loaded: ImportError: no libacme",)
     monkeypatch.setattr(tunerkit, "methods", lambda: methods)
     monkeypatch.setattr(installed, "plugin_commands", lambda: PluginCommands({}, problems))
     done = CliRunner(env={"COLUMNS": "200"}).invoke(build(), ["doctor"])
     assert done.exit_code == 1
-    assert "no libacme" in done.output
+    assert ("No module named 'libacme'" if broken == "verb" else "no libacme") in done.output
+    assert "acme-plugin" in done.output

@@ -11,13 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 
 import tunerkit
+from tunerkit.errors import VerbError
 from tunerkit.extras import install
 from tunerkit_cli.plugin_commands import plugin_commands
 
 # The extras that users choose; the others are for those who work on tunerkit itself.
 EXTRAS = (
-    *("adalora", "lora", "methods", "peft", "gguf", "diffusers", "serving", "quant", "quantisers", "deepspeed"),
-    *("transformers", "distributed", "cli", "lm", "vision", "plot", "testing"),
+    *("verbs", "adalora", "lora", "methods", "peft", "gguf", "diffusers", "serving", "quant", "quantisers"),
+    *("deepspeed", "transformers", "distributed", "cli", "lm", "vision", "plot", "testing"),
 )
 
 
@@ -59,10 +60,19 @@ def show(console: Console) -> bool:
     # Below the table, where no command is cut or broken into lines.
     for cure in dict.fromkeys(part.cure for part in found if part.problem):
         console.print(cure, soft_wrap=True, markup=False, highlight=False)
-    problems = plugin_commands().problems
+    problems = [*plugin_commands().problems, *broken_verbs()]
     for problem in problems:
         console.print(f"[bold red]{escape(problem)}[/]", soft_wrap=True)
     return not problems and all(info.error is None for info in tunerkit.methods().values())
+
+
+def broken_verbs() -> Iterator[str]:
+    """Say of each verb of another distribution that cannot be loaded what is wrong."""
+    for name in dir(tunerkit):
+        try:
+            getattr(tunerkit, name)
+        except VerbError as error:
+            yield str(error)
 
 
 def devices() -> list[str]:
