@@ -20,7 +20,7 @@ from scripts.docs.gallery import measured
 from tunerkit import plugin
 from tunerkit.config import TAG
 from tunerkit.hooks import specs
-from tunerkit.plugin import AdapterConfig
+from tunerkit.plugin import AdapterConfig, engines, trainers
 from tunerkit_cli.app import build
 from tunerkit_cli.recipes.reading import schema
 
@@ -58,6 +58,24 @@ def plugin_api() -> str:
     return _public_names(plugin, vars(plugin)["__all__"], dict.fromkeys(users_names(), "api.md"))
 
 
+def engine_api() -> str:
+    """Describe the names of `tunerkit.plugin.engines`."""
+    return _names(engines, ())
+
+
+def trainer_api() -> str:
+    """Describe the names of `tunerkit.plugin.trainers`, except those that are described as names for engines."""
+    return _names(trainers, vars(engines)["__all__"])
+
+
+def _names(module: Any, described: Iterable[str]) -> str:
+    """Describe the names of a small module: an overview in its own order, and what mkdocstrings finds in the code."""
+    values = {name: getattr(module, name) for name in vars(module)["__all__"]}
+    rows = ((f"[`{name}`](#{place_of(name, value)})", first_sentence(_words(value))) for name, value in values.items())
+    entries = [_entry(name, value, members=False) for name, value in values.items() if name not in described]
+    return "\n".join([table(["name", "what it is"], rows), *entries])
+
+
 def _public_names(module: Any, names: Iterable[str], elsewhere: Mapping[str, str]) -> str:
     """Describe names in groups: an overview, then what mkdocstrings finds in the code."""
     groups: dict[str, dict[str, Any]] = {"Functions": {}, "Classes": {}, "Errors and warnings": {}, "Others": {}}
@@ -88,9 +106,9 @@ def place_of(name: str, value: Any) -> str:
     return f"tunerkit.{name}"
 
 
-def _entry(name: str, value: Any) -> str:
+def _entry(name: str, value: Any, *, members: bool = True) -> str:
     if inspect.isclass(value) or inspect.isroutine(value):
-        return _directive(place_of(name, value), name)
+        return _directive(place_of(name, value), name) + ("" if members else "      members: false\n")
     return f"### `{name}` {{ #tunerkit.{name} }}\n\n{_words(value)}\n"
 
 
@@ -292,6 +310,8 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = MappingProxyType(
     {
         "api": api,
         "plugin api": plugin_api,
+        "engine api": engine_api,
+        "trainer api": trainer_api,
         "hooks": hooks,
         "command": command,
         "recipe keys": recipe_keys,

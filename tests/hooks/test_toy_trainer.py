@@ -81,8 +81,9 @@ class Driving:
         engine, candidate = engine_for(self.tuners, self.loop.model, optimizer, self.data_parallel)
         steps, clock = self.loop.steps, lambda: self.loop.step + 1
         drive(self.tuners, candidate, total_steps=steps, clock=clock, engine=engine)
-        for tuner in self.tuners if self.resumed is not None else ():
-            tunerkit.load_state(tuner.model, folder_of(self.resumed, self.tuners, tuner), adapter=tuner.name)
+        if self.resumed is not None:
+            for tuner in self.tuners:
+                tunerkit.load_state(tuner.model, folder_of(self.resumed, self.tuners, tuner), adapter=tuner.name)
 
     def end(self) -> None:
         for tuner in self.tuners:

@@ -331,7 +331,7 @@ def test_a_door_for_plugins_only_names_what_core_has(sources: Sources, door: str
     imports = [each for each in statements if isinstance(each, ast.ImportFrom)]
     lists = [each for each in statements if not isinstance(each, ast.ImportFrom)]
     assert all(ast.unparse(each).startswith("__all__ ") for each in lists)
-    named = [each.value for part in lists for each in ast.walk(part) if isinstance(each, ast.Constant)]
+    named = [str(each.value) for part in lists for each in ast.walk(part) if isinstance(each, ast.Constant)]
     assert sorted(named) == sorted(alias.name for each in imports for alias in each.names)
 
 

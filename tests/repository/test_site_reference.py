@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import attrs
@@ -22,6 +23,7 @@ from tests.support.config_checks import Kinds
 from tests.support.site import Read, built
 from tunerkit import plugin
 from tunerkit.hooks import specs
+from tunerkit.plugin import engines, trainers
 from tunerkit_cli.app import build
 from tunerkit_cli.recipes.reading import schema
 
@@ -64,6 +66,15 @@ def test_every_name_for_authors_is_described(site: Path) -> None:
     anchors = [link.removeprefix("api.html#") for link in page.links if link.startswith("api.html#")]
     assert set(anchors) <= users.anchors
     assert [link for link in page.links if link.startswith("#") and link[1:] not in page.anchors] == []
+
+
+@pytest.mark.parametrize("door", [engines, trainers])
+def test_every_name_for_engines_and_trainers_is_described(door: ModuleType, site: Path) -> None:
+    """Each one is in the overview, with its first sentence, and has a heading on the page."""
+    page = Read(site / "reference" / "plugin-api.html")
+    names = vars(door)["__all__"]
+    assert all(overview(page)[name][0] for name in names)
+    assert set(names) <= {heading.text for heading in page.headings}
 
 
 def test_every_hook_is_described(site: Path) -> None:
