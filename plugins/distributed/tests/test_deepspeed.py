@@ -156,12 +156,16 @@ def test_the_regularisers_gradient_reaches_deepspeeds_buffers(
 
 @pytest.mark.parametrize(("name", "own"), [("svd 2", 1), ("svd 3", 2), ("bf16 1", 2)])
 def test_a_step_costs_at_most_two_collectives_of_ours(trained: list[dict[str, Any]], name: str, own: int) -> None:
-    """As many as LoRA, which has none, and ``own`` for each step; an allocation costs the agreement besides."""
+    """As many as LoRA, which has none, and ``own`` for each step; each allocation costs two broadcasts besides.
+
+    The last one costs one more: rank 0 decides whether weights may shrink.
+    """
     calls, _ = trained[0][name]["stepping"]
     plain, _ = trained[0][f"lora {name[-1]}"]["stepping"]
     more = sum(calls.values()) - sum(plain.values())
     allocations = len(trained[0][name]["history"])
-    assert own * STEPS <= more <= own * STEPS + 2 * allocations + (STEPS if name.startswith("bf16") else 0)
+    most = own * STEPS + 2 * allocations + 1 + (STEPS if name.startswith("bf16") else 0)
+    assert own * STEPS <= more <= most
 
 
 def test_masks_stay_and_a_warning_says_why(trained: list[dict[str, Any]]) -> None:
