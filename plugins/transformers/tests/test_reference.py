@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support.toy_readers import ScalePlugin
+from tunerkit_testing.registering import registered
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys
@@ -57,6 +59,17 @@ def test_the_reference_of_a_trained_adapter_is_the_model_as_it_stood(toys: "Toys
     assert torch.equal(output(model, x), after)
     assert not torch.equal(after, before)
     assert all(not tensor.requires_grad and tensor.grad is None for tensor in copied(reference))
+
+
+def test_a_reference_applies_several_adapters_as_the_model_does(toys: "Toys") -> None:
+    """One that reads the layer's own output comes before one that may write into it, whichever is named first."""
+    x, model = toys.x(), toys.net()
+    with registered(ScalePlugin()):
+        tunerkit.wrap(model, "toy-low-rank", {"targets": ["layers.0"]}, adapter="adds")
+        tunerkit.wrap(model, "toy-scale", {"targets": ["layers.0"]}, adapter="scales")
+        tunerkit.activate(model, ["adds", "scales"])
+        toys.fill_(model)
+        assert torch.equal(tunerkit.reference(model)(x), output(model, x))
 
 
 def test_only_adapters_that_add_something_are_copied(toys: "Toys") -> None:
