@@ -1,4 +1,4 @@
-"""Choose the engine of a training: how its ranks synchronise their adapters."""
+"""Choose the engine of a training: how its ranks synchronize their adapters."""
 
 from collections.abc import Sequence
 

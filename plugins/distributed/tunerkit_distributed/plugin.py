@@ -35,7 +35,7 @@ def tunerkit_restrictions() -> Iterable[Restriction]:
 
 @hookimpl
 def tunerkit_adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
-    """Check, at the next forward inside DDP, that it synchronises the adapters."""
+    """Check, at the next forward inside DDP, that it synchronizes the adapters."""
     check_at_next_forward_(model, modules)
 
 

@@ -51,7 +51,7 @@ def running_ddp() -> nn.parallel.DistributedDataParallel | None:
 
 
 def known_to(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
-    """The parameters that ``ddp`` synchronises, and those on its lists to ignore or to synchronise later."""
+    """The parameters that ``ddp`` synchronizes, and those on its lists to ignore or to synchronize later."""
     ignored = [p for name, p in ddp.module.named_parameters() if name in ddp.parameters_to_ignore]
     return [*ddp._module_parameters, *ignored]
 

@@ -1,4 +1,4 @@
-"""Rejects adapters that DistributedDataParallel would not synchronise, because it was built before them.
+"""Rejects adapters that DistributedDataParallel would not synchronize, because it was built before them.
 
 A module does not know which DDP contains it, so wrapping a part of a DDP cannot detect this; DDP's next forward can.
 """

@@ -65,7 +65,7 @@ def parts_of(parameters: Sequence[nn.Parameter]) -> Parts:
     """How the parameters of one DeepSpeed optimizer are held.
 
     Raises:
-        StepError: Only some of the ranks share a parameter, or the shards are quantised or on disk.
+        StepError: Only some of the ranks share a parameter, or the shards are quantized or on disk.
     """
     groups = [getattr(p, "ds_process_group", None) or getattr(p, "_dp_group", None) for p in parameters]
     if any(group is not None and torch.distributed.get_world_size(group) != processes() for group in groups):

@@ -60,7 +60,7 @@ def _replaced(owned: _Owned, blocks: Collection[str]) -> _Paths:
     """The modules in numbered blocks with parameters that lost their mark, after which marks prove nothing.
 
     Copying, moving or replacing a parameter drops its mark too. A parameter that ``from_pretrained`` did not find is
-    recognised otherwise: its module was built by ``from_pretrained``, its first values were written in place, and
+    recognized otherwise: its module was built by ``from_pretrained``, its first values were written in place, and
     loaded parameters were never written to.
     """
     inside = {path: owned[path] for path in owned if path in blocks}

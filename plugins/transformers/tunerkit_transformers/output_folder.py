@@ -30,7 +30,7 @@ class Run:
         source: The base model: the folder or the hub name that it was loaded from.
         revision: The commit of the hub; None for a folder.
         dtype: The dtype of the base's weights, such as ``"float32"``.
-        quantisation: How the base was quantised as it was loaded; None if it was not.
+        quantisation: How the base was quantized as it was loaded; None if it was not.
         labels: The names of the classes, in the order of the logits.
         seed: The seed of modules that the base's checkpoint lacks.
         record: The whole record.

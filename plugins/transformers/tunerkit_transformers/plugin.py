@@ -46,7 +46,7 @@ def tunerkit_weight_readers() -> Iterable[WeightReader]:
 
 @hookimpl
 def tunerkit_wrapped(model: nn.Module) -> None:
-    """Watch ``save_pretrained`` and PEFT's calls, let a Trainer train quantised models, and allow references."""
+    """Watch ``save_pretrained`` and PEFT's calls, let a Trainer train quantized models, and allow references."""
     watch_saving_(model)
     watch_calls_(model)
     mark_trainable_(model)

@@ -38,7 +38,7 @@ class Pretrained:
         revision: The commit of the hub that was loaded; None for a folder.
         heads: The paths of a classifier's head, if the checkpoint had it: it may be for other classes, so a training
             must name it. Empty if the head is new, which `tunerkit.wrap` sees, and for language models.
-        quantisation: How the model was quantised as it was loaded; None if it was not.
+        quantisation: How the model was quantized as it was loaded; None if it was not.
     """
 
     model: Any
@@ -68,7 +68,7 @@ def load_pretrained(
     processor_from: str | Path | None = None,
     quantisation: str | None = None,
 ) -> Pretrained:
-    """Load a base model for a task, with a head for ``labels`` that ``seed`` initialises if it is new.
+    """Load a base model for a task, with a head for ``labels`` that ``seed`` initializes if it is new.
 
     Args:
         task: One of `TASKS`.
@@ -80,10 +80,10 @@ def load_pretrained(
         dtype: The dtype of the base's weights; ``"auto"`` keeps the checkpoint's.
         seed: The seed of new modules.
         processor_from: The folder of the processor, if it is not the model's.
-        quantisation: How to quantise the model as it is loaded, see `quantising`; None loads it as it is.
+        quantisation: How to quantize the model as it is loaded, see `quantising`; None loads it as it is.
 
     Raises:
-        QuantisationError: It cannot be quantised so here.
+        QuantisationError: It cannot be quantized so here.
         ModelError: There is no such folder, it is a model of another kind, or transformers cannot load it.
     """
     task_classes = classes_of(task)

@@ -1,7 +1,6 @@
-"""The mark without which a transformers Trainer trains no quantised model: set while adapters are in, then taken back.
+"""Mark quantized models while they have adapters, because transformers' Trainer rejects them without the mark.
 
-transformers knows of its own adapters, peft's, by an attribute of the model. Its Trainer refuses a quantised model
-without it.
+transformers recognizes its own adapters, peft's, by an attribute of the model.
 """
 
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from tunerkit_transformers.transformers_private import HAS_ADAPTERS, IS_QUANTISE
 
 
 def mark_trainable_(model: nn.Module) -> None:
-    """Mark the quantised models of transformers in ``model`` as having adapters."""
+    """Mark the quantized models of transformers in ``model`` as having adapters."""
     for _, module in base_modules(model):
         # A model with peft's own adapters has the mark already.
         if getattr(module, IS_QUANTISED, False) is True and getattr(module, HAS_ADAPTERS, None) is False:

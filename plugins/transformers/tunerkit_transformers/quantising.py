@@ -1,4 +1,4 @@
-"""Base models of transformers that are quantised as they are loaded, by name: with bitsandbytes, to int8 or nf4."""
+"""Base models of transformers that are quantized as they are loaded, by name: with bitsandbytes, to int8 or nf4."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ QUANTISATIONS: Final = ("nf4", "int8")
 
 
 class QuantisationError(TunerkitError):
-    """A base model cannot be quantised as asked."""
+    """A base model cannot be quantized as asked."""
 
 
 def quantising(name: str, dtype: torch.dtype | str, heads: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the arguments with which ``from_pretrained`` quantises a model.
+    """Return the arguments with which ``from_pretrained`` quantizes a model.
 
     Args:
         name: One of `QUANTISATIONS`.

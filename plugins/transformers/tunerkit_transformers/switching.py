@@ -1,4 +1,4 @@
-"""Temporarily disable a Trainer's behaviour for an engine."""
+"""Temporarily disable a Trainer's behavior for an engine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -60,7 +60,7 @@ _PAGED = ("use_transformers_paged", "use_transformers_continuous_batching")
 
 
 def _restore_dtypes_(trainer: Trainer, tuners: list[Tuner]) -> None:
-    """Undo TRL's cast of everything trainable to bf16, which it makes if the base is quantised in 4 or 8 bits."""
+    """Undo TRL's cast of everything trainable to bf16, which it makes if the base is quantized in 4 or 8 bits."""
     own: Any = trainer.model
     if not any(getattr(own, mark, False) for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit")):
         return
