@@ -61,7 +61,7 @@ def train_in_parallel(rank: int, model: nn.Module, x: Tensor, labels: Tensor, to
     The ranks, the steps of the allocations, the weights and the outputs are written to ``{folder}/{rank}.pt``.
 
     Args:
-        rank: which of the two processes this is; `torch.multiprocessing.spawn` gives it.
+        rank: which of the two processes this is; `two_processes.spawn` gives it.
         model: the wrapped model; a copy of it is trained.
         x: the inputs, (N, ...).
         labels: their classes, (N,).

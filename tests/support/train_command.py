@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from tests.support import machines
 from tests.support.tiny_classifier import WORDS, save_tiny_classifier
+from tests.support.two_processes import PRELOADED
 from tunerkit_cli.app import build
 from tunerkit_cli.running import (
     record as _record,
@@ -107,7 +108,7 @@ def in_process(function: Callable[..., object], *arguments: object) -> int:
     """Call a function in a new process that has only imported this module; return its exit code."""
     context = multiprocessing.get_context("forkserver")
     # There is one server in a process, and the first who uses it decides what its forks need not import again.
-    context.set_forkserver_preload(["tunerkit_testing.resuming", "tunerkit_testing.loaded", __name__])
+    context.set_forkserver_preload([*PRELOADED, __name__])
     process = context.Process(target=function, args=arguments)
     process.start()
     process.join()

@@ -1,9 +1,10 @@
 """How processes of one group are started, join it, and leave it."""
 
 import gc
+import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -11,19 +12,36 @@ from typing import Any
 import torch
 from torch import distributed
 
+# What a server of processes imports. Names that are not installed are passed by.
+PRELOADED = ["torch._dynamo", "tunerkit_testing.resuming", "tunerkit_testing.loaded"]
 _MINUTES = 20  # until a process gives up on the other one, on a machine that is busy with other things
 
 
 def spawn(function: Callable[..., None], arguments: Sequence[object], processes: int = 2) -> None:
     """Call ``function(rank, *arguments)`` in processes of their own, and wait for them.
 
+    They are forks of a server that has only imported modules: to import torch and its compiler takes 15 seconds.
+
     Args:
         function: a function of a module, which each process imports by name.
         arguments: what it is given beside the number of the process.
         processes: how many there are.
     """
-    multiprocessing: Any = torch.multiprocessing  # torch does not list what it exports
-    multiprocessing.spawn(function, tuple(arguments), nprocs=processes)
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    if method == "forkserver":
+        # There is one server in a process, and the first who uses it decides what its forks need not import again.
+        multiprocessing.get_context(method).set_forkserver_preload(PRELOADED)
+    start: Any = torch.multiprocessing  # torch does not list what it exports
+    given = (function, dict(os.environ), tuple(arguments))
+    start.start_processes(_called, given, nprocs=processes, start_method=method)
+
+
+def _called(
+    rank: int, function: Callable[..., None], environment: Mapping[str, str], arguments: Sequence[object]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)  # the server has that of the time when it was started
+    function(rank, *arguments)
 
 
 @contextmanager
@@ -31,7 +49,7 @@ def joined(rank: int, folder: str, processes: int = 2) -> Iterator[None]:
     """Inside the block, this is one of two or more processes, with one thread each; at its end the process exits.
 
     Args:
-        rank: which of the two processes this is; `torch.multiprocessing.spawn` gives it.
+        rank: which of the two processes this is; `two_processes.spawn` gives it.
         folder: where the processes meet.
         processes: how many there are.
     """

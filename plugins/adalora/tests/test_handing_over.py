@@ -10,7 +10,8 @@ import attrs
 import pytest
 import torch
 
-from tests.support import handing_over, together
+from plugins.adalora.tests import handing_over
+from tests.support import together
 from tests.support.together import Job
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):

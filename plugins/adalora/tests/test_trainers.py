@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import tunerkit
 from plugins.adalora.tests import short_training
 from plugins.adalora.tests.short_training import TOTAL, adamw
-from tests.support import spawned
+from tests.support import spawned, two_processes
 from tunerkit import injection
 from tunerkit_testing.small import train, trainable
 
@@ -302,9 +302,7 @@ def test_two_processes_agree_on_masks_and_weights(tmp_path: Path, monkeypatch: p
         pytest.skip("this torch has no gloo")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     model = wrapped()
-    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
-        spawned.train_in_parallel, (model, X[:16], LABELS[:16], TOTAL, str(tmp_path)), nprocs=2
-    )
+    two_processes.spawn(spawned.train_in_parallel, (model, X[:16], LABELS[:16], TOTAL, str(tmp_path)))
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one["ranks"] == other["ranks"]
     assert sum(one["ranks"].values()) == 6

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import bad_inputs
-from tests.support.bad_inputs import CASES, PAGE, row_of, shown_message
+from plugins.cli.tests import bad_inputs
+from plugins.cli.tests.bad_inputs import CASES, PAGE, row_of, shown_message
 from tests.support.pipes import pipe
 
 LONGEST = 3000

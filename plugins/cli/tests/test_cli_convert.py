@@ -14,7 +14,7 @@ import transformers
 from hypothesis import given, settings, strategies as st
 
 import tunerkit
-from tests.support.product_plugin import ProductPlugin, trained
+from plugins.cli.tests.product_plugin import ProductPlugin, trained
 from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.tiny_models import save_tiny_llama, save_tiny_t5, save_tiny_vit
 from tests.support.train_command import command, succeeded

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from rich.console import Console
 
-from tests.support import run_records
+from plugins.cli.tests import run_records
 from tunerkit_cli.report.rank_map import RankMap, rank_map, rank_table, shortened
 
 MATRICES = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.support import browser, run_records
+from plugins.cli.tests import run_records
+from tests.support import browser
 from tunerkit_cli.report.html import compare, render
 
 LONG = "averylongnamewithoutanyblank" * 8

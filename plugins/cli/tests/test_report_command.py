@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from tests.support import pages, run_records
+from plugins.cli.tests import pages, run_records
 from tunerkit_cli.app import build
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import pages, run_records
+from plugins.cli.tests import pages, run_records
 from tunerkit_cli.report.html import compare
 from tunerkit_cli.report.record import RecordError
 

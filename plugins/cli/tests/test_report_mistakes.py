@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, strategies as st
 
-from tests.support import run_records
+from plugins.cli.tests import run_records
 from tunerkit_cli.report.record import LabelErrors, read
 from tunerkit_cli.report.scores import errors_by_label, label_scores, most_confused
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tests.support import pages, run_records
+from plugins.cli.tests import pages, run_records
 from tunerkit_cli.report.html import compare, render
 from tunerkit_cli.report.record import RecordError
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from tests.support import run_records
+from plugins.cli.tests import run_records
 from tunerkit_cli.report import curves
 from tunerkit_cli.report.pictures import draw
 from tunerkit_cli.report.record import RecordError, read

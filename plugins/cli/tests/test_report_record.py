@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from tests.support import run_records
+from plugins.cli.tests import run_records
 from tunerkit_cli.report.record import RecordError, Run, read
 
 values = st.recursive(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support import run_records
+from plugins.cli.tests import run_records
 from tunerkit_cli.report import scores
 from tunerkit_cli.report.record import read
 

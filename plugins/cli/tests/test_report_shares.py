@@ -2,8 +2,8 @@
 
 from hypothesis import given, strategies as st
 
-from tests.support import run_records
-from tests.support.pages import Page
+from plugins.cli.tests import run_records
+from plugins.cli.tests.pages import Page
 from tunerkit_cli.report.html.page import render
 from tunerkit_cli.report.rank_map import by_layer, by_matrix, parts_of
 

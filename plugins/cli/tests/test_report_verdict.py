@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import run_records
+from plugins.cli.tests import run_records
 from tunerkit_cli.report.record import Problem, read
 from tunerkit_cli.report.verdict import failure, verdict
 

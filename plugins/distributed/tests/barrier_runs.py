@@ -12,9 +12,9 @@ import torch
 from torch import distributed, nn
 
 import tunerkit
-from plugins.distributed.tests import sharded_runs
+from plugins.distributed.tests import sharded_runs, skipping
 from plugins.distributed.tests.sharded_runs import adam, build, shard_
-from tests.support import skipping, together, two_processes
+from tests.support import together, two_processes
 from tests.support.collectives import Collectives
 from tunerkit import steps
 from tunerkit_distributed import barrier

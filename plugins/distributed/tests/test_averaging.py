@@ -11,7 +11,8 @@ import torch
 from torch import distributed, nn
 
 import tunerkit
-from tests.support import apart, together, two_processes
+from plugins.distributed.tests import apart
+from tests.support import together, two_processes
 from tests.support.toy_growing import GrowingPlugin
 from tunerkit import serialization
 from tunerkit.plugin import Engine

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from plugins.distributed.tests.sharded import shard_and_try
 from tests.support import two_processes
-from tests.support.sharded import shard_and_try
 
 SHARDING = ("fsdp1", "fsdp1 flat", "fsdp2")
 

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import tunerkit
-from tests.support import skipping, together, two_processes
+from plugins.distributed.tests import skipping
+from tests.support import together, two_processes
 from tests.support.collectives import Collectives
 from tunerkit import injection, serialization, steps
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 import tunerkit
-from tests.support.two_trainers import resume_together
+from plugins.transformers.tests.two_trainers import resume_together
+from tests.support import two_processes
 from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments, attached_trainer
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -221,9 +222,7 @@ def test_processes_that_see_other_files_resume_from_the_same_checkpoint(
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(  # type: ignore[attr-defined]  # torch does not list it
-        resume_together, (str(tmp_path),), nprocs=2
-    )
+    two_processes.spawn(resume_together, (str(tmp_path),))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     # The folders differ here, and so do their names in the errors.
     parts = [each["answers"].pop("optimizer of one process")[0] for each in (first, second)]

@@ -26,7 +26,7 @@ def resume_together(rank: int, folder: str) -> None:
     processes chose alike, of a resumed one.
 
     Args:
-        rank: which of the two processes this is; `torch.multiprocessing.spawn` gives it.
+        rank: which of the two processes this is; `two_processes.spawn` gives it.
         folder: where the processes meet and write.
     """
     # How accelerate learns of the processes; the group itself is made below.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tests.support import skipping, together
+from plugins.distributed.tests import skipping
+from tests.support import together
 from tests.support.collectives import Collectives
 from tunerkit import steps
 

@@ -1,24 +1,28 @@
-"""Rows about the command's folders: kills at any moment, a full disk, and a folder that cannot be written."""
+"""Commands that are killed at any moment, have a full disk, or write into a folder that is read-only."""
 
 import ctypes
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from random import Random
 from typing import IO, Any
 
-import tunerkit
-from tests.faults.harness import Fault, cases
-from tests.faults.isolation import fork, in_fork, limit_file_size
-from tests.faults.subjects import Subject
-from tests.support.product_plugin import ProductPlugin
+import pytest
 
+import tunerkit
+from plugins.cli.tests.product_plugin import ProductPlugin
+from tests.faults.forks import Child, asked, failures, in_fork, limit_file_size
+from tests.support.train_command import arguments_of, command, signalled, succeeded
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the faults are injected in forks")
+COUNT = 84 if os.environ.get("TUNERKIT_LONG") == "1" else 7  # each command once
 MINE = {"notes.txt": "mine", "checkpoints/mine.txt": "mine", "logs/mine.txt": "mine", "pictures/mine.png": "mine"}
 _NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
 _EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod")
@@ -28,8 +32,6 @@ class Commands:
     """A trained run, and the commands that write into a folder: each with what it leaves when nothing stops it."""
 
     def __init__(self, folder: Path) -> None:
-        from tests.support.train_command import arguments_of, succeeded
-
         tunerkit.register(ProductPlugin())
         self.folder = folder
         self.training = [*arguments_of(folder, "toy-product", "{rank: 2}"), "--epochs", "1", "--set", "save_steps=2"]
@@ -45,19 +47,16 @@ class Commands:
 
     def calls(self, place: Path) -> dict[str, Callable[[], Any]]:
         """The calls that write ``place``, by name. Each raises if it fails."""
-        from tests.support.train_command import succeeded
-
         source, base = str(self.source), str(self.folder / "tiny")
+        convert = ("convert", source, "--to", "toy", "--base", base, "--out", place)
         return {
-            "train": lambda: succeeded(*self.training, "--out", place),
-            "merge": lambda: succeeded("merge", source, "--out", place),
-            "train --overwrite": lambda: succeeded(*self.training, "--out", place, "--overwrite"),
-            "convert": lambda: succeeded("convert", source, "--to", "toy", "--base", base, "--out", place),
-            "train --resume": lambda: succeeded("train", "--out", place, "--resume"),
+            "train": partial(succeeded, *self.training, "--out", place),
+            "merge": partial(succeeded, "merge", source, "--out", place),
+            "train --overwrite": partial(succeeded, *self.training, "--out", place, "--overwrite"),
+            "convert": partial(succeeded, *convert),
+            "train --resume": partial(succeeded, "train", "--out", place, "--resume"),
             "export": lambda: tunerkit.export(tunerkit.from_folder(source)[0], place, "toy"),
-            "convert --overwrite": lambda: succeeded(
-                *("convert", source, "--to", "toy", "--base", base, "--out", place, "--overwrite")
-            ),
+            "convert --overwrite": partial(succeeded, *convert, "--overwrite"),
         }
 
     def prepare(self, name: str, place: Path) -> None:
@@ -68,8 +67,6 @@ class Commands:
                 (place / file).parent.mkdir(exist_ok=True)
                 (place / file).write_text(text)
         elif name == "train --resume":
-            from tests.support.train_command import command, signalled
-
             with signalled(3, signal.SIGINT):
                 command(*self.training, "--out", place)
         elif name == "convert --overwrite":
@@ -122,49 +119,51 @@ def _is_hidden(path: str) -> bool:
 
 def _half(path: str, data: bytes) -> str:
     """Why a file is not whole; an empty text if it is."""
-    if path.endswith(".json"):
-        try:
+    try:
+        if path.endswith(".json"):
             json.loads(data)
-        except ValueError as error:
-            return str(error)
-    if path.endswith(".safetensors"):
-        length = int.from_bytes(data[:8], "little")
-        try:
+        if path.endswith(".safetensors"):
+            length = int.from_bytes(data[:8], "little")
             entries = json.loads(data[8 : 8 + length])
-        except ValueError as error:
-            return str(error)
-        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-        return "" if len(data) == 8 + length + max(ends, default=0) else "it is cut"
-    if path.endswith(".html") and b"</html>" not in data:
-        return "it is cut"
-    return ""
+            ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+            return "" if len(data) == 8 + length + max(ends, default=0) else "it is cut"
+    except ValueError as error:
+        return str(error)
+    return "it is cut" if path.endswith(".html") and b"</html>" not in data else ""
+
+
+def cases(count: int, commands: Commands) -> Iterator[tuple[str, Path, int, Random]]:
+    """Yield a command, its prepared place, the number of its case, and a random generator; the same in every run."""
+    names = tuple(commands.whole)
+    for number in range(count):
+        place = commands.folder / f"case-{number}" / "out"
+        place.parent.mkdir()
+        commands.prepare(names[number % len(names)], place)
+        yield names[number % len(names)], place, number // len(names), Random(number)
+        shutil.rmtree(place.parent)
 
 
 # --- Kills ------------------------------------------------------------------------------------------------------------
 
 
-def kills(subject: Subject, count: int, folder: Path) -> Iterator[Fault]:
+def kills(count: int, folder: Path) -> Iterator[tuple[str, str]]:
     """Kill a command: when it opens, renames, creates or removes its k-th file, or after a random time."""
     commands = Commands(folder)
-    names = tuple(commands.whole)
-    measured = {name: _measured(commands, name) for name in names}
-    for number, _, chance in cases("kills of a command", subject, count):
-        name = names[number % len(names)]
-        events, seconds = measured[name]
-        by_event = number // len(names) % 2 == 0
+    measured: dict[str, tuple[int, float]] = {}
+    for name, place, number, chance in cases(count, commands):
+        events, seconds = measured.get(name) or measured.setdefault(name, asked(partial(_measured, commands, name)))
         at, after = chance.randrange(1, events + 1), chance.uniform(0, seconds)
-        label = f"at file event {at} of {events}" if by_event else f"after {after:.2f} of {seconds:.2f} s"
-        place = folder / f"case-{number}" / "out"
-        place.parent.mkdir()
-        commands.prepare(name, place)
-        child = fork(lambda _, n=name, p=place, k=at if by_event else 0: _run_until(commands, n, p, k))  # type: ignore[misc]
-        if not by_event:
+        if number % 2 == 0:
+            label = f"at file event {at} of {events}"
+            child = Child(partial(_run_until, commands, name, place, at))
+        else:
+            label = f"after {after:.2f} of {seconds:.2f} s"
+            child = Child(partial(_run_until, commands, name, place, 0))
             time.sleep(after)
-            child.kill()
+            os.kill(child.pid, signal.SIGKILL)
         child.wait()
-        outcome = commands.wrong(name, place) or in_fork(lambda n=name, p=place: commands.again(n, p))  # type: ignore[misc]
-        yield Fault(f"{number}: {name}, killed {label}", outcome)
-        shutil.rmtree(place.parent)
+        outcome = commands.wrong(name, place) or in_fork(partial(commands.again, name, place))
+        yield f"{name}, killed {label}", outcome
 
 
 def _measured(commands: Commands, name: str) -> tuple[int, float]:
@@ -172,26 +171,19 @@ def _measured(commands: Commands, name: str) -> tuple[int, float]:
     place = commands.folder / f"measured-{name}" / "out"
     place.parent.mkdir()
     commands.prepare(name, place)
+    events = 0
 
-    def count(writing: IO[bytes]) -> None:
-        events = 0
+    def note(event: str, arguments: Any) -> None:
+        nonlocal events
+        events += _concerns(place, event, arguments)
 
-        def note(event: str, arguments: Any) -> None:
-            nonlocal events
-            events += _concerns(place, event, arguments)
-
-        sys.addaudithook(note)
-        begun = time.monotonic()
-        commands.calls(place)[name]()
-        pickle.dump(f"{events} {time.monotonic() - begun}", writing)
-
-    child = fork(count)
-    events, seconds = next(child.outcomes()).split()
-    child.wait()
-    return int(events), float(seconds)
+    sys.addaudithook(note)
+    begun = time.monotonic()
+    commands.calls(place)[name]()
+    return events, time.monotonic() - begun
 
 
-def _run_until(commands: Commands, name: str, place: Path, number: int) -> None:
+def _run_until(commands: Commands, name: str, place: Path, number: int, _: IO[bytes]) -> None:
     """Run a call, and kill this process at the k-th file event; with 0, it runs until somebody else kills it."""
     left = number
 
@@ -212,34 +204,29 @@ def _concerns(place: Path, event: str, arguments: Any) -> bool:
     return event in _EVENTS and str(place.parent) in str(arguments[0])
 
 
+def test_after_a_kill_no_file_of_the_users_is_lost_and_none_is_half_written() -> None:
+    """And the same call works again, with the same end."""
+    assert failures(kills, COUNT) == []
+
+
 # --- No room ----------------------------------------------------------------------------------------------------------
 
 
-def no_room(subject: Subject, count: int, folder: Path) -> Iterator[Fault]:
+def no_room(count: int, folder: Path) -> Iterator[tuple[str, str]]:
     """Run a command where a file can grow to k bytes only, or into a folder on a file system that is read-only."""
     commands = Commands(folder)
-    names = tuple(commands.whole)
     (folder / "mounted").mkdir()
-    can_mount = not in_fork(lambda: _make_read_only(folder / "mounted" / "out"))
-    for number, _, chance in cases("commands without room", subject, count):
-        name = names[number % len(names)]
-        place = folder / f"case-{number}" / "out"
-        place.parent.mkdir()
-        commands.prepare(name, place)
-        read_only = can_mount and number // len(names) % 3 == 2  # without that right, the disk is full instead
+    can_mount = not in_fork(partial(_make_read_only, folder / "mounted" / "out"))
+    for name, place, number, chance in cases(count, commands):
+        read_only = can_mount and number % 3 == 2  # without that right, the disk is full instead
         limit = chance.randrange(max(map(len, commands.whole[name].values())))
-        label = "a read-only folder" if read_only else f"full after {limit} bytes"
         before = files(place)
-
-        def fail(n: str = name, p: Path = place, ro: bool = read_only, k: int = limit) -> str:
-            return _said(commands, n, p, read_only=ro, limit=k)
-
-        outcome = in_fork(fail) or commands.wrong(name, place)
+        outcome = in_fork(partial(_said, commands, name, place, read_only=read_only, limit=limit))
+        outcome = outcome or commands.wrong(name, place)
         if not outcome and read_only and files(place) != before:
             outcome = "a file in the read-only folder was changed"
-        outcome = outcome or in_fork(lambda n=name, p=place: commands.again(n, p))  # type: ignore[misc]
-        yield Fault(f"{number}: {name}, {label}", outcome)
-        shutil.rmtree(place.parent)
+        outcome = outcome or in_fork(partial(commands.again, name, place))
+        yield f"{name}, {'a read-only folder' if read_only else f'full after {limit} bytes'}", outcome
 
 
 def _said(commands: Commands, name: str, place: Path, *, read_only: bool, limit: int) -> str:
@@ -252,9 +239,8 @@ def _said(commands: Commands, name: str, place: Path, *, read_only: bool, limit:
         commands.calls(place)[name]()
     except AssertionError as error:  # of a command, with what it printed
         text = str(error)
-        if "SystemExit(2)" in text and "Traceback" not in text:
-            return ""
-        return f"the command does not say it in one line: {text[-300:]}"
+        in_a_line = "SystemExit(2)" in text and "Traceback" not in text
+        return "" if in_a_line else f"the command does not say it in one line: {text[-300:]}"
     except tunerkit.TunerkitError:
         return ""
     return "there was no error" if read_only else ""
@@ -268,3 +254,8 @@ def _make_read_only(place: Path) -> str:
     for options in (["--make-rprivate", "/"], ["--bind", top, top], ["-o", "remount,bind,ro", top]):
         subprocess.run(["mount", *options], check=True, capture_output=True)
     return ""
+
+
+def test_a_full_disk_and_a_read_only_folder_are_said_in_one_line() -> None:
+    """And the same call works afterwards."""
+    assert failures(no_room, COUNT) == []

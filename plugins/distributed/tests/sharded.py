@@ -23,7 +23,7 @@ def shard_and_try(rank: int, engines: Sequence[str], folder: str) -> None:
     saved and loaded again. What an engine lets the processes save is in ``{folder}/{engine}``.
 
     Args:
-        rank: which of the two processes this is; `torch.multiprocessing.spawn` gives it.
+        rank: which of the two processes this is; `two_processes.spawn` gives it.
         engines: some of ``"fsdp1"``, ``"fsdp1 flat"`` (without ``use_orig_params``) and ``"fsdp2"``.
         folder: where the processes meet and write.
     """

@@ -1,4 +1,4 @@
-"""Commands with one mistake each, and the page of what tunerkit says: ``python -m tests.support.bad_inputs``."""
+"""Commands with one mistake each, and the page of what tunerkit says: ``python -m plugins.cli.tests.bad_inputs``."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ import attrs
 from typer.testing import CliRunner, Result
 
 import tunerkit
-from tests.support.product_plugin import ProductPlugin, trained
+from plugins.cli.tests.product_plugin import ProductPlugin, trained
 from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.tiny_models import SIDE, save_tiny_llama, save_tiny_t5, save_tiny_vit
 from tunerkit_cli.app import build
@@ -23,7 +23,7 @@ from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
 from tunerkit_transformers.bases import Base, whole
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "errors.md"
+PAGE = Path(__file__).parents[3] / "docs" / "reference" / "errors.md"
 _TRAIN = "--method toy-low-rank --out new --epochs 1 --batch-size 8"
 _INTRODUCTION = """# Error messages
 

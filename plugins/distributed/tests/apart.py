@@ -12,7 +12,8 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict
 
 import tunerkit
-from tests.support import meetings, together, two_processes
+from plugins.distributed.tests import meetings
+from tests.support import together, two_processes
 from tunerkit_testing.toy_methods import LowRankPlugin
 
 METHOD, CONFIG = "toy-low-rank", {"targets": ["0", "2"]}
