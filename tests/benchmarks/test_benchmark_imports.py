@@ -3,8 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = sorted(ROOT.glob("benchmarks/**/*.py"))
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
@@ -33,18 +31,3 @@ def test_the_benchmarks_and_their_tests_do_not_use_the_command() -> None:
     assert len(ours) > len(BENCHMARKS) > 0
     drawing = "tunerkit_cli.report"  # it draws what was measured, and trains nothing
     assert [file for file in ours if imports("tunerkit_cli", texts[file].replace(drawing, "drawing"))] == []
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "import tunerkit_cli",
-        "import tunerkit_cli.training as training",
-        "from tunerkit_cli import assets",
-        "def f():\n    from tunerkit_cli.data import Examples",
-    ],
-)
-def test_an_import_of_the_command_is_found_however_it_is_written(text: str) -> None:
-    """As a whole, in part, and inside a function; a module with a similar name does not count."""
-    assert imports("tunerkit_cli", text)
-    assert not imports("tunerkit_cli", text.replace("cli", "client"))

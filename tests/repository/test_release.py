@@ -16,15 +16,13 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import tunerkit
-from scripts.release import building, constraints, llms
+from scripts.release import building, llms
 from scripts.release.building import ROOT, for_the_index, projects, urls
-from scripts.release.checking import strangers
 from scripts.release.install_lines import mended, pages, problems
 from tunerkit import extras
 
 PLUGINS = [each.name for each in projects()[1:]]
 WORKFLOWS = [*ROOT.glob(".github/workflows/*.yml"), *ROOT.glob("plugins/testing/**/workflows/*.yml.txt")]
-FOLDER = "--find-links dist "
 
 
 def project_of(folder: Path) -> dict[str, Any]:
@@ -106,13 +104,6 @@ def test_without_an_address_nothing_is_shown_and_with_one_every_link_has_it() ->
     assert "[c](https://c.org), [d](#d)![e](https://example.org/t/raw/main/plugins/peft/e.png)" in shown
 
 
-def test_the_address_stands_in_no_second_place() -> None:
-    """A pyproject.toml of ours has no [project.urls] of its own; CITATION.cff has the address once there is one."""
-    assert [each.name for each in projects() if "urls" in project_of(each)["project"]] == []
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
-    assert citation.get("repository-code", "") == building.address()
-
-
 def test_what_is_staged_is_valid_and_has_the_address(tmp_path: Path) -> None:
     """Every pyproject.toml of the copy has the table; the tree itself is not changed."""
     building.stage(tmp_path, "https://example.org/t")
@@ -128,18 +119,6 @@ def test_every_file_of_a_package_is_staged(tmp_path: Path) -> None:
     for package in (ROOT / "tunerkit", *ROOT.glob("plugins/*/tunerkit_*")):
         files = [each.relative_to(ROOT) for each in package.rglob("*") if each.is_file() and each.suffix != ".pyc"]
         assert [file for file in files if not (tmp_path / file).is_file()] == []
-
-
-def test_what_comes_from_elsewhere_is_named() -> None:
-    """The report of pip must have each of ours, from the folder of wheels."""
-    folder = Path("/wheels")
-    here = [{"metadata": {"name": f"tunerkit-{n}"}, "download_info": {"url": f"file:///wheels/{n}"}} for n in PLUGINS]
-    core = {"metadata": {"name": "tunerkit"}, "download_info": {"url": "file:///wheels/tunerkit"}}
-    other = {"metadata": {"name": "tunerkit"}, "download_info": {"url": "https://an.index/tunerkit"}}
-    torch = {"metadata": {"name": "torch"}, "download_info": {"url": "https://an.index/torch"}}
-    assert strangers({"install": [*here, core, torch]}, folder) == []
-    assert strangers({"install": [*here, other]}, folder) == ["tunerkit: https://an.index/tunerkit"]
-    assert strangers({"install": [*here[1:], core]}, folder) == [f"tunerkit-{PLUGINS[0]}: missing"]
 
 
 # --- Commands that install --------------------------------------------------------------------------------------------
@@ -171,20 +150,6 @@ def test_messages_take_the_command_from_one_function() -> None:
     assert {name for name, commands in found.items() if commands} == {"tunerkit/extras.py"}
 
 
-@pytest.mark.parametrize(
-    ("code", "found"),
-    [
-        ("say(f'pip install \"tunerkit[{a}]\"')", True),
-        ("say('pip install -U tunerkit-x')", True),
-        ("say('pip install typer')", False),
-        ("say(f'pip install -e {folder}: tunerkit needs it')", False),
-    ],
-)
-def test_a_command_in_another_message_would_be_seen(code: str, found: bool) -> None:
-    """With any of our names, also in parts of an f-string."""
-    assert bool(list(commands_in_code(code))) == found
-
-
 def test_the_command_names_extras_that_exist() -> None:
     """Each of the extras that messages name, in a form that pip takes."""
     optional = project_of(ROOT)["project"]["optional-dependencies"]
@@ -201,27 +166,6 @@ def test_what_has_left_core_is_brought_by_the_distribution_that_messages_name() 
         points = project_of(folder)["project"].get("entry-points", {}).get("tunerkit.verbs", {})
         found.update(dict.fromkeys(points, folder.name))
     assert found == extras.VERBS
-
-
-@pytest.mark.parametrize(
-    ("written", "today", "later"),
-    [
-        ('pip install "tunerkit[quant]" hqq', 'pip install --find-links dist "tunerkit[quant]" hqq', None),
-        ("uv pip install tunerkit", "uv pip install --find-links dist tunerkit", None),
-        ("pip install -f ~/wheels tunerkit", None, "pip install tunerkit"),
-        ("pip install -e plugins/quant", None, None),
-        ("pip install -e . torch", None, None),
-        ('pip install -e "tunerkit-my-method[test]"', None, None),
-        ("pip install tunerkit-like", 'pip install --find-links dist "tunerkit[like]"', 'pip install "tunerkit[like]"'),
-    ],
-)
-def test_a_page_is_written_again_when_the_distributions_are_published(
-    written: str, today: str | None, later: str | None
-) -> None:
-    """Both ways: the folder of wheels is put in and taken out; other commands stay."""
-    assert mended(written, FOLDER) == (today or written)
-    assert mended(mended(written, FOLDER), "") == (later or written)
-    assert bool(problems(written, FOLDER)) == (today is not None)
 
 
 @pytest.mark.parametrize("page", list(pages()), ids=lambda page: str(page.relative_to(ROOT)))
@@ -241,13 +185,6 @@ def test_one_line_changes_what_messages_say() -> None:
     source = (ROOT / "tunerkit/extras.py").read_text("utf-8")
     exec(source.replace("PUBLISHED: Final = False", "PUBLISHED: Final = True"), later)
     assert later["install"]("lora", "cli") == 'pip install "tunerkit[lora,cli]"'
-
-
-def test_a_distribution_is_installed_by_its_extra() -> None:
-    """One form in all pages, which also brings what the extra needs beside it."""
-    assert problems("`pip install --find-links dist tunerkit-quant`", FOLDER) == [
-        'pip install --find-links dist tunerkit-quant: write pip install --find-links dist "tunerkit[quant]"'
-    ]
 
 
 # --- Workflows --------------------------------------------------------------------------------------------------------
@@ -278,24 +215,6 @@ def test_only_the_publishing_job_may_ask_for_a_token() -> None:
 def test_the_map_of_the_documentation_is_that_of_the_site() -> None:
     """llms.txt has every page of the site's navigation, with what the page says of itself; `make pages` writes it."""
     assert (ROOT / "llms.txt").read_text("utf-8") == llms.text(building.address())
-
-
-def test_the_map_is_read_from_a_navigation_with_groups_and_from_a_flat_one() -> None:
-    """A page without a title has that of its file."""
-    flat = "nav:\n  - Start: a.md\n"
-    grouped = "nav:\n  - How to:\n      - Train: b.md\n      - c.md\nx: !!python/name:y\n"
-    assert list(llms.groups(flat)) == [("Pages", [("Start", "a.md")])]
-    assert list(llms.groups(grouped)) == [("How to", [("Train", "b.md"), ("C", "c.md")])]
-    assert llms.first_sentence("# T\n\n![x](y.png)\n\n**One** [two](t.md)\nthree. Four.\n") == "One two three."
-
-
-def test_the_citation_has_what_its_form_needs() -> None:
-    """The keys that Citation File Format 1.2.0 requires; the version stays in one place."""
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
-    assert {"cff-version", "message", "title", "authors"} <= set(citation)
-    assert citation["authors"] == [{"name": "The tunerkit authors"}]
-    assert citation["license"] == project_of(ROOT)["project"]["license"]
-    assert "version" not in citation
 
 
 def test_paths_and_targets_that_agents_md_names_exist() -> None:
@@ -338,16 +257,6 @@ def test_core_is_tested_with_the_oldest_versions_that_anybody_asks_for(folder: P
         elif own.name in oldest and lowest is not None:
             tested = oldest[own.name].split(".")[: lowest.count(".") + 1]
             assert Version(lowest) >= Version(".".join(tested)), own
-
-
-def test_environments_that_differ_make_no_constraints() -> None:
-    """A library has one line; local versions, which no index has, are cut off."""
-    assert constraints.lines_of({"a": {"Torch": "2.1+cpu", "pip": "1"}, "b": {"torch": "2.1", "a_b": "3"}}) == [
-        "a-b==3",
-        "torch==2.1",
-    ]
-    with pytest.raises(SystemExit, match="torch"):
-        constraints.lines_of({"a": {"torch": "2.1"}, "b": {"torch": "2.2"}})
 
 
 @pytest.mark.parametrize("folder", projects(), ids=lambda each: each.name)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlencode
 
 import pytest
@@ -104,35 +104,6 @@ def test_everything_fits_and_nothing_comes_from_another_host(site: Path, address
     assert problems == []
     assert [each for each in elsewhere if not each.startswith((address, "data:"))] == []
     assert [each for each in said if each.startswith(("error", "warning", "Error"))] == []
-
-
-def test_a_table_and_code_that_do_not_fit_would_be_seen(address: str, pages: dict[int, Page]) -> None:
-    """The measurement finds both, at both widths."""
-    for page in pages.values():
-        page.goto(f"{address}index.html")
-        page.add_style_tag(content="article table { min-width: 3000px !important }")
-        page.add_style_tag(content="article pre > code { white-space: pre !important }")
-        page.evaluate("document.querySelector('article pre > code').append('x'.repeat(500))")
-        over = too_wide(page)["over"]
-        assert any(each.startswith("TABLE") for each in over)
-        assert any(each.startswith("CODE") for each in over)
-
-
-def test_code_is_coloured_when_the_site_is_built_and_can_be_copied(site: Path, address: str, page: Page) -> None:
-    """The colours are in the file, so no script makes them; each block has a button that copies it."""
-    assert '<span class="kn">import</span>' in (site / "index.html").read_text(encoding="utf-8")
-    page.goto(f"{address}index.html")
-    page.locator("article pre").first.wait_for()
-    assert page.locator("article pre").count() == page.locator("article button[data-md-type=copy]").count()
-
-
-@pytest.mark.parametrize(("scheme", "name"), [("light", "default"), ("dark", "slate")])
-def test_colours_follow_the_system(address: str, page: Page, scheme: Literal["light", "dark"], name: str) -> None:
-    """Until someone chooses: a button leads through the system's setting, light and dark."""
-    page.emulate_media(color_scheme=scheme)
-    page.goto(f"{address}index.html")
-    assert page.evaluate("document.body.dataset.mdColorScheme") == name
-    assert page.locator("form[data-md-component=palette] input").count() == 3
 
 
 @pytest.mark.parametrize("asked", WANTED)

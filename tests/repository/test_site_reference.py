@@ -16,9 +16,7 @@ import pluggy
 import typer
 
 import tunerkit
-from scripts.docs.hooks import repository_links
 from scripts.docs.reference import allowed
-from scripts.release.building import address
 from tests.support.config_checks import Kinds
 from tests.support.site import Read, built
 from tunerkit import plugin
@@ -36,14 +34,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def overview(page: Read) -> dict[str, list[str]]:
     """The rows of a page's tables by their first cell."""
     return {row[0]: row[1:] for row in page.rows if row}
-
-
-def test_the_repository_is_linked_once_it_has_an_address(site: Path) -> None:
-    """While there is none, nothing is shown."""
-    assert repository_links("") == []
-    assert [link["link"] for link in repository_links("https://example.org/t")] == ["https://example.org/t"]
-    shown = 'title="Repository"' in (site / "index.html").read_text(encoding="utf-8")
-    assert shown == bool(address())
 
 
 def test_every_name_for_users_is_described(site: Path) -> None:
