@@ -147,9 +147,9 @@ def grouped_hooks() -> Mapping[str, list[str]]:
 
 
 def hooks() -> str:
-    """Describe when hooks fire, all of them at a glance, and each one with its example."""
+    """Describe when hooks fire, all of them at a glance, and each one."""
     moments = inspect.cleandoc((specs.__doc__ or "").partition("When they fire::")[2].partition("\n\nA plain")[0])
-    rules = inspect.cleandoc(specs.__doc__ or "").partition("\n\nAn answer")[2].partition("\n\nThe examples")[0]
+    rules = inspect.cleandoc(specs.__doc__ or "").partition("\n\nAn answer")[2]
     parts = ["## When hooks fire\n", f"```python\n{_narrow(moments)}\n```\n", "## What an answer must be\n"]
     parts += [f"An answer{rules}\n", "## All hooks\n"]
     rows = (
@@ -175,13 +175,10 @@ def _narrow(code: str) -> str:
 
 
 def _hook(name: str) -> str:
-    """Describe one hook: its signature, its docstring, and the docstring's example as code."""
-    text, _, example = inspect.cleandoc(getattr(specs, name).__doc__ or "").partition("\n>>> ")
+    """Describe one hook: its signature and its docstring."""
+    text = inspect.cleandoc(getattr(specs, name).__doc__ or "")
     signature = ast.unparse(_definition(name)).partition("\n")[2].partition(":\n")[0]
-    return (
-        f"### `{name}` {{ #{name} }}\n\n```python\n{signature}\n```\n\n{text.replace('``', '`')}\n\n"
-        f"```pycon\n>>> {example}\n```\n"
-    )
+    return f"### `{name}` {{ #{name} }}\n\n```python\n{signature}\n```\n\n{text.replace('``', '`')}\n"
 
 
 def _definition(name: str) -> ast.FunctionDef:

@@ -68,7 +68,7 @@ def test_every_name_for_engines_and_trainers_is_described(door: ModuleType, site
 
 
 def test_every_hook_is_described(site: Path) -> None:
-    """Each hook of specs.py has a heading with its example, and the overview says when it fires."""
+    """Each hook of specs.py has a heading, and the overview says when it fires."""
     manager = pluggy.PluginManager(specs.PROJECT)
     manager.add_hookspecs(specs)
     page = Read(site / "reference" / "hooks.html")
@@ -76,8 +76,6 @@ def test_every_hook_is_described(site: Path) -> None:
     assert hooks
     assert set(hooks) <= {heading.text for heading in page.headings}
     assert all(overview(page)[name][0] for name in hooks)
-    text = (site / "reference" / "hooks.html").read_text(encoding="utf-8")
-    assert text.count("&gt;&gt;&gt; </span>") >= len(hooks)
 
 
 def subcommands() -> Mapping[str, Any]:
