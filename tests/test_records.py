@@ -1,13 +1,27 @@
-"""The records that tunerkit and its plugins exchange, and the check of their types."""
+"""The records that tunerkit and its plugins exchange, and the checks of their fields."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tunerkit.plugin import Delta, Factors, ModelLibrary, ParamGroup, State, WeightReader
+from tunerkit.plugin import (
+    Delta,
+    Description,
+    Factors,
+    Foreign,
+    Format,
+    Method,
+    ModelLibrary,
+    NewModules,
+    PluginError,
+    Restriction,
+    State,
+    WeightReader,
+)
 from tunerkit.records import mistyped, type_name
 
 
@@ -28,7 +42,6 @@ def test_the_rank_of_factors_is_that_of_their_shapes() -> None:
     assert [Factors(q=torch.empty(r, 4), p=torch.empty(3, r)).rank for r in (0, 2)] == [0, 2]
 
 
-Wrong: Any = WeightReader  # Any: what the records hold here is wrong on purpose
 FITTING: list[tuple[object, object]] = [
     (3, int),
     (3, float),
@@ -48,6 +61,7 @@ FITTING: list[tuple[object, object]] = [
 ]
 WRONG: list[tuple[object, object, str]] = [
     (True, float, ""),
+    (True, int, ""),
     (None, int, ""),
     ("exactly", Literal["exact", "rounding"], ""),
     (3, Callable[[object], int], ""),
@@ -62,10 +76,36 @@ WRONG: list[tuple[object, object, str]] = [
     ((1, 2), tuple[int, str], "[1]"),
     ((1,), tuple[int, str], ""),
     (["out"], tuple[str, ...], ""),
-    ([Wrong("package.Owner", "out")], Iterable[WeightReader], "[0].children"),
-    ([Wrong("package.Owner", ("out", None))], Iterable[WeightReader] | None, "[0].children[1]"),
-    (State(tensors={}, values={1: 2}), State | None, ".values[1]"),  # type: ignore[dict-item]
-    ([ParamGroup([nn.Parameter(torch.ones(1))], lr_scale="fast")], Iterable[ParamGroup], "[0].lr_scale"),  # type: ignore[arg-type]
+    ([3], Iterable[WeightReader] | None, "[0]"),
+    ({"a": 1}, State | None, ""),
+]
+WRONG_RECORDS: list[tuple[Callable[..., object], dict[str, object], str]] = [
+    (
+        WeightReader,
+        {"owner": "package.Owner", "children": "out"},
+        "children of a WeightReader is 'out'; expected tuple[",
+    ),
+    (
+        WeightReader,
+        {"owner": "package.Owner", "children": ("out", None)},
+        "children of a WeightReader is ('out', None) with None at [1]; expected tuple[str, ...], with str there",
+    ),
+    (WeightReader, {"owner": "re:.*", "children": ()}, "owner of a WeightReader is 're:.*'; expected plain names"),
+    (Method, {"name": "two words", "config": State}, "name of a Method is 'two words'; expected a word"),
+    (
+        Method,
+        {"name": "toy", "config": State, "start": "exactly"},
+        "start of method 'toy' is 'exactly'; expected one of (",
+    ),
+    (
+        Method,
+        {"name": "toy", "config": int},
+        "config of method 'toy' is <class 'int'>; expected an attrs class derived",
+    ),
+    (Restriction, {"name": "toys", "refused": {}}, "restriction 'toys' recognizes nothing; expected classes or marks"),
+    (Format, {"name": "toy", "sniff": 3, "read": len, "write": len}, "sniff of format 'toy' is 3; expected Callable"),
+    (NewModules, {"loader": "load", "whole": ["head"]}, "whole of a NewModules is ['head']; expected tuple[str, ...]"),
+    (Description, {"method": "toy", "labels": True}, "labels of a Description is True; expected int"),
 ]
 
 
@@ -81,6 +121,34 @@ def test_the_first_part_of_another_type_is_found_by_its_path(value: object, decl
     wrong = mistyped(value, declared)
     assert wrong is not None
     assert wrong[0] == path
+
+
+@pytest.mark.parametrize(("record", "fields", "words"), WRONG_RECORDS)
+def test_a_record_refuses_a_wrong_field_when_it_is_made(
+    record: Callable[..., object], fields: dict[str, object], words: str
+) -> None:
+    """The error says the field, its value and what is allowed, and the line that made it is the last of the caller."""
+    with pytest.raises(PluginError, match=re.escape(words)):
+        record(**fields)
+
+
+def test_a_mapping_that_computes_its_values_is_not_read_when_a_record_is_made() -> None:
+    """A format may read each product of an adapter only when core takes it."""
+    asked: list[str] = []
+
+    class Computed(Mapping[str, Factors]):
+        def __getitem__(self, key: str) -> Factors:
+            asked.append(key)
+            return Factors(q=torch.ones(1, 3), p=torch.ones(3, 1))
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(["head"])
+
+        def __len__(self) -> int:
+            return 1
+
+    assert Foreign(Computed()).factors["head"].rank == 1
+    assert asked == ["head"]
 
 
 def test_types_have_the_names_that_plugins_import() -> None:

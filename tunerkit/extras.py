@@ -139,5 +139,5 @@ def serving(thing: object, *, described: bool = False) -> str | None:
 
 def quantiser(kind: type) -> str | None:
     """The library that a class is of, in words, if it is one that quantizes; None otherwise."""
-    libraries = (each for each in LIBRARIES if each.extra == QUANTISED)
-    return next((each.name for each in libraries if f"{kind.__module__}.".startswith(each.package)), None)
+    module = f"{kind.__module__}."
+    return next((e.name for e in LIBRARIES if e.extra == QUANTISED and module.startswith(e.package)), None)

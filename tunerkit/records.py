@@ -1,4 +1,4 @@
-"""The frozen records that tunerkit and its plugins exchange."""
+"""The frozen records that tunerkit and its plugins exchange. Those that plugins make check their own fields."""
 
 import operator
 import re
@@ -7,14 +7,165 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, Union, get_args, get_origin
 
 import attrs
 import torch
 from torch import Tensor, nn
 
+from tunerkit.errors import PluginError, shown
 
-@attrs.frozen
+# --- Values and their declared types ----------------------------------------------------------------------------------
+
+
+class Unfit(PluginError):
+    """A value is not what it must be. Both are in words: what it is, and what was expected."""
+
+    def __init__(self, found: str, expected: str) -> None:
+        super().__init__(f"it returned {found}; it must return {expected}")
+        self.found, self.expected = found, expected
+
+
+class RecordError(PluginError):
+    """A field of a record is not what it must be."""
+
+
+# Any: nothing is known of the value yet, and types have no common type.
+def conform(value: Any, declared: Any) -> Any:
+    """Return a value that is of its declared type, as are all its parts. Raises `Unfit` for another one."""
+    if (wrong := mistyped(value, declared)) is None:
+        return value
+    path, part, its_type = wrong
+    at, there = (f" with {in_short(part)} at {path}", f", with {type_name(its_type)} there") if path else ("", "")
+    raise Unfit(f"{in_short(value)}{at}", f"{type_name(declared)}{there}")
+
+
+def mistyped(value: Any, declared: Any, path: str = "") -> tuple[str, object, Any] | None:
+    """Find the first part of a value that is not of its declared type, also inside containers.
+
+    Returns:
+        The part's path in the value, the part, and its declared type; None if all parts are of their types.
+    """
+    kind, parts = get_origin(declared) or declared, get_args(declared)
+    if kind in (Union, UnionType):
+        found = [mistyped(value, part, path) for part in parts]
+        inner = (wrong for wrong in found if wrong is not None and wrong[0] != path)  # of the type that is meant
+        return None if None in found else next(inner, (path, value, declared))
+    if not _is_of(value, kind, parts):
+        return path, value, declared
+    for step, each, its_type in _inside(value, kind, parts) if parts else ():
+        if (wrong := mistyped(each, its_type, path + step)) is not None:
+            return wrong
+    return None
+
+
+def _is_of(value: Any, kind: Any, parts: tuple[Any, ...]) -> bool:
+    """Whether a value is of a type, as far as one sees without looking inside."""
+    if kind is Literal:
+        return value in parts
+    if kind is Callable:
+        return callable(value)
+    if kind is type and parts:
+        return isinstance(value, type) and issubclass(value, parts)
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    if kind in (Iterable, Sequence):  # a tensor would give its rows
+        return isinstance(value, Collection) and not isinstance(value, str | Mapping | Tensor)
+    if kind is tuple and parts[-1] is not ...:
+        return isinstance(value, tuple) and len(value) == len(parts)
+    return kind is Any or isinstance(value, type(None) if kind is None else kind)
+
+
+def _inside(value: Any, kind: Any, parts: tuple[Any, ...]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the parts of a container: the step to each in a path, the part, and its declared type."""
+    if kind is Mapping:
+        for key in value:
+            yield f"[{key!r}]", key, parts[0]
+            if isinstance(value, dict):  # another mapping may compute its values when it is asked for them
+                yield f"[{key!r}]", value[key], parts[1]
+    elif kind in (tuple, Iterable, Sequence):
+        types = parts if kind is tuple and parts[-1] is not ... else repeat(parts[0])
+        for index, (each, its_type) in enumerate(zip(value, types, strict=False)):
+            yield f"[{index}]", each, its_type
+
+
+def type_name(declared: Any) -> str:
+    """A type in words, for messages, with the names by which plugins import classes."""
+    if get_origin(declared) is Literal:
+        return f"one of {get_args(declared)}"
+    is_class = isinstance(declared, type) and not get_args(declared)
+    name = f"{declared.__module__}.{declared.__qualname__}" if is_class else str(declared)
+    # Without modules: all of them, or those inside tunerkit and torch.nn.
+    short = re.sub(r"\b(tunerkit\.|torch\.nn\.|)(\w+\.)+(?=\w)", r"\1", name)
+    return short.replace("tunerkit.", "tunerkit.plugin.")
+
+
+def in_short(value: object) -> str:
+    """A value as a message names it: a plain one as it is, any other by its class."""
+    if value is None or isinstance(value, str | int | float | list | tuple | dict):
+        return shown(value)
+    name = type(value).__name__
+    return f"an {name}" if name[:1] in "aeiouAEIOU" else f"a {name}"
+
+
+# --- The checks of fields, in the plugin's own line -------------------------------------------------------------------
+
+Field: TypeAlias = "attrs.Attribute[Any]"
+
+
+def checked(cls: type, fields: list[Field]) -> list[Field]:
+    """Let a class of records compare each value with the field's annotation, unless the field has another validator."""
+    return [field if field.validator else field.evolve(validator=typed) for field in fields]
+
+
+def typed(record: Any, field: Field, value: Any) -> None:
+    """The validator that compares a value with the field's annotation."""
+    try:
+        conform(value, field.type)
+    except Unfit as wrong:
+        _refuse(record, field, wrong.found, wrong.expected)
+
+
+def _refuse(record: Any, field: Field, found: str, expected: str) -> NoReturn:
+    kind, name = type(record).__name__, attrs.asdict(record, recurse=False).get("name")
+    which = f"{kind.lower()} {name!r}" if isinstance(name, str) and field.name != "name" else f"a {kind}"
+    raise RecordError(f"{field.name} of {which} is {found}; expected {expected}") from None
+
+
+def must_be(expected: str, holds: Callable[[Any], object]) -> Callable[[Any, Field, Any], None]:
+    """A validator by a predicate, and its description in words."""
+
+    def check(record: Any, field: Field, value: Any) -> None:
+        if not holds(value):
+            _refuse(record, field, shown(value), expected)
+
+    return check
+
+
+_ATTRS = must_be("an attrs class", attrs.has)
+_CONFIG = must_be("an attrs class derived from tunerkit.plugin.AdapterConfig", attrs.has)
+_FACTOR = [typed, must_be("a finite number >= 0", lambda value: value is None or 0 <= value < float("inf"))]
+_WORD = must_be(
+    "a word (a str) without spaces, commas, slashes or brackets",
+    lambda value: isinstance(value, str) and re.fullmatch(r"[^\s,/()]+", value),
+)
+_REQUEST = must_be(
+    "tunerkit.plugin.StatisticsRequest with the ranks of what it wants, as in StatisticsRequest(inputs=16)",
+    lambda value: value is None or callable(value) or isinstance(value, StatisticsRequest),
+)
+
+
+_NAME = re.compile(r"(?!re:)[^*?\[]+").fullmatch
+_PLAIN = [
+    typed,
+    must_be(
+        "plain names, which are no patterns",
+        lambda value: all(map(_NAME, [value] if isinstance(value, str) else value)),
+    ),
+]
+
+
+@attrs.frozen(field_transformer=checked)
 class StatisticsRequest:
     """The statistics that a method wants of each target, before training.
 
@@ -26,8 +177,13 @@ class StatisticsRequest:
     inputs: int = 0
     gradients: int = 0
 
+    def __attrs_post_init__(self) -> None:
+        if self.inputs < 0 or self.gradients < 0 or not self.inputs + self.gradients:
+            wanted = "the ranks of what it wants, as in tunerkit.plugin.StatisticsRequest(inputs=16)"
+            raise RecordError(f"{self} wants nothing, or less; expected {wanted}")
 
-@attrs.frozen
+
+@attrs.frozen(field_transformer=checked)
 class Method:
     """A way of fine-tuning, as a plugin returns it from ``tunerkit_methods``.
 
@@ -53,20 +209,20 @@ class Method:
             wants PEFT's names of tensors and settings, ``"testing"`` the ``expected_failures`` of checks, with reasons.
     """
 
-    name: str
-    config: type
+    name: str = attrs.field(validator=_WORD)
+    config: type = attrs.field(validator=_CONFIG)
     needs_steps: bool = False
     start: Literal["exact", "rounding"] = attrs.field(default="exact", kw_only=True)
     targets: Literal["weights", "outputs", "norms"] = attrs.field(default="weights", kw_only=True)
     multiplies: bool = attrs.field(default=False, kw_only=True)
     statistics: StatisticsRequest | Callable[[Any], StatisticsRequest | None] | None = attrs.field(
-        default=None, kw_only=True
+        default=None, kw_only=True, validator=_REQUEST
     )
     pieces: bool = attrs.field(default=False, kw_only=True)
     foreign: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict, kw_only=True, repr=False)
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=checked)
 class Packing:
     """How a quantiser stores a weight, see `tunerkit.plugin.BaseLayer.packing`.
 
@@ -106,11 +262,10 @@ class Statistics:
     Attributes:
         rows: n, the number of input rows: tokens for a linear layer, positions for a convolution.
         inputs: S, (k, in) with Sᵀ S close to Σ x xᵀ over the n rows x; None if it was not wanted. Its rows are the
-            inputs' main directions, orthogonal, each as long as the inputs reach in it together; the longest comes
-            first. It is a Nyström approximation, which is exact if the inputs lie in k dimensions. If there are fewer
-            than k features, k is their number.
-        centred: The same of the inputs less their mean, (k, in): its rows are their principal components, each as long
-            as the inputs vary along it together; None if ``inputs`` was not wanted.
+            top-k right singular vectors of X, (n, in), each multiplied by its singular value, in descending order. It
+            is a Nyström approximation, exact if X has rank k or less. k is at most the number of features.
+        centred: The same for X minus its mean row, (k, in): its principal components, multiplied by their singular
+            values; None if ``inputs`` was not wanted.
         variance: Σ ‖x − mean‖² over the n rows, of which the squared rows of ``centred`` are shares; it is exact. 0 if
             ``inputs`` was not wanted.
         gradients: P and Q with P Q close to the gradient of the loss by W, summed over the batches; None if it was not
@@ -152,7 +307,7 @@ class Target:
     module: nn.Module = attrs.field(repr=lambda module: type(module).__name__)
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=checked)
 class DefaultTargets:
     """The default targets of architectures, as a plugin yields them from ``tunerkit_default_targets``.
 
@@ -162,11 +317,11 @@ class DefaultTargets:
             architecture need not have all of them.
     """
 
-    model_types: tuple[str, ...]
-    names: tuple[str, ...]
+    model_types: tuple[str, ...] = attrs.field(validator=_PLAIN)
+    names: tuple[str, ...] = attrs.field(validator=_PLAIN)
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=checked)
 class WeightReader:
     """A class that uses its children's weights directly, bypassing their forward, where no hook would be called.
 
@@ -177,8 +332,8 @@ class WeightReader:
         children: The names of the children whose weights that forward uses.
     """
 
-    owner: str
-    children: tuple[str, ...]
+    owner: str = attrs.field(validator=_PLAIN)
+    children: tuple[str, ...] = attrs.field(validator=_PLAIN)
 
 
 @attrs.frozen(eq=False)
@@ -224,7 +379,7 @@ class Factors(NamedTuple):
         return left @ u, sigma, vh @ right.T
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, field_transformer=checked)
 class ParamGroup:
     """Parameters that are trained with settings of their own, as a plugin yields them from ``tunerkit_param_groups``.
 
@@ -235,11 +390,11 @@ class ParamGroup:
     """
 
     parameters: Sequence[nn.Parameter] = attrs.field(converter=tuple[nn.Parameter, ...])  # a generator is read once
-    lr_scale: float = 1.0
-    weight_decay: float | None = None
+    lr_scale: float = attrs.field(default=1.0, validator=_FACTOR)
+    weight_decay: float | None = attrs.field(default=None, validator=_FACTOR)
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, field_transformer=checked)
 class State:
     """What a method needs to resume training, in addition to the adapter's weights.
 
@@ -267,7 +422,7 @@ class RankChange:
     ranks: Mapping[str, int] = attrs.field(repr=lambda ranks: f"<of {len(ranks)} targets>")
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, field_transformer=checked)
 class Foreign:
     """An adapter that another program wrote, as a format reads it. All tensors are on the CPU.
 
@@ -287,7 +442,7 @@ class Foreign:
         copies: The tensors of the modules that are trained in full, by the module's path and the tensor's name in it.
         biases: The trained biases, by their module's path.
         base: The name or path of the base model, as the files state it; empty if they do not.
-        remarks: One sentence for everything that the files say and the adapter does not hold, to be told as a warning.
+        remarks: One sentence for each statement of the files that the adapter does not keep, for a warning.
     """
 
     factors: Mapping[str, Factors]
@@ -301,7 +456,7 @@ class Foreign:
     remarks: tuple[str, ...] = attrs.field(default=(), kw_only=True)
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=checked)
 class Description:
     """What the files of an adapter say of it without a model, for `tunerkit show` and to choose the base model.
 
@@ -330,24 +485,23 @@ class NoOptions:
     """The options of a format that has none."""
 
 
-@attrs.frozen(eq=False, kw_only=True)
+@attrs.frozen(eq=False, kw_only=True, field_transformer=checked)
 class Holding:
     """How a library holds weights that are not simply in their modules.
 
-    A plugin yields it from ``tunerkit_holdings``, and gives what its library needs. A parameter that is neither empty
-    nor on the meta device is itself: core asks for its values, shape and tie only where it is one of these. What
-    gathers, all processes call together.
+    A plugin yields it from ``tunerkit_holdings``, with the functions that its library needs. Core asks about values,
+    shapes and ties only for a parameter that is empty or on the meta device. All processes call what gathers together.
 
     Attributes:
         name: What messages call the library, before what it does: "accelerate" offloads, "FSDP2" cuts.
         way_out: What to do instead of what cannot be done with such weights, as the part of a sentence.
-        one_dtype: Why all that is trained beside such weights must have one dtype, as a clause; empty if it need not.
+        one_dtype: Why trained parameters must share one dtype, as a part of a sentence; empty if they need not.
         offloads: Whether the own weights of a module are on the meta device, and loaded in each forward only.
         load: The values of an offloaded weight or buffer, by its module and its name in it, detached, on the device on
             which the module runs.
         device: The device to which the library moves a module and its input; None if it does not.
-        forward: The forward on the instance of a module inside the one that the library put there; None if the
-            library put none there, or one that does more than to move tensors.
+        forward: The instance-level forward that the library's wrapper calls; None if there is no wrapper, or if it
+            does more than move tensors.
         identity: A number that tied weights share, by the module of an offloaded one, its name in it, and the tensor;
             None if the library does not hold it.
         duplicate: A deep copy of a module, whose weights stay on the device on which it runs, and a mapping from the
@@ -359,8 +513,8 @@ class Holding:
             them is lost. It gives a function from a parameter's name in the module and a whole tensor of its shape to
             the part that this process would hold, in memory of its own.
         reshard_: Cuts what a forward has left whole in a model.
-        lent: Why what is written into a module's weights now would be lost, as a sentence without its end; None if
-            it would not.
+        lent: Why in-place writes to a module's weights are lost at present, as a sentence without its end; None if
+            they persist.
         outside: Inside the block, new modules are whole.
     """
 
@@ -384,7 +538,7 @@ class Holding:
     outside: Callable[[], AbstractContextManager[object]] = lambda: nullcontext()
 
 
-@attrs.frozen
+@attrs.frozen(field_transformer=checked)
 class Restriction:
     """What tunerkit cannot do with a library, as a plugin yields it from ``tunerkit_restrictions``.
 
@@ -399,19 +553,23 @@ class Restriction:
 
     name: str
     refused: Mapping[str, str]
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = attrs.field(default=(), validator=_PLAIN)
     marks: Mapping[str, object] = attrs.field(factory=dict)
     error: type[Exception] | None = None
 
+    def __attrs_post_init__(self) -> None:
+        if not (self.classes or self.marks):
+            raise RecordError(f"restriction {self.name!r} recognizes nothing; expected classes or marks")
 
-@attrs.frozen
+
+@attrs.frozen(field_transformer=checked)
 class NewModules:
     """The modules of a model with values that its checkpoint does not have, or may not have.
 
     Attributes:
         loader: What fills models of the library, for messages: a function's name.
         whole: The paths of the modules that are new as a whole.
-        partly: The paths of modules of whose own parameters some are new.
+        partly: The paths of modules with some newly initialised parameters.
         heads: The paths of output heads that may be new, if that cannot be seen.
         replaced: The paths of the modules in numbered blocks that are the reason: they lost their marks.
     """
@@ -426,7 +584,7 @@ class NewModules:
 Resized = tuple[Sequence[int], Sequence[int]]  # the shape that a weight needs, and the one that it has
 
 
-@attrs.frozen(eq=False, kw_only=True)
+@attrs.frozen(eq=False, kw_only=True, field_transformer=checked)
 class ModelLibrary:
     """What a library knows of its models, as a plugin yields it from ``tunerkit_model_libraries``.
 
@@ -451,7 +609,7 @@ class ModelLibrary:
 
 
 # Any: a writer takes a `tunerkit.plugin.Tuner` and its own options, which this file cannot name.
-@attrs.frozen
+@attrs.frozen(field_transformer=checked)
 class Format:
     """Another program's way of writing an adapter to disk, as a plugin yields it from ``tunerkit_formats``.
 
@@ -470,74 +628,10 @@ class Format:
             its settings, or None if the object is none of the program's.
     """
 
-    name: str
+    name: str = attrs.field(validator=_PLAIN)
     sniff: Callable[[Path], bool]
     read: Callable[[Path, nn.Module], Foreign]
     write: Callable[[Any, Path, Any], Iterable[Path]]
-    options: type = NoOptions
+    options: type = attrs.field(default=NoOptions, validator=_ATTRS)
     describe: Callable[[Path], Description] | None = None
     config: Callable[[object, nn.Module], tuple[str, Mapping[str, object]] | None] = lambda config, model: None
-
-
-# --- Values and their declared types ----------------------------------------------------------------------------------
-
-
-# Any: nothing is known of the value yet, and types have no common type.
-def mistyped(value: Any, declared: Any, path: str = "") -> tuple[str, object, Any] | None:
-    """Find the first part of a value that is not of its declared type, also inside containers and the records here.
-
-    Returns:
-        The part's path in the value, the part, and its declared type; None if all parts are of their types.
-    """
-    kind, parts = get_origin(declared) or declared, get_args(declared)
-    if kind in (Union, UnionType):
-        found = [mistyped(value, part, path) for part in parts]
-        inner = (wrong for wrong in found if wrong is not None and wrong[0] != path)  # of the type that is meant
-        return None if None in found else next(inner, (path, value, declared))
-    if not _is_of(value, kind, parts):
-        return path, value, declared
-    inside = (mistyped(each, its_type, path + step) for step, each, its_type in _inside(value, kind, parts))
-    return next((found for found in inside if found is not None), None)
-
-
-def _is_of(value: Any, kind: Any, parts: tuple[Any, ...]) -> bool:
-    """Whether a value is of a type, as far as one sees without looking inside."""
-    if kind is Literal:
-        return value in parts
-    if kind is Callable:
-        return callable(value)
-    if kind is type and parts:
-        return isinstance(value, type) and issubclass(value, parts)
-    if kind is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
-    if kind in (Iterable, Sequence):  # a tensor would give its rows
-        return isinstance(value, Collection) and not isinstance(value, str | Mapping | Tensor)
-    if kind is tuple and parts[-1] is not ...:
-        return isinstance(value, tuple) and len(value) == len(parts)
-    return kind is Any or isinstance(value, type(None) if kind is None else kind)
-
-
-def _inside(value: Any, kind: Any, parts: tuple[Any, ...]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what a value holds: the step to it in a path, itself, and its declared type."""
-    if kind is Mapping:
-        for key, each in value.items():
-            yield f"[{key!r}]", key, parts[0]
-            yield f"[{key!r}]", each, parts[1]
-    elif kind in (tuple, Iterable, Sequence):
-        types = parts if kind is tuple and parts[-1] is not ... else repeat(parts[0])
-        for index, (each, its_type) in enumerate(zip(value, types, strict=False)):
-            yield f"[{index}]", each, its_type
-    elif attrs.has(kind) and kind.__module__ == __name__:
-        for field in attrs.fields(kind):
-            yield f".{field.name}", getattr(value, field.name), field.type
-
-
-def type_name(declared: Any) -> str:
-    """A type in words, for messages, with the names by which plugins import classes."""
-    if get_origin(declared) is Literal:
-        return f"one of {get_args(declared)}"
-    is_class = isinstance(declared, type) and not get_args(declared)
-    name = f"{declared.__module__}.{declared.__qualname__}" if is_class else str(declared)
-    # Without modules: all of them, or those inside tunerkit and torch.nn.
-    short = re.sub(r"\b(tunerkit\.|torch\.nn\.|)(\w+\.)+(?=\w)", r"\1", name)
-    return short.replace("tunerkit.", "tunerkit.plugin.")

@@ -18,10 +18,10 @@ import tunerkit
 from tunerkit import injection
 from tunerkit.errors import PluginError, TunerkitWarning
 from tunerkit.hooks import gather_formats, gather_knowledge, registry
-from tunerkit.hooks.calls import in_short
 from tunerkit.layers import as_base_layer
 from tunerkit.layers.kinds import DenseLinear, LinearLayer
 from tunerkit.plugin import BaseLayer, DefaultTargets, WeightReader
+from tunerkit.records import in_short
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys
@@ -104,21 +104,35 @@ def test_good_kinds_come_after_cores_own(toys: "Toys") -> None:
 WRONG = [
     ("tunerkit_weight_readers", "no list"),
     ("tunerkit_weight_readers", [("package.Owner", ("out",))]),
-    ("tunerkit_weight_readers", [WeightReader("package.Owner", "out")]),  # type: ignore[arg-type]
-    ("tunerkit_weight_readers", [WeightReader(nn.Linear, ("out",))]),  # type: ignore[arg-type]
     ("tunerkit_default_targets", DefaultTargets(("decoder",), ("out",))),
-    ("tunerkit_default_targets", [DefaultTargets("decoder", ("out",))]),  # type: ignore[arg-type]
-    ("tunerkit_default_targets", [DefaultTargets(("decoder",), ("*.out",))]),
 ]
+WRONG_RECORDS: dict[str, tuple[str, Any]] = {
+    "children of a WeightReader is 'out'; expected tuple[str, ...]": (
+        "tunerkit_weight_readers",
+        lambda: [WeightReader("package.Owner", "out")],  # type: ignore[arg-type]
+    ),
+    "owner of a WeightReader is a type; expected str": (
+        "tunerkit_weight_readers",
+        lambda: [WeightReader(nn.Linear, ("out",))],  # type: ignore[arg-type]
+    ),
+    "model_types of a DefaultTargets is 'decoder'; expected tuple[str, ...]": (
+        "tunerkit_default_targets",
+        lambda: [DefaultTargets("decoder", ("out",))],  # type: ignore[arg-type]
+    ),
+    "names of a DefaultTargets is ('*.out',); expected plain names": (
+        "tunerkit_default_targets",
+        lambda: [DefaultTargets(("decoder",), ("*.out",))],
+    ),
+}
 
 
 def answering(hook: str, answer: Any) -> Any:
-    """A plugin that answers one hook; if the answer is an exception, it is raised."""
+    """A plugin that answers one hook; an answer that is an exception is raised, and a function is called."""
 
     def implementation() -> Any:
         if isinstance(answer, BaseException):
             raise answer
-        return answer
+        return answer() if isinstance(answer, types.FunctionType) else answer
 
     plugin = types.ModuleType("answering")
     setattr(plugin, hook, tunerkit.hookimpl(implementation))
@@ -135,6 +149,17 @@ def test_records_of_a_wrong_form_are_left_out_by_name(toys: "Toys", hook: str, a
     ):
         tunerkit.wrap(toys.net(), "toy-shift")
     assert f"returned {in_short(answer)}" in str(told[0].message)
+
+
+@pytest.mark.parametrize("words", WRONG_RECORDS)
+def test_a_plugin_that_makes_a_wrong_record_is_left_out_by_name(toys: "Toys", words: str) -> None:
+    """The reason says the field, its value and what is allowed."""
+    hook, answer = WRONG_RECORDS[words]
+    with (
+        registered(answering(hook, answer)),
+        pytest.warns(TunerkitWarning, match=rf"{hook} of plugin 'answering' .*left out: {re.escape(words)}"),
+    ):
+        tunerkit.wrap(toys.net(), "toy-shift")
 
 
 def read(error: BaseException) -> Iterator[object]:

@@ -1,6 +1,7 @@
 """The registry: plugins that load independently, collisions, ownership, and errors that name the faulty plugin."""
 
 import importlib
+import inspect
 import itertools
 import signal
 import sys
@@ -63,8 +64,8 @@ BROKEN = {
     "    def __str__(self): return 1 / 0\nraise Silent",
     "Silent: (printing its message raised SystemExit)": "class Silent(BaseException):\n"
     "    def __str__(self): raise SystemExit\nraise Silent",
-    "is named 3; expected a word": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("'broken'", "3"),
-    "is named None; expected a word": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("'broken'", "None"),
+    "name of a Method is 3; expected a word": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("'broken'", "3"),
+    "name of a Method is None; expected a word": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("'broken'", "None"),
     "needs_steps of method 'broken' is 'no'": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("Config)]", "Config, 'no')]"),
     "...(": "raise ValueError('long' * 1000000)",
     "implements no hook": "x = 1",
@@ -74,7 +75,7 @@ BROKEN = {
     "KeyError": f"{HEAD}{BUILD}@hookimpl\ndef tunerkit_methods():\n    yield {{}}['method']\n",
     "expected a tunerkit.plugin.Method": f"{HEAD}{BUILD}@hookimpl\ndef tunerkit_methods():\n    return 'broken'\n",
     "object is not iterable": f"{HEAD}{CONFIG}{BUILD}{YIELD}".replace("[Method('broken', Config)]", "3"),
-    "expected an attrs class": f"{HEAD}Config = 3\n{YIELD}{BUILD}",
+    "config of method 'broken' is 3; expected an attrs class": f"{HEAD}Config = 3\n{YIELD}{BUILD}",
     "expected an attrs class derived": f"{HEAD}class Config(AdapterConfig): ...\n{YIELD}{BUILD}",
     "derived from tunerkit.plugin.AdapterConfig": f"{HEAD}@attrs.frozen\nclass Config: ...\n{YIELD}{BUILD}",
     "expected a word": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("'broken'", "'two words'"),
@@ -148,7 +149,15 @@ def site(make_site: Callable[[], Site]) -> Site:
 
 def build(found: Registry, method: str, target: object) -> object:
     """What the plugin that owns ``method`` builds at ``target``."""
-    return found.call(SPECS.tunerkit_build_adapter, method, target=target, base=None, config=None, shared=None)
+    return call(found, SPECS.tunerkit_build_adapter, method, target=target)
+
+
+def call(found: Registry, hook: Any, method: str, **given: object) -> object:
+    """What the plugin that owns ``method`` answers; None for arguments that a test does not name."""
+    catalog = found.loaded()
+    return catalog.call(
+        catalog.owner_of(method, hook), hook, {**dict.fromkeys(inspect.signature(hook).parameters), **given}
+    )
 
 
 def answers(found: Registry) -> list[Any]:
@@ -373,7 +382,7 @@ def test_a_careless_plugin_is_never_asked_for_another_plugins_method(site: Site)
     site.good("zzz", "lora")
     found = site.registry()
     assert build(found, "lora", 1) == ("zzz", 1)
-    assert found.call(SPECS.tunerkit_delta, "lora", adapter=None, base=None) is None
+    assert call(found, SPECS.tunerkit_delta, "lora") is None
     assert found.implements(SPECS.tunerkit_delta, "broken")
     assert not found.implements(SPECS.tunerkit_delta, "lora")
     assert not found.implements(SPECS.tunerkit_delta, "nowhere")
@@ -403,7 +412,7 @@ def test_what_a_plugin_raises_in_a_call_of_the_user_names_it_and_the_way_out(
     site.add("acme-rude", {"rude": f"from tunerkit import errors\n{HEAD}{body}"})
     with pytest.raises(ValueError if not has_own else StepError) as caught:
         list(site.registry().ask(SPECS.tunerkit_wrapped, model=None))
-    note = "raised in tunerkit_wrapped of plugin 'rude' (acme-rude)"
+    note = "raised by tunerkit_wrapped of plugin 'rude' (acme-rude)"
     way_out = "; to run without it, list the plugins that may load in the environment variable TUNERKIT_PLUGINS"
     assert caught.value.__notes__ == [note if has_own else note + way_out]
 
@@ -470,7 +479,7 @@ def test_calling_a_method_whose_plugin_is_gone_names_it() -> None:
     found.register(plugin)
     found.unregister(plugin)
     with pytest.raises(PluginError, match="tunerkit_delta needs the plugin of method 'mine'"):
-        found.call(SPECS.tunerkit_delta, "mine", adapter=None, base=None)
+        call(found, SPECS.tunerkit_delta, "mine")
 
 
 def test_registering_a_name_that_is_taken_leaves_nothing_behind(site: Site) -> None:
@@ -559,10 +568,7 @@ def test_a_plugin_that_comes_later_does_not_answer_for_others(site: Site) -> Non
     assert implementation is not None
     found.register(InProcess("late"))
     assert implementation.function(target=1) == ("aaa", 1)
-    assert found.call(SPECS.tunerkit_build_adapter, "first", target=1, base=None, config=None, shared=None) == (
-        "aaa",
-        1,
-    )
+    assert build(found, "first", 1) == ("aaa", 1)
 
 
 def test_a_distribution_that_is_there_twice_is_named(site: Site) -> None:
@@ -638,12 +644,7 @@ def test_the_default_registry_reads_what_is_installed_when_first_asked(
         assert registry.get("throwaway").name == "throwaway"
         assert registry.owner_of("throwaway").distribution == "throwaway-dist"
         assert registry.implements(SPECS.tunerkit_build_adapter, "throwaway")
-        assert registry.call(
-            SPECS.tunerkit_build_adapter, "throwaway", target=1, base=None, config=None, shared=None
-        ) == (
-            "throwaway-dist",
-            1,
-        )
+        assert build(registry, "throwaway", 1) == ("throwaway-dist", 1)
         assert answers(registry) == [["throwaway-dist"]]
         registry.unregister(plugin)
         assert list(registry.methods()) == ["throwaway"]

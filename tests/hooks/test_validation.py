@@ -116,20 +116,28 @@ StatisticsRequest: Any = Request
             {"statistics": "inputs"},
             r"statistics of method 'toy-declaring' is 'inputs'; expected tunerkit\.plugin\.StatisticsRequest",
         ),
-        ({"statistics": StatisticsRequest()}, r"expected tunerkit\.plugin\.StatisticsRequest with the ranks"),
-        ({"statistics": StatisticsRequest(inputs=-1)}, r"as in tunerkit\.plugin\.StatisticsRequest\(inputs=16\)"),
-        (
-            {"statistics": StatisticsRequest(inputs=8, gradients=2.0)},
-            r"as in tunerkit\.plugin\.StatisticsRequest\(inputs=16\)",
-        ),
-        ({"statistics": StatisticsRequest(inputs=True)}, r"as in tunerkit\.plugin\.StatisticsRequest\(inputs=16\)"),
     ],
 )
 def test_a_record_with_a_wrong_field_is_refused(fields: Any, words: str) -> None:
-    """The error names the method, the field, what it holds and what it may hold."""
+    """The error names the method, the field, its value and what is allowed."""
     with pytest.raises(tunerkit.errors.PluginError, match=words):
         tunerkit.register(Calibrating(**fields))
     assert "toy-declaring" not in tunerkit.methods()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ({}, r"inputs=0, gradients=0\) wants nothing.*ranks.* as in tunerkit\.plugin\.StatisticsRequest\(inputs=16\)"),
+        ({"inputs": -1}, r"inputs=-1, .*as in tunerkit\.plugin\.StatisticsRequest\(inputs=16\)"),
+        ({"inputs": 8, "gradients": 2.0}, r"gradients of a StatisticsRequest is 2\.0; expected int"),
+        ({"inputs": True}, "inputs of a StatisticsRequest is True; expected int"),
+    ],
+)
+def test_a_request_for_no_ranks_is_refused(ranks: Any, words: str) -> None:
+    """In the line that makes it."""
+    with pytest.raises(tunerkit.errors.PluginError, match=words):
+        StatisticsRequest(**ranks)
 
 
 def test_statistics_without_the_hook_that_takes_them_are_refused() -> None:

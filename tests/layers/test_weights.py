@@ -139,17 +139,23 @@ def test_offloaded_weights_that_are_tied_are_seen(cellar: Cellar) -> None:
         tunerkit.wrap(model, "toy-low-rank", {"targets": ["one"]})
 
 
-@pytest.mark.parametrize("answer", ["a holding", [Holding(load=None)], [Holding(name=1)]])  # type: ignore[arg-type]
-def test_a_wrong_answer_is_left_out(answer: Any) -> None:
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda: "a holding", r"must return Iterable\[tunerkit\.plugin\.Holding\]"),
+        (lambda: [Holding(load=None)], "load of holding 'an engine' is None; expected Callable"),  # type: ignore[arg-type]
+        (lambda: [Holding(name=1)], "name of a Holding is 1; expected str"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_wrong_answer_is_left_out(answer: Any, words: str) -> None:
     """It must not stop the user's call, and what other plugins say still holds."""
     layer = nn.Linear(2, 2).to("meta")
 
     class Wrong:
         @tunerkit.hookimpl
         def tunerkit_holdings(self) -> Any:
-            return answer
+            return answer()
 
-    words = r"must return Iterable\[tunerkit\.plugin\.Holding\]"
     with registered(Wrong()), pytest.warns(tunerkit.TunerkitWarning, match=words):
         assert weights.offloading(layer) is None
 
@@ -190,7 +196,7 @@ def test_a_function_of_a_holding_that_is_wrong_names_the_plugin() -> None:
     layer = nn.Linear(2, 2).to("meta")
     with registered(claiming(offloads=lambda module: 1 / 0)), pytest.raises(ZeroDivisionError) as raised:
         weights.offloading(layer)
-    assert "raised in offloads of a Holding of plugin 'Claiming' (in-process); to run" in raised.value.__notes__[0]
+    assert "raised by offloads of a Holding of plugin 'Claiming' (in-process); to run" in raised.value.__notes__[0]
     words = r"offloads of a Holding of plugin 'Claiming' .*returned 'yes'; it must return bool; to run without it"
     with registered(claiming(offloads=lambda module: "yes")), pytest.raises(tunerkit.errors.PluginError, match=words):
         weights.offloading(layer)

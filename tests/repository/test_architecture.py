@@ -71,7 +71,8 @@ ARITHMETIC_BUILTINS = frozenset({"abs", "divmod", "pow", "round", "sum"})
 # The layout (DESIGN.md, section 6). Every import, lazy and typing-only ones included, goes to an earlier row, and
 # packages in one row never import each other.
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("errors", "extras", "paths", "records"),
+    ("errors",),
+    ("extras", "paths", "records"),
     ("patterns", "config"),
     ("layers",),
     ("hooks", "targets"),

@@ -7,6 +7,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
@@ -329,13 +330,7 @@ def test_what_does_not_fit_is_refused_and_the_model_unchanged(toys: "Toys", expo
     ("answer", "message"),
     [
         (None, "returned None; it must return tunerkit.plugin.Foreign"),
-        (Foreign(factors=[]), "with [] at .factors; it must"),  # type: ignore[arg-type]
-        (Foreign({}, method=3), "with 3 at .method; it must"),  # type: ignore[arg-type]
-        (Foreign({}, remarks="text"), "with 'text' at .remarks; it must"),  # type: ignore[arg-type]
-        (Foreign({}, copies={"head": 3}), "with 3 at .copies['head']; it must"),  # type: ignore[dict-item]
-        (Foreign({}, copies={"head": {"w": 3}}), "with 3 at .copies['head']['w']; it"),  # type: ignore[dict-item]
-        (Foreign({}, biases={"head": 3}), "with 3 at .biases['head']; it must"),  # type: ignore[dict-item]
-        (Foreign({"conv": 3}, method="toy-product"), "returned 3 for 'conv'; expected Factors"),  # type: ignore[dict-item]
+        (Foreign(MappingProxyType({"conv": 3}), method="toy-product"), "returned 3 for 'conv'; expected Factors"),  # type: ignore[dict-item]
         (Foreign({"conv": Factors(torch.ones(2), torch.ones(2))}, method="toy-product"), "expected Factors"),
         (Foreign(at_conv(torch.ones(1, 27), torch.ones(4, 1)), tensors={"x": {}}), "paths of factors"),
     ],
@@ -346,6 +341,25 @@ def test_a_wrong_answer_of_a_reader_is_the_plugin_s_fault(
     """The error names the format."""
     with pytest.raises(PluginError, match=rf"format 'toy'.*{re.escape(message)}"):
         load(toys, exported, FormatPlugin(read=lambda path, model: answer))
+
+
+WRONG: Any = Foreign  # Any: what the records have here is wrong on purpose
+WRONG_RECORDS: dict[str, Callable[[], object]] = {
+    "factors of a Foreign is []; expected Mapping[str, tunerkit.plugin.Factors]": lambda: WRONG(factors=[]),
+    "with 3 at ['conv']; expected Mapping[str, tunerkit.plugin.Factors]": lambda: WRONG({"conv": 3}),
+    "method of a Foreign is 3; expected str": lambda: WRONG({}, method=3),
+    "remarks of a Foreign is 'text'; expected tuple[str, ...]": lambda: WRONG({}, remarks="text"),
+    "copies of a Foreign is {'head': 3} with 3 at ['head']; exp": lambda: WRONG({}, copies={"head": 3}),
+    "with 3 at ['head']['w']; expected": lambda: WRONG({}, copies={"head": {"w": 3}}),
+    "biases of a Foreign is {'head': 3} with 3 at ['head']; exp": lambda: WRONG({}, biases={"head": 3}),
+}
+
+
+@pytest.mark.parametrize("words", WRONG_RECORDS)
+def test_a_reader_that_makes_a_wrong_record_is_named(toys: "Toys", exported: Path, words: str) -> None:
+    """The error says the format, the field, its value and what is allowed."""
+    with pytest.raises(PluginError, match=f"read of format 'toy' failed: .*{re.escape(words)}"):
+        load(toys, exported, FormatPlugin(read=lambda path, model: WRONG_RECORDS[words]()))
 
 
 def test_an_error_of_a_reader_keeps_its_class_and_names_the_format(toys: "Toys", exported: Path) -> None:
@@ -732,27 +746,27 @@ def test_an_adapter_of_several_is_named(toys: "Toys", products: None, tmp_path: 
     assert json.loads((path / "toy.json").read_text()).keys() == {"conv", "layers.1"}
 
 
-WRONG: list[Any] = [
-    "toy",
-    [("toy", toy_formats.read)],
-    [FormatPlugin(name="").format],
-    [FormatPlugin(name=3).format],
-    [FormatPlugin(read=None).format],
-    [FormatPlugin(options=dict).format],
-    [FormatPlugin(describe=3).format],
-]
+WRONG_FORMATS: dict[str, Callable[[], object]] = {
+    r"must return": lambda: "toy",
+    r"at \[0\]; it must return": lambda: [("toy", toy_formats.read)],
+    "name of a Format is ''; expected plain names": lambda: [FormatPlugin(name="").format],
+    "name of a Format is 3; expected str": lambda: [FormatPlugin(name=3).format],
+    "read of format 'toy' is None; expected Callable": lambda: [FormatPlugin(read=None).format],
+    "options of format 'toy' is <class 'dict'>; expected an attrs class": lambda: [FormatPlugin(options=dict).format],
+    "describe of format 'toy' is 3; expected Callable": lambda: [FormatPlugin(describe=3).format],
+}
 
 
-@pytest.mark.parametrize("answer", WRONG)
-def test_records_of_a_wrong_form_are_left_out_by_name(toys: "Toys", exported: Path, answer: Any) -> None:
-    """One warning names the plugin, and the other formats are used."""
+@pytest.mark.parametrize("words", WRONG_FORMATS)
+def test_records_of_a_wrong_form_are_left_out_by_name(toys: "Toys", exported: Path, words: str) -> None:
+    """One warning names the plugin and the reason, and the other formats are used."""
 
     class Wrong:
         @tunerkit.hookimpl
         def tunerkit_formats(self) -> Any:
-            return answer
+            return WRONG_FORMATS[words]()
 
-    with registered(Wrong()), pytest.warns(TunerkitWarning, match=r"tunerkit_formats of plugin 'Wrong'.*must return"):
+    with registered(Wrong()), pytest.warns(TunerkitWarning, match=rf"tunerkit_formats of plugin 'Wrong'.*{words}"):
         model = load(toys, exported)
     assert torch.equal(model(toys.x()), trained(toys)(toys.x()))
 

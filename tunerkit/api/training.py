@@ -197,6 +197,7 @@ def fit_start_(tuner: Tuner, measure: Measure) -> None:
     ):
         found, count = measure(request, bases)
         with torch.no_grad():
-            ranks = hooks.calibrate(tuner, found, bases)
+            spec = hooks.specs.tunerkit_calibrate
+            ranks = hooks.ask(spec, tuner.method, tuner=tuner, statistics=found, bases=bases)
     tuner.progress.calibration = {"batches": count, "rows": max(each.rows for each in found.values())}
     injection.record(tuner, ranks)

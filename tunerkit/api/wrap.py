@@ -11,6 +11,7 @@ from tunerkit import hooks, injection, layers, serialization, steps, targets
 from tunerkit.config import AdapterConfig, unstructure
 from tunerkit.errors import ConfigError, warn
 from tunerkit.injection import Progress, Tuner
+from tunerkit.records import conform
 from tunerkit.targets import Scan
 
 M = TypeVar("M", bound=nn.Module)
@@ -63,10 +64,8 @@ def wrap(
 def _wrap(root: nn.Module, method: str, given: object, adapter: str, seed: int | None) -> None:
     hooks.registry.warn_of_rivals(method)
     config = hooks.configure(method, given, root)
-    with hooks.Question(AdapterConfig.for_model, method, type(root).__name__) as question:
-        found = config.for_model(root)
-        if (wrong := hooks.unlike(found, type(config))) is not None:
-            question.refuse(*wrong)
+    with hooks.asking("for_model", hooks.registry.plugin_of(method), repr(type(root).__name__)):
+        found = conform(config.for_model(root), type(config))
     scanned = targets.scan(root, hooks.gather_knowledge())
     targets.refuse_impassable(scanned)
     tuner = _choose(scanned, method, found, adapter)

@@ -5,26 +5,17 @@ from tunerkit.hooks import specs
 from tunerkit.hooks.calls import (
     Caller,
     Callers,
-    Question,
     adds_products,
+    ask,
     budget,
-    build_adapter,
-    calibrate,
     callers_of,
     delta,
     factors,
-    finish,
     from_factors,
     has_delta,
     has_factors,
-    param_groups,
-    restore,
-    shared,
-    start,
-    state,
     statistics,
     structure,
-    unlike,
     watches_steps,
 )
 from tunerkit.hooks.engines import Engine, Pieces, Removable, in_group, same, whole_pieces
@@ -40,10 +31,11 @@ from tunerkit.hooks.gather import (
     gather_restrictions,
     naming,
     ranks_changed,
+    restrictions_of,
     tell,
     wrapped,
 )
-from tunerkit.hooks.loading import IN_PROCESS
+from tunerkit.hooks.loading import IN_PROCESS, asking
 from tunerkit.hooks.registry import registry
 from tunerkit.layers import weights
 

@@ -3,53 +3,64 @@
 What it says to know is left out, with a warning, if it is not what the hook declares: it must not stop the others.
 """
 
+import functools
 import inspect
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, ParamSpec, TypeVar, get_args
+from weakref import WeakKeyDictionary
 
 import attrs
 from torch import nn
 
 from tunerkit import extras
 from tunerkit.config import AdapterConfig
-from tunerkit.errors import ConfigError, PluginError, TunerkitError, error_text, is_of_user, shown, warn
+from tunerkit.errors import ConfigError, PluginError, TunerkitError, error_text, shown, warn
 from tunerkit.hooks import specs
-from tunerkit.hooks.calls import declared, is_json, structure, unlike
+from tunerkit.hooks.calls import declared, is_json, structure
 from tunerkit.hooks.engines import TunerView, in_group
-from tunerkit.hooks.loading import Plugin
+from tunerkit.hooks.loading import Catalog, Plugin, asking, isolated
 from tunerkit.hooks.registry import registry
-from tunerkit.layers import CORE, BaseLayer, Knowledge, torch_private
-from tunerkit.patterns import is_broad
-from tunerkit.records import Format, Holding, ModelLibrary, RankChange, Restriction, type_name
+from tunerkit.layers import CORE, BaseLayer, Knowledge, is_named, torch_private
+from tunerkit.records import Format, Holding, ModelLibrary, RankChange, Restriction, Unfit, conform, type_name
 
 P = ParamSpec("P")
 R = TypeVar("R")
 E = TypeVar("E", bound=Exception)
 
 
-def first(hook: Callable[P, R], /, *args: P.args, **arguments: P.kwargs) -> R | None:
+def first(hook: Callable[P, R], /, *args: P.args, **given: P.kwargs) -> R | None:
     """Ask one plugin after another until one answers; None if none does. Raises `PluginError` for a wrong answer."""
-    for plugin, answer in registry.ask(hook, *args, **arguments):
-        _refuse(plugin, hook.__name__, unlike(answer, declared(hook)))
-        if answer is not None and answer is not False:
-            found: R = answer
+    for plugin, answer in registry.ask(hook, *args, **given):
+        with asking(hook.__name__, plugin):
+            found: R = conform(answer, declared(hook))
+        if found is not None and found is not False:
             return found
     return None
 
 
-def _refuse(plugin: Plugin, what: str, wrong: tuple[str, str] | None) -> None:
-    if wrong is not None:
-        raise PluginError(f"{what} of {plugin} returned {wrong[0]}; it must return {wrong[1]}; {plugin.way_out}")
-
-
-def tell(hook: Callable[P, None], /, *args: P.args, **arguments: P.kwargs) -> None:
+def tell(hook: Callable[P, None], /, *args: P.args, **given: P.kwargs) -> None:
     """Let every plugin do what belongs to a moment."""
-    deque(registry.ask(hook, *args, **arguments), maxlen=0)
+    for _ in registry.ask(hook, *args, **given):
+        pass
 
 
+def per_catalog(make: Callable[[], R]) -> Callable[[], R]:
+    """Call a function without arguments once for each catalog of plugins."""
+
+    @functools.wraps(make)
+    def made() -> R:
+        known = registry.loaded().known  # before plugins are asked: they may bring others
+        if made not in known:
+            known[made] = make()
+        found: R = known[made]
+        return found
+
+    return made
+
+
+@per_catalog
 def gather_knowledge() -> Knowledge:
     """Core's records first, then every plugin's, so that a plugin cannot replace what core knows."""
     kinds = _known(specs.tunerkit_base_layers)
@@ -57,8 +68,8 @@ def gather_knowledge() -> Knowledge:
     def leave_out(kind: type[BaseLayer], error: BaseException) -> None:
         for plugin, known in kinds:
             if known is kind:
-                reason = f"{kind.__name__} cannot say whether it matches a module: {error_text(error)}"
-                registry.leave_out(plugin, specs.tunerkit_base_layers, reason)
+                what = f"{kind.__name__} cannot say whether it matches a module: "
+                registry.leave_out(plugin, specs.tunerkit_base_layers, error, what)
 
     return Knowledge(
         kinds=(*CORE.kinds, *(kind for _, kind in kinds)),
@@ -70,6 +81,7 @@ def gather_knowledge() -> Knowledge:
     )
 
 
+@per_catalog
 def gather_formats() -> dict[str, Format]:
     """The formats of all plugins by name; of two with one name, the first."""
     found: dict[str, Format] = {}
@@ -80,11 +92,11 @@ def gather_formats() -> dict[str, Format]:
 
 @contextmanager
 def naming(format: Format, function: str) -> Iterator[None]:
-    """Errors of a plugin's function keep their class and name the format."""
+    """Name the format in what its plugin's function raises, as `asking` does, and the plugin too."""
     try:
-        yield
+        with asking(function, f"format {format.name!r}"):
+            yield
     except Exception as error:
-        error.add_note(f"raised by {function} of format {format.name!r}")
         if not isinstance(error, TunerkitError):  # whose message says what to do
             because_of(format, specs.tunerkit_formats, error)
         raise
@@ -123,6 +135,7 @@ def because_of(record: R | None, hook: Callable[[], Iterable[R]], error: E) -> E
     return error
 
 
+@per_catalog
 def gather_restrictions() -> tuple[Restriction, ...]:
     """What is refused with which library, as all plugins say it; then what core would do wrong without a plugin."""
     found = [*_records(specs.tunerkit_restrictions)]
@@ -132,6 +145,19 @@ def gather_restrictions() -> tuple[Restriction, ...]:
             marks = dict.fromkeys(library.marks)
             found.append(Restriction(library.name, dict.fromkeys(library.verbs, why), classes, marks))
     return tuple(found)
+
+
+@per_catalog
+def _by_class() -> WeakKeyDictionary[type, tuple[Restriction, ...]]:
+    return WeakKeyDictionary()
+
+
+def restrictions_of(kind: type) -> tuple[Restriction, ...]:
+    """The restrictions that name a class, or one from which it derives. Each class is looked up once."""
+    if kind not in (known := _by_class()):
+        restrictions = gather_restrictions()
+        known[kind] = tuple(each for each in restrictions if any(is_named(kind, name) for name in each.classes))
+    return known[kind]
 
 
 def wrapped(model: nn.Module) -> None:
@@ -163,13 +189,14 @@ def ranks_changed(
     change = RankChange(step, budget, dict(ranks))
     history.append(change)
     catalog = registry.catalog  # nothing to look up in a step, and a plugin that came after `attach` is there too
-    for plugin in () if catalog is None else catalog.hooks["tunerkit_ranks_changed"]:
-        try:
-            plugin.call("tunerkit_ranks_changed", tuner=tuner, change=change)
-        except BaseException as error:  # SystemExit too: a watcher must not end a training
-            if is_of_user(error):
-                raise
-            warn(f"tunerkit_ranks_changed of {plugin} failed and was ignored: {error_text(error)}")
+    if catalog is not None:
+        for plugin in catalog.hooks["tunerkit_ranks_changed"]:
+            with isolated(partial(_ignore, plugin)):
+                catalog.call(plugin, specs.tunerkit_ranks_changed, {"tuner": tuner, "change": change})
+
+
+def _ignore(plugin: Plugin, error: BaseException) -> None:
+    warn(f"tunerkit_ranks_changed of {plugin} failed and was ignored: {error_text(error)}")
 
 
 # --- What plugins say to know -----------------------------------------------------------------------------------------
@@ -185,26 +212,19 @@ def _is_complete(kind: type[BaseLayer]) -> bool:
     return named and not inspect.isabstract(kind) and (not kind.linear or kind.matrix is not BaseLayer.matrix)
 
 
-def _are_plain(*names: str) -> bool:
-    return all(name and not is_broad(name) for name in names)
-
-
 def _called(plugin: Plugin, what: str, declared: Any, function: Callable[..., Any], *given: Any) -> Any:
-    with plugin.naming(what):
-        answer = function(*given)
-    wrong = unlike(answer, declared)
-    if what.startswith("settings ") and not is_json(answer):
-        wrong = shown(answer), "a dict that JSON can hold"
-    _refuse(plugin, what, wrong)
-    return answer
+    with asking(what, plugin):
+        answer = conform(function(*given), declared)
+        if what.startswith("settings ") and not is_json(answer):
+            raise Unfit(shown(answer), "a dict that JSON can hold")
+        return answer
 
 
-def _checked(plugin: Plugin, record: Any) -> Any:
-    """What is said of a library, with functions that name the plugin in what they raise, and if the answer is wrong."""
+def _named(plugin: Plugin, record: R) -> R:
+    """The record, with functions that name the plugin in what they raise, and if the answer is wrong."""
     if not isinstance(record, Holding | ModelLibrary):
         return record
-    kind: Any = type(record)
-    values = attrs.asdict(record, recurse=False)
+    kind, values = type(record), attrs.asdict(record, recurse=False)
     for name, value in values.items():
         if callable(value):
             its = get_args(attrs.fields_dict(kind)[name].type)[-1]
@@ -212,20 +232,6 @@ def _checked(plugin: Plugin, record: Any) -> Any:
     return kind(**values)
 
 
-# What each record must be beyond the types of its fields.
-_RULES: Final[Mapping[Callable[..., object], tuple[str, Callable[[Any], bool]]]] = {
-    specs.tunerkit_base_layers: ("with a tuple forwards or matches(), all methods, matrix() if linear", _is_complete),
-    specs.tunerkit_weight_readers: ("with plain names", lambda record: _are_plain(record.owner, *record.children)),
-    specs.tunerkit_default_targets: ("with plain names", lambda record: _are_plain(*record.model_types, *record.names)),
-    specs.tunerkit_restrictions: (
-        "with plain names of classes, or marks, to recognise it by",
-        lambda record: bool(record.classes or record.marks) and _are_plain(*record.classes),
-    ),
-    specs.tunerkit_formats: (
-        "with a plain name, and an attrs class as options",
-        lambda record: _are_plain(record.name) and attrs.has(record.options),
-    ),
-}
 # What each record serves that only the first plugin can.
 _SERVED: Final[Mapping[Callable[..., object], Callable[[Any], Iterable[str]]]] = {
     specs.tunerkit_base_layers: lambda kind: () if _has_matches(kind) else kind.forwards,
@@ -240,34 +246,28 @@ def _records(hook: Callable[[], Iterable[R]]) -> tuple[R, ...]:
 
 
 def _known(hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plugin, R], ...]:
-    """The records that plugins return from ``hook``, each with its plugin. The same plugins are asked once."""
-    known = registry.loaded().known  # before they are asked: they may bring other plugins
-    if hook not in known:
-        known[hook] = _asked(hook)
-    found: tuple[tuple[Plugin, R], ...] = known[hook]
+    """The records that plugins return from ``hook``, each with its plugin. The same plugins are asked once.
+
+    One that raises, or whose answer is not as it must be, is left out.
+    """
+    catalog = registry.loaded()  # before plugins are asked: they may bring others
+    if hook not in catalog.known:
+        catalog.known[hook] = _asked(catalog, hook)
+    found: tuple[tuple[Plugin, R], ...] = catalog.known[hook]
     return found
 
 
-def _asked(hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plugin, R], ...]:
-    """Ask the plugins what they know. One that raises, or whose answer is not as it must be, is left out."""
+def _asked(catalog: Catalog, hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plugin, R], ...]:
     found: list[tuple[Plugin, R]] = []
-    rule, is_met = _RULES.get(hook, ("", lambda record: True))
-    for plugin in registry.loaded().asked(hook):
-        try:
-            if (answer := plugin.call(hook.__name__)) is None:
+    for plugin in catalog.asked(hook):
+        with isolated(partial(registry.leave_out, plugin, hook)):  # its metaclass or property may raise anything too
+            if (answer := catalog.call(plugin, hook, {})) is None:
                 continue
-            wrong = unlike(answer, declared(hook))
-            if wrong is None and not all(map(is_met, answer)):
-                wrong = shown(answer), f"{type_name(declared(hook))}, each {rule}"
-            fault = wrong and f"it returned {wrong[0]}; it must return {wrong[1]}"
-        except BaseException as error:  # a plugin's metaclass or property may raise anything too
-            if is_of_user(error):
-                raise
-            fault = error_text(error)
-        if fault:
-            registry.leave_out(plugin, hook, fault)
-        else:
-            found += [(plugin, _checked(plugin, record)) for record in answer]
+            answer = conform(answer, declared(hook))
+            if hook is specs.tunerkit_base_layers and not all(map(_is_complete, answer)):
+                each = "each with a tuple forwards or matches(), all methods, matrix() if linear"
+                raise Unfit(shown(answer), f"{type_name(declared(hook))}, {each}")
+            found += [(plugin, _named(plugin, record)) for record in answer]
     firsts: dict[str, Plugin] = {}
     served = _SERVED.get(hook, lambda record: ())
     for plugin, record in found:
@@ -278,5 +278,5 @@ def _asked(hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plugin, R], ...]:
 
 
 # How libraries hold weights, and what they know of their models, as all plugins say it.
-gather_holdings = partial(_records, specs.tunerkit_holdings)
-gather_libraries = partial(_records, specs.tunerkit_model_libraries)
+gather_holdings = per_catalog(partial(_records, specs.tunerkit_holdings))
+gather_libraries = per_catalog(partial(_records, specs.tunerkit_model_libraries))

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from inspect import getattr_static, isclass, isfunction
 from typing import Any
@@ -16,7 +17,7 @@ from tunerkit.errors import PluginError, TunerkitError, closest, error_text, is_
 from tunerkit.extras import hints
 from tunerkit.hooks import specs
 from tunerkit.paths import few
-from tunerkit.records import Method, MethodInfo, StatisticsRequest, mistyped, type_name
+from tunerkit.records import Method, MethodInfo, RecordError, Unfit
 
 GROUP = "tunerkit"
 VARIABLE = "TUNERKIT_PLUGINS"
@@ -25,7 +26,12 @@ IN_PROCESS = "in-process"
 # docs/authors/write-a-plugin.md says what may change when.
 API, OLDEST_API = 2, 1
 API_NAME = "TUNERKIT_API"
-HOOKS = frozenset(name for name in dir(specs) if name.startswith("tunerkit_"))
+# The hooks, each with whether it asks only the plugin that owns the method: others give pluggy's list of answers.
+HOOKS: Mapping[str, bool] = {
+    name: vars(spec)[f"{specs.PROJECT}_spec"]["firstresult"]
+    for name, spec in vars(specs).items()
+    if name.startswith("tunerkit_")
+}
 Failure = tuple[str, MethodInfo]
 _NAME_FIRST = "; the name comes before the config: tunerkit.wrap(model, 'lora', config)"
 
@@ -37,7 +43,6 @@ class Plugin:
     plugin: object
     entry: str
     info: MethodInfo
-    hooks: Mapping[str, pluggy.HookImpl]
     methods: Mapping[str, Method]
     api: int
 
@@ -51,33 +56,56 @@ class Plugin:
             return "to run without it, pass it to tunerkit.unregister"
         return f"to run without it, list the plugins that may load in the environment variable {VARIABLE}"
 
-    def call(self, hook: str, **arguments: Any) -> Any:
-        """Call its implementation of a hook with those arguments that it takes; a generator is read to its end."""
-        answer = self.hooks[hook].function(*(arguments[name] for name in self.hooks[hook].argnames))
-        return tuple(answer) if isinstance(answer, Iterator) else answer
 
-    @contextmanager
-    def naming(self, what: str) -> Iterator[None]:
-        """Name the plugin in an error. Raises `PluginError` instead of what would end the program, as SystemExit."""
-        try:
-            yield
-        except BaseException as error:
-            if is_of_user(error):
-                raise
-            if not isinstance(error, Exception):
-                raise PluginError(f"{what} of {self} raised {error_text(error)}; {self.way_out}") from error
-            way_out = "" if isinstance(error, TunerkitError) else f"; {self.way_out}"  # a message of ours has its own
-            error.add_note(f"raised in {what} of {self}{way_out}")
+def blame(error: BaseException, what: str, whose: object, place: str = "") -> None:
+    """Name the plugin in an error of its function ``what``, asked about ``place``. ``whose`` is a `Plugin`, or words.
+
+    Raises `PluginError` for an unfit answer, and in place of what would end the program without a word, as SystemExit.
+    """
+    if is_of_user(error):
+        return
+    way_out = f"; {whose.way_out}" if isinstance(whose, Plugin) else ""
+    at = f" for {place}" if place else ""
+    if isinstance(error, Unfit):
+        answer = f"returned {error.found}{at}; it must return {error.expected}"
+        raise PluginError(f"{what} of {whose} {answer}{way_out}") from None
+    if isinstance(error, RecordError):  # its traceback leads to the line of the plugin
+        raise PluginError(f"{what} of {whose} failed{at}: {error}{way_out}") from error
+    if not isinstance(error, Exception):
+        raise PluginError(f"{what} of {whose} raised {error_text(error)}{at}{way_out}") from error
+    way_out = "" if isinstance(error, TunerkitError) else way_out  # a message of ours has its own
+    error.add_note(f"raised by {what} of {whose}{',' * bool(place)}{at}{way_out}")
+
+
+@contextmanager
+def asking(what: str, whose: object, place: str = "") -> Iterator[None]:
+    """Inside the block, a plugin is asked: see `blame` for what is raised."""
+    try:
+        yield
+    except BaseException as error:
+        blame(error, what, whose, place)
+        raise
+
+
+@contextmanager
+def isolated(failed: Callable[[BaseException], None]) -> Iterator[None]:
+    """Pass what a plugin raises in the block to ``failed``, also SystemExit; only the user's own Ctrl-C goes on."""
+    try:
+        yield
+    except BaseException as error:
+        if is_of_user(error):
             raise
+        failed(error)
 
 
 @attrs.frozen(eq=False)
 class Catalog:
     """The plugins of a registry in load order. What changes them makes a new catalog: a thread reads one of the two.
 
-    ``failures`` could not be loaded, or are not used. ``left_out`` says why a plugin's answer to a hook is not used,
-    ``known`` has the answers to hooks that ask what plugins know. ``limit`` names the entry points that may load; None
-    allows all. A method belongs to the plugin of the distribution that is named after it, else to the first.
+    ``failures`` could not be loaded, or are not used. ``left_out`` says why a plugin's answer to a hook is not used.
+    ``limit`` names the entry points that may load; None allows all. A method belongs to the plugin of the distribution
+    that is named after it, else to the first. ``hooks`` has pluggy's caller of each plugin alone, in the order in which
+    they are asked: by distribution, in-process ones after them, ``trylast`` at the end. ``known`` is a cache.
     """
 
     plugins: tuple[Plugin, ...]
@@ -85,7 +113,7 @@ class Catalog:
     limit: frozenset[str] | None = None
     left_out: Mapping[tuple[Plugin, str], str] = attrs.field(factory=dict)
     owners: Mapping[str, Plugin] = attrs.field(init=False)
-    hooks: Mapping[str, tuple[Plugin, ...]] = attrs.field(init=False)
+    hooks: Mapping[str, Mapping[Plugin, pluggy.HookCaller]] = attrs.field(init=False)
     known: dict[object, Any] = attrs.field(init=False, factory=dict)
 
     @owners.default
@@ -99,23 +127,43 @@ class Catalog:
         return found
 
     @hooks.default
-    def _hooks(self) -> dict[str, tuple[Plugin, ...]]:
-        def in_order(name: str) -> tuple[Plugin, ...]:
-            own = [plugin for plugin in self.plugins if name in plugin.hooks]
-            return tuple(sorted(own, key=lambda each: (each.hooks[name].trylast, not each.hooks[name].tryfirst)))
-
-        return {name: in_order(name) for name in HOOKS}
+    def _hooks(self) -> dict[str, dict[Plugin, pluggy.HookCaller]]:
+        manager, known = manager_of(self.plugins), {id(each.plugin): each for each in self.plugins}
+        found: dict[str, dict[Plugin, pluggy.HookCaller]] = {}
+        for name in HOOKS:
+            impls = vars(manager.hook)[name].get_hookimpls()
+            own = [each.plugin for each in sorted(impls, key=lambda each: (each.trylast, not each.tryfirst))]
+            found[name] = {
+                known[id(plugin)]: manager.subset_hook_caller(name, [each for each in own if each is not plugin])
+                for plugin in own
+            }
+        return found
 
     def asked(self, hook: Callable[..., object]) -> list[Plugin]:
-        """Return the plugins to ask: sorted by distribution, in-process ones after them, ``trylast`` at the end."""
+        """Return the plugins to ask, in their order."""
         name = hook.__name__
         return [plugin for plugin in self.hooks[name] if (plugin, name) not in self.left_out]
+
+    def call(self, plugin: Plugin, hook: Callable[..., object], given: Mapping[str, object]) -> Any:
+        """Let pluggy call a plugin's own implementation; None if it has none. A generator is read to its end."""
+        if (caller := self.hooks[hook.__name__].get(plugin)) is None:
+            return None
+        answer: Any = caller(**given)
+        if not HOOKS[hook.__name__]:
+            answer = answer[0] if answer else None
+        return tuple(answer) if isinstance(answer, Iterator) else answer
+
+    def owner_of(self, method: str, hook: Callable[..., object]) -> Plugin:
+        """Return the plugin of a method that a hook is needed for. Raises `PluginError` if it is gone."""
+        if method not in self.owners:
+            raise PluginError(f"{hook.__name__} needs the plugin of method {method!r}: {self.missing(method)}")
+        return self.owners[method]
 
     def listed(self) -> dict[str, MethodInfo]:
         """Return a record for each method by its name, and one for each failure by the name of its entry point."""
         found = {name: owner.info for name, owner in self.owners.items()}
-        partial = [(key[0].entry, attrs.evolve(key[0].info, error=text)) for key, text in self.left_out.items()]
-        for name, info in (*self.failures, *partial):
+        in_part = [(key[0].entry, attrs.evolve(key[0].info, error=text)) for key, text in self.left_out.items()]
+        for name, info in (*self.failures, *in_part):
             while name in found:
                 name = f"{name} ({info.distribution})"
             found[name] = info
@@ -139,7 +187,7 @@ class Catalog:
 
     def absence(self, distribution: str) -> str | None:
         """Say why no plugin of a distribution is loaded, and what to do; None if one is."""
-        if any(found.info.distribution == distribution for found in self.plugins):
+        if distribution in {found.info.distribution for found in self.plugins}:
             return None
         failed = next((info for _, info in self.failures if info.distribution == distribution), None)
         if failed is not None:
@@ -160,21 +208,21 @@ def load(distributions: Iterable[metadata.Distribution] | None) -> Catalog:
     """
     sources, unreadable = _discover(metadata.distributions() if distributions is None else distributions)
     limit = _read_limit(point.name for point, _ in sources)
-    plugins: list[Plugin] = []
+    manager, plugins = manager_of([]), list[Plugin]()
     failures = unreadable if limit is None else []
+
+    def failed(name: str, info: MethodInfo, why: BaseException | str) -> None:
+        failures.append((name, attrs.evolve(info, error=why if isinstance(why, str) else error_text(why))))
+
     for point, info in sources:
         if limit is None or point.name in limit:
-            try:
+            with isolated(partial(failed, point.name, info)):
                 if not point.pattern.match(point.value):
                     raise PluginError(f"its entry point is not a module: {point.value!r}")
                 plugin = point.load()
                 if (same := next((known for known in plugins if known.plugin is plugin), None)) is not None:
                     raise PluginError(f"it is loaded already, as {same}")
-                plugins.append(admit(plugin, point.name, info))
-            except BaseException as error:
-                if is_of_user(error):
-                    raise
-                failures.append((point.name, attrs.evolve(info, error=error_text(error))))
+                plugins.append(admit(manager, plugin, point.name, info))
     owners = Catalog(tuple(plugins)).owners
     for found in plugins:
         for name in found.methods:
@@ -184,7 +232,7 @@ def load(distributions: Iterable[metadata.Distribution] | None) -> Catalog:
                     f"{found.info.distribution}'s is left out. To use it, list the plugins that may load in the "
                     f"environment variable {VARIABLE}, without {owner.entry!r}"
                 )
-                failures.append((f"{name} ({found.info.distribution})", attrs.evolve(found.info, error=why)))
+                failed(f"{name} ({found.info.distribution})", found.info, why)
     used = [found for found in plugins if not found.methods or found in owners.values()]
     return Catalog(tuple(used), tuple(failures), limit)
 
@@ -245,18 +293,30 @@ def _read_limit(installed: Iterable[str]) -> frozenset[str] | None:
 # --- What a plugin must be --------------------------------------------------------------------------------------------
 
 
-def admit(plugin: object, entry: str, info: MethodInfo) -> Plugin:
-    """Check a plugin, and collect its hooks and methods. Raises `PluginError` if it is broken."""
-    api = _read_api(plugin)
-    manager = pluggy.PluginManager(specs.PROJECT)  # its own: what a broken plugin leaves behind, nobody sees
+def manager_of(plugins: Iterable[Plugin]) -> pluggy.PluginManager:
+    """A manager of pluggy's with these plugins."""
+    manager = pluggy.PluginManager(specs.PROJECT)
     manager.add_hookspecs(specs)
+    for each in plugins:
+        _register(manager, each.plugin, each.entry)
+    return manager
+
+
+def _register(manager: pluggy.PluginManager, plugin: object, entry: str) -> None:
+    manager.register(plugin, str(id(plugin)) if manager.has_plugin(entry) else entry)  # two may have one entry
+
+
+def admit(manager: pluggy.PluginManager, plugin: object, entry: str, info: MethodInfo) -> Plugin:
+    """Check a plugin beside those that a manager has, and read its methods. Raises `PluginError` if it is broken."""
+    api = _read_api(plugin)
     _check_hooks(manager, plugin)
     try:
-        manager.register(plugin, name=entry)
+        _register(manager, plugin, entry)
     except pluggy.PluginValidationError as error:
         raise PluginError(f"a hook implementation does not match its spec: {error_text(error)}") from error
-    hooks = {caller.name: caller.get_hookimpls()[-1] for caller in manager.get_hookcallers(plugin) or ()}
-    return Plugin(plugin, entry, info, hooks, _ask_methods(hooks), api)
+    callers = manager.get_hookcallers(plugin) or ()
+    hooks = {each.name: impl.function for each in callers for impl in each.get_hookimpls() if impl.plugin is plugin}
+    return Plugin(plugin, entry, info, _methods_of(hooks), api)
 
 
 def _read_api(plugin: object) -> int:
@@ -278,7 +338,7 @@ def _check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
     if not isinstance(plugin, Hashable):
         raise PluginError(f"a plugin must be hashable, and {type(plugin).__name__} is not")
     marked = {name: found for name in dir(plugin) if (found := manager.parse_hookimpl_opts(plugin, name)) is not None}
-    unmarked = [name for name in sorted(HOOKS - marked.keys()) if isfunction(getattr_static(plugin, name, None))]
+    unmarked = [name for name in sorted(HOOKS.keys() - marked.keys()) if isfunction(getattr_static(plugin, name, None))]
     problems = [f"{name} is not marked @tunerkit.hookimpl" for name in unmarked]
     first: dict[str, str] = {}
     for attribute, options in marked.items():
@@ -300,50 +360,25 @@ def _check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
         )
 
 
-def _ask_methods(hooks: Mapping[str, pluggy.HookImpl]) -> dict[str, Method]:
+def _methods_of(hooks: Mapping[str, Callable[..., Any]]) -> dict[str, Method]:
+    """Read and check the records of a plugin's methods."""
     methods: dict[str, Method] = {}
-    # Any: nothing has checked yet what the plugin returns.
-    answer: Any = hooks["tunerkit_methods"].function() if "tunerkit_methods" in hooks else None
-    for method in () if answer is None else answer:
-        name = _checked_name(method)
-        if name in methods:
-            raise PluginError(f"tunerkit_methods yielded {name!r} twice")
-        methods[name] = method
+    for method in hooks.get("tunerkit_methods", tuple)() or ():
+        if not isinstance(method, Method):
+            raise PluginError(f"tunerkit_methods yielded {shown(method)}; expected a tunerkit.plugin.Method")
+        # attrs.has also accepts an undecorated subclass of an attrs class, whose new fields would be ignored.
+        own = issubclass(method.config, AdapterConfig) and method.config is not AdapterConfig
+        if not (own and "__attrs_attrs__" in vars(method.config)):
+            raise PluginError(
+                f"the config of method {method.name!r} is {shown(method.config)}; "
+                "expected an attrs class derived from tunerkit.plugin.AdapterConfig"
+            )
+        if method.name in methods:
+            raise PluginError(f"tunerkit_methods yielded {method.name!r} twice")
+        methods[method.name] = method
     if methods and "tunerkit_build_adapter" not in hooks:
         raise PluginError(f"it provides the method {next(iter(methods))!r} but has no tunerkit_build_adapter for it")
     calibrated = [name for name, method in methods.items() if method.statistics is not None]
     if calibrated and "tunerkit_calibrate" not in hooks:
         raise PluginError(f"its method {calibrated[0]!r} wants statistics but it has no tunerkit_calibrate")
     return methods
-
-
-# Any: nothing has checked yet what the plugin yielded, or what the record contains.
-def _checked_name(method: Any) -> str:
-    """Return the name of a method, after all checks of its record."""
-    if not isinstance(method, Method):
-        raise PluginError(f"tunerkit_methods yielded {shown(method)}; expected a tunerkit.plugin.Method")
-    name: object = method.name
-    if not isinstance(name, str) or not re.fullmatch(r"[^\s,/()]+", name):
-        raise PluginError(
-            f"a method is named {shown(name)}; expected a word (a str) without spaces, commas, slashes or brackets"
-        )
-    # attrs.has also accepts an undecorated subclass of an attrs class, whose new fields would be ignored.
-    config: object = method.config
-    own = isclass(config) and issubclass(config, AdapterConfig) and config is not AdapterConfig
-    if not (own and "__attrs_attrs__" in vars(config)):
-        raise PluginError(
-            f"the config of method {shown(name)} is {shown(config)}; "
-            "expected an attrs class derived from tunerkit.plugin.AdapterConfig"
-        )
-    asked = method.statistics
-    ranks = (asked.inputs, asked.gradients) if isinstance(asked, StatisticsRequest) else ()
-    positive = any(ranks) and all(type(rank) is int and rank >= 0 for rank in ranks)
-    if asked is not None and not (positive or callable(asked)):
-        raise PluginError(
-            f"statistics of method {shown(name)} is {shown(asked)}; expected tunerkit.plugin.StatisticsRequest "
-            "with the ranks of what it wants, as in tunerkit.plugin.StatisticsRequest(inputs=16)"
-        )
-    if (wrong := mistyped(method, Method)) is not None:
-        path, part, its_type = wrong
-        raise PluginError(f"{path[1:]} of method {shown(name)} is {shown(part)}; expected {type_name(its_type)}")
-    return str.__str__(name)

@@ -2,20 +2,20 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib import metadata
 from types import ModuleType
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NoReturn, ParamSpec
 
 import attrs
 import pluggy
 
 from tunerkit import extras
-from tunerkit.errors import PluginError, UnknownMethodError, error_text, is_of_user, shown, warn
-from tunerkit.hooks.loading import IN_PROCESS, Catalog, Plugin, admit, load
+from tunerkit.errors import PluginError, UnknownMethodError, error_text, shown, warn
+from tunerkit.hooks.loading import IN_PROCESS, Catalog, Plugin, admit, asking, isolated, load, manager_of
 from tunerkit.records import Method, MethodInfo
 
 P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Registry:
@@ -84,37 +84,30 @@ class Registry:
 
     def implements(self, hook: Callable[..., object], method: str) -> bool:
         """Whether the plugin that owns the method implements the hook; False if no plugin owns it."""
-        return self.implementation(hook, method) is not None
+        catalog = self.loaded()
+        return catalog.owners.get(method) in catalog.hooks[hook.__name__]
 
     def implementation(self, hook: Callable[..., object], method: str) -> pluggy.HookImpl | None:
         """Return the implementation of a hook by the plugin that owns the method; None if it has none.
 
         It may be kept: plugins that come or go later do not change it.
         """
-        owner = self.loaded().owners.get(method)
-        return None if owner is None else owner.hooks.get(hook.__name__)
-
-    def call(self, hook: Callable[P, R], method: str, /, *args: P.args, **arguments: P.kwargs) -> R | None:
-        """Call a hook, given as its spec, on the plugin that owns the method; None if it doesn't implement the hook.
-
-        Pass arguments by name. Raises `PluginError` if the method is gone. Exceptions of the plugin propagate.
-        """
         catalog = self.loaded()
-        if method not in catalog.owners:
-            raise PluginError(f"{hook.__name__} needs the plugin of method {method!r}: {catalog.missing(method)}")
-        found = self.implementation(hook, method)
-        return None if found is None else cast(R, found.function(*(arguments[name] for name in found.argnames)))
+        owner = catalog.owners.get(method)
+        caller = None if owner is None else catalog.hooks[hook.__name__].get(owner)
+        return None if caller is None else caller.get_hookimpls()[0]
 
-    def ask(self, hook: Callable[P, object], /, *args: P.args, **arguments: P.kwargs) -> Iterator[tuple[Plugin, Any]]:
+    def ask(self, hook: Callable[P, object], /, *args: P.args, **given: P.kwargs) -> Iterator[tuple[Plugin, Any]]:
         """Ask one plugin after another, as far as the caller iterates. What one raises names it."""
-        for plugin in self.loaded().asked(hook):
-            with plugin.naming(hook.__name__):
-                answer = plugin.call(hook.__name__, **arguments)
+        catalog = self.loaded()
+        for plugin in catalog.asked(hook):
+            with asking(hook.__name__, plugin):
+                answer = catalog.call(plugin, hook, given)
             yield plugin, answer
 
-    def leave_out(self, plugin: Plugin, hook: Callable[..., object], reason: str) -> None:
+    def leave_out(self, plugin: Plugin, hook: Callable[..., object], error: BaseException, what: str = "") -> None:
         """Use no more of what a plugin answers to ``hook``: warn once, and list it in `methods`."""
-        key, failed = (plugin, hook.__name__), f"failed and was left out: {reason}"
+        key, failed = (plugin, hook.__name__), f"failed and was left out: {what}{error_text(error)}"
         with self._lock:
             catalog = self.loaded()
             if plugin not in catalog.plugins or key in catalog.left_out:
@@ -134,14 +127,10 @@ class Registry:
         """
         entry = plugin.__name__ if isinstance(plugin, ModuleType | type) else type(plugin).__name__
         with self._lock:
-            if any(known.plugin is plugin for known in self.loaded().plugins):
-                raise PluginError(f"the plugin {entry!r} is already registered")
-            try:
-                found = admit(plugin, entry, MethodInfo(IN_PROCESS, ""))
-            except BaseException as error:
-                if isinstance(error, PluginError) or is_of_user(error):
-                    raise
-                raise PluginError(f"plugin {entry!r} cannot be registered: {error_text(error)}") from error
+            with isolated(partial(_refuse, entry)):
+                if plugin in [known.plugin for known in self.loaded().plugins]:
+                    raise PluginError(f"the plugin {entry!r} is already registered")
+                found = admit(manager_of([]), plugin, entry, MethodInfo(IN_PROCESS, ""))
             catalog = self.loaded()  # as it is now: what the plugin did meanwhile may have changed it
             taken = [name for name in found.methods if name in catalog.owners]
             if taken:
@@ -194,6 +183,12 @@ class Registry:
                 finally:
                     self._loading = False
             return self.catalog
+
+
+def _refuse(entry: str, error: BaseException) -> NoReturn:
+    if isinstance(error, PluginError):
+        raise error
+    raise PluginError(f"plugin {entry!r} cannot be registered: {error_text(error)}") from error
 
 
 # State of the process, as what is installed is: a plugin is loaded and checked once, whichever model asks.

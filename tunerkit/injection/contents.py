@@ -110,7 +110,8 @@ def regrouped(groups: Iterable[dict[str, Any]], tuners: Iterable[Tuner]) -> list
     Groups that lose parameters stay, and the new ones come last. If no method asks for anything, the groups are as
     before, so that an optimizer's state of them still fits.
     """
-    wanted = [group for tuner in tuners for group in hooks.param_groups(tuner)]
+    spec = hooks.specs.tunerkit_param_groups
+    wanted = [group for tuner in tuners for group in hooks.ask(spec, tuner.method, tuner=tuner) or ()]
     number = {id(parameter): at for at, group in enumerate(wanted) for parameter in group.parameters}
     plain: list[dict[str, Any]] = []
     split: list[dict[str, Any]] = []

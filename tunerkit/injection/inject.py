@@ -49,7 +49,9 @@ def build_each(
     refused: dict[str, TargetError] = {}
     if first is not None and hooks.implements(hooks.specs.tunerkit_shared, tuner.method):
         with around(first):
-            shared = hooks.shared(tuner.method, tuner.targets, list(bases.values()), tuner.config)
+            places, own = tuner.targets, list(bases.values())
+            spec = hooks.specs.tunerkit_shared
+            shared = hooks.ask(spec, tuner.method, targets=places, bases=own, config=tuner.config)
         if shared is not None:
             _place_(shared, first.module, tuner)
     for path in modules_in(tuner):
@@ -94,7 +96,15 @@ def _base_at(tuner: Tuner, target: Target, scanned: Scan) -> BaseLayer:
 def _adapter(tuner: Tuner, target: Target, base: BaseLayer, shared: nn.Module | None) -> Adapter:
     """Build one adapter through the method's plugin, which must not change what all of them share."""
     before = {} if shared is None else torch_private.versions(shared)
-    built = hooks.build_adapter(tuner.method, target, base, tuner.config, shared, loading=tuner.progress.loaded)
+    built = hooks.ask(
+        hooks.specs.tunerkit_build_adapter,
+        tuner.method,
+        target=target,
+        base=base,
+        config=tuner.config,
+        shared=shared,
+        loading=tuner.progress.loaded,
+    )
     if shared is not None and torch_private.versions(shared) != before:
         raise PluginError(
             f"{hooks.registry.plugin_of(tuner.method)} changed the shared module in tunerkit_build_adapter for "

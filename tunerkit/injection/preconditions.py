@@ -13,7 +13,7 @@ from tunerkit import hooks
 from tunerkit.errors import AdapterError, ConfigError, closest, warn
 from tunerkit.injection.slots import Slot, base_modules, inside, refuse_fixed, slots_of, walk
 from tunerkit.injection.tuner import Tuner, tuners_of
-from tunerkit.layers import is_named, torch_private, weights
+from tunerkit.layers import torch_private, weights
 from tunerkit.paths import CHILD, is_under, join
 from tunerkit.patterns import matcher
 from tunerkit.records import Restriction
@@ -76,7 +76,7 @@ def refuse_restricted(modules: Iterable[tuple[str, nn.Module]], verb: str) -> No
         for place, thing in things:
             kind = type(thing)
             if kind not in of_class:
-                of_class[kind] = [each for each in restrictions if any(is_named(kind, name) for name in each.classes)]
+                of_class[kind] = [each for each in hooks.restrictions_of(kind) if verb in each.refused]
             if not of_class[kind] and marks.isdisjoint(vars(thing)):
                 continue
             for each in restrictions:

@@ -188,7 +188,7 @@ class Tuner:
         if is_merged(self.model):
             raise StepError("the model is merged; call tunerkit.unmerge before finish()")
         with torch.no_grad(), as_hooks_see_it(self):
-            record(self, hooks.finish(self))
+            record(self, hooks.ask(hooks.specs.tunerkit_finish, self.method, tuner=self))
 
     def whole(self, *, gradients: bool = False) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """Inside the block, this process holds the whole adapter. Where it holds a shard otherwise, all must call this.
@@ -364,7 +364,8 @@ def record(tuner: Tuner, ranks: Mapping[str, int] | None) -> None:
 def training_state(tuner: Tuner) -> State:
     """Return what is needed to resume training, in addition to the adapter's weights."""
     with as_hooks_see_it(tuner):
-        return hooks.state(tuner)
+        found = hooks.ask(hooks.specs.tunerkit_state, tuner.method, tuner=tuner)
+        return found or State(tensors={}, values={})
 
 
 @attrs.define(eq=False)

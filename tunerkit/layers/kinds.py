@@ -284,6 +284,14 @@ class Knowledge:
     leave_out: Callable[[type[BaseLayer], BaseException], None] = _raise
     libraries: tuple[ModelLibrary, ...] = ()
     unserved: Callable[[object], str] = lambda thing: ""
+    _asked: dict[str, frozenset[type[BaseLayer]]] = attrs.field(init=False, factory=dict, repr=False)
+
+    def asked(self, forward: str) -> frozenset[type[BaseLayer]]:
+        """The kinds to ask about a module, by the name of its forward. Each name is looked up once."""
+        if forward not in self._asked:
+            kinds = (kind for kind in self.kinds if not kind.forwards or is_listed(forward, kind.forwards))
+            self._asked[forward] = frozenset(kinds)
+        return self._asked[forward]
 
 
 KINDS: tuple[type[BaseLayer], ...] = (LinearLayer, ConvLayer, EmbeddingLayer, AttentionLayer)
@@ -298,9 +306,12 @@ def as_base_layers(modules: Iterable[nn.Module], knowledge: Knowledge) -> dict[n
     A kind that raises for one module counts for none of them: half of a model in another kind would be a surprise.
     """
     found: dict[nn.Module, BaseLayer] = {}
-    waiting = {module: forward_name(module) for module in modules}
+    waiting = {module: knowledge.asked(forward_name(module)) for module in modules}
+    wanted = set[type[BaseLayer]]().union(*waiting.values())
     for kind in knowledge.kinds:
-        asked = [each for each, name in waiting.items() if not kind.forwards or is_listed(name, kind.forwards)]
+        if kind not in wanted:
+            continue
+        asked = [each for each, kinds in waiting.items() if kind in kinds]
         try:
             matched = {module: kind(module) for module in asked if kind.matches(module)}
         except KeyboardInterrupt:
@@ -309,7 +320,7 @@ def as_base_layers(modules: Iterable[nn.Module], knowledge: Knowledge) -> dict[n
             knowledge.leave_out(kind, error)
         else:
             found |= matched
-            waiting = {module: name for module, name in waiting.items() if module not in matched}
+            waiting = {module: kinds for module, kinds in waiting.items() if module not in matched}
     return found
 
 

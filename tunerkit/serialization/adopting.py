@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from tunerkit.extras import install
 from tunerkit.injection import Progress, Tuner
 from tunerkit.layers import Adapter, BaseLayer, bias_name, misfit, torch_private, weights
 from tunerkit.paths import CHILD, few, is_under, join
-from tunerkit.records import Factors, Foreign, Format, Target
+from tunerkit.records import Factors, Foreign, Format, Target, conform
 from tunerkit.serialization.fingerprint import refuse_places
 from tunerkit.serialization.tensor_checks import refuse_nonfinite
 from tunerkit.targets import Scan
@@ -107,12 +106,7 @@ def _read(format: Format, path: Path, model: nn.Module) -> Foreign:
             "there, and load that file here"
         )
     with hooks.naming(format, "read"):
-        found = format.read(path, model)
-    given: Any = found  # the plugin may return anything
-    if isinstance(given, Foreign) and isinstance(given.factors, Mapping):  # which may compute each when it is asked
-        given = attrs.evolve(given, factors={})
-    if (wrong := hooks.unlike(given, Foreign)) is not None:
-        raise PluginError(f"read of format {format.name!r} returned {wrong[0]}; it must return {wrong[1]}")
+        found: Foreign = conform(format.read(path, model), Foreign)
     if found.tensors and found.factors and found.tensors.keys() != set(found.factors):
         raise PluginError(f"read of format {format.name!r}: tensors must have the paths of factors, or be empty")
     return found

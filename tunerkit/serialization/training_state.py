@@ -153,7 +153,8 @@ def _resume_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, source
         # The method's plugin does not know where the state comes from, so its errors are given the file.
         try:
             with injection.as_hooks_see_it(tuner):
-                hooks.restore(tuner, State(tensors=tensors, values=header.values))
+                state = State(tensors=tensors, values=header.values)
+                hooks.ask(hooks.specs.tunerkit_restore, tuner.method, tuner=tuner, state=state)
         except (FileError, StepError) as error:
             raise type(error)(f"{source}: {error}") from error
         except Exception as error:

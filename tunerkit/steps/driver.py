@@ -140,7 +140,8 @@ def drive(
         for tuner in tuners:
             tuner.engine = engine  # the method's hook finds it already, and the optimizer by a mere link
             with injection.as_hooks_see_it(tuner):
-                tuner.state = hooks.start(tuner, tuner.total_steps, optimizer)
+                begin, total = hooks.specs.tunerkit_start, tuner.total_steps
+                tuner.state = hooks.ask(begin, tuner.method, tuner=tuner, total_steps=total, optimizer=optimizer)
             tuner.progress.steps, tuner.progress.history = 0, []
             if optimizer is not None:
                 hold(tuner, *kept.get(tuner.name, ()))
@@ -243,9 +244,9 @@ def _call_before_step(drive: Drive, optimizer: Optimizer) -> None:
             step = tuner.progress.steps + 1 if drive.clock is None else drive.clock()
             given = {"tuner": tuner, "step": step, "grad_scale": grad_scale}
             answer = caller.function(*map(given.__getitem__, caller.takes))
-            kept = None if answer is None else caller.check(caller.question, answer)
+            kept = None if answer is None else caller.check(answer)
         except BaseException as error:
-            caller.question.blame(error)
+            caller.blame(error)
             raise
         if kept is None:
             return
@@ -318,11 +319,11 @@ def _call_after_step(drive: Drive, caller: hooks.Caller, step: int) -> None:
         if budget is not None:
             asked, now = budget, {"tuner": tuner, "step": None}
             in_force = budget.function(*map(now.__getitem__, budget.takes))
-            spent = None if in_force is None else budget.check(budget.question, in_force)
+            spent = None if in_force is None else budget.check(in_force)
         asked = caller
-        ranks = caller.check(caller.question, answer)
+        ranks = caller.check(answer)
     except BaseException as error:
-        asked.question.blame(error)
+        asked.blame(error)
         raise
     spent = sum(ranks.values()) if spent is None else spent
     hooks.ranks_changed(tuner, tuner.progress.history, step, spent, ranks)

@@ -66,7 +66,8 @@ def _returned(model: nn.Module) -> nn.Module:
     bases = [slots.base for slots in found if slots is not None and slots.base is not None]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        shared = hooks.shared(tuner.method, tuner.targets, bases, tuner.config)
+        spec = hooks.specs.tunerkit_shared
+        shared = hooks.ask(spec, tuner.method, targets=tuner.targets, bases=bases, config=tuner.config)
     assert shared is not None
     return shared
 
