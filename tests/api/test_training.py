@@ -122,21 +122,21 @@ Group: Any = ParamGroup
     [
         (lambda own: 3, "returned 3"),
         (lambda own: [own], r"with \[.*\] at \[0\]"),
-        (lambda own: [Group(own, lr_scale=-1)], "lr_scale=-1"),
-        (lambda own: [Group(own, lr_scale="fast")], r"'fast' at \[0\]\.lr_scale"),
-        (lambda own: [Group(own, weight_decay=float("inf"))], "weight_decay=inf"),
+        (lambda own: [Group(own, lr_scale=-1)], ".*lr_scale of a ParamGroup is -1; expected a finite number >= 0"),
+        (lambda own: [Group(own, lr_scale="fast")], ".*lr_scale of a ParamGroup is 'fast'; expected float"),
+        (lambda own: [Group(own, weight_decay=float("inf"))], ".*weight_decay of a ParamGroup is inf; expected a fin"),
         (lambda own: [Group([nn.Parameter(torch.ones(1))])], "not the adapter's"),
         (lambda own: [Group(own[:1]), Group(own)], "in two groups, or twice"),
-        (lambda own: [Group(own[0])], r"at \[0\]\.parameters\[0\]"),
+        (lambda own: [Group(own[0])], r".*parameters of a ParamGroup is .* at \[0\]; expected Seq"),
     ],
 )
 def test_a_wrong_answer_of_the_hook_names_the_plugin(answer: Any, words: str) -> None:
     """And the adapter, and what it has to return."""
     with registered(Answering(answer)):
         model = wrapped("toy-answering")
-        expected = f"tunerkit_param_groups.*'toy-answering'.*{words}.*for adapter 'default'"
-        with pytest.raises(tunerkit.errors.PluginError, match=expected):
+        with pytest.raises(tunerkit.errors.PluginError, match=f"tunerkit_param_groups.*'toy-answering'.*{words}") as e:
             tunerkit.param_groups(model, lr=1.0)
+    assert "for adapter 'default'" in str(e.value)
 
 
 def test_a_resumed_loop_has_the_groups_again(tmp_path: Path) -> None:
