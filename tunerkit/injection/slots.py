@@ -18,7 +18,7 @@ from tunerkit.layers import (
     view_bias,
     whole_shape,
 )
-from tunerkit.paths import CHILD, join
+from tunerkit.paths import CHILD
 from tunerkit.records import Rounding
 
 # Buffers hold the originals. Adapter names have no "/", so the prefix keeps the two apart. Buffer names must have no
@@ -328,21 +328,11 @@ def is_called(module: nn.Module) -> bool:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of ``model`` with their paths, each once and in its order, without what adapters put there.
+    """The modules of ``model`` with their paths, each once and in its order, without what adapters put there.
 
     ``named_modules`` would also visit every adapter, and most modules of a wrapped model are in adapters.
     """
-    seen: set[int] = set()
-    waiting = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield path, module
-            # In reverse, since the last entry of the list is visited first.
-            for name, child in reversed(torch_private.own_children(module).items()):
-                if child is not None and type(child) is not Slots:
-                    waiting.append((join(path, name), child))
+    return torch_private.modules_outside(model, Slots)
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slots]]:

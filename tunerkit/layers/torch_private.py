@@ -37,6 +37,21 @@ def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
+def modules_outside(model: nn.Module, hidden: type[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of ``model`` with their paths, each once and in its order, without those of a class."""
+    seen: set[int] = set()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
+            # In reverse, since the last entry of the list is visited first.
+            for name, child in reversed(module._modules.items()):
+                if child is not None and type(child) is not hidden:
+                    waiting.append((f"{path}.{name}" if path else name, child))
+
+
 def compiled_from(module: nn.Module) -> nn.Module | None:
     """The module that was passed to `torch.compile`, if ``module`` is its result; None otherwise."""
     return module._modules.get("_orig_mod")
