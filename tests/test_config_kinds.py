@@ -348,6 +348,25 @@ def test_a_set_is_written_in_one_order() -> None:
     assert unstructure(Unordered(frozenset({"b", 10, None, 9, "a"})))["values"] == [9, 10, "a", "b", None]
 
 
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [
+        (tuple[float, float] | tuple[float, ...], (0.5, 1.0, 2.0)),
+        (tuple[int, ...] | tuple[str, ...], ("a", "b")),
+        (Mapping[str, Linear | Cosine] | str | None, {"q": Cosine(), "v": Linear(2)}),
+        (list[Linear | Cosine] | float, [Linear(2), Cosine()]),
+        (Size | Unit | None, Unit.STEPS),
+        (Mapping[str, int] | dict[str, str], {"q": "v"}),
+    ],
+)
+def test_a_union_is_written_as_the_member_that_its_value_is_of(annotation: Any, value: Any) -> None:
+    """Also where several of its members are lists or mappings, and where their elements are of several classes."""
+    config: Any = attrs.make_class(
+        "United", {"value": attrs.field(type=annotation)}, bases=(AdapterConfig,), frozen=True
+    )
+    assert from_mapping(config, json.loads(json.dumps(unstructure(config(value))))) == config(value)
+
+
 class Shade(enum.Enum):
     """Choices that are texts, as those of `Unit`."""
 

@@ -408,6 +408,7 @@ def _forms(cls: Any, outer: tuple[object, ...]) -> set[tuple[object, object]]:
         return {(type(plain), type(member)) for plain, member in choices} if known else set()
     if _is_class(cls) and cls not in outer:
         _check_annotations(cls, outer)
+        # A union of classes must not have two of one name, nor a field named like the key.
         return {(dict, TAG), (cls.__name__, cls), (TAG, cls if TAG in _fields(cls) else TAG)}
     origin, members = get_origin(cls), [member for member in get_args(cls) if member is not Ellipsis]
     inner = [_forms(member, outer) for member in members]
