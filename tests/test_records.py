@@ -97,6 +97,7 @@ WRONG_RECORDS: list[tuple[Callable[..., object], dict[str, object], str]] = [
         {"name": "toy", "config": State, "start": "exactly"},
         "start of method 'toy' is 'exactly'; expected one of (",
     ),
+    (Method, {"name": "toy", "config": Delta()}, "expected an attrs class derived from tunerkit.plugin.AdapterConfig"),
     (
         Method,
         {"name": "toy", "config": int},

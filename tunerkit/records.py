@@ -142,8 +142,10 @@ def must_be(expected: str, holds: Callable[[Any], object]) -> Callable[[Any, Fie
     return check
 
 
-_ATTRS = must_be("an attrs class", attrs.has)
-_CONFIG = must_be("an attrs class derived from tunerkit.plugin.AdapterConfig", attrs.has)
+_ATTRS, _CONFIG = (
+    must_be(f"an attrs class{which}", lambda value: isinstance(value, type) and attrs.has(value))
+    for which in ("", " derived from tunerkit.plugin.AdapterConfig")
+)
 _FACTOR = [typed, must_be("a finite number >= 0", lambda value: value is None or 0 <= value < float("inf"))]
 _WORD = must_be(
     "a word (a str) without spaces, commas, slashes or brackets",
