@@ -106,24 +106,6 @@ WRONG = [
     ("tunerkit_weight_readers", [("package.Owner", ("out",))]),
     ("tunerkit_default_targets", DefaultTargets(("decoder",), ("out",))),
 ]
-WRONG_RECORDS: dict[str, tuple[str, Any]] = {
-    "children of a WeightReader is 'out'; expected tuple[str, ...]": (
-        "tunerkit_weight_readers",
-        lambda: [WeightReader("package.Owner", "out")],  # type: ignore[arg-type]
-    ),
-    "owner of a WeightReader is a type; expected str": (
-        "tunerkit_weight_readers",
-        lambda: [WeightReader(nn.Linear, ("out",))],  # type: ignore[arg-type]
-    ),
-    "model_types of a DefaultTargets is 'decoder'; expected tuple[str, ...]": (
-        "tunerkit_default_targets",
-        lambda: [DefaultTargets("decoder", ("out",))],  # type: ignore[arg-type]
-    ),
-    "names of a DefaultTargets is ('*.out',); expected plain names": (
-        "tunerkit_default_targets",
-        lambda: [DefaultTargets(("decoder",), ("*.out",))],
-    ),
-}
 
 
 def answering(hook: str, answer: Any) -> Any:
@@ -151,14 +133,13 @@ def test_records_of_a_wrong_form_are_left_out_by_name(toys: "Toys", hook: str, a
     assert f"returned {in_short(answer)}" in str(told[0].message)
 
 
-@pytest.mark.parametrize("words", WRONG_RECORDS)
-def test_a_plugin_that_makes_a_wrong_record_is_left_out_by_name(toys: "Toys", words: str) -> None:
+def test_a_plugin_that_makes_a_wrong_record_is_left_out_by_name(toys: "Toys") -> None:
     """The reason says the field, its value and what is allowed."""
-    hook, answer = WRONG_RECORDS[words]
-    with (
-        registered(answering(hook, answer)),
-        pytest.warns(TunerkitWarning, match=rf"{hook} of plugin 'answering' .*left out: {re.escape(words)}"),
-    ):
+    plugin = answering("tunerkit_weight_readers", lambda: [WeightReader("package.Owner", "out")])  # type: ignore[arg-type]
+    words = (
+        r"tunerkit_weight_readers of plugin 'answering' .*left out: children of a WeightReader is 'out'; expected tup"
+    )
+    with registered(plugin), pytest.warns(TunerkitWarning, match=words):
         tunerkit.wrap(toys.net(), "toy-shift")
 
 
