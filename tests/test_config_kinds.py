@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 import attrs
 import pytest
@@ -361,10 +361,60 @@ def test_a_set_is_written_in_one_order() -> None:
 )
 def test_a_union_is_written_as_the_member_that_its_value_is_of(annotation: Any, value: Any) -> None:
     """Also where several of its members are lists or mappings, and where their elements are of several classes."""
-    config: Any = attrs.make_class(
-        "United", {"value": attrs.field(type=annotation)}, bases=(AdapterConfig,), frozen=True
-    )
-    assert from_mapping(config, json.loads(json.dumps(unstructure(config(value))))) == config(value)
+    config = made(annotation, value)
+    assert from_mapping(type(config), json.loads(json.dumps(unstructure(config)))) == config
+
+
+class Word(str, enum.Enum):  # noqa: UP042 (the older form is the harder one)
+    """Choices that are texts, in the form of before Python 3.11."""
+
+    DARK = "dark"
+
+
+@attrs.frozen
+class Derived:
+    """A class with a field that is computed, and one that is private."""
+
+    _rank: int = 2
+    double: int = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "double", 2 * self._rank)
+
+
+def made(annotation: Any, value: Any, **metadata: Any) -> Any:
+    """A config with one field, and its value."""
+    field = attrs.field(type=annotation, metadata=metadata)
+    return attrs.make_class("Made", {"value": field}, bases=(AdapterConfig,), frozen=True)(value)
+
+
+@pytest.mark.parametrize("annotation", [Word, list[Word], set[Word], dict[str, Word], tuple[Word, ...] | None])
+def test_choices_that_are_texts_themselves_are_written_as_plain_text(annotation: Any) -> None:
+    """YAML could not write the member, and JSON would not give it back."""
+    given: Any = "dark" if annotation is Word else {"a": "dark"} if get_origin(annotation) is dict else ["dark"]
+    config = made(annotation, given)
+    plain = yaml.safe_load(yaml.safe_dump(unstructure(config)))
+    assert plain["value"] == given
+    assert from_mapping(type(config), plain) == config
+    assert "Word.DARK" in repr(config)
+
+
+def test_a_path_may_be_given_as_a_choice_that_is_a_text() -> None:
+    """As its value, and not as its name."""
+    assert made(Path, Word.DARK).value == Path("dark")
+
+
+def test_computed_fields_inside_are_computed_again() -> None:
+    """They are not written; a private field is written by its name."""
+    config = made(Derived, Derived(3))
+    assert unstructure(config)["value"] == {"_rank": 3}
+    assert from_mapping(type(config), unstructure(config)).value.double == 6
+
+
+def test_a_range_holds_in_sets_and_not_in_classes() -> None:
+    """Every number of a collection is in the range of the field; a class has ranges of its own."""
+    assert problems_of(lambda: made(frozenset[int], [3, 0], ge=1)) == ["expected >= 1, got 0 @ $.value[0]"]
+    assert made(list[Linear], [Linear(2)], ge=5).value == [Linear(2)]
 
 
 class Shade(enum.Enum):
@@ -377,6 +427,12 @@ class Odd(enum.Enum):
     """Choices that JSON does not have."""
 
     PAIR = (1, 2)
+
+
+class Endless(enum.Enum):
+    """Choices that are no numbers of JSON."""
+
+    INF = float("inf")
 
 
 @attrs.frozen
@@ -412,7 +468,7 @@ Twin: Any = attrs.make_class("Linear", {"steps": attrs.field(type=int, default=1
     "annotation",
     [
         *(list, set, frozenset, dict, tuple, Any, None, type, complex, datetime.date, torch.dtype, Callable[[], int]),
-        *(int | bytes, Mapping[int, str], Literal[b"x"], Plain, Odd, Tree, tuple[set[Any], ...]),
+        *(int | bytes, Mapping[int, str], Literal[b"x"], Plain, Odd, Endless, Tree, tuple[set[Any], ...]),
         *(Mapping[int, Linear], dict[Unit, int], set[list[int]], set[tuple[Noted, ...]], AdapterConfig, Kinds),
         *(Path | str, Unit | str, Unit | Shade, Unit | Literal["x"], Size | int, Size | float, Linear | dict[str, int]),
         *(list[int] | tuple[int, ...], set[int] | list[int], tuple[Linear, ...] | tuple[Cosine, ...]),
