@@ -119,13 +119,6 @@ def divided() -> bool:
     return [tensor.tolist() for tensor in tensors] == [[0.25, 0.25], [0.25]]
 
 
-def copied() -> bool:
-    """Every tensor of the list gets its value."""
-    tensors = [torch.zeros(2), torch.zeros(1)]
-    torch_private.copy_(tensors, [torch.ones(2), torch.full((1,), 2.0)])
-    return [tensor.tolist() for tensor in tensors] == [[1.0, 1.0], [2.0]]
-
-
 def function_modes() -> bool:
     """A default device is a mode too, and changes no product; another mode, or another ``F.linear``, may."""
     before = torch_private.is_intercepted()
@@ -259,7 +252,6 @@ def onednn_products() -> bool:
 CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_C": ("is_observed (layers.fused)", lambda: isinstance(torch._C, type(torch))),
     "_get_current_function_mode_stack": ("is_intercepted (layers.fused)", function_modes),
-    "_foreach_copy_": ("copy_ (of methods and engines)", copied),
     "_foreach_div_": ("divide_ (steps.withheld)", divided),
     "_parameters": ("own_parameters (everywhere)", parameters),
     "_modules": ("own_children, compiled_from (injection.slots)", children),
@@ -313,7 +305,7 @@ DELETED = (
     *("_CachingTorchDispatchMode", "_CachedTorchDispatchMode", "torch.utils._python_dispatch", "_ConvNd"),
     *("_BatchNorm", "_NormBase", "_InstanceNorm", "_get_no_batch_dim", "_conv_forward", "_global_forward_hooks"),
     *("_get_current_dispatch_mode_stack", "_is_exporting_flag"),
-    *("_foreach_div_", "_foreach_copy_", "_get_current_function_mode_stack", "_wrapped_call_impl"),
+    *("_foreach_div_", "_get_current_function_mode_stack", "_wrapped_call_impl"),
 )
 OF_INSTANCES = {
     *("_parameters", "_modules", "_orig_mod", "_forward_hooks", "_version"),

@@ -279,11 +279,6 @@ def divide_(tensors: list[Tensor], divisor: Tensor) -> None:
     torch._foreach_div_(tensors, divisor)
 
 
-def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy ``sources`` into ``targets``, in one operation for tensors of one device and dtype."""
-    torch._foreach_copy_(targets, sources)
-
-
 # --- The compiler ----------------------------------------------------------------------------------------------------
 
 _DYNAMO = "torch._dynamo"
