@@ -117,7 +117,7 @@ def hints(kind: str) -> Mapping[str, str]:
 
 
 def elsewhere(name: str) -> str:
-    """Say what to write instead of a call of another library; empty if it is none that people try."""
+    """The replacement for a call of another library, as the end of an error's text; empty if there is none."""
     found = hints("calls").get(name)
     return f": write {found}" if found else ""
 

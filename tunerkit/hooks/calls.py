@@ -141,7 +141,7 @@ def has_factors(method: str) -> bool:
 
 
 def has_delta(method: str) -> bool:
-    """Whether the method can return what it adds as a dense matrix."""
+    """Whether the method can return its ΔW as a dense matrix."""
     return registry.implements(specs.tunerkit_delta, method) or has_factors(method)
 
 
@@ -161,7 +161,7 @@ def statistics(tuner: TunerView) -> StatisticsRequest | None:
 
 
 def budget(tuner: TunerView, step: int | None) -> int | None:
-    """Return the budget in force after ``step`` optimizer steps (None: now). None: it is the sum of the live ranks."""
+    """Return the budget in force after optimizer step ``step`` (None: now); None if the method has no budget."""
     return ask(specs.tunerkit_budget, tuner.method, tuner=tuner, step=step)
 
 

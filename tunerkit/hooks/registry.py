@@ -71,7 +71,7 @@ class Registry:
         return f"the plugin of method {method!r} ({self.owner_of(method).distribution})"
 
     def lacking(self, what: str, extra: str | None = None) -> str | None:
-        """Say ``what`` an extra's distribution does, why it is not loaded, and how to get it; None if it is loaded."""
+        """A text on ``what`` an extra does, why it is not loaded, and how to install it; None if it is loaded."""
         extra = extra or extras.DOES[what]
         distribution = extras.distribution(extra)
         absent = self.loaded().absence(distribution)

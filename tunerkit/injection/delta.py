@@ -87,7 +87,7 @@ def _refuse_untrainable(method: str, adapter: Adapter, delta: Delta) -> None:
 
 @torch.no_grad()
 def adds_nothing(tuner: Tuner) -> bool:
-    """Whether the model's output is the same without the adapter. A count of steps would miss a loop of one's own."""
+    """Whether the model's output is the same without the adapter, judged by values: not all loops count steps."""
     modules = modules_in(tuner)
     return all(
         _keeps_base(slot, modules[path]) and (slot.adapter is None or _has_no_delta(path, slot, modules[path]))

@@ -27,7 +27,7 @@ _ORIGINAL, _DOT = "/", "\0"
 
 
 class Slot(nn.Module):
-    """What one adapter adds at one module.
+    """The trained modules and parameters of one adapter at one adapted module.
 
     Attributes:
         method: The method's name.
@@ -323,12 +323,12 @@ def slots_of(module: nn.Module) -> Slots | None:
 
 
 def is_called(module: nn.Module) -> bool:
-    """Whether an adapted module is called itself. Otherwise its owner uses its weight, which core overrides."""
+    """Whether a forward hook applies a module's adapters. Otherwise its owner uses its weight, which is overridden."""
     return torch_private.has_hook(module, apply_slots)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of ``model`` with their paths, each once and in its order, without what adapters put there.
+    """Yield the modules of ``model`` with their paths, each once and in its order, without the adapters' own.
 
     ``named_modules`` would also visit every adapter, and most modules of a wrapped model are in adapters.
     """

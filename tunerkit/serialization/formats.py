@@ -39,7 +39,10 @@ def find_format(name: object) -> Format:
 
 
 def format_at(path: str | os.PathLike[str]) -> Format | None:
-    """The format of the adapter at ``path``; None for a file of ours, or an unknown one. Several raise `FileError`."""
+    """Return the format of the adapter at ``path``; None for a file of tunerkit's, and if no format matches.
+
+    Raises `FileError` if adapters in several formats lie there.
+    """
     place = file_at(path, "adapter")
     metadata = metadata_at(place)
     if is_ours(metadata) or (metadata is None and os.path.isfile(place) and place != Path(path)):

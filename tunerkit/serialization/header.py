@@ -176,7 +176,7 @@ def write(place: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read(path: str | os.PathLike[str], *, content: str) -> tuple[str, dict[str, Tensor], Header]:
-    """Return the file's own path for messages, its tensors, and its header after all checks. Raises `FileError`."""
+    """Read and check a file: return its path for messages, its tensors and its header. Raises `FileError`."""
     place = file_at(path, content)
     source = str(place)
     if not os.path.isfile(place):

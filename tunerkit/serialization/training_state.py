@@ -194,7 +194,7 @@ def _all_or_nothing(tuner: Tuner) -> Iterator[None]:
 
 
 def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
-    """Load the weights at ``path`` into the live adapter, which may have other ranks: all of them, or raise an error.
+    """Load the weights at ``path`` into the live adapter, which may have other ranks. If it raises, nothing changes.
 
     The Parameter objects stay the same. One that changes its shape loses its optimizer state.
     """

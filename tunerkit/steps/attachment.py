@@ -182,9 +182,9 @@ def agree_on_total(tuner: Tuner, total_steps: SupportsIndex | None) -> int | Non
 def engine_for(
     tuners: Sequence[Tuner], model: nn.Module, candidate: object, data_parallel: bool | None
 ) -> tuple[Engine, object]:
-    """Choose the engine of a training, and the optimizer that takes the step hooks: ``candidate`` or a stand-in.
+    """Return the engine of a training, and the optimizer with the step hooks: ``candidate``, or one around it.
 
-    ``model`` is the one that runs, which may be around the wrapped one. Raises `StepError` in a process group for which
+    ``model`` is the model that runs, which may contain the wrapped one. Raises `StepError` in a process group for which
     no plugin has an engine.
     """
     if data_parallel not in (None, False, True):
