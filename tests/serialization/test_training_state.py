@@ -1,6 +1,7 @@
 """The file of a training state, and states of another run."""
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,6 +42,18 @@ def test_a_missing_state_file_is_named(toys: "Toys", saved: Path) -> None:
     """A saved adapter may have no state file: the error says what writes one."""
     with pytest.raises(FileError, match=r"state\.safetensors; tunerkit\.save_state writes state\.safetensors into"):
         tunerkit.load_state(toys.trained(), saved.parent)
+
+
+@pytest.mark.parametrize("setting", ["exclude", "bias", "targets"])
+def test_a_setting_that_the_file_s_version_did_not_have_had_its_default(
+    toys: "Toys", tmp_path: Path, setting: str
+) -> None:
+    """A list too, which a config holds as a tuple. Another value than the default is of another run."""
+    model = toys.trained("toy-shift", targets=["conv"])
+    path = tunerkit.save_state(model, tmp_path)
+    older = rewritten(path, tmp_path / "older.safetensors", lambda fields, _: fields["config"].pop(setting))
+    with pytest.raises(FileError, match="targets None -> ") if setting == "targets" else nullcontext():
+        tunerkit.load_state(model, older)
 
 
 def test_the_state_of_another_run_is_refused(toys: "Toys", tmp_path: Path, saved: Path) -> None:

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit import hooks, injection, steps
+from tunerkit.config import unstructure
 from tunerkit.errors import AdapterError, FileError, StepError, TunerkitWarning, cut, first, shown, warn
 from tunerkit.injection import Tuner, slots_in
 from tunerkit.layers import torch_private
@@ -218,9 +218,10 @@ def _refuse_other_run(tuner: Tuner, saved: Header, source: str) -> None:
     if saved.method != own.method:
         lines = [f"method {shown(saved.method)} -> {own.method!r}"]
     else:
-        # A setting that the file's version did not have had its default.
-        defaults = {field.name: field.default for field in attrs.fields(type(tuner.config))}
-        earlier = {**defaults, **saved.config}
+        earlier = saved.config
+        if own.config.keys() - earlier:  # a setting that the file's version did not have had its default
+            kept = {name: value for name, value in own.config.items() if name in earlier}
+            earlier = {**unstructure(hooks.structure(own.method, kept).settled()), **earlier}
         settings = {name: (earlier.get(name), own.config.get(name)) for name in {*saved.config, *own.config}}
         lines = [
             f"{cut(name, 200)} {shown(there)} -> {shown(here)}"
