@@ -11,6 +11,7 @@ from benchmarks.speed.marks import Marks
 from benchmarks.speed.models import Workload, encoder, small_llama
 from benchmarks.speed.settings import Settings, Size
 from benchmarks.speed.tables import Row
+from tunerkit_testing.forms import fused_form
 
 PART = "operations"
 Counting = Callable[[], AbstractContextManager[Callable[[], float]]]
@@ -47,19 +48,25 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def pass_rows(workload: Workload, settings: Settings) -> list[Row]:
-    """Operations of forward and backward above the floor's, per adapted layer."""
+    """Operations of forward and backward above the floor's, per adapted layer: of the form that large inputs have."""
     floor = count(who.build(who.FLOOR, workload, settings).pass_through)
     where = workload.base.body.__class__.__name__
     rows = []
     for name in PASS_NAMES:
         contender = who.build(name, workload, settings)
         contender.step()  # what is made once, at the first step, is no part of the others
-        found = count(contender.pass_through)
-        per_layer = (found.total - floor.total) / workload.adapted
-        kernels = (found.kernels - floor.kernels) / workload.adapted
+        small = count(contender.pass_through)
+        with fused_form():  # its counts are the same at every size
+            found = count(contender.pass_through)
+        above = {
+            "forward and backward, per layer": found.total - floor.total,
+            "of these no views": found.kernels - floor.kernels,
+            "of a small input": small.total - floor.total,
+        }
+        limits = {"forward and backward, per layer": PASS_LIMITS.get(name)}
         rows += [
-            Row(PART, where, name, "forward and backward, per layer", per_layer, limit=PASS_LIMITS.get(name)),
-            Row(PART, where, name, "of these no views", kernels),
+            Row(PART, where, name, measure, value / workload.adapted, limit=limits.get(measure))
+            for measure, value in above.items()
         ]
     return rows
 

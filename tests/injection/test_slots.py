@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import sys
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -9,6 +12,8 @@ import torch
 from hypothesis import given, strategies as st
 from torch import nn
 
+import tunerkit
+from tests.support.products import Product, adapted
 from tunerkit.errors import AdapterError
 from tunerkit.injection import Slot, Slots, slots_of, walk
 from tunerkit.injection.slots import apply_slots
@@ -165,3 +170,96 @@ def test_a_module_that_only_got_the_hook_says_what_happened() -> None:
     module.register_forward_hook(apply_slots)
     with pytest.raises(AdapterError, match=r"Quantise the base before tunerkit\.wrap"):
         module(torch.ones(1, 3))
+
+
+class Plus(Adapter):
+    """Adds a number."""
+
+    reads_output = False
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, base: BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + self.number
+
+
+CHANGES = st.one_of(
+    st.tuples(st.just("put"), st.sampled_from("abc")),
+    st.tuples(st.just("drop"), st.sampled_from("abc")),
+    st.tuples(st.just("rename"), st.sampled_from("abc")),
+    st.tuples(st.just("activate"), st.sets(st.sampled_from("abc"))),
+    st.tuples(st.just("enabled"), st.booleans()),
+    st.tuples(st.just("merged"), st.booleans()),
+    st.tuples(st.just("see_as"), st.booleans()),
+    st.tuples(st.just("copied"), st.just(True)),
+)
+
+
+@given(st.lists(CHANGES, max_size=12))
+def test_a_forward_does_what_is_active_after_each_change(changes: list[tuple[str, Any]]) -> None:
+    """What it does is chosen at the change; a plain record of what is there decides what it should be."""
+    module = nn.Linear(2, 2)
+    module.add_module("tunerkit", Slots(as_base_layer(module)))
+    module.register_forward_hook(apply_slots, with_kwargs=True)
+    x = torch.rand(2, 2)
+    numbers: dict[str, float] = {}
+    active: set[str] = set()
+    for number, (what, value) in enumerate(changes, 1):
+        slots = slots_of(module)
+        assert slots is not None
+        if what == "put" and value not in numbers:
+            bias = nn.Parameter(module.bias + 100.0 * number) if number % 2 else None
+            slots.put(value, Slot(adapter=Plus(number), bias=bias))
+            numbers[value] = number + (100.0 * number if number % 2 else 0)
+            active.add(value)
+        elif what == "drop":
+            slots.drop(value)
+            numbers.pop(value, None)
+            active.discard(value)
+        elif what == "rename" and value in numbers and "d" not in numbers:
+            slots.rename(value, "d")
+            numbers["d"] = numbers.pop(value)
+            active = {"d" if name == value else name for name in active}
+        elif what == "activate":
+            slots.activate(sorted(value))
+            active = value & numbers.keys()
+        elif what == "enabled":
+            slots.enabled = value
+        elif what == "merged":
+            slots.merged = slots.active if value else ()
+        elif what == "see_as":
+            slots.see_as(as_base_layer(module) if value else None)
+        elif what == "copied" and slots.enabled:  # a copy of a disabled one is enabled
+            module = copy.deepcopy(module)
+        slots = slots_of(module)
+        assert slots is not None
+        shown = sum(numbers[name] for name in active) if slots.enabled and not slots.merged else 0
+        torch.testing.assert_close(module(x), nn.functional.linear(x, module.weight, module.bias) + shown)
+
+
+def test_the_forward_of_a_small_input_takes_few_calls() -> None:
+    """Above the layer's own: at most 30 calls of Python functions, of torch's too, in at most 5 files of ours."""
+    own, x = adapted(nn.Linear(5, 4), lambda base: Product(base, 3)), torch.rand(2, 5)
+
+    def called(layer: nn.Module) -> list[str]:
+        found: list[str] = []
+
+        def note(frame: FrameType, event: str, _: object) -> None:
+            if event == "call":
+                found.append(frame.f_code.co_filename)
+
+        layer(x)
+        sys.setprofile(note)
+        try:
+            layer(x)
+        finally:
+            sys.setprofile(None)
+        return found
+
+    found, base = called(own), called(nn.Linear(5, 4))
+    assert len(found) - len(base) <= 30
+    folders = Path(str(tunerkit.__file__)).parent, Path(__file__).parents[1]
+    files = {file for file in found if any(Path(file).is_relative_to(folder) for folder in folders)} - {__file__}
+    assert len(files) <= 5

@@ -233,6 +233,5 @@ def test_the_operations_keep_what_torch_asks_of_one(bias: bool) -> None:
     g, h = torch.randn(2, 4, 5), torch.randn(8, 3)
     x, q, p = x.detach(), q.detach(), p.detach()
     columns = torch.randn(6, 20).t(), torch.randn(20, 5).t()  # neither thin nor by row
-    torch.library.opcheck(compiled.gradients_of_factors, (g, x, torch.randn(8, 20), *columns, 0.5))
-    torch.library.opcheck(compiled.gradients_of_factors, (g, x, h, q, p, 0.5))
-    torch.library.opcheck(compiled.gradient_of_input, (g, w, h, q, 0.5))
+    torch.library.opcheck(compiled.gradients, (g, x, w, torch.randn(8, 20), *columns, 0.5))
+    torch.library.opcheck(compiled.gradients, (g, x, w if bias else None, h, q, p, 0.5))

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,10 +20,10 @@ from tests.support.layer_law import known
 from tests.support.products import Product, adapted
 from tunerkit.errors import AdapterError
 from tunerkit.injection.slots import apply_slots
-from tunerkit.layers import as_base_layer, products
-from tunerkit.layers.fused import mark_fresh, plain_form
+from tunerkit.layers import as_base_layer, low_rank, products
 from tunerkit.plugin import Adapter, BaseLayer
 from tunerkit_testing.counting import Counting
+from tunerkit_testing.forms import fused_form, plain_form
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys
@@ -43,6 +43,13 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "conv1d": conv1d,
 }
 INPUTS = [(5,), (3, 5), (2, 3, 5), (2, 1, 3, 5), (0, 5), (2, 0, 5)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_inputs_too() -> Iterator[None]:
+    """The layers here are small."""
+    with fused_form():
+        yield
 
 
 def is_fused(y: Tensor) -> bool:
@@ -67,6 +74,38 @@ def assert_agree(layer: Any, x: Tensor, *, fused: bool = True, atol: float = 1e-
         expected = results(layer, x)
     for found, other in zip(results(layer, x), expected, strict=True):
         torch.testing.assert_close(found, other, rtol=0, atol=atol)
+
+
+class Looking(Product):
+    """Notes what is on each output before it adds to it."""
+
+    def __init__(self, base: BaseLayer, seen: list[tuple[Tensor, Tensor, bool]]) -> None:
+        super().__init__(base, 3)
+        self.seen = seen
+
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        self.seen.append((y, y.detach().clone(), bool(vars(y))))
+        return super().forward(base, x, y)
+
+
+@pytest.mark.parametrize("quiet", [torch.no_grad, contextlib.nullcontext])
+def test_below_the_limit_nothing_is_fused_or_marked_or_written_to(
+    quiet: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers of the input decide: below the limit, outputs have the plain form's bits, and y stays as it is."""
+    monkeypatch.setattr(low_rank, "LEAST_NUMBERS", 15)
+    seen: list[tuple[Tensor, Tensor, bool]] = []
+    layer = adapted(nn.Linear(5, 4), lambda base: Looking(base, seen))
+    for rows in (2, 3):
+        x = torch.randn(rows, 5, requires_grad=True)
+        with quiet():
+            found = layer(x)
+            y, before, marked = seen[-1]
+            assert (marked, torch.equal(y, before)) == ((False, True) if rows == 2 else (True, False))
+            assert is_fused(found) == (rows == 3 and found.requires_grad)
+            if rows == 2:
+                with plain_form():
+                    assert torch.equal(found, layer(x))
 
 
 @pytest.mark.parametrize("shape", INPUTS, ids=str)
@@ -330,7 +369,7 @@ def test_a_weight_elsewhere_is_not_gone_through() -> None:
     assert base is not None
     elsewhere.register_forward_hook(apply_slots, with_kwargs=True)
     y = F.linear(x, layer.weight, layer.bias)
-    assert mark_fresh(base, x, y)
+    assert low_rank.mark(base, x, y, traced=False)
     found = slots.get("0").adapter(base, x, y)
     assert is_fused(found)
     expected = layer(x)
@@ -601,7 +640,6 @@ def test_other_dtypes_and_layouts_take_the_plain_form() -> None:
 
 def operations(model: nn.Module) -> int:
     x = torch.randn(2, 3, 8, requires_grad=True)
-    model(x)  # from the second forward on, it is known which layers share no input
     with Counting() as mode:
         model(x).sum().backward()
     return mode.count

@@ -11,9 +11,10 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from tests.support.layer_law import known
+from tests.support.products import adapted
 from tunerkit.errors import AdapterError
 from tunerkit.hooks import gather_knowledge
-from tunerkit.layers import BaseLayer, as_base_layer
+from tunerkit.layers import BaseLayer, as_base_layer, low_rank
 from tunerkit.layers.low_rank import add_low_rank, low_rank_delta
 
 LAYERS = ("linear", "conv1d", "conv2d", "conv3d", "embedding", "transposed", "scaled")
@@ -262,6 +263,16 @@ def test_factors_of_another_layer_are_refused_in_words() -> None:
     base, _ = layer("linear")
     with pytest.raises(AdapterError, match=r"shape \(4, 6\).*base layer has \(4, 5\)"):
         low_rank_delta(base, q=torch.zeros(2, 6), p=torch.zeros(4, 2), scale=1.0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_output_may_be_overwritten_from_a_limit_of_its_device_on(device: str) -> None:
+    """The numbers of the input decide. A GPU's limit is higher: there the host's time counts."""
+    layer = adapted(nn.Linear(1024, 1, device=device))
+    limit = low_rank.LEAST_NUMBERS if device == "cpu" else low_rank.LEAST_ON_A_GPU
+    for rows in (limit // 1024 - 1, limit // 1024):
+        x, y = (torch.empty(rows, size, device=device) for size in (1024, 1))
+        assert low_rank.mark(layer.tunerkit.base, x, y, traced=False) == (x.numel() == limit)
 
 
 def test_the_meta_device_works() -> None:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tunerkit
 from tunerkit.layers import products, torch_private
-from tunerkit.layers.fused import plain_form
+from tunerkit_testing.forms import fused_form, plain_form
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys
@@ -30,7 +30,7 @@ def forgotten() -> Iterator[None]:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
     """On any processor, large fp32 products go to oneDNN, and each asks for it."""
     found: list[object] = []
     own = torch_private.onednn_product
@@ -42,7 +42,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     monkeypatch.setattr(torch_private, "onednn_product", note)
     monkeypatch.setattr(products, "prefers_onednn", lambda: True)
     monkeypatch.setattr(products, "LEAST_NUMBERS", 0)
-    return found
+    with fused_form():
+        yield found
 
 
 @pytest.mark.parametrize("capability", ["AVX512", "AVX2", "DEFAULT"])

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.layers import plain_form
+from tunerkit_testing.forms import fused_form, plain_form
 
 SHAPES = ((64, 1024), (4, 256))
 DTYPES = (torch.float32, torch.float64)
 
 
 def agree(method: str, config: dict[str, object], scenario: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Check that a scenario ends as it does in the plain form, for adapters whose weights are not at their start."""
+    """Check that a scenario ends in the fused form as in the plain one, for adapters that are not at their start."""
     torch.manual_seed(0)
     rows, width = shape
     model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 8)).to(dtype)
@@ -21,7 +21,8 @@ def agree(method: str, config: dict[str, object], scenario: str, shape: tuple[in
     for parameter in _trained(model):
         nn.init.normal_(parameter, std=0.05)
     x, slope = torch.randn(rows, width, dtype=dtype), torch.randn(rows, 8, dtype=dtype)
-    found = SCENARIOS[scenario](model, x.clone(), slope)
+    with fused_form():
+        found = SCENARIOS[scenario](model, x.clone(), slope)
     with plain_form():
         expected = SCENARIOS[scenario](model, x.clone(), slope)
     for own, other in zip(found, expected, strict=True):

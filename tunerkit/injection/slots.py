@@ -1,29 +1,20 @@
 """The child ``tunerkit`` of adapted modules, with what each adapter adds there, and where a model has such modules."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tunerkit.errors import AdapterError
-from tunerkit.layers import (
-    Adapter,
-    BaseLayer,
-    mark_fresh,
-    mark_traced,
-    torch_private,
-    unmark,
-    unmark_traced,
-    view_bias,
-    whole_shape,
-)
+from tunerkit.layers import Adapter, BaseLayer, mark, torch_private, unmark, view_bias, whole_shape
 from tunerkit.paths import CHILD
 from tunerkit.records import Rounding
 
 # Buffers hold the originals. Adapter names have no "/", so the prefix keeps the two apart. Buffer names must have no
 # dot, and the tensors of a trained copy have dots in theirs.
 _ORIGINAL, _DOT = "/", "\0"
+_DECISIVE = ("base", "active", "enabled", "merged")  # attributes of slots that decide about a forward
 
 
 class Slot(nn.Module):
@@ -85,12 +76,6 @@ class Slot(nn.Module):
         return y
 
 
-def _is_resized(module: nn.Module, copy: nn.Module) -> bool:
-    """Whether a module has parameters of another shape than its trained copy."""
-    own = dict(module.named_parameters())
-    return any(name in own and whole_shape(own[name]) != whole_shape(p) for name, p in copy.named_parameters())
-
-
 def _refuse_output(method: str, module: nn.Module, output: object) -> None:
     own = output[0] if type(output) is tuple and output else output
     if not isinstance(own, Tensor):
@@ -114,18 +99,23 @@ class Slots(nn.Module):
         active: The adapters that forward applies, in order, unless switched off or merged.
         enabled: False inside `tunerkit.disabled`.
         merged: The adapters that are merged into the module.
+        effect: What a forward makes of the module's output; None if it stays. It follows the four above.
         permanent: Whether the merge kept no originals.
         rounding: What a merge into a packed weight has rounded, as `tunerkit.rounding` returns it.
         whole: What a merge has set aside of a packed weight, by its name: Parameter objects and what describes them.
         parting: How a merged module gets its shared parameters back, see `tunerkit.serialization.untying`.
     """
 
+    base: BaseLayer | None
+    active: tuple[str, ...]
+    enabled: bool
+    merged: tuple[str, ...]
+    effect: "Callable[[Slots, nn.Module, tuple[Any, ...], Mapping[str, Any], Any, bool], Any] | None"
+
     def __init__(self, base: BaseLayer | None) -> None:
         super().__init__()
+        vars(self).update(active=(), enabled=True, merged=())
         self.see_as(base)
-        self.active: tuple[str, ...] = ()
-        self.enabled = True
-        self.merged: tuple[str, ...] = ()
         self.permanent = False
         self.rounding: Rounding | None = None
         self.whole: dict[str, Any] = {}
@@ -140,11 +130,19 @@ class Slots(nn.Module):
         """Whether the module has another size than when it was adapted."""
         if self.base is not None and self.features is not None:
             return (self.base.out_features, self.base.in_features) != self.features
-        return any(_is_resized(module, copy) for copy in self.copies.values())
+        own = dict(module.named_parameters())
+        copied = (named for copy in self.copies.values() for named in copy.named_parameters() if named[0] in own)
+        return any(whole_shape(own[name]) != whole_shape(parameter) for name, parameter in copied)
 
     def __setattr__(self, name: str, value: object) -> None:
         # nn.Module refuses to set an attribute with the name of a child, and an adapter may be called "training".
         object.__setattr__(self, name, value)
+        if name in _DECISIVE:
+            names = self.active if self.enabled and not self.merged else ()
+            only = self.get(names[0]) if len(names) == 1 else None
+            is_alone = only is not None and only.copy is None and only.bias is None
+            is_plain = is_alone and self.base is not None and self.base.has_weight
+            self.effect = None if not names else _add if is_plain else _apply_each
 
     def __repr__(self) -> str:
         # Without ranks: torch prints equal layers of a model as one.
@@ -157,14 +155,15 @@ class Slots(nn.Module):
         If the original was merged, its module held the base at that time, so the copy is not merged.
         """
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
-        if not self.enabled:
-            self.enabled = True
+        was_enabled, self.enabled = self.enabled, True
+        if not was_enabled:
             self.forget_merge()
 
     @property
     def _by_name(self) -> dict[str, Slot]:
         """The slots, as torch's live dict of children: it also accepts names such as "forward"."""
-        return cast(dict[str, Slot], torch_private.own_children(self))
+        slots: Any = torch_private.own_children(self)
+        return slots  # type: ignore[no-any-return]
 
     def put(self, name: str, slot: Slot) -> None:
         """Add a slot and activate it, in addition to the active ones."""
@@ -259,12 +258,12 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: A
             "model does. Quantise the base before tunerkit.wrap, or call tunerkit.unwrap(model, keep_merged=True) "
             "before you quantise"
         )
-    if not slots.enabled or slots.merged:
+    if slots.effect is None:
         return output
     if torch.compiler.is_compiling():
-        return _apply(slots, module, args, kwargs, output)
+        return slots.effect(slots, module, args, kwargs, output, True)
     try:
-        return _apply(slots, module, args, kwargs, output)
+        return slots.effect(slots, module, args, kwargs, output, False)
     except (AdapterError, IndexError, RuntimeError) as error:
         if not slots.is_resized(module):
             raise
@@ -274,23 +273,31 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: A
         ) from error
 
 
-def _apply(slots: Slots, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
-    """Apply the active slots to ``output``, one after the other."""
-    own, marked = output, False
-    by_name: dict[str, Any] = torch_private.own_children(slots)
-    # An adapter may write into a fresh output. Where one reads it beside others, it is needed as it is.
-    is_needed = len(slots.active) > 1 and by_name[slots.active[0]].reads_output
-    if slots.active and not is_needed and slots.base is not None:
-        mark = mark_traced if torch.compiler.is_compiling() else mark_fresh
-        marked = mark(slots.base, input_of(args, kwargs), own)
-    for name in slots.active:
-        slot = by_name[name]
+def _add(slots: Slots, module: nn.Module, args: Any, kwargs: Any, own: Tensor, traced: bool) -> Tensor:
+    """What the only adapter makes of the output of a layer with a weight."""
+    adapter, base, x = slots.applied[0].adapter, slots.base, input_of(args, kwargs)
+    assert adapter is not None
+    assert base is not None
+    marked = mark(base, x, own, traced=traced)
+    output: Tensor = adapter(base, x, own)
+    if marked:
+        unmark(own, traced=traced)
+    return output
+
+
+def _apply_each(slots: Slots, module: nn.Module, args: Any, kwargs: Any, own: Any, traced: bool) -> Any:
+    """What the active slots make of the output, one after the other."""
+    output, marked, applied = own, False, slots.applied
+    # An adapter may write into a marked output. Where one reads it beside others, it is needed as it is.
+    if slots.base is not None and not (len(applied) > 1 and applied[0].reads_output):
+        marked = mark(slots.base, input_of(args, kwargs), own, traced=traced)
+    for slot in applied:
         if slot.reads_output and output is not own:
             output = _with_change(output, own, slot(module, slots.base, args, kwargs, own))
         else:
             output = slot(module, slots.base, args, kwargs, output)
     if marked:
-        (unmark_traced if torch.compiler.is_compiling() else unmark)(own)
+        unmark(own, traced=traced)
     return output
 
 

@@ -1,120 +1,59 @@
-"""The fused form of a low-rank product.
+"""The fused form of a low-rank product, for large inputs of linear layers.
 
 The product is accumulated in the memory of the base layer's output, and one node computes the input's gradient through
 both. It saves what it multiplied by under names of its own: parameters may be merged, swapped or cast before backward.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.modules.module import register_module_forward_hook
 
 from tunerkit.layers import products, torch_private
 from tunerkit.layers.base import BaseLayer
+from tunerkit.layers.compiled import add_traced
 from tunerkit.layers.kinds import drop
-from tunerkit.layers.weights import code_owner, is_listed
+from tunerkit.layers.products import autocast_off, fold, product_dtype
 
-_MARK = "_tunerkit_fresh"
-
-
-def product_dtype(x: Tensor, q: Tensor) -> torch.dtype:
-    """The dtype of the plain form's products: autocast's, which does not apply to float64, or else Q's."""
-    if autocasts(q.device) and torch.float64 not in (x.dtype, q.dtype):
-        return torch.get_autocast_dtype(q.device.type)
-    return q.dtype
+MARK = "_tunerkit_straight"
 
 
-def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for the type of ``device``. The meta device has none, and querying it would raise."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+class Mark(NamedTuple):
+    """On a tensor that comes straight from a linear layer: the layer, its input, and the tensor's version."""
 
-
-def autocast_off(device: torch.device) -> AbstractContextManager[object]:
-    """A block without autocast: products keep the dtype of their factors."""
-    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
-
-
-# --- Outputs that may be overwritten ---
-
-
-class _Fresh(NamedTuple):
-    """The mark of a tensor that comes straight from a base layer: the module, its input, the tensor's version."""
-
-    module: nn.Module
-    x: "ref[Tensor]"
+    base: BaseLayer
+    x: Tensor
     version: int | None
-
-
-def plain_form() -> AbstractContextManager[object]:
-    """Compute every low-rank product in its plain form until the end of the block, as a reference for tests."""
-    # Nothing is fused where another hook sees the base layers' outputs. This one does, and ignores them.
-    return register_module_forward_hook(lambda module, args, output: None)
-
-
-def mark_fresh(base: BaseLayer, x: Tensor, y: Tensor) -> bool:
-    """Mark ``y`` as coming straight from the forward of ``base`` on ``x``, if it does; whether it was marked.
-
-    Only a marked tensor may be overwritten. The mark is valid until the tensor changes or `unmark` removes it. It is on
-    this object alone: a tensor that an adapter computes from it has none.
-    """
-    # Where a graph was broken, dynamo may trace this by itself, for a forward that isn't traced.
-    if torch.compiler.is_compiling() or not is_straight(base, x, y):
-        return False
-    vars(y)[_MARK] = _Fresh(base.module, ref(x), torch_private.version(y))
-    return True
-
-
-def is_straight(base: BaseLayer, x: object, y: object) -> bool:
-    """Whether ``y`` is x Wᵀ + b of plain tensors: no other hook changes it, and nothing has replaced the forward."""
-    module = base.module
-    if not (base.linear and torch_private.has_single_hook(module) and "forward" not in vars(module)):
-        return False
-    if torch_private.is_intercepted() or not (base.forwards == () or is_listed(code_owner(module), base.forwards)):
-        return False
-    return type(x) is Tensor and type(y) is Tensor and not y.is_nested and y.layout == torch.strided
-
-
-def unmark(y: Tensor) -> None:
-    """Remove the mark, once the adapters have run."""
-    vars(y).pop(_MARK, None)
-
-
-def is_fresh(base: BaseLayer, x: Tensor, y: Tensor, q: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `add_fused` may replace the plain form, which would multiply in ``dtype``: ``y`` has a valid mark.
-
-    Not if something records the operations of a forward (tracing, functorch, forward-mode differentiation, selective
-    checkpointing), and not for tensor subclasses, which define their own operations.
-    """
-    mark: _Fresh | None = vars(y).get(_MARK)
-    if mark is None or mark.module is not base.module or mark.version != torch_private.version(y):
-        return False
-    if type(x) is not Tensor or y.dtype != dtype or not y.is_contiguous() or not x.device == y.device == q.device:
-        return False
-    return not torch_private.is_observed()
-
-
-# --- The product ---
+    traced: bool
 
 
 def add_fused(
     base: BaseLayer, x: Tensor, y: Tensor, *, q: Tensor, p: Tensor, scale: float, lam: Tensor | None, dropout: float
-) -> Tensor:
-    """Return y + scale · P diag(λ) Q x, overwriting ``y``. Call it only if ``y`` `is_fresh`.
+) -> Tensor | None:
+    """Return y + scale · P diag(λ) Q x, overwriting the marked ``y``; None where only the plain form is right.
 
-    If ``x`` is the base layer's own input, one node computes its gradients through both.
+    That is where ``y`` was changed since, for tensor subclasses, in another dtype than the plain form would multiply
+    in, and where something records the operations of a forward. If ``x`` is the layer's own input, one node computes
+    its gradients through both.
     """
-    mark: _Fresh = vars(y)[_MARK]
-    weight = frozen_weight(base, y) if mark.x() is x and dropout == 0 else None
+    mark: Mark | None = getattr(y, MARK)
+    if mark is None or mark.base is not base or mark.traced != torch.compiler.is_compiling():
+        return None
+    weight = _frozen_weight(base, y) if mark.x is x and dropout == 0 else None
+    if mark.traced:
+        bias = torch_private.own_parameters(base.module).get(base.bias_name)
+        return None if weight is None else add_traced(x, weight, bias, *fold(q, p, lam), scale)
+    if mark.version != torch_private.version(y) or y.dtype != product_dtype(x, q) or not y.is_contiguous():
+        return None
+    if type(x) is not Tensor or not x.device == y.device == q.device or torch_private.is_observed():
+        return None
     rows = drop(x.to(y.dtype), dropout).reshape(-1, q.shape[1])
     return _add(rows, y, weight, q, p, lam, scale)
 
 
-def frozen_weight(base: BaseLayer, y: Tensor) -> Tensor | None:
+def _frozen_weight(base: BaseLayer, y: Tensor) -> Tensor | None:
     """W (out, in), if weight and bias are frozen, so that bypassing the base layer in backward loses no gradient.
 
     None also if W differs from ``y`` in dtype or device: DataParallel's replicas hold the original module.
@@ -210,5 +149,5 @@ def _folded(p: Tensor, lam: Tensor | None, y: Tensor) -> Tensor:
     return (p if lam is None else p * lam).to(y.dtype)
 
 
-_add: Callable[..., Tensor] = torch_private.apply_of(_FusedLowRank)
-_as_seen: Callable[..., Tensor] = torch_private.apply_of(_AsSeen)
+_add: Callable[..., Tensor] = _FusedLowRank.apply
+_as_seen: Callable[..., Tensor] = _AsSeen.apply

@@ -1,18 +1,28 @@
 """The low-rank product that methods add to a base layer, ΔW = scale · P diag(λ) Q: in its output, or as a matrix.
 
-In an output it has two forms. The plain one allocates three large tensors: the delta and the sum, both as large as the
-output, and the input's gradient through the adapter, which is then added to the gradient through the base layer. The
-fused one does without them: `tunerkit.layers.fused`, and in compiled models on a CPU `tunerkit.layers.compiled`.
+For a large input of a linear layer, the sum in the output has a fused form, `tunerkit.layers.fused`, and in compiled
+models on a CPU `tunerkit.layers.compiled`. They do without three tensors as large as an activation: the delta, the sum,
+and the input's gradient through the adapter, which is then added to the gradient through the base layer.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunerkit.errors import AdapterError
+from tunerkit.layers import torch_private
 from tunerkit.layers.base import BaseLayer
-from tunerkit.layers.compiled import add_traced
-from tunerkit.layers.fused import add_fused, autocast_off, is_fresh, product_dtype
+from tunerkit.layers.fused import MARK, Mark, add_fused
+from tunerkit.layers.products import autocast_off, fold, product_dtype
+from tunerkit.layers.weights import code_owner, is_listed
 from tunerkit.records import Factors
+
+# Numbers of an input from which the fused form takes less time than the plain one (docs/evidence/speed.md).
+LEAST_NUMBERS = 1 << 17
+# Not measured: up to about this size, a GPU is done with a layer's products before the host has called the next ones,
+# and the fused form takes more of the host's time.
+LEAST_ON_A_GPU = 1 << 20
 
 
 def add_low_rank(
@@ -28,8 +38,8 @@ def add_low_rank(
 ) -> Tensor:
     """Add a low-rank product to a base layer's output: y + scale · P diag(λ) Q x.
 
-    ``y`` may be overwritten in place; do not reuse it. This happens where it comes straight from a linear layer, and
-    saves memory. ``x`` is never written to.
+    ``y`` may be overwritten in place; do not reuse it. This happens to the large output of a linear layer, and saves
+    memory. ``x`` is never written to.
 
     The product is computed on the device of ``q`` and in its dtype, or in autocast's dtype if autocast is on. Only the
     sum is computed in the dtype of ``y``. If P or λ is 0, the result equals ``y`` bit for bit; in a compiled model on a
@@ -51,28 +61,58 @@ def add_low_rank(
     """
     if q.shape[0] == 0:
         return y
-    # The same sum in one node and in y's own memory, where that is safe.
-    if not torch.compiler.is_compiling() and is_fresh(base, x, y, q, product_dtype(x, q)):
-        return add_fused(base, x, y, q=q, p=p, lam=lam, scale=scale, dropout=dropout)
-    q, p = _fold(q, p, lam)
-    if torch.compiler.is_compiling():
-        traced = add_traced(base, x, y, q=q, p=p, scale=scale, dropout=dropout)
-        if traced is not None:
-            return traced
+    if hasattr(y, MARK):  # the large output of a linear layer: the same sum, with less memory
+        fused = add_fused(base, x, y, q=q, p=p, lam=lam, scale=scale, dropout=dropout)
+        if fused is not None:
+            return fused
+    if lam is not None and not base.linear:
+        (q, p), lam = fold(q, p, lam), None
+    if x.dtype != q.dtype and x.is_floating_point() and product_dtype(x, q) == q.dtype:  # no ids, and no autocast
+        x = x.to(q.dtype)
     # The base's own hooks may move its input to its device (accelerate's do); the adapter gets the input before that.
-    # Ids keep their dtype, and so does what autocast casts.
-    cast = x.is_floating_point() and product_dtype(x, q) == q.dtype
-    h = base.project_in(x.to(q.device, q.dtype if cast else x.dtype), q, dropout)  # Q x
-    if torch.compiler.is_compiling():  # inductor ignores the alpha of a sum with a product (pytorch issue 167313)
+    h = base.project_in(x.to(q.device), q, dropout)  # Q x
+    if lam is not None:
+        h = h * lam.view_as(lam).to(h.dtype)  # a view: the ``data`` of a parameter may be replaced before backward
+    traced = torch.compiler.is_compiling()
+    if traced:  # inductor ignores the alpha of a sum with a product (pytorch issue 167313)
         h, scale = h * scale, 1.0
     delta = base.project_out(h, p)  # P Q x
-    is_checked = not (torch.compiler.is_compiling() or y.is_nested)
-    if is_checked and delta.shape != y.shape:  # torch would broadcast a single feature
+    if not (traced or y.is_nested) and delta.shape != y.shape:  # torch would broadcast a single feature
         raise AdapterError(
             f"the low-rank product has the shape {(*delta.shape,)}, and the output of the {type(base.module).__name__} "
             f"{(*y.shape,)}; pass the input and the output of the layer, and P as ({base.out_features}, r)"
         )
     return torch.add(y, delta.to(y.device, y.dtype), alpha=scale)
+
+
+def mark(base: BaseLayer, x: object, y: Any, *, traced: bool) -> bool:
+    """Mark ``y`` as the output of ``base`` for ``x``, which `add_low_rank` may overwrite; whether it was marked.
+
+    Only the large output of a linear layer is marked, if nothing else changes or keeps it. The mark is on this object
+    alone: a tensor that an adapter computes from it has none. In a traced graph, sizes are asked later.
+    """
+    if not base.linear or type(x) is not Tensor:
+        return False
+    if not traced and x.numel() < (LEAST_NUMBERS if x.is_cpu else LEAST_ON_A_GPU):
+        return False
+    # Where a graph was broken, dynamo may trace this by itself, for a forward that isn't traced.
+    if torch.compiler.is_compiling() != traced or "forward" in vars(base.module) or torch_private.is_intercepted():
+        return False
+    is_known = base.forwards == () or is_listed(code_owner(base.module), base.forwards)
+    if not (is_known and torch_private.has_single_hook(base.module) and type(y) is Tensor):
+        return False
+    if y.is_nested or y.layout != torch.strided:
+        return False
+    setattr(y, MARK, Mark(base, x, None if traced else torch_private.version(y), traced))
+    return True
+
+
+def unmark(y: Tensor, *, traced: bool) -> None:
+    """Remove the mark, once the adapters have run."""
+    if traced:
+        setattr(y, MARK, None)  # dynamo cannot trace delattr
+    else:
+        delattr(y, MARK)
 
 
 def add_delta(base: BaseLayer, x: Tensor, y: Tensor, delta: Tensor, *, dropout: float = 0.0) -> Tensor:
@@ -119,7 +159,7 @@ def low_rank_delta(base: BaseLayer, *, q: Tensor, p: Tensor, scale: float, lam: 
     wide = torch.promote_types(torch.promote_types(q.dtype, p.dtype), torch.float32)
     # Autocast would multiply in half precision, and the result of merging must not depend on the context.
     with autocast_off(q.device):
-        q, p = _fold(q.to(wide), p.to(wide), None if lam is None else lam.to(wide))
+        q, p = fold(q.to(wide), p.to(wide), None if lam is None else lam.to(wide))
         return scale * (p @ q)
 
 
@@ -136,7 +176,7 @@ def low_rank_factors(q: Tensor, p: Tensor, *, scale: float, lam: Tensor | None =
         Q and P in fp32 or a wider dtype, with P Q = scale · P diag(λ) Q. They have gradients.
     """
     wide = torch.promote_types(torch.promote_types(q.dtype, p.dtype), torch.float32)
-    q, p = _fold(q.to(wide), p.to(wide), None if lam is None else lam.to(wide))
+    q, p = fold(q.to(wide), p.to(wide), None if lam is None else lam.to(wide))
     return Factors(q=q, p=scale * p) if p.shape[0] < q.shape[1] else Factors(q=scale * q, p=p)
 
 
@@ -147,13 +187,3 @@ def misfit(base: BaseLayer, product: Factors) -> tuple[str, str] | None:
         return None
     needed = f"q (r, {base.in_features}) and p ({base.out_features}, r), with one r"
     return f"q of shape {q} and p of shape {p}", needed
-
-
-def _fold(q: Tensor, p: Tensor, lam: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Multiply λ into the smaller of Q and P, so that a side as large as a vocabulary is not copied."""
-    if lam is None:
-        return q, p
-    # Views: a product saves its factors for backward, and the ``data`` of a parameter may be replaced before that.
-    if q.shape[1] <= p.shape[0]:
-        return lam.unsqueeze(1) * q.view_as(q), p
-    return q, p.view_as(p) * lam.view_as(lam)

@@ -1,4 +1,4 @@
-"""Products of activations, by the library that takes the least time on this processor.
+"""Products of activations: their dtype, and the library that takes the least time on this processor.
 
 BLAS computes them, with a thin factor on the side where it takes less time. Only on AMD's processors with AVX-512, fp32
 products go to oneDNN, through the operation that torch's own compiler uses. The sums are the same, up to their order.
@@ -7,6 +7,7 @@ docs/evidence/speed.md has the measurements.
 
 import functools
 import platform
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,33 @@ from tunerkit.layers import torch_private
 LEAST_NUMBERS = 1 << 16
 CPUINFO = Path("/proc/cpuinfo")  # of Linux
 _AMD = "AuthenticAMD"
+
+
+def product_dtype(x: Tensor, q: Tensor) -> torch.dtype:
+    """The dtype of the plain form's products: autocast's, which does not apply to float64, or else Q's."""
+    if autocasts(q.device) and torch.float64 not in (x.dtype, q.dtype):
+        return torch.get_autocast_dtype(q.device.type)
+    return q.dtype
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for the type of ``device``. The meta device has none, and querying it would raise."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[object]:
+    """A block without autocast: products keep the dtype of their factors."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
+def fold(q: Tensor, p: Tensor, lam: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Multiply λ into the smaller of Q and P, so that a side as large as a vocabulary is not copied."""
+    if lam is None:
+        return q, p
+    # Views: a product saves its factors for backward, and the ``data`` of a parameter may be replaced before that.
+    if q.shape[1] <= p.shape[0]:
+        return lam.unsqueeze(1) * q.view_as(q), p
+    return q, p.view_as(p) * lam.view_as(lam)
 
 
 def multiply(x: Tensor, w: Tensor) -> Tensor:

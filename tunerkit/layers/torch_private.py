@@ -15,7 +15,7 @@ from typing import Any, TypeGuard, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, overrides
-from torch.autograd import Function, forward_ad
+from torch.autograd import forward_ad
 from torch.utils import checkpoint
 from torch.utils._device import DeviceContext
 
@@ -195,11 +195,6 @@ def versions(module: nn.Module) -> dict[str, tuple[int, int | None]]:
     """Which tensors ``module`` has, by name, and how often each was changed in place."""
     own = {**dict(module.named_buffers()), **dict(module.named_parameters())}
     return {name: (id(tensor), version(tensor)) for name, tensor in own.items()}
-
-
-def apply_of(function: type[Function]) -> Callable[..., Any]:
-    """``function.apply`` for calls outside of functorch's transforms, without what prepares the arguments for them."""
-    return cast(Callable[..., Any], super(Function, function).apply)  # type: ignore[misc]  # torch's own, in C
 
 
 def is_intercepted() -> bool:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tests.support import between
-from tunerkit.layers import plain_form
+from tunerkit_testing.forms import fused_form, plain_form
 from tunerkit_testing.small import trainable
 
 
@@ -39,7 +39,8 @@ def test_gradients_after_an_allocation_are_those_of_the_plain_form() -> None:
         loss = model(x).square().sum()
         return [*torch.autograd.grad(loss, [x, *trainable(model)], materialize_grads=True)]
 
-    found = gradients()
+    with fused_form():
+        found = gradients()
     with plain_form():
         expected = gradients()
     for own, other in zip(found, expected, strict=True):

@@ -95,7 +95,8 @@ class SvdLayer(Adapter):
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return add_low_rank(base, x, y, q=self.q, p=self.p, lam=self.lam, scale=self.scale, dropout=dropout)
+        p, lam, q = self.weights
+        return add_low_rank(base, x, y, q=q, p=p, lam=lam, scale=self.scale, dropout=dropout)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SvdLayer":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated

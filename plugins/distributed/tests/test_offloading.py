@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit.errors import AdapterError, StepError, TargetError
-from tunerkit.layers import as_base_layer, plain_form
+from tunerkit.layers import as_base_layer
 from tunerkit.layers.weights import duplicate, execution_device
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Method, add_low_rank
 from tunerkit_testing.registering import registered
@@ -73,17 +73,12 @@ def trained(toys: "Toys", model: nn.Module, method: str, *, steps: int = 3) -> t
 def test_an_offloaded_model_trains_as_the_model_itself(
     toys: "Toys", method: str, offload: Offload, tmp_path: Path
 ) -> None:
-    """Outputs, gradients and trained values are equal; the adapter is on the device where the model runs.
-
-    accelerate's hooks replace forward, so the plain form of the low-rank product is used; it rounds differently from
-    the fused one.
-    """
+    """Outputs, gradients and trained values are equal; the adapter is on the device where the model runs."""
     model = offload(toys.net(batch_norm=True), tmp_path)
     away = any(p.is_meta for p in model.parameters())
     outputs, values = trained(toys, model, method)
     assert away == (offload is not not_away)
-    with plain_form():
-        expected_outputs, expected_values = trained(toys, toys.net(batch_norm=True), method)
+    expected_outputs, expected_values = trained(toys, toys.net(batch_norm=True), method)
     assert len(values) == len(expected_values) > 6
     for found, expected in zip([*outputs, *values], [*expected_outputs, *expected_values], strict=True):
         assert toys.close(found, expected)

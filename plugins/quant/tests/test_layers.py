@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import tunerkit
 from plugins.quant.tests.quantised import MODELS, OUT, TARGETS, X, dense, everything, skip_without_library
-from tunerkit.layers import plain_form
 from tunerkit.plugin import BaseLayer
+from tunerkit_testing.forms import fused_form, plain_form
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -183,15 +183,12 @@ def test_the_fused_product_computes_what_the_plain_form_does(make: Callable[[], 
     """It writes into the output of the library's forward, and into nothing that its backward needs."""
     pytest.importorskip("tunerkit_lora")
     gradients = []
-    for form in (plain_form, None):
+    for form in (plain_form, fused_form):
         model = trained(make, "lora").train()
         x = X.clone().requires_grad_()
         model.zero_grad()
-        if form is None:
+        with form():
             model(x).square().sum().backward()
-        else:
-            with form():
-                model(x).square().sum().backward()
         gradients.append([x.grad, *(p.grad for p in tunerkit.tuner(model).parameters())])
     for one, other in zip(*gradients, strict=True):
         assert one is not None

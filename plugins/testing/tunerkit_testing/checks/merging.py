@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit import hooks, injection
-from tunerkit.layers import low_rank_delta, plain_form, torch_private
+from tunerkit.layers import low_rank_delta, torch_private
 from tunerkit.plugin import Factors
 from tunerkit_testing import tolerances
 from tunerkit_testing.cases import Case, assert_base_untouched, assert_same, trained, wrapped
@@ -30,6 +30,7 @@ from tunerkit_testing.checks.probing import (
     seeded,
 )
 from tunerkit_testing.checks.training import ended
+from tunerkit_testing.forms import fused_form, plain_form
 
 _HINT = "return from tunerkit_delta or tunerkit_factors exactly what forward adds, with its scale"
 
@@ -214,7 +215,8 @@ def check_fused_is_plain(case: Case, method: str, config: Mapping[str, object], 
     """In float64, the fused low-rank product has the plain form's output and gradients, to 1e-10."""
     model = fill_(wrapped(in_dtype(case, torch.float64), method, {**config, "adapter_dtype": "float64"}))
     case.start_training(model)
-    fused = _values_and_gradients(case, model)
+    with fused_form():
+        fused = _values_and_gradients(case, model)
     with plain_form():
         plain = _values_and_gradients(case, model)
     for name, expected in plain.items():
