@@ -351,7 +351,7 @@ def test_a_set_is_written_in_one_order() -> None:
 @pytest.mark.parametrize(
     ("annotation", "value"),
     [
-        (tuple[float, float] | tuple[float, ...], (0.5, 1.0, 2.0)),
+        (tuple[float, ...] | tuple[float, float], (0.5, 1.0, 2.0)),
         (tuple[int, ...] | tuple[str, ...], ("a", "b")),
         (Mapping[str, Linear | Cosine] | str | None, {"q": Cosine(), "v": Linear(2)}),
         (list[Linear | Cosine] | float, [Linear(2), Cosine()]),
