@@ -144,6 +144,18 @@ def test_adalora_ends_at_no_more_parameters_than_lora_and_the_lambdas(toy: Path)
     assert lora["parameters"] + lambdas - dearest < adalora["parameters"] <= lora["parameters"] + lambdas  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_heads_learn_at_a_separate_rate(method: str, toy: Path) -> None:
+    """This holds under every wrapper; if only the head is trained, it has the run's rate."""
+    model, _ = TOY["toy"].build(toy, seed=0)
+    run = Run("toy", method, rank=2, learning_rate=5e-3, seed=1)
+    prepared = methods.prepare(run, model, total_steps=18)
+    optimizer = methods.adamw_with_heads(TOY["toy"], prepared.model, run.recipe)
+    sizes = {group["lr"]: sum(p.numel() for p in group["params"]) for group in optimizer.param_groups}
+    assert sum(sizes.values()) == prepared.count()
+    assert sizes[5e-3 if method == methods.HEAD_ONLY else methods.HEAD_RATE] == 34
+
+
 def test_the_two_loras_start_and_learn_alike(toy: Path) -> None:
     """Every loss of a dozen steps is equal, with dropout."""
     found = parity.losses("toy", rank=2, learning_rate=5e-3, steps=12, cache=toy)

@@ -30,6 +30,7 @@ from benchmarks.speed import (  # noqa: E402
     allocator,
     compiled,
     contenders,
+    gpu,
     growth,
     operations,
     shapes,
@@ -329,6 +330,14 @@ def test_timed_steps_lie_before_the_last_allocation() -> None:
     assert kinds.mean() == 1 / settings.delta_t
 
 
+def test_peft_adds_its_regulariser_where_it_should() -> None:
+    """The loss of PEFT's AdaLoRA is higher than that of the same model with the regulariser bypassed."""
+    workload = encoder(TINY.sizes[0], TINY)
+    full, bare = (contenders.build(n, workload, TINY) for n in (contenders.PEFT_ADALORA, contenders.PEFT_ADALORA_BARE))
+    losses = [contender.call(workload.x, workload.target).loss for contender in (full, bare)]
+    assert losses[0] > losses[1] > 0
+
+
 # Parts
 
 
@@ -362,6 +371,35 @@ def test_a_limit_is_met_by_the_whole_interval(rest: float, marked: str, tmp_path
     head, _, line, *_ = (own.split(" | ") for own in shapes.table([tmp_path / "run.json"]))
     (step,) = (at for at, own in enumerate(head) if own.startswith(f"step, {contenders.ADALORA_GAMMA}"))
     assert line[step].startswith(f"0.9 [0.9, {rest}], {marked} ")
+
+
+def test_a_busy_machine_meets_no_limit(tmp_path: Path) -> None:
+    """The table of times that were taken beside other work says nothing of limits."""
+    times = {f"{name} @ now": [1.0 + at, 1.1 + at] for at, name in enumerate(shapes.NAMES)}
+    run = {"kind": "native", "shape": "1x64", "hidden": 64, "checkouts": ["now"], "times": times}
+    for load, marked in ((shapes.BUSY + 0.1, False), (shapes.BUSY, True)):
+        (tmp_path / "run.json").write_text(json.dumps({**run, "load": load}), encoding="utf-8")
+        line = shapes.table([tmp_path / "run.json"])[2]
+        assert ("met" in line or "missed" in line) == marked
+        assert ("busy" in line) != marked
+
+
+@long
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this part takes minutes")
+def test_the_part_for_gpus_runs_in_small_form_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same code in each form that a CPU has. It says what it is not, and no figure of it meets a limit."""
+    with call_clock():
+        rows = gpu.measure(TINY)
+    told = capsys.readouterr().err
+    assert "no GPU is at hand" in told
+    left_out = {form for form in gpu.FORMS if f"{form} is left out" in told}
+    assert {gpu.GRAPH, gpu.LIGER} <= left_out <= {gpu.GRAPH, gpu.LIGER, gpu.NF4}
+    assert {row.where for row in rows} == {f"small, {form}, cpu" for form in gpu.FORMS if form not in left_out}
+    for form in (gpu.EAGER, gpu.COMPILED):
+        named = {row.who for row in rows if row.where == f"small, {form}, cpu" and row.measure == "step, ms"}
+        assert named == {*steps.NAMES} - ({contenders.PEFT_ADALORA} if form == gpu.COMPILED else set())
+    assert {row.measure for row in rows} >= {"step, ms", steps.RATIO, gpu.NOISE, "peak above the floor's, MiB"}
+    assert {row.limit for row in rows} == {None}
 
 
 def test_what_a_method_keeps_is_seen() -> None:
