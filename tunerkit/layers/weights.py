@@ -170,7 +170,10 @@ def forward_owner(module: nn.Module) -> type:
         # Removing a library's hooks may leave the class's forward on the instance, as a bound method.
         if own != MethodType(type(module).forward, module):
             return object
-    return next(owner for owner in type(module).__mro__ if "forward" in vars(owner))
+    for owner in type(module).__mro__:
+        if "forward" in vars(owner):
+            return owner
+    return nn.Module
 
 
 def forward_name(module: nn.Module) -> str:

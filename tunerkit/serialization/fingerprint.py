@@ -18,7 +18,7 @@ from tunerkit import hooks, layers, targets
 from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, cut, shown, warn
 from tunerkit.injection import Tuner, base_modules, slots_of
 from tunerkit.layers import BaseLayer, as_base_layers, is_packed, torch_private, weights, whole_shape
-from tunerkit.paths import few, is_under, join
+from tunerkit.paths import few, is_adapter_path, is_under, join
 from tunerkit.records import Target
 from tunerkit.serialization.header import Header
 from tunerkit.serialization.tensor_checks import resize_hint
@@ -45,7 +45,8 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
     noted one is returned for a sharded base.
     """
     noted = tuner.progress.noted
-    if (noted or scanned is None) and weights.sharding(tuner.model.parameters()) is not None:
+    own = (parameter for name, parameter in tuner.model.named_parameters() if not is_adapter_path(name))
+    if (noted or scanned is None) and weights.sharding(own) is not None:
         if noted is None:
             raise AdapterError(
                 f"the base under adapter {tuner.name!r} is sharded, and its fingerprint was not taken before: call "
@@ -54,7 +55,7 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
         return noted
     bases = _bases(tuner, scanned)
     tensors, packed = _base_weights(tuner, bases)
-    emptied = {name: tensor for name, tensor in tensors.items() if weights.emptied([tensor]) is not None}
+    emptied = {name: t for name, t in tensors.items() if not t.numel() and weights.emptied([t]) is not None}
     samples = _sample({name: tensor for name, tensor in tensors.items() if name not in emptied})
     for name, tensor in emptied.items():
         with weights.gathered(whole := nn.ParameterList([tensor])):
@@ -117,7 +118,7 @@ def _base_weights(
             name = join(path, leaf)
             if tensor is None or name in biased:
                 continue
-            if weights.emptied([tensor]) is not None:  # it cannot be merged; only the parameter can be gathered
+            if not tensor.numel() and weights.emptied([tensor]) is not None:  # only the parameter can be gathered
                 found[name] = tensor
             else:
                 found[name] = tensor.detach() if slots is None else slots.original(leaf, tensor)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,25 +76,25 @@ class Header:
 
 
 # By hand, since a file may have a million of these numbers.
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value < _SIZES
+def _are_sizes(values: Sequence[Any]) -> bool:
+    return {*map(type, values)} <= {int} and all(map(range(_SIZES).__contains__, values))
 
 
-def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+def _are_finite(values: Sequence[Any]) -> bool:
+    return {*map(type, values)} <= {int, float} and all(map(sys.float_info.max.__ge__, map(abs, values)))
 
 
 def _is_entry(entry: object) -> bool:
     match entry:
         case {"shape": list(shape), "dtype": str(), "sample": list(sample), **others} if not others:
-            return all(map(_is_size, shape)) and all(map(_is_finite, sample))
+            return _are_sizes(shape) and _are_finite(sample)
     return False
 
 
 def _is_change(change: object, targets: int) -> bool:
     match change:
         case [step, budget, list(ranks)] if len(ranks) == targets:
-            return all(map(_is_size, (step, budget, *ranks)))
+            return _are_sizes((step, budget, *ranks))
     return False
 
 

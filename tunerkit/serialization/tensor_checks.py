@@ -166,7 +166,8 @@ def limit_for(
     none. A new adapter has no ``source``.
     """
     usual = max([_USUAL, *(size for tensor in tensors.values() for size in tensor.shape)])
-    numbers = (found for name, value in config.items() for found in numbers_in(value, f"$.{name}"))
+    settings = [(name, value) for name, value in config.items() if value and not isinstance(value, str)]
+    numbers = (found for name, value in settings for found in numbers_in(value, f"$.{name}"))
     if not (large := [path for path, number in numbers if number > usual]):
         return nullcontext
     held: Counter[str] = Counter()

@@ -53,8 +53,8 @@ def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *,
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "has max_norm set, so its forward() rewrites its weight; build it without max_norm"
     for leaf, parameter in own.items():
-        names = scanned.sharers.get(id(parameter), ())
-        if left_out(names, {found.path, *others}):
+        names = scanned.sharers.get(id(parameter))
+        if names and left_out(names, {found.path, *others}):
             way = _way_out(scanned, join(found.path, leaf), names, setting="targets")
             shared = f"has a tied weight, shared as {', '.join(names)}"
             return f"{shared}: an adapter on one would not change the others. {way}"
