@@ -21,6 +21,7 @@ from benchmarks.speed import (
     memory,
     operations,
     profiled,
+    small,
     start,
     steps,
 )
@@ -36,6 +37,7 @@ PARTS: dict[str, Callable[[Settings], list[Row]]] = {
         allocator,
         memory,
         start,
+        small,
         compiled,
         growth,
         alternatives,

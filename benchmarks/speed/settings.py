@@ -41,7 +41,8 @@ class Settings:
 
     ``pairs`` are the rounds in which every contender takes one timed step, after ``warmup`` untimed ones. ``blocks``
     are those of the counted Llama models, ``start_blocks`` those of the model that is wrapped, saved and loaded,
-    ``select_blocks`` those of the large one whose targets are selected.
+    ``select_blocks`` those of the large one whose targets are selected. ``small_rows`` and
+    ``small_widths`` are those of the part `small`.
     """
 
     sizes: tuple[Size, ...] = read_sizes("6x384,12x256,4x1024")
@@ -57,6 +58,8 @@ class Settings:
     start_blocks: int = 64
     start_hidden: int = 128
     select_blocks: int = 80
+    small_rows: tuple[int, ...] = (1, 8, 64)
+    small_widths: tuple[int, ...] = (64, 576)
     delta_t: int = 10  # steps between two allocations, our default
     backend: str = "inductor"
 

@@ -34,6 +34,7 @@ from benchmarks.speed import (  # noqa: E402
     growth,
     operations,
     shapes,
+    small,
     start,
     statistics,
     steps,
@@ -61,6 +62,8 @@ TINY = Settings(
     start_blocks=1,
     select_blocks=1,
     start_hidden=16,
+    small_rows=(1,),
+    small_widths=(16,),
     delta_t=2,
     backend="eager",
 )
@@ -76,6 +79,11 @@ LIMITS: dict[str, set[tuple[str, float]]] = {
     "allocator": set(),
     "memory": {("beyond, share of trained", 2.04), ("beyond, share of trained", 0.001)},
     "start": {("wrap / PEFT's", 0.5), ("load / PEFT's", 0.5), ("save / PEFT's", 1.0)},
+    "small": {
+        *((f"{measure} / {contenders.PEFT_LORA}'s", limit) for measure, limit in (("median", 0.95), ("largest", 1.05))),
+        (f"median / {contenders.PEFT_LORA}'s", 1.2),
+        (f"median / {contenders.PEFT_ADALORA_BARE}'s", 0.95),
+    },
     "compile": {("graph breaks", 0.0), (compiled.RATIO, 0.9)},
     "growth": set(),
     "alternatives": set(),
@@ -111,7 +119,7 @@ def call_clock() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (allocator, compiled, growth, start):
             patch.setattr(module, "time", fake)
-        for timed in (interleave, steps.time_steps):
+        for timed in (interleave, steps.time_steps, small.added):
             patch.setitem(cast(dict[str, Any], timed.__kwdefaults__), "clock", seconds)
         patch.setattr(timing, "time", None)  # whoever reads the real clock all the same fails
         yield
