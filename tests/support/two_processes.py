@@ -17,7 +17,9 @@ PRELOADED = ["torch._dynamo", "tunerkit_testing.resuming", "tunerkit_testing.loa
 _MINUTES = 20  # until a process gives up on the other one, on a machine that is busy with other things
 
 
-def spawn(function: Callable[..., None], arguments: Sequence[object], processes: int = 2) -> None:
+def spawn(
+    function: Callable[..., None], arguments: Sequence[object], processes: int = 2, *, afresh: bool = False
+) -> None:
     """Call ``function(rank, *arguments)`` in processes of their own, and wait for them.
 
     They are forks of a server that has only imported modules: to import torch and its compiler takes 15 seconds.
@@ -26,8 +28,10 @@ def spawn(function: Callable[..., None], arguments: Sequence[object], processes:
         function: a function of a module, which each process imports by name.
         arguments: what it is given beside the number of the process.
         processes: how many there are.
+        afresh: whether each is a new interpreter, which also ends as one.
     """
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    has_server = "forkserver" in multiprocessing.get_all_start_methods()
+    method = "forkserver" if has_server and not afresh else "spawn"
     if method == "forkserver":
         # There is one server in a process, and the first who uses it decides what its forks need not import again.
         multiprocessing.get_context(method).set_forkserver_preload(PRELOADED)

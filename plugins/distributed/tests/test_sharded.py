@@ -83,7 +83,7 @@ def test_parameters_are_whole_inside_a_block_and_shards_outside_of_it(tmp_path: 
 def test_threads_for_barriers_end_before_the_interpreter(leaves: bool, tmp_path: Path) -> None:
     """Also if the script has destroyed its process groups, and still has a barrier of one."""
     skip_without_gloo()
-    two_processes.spawn(ending_runs.end, (str(tmp_path), leaves))
+    two_processes.spawn(ending_runs.end, (str(tmp_path), leaves), afresh=True)
     for rank in range(2):
         before, with_default, with_host, at_end = json.loads((tmp_path / str(rank)).read_text(encoding="utf-8"))
         assert before < with_default < with_host
