@@ -80,8 +80,10 @@ def _wrap(root: nn.Module, method: str, given: object, adapter: str, seed: int |
     targets.warn_of_unknown_packed(scanned)
     _warn_of_unserved(root, found)
     serialization.note_base(tuner, scanned)
-    injection.inject_(tuner, slots, scanned, trainable=True)
-    steps.watch_(tuner)
+    with injection.Undo() as undo:
+        undo.callback(steps.unwatch_, root)
+        injection.inject_(tuner, slots, scanned, undo, trainable=True)
+        steps.watch_(tuner)
 
 
 def _warn_of_unserved(root: nn.Module, config: AdapterConfig) -> None:

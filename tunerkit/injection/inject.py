@@ -208,34 +208,30 @@ def completed(function: Callable[..., object], *args: object) -> None:
         function(*args)
 
 
-def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, *, trainable: bool) -> None:
-    """Freeze the base and add the adapter's slots, ``built`` by path, to its modules, each with one forward hook.
-
-    If this raises, also a KeyboardInterrupt, nothing is added.
-    """
+def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, undo: Undo, *, trainable: bool) -> None:
+    """Freeze the base and add the adapter's slots, ``built`` by path, to its modules, each with one forward hook."""
     model = tuner.model
     refuse_running(model, "adding an adapter")
     tuner.progress.shapes = shapes_of(model)
     if trainable:
         refuse_mixed_dtypes(tuner, built)
-    with Undo() as undo:
-        undo.callback(eject_, [tuner])
-        if not wrapped_of(model).tuners:
-            _prepare_(model)
-        readers = [_put_(path, module, tuner, built[path], scanned) for path, module in modules_in(tuner).items()]
-        update_overrides_(model, readers)
-        for copied in tuner.copies:
-            # The module still runs itself. A batch norm then uses its statistics but does not update them.
-            for _, norm in base_modules(copied.module):
-                if torch_private.is_batch_norm(norm) and norm.track_running_stats:
-                    vars(norm)[_STOPPED] = True
-                    norm.track_running_stats = False
-        wrapped = wrapped_of(model)
-        wrapped.tuners[tuner.name] = tuner
-        wrapped.active = (*wrapped.active, tuner.name)
-        train_(tuner, trained=trainable)
-        _prepare_next_forward_(model)
-        _warn_of_products(model)
+    undo.callback(eject_, [tuner])
+    if not wrapped_of(model).tuners:
+        _prepare_(model)
+    readers = [_put_(path, module, tuner, built[path], scanned) for path, module in modules_in(tuner).items()]
+    update_overrides_(model, readers)
+    for copied in tuner.copies:
+        # The module still runs itself. A batch norm then uses its statistics but does not update them.
+        for _, norm in base_modules(copied.module):
+            if torch_private.is_batch_norm(norm) and norm.track_running_stats:
+                vars(norm)[_STOPPED] = True
+                norm.track_running_stats = False
+    wrapped = wrapped_of(model)
+    wrapped.tuners[tuner.name] = tuner
+    wrapped.active = (*wrapped.active, tuner.name)
+    train_(tuner, trained=trainable)
+    _prepare_next_forward_(model)
+    _warn_of_products(model)
 
 
 def _prepare_(model: nn.Module) -> None:

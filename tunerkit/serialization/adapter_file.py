@@ -323,8 +323,10 @@ def _load(
     with torch.random.fork_rng(devices=[]):
         around = limit_for(unstructure(tuner.config), tuner.targets, tensors, source)
         slots = fill(injection.build_each(scanned, tuner, around=around, ready=ready), tensors, root, source)
-    injection.inject_(tuner, slots, scanned, trainable=trainable)
-    steps.watch_(tuner)
+    with injection.Undo() as undo:
+        undo.callback(steps.unwatch_, root)
+        injection.inject_(tuner, slots, scanned, undo, trainable=trainable)
+        steps.watch_(tuner)
     warn_of_lone(tuner)
     return base
 

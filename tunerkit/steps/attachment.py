@@ -248,8 +248,8 @@ def watch_(tuner: Tuner) -> LastGradient:
 
 
 def unwatch_(model: nn.Module) -> None:
-    """Undo `watch_` if the model has no adapter any more."""
-    if not injection.wrapped_of(model).tuners:
+    """Undo `watch_` if no adapter of the model is watched any more."""
+    if all(tuner.progress.last is None for tuner in injection.wrapped_of(model).tuners.values()):
         torch_private.remove_hooks_(model, look)
         torch_private.remove_state_hooks_(model, forget)
 

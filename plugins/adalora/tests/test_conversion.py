@@ -42,7 +42,7 @@ def converted(method: str, products: Mapping[str, Factors], folder: Path) -> nn.
     config, adapters = hooks.from_factors(method, chosen, bases_of(scanned, products), products)
     tuner = injection.Tuner(name="default", method=method, config=config, model=model, targets=chosen)
     slots = {path: Slot(method=method, adapter=adapter) for path, adapter in adapters.items()}
-    injection.inject_(tuner, slots, scanned, trainable=True)
+    injection.inject_(tuner, slots, scanned, injection.Undo(), trainable=True)
     tuner.progress.steps = 1  # else a method that needs steps refuses to be saved untrained
     expected = model(X)
     loaded = tunerkit.load(net(), save(model, folder), trainable=True)
