@@ -1,5 +1,6 @@
 """Obstacles to adapting a module or training it in full: its kind, its owner's use of the weight, or a tied weight."""
 
+import operator
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import product
@@ -20,6 +21,7 @@ _NOT_CALLED = "is used directly by its owner, bypassing its forward(): it has no
 _READ_AND_CALLED = "is held by several modules, one of which bypasses its forward(): an adapter would not reach all"
 _NO_NORM = "is no norm over the last dimension with a weight of its own, and the method adapts only such norms"
 _READ_AND_OFFLOADED = "is offloaded, and its weight is used directly, bypassing its forward(): it cannot be overridden"
+_is_meta = operator.attrgetter("is_meta")
 
 
 def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *, adapts: str) -> str | None:
@@ -44,11 +46,11 @@ def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *,
     usual = isinstance(module, nn.Linear | nn.Embedding) or torch_private.is_convolution(module)
     if usual and "weight" not in own:
         return "has a weight computed from others (a parametrization), which cannot be adapted yet"
-    if not scanned.unloaded and any(parameter.is_meta for parameter in own.values()) and not weights.offloading(module):
+    if not scanned.unloaded and any(map(_is_meta, own.values())) and not weights.offloading(module):
         return "has its weight on the meta device; load the weights first"
     if (weight := own.get(base.weight_name)) is not None and 0 in whole_shape(weight):
         return f"has a weight of shape {tuple(whole_shape(weight))}, in which there is nothing to adapt: exclude it"
-    if any(parameter.is_complex() for parameter in own.values()):
+    if any(map(torch.is_complex, own.values())):
         return "has complex weights, which cannot be adapted yet"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "has max_norm set, so its forward() rewrites its weight; build it without max_norm"

@@ -35,10 +35,10 @@ class ScannedModule:
     layer: int | None  # the first number in its first path: the index of its block
     in_head: bool  # whether it is an output head or inside one
     in_block: bool  # whether it is in a numbered block; a head may number its layers too, most often in a Sequential
+    path: str = attrs.field(init=False)  # the first one, its name in results and messages
 
-    @property
-    def path(self) -> str:
-        """The first path, by which the module is called in results and messages."""
+    @path.default
+    def _first(self) -> str:
         return self.paths[0]
 
     @property
