@@ -346,7 +346,7 @@ def test_a_door_has_few_names_each_with_its_words(door: str) -> None:
     module = importlib.import_module(door)
     names = set(vars(module)["__all__"])
     assert len(names) <= 36
-    assert names.isdisjoint({*vars(plugin)["__all__"], *tunerkit.__all__})
+    assert names.isdisjoint({*vars(plugin)["__all__"], *users()})
     assert all(inspect.getdoc(getattr(module, name)) for name in names)
 
 
