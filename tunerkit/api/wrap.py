@@ -64,7 +64,7 @@ def wrap(
 def _wrap(root: nn.Module, method: str, given: object, adapter: str, seed: int | None) -> None:
     hooks.registry.warn_of_rivals(method)
     config = hooks.configure(method, given, root)
-    with hooks.asking("for_model", hooks.registry.plugin_of(method), repr(type(root).__name__)):
+    with hooks.Asking("for_model", hooks.registry.plugin_of(method), repr(type(root).__name__)):
         found = conform(config.for_model(root), type(config))
     scanned = targets.scan(root, hooks.gather_knowledge())
     targets.refuse_impassable(scanned)

@@ -35,7 +35,7 @@ from tunerkit.hooks.gather import (
     tell,
     wrapped,
 )
-from tunerkit.hooks.loading import IN_PROCESS, asking
+from tunerkit.hooks.loading import IN_PROCESS, Asking
 from tunerkit.hooks.registry import registry
 from tunerkit.layers import weights
 

@@ -21,7 +21,7 @@ from tunerkit.config import AdapterConfig, from_mapping
 from tunerkit.errors import AdapterError, shown, warn
 from tunerkit.hooks import specs
 from tunerkit.hooks.engines import TunerView
-from tunerkit.hooks.loading import API, API_NAME, asking, blame
+from tunerkit.hooks.loading import API, API_NAME, Asking, blame
 from tunerkit.hooks.registry import registry
 from tunerkit.layers import Adapter, BaseLayer, low_rank_delta, misfit
 from tunerkit.paths import few
@@ -45,7 +45,7 @@ def ask(hook: Callable[P, R], method: str, place: str = "", /, *args: P.args, **
     """
     catalog = registry.loaded()
     owner = catalog.owner_of(method, hook)
-    with asking(hook.__name__, f"the plugin of method {method!r} ({owner.info.distribution})", place or _place(given)):
+    with Asking(hook.__name__, f"the plugin of method {method!r} ({owner.info.distribution})", place or _place(given)):
         answer: Any = catalog.call(owner, hook, given)
         if hook not in CONVERTED:
             answer = conform(answer, declared(hook))
@@ -155,7 +155,7 @@ def statistics(tuner: TunerView) -> StatisticsRequest | None:
     asked = registry.get(tuner.method).statistics
     if not callable(asked):
         return asked
-    with asking("statistics", registry.plugin_of(tuner.method), f"adapter {tuner.name!r}"):
+    with Asking("statistics", registry.plugin_of(tuner.method), f"adapter {tuner.name!r}"):
         found: StatisticsRequest | None = conform(asked(tuner.config), StatisticsRequest | None)
         return found
 

@@ -20,7 +20,7 @@ from tunerkit.errors import ConfigError, PluginError, TunerkitError, error_text,
 from tunerkit.hooks import specs
 from tunerkit.hooks.calls import declared, is_json, structure
 from tunerkit.hooks.engines import TunerView, in_group
-from tunerkit.hooks.loading import Catalog, Plugin, asking, isolated
+from tunerkit.hooks.loading import Asking, Catalog, Isolated, Plugin
 from tunerkit.hooks.registry import registry
 from tunerkit.layers import CORE, BaseLayer, Knowledge, is_named, torch_private
 from tunerkit.records import Format, Holding, ModelLibrary, RankChange, Restriction, Unfit, conform, type_name
@@ -33,7 +33,7 @@ E = TypeVar("E", bound=Exception)
 def first(hook: Callable[P, R], /, *args: P.args, **given: P.kwargs) -> R | None:
     """Ask one plugin after another until one answers; None if none does. Raises `PluginError` for a wrong answer."""
     for plugin, answer in registry.ask(hook, *args, **given):
-        with asking(hook.__name__, plugin):
+        with Asking(hook.__name__, plugin):
             found: R = conform(answer, declared(hook))
         if found is not None and found is not False:
             return found
@@ -92,9 +92,9 @@ def gather_formats() -> dict[str, Format]:
 
 @contextmanager
 def naming(format: Format, function: str) -> Iterator[None]:
-    """Name the format in what its plugin's function raises, as `asking` does, and the plugin too."""
+    """Name the format in what its plugin's function raises, as `Asking` does, and the plugin too."""
     try:
-        with asking(function, f"format {format.name!r}"):
+        with Asking(function, f"format {format.name!r}"):
             yield
     except Exception as error:
         if not isinstance(error, TunerkitError):  # whose message says what to do
@@ -191,7 +191,7 @@ def ranks_changed(
     catalog = registry.catalog  # nothing to look up in a step, and a plugin that came after `attach` is there too
     if catalog is not None:
         for plugin in catalog.hooks["tunerkit_ranks_changed"]:
-            with isolated(partial(_ignore, plugin)):
+            with Isolated(partial(_ignore, plugin)):
                 catalog.call(plugin, specs.tunerkit_ranks_changed, {"tuner": tuner, "change": change})
 
 
@@ -213,7 +213,7 @@ def _is_complete(kind: type[BaseLayer]) -> bool:
 
 
 def _called(plugin: Plugin, what: str, declared: Any, function: Callable[..., Any], *given: Any) -> Any:
-    with asking(what, plugin):
+    with Asking(what, plugin):
         answer = conform(function(*given), declared)
         if what.startswith("settings ") and not is_json(answer):
             raise Unfit(shown(answer), "a dict that JSON can hold")
@@ -260,7 +260,7 @@ def _known(hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plugin, R], ...]:
 def _asked(catalog: Catalog, hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plugin, R], ...]:
     found: list[tuple[Plugin, R]] = []
     for plugin in catalog.asked(hook):
-        with isolated(partial(registry.leave_out, plugin, hook)):  # its metaclass or property may raise anything too
+        with Isolated(partial(registry.leave_out, plugin, hook)):  # its metaclass or property may raise anything too
             if (answer := catalog.call(plugin, hook, {})) is None:
                 continue
             answer = conform(answer, declared(hook))

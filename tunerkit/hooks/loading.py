@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from importlib import metadata
 from inspect import getattr_static, isclass, isfunction
@@ -77,25 +77,30 @@ def blame(error: BaseException, what: str, whose: object, place: str = "") -> No
     error.add_note(f"raised by {what} of {whose}{',' * bool(place)}{at}{way_out}")
 
 
-@contextmanager
-def asking(what: str, whose: object, place: str = "") -> Iterator[None]:
-    """Inside the block, a plugin is asked: see `blame` for what is raised."""
-    try:
-        yield
-    except BaseException as error:
-        blame(error, what, whose, place)
-        raise
+@attrs.frozen
+class Asking(AbstractContextManager[object]):
+    """Inside the block, a plugin is asked: see `blame` for the arguments, and for what is raised."""
+
+    what: str
+    whose: object
+    place: str = ""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            blame(error, self.what, self.whose, self.place)
 
 
-@contextmanager
-def isolated(failed: Callable[[BaseException], None]) -> Iterator[None]:
-    """Pass what a plugin raises in the block to ``failed``, also SystemExit; only the user's own Ctrl-C goes on."""
-    try:
-        yield
-    except BaseException as error:
-        if is_of_user(error):
-            raise
-        failed(error)
+@attrs.frozen
+class Isolated(AbstractContextManager[object]):
+    """Passes what a plugin raises in the block to ``failed``, also SystemExit; only the user's own Ctrl-C goes on."""
+
+    failed: Callable[[BaseException], None]
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if error is None or is_of_user(error):
+            return False
+        self.failed(error)
+        return True
 
 
 @attrs.frozen(eq=False)
@@ -216,7 +221,7 @@ def load(distributions: Iterable[metadata.Distribution] | None) -> Catalog:
 
     for point, info in sources:
         if limit is None or point.name in limit:
-            with isolated(partial(failed, point.name, info)):
+            with Isolated(partial(failed, point.name, info)):
                 if not point.pattern.match(point.value):
                     raise PluginError(f"its entry point is not a module: {point.value!r}")
                 plugin = point.load()

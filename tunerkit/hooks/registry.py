@@ -12,7 +12,7 @@ import pluggy
 
 from tunerkit import extras
 from tunerkit.errors import PluginError, UnknownMethodError, error_text, shown, warn
-from tunerkit.hooks.loading import IN_PROCESS, Catalog, Plugin, admit, asking, isolated, load, manager_of
+from tunerkit.hooks.loading import IN_PROCESS, Asking, Catalog, Isolated, Plugin, admit, load, manager_of
 from tunerkit.records import Method, MethodInfo
 
 P = ParamSpec("P")
@@ -101,7 +101,7 @@ class Registry:
         """Ask one plugin after another, as far as the caller iterates. What one raises names it."""
         catalog = self.loaded()
         for plugin in catalog.asked(hook):
-            with asking(hook.__name__, plugin):
+            with Asking(hook.__name__, plugin):
                 answer = catalog.call(plugin, hook, given)
             yield plugin, answer
 
@@ -127,7 +127,7 @@ class Registry:
         """
         entry = plugin.__name__ if isinstance(plugin, ModuleType | type) else type(plugin).__name__
         with self._lock:
-            with isolated(partial(_refuse, entry)):
+            with Isolated(partial(_refuse, entry)):
                 if plugin in [known.plugin for known in self.loaded().plugins]:
                     raise PluginError(f"the plugin {entry!r} is already registered")
                 found = admit(manager_of([]), plugin, entry, MethodInfo(IN_PROCESS, ""))
