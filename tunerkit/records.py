@@ -81,8 +81,7 @@ def _inside(value: Any, kind: Any, parts: tuple[Any, ...]) -> Iterator[tuple[str
     if kind is Mapping:
         for key in value:
             yield f"[{key!r}]", key, parts[0]
-            if isinstance(value, dict):  # another mapping may compute its values when it is asked for them
-                yield f"[{key!r}]", value[key], parts[1]
+            yield f"[{key!r}]", value[key], parts[1]
     elif kind in (tuple, Iterable, Sequence):
         types = parts if kind is tuple and parts[-1] is not ... else repeat(parts[0])
         for index, (each, its_type) in enumerate(zip(value, types, strict=False)):
@@ -447,7 +446,7 @@ class Foreign:
         remarks: One sentence for each statement of the files that the adapter does not keep, for a warning.
     """
 
-    factors: Mapping[str, Factors]
+    factors: Mapping[str, Factors] = attrs.field()
     method: str = "lora"
     config: Mapping[str, object] = attrs.field(factory=dict, kw_only=True)
     tensors: Mapping[str, Mapping[str, Tensor]] = attrs.field(factory=dict, kw_only=True)
@@ -455,7 +454,13 @@ class Foreign:
     copies: Mapping[str, Mapping[str, Tensor]] = attrs.field(factory=dict, kw_only=True)
     biases: Mapping[str, Tensor] = attrs.field(factory=dict, kw_only=True)
     base: str = attrs.field(default="", kw_only=True)
-    remarks: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+    remarks: Sequence[str] = attrs.field(default=(), kw_only=True)
+
+    @factors.validator
+    def _check_factors(self, field: Field, value: Any) -> None:
+        if isinstance(value, Mapping) and not isinstance(value, dict):  # it may compute what it is asked for
+            field, value = field.evolve(type=Mapping[str, Any]), dict.fromkeys(value)
+        typed(self, field, value)
 
 
 @attrs.frozen(field_transformer=checked)
@@ -478,7 +483,7 @@ class Description:
     model_class: str = attrs.field(default="", kw_only=True)
     labels: int = attrs.field(default=0, kw_only=True)
     ranks: Mapping[str, int] = attrs.field(factory=dict, kw_only=True)
-    copies: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+    copies: Sequence[str] = attrs.field(default=(), kw_only=True)
     settings: Mapping[str, object] = attrs.field(factory=dict, kw_only=True)
 
 

@@ -744,3 +744,21 @@ def test_an_adapter_of_any_name_can_be_trained_beside_another(
     tunerkit.rename(twin, name, other)
     assert tunerkit.active(twin) == (other,)
     assert torch.equal(twin(toys.x()), output)
+
+
+def test_originals_that_cannot_be_restored_keep_their_adapters(toys: "Toys", monkeypatch: pytest.MonkeyPatch) -> None:
+    """It raises what the restore raises; the model stays merged, and can be restored later."""
+
+    def failing(model: nn.Module) -> None:
+        raise RuntimeError("out of memory")
+
+    model = tunerkit.wrap(toys.net(), "toy-shift", {"targets": ["layers.0"]})
+    before = toys.snapshot(model)
+    tunerkit.merge(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(tunerkit.serialization, "restore_originals_", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            tunerkit.unwrap(model)
+    assert list(tunerkit.adapters(model)) == ["default"]
+    tunerkit.unmerge(model)
+    assert toys.same(toys.snapshot(model), before)

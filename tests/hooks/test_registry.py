@@ -22,6 +22,7 @@ from tunerkit.hooks import registry, specs
 from tunerkit.hooks.registry import Registry
 from tunerkit.plugin import hookimpl
 from tunerkit.records import Method
+from tunerkit_testing.registering import registered
 
 # Any: tests hand in plain values where a spec wants modules and configs.
 SPECS: Any = specs
@@ -670,3 +671,26 @@ def test_a_name_is_found_in_any_case_and_an_exact_one_first(site: Site) -> None:
     for wrong in (["lora"], {"rank": 8}):
         with pytest.raises(UnknownMethodError, match=r"name comes before the config: tunerkit\.wrap\(model, 'lora'"):
             found.named(wrong)  # type: ignore[arg-type]
+
+
+class Reading(types.SimpleNamespace):
+    """A plugin object with one hook."""
+
+    __hash__ = object.__hash__
+
+
+def reading(**options: bool) -> Reading:
+    """A plugin whose only hook is marked with pluggy's options."""
+
+    def tunerkit_weight_readers() -> list[object]:
+        return []
+
+    return Reading(tunerkit_weight_readers=hookimpl(**options)(tunerkit_weight_readers))
+
+
+def test_plugins_are_asked_in_the_order_in_which_they_came() -> None:
+    """First those with tryfirst, last those with trylast; pluggy itself asks the latter in reverse."""
+    made = [reading(), reading(trylast=True), reading(), reading(trylast=True), reading(tryfirst=True)]
+    with registered(*made):
+        asked = [each.plugin for each in registry.loaded().asked(specs.tunerkit_weight_readers)]
+    assert [made.index(each) for each in asked if each in made] == [4, 0, 2, 1, 3]

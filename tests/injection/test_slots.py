@@ -263,3 +263,12 @@ def test_the_forward_of_a_small_input_takes_few_calls() -> None:
     folders = Path(str(tunerkit.__file__)).parent, Path(__file__).parents[1]
     files = {file for file in found if any(Path(file).is_relative_to(folder) for folder in folders)} - {__file__}
     assert len(files) <= 5
+
+
+def test_a_layer_that_returns_its_output_with_more_is_adapted() -> None:
+    """As Megatron's linear layers, which return their bias beside it: the adapter changes the first, the rest stays."""
+    layer = adapted(nn.Linear(3, 3))
+    x, y, more = torch.ones(2, 3), torch.zeros(2, 3), torch.ones(3)
+    changed, rest = apply_slots(layer, (x,), {}, (y, more))
+    assert rest is more
+    assert torch.equal(changed, apply_slots(layer, (x,), {}, torch.zeros(2, 3)))

@@ -646,16 +646,16 @@ def test_a_target_at_several_paths_is_refused(products: None, exported: Path) ->
     """Other programs adapt the path that they name; here an adapter acts at all of them, so that is refused."""
     shared = nn.Linear(3, 3)
     product = Factors(q=torch.ones(1, 3), p=torch.ones(3, 1))
-    for path in ("0", "1"):
+    for path, other in (("0", "1"), ("1", "0")):
         model = nn.Sequential(shared, shared, nn.Linear(3, 3))
         with (
             registered(reader(factors={path: product})),
-            pytest.raises(TargetError, match=r"one module with '1'.*deepcopy"),
+            pytest.raises(TargetError, match=rf"'{path}', which is one module with '{other}'.*deepcopy"),
         ):
             tunerkit.load(model, exported)
     with (
         registered(reader(factors={"2": product}, biases={"1": torch.ones(3)})),
-        pytest.raises(TargetError, match=r"biases .* 1 \(one module with 1\)"),
+        pytest.raises(TargetError, match=r"biases .* 1 \(one module with 0\)"),
     ):
         tunerkit.load(model, exported)
 

@@ -276,7 +276,7 @@ def test_a_permanent_merge_keeps_no_originals_and_says_so(toys: "Toys", tmp_path
     assert not [name for name, _ in model.named_buffers() if "tunerkit./" in name]
     before = toys.snapshot(model)
     for refused in (tunerkit.unmerge, tunerkit.unwrap, lambda model: tunerkit.disabled(model).__enter__()):
-        with pytest.raises(AdapterError, match="permanent=True, which kept no originals"):
+        with pytest.raises(AdapterError, match="permanent=True, which keeps no originals"):
             refused(model)
         assert toys.same(toys.snapshot(model), before)
     with pytest.raises(AdapterError, match="merged"):

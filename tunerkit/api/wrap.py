@@ -183,15 +183,15 @@ def unwrap(model: M, *, keep_merged: bool = False, dtype: torch.dtype | None = N
         if keep_merged and not was_merged:
             undo.callback(serialization.restore_originals_, root)
             serialization.merge_except_(root, dense)
-        undo.callback(_take_out_, tuners, dense)  # from here on it is completed: `detach` cannot be undone
-        if not keep_merged:
-            undo.callback(serialization.restore_originals_, root)
-            serialization.restore_originals_(root)
-        _take_out_(tuners, dense)
+        # From here on it is completed: `detach` cannot be undone.
+        injection.completed(_take_out_, tuners, dense, keep_merged)
     return model
 
 
-def _take_out_(tuners: Sequence[Tuner], dense: Mapping[str, nn.Module]) -> None:
+def _take_out_(tuners: Sequence[Tuner], dense: Mapping[str, nn.Module], keep_merged: bool) -> None:
+    """Take adapters out, and nothing if the originals, which are kept beside them, cannot be restored."""
+    if not keep_merged:
+        serialization.restore_originals_(tuners[0].model)
     for tuner in tuners:
         steps.detach(tuner)
     injection.eject_(tuners)

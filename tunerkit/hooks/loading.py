@@ -136,8 +136,9 @@ class Catalog:
         manager, known = manager_of(self.plugins), {id(each.plugin): each for each in self.plugins}
         found: dict[str, dict[Plugin, pluggy.HookCaller]] = {}
         for name in HOOKS:
-            impls = vars(manager.hook)[name].get_hookimpls()
-            own = [each.plugin for each in sorted(impls, key=lambda each: (each.trylast, not each.tryfirst))]
+            impls = {id(each.plugin): each for each in vars(manager.hook)[name].get_hookimpls()}  # in pluggy's order
+            mine = [impls[each] for each in known if each in impls]
+            own = [each.plugin for each in sorted(mine, key=lambda each: (each.trylast, not each.tryfirst))]
             found[name] = {
                 known[id(plugin)]: manager.subset_hook_caller(name, [each for each in own if each is not plugin])
                 for plugin in own
@@ -156,7 +157,8 @@ class Catalog:
         answer: Any = caller(**given)
         if not HOOKS[hook.__name__]:
             answer = answer[0] if answer else None
-        return tuple(answer) if isinstance(answer, Iterator) else answer
+        # A start may be any object, with an iterator among them.
+        return tuple(answer) if isinstance(answer, Iterator) and hook is not specs.tunerkit_start else answer
 
     def owner_of(self, method: str, hook: Callable[..., object]) -> Plugin:
         """Return the plugin of a method that a hook is needed for. Raises `PluginError` if it is gone."""
@@ -321,7 +323,11 @@ def admit(manager: pluggy.PluginManager, plugin: object, entry: str, info: Metho
         raise PluginError(f"a hook implementation does not match its spec: {error_text(error)}") from error
     callers = manager.get_hookcallers(plugin) or ()
     hooks = {each.name: impl.function for each in callers for impl in each.get_hookimpls() if impl.plugin is plugin}
-    return Plugin(plugin, entry, info, _methods_of(hooks), api)
+    try:
+        return Plugin(plugin, entry, info, _methods_of(hooks), api)
+    except BaseException:
+        manager.unregister(plugin)  # a second entry point may lead to it
+        raise
 
 
 def _read_api(plugin: object) -> int:

@@ -89,7 +89,10 @@ def _base_at(tuner: Tuner, target: Target, scanned: Scan) -> BaseLayer:
         return as_output(target.module)
     if base is None:
         kind = type(target.module).__name__
-        raise TargetError(f"{target.path!r} is a {kind}: no installed base-layer kind adapts it")
+        raise TargetError(
+            f"{target.path!r} is a {kind}, which no installed plugin can adapt: no base-layer kind matches it; exclude "
+            "it from the targets"
+        )
     return base
 
 
@@ -127,8 +130,8 @@ def _refuse_unfit(tuner: Tuner, target: Target, base: BaseLayer, built: Adapter,
     bypassed = f"{target.path!r} is used directly by its owner, bypassing the layer's forward(), "
     if not hooks.has_delta(tuner.method):
         raise TargetError(
-            f"{bypassed}so the adapter's delta is added to its weight, and the plugin of method {tuner.method!r} "
-            "implements neither tunerkit_delta nor tunerkit_factors; exclude it from the targets"
+            f"{bypassed}so an adapter acts there only as a delta added to its weight, and the plugin of method "
+            f"{tuner.method!r} implements neither tunerkit_delta nor tunerkit_factors; exclude it from the targets"
         )
     weight = torch_private.own_parameters(target.module).get(base.weight_name)
     if weight is not None and (holder := weights.emptied([weight])) is not None:

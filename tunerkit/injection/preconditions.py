@@ -172,7 +172,8 @@ def refuse_rows(model: nn.Module, args: object, kwargs: Mapping[str, object]) ->
 def refuse_running(model: nn.Module, what: str) -> None:
     """Raise `AdapterError` if another thread is in a call of ``model``, whose output would mix old and new state.
 
-    Calls that start after this check, and calls of parts of the model alone, are not seen: the caller needs a lock.
+    Calls that start after this check, calls of parts of the model alone, and those inside a compiled function are not
+    seen: the caller needs a lock.
     """
     here = threading.get_ident()
     stacks = (torch_private.called_in(frame) for thread, frame in sys._current_frames().items() if thread != here)

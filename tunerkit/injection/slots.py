@@ -52,7 +52,7 @@ class Slot(nn.Module):
 
     @property
     def shared(self) -> nn.Module | None:
-        """The module that all adapters of the method use; the first target's slot may hold it."""
+        """The module that all adapters of the method share; None unless this is the first target's slot, its holder."""
         return torch_private.own_children(self).get(CHILD)
 
     def forward(
@@ -273,8 +273,10 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: A
         ) from error
 
 
-def _add(slots: Slots, module: nn.Module, args: Any, kwargs: Any, own: Tensor, traced: bool) -> Tensor:
+def _add(slots: Slots, module: nn.Module, args: Any, kwargs: Any, own: Any, traced: bool) -> Any:
     """What the only adapter makes of the output of a layer with a weight."""
+    if type(own) is tuple:  # with its bias, as Megatron's linear layers return it
+        return _apply_each(slots, module, args, kwargs, own, traced)
     adapter, base, x = slots.applied[0].adapter, slots.base, input_of(args, kwargs)
     assert adapter is not None
     assert base is not None

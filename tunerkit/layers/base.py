@@ -74,15 +74,16 @@ class BaseLayer(abc.ABC):
     def packing(self) -> Packing | None:
         """How a quantiser stores W; None, the default, if W is stored as numbers that may be added to.
 
-        Files then describe W by its shape alone, so that an adapter fits the base in another precision too. Such kinds
-        derive from ``tunerkit_quant.PackedLinear``.
+        Where there is a packing, files describe W by its shape alone, so that an adapter fits the base in another
+        precision too. Kinds with a packing derive from ``tunerkit_quant.PackedLinear``.
         """
         return None
 
     def obstacle(self) -> str | None:
         """Say why the module cannot be adapted as it is now, as the end of a sentence about its path; None if it can.
 
-        A module with a `packing` must also pass gradients on, so an obstacle of any of them prevents training.
+        Gradients also pass through modules with a `packing` that are no targets, so an obstacle of any such module
+        prevents training.
         """
         return None
 

@@ -111,10 +111,10 @@ def hooks_before(module: nn.Module, function: Callable[..., Any]) -> list[Callab
 
 
 def mute_hooks_(module: nn.Module) -> None:
-    """Make a copy of a module fit to be called inside a forward hook of the original, whose hooks run already.
+    """Change the hooks of ``module``, a copy, so that a forward hook of the original can call it.
 
-    Forward hooks go. Pre-hooks stay, since some compute a weight from other parameters; but what they return, which the
-    arguments have gone through already, is ignored.
+    The original's hooks run already, so forward hooks are removed. Pre-hooks stay, since some compute a weight from
+    other parameters; their results, which the arguments have passed through already, are ignored.
     """
     for key in list(module._forward_hooks):
         for table in (module._forward_hooks_with_kwargs, module._forward_hooks_always_called, module._forward_hooks):
@@ -144,8 +144,9 @@ def called_in(frame: FrameType) -> Iterator[nn.Module]:
     """Yield the modules whose calls run in a stack, the innermost first."""
     call: Any = nn.Module._wrapped_call_impl  # a library may have replaced `__call__`
     for each, _ in traceback.walk_stack(frame):
-        if each.f_code is call.__code__:
-            yield each.f_locals["self"]
+        # The frame of another thread that is done by now has no variables any more.
+        if each.f_code is call.__code__ and (module := each.f_locals.get("self")) is not None:
+            yield module
 
 
 def is_convolution(module: nn.Module) -> "TypeGuard[nn.modules.conv._ConvNd]":

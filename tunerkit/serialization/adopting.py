@@ -132,9 +132,9 @@ def _in_full(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str
 def _targets_of(paths: Collection[str], scanned: Scan, source: str) -> tuple[Target, ...]:
     """The targets in the model's order, which allocation and files use."""
     for path in paths:
-        if len(same := scanned.by_path[path].paths) > 1:
+        if others := [repr(each) for each in scanned.by_path[path].paths if each != path]:
             raise TargetError(
-                f"{source} adapts {path!r}, which is one module with {' and '.join(map(repr, same[1:]))}: "
+                f"{source} adapts {path!r}, which is one module with {' and '.join(others)}: "
                 "tunerkit would adapt it in all these places, and other programs only in those that they name. Give "
                 "the model a module of its own in each place (copy.deepcopy)"
             )
@@ -154,7 +154,8 @@ def _refuse_biases(found: Foreign, scanned: Scan, source: str) -> None:
     wrong = [
         f"{path} (a {type(each.module).__name__})" for path, each in places.items() if not targets.takes_bias(each)
     ]
-    shared = [f"{path} (one module with {each.paths[1]})" for path, each in places.items() if len(each.paths) > 1]
+    others = {path: [other for other in each.paths if other != path] for path, each in places.items()}
+    shared = [f"{path} (one module with {' and '.join(paths)})" for path, paths in others.items() if paths]
     if wrong or shared:
         raise TargetError(
             f"{source} trains biases that tunerkit cannot train apart from their module: "

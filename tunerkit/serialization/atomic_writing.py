@@ -11,7 +11,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tunerkit.errors import FileError
@@ -130,16 +130,15 @@ def move(moves: Mapping[Path, Path], scratch: Path) -> None:
     taken = [new for new in moves.values() if len(moves) > 1 and os.path.lexists(new)]
     older = scratch / _OLDER
     older.mkdir()
-    try:
+    with ExitStack() as undo:
+        undo.callback(put_back, scratch)
+        for new in set(moves.values()).difference(taken) if len(moves) > 1 else ():
+            undo.callback(new.unlink, missing_ok=True)
         for new in taken:
             os.replace(new, older / new.name)
         for file, new in moves.items():
             os.replace(file, new)
-    except BaseException:
-        for new in set(moves.values()).difference(taken) if len(moves) > 1 else ():
-            new.unlink(missing_ok=True)
-        put_back(scratch)
-        raise
+        undo.pop_all()
     os.rename(older, scratch / "replaced")  # whoever finds the scratch folder later has nothing to put back
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from tunerkit import hooks
 from tunerkit.errors import FileError, PluginError, TunerkitError, UnknownFormatError, closest, shown, warn
 from tunerkit.extras import DEFAULT_FORMAT, READERS, distribution, install, reader_of
-from tunerkit.injection import Tuner
+from tunerkit.injection import Tuner, Undo
 from tunerkit.paths import few
 from tunerkit.records import Format
 from tunerkit.serialization.atomic_writing import move, put_back, reason, scratch_in, sync
@@ -93,28 +93,32 @@ def write_format(tuner: Tuner, place: Path, format: Format, options: object) -> 
 
     A new folder appears whole or not at all. In a folder that exists, all files are replaced or none: see `move`.
     """
-    missing: list[Path] = []
     try:
-        above = place if place.is_dir() else place.parent  # a file can be renamed only within one file system
-        missing = [folder for folder in (above, *above.parents) if not folder.exists()]
-        above.mkdir(parents=True, exist_ok=True)
-        with scratch_in(above, SCRATCH, recover=put_back) as scratch:
-            whole = scratch / "whole"  # the scratch folder itself is closed to other users
-            whole.mkdir()
-            written = _written(format, tuner, whole, options)
-            for file in written:
-                sync(file)
-            _publish(written, whole, place, format)
-            return place
-    except BaseException as error:
-        for folder in missing:
-            with suppress(OSError):  # somebody else's file is in it
-                folder.rmdir()
-        if isinstance(error, TunerkitError) or not isinstance(error, OSError | ValueError):
+        with Undo() as undo:
+            above = place if place.is_dir() else place.parent  # a file can be renamed only within one file system
+            for folder in reversed((above, *above.parents)):
+                if not folder.exists():
+                    undo.callback(_remove, folder)
+            above.mkdir(parents=True, exist_ok=True)
+            with scratch_in(above, SCRATCH, recover=put_back) as scratch:
+                whole = scratch / "whole"  # the scratch folder itself is closed to other users
+                whole.mkdir()
+                written = _written(format, tuner, whole, options)
+                for file in written:
+                    sync(file)
+                _publish(written, whole, place, format)
+                return place
+    except (OSError, ValueError) as error:
+        if isinstance(error, TunerkitError):
             raise
         raise FileError(
             f"cannot write {place}: {reason(error)}. Nothing was changed. Pass a folder in which you may create files"
         ) from error
+
+
+def _remove(folder: Path) -> None:
+    with suppress(OSError):  # somebody else's file is in it
+        folder.rmdir()
 
 
 def _written(format: Format, tuner: Tuner, folder: Path, options: object) -> list[Path]:

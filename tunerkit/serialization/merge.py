@@ -245,8 +245,9 @@ def refuse_permanent(places: Places) -> None:
     """Raise `AdapterError` if a merge kept no originals."""
     if any(slots.permanent for _, _, slots in places):
         raise AdapterError(
-            "the model was merged with permanent=True, which kept no originals; the base cannot be shown again. "
-            "Use tunerkit.unwrap(model, keep_merged=True) to take the adapters out, or load the base model again"
+            "the model was merged with permanent=True, which keeps no originals of the base's weights, so they cannot "
+            "be restored. tunerkit.unwrap(model, keep_merged=True) takes the adapters out; for the base itself, load "
+            "the base model again"
         )
 
 

@@ -5,7 +5,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from tunerkit import hooks, injection, steps
 from tunerkit.config import unstructure
-from tunerkit.errors import AdapterError, FileError, StepError, TunerkitWarning, cut, first, shown, warn
+from tunerkit.errors import AdapterError, ConfigError, FileError, StepError, TunerkitWarning, cut, first, shown, warn
 from tunerkit.injection import Tuner, slots_in
 from tunerkit.layers import torch_private
 from tunerkit.paths import few
@@ -167,7 +167,7 @@ def _resume_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, source
         if wrong := [f"{path} {rank} -> {found[path]}" for path, rank in recorded.items() if found[path] != rank]:
             raise FileError(
                 f"{source} contradicts itself: the ranks of its last allocation are not those of its state (history -> "
-                f"state): {few(wrong, shown=5)}"
+                f"state): {few(wrong, shown=5)}; load an earlier state"
             )
 
 
@@ -221,7 +221,8 @@ def _refuse_other_run(tuner: Tuner, saved: Header, source: str) -> None:
         earlier = saved.config
         if own.config.keys() - earlier:  # a setting that the file's version did not have had its default
             kept = {name: value for name, value in own.config.items() if name in earlier}
-            earlier = {**unstructure(hooks.structure(own.method, kept).settled()), **earlier}
+            with suppress(ConfigError):  # one that it must have: the lines below name it
+                earlier = {**unstructure(hooks.structure(own.method, kept).settled()), **earlier}
         settings = {name: (earlier.get(name), own.config.get(name)) for name in {*saved.config, *own.config}}
         lines = [
             f"{cut(name, 200)} {shown(there)} -> {shown(here)}"

@@ -97,7 +97,7 @@ def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer | No
 
 
 def check_attachable(tuner: Tuner, optimizer: Optimizer | None) -> None:
-    """Reject a second attachment, and an adapter that this optimizer, if it is known, cannot train."""
+    """Raise an error if ``tuner`` is attached or cannot be trained now, or if ``optimizer`` holds none of it."""
     if is_attached(tuner):
         others = [name for name, other in injection.wrapped_of(tuner.model).tuners.items() if not is_attached(other)]
         which = f", or pass adapter={others[0]!r} to attach another" if others else ""

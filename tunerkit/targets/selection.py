@@ -85,9 +85,7 @@ def select(
     plain = [matcher(name) for name in patterns if name is not None and _insists(name)]
     named = {each.path for match in plain for each in matching(free, match)} if scanned.sharers else ()
     scope = _Scope(scanned, free, full, list(_stacks(free)) if adapts == "weights" else [], adapts, named)
-    found: set[str] = set()
-    refused: dict[str, str] = {}
-    passed_over: dict[str, str] = {}
+    found, refused, passed_over = set[str](), dict[str, str](), dict[str, str]()
     if scanned.root.base is not None and not {None, ALL_LINEAR}.isdisjoint(patterns):
         # An adapter is a child of a layer inside the model. A model that is a layer itself has no place for one.
         passed_over[f"the {type(scanned.root.module).__name__} itself"] = _ROOT

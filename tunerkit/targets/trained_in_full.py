@@ -116,7 +116,10 @@ def _uncontained(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]
         return
     if torch_private.parameters_of(module):
         name = type(module).__name__
-        raise TargetError(f"train_modules: {path!r} is a {name} with parameters of its own; name the modules in it")
+        raise TargetError(
+            f"train_modules: {path!r} is a {name}, a container of which only the modules inside can be trained, with "
+            "parameters of its own; name the modules in it"
+        )
     for name, child in module.named_children():
         yield from _uncontained(join(path, name), child)
 
@@ -221,7 +224,7 @@ def _warn_of_trained(scanned: Scan, loader: str, trained: Mapping[str, Sequence[
 
 
 def _warn_of_unknown(loader: str, heads: Sequence[str], replaced: Sequence[str]) -> None:
-    """Warn that the marks do not show whether ``heads`` are new, since those of ``replaced`` blocks are missing."""
+    """Warn that nothing shows whether ``heads`` are new or, if there are none, the ``replaced`` modules in blocks."""
     if heads or replaced:
         lost = f" (in the blocks, the marks of {few(replaced, shown=_SHOWN)} are missing)" if heads and replaced else ""
         advice = f"train_modules={list(heads[:_SHOWN])}. Otherwise name it in exclude"

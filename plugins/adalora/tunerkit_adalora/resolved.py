@@ -62,10 +62,12 @@ def resolve(
     Args:
         target_rank: The config's field; None means 8.
         init_rank: The config's field; None means 1.5 target_rank, rounded up, and at least 8 in SVD form.
-        alpha: The config's field; None means twice the target rank, LoRA's total scale at that rank. Where nothing is
-            re-parametrised, the triplets that are left keep their scale, so that it is never below 4/3.
-        exact_svd: The config's field; None means yes where most triplets are pruned, unless the config asks for the
-            paper's own means: the penalty, or a start at Λ = 0.
+        alpha: The config's field; None means twice the rank that is left at the end, as in LoRA; with a ``budget``,
+            init_rank / 1.5 stands for that rank. Without SVD form it is at least 4/3 of init_rank, since the triplets
+            that are left keep their scale.
+        exact_svd: The config's field; None means yes if more than half of the triplets are pruned, unless the config
+            asks for the paper's own means: the penalty, or a start at Λ = 0. With a ``budget`` None means no: it does
+            not say how many are pruned before the targets are known.
         train_lambda: The config's field; None means yes, unless SVD form sets Λ and Λ does not start at 0.
         budget: Total budget at the end, or None.
         gamma: γ, the weight of the penalty.

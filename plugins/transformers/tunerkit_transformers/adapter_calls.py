@@ -33,7 +33,7 @@ _NAMES: Final = ("__module__", "__name__", "__qualname__", "__doc__")  # annotat
 
 
 def watch_calls_(model: nn.Module) -> None:
-    """Replace transformers' calls on ``model`` and the models in it, and add PEFT's to ``model`` and its body."""
+    """Make the adapter calls of transformers and of PEFT raise on ``model``, see `refuse`; the models in it too."""
     for _, module in base_modules(model):
         for name in _OF_TRANSFORMERS:
             if getattr(getattr(type(module), name, None), "__module__", "") == ADAPTER_CALLS:

@@ -29,7 +29,7 @@ def unmark_trainable_(model: nn.Module) -> None:
 
 @contextmanager
 def unmarked(module: nn.Module) -> Iterator[None]:
-    """Take the mark of ``module`` back for a block: with it, ``save_pretrained`` would look for peft's adapters."""
+    """Remove the mark of ``module`` inside the block: with it, ``save_pretrained`` would look for peft's adapters."""
     if not _is_marked(module):
         yield
         return

@@ -59,7 +59,7 @@ def is_loaded(parameter: nn.Parameter) -> bool:
 
 
 def is_built(module: nn.Module) -> bool:
-    """Whether ``from_pretrained``, or a class of transformers, gave the module its first values or loaded them."""
+    """Whether transformers has marked the module as initialized: it drew or computed its values, or loaded them."""
     return bool(vars(module).get("_is_hf_initialized", False))
 
 

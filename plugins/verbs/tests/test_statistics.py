@@ -203,9 +203,12 @@ def test_memory_does_not_depend_on_the_amount_of_data(build: Build) -> None:
     def batches() -> Iterator[Tensor]:
         for _ in range(50):
             gc.collect()
-            # Not those of a compiler, which earlier tests may have left, and whose sizes may be symbols.
             alive.append(sum(each.numel() for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)))
             yield x
 
-    statistics(layer, batches(), StatisticsRequest(inputs=3, gradients=3))
+    gc.freeze()  # the objects of all other tests, which are many, and take a second each time
+    try:
+        statistics(layer, batches(), StatisticsRequest(inputs=3, gradients=3))
+    finally:
+        gc.unfreeze()
     assert len(set(alive[2:])) == 1
