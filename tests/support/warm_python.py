@@ -1,15 +1,19 @@
 """Run scripts and modules in forks of one process that has imported torch and transformers, which takes 15 seconds."""
 
+import atexit
 import contextlib
 import functools
 import gc
 import importlib
 import json
+import multiprocessing.util
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +26,7 @@ IMPORTED = (
     *("transformers.trainer", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
     *("transformers.models.llama.modeling_llama", "transformers.models.bert.modeling_bert"),
 )
+GUARD_SECONDS = 1800  # a run that hangs is killed in the end
 
 
 @attrs.frozen
@@ -58,38 +63,54 @@ def _server() -> "subprocess.Popen[str]":
 
 
 def _serve() -> None:
+    sys.path.pop(0)  # this file's folder, whose site.py and others have names of the standard library's
+    # What a library prints at import must not be taken for an answer.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     for name in IMPORTED:
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(Exception):  # not installed, or not for these versions of others
             importlib.import_module(name)
+    sys.stdout.flush()
     gc.freeze()
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
+            answers.close()
             _run(*json.loads(line))
         _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
 
 
 def _run(folder: str, arguments: list[str], variables: dict[str, str], out: str, err: str) -> NoReturn:
+    signal.alarm(GUARD_SECONDS)
+    # What the libraries registered is the server's, but for one: it ends the processes that the run starts.
+    atexit._clear()
+    atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]  # typeshed omits it
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(folder)
     os.environ |= variables
-    sys.path[0] = folder
     code = 0
     try:
         if arguments[0] == "-m":
+            sys.path.insert(0, folder)
             sys.argv = arguments[1:]
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
+            sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
             sys.argv = arguments
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code and end.code is not code:
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1
+    # As an interpreter ends: it waits for threads first.
+    threading._shutdown()  # type: ignore[attr-defined]  # typeshed omits it
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
