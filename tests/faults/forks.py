@@ -64,7 +64,11 @@ def _serve(connection: Any) -> None:
         except EOFError:
             return
         if prepare not in prepared:
-            prepare()
+            try:
+                prepare()
+            except BaseException:
+                connection.send((False, traceback.format_exc()))
+                continue
             prepared.append(prepare)
             gc.freeze()  # without this, the collector of each fork would copy what is there
         pid = os.fork()

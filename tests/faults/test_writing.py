@@ -70,12 +70,12 @@ def kills(count: int, folder: Path) -> Iterator[tuple[str, str]]:
         if number // len(kinds()) % 4:
             # Most of a save's calls prepare the tensors, so most kills come after the first one that writes.
             at = chance.randrange(first if chance.random() < 0.75 else 1, last + 1)
-            label, killed = f"at call {at} of {last}", partial(_killed_at, at, save)
+            label, by, killed = f"at call {at} of {last}", signal.SIGKILL, partial(_killed_at, at, save)
         else:
             seconds = chance.uniform(1e-4, 8e-3)
-            label, killed = f"after {1e3 * seconds:.2f} ms", partial(_killed_after, seconds, save)
-        Child(killed).wait()
-        outcome = pair.wrong(place, tidy=False)
+            label, by, killed = f"after {1e3 * seconds:.2f} ms", signal.SIGALRM, partial(_killed_after, seconds, save)
+        died = Child(killed).wait()
+        outcome = pair.wrong(place, tidy=False) if died == by else f"it was not killed (signal {died})"
         if not outcome:  # what a killed process leaves must not be in the way of the next one
             save()
             new = torch.equal(output(tunerkit.load(net(), place)), pair.outputs[1])

@@ -23,12 +23,17 @@ ALL_ARE_ASKED |= {"tunerkit_model_libraries", "tunerkit_reference"}
 
 @pytest.mark.parametrize("name", HOOKS)
 def test_every_hook_says_when_it_fires_in_eight_lines_and_has_an_example(name: str) -> None:
-    """The docstring states the moment. The pages for authors implement the hook, and their examples run in a test."""
+    """The docstring states the moment. The pages for authors implement the hook, and their examples run in a test.
+
+    Their arguments are some of the hook's own.
+    """
     text = inspect.getdoc(getattr(hookspecs, name)) or ""
     assert re.search(r"^Fires ", text, flags=re.MULTILINE)
     assert len(text.splitlines()) <= 8
     pages = "".join(page.read_text(encoding="utf-8") for page in AUTHORS.glob("*.md"))
     assert re.search(rf"@(tunerkit\.)?hookimpl.*\n *def {name}\(", pages)
+    given = {argument.strip() for found in re.findall(rf"def {name}\((.*?)\)", pages) for argument in found.split(",")}
+    assert given <= {"", "self", *inspect.signature(getattr(hookspecs, name)).parameters}
 
 
 @pytest.mark.parametrize("name", HOOKS)

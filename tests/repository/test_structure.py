@@ -3,12 +3,20 @@
 import ast
 from pathlib import Path
 
-from scripts.structure import Source, called_once, check, measured
+from scripts.structure import Source, above, called_once, check, measured
 
 
 def test_the_core_is_within_its_limits_and_the_changelog_gives_their_reason() -> None:
     """Law: what `make check` compares is right in every commit."""
     assert check() == []
+
+
+def test_one_more_than_a_limit_is_found() -> None:
+    """And a measurement that has no limit; one below its limit is not."""
+    assert above({"files": 3, "lines": 9, "rooms": 1}, {"files": 2, "lines": 10}) == [
+        "files: 3, and the limit is 2",
+        "rooms: 1, and the limit is missing",
+    ]
 
 
 def test_what_is_measured_is_what_stands_in_the_files(tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ def kills(count: int, folder: Path) -> Iterator[tuple[str, str]]:
     """Kill a command: when it opens, renames, creates or removes its k-th file, or after a random time."""
     commands = Commands(folder)
     measured: dict[str, tuple[int, float]] = {}
+    timed: list[int] = []  # the signals by which those ended that were killed after a time
     for name, place, number, chance in cases(count, commands):
         events, seconds = measured.get(name) or measured.setdefault(name, asked(partial(_measured, commands, name)))
         at, after = chance.randrange(1, events + 1), chance.uniform(0, seconds)
@@ -161,8 +162,15 @@ def kills(count: int, folder: Path) -> Iterator[tuple[str, str]]:
             child = Child(partial(_run_until, commands, name, place, 0))
             time.sleep(after)
             os.kill(child.pid, signal.SIGKILL)
-        child.wait()
+        died = child.wait()
         outcome = commands.wrong(name, place) or in_fork(partial(commands.again, name, place))
+        if number % 2 == 0:
+            outcome = outcome or ("" if died == signal.SIGKILL else f"it was not killed (signal {died})")
+        else:  # a command may end before its time
+            timed.append(died)
+            label += "" if died == signal.SIGKILL else ", and ended before"
+            if len(timed) == len(commands.whole) and signal.SIGKILL not in timed:
+                outcome = outcome or "none of the commands was killed after a time"
         yield f"{name}, killed {label}", outcome
 
 

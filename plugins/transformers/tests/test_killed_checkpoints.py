@@ -73,8 +73,10 @@ def killed(count: int, folder: Path) -> Iterator[tuple[str, str]]:
             calls[kind] = asked(partial(_calls_of, kind, folder / f"count-{kind}"))
         at = chance.randrange(1, calls[kind] + 1)
         place = folder / f"case-{number}"
-        Child(partial(_killed_at, kind, place, at)).wait()
-        yield f"{kind}, killed at call {at} of {calls[kind]}", asked(partial(_resumed, kind, place, ends[kind]))
+        died = Child(partial(_killed_at, kind, place, at)).wait()
+        outcome = asked(partial(_resumed, kind, place, ends[kind]))
+        outcome = outcome if died == signal.SIGKILL else f"it was not killed (signal {died})"
+        yield f"{kind}, killed at call {at} of {calls[kind]}", outcome
 
 
 def _calls_of(kind: str, place: Path) -> int:
