@@ -23,6 +23,6 @@ def broken() -> None:
 def test_what_cannot_be_prepared_is_a_failure_with_its_traceback() -> None:
     """And the next attack runs."""
     for _ in range(2):
-        with pytest.raises(AssertionError, match="in broken\n.*\nValueError: it cannot be prepared"):
+        with pytest.raises(AssertionError, match=r"in broken\n.*\nValueError: it cannot be prepared"):
             failures(nothing, 1, broken)
     assert failures(nothing, 2) == []
