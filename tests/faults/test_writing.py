@@ -79,7 +79,7 @@ def kills(count: int, folder: Path) -> Iterator[tuple[str, str]]:
         if not outcome:  # what a killed process leaves must not be in the way of the next one
             save()
             new = torch.equal(output(tunerkit.load(net(), place)), pair.outputs[1])
-            outcome = "" if new else "saving again does not replace the adapter"
+            outcome = pair.wrong(place) if new else "saving again does not replace the adapter"
         yield f"{pair.kind}, killed {label}", outcome
 
 
@@ -123,7 +123,7 @@ def _killed_after(seconds: float, call: Callable[[], object], _: IO[bytes]) -> N
 
 
 def test_after_a_kill_the_older_or_the_newer_adapter_is_there() -> None:
-    """And the next save works."""
+    """And the next save works, and removes what the killed one left."""
     assert failures(kills, 40, warm_up) == []
 
 

@@ -101,7 +101,7 @@ def check_killed(run: Run, at: tuple[int, ...]) -> None:
 
 
 def in_fresh_process(run: Run) -> int:
-    """Train in a new interpreter that has only imported the modules, and loaded the plugins.
+    """Train in a fork of a server process that has only imported the modules, and loaded the plugins.
 
     Args:
         run: The run.
