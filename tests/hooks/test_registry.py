@@ -676,21 +676,22 @@ def test_a_name_is_found_in_any_case_and_an_exact_one_first(site: Site) -> None:
 class Reading(types.SimpleNamespace):
     """A plugin object with one hook."""
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
 
-def reading(**options: bool) -> Reading:
-    """A plugin whose only hook is marked with pluggy's options."""
+def reading(*, first: bool = False, last: bool = False) -> Reading:
+    """A plugin whose only hook is marked with pluggy's tryfirst or trylast."""
 
     def tunerkit_weight_readers() -> list[object]:
         return []
 
-    return Reading(tunerkit_weight_readers=hookimpl(**options)(tunerkit_weight_readers))
+    return Reading(tunerkit_weight_readers=hookimpl(tryfirst=first, trylast=last)(tunerkit_weight_readers))
 
 
 def test_plugins_are_asked_in_the_order_in_which_they_came() -> None:
     """First those with tryfirst, last those with trylast; pluggy itself asks the latter in reverse."""
-    made = [reading(), reading(trylast=True), reading(), reading(trylast=True), reading(tryfirst=True)]
+    made = [reading(), reading(last=True), reading(), reading(last=True), reading(first=True)]
     with registered(*made):
-        asked = [each.plugin for each in registry.loaded().asked(specs.tunerkit_weight_readers)]
-    assert [made.index(each) for each in asked if each in made] == [4, 0, 2, 1, 3]
+        asked = [id(each.plugin) for each in registry.loaded().asked(specs.tunerkit_weight_readers)]
+    own = [id(each) for each in made]
+    assert [own.index(each) for each in asked if each in own] == [4, 0, 2, 1, 3]

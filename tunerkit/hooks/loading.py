@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from importlib import metadata
 from inspect import getattr_static, isclass, isfunction
@@ -323,11 +323,11 @@ def admit(manager: pluggy.PluginManager, plugin: object, entry: str, info: Metho
         raise PluginError(f"a hook implementation does not match its spec: {error_text(error)}") from error
     callers = manager.get_hookcallers(plugin) or ()
     hooks = {each.name: impl.function for each in callers for impl in each.get_hookimpls() if impl.plugin is plugin}
-    try:
-        return Plugin(plugin, entry, info, _methods_of(hooks), api)
-    except BaseException:
-        manager.unregister(plugin)  # a second entry point may lead to it
-        raise
+    with ExitStack() as undo:
+        undo.callback(manager.unregister, plugin)  # a second entry point may lead to it
+        found = Plugin(plugin, entry, info, _methods_of(hooks), api)
+        undo.pop_all()
+    return found
 
 
 def _read_api(plugin: object) -> int:
