@@ -17,6 +17,7 @@ from tunerkit.injection import (
     adapted_tensors,
     adds_nothing,
     base_modules,
+    evaluating,
     inside,
     note_used,
     refuse_fixed,
@@ -43,6 +44,6 @@ __all__ = ["detach", "drive", "engine_for", "is_attached", "refuse_fixed", "regr
 __all__ += ["budget", "warn_of_base_changes", "warn_of_unspent_schedule"]
 __all__ += ["file_at", "folder_of", "read", "replace", "restore_", "save_tuner"]
 __all__ += ["format_at", "gather_formats", "is_foreign"]
-__all__ += ["Slot", "Slots", "adds_nothing", "base_modules", "inside", "slots_in", "walk"]
+__all__ += ["Slot", "Slots", "adds_nothing", "base_modules", "evaluating", "inside", "slots_in", "walk"]
 __all__ += ["adapted_tensors", "has_delta", "note_used"]
 __all__ += ["DenseLinear", "EmbeddingLayer", "elsewhere", "is_named", "is_sharded", "lacking"]

@@ -1,6 +1,5 @@
 """Write files completely or not at all, and remove what killed writers left: their files and scratch folders."""
 
-import contextlib
 import errno
 import glob
 import hashlib
@@ -11,7 +10,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tunerkit.errors import FileError
@@ -75,11 +74,11 @@ def _create_folder(path: Path) -> None:
 def _remove_leftovers(path: Path) -> None:
     """Remove the temporary files of writers of ``path`` that were killed."""
     names = []
-    with contextlib.suppress(OSError):  # one may write into a folder that one may not list
+    with suppress(OSError):  # one may write into a folder that one may not list
         names = os.listdir(path.parent)
     for left in [path.with_name(name) for name in names if name.startswith(_prefix(path)) and name.endswith(".tmp")]:
         # Opened to be written: network file systems lock no other file.
-        with contextlib.suppress(OSError), locked(left, os.O_RDWR | _NOT_A_LINK) as is_left:
+        with suppress(OSError), locked(left, os.O_RDWR | _NOT_A_LINK) as is_left:
             if is_left:
                 left.unlink()
 
@@ -96,7 +95,7 @@ def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             os.chmod(temporary, mode)  # the umask has restricted it further
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             temporary.unlink()
         os.close(lock)
 

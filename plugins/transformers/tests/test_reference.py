@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import tunerkit
 from tests.support.toy_readers import ScalePlugin
 from tunerkit_testing.registering import registered
+from tunerkit_transformers.reference import end_generation_
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys
@@ -163,6 +164,16 @@ def test_a_reference_that_can_no_longer_be_shown_says_so(toys: "Toys") -> None:
         reference(x)
     with pytest.raises(tunerkit.errors.AdapterError, match="has no adapter"):
         tunerkit.reference(model)
+
+
+def test_unwrapping_is_seen_on_a_model_that_was_wrapped_without_this_plugin(toys: "Toys") -> None:
+    """Such a model has no token yet, as one from an earlier version's pickle."""
+    model = toys.trained()
+    end_generation_(model)
+    reference = tunerkit.reference(model)
+    tunerkit.unwrap(model)
+    with pytest.raises(tunerkit.errors.AdapterError, match="was unwrapped after its reference was made"):
+        reference(toys.x())
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit.errors import AdapterError
-from tunerkit.plugin.trainers import Slot, Slots, adds_nothing, refuse_fixed, slots_in, walk
+from tunerkit.plugin.trainers import Slot, Slots, adds_nothing, evaluating, refuse_fixed, slots_in, walk
 from tunerkit_transformers.head_weights import heads_shown
 from tunerkit_transformers.save_pretrained import CHILD, is_adapter_path
 
@@ -43,7 +43,7 @@ class _Snapshot:
         """
         places = self._places()
         before = [(slots, slots.enabled, slots.active, _by_name(slots)) for slots in places]
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             self.running += 1
             try:
                 for slots, frozen in places.items():
@@ -143,6 +143,7 @@ def reference(model: nn.Module) -> Reference:
                     twin = copy.deepcopy(slot, copied).eval().requires_grad_(False)
                     twin.zero_grad(set_to_none=True)
                     frozen.setdefault(path, {})[name] = twin
+    begin_generation_(root)  # it may have got its adapters where this plugin was not loaded
     return Reference(_Snapshot(root, vars(root).get(_GENERATION), frozen))
 
 
@@ -154,19 +155,6 @@ def begin_generation_(model: nn.Module) -> None:
 def end_generation_(model: nn.Module) -> None:
     """Invalidate the references of a model that has lost its last adapter: its weights may change now."""
     vars(model).pop(_GENERATION, None)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode; afterwards each module has its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _by_name(slots: Slots) -> dict[str, Slot]:
