@@ -138,11 +138,11 @@ class AdapterConfig:
         if cls.__attrs_post_init__ is not AdapterConfig.__attrs_post_init__:
             raise TypeError(f"{cls.__name__} overrides __attrs_post_init__, which checks it; override problems()")
         _check_annotations(cls, ())
-        made: Any = cls.__init__
+        made, fields = cast(Any, cls.__init__), _settings(cls)
 
         def checked(self: Self, *values: Any, **settings: Any) -> None:
-            if unknown := settings.keys() - _settings(cls).keys():  # Python's TypeError would not say what is meant
-                raise ConfigError([_unknown(key, _settings(cls)) for key in sorted(unknown)])
+            if unknown := settings.keys() - fields.keys():  # Python's TypeError would not say what is meant
+                raise ConfigError([_unknown(key, fields) for key in sorted(unknown)])
             made(self, *values, **settings)
 
         cls.__init__ = functools.wraps(made)(checked)  # type: ignore[assignment, method-assign]
@@ -202,11 +202,7 @@ class AdapterConfig:
 
 
 def from_mapping(cls: type[Config], mapping: object) -> Config:
-    """Build the config that ``mapping`` (from JSON, YAML or a file's header) describes.
-
-    Nothing is guessed. A string for a number or a list, a bool for an int, and an unknown or non-string key are errors.
-    Raises `ConfigError` with every problem and its path.
-    """
+    """Build the config that ``mapping`` describes. Raises `ConfigError` with every problem and its path."""
     fields = _settings(cls)
     if not isinstance(mapping, Mapping):
         raise ConfigError([f"expected a mapping of settings, {_got(mapping)} @ $"])
@@ -296,13 +292,11 @@ def _read(fields: Fields, mapping: Mapping[str, Any]) -> tuple[dict[str, object]
             except Exception as error:  # cattrs raises groups, a plugin's converter may raise anything
                 problems += _located(error, f"$.{name}")
             else:
-                problems += [
-                    f"expected {sign} {limit}, got {shown(number)} @ {path}"
-                    for key, (sign, holds) in _COMPARE.items()
-                    if (limit := field.metadata.get(key)) is not None
-                    for path, number in numbers_in(values[name], f"$.{name}")
-                    if not holds(number, limit)
-                ]
+                for key, (sign, holds) in _COMPARE.items():
+                    limit = field.metadata.get(key)
+                    for path, number in numbers_in(values[name], f"$.{name}") if limit is not None else ():
+                        if not holds(number, limit):
+                            problems.append(f"expected {sign} {limit}, got {shown(number)} @ {path}")
     return values, problems
 
 
@@ -318,13 +312,15 @@ def _located(error: Exception, path: str) -> Iterator[str]:
         yield f"{error} @ {path}"
 
 
-def numbers_in(value: object, path: str) -> Iterator[tuple[str, float]]:
+def numbers_in(value: object, path: str) -> list[tuple[str, float]]:
     """The numbers in a setting, each with its path. A class inside has ranges of its own."""
-    if isinstance(value, (*_LISTS, dict)):
-        for key, element in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from numbers_in(element, f"{path}[{shown(key)}]")
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield path, value
+    if isinstance(value, (int, float)):
+        return [] if isinstance(value, bool) else [(path, value)]
+    if not isinstance(value, (*_LISTS, dict)):
+        return []
+    inside: Iterable[tuple[object, object]]
+    inside = [(shown(key), each) for key, each in value.items()] if isinstance(value, dict) else enumerate(value)
+    return [found for key, element in inside for found in numbers_in(element, f"{path}[{key}]")]
 
 
 # --- The strict converter ---------------------------------------------------------------------------------------------
@@ -395,10 +391,7 @@ def _check_annotations(cls: Any, outer: tuple[object, ...]) -> None:
 
 
 def _forms(cls: Any, outer: tuple[object, ...]) -> set[tuple[object, object]]:
-    """The types of an annotation's values in JSON, each with what it means; empty if a config cannot hold them.
-
-    In a union, nothing may have two meanings.
-    """
+    """The JSON types of an annotation's values, each with its one meaning; empty if a config cannot hold them."""
     if cls in _PLAIN:
         return {(float, float), (int, int)} if cls is float else {(cls, cls)}
     if cls is Path:
@@ -448,7 +441,8 @@ def _scalar(value: Any, cls: Any) -> object:
 
 def _choice(value: object, cls: Any) -> Any:
     # Compare types first: True == 1, but Literal[1] must not accept True. Comparing an array gives an array.
-    for plain, member in _choices(cls):
+    for member in get_args(cls) or cls:
+        plain = member.value if isinstance(member, Enum) else member
         is_alike = isinstance(value, type(plain)) and isinstance(value, bool) == isinstance(plain, bool)
         if value is member or (is_alike and value == plain):
             return member
@@ -463,9 +457,10 @@ def _union(value: object, cls: Any) -> object:
         except _WrongKindError as error:
             raise ConfigError([f"{error} @ $.{TAG}"]) from None
         return options_from(named[name], {key: each for key, each in value.items() if key != TAG})
-    errors: list[Exception] = []
-    is_int = isinstance(value, int) and int in get_args(cls)  # float would accept it too: with `float | int`, 8 stays 8
-    for member in (member for member in get_args(cls) if not (is_int and member is float)):
+    kind, errors = type(value), list[Exception]()
+    if isinstance(value, int) and kind is not bool:  # float would accept it too: with `float | int`, 8 stays 8
+        kind = int
+    for member in (kind,) if kind in get_args(cls) else get_args(cls):
         try:
             return _CONVERTER.structure(value, member)
         except Exception as error:

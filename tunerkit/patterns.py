@@ -60,7 +60,7 @@ def exact_patterns(paths: Iterable[str]) -> dict[str, str]:
 
 def is_broad(pattern: str) -> bool:
     """Check whether a pattern is a glob or a regular expression, which may match many kinds of modules."""
-    return pattern.startswith("re:") or any(character in pattern for character in "*?[")
+    return pattern.startswith("re:") or not {"*", "?", "["}.isdisjoint(pattern)
 
 
 def is_exact(pattern: str) -> bool:

@@ -55,17 +55,8 @@ def select(
 ) -> tuple[Target, ...]:
     """Select the targets, in the model's order. Warn once, listing the modules left out by a broad pattern.
 
-    Args:
-        scanned: The scan of the model.
-        targets: Patterns, or ``"all-linear"``; None for the default, see `_choose_default`.
-        exclude: Patterns of modules to leave out, with everything inside them.
-        layers: The first numbers in the paths of the targets; None for all.
-        trained: The paths of modules that the user trains in full. No target is at or under one.
-        new: The paths of modules trained in full because they are new. Patterns pass over them.
-        adapts: What the method adapts, see `Method.targets`.
-
-    Raises:
-        TargetError: Nothing is selected, or something that was named cannot be; the error lists every problem.
+    No target is at or under a path in ``trained``, and patterns pass over those in ``new``, which are trained in full
+    because they are new. Raises `TargetError`, with every problem, if nothing is selected or a named module cannot be.
     """
     problems: list[str] = []
     left_alone = set(new)  # a container is left alone with everything inside it
@@ -107,7 +98,7 @@ def select(
 
 def _insists(pattern: str | None) -> bool:
     """Whether a pattern is a plain name, or one that names a single path."""
-    return pattern not in (None, ALL_LINEAR) and (is_exact(pattern) or not is_broad(pattern))
+    return pattern not in (None, ALL_LINEAR) and (not is_broad(pattern) or is_exact(pattern))
 
 
 def _stacks(modules: Iterable[ScannedModule]) -> Iterator[str]:
