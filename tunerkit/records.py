@@ -33,7 +33,7 @@ class RecordError(PluginError):
 # Any: nothing is known of the value yet, and types have no common type.
 def conform(value: Any, declared: Any) -> Any:
     """Return a value that is of its declared type, as are all its parts. Raises `Unfit` for another one."""
-    if (wrong := mistyped(value, declared)) is None:
+    if type(value) is declared or (wrong := mistyped(value, declared)) is None:
         return value
     path, part, its_type = wrong
     at, there = (f" with {in_short(part)} at {path}", f", with {type_name(its_type)} there") if path else ("", "")

@@ -291,8 +291,8 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     ),
     "torch.utils._python_dispatch": ("is_observed, dispatch_mode (layers.fused, testing.counting)", operations),
     "_linear_pointwise": ("onednn_product (layers.products)", onednn_products),
-    "_load_state_dict_pre_hooks": ("remove_state_hooks_ (injection.state_dicts)", state_hooks),
-    "_state_dict_hooks": ("remove_state_hooks_ (injection.state_dicts)", state_hooks),
+    "_load_state_dict_pre_hooks": ("remove_state_hooks_ (injection.inject)", state_hooks),
+    "_state_dict_hooks": ("remove_state_hooks_ (injection.inject)", state_hooks),
     "torch._dynamo": (
         "uncompiled, forget_compiled (injection), compile_counter (testing.compiling)",
         lambda: dynamo() and compilations(),

@@ -165,7 +165,7 @@ def unwrap(model: M, *, keep_merged: bool = False, dtype: torch.dtype | None = N
     injection.refuse_disabled(model)
     root = tuners[0].model
     injection.refuse_running(root, "unwrapping")
-    was_merged, places = injection.is_merged(root), list(injection.walk(root))
+    was_merged, places = injection.is_merged(root), injection.walk(root)
     if dtype is not None:
         injection.refuse_lost(tuners)
     if keep_merged and not was_merged:

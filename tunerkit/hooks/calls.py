@@ -94,11 +94,12 @@ class Callers:
 
 def callers_of(tuner: TunerView) -> Callers:
     """Look up what a step calls for an adapter, so that no step looks anything up."""
+    whose = registry.plugin_of(tuner.method)
 
     def caller(hook: Callable[..., object]) -> Caller | None:
         if (found := registry.implementation(hook, tuner.method)) is None:
             return None
-        check, whose, place = CHECKS[hook], registry.plugin_of(tuner.method), f"adapter {tuner.name!r}"
+        check, place = CHECKS[hook], f"adapter {tuner.name!r}"
         named = partial(blame, what=hook.__name__, whose=whose, place=place)
         return Caller(found.function, found.argnames, partial(check, given={"tuner": tuner}), named)
 

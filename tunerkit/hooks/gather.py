@@ -103,10 +103,7 @@ def naming(format: Format, function: str) -> Iterator[None]:
 
 
 def configure(method: str, config: object, model: nn.Module) -> AdapterConfig:
-    """Convert what the user passed as config to the method's config class.
-
-    It is an object of that class, a mapping, None, or an object of another program, which that format's plugin reads.
-    """
+    """Convert to the method's config: a mapping, None, such a config, or an object that a format's plugin reads."""
     if config is None or isinstance(config, Mapping):
         return structure(method, config or {})
     expected, got = registry.get(method).config, type(config)
@@ -147,14 +144,11 @@ def gather_restrictions() -> tuple[Restriction, ...]:
     return tuple(found)
 
 
-@per_catalog
-def _by_class() -> WeakKeyDictionary[type, tuple[Restriction, ...]]:
-    return WeakKeyDictionary()
-
-
 def restrictions_of(kind: type) -> tuple[Restriction, ...]:
     """The restrictions that name a class, or one from which it derives. Each class is looked up once."""
-    if kind not in (known := _by_class()):
+    known: WeakKeyDictionary[type, tuple[Restriction, ...]]
+    known = registry.loaded().known.setdefault(restrictions_of, WeakKeyDictionary())
+    if kind not in known:
         restrictions = gather_restrictions()
         known[kind] = tuple(each for each in restrictions if any(is_named(kind, name) for name in each.classes))
     return known[kind]
@@ -162,10 +156,9 @@ def restrictions_of(kind: type) -> tuple[Restriction, ...]:
 
 def wrapped(model: nn.Module) -> None:
     """Let every plugin prepare a model. Raises `PluginError` if one changes its weights."""
-    before = torch_private.versions(model)
+    before = torch_private.versions(model).items()
     for plugin, _ in registry.ask(specs.tunerkit_wrapped, model=model):
-        now = torch_private.versions(model)
-        if any(now.get(name) != version for name, version in before.items()):
+        if not before <= torch_private.versions(model).items():
             what = "changed weights of the base, which must be loaded again"
             raise PluginError(f"tunerkit_wrapped of {plugin} {what}; {plugin.way_out}")
 
@@ -173,10 +166,10 @@ def wrapped(model: nn.Module) -> None:
 def adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """Tell every plugin which modules of a model have adapters now."""
     tell(specs.tunerkit_adapted, model=model, modules=modules)
-    trained = (parameter.requires_grad for module in modules for parameter in module.parameters())
-    notices = "notices adapters that DistributedDataParallel does not synchronise"
-    if in_group() and any(trained) and (lacking := registry.lacking(notices)) is not None:
-        warn(f"this process is in a group. {lacking}. Wrap the model first, then put it into DDP")
+    if in_group() and any(parameter.requires_grad for module in modules for parameter in module.parameters()):
+        lacking = registry.lacking("notices adapters that DistributedDataParallel does not synchronise")
+        if lacking is not None:
+            warn(f"this process is in a group. {lacking}. Wrap the model first, then put it into DDP")
 
 
 def ranks_changed(
@@ -225,10 +218,10 @@ def _named(plugin: Plugin, record: R) -> R:
     if not isinstance(record, Holding | ModelLibrary):
         return record
     kind, values = type(record), attrs.asdict(record, recurse=False)
-    for name, value in values.items():
-        if callable(value):
-            its = get_args(attrs.fields_dict(kind)[name].type)[-1]
-            values[name] = partial(_called, plugin, f"{name} of a {kind.__name__}", its, value)
+    for field in attrs.fields(kind):
+        if callable(own := values[field.name]) and own is not field.default:
+            its = get_args(field.type)[-1]
+            values[field.name] = partial(_called, plugin, f"{field.name} of a {kind.__name__}", its, own)
     return kind(**values)
 
 
@@ -246,10 +239,7 @@ def _records(hook: Callable[[], Iterable[R]]) -> tuple[R, ...]:
 
 
 def _known(hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plugin, R], ...]:
-    """The records that plugins return from ``hook``, each with its plugin. The same plugins are asked once.
-
-    One that raises, or whose answer is not as it must be, is left out.
-    """
+    """The records that plugins return from ``hook``, each with its plugin, asked once; those that fail are left out."""
     catalog = registry.loaded()  # before plugins are asked: they may bring others
     if hook not in catalog.known:
         catalog.known[hook] = _asked(catalog, hook)

@@ -88,10 +88,7 @@ class Registry:
         return catalog.owners.get(method) in catalog.hooks[hook.__name__]
 
     def implementation(self, hook: Callable[..., object], method: str) -> pluggy.HookImpl | None:
-        """Return the implementation of a hook by the plugin that owns the method; None if it has none.
-
-        It may be kept: plugins that come or go later do not change it.
-        """
+        """The implementation of a hook by the plugin that owns the method, which may be kept; None if it has none."""
         catalog = self.loaded()
         owner = catalog.owners.get(method)
         caller = None if owner is None else catalog.hooks[hook.__name__].get(owner)

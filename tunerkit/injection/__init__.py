@@ -20,6 +20,7 @@ from tunerkit.injection.slots import (
     inside,
     is_called,
     is_merged,
+    places_in,
     refuse_disabled,
     refuse_fixed,
     slots_of,

@@ -55,14 +55,7 @@ def factors_of(tuner: Tuner) -> dict[str, Factors]:
 
 
 def copies_of(tuner: Tuner) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of the modules that an adapter trains in full, on the CPU.
-
-    Args:
-        tuner: The adapter's handle.
-
-    Returns:
-        The tensors by module path and by their name in the module.
-    """
+    """Return the tensors of the modules that an adapter trains in full, on the CPU, by module path and name in it."""
     return {
         path: {name: tensor.detach().cpu() for name, tensor in slot.copy.state_dict().items()}
         for path, slot in slots_in(tuner)
@@ -71,14 +64,7 @@ def copies_of(tuner: Tuner) -> dict[str, dict[str, Tensor]]:
 
 
 def biases_of(tuner: Tuner) -> dict[str, Tensor]:
-    """Return the other biases that an adapter trains, on the CPU.
-
-    Args:
-        tuner: The adapter's handle.
-
-    Returns:
-        The biases, (out,), by module path.
-    """
+    """Return the other biases that an adapter trains, (out,), on the CPU, by module path."""
     return {path: slot.bias.detach().cpu() for path, slot in slots_in(tuner) if slot.bias is not None}
 
 

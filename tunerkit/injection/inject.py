@@ -13,7 +13,7 @@ from tunerkit.errors import AdapterError, PluginError, TargetError, first as fir
 from tunerkit.injection.integrity import note_call, shapes_of, watch
 from tunerkit.injection.preconditions import refuse_mixed_dtypes, refuse_overlap, refuse_rows, refuse_running
 from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, is_called, slots_of, walk
-from tunerkit.injection.state_dicts import unwatch_states_, watch_states_
+from tunerkit.injection.state_dicts import mark_merged, refuse_state
 from tunerkit.injection.tuner import WRAPPED, Tuner, Wrapped, modules_in, slots_in, wrapped_of
 from tunerkit.injection.weight_override import update_overrides_
 from tunerkit.layers import Adapter, BaseLayer, as_output, bias_name, torch_private, weight_of, weights
@@ -248,7 +248,7 @@ def _prepare_(model: nn.Module) -> None:
     vars(model)[WRAPPED] = Wrapped(frozen=tuple(own))  # first, so that an interruption can be undone
     for parameter in own.values():
         parameter.requires_grad_(False)
-    watch_states_(model)
+    _watch_states_(model)
     model.register_forward_pre_hook(refuse_rows, prepend=True, with_kwargs=True)
     hooks.wrapped(model)
 
@@ -263,7 +263,7 @@ def _put_(path: str, module: nn.Module, tuner: Tuner, slot: Slot, scanned: Scan)
     if slots is None:
         slots = Slots(base).train(module.training)
         module.add_module(CHILD, slots)
-        watch_states_(module)
+        _watch_states_(module)
         if reader is None:
             # First: the base's own hooks then see the same output as after a merge.
             module.register_forward_hook(apply_slots, with_kwargs=True, prepend=True)
@@ -273,6 +273,11 @@ def _put_(path: str, module: nn.Module, tuner: Tuner, slot: Slot, scanned: Scan)
         slot.eval()
     slots.put(tuner.name, slot)
     return reader
+
+
+def _watch_states_(module: nn.Module) -> None:
+    module.register_state_dict_post_hook(mark_merged)
+    module.register_load_state_dict_pre_hook(refuse_state)
 
 
 def eject_(tuners: Sequence[Tuner]) -> None:
@@ -291,7 +296,7 @@ def eject_(tuners: Sequence[Tuner]) -> None:
                     continue
                 delattr(module, CHILD)
             if module is not model:
-                unwatch_states_(module)
+                torch_private.remove_state_hooks_(module, mark_merged, refuse_state)
             torch_private.remove_hooks_(module, apply_slots)
             _resume_statistics_(module)
         wrapped.tuners.pop(tuner.name, None)
@@ -303,7 +308,7 @@ def eject_(tuners: Sequence[Tuner]) -> None:
                 # A base that was built in inference mode accepts requires_grad only there.
                 with torch.inference_mode(parameter.is_inference()):
                     parameter.requires_grad_(True)
-        unwatch_states_(model)
+        torch_private.remove_state_hooks_(model, mark_merged, refuse_state)
         torch_private.remove_hooks_(model, refuse_rows)
         hooks.tell(hooks.specs.tunerkit_unwrapped, model=model)
         vars(model).pop(WRAPPED, None)
@@ -313,7 +318,7 @@ def eject_(tuners: Sequence[Tuner]) -> None:
 def activate_(model: nn.Module, names: Sequence[str]) -> None:
     """Apply exactly the named adapters, in this order. Compiled code follows: its guards read the tuples."""
     refuse_running(model, "activating adapters")
-    adapted = list(walk(model))
+    adapted = walk(model)
     for path, _, slots in adapted:
         rivals = [name for name in names if name in slots.copies]
         if len(rivals) > 1:
@@ -386,7 +391,7 @@ def copy_base(module: nn.Module) -> nn.Module:
     torch_private.mute_hooks_(twin)
     hooks.tell(hooks.specs.tunerkit_unwrapped, model=twin)
     for part in twin.modules():
-        unwatch_states_(part)
+        torch_private.remove_state_hooks_(part, mark_merged, refuse_state)
     torch_private.remove_hooks_(twin, refuse_rows)
     _resume_statistics_(twin)
     return twin

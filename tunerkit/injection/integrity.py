@@ -9,7 +9,7 @@ from torch import nn
 
 from tunerkit import hooks
 from tunerkit.errors import AdapterError, warn
-from tunerkit.injection.slots import base_modules, is_called, slots_of
+from tunerkit.injection.slots import base_modules, is_called, places_in, slots_of
 from tunerkit.injection.tuner import Tuner, modules_in, slots_in, tuners_of, wrapped_of
 from tunerkit.injection.weight_override import overridden_in
 from tunerkit.layers import forward_name, is_packed, torch_private, whole_shape
@@ -38,7 +38,7 @@ def refuse_lost(tuners: Iterable[Tuner]) -> None:
 
 
 def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
-    list(slots_in(tuner))  # raises if the adapter itself was removed from a module
+    slots_in(tuner)  # raises if the adapter itself was removed from a module
     modules = [module for _, module in base_modules(tuner.model)]
     # By identity, not by path: a module that was put into DDP or a compiled module still runs.
     present = set(map(id, modules))
@@ -174,8 +174,7 @@ def warn_of_base_changes(tuners: Sequence[Tuner], *, again: bool = True) -> None
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
     """Yield the base's own parameters by name, and whether a trained copy of their module is used instead."""
     copied: set[str] = set()
-    for path, module in base_modules(model):
-        slots = slots_of(module)
+    for path, module, slots in places_in(model):
         if slots is not None and slots.copies:
             copied.add(path)
         is_covered = is_under(path, copied)

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from tunerkit import hooks
 from tunerkit.errors import AdapterError, ConfigError, closest, warn
-from tunerkit.injection.slots import Slot, base_modules, inside, refuse_fixed, slots_of, walk
+from tunerkit.injection.slots import Slot, base_modules, inside, places_in, refuse_fixed, walk
 from tunerkit.injection.tuner import Tuner, tuners_of
 from tunerkit.layers import torch_private, weights
 from tunerkit.paths import CHILD, is_under, join
@@ -36,53 +36,48 @@ def check_name(adapter: object, taken: Collection[str]) -> None:
 def ready_model(model: object, adapter: str, *, trainable: bool) -> nn.Module:
     """Return the model inside `torch.compile` and the like. Raise `AdapterError` if it cannot take another adapter."""
     root = inside(model)
-    lazy = [name for name, p in root.named_parameters() if issubclass(type(p), UninitializedParameter)]
-    if lazy:
-        raise AdapterError(f"the model has parameters without a shape yet ({lazy[0]}, ...); run one batch first")
-    if trainable and (name := next((name for name, p in root.named_parameters() if p.is_inference()), None)):
-        raise AdapterError(
-            f"the model was built inside torch.inference_mode(), and torch trains nothing beside such weights ({name}, "
-            "...); build or load it outside"
-        )
+    for name, parameter in root.named_parameters():
+        if issubclass(type(parameter), UninitializedParameter):
+            raise AdapterError(f"the model has parameters without a shape yet ({name}, ...); run one batch first")
+        if trainable and parameter.is_inference():
+            raise AdapterError(
+                "the model was built inside torch.inference_mode(), and torch trains nothing beside such weights "
+                f"({name}, ...); build or load it outside"
+            )
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in root.modules()):
         raise AdapterError("the model is already inside DistributedDataParallel; wrap it first, then put it into DDP")
     refuse_restricted(base_modules(root), "wrap")
     tuners = tuners_of(root)
     wrapped = next((tuner.model for tuner in tuners.values()), None)
-    if wrapped is not root and (tuners or next(walk(root), None) is not None):
+    if wrapped is not root and (tuners or walk(root)):
         whole = f"the {type(wrapped).__name__} inside it" if wrapped is not None else "the model that it is a part of"
         raise AdapterError(f"{whole} has adapters already; wrap that one, so that one model holds them all")
-    foreign = [path for path, module in base_modules(root) if hasattr(module, CHILD) and slots_of(module) is None]
-    if foreign:
-        raise AdapterError(
-            f"the model has an attribute {CHILD!r} of its own at {foreign[0]!r}; adapters go there: rename it"
-        )
+    for path, module, slots in places_in(root):
+        if slots is None and hasattr(module, CHILD):
+            raise AdapterError(
+                f"the model has an attribute {CHILD!r} of its own at {path!r}; adapters go there: rename it"
+            )
     check_name(adapter, tuners)
     refuse_fixed(root, "adding an adapter")
     return root
 
 
 def refuse_restricted(modules: Iterable[tuple[str, nn.Module]], verb: str) -> None:
-    """Raise the error of the first restriction of ``verb`` that applies to ``modules``: pairs of a path and a module.
-
-    The modules inside them are not searched.
-    """
+    """Raise the error of the first restriction of ``verb`` on ``modules``, pairs of path and module, not on others."""
     restrictions = [each for each in hooks.gather_restrictions() if verb in each.refused]
     marks = {name for each in restrictions for name in each.marks}
-    of_class: dict[type, list[Restriction]] = {}  # a model has many layers of few classes
+    of_class: dict[type, tuple[Restriction, ...]] = {}  # a model has many layers of few classes
     for path, module in modules:
-        things: list[tuple[str, nn.Module | nn.Parameter]] = [(path, module)]
-        things += [(join(path, name), p) for name, p in torch_private.own_parameters(module).items() if p is not None]
-        for place, thing in things:
-            kind = type(thing)
-            if kind not in of_class:
-                of_class[kind] = [each for each in hooks.restrictions_of(kind) if verb in each.refused]
-            if not of_class[kind] and marks.isdisjoint(vars(thing)):
+        for name, thing in {"": module, **torch_private.own_parameters(module)}.items():
+            if (kind := type(thing)) not in of_class:
+                of_class[kind] = hooks.restrictions_of(kind)
+            if thing is None or (not of_class[kind] and marks.isdisjoint(vars(thing))):
                 continue
             for each in restrictions:
                 own = vars(thing)
                 marked = any(name in own and value in (None, own[name]) for name, value in each.marks.items())
                 if each in of_class[kind] or marked:
+                    place = join(path, name) if name else path
                     where = f"at {place!r}" if place else "in the model itself"
                     error = (each.error or AdapterError)(
                         f"cannot {verb} with {each.name}, found {where}: {each.refused[verb]}"

@@ -1,6 +1,6 @@
 """The child ``tunerkit`` of adapted modules, with what each adapter adds there, and where a model has such modules."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -110,16 +110,16 @@ class Slots(nn.Module):
     active: tuple[str, ...]
     enabled: bool
     merged: tuple[str, ...]
+    permanent: bool
+    rounding: Rounding | None
+    whole: dict[str, Any]
+    parting: Any
     effect: "Callable[[Slots, nn.Module, tuple[Any, ...], Mapping[str, Any], Any, bool], Any] | None"
 
     def __init__(self, base: BaseLayer | None) -> None:
         super().__init__()
-        vars(self).update(active=(), enabled=True, merged=())
+        vars(self).update(active=(), enabled=True, merged=(), permanent=False, rounding=None, whole={}, parting=None)
         self.see_as(base)
-        self.permanent = False
-        self.rounding: Rounding | None = None
-        self.whole: dict[str, Any] = {}
-        self.parting: Any = None
 
     def see_as(self, base: BaseLayer | None) -> None:
         """Set the base layer."""
@@ -171,17 +171,14 @@ class Slots(nn.Module):
         self.activate((*self.active, name))
 
     def activate(self, names: Iterable[str]) -> None:
-        """Apply exactly these adapters of those that have a slot here.
-
-        Adapters that read the base layer's output come first, before another one changes it.
-        """
+        """Apply exactly these adapters, of those with a slot here; first those that read the base layer's output."""
         own = self._by_name
         ours = (name for name in names if name in own)
         self.active = tuple(sorted(ours, key=lambda name: not own[name].reads_output))
 
     def get(self, name: str) -> Slot | None:
         """Return the slot of one adapter."""
-        return self._by_name.get(name)
+        return cast("Slot | None", torch_private.own_children(self).get(name))
 
     def drop(self, name: str) -> None:
         """Remove a slot, if the adapter has one here."""
@@ -336,19 +333,22 @@ def is_called(module: nn.Module) -> bool:
     return torch_private.has_hook(module, apply_slots)
 
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of ``model`` with their paths, each once and in its order, without the adapters' own.
+def places_in(model: nn.Module) -> list[tuple[str, nn.Module, Slots | None]]:
+    """The modules of ``model`` with their paths and slots, each once and in its order, without the adapters' own.
 
     ``named_modules`` would also visit every adapter, and most modules of a wrapped model are in adapters.
     """
     return torch_private.modules_outside(model, Slots)
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slots]]:
-    """Yield every adapted module of ``model`` with its dotted path and its slots, in model order."""
-    for path, module in base_modules(model):
-        if (slots := slots_of(module)) is not None:
-            yield path, module, slots
+def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The same, without slots."""
+    return [(path, module) for path, module, _ in places_in(model)]
+
+
+def walk(model: nn.Module) -> list[tuple[str, nn.Module, Slots]]:
+    """Every adapted module of ``model`` with its dotted path and its slots, in model order."""
+    return [(path, module, slots) for path, module, slots in places_in(model) if slots is not None]
 
 
 def is_merged(model: nn.Module) -> bool:
@@ -358,8 +358,9 @@ def is_merged(model: nn.Module) -> bool:
 
 def refuse_disabled(model: nn.Module) -> None:
     """Raise `AdapterError` inside ``with disabled(model)``, where the base replaces what a caller would change."""
-    if any(not slots.enabled for _, _, slots in walk(model)):
-        raise AdapterError("the model's adapters are disabled; leave the block of tunerkit.disabled first")
+    for _, _, slots in walk(model):
+        if not slots.enabled:
+            raise AdapterError("the model's adapters are disabled; leave the block of tunerkit.disabled first")
 
 
 def refuse_fixed(model: nn.Module, what: str) -> None:

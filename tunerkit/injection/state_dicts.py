@@ -21,21 +21,10 @@ _MERGED = "tunerkit.merged"
 _SAMPLES = 16
 
 
-def watch_states_(module: nn.Module) -> None:
-    """Mark the states that are taken of ``module``, a wrapped model or an adapted module, and check those for it."""
-    module.register_state_dict_post_hook(mark_merged)
-    module.register_load_state_dict_pre_hook(refuse_state)
-
-
-def unwatch_states_(module: nn.Module) -> None:
-    """Undo `watch_states_`."""
-    torch_private.remove_state_hooks_(module, mark_merged, refuse_state)
-
-
 def mark_merged(module: nn.Module, state: object, prefix: str, metadata: dict[str, Any]) -> None:
-    """Mark the metadata of a state with merged weights: the post-hook of a watched module. The keys stay as they are.
+    """Mark the metadata of a state with merged weights: the post-hook of a wrapped model and of adapted modules.
 
-    Inside `disabled` the weights are the base's.
+    The keys stay as they are. Inside `disabled` the weights are the base's.
     """
     if any(slots.merged and slots.enabled for _, _, slots in walk(module)):
         metadata[_MERGED] = True
@@ -50,7 +39,7 @@ def refuse_state(
     or a safetensors file, is recognised by its values, if it belongs to the same base.
     """
     marked, found = _MERGED in metadata, None
-    places = list(walk(module))
+    places = walk(module)
     for path, part, slots in places:
         if slots.permanent:  # also a module without an active adapter, which is not merged
             continue

@@ -143,13 +143,12 @@ class Tuner:
 
         Those that the method keeps fixed are among them, with ``requires_grad=False``.
         """
-        for _, slot in slots_in(self):
-            yield from slot.parameters()
+        return iter([parameter for _, slot in slots_in(self) for parameter in slot.parameters()])
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the adapter's parameters with their names in the adapter's file, such as ``"encoder.0.adapter.b"``."""
-        for path, slot in slots_in(self):
-            yield from ((join(path, name), parameter) for name, parameter in slot.named_parameters())
+        own = slots_in(self)
+        return iter([(join(path, name), each) for path, slot in own for name, each in slot.named_parameters()])
 
     def ranks(self) -> dict[str, int]:
         """Return the live rank by target path: AdaLoRA's last mask, LoRA's constant."""
@@ -274,11 +273,7 @@ class Adapters(dict[str, Tuner]):
 
 
 def table_of(ranks: Mapping[str, int]) -> str:
-    """Return ranks by path as a table in HTML: a row for each layer, a column for each matrix, shaded by rank.
-
-    The first number in a path is its layer. The shade is a thin colour over the page's own background, so that dark
-    pages can be read too. It is empty if nothing has a rank, or for more than 10,000 cells.
-    """
+    """Return ranks by path in HTML: a row for each layer, a column for each matrix; empty above 10,000 cells."""
     rows: dict[str, dict[str, int]] = {}
     for path, rank in ranks.items():
         parts = path.split(".")
@@ -288,7 +283,7 @@ def table_of(ranks: Mapping[str, int]) -> str:
     if not top or len(rows) * len(columns) > 10_000:
         return ""
     lines = ["".join(f"<th>{escape(name).replace('.', '.<wbr>')}</th>" for name in ("", *columns))]
-    for layer, row in rows.items():
+    for layer, row in rows.items():  # the shade is thin, so that dark pages can be read too
         shades = {matrix: f"background:rgba(70,130,180,{0.6 * rank / top:.2f})" for matrix, rank in row.items()}
         cells = (f'<td style="{shades.get(matrix, "")}">{row.get(matrix, "")}</td>' for matrix in columns)
         lines.append(f"<th>{escape(layer)}</th>{''.join(cells)}")
@@ -305,16 +300,17 @@ def modules_in(tuner: Tuner) -> dict[str, nn.Module]:
     return {place.path: place.module for place in (*tuner.targets, *tuner.copies, *tuner.biases)}
 
 
-def slots_in(tuner: Tuner) -> Iterator[tuple[str, Slot]]:
-    """Yield an adapter's slots by path: targets, copies, then other biases. Raises `AdapterError` if one is gone."""
+def slots_in(tuner: Tuner) -> list[tuple[str, Slot]]:
+    """An adapter's slots by path: targets, copies, then other biases. Raises `AdapterError` if one is gone."""
     # By the record first: another adapter may have taken the name of one that was deleted.
-    present = wrapped_of(tuner.model).tuners.get(tuner.name) is tuner
+    present, found = wrapped_of(tuner.model).tuners.get(tuner.name) is tuner, list[tuple[str, Slot]]()
     for path, module in modules_in(tuner).items():
         slots = slots_of(module)
         slot = slots.get(tuner.name) if slots is not None and present else None
         if slot is None:
             raise AdapterError(f"adapter {tuner.name!r} is gone from the model at {path!r}; wrap or load it again")
-        yield path, slot
+        found.append((path, slot))
+    return found
 
 
 def needs_steps(tuner: Tuner) -> bool:

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import BuiltinFunctionType, FrameType
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from torch import Tensor, nn, overrides
 from torch.autograd import forward_ad
 from torch.utils import checkpoint
 from torch.utils._device import DeviceContext
+
+H = TypeVar("H", bound=nn.Module)
 
 # --- A module's own parameters and children --------------------------------------------------------------------------
 
@@ -37,19 +39,25 @@ def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
-def modules_outside(model: nn.Module, hidden: type[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of ``model`` with their paths, each once and in its order, without those of a class."""
-    seen: set[int] = set()
+def modules_outside(model: nn.Module, hidden: type[H]) -> list[tuple[str, nn.Module, H | None]]:
+    """The modules of ``model`` with their paths, each once and in its order; beside each its child of a class.
+
+    Modules of that class are left out, with what is inside them.
+    """
+    found: dict[int, tuple[str, nn.Module, H | None]] = {}
     waiting = [("", model)]
     while waiting:
         path, module = waiting.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield path, module
+        if id(module) not in found:
+            own = None
             # In reverse, since the last entry of the list is visited first.
             for name, child in reversed(module._modules.items()):
-                if child is not None and type(child) is not hidden:
+                if isinstance(child, hidden):
+                    own = child
+                elif child is not None:
                     waiting.append((f"{path}.{name}" if path else name, child))
+            found[id(module)] = path, module, own
+    return [*found.values()]
 
 
 def compiled_from(module: nn.Module) -> nn.Module | None:
@@ -195,7 +203,7 @@ def version(tensor: Tensor) -> int | None:
 def versions(module: nn.Module) -> dict[str, tuple[int, int | None]]:
     """Which tensors ``module`` has, by name, and how often each was changed in place."""
     own = {**dict(module.named_buffers()), **dict(module.named_parameters())}
-    return {name: (id(tensor), version(tensor)) for name, tensor in own.items()}
+    return {name: (id(t), None if t.is_inference() else t._version) for name, t in own.items()}
 
 
 def is_intercepted() -> bool:

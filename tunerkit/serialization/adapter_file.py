@@ -183,13 +183,13 @@ def _refuse_unsavable(tuner: Tuner) -> None:
     """Raise `AdapterError` if no base would fit the file, or nothing here can gather the adapter's shards."""
     injection.refuse_restricted(injection.base_modules(tuner.model), "save")
     injection.refuse_lost([tuner])
-    shards = [name for name, parameter in tuner.named_parameters() if layers.is_sharded(parameter)]
-    if shards and not injection.engine_of(tuner).splits:
+    holder = None if injection.engine_of(tuner).splits else layers.weights.sharding(tuner.parameters())
+    if holder is not None:
+        shards = [name for name, parameter in tuner.named_parameters() if layers.is_sharded(parameter)]
         error = AdapterError(
             f"each process holds a shard of adapter {tuner.name!r} ({few(shards, shown=2)}), and only an attached one "
             "is gathered: call tunerkit.attach after sharding, in every process, and save in every process"
         )
-        holder = layers.weights.sharding(tuner.parameters())
         raise hooks.because_of(holder, hooks.specs.tunerkit_holdings, error)
 
 
@@ -198,10 +198,10 @@ def warn_of_unspent_schedule(tuner: Tuner) -> None:
     if tuner.steps == 0 or tuner.total_steps is None:
         return
     final = hooks.budget(tuner, tuner.total_steps)
-    if final is not None and tuner.budget() > final:
+    if final is not None and (now := tuner.budget()) > final:
         warn(
-            f"adapter {tuner.name!r} is at step {tuner.steps} of {tuner.total_steps} with a budget of "
-            f"{tuner.budget()}, above the final {final}; if training is over, call tuner.finish() before you save"
+            f"adapter {tuner.name!r} is at step {tuner.steps} of {tuner.total_steps} with a budget of {now}, above the "
+            f"final {final}; if training is over, call tuner.finish() before you save"
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tunerkit import hooks, layers, targets
 from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, cut, shown, warn
-from tunerkit.injection import Tuner, base_modules, slots_of
+from tunerkit.injection import Tuner, base_modules, places_in, walk
 from tunerkit.layers import BaseLayer, as_base_layers, is_packed, torch_private, weights, whole_shape
 from tunerkit.paths import few, is_adapter_path, is_under, join
 from tunerkit.records import Target
@@ -84,9 +84,9 @@ def _bases(tuner: Tuner, scanned: Scan | None = None) -> dict[nn.Module, BaseLay
     """Return the base layers of a model: as they were when they were adapted, and the others as they are now."""
     if scanned is not None:
         return {found.module: found.base for found in scanned.by_path.values() if found.base is not None}
-    modules = [module for _, module in base_modules(tuner.model)]
-    adapted = {each: slots.base for each in modules if (slots := slots_of(each)) is not None and slots.base is not None}
-    return adapted | as_base_layers([each for each in modules if each not in adapted], hooks.gather_knowledge())
+    places = places_in(tuner.model)
+    adapted = {each: slots.base for _, each, slots in places if slots is not None and slots.base is not None}
+    return adapted | as_base_layers([each for _, each, _ in places if each not in adapted], hooks.gather_knowledge())
 
 
 def _base_weights(
@@ -102,10 +102,10 @@ def _base_weights(
     biased = {join(place.path, layers.bias_name(bases.get(place.module))) for place in tuner.biases}
     found: dict[str, Tensor] = {}
     packed: dict[str, dict[str, Any]] = {}
-    for path, module in base_modules(tuner.model):
+    for path, module, slots in places_in(tuner.model):
         if is_under(path, left_out):
             continue
-        base, slots = bases.get(module), slots_of(module)
+        base = bases.get(module)
         if base is not None and base.packing is not None:
             own = {base.bias_name: base.bias()}
             shape = [base.out_features, base.in_features]
@@ -237,8 +237,7 @@ def base_values(tuner: Tuner) -> dict[str, Tensor]:
     """Return the base's own values of the modules that are trained in full, by the names of their copies."""
     found = {}
     for place in tuner.copies:
-        for path, module in base_modules(place.module):
-            slots = slots_of(module)
+        for path, module, slots in places_in(place.module):
             for name, live in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 value = live.detach() if slots is None else slots.original(name, live)
                 found[join(place.path, f"copy.{join(path, name)}")] = value
@@ -310,9 +309,9 @@ def _unwritten(header: Header, entry: str, source: str) -> FileError:
 
 def warn_of_lone(tuner: Tuner) -> None:
     """Warn if no active adapter trains a module that another one trained when the adapter was made."""
-    modules = dict(base_modules(tuner.model)) if tuner.progress.beside else {}
-    slots = {path: slots_of(modules[path]) for path in tuner.progress.beside}
-    lone = [path for path, own in slots.items() if own is None or own.copies.keys().isdisjoint(own.active)]
+    beside = tuner.progress.beside
+    slots = {path: own for path, _, own in walk(tuner.model)} if beside else {}
+    lone = [path for path in beside if path not in slots or slots[path].copies.keys().isdisjoint(slots[path].active)]
     if lone:
         warn(
             f"adapter {tuner.name!r} was trained beside another adapter that trains {few(lone, shown=5)} in full, and "

@@ -111,9 +111,9 @@ def encode(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of the header's text and of each tensor's name, dtype, shape and bytes, sorted by name."""
+    """The sha256 of the header's text and of each plain tensor's name, dtype, shape and bytes, sorted by name."""
     hasher = hashlib.sha256(text.encode())
-    for name, tensor in sorted(plain(tensors).items()):
+    for name, tensor in sorted(tensors.items()):
         hasher.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         hasher.update(bytes_of(tensor))
     return hasher.hexdigest()

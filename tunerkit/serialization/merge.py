@@ -117,7 +117,7 @@ def unmerge(model: M) -> M:
 def restore_originals_(model: nn.Module) -> None:
     """Undo a merge if there is one. If this is interrupted, it is undone all the same before it raises."""
     weights.reshard_(model)
-    places = list(injection.walk(model))
+    places = injection.walk(model)
     refuse_permanent(places)
 
     def restore_() -> None:

@@ -17,7 +17,7 @@ from tunerkit.injection import Slots
 from tunerkit.layers import torch_private
 from tunerkit.paths import is_under, join
 
-Places = Sequence[tuple[str, nn.Module, Slots]]  # as `injection.walk` yields them
+Places = Sequence[tuple[str, nn.Module, Slots]]  # as `injection.walk` returns them
 
 
 @attrs.frozen(eq=False)

@@ -209,7 +209,7 @@ def _refuse_misplaced(drive: Drive) -> None:
         is_there = is_there and place.children.get(CHILD) is place.slots and place.own.get(name) is place.slot
         is_merged = is_merged or bool(place.slots.merged)
     if not is_there:
-        list(slots_in(drive.tuner))  # raises an error that names the module
+        slots_in(drive.tuner)  # raises an error that names the module
     if is_merged:
         raise StepError("the model is merged: a step would train nothing. Call tunerkit.unmerge before more training")
 

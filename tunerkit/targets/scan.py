@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Final, NamedTuple
 
 import attrs
@@ -26,7 +27,8 @@ _ENDINGS = ("_head", "_heads", "_classifier", "_predictions")
 class ScannedModule:
     """A module of the model."""
 
-    paths: tuple[str, ...]  # at which it is registered
+    path: str  # the first at which it is registered, its name in results and messages
+    paths: tuple[str, ...]  # all of these
     module: nn.Module
     base: BaseLayer | None  # None if no kind matches it
     reading_owner: nn.Module | None  # the first of its holders whose forward uses its weight directly
@@ -35,11 +37,6 @@ class ScannedModule:
     layer: int | None  # the first number in its first path: the index of its block
     in_head: bool  # whether it is an output head or inside one
     in_block: bool  # whether it is in a numbered block; a head may number its layers too, most often in a Sequential
-    path: str = attrs.field(init=False)  # the first one, its name in results and messages
-
-    @path.default
-    def _first(self) -> str:
-        return self.paths[0]
 
     @property
     def reader(self) -> nn.Module | None:
@@ -79,12 +76,12 @@ def scan(model: nn.Module, knowledge: Knowledge, *, unloaded: bool = False) -> S
     for registration in _registrations(model, knowledge):
         places[id(registration.module)].append(registration)
     bases = as_base_layers([found[0].module for found in places.values()], knowledge)
-    root, *modules = (_scanned(found, bases.get(found[0].module)) for found in places.values())
+    root, *modules = [_scanned(found, bases.get(found[0].module)) for found in places.values()]
     return Scan(
         root=root,
         modules=tuple(modules),
         by_path={path: scanned for scanned in (root, *modules) for path in scanned.paths},
-        sharers=tied((scanned.path, scanned.module) for scanned in (root, *modules)),
+        sharers=tied([(scanned.path, scanned.module) for scanned in (root, *modules)]),
         knowledge=knowledge,
         unloaded=unloaded,
     )
@@ -121,6 +118,7 @@ def _scanned(places: Sequence[_Registration], base: BaseLayer | None) -> Scanned
     main, in_head = places[0], any(place.in_head for place in places)
     readers = [place.owner for place in places if place.path.rpartition(".")[2] in place.read]
     return ScannedModule(
+        path=main.path,
         paths=tuple([place.path for place in places]),
         module=main.module,
         base=base,
@@ -136,14 +134,12 @@ def _scanned(places: Sequence[_Registration], base: BaseLayer | None) -> Scanned
 def from_paths(scanned: Scan, paths: Sequence[str]) -> tuple[Target, ...]:
     """The modules at exact paths, such as an adapter file's, in their order. Raises `TargetError` for missing ones."""
     missing = [path for path in paths if not path or path not in scanned.by_path]
-    # Searching for the closest names is slow, and a model of another architecture lacks every path.
-    problems = [
-        f"no module named {shown(path)}{closest(path, scanned.by_path) if number < SEARCHED else ''}"
-        for number, path in enumerate(missing)
-    ]
-    if problems:
+    if missing:
+        # Searching for the closest names is slow, and a model of another architecture lacks every path.
+        hints = [closest(path, scanned.by_path) for path in missing[:SEARCHED]]
+        problems = [f"no module named {shown(path)}{hint}" for path, hint in zip_longest(missing, hints, fillvalue="")]
         raise TargetError("\n".join(first(problems)))
-    return tuple(Target(path, scanned.by_path[path].module) for path in paths)
+    return tuple([Target(path, scanned.by_path[path].module) for path in paths])
 
 
 def tied(modules: Iterable[tuple[str, nn.Module]]) -> Mapping[int, tuple[str, ...]]:
