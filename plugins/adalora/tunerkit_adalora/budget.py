@@ -1,14 +1,16 @@
 """The budget over the targets: what a triplet costs, what is live, and what the config allows."""
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter, mul
 
 import attrs
 
 from tunerkit.plugin import ConfigError, Target, lookup
-from tunerkit_adalora.config import AdaLoraConfig
-from tunerkit_adalora.resolved import Resolved
+from tunerkit_adalora.config import AdaLoraConfig, Resolved
 from tunerkit_adalora.schedule import Schedule, plan
 from tunerkit_adalora.svd_layer import SvdLayer
+
+_RANK = attrgetter("rank")
 
 
 @attrs.frozen
@@ -19,13 +21,16 @@ class Bounds:
     maximum: tuple[int, ...]
 
 
-def schedule_of(config: AdaLoraConfig, resolved: Resolved, layers: Sequence[SvdLayer], total_steps: int) -> Schedule:
+def schedule_of(
+    config: AdaLoraConfig, resolved: Resolved, layers: Sequence[SvdLayer], costs: Sequence[int], total_steps: int
+) -> Schedule:
     """Lay out the schedule as the config alone describes it.
 
     Args:
         config: The config.
         resolved: Its resolved settings.
         layers: The layers at all targets.
+        costs: What a triplet of each layer costs.
         total_steps: T, in optimizer steps.
 
     Returns:
@@ -34,7 +39,7 @@ def schedule_of(config: AdaLoraConfig, resolved: Resolved, layers: Sequence[SvdL
     Raises:
         ConfigError: If the schedule is impossible.
     """
-    per_rank = sum(costs_of(config, layers))  # one triplet at each target
+    per_rank = sum(costs)  # one triplet at each target
     target = resolved.target_rank * per_rank if config.budget is None else config.budget
     return plan(
         total_steps=total_steps,
@@ -43,22 +48,14 @@ def schedule_of(config: AdaLoraConfig, resolved: Resolved, layers: Sequence[SvdL
         delta_t=config.delta_t,
         initial=resolved.init_rank * per_rank,
         target=target,
-        prunes=live_budget(config, layers) > target,
+        prunes=live_budget(layers, costs) > target,
         target_field="target_rank" if config.budget is None else "budget",
     )
 
 
-def live_budget(config: AdaLoraConfig, layers: Sequence[SvdLayer]) -> int:
-    """Add up what the masks keep.
-
-    Args:
-        config: The config, whose unit the budget is in.
-        layers: The layers.
-
-    Returns:
-        Live triplets, or their parameters.
-    """
-    return sum(layer.rank * cost for layer, cost in zip(layers, costs_of(config, layers), strict=True))
+def live_budget(layers: Sequence[SvdLayer], costs: Sequence[int]) -> int:
+    """Add up what the masks keep of the layers, whose triplets have these costs: live triplets, or their parameters."""
+    return sum(map(mul, map(_RANK, layers), costs))
 
 
 def costs_of(config: AdaLoraConfig, layers: Sequence[SvdLayer]) -> list[int]:
@@ -89,17 +86,24 @@ def bounds_of(config: AdaLoraConfig, resolved: Resolved, targets: Sequence[Targe
     """
     greatest = resolved.init_rank if config.max_rank is None else config.max_rank
     return Bounds(
-        minimum=tuple(_at(target.path, config.min_rank, 0) for target in targets),
-        maximum=tuple(_at(target.path, greatest, resolved.init_rank) for target in targets),
+        minimum=_at_each(targets, config.min_rank, 0),
+        maximum=_at_each(targets, greatest, resolved.init_rank),
     )
 
 
-def _at(path: str, bound: int | Mapping[str, int], default: int) -> int:
-    return lookup(bound, path, default) if isinstance(bound, Mapping) else bound
+def _at_each(targets: Sequence[Target], bound: int | Mapping[str, int], default: int) -> tuple[int, ...]:
+    if isinstance(bound, int):
+        return (bound,) * len(targets)
+    return tuple(lookup(bound, target.path, default) for target in targets)
 
 
 def check_bounds(
-    config: AdaLoraConfig, bounds: Bounds, targets: Sequence[Target], layers: Sequence[SvdLayer], target_budget: int
+    config: AdaLoraConfig,
+    bounds: Bounds,
+    targets: Sequence[Target],
+    layers: Sequence[SvdLayer],
+    costs: Sequence[int],
+    target_budget: int,
 ) -> None:
     """Refuse minimum and maximum ranks that the final budget cannot meet.
 
@@ -108,14 +112,13 @@ def check_bounds(
         bounds: Its bounds at the targets.
         targets: The targets, named in the errors.
         layers: Their layers.
+        costs: What a triplet of each layer costs.
         target_budget: b(T), in the config's unit.
 
     Raises:
         ConfigError: With one line for each problem.
     """
-    costs = costs_of(config, layers)
-    least = sum(rank * cost for rank, cost in zip(bounds.minimum, costs, strict=True))
-    most = sum(rank * cost for rank, cost in zip(bounds.maximum, costs, strict=True))
+    least, most = sum(map(mul, bounds.minimum, costs)), sum(map(mul, bounds.maximum, costs))
     problems = [
         f"minimum {low} is above maximum {high_at} at {target.path} @ $.min_rank"
         for target, layer, low, high in zip(targets, layers, bounds.minimum, bounds.maximum, strict=True)

@@ -1,12 +1,53 @@
 """What a user sets for AdaLoRA."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 
 import attrs
 
 from tunerkit.plugin import AdapterConfig, setting
-from tunerkit_adalora.resolved import STARTS_AT_P_0, Resolved, resolve
+
+# Where P = 0 and Λ = 1, so that Λ need not move.
+_STARTS_AT_P_0 = ("lora", "eva", "gradients")
+_DEFAULT_TARGET_RANK = 8
+_EXCESS = 1.5  # initial rank over target rank
+_LEAST_SVD_RANK = 8  # initial rank in SVD form
+# SVD form is the default where the initial rank is more than this many times the target rank. It was measured to help
+# at 8 to 1, and to hurt at 8 to 4 and 12 to 8 (docs/evidence/quality-tried.md). The ratio in between is a choice.
+_SVD_ABOVE = 2.0
+
+
+@attrs.frozen
+class Resolved:
+    """What the config's optional settings mean once their defaults are applied.
+
+    The names are those of the config's fields; ``None`` no longer occurs.
+
+    Attributes:
+        target_rank: Average rank per target at the end of training. A total budget replaces it.
+        init_rank: Triplets at each target at the start.
+        alpha: Numerator of the scale.
+        exact_svd: Whether each allocation makes P Λ Q the SVD of ΔW.
+        train_lambda: Whether the optimizer moves Λ.
+    """
+
+    target_rank: int
+    init_rank: int
+    alpha: float
+    exact_svd: bool
+    train_lambda: bool
+
+    @property
+    def scale(self) -> float:
+        """The factor of P Λ Q: alpha/init_rank. It does not change with pruning.
+
+        The scales of all triplets add up to alpha at the start and, in SVD form, where λ adds up to ``init_rank``, for
+        good. By default that is what they add up to in LoRA with the rank that is left, if ``init_rank`` is at most 1.5
+        times that rank: an optimizer's step then moves ΔW as far as LoRA's, and a training collapses at LoRA's learning
+        rate, not below it.
+        """
+        return self.alpha / self.init_rank
 
 
 @attrs.frozen
@@ -116,18 +157,28 @@ class AdaLoraConfig(AdapterConfig):
         """Apply the defaults that depend on other settings.
 
         Returns:
-            The settings that are used, whatever was left to its default.
+            The settings that are used, whatever was left to its default. A ``target_rank`` is 8. ``exact_svd`` is on if
+            more than half of the triplets are pruned, unless the config asks for the paper's own means: the penalty, or
+            a start at Λ = 0. With a ``budget`` it is off: that does not say how many are pruned before the targets are
+            known. ``init_rank`` is 1.5 target_rank, rounded up, and at least 8 in SVD form. ``alpha`` is twice the rank
+            that is left at the end, as in LoRA; with a ``budget``, init_rank / 1.5 stands for that rank. Without SVD
+            form it is at least 4/3 of init_rank, since the triplets that are left keep their scale. ``train_lambda`` is
+            on, unless SVD form sets Λ and Λ does not start at 0.
         """
-        return resolve(
-            target_rank=self.target_rank,
-            init_rank=self.init_rank,
-            alpha=self.alpha,
-            exact_svd=self.exact_svd,
-            train_lambda=self.train_lambda,
-            budget=self.budget,
-            gamma=self.gamma,
-            start=self.start,
-        )
+        average = _DEFAULT_TARGET_RANK if self.target_rank is None else self.target_rank
+        init_rank, alpha, exact_svd, train_lambda = self.init_rank, self.alpha, self.exact_svd, self.train_lambda
+        if exact_svd is None:
+            # Without an init_rank, compare the one of SVD form: the default depends on this very answer.
+            prunes_most = (_LEAST_SVD_RANK if init_rank is None else init_rank) > _SVD_ABOVE * average
+            exact_svd = self.start in _STARTS_AT_P_0 and self.gamma == 0 and self.budget is None and prunes_most
+        if init_rank is None:
+            init_rank = max(math.ceil(_EXCESS * average), _LEAST_SVD_RANK if exact_svd else 0)
+        if alpha is None:
+            left = average if self.budget is None else init_rank / _EXCESS
+            alpha = 2.0 * (left if exact_svd else max(left, init_rank / _EXCESS))
+        if train_lambda is None:
+            train_lambda = not exact_svd or self.start not in _STARTS_AT_P_0
+        return Resolved(average, init_rank, alpha, exact_svd, train_lambda)
 
     @property
     def initial_rank(self) -> int:
@@ -177,7 +228,7 @@ class AdaLoraConfig(AdapterConfig):
                 f"gamma {self.gamma} pulls P and Q to length 1, which exact_svd gives lengths of their own; set gamma "
                 "to 0, or exact_svd to False @ $.gamma"
             )
-        if self.start not in STARTS_AT_P_0 and not used.train_lambda:
+        if self.start not in _STARTS_AT_P_0 and not used.train_lambda:
             yield (
                 f"start {self.start!r} begins with Λ = 0, where nothing is learnt until Λ moves; set train_lambda to "
                 "True, or start to 'lora' @ $.train_lambda"

@@ -41,7 +41,7 @@ def contradictions(
         yield f"'shrunk' is true, but the masks keep {live} of {there}"
     if there > values.initial:
         yield f"the adapter has {there}, above 'initial' {values.initial}"
-    planned = schedule_of(config_of(tuner), training.resolved, layers, training.schedule.total_steps)
+    planned = schedule_of(config_of(tuner), training.resolved, layers, costs, training.schedule.total_steps)
     if values.initial > planned.initial:
         yield f"'initial' {values.initial} is above {planned.initial}, which init_rank allows"
     if values.target > planned.target:

@@ -15,10 +15,10 @@ _EXCESS, _LEAST = 4, 64
 
 def request(config: AdaLoraConfig) -> StatisticsRequest | None:
     """What a start needs to know of the data; None for nothing."""
+    if config.start not in ("eva", "gradients"):
+        return None
     measured = max(_EXCESS * config.initial_rank, _LEAST)
-    if config.start == "eva":
-        return StatisticsRequest(inputs=measured)
-    return StatisticsRequest(gradients=measured // 2) if config.start == "gradients" else None
+    return StatisticsRequest(inputs=measured) if config.start == "eva" else StatisticsRequest(gradients=measured // 2)
 
 
 def refuse_unfitted(tuner: Tuner) -> None:

@@ -46,9 +46,13 @@ def refuse_split(tuner: Tuner, optimizer: Optimizer | None) -> None:
     Raises:
         StepError: If another optimizer holds a λ that this one does not.
     """
-    lams = {path: own.get_parameter("lam") for path, own in tuner.adapters().items()}
-    left = {path: lam for path, lam in lams.items() if optimizer is not None and not _holds(optimizer, [lam])}
-    names = _found(lambda: _kinds(_alive(Optimizer), lambda other: _holds(other, left.values()))) if left else ""
+    if optimizer is None:
+        return
+    held, lams = _held(optimizer), {path: id(own.get_parameter("lam")) for path, own in tuner.adapters().items()}
+    left = {path: lam for path, lam in lams.items() if lam not in held}
+    if not left:
+        return
+    names = _found(lambda: _kinds(_alive(Optimizer), lambda other: not _held(other).isdisjoint(left.values())))
     if names:
         raise StepError(
             f"the optimizer leaves λ of adapter {tuner.name!r} at {next(iter(left))!r} to another one ({names}): masks "
@@ -114,9 +118,9 @@ def _keeps(optimizer: Optimizer, weights: Iterable[Tensor]) -> bool:
     return any(isinstance(value, Tensor) and value.ndim for value in kept)
 
 
-def _holds(optimizer: Optimizer, weights: Iterable[Tensor]) -> bool:
-    held = {id(parameter) for group in vars(optimizer).get("param_groups", ()) for parameter in group["params"]}
-    return any(id(weight) in held for weight in weights)
+def _held(optimizer: Optimizer) -> set[int]:
+    """The ids of the parameters that an optimizer steps."""
+    return {id(parameter) for group in vars(optimizer).get("param_groups", ()) for parameter in group["params"]}
 
 
 def _found(look: Callable[[], F]) -> F:

@@ -49,7 +49,7 @@ class Stack:
     @property
     def part(self) -> Part:
         """Whether the weights are P, λ or Q."""
-        return _part_of(self.members[0])
+        return Part(self.members[0] % len(Part))
 
 
 @attrs.frozen(eq=False)
@@ -80,19 +80,20 @@ def new_averages(weights: Sequence[Tensor]) -> list[Averages]:
     Returns:
         The averages, by dtype and device.
     """
-    groups: dict[tuple[torch.dtype, torch.device], dict[tuple[Part, torch.Size], list[int]]] = defaultdict(
+    groups: dict[tuple[torch.dtype, torch.device], dict[tuple[int, torch.Size], list[int]]] = defaultdict(
         lambda: defaultdict(list)
     )
     for index, weight in enumerate(weights):
-        groups[weight.dtype, weight.device][_part_of(index), weight.shape].append(index)
+        groups[weight.dtype, weight.device][index % len(Part), weight.shape].append(index)
     return [_new(by_shape, *kind) for kind, by_shape in groups.items()]
 
 
-def _new(by_shape: Mapping[tuple[Part, torch.Size], list[int]], dtype: torch.dtype, device: torch.device) -> Averages:
+def _new(by_shape: Mapping[tuple[int, torch.Size], list[int]], dtype: torch.dtype, device: torch.device) -> Averages:
     shapes = [(tuple(members), shape) for (_, shape), members in by_shape.items()]
     rows = [_rows(shape) for members, shape in shapes for _ in members]
-    mean, spread = (torch.zeros(sum(rows), _ROW, dtype=average_dtype(dtype), device=device) for _ in range(2))
-    views = ([weights for weights, _ in _by_shape(average, shapes)] for average in (mean, spread))
+    mean = torch.zeros(sum(rows), _ROW, dtype=average_dtype(dtype), device=device)
+    spread = torch.zeros_like(mean)
+    views = [[weights for weights, _ in _by_shape(average, shapes)] for average in (mean, spread)]
     stacks = [Stack(members, *own) for (members, _), *own in zip(shapes, *views, strict=True)]
     places = torch.tensor([index for members, _ in shapes for index in members])
     return Averages(stacks, mean, spread, places.to(device), torch.tensor(rows).to(device))
@@ -106,7 +107,7 @@ def _by_shape(rows: Tensor, shapes: Sequence[tuple[Sequence[int], torch.Size]]) 
     """Views of the ``rows`` of weights of these shapes: (count, *shape), and what is left of their last rows."""
     parts = rows.split([len(members) * _rows(shape) for members, shape in shapes])
     for part, (members, shape) in zip(parts, shapes, strict=True):
-        each = part.view(len(members), _rows(shape) * _ROW)
+        each = part.view(len(members), -1)
         yield each[:, : shape.numel()].unflatten(1, shape), each[:, shape.numel() :]
 
 
@@ -168,10 +169,6 @@ def on_devices_of(weights: Sequence[Tensor], averages: list[Averages]) -> list[A
         for average, value in zip(new, old, strict=True):
             average.copy_(value)
     return moved
-
-
-def _part_of(index: int) -> Part:
-    return Part(index % len(Part))
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """AdaLoRA's training state: what one step leaves to the next."""
 
-from operator import attrgetter, mul
+from operator import mul
 
 import attrs
 import torch
@@ -8,12 +8,11 @@ from torch import Tensor, nn
 
 from tunerkit.plugin import StepError, Tuner
 from tunerkit_adalora.budget import Bounds, bounds_of, check_bounds, costs_of, live_budget, schedule_of
-from tunerkit_adalora.config import AdaLoraConfig
+from tunerkit_adalora.config import AdaLoraConfig, Resolved
 from tunerkit_adalora.gradients import GradientCount
 from tunerkit_adalora.importance import Averages, new_averages, stacks_of, unstack
 from tunerkit_adalora.phase import Phase
 from tunerkit_adalora.preconditions import refuse_revived, refuse_sharded
-from tunerkit_adalora.resolved import Resolved
 from tunerkit_adalora.schedule import Schedule, is_short, refuse_short
 from tunerkit_adalora.svd_layer import SvdLayer, weights_of
 
@@ -82,14 +81,14 @@ def start(tuner: Tuner, total_steps: int) -> Training:
     weights = weights_of(layers)
     if set(map(type, weights)) - {nn.Parameter}:
         refuse_sharded(tuner, weights)
-    resolved = config.resolved()
-    schedule = schedule_of(config, resolved, layers, total_steps)
+    resolved, costs = config.resolved(), costs_of(config, layers)
+    schedule = schedule_of(config, resolved, layers, costs, total_steps)
     bounds = bounds_of(config, resolved, tuner.targets)
-    check_bounds(config, bounds, tuner.targets, layers, schedule.target)
-    sizes, costs = [len(layer.lam) for layer in layers], costs_of(config, layers)
-    there = sum(size * cost for size, cost in zip(sizes, costs, strict=True))
+    check_bounds(config, bounds, tuner.targets, layers, costs, schedule.target)
+    sizes = [len(layer.lam) for layer in layers]
+    there = sum(map(mul, sizes, costs))
     schedule = attrs.evolve(schedule, initial=there, target=min(schedule.target, there))
-    in_force = live_budget(config, layers)
+    in_force = live_budget(layers, costs)
     masks_stay = is_short(schedule) and in_force <= schedule.target
     if not masks_stay:
         refuse_short(schedule)
@@ -126,23 +125,24 @@ def budget(tuner: Tuner, step: int | None) -> int:
         StepError: If the schedule is asked for and the total steps are unknown.
         AdapterError: If weights of another step were loaded, which have triplets beyond the budget in force.
     """
-    training, config = tuner.state, config_of(tuner)
+    training = tuner.state
     if isinstance(training, Training) and step is not None:
         return training.schedule.budget(step)
     if isinstance(training, Training):
-        there = sum(len(layer.lam) * cost for layer, cost in zip(training.layers, training.costs, strict=True))
+        there = sum(map(mul, [len(layer.lam) for layer in training.layers], training.costs))
         if there > training.in_force and training.phase is not Phase.WAITING:  # else no mask could keep more
-            live = sum(map(mul, map(attrgetter("rank"), training.layers), training.costs))
+            live = live_budget(training.layers, training.costs)
             # A Trainer that loads its best weights sets their step too.
             if live > training.in_force and tuner.steps == training.last_step:
                 refuse_revived(tuner.name, live, training.in_force, training.last_step)
         return training.in_force
+    config, layers = config_of(tuner), layers_of(tuner)
     if step is None:
-        return live_budget(config, layers_of(tuner))
+        return live_budget(layers, costs_of(config, layers))
     total_steps = tuner.total_steps if tuner.total_steps is not None else config.total_steps
     if total_steps is None:
         raise StepError("the schedule needs the total steps: call tunerkit.attach first, or set total_steps")
-    return schedule_of(config, config.resolved(), layers_of(tuner), total_steps).budget(step)
+    return schedule_of(config, config.resolved(), layers, costs_of(config, layers), total_steps).budget(step)
 
 
 def config_of(tuner: Tuner) -> AdaLoraConfig:
