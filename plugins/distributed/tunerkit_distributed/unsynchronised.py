@@ -17,11 +17,11 @@ _ADAPTER: Final = re.compile(r"(?:^|\.)tunerkit\.([^.]+)\.")  # the adapter's na
 
 
 def check_at_next_forward_(model: nn.Module, adapted: Collection[nn.Module]) -> None:
-    """Check the adapters when DDP next runs ``model`` or one of its adapted modules. Earlier checks are removed."""
-    remove_check_(model)
+    """Check the adapters when DDP next runs ``model`` or one of its adapted modules, in place of earlier checks."""
     # Without a process group there is no DDP.
-    if adapted and torch.distributed.is_available() and torch.distributed.is_initialized():
-        for module in (model, *adapted):
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        remove_check_(model)
+        for module in (model, *adapted) if adapted else ():
             module.register_forward_pre_hook(refuse_unsynchronised)
 
 

@@ -30,14 +30,8 @@ def tunerkit_base_layers() -> Iterable[type[BaseLayer]]:
 
 
 @hookimpl
-def tunerkit_wrapped(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking weights."""
-    forbid_repacking_(model)
-
-
-@hookimpl
 def tunerkit_adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
-    """The same for a layer that came into the model after its first adapter."""
+    """Keep bitsandbytes from repacking weights, also of a layer that came into the model after its first adapter."""
     if modules:
         forbid_repacking_(model)
 

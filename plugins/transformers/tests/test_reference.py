@@ -123,9 +123,10 @@ def test_a_call_in_the_middle_of_a_backward_pass_disturbs_nothing(toys: "Toys") 
 def test_the_model_is_restored_after_an_error(toys: "Toys") -> None:
     """A wrong input to the reference leaves the model's adapters as they were."""
     model = toys.trained()
+    reference = tunerkit.reference(model)
     before = toys.snapshot(model)
     with pytest.raises(RuntimeError):
-        tunerkit.reference(model)(torch.ones(1))
+        reference(torch.ones(1))
     assert toys.same(toys.snapshot(model), before)
 
 

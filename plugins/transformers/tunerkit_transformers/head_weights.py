@@ -14,7 +14,7 @@ import tunerkit
 from tunerkit.errors import StepError, warn
 from tunerkit.plugin import Tuner, autocast_off
 from tunerkit.plugin.trainers import Slots, adapted_tensors, adds_nothing, has_delta, inside, note_used, walk
-from tunerkit_transformers.output_heads import named_heads
+from tunerkit_transformers.new_modules import named_heads
 
 if TYPE_CHECKING:
     from transformers import Trainer

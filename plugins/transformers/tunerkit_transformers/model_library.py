@@ -6,8 +6,7 @@ from torch import nn
 
 from tunerkit.plugin import ModelLibrary
 from tunerkit_transformers.forward_config import forward_config
-from tunerkit_transformers.new_modules import find_new
-from tunerkit_transformers.output_heads import named_heads
+from tunerkit_transformers.new_modules import find_new, named_heads
 
 _TIED = "tie_word_embeddings"
 

@@ -1,4 +1,4 @@
-"""Which modules ``from_pretrained`` did not load, read from the marks that transformers sets; and added tokens."""
+"""Which modules ``from_pretrained`` did not load, read from the marks that transformers sets; added tokens; heads."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -7,7 +7,6 @@ from torch import nn
 
 from tunerkit.plugin import NewModules
 from tunerkit.plugin.trainers import base_modules, is_named
-from tunerkit_transformers.output_heads import named_heads
 from tunerkit_transformers.transformers_private import is_built, is_loaded, version
 
 _PRETRAINED_MODEL = "transformers.modeling_utils.PreTrainedModel"
@@ -152,3 +151,20 @@ def _grown_embeddings(modules: Collection[nn.Module]) -> Iterator[nn.Embedding]:
             embedding, config = transformer.get_input_embeddings(), transformer.config.get_text_config()
             if isinstance(embedding, nn.Embedding) and embedding.num_embeddings == config.vocab_size > built:
                 yield embedding
+
+
+def named_heads(model: nn.Module) -> list[nn.Module]:
+    """The output heads that a model of transformers or timm names by methods of its own."""
+    questions: list[object] = []
+    match model:
+        case nn.Module(get_output_embeddings=question):  # transformers
+            questions.append(question)
+    match model:
+        case nn.Module(get_classifier=question):  # timm
+            questions.append(question)
+    if not questions:
+        return []
+    # A child module may have the name of either method.
+    answers = [ask() for ask in questions if callable(ask) and not isinstance(ask, nn.Module)]
+    heads = [head for answer in answers for head in (answer if isinstance(answer, list | tuple) else [answer])]
+    return [head for head in heads if isinstance(head, nn.Module)]

@@ -12,8 +12,7 @@ from tunerkit_transformers.adapter_calls import unwatch_calls_, watch_calls_
 from tunerkit_transformers.base_layers import Conv1DLayer, FalconLinearLayer, ScaledEmbeddingLayer
 from tunerkit_transformers.default_targets import DEFAULT_TARGETS
 from tunerkit_transformers.model_library import LIBRARY
-from tunerkit_transformers.quantised_models import mark_trainable_, unmark_trainable_
-from tunerkit_transformers.reference import begin_generation_, end_generation_, reference
+from tunerkit_transformers.reference import end_generation_, reference
 from tunerkit_transformers.save_pretrained import unwatch_saving_, watch_saving_
 from tunerkit_transformers.weight_readers import WEIGHT_READERS
 
@@ -46,19 +45,16 @@ def tunerkit_weight_readers() -> Iterable[WeightReader]:
 
 @hookimpl
 def tunerkit_wrapped(model: nn.Module) -> None:
-    """Watch ``save_pretrained`` and PEFT's calls, let a Trainer train quantized models, and allow references."""
+    """Watch ``save_pretrained`` and PEFT's calls, and let a Trainer train quantized models."""
     watch_saving_(model)
     watch_calls_(model)
-    mark_trainable_(model)
-    begin_generation_(model)
 
 
 @hookimpl
 def tunerkit_unwrapped(model: nn.Module) -> None:
-    """Undo all of it, and invalidate the model's references."""
+    """Undo that, and invalidate the model's references."""
     unwatch_saving_(model)
     unwatch_calls_(model)
-    unmark_trainable_(model)
     end_generation_(model)
 
 

@@ -143,13 +143,7 @@ def reference(model: nn.Module) -> Reference:
                     twin = copy.deepcopy(slot, copied).eval().requires_grad_(False)
                     twin.zero_grad(set_to_none=True)
                     frozen.setdefault(path, {})[name] = twin
-    begin_generation_(root)  # it may have got its adapters where this plugin was not loaded
-    return Reference(_Snapshot(root, vars(root).get(_GENERATION), frozen))
-
-
-def begin_generation_(model: nn.Module) -> None:
-    """Mark a model that gets its first adapter."""
-    vars(model).setdefault(_GENERATION, object())
+    return Reference(_Snapshot(root, vars(root).setdefault(_GENERATION, object()), frozen))
 
 
 def end_generation_(model: nn.Module) -> None:

@@ -1,21 +1,23 @@
 """A model's own ``save_pretrained`` while it has adapters: it warns, and writes no adapter keys with merged weights.
 
 The method is replaced on the instance by a `functools.partial` of a function of this file with the module as its
-argument, so a deep copy and a pickle of the model have their own.
+argument, so a deep copy and a pickle of the model have their own. Beside it stands the mark of quantized models that
+transformers' Trainer accepts: it recognizes its own adapters, peft's, by an attribute of the model.
 """
 
 import functools
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 from torch import nn
 
 from tunerkit.errors import TunerkitWarning
 from tunerkit.plugin.trainers import base_modules, walk
-from tunerkit_transformers.quantised_models import unmarked
+from tunerkit_transformers.transformers_private import HAS_ADAPTERS, IS_QUANTISED
 
 CHILD: Final = "tunerkit"  # the child of an adapted module that holds its adapters: path.tunerkit.adapter.parameter
 _NAME = "save_pretrained"
@@ -24,8 +26,11 @@ _RUN = "_tunerkit_run"
 
 
 def watch_saving_(model: nn.Module) -> None:
-    """Replace the method on ``model`` and on the modules in it that have one, once each."""
+    """Replace the method on ``model`` and on the modules in it that have one, once each, and mark quantized models."""
     for _, module in base_modules(model):
+        # A model with peft's own adapters has the mark already.
+        if getattr(module, IS_QUANTISED, False) is True and getattr(module, HAS_ADAPTERS, None) is False:
+            vars(module)[HAS_ADAPTERS] = True
         if hasattr(type(module), _NAME) and not _is_watched(module):
             # None for the class's method. A method of the instance is called, and restored later.
             vars(module)[_NAME] = functools.partial(save_pretrained, module, vars(module).get(_NAME))
@@ -40,7 +45,27 @@ def unwatch_saving_(model: nn.Module) -> None:
                 del vars(module)[_NAME]
             else:
                 vars(module)[_NAME] = own
+        if _is_marked(module):
+            del vars(module)[HAS_ADAPTERS]
         vars(module).pop(_RUN, None)
+
+
+def _is_marked(module: nn.Module) -> bool:
+    # peft's adapters come with a config; `peft_config` is then an attribute of the instance.
+    return vars(module).get(HAS_ADAPTERS) is True and "peft_config" not in vars(module)
+
+
+@contextmanager
+def _unmarked(module: nn.Module) -> Iterator[None]:
+    """Remove the mark of ``module`` inside the block: with it, ``save_pretrained`` would look for peft's adapters."""
+    if not _is_marked(module):
+        yield
+        return
+    mark = vars(module).pop(HAS_ADAPTERS)
+    try:
+        yield
+    finally:
+        vars(module)[HAS_ADAPTERS] = mark
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -58,10 +83,10 @@ def save_pretrained(module: nn.Module, own: Callable[..., Any] | None, *args: An
     if slots and not any(each.merged or not each.enabled for each in slots):
         if _is_first_of_run(module, kwargs.get("save_directory", next(iter(args), None))):
             warnings.warn(_LOST.format(type(module).__name__), TunerkitWarning, stacklevel=2)
-        with unmarked(module):
+        with _unmarked(module):
             return method(*args, **kwargs)
     # The method takes the weights from an argument or from the model.
-    with unmarked(module), module.register_state_dict_post_hook(_drop_adapters):
+    with _unmarked(module), module.register_state_dict_post_hook(_drop_adapters):
         return method(*map(_without_adapters, args), **{name: _without_adapters(kwargs[name]) for name in kwargs})
 
 
