@@ -15,8 +15,8 @@ VERBS: Final = dict.fromkeys(("calibrate", "method", "plugin.parameter", "plugin
 # Things that core cannot do, in the words of messages, and the extra that does them.
 DOES: Final = {
     **dict.fromkeys(("makes references", "reads what `tunerkit train` writes", "compares them"), "transformers"),
-    "keeps them alike": ENGINES,
-    "notices adapters that DistributedDataParallel does not synchronise": ENGINES,
+    "synchronizes them": ENGINES,
+    "detects adapters that DistributedDataParallel does not synchronize": ENGINES,
 }
 DEFAULT_FORMAT: Final = "peft"  # the one that most programs read
 # The libraries that the extra "transformers" serves, by the root of their modules.

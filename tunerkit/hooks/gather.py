@@ -174,7 +174,7 @@ def adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """Tell every plugin which modules of a model have adapters now."""
     tell(specs.tunerkit_adapted, model=model, modules=modules)
     trained = (parameter.requires_grad for module in modules for parameter in module.parameters())
-    notices = "notices adapters that DistributedDataParallel does not synchronise"
+    notices = "detects adapters that DistributedDataParallel does not synchronize"
     if in_group() and any(trained) and (lacking := registry.lacking(notices)) is not None:
         warn(f"this process is in a group. {lacking}. Wrap the model first, then put it into DDP")
 

@@ -197,7 +197,7 @@ def engine_for(
     # A process group of one process counts too, since there may be DDP around it; or a launcher says so.
     is_one_of_several = hooks.in_group() or os.environ.get("WORLD_SIZE", "1") not in ("", "1")
     if data_parallel or (data_parallel is None and is_one_of_several):
-        lacking = hooks.registry.lacking("keeps them alike")
+        lacking = hooks.registry.lacking("synchronizes them")
         raise StepError(
             "this process is one of a group, or has to be, and no installed plugin keeps the adapters of a group "
             f"alike, so each process would train its own in silence. {f'{lacking}. ' if lacking else ''}If they are "
