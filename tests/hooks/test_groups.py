@@ -67,10 +67,10 @@ def test_a_launcher_is_believed_and_one_process_trains(toys: "Toys", monkeypatch
         monkeypatch.setenv("WORLD_SIZE", world)
         assert type(tunerkit.tuner(attached(toys)).engine) is Engine
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(tunerkit.errors.StepError, match="would train its own in silence"):
+    with pytest.raises(tunerkit.errors.StepError, match="would silently train its own"):
         attached(toys)
     monkeypatch.delenv("WORLD_SIZE")
-    with pytest.raises(tunerkit.errors.StepError, match="or has to be"):
+    with pytest.raises(tunerkit.errors.StepError, match="no installed plugin synchronizes adapters"):
         attached(toys, data_parallel=True)
     wrong: Any = "yes"
     with pytest.raises(
