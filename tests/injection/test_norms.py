@@ -278,7 +278,7 @@ def test_a_product_at_a_norm_is_refused_in_words() -> None:
     assert (base.out_features, base.in_features) == (8, 1)
     with pytest.raises(AdapterError, match=r"LayerNorm is a vector.*base\.normalised"):
         base.project_in(X, torch.ones(2, 1))
-    with pytest.raises(NotImplementedError, match="Linear is no norm"):
+    with pytest.raises(NotImplementedError, match="Linear is not a norm"):
         tunerkit.layers.LinearLayer(nn.Linear(8, 8)).normalised(X)
 
 

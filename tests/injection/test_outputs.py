@@ -256,7 +256,7 @@ def test_what_is_asked_of_a_missing_weight_is_named() -> None:
         base = model.pool[1].tunerkit.base
         for ask in (lambda: base.in_features, lambda: base.out_features, base.dense, lambda: base.pack(X)):
             with pytest.raises(
-                tunerkit.errors.AdapterError, match=r"Tanh, of which .* knows no weight.*target\.module"
+                tunerkit.errors.AdapterError, match=r"Tanh, whose weight .* does not know.*target\.module"
             ):
                 ask()
         assert base.bias() is None

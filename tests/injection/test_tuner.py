@@ -212,6 +212,6 @@ def test_an_adapter_that_does_not_say_what_it_adds_is_named() -> None:
     class Mute(Adapter):
         pass
 
-    with pytest.raises(NotImplementedError, match=r"Mute does not say what it adds: define forward"):
+    with pytest.raises(NotImplementedError, match=r"Mute has no forward: define forward"):
         Mute()(None, None, None)
     assert Mute().rank == 0
