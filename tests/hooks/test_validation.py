@@ -114,7 +114,7 @@ StatisticsRequest: Any = Request
         ({"targets": "biases"}, r"targets of method 'toy-declaring' is 'biases'; .*'weights', 'outputs'"),
         (
             {"statistics": "inputs"},
-            r"statistics of method 'toy-declaring' is 'inputs'; expected tunerkit\.plugin\.StatisticsRequest",
+            r"statistics of method 'toy-declaring' is 'inputs'; expected a tunerkit\.plugin\.StatisticsRequest",
         ),
     ],
 )
@@ -128,7 +128,10 @@ def test_a_record_with_a_wrong_field_is_refused(fields: Any, words: str) -> None
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [
-        ({}, r"inputs=0, gradients=0\) wants nothing.*ranks.* as in tunerkit\.plugin\.StatisticsRequest\(inputs=16\)"),
+        (
+            {},
+            r"inputs=0, gradients=0\) requests no statistics.* as in tunerkit\.plugin\.StatisticsRequest\(inputs=16\)",
+        ),
         ({"inputs": -1}, r"inputs=-1, .*as in tunerkit\.plugin\.StatisticsRequest\(inputs=16\)"),
         ({"inputs": 8, "gradients": 2.0}, r"gradients of a StatisticsRequest is 2\.0; expected int"),
         ({"inputs": True}, "inputs of a StatisticsRequest is True; expected int"),
