@@ -229,7 +229,7 @@ def test_a_base_that_is_quantised_after_wrapping_is_refused_before_the_first_ste
         if change == "weight":
             own = model[0].weight.detach().as_subclass(Wrapper)
             model[0]._parameters["weight"] = own
-            words = "quantised after it had been adapted"
+            words = "quantized after wrapping"
         else:
             model[0] = CodedLinear(model[0])
             words = "is not in the model any more"

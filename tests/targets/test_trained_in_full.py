@@ -110,7 +110,7 @@ def test_changing_statistics_of_the_base_trigger_a_warning(toys: "Toys") -> None
     model = nn.Sequential(
         toys.net(batch_norm=True), toys.net(batch_norm=True), nn.BatchNorm1d(3, track_running_stats=False)
     )
-    with pytest.warns(TunerkitWarning, match="^2 normalisation layers") as told:
+    with pytest.warns(TunerkitWarning, match="^2 normalization layers") as told:
         tunerkit.wrap(model, "toy-shift", {"targets": ["conv"]})
     assert len(told) == 1
     assert told[0].filename == __file__

@@ -255,7 +255,7 @@ def test_what_cannot_work_with_partitioned_weights_is_refused(trained: list[dict
         assert said["attention in Init"].startswith("TargetError: 'attention' is used directly")
         assert said["attention"].startswith("StepError: attention is used directly")
         assert "tunerkit" not in said["names"]
-        assert "has the dtypes bfloat16 and float32, and DeepSpeed trains one" in said["dtypes"]
+        assert "have the dtypes bfloat16 and float32, but DeepSpeed trains one" in said["dtypes"]
         assert said["one dtype"] == ""
         assert "load the adapter onto an unpartitioned base in one process" in said["format"]
 
