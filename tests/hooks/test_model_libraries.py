@@ -57,7 +57,7 @@ def test_new_modules_are_trained_in_full_with_a_warning(toys: "Toys") -> None:
     assert [text.split(":")[0] for text in texts] == [
         "trained in full, as copies, because toys.load did not load their values",
         "some values were not loaded by toys.load and stay frozen",
-        "it cannot be seen whether batch_norm is new",
+        "batch_norm may be newly initialized, which cannot be determined",
     ]
     assert all(each.filename == __file__ for each in caught)
 

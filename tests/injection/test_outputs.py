@@ -186,9 +186,9 @@ def test_it_stands_beside_a_method_of_weights() -> None:
 @pytest.mark.parametrize(
     ("places", "words"),
     [
-        (["blocks"], "blocks.*ModuleList, which is never called: it has no output"),
+        (["blocks"], "blocks.*ModuleList, which is never called, so it has no output"),
         (["attention.out_proj"], "attention.out_proj.*bypassing its forward"),
-        (["pool"], "pool: is an nn.Sequential, which runs every child.*name the last layer"),
+        (["pool"], "pool: is an nn.Sequential, which would run the adapter.*name its last layer"),
         (["lats"], "lats.*last"),
     ],
 )

@@ -689,7 +689,7 @@ def test_a_loaded_adapter_at_a_place_that_cannot_be_overridden_is_refused(toys: 
     path = tunerkit.save(adapted(toys), tmp_path)
     other = attends()
     other.attention.__class__ = Own
-    with pytest.raises(TargetError, match=r"attention\.out_proj: nn\.MultiheadAttention with a forward of its own"):
+    with pytest.raises(TargetError, match=r"attention\.out_proj: nn\.MultiheadAttention with its own forward"):
         tunerkit.load(other, path)
 
 

@@ -210,7 +210,7 @@ def test_a_quantised_layer_without_a_kind_names_its_library_and_the_plugin() -> 
         if find_spec("tunerkit_quant")
         else "tunerkit-quant is not installed"
     )
-    with pytest.raises(tunerkit.errors.TargetError, match=rf'bitsandbytes has quantised.*{way}.*"tunerkit\[quant\]"'):
+    with pytest.raises(tunerkit.errors.TargetError, match=rf'bitsandbytes has quantized.*{way}.*"tunerkit\[quant\]"'):
         tunerkit.wrap(model, "toy-low-rank", {"targets": ["0"]})
 
 
