@@ -174,7 +174,7 @@ def test_a_start_that_needs_data_is_not_trained_without(start: str, tmp_path: Pa
 
 def test_a_start_that_needs_none_is_not_calibrated() -> None:
     """Law: data that would change nothing are refused in one line."""
-    with pytest.raises(AdapterError, match="method 'lora' needs no data with its settings; train it as it is"):
+    with pytest.raises(AdapterError, match="method 'lora' needs no data with its settings; train it directly"):
         tunerkit.calibrate(tunerkit.wrap(Net(), "lora", {"targets": ["linear"]}), BATCHES)
 
 
