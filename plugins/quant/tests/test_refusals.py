@@ -229,7 +229,7 @@ def test_a_model_that_is_quantised_after_wrapping_is_refused_before_the_first_st
         model = tunerkit.wrap(dense(), LORA, CONFIG)
         optimizer = torch.optim.SGD(list(tunerkit.tuner(model).parameters()), lr=0.1)
         quantise(model)
-        with pytest.raises(tunerkit.errors.AdapterError, match=r"quantised after|not in the model any more"):
+        with pytest.raises(tunerkit.errors.AdapterError, match=r"quantized after|not in the model any more"):
             tunerkit.attach(model, optimizer)
 
 
@@ -244,7 +244,7 @@ def test_a_loop_that_attaches_nothing_is_told_of_it_by_the_first_forward() -> No
         model = tunerkit.wrap(dense(), LORA, CONFIG)
         quantise(model)
         for _ in range(2):
-            with pytest.raises(tunerkit.errors.AdapterError, match=r"quantised after|not in the model any more"):
+            with pytest.raises(tunerkit.errors.AdapterError, match=r"quantized after|not in the model any more"):
                 model(X)
 
 
