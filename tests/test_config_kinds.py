@@ -132,7 +132,7 @@ CASES: dict[str, tuple[Any, Any, list[tuple[Any, str]]]] = {
         [1, 9],
         [
             ([1, 2], "expected 1 or 9, got int 2 @ $.sizes[1]"),
-            ([1, 1], "expected no value twice, got list [1, 1] @ $.sizes"),
+            ([1, 1], "expected distinct values, got list [1, 1] @ $.sizes"),
             ({"1": 1}, "expected list of 1 or 9, got dict {'1': 1} @ $.sizes"),
         ],
     ),
@@ -142,7 +142,7 @@ CASES: dict[str, tuple[Any, Any, list[tuple[Any, str]]]] = {
         [
             ("qv", "expected list of str, got str 'qv' @ $.names"),
             (["q", 1], "expected str, got int 1 @ $.names[1]"),
-            (["q", "q"], "expected no value twice, got list ['q', 'q'] @ $.names"),
+            (["q", "q"], "expected distinct values, got list ['q', 'q'] @ $.names"),
         ],
     ),
     "ranks": (
@@ -478,14 +478,14 @@ Twin: Any = attrs.make_class("Linear", {"steps": attrs.field(type=int, default=1
 def test_what_json_cannot_hold_or_tell_apart_is_refused_when_the_class_is_made(annotation: Any) -> None:
     """The method's author gets the error at import, not a user when saving: which field it is, and what is allowed."""
     field = attrs.field(default=None, type=annotation)
-    with pytest.raises(TypeError, match=r"^\w+\.\w+ is annotated .*, which a config cannot hold; use bool, .* Enum, "):
+    with pytest.raises(TypeError, match=r"^\w+\.\w+ is annotated .*, which a config does not support; use .* Enum, "):
         attrs.make_class("Wrong", {"value": field}, bases=(AdapterConfig,), frozen=True)
 
 
 def test_a_field_inside_that_cannot_be_held_is_named_itself() -> None:
     """The class and the field that are wrong, wherever the class is used."""
     field = attrs.field(default=None, type=dict[str, tuple[Bytes | None, ...]])
-    with pytest.raises(TypeError, match=r"^Bytes\.raw is annotated bytes, which a config cannot hold"):
+    with pytest.raises(TypeError, match=r"^Bytes\.raw is annotated bytes, which a config does not support"):
         attrs.make_class("Outer", {"value": field}, bases=(AdapterConfig,), frozen=True)
 
 

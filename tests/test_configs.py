@@ -642,9 +642,9 @@ class Known(AdapterConfig):
         ("exclude_modules", "; did you mean 'exclude'?"),
         ("modules_to_save", "; did you mean 'train_modules'?"),
         ("layers_to_transform", "; did you mean 'layers'?"),
-        ("use_dora", "; it is method 'dora'"),
-        ("task_type", "; leave it out: the model's class says the task"),
-        ("tinit", "; it belongs to method 'adalora'"),
+        ("use_dora", "; use method 'dora'"),
+        ("task_type", "; leave it out: the model's class determines the task"),
+        ("tinit", "; it is a setting of method 'adalora'"),
         ("rnak", "; did you mean 'rank'?"),
     ],
 )

@@ -47,7 +47,7 @@ def test_each_name_leads_to_one_line_and_each_extra_in_it_exists(kind: str) -> N
 @pytest.mark.parametrize("name", ["prompt-tuning", "PREFIX_TUNING", "p_tuning", "adaption-prompt"])
 def test_a_method_of_peft_that_is_none_here_says_why(name: str, toys: "Toys") -> None:
     """As PEFT's type or its enum's name, in any case; a mistyped name is still told the closest one."""
-    with pytest.raises(tunerkit.errors.UnknownMethodError, match=r"it lengthens the sequence.*take PEFT.*prototypes"):
+    with pytest.raises(tunerkit.errors.UnknownMethodError, match=r"it lengthens the sequence.*use PEFT.*prototypes"):
         tunerkit.wrap(toys.net(), name)
     with pytest.raises(tunerkit.errors.UnknownMethodError, match="did you mean 'toy-shift'"):
         tunerkit.wrap(toys.net(), "toy-shif")

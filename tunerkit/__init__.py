@@ -20,10 +20,10 @@ For example:
         model(torch.randn(32, 8)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(tunerkit.tuner(model))    # what the adapter is, and how far it is
+    print(tunerkit.tuner(model))    # the adapter's settings and progress
     tunerkit.save(model, "out")
 
-`tunerkit.methods()` says which methods are installed. Errors are in `tunerkit.errors`. Authors of plugins import from
+`tunerkit.methods()` lists the installed methods. Errors are in `tunerkit.errors`. Authors of plugins import from
 `tunerkit.plugin`.
 """
 
@@ -51,16 +51,16 @@ _NAMES: Final = (  # with the verbs that other distributions bring, they are ``_
 )
 hookimpl = pluggy.HookimplMarker(__name__)
 
-# All names, and the module of each; for a module that is public itself, an empty text. Type checkers read the stub too.
+# The module of each public name, from the stub for type checkers; "" for a public module.
 _STUB: Final = ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or b"")
 _IMPORTS: Final = [each for each in _STUB.body if isinstance(each, ast.ImportFrom) and each.level]
 _PLACES: Final = {"plugin": "", **{name.name: each.module or "" for each in _IMPORTS for name in each.names}}
 _GROUP: Final = "tunerkit.verbs"  # entry points: ``calibrate`` is a verb, ``plugin.parameter`` a name for authors
-_FACES: Final = ([__name__], [__name__, "plugin"])  # the modules that answer with `find`
+_FACES: Final = ([__name__], [__name__, "plugin"])  # the modules whose `__getattr__` calls `find`
 
 
 def find(name: str) -> Any:
-    """Import the module of a name when it is first used: torch takes seconds, and the command's help needs none."""
+    """Import a name at its first use, since torch takes seconds to import and the command's help does not need it."""
     if name not in _PLACES:
         return _brought(name)
     place = _PLACES[name]
@@ -69,8 +69,8 @@ def find(name: str) -> Any:
 
 
 def _brought(name: str) -> Any:
-    """Load a name that another distribution brings. Raises `VerbError`, or `AttributeError` for an unknown name."""
-    # Python and notebooks look for names with underscores; `from tunerkit import hooks` also asks before it imports.
+    """Load a name from another distribution. Raises `VerbError`, or `AttributeError` for an unknown name."""
+    # Python and notebooks look up names with underscores; `from tunerkit import hooks` calls this before it imports.
     if name.startswith("_") or any(each.name == name for each in pkgutil.iter_modules(__path__)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from tunerkit.errors import VerbError, error_text  # at first use, as all names
@@ -108,7 +108,7 @@ def _points() -> dict[str, list["EntryPoint"]]:
         try:
             points = each.entry_points.select(group=_GROUP)
             name = each.name if points else ""
-        except Exception:  # `tunerkit.methods` lists what cannot be read
+        except Exception:  # `tunerkit.methods` lists distributions that cannot be read
             continue
         for point in points if name not in seen else ():
             found.setdefault(point.name, []).append(point)
@@ -117,7 +117,7 @@ def _points() -> dict[str, list["EntryPoint"]]:
 
 
 def _error(text: str, kind: type[AttributeError]) -> Exception:
-    """An error of a kind, but an `ImportError` in ``from tunerkit import name``, where another would lose its text."""
+    """Return an error of ``kind``; in ``from tunerkit import name`` an `ImportError`, since Python replaces others."""
     frame = sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[:2] in _FACES:
         frame = frame.f_back
@@ -130,7 +130,7 @@ def __getattr__(name: str) -> Any:
     found, place = find(name), _PLACES.get(name)
     if name in _NAMES or place == "" or (place is None and name in _points()):
         return globals().setdefault(name, found)
-    # ``from tunerkit import X`` asks twice, first from inside the import system. Nothing is kept: each use warns.
+    # ``from tunerkit import X`` calls this twice, first from the import system. Not cached, so that each use warns.
     if sys._getframe(1).f_globals.get("__name__") != "importlib._bootstrap":
         home = f"{__name__}.{'errors' if place == 'errors' else 'plugin'}"
         text = f"tunerkit.{name} will be removed in version 0.3; write: from {home} import {name}"

@@ -12,6 +12,6 @@ SCRIPTS: Final = [
     if each.dist is not None and each.dist.name == "tunerkit-cli"
 ]
 if not SCRIPTS:
-    print(f"tunerkit: the command is a distribution of its own: {install('cli')}", file=sys.stderr)
+    print(f"tunerkit: the command is in a distribution of its own: {install('cli')}", file=sys.stderr)
     sys.exit(2)
 SCRIPTS[0].load()()

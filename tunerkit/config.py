@@ -1,7 +1,7 @@
-"""Method configs: their base class, their strict checks, and their conversion from and to mappings.
+"""Method configs: their base class, strict checks, and conversion from and to mappings.
 
-Nothing is guessed, and errors name the value found and the values allowed. By default, cattrs reads "q_proj" as a list
-of letters, 8.9 as 8, and True as 1.
+Nothing is guessed, unlike in cattrs by default, which reads "q_proj" as a list of letters, 8.9 as 8, and True as 1.
+Errors name the value found and the values allowed.
 """
 
 # Without `from __future__ import annotations`: the checks need annotations that are types, not strings.
@@ -36,7 +36,7 @@ _COMPARE: Final = {
 }
 TAG: Final = "type"  # the key that names the class of a mapping, if an annotation allows several classes
 _PLAIN: Final = (bool, int, float, str, NoneType)
-# What `get_origin` returns for the annotations that have members.
+# The results of `get_origin` for annotations with members.
 _UNIONS: Final = (Union, UnionType)
 _MAPPINGS: Final = (dict, Mapping)
 _SETS: Final = (set, frozenset)
@@ -69,7 +69,7 @@ def setting(
         lt: Values must be below this.
         converter: Applied before the checks, also to values from a file. It must return values that it cannot convert
             unchanged, so that the check can report them.
-        aka: What other libraries call it. The error about such a key names this setting.
+        aka: The setting's names in other libraries. The error about such a key suggests this setting.
 
     Returns:
         An attrs field.
@@ -84,7 +84,7 @@ def _dtype_name(value: object) -> object:
 
 @attrs.frozen(kw_only=True)
 class AdapterConfig:
-    """The settings that every method has. A method's config class derives from it and adds its own settings.
+    """The settings of every method. A method's config class derives from it and adds its own settings.
 
     The class is abstract. Derive from it with ``@attrs.frozen``; the new fields may be positional::
 
@@ -141,7 +141,7 @@ class AdapterConfig:
         made, fields = cast(Any, cls.__init__), _settings(cls)
 
         def checked(self: Self, *values: Any, **settings: Any) -> None:
-            if unknown := settings.keys() - fields.keys():  # Python's TypeError would not say what is meant
+            if unknown := settings.keys() - fields.keys():  # Python's TypeError would have no suggestion
                 raise ConfigError([_unknown(key, fields) for key in sorted(unknown)])
             made(self, *values, **settings)
 
@@ -154,7 +154,7 @@ class AdapterConfig:
             raise TypeError("AdapterConfig is abstract: build the config of a method, such as LoraConfig")
 
     def __attrs_post_init__(self) -> None:
-        # The config is still being built, so this may normalise values: a list to a tuple, an int to a float.
+        # The config is still being built, so this may normalize values: a list to a tuple, an int to a float.
         values, problems = _read(_settings(type(self)), attrs.asdict(self, recurse=False))
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -180,7 +180,7 @@ class AdapterConfig:
     def for_model(self, model: nn.Module) -> Self:
         """Override this if some defaults depend on the model, such as its special tokens.
 
-        `tunerkit.wrap` asks once. Files store the result, so that loading does not depend on what the base says then.
+        `tunerkit.wrap` calls this once. Files store the result, so that loading does not depend on the base model.
 
         Args:
             model: The model to wrap, which must not be changed.
@@ -209,9 +209,9 @@ def from_mapping(cls: type[Config], mapping: object) -> Config:
     return cls(**_arguments(fields, mapping))
 
 
-# Any: a format's options are of a class of its plugin's.
+# Any: a plugin defines the class of a format's options.
 def options_from(cls: Any, given: object) -> Any:
-    """Build an object of any attrs class, checked as a config is, from a mapping or from another such object.
+    """Build an object of any attrs class, with a config's checks, from a mapping or from an object of that class.
 
     Raises `ConfigError` with every problem.
     """
@@ -224,14 +224,14 @@ def options_from(cls: Any, given: object) -> Any:
         return cls(**arguments)
     except ConfigError:
         raise
-    except (ValueError, TypeError) as error:  # of a validator of attrs
+    except (ValueError, TypeError) as error:  # from an attrs validator
         raise ConfigError([f"{error} @ $"]) from error
 
 
 def _arguments(fields: Fields, mapping: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return what the class of ``fields`` is called with. Raises `ConfigError` for unknown, missing and wrong ones."""
+    """Return the class's keyword arguments. Raises `ConfigError` for unknown, missing and invalid settings."""
     unknown = [key for key in mapping if key not in fields]
-    problems = [_unknown(key, fields) for key in unknown[:_NAMED]]  # looking for the closest names takes time
+    problems = [_unknown(key, fields) for key in unknown[:_NAMED]]  # the search for the closest names takes time
     problems += [f"and {len(unknown) - _NAMED} more unknown keys @ $"] if len(unknown) > _NAMED else []
     required = [name for name, field in fields.items() if field.default is attrs.NOTHING]
     problems += [f"missing, and it has no default @ $.{name}" for name in required if name not in mapping]
@@ -255,7 +255,7 @@ def unstructure(config: AdapterConfig) -> dict[str, Any]:
 
 
 def _settings(cls: object) -> dict[str, "attrs.Attribute[Any]"]:
-    """Return the fields that a config is built from, by name. Raises `TypeError` if ``cls`` is no config class."""
+    """Return the init fields of a config class by name. Raises `TypeError` if ``cls`` is not a config class."""
     if not (isinstance(cls, type) and issubclass(cls, AdapterConfig)):
         raise TypeError(f"expected a config class derived from tunerkit.plugin.AdapterConfig, got {cls!r}")
     return _fields(cls)
@@ -273,14 +273,14 @@ def _unknown(key: object, fields: Fields) -> str:
 
 
 def meant(key: str, fields: Iterable["attrs.Attribute[Any]"]) -> str:
-    """Return a hint for a key that another library has: which of ``fields`` it is here, or what to do instead."""
+    """Return a hint on a key of another library: the same setting in ``fields``, or what to do instead; else ""."""
     ours = [repr(field.name) for field in fields if key in field.metadata.get("aka", ())]
     instead = hints("settings").get(key)
     return f"; did you mean {' or '.join(ours)}?" if ours else f"; {instead}" if instead else ""
 
 
 def _read(fields: Fields, mapping: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
-    """Return the valid settings of ``mapping`` as the fields store them, and the problems of the others."""
+    """Return the valid settings of ``mapping``, converted, and the problems of the invalid ones."""
     values: dict[str, object] = {}
     problems: list[str] = []
     for name, field in fields.items():
@@ -301,7 +301,7 @@ def _read(fields: Fields, mapping: Mapping[str, Any]) -> tuple[dict[str, object]
 
 
 def _located(error: Exception, path: str) -> Iterator[str]:
-    """The problems with a value, each with its path: those of its elements, and of the fields of a class."""
+    """Yield the problems in an error, also in its elements and the fields of a class, each with its path."""
     if isinstance(error, IterableValidationError):
         for problem, note in error.group_exceptions()[0]:
             yield from _located(problem, f"{path}[{note.index!r}]")
@@ -313,7 +313,7 @@ def _located(error: Exception, path: str) -> Iterator[str]:
 
 
 def numbers_in(value: object, path: str) -> list[tuple[str, float]]:
-    """The numbers in a setting, each with its path. A class inside has ranges of its own."""
+    """Return (path, number) for the numbers in a setting, except in attrs classes, which have their own ranges."""
     if isinstance(value, (int, float)):
         return [] if isinstance(value, bool) else [(path, value)]
     if not isinstance(value, (*_LISTS, dict)):
@@ -341,7 +341,7 @@ def _got(value: object) -> str:
 
 
 def _hint(text: str, kinds: tuple[object, ...]) -> str:
-    """Show how to write a float in YAML 1.1, with a dot and a signed exponent, or name the closest choices."""
+    """Return a hint: how YAML 1.1 wants a float, with a dot and a signed exponent, or the closest choices."""
     found = _SCIENTIFIC.fullmatch(text)
     if found and float in kinds:
         whole, fraction, sign, exponent = found.groups()
@@ -368,7 +368,7 @@ def _described(cls: Any) -> str:
 
 
 def _choices(cls: Any) -> list[tuple[Any, Any]]:
-    """The members of a Literal or an Enum, each after its form in JSON. Other annotations have none."""
+    """Return (value in JSON, member) for a Literal or an Enum; empty for other annotations."""
     members = get_args(cls) if get_origin(cls) is Literal else cls if isinstance(cls, EnumMeta) else ()
     return [(member.value if isinstance(member, Enum) else member, member) for member in members]
 
@@ -378,20 +378,20 @@ def _is_class(cls: Any) -> bool:
 
 
 def _check_annotations(cls: Any, outer: tuple[object, ...]) -> None:
-    """Raise `TypeError` if a config cannot hold a field of an attrs class, which stands inside the ``outer`` ones."""
+    """Raise `TypeError` if a field has an unsupported annotation; ``outer`` are the classes around an attrs class."""
     for field in attrs.fields(attrs.resolve_types(cls)):
         if not _forms(field.type, (*outer, cls)):
             given = inspect.formatannotation(field.type)
             raise TypeError(
-                f"{cls.__name__}.{field.name} is annotated {given}, which a config cannot hold; use bool, int, float, "
-                "str, None, Literal, Enum, Path, an attrs class of such fields and without itself, list[...], "
-                "tuple[...], Mapping[str, ...], set[...] or frozenset[...] of what can be hashed, or a union whose "
-                f"members differ in JSON, where attrs classes have their names in the key {TAG!r}"
+                f"{cls.__name__}.{field.name} is annotated {given}, which a config does not support; use bool, int, "
+                "float, str, None, Literal, Enum, Path, a non-recursive attrs class of such fields, list[...], "
+                "tuple[...], Mapping[str, ...], set[...] or frozenset[...] of hashable values, or a union whose "
+                f"members differ in JSON (attrs classes by the key {TAG!r}, which has the name of the class)"
             )
 
 
 def _forms(cls: Any, outer: tuple[object, ...]) -> set[tuple[object, object]]:
-    """The JSON types of an annotation's values, each with its one meaning; empty if a config cannot hold them."""
+    """Return (type in JSON, its one meaning) for the values of an annotation; empty if it is not supported."""
     if cls in _PLAIN:
         return {(float, float), (int, int)} if cls is float else {(cls, cls)}
     if cls is Path:
@@ -423,13 +423,13 @@ def _is_hashable(cls: Any) -> bool:
 
 
 def _scalar(value: Any, cls: Any) -> object:
-    if issubclass(cls, Enum):  # cattrs asks for an IntEnum as for an int
+    if issubclass(cls, Enum):  # cattrs treats an IntEnum as an int
         return _choice(value, cls)
-    # What derives from a number or from text, such as an IntEnum, becomes one: YAML cannot write it.
+    # Convert subclasses of numbers and str, such as an IntEnum, which YAML cannot write.
     kinds = {float: (int, float), Path: (str, Path)}.get(cls, cls)
     if not isinstance(value, kinds) or (isinstance(value, bool) and cls is not bool):
         raise _WrongKindError(value, cls)
-    # As far as torch takes them: an int as a size or a seed, a float as a factor of numbers in fp32. NaN is no factor.
+    # The limits of torch: an int may be a size or a seed, a float a factor in fp32. NaN is rejected too.
     if cls is int and not -(2**63) <= value < 2**64:
         raise ValueError(f"expected an int of 64 bits, {_got(value)}")
     if cls is float and not abs(value) <= torch.finfo(torch.float32).max:
@@ -487,18 +487,18 @@ def _container(cls: Any) -> Callable[[object, Any], object]:
             raise ValueError(f"expected {_described(cls)}, got {len(value)} values")
         found: Any = elements.structure(value, cls)
         if len(found) < len(value):
-            raise ValueError(f"expected no value twice, {_got(value)}")
+            raise ValueError(f"expected distinct values, {_got(value)}")
         return found
 
     return structure
 
 
 def _written(union: Any) -> Callable[[Any], object]:
-    """Make the hook that writes a value of a union as its member says; one of several classes gets its name."""
+    """Make the hook that writes a value of a union like its member; one of several classes gets its name."""
     hooks: dict[Any, Callable[[Any], Any]] = {}
     for member in get_args(union):
         kind = dict if get_origin(member) is Mapping else get_origin(member) or member
-        # If there are several tuples or mappings, all that they hold is plain.
+        # If a union has several tuples or mappings, these contain plain values only.
         hooks[kind] = _CONVERTER.unstructure if kind in hooks else _CONVERTER.get_unstructure_hook(member)
     classes = [kind for kind in hooks if _is_class(kind)]
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from inspect import isfunction
 from typing import Final
 
-# A message names what is wrong, whatever a file, a model or a plugin holds: at most this many lines of this length.
+# Messages quote files, models and plugins, so they are limited to this many lines of this length.
 LINES: Final = 60
 WIDTH: Final = 1000
 _PROBLEMS: Final = 20
-_LONGEST_NAME: Final = 200  # comparing longer ones takes seconds, and nobody mistypes them
+_LONGEST_NAME: Final = 200  # comparing longer names takes seconds
 _INSIDE: Final = re.compile(r"(tunerkit(_\w+)?|pluggy)(\.|$)")  # the modules of tunerkit, of its plugins, and pluggy
 _SHORT: Final = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -52,7 +52,7 @@ class PluginError(TunerkitError):
 
 
 class VerbError(PluginError, AttributeError):
-    """A verb comes with a distribution that is not installed or cannot be loaded, or with two distributions."""
+    """A verb's distribution is not installed or cannot be loaded, or two distributions provide the verb."""
 
 
 class UnknownMethodError(TunerkitError, LookupError):
@@ -91,7 +91,7 @@ class TunerkitWarning(UserWarning):
 
 
 def warn(text: str) -> None:
-    """Warn at the line of the caller: the first frame that is neither ours nor pluggy's, whatever is in between."""
+    """Warn at the line of the caller: the first frame outside tunerkit, its plugins and pluggy."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _INSIDE.match(str(frame.f_globals.get("__name__", ""))):
         frame, level = frame.f_back, level + 1
@@ -99,7 +99,7 @@ def warn(text: str) -> None:
 
 
 def cut(text: str, width: int = WIDTH) -> str:
-    """Return ``text`` with at most ``width`` characters. The middle goes: the end says what to do next."""
+    """Shorten ``text`` to ``width`` characters by cutting its middle, since the end has the advice."""
     if len(text) <= width:
         return text
     gap = f" ...({len(text) - width} characters)... "
@@ -108,7 +108,7 @@ def cut(text: str, width: int = WIDTH) -> str:
 
 
 def first(lines: Sequence[str], shown: int = _PROBLEMS) -> list[str]:
-    """Return the first lines of a list of problems, and one that counts the others."""
+    """Return the first ``shown`` lines, and one more line with the number of the others."""
     return [*lines[:shown], *([f"and {len(lines) - shown} more problems"] if len(lines) > shown else [])]
 
 
@@ -122,7 +122,7 @@ def bounded(text: str) -> str:
 
 
 def shown(value: object) -> str:
-    """Return any value in one short line, for a message, also if its own ``repr`` is long or raises."""
+    """Return a short repr of any value in one line, even if its own ``repr`` is long or raises."""
     try:
         text = _SHORT.repr(value)
     except BaseException:  # a plugin's object may raise anything; Python refuses to print integers of 5,000 digits
@@ -131,7 +131,7 @@ def shown(value: object) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """Return an exception in one short line. It starts with the class, except for a `PluginError`."""
+    """Return an exception's message in one short line, after its class, unless it is a `PluginError`."""
     try:
         text = " ".join(str(error).split())
     except BaseException as second:  # the exception of a plugin may raise another when it is printed
@@ -140,7 +140,7 @@ def error_text(error: BaseException) -> str:
 
 
 def is_of_user(error: BaseException) -> bool:
-    """Whether a user ended the program, by Ctrl-C or a signal, and not the code that happened to run."""
+    """Whether an exception comes from the user, by Ctrl-C or a signal handler, and not from the running code."""
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     codes = {handler.__code__ for handler in handlers if isfunction(handler)}
     frames = traceback.walk_tb(error.__traceback__)
@@ -148,7 +148,7 @@ def is_of_user(error: BaseException) -> bool:
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """Return a hint for an error about a mistyped name, ``; did you mean 'adalora'?``, or an empty string."""
+    """Return a hint on a mistyped name, such as ``; did you mean 'adalora'?``, or ""."""
     if len(name) > _LONGEST_NAME:
         return ""
     found = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3, cutoff=0.6)
@@ -158,11 +158,11 @@ def closest(name: str, names: Iterable[str]) -> str:
 
 
 def half_character(text: str) -> str | None:
-    """Return what is wrong with a text that cannot be written as UTF-8, which a user reads; None if it can be."""
+    """Return a message on the first character that UTF-8 cannot encode; None if there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as problem:
         found = problem.object[problem.start]
         what = "a byte that is not UTF-8" if "\udc80" <= found <= "\udcff" else "half of a surrogate pair"
-        return f"{found!r} is no character but {what}; replace it"
+        return f"{found!r} is not a character but {what}; replace it"
     return None

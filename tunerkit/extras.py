@@ -6,32 +6,32 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Final, NamedTuple
 
-PUBLISHED: Final = False  # whether an index has our distributions; after a change, `make pages` writes them again
+PUBLISHED: Final = False  # whether our distributions are on an index; after a change, run `make pages`
 FROM, AFTER = ("", "") if PUBLISHED else ("--find-links dist ", ", after `make dist` in a clone")
-QUANTISED: Final = "quant"  # knows the layers of libraries that quantize
-ENGINES: Final = "distributed"  # trains in several processes
-# Names that left core, as the entry points that bring them, and the extra with them.
+QUANTISED: Final = "quant"  # the extra for layers of quantization libraries
+ENGINES: Final = "distributed"  # the extra for training in several processes
+# Names that moved from core to another distribution, as entry points, and the extra that installs it.
 VERBS: Final = dict.fromkeys(("calibrate", "method", "plugin.parameter", "plugin.Gain"), "verbs")
-# Things that core cannot do, in the words of messages, and the extra that does them.
+# Features that core lacks, as phrases for messages, and the extra that has them.
 DOES: Final = {
     **dict.fromkeys(("makes references", "reads what `tunerkit train` writes", "compares them"), "transformers"),
-    "keeps them alike": ENGINES,
-    "notices adapters that DistributedDataParallel does not synchronise": ENGINES,
+    "synchronizes them": ENGINES,
+    "detects adapters that DistributedDataParallel does not synchronize": ENGINES,
 }
 DEFAULT_FORMAT: Final = "peft"  # the one that most programs read
-# The libraries that the extra "transformers" serves, by the root of their modules.
+# The root modules of the libraries that the extra "transformers" serves.
 _OF_TRANSFORMERS: Final = ("transformers", "trl", "accelerate", "timm", "torchvision")
 
 
 class Reader(NamedTuple):
-    """An extra that reads adapters of other programs, and how their files are known where it is not installed."""
+    """An extra that reads adapters of other programs, and how to recognize their files without it."""
 
     extra: str
-    formats: tuple[str, ...]  # their names, see `tunerkit.export`
-    program: str  # the programs that write them
-    files: tuple[str, ...]  # their names, or the ends of these
-    tensors: tuple[str, ...]  # beginnings of the names of tensors in them
-    instead: str  # how to use them without tunerkit
+    formats: tuple[str, ...]  # the names of the formats, see `tunerkit.export`
+    program: str  # the programs that write the files
+    files: tuple[str, ...]  # suffixes of file names
+    tensors: tuple[str, ...]  # prefixes of tensor names
+    instead: str  # how to use the files without tunerkit
 
 
 READERS: Final = (
@@ -56,7 +56,7 @@ READERS: Final = (
 
 
 def reader_of(files: Collection[str], tensors: Iterable[str] = ()) -> Reader | None:
-    """The extra that reads a file or folder, by the names of its files and, if they are known, of its tensors."""
+    """Return the extra that reads a file or folder, by its file names and, if known, its tensor names; or None."""
     names = [name for name in tensors if "lora" in name]  # as in all of these formats
     for reader in READERS:
         if any(file.endswith(reader.files) for file in files) or any(name.startswith(reader.tensors) for name in names):
@@ -65,13 +65,13 @@ def reader_of(files: Collection[str], tensors: Iterable[str] = ()) -> Reader | N
 
 
 class Library(NamedTuple):
-    """A library that holds weights of a model, or puts modules of its own into one."""
+    """A library that manages a model's weights or replaces its modules."""
 
     name: str
-    extra: str  # that knows it
-    verbs: tuple[str, ...]  # what core would do wrong without that
-    package: str = ""  # the beginning of the names of its classes, with a dot at its end
-    marks: tuple[str, ...] = ()  # attributes that it sets on modules and parameters
+    extra: str  # the extra that supports the library
+    verbs: tuple[str, ...]  # verbs of core that go wrong without the extra
+    package: str = ""  # the prefix of its classes' qualified names, with a dot at its end
+    marks: tuple[str, ...] = ()  # attributes that the library sets on modules and parameters
 
 
 _ALL: Final = ("wrap", "attach", "save", "merge")
@@ -97,18 +97,18 @@ def distribution(extra: str) -> str:
 
 
 def install(*extras: str) -> str:
-    """The command that installs extras, which works today; every message and page that tells to install has it."""
+    """Return the command that installs extras, for all messages and pages."""
     return f'pip install {FROM}"tunerkit[{",".join(extras)}]"{AFTER}'
 
 
-# --- What other libraries call it -------------------------------------------------------------------------------------
+# --- Names in other libraries -----------------------------------------------------------------------------------------
 
 ROWS: Final = "adapter_names"  # the argument of a forward that names an adapter for each row of a batch
 
 
 @functools.cache
 def hints(kind: str) -> Mapping[str, str]:
-    """What to write here, by another library's name for it. The kinds are "calls", "settings" and "methods"."""
+    """Return hints by another library's name; ``kind`` is "calls", "settings" or "methods"."""
     import tomllib  # only errors need it
 
     lines = tomllib.loads((pkgutil.get_data("tunerkit", "elsewhere.toml") or b"").decode())[kind]
@@ -117,18 +117,18 @@ def hints(kind: str) -> Mapping[str, str]:
 
 
 def elsewhere(name: str) -> str:
-    """The replacement for a call of another library, as the end of an error's text; empty if there is none."""
+    """Return the replacement for another library's call, as the end of a message; "" if there is none."""
     found = hints("calls").get(name)
     return f": write {found}" if found else ""
 
 
 def serving(thing: object, *, described: bool = False) -> str | None:
-    """The extra for a library's object, by the classes that it derives from; None if no extra serves it.
+    """Return the extra for a library's object, by its base classes; None if there is none.
 
-    With ``described``, one that knows more of a model than the kinds of its layers.
+    With ``described``, only an extra that also knows a model's settings and newly initialized modules.
     """
     roots = {kind.__module__.partition(".")[0] for kind in type(thing).__mro__}
-    if described:  # these models have settings, and marks of what was loaded
+    if described:
         return "transformers" if "transformers" in roots else None
     if "peft" in roots:  # its configs derive from a class of transformers'
         return "peft"
@@ -138,6 +138,6 @@ def serving(thing: object, *, described: bool = False) -> str | None:
 
 
 def quantiser(kind: type) -> str | None:
-    """The library that a class is of, in words, if it is one that quantizes; None otherwise."""
+    """Return the name of the quantization library that defines a class; None if there is none."""
     module = f"{kind.__module__}."
     return next((e.name for e in LIBRARIES if e.extra == QUANTISED and module.startswith(e.package)), None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-CHILD = "tunerkit"  # the child of an adapted module that holds its adapters; never a target itself
+CHILD = "tunerkit"  # the name of the child of an adapted module that has its adapters; never a target itself
 
 
 def is_adapter_path(name: str) -> bool:

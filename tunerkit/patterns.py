@@ -6,7 +6,7 @@ There are three kinds of pattern:
 - a pattern with ``*``, ``?`` or ``[`` is a glob for the whole path, in which ``*`` also matches dots;
 - ``"re:..."`` is a regular expression of `re` for the whole path.
 
-Python compiles only users' whole expressions. Those in files are matched here, in bounded time, see `file_matchers`.
+`re` matches users' expressions only. Expressions from files are matched in bounded time: see `file_matchers`.
 """
 
 import fnmatch
@@ -20,12 +20,12 @@ from tunerkit.errors import TargetError, shown
 
 _LONGEST: Final = 1000  # characters of an expression in a file
 _STEPS: Final = 10_000_000  # of all patterns in a file together: about three seconds
-# As many steps as compiling takes: one character; a set, which may be a table of all characters; a glob.
+# The steps that compiling costs: a character; a set, which may be a table of all characters; a glob.
 _TO_COMPILE: Final = 20
 _TO_COMPILE_SET: Final = 2000
 _TO_COMPILE_GLOB: Final = 300
 _TOO_MANY: Final = "the patterns in this file take too many steps; use plain names in it"
-_COMPILED: Final = 4096  # patterns: one for each target of a large model is nothing unusual
+_COMPILED: Final = 4096  # patterns: a large model may have one for each target
 Matcher = Callable[[str], bool]
 Value = TypeVar("Value")
 
@@ -54,7 +54,7 @@ def lookup(table: Mapping[str, Value], path: str, default: Value) -> Value:
 
 
 def exact_patterns(paths: Iterable[str]) -> dict[str, str]:
-    """Return a pattern for each path that matches it and no other: a plain name also matches the end of longer ones."""
+    """Return a pattern for each path that matches only this path; a plain name would also match longer paths."""
     return {path: f"re:{re.escape(path)}" for path in paths}
 
 
@@ -64,7 +64,7 @@ def is_broad(pattern: str) -> bool:
 
 
 def is_exact(pattern: str) -> bool:
-    """Check whether a pattern is one of `exact_patterns`, which names a single path."""
+    """Check whether a pattern is from `exact_patterns`, so that it matches a single path."""
     return _literal(pattern) is not None
 
 
@@ -87,7 +87,7 @@ def matcher(pattern: str) -> Matcher:
 
 
 def _literal(pattern: str) -> str | None:
-    """The one path that a pattern of `exact_patterns` matches; None for any other pattern."""
+    """Return the path of a pattern from `exact_patterns`; None for any other pattern."""
     plain = re.sub(r"\\([^\w])", r"\1", pattern[3:])
     return plain if pattern == f"re:{re.escape(plain)}" else None
 
@@ -100,10 +100,10 @@ def _malformed(pattern: str, error: Exception) -> TargetError:
 
 
 def at_paths(config: Mapping[str, Any], paths: Collection[str], *, of_file: bool = False) -> dict[str, Any]:
-    """Return settings in which exact patterns replace a table with regular expressions, as files store them.
+    """Return settings with exact patterns in place of regular expressions in their tables, as files store them.
 
-    Some files of earlier versions hold the expressions themselves: with ``of_file``, none is compiled as a whole.
-    Raises `TargetError` if one is malformed, or, with ``of_file``, not supported or too slow.
+    Files of earlier versions may contain regular expressions: with ``of_file``, they are matched in bounded time.
+    Raises `TargetError` if an expression is malformed or, with ``of_file``, not supported or too slow.
     """
 
     def is_expression(key: str) -> bool:
@@ -126,16 +126,16 @@ def at_paths(config: Mapping[str, Any], paths: Collection[str], *, of_file: bool
 
 
 def file_matchers(expressions: Iterable[str]) -> dict[str, Matcher]:
-    """Return a matcher of whole paths for each regular expression in a file, which anybody may have written.
+    """Return a matcher of whole paths for each regular expression in an untrusted file.
 
-    Python's own matcher backtracks, for hours if an expression asks for it. These follow all places in a path at once,
-    and share a number of steps. References to groups, lookbehinds, flags and atomic groups are not supported.
+    `re` backtracks, which takes hours for some expressions. These matchers track all positions in a path at once, and
+    share a limit of steps. References to groups, lookbehinds, flags and atomic groups are not supported.
 
     Args:
         expressions: The expressions, without ``re:``.
 
     Raises:
-        TargetError: An expression is malformed, too long or not supported; or, from a matcher, the steps are spent.
+        TargetError: An expression is malformed, too long or not supported; or a matcher has exceeded the limit.
     """
     left = _STEPS
 
@@ -149,7 +149,7 @@ def file_matchers(expressions: Iterable[str]) -> dict[str, Matcher]:
 
 
 _Spend = Callable[[int], None]
-_Follow = Callable[[str, set[int]], set[int]]  # from places in a path where a match begins to those where it ends
+_Follow = Callable[[str, set[int]], set[int]]  # from positions in a path where a match may begin to its possible ends
 
 
 def _bounded(expression: str, spend: _Spend) -> Matcher:
@@ -191,7 +191,7 @@ def _part(state: Any, kind: Any, value: Any, spend: _Spend) -> _Follow:
         case sre.ASSERT | sre.ASSERT_NOT if value[0] > 0:
             ahead, wanted = _sequence(value[1], spend), kind is sre.ASSERT
             return lambda path, places: {place for place in places if bool(ahead(path, {place})) is wanted}
-        case sre.AT | sre.ANY | sre.LITERAL | sre.NOT_LITERAL | sre.IN:  # one character, or none: no way back in it
+        case sre.AT | sre.ANY | sre.LITERAL | sre.NOT_LITERAL | sre.IN:  # at most one character: no backtracking
             spend(_TO_COMPILE_SET if kind is sre.IN else _TO_COMPILE)
             one = _compiler.compile(_parser.SubPattern(state, [(kind, value)]))
             return lambda path, places: {end.end() for place in places if (end := one.match(path, place))}
@@ -199,7 +199,7 @@ def _part(state: Any, kind: Any, value: Any, spend: _Spend) -> _Follow:
 
 
 def _repeated(least: int, most: int, step: _Follow, path: str, places: set[int]) -> set[int]:
-    rounds = len(path) + 1  # more of them lead to no other places
+    rounds = len(path) + 1  # further rounds reach no new positions
     ends: set[int] = set()
     for count in range(min(most, rounds) + 1):
         places = step(path, places) if count else places

@@ -1,4 +1,4 @@
-"""The frozen records that tunerkit and its plugins exchange. Those that plugins make check their own fields."""
+"""The frozen records that tunerkit and its plugins exchange. Records that plugins build validate their fields."""
 
 import operator
 import re
@@ -19,7 +19,7 @@ from tunerkit.errors import PluginError, shown
 
 
 class Unfit(PluginError):
-    """A value is not what it must be. Both are in words: what it is, and what was expected."""
+    """A plugin's answer is invalid: ``found`` and ``expected`` describe it in words."""
 
     def __init__(self, found: str, expected: str) -> None:
         super().__init__(f"it returned {found}; it must return {expected}")
@@ -27,12 +27,12 @@ class Unfit(PluginError):
 
 
 class RecordError(PluginError):
-    """A field of a record is not what it must be."""
+    """A field of a record has an invalid value."""
 
 
-# Any: nothing is known of the value yet, and types have no common type.
+# Any: the value is not checked yet, and annotations have no common type.
 def conform(value: Any, declared: Any) -> Any:
-    """Return a value that is of its declared type, as are all its parts. Raises `Unfit` for another one."""
+    """Return ``value`` if it and its parts have the declared type; raise `Unfit` otherwise."""
     if type(value) is declared or (wrong := mistyped(value, declared)) is None:
         return value
     path, part, its_type = wrong
@@ -41,15 +41,11 @@ def conform(value: Any, declared: Any) -> Any:
 
 
 def mistyped(value: Any, declared: Any, path: str = "") -> tuple[str, object, Any] | None:
-    """Find the first part of a value that is not of its declared type, also inside containers.
-
-    Returns:
-        The part's path in the value, the part, and its declared type; None if all parts are of their types.
-    """
+    """Return (path in the value, part, declared type) of the first mistyped part of a value; None if all types fit."""
     kind, parts = get_origin(declared) or declared, get_args(declared)
     if kind in (Union, UnionType):
         found = [mistyped(value, part, path) for part in parts]
-        inner = (wrong for wrong in found if wrong is not None and wrong[0] != path)  # of the type that is meant
+        inner = (wrong for wrong in found if wrong is not None and wrong[0] != path)  # of the member that fits best
         return None if None in found else next(inner, (path, value, declared))
     if not _is_of(value, kind, parts):
         return path, value, declared
@@ -60,7 +56,7 @@ def mistyped(value: Any, declared: Any, path: str = "") -> tuple[str, object, An
 
 
 def _is_of(value: Any, kind: Any, parts: tuple[Any, ...]) -> bool:
-    """Whether a value is of a type, as far as one sees without looking inside."""
+    """Whether a value has a type, without a look inside containers."""
     if kind is Literal:
         return value in parts
     if kind is Callable:
@@ -69,7 +65,7 @@ def _is_of(value: Any, kind: Any, parts: tuple[Any, ...]) -> bool:
         return isinstance(value, type) and issubclass(value, parts)
     if kind in (int, float):
         return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-    if kind in (Iterable, Sequence):  # a tensor would give its rows
+    if kind in (Iterable, Sequence):  # a tensor would be iterated by rows
         return isinstance(value, Collection) and not isinstance(value, str | Mapping | Tensor)
     if kind is tuple and parts[-1] is not ...:
         return isinstance(value, tuple) and len(value) == len(parts)
@@ -77,7 +73,7 @@ def _is_of(value: Any, kind: Any, parts: tuple[Any, ...]) -> bool:
 
 
 def _inside(value: Any, kind: Any, parts: tuple[Any, ...]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the parts of a container: the step to each in a path, the part, and its declared type."""
+    """Yield (step of the path, part, declared type) for the parts of a container."""
     if kind is Mapping:
         for key in value:
             yield f"[{key!r}]", key, parts[0]
@@ -89,36 +85,36 @@ def _inside(value: Any, kind: Any, parts: tuple[Any, ...]) -> Iterator[tuple[str
 
 
 def type_name(declared: Any) -> str:
-    """A type in words, for messages, with the names by which plugins import classes."""
+    """Return a type's name for messages, with classes as plugins import them."""
     if get_origin(declared) is Literal:
         return f"one of {get_args(declared)}"
     is_class = isinstance(declared, type) and not get_args(declared)
     name = f"{declared.__module__}.{declared.__qualname__}" if is_class else str(declared)
-    # Without modules: all of them, or those inside tunerkit and torch.nn.
+    # Drop modules, except for the roots tunerkit and torch.nn.
     short = re.sub(r"\b(tunerkit\.|torch\.nn\.|)(\w+\.)+(?=\w)", r"\1", name)
     return short.replace("tunerkit.", "tunerkit.plugin.")
 
 
 def in_short(value: object) -> str:
-    """A value as a message names it: a plain one as it is, any other by its class."""
+    """Return a value for messages: plain values as they are, other objects by their class."""
     if value is None or isinstance(value, str | int | float | list | tuple | dict):
         return shown(value)
     name = type(value).__name__
     return f"an {name}" if name[:1] in "aeiouAEIOU" else f"a {name}"
 
 
-# --- The checks of fields, in the plugin's own line -------------------------------------------------------------------
+# --- The checks of fields, which raise at the plugin's own line -------------------------------------------------------
 
 Field: TypeAlias = "attrs.Attribute[Any]"
 
 
 def checked(cls: type, fields: list[Field]) -> list[Field]:
-    """Let a class of records compare each value with the field's annotation, unless the field has another validator."""
+    """Give each field a validator for its annotation, unless it has a validator already (an attrs transformer)."""
     return [field if field.validator else field.evolve(validator=typed) for field in fields]
 
 
 def typed(record: Any, field: Field, value: Any) -> None:
-    """The validator that compares a value with the field's annotation."""
+    """Validate a value against the field's annotation."""
     try:
         conform(value, field.type)
     except Unfit as wrong:
@@ -132,7 +128,7 @@ def _refuse(record: Any, field: Field, found: str, expected: str) -> NoReturn:
 
 
 def must_be(expected: str, holds: Callable[[Any], object]) -> Callable[[Any, Field, Any], None]:
-    """A validator by a predicate, and its description in words."""
+    """Return a validator that calls ``holds``; ``expected`` describes it in words."""
 
     def check(record: Any, field: Field, value: Any) -> None:
         if not holds(value):
@@ -151,7 +147,7 @@ _WORD = must_be(
     lambda value: isinstance(value, str) and re.fullmatch(r"[^\s,/()]+", value),
 )
 _REQUEST = must_be(
-    "tunerkit.plugin.StatisticsRequest with the ranks of what it wants, as in StatisticsRequest(inputs=16)",
+    "a tunerkit.plugin.StatisticsRequest, as in StatisticsRequest(inputs=16), a function that returns one, or None",
     lambda value: value is None or callable(value) or isinstance(value, StatisticsRequest),
 )
 
@@ -160,7 +156,7 @@ _NAME = re.compile(r"(?!re:)[^*?\[]+").fullmatch
 _PLAIN = [
     typed,
     must_be(
-        "plain names, which are no patterns",
+        "plain names without patterns",
         lambda value: all(map(_NAME, [value] if isinstance(value, str) else value)),
     ),
 ]
@@ -168,7 +164,7 @@ _PLAIN = [
 
 @attrs.frozen(field_transformer=checked)
 class StatisticsRequest:
-    """The statistics that a method wants of each target, before training.
+    """The statistics that a method needs of each target, before training.
 
     Attributes:
         inputs: The rank k of an approximation of the inputs' second moment; 0 for none.
@@ -180,8 +176,8 @@ class StatisticsRequest:
 
     def __attrs_post_init__(self) -> None:
         if self.inputs < 0 or self.gradients < 0 or not self.inputs + self.gradients:
-            wanted = "the ranks of what it wants, as in tunerkit.plugin.StatisticsRequest(inputs=16)"
-            raise RecordError(f"{self} wants nothing, or less; expected {wanted}")
+            wanted = "ranks >= 0, not all 0, as in tunerkit.plugin.StatisticsRequest(inputs=16)"
+            raise RecordError(f"{self} requests no statistics; expected {wanted}")
 
 
 @attrs.frozen(field_transformer=checked)
@@ -191,23 +187,22 @@ class Method:
     Attributes:
         name: The name that users pass to `tunerkit.wrap`.
         config: The config class: a frozen attrs class derived from `tunerkit.plugin.AdapterConfig`.
-        needs_steps: Whether the method only works if optimizer steps drive it, as AdaLoRA does. Saving such an adapter
-            untrained is an error.
-        start: What wrapping does to the model's output, unless a setting asks for a change: ``"exact"`` leaves every
-            bit of it, ``"rounding"`` changes it by rounding errors alone, as a start does that adds and subtracts the
-            same product.
-        targets: What the method adapts: ``"weights"``, modules of which tunerkit knows the weight; ``"outputs"``, any
-            module that is called, such as a norm or a block; or ``"norms"``, norms over the last dimension, by default
-            all of them outside output heads. What adapts outputs can be merged where it implements ``tunerkit_delta``
-            and the module is a layer or such a norm, whose weight is seen as a column, (out, 1).
+        needs_steps: Whether the method must be called at every optimizer step, as AdaLoRA must. Saving its adapter
+            after 0 steps is an error.
+        start: The effect of wrapping on the model's output with default settings: ``"exact"`` keeps it bit for bit,
+            ``"rounding"`` changes it by rounding errors, as when an initialization adds and subtracts one product.
+        targets: The modules that the method adapts: ``"weights"``, modules whose weight tunerkit knows; ``"outputs"``,
+            any module that is called, such as a norm or a block; or ``"norms"``, norms over the last dimension, by
+            default all outside output heads. Adapters of outputs can be merged if the method implements
+            ``tunerkit_delta`` and the module is a layer or such a norm, whose weight is a column, (out, 1).
         multiplies: Whether the adapter multiplies the layer's weight or output, as IA³ does. If two such adapters of a
-            layer are active, their changes are added, and a warning says so.
-        statistics: What the method wants to know of the data before training, see `tunerkit.calibrate`; None for a
-            method that wants nothing. If that depends on the settings, a function of the config that says it.
-        pieces: Whether the method's hooks work on the pieces that a process holds where an engine has cut an adapter,
-            see `tunerkit.plugin.Tuner.pieces`. Hooks of other methods see whole weights, gathered around each of them.
-        foreign: What other packages than core need to know about the method, by their names. ``"peft"``
-            wants PEFT's names of tensors and settings, ``"testing"`` the ``expected_failures`` of checks, with reasons.
+            layer are active, their changes are added, with a warning.
+        statistics: The statistics that `tunerkit.calibrate` measures before training, or a function that returns them
+            for a config; None for no statistics.
+        pieces: Whether the method's hooks work on this process's shards of an adapter, see
+            `tunerkit.plugin.Tuner.pieces`. For hooks of other methods, whole weights are gathered.
+        foreign: Declarations for other packages, by package: for ``"peft"`` PEFT's names of tensors and settings, for
+            ``"testing"`` the ``expected_failures`` of checks, with reasons.
     """
 
     name: str = attrs.field(validator=_WORD)
@@ -225,11 +220,11 @@ class Method:
 
 @attrs.frozen(field_transformer=checked)
 class Packing:
-    """How a quantiser stores a weight, see `tunerkit.plugin.BaseLayer.packing`.
+    """How a quantizer stores a weight, see `tunerkit.plugin.BaseLayer.packing`.
 
     Attributes:
-        name: The quantiser and its kind of numbers, such as ``"bitsandbytes nf4"``. Files and messages name it. It
-            must not be the name of one of torch's dtypes, which is how files describe a weight that is not packed.
+        name: The quantizer and its number format, such as ``"bitsandbytes nf4"``, for files and messages. It must not
+            be the name of a dtype of torch, since files have that name for a weight that is not packed.
         bits: The bits of each number, without scales.
     """
 
@@ -239,14 +234,14 @@ class Packing:
 
 @attrs.frozen
 class Rounding:
-    """What storing a merged weight W + ΔW again has rounded. Errors are Frobenius norms, relative to that of W + ΔW.
+    """The rounding errors of quantizing a merged weight W + ΔW: Frobenius norms, divided by the norm of W + ΔW.
 
     Attributes:
-        stored_as: The quantiser, such as ``"bitsandbytes nf4"``.
-        bits: Its bits.
-        added: The error that merging added: that of the stored sum.
-        own: The quantiser's own error, on a matrix of normally distributed numbers with rows of the same size.
-        change: The size of ΔW. An error above it means that merging loses more than the adapters had changed.
+        stored_as: The quantizer, such as ``"bitsandbytes nf4"``.
+        bits: The bits of each number.
+        added: The error that merging added by quantizing the sum.
+        own: The quantizer's own error, on a matrix of normally distributed numbers with rows of the same size.
+        change: The norm of ΔW. If ``added`` is larger, merging loses more than the adapters changed.
     """
 
     stored_as: str
@@ -258,19 +253,19 @@ class Rounding:
 
 @attrs.frozen(eq=False)
 class Statistics:
-    """What `tunerkit.calibrate` measured at one target. Memory and time depend on k, not on the amount of data.
+    """The statistics of one target from `tunerkit.calibrate`. Their size depends on k, not on the amount of data.
 
     Attributes:
         rows: n, the number of input rows: tokens for a linear layer, positions for a convolution.
-        inputs: S, (k, in) with Sᵀ S close to Σ x xᵀ over the n rows x; None if it was not wanted. Its rows are the
-            top-k right singular vectors of X, (n, in), each multiplied by its singular value, in descending order. It
-            is a Nyström approximation, exact if X has rank k or less. k is at most the number of features.
+        inputs: S, (k, in) with Sᵀ S close to Σ x xᵀ over the n rows x; None if not requested. Its rows are the top-k
+            right singular vectors of X, (n, in), each multiplied by its singular value, in descending order. S is a
+            Nyström approximation, exact if X has rank k or less. k is at most the number of features.
         centred: The same for X minus its mean row, (k, in): its principal components, multiplied by their singular
-            values; None if ``inputs`` was not wanted.
-        variance: Σ ‖x − mean‖² over the n rows, of which the squared rows of ``centred`` are shares; it is exact. 0 if
-            ``inputs`` was not wanted.
-        gradients: P and Q with P Q close to the gradient of the loss by W, summed over the batches; None if it was not
-            wanted. It is exact if the gradient's rank is at most k.
+            values; None if ``inputs`` was not requested.
+        variance: Σ ‖x − mean‖² over the n rows, exact: the total of which each squared row of ``centred`` is a share.
+            0 if ``inputs`` was not requested.
+        gradients: P and Q with P Q close to the gradient of the loss with respect to W, summed over the batches, and
+            exact if the gradient's rank is at most k; None if not requested.
     """
 
     rows: int
@@ -297,7 +292,7 @@ class MethodInfo:
 
 @attrs.frozen(eq=False)
 class Target:
-    """A place in the model.
+    """A module to adapt, and its path in the model.
 
     Attributes:
         path: The dotted path.
@@ -339,7 +334,7 @@ class WeightReader:
 
 @attrs.frozen(eq=False)
 class Delta:
-    """What an adapter adds to the parameters of its base layer, as dense tensors.
+    """The change that an adapter makes to its base layer's parameters, as dense tensors.
 
     Attributes:
         weight: Added to the weight, (out, in), for a norm (out, 1); None adds nothing.
@@ -365,14 +360,14 @@ class Factors(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """r, the number of pairs of a column of P and a row of Q; it may be 0."""
+        """r, the number of columns of P and of rows of Q; it may be 0."""
         return self.q.shape[0]
 
     def triplets(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Decompose P Q = U Σ Vᵀ, in fp64 and without the whole matrix: by the QR of P and of Qᵀ.
+        """Compute the SVD P Q = U Σ Vᵀ in fp64, from QR decompositions of P and Qᵀ, without the product itself.
 
         Returns:
-            U (out, k), Σ (k,), the largest first, and Vᵀ (k, in), where k is the smallest of r, out and in.
+            U (out, k), Σ (k,) in descending order, and Vᵀ (k, in), where k is the smallest of r, out and in.
         """
         left, small_left = torch.linalg.qr(self.p.double())
         right, small_right = torch.linalg.qr(self.q.double().T)
@@ -382,12 +377,12 @@ class Factors(NamedTuple):
 
 @attrs.frozen(eq=False, field_transformer=checked)
 class ParamGroup:
-    """Parameters that are trained with settings of their own, as a plugin yields them from ``tunerkit_param_groups``.
+    """Parameters with their own optimizer settings, as a plugin yields them from ``tunerkit_param_groups``.
 
     Attributes:
         parameters: Some of the adapter's parameters.
         lr_scale: The factor of the learning rate, as in LoRA+.
-        weight_decay: Their weight decay; None for that of all others.
+        weight_decay: Their weight decay; None for the weight decay of all other parameters.
     """
 
     parameters: Sequence[nn.Parameter] = attrs.field(converter=tuple[nn.Parameter, ...])  # a generator is read once
@@ -397,7 +392,7 @@ class ParamGroup:
 
 @attrs.frozen(eq=False, field_transformer=checked)
 class State:
-    """What a method needs to resume training, in addition to the adapter's weights.
+    """A method's training state, which it needs beside the adapter's weights to resume training.
 
     Attributes:
         tensors: Tensors by name.
@@ -427,23 +422,22 @@ class RankChange:
 class Foreign:
     """An adapter that another program wrote, as a format reads it. All tensors are on the CPU.
 
-    Core finds the modules at the paths, checks shapes and values, and refuses what does not fit the model. A path that
-    the model does not have makes the adapter one of another base model.
+    Core finds the modules at the paths, and rejects an adapter whose shapes or values do not fit. If the model lacks a
+    path, the adapter is for another base model.
 
     Attributes:
-        factors: What is added to the weight of each target, by its path. A mapping may compute them when it is asked.
-            Empty for a method whose ``tensors`` say all; such an adapter becomes no other method's.
-        method: The method that the adapter becomes. If it is not installed, it becomes LoRA, with the rank of each
-            target.
-        config: The settings of ``method``, if ``tensors`` are given: its rank, scale and dropout, so that training
-            goes on as it began. The targets, the copies and the biases stand in the fields here.
-        tensors: The tensors of the adapter of ``method`` at each target, by their names in its file: for LoRA ``"a"``
-            (r, in) and ``"b"`` (out, r). If they are left out, the method builds its adapters from the factors.
-        shared: The tensors of the module that the method's adapters share, by their names in it.
-        copies: The tensors of the modules that are trained in full, by the module's path and the tensor's name in it.
+        factors: ΔW of each target as factors, by the target's path. A mapping may compute them at access. Empty if
+            ``tensors`` describe the adapter; then it cannot be converted to another method.
+        method: The method to convert the adapter to; if it is not installed, LoRA with the rank of each target.
+        config: The settings of ``method``, if ``tensors`` are given: rank, scale and dropout, so that training can
+            continue. Targets, copies and biases are in other fields.
+        tensors: The adapter's tensors at each target, by the target's path and the name in a file of ``method``: for
+            LoRA ``"a"`` (r, in) and ``"b"`` (out, r). If left out, the method builds its adapters from the factors.
+        shared: The tensors of the module that the method's adapters share, by their names in the module.
+        copies: The tensors of modules trained in full, by the module's path and the tensor's name in the module.
         biases: The trained biases, by their module's path.
-        base: The name or path of the base model, as the files state it; empty if they do not.
-        remarks: One sentence for each statement of the files that the adapter does not keep, for a warning.
+        base: The name or path of the base model in the files; empty if they have none.
+        remarks: One sentence for each setting in the files that the conversion loses, for a warning.
     """
 
     factors: Mapping[str, Factors] = attrs.field()
@@ -458,20 +452,20 @@ class Foreign:
 
     @factors.validator
     def _check_factors(self, field: Field, value: Any) -> None:
-        if isinstance(value, Mapping) and not isinstance(value, dict):  # it may compute what it is asked for
+        if isinstance(value, Mapping) and not isinstance(value, dict):  # it may compute its values at access
             field, value = field.evolve(type=Mapping[str, Any]), dict.fromkeys(value)
         typed(self, field, value)
 
 
 @attrs.frozen(field_transformer=checked)
 class Description:
-    """What the files of an adapter say of it without a model, for `tunerkit show` and to choose the base model.
+    """An adapter's files described without a model, for `tunerkit show` and to choose the base model.
 
     Attributes:
-        method: The method, as the other program names it.
-        base: The name or path of the base model; empty if the files do not state it.
-        model_class: The class of transformers that the base was loaded by, such as
-            ``"AutoModelForSequenceClassification"``; empty if the files do not state it.
+        method: The method, by its name in the other program.
+        base: The name or path of the base model; empty if the files have none.
+        model_class: The class of transformers that loaded the base, such as
+            ``"AutoModelForSequenceClassification"``; empty if the files have none.
         labels: The number of classes of a head that is trained in full; 0 if there is none.
         ranks: The rank of each target, by its path.
         copies: The paths of the modules that are trained in full.
@@ -489,40 +483,39 @@ class Description:
 
 @attrs.frozen
 class NoOptions:
-    """The options of a format that has none."""
+    """The options of a format without options."""
 
 
 @attrs.frozen(eq=False, kw_only=True, field_transformer=checked)
 class Holding:
-    """How a library holds weights that are not simply in their modules.
+    """Access to weights that a library offloads or shards.
 
-    A plugin yields it from ``tunerkit_holdings``, with the functions that its library needs. Core asks about values,
-    shapes and ties only for a parameter that is empty or on the meta device. All processes call what gathers together.
+    A plugin yields it from ``tunerkit_holdings``, with the functions that its library needs. Core needs values, shapes
+    and ties only of parameters that are empty or on the meta device. All processes call a function that gathers.
 
     Attributes:
-        name: What messages call the library, before what it does: "accelerate" offloads, "FSDP2" cuts.
-        way_out: What to do instead of what cannot be done with such weights, as the part of a sentence.
-        one_dtype: Why trained parameters must share one dtype, as a part of a sentence; empty if they need not.
-        offloads: Whether the own weights of a module are on the meta device, and loaded in each forward only.
-        load: The values of an offloaded weight or buffer, by its module and its name in it, detached, on the device on
-            which the module runs.
-        device: The device to which the library moves a module and its input; None if it does not.
+        name: The library's name, as the subject of messages: "accelerate" offloads, "FSDP2" shards.
+        way_out: The alternative to an operation that such weights do not support, as a sentence fragment.
+        one_dtype: Why trained parameters must share one dtype (a sentence fragment), or "".
+        offloads: Whether a module's own weights are on the meta device, and loaded during its forward only.
+        load: Returns an offloaded weight or buffer, by its module and name, detached, on the module's execution device.
+        device: The execution device, to which the library moves a module and its input; None if it does not move them.
         forward: The instance-level forward that the library's wrapper calls; None if there is no wrapper, or if it
             does more than move tensors.
-        identity: A number that tied weights share, by the module of an offloaded one, its name in it, and the tensor;
-            None if the library does not hold it.
-        duplicate: A deep copy of a module, whose weights stay on the device on which it runs, and a mapping from the
-            id of a submodule to what replaces it in the copy; None if the library holds nothing in it.
-        shards: Whether processes share a tensor, so that this one holds a part of it, also while it is whole.
-        shape: The shape of the whole of such a tensor, also while it is empty.
-        part: What this process holds of such a tensor: the memory itself.
-        gathered: Inside the block, the parameters of a module and below it are whole, and what the block changes in
-            them is lost. It gives a function from a parameter's name in the module and a whole tensor of its shape to
-            the part that this process would hold, in memory of its own.
-        reshard_: Cuts what a forward has left whole in a model.
-        lent: Why in-place writes to a module's weights are lost at present, as a sentence without its end; None if
-            they persist.
-        outside: Inside the block, new modules are whole.
+        identity: Returns a number that is equal for tied weights, by the module, name and tensor of an offloaded
+            weight; None if the library does not offload it.
+        duplicate: Returns a deep copy of a module with its weights on the execution device. The second argument maps
+            the id of a submodule to its replacement in the copy. None if the library manages nothing in the module.
+        shards: Whether a tensor is sharded, even while it is gathered.
+        shape: The full shape of a sharded tensor, even while it is empty.
+        part: This process's shard of a sharded tensor: a view, not a copy.
+        gathered: Returns a context manager in which the parameters of a module and its children are gathered, and
+            changes to them are lost. It gives a function from a parameter's name and a full tensor to this process's
+            shard of the tensor, a copy.
+        reshard_: Shards the weights of a model again that a forward has left gathered.
+        lent: Reason why in-place writes to a module's weights are currently discarded (a sentence without its end);
+            None if they persist.
+        outside: Returns a context manager in which new modules are not sharded.
     """
 
     name: str = "an engine"
@@ -547,15 +540,15 @@ class Holding:
 
 @attrs.frozen(field_transformer=checked)
 class Restriction:
-    """What tunerkit cannot do with a library, as a plugin yields it from ``tunerkit_restrictions``.
+    """Verbs that do not work with a library, as a plugin yields them from ``tunerkit_restrictions``.
 
     Attributes:
-        name: What messages call the library, or the part of it.
-        refused: The reason and the way out by verb: ``"wrap"`` (and load), ``"attach"``, ``"save"``, ``"merge"``.
-        classes: The qualified names of the classes from which its modules or its parameters derive; one with a dot at
-            its end stands for all classes of a package.
-        marks: Attributes that it sets on modules or parameters, with their value; None stands for any value.
-        error: The exception that refusing raises; by default `tunerkit.errors.AdapterError`.
+        name: The name of the library, or of its part, in messages.
+        refused: The reason and the alternative, by verb: ``"wrap"`` (and load), ``"attach"``, ``"save"``, ``"merge"``.
+        classes: The qualified names of base classes of the library's modules or parameters, or of packages, with a dot
+            at their end, for all their classes.
+        marks: Attributes that the library sets on modules or parameters, with their value; None for any value.
+        error: The exception to raise; by default `tunerkit.errors.AdapterError`.
     """
 
     name: str
@@ -571,14 +564,14 @@ class Restriction:
 
 @attrs.frozen(field_transformer=checked)
 class NewModules:
-    """The modules of a model with values that its checkpoint does not have, or may not have.
+    """The modules of a model that no checkpoint initialized, for certain or possibly.
 
     Attributes:
-        loader: What fills models of the library, for messages: a function's name.
-        whole: The paths of the modules that are new as a whole.
-        partly: The paths of modules with some newly initialised parameters.
-        heads: The paths of output heads that may be new, if that cannot be seen.
-        replaced: The paths of the modules in numbered blocks that are the reason: they lost their marks.
+        loader: The name of the library's function that loads checkpoints, for messages.
+        whole: The paths of modules in which all parameters are newly initialized.
+        partly: The paths of modules with some newly initialized parameters.
+        heads: The paths of output heads that may be new, if this cannot be determined.
+        replaced: The paths of replaced modules in numbered blocks, because of which it cannot be determined.
     """
 
     loader: str
@@ -593,19 +586,19 @@ Resized = tuple[Sequence[int], Sequence[int]]  # the shape that a weight needs, 
 
 @attrs.frozen(eq=False, kw_only=True, field_transformer=checked)
 class ModelLibrary:
-    """What a library knows of its models, as a plugin yields it from ``tunerkit_model_libraries``.
+    """A library's knowledge of its models, as a plugin yields it from ``tunerkit_model_libraries``.
 
-    Each function is asked about every model. About one that is not the library's it says nothing, as the defaults do.
+    Each function is called for every model. For a model of another library it returns nothing, like the defaults.
 
     Attributes:
-        heads: The output heads that a module names by a method of its own. Every module of a model is asked.
-        new: Finds what no checkpoint filled. It gets the model, the paths of the modules in numbered blocks, and those
-            of the modules that are output heads or in one. Adapters train such modules in full.
-        settings: The settings that change the model's output and leave no trace in its weights, by name, as values that
-            JSON can hold. Files of adapters record them; a base with other values is refused.
-        tied_flags: The dotted names of attributes of a module that are True while weights in it are tied. Merging
-            adapters at all sides of a tie sets them to False, until that is undone.
-        resize_hint: How to load the model in the sizes that an adapter needs, as the end of a sentence.
+        heads: Returns the output heads that a module declares; called for every module of a model.
+        new: Finds modules that no checkpoint initialized, which adapters train in full. The other arguments are the
+            paths of modules in numbered blocks, and the paths of output heads and the modules in them.
+        settings: Returns the settings that change the model's output but not its weights, by name, as values that JSON
+            can hold. Adapter files record them; a base with other values is rejected.
+        tied_flags: Returns the dotted names of a module's attributes that are True while weights in it are tied. A
+            merge that unties the weights sets them to False, until it is undone.
+        resize_hint: Returns how to load the model in the shapes that an adapter needs, as the end of a sentence.
     """
 
     heads: Callable[[nn.Module], Sequence[nn.Module]] = lambda module: ()
@@ -618,21 +611,21 @@ class ModelLibrary:
 # Any: a writer takes a `tunerkit.plugin.Tuner` and its own options, which this file cannot name.
 @attrs.frozen(field_transformer=checked)
 class Format:
-    """Another program's way of writing an adapter to disk, as a plugin yields it from ``tunerkit_formats``.
+    """Another program's file format for adapters, as a plugin yields it from ``tunerkit_formats``.
 
     Attributes:
         name: The name that users pass to `tunerkit.export`.
-        sniff: Whether a path leads to an adapter in this format: a file, a folder, or a name that is neither. It only
-            looks at names and at the beginning of a file. It does not raise.
-        read: Reads the adapter at a path for a model, which it does not change. It raises `tunerkit.errors.FileError`
-            for files that are damaged or hold what tunerkit cannot, and names the file and the key.
-        write: Writes an adapter into an empty folder, and returns the files that it wrote. Core moves them to where the
-            user wants them once all are written.
+        sniff: Whether a path is an adapter in this format. The path may be a file, a folder or missing. Look only at
+            names and at the beginning of a file, and do not raise.
+        read: Reads the adapter at a path for a model, without changing the model. Raises `tunerkit.errors.FileError`,
+            with the file and the key, for damaged files and for features that tunerkit does not support.
+        write: Writes an adapter into an empty folder, and returns the files that it wrote. Core then moves them to the
+            user's path.
         options: An attrs class with the options of ``write``; see `tunerkit.plugin.setting` for ranges.
             `tunerkit.export` takes them by name.
-        describe: Says what the files at a path hold, without a model; None for a format that cannot.
-        config: Reads a config object of the program that `tunerkit.wrap` was given for a model: returns the method and
-            its settings, or None if the object is none of the program's.
+        describe: Describes the files at a path without a model; None if the format does not support this.
+        config: Converts the program's config object, passed to `tunerkit.wrap` for a model, to a method and its
+            settings; returns None for any other object.
     """
 
     name: str = attrs.field(validator=_PLAIN)

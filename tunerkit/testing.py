@@ -1,3 +1,3 @@
-"""Says where the kit for authors of methods is now. This file goes with version 0.3."""
+"""Raises an error that names the new module of the test kit, until version 0.3."""
 
-raise ImportError("tunerkit.testing is tunerkit_testing now, in a distribution of its own: the extra [testing]")
+raise ImportError("tunerkit.testing has moved to tunerkit_testing, in a distribution of its own: the extra [testing]")

@@ -335,7 +335,7 @@ def test_two_that_train_one_module_are_not_active_together(toys: "Toys", heads: 
     path = tunerkit.save(heads, tmp_path, adapter="b")
     tunerkit.activate(heads, "a")
     before = toys.snapshot(heads)
-    words = r"'a' does and is active.*tunerkit\.activate\(model, \[\]\) first"
+    words = r"the active adapter 'a' trains it too.*tunerkit\.activate\(model, \[\]\) first"
     with pytest.raises(AdapterError, match=words):
         tunerkit.wrap(heads, "toy-shift", {"targets": ["layers.1"], "train_modules": ["head"]}, adapter="c")
     with pytest.raises(AdapterError, match=words):

@@ -200,11 +200,11 @@ def test_a_start_that_needs_data_and_got_none_is_told_when_training_begins() -> 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             tunerkit.attach(model, torch.optim.AdamW(trainable(model), lr=0.05))
-        return [str(each.message) for each in caught if "sets its start from data" in str(each.message)]
+        return [str(each.message) for each in caught if "is initialized from data" in str(each.message)]
 
     (text,) = told(wrapped("toy-inputs"))
     assert "'toy-inputs'" in text
-    assert "'default' got none" in text
+    assert "adapter 'default' was not" in text
     assert "tunerkit.calibrate(model, batches) before attach" in text
     assert told(fitted(wrapped("toy-inputs"))) == []
     assert told(wrapped("toy-low-rank")) == []
@@ -253,7 +253,7 @@ STARTED: dict[str, tuple[Callable[[Path], nn.Module], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:these adapters never ran", "ignore:.*sets its start from data")
+@pytest.mark.filterwarnings("ignore:these adapters never ran", "ignore:.*is initialized from data")
 @pytest.mark.parametrize("case", STARTED)
 def test_what_is_no_new_adapter_is_refused_in_words(case: str, tmp_path: Path) -> None:
     """Nothing is measured, and no value changes."""

@@ -128,7 +128,7 @@ def test_config_may_be_an_object_a_mapping_or_nothing(toys: "Toys") -> None:
         ("toy-low-rank", {"rank": "3"}, ConfigError, r"\$.rank"),
         ("toy-low-rank", {"targets": ["layrs.0"]}, TargetError, "did you mean"),
         ("toy-low-rank", {"train_modules": ["haed"]}, TargetError, "did you mean 'head'"),
-        ("toy-low-rank", {"train_modules": ["head.1"]}, TargetError, "holds nothing to train"),
+        ("toy-low-rank", {"train_modules": ["head.1"]}, TargetError, "has nothing to train"),
         ("toy-low-rank", 3, ConfigError, "LowRankConfig, a mapping or None, got int"),
         ("toy-low-rank", "rank=3", ConfigError, "LowRankConfig, a mapping or None, got str"),
         ("toy-low-rank", {"targets": ["norm"]}, TargetError, "LayerNorm"),

@@ -281,9 +281,9 @@ def test_the_detector_names_the_owner_as_the_hook_asks_for_it(toys: "Toys") -> N
     """The warning's advice works: after a record with the name that it gives, the adapter takes effect."""
     model = nn.Sequential(Reader())
     tunerkit.wrap(model, "toy-shift", {"targets": ["out"]})
-    with pytest.warns(TunerkitWarning, match="through tunerkit_weight_readers") as caught:
+    with pytest.warns(TunerkitWarning, match="in tunerkit_weight_readers") as caught:
         model(torch.ones(2, 3))
-    named = re.search(r"names the owner \((.*)\) and", str(caught[0].message))
+    named = re.search(r"lists the owner \((.*)\) and", str(caught[0].message))
     assert named is not None
     plugin = answering("tunerkit_weight_readers", [WeightReader(named[1], ("out",))])
     tunerkit.unwrap(model)

@@ -67,10 +67,10 @@ def test_a_launcher_is_believed_and_one_process_trains(toys: "Toys", monkeypatch
         monkeypatch.setenv("WORLD_SIZE", world)
         assert type(tunerkit.tuner(attached(toys)).engine) is Engine
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(tunerkit.errors.StepError, match="would train its own in silence"):
+    with pytest.raises(tunerkit.errors.StepError, match="would silently train its own"):
         attached(toys)
     monkeypatch.delenv("WORLD_SIZE")
-    with pytest.raises(tunerkit.errors.StepError, match="or has to be"):
+    with pytest.raises(tunerkit.errors.StepError, match="no installed plugin synchronizes adapters"):
         attached(toys, data_parallel=True)
     wrong: Any = "yes"
     with pytest.raises(
@@ -143,7 +143,5 @@ def test_a_weight_that_accelerate_has_offloaded_is_not_read_without_the_plugin()
     base = as_base_layer(layer)
     assert base is not None
     vars(layer.to("meta"))["forward"] = layer.forward
-    with pytest.raises(
-        tunerkit.errors.AdapterError, match=r"on the meta device, and nothing that is installed loads it"
-    ):
+    with pytest.raises(tunerkit.errors.AdapterError, match=r"on the meta device, and no installed plugin can load it"):
         base.dense()

@@ -57,7 +57,7 @@ def test_new_modules_are_trained_in_full_with_a_warning(toys: "Toys") -> None:
     assert [text.split(":")[0] for text in texts] == [
         "trained in full, as copies, because toys.load did not load their values",
         "some values were not loaded by toys.load and stay frozen",
-        "it cannot be seen whether batch_norm is new",
+        "batch_norm may be newly initialized, which cannot be determined",
     ]
     assert all(each.filename == __file__ for each in caught)
 
@@ -82,7 +82,9 @@ def test_settings_that_no_plugin_compares_are_named(
     with library(settings=lambda model: {"epsilon": 1.0}):
         path = tunerkit.save(tunerkit.wrap(toys.net(), "toy-shift", LAYER), tmp_path)
     monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")
-    with pytest.warns(TunerkitWarning, match=r"not compared: epsilon\. tunerkit-transformers compares them.*not inst"):
+    with pytest.warns(
+        TunerkitWarning, match=r"cannot be compared here: epsilon\. tunerkit-transformers compares them.*not inst"
+    ):
         tunerkit.load(toys.net(), path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -100,7 +102,7 @@ def test_settings_survive_a_save_where_no_plugin_knows_them(toys: "Toys", tmp_pa
     with library(settings=lambda model: {"epsilon": 2.0}):
         with pytest.raises(BaseMismatchError, match=r"epsilon 1\.0 -> 2\.0"):
             tunerkit.load(toys.net(), again)
-        with pytest.warns(TunerkitWarning, match="no plugin knew the settings of its base, such as epsilon"):
+        with pytest.warns(TunerkitWarning, match="without a plugin that reads the base's settings, such as epsilon"):
             tunerkit.load(toys.net(), bare)
 
 

@@ -60,7 +60,7 @@ def test_a_folder_that_no_plugin_opens_is_refused_with_the_extra_that_does(
         with pytest.raises(tunerkit.errors.PluginError, match=words):
             tunerkit.from_folder(tmp_path)
     monkeypatch.setattr(Registry, "ask", lambda *_, **__: iter(()))
-    for absent, words in ("it is not installed", r"tunerkit\[transformers\]"), (None, "knows this folder. An adapter"):
+    for absent, words in ("it is not installed", r"tunerkit\[transformers\]"), (None, "supports this folder. To load"):
         monkeypatch.setattr(Catalog, "absence", lambda self, name, absent=absent: absent)
         with pytest.raises(tunerkit.errors.FileError, match=f"no installed plugin.*{words}"):
             tunerkit.from_folder(tmp_path)
@@ -78,7 +78,7 @@ def test_a_model_of_a_library_without_its_plugin_says_how_its_targets_were_chose
 
     monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")
     lost = r"new modules of this BertModel.*stay frozen.*do not record its settings.*transformers is not installed"
-    said = f"default targets of this BertModel are chosen by the kinds of its layers; {lost}"
+    said = f"default targets of this BertModel are chosen by layer type; {lost}"
     with pytest.warns(tunerkit.TunerkitWarning, match=said) as caught:
         tunerkit.wrap(model(), "toy-low-rank")
     assert caught[0].filename == __file__

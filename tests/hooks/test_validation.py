@@ -59,7 +59,7 @@ def test_the_oldest_and_the_newest_of_several_are_accepted(number: int, monkeypa
             rf"written for TUNERKIT_API {loading.API + 1}, .*to {loading.API}; install a newer tunerkit",
         ),
         (10**30, "install a newer tunerkit"),
-        (0, r"TUNERKIT_API is 0; expected the number of the contract, as in TUNERKIT_API = \d"),
+        (0, r"TUNERKIT_API is 0; expected the version of the plugin API, as in TUNERKIT_API = \d"),
         (-1, "TUNERKIT_API is -1; expected"),
         ("1", "TUNERKIT_API is '1'; expected"),
         (1.0, r"TUNERKIT_API is 1\.0; expected"),
@@ -114,7 +114,7 @@ StatisticsRequest: Any = Request
         ({"targets": "biases"}, r"targets of method 'toy-declaring' is 'biases'; .*'weights', 'outputs'"),
         (
             {"statistics": "inputs"},
-            r"statistics of method 'toy-declaring' is 'inputs'; expected tunerkit\.plugin\.StatisticsRequest",
+            r"statistics of method 'toy-declaring' is 'inputs'; expected a tunerkit\.plugin\.StatisticsRequest",
         ),
     ],
 )
@@ -128,7 +128,10 @@ def test_a_record_with_a_wrong_field_is_refused(fields: Any, words: str) -> None
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [
-        ({}, r"inputs=0, gradients=0\) wants nothing.*ranks.* as in tunerkit\.plugin\.StatisticsRequest\(inputs=16\)"),
+        (
+            {},
+            r"inputs=0, gradients=0\) requests no statistics.* as in tunerkit\.plugin\.StatisticsRequest\(inputs=16\)",
+        ),
         ({"inputs": -1}, r"inputs=-1, .*as in tunerkit\.plugin\.StatisticsRequest\(inputs=16\)"),
         ({"inputs": 8, "gradients": 2.0}, r"gradients of a StatisticsRequest is 2\.0; expected int"),
         ({"inputs": True}, "inputs of a StatisticsRequest is True; expected int"),
@@ -142,7 +145,7 @@ def test_a_request_for_no_ranks_is_refused(ranks: Any, words: str) -> None:
 
 def test_statistics_without_the_hook_that_takes_them_are_refused() -> None:
     """The method could never be calibrated."""
-    words = r"method 'toy-declaring' wants statistics but it has no tunerkit_calibrate"
+    words = r"method 'toy-declaring' requests statistics, but it has no tunerkit_calibrate"
     with pytest.raises(tunerkit.errors.PluginError, match=words):
         tunerkit.register(Declaring(statistics=StatisticsRequest(inputs=2)))
     with registered(Calibrating(statistics=StatisticsRequest(inputs=2))):

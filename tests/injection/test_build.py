@@ -48,7 +48,7 @@ def test_what_a_method_refuses_is_listed_in_one_error_with_the_way_out(toys: "To
     assert str(caught.value).splitlines() == [
         "conv: method 'toy-broken' cannot adapt this Conv2d: rank is 64, and at most 27 fits",
         "layers.0: method 'toy-broken' cannot adapt this Linear: rank is 64, and at most 4 fits; "
-        "exclude=('conv', ...) leaves out what it cannot adapt",
+        "exclude=('conv', ...) leaves these targets out",
     ]
     cause = caught.value.__cause__
     assert cause is not None

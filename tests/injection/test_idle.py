@@ -125,8 +125,8 @@ def test_a_head_or_a_bias_that_is_trained_alone_is_told(toys: "Toys", place: str
         if merged:
             tunerkit.merge(model)
         (text,) = warned(model, tmp_path)
-        assert "was saved, and none of its matrices is trained" in text
-        assert "Check that the optimizer holds them" in text
+        assert "was saved, but its matrices are untrained" in text
+        assert "Check that the optimizer has these parameters" in text
 
 
 def test_a_head_that_the_optimizer_lacks_is_told(toys: "Toys", tmp_path: Path) -> None:
@@ -135,8 +135,8 @@ def test_a_head_that_the_optimizer_lacks_is_told(toys: "Toys", tmp_path: Path) -
     own = [p for adapter in tunerkit.tuner(model).adapters().values() for p in adapter.parameters()]
     train(toys, model, torch.optim.SGD(own, lr=0.1))
     (text,) = warned(model, tmp_path)
-    assert "what it trains in full is as it was: head.0, head.2" in text
-    assert "the optimizer was built without it" in text
+    assert "modules trained in full have not changed: head.0, head.2" in text
+    assert "the optimizer was built without these modules" in text
     train(toys, model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
     assert warned(model, tmp_path) == []
 
@@ -167,7 +167,7 @@ def test_steps_that_train_no_matrix_are_told(toys: "Toys", way: str, tmp_path: P
         optimizer.step()
         optimizer.zero_grad()
     (text,) = warned(model, tmp_path)
-    assert "saved after 2 steps, and none of its matrices is trained" in text
+    assert "saved after 2 steps, but its matrices are untrained" in text
     assert warned(tunerkit.load(toys.net(), tmp_path, trainable=True), tmp_path) == []
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tests.support.toys import Toys
 
 
-GONE = "the {} that was adapted is not in the model any more"
+GONE = "the adapted {} is not in the model any more"
 
 
 def replace_layer(model: Any) -> None:
@@ -49,8 +49,8 @@ CHANGES: list[tuple[Callable[[Any], None], str]] = [
     (remove_layer, f"norm: {GONE.format('LayerNorm')}"),
     (convert_norms, f"batch_norm: {GONE.format('BatchNorm2d')}"),
     (strip_hooks, "layers.0: its forward hook is gone"),
-    (widen_linear, "layers.0: the Linear has another size than when it was adapted"),
-    (widen_head, "head.2: the Linear has another size than when it was adapted"),
+    (widen_linear, "layers.0: the Linear was resized after wrapping"),
+    (widen_head, "head.2: the Linear was resized after wrapping"),
 ]
 
 

@@ -233,7 +233,7 @@ def test_what_is_no_such_norm_is_refused_by_name_and_not_chosen(build: Any) -> N
     model = nn.Sequential(nn.LayerNorm(8), build())
     assert not NormLayer.matches(model[1])
     assert not as_output(model[1]).has_weight
-    with pytest.raises(TargetError, match="1: is no norm over the last dimension"):
+    with pytest.raises(TargetError, match="1: is not a norm over the last dimension"):
         tunerkit.wrap(model, "toy-norms", {"targets": ["1"]})
     assert tunerkit.tuner(tunerkit.wrap(model, "toy-norms")).adapters().keys() == {"0"}
 
@@ -242,7 +242,7 @@ def test_a_forward_of_the_instance_is_no_known_norm() -> None:
     """It may do anything with the weight."""
     model = Model()
     model.last.forward = lambda x: x  # type: ignore[method-assign]
-    with pytest.raises(TargetError, match="last: is no norm"):
+    with pytest.raises(TargetError, match="last: is not a norm"):
         tunerkit.wrap(model, "toy-norms", {"targets": ["last"]})
 
 
@@ -278,7 +278,7 @@ def test_a_product_at_a_norm_is_refused_in_words() -> None:
     assert (base.out_features, base.in_features) == (8, 1)
     with pytest.raises(AdapterError, match=r"LayerNorm is a vector.*base\.normalised"):
         base.project_in(X, torch.ones(2, 1))
-    with pytest.raises(NotImplementedError, match="Linear is no norm"):
+    with pytest.raises(NotImplementedError, match="Linear is not a norm"):
         tunerkit.layers.LinearLayer(nn.Linear(8, 8)).normalised(X)
 
 

@@ -186,9 +186,9 @@ def test_it_stands_beside_a_method_of_weights() -> None:
 @pytest.mark.parametrize(
     ("places", "words"),
     [
-        (["blocks"], "blocks.*ModuleList, which is never called: it has no output"),
+        (["blocks"], "blocks.*ModuleList, which is never called, so it has no output"),
         (["attention.out_proj"], "attention.out_proj.*bypassing its forward"),
-        (["pool"], "pool: is an nn.Sequential, which runs every child.*name the last layer"),
+        (["pool"], "pool: is an nn.Sequential, which would run the adapter.*name its last layer"),
         (["lats"], "lats.*last"),
     ],
 )
@@ -256,7 +256,7 @@ def test_what_is_asked_of_a_missing_weight_is_named() -> None:
         base = model.pool[1].tunerkit.base
         for ask in (lambda: base.in_features, lambda: base.out_features, base.dense, lambda: base.pack(X)):
             with pytest.raises(
-                tunerkit.errors.AdapterError, match=r"Tanh, of which .* knows no weight.*target\.module"
+                tunerkit.errors.AdapterError, match=r"Tanh, whose weight .* does not know.*target\.module"
             ):
                 ask()
         assert base.bias() is None

@@ -140,9 +140,9 @@ def test_a_warning_raised_as_an_error_leaves_the_model_as_it_was(toys: "Toys") -
 def test_a_layer_without_weights_is_no_target(inputs: int, outputs: int, toys: "Toys") -> None:
     """A target that is named is refused; a broad choice leaves the layer out, and says so."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(inputs, outputs))
-    with pytest.raises(TargetError, match=rf"1: has a weight of shape \({outputs}, {inputs}\).*exclude it"):
+    with pytest.raises(TargetError, match=rf"1: has an empty weight, of shape \({outputs}, {inputs}\).*exclude it"):
         tunerkit.wrap(model, "toy-shift", {"targets": ["1"]})
-    with pytest.warns(TunerkitWarning, match="1: has a weight of shape"):
+    with pytest.warns(TunerkitWarning, match="1: has an empty weight, of shape"):
         tunerkit.wrap(model, "toy-shift")
     assert [target.path for target in tunerkit.tuner(model).targets] == ["0"]
 

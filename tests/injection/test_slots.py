@@ -168,7 +168,7 @@ def test_a_module_that_only_got_the_hook_says_what_happened() -> None:
     """Torch's dynamic quantisation copies the hooks of a module that it replaces, and calls them without kwargs."""
     module = nn.Linear(3, 3)
     module.register_forward_hook(apply_slots)
-    with pytest.raises(AdapterError, match=r"Quantise the base before tunerkit\.wrap"):
+    with pytest.raises(AdapterError, match=r"Quantize the base before tunerkit\.wrap"):
         module(torch.ones(1, 3))
 
 

@@ -25,7 +25,7 @@ def test_a_tuner_is_found_by_name_or_alone(toys: "Toys") -> None:
     model = tunerkit.wrap(toys.net(), "toy-low-rank", adapter="first")
     assert tunerkit.tuner(model) is tunerkit.tuner(model, "first")
     tunerkit.wrap(model, "toy-shift", adapter="second")
-    with pytest.raises(AdapterError, match=r"several adapters: first, second; say which: adapter="):
+    with pytest.raises(AdapterError, match=r"several adapters: first, second; choose one with adapter="):
         tunerkit.tuner(model)
     assert tunerkit.tuner(model, "second").method == "toy-shift"
     for wrong in ("frist", 3, ["first"]):
@@ -71,7 +71,7 @@ def test_separately_wrapped_parts_are_named(
     for part, adapter in zip(parts.values(), ("default", second), strict=True):
         toys.fill_(tunerkit.wrap(part, "toy-low-rank", {"targets": ["conv"]}, adapter=adapter, seed=3))
     before = toys.snapshot(model)
-    with pytest.raises(AdapterError, match=r"ModuleDict were wrapped on their own: 'text', 'image'; call it on one"):
+    with pytest.raises(AdapterError, match=r"ModuleDict were wrapped separately: 'text', 'image'; pass one"):
         call(model, tmp_path)
     assert toys.same(toys.snapshot(model), before)
     assert not list(tmp_path.iterdir())
@@ -115,7 +115,7 @@ def test_a_part_wrapped_after_the_whole_is_named(toys: "Toys") -> None:
     model = tunerkit.wrap(toys.net(), "toy-shift", {"targets": ["conv"]})
     whole = tunerkit.tuner(model)
     tunerkit.wrap(model.head, "toy-shift", {"targets": ["0"]})
-    with pytest.raises(AdapterError, match=r"Net were wrapped on their own: the model itself, 'head'"):
+    with pytest.raises(AdapterError, match=r"Net were wrapped separately: the model itself, 'head'"):
         tunerkit.merge(model)
     assert len(list(whole.parameters())) == 1
     tunerkit.unwrap(model.head)
@@ -212,6 +212,6 @@ def test_an_adapter_that_does_not_say_what_it_adds_is_named() -> None:
     class Mute(Adapter):
         pass
 
-    with pytest.raises(NotImplementedError, match=r"Mute does not say what it adds: define forward"):
+    with pytest.raises(NotImplementedError, match=r"Mute has no forward: define forward"):
         Mute()(None, None, None)
     assert Mute().rank == 0

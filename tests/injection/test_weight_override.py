@@ -568,7 +568,7 @@ def test_the_kind_has_no_input_to_project() -> None:
     assert (base.in_features, base.out_features, base.scale) == (WIDTH, 3 * WIDTH, 1.0)
     assert torch.equal(base.dense(), base.module.in_proj_weight)
     for call in (lambda: base.project_in(batch(), batch()), lambda: base.project_out(batch(), batch())):
-        with pytest.raises(AdapterError, match="inside its forward"):
+        with pytest.raises(AdapterError, match="inside forward"):
             call()
 
 
@@ -633,7 +633,7 @@ def test_a_method_without_a_delta_is_refused_at_wrap(toys: "Toys", method: str) 
 def test_a_delta_without_a_gradient_is_refused_where_it_should_train(toys: "Toys", method: str) -> None:
     """The error comes in a forward with gradients; without gradients, or frozen, the value is enough."""
     model = tunerkit.wrap(attends(), method, {"targets": ["attention"]})
-    with pytest.raises(PluginError, match="have no gradient"):
+    with pytest.raises(PluginError, match="without gradients"):
         model(batch())
     with torch.no_grad():
         assert toys.close(model(batch()), attends()(batch()))
@@ -689,7 +689,7 @@ def test_a_loaded_adapter_at_a_place_that_cannot_be_overridden_is_refused(toys: 
     path = tunerkit.save(adapted(toys), tmp_path)
     other = attends()
     other.attention.__class__ = Own
-    with pytest.raises(TargetError, match=r"attention\.out_proj: nn\.MultiheadAttention with a forward of its own"):
+    with pytest.raises(TargetError, match=r"attention\.out_proj: nn\.MultiheadAttention with its own forward"):
         tunerkit.load(other, path)
 
 

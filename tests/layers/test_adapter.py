@@ -291,7 +291,7 @@ def test_a_class_that_leaves_out_what_it_reads_is_refused_with_the_meaning_of_bo
     model = net()
     words = (
         r"'toy-silent'.*Silent with reads_output=None and reads_weight=None for '0'; .*True or False: "
-        r"reads_output says whether forward uses the values of y.*reads_weight whether forward or the delta reads"
+        r"reads_output: whether the contribution of forward .*reads_weight: whether forward or the delta reads"
     )
     with registered(SilentPlugin(2)), pytest.raises(tunerkit.errors.PluginError, match=words):
         tunerkit.wrap(model, "toy-silent", TARGETS)

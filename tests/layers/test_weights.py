@@ -94,7 +94,7 @@ def test_an_emptied_base_is_adapted_as_it_is_when_whole(cellar: Cellar, tmp_path
     assert all(parameter.numel() == 0 for parameter in base[0].parameters(recurse=False))
     plain: Any = net()[0]
     assert weights.whole_shape(base[0].weight) == plain.weight.shape
-    with pytest.raises(tunerkit.errors.AdapterError, match="its fingerprint was not taken before"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="no fingerprint was taken before"):
         tunerkit.save(model, tmp_path)
     cellar.fill_(model)
     same = tunerkit.load(net(), tunerkit.save(model, tmp_path))
@@ -107,7 +107,7 @@ def test_what_is_trained_beside_an_emptied_base_has_one_dtype(cellar: Cellar) ->
     base: Any = net()
     cellar.empty_(base)
     with pytest.raises(
-        tunerkit.errors.AdapterError, match=r"dtypes bfloat16 and float32, and the cellar keeps one dtype\."
+        tunerkit.errors.AdapterError, match=r"dtypes bfloat16 and float32, but the cellar keeps one dtype\."
     ):
         tunerkit.wrap(base, "toy-low-rank", {"targets": ["0"], "train_modules": ["2"], "adapter_dtype": "bfloat16"})
 
@@ -172,7 +172,7 @@ def claiming(**fields: Any) -> Any:
 
 
 CLAIMS: dict[str, tuple[Any, str]] = {
-    "shards": (lambda tensor: True, "each process holds a shard of adapter"),
+    "shards": (lambda tensor: True, "adapter 'default' is sharded"),
     "lent": (lambda module: "they are lent", "cannot merge into '0': they are lent"),
 }
 

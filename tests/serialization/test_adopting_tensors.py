@@ -112,7 +112,7 @@ def test_tensors_alone_make_an_adapter(tmp_path: Path) -> None:
         (Foreign({}, "squared", tensors={"2": M["0"]}, shared=SHARED), BaseMismatchError, "another base model"),
         (Foreign({}, "squared", tensors={"0": M["1"]}, shared=SHARED), FileError, "size mismatch"),
         (Foreign({}, "squared", tensors=M, shared={"scale": torch.tensor(float("nan"))}), FileError, "NaN"),
-        (Foreign({}, "squared"), FileError, "no target in it"),
+        (Foreign({}, "squared"), FileError, "it has no targets"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, found: Foreign, error: type[Exception], part: str) -> None:
@@ -125,6 +125,6 @@ def test_no_other_method_takes_them(tmp_path: Path) -> None:
     """A LoRA takes products; these say nothing without their method."""
     found = Foreign({}, "squared", tensors=M, shared=SHARED)
     with pytest.raises(
-        UnknownMethodError, match=r"holds a squared adapter, and no method is there for it\. It takes squared"
+        UnknownMethodError, match=r"holds a squared adapter, and no installed method can load it\. It needs squared"
     ):
         load(tmp_path, found, has_method=False)

@@ -126,7 +126,7 @@ def test_a_new_adapter_is_compared_with_the_largest_layer() -> None:
         torch.zeros(4000, 1000)
     words = (
         "the adapter at 'layer' needs a tensor of 640,000,000 numbers, and the largest target has 1,001,000; "
-        "lower it @ $.rank, $.ranks['a'][1]"
+        "lower the number @ $.rank, $.ranks['a'][1]"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(words)}$"), limit(TARGET):
         torch.zeros(10**7, 64)

@@ -206,7 +206,7 @@ def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     """Where a folder should be there is a file: the error says which, and what to pass. Nothing older is there."""
     (tmp_path / "file").write_bytes(b"own")
     for path in (tmp_path / "file" / "a.safetensors", tmp_path / "file" / "b" / "a.safetensors"):
-        with pytest.raises(FileError, match=r"file is a file and not a folder\. Pass another folder") as caught:
+        with pytest.raises(FileError, match=r"file is a file and not a folder\. Pass a folder") as caught:
             replace(path, [b"new"])
         assert "older file" not in str(caught.value)
     assert (tmp_path / "file").read_bytes() == b"own"
@@ -215,5 +215,5 @@ def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux's /proc")
 def test_a_folder_that_cannot_be_created_is_named() -> None:
     """Linux allows nobody to create a folder there."""
-    with pytest.raises(FileError, match=r"the folder /proc/none cannot be created.*Pass another folder, in which you"):
+    with pytest.raises(FileError, match=r"the folder /proc/none cannot be created.*Pass a folder in which you"):
         replace(Path("/proc/none/a.safetensors"), [b"new"])

@@ -138,7 +138,7 @@ def test_an_adapter_that_is_not_attached_yet_does_not_stop_it(toys: "Toys", hold
     model = wrapped(toys)
     optimizer = Adam(list(tunerkit.tuner(model).parameters()))
     assert told(lambda: state_dict.get_optimizer_state_dict(model, optimizer)) == []
-    with pytest.raises(tunerkit.errors.StepError, match="nothing drives it"):
+    with pytest.raises(tunerkit.errors.StepError, match="is not attached to it"):
         train(toys, model, optimizer, 2)
 
 

@@ -215,7 +215,7 @@ def test_a_method_that_is_not_installed_becomes_the_common_one(
         model = load(toys, exported, reader(method="absent", remarks=("the alpha was lost",)))
     assert torch.equal(model(toys.x()), trained(toys)(toys.x()))
     monkeypatch.setattr("tunerkit.serialization.adopting._COMMON", "absent-too")
-    with pytest.raises(UnknownMethodError, match=r"It takes absent or absent-too: pip install .*\[absent-too\]"):
+    with pytest.raises(UnknownMethodError, match=r"It needs absent or absent-too: pip install .*\[absent-too\]"):
         load(toys, exported, reader(method="absent"))
 
 
@@ -290,7 +290,7 @@ MISFITS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a bias where there is none": (
         {"biases": {"batch_norm": torch.ones(4)}},
         BaseMismatchError,
-        r"trains the biases of batch_norm, which have none here",
+        r"trains biases of batch_norm, which have no bias here",
     ),
     "a bias of another shape": ({"biases": {"norm": torch.ones(9)}}, BaseMismatchError, r"norm\.bias \[9\] -> \[8\]"),
     "settings that the method rejects": (
@@ -332,7 +332,7 @@ def test_what_does_not_fit_is_refused_and_the_model_unchanged(toys: "Toys", expo
         (None, "returned None; it must return tunerkit.plugin.Foreign"),
         (Foreign(MappingProxyType({"conv": 3}), method="toy-product"), "returned 3 for 'conv'; expected Factors"),  # type: ignore[dict-item]
         (Foreign({"conv": Factors(torch.ones(2), torch.ones(2))}, method="toy-product"), "expected Factors"),
-        (Foreign(at_conv(torch.ones(1, 27), torch.ones(4, 1)), tensors={"x": {}}), "paths of factors"),
+        (Foreign(at_conv(torch.ones(1, 27), torch.ones(4, 1)), tensors={"x": {}}), "at different paths"),
     ],
 )
 def test_a_wrong_answer_of_a_reader_is_the_plugin_s_fault(
@@ -421,7 +421,7 @@ def test_options_are_checked_as_settings_are(toys: "Toys", products: None, tmp_p
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [("toy-low-rank", "adds no product of two small matrices"), ("toy-biased", "also adds to the bias of 'conv'")],
+    [("toy-low-rank", "is not a product of two small matrices"), ("toy-biased", "also adds to the bias of 'conv'")],
 )
 def test_a_method_with_more_than_products_cannot_leave(
     toys: "Toys", products: None, tmp_path: Path, method: str, message: str
@@ -603,7 +603,7 @@ def test_a_format_that_cannot_sniff_stops_no_other(toys: "Toys", exported: Path)
 
     with (
         registered(FormatPlugin(name="broken", sniff=sniff)),
-        pytest.warns(TunerkitWarning, match="'broken' cannot say"),
+        pytest.warns(TunerkitWarning, match="'broken' failed to check"),
     ):
         model = load(toys, exported)
     assert torch.equal(model(toys.x()), trained(toys)(toys.x()))
@@ -650,12 +650,12 @@ def test_a_target_at_several_paths_is_refused(products: None, exported: Path) ->
         model = nn.Sequential(shared, shared, nn.Linear(3, 3))
         with (
             registered(reader(factors={path: product})),
-            pytest.raises(TargetError, match=rf"'{path}', which is one module with '{other}'.*deepcopy"),
+            pytest.raises(TargetError, match=rf"'{path}', which is the same module as '{other}'.*deepcopy"),
         ):
             tunerkit.load(model, exported)
     with (
         registered(reader(factors={"2": product}, biases={"1": torch.ones(3)})),
-        pytest.raises(TargetError, match=r"biases .* 1 \(one module with 0\)"),
+        pytest.raises(TargetError, match=r"biases .* 1 \(the same module as 0\)"),
     ):
         tunerkit.load(model, exported)
 
@@ -729,7 +729,7 @@ def test_an_adapter_of_several_is_named(toys: "Toys", products: None, tmp_path: 
     model = trained(toys)
     tunerkit.wrap(model, "toy-product", {"targets": ["layers.0"]}, adapter="other")
     with registered(FormatPlugin()):
-        with pytest.raises(AdapterError, match="say which"):
+        with pytest.raises(AdapterError, match="choose one"):
             tunerkit.export(model, tmp_path / "out", format="toy")
         path = tunerkit.export(model, tmp_path / "out", format="toy", adapter="default")
     assert json.loads((path / "toy.json").read_text()).keys() == {"conv", "layers.1"}

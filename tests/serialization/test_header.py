@@ -55,7 +55,7 @@ def test_an_edited_header_is_damage(toys: "Toys", saved: Path, tmp_path: Path, w
     ("change", "error", "words"),
     [
         (wrong(format=2), FileError, "format 2, this tunerkit reads 1"),
-        (wrong(kind="state"), FileError, "holds 'state', expected 'adapter'"),
+        (wrong(kind="state"), FileError, "is a file of kind 'state': pass the file of kind 'adapter'"),
         (wrong(more=1), FileError, "tunerkit would not write: .*'more'.* install that release"),
         (lambda fields, _: fields.pop("biases"), FileError, r"tunerkit would not write: missing.* @ \$\.biases"),
         (lambda fields, _: fields.pop("history"), FileError, r"tunerkit would not write: missing.* @ \$\.history"),
@@ -117,7 +117,7 @@ def test_a_method_of_another_distribution_than_the_file_names_is_told(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tunerkit.load(toys.net(), path)
-    told = "was saved with method 'toy-low-rank' of acme-two; here it is acme-one's, which may compute something else"
+    told = "saved with method 'toy-low-rank' from acme-two; the method here is from acme-one and may compute something"
     assert [told in str(each.message) for each in caught if "was saved with method" in str(each.message)] == (
         [True] * is_told
     )
@@ -131,7 +131,7 @@ def test_a_method_of_another_distribution_than_the_file_names_is_told(
         (wrong(steps=2**64), r"expected an int of 64 bits, got int .* @ \$\.steps"),
         (wrong(steps=2**63), r"expected < 9223372036854775808, got .* @ \$\.steps"),
         (wrong(total_steps=10**400), r"expected .* @ \$\.total_steps"),
-        (wrong(targets=["conv", "conv"]), "targets: expected paths, none of them twice"),
+        (wrong(targets=["conv", "conv"]), "targets: expected distinct paths"),
         (wrong(history=[[1, 2, [3, 4, -5]]]), "history: expected a step, a budget and .* each an integer from 0"),
         (wrong(method="x" * 10**6), "method: expected the name of a method"),
         (wrong(base={"w": {"shape": [-1], "dtype": "float32", "sample": []}}), "base: expected a shape of int"),

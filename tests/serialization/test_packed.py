@@ -210,7 +210,7 @@ def test_a_quantised_layer_without_a_kind_names_its_library_and_the_plugin() -> 
         if find_spec("tunerkit_quant")
         else "tunerkit-quant is not installed"
     )
-    with pytest.raises(tunerkit.errors.TargetError, match=rf'bitsandbytes has quantised.*{way}.*"tunerkit\[quant\]"'):
+    with pytest.raises(tunerkit.errors.TargetError, match=rf'bitsandbytes has quantized.*{way}.*"tunerkit\[quant\]"'):
         tunerkit.wrap(model, "toy-low-rank", {"targets": ["0"]})
 
 
@@ -229,7 +229,7 @@ def test_a_base_that_is_quantised_after_wrapping_is_refused_before_the_first_ste
         if change == "weight":
             own = model[0].weight.detach().as_subclass(Wrapper)
             model[0]._parameters["weight"] = own
-            words = "quantised after it had been adapted"
+            words = "quantized after wrapping"
         else:
             model[0] = CodedLinear(model[0])
             words = "is not in the model any more"

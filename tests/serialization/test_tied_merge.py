@@ -186,7 +186,7 @@ def test_a_packed_weight_is_not_split(toys: "Toys") -> None:
     model.head.weight = model.embed.weight = Packed(model.embed.weight.detach())
     tunerkit.wrap(model, "toy-low-rank", {"targets": ["embed", "head"]})
     before = sharing(model)
-    with pytest.raises(AdapterError, match=r"embed\.weight, head\.weight are one Packed, which cannot be split"):
+    with pytest.raises(AdapterError, match=r"embed\.weight, head\.weight share one Packed, which cannot be untied"):
         tunerkit.merge(model)
     assert sharing(model) == before
 
@@ -235,7 +235,7 @@ def test_settings_that_nothing_changes_are_named(toys: "Toys", monkeypatch: pyte
     model = trained(toys, "toy")
     model.__class__ = type("Tied", (type(model),), {"__module__": "transformers.models.tied"})
     monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")
-    words = "still says that they are tied: tunerkit-transformers knows"
+    words = "still marks them as tied: tunerkit-transformers knows"
     with pytest.warns(tunerkit.TunerkitWarning, match=words) as told:
         tunerkit.merge(model)
     assert told[0].filename == __file__

@@ -68,9 +68,9 @@ def test_the_state_of_another_run_is_refused(toys: "Toys", tmp_path: Path, saved
     tunerkit.attach(longer, torch.optim.SGD(tunerkit.tuner(longer).parameters(), lr=0.1), total_steps=12)
     with pytest.raises(FileError, match="total_steps 9 -> 12"):
         tunerkit.load_state(longer, tunerkit.save_state(planned, tmp_path / "planned"))
-    with pytest.raises(FileError, match="holds 'adapter', expected 'state'"):
+    with pytest.raises(FileError, match="is a file of kind 'adapter': pass the file of kind 'state'"):
         tunerkit.load_state(toys.trained(), saved)
-    assert_refused(toys, path, FileError, "holds 'state', expected 'adapter'")
+    assert_refused(toys, path, FileError, "is a file of kind 'state': pass the file of kind 'adapter'")
 
 
 def test_an_adapter_that_was_never_attached_has_no_state_to_save(toys: "Toys", tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_state_without_its_weights_is_told(toys: "Toys", method: str, tmp_path
     tunerkit.save_state(model, tmp_path)
     forgotten = tunerkit.wrap(toys.net(), method, config)
     attached(forgotten)
-    with pytest.warns(TunerkitWarning, match="at step 2, but the matrices of adapter 'default' are as new") as told:
+    with pytest.warns(TunerkitWarning, match="at step 2, but the matrices of adapter 'default' are untrained") as told:
         tunerkit.load_state(forgotten, tmp_path)
     assert told[0].filename == __file__
     loaded = tunerkit.load(toys.net(), tmp_path, trainable=True)
@@ -156,7 +156,7 @@ def test_saving_over_the_only_state_of_another_adapter_is_told(toys: "Toys", tmp
     tunerkit.save(model, tmp_path, adapter="default")  # another file, which does not count
     tunerkit.save_state(model, tmp_path, adapter="default")
     with pytest.warns(
-        TunerkitWarning, match="held the training state of adapter 'default'.*save 'default' again"
+        TunerkitWarning, match="has overwritten the training state of adapter 'default'.*save 'default' again"
     ) as told:
         tunerkit.save_state(model, tmp_path, adapter="b")
     assert told[0].filename == __file__

@@ -206,7 +206,7 @@ def test_a_wrapper_with_a_separate_state_is_refused_where_steps_count() -> None:
     inner = sgd(model)
     outer = Averaging(inner)
     with pytest.raises(
-        tunerkit.errors.StepError, match=r"Averaging keeps its own state in addition to that of SGD.*SGD alone"
+        tunerkit.errors.StepError, match=r"Averaging keeps its own state beside the state of SGD.*SGD alone"
     ):
         tunerkit.attach(model, outer, total_steps=9)
     assert not is_attached(tunerkit.tuner(model))
@@ -230,7 +230,7 @@ def test_an_optimizer_that_takes_no_hooks_is_refused_and_nothing_is_attached() -
     inner = sgd(model)
     with pytest.raises(
         tunerkit.errors.StepError,
-        match=r"Lookahead does not support hooks.*If it wraps an optimizer that does, attach that one",
+        match=r"Lookahead does not support hooks.*If it wraps an optimizer with hooks, attach the wrapped",
     ):
         tunerkit.attach(model, optim.Lookahead(inner), total_steps=9)
     tunerkit.attach(model, inner, total_steps=9)
@@ -447,7 +447,7 @@ def test_a_head_alone_does_not_train_an_adapter_that_needs_steps() -> None:
         model = wrapped(method, model=layers, train_modules=["1"])
         head = torch.optim.SGD([p for n, p in model.named_parameters() if ".copy." in n], lr=0.1)
         if refused:
-            assert "holds none of the parameters of adapter 'default' at its 1 places" in refusal(model, head)
+            assert "has none of the parameters of adapter 'default', which is in 1 modules" in refusal(model, head)
         else:
             with pytest.warns(tunerkit.TunerkitWarning, match=r"adapter\.v at 0;"):
                 tunerkit.attach(model, head)
@@ -465,7 +465,7 @@ def test_an_epsilon_that_is_0_in_float16_is_told_before_it_breaks_the_weights(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tunerkit.attach(model, optimizer)
-    assert ["eps=1e-08 is 0: its steps divide by 0" in str(each.message) for each in caught] == [True] * expected
+    assert ["eps=1e-08 rounds to 0: steps divide by 0" in str(each.message) for each in caught] == [True] * expected
     backward(model, 1e-4)
     optimizer.step()
     assert all(bool(p.isfinite().all()) for p in trained(model)) is not expected
@@ -480,7 +480,7 @@ def test_what_the_refusal_of_a_second_optimizer_advises_works(*, fresh: bool) ->
     backward(model)
     optimizer.step()
     text = refusal(model, sgd(model), total_steps=5)
-    assert "delete the earlier one and what holds it" in text
+    assert "delete the old one and all references to it" in text
     assert "call tunerkit.delete(model, 'default') and wrap again" in text
     if fresh:
         tunerkit.delete(model, "default")
@@ -499,7 +499,7 @@ def test_attaching_twice_is_refused() -> None:
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=5)
     for again in (optimizer, sgd(model)):
-        assert "attached already" in refusal(model, again, total_steps=5)
+        assert "attached to an optimizer already" in refusal(model, again, total_steps=5)
     backward(model)
     optimizer.step()
     assert names(model) == per_step(1)

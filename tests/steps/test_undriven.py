@@ -41,7 +41,7 @@ def told(toys: "Toys", model: nn.Module, optimizer: torch.optim.Optimizer, count
         warnings.simplefilter("always")
         for _ in range(count):
             step(toys, model, optimizer)
-    return [str(w.message) for w in found if "steps adapter" in str(w.message)]
+    return [str(w.message) for w in found if "updates adapter" in str(w.message)]
 
 
 def wrapped(toys: "Toys", method: str = "toy-stepper", **options: Any) -> nn.Module:
@@ -49,7 +49,7 @@ def wrapped(toys: "Toys", method: str = "toy-stepper", **options: Any) -> nn.Mod
     return model
 
 
-NOTHING = r"nothing drives it: .* call tunerkit\.attach\(model, optimizer, total_steps=\.\.\.\), or with a Trainer"
+NOTHING = r"is not attached to it: .* call tunerkit\.attach\(model, optimizer, total_steps=\.\.\.\), or with a Trainer"
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -107,7 +107,7 @@ def test_the_optimizer_that_drives_triggers_no_warning(toys: "Toys") -> None:
     tunerkit.attach(model, optimizer, total_steps=9)
     assert told(toys, model, optimizer) == []
     (text,) = told(toys, model, second)
-    assert "another optimizer drives it" in text
+    assert "not attached to it: another optimizer is" in text
 
 
 def test_an_adapter_that_was_left_out_on_purpose_triggers_a_warning(toys: "Toys") -> None:
@@ -117,7 +117,7 @@ def test_an_adapter_that_was_left_out_on_purpose_triggers_a_warning(toys: "Toys"
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=9, adapter="a")
     (text,) = told(toys, model, optimizer)
-    assert "steps adapter 'b', but nothing drives it" in text
+    assert "updates adapter 'b', but is not attached to it" in text
     tunerkit.attach(model, optimizer, total_steps=9, adapter="b")
     assert told(toys, model, optimizer) == []
     assert [tunerkit.tuner(model, name).steps for name in "ab"] == [4, 2]
@@ -132,7 +132,7 @@ def test_a_copied_optimizer_that_lost_its_hooks_stops_after_its_first_step(toys:
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=9)
     twin, twin_optimizer = copied((model, optimizer))
-    with pytest.raises(tunerkit.errors.StepError, match="lost its hooks"):
+    with pytest.raises(tunerkit.errors.StepError, match="loses its hooks"):
         step(toys, twin, twin_optimizer)
     assert tunerkit.tuner(twin).steps == 0
     tunerkit.attach(twin, twin_optimizer, total_steps=9)
@@ -182,7 +182,7 @@ def test_saving_tells_of_the_last_step(toys: "Toys", tmp_path: Path) -> None:
         optimizer = sgd(model)
         model(toys.x()).square().mean().backward()
         optimizer.step()
-        with pytest.warns(tunerkit.TunerkitWarning, match="steps adapter 'default', but nothing drives it"):
+        with pytest.warns(tunerkit.TunerkitWarning, match="updates adapter 'default', but is not attached to it"):
             tunerkit.save(model, tmp_path)
 
 
@@ -230,7 +230,7 @@ def test_a_loaded_adapter_is_watched_too(toys: "Toys", tmp_path: Path) -> None:
     tunerkit.tuner(model).progress.steps = 1
     path = tunerkit.save(model, tmp_path)
     loaded = tunerkit.load(toys.net(), path, trainable=True)
-    with pytest.raises(tunerkit.errors.StepError, match="nothing drives it"):
+    with pytest.raises(tunerkit.errors.StepError, match="is not attached to it"):
         step(toys, loaded, sgd(loaded))
 
 
@@ -252,7 +252,7 @@ with registered(ShiftPlugin()):
     try:
         model(torch.ones(2, 4))
     except tunerkit.errors.StepError as error:
-        print(str(error).count("nothing drives it"))
+        print(str(error).count("is not attached to it"))
 """
 
 

@@ -98,7 +98,7 @@ def test_a_container_with_parameters_of_its_own_is_refused(toys: "Toys") -> None
 
     model = toys.net()
     model.head = Scaled()
-    with untouched(toys, model), pytest.raises(TargetError, match="parameters of its own"):
+    with untouched(toys, model), pytest.raises(TargetError, match="its own parameters"):
         tunerkit.wrap(model, "toy-shift", {"targets": ["conv"], "train_modules": ["head"]})
 
 
@@ -110,7 +110,7 @@ def test_changing_statistics_of_the_base_trigger_a_warning(toys: "Toys") -> None
     model = nn.Sequential(
         toys.net(batch_norm=True), toys.net(batch_norm=True), nn.BatchNorm1d(3, track_running_stats=False)
     )
-    with pytest.warns(TunerkitWarning, match="^2 normalisation layers") as told:
+    with pytest.warns(TunerkitWarning, match="^2 normalization layers") as told:
         tunerkit.wrap(model, "toy-shift", {"targets": ["conv"]})
     assert len(told) == 1
     assert told[0].filename == __file__

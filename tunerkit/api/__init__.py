@@ -1,4 +1,4 @@
-"""The verbs a user calls: each combines the groups below."""
+"""The verbs that users call. Each combines the packages below."""
 
 from tunerkit.api.adapters import activate, active, adapters, delete, freeze, reference, rename, thaw
 from tunerkit.api.export import export, from_folder

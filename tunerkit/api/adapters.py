@@ -17,7 +17,7 @@ def adapters(model: nn.Module) -> dict[str, Tuner]:
         model: A model, wrapped or not.
 
     Returns:
-        The tuners by adapter name, the oldest first; empty for a model without adapters. Printed, a line for each.
+        The tuners by adapter name, the oldest first; empty for a model without adapters. They print one per line.
     """
     return injection.Adapters(injection.tuners_of(model))
 
@@ -61,7 +61,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
 
 
 def freeze(model: nn.Module, adapter: str) -> None:
-    """Stop training an adapter but keep applying it, until `thaw`. It takes part in no optimizer step.
+    """Stop training an adapter but keep applying it, until `thaw`. Optimizer steps skip it.
 
     Its gradients are dropped, so that a stale gradient cannot change it.
 
@@ -76,9 +76,9 @@ def freeze(model: nn.Module, adapter: str) -> None:
 
 
 def thaw(model: nn.Module, adapter: str) -> None:
-    """Make an adapter trainable: one that was frozen, or one that was loaded for inference.
+    """Make an adapter trainable that was frozen or loaded for inference.
 
-    An attached adapter resumes training at its own step count. All its parameters but integers become trainable.
+    An attached adapter resumes training at its own step count. All its floating-point parameters become trainable.
 
     Args:
         model: The wrapped model.
@@ -91,7 +91,7 @@ def thaw(model: nn.Module, adapter: str) -> None:
 
 
 def rename(model: nn.Module, old: str, new: str) -> None:
-    """Give an adapter another name. It stays attached, and its parameters stay the same objects.
+    """Rename an adapter. It stays attached, and its parameters stay the same objects.
 
     Args:
         model: The wrapped model.
@@ -107,9 +107,9 @@ def rename(model: nn.Module, old: str, new: str) -> None:
 
 
 def delete(model: nn.Module, adapter: str) -> None:
-    """Take one adapter out of the model and detach it. After the last one, the model is the base model again.
+    """Remove an adapter from the model and detach it. Without any adapter left, the model is the base model again.
 
-    An optimizer that was given its parameters still holds them, without gradients.
+    The adapter's optimizer still has its parameters, without gradients.
 
     Args:
         model: The wrapped model.
@@ -122,7 +122,7 @@ def delete(model: nn.Module, adapter: str) -> None:
     tuner = _named(model, adapter)
     injection.refuse_fixed(tuner.model, "deleting an adapter")
     injection.refuse_running(tuner.model, "deleting an adapter")
-    with injection.Undo() as rest:  # it is completed after a KeyboardInterrupt, since `detach` cannot be undone
+    with injection.Undo() as rest:  # a KeyboardInterrupt completes the deletion, since `detach` cannot be undone
         rest.callback(steps.unwatch_, tuner.model)
         rest.callback(injection.eject_, [tuner])
         steps.detach(tuner)
@@ -138,17 +138,16 @@ def _named(model: nn.Module, adapter: object) -> Tuner:
 
 
 def reference(model: nn.Module) -> Any:
-    """Make a frozen reference of a wrapped model as it is now, for preference training.
+    """Make a frozen reference of a wrapped model's current state, for preference training.
 
-    It is a module that runs the model itself, in eval mode and without gradients, so it needs no second copy of the
-    base. Trained adapters are copied and frozen; those that add nothing yet are left out. Training, activating or
-    freezing adapters later does not change what it computes::
+    The reference is a module that runs the model itself, in eval mode and without gradients, so it needs no second copy
+    of the base. It copies and freezes trained adapters, and leaves out adapters that add nothing yet. Training,
+    activating or freezing adapters later does not change its output::
 
         DPOTrainer(model, ref_model=tunerkit.reference(model), ...)
 
-    A call switches the model's own adapters while it runs, so another thread must not run the model meanwhile. A deep
-    copy contains a copy of the model. ``parameters()`` yields nothing; ``state_dict()`` returns the tensors that the
-    reference computes with.
+    A call changes the model's active adapters while it runs, so no other thread may run the model during a call. A deep
+    copy contains a copy of the model. ``parameters()`` yields nothing; ``state_dict()`` has the reference's tensors.
 
     Args:
         model: The wrapped model, which may be inside DDP or a compiled module.

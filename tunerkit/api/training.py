@@ -1,4 +1,4 @@
-"""Training a wrapped model: attach it to its optimizer or Trainer, group its parameters, fit its start to data."""
+"""Training of a wrapped model: attach its optimizer or Trainer, group its parameters, initialize it from data."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -25,31 +25,31 @@ def attach(
     adapter: str | None = None,
     data_parallel: bool | None = None,
 ) -> None:
-    """Connect adapters to the optimizer or Trainer that trains them. From then on, its steps drive the method.
+    """Connect adapters to their optimizer or Trainer. From then on, each step calls the method.
 
     This works with every method. If a method needs no steps, they are only counted. If it does, the optimizer's
     ``state_dict`` also contains the method's training state (with a Trainer, its checkpoints do). To resume exactly,
     save and load the model and the optimizer, and attach before you load.
 
-    If this raises, no adapter is attached. A base that is trained too, or was resized after wrapping, triggers a
-    warning: no adapter's file holds it.
+    If this raises, no adapter is attached. A warning is given if the base is trained too, or was resized after
+    wrapping: adapter files do not contain it.
 
     Args:
         model: The wrapped model.
-        optimizer_or_trainer: A torch optimizer (accelerate's wrapper works too), a transformers or TRL Trainer, or what
-            `deepspeed.initialize` returned: its engine or its optimizer.
-        total_steps: The length of training in optimizer steps. A Trainer knows its own.
+        optimizer_or_trainer: A torch optimizer (accelerate's wrapper works too), a transformers or TRL Trainer, or the
+            engine or optimizer from `deepspeed.initialize`.
+        total_steps: The length of training in optimizer steps. A Trainer has its own.
         adapter: The name of one adapter; by default all that are not frozen.
         data_parallel: True if the processes of a group train one adapter together, False if each trains its own. By
-            default they train together, and a warning says so if nothing else averages the gradients: tunerkit does at
-            the end of each backward. Every process must call this, take every step, and have a backward in each.
+            default they train together. If nothing else averages the gradients, tunerkit does so at the end of each
+            backward, with a warning. Every process must call this, take every step, and have a backward in each.
 
     Raises:
-        StepError: The total number of steps is missing or differs from the config's; the optimizer does not hold the
+        StepError: The total number of steps is missing or differs from the config's; the optimizer does not have the
             adapter's parameters; the method needs steps, and the optimizer does not support hooks or is inside a
             wrapper that keeps its own state; the adapter is frozen or already attached; the Trainer trains another
-            model; an option of TRL's would move or lose weights of adapters; or the processes of a group did not wrap
-            alike, which every one of them raises.
+            model; an option of TRL would move or lose weights of adapters; or the processes of a group have different
+            adapters, in which case every process raises.
         AdapterError: Adapted modules were replaced or resized after wrapping, there is no such adapter, or the model is
             merged, disabled, inside FSDP1, which flattens the adapters, or has layers that peft put on top.
         ConfigError: Training is too short for the method's schedule.
@@ -72,8 +72,8 @@ def attach(
         is_new = not (tuner.progress.calibration or tuner.progress.loaded or tuner.steps)
         if is_new and hooks.statistics(tuner) is not None:
             warn(
-                f"method {tuner.method!r} sets its start from data, and adapter {tuner.name!r} got none, so it trains "
-                "from the start that tunerkit.wrap gave it; call tunerkit.calibrate(model, batches) before attach"
+                f"method {tuner.method!r} is initialized from data, but adapter {tuner.name!r} was not, so it trains "
+                "from its initial values; call tunerkit.calibrate(model, batches) before attach"
             )
     injection.warn_of_base_changes(tuners)
 
@@ -81,7 +81,7 @@ def attach(
 def _attach_optimizer(
     model: nn.Module, tuners: list[Tuner], candidate: object, total_steps: int | None, data_parallel: bool | None
 ) -> None:
-    """Let an optimizer, or what an engine makes of one, drive adapters."""
+    """Connect adapters to an optimizer, or to an engine's wrapper around it."""
     engine, candidate = steps.engine_for(tuners, model, candidate, data_parallel)
     needing = [tuner for tuner in tuners if injection.needs_steps(tuner)]
     earlier = ", ".join(f"{tuner.name!r} after {tuner.steps} steps" for tuner in needing if tuner.steps)
@@ -91,19 +91,18 @@ def _attach_optimizer(
             serialization.carry(tuner, optimizer)  # only here: a Trainer's checkpoints have a file for the state
     if earlier:
         warn(
-            f"the schedule restarts at step 0 for adapter {earlier}; to resume that training instead, load its state: "
-            "tunerkit.load_state, or the optimizer's state_dict"
+            f"the schedule restarts at step 0 for adapter {earlier}; to resume that training instead, load its state "
+            "with tunerkit.load_state, or the optimizer's state_dict"
         )
 
 
 @contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
-    """Inside the block, backwards add up gradients in each process; the next backward after it averages them.
+    """Inside the block, backwards accumulate gradients locally; the next backward after the block averages them.
 
-    This saves an all-reduce for each batch that is accumulated, as ``DistributedDataParallel.no_sync`` does. It is
-    never needed: without it, the result is the same. DDP, FSDP2 with sharded adapters, DeepSpeed and accelerate have
-    ways of their own to say that, which work too. If no backward comes after the block, the step averages, which is too
-    late for clipping.
+    This saves an all-reduce for each accumulated batch, like ``DistributedDataParallel.no_sync``. It is optional: the
+    result is the same without it. The equivalents of DDP, FSDP2 with sharded adapters, DeepSpeed and accelerate work
+    too. If no backward follows the block, the optimizer step averages, which is too late for clipping.
 
     Args:
         model: The wrapped model, with its adapters attached.
@@ -118,10 +117,10 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
 
 def param_groups(model: nn.Module, *, lr: float, weight_decay: float | None = None) -> list[dict[str, Any]]:
-    """Return everything that a wrapped model trains as parameter groups for an optimizer.
+    """Return all trained parameters of a wrapped model as parameter groups for an optimizer.
 
-    A method may want a factor on the learning rate or its own weight decay for some of its parameters. If none does,
-    the result is one group. A Trainer that is attached makes the same groups itself::
+    A method may set a learning-rate factor or a weight decay for some of its parameters. If none does, the result is
+    one group. An attached Trainer makes the same groups itself::
 
         optimizer = torch.optim.AdamW(tunerkit.param_groups(model, lr=1e-3))
         tunerkit.attach(model, optimizer, total_steps=1000)
@@ -132,8 +131,7 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float | None = No
         weight_decay: The weight decay of the parameters for which no method sets one; None for the optimizer's default.
 
     Returns:
-        Groups with ``params`` and ``lr``, and ``weight_decay`` where one is set. Each trained parameter is in one of
-        them.
+        Groups with ``params`` and ``lr``, and ``weight_decay`` if one is set. Each trained parameter is in one group.
 
     Raises:
         StepError: ``lr`` or ``weight_decay`` is not a number, or negative; or nothing is trained.
@@ -152,16 +150,15 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float | None = No
 
 
 def fit_start_(tuner: Tuner, measure: Measure) -> None:
-    """Let an adapter's method set its start and its ranks from data, by the hook `tunerkit_calibrate`.
+    """Initialize an adapter and its ranks from data, with the method's hook `tunerkit_calibrate`.
 
-    `tunerkit.calibrate` is built on this. The method says what it wants to know, see
-    `tunerkit.plugin.StatisticsRequest`. Meanwhile the model is in eval mode, with gradients on; afterwards its modes
-    and the random state are as before.
+    `tunerkit.calibrate` is built on this. The method requests statistics, see `tunerkit.plugin.StatisticsRequest`.
+    During the call, the model is in eval mode with gradients on; its modes and the random state are restored.
 
     Args:
-        tuner: The handle on an adapter that is as `tunerkit.wrap` made it.
-        measure: Runs the model. It gets the request, and the base layers by target path; it returns the statistics by
-            target path, and the number of batches.
+        tuner: The tuner of an adapter that is unchanged since `tunerkit.wrap`.
+        measure: Runs the model. It gets the request and the base layers by target path, and returns the statistics by
+            target path and the number of batches.
 
     Raises:
         AdapterError: The method needs no data with these settings, training has begun, or the model is merged or
@@ -170,9 +167,9 @@ def fit_start_(tuner: Tuner, measure: Measure) -> None:
     """
     if (request := hooks.statistics(tuner)) is None:
         raise AdapterError(
-            f"adapter {tuner.name!r} of method {tuner.method!r} needs no data with its settings; train it as it is"
+            f"adapter {tuner.name!r} of method {tuner.method!r} needs no data with its settings; train it directly"
         )
-    # What a method adds at its start tells whether a loop that nobody attached has trained the adapter.
+    # If the method starts with ΔW = 0, another ΔW shows that a loop without `attach` has trained the adapter.
     starts_at_0 = hooks.registry.get(tuner.method).start == "exact" and hooks.has_delta(tuner.method)
     states = {
         "loaded from a file": tuner.progress.loaded,

@@ -33,7 +33,7 @@ def wrap(
     AdaLoRA, the first output is bit-identical to the base's (with dropout off).
 
     Args:
-        model: The model. If it has adapters already, the new one is active in addition to the active ones.
+        model: The model. If it has active adapters already, they stay active beside the new one.
         method: The name of an installed method, such as ``"adalora"``, in any case.
         config: The method's config: an instance of its config class, a mapping of settings, or None for the defaults.
             A plugin may also convert the config of another library, as tunerkit-peft does.
@@ -45,8 +45,8 @@ def wrap(
 
     Raises:
         ConfigError: The config or the seed is invalid; the error lists every problem with its path.
-        TargetError: A target cannot be found, or its module cannot be adapted; or a quantised layer
-            passes no gradient on.
+        TargetError: A target cannot be found, or its module cannot be adapted; or a quantized layer does not propagate
+            gradients.
         UnknownMethodError: No installed plugin provides the method.
         PluginError: The method's plugin violates the contract of a hook.
         AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled,
@@ -55,7 +55,7 @@ def wrap(
     if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**64):
         raise ConfigError([f"expected an int of 64 bits or None, got {type(seed).__name__} {seed!r} @ seed"])
     root = injection.ready_model(model, adapter, trainable=True)
-    # Torch trains no parameter that is made in inference mode.
+    # A parameter created in inference mode cannot be trained.
     with layers.weights.new_modules_whole(), torch.inference_mode(False):
         _wrap(root, hooks.registry.named(method), config, adapter, seed)
     return model
@@ -87,12 +87,12 @@ def _wrap(root: nn.Module, method: str, given: object, adapter: str, seed: int |
 
 
 def _warn_of_unserved(root: nn.Module, config: AdapterConfig) -> None:
-    """Warn of what is missing because the plugin that knows the model's library is not there."""
+    """Warn of features that are missing because the plugin for the model's library is not installed."""
     name, lost = type(root).__name__, []
     if config.targets is None:
-        lost.append(f"the default targets of this {name} are chosen by the kinds of its layers")
+        lost.append(f"the default targets of this {name} are chosen by layer type")
     elif config.targets == "all-linear":
-        lost.append(f"output heads of this {name} that only its library knows are taken for layers")
+        lost.append(f"output heads of this {name} that only its library can identify are adapted like other layers")
     if hooks.unserved(root, described=True):
         lost.append(
             f"new modules of this {name}, such as an output head, stay frozen, and files do not record its settings"
@@ -102,7 +102,7 @@ def _warn_of_unserved(root: nn.Module, config: AdapterConfig) -> None:
 
 
 def _choose(scanned: Scan, method: str, config: AdapterConfig, adapter: str) -> Tuner:
-    """Choose what an adapter changes: its targets, and what it trains in full beside them."""
+    """Choose the targets of an adapter, and the modules and biases that it trains in full."""
     new = targets.find_new(scanned)
     places = [(path, slots) for path, _, slots in injection.walk(scanned.root.module)]
     named = targets.choose_copies(scanned, config.train_modules)
@@ -141,15 +141,15 @@ def _choose(scanned: Scan, method: str, config: AdapterConfig, adapter: str) -> 
 def unwrap(model: M, *, keep_merged: bool = False, dtype: torch.dtype | None = None) -> M:
     """Take every adapter out of a model, and detach it from its optimizer.
 
-    A warning says if that undoes a merge. If this raises, a KeyboardInterrupt too, the adapters are either all in the
-    model, which is merged or not as before, or all out.
+    A warning is given if that undoes a merge. If this raises, even after a KeyboardInterrupt, either all adapters are
+    still in the model, which is merged or not as before, or none is.
 
     Args:
         model: The wrapped model.
         keep_merged: Whether to merge the active adapters into the weights first. By default the base is restored
-            exactly, also if the model is merged.
-        dtype: If given, layers that a quantiser stores are replaced by dense ones of this dtype. With ``keep_merged``
-            they hold W + ΔW, rounded only to that dtype: such layers need not be writable.
+            exactly, even if the model is merged.
+        dtype: If given, quantized layers are replaced by dense layers of this dtype. With ``keep_merged`` these have
+            W + ΔW, rounded only to this dtype; the quantized layers need not support writing.
 
     Returns:
         The same object, without adapters.
@@ -157,7 +157,7 @@ def unwrap(model: M, *, keep_merged: bool = False, dtype: torch.dtype | None = N
     Raises:
         AdapterError: The model has no adapter, is disabled, runs in another thread, cannot be merged, or was merged
             with ``permanent=True``, so that the base cannot be restored.
-        ConfigError: ``dtype`` is no floating-point dtype.
+        ConfigError: ``dtype`` is not a floating-point dtype.
     """
     if dtype not in (None, *_DENSE):
         raise ConfigError([f"expected {' or '.join(map(str, _DENSE))}, got {dtype!r} @ dtype"])
@@ -175,7 +175,7 @@ def unwrap(model: M, *, keep_merged: bool = False, dtype: torch.dtype | None = N
         warn(_UNDONE)
     dense: dict[str, nn.Module] = {}
     if dtype is not None:
-        # A dense layer has W + ΔW without what storing it packed has rounded.
+        # Computed from the unmerged W, so that a dense W + ΔW has no quantization error of the merge.
         permanent = any(slots.permanent for _, _, slots in places)
         with nullcontext() if permanent else serialization.disabled(root):
             dense = serialization.dense_layers(tuners[0], dtype, merged=keep_merged)
@@ -183,13 +183,13 @@ def unwrap(model: M, *, keep_merged: bool = False, dtype: torch.dtype | None = N
         if keep_merged and not was_merged:
             undo.callback(serialization.restore_originals_, root)
             serialization.merge_except_(root, dense)
-        # From here on it is completed: `detach` cannot be undone.
+        # From here on an interrupt completes the call, since `detach` cannot be undone.
         injection.completed(_take_out_, tuners, dense, keep_merged)
     return model
 
 
 def _take_out_(tuners: Sequence[Tuner], dense: Mapping[str, nn.Module], keep_merged: bool) -> None:
-    """Take adapters out, and nothing if the originals, which are kept beside them, cannot be restored."""
+    """Restore the originals (or keep the merged weights), then remove the adapters and their attachments."""
     if not keep_merged:
         serialization.restore_originals_(tuners[0].model)
     for tuner in tuners:
@@ -201,6 +201,6 @@ def _take_out_(tuners: Sequence[Tuner], dense: Mapping[str, nn.Module], keep_mer
 
 _DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _UNDONE = (
-    "unwrap undoes the merge: the model is the base model again. If you want a plain model with the merged weights, "
-    "call tunerkit.unwrap(model, keep_merged=True) instead"
+    "unwrap undoes the merge: the model is the base model again. For a plain model with the merged weights, call "
+    "tunerkit.unwrap(model, keep_merged=True) instead"
 )

@@ -47,5 +47,5 @@ register = registry.register
 unregister = registry.unregister
 unserved = registry.unserved
 
-# Layers ask how their weights are held, and cannot know the registry, which knows layers.
+# Set here, since layers cannot import hooks, which import layers.
 weights.plugins.holdings = gather_holdings

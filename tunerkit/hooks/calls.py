@@ -1,10 +1,9 @@
-"""Ask the plugin that owns a method: one `ask` for every hook, and the checks of what types cannot say.
+"""Call the plugin that owns a method: one `ask` for every hook, and checks of the answers beyond their types.
 
-An answer must be of the type that the hook's spec declares, and pass the check of the hook in `CHECKS`. If the plugin
-does not implement the hook, the answer is None. An exception of a plugin keeps its class, because a method's own
-message explains best what is wrong, and a caller may catch torch's out-of-memory error. It gets a note with the
-plugin, the hook and the adapter or target. What would end the program without a word (SystemExit, a cancelled task)
-becomes a `PluginError`.
+An answer must have the type that the hook's spec declares, and pass the hook's check in `CHECKS`. It is None if the
+plugin does not implement the hook. A plugin's exception keeps its class, since the method's own message explains the
+problem best, and a caller may catch torch's out-of-memory error. It gets a note with the plugin, the hook and the
+adapter or target. SystemExit and a cancelled task, which would end the program silently, become a `PluginError`.
 """
 
 import inspect
@@ -32,16 +31,16 @@ R = TypeVar("R")
 Given = Mapping[str, Any]
 _DEEPEST: Final = 20  # levels of JSON values
 _READS = (
-    "reads_output says whether forward uses the values of y for more than adding to it, reads_weight whether forward "
-    "or the delta reads the base layer's weight"
+    "reads_output: whether the contribution of forward depends on the values of y; reads_weight: whether forward or "
+    "the delta reads the base layer's weight"
 )
 
 
 def ask(hook: Callable[P, R], method: str, place: str = "", /, *args: P.args, **given: P.kwargs) -> R:
-    """Call the plugin that owns a method, and return its checked answer. Pass what the spec declares by name.
+    """Call a hook of the plugin that owns a method, and return its checked answer. Pass the hook's arguments by name.
 
-    ``place`` is what the plugin is asked about, for messages: by default the tuner's adapter, the target, or the
-    targets. Raises `PluginError` if the answer is wrong, the plugin is gone, or it tried to end the program.
+    ``place`` is the subject for messages: by default the tuner's adapter, the target, or the targets. Raises
+    `PluginError` if the answer is invalid, the plugin is gone, or it tried to end the program.
     """
     catalog = registry.loaded()
     owner = catalog.owner_of(method, hook)
@@ -65,16 +64,16 @@ def _place(given: Given) -> str:
 
 
 def declared(hook: Callable[..., object]) -> Any:
-    """The type that a hook's spec declares for its answers."""
+    """Return the type that a hook's spec declares for its answers."""
     return inspect.get_annotations(hook)["return"]
 
 
 @attrs.frozen(eq=False)
 class Caller:
-    """A hook of the plugin that owns a method, looked up once for all steps of a training.
+    """A hook of the plugin that owns a method, resolved once for all steps of a training.
 
-    ``function`` is the implementation, with the arguments that it ``takes``. ``check`` converts an answer other than
-    None, or raises `Unfit`. ``blame`` names the plugin in an error of the two.
+    ``function`` is the implementation, and ``takes`` are its arguments. ``check`` converts an answer other than None,
+    or raises `Unfit`. ``blame`` adds the plugin to an exception of either.
     """
 
     function: Callable[..., Any]
@@ -85,7 +84,7 @@ class Caller:
 
 @attrs.frozen(eq=False)
 class Callers:
-    """What a step calls for one adapter, see `callers_of`; None for hooks that its plugin does not implement."""
+    """The hooks that each step calls for one adapter; None for hooks that its plugin does not implement."""
 
     before_step: Caller | None
     after_step: Caller | None
@@ -93,7 +92,7 @@ class Callers:
 
 
 def callers_of(tuner: TunerView) -> Callers:
-    """Look up what a step calls for an adapter, so that no step looks anything up."""
+    """Resolve the hooks that each step calls for an adapter."""
     whose = registry.plugin_of(tuner.method)
 
     def caller(hook: Callable[..., object]) -> Caller | None:
@@ -110,7 +109,7 @@ def callers_of(tuner: TunerView) -> Callers:
     )
 
 
-# --- What core asks about a method ------------------------------------------------------------------------------------
+# --- Questions to the plugin of a method ------------------------------------------------------------------------------
 
 
 def structure(method: str, mapping: Mapping[str, object]) -> AdapterConfig:
@@ -132,12 +131,12 @@ def structure(method: str, mapping: Mapping[str, object]) -> AdapterConfig:
 
 
 def watches_steps(method: str) -> bool:
-    """Whether the method acts in each step, so that a step without its hooks is another training."""
+    """Whether the method has step hooks, so that a step without them would train differently."""
     return any(registry.implements(hook, method) for hook in (specs.tunerkit_before_step, specs.tunerkit_after_step))
 
 
 def has_factors(method: str) -> bool:
-    """Whether the method can return what it adds as a product."""
+    """Whether the method can return its ΔW as low-rank factors."""
     return registry.implements(specs.tunerkit_factors, method)
 
 
@@ -147,12 +146,12 @@ def has_delta(method: str) -> bool:
 
 
 def adds_products(method: str) -> bool:
-    """Whether the method's adapters add products and nothing else, so that the factors say all."""
+    """Whether the method's adapters add low-rank products and nothing else, so that factors describe them fully."""
     return has_factors(method) and not registry.implements(specs.tunerkit_delta, method)
 
 
 def statistics(tuner: TunerView) -> StatisticsRequest | None:
-    """Return what the method wants to know of the data with the adapter's settings; None for nothing."""
+    """Return the statistics that the method requests with the adapter's settings, or None."""
     asked = registry.get(tuner.method).statistics
     if not callable(asked):
         return asked
@@ -167,7 +166,7 @@ def budget(tuner: TunerView, step: int | None) -> int | None:
 
 
 def delta(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
-    """Return what an adapter adds to its base layer: ``weight`` (out, in) and ``bias`` (out,)."""
+    """Return an adapter's change to its base layer: ``weight`` (out, in) and ``bias`` (out,)."""
     if registry.implements(specs.tunerkit_delta, method):
         return ask(specs.tunerkit_delta, method, repr(path), adapter=adapter, base=base)
     q, p = factors(path, method, adapter, base)
@@ -175,14 +174,14 @@ def delta(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Delta:
 
 
 def factors(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Factors:
-    """Return what an adapter adds to its base layer's weight as a product."""
+    """Return an adapter's ΔW as low-rank factors."""
     return ask(specs.tunerkit_factors, method, repr(path), adapter=adapter, base=base)
 
 
 def from_factors(
     method: str, targets: Sequence[Target], bases: Sequence[BaseLayer], products: Mapping[str, Factors]
 ) -> tuple[AdapterConfig, Mapping[str, Adapter]]:
-    """Build a config and adapters, by target path, that add the products, by target path, to the base layers."""
+    """Build a method's config and its adapters, by target path, from products, by target path."""
     paths = [target.path for target in targets]
     if not paths or products.keys() != set(paths):
         raise AdapterError(
@@ -202,20 +201,20 @@ def from_factors(
 
 
 class Check(Protocol):
-    """Returns an answer as core uses it. Raises `Unfit` for a wrong one. ``given`` has the method, too."""
+    """Returns a hook's answer, converted; raises `Unfit` for an invalid one. ``given`` has arguments and method."""
 
     def __call__(self, answer: Any, given: Given) -> Any: ...
 
 
 def check_shared(answer: Any, given: Given) -> Any:
-    """A base layer inside would belong to the adapter too."""
+    """Reject a shared module that contains a base layer, which would then belong to the adapter too."""
     if not {target.module for target in given["targets"]}.isdisjoint(answer.modules()):
         raise Unfit("a module that holds a base layer", "one with tensors of its own")
     return answer
 
 
 def check_adapter(answer: Adapter, given: Given) -> Adapter:
-    """An adapter holds its own tensors alone, and declares what it reads and which dimensions are its rank."""
+    """Require an adapter to contain only its own tensors, and to declare its reads and valid ``rank_dims``."""
     inside, shared = set(answer.modules()), given["shared"]
     if given["target"].module in inside:
         does = "does not store it: forward receives the base layer as an argument"
@@ -224,7 +223,7 @@ def check_adapter(answer: Adapter, given: Given) -> Adapter:
         does = "does not store it: forward finds it as self.shared"
         raise Unfit("an adapter that holds the shared module as a child", f"one that {does}")
     _check_reads(answer, given["method"])
-    # Files with other ranks could not be loaded if no tensor had them.
+    # With invalid ``rank_dims``, files with other ranks could not be loaded.
     own, kind = {**dict(answer.named_buffers()), **dict(answer.named_parameters())}, f"a {type(answer).__name__} whose"
     for name, dim in answer.rank_dims.items():
         if name not in own:
@@ -238,7 +237,7 @@ def check_adapter(answer: Adapter, given: Given) -> Adapter:
 
 
 def _check_reads(answer: Adapter, method: str) -> None:
-    """Refuse a class that does not declare what it reads; of a plugin for the contract's number 1, warn once."""
+    """Reject a class without ``reads_output`` or ``reads_weight``; for a plugin of API version 1, warn once."""
     flags: dict[str, object] = {"reads_output": answer.reads_output, "reads_weight": answer.reads_weight}
     if all(isinstance(flag, bool) for flag in flags.values()):
         return
@@ -249,14 +248,14 @@ def _check_reads(answer: Adapter, method: str) -> None:
     if (key := (API_NAME, method)) not in catalog.known:
         catalog.known[key] = True
         warn(
-            f"{registry.plugin_of(method)} was written for {API_NAME} 1: its class {name} has {got}, where "
-            f"None counts as True. Declare both there, as True or False, and set {API_NAME} = {API}, which later "
-            f"versions will ask for. {_READS}"
+            f"{registry.plugin_of(method)} was written for {API_NAME} 1: its class {name} has {got}, and None counts "
+            f"as True. Declare both in the class, as True or False, and set {API_NAME} = {API}, which later versions "
+            f"will require. {_READS}"
         )
 
 
 def read_ranks(answer: Any, given: Given) -> dict[str, int]:
-    """One rank for each target, which may come in any order."""
+    """Convert ranks, one for each target in any order, to ints in the order of the targets."""
     paths = [target.path for target in given["tuner"].targets]
     if not isinstance(answer, Mapping) or answer.keys() != set(paths):
         raise Unfit(shown(answer), "None, or a mapping with one rank for each target path")
@@ -264,7 +263,7 @@ def read_ranks(answer: Any, given: Given) -> dict[str, int]:
 
 
 def read_budget(answer: Any, given: Given) -> int:
-    """A count, in the method's unit."""
+    """Convert a budget, in the method's unit, to an int."""
     return read_count(answer, "", "an int >= 0, or None")
 
 
@@ -280,7 +279,7 @@ def read_count(value: Any, where: str, expected: str) -> int:
 
 
 def read_parameters(answer: Any, given: Given) -> list[Tensor]:
-    """The parameters that a step must not move. Iterating over a single tensor would yield its rows."""
+    """Convert the parameters that a step must not update to a list; reject a single tensor, which iterates by rows."""
     expected = "a list of the adapter's parameters, or None"
     if isinstance(answer, Tensor) or not isinstance(answer, Iterable):
         raise Unfit(in_short(answer), expected)
@@ -292,7 +291,7 @@ def read_parameters(answer: Any, given: Given) -> list[Tensor]:
 
 
 def check_groups(answer: Any, given: Given) -> Any:
-    """Each parameter is the adapter's, and in one group."""
+    """Require each parameter to be the adapter's own, and in one group only."""
     own, seen = {id(parameter) for parameter in given["tuner"].parameters()}, set[int]()
     for parameter in (parameter for group in answer for parameter in group.parameters):
         if id(parameter) not in own:
@@ -304,7 +303,7 @@ def check_groups(answer: Any, given: Given) -> Any:
 
 
 def check_delta(answer: Delta, given: Given) -> Delta:
-    """Broadcasting could hide a wrong shape."""
+    """Check types, devices and shapes of a delta, since broadcasting could hide a wrong shape."""
     shape = (given["base"].out_features, given["base"].in_features)
     for what, tensor, expected in (("weight", answer.weight, shape), ("bias", answer.bias, shape[:1])):
         if tensor is not None:
@@ -315,7 +314,7 @@ def check_delta(answer: Delta, given: Given) -> Delta:
 
 
 def check_factors(answer: Factors, given: Given) -> Factors:
-    """Two matrices that fit the base layer, where the adapter is."""
+    """Check types, devices and shapes of factors."""
     _check_tensor(answer.q, "q", given["adapter"])
     _check_tensor(answer.p, "p", given["adapter"])
     if (shapes := misfit(given["base"], answer)) is not None:
@@ -332,7 +331,7 @@ def _check_tensor(tensor: object, what: str, adapter: Adapter) -> None:
 
 
 def check_converted(answer: Any, given: Given) -> Any:
-    """The method's own config, and one adapter for each product."""
+    """Require a config of the method's class, and one adapter for each product."""
     settings, adapters = answer
     if not isinstance(settings, config := registry.get(given["method"]).config):
         raise Unfit(f"{in_short(settings)} as the config", f"a {config.__name__}")
@@ -342,7 +341,7 @@ def check_converted(answer: Any, given: Given) -> Any:
 
 
 def check_state(answer: Any, given: Given) -> Any:
-    """Files keep the values as JSON."""
+    """Require values that JSON can hold, for files."""
     for name, value in answer.values.items():
         if not is_json(value):
             expected = "one that JSON can hold: text, bools, finite numbers, None, and lists and mappings of these"
@@ -351,7 +350,7 @@ def check_state(answer: Any, given: Given) -> Any:
 
 
 def check_restored(answer: Any, given: Given) -> None:
-    """An answer other than None would be lost."""
+    """Reject an answer other than None, which would be lost."""
     raise Unfit(in_short(answer), "None; set tuner.state to what was restored")
 
 
@@ -368,7 +367,7 @@ def is_json(value: object, depth: int = 0) -> bool:
     return isinstance(value, dict) and all(isinstance(k, str) and is_json(v, depth + 1) for k, v in value.items())
 
 
-# What an answer must be beyond its type.
+# The checks of answers beyond their types.
 CHECKS: Final[Mapping[Callable[..., object], Check]] = {
     specs.tunerkit_shared: check_shared,
     specs.tunerkit_build_adapter: check_adapter,
@@ -384,7 +383,7 @@ CHECKS: Final[Mapping[Callable[..., object], Check]] = {
     specs.tunerkit_state: check_state,
     specs.tunerkit_restore: check_restored,
 }
-# Those that also take other types than the declared one, such as numpy's integers.
+# Hooks whose check also accepts types other than the declared one, such as numpy's integers.
 CONVERTED: Final = frozenset(
     hook for hook, check in CHECKS.items() if check in (read_ranks, read_budget, read_parameters, check_restored)
 )

@@ -1,4 +1,4 @@
-"""What hooks see of a training: the engine, by which processes hold adapters and keep them alike, and the tuner."""
+"""The contracts that hooks see: the engine, which shards or synchronizes adapters over processes, and the tuner."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,18 +14,18 @@ from tunerkit.config import AdapterConfig
 from tunerkit.layers import Adapter
 from tunerkit.records import Target
 
-_FIXED = "torch.distributed is initialised, and DDP and FSDP do not allow shapes to change"
+_FIXED = "torch.distributed is initialized, and DDP and FSDP do not allow shapes to change"
 
 
 @attrs.frozen(eq=False)
 class Pieces:
-    """What this process holds of parameters: all of them, unless an engine has cut them.
+    """This process's shards of parameters; the full parameters if no engine shards them.
 
     Attributes:
-        values: What it holds of each parameter: the memory itself.
-        grads: What it holds of their gradients; None for a parameter without one.
-        starts: The dimension along which each is cut, and the first index of the piece in it.
-        are_cut: Whether other processes hold other pieces.
+        values: The shard of each parameter: a view, not a copy.
+        grads: The shard of each parameter's gradient; None for a parameter without a gradient.
+        starts: The dimension along which each parameter is sharded, and the shard's first index in it.
+        are_cut: Whether the parameters are sharded.
     """
 
     values: Sequence[Tensor]
@@ -34,54 +34,54 @@ class Pieces:
     are_cut = False
 
     def sum_(self, tensors: Sequence[Tensor], what: str) -> None:
-        """Replace tensors by their sums over the processes that share the parameters. One collective for all.
+        """Sum tensors in place over the processes that share the parameters, in one collective.
 
         Args:
             tensors: Tensors of the same shapes in all processes.
-            what: What they are, for messages.
+            what: A name for the tensors, for messages.
         """
 
     def joined(self, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
-        """Put whole tensors together. All processes must call this.
+        """Gather full tensors from their shards. All processes must call this.
 
         Args:
-            tensors: One for each parameter, cut as that is.
-            what: What they are, for messages.
+            tensors: The shard of a tensor for each parameter, sharded like the parameter.
+            what: A name for the tensors, for messages.
         """
         return list(tensors)
 
     def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Cut whole tensors, one for each parameter, as the parameters are, into views. No collective."""
+        """Return this process's shards of full tensors, one for each parameter, as views. No collective."""
         return list(tensors)
 
 
 def whole_pieces(parameters: Sequence[Tensor]) -> Pieces:
-    """The pieces of parameters that are whole."""
+    """Return the `Pieces` of parameters that are not sharded."""
     return Pieces(parameters, [parameter.grad for parameter in parameters], [(0, 0)] * len(parameters))
 
 
 class Removable(Protocol):
-    """The handle of something registered."""
+    """The handle of a registered hook."""
 
     def remove(self) -> None:
-        """Undo it. Calling this again does nothing."""
+        """Remove the hook. Calling this again does nothing."""
 
 
 class Engine:
-    """How adapters are spread over the processes of one training. Derive from it; the defaults are for one process.
+    """Shards or synchronizes adapters over processes. Derive from it; the defaults are for a single process.
 
-    A method's hooks see whole parameters with whole gradients, whatever the engine does with them between steps. The
-    same calls are made in all processes, in the same order.
+    A method's hooks see full parameters and gradients, even if the engine shards them between steps. All processes make
+    the same calls in the same order.
 
     Attributes:
-        name: What messages call it.
-        is_shared: Whether the processes train one adapter together, so that one of them writes for all. It should
-            reject an optimizer that decides by the loss, of which each process has its own.
-        is_writer: Whether this process writes the files of the training. The others return when they are there.
-        withholds: Whether a parameter without a gradient is left alone by the optimizer's step.
-        splits: Whether a process holds only a part of an adapter, so that all must take part when it is read.
-        gives_pieces: Whether a method that works on pieces gets those of parameters that are cut.
-        fixed_shapes: Why a parameter's shape must not change; None if it may, in all processes alike.
+        name: The engine's name in messages.
+        is_shared: Whether the processes train one adapter together, so that one process writes for all. Such an engine
+            should reject optimizers whose steps depend on the loss, since each process has its own.
+        is_writer: Whether this process writes files. The other processes wait until the files exist.
+        withholds: Whether the optimizer's step skips parameters without a gradient.
+        splits: Whether adapters are sharded, so that all processes must take part in reading one.
+        gives_pieces: Whether a method with ``Method.pieces`` gets shards and not gathered parameters.
+        fixed_shapes: Why parameters cannot be resized, equally in all processes; None if they can.
     """
 
     is_shared = False
@@ -104,69 +104,69 @@ class Engine:
     def is_writer(self) -> bool:
         return True
 
-    # Any: tunerkit.plugin.Tuner, which is defined on top of this.
+    # Any: tunerkit.plugin.Tuner, whose module imports this one.
     def begin_(self, adapters: Sequence[Any], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
-        """Compare the adapters of all processes, make them start alike, and register what keeps them alike.
+        """Compare the adapters of all processes, make their values equal, and register hooks that keep them equal.
 
-        Raises `StepError` in every process if they differ. Nothing is changed then.
+        Raises `StepError` in every process if the adapters differ. Nothing is changed then.
 
         Args:
-            adapters: The handles on them, with the length of this training in ``total_steps``.
-            optimizer: What steps them; None if it takes no hooks.
+            adapters: The tuners of the adapters, with the length of this training in ``total_steps``.
+            optimizer: The optimizer of the adapters; None if it does not support hooks.
 
         Returns:
-            The handles of what it registered for each adapter, by its name; removing them ends it.
+            The handles of the registered hooks, by adapter name.
         """
         return {}
 
     def before_step_(self, optimizer: Optimizer) -> None:
-        """Note that the optimizer is about to step. Raises `StepError` if the processes are not at the same step."""
+        """Act before the optimizer steps. Raises `StepError` if the processes are not at the same step."""
 
     def no_sync(self) -> AbstractContextManager[object]:
-        """Inside the block, backwards only add up this process's gradients, if that is up to the engine."""
+        """Inside the block, backwards accumulate this process's gradients only, if the engine averages gradients."""
         return nullcontext()
 
     def whole(
         self, slots: Sequence[nn.Module], *, gradients: bool
     ) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
-        """Inside the block, the parameters below ``slots`` are whole, in the same modules and under the same names.
+        """Inside the block, the parameters of ``slots`` are gathered, in the same modules and under the same names.
 
-        What the block changes in them, and in their gradients, is kept.
+        Changes to parameters and gradients inside the block are kept.
 
         Args:
             slots: The adapter's modules.
-            gradients: Whether their gradients are needed too, which costs a second exchange.
+            gradients: Whether to gather gradients too, which costs a second exchange.
 
         Returns:
-            A context manager. It gives a function from a parameter inside the block to the one outside of it.
+            A context manager. It gives a function from a parameter inside the block to the parameter outside of it.
         """
         return nullcontext(same)
 
     def reshard_(self) -> None:
-        """Cut the adapters again if a forward has left them whole, so that `pieces` can be asked. No collective."""
+        """Shard the adapters again if a forward has left them gathered, as `pieces` requires. No collective."""
 
     def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
-        """What this process holds of the adapters' parameters: of whole ones, as inside `whole`, all. No collective."""
+        """Return this process's shards of parameters, which are full parameters inside `whole`. No collective."""
         return whole_pieces(parameters)
 
     def resized_(self) -> None:
-        """Note that parameters have changed shape, in all processes alike, between two backwards."""
+        """Act after parameters were resized, equally in all processes, between two backwards."""
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
-        """Give the values that tensors have in process 0 to all processes.
+        """Broadcast the values of tensors from process 0 to all processes.
 
         Args:
             tensors: Tensors of the same shapes in all processes.
-            what: What they are, for messages.
+            what: A name for the tensors, for messages.
         """
 
     def write_once(self, place: Path, content: str, write: Callable[[], Path]) -> Path:
-        """Let one process write a file, and return in every process once it is there.
+        """Write a file in one process, and return in every process once the file exists.
 
         Args:
-            place: The file, as this process was told.
-            content: What is written, in the same words in all processes if it is the same.
-            write: Writes the file, and returns its path. It is called in the process that `is_writer`.
+            place: The file's path in this process.
+            content: A key of the content, equal in all processes if they write the same.
+            write: Writes the file, and returns its path. It is called only in the process with `is_writer`.
         """
         return write()
 
@@ -206,7 +206,7 @@ class TunerView(Protocol):
 
 
 def in_group() -> bool:
-    """Whether this process belongs to a process group; there may be no other one in it."""
+    """Whether this process belongs to a process group, even one with a single process."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 

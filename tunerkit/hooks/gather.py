@@ -1,6 +1,6 @@
-"""Ask every plugin: what it knows of other libraries, and whether it takes over what the user asked for.
+"""Call hooks of every plugin: collect records about other libraries, and find the plugin for a user's object.
 
-What it says to know is left out, with a warning, if it is not what the hook declares: it must not stop the others.
+Invalid records are left out, with a warning, so that one plugin does not stop the others.
 """
 
 import functools
@@ -31,7 +31,7 @@ E = TypeVar("E", bound=Exception)
 
 
 def first(hook: Callable[P, R], /, *args: P.args, **given: P.kwargs) -> R | None:
-    """Ask one plugin after another until one answers; None if none does. Raises `PluginError` for a wrong answer."""
+    """Return the first plugin's answer that is not None or False; None if there is none. `PluginError` if invalid."""
     for plugin, answer in registry.ask(hook, *args, **given):
         with Asking(hook.__name__, plugin):
             found: R = conform(answer, declared(hook))
@@ -41,17 +41,17 @@ def first(hook: Callable[P, R], /, *args: P.args, **given: P.kwargs) -> R | None
 
 
 def tell(hook: Callable[P, None], /, *args: P.args, **given: P.kwargs) -> None:
-    """Let every plugin do what belongs to a moment."""
+    """Call a hook of every plugin, for its effects."""
     for _ in registry.ask(hook, *args, **given):
         pass
 
 
 def per_catalog(make: Callable[[], R]) -> Callable[[], R]:
-    """Call a function without arguments once for each catalog of plugins."""
+    """Cache the result of a function without arguments for each catalog of plugins."""
 
     @functools.wraps(make)
     def made() -> R:
-        known = registry.loaded().known  # before plugins are asked: they may bring others
+        known = registry.loaded().known  # before plugins are called, which may register others
         if made not in known:
             known[made] = make()
         found: R = known[made]
@@ -62,13 +62,13 @@ def per_catalog(make: Callable[[], R]) -> Callable[[], R]:
 
 @per_catalog
 def gather_knowledge() -> Knowledge:
-    """Core's records first, then every plugin's, so that a plugin cannot replace what core knows."""
+    """Return core's records, then every plugin's, so that a plugin cannot override core."""
     kinds = _known(specs.tunerkit_base_layers)
 
     def leave_out(kind: type[BaseLayer], error: BaseException) -> None:
         for plugin, known in kinds:
             if known is kind:
-                what = f"{kind.__name__} cannot say whether it matches a module: "
+                what = f"{kind.__name__} failed to check whether it matches a module: "
                 registry.leave_out(plugin, specs.tunerkit_base_layers, error, what)
 
     return Knowledge(
@@ -83,7 +83,7 @@ def gather_knowledge() -> Knowledge:
 
 @per_catalog
 def gather_formats() -> dict[str, Format]:
-    """The formats of all plugins by name; of two with one name, the first."""
+    """Return the formats of all plugins by name; of two with the same name, the first."""
     found: dict[str, Format] = {}
     for each in _records(specs.tunerkit_formats):
         found.setdefault(each.name, each)
@@ -92,12 +92,12 @@ def gather_formats() -> dict[str, Format]:
 
 @contextmanager
 def naming(format: Format, function: str) -> Iterator[None]:
-    """Name the format in what its plugin's function raises, as `Asking` does, and the plugin too."""
+    """Add the format and its plugin to exceptions of the format's function, as `Asking` does."""
     try:
         with Asking(function, f"format {format.name!r}"):
             yield
     except Exception as error:
-        if not isinstance(error, TunerkitError):  # whose message says what to do
+        if not isinstance(error, TunerkitError):  # tunerkit's own errors have their advice
             because_of(format, specs.tunerkit_formats, error)
         raise
 
@@ -125,7 +125,7 @@ def configure(method: str, config: object, model: nn.Module) -> AdapterConfig:
 
 
 def because_of(record: R | None, hook: Callable[[], Iterable[R]], error: E) -> E:
-    """Return an error with a note that names the plugin whose ``record``, returned from ``hook``, is its reason."""
+    """Return an error with a note on the plugin that returned ``record`` from ``hook``, which is the reason."""
     for plugin, known in _known(hook):
         if known is record:
             error.add_note(f"because of {hook.__name__} of {plugin}; {plugin.way_out}")
@@ -134,7 +134,7 @@ def because_of(record: R | None, hook: Callable[[], Iterable[R]], error: E) -> E
 
 @per_catalog
 def gather_restrictions() -> tuple[Restriction, ...]:
-    """What is refused with which library, as all plugins say it; then what core would do wrong without a plugin."""
+    """Return the restrictions of all plugins, then restrictions of libraries whose plugin is not installed."""
     found = [*_records(specs.tunerkit_restrictions)]
     for library in extras.LIBRARIES:
         if library.verbs and (why := registry.lacking("knows what it does", library.extra)) is not None:
@@ -145,7 +145,7 @@ def gather_restrictions() -> tuple[Restriction, ...]:
 
 
 def restrictions_of(kind: type) -> tuple[Restriction, ...]:
-    """The restrictions that name a class, or one from which it derives. Each class is looked up once."""
+    """Return the restrictions on a class or its base classes; cached by class."""
     known: WeakKeyDictionary[type, tuple[Restriction, ...]]
     known = registry.loaded().known.setdefault(restrictions_of, WeakKeyDictionary())
     if kind not in known:
@@ -155,7 +155,7 @@ def restrictions_of(kind: type) -> tuple[Restriction, ...]:
 
 
 def wrapped(model: nn.Module) -> None:
-    """Let every plugin prepare a model. Raises `PluginError` if one changes its weights."""
+    """Call `tunerkit_wrapped` of every plugin. Raises `PluginError` if a plugin changes the model's weights."""
     before = torch_private.versions(model).items()
     for plugin, _ in registry.ask(specs.tunerkit_wrapped, model=model):
         if not before <= torch_private.versions(model).items():
@@ -164,10 +164,10 @@ def wrapped(model: nn.Module) -> None:
 
 
 def adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
-    """Tell every plugin which modules of a model have adapters now."""
+    """Call `tunerkit_adapted` of every plugin; warn if DDP would not synchronize the adapters."""
     tell(specs.tunerkit_adapted, model=model, modules=modules)
     if in_group() and any(parameter.requires_grad for module in modules for parameter in module.parameters()):
-        lacking = registry.lacking("notices adapters that DistributedDataParallel does not synchronise")
+        lacking = registry.lacking("detects adapters that DistributedDataParallel does not synchronize")
         if lacking is not None:
             warn(f"this process is in a group. {lacking}. Wrap the model first, then put it into DDP")
 
@@ -177,11 +177,11 @@ def ranks_changed(
 ) -> None:
     """Add an allocation to the history, and notify every plugin. If one raises, a warning names it.
 
-    A watcher is notified again next time: a logger may fail once, because the network does.
+    The plugin is notified again next time, since a logger may fail once with the network.
     """
     change = RankChange(step, budget, dict(ranks))
     history.append(change)
-    catalog = registry.catalog  # nothing to look up in a step, and a plugin that came after `attach` is there too
+    catalog = registry.catalog  # includes plugins that were registered after `attach`
     if catalog is not None:
         for plugin in catalog.hooks["tunerkit_ranks_changed"]:
             with Isolated(partial(_ignore, plugin)):
@@ -192,7 +192,7 @@ def _ignore(plugin: Plugin, error: BaseException) -> None:
     warn(f"tunerkit_ranks_changed of {plugin} failed and was ignored: {error_text(error)}")
 
 
-# --- What plugins say to know -----------------------------------------------------------------------------------------
+# --- Records from plugins ---------------------------------------------------------------------------------------------
 
 
 def _has_matches(kind: type[BaseLayer]) -> bool:
@@ -200,7 +200,7 @@ def _has_matches(kind: type[BaseLayer]) -> bool:
 
 
 def _is_complete(kind: type[BaseLayer]) -> bool:
-    # Without both it would match no module, in silence; a text without a comma is no tuple.
+    # Without both, it would silently match no module; ("name") without a comma is not a tuple.
     named = bool(kind.forwards or _has_matches(kind)) and type(kind.forwards) is tuple
     return named and not inspect.isabstract(kind) and (not kind.linear or kind.matrix is not BaseLayer.matrix)
 
@@ -214,7 +214,7 @@ def _called(plugin: Plugin, what: str, declared: Any, function: Callable[..., An
 
 
 def _named(plugin: Plugin, record: R) -> R:
-    """The record, with functions that name the plugin in what they raise, and if the answer is wrong."""
+    """Return the record with functions that add the plugin to their exceptions and check their answers."""
     if not isinstance(record, Holding | ModelLibrary):
         return record
     kind, values = type(record), attrs.asdict(record, recurse=False)
@@ -225,7 +225,7 @@ def _named(plugin: Plugin, record: R) -> R:
     return kind(**values)
 
 
-# What each record serves that only the first plugin can.
+# The keys of a record for which only the first plugin is used.
 _SERVED: Final[Mapping[Callable[..., object], Callable[[Any], Iterable[str]]]] = {
     specs.tunerkit_base_layers: lambda kind: () if _has_matches(kind) else kind.forwards,
     specs.tunerkit_weight_readers: lambda record: (record.owner,),
@@ -239,8 +239,8 @@ def _records(hook: Callable[[], Iterable[R]]) -> tuple[R, ...]:
 
 
 def _known(hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plugin, R], ...]:
-    """The records that plugins return from ``hook``, each with its plugin, asked once; those that fail are left out."""
-    catalog = registry.loaded()  # before plugins are asked: they may bring others
+    """Return (plugin, record) for all records from ``hook``, cached by catalog; plugins that fail are left out."""
+    catalog = registry.loaded()  # before plugins are called, which may register others
     if hook not in catalog.known:
         catalog.known[hook] = _asked(catalog, hook)
     found: tuple[tuple[Plugin, R], ...] = catalog.known[hook]
@@ -250,7 +250,7 @@ def _known(hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plugin, R], ...]:
 def _asked(catalog: Catalog, hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plugin, R], ...]:
     found: list[tuple[Plugin, R]] = []
     for plugin in catalog.asked(hook):
-        with Isolated(partial(registry.leave_out, plugin, hook)):  # its metaclass or property may raise anything too
+        with Isolated(partial(registry.leave_out, plugin, hook)):  # metaclasses and properties of answers may raise too
             if (answer := catalog.call(plugin, hook, {})) is None:
                 continue
             answer = conform(answer, declared(hook))
@@ -267,6 +267,6 @@ def _asked(catalog: Catalog, hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plu
     return tuple(found)
 
 
-# How libraries hold weights, and what they know of their models, as all plugins say it.
+# The holdings and the model libraries of all plugins.
 gather_holdings = per_catalog(partial(_records, specs.tunerkit_holdings))
 gather_libraries = per_catalog(partial(_records, specs.tunerkit_model_libraries))

@@ -1,4 +1,4 @@
-"""Find the plugins that are installed, load and check each by itself, and decide which one provides each method."""
+"""Find the installed plugins, load and check each of them separately, and decide which one provides each method."""
 
 import os
 import re
@@ -22,11 +22,11 @@ from tunerkit.records import Method, MethodInfo, RecordError, Unfit
 GROUP = "tunerkit"
 VARIABLE = "TUNERKIT_PLUGINS"
 IN_PROCESS = "in-process"
-# The version of the contract between core and plugins, and the oldest that still works;
-# docs/authors/write-a-plugin.md says what may change when.
+# The version of the plugin API, and the oldest version that still works; docs/authors/write-a-plugin.md has the rules
+# for changes.
 API, OLDEST_API = 2, 1
 API_NAME = "TUNERKIT_API"
-# The hooks, each with whether it asks only the plugin that owns the method: others give pluggy's list of answers.
+# The hooks, and whether a hook calls only the plugin that owns the method. Other hooks return a list of answers.
 HOOKS: Mapping[str, bool] = {
     name: vars(spec)[f"{specs.PROJECT}_spec"]["firstresult"]
     for name, spec in vars(specs).items()
@@ -38,7 +38,7 @@ _NAME_FIRST = "; the name comes before the config: tunerkit.wrap(model, 'lora', 
 
 @attrs.frozen(eq=False)
 class Plugin:
-    """A plugin that passed all checks. One in process has the name of its module or class as its ``entry``."""
+    """A plugin that passed all checks. ``entry`` is its entry point, or the module or class of an in-process plugin."""
 
     plugin: object
     entry: str
@@ -51,16 +51,17 @@ class Plugin:
 
     @property
     def way_out(self) -> str:
-        """How to run without the plugin, for messages about what it does to others."""
+        """How to run without the plugin, for messages about its effects on others."""
         if self.info.distribution == IN_PROCESS:
             return "to run without it, pass it to tunerkit.unregister"
         return f"to run without it, list the plugins that may load in the environment variable {VARIABLE}"
 
 
 def blame(error: BaseException, what: str, whose: object, place: str = "") -> None:
-    """Name the plugin in an error of its function ``what``, asked about ``place``. ``whose`` is a `Plugin`, or words.
+    """Add a note to an exception of a plugin's function: the function ``what``, the plugin ``whose``, and ``place``.
 
-    Raises `PluginError` for an unfit answer, and in place of what would end the program without a word, as SystemExit.
+    Raises `PluginError` for an invalid answer, and in place of SystemExit and the like, which would end the program
+    silently. ``whose`` is a `Plugin` or a description of one.
     """
     if is_of_user(error):
         return
@@ -73,13 +74,13 @@ def blame(error: BaseException, what: str, whose: object, place: str = "") -> No
         raise PluginError(f"{what} of {whose} failed{at}: {error}{way_out}") from error
     if not isinstance(error, Exception):
         raise PluginError(f"{what} of {whose} raised {error_text(error)}{at}{way_out}") from error
-    way_out = "" if isinstance(error, TunerkitError) else way_out  # a message of ours has its own
+    way_out = "" if isinstance(error, TunerkitError) else way_out  # tunerkit's own messages have their advice
     error.add_note(f"raised by {what} of {whose}{',' * bool(place)}{at}{way_out}")
 
 
 @attrs.frozen
 class Asking(AbstractContextManager[object]):
-    """Inside the block, a plugin is asked: see `blame` for the arguments, and for what is raised."""
+    """Passes an exception of a plugin in the block to `blame`, with these arguments."""
 
     what: str
     whose: object
@@ -92,7 +93,7 @@ class Asking(AbstractContextManager[object]):
 
 @attrs.frozen
 class Isolated(AbstractContextManager[object]):
-    """Passes what a plugin raises in the block to ``failed``, also SystemExit; only the user's own Ctrl-C goes on."""
+    """Passes any exception in the block to ``failed``, even SystemExit; only the user's own Ctrl-C is raised."""
 
     failed: Callable[[BaseException], None]
 
@@ -105,12 +106,12 @@ class Isolated(AbstractContextManager[object]):
 
 @attrs.frozen(eq=False)
 class Catalog:
-    """The plugins of a registry in load order. What changes them makes a new catalog: a thread reads one of the two.
+    """A snapshot of a registry's plugins in load order. A change makes a new catalog, so that readers need no lock.
 
-    ``failures`` could not be loaded, or are not used. ``left_out`` says why a plugin's answer to a hook is not used.
-    ``limit`` names the entry points that may load; None allows all. A method belongs to the plugin of the distribution
-    that is named after it, else to the first. ``hooks`` has pluggy's caller of each plugin alone, in the order in which
-    they are asked: by distribution, in-process ones after them, ``trylast`` at the end. ``known`` is a cache.
+    ``failures`` could not be loaded, or are not used. ``left_out`` has the reasons why a plugin's answer to a hook is
+    not used. ``limit`` has the entry points that may load; None allows all. A method belongs to the distribution that
+    is named after it, else to the first plugin with it. ``hooks`` has pluggy's caller for each plugin alone, in the
+    order of calls: by distribution, then in-process plugins, ``trylast`` at the end. ``known`` is a cache.
     """
 
     plugins: tuple[Plugin, ...]
@@ -146,22 +147,22 @@ class Catalog:
         return found
 
     def asked(self, hook: Callable[..., object]) -> list[Plugin]:
-        """Return the plugins to ask, in their order."""
+        """Return the plugins to call for a hook, in order."""
         name = hook.__name__
         return [plugin for plugin in self.hooks[name] if (plugin, name) not in self.left_out]
 
     def call(self, plugin: Plugin, hook: Callable[..., object], given: Mapping[str, object]) -> Any:
-        """Let pluggy call a plugin's own implementation; None if it has none. A generator is read to its end."""
+        """Call a plugin's implementation through pluggy; None if it has none. A generator becomes a tuple."""
         if (caller := self.hooks[hook.__name__].get(plugin)) is None:
             return None
         answer: Any = caller(**given)
         if not HOOKS[hook.__name__]:
             answer = answer[0] if answer else None
-        # A start may be any object, with an iterator among them.
+        # A method's state may be any object, even an iterator.
         return tuple(answer) if isinstance(answer, Iterator) and hook is not specs.tunerkit_start else answer
 
     def owner_of(self, method: str, hook: Callable[..., object]) -> Plugin:
-        """Return the plugin of a method that a hook is needed for. Raises `PluginError` if it is gone."""
+        """Return the plugin that owns a method. Raises `PluginError`, with the hook's name, if it is gone."""
         if method not in self.owners:
             raise PluginError(f"{hook.__name__} needs the plugin of method {method!r}: {self.missing(method)}")
         return self.owners[method]
@@ -177,7 +178,7 @@ class Catalog:
         return dict(sorted(found.items()))
 
     def missing(self, name: object) -> str:
-        """Explain why a method is missing: what is installed, close matches, failed plugins, the limit on loading."""
+        """Return a message on a missing method: installed and similar methods, failed plugins, the limit on loading."""
         installed = (
             few(sorted(self.owners), shown=40) or "none (each is a separate distribution, such as tunerkit-lora)"
         )
@@ -193,7 +194,7 @@ class Catalog:
         return "\n".join(parts)
 
     def absence(self, distribution: str) -> str | None:
-        """Say why no plugin of a distribution is loaded, and what to do; None if one is."""
+        """Return why no plugin of a distribution is loaded; None if one is loaded."""
         if distribution in {found.info.distribution for found in self.plugins}:
             return None
         failed = next((info for _, info in self.failures if info.distribution == distribution), None)
@@ -210,8 +211,8 @@ class Catalog:
 def load(distributions: Iterable[metadata.Distribution] | None) -> Catalog:
     """Load each plugin separately, then decide which plugin owns each method.
 
-    Whatever a plugin raises while it is imported counts as its failure, including SystemExit. Only the user's own
-    Ctrl-C ends the loading. A plugin whose methods all went to others is not used.
+    An exception at a plugin's import, even SystemExit, is recorded as its failure. Only the user's own Ctrl-C is
+    raised. A plugin is not used if all of its methods belong to other plugins.
     """
     sources, unreadable = _discover(metadata.distributions() if distributions is None else distributions)
     limit = _read_limit(point.name for point, _ in sources)
@@ -275,7 +276,7 @@ def _discover(
 
 
 def _canonical(name: str) -> str:
-    """Normalise a distribution's name as the packaging standard does."""
+    """Normalize a distribution's name as the packaging standard does."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -297,11 +298,11 @@ def _read_limit(installed: Iterable[str]) -> frozenset[str] | None:
     return wanted
 
 
-# --- What a plugin must be --------------------------------------------------------------------------------------------
+# --- Checks of a plugin -----------------------------------------------------------------------------------------------
 
 
 def manager_of(plugins: Iterable[Plugin]) -> pluggy.PluginManager:
-    """A manager of pluggy's with these plugins."""
+    """Return a pluggy manager with these plugins."""
     manager = pluggy.PluginManager(specs.PROJECT)
     manager.add_hookspecs(specs)
     for each in plugins:
@@ -314,7 +315,7 @@ def _register(manager: pluggy.PluginManager, plugin: object, entry: str) -> None
 
 
 def admit(manager: pluggy.PluginManager, plugin: object, entry: str, info: MethodInfo) -> Plugin:
-    """Check a plugin beside those that a manager has, and read its methods. Raises `PluginError` if it is broken."""
+    """Check a plugin, register it in the manager, and read its methods. Raises `PluginError` if it is broken."""
     api = _read_api(plugin)
     _check_hooks(manager, plugin)
     try:
@@ -324,18 +325,18 @@ def admit(manager: pluggy.PluginManager, plugin: object, entry: str, info: Metho
     callers = manager.get_hookcallers(plugin) or ()
     hooks = {each.name: impl.function for each in callers for impl in each.get_hookimpls() if impl.plugin is plugin}
     with ExitStack() as undo:
-        undo.callback(manager.unregister, plugin)  # a second entry point may lead to it
+        undo.callback(manager.unregister, plugin)  # a second entry point may load the same plugin
         found = Plugin(plugin, entry, info, _methods_of(hooks), api)
         undo.pop_all()
     return found
 
 
 def _read_api(plugin: object) -> int:
-    """The number of the contract that a plugin was written for, 1 if it says none. Raises `PluginError` for others."""
+    """Return the API version that a plugin was written for, by default 1. Raises `PluginError` for other versions."""
     wanted: object = getattr(plugin, API_NAME, 1)
     if type(wanted) is not int or wanted < 1:
         raise PluginError(
-            f"{API_NAME} is {shown(wanted)}; expected the number of the contract, as in {API_NAME} = {API}"
+            f"{API_NAME} is {shown(wanted)}; expected the version of the plugin API, as in {API_NAME} = {API}"
         )
     if not OLDEST_API <= wanted <= API:
         older = "tunerkit" if wanted > API else "version of the plugin"
@@ -345,7 +346,7 @@ def _read_api(plugin: object) -> int:
 
 
 def _check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
-    """Raise `PluginError` if a plugin has no hooks, or if one is misspelt, not marked, a wrapper or there twice."""
+    """Raise `PluginError` if a plugin has no hooks, or a hook is misspelled, unmarked, a wrapper or duplicated."""
     if not isinstance(plugin, Hashable):
         raise PluginError(f"a plugin must be hashable, and {type(plugin).__name__} is not")
     marked = {name: found for name in dir(plugin) if (found := manager.parse_hookimpl_opts(plugin, name)) is not None}
@@ -358,7 +359,7 @@ def _check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
         if name not in HOOKS and not options.get("optionalhook"):
             problems.append(f"there is no hook {name!r} in this version of tunerkit{closest(name, HOOKS)}")
         if options.get("wrapper") or options.get("hookwrapper"):
-            problems.append(f"{attribute} is a hook wrapper, but plugins are called one at a time: nothing to wrap")
+            problems.append(f"{attribute} is a hook wrapper, which is not supported: plugins are called one at a time")
         if isclass(plugin) and isfunction(getattr_static(plugin, attribute)):
             problems.append(f"{attribute} is an instance method: pass an instance, {plugin.__name__}()")
         if first.setdefault(name, attribute) != attribute:
@@ -391,5 +392,5 @@ def _methods_of(hooks: Mapping[str, Callable[..., Any]]) -> dict[str, Method]:
         raise PluginError(f"it provides the method {next(iter(methods))!r} but has no tunerkit_build_adapter for it")
     calibrated = [name for name, method in methods.items() if method.statistics is not None]
     if calibrated and "tunerkit_calibrate" not in hooks:
-        raise PluginError(f"its method {calibrated[0]!r} wants statistics but it has no tunerkit_calibrate")
+        raise PluginError(f"its method {calibrated[0]!r} requests statistics, but it has no tunerkit_calibrate")
     return methods

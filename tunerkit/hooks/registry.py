@@ -1,4 +1,4 @@
-"""The registry: which methods are installed, and how core calls one plugin or all of them."""
+"""The registry of plugins: installed methods, and calls of one plugin or of all plugins."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -21,9 +21,9 @@ P = ParamSpec("P")
 class Registry:
     """The plugins of one process, loaded at the first call.
 
-    ``distributions`` are searched for entry points of the group ``tunerkit``. None means all that are installed at the
-    first call. ``catalog`` is None until then. Reading it takes no lock, since every change replaces it: a thread that
-    is interrupted while it holds one would stop all others for good.
+    ``distributions`` are searched for entry points of the group ``tunerkit``; None means all that are installed at the
+    first call. ``catalog`` is None until then. Every change replaces the catalog, so that readers need no lock: a
+    thread that is interrupted while it has a lock would block all others.
     """
 
     def __init__(self, distributions: Iterable[metadata.Distribution] | None = None) -> None:
@@ -33,7 +33,7 @@ class Registry:
         self.catalog: Catalog | None = None
 
     def named(self, name: str) -> str:
-        """Return a method's own name, which a user may write in any case. Raises `UnknownMethodError` as `get` does."""
+        """Return a method's name in its own spelling, from any case. Raises `UnknownMethodError`, as `get` does."""
         owners = self.loaded().owners
         alike = [own for own in owners if own.casefold() == str(name).casefold()]
         return alike[0] if name not in tuple(owners) and len(alike) == 1 else self.get(name).name
@@ -46,10 +46,9 @@ class Registry:
         """List the installed methods and the plugins that failed to load.
 
         Returns:
-            A record for each method, by its name. A plugin that failed is listed by the name of its entry point, with
-            its error; so is one whose base layers, weight readers or default targets were left out of a model, though
-            its methods work. If two distributions provide the same method, the rejected one is
-            ``"name (distribution)"``.
+            A record for each method, by its name. A plugin that failed to load is listed by its entry point's name,
+            with its error; so is a plugin with working methods whose base layers, weight readers or default targets
+            were left out. If two distributions provide the same method, the rejected one is ``"name (distribution)"``.
 
         Raises:
             PluginError: ``TUNERKIT_PLUGINS`` names a plugin that is not installed.
@@ -57,7 +56,7 @@ class Registry:
         return self.loaded().listed()
 
     def warn_of_rivals(self, method: str) -> None:
-        """Warn of each distribution whose method of this name is left out."""
+        """Warn of other distributions with a method of this name, which is not used."""
         for name, info in self.loaded().failures:
             if name == f"{method} ({info.distribution})":
                 warn(str(info.error))
@@ -71,14 +70,14 @@ class Registry:
         return f"the plugin of method {method!r} ({self.owner_of(method).distribution})"
 
     def lacking(self, what: str, extra: str | None = None) -> str | None:
-        """A text on ``what`` an extra does, why it is not loaded, and how to install it; None if it is loaded."""
+        """Return a message that an extra is needed for ``what``, and how to install it; None if it is loaded."""
         extra = extra or extras.DOES[what]
         distribution = extras.distribution(extra)
         absent = self.loaded().absence(distribution)
-        return None if absent is None else f"{distribution} {what}, and {absent} ({extras.install(extra)})"
+        return None if absent is None else f"{distribution} {what}, but {absent} ({extras.install(extra)})"
 
     def unserved(self, thing: object, *, described: bool = False) -> str:
-        """Say how to get the plugin that `extras.serving` names for an object; empty if it is loaded, or none is."""
+        """Return how to install the plugin for an object's library; "" if it is loaded, or there is none."""
         extra = extras.serving(thing, described=described)
         return "" if extra is None else self.lacking("knows its library", extra) or ""
 
@@ -88,14 +87,14 @@ class Registry:
         return catalog.owners.get(method) in catalog.hooks[hook.__name__]
 
     def implementation(self, hook: Callable[..., object], method: str) -> pluggy.HookImpl | None:
-        """The implementation of a hook by the plugin that owns the method, which may be kept; None if it has none."""
+        """Return the implementation of a hook by the plugin that owns the method, which may be kept; None if none."""
         catalog = self.loaded()
         owner = catalog.owners.get(method)
         caller = None if owner is None else catalog.hooks[hook.__name__].get(owner)
         return None if caller is None else caller.get_hookimpls()[0]
 
     def ask(self, hook: Callable[P, object], /, *args: P.args, **given: P.kwargs) -> Iterator[tuple[Plugin, Any]]:
-        """Ask one plugin after another, as far as the caller iterates. What one raises names it."""
+        """Call a hook of one plugin after another, as the caller iterates; yield (plugin, answer)."""
         catalog = self.loaded()
         for plugin in catalog.asked(hook):
             with Asking(hook.__name__, plugin):
@@ -103,7 +102,7 @@ class Registry:
             yield plugin, answer
 
     def leave_out(self, plugin: Plugin, hook: Callable[..., object], error: BaseException, what: str = "") -> None:
-        """Use no more of what a plugin answers to ``hook``: warn once, and list it in `methods`."""
+        """Ignore a plugin's answers to ``hook`` from now on: warn once, and list the error in `methods`."""
         key, failed = (plugin, hook.__name__), f"failed and was left out: {what}{error_text(error)}"
         with self._lock:
             catalog = self.loaded()
@@ -128,7 +127,7 @@ class Registry:
                 if plugin in [known.plugin for known in self.loaded().plugins]:
                     raise PluginError(f"the plugin {entry!r} is already registered")
                 found = admit(manager_of([]), plugin, entry, MethodInfo(IN_PROCESS, ""))
-            catalog = self.loaded()  # as it is now: what the plugin did meanwhile may have changed it
+            catalog = self.loaded()  # again, since the plugin's own code may have changed it
             taken = [name for name in found.methods if name in catalog.owners]
             if taken:
                 owner = catalog.owners[taken[0]].info
@@ -156,7 +155,7 @@ class Registry:
             self.catalog = attrs.evolve(catalog, plugins=plugins, left_out=left_out)
 
     def reset(self) -> None:
-        """Forget all plugins, in-process ones too. The next call reads the environment and loads them again."""
+        """Unload all plugins, including in-process ones. The next call reads the environment and loads them again."""
         with self._lock:
             self.catalog = None
 
@@ -188,5 +187,5 @@ def _refuse(entry: str, error: BaseException) -> NoReturn:
     raise PluginError(f"plugin {entry!r} cannot be registered: {error_text(error)}") from error
 
 
-# State of the process, as what is installed is: a plugin is loaded and checked once, whichever model asks.
+# One registry per process, so that a plugin is loaded and checked once for all models.
 registry = Registry()

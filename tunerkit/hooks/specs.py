@@ -16,8 +16,8 @@ them. When they fire::
     tunerkit.calibrate(model, batches)                    # tunerkit_calibrate, if the method wants statistics
     reference = tunerkit.reference(model)                 # tunerkit_reference
     groups = tunerkit.param_groups(model, lr=1e-3)        # tunerkit_param_groups
-    tunerkit.attach(model, optimizer, total_steps=1000)   # tunerkit_attach: is it a trainer that a plugin knows?
-                                                          # tunerkit_engine: what the processes do together
+    tunerkit.attach(model, optimizer, total_steps=1000)   # tunerkit_attach, if it is a trainer and no optimizer
+                                                          # tunerkit_engine: how processes synchronize adapters
                                                           # tunerkit_start: nothing is trained yet
     for batch in batches:
         for part in batch.micro_batches():                # no hook fires per micro-batch
@@ -39,22 +39,22 @@ them. When they fire::
     tunerkit.export(model, path, format="peft")           # tunerkit_formats, and tunerkit_factors per target
     tunerkit.unwrap(model)                                # tunerkit_unwrapped, tunerkit_adapted
     model, processor = tunerkit.from_folder("a run")      # tunerkit_open_run
-    model = tunerkit.load(base_model, "a peft folder")    # tunerkit_formats, then those of wrap, or
+    model = tunerkit.load(base_model, "a peft folder")    # tunerkit_formats, then the hooks of wrap, or
                                                           # tunerkit_from_factors
 
-A plain ``@hookspec`` asks every plugin; ``firstresult=True`` marks hooks that call only the plugin that owns the
+A plain ``@hookspec`` calls every plugin; ``firstresult=True`` marks hooks that call only the plugin that owns the
 method, so no plugin ever receives another plugin's layers.
 
-An answer must be of the declared type. A wrong one of the method's plugin is a `PluginError`. An exception in a hook
-keeps its class and gets a note that names the plugin, the hook and the target or adapter; SystemExit and the like
-become a `PluginError`. Hooks that ask every plugin for a list of what it knows never stop the user's call: a wrong
-answer or an exception is left out, with one warning, and ``tunerkit.methods()`` lists the plugin with its error. They
-are asked once, and again when a plugin is added or removed. In the other hooks that ask every plugin, and in functions
-of what is listed, a plugin is part of the user's call: what it raises, that raises, naming it and how to run without.
-A record with a wrong field raises a `PluginError` where the plugin makes it. docs/authors has examples of all hooks.
+An answer must have the declared type. If the method's plugin returns a wrong one, that is a `PluginError`. An exception
+in a hook keeps its class, with a note on the plugin, the hook and the target or adapter; SystemExit and the like become
+a `PluginError`. Hooks that collect records from every plugin never stop the user's call: after a wrong answer or an
+exception, there is one warning, the plugin's records are not used, and ``tunerkit.methods()`` lists the plugin with its
+error. These hooks are called once, and again when a plugin is added or removed. In all other hooks, and in functions of
+the records, exceptions reach the user, with a note on how to run without the plugin. A record with an invalid field
+raises a `PluginError` at the line that builds it. docs/authors has examples of all hooks.
 """
 
-# A hook spec has a docstring and no body: pluggy reads its signature, and nobody calls it.
+# A hook spec has a docstring and no body: pluggy only reads its signature.
 # mypy: disable-error-code="empty-body"
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -107,7 +107,7 @@ def tunerkit_base_layers() -> Iterable[type[BaseLayer]]:
     """Return additional kinds of base layers, for modules that core cannot adapt.
 
     Fires when a model is wrapped or an adapter loaded, before anything is changed. Core's own kinds come first, so a
-    plugin cannot redefine ``nn.Linear``; the plugins' follow in the order of their distributions' names.
+    plugin cannot redefine ``nn.Linear``; the plugins' kinds follow, sorted by the names of their distributions.
     """
 
 
@@ -132,7 +132,7 @@ def tunerkit_default_targets() -> Iterable[DefaultTargets]:
 
 @hookspec
 def tunerkit_model_libraries() -> Iterable[ModelLibrary]:
-    """Return what a library knows of its models: output heads, new modules, settings and ties.
+    """Return a library's knowledge of its models: output heads, new modules, settings and ties.
 
     Fires when a model is wrapped, merged or made dense, and when an adapter is saved or loaded. An exception in a
     function of the record reaches the user; a wrong answer is a `PluginError`.
@@ -141,7 +141,7 @@ def tunerkit_model_libraries() -> Iterable[ModelLibrary]:
 
 @hookspec(firstresult=True)
 def tunerkit_shared(targets: Sequence[Target], bases: Sequence[BaseLayer], config: AdapterConfig) -> nn.Module | None:
-    """Build the module that all adapters of the method share, such as VeRA's random matrices; None for none.
+    """Build a module that all adapters of the method share, such as VeRA's random matrices, or return None.
 
     Fires once in ``wrap`` and in ``load``, before the first `tunerkit_build_adapter`, with core's seed set. Targets and
     base layers come in the model's order. Core keeps the module beside the first target's adapter, moves it to that
@@ -158,14 +158,14 @@ def tunerkit_build_adapter(
 
     Fires once per target in ``wrap`` and in ``load``, with core's seed set, before anything is injected. ``base`` has
     the number of features and the weights, which must not be changed; ``shared`` is what `tunerkit_shared` built. Core
-    then moves the adapter to the base layer's device and the config's dtype. With ``loading``, a file's values replace
-    the initial ones: a start computed from the weight is not needed, and the weight may be absent.
+    then moves the adapter to the base layer's device and the config's dtype. If ``loading``, values from a file replace
+    the initial ones: do not compute these from the weight, which may be missing.
     """
 
 
 @hookspec
 def tunerkit_wrapped(model: nn.Module) -> None:
-    """Prepare a model whose first adapter was just injected, for what a library does with the model later.
+    """Prepare a model for a library's later use of it, after its first adapter was injected.
 
     Fires in ``wrap`` and ``load``; `tunerkit_unwrapped` undoes it. If it raises or changes weights, nothing is
     injected.
@@ -176,34 +176,34 @@ def tunerkit_wrapped(model: nn.Module) -> None:
 def tunerkit_unwrapped(model: nn.Module) -> None:
     """Undo what `tunerkit_wrapped` did.
 
-    Fires when the last adapter has left a model, and for a copy of a part of it, which has none. It fires again after
-    ``unwrap`` replaced layers by dense ones, and after an interrupted call.
+    Fires when the last adapter was removed from a model, and for a copy of a submodule without adapters. It fires again
+    after ``unwrap`` replaced layers by dense ones, and after an interrupted call.
     """
 
 
 @hookspec
 def tunerkit_adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
-    """Look at the modules of a model that have adapters now, before it runs again.
+    """React to a change of the modules of a model that have adapters, before the model runs again.
 
-    Fires when adapters have been put into a model or taken out. ``modules`` is empty when none is left. Undo changes of
-    the model here too, or in `tunerkit_unwrapped`.
+    Fires after adapters were injected into a model or removed. ``modules`` have adapters now; it is empty when none is
+    left. Undo your changes to the model then, or in `tunerkit_unwrapped`.
     """
 
 
 @hookspec
 def tunerkit_holdings() -> Iterable[Holding]:
-    """Return how a library holds weights that are not simply in their modules: offloaded, or sharded.
+    """Return how to access weights that a library offloads or shards.
 
-    Fires where core meets weights that are empty or on the meta device, and in calls that copy, merge or write. A
-    forward of a model whose weights are in its modules never asks.
+    Fires when core finds weights that are empty or on the meta device, and in verbs that copy, merge or write. A
+    forward with ordinary weights never calls it.
     """
 
 
 @hookspec
 def tunerkit_restrictions() -> Iterable[Restriction]:
-    """Return what cannot be done with a library that holds weights or adds modules, and what to do instead.
+    """Return the verbs that do not work with a library that manages weights or adds modules, and the alternatives.
 
-    Fires when a model is wrapped, attached, saved or merged. The first that applies is raised.
+    Fires when a model is wrapped, attached, saved or merged. The first restriction that applies raises an error.
     """
 
 
@@ -214,20 +214,20 @@ def tunerkit_restrictions() -> Iterable[Restriction]:
 def tunerkit_calibrate(
     tuner: TunerView, statistics: Mapping[str, Statistics], bases: Mapping[str, BaseLayer]
 ) -> Mapping[str, int] | None:
-    """Set the adapters' start and ranks from statistics of the data; return the rank of each target if they changed.
+    """Initialize adapters and set ranks from statistics of the data; return the rank by target path if they changed.
 
-    Fires in ``tunerkit.calibrate``, before training, for a method whose record names ``statistics``: one entry for each
-    target's path, and in ``bases`` its base layer, which is only read. The adapters must still add nothing afterwards.
-    To change a rank, use `tunerkit.plugin.resize_`, and declare the adapter's ``rank_dims``, so that files can be
-    loaded.
+    Fires in ``tunerkit.calibrate``, before training, for a method with ``statistics`` in its record. ``statistics`` and
+    ``bases`` have one entry for each target's path; do not change the base layers. Afterwards, the adapters must still
+    add nothing to the output. To change a rank, use `tunerkit.plugin.resize_`, and declare the adapter's ``rank_dims``,
+    so that files can be loaded.
     """
 
 
 @hookspec
 def tunerkit_reference(model: nn.Module) -> nn.Module | None:
-    """Make a module that computes the wrapped model as it is now, unaffected by later training.
+    """Return a module that computes the wrapped model's present output, unaffected by later training.
 
-    Fires in ``tunerkit.reference``, until one plugin answers. None leaves it to another.
+    Fires in ``tunerkit.reference``, until a plugin returns a module. Return None to leave it to another plugin.
     """
 
 
@@ -235,7 +235,7 @@ def tunerkit_reference(model: nn.Module) -> nn.Module | None:
 def tunerkit_param_groups(tuner: TunerView) -> Iterable[ParamGroup] | None:
     """Return parameters with their own learning rate or weight decay; all others are trained as usual.
 
-    Fires in ``tunerkit.param_groups``, and when a Trainer that is attached builds its optimizer.
+    Fires in ``tunerkit.param_groups``, and when an attached Trainer builds its optimizer.
     """
 
 
@@ -243,10 +243,10 @@ def tunerkit_param_groups(tuner: TunerView) -> Iterable[ParamGroup] | None:
 def tunerkit_attach(
     tuners: Sequence[TunerView], candidate: object, total_steps: int | None, data_parallel: bool | None
 ) -> bool | None:
-    """Connect adapters to a trainer of a library that this plugin knows, and return True.
+    """Attach adapters to a trainer that this plugin supports, and return True.
 
-    Fires in ``tunerkit.attach``, until one plugin answers True. None means that the object is none of this plugin's.
-    It does not fire for an optimizer of torch, which core attaches: a plugin waits until the trainer has one.
+    Fires in ``tunerkit.attach``, until a plugin returns True. Return None for any other object. It does not fire for an
+    optimizer of torch, which core attaches itself. If the trainer has no optimizer yet, wait until it builds one.
     """
 
 
@@ -254,12 +254,12 @@ def tunerkit_attach(
 def tunerkit_engine(
     tuners: Sequence[TunerView], model: nn.Module, candidate: object, data_parallel: bool | None
 ) -> tuple[Engine, object] | None:
-    """Return how the processes of a training hold adapters and keep them alike.
+    """Return the engine that shards or synchronizes the adapters of a training with several processes.
 
-    Fires when adapters are attached to an optimizer, until one plugin answers. None leaves it to another; without an
-    answer the process trains alone. tunerkit-distributed answers for every training, and is asked last
-    (``tunerkit.hookimpl(trylast=True)``). Return the engine, see `tunerkit.plugin.Engine`, and the object that takes
-    the step hooks: ``candidate``, or an optimizer of torch that stands for it.
+    Fires when adapters are attached to an optimizer, until a plugin returns an engine. Return None to leave it to
+    another plugin; if none returns an engine, the process trains alone. tunerkit-distributed supports every training,
+    and is called last (``tunerkit.hookimpl(trylast=True)``). Return the engine, see `tunerkit.plugin.Engine`, and the
+    object that gets the step hooks: ``candidate``, or an optimizer of torch in its place.
     """
 
 
@@ -268,9 +268,9 @@ def tunerkit_start(tuner: TunerView, total_steps: int | None, optimizer: Optimiz
     """Check the schedule, and return the method's own training state. Core stores it as ``tuner.state``.
 
     Fires when the model is attached, before the first step. ``total_steps`` is None if the length of training is
-    unknown, and it stays unknown: a method that needs it must raise here, not during training. So must a method that
-    grows, if `tunerkit.plugin.resize_obstacle` names a reason why it cannot. ``optimizer`` is torch's; None if it takes
-    no hooks.
+    unknown: a method that needs it must raise here, not during training. A method that grows must raise here if
+    `tunerkit.plugin.resize_obstacle` returns a reason. ``optimizer`` is an optimizer of torch; None if it does not
+    support hooks.
     """
 
 
@@ -279,26 +279,26 @@ def tunerkit_before_step(tuner: TunerView, step: int, grad_scale: Tensor | None)
     """Add gradients that are not part of the loss; return the parameters that this step must not update, or None.
 
     Fires once per optimizer step, independent of gradient accumulation, with complete gradients and before any update;
-    with ``optimizer.step(closure)`` after each run of the closure. ``step`` counts from 1. It does not fire for an
-    adapter that is frozen, nor for one that is inactive and has no gradients. ``grad_scale``, a scalar tensor, is the
-    factor by which gradients are still scaled, with a fused optimizer and a GradScaler; multiply by it what you add.
-    Core withholds the gradients of the returned parameters, and restores them, unscaled, before `tunerkit_after_step`.
+    with ``optimizer.step(closure)``, after each run of the closure. ``step`` counts from 1. It does not fire for frozen
+    adapters, nor for inactive adapters without gradients. ``grad_scale``, a scalar tensor, is the scale of the
+    gradients under a fused optimizer with a GradScaler: multiply the gradients that you add by it. Core withholds the
+    gradients of the returned parameters, and restores them, unscaled, before `tunerkit_after_step`.
     """
 
 
 @hookspec(firstresult=True)
 def tunerkit_after_step(tuner: TunerView, step: int) -> Mapping[str, int] | None:
-    """Measure importance and allocate ranks; return the rank of each target by its path after an allocation, else None.
+    """Measure importance and allocate ranks; return the rank by target path after an allocation, else None.
 
     Fires right after the optimizer updated the weights. This step's gradients still exist, unscaled, and clipped if the
-    user clips them. It does not fire for a step that was skipped because its gradients overflowed. ``step`` is the
-    number that `tunerkit_before_step` was given.
+    user clips them. It does not fire for a step that was skipped because its gradients overflowed. ``step`` is the same
+    number as in `tunerkit_before_step`.
     """
 
 
 @hookspec(firstresult=True)
 def tunerkit_finish(tuner: TunerView) -> Mapping[str, int] | None:
-    """Make the final allocation now, regardless of the schedule; return the rank of each target by its path.
+    """Make the final allocation now, regardless of the schedule; return the rank by target path.
 
     Fires in ``tuner.finish()``, when training ends earlier than planned. Gradients may be missing. A method without a
     schedule leaves it out.
@@ -309,8 +309,8 @@ def tunerkit_finish(tuner: TunerView) -> Mapping[str, int] | None:
 def tunerkit_budget(tuner: TunerView, step: int | None) -> int | None:
     """Return the budget in force after ``step`` optimizer steps; None means now.
 
-    Fires in ``tuner.budget(step)``, possibly before the tuner is attached, and must not change anything. Without it,
-    the budget is the sum of the live ranks.
+    Fires in ``tuner.budget(step)``, possibly before the tuner is attached, and must not change anything. Without this
+    hook, the budget is the sum of the live ranks.
     """
 
 
@@ -318,7 +318,7 @@ def tunerkit_budget(tuner: TunerView, step: int | None) -> int | None:
 def tunerkit_ranks_changed(tuner: TunerView, change: RankChange) -> None:
     """Observe the ranks, for loggers and plots.
 
-    Fires after each allocation of any method, with the new masks in force. Only observe: an exception, also SystemExit,
+    Fires after each allocation of any method, with the new masks in force. Only observe: an exception, even SystemExit,
     becomes a warning, and training continues.
     """
 
@@ -328,22 +328,22 @@ def tunerkit_ranks_changed(tuner: TunerView, change: RankChange) -> None:
 
 @hookspec(firstresult=True)
 def tunerkit_delta(adapter: Adapter, base: BaseLayer) -> Delta:
-    """Return what one adapter currently adds to its base layer, as dense tensors.
+    """Return one adapter's current change to its base layer, as dense tensors.
 
     Fires once per target in ``merge``, with gradients disabled, before anything is merged. ``weight`` is always (out,
     in), as in ``nn.Linear``, and ``bias`` is (out,). Core converts the weight to the base layer's own layout. It also
     fires in every forward of a module that uses a layer's weight directly, as attention does. The adapter's own forward
-    is never called there, so do not detach: the gradients train the adapter.
+    is never called there, so do not detach the result: its gradients train the adapter.
     """
 
 
 @hookspec(firstresult=True)
 def tunerkit_factors(adapter: Adapter, base: BaseLayer) -> Factors:
-    """Return what one adapter currently adds to its base layer's weight as a product of two small matrices.
+    """Return one adapter's current ΔW as a product of two small matrices.
 
-    Fires wherever a product is enough or better than a dense matrix: with it a method needs no `tunerkit_delta`, unless
-    it also adds to the bias. Multiply everything into the two, as `tunerkit.plugin.low_rank_factors` does. Leave out
-    triplets that add nothing. Do not detach them.
+    Fires wherever a product is sufficient, or better than a dense matrix. A method with this hook needs
+    `tunerkit_delta` only if it also adds to the bias. Multiply all factors into the two matrices, as
+    `tunerkit.plugin.low_rank_factors` does. Leave out triplets that add nothing. Do not detach the matrices.
     """
 
 
@@ -351,11 +351,11 @@ def tunerkit_factors(adapter: Adapter, base: BaseLayer) -> Factors:
 def tunerkit_from_factors(
     targets: Sequence[Target], factors: Mapping[str, Factors]
 ) -> tuple[AdapterConfig, Mapping[str, Adapter]]:
-    """Build a config and adapters that add given products, the twin of `tunerkit_factors`.
+    """Build a config and adapters from given products, the inverse of `tunerkit_factors`.
 
-    Fires when an adapter of another method or program becomes one of this method. ``factors`` has one entry for each
-    target's path, on the CPU; ranks differ between targets and may be 0. The config, settled, must give adapters of the
-    same sizes in `tunerkit_build_adapter`, unless the class declares its ``rank_dims``.
+    Fires when an adapter of another method or program is converted to this method. ``factors`` has one entry for each
+    target's path, on the CPU; ranks differ between targets and may be 0. With the settled config,
+    `tunerkit_build_adapter` must build adapters of the same sizes, unless the class declares its ``rank_dims``.
     """
 
 
@@ -363,8 +363,8 @@ def tunerkit_from_factors(
 def tunerkit_open_run(path: Path, base: str | None) -> tuple[nn.Module, object] | None:
     """Load the base model, the adapter and the processor of a run that a command or a trainer wrote.
 
-    Fires in ``tunerkit.from_folder``, until one plugin answers. None means that the folder is none of this plugin's.
-    ``base`` is the place of the base model, if the user names it.
+    Fires in ``tunerkit.from_folder``, until a plugin returns a model. Return None for any other folder. ``base`` is the
+    path of the base model, if the user passes it.
     """
 
 
@@ -372,14 +372,14 @@ def tunerkit_open_run(path: Path, base: str | None) -> tuple[nn.Module, object] 
 def tunerkit_formats() -> Iterable[Format]:
     """Return the formats of other programs that this plugin reads and writes.
 
-    Fires in ``export``, and in ``load`` for a path without a file of tunerkit's. Of formats with one name the first
-    counts, in the order of their distributions' names. Import slow libraries inside the functions of the record.
+    Fires in ``export``, and in ``load`` for a path without a tunerkit file. Of formats with the same name, the first
+    distribution's in alphabetical order is used. Import slow libraries inside the functions of the record.
     """
 
 
 @hookspec(firstresult=True)
 def tunerkit_state(tuner: TunerView) -> State | None:
-    """Return what training needs to resume, apart from the adapter's weights, such as averages and masks.
+    """Return the method's training state, such as averages and masks, without the adapter's weights.
 
     Fires in ``save_state``, between two steps, for an attached tuner. Core saves weights, config and step count itself.
     ``tensors`` and ``values`` are by name; values must be representable in JSON.
@@ -388,10 +388,10 @@ def tunerkit_state(tuner: TunerView) -> State | None:
 
 @hookspec(firstresult=True)
 def tunerkit_restore(tuner: TunerView, state: State) -> None:
-    """Restore what `tunerkit_state` returned, so that the next step resumes the interrupted run.
+    """Restore the state from `tunerkit_state`, so that the next step resumes the interrupted run.
 
     Fires in ``load_state``, after `tunerkit_start` and before the first step. The adapters have the saved run's weights
-    already, and ``tuner.steps`` and ``tuner.history`` are those of the file. Core has verified that the state is
+    already, and ``tuner.steps`` and ``tuner.history`` are set from the file. Core has verified that the state is
     undamaged and that method and targets match. Raise an error if names or shapes do not fit: core then rolls back the
     adapters and ``tuner.state``.
     """

@@ -1,4 +1,4 @@
-"""What an adapter holds: its products, copies and biases for other programs, and its parameters for optimizers."""
+"""An adapter's contents: factors, copies and biases for other programs, counts, and parameter groups for optimizers."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +17,7 @@ _INSTEAD = "Call tunerkit.unwrap(model, keep_merged=True) and save the whole mod
 
 @torch.no_grad()
 def factors_of(tuner: Tuner) -> dict[str, Factors]:
-    """Return what an adapter adds to the weight of each target as a product, on the CPU and without gradients.
+    """Return an adapter's ΔW at each target as low-rank factors, on the CPU and without gradients.
 
     Args:
         tuner: The adapter's handle.
@@ -26,14 +26,14 @@ def factors_of(tuner: Tuner) -> dict[str, Factors]:
         The products by target path: q (r, in), p (out, r). The rank r differs between targets and may be 0.
 
     Raises:
-        AdapterError: The method adds something that is no product, or also adds to biases.
-        PluginError: The method's plugin returns something else.
+        AdapterError: The method's ΔW is not a low-rank product, or the method also adds to biases.
+        PluginError: The method's plugin returns an invalid answer.
     """
     method, adapters = tuner.method, tuner.adapters()
     if not hooks.has_factors(method):
         raise AdapterError(
-            f"method {method!r} adds no product of two small matrices (its plugin does not implement "
-            f"tunerkit_factors), which is all that the formats of other programs hold. {_INSTEAD}"
+            f"the ΔW of method {method!r} is not a product of two small matrices (its plugin does not implement "
+            f"tunerkit_factors), and the formats of other programs support only such products. {_INSTEAD}"
         )
     found, shapes, is_complete = {}, set(), hooks.adds_products(method)
     for target in tuner.targets:
@@ -42,13 +42,13 @@ def factors_of(tuner: Tuner) -> dict[str, Factors]:
         assert slots.base is not None
         base, adapter = slots.base, adapters[path]
         shape = (base.out_features, base.in_features)
-        # One target of each shape is asked whether the factors are all that is added: deltas are large.
+        # Deltas are large, so biases are checked for one target of each shape.
         if not is_complete and shape not in shapes:
             shapes.add(shape)
             if hooks.delta(path, method, adapter, base).bias is not None:
                 raise AdapterError(
-                    f"method {method!r} also adds to the bias of {path!r}, which the formats of other programs cannot "
-                    f"hold. {_INSTEAD}"
+                    f"method {method!r} also adds to the bias of {path!r}, which the formats of other programs do not "
+                    f"support. {_INSTEAD}"
                 )
         found[path] = Factors(*(tensor.detach().cpu() for tensor in hooks.factors(path, method, adapter, base)))
     return found
@@ -91,10 +91,10 @@ def trainable_parameters(model: nn.Module) -> Summary:
 
 
 def regrouped(groups: Iterable[dict[str, Any]], tuners: Iterable[Tuner]) -> list[dict[str, Any]]:
-    """Split an optimizer's ``groups`` so that parameters for which methods set something are in groups of their own.
+    """Split an optimizer's ``groups`` so that parameters with settings from a method are in groups of their own.
 
-    Groups that lose parameters stay, and the new ones come last. If no method asks for anything, the groups are as
-    before, so that an optimizer's state of them still fits.
+    Groups that lose parameters stay, and new groups come last. If no method has settings, the groups are unchanged, so
+    that an optimizer's saved state still fits.
     """
     spec = hooks.specs.tunerkit_param_groups
     wanted = [group for tuner in tuners for group in hooks.ask(spec, tuner.method, tuner=tuner) or ()]
@@ -102,7 +102,7 @@ def regrouped(groups: Iterable[dict[str, Any]], tuners: Iterable[Tuner]) -> list
     plain: list[dict[str, Any]] = []
     split: list[dict[str, Any]] = []
     for group in groups:
-        parts: dict[int, list[Any]] = {-1: []}  # by the number of what is wanted; -1 for nothing
+        parts: dict[int, list[Any]] = {-1: []}  # by index in ``wanted``; -1 for parameters without settings
         for parameter in group["params"]:
             parts.setdefault(number.get(id(parameter), -1), []).append(parameter)
         plain.append({**group, "params": parts.pop(-1)})

@@ -1,4 +1,4 @@
-"""What adapters add: a module's own tensors with its adapters applied, and whether an adapter adds anything."""
+"""Deltas of adapters: a module's tensors with its adapters applied, and whether an adapter adds anything."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -18,11 +18,11 @@ from tunerkit.records import Delta
 
 
 def adapted_tensors(path: str, module: nn.Module, slots: Slots, base: BaseLayer | None = None) -> dict[str, Any]:
-    """Compute the parameters and buffers of ``module`` that active slots change, by their local name.
+    """Return new values of the parameters and buffers of ``module`` that active slots change, by their local name.
 
-    They are new tensors in the dtypes of the module's own. A bias that it lacks counts as zeros. With gradients on,
-    they depend on the adapters' parameters. Of a packed weight they are the attributes that hold it. Where ``module``
-    is not the adapted one itself, ``base`` is its base layer, to which the same deltas are added.
+    The dtypes are the module's own. A missing bias counts as zeros. With gradients on, the values depend on the
+    adapters' parameters. For a packed weight, the values are the attributes that store it. If ``module`` is not the
+    adapted module itself, ``base`` is its base layer, to which the same deltas are added.
     """
     tensors: dict[str, Any] = {}
     deltas: list[Delta] = []
@@ -43,16 +43,16 @@ def adapted_tensors(path: str, module: nn.Module, slots: Slots, base: BaseLayer 
     name = bias_name(base)
     for trained in (slot.bias for slot in slots.applied if slot.copy is None and slot.bias is not None):
         own = cast(nn.Parameter, torch_private.own_parameters(module)[name])
-        # Beside what other slots add to it, the trained bias adds its difference to the module's own.
+        # If other slots change the bias too, the trained bias adds its difference from the module's own.
         parts = [tensors[name], trained - own] if name in tensors else [trained]
         tensors[name] = _sum(parts).to(own.dtype, copy=True)
     return tensors
 
 
 def _with_deltas(base: BaseLayer, deltas: Sequence[Delta]) -> dict[str, Any]:
-    """Add the sums of the deltas to the base layer's weight and bias, so that each is rounded once."""
+    """Add the sums of the deltas to the base layer's weight and bias, which are rounded once each."""
     weights = [delta.weight for delta in deltas if delta.weight is not None]
-    if base.packing is not None:  # where nothing is added, as at rank 0, storing W again would still round it
+    if base.packing is not None:  # with ΔW = 0, as at rank 0, quantizing W again would still round it
         weights = [weight for weight in weights if weight.any()]
     biases = [delta.bias for delta in deltas if delta.bias is not None]
     tensors = base.merged(_sum(weights)) if weights else {}
@@ -65,20 +65,20 @@ def _with_deltas(base: BaseLayer, deltas: Sequence[Delta]) -> dict[str, Any]:
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
-    """The sum, in fp32 or a wider dtype."""
+    """Return the sum in fp32 or a wider dtype."""
     wide = reduce(torch.promote_types, (part.dtype for part in parts), torch.float32)
     return reduce(torch.add, (part.to(wide) for part in parts))
 
 
 def _refuse_untrainable(method: str, adapter: Adapter, delta: Delta) -> None:
-    """Reject a delta that is detached from the adapter's parameters: it would be used, but never trained."""
+    """Reject a delta that is detached from the adapter's parameters, which would never be trained."""
     trained = any(parameter.requires_grad and parameter.numel() for parameter in adapter.parameters())
     has_gradient = any(part is not None and part.requires_grad for part in (delta.weight, delta.bias))
     if torch.is_grad_enabled() and trained and not has_gradient:
         raise PluginError(
-            f"{hooks.registry.plugin_of(method)} returns tensors from tunerkit_delta that have no gradient, so the "
-            "adapter would not be trained where only its delta is used; compute the delta from the parameters, not "
-            "detached"
+            f"{hooks.registry.plugin_of(method)} returns tensors without gradients from tunerkit_delta, so the adapter "
+            "would not be trained at layers that use only its delta; compute the delta from the parameters, without "
+            "detaching them"
         )
 
 
@@ -87,7 +87,7 @@ def _refuse_untrainable(method: str, adapter: Adapter, delta: Delta) -> None:
 
 @torch.no_grad()
 def adds_nothing(tuner: Tuner) -> bool:
-    """Whether the model's output is the same without the adapter, judged by values: not all loops count steps."""
+    """Whether the adapter leaves the model's output unchanged, by its values, since not all loops count steps."""
     modules = modules_in(tuner)
     return all(
         _keeps_base(slot, modules[path]) and (slot.adapter is None or _has_no_delta(path, slot, modules[path]))
@@ -97,7 +97,7 @@ def adds_nothing(tuner: Tuner) -> bool:
 
 @torch.no_grad()
 def is_untrained(tuner: Tuner) -> bool:
-    """Whether the method's adapters surely add nothing: each has a parameter that is 0 throughout, and ΔW = 0."""
+    """Whether each of the method's adapters has a parameter that is all zeros, and ΔW = 0."""
     adapted = [(path, slot, slot.adapter) for path, slot in slots_in(tuner) if slot.adapter is not None]
     if not all(any(not parameter.any() for parameter in adapter.parameters()) for _, _, adapter in adapted):
         return False
@@ -107,7 +107,7 @@ def is_untrained(tuner: Tuner) -> bool:
 
 @torch.no_grad()
 def untrained_copies(tuner: Tuner) -> list[str]:
-    """The modules that are trained in full whose copy still has the base's values."""
+    """Return the paths of modules trained in full whose copy still has the base's values."""
     modules = modules_in(tuner)
     return [path for path, slot in slots_in(tuner) if slot.copy is not None and _keeps_base(slot, modules[path])]
 
@@ -120,13 +120,13 @@ def _has_no_delta(path: str, slot: Slot, module: nn.Module) -> bool:
         q, p = hooks.factors(path, slot.method, slot.adapter, slots.base)
         for zero, other in ((p, q), (q, p)):
             if not zero.any() and other.isfinite().all():
-                return True  # a dense matrix is not needed to see it
+                return True  # without the cost of a dense matrix
     delta = hooks.delta(path, slot.method, slot.adapter, slots.base)
     return not any(part is not None and bool(part.any()) for part in (delta.weight, delta.bias))
 
 
 def _keeps_base(slot: Slot, module: nn.Module) -> bool:
-    """Whether the copy or the bias in the slot, if it has one, equals the base's own, also where that is merged."""
+    """Whether the slot's copy or bias equals the base's original values, or the slot has neither."""
     slots = slots_of(module)
     assert slots is not None
     copied = {} if slot.bias is None else {bias_name(slots.base): slot.bias.data}

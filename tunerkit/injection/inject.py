@@ -1,4 +1,4 @@
-"""Build the parts of an adapter, put them into a model, and take them out: the only file that changes its structure."""
+"""Build an adapter's parts, inject them into a model and eject them: the only file that changes a model's structure."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -21,11 +21,11 @@ from tunerkit.paths import CHILD, join
 from tunerkit.records import Target
 from tunerkit.targets import Scan, lines
 
-# The attribute of a batch norm of the base that adapters have stopped from updating its statistics.
+# The attribute of a base's batch norm whose running statistics were turned off by adapters.
 _STOPPED = "_tunerkit_earlier"
 
 
-# --- Building: the model is only read ---------------------------------------------------------------------------------
+# --- Building: the model is not changed -------------------------------------------------------------------------------
 
 
 def build_each(
@@ -35,10 +35,10 @@ def build_each(
     around: Callable[[Target], AbstractContextManager[object]] = nullcontext,
     ready: Mapping[str, Adapter] | None = None,
 ) -> Iterator[tuple[str, Slot]]:
-    """Yield the slots of one adapter by path, one after the other: a caller may stop before all are in memory.
+    """Yield (path, slot) of one adapter lazily, so that a caller may stop before all slots are in memory.
 
-    The plugin builds each adapter inside ``around``, or has built those in ``ready``. If the method refuses targets,
-    one `TargetError` lists all of them, once the others are built.
+    The plugin builds each adapter inside ``around``, unless it is in ``ready``. If the method rejects targets, one
+    `TargetError` lists all of them, after the others are built.
     """
     targets, copies, biases = (
         {each.path: each for each in kind} for kind in (tuner.targets, tuner.copies, tuner.biases)
@@ -61,7 +61,7 @@ def build_each(
             try:
                 with around(target):
                     adapter = _adapter(tuner, target, bases[path], shared) if ready is None else ready[path]
-            except TargetError as error:  # the method's own: it may refuse more of them, which one error lists
+            except TargetError as error:  # the method may reject more targets, and one error lists all of them
                 refused[path] = error
                 continue
             _refuse_unfit(tuner, target, bases[path], adapter, is_read=scanned.by_path[path].reader is not None)
@@ -78,12 +78,12 @@ def build_each(
         kinds = {path: type(targets[path].module).__name__ for path in refused}
         words = {path: f"method {tuner.method!r} cannot adapt this {kinds[path]}: {refused[path]}" for path in refused}
         text = "\n".join(first_of(lines(words)))
-        exclude = f"exclude=({next(iter(refused))!r},{' ...' * (len(refused) > 1)}) leaves out what it cannot adapt"
+        exclude = f"exclude=({next(iter(refused))!r},{' ...' * (len(refused) > 1)}) leaves these targets out"
         raise TargetError(f"{text}; {exclude}") from next(iter(refused.values()))
 
 
 def _base_at(tuner: Tuner, target: Target, scanned: Scan) -> BaseLayer:
-    """Return a target as its method sees it: a method that adapts outputs needs no kind that matches the module."""
+    """Return a target's base layer; for a method that adapts outputs, any module has one."""
     base = scanned.by_path[target.path].base
     if base is None and hooks.registry.get(tuner.method).targets != "weights":
         return as_output(target.module)
@@ -97,7 +97,7 @@ def _base_at(tuner: Tuner, target: Target, scanned: Scan) -> BaseLayer:
 
 
 def _adapter(tuner: Tuner, target: Target, base: BaseLayer, shared: nn.Module | None) -> Adapter:
-    """Build one adapter through the method's plugin, which must not change what all of them share."""
+    """Build one adapter with the method's plugin; `PluginError` if it changes the shared module."""
     before = {} if shared is None else torch_private.versions(shared)
     built = hooks.ask(
         hooks.specs.tunerkit_build_adapter,
@@ -119,10 +119,10 @@ def _adapter(tuner: Tuner, target: Target, base: BaseLayer, shared: nn.Module | 
 
 
 def _refuse_unfit(tuner: Tuner, target: Target, base: BaseLayer, built: Adapter, *, is_read: bool) -> None:
-    """Refuse an adapter that cannot work at its target: a weight override needs a delta, and a plain matrix."""
+    """Raise `TargetError` if an adapter cannot work at its target: an override needs a delta and a plain weight."""
     if built.reads_weight and not base.has_weight:
         raise TargetError(
-            f"{target.path!r} is a {type(target.module).__name__}, of which tunerkit knows no weight, and method "
+            f"{target.path!r} is a {type(target.module).__name__}, whose weight tunerkit does not know, and method "
             f"{tuner.method!r} reads the weight; exclude it from the targets"
         )
     if not is_read:
@@ -130,8 +130,8 @@ def _refuse_unfit(tuner: Tuner, target: Target, base: BaseLayer, built: Adapter,
     bypassed = f"{target.path!r} is used directly by its owner, bypassing the layer's forward(), "
     if not hooks.has_delta(tuner.method):
         raise TargetError(
-            f"{bypassed}so an adapter acts there only as a delta added to its weight, and the plugin of method "
-            f"{tuner.method!r} implements neither tunerkit_delta nor tunerkit_factors; exclude it from the targets"
+            f"{bypassed}so an adapter can only add a delta to the weight, and the plugin of method {tuner.method!r} "
+            "implements neither tunerkit_delta nor tunerkit_factors; exclude it from the targets"
         )
     weight = torch_private.own_parameters(target.module).get(base.weight_name)
     if weight is not None and (holder := weights.emptied([weight])) is not None:
@@ -146,12 +146,12 @@ def _refuse_unfit(tuner: Tuner, target: Target, base: BaseLayer, built: Adapter,
 
 
 def _place_(built: nn.Module, module: nn.Module, tuner: Tuner) -> None:
-    """Move a new part to the device where ``module`` runs, not where it is offloaded, and to the config's dtype."""
-    for parameter in built.parameters():  # FSDP2 shards contiguous ones alone
+    """Move a new part to the execution device of ``module``, even if that is offloaded, and to the config's dtype."""
+    for parameter in built.parameters():  # FSDP2 shards only contiguous parameters
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
     device, dtype = weights.execution_device(module), getattr(torch, tuner.config.adapter_dtype)
-    # It was built on the CPU. Checking whether it must be moved is cheaper than moving it.
+    # A check is cheaper than `to`, and mostly the part is in place already.
     own = chain(built.parameters(), built.buffers())
     if not all(device in (None, t.device) and (t.dtype == dtype or not t.is_floating_point()) for t in own):
         built.to(device=device, dtype=dtype)
@@ -170,8 +170,8 @@ def _bias_of(biased: Target, scanned: Scan) -> nn.Parameter:
     bias = biased.module.get_parameter(name)
     if (away := weights.offloading(biased.module)) is not None:
         raise TargetError(
-            f"the bias of {biased.path!r} cannot be trained: {away.name} offloads it, and each forward needs it "
-            "together with its copy; set bias='none', or keep the module on a device"
+            f"the bias of {biased.path!r} cannot be trained: {away.name} offloads it, and each forward needs both the "
+            "bias and its trained copy; set bias='none', or keep the module on a device"
         )
     if _comes_from_file(biased, [bias], scanned):
         return nn.Parameter(torch.empty_like(bias, device="cpu"))
@@ -179,7 +179,7 @@ def _bias_of(biased: Target, scanned: Scan) -> nn.Parameter:
 
 
 def _comes_from_file(place: Target, parameters: Iterable[nn.Parameter], scanned: Scan) -> bool:
-    """Whether parameters without values get them from a file later. Otherwise they cannot be copied."""
+    """Whether meta parameters will get values from a file; `TargetError` if they have none to copy."""
     if not any(parameter.is_meta for parameter in parameters):
         return False
     if not scanned.unloaded:
@@ -191,9 +191,9 @@ def _comes_from_file(place: Target, parameters: Iterable[nn.Parameter], scanned:
 
 
 class Undo(ExitStack):
-    """A stack of callbacks that undo what a block has begun: they run if it raises, a KeyboardInterrupt too.
+    """A stack of rollback callbacks, which run if the block raises, even a KeyboardInterrupt.
 
-    Push each callback before the change that it undoes, which may then be half done, or not begun.
+    Push each callback before the change that it undoes. The change may then be complete, partial or not begun.
     """
 
     def __exit__(
@@ -205,14 +205,14 @@ class Undo(ExitStack):
 
 
 def completed(function: Callable[..., object], *args: object) -> None:
-    """Call a function that can be repeated. If it is interrupted, complete it before the interrupt raises."""
+    """Call an idempotent function. After an interrupt, call it again to completion, then raise the interrupt."""
     with Undo() as rest:
         rest.callback(function, *args)
         function(*args)
 
 
 def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, undo: Undo, *, trainable: bool) -> None:
-    """Freeze the base and add the adapter's slots, ``built`` by path, to its modules, each with one forward hook."""
+    """Freeze the base, and add the slots in ``built`` (by path) to their modules, each with one forward hook."""
     model = tuner.model
     refuse_running(model, "adding an adapter")
     tuner.progress.shapes = shapes_of(model)
@@ -224,7 +224,7 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, undo: Undo, 
     readers = [_put_(path, module, tuner, built[path], scanned) for path, module in modules_in(tuner).items()]
     update_overrides_(model, readers)
     for copied in tuner.copies:
-        # The module still runs itself. A batch norm then uses its statistics but does not update them.
+        # The original still runs beside its copy: its batch norms must not update their running statistics.
         for _, norm in base_modules(copied.module):
             if torch_private.is_batch_norm(norm) and norm.track_running_stats:
                 vars(norm)[_STOPPED] = True
@@ -238,14 +238,14 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, undo: Undo, 
 
 
 def _prepare_(model: nn.Module) -> None:
-    """Freeze the base for its first adapter: one of its parameters that is unfrozen later is meant to be trained."""
-    own = {  # a tied one by each of its names: merging may make as many parameters of it
+    """Freeze the base for its first adapter; parameters that a user unfreezes later are trained on purpose."""
+    own = {  # tied parameters under all of their names, since merging may untie them
         join(path, name): parameter
         for path, module in base_modules(model)
         for name, parameter in torch_private.own_parameters(module).items()
         if parameter is not None and parameter.requires_grad
     }
-    vars(model)[WRAPPED] = Wrapped(frozen=tuple(own))  # first, so that an interruption can be undone
+    vars(model)[WRAPPED] = Wrapped(frozen=tuple(own))  # first, so that an interrupted call can be undone
     for parameter in own.values():
         parameter.requires_grad_(False)
     _watch_states_(model)
@@ -254,7 +254,7 @@ def _prepare_(model: nn.Module) -> None:
 
 
 def _put_(path: str, module: nn.Module, tuner: Tuner, slot: Slot, scanned: Scan) -> nn.Module | None:
-    """Put an adapter's slot into one module. Returns what uses the module's weight directly, if something does."""
+    """Put an adapter's slot into one module. Returns the owner that uses the module's weight directly, or None."""
     slots, found = slots_of(module), scanned.by_path[path]
     # A copy replaces the whole module, so there is no base layer.
     base, reader = (found.base, found.reader) if slot.copy is None else (None, None)
@@ -265,11 +265,11 @@ def _put_(path: str, module: nn.Module, tuner: Tuner, slot: Slot, scanned: Scan)
         module.add_module(CHILD, slots)
         _watch_states_(module)
         if reader is None:
-            # First: the base's own hooks then see the same output as after a merge.
+            # Prepended, so that the base's own hooks see the same output as after a merge.
             module.register_forward_hook(apply_slots, with_kwargs=True, prepend=True)
     elif slots.base is None and base is not None:  # another adapter trains the bias of a module without a kind
         slots.see_as(base)
-    if not module.training:  # new parts are in training mode, and a copy has the modes of its original
+    if not module.training:  # new parts are in training mode
         slot.eval()
     slots.put(tuner.name, slot)
     return reader
@@ -281,9 +281,9 @@ def _watch_states_(module: nn.Module) -> None:
 
 
 def eject_(tuners: Sequence[Tuner]) -> None:
-    """Take adapters out of their one model. Modules without any adapter left lose the child and the hook.
+    """Take adapters out of their common model. Modules without other adapters lose the child and the hook.
 
-    It also completes an earlier call that was interrupted, and undoes a half `inject_`.
+    This also completes an interrupted call, and undoes a partial `inject_`.
     """
     model = tuners[0].model
     wrapped = wrapped_of(model)
@@ -316,7 +316,7 @@ def eject_(tuners: Sequence[Tuner]) -> None:
 
 
 def activate_(model: nn.Module, names: Sequence[str]) -> None:
-    """Apply exactly the named adapters, in this order. Compiled code follows: its guards read the tuples."""
+    """Apply exactly the named adapters, in this order. Compiled code is updated, since its guards read the tuples."""
     refuse_running(model, "activating adapters")
     adapted = walk(model)
     for path, _, slots in adapted:
@@ -333,7 +333,7 @@ def activate_(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _warn_of_products(model: nn.Module) -> None:
-    """Warn if two active adapters multiply one layer: neither acts on what the other makes of it."""
+    """Warn if two active adapters multiply one layer: their changes are added, not multiplied."""
     for path, _, slots in walk(model):
         if len(slots.active) < 2:
             continue
@@ -341,15 +341,15 @@ def _warn_of_products(model: nn.Module) -> None:
         own = [name for name, slot in pairs if slot.adapter is not None and hooks.registry.get(slot.method).multiplies]
         if len(own) > 1:
             warn(
-                f"adapters {own[0]!r} and {own[1]!r} both multiply {path!r}: what each changes in the base is added, "
-                "not multiplied. Activate one at a time; or, to apply one after the other, merge the first with "
+                f"adapters {own[0]!r} and {own[1]!r} both multiply {path!r}: their changes to the base are added, not "
+                "multiplied. Activate one at a time; or, to apply one after the other, merge the first with "
                 "tunerkit.unwrap(model, keep_merged=True), then wrap the second"
             )
             return
 
 
 def rename_(tuner: Tuner, new: str) -> None:
-    """Give an adapter another name. Its parameters stay the same objects, which its optimizer holds."""
+    """Rename an adapter. The Parameter objects stay the same, so its optimizer still works."""
     old, wrapped = tuner.name, wrapped_of(tuner.model)
     for module in modules_in(tuner).values():
         if (slots := slots_of(module)) is not None:
@@ -360,7 +360,7 @@ def rename_(tuner: Tuner, new: str) -> None:
 
 
 def train_(tuner: Tuner, *, trained: bool) -> None:
-    """Make an adapter trainable, or freeze it and free its gradients, which an optimizer step would still apply."""
+    """Make an adapter trainable, or freeze it and drop its gradients, which an optimizer step would still apply."""
     for _, slot in slots_in(tuner):
         for name, parameter in slot.named_parameters():
             can_have_gradient = parameter.is_floating_point() or parameter.is_complex()
@@ -370,7 +370,7 @@ def train_(tuner: Tuner, *, trained: bool) -> None:
 
 
 def _prepare_next_forward_(model: nn.Module) -> None:
-    """Restart the checks of the next forward, for the modules that are adapted now, and drop compiled code."""
+    """Restart the checks of the next forward for the current adapted modules, and discard compiled code."""
     adapted = {
         path: module for tuner in wrapped_of(model).tuners.values() for path, module in modules_in(tuner).items()
     }
@@ -381,7 +381,7 @@ def _prepare_next_forward_(model: nn.Module) -> None:
 
 
 def copy_base(module: nn.Module) -> nn.Module:
-    """Return a copy of the base's own module, without what other adapters have put there."""
+    """Return a copy of the base's own module, without the slots and hooks of other adapters."""
     slots = slots_of(module)
     # The slots are replaced before copying, since the other adapters' copies may be large.
     twin = weights.duplicate(module, {id(slots): nn.Module()} if slots is not None else {})

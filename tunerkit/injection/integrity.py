@@ -1,4 +1,4 @@
-"""Checks that a wrapped model is still what was wrapped, and that its adapters run."""
+"""Checks that adapted modules are still in the model and unchanged, and that their adapters run."""
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from tunerkit.injection.weight_override import overridden_in
 from tunerkit.layers import forward_name, is_packed, torch_private, whole_shape
 from tunerkit.paths import few, is_under, join, parent
 
-# The attribute of a model that is watched, until its report.
+# The attribute of a watched model, until its report.
 WATCHED = "_tunerkit_calls"
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 _SHOWN = 3
@@ -32,7 +32,7 @@ def refuse_lost(tuners: Iterable[Tuner]) -> None:
         grouped = {reason: [path for path, other in lost if other == reason] for _, reason in lost}
         lines = "\n".join(f"- {', '.join(paths)}: {reason}" for reason, paths in grouped.items())
         raise AdapterError(
-            f"adapters have no effect, or do not fit, where the model was changed after wrapping:\n{lines}\n"
+            f"the model was changed after wrapping, so that adapters have no effect or do not fit:\n{lines}\n"
             "Convert, replace or resize modules first, then call tunerkit.wrap or tunerkit.load"
         )
 
@@ -40,7 +40,7 @@ def refuse_lost(tuners: Iterable[Tuner]) -> None:
 def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
     slots_in(tuner)  # raises if the adapter itself was removed from a module
     modules = [module for _, module in base_modules(tuner.model)]
-    # By identity, not by path: a module that was put into DDP or a compiled module still runs.
+    # By identity, not by path: modules inside DDP or a compiled module still run.
     present = set(map(id, modules))
     overridden = overridden_in(modules)
     for path, module in modules_in(tuner).items():
@@ -48,39 +48,39 @@ def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
         assert slots is not None
         base, weights = slots.base, torch_private.own_parameters(module).values()
         if id(module) not in present:
-            yield path, f"the {kind} that was adapted is not in the model any more"
+            yield path, f"the adapted {kind} is not in the model any more"
         elif not is_called(module) and id(module) not in overridden:
             yield path, "its forward hook is gone"
         elif base is not None and any(map(is_packed, weights)) and not base.matches(module):
-            yield path, f"the weight of the {kind} was quantised after it had been adapted"
+            yield path, f"the weight of the {kind} was quantized after wrapping"
         elif slots.is_resized(module):
-            yield path, f"the {kind} has another size than when it was adapted"
+            yield path, f"the {kind} was resized after wrapping"
 
 
 # --- Modules that are never called ------------------------------------------------------------------------------------
 
 
 class _Watch(NamedTuple):
-    """The watched modules that ran in eager mode before the report, and those that should have, by path."""
+    """The watched modules, by path, until the report."""
 
-    ran: set[str]
-    owners: dict[str, tuple[str, nn.Module]]  # of each adapted module; the model may be changed before the report
-    chosen: set[str]  # lists and dicts of modules, which never run: their owner chooses among their entries
+    ran: set[str]  # modules that ran in eager mode
+    owners: dict[str, tuple[str, nn.Module]]  # the owner of each adapted module, from before any change of the model
+    chosen: set[str]  # lists and dicts of modules, among whose entries an owner may choose
 
 
 def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
-    """Watch ``model`` run, to warn about adapted modules that did not run although their owner did.
+    """Watch the next forward of ``model``, to warn about adapted modules that do not run although their owner does.
 
-    The warning comes after the next eager forward of the whole model, or at an optimizer step if that is earlier: a
-    custom loop may call only parts of the model. A layer triggers none if its owner is skipped too, as by LayerDrop, or
-    if another module in the same list or dict ran: its owner chose among them.
+    The warning comes after the next eager forward of the whole model, or at an optimizer step if that is earlier, since
+    a custom loop may call only parts of the model. There is no warning about a layer whose owner is skipped too, as by
+    LayerDrop, or if another entry of the same list or dict ran.
     """
     _unwatch(model)
     if not adapted:
         return
     lists = {path for path in map(parent, adapted) if isinstance(model.get_submodule(path), _LISTS)}
     owners = {path: _owner(model, parent(path)) for path in adapted}
-    watched = vars(model)[WATCHED] = _Watch(set(), owners, lists)  # first, so that `_unwatch` undoes a half
+    watched = vars(model)[WATCHED] = _Watch(set(), owners, lists)  # first, so that `_unwatch` undoes a partial call
     for path, module in {**adapted, **dict(owners.values())}.items():
         module.register_forward_pre_hook(functools.partial(note_call, watched.ran, path))
     model.register_forward_hook(report)
@@ -90,33 +90,33 @@ def _unwatch(model: nn.Module) -> None:
     if WATCHED in vars(model):
         for module in model.modules():
             torch_private.remove_hooks_(module, note_call, report)
-        vars(model).pop(WATCHED, None)  # another thread may have been faster
+        vars(model).pop(WATCHED, None)  # another thread may have removed it
 
 
 def _owner(model: nn.Module, path: str) -> tuple[str, nn.Module]:
-    """Return the module at ``path``, or the closest one above that has a forward: a ModuleList never runs."""
+    """Return the module at ``path`` or its closest ancestor with a forward, which a ModuleList has not."""
     found = model.get_submodule(path)
     return _owner(model, parent(path)) if path and isinstance(found, _LISTS) else (path, found)
 
 
 def note_call(ran: set[str], path: str, module: nn.Module, args: Any) -> None:
-    """Add ``path`` to ``ran``: with these two bound, the forward pre-hook of watched modules."""
+    """Forward pre-hook of watched modules, with ``ran`` and ``path`` bound: add the path."""
     # Not under compile: compiled code must not have a Python side effect in each call.
     if not torch.compiler.is_compiling():
         ran.add(path)
 
 
 def note_used(model: nn.Module, paths: Iterable[str]) -> None:
-    """Note that the adapters at ``paths`` have an effect, although their modules may never be called."""
+    """Mark adapters at ``paths`` as used, although their modules may never be called."""
     watched: _Watch | None = vars(model).get(WATCHED)
     if watched is not None:
         watched.ran.update(paths)
 
 
 def report(model: nn.Module, *call: Any) -> None:
-    """Warn once about adapters that never ran: the forward hook of the model, which a step also calls.
+    """Forward hook of the model, also called by a step: warn once about adapters that never ran.
 
-    It waits for a call in eager mode. A base that was replaced after wrapping raises `AdapterError`.
+    Compiled calls are ignored. Raises `AdapterError` if adapted modules were replaced after wrapping.
     """
     watched: _Watch | None = vars(model).get(WATCHED)
     if watched is None or torch.compiler.is_compiling() or not watched.ran:
@@ -131,14 +131,12 @@ def report(model: nn.Module, *call: Any) -> None:
     if silent:
         above = [watched.owners[path][1] for path in silent]
         owners = sorted({forward_name(owner) for owner in above})
-        # How to get a plugin that may know them.
         known = next((f". {hint}" for hint in map(hooks.unserved, above) if hint), "")
         warn(
             f"these adapters never ran although the module that owns their base layer did: {', '.join(silent)}. "
-            "Unless this forward did not need them, the owner uses the weight directly, bypassing the layer's "
-            "forward(), and the adapter has no effect there. Leave these layers out (exclude=...), or install a plugin "
-            f"that names the owner ({', '.join(owners)}) and these children through tunerkit_weight_readers"
-            f"{known}"
+            "Unless this forward skipped these layers, their owner uses the weight directly, bypassing the layer's "
+            "forward(), and the adapters have no effect. Exclude these layers (exclude=...), or install a plugin that "
+            f"lists the owner ({', '.join(owners)}) and these children in tunerkit_weight_readers{known}"
         )
 
 
@@ -151,9 +149,9 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def warn_of_base_changes(tuners: Sequence[Tuner], *, again: bool = True) -> None:
-    """Warn, for each cause once, if the base under ``tuners``, adapters of one model, is trained or was resized.
+    """Warn if the base of ``tuners`` (of one model) is trained, and if it was resized.
 
-    With ``again=False`` nothing is repeated that an earlier warning has said of this model.
+    With ``again=False``, parameters that an earlier warning named are left out.
     """
     base, told = list(_base_parameters(tuners[0].model)), wrapped_of(tuners[0].model).told
     thawed = [name for name, parameter, is_covered in base if parameter.requires_grad and not is_covered]
@@ -162,7 +160,7 @@ def warn_of_base_changes(tuners: Sequence[Tuner], *, again: bool = True) -> None
         for name, parameter, _ in base:
             shape = whole_shape(parameter)
             was = shapes.get(name, shape)
-            if was != shape and parameter.is_floating_point():  # packing, as on the way to a GPU, is no resizing
+            if was != shape and parameter.is_floating_point():  # packing, as on the way to a GPU, is not a resize
                 resized.append(f"{name} {list(was)} -> {list(shape)}")
     for names, text in ((thawed, _THAWED), (list(dict.fromkeys(resized)), _RESIZED)):
         if names and (again or not told.issuperset(names)):
@@ -172,7 +170,7 @@ def warn_of_base_changes(tuners: Sequence[Tuner], *, again: bool = True) -> None
 
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """Yield the base's own parameters by name, and whether a trained copy of their module is used instead."""
+    """Yield (name, parameter, whether a trained copy of its module replaces it) for the base's own parameters."""
     copied: set[str] = set()
     for path, module, slots in places_in(model):
         if slots is not None and slots.copies:
@@ -184,12 +182,12 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool
 
 
 _THAWED = (
-    "parameters of the base require gradients: {listed}. If they are trained, no adapter's file holds their values, "
-    "and the file fits no other base. To keep them in the adapter, name their modules when you wrap, as in "
+    "parameters of the base require gradients: {listed}. Adapter files do not contain them, so if they are trained, "
+    "the adapter fits only this base. To train them as part of the adapter, name their modules in tunerkit.wrap, as in "
     "train_modules={modules}, or set bias for biases. Otherwise freeze them, or " + _SAVE_BASE
 )
 _RESIZED = (
-    "parameters of the base have been resized since the adapter was put in: {listed}. No adapter's file holds new "
-    "rows, and the file fits only a base with the same ones. Resize the model before tunerkit.wrap, and name the "
-    "embeddings in train_modules to train the new rows; or " + _SAVE_BASE
+    "parameters of the base were resized after wrapping: {listed}. Adapter files do not contain new rows, so the "
+    "adapter fits only this base. Resize the model before tunerkit.wrap, and name the embeddings in train_modules to "
+    "train the new rows; or " + _SAVE_BASE
 )

@@ -1,4 +1,4 @@
-"""Rejects models, names and settings with which no adapter can be put in, and changes of a model that is running."""
+"""Reject models, names and settings with which no adapter can be injected, and changes to a running model."""
 
 import inspect
 import re
@@ -23,25 +23,25 @@ _NAME = r"[^./\ud800-\udfff]{1,64}"
 
 
 def check_name(adapter: object, taken: Collection[str]) -> None:
-    """Raise `AdapterError` for a name that cannot be a part of parameter names, or that another adapter has."""
+    """Raise `AdapterError` for a name that is invalid in parameter names, or taken by another adapter."""
     if not isinstance(adapter, str) or not re.fullmatch(_NAME, adapter):
         raise AdapterError(
             f"adapter name {adapter!r}: expected 1 to 64 characters without '.', '/' or half of a surrogate pair, "
-            "which no file can store in the names of parameters; choose another"
+            "which are not allowed in parameter names; choose another"
         )
     if adapter in taken:
         raise AdapterError(f"the model has an adapter named {adapter!r} already; choose another, or delete that one")
 
 
 def ready_model(model: object, adapter: str, *, trainable: bool) -> nn.Module:
-    """Return the model inside `torch.compile` and the like. Raise `AdapterError` if it cannot take another adapter."""
+    """Return the model inside wrappers such as `torch.compile`. Raise `AdapterError` if it cannot take an adapter."""
     root = inside(model)
     for name, parameter in root.named_parameters():
         if issubclass(type(parameter), UninitializedParameter):
             raise AdapterError(f"the model has parameters without a shape yet ({name}, ...); run one batch first")
         if trainable and parameter.is_inference():
             raise AdapterError(
-                "the model was built inside torch.inference_mode(), and torch trains nothing beside such weights "
+                "the model was built inside torch.inference_mode(), and torch cannot train adapters on such weights "
                 f"({name}, ...); build or load it outside"
             )
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in root.modules()):
@@ -51,19 +51,17 @@ def ready_model(model: object, adapter: str, *, trainable: bool) -> nn.Module:
     wrapped = next((tuner.model for tuner in tuners.values()), None)
     if wrapped is not root and (tuners or walk(root)):
         whole = f"the {type(wrapped).__name__} inside it" if wrapped is not None else "the model that it is a part of"
-        raise AdapterError(f"{whole} has adapters already; wrap that one, so that one model holds them all")
+        raise AdapterError(f"{whole} has adapters already; wrap that model, so that one model has all adapters")
     for path, module, slots in places_in(root):
         if slots is None and hasattr(module, CHILD):
-            raise AdapterError(
-                f"the model has an attribute {CHILD!r} of its own at {path!r}; adapters go there: rename it"
-            )
+            raise AdapterError(f"the model has its own attribute {CHILD!r} at {path!r}, which adapters need; rename it")
     check_name(adapter, tuners)
     refuse_fixed(root, "adding an adapter")
     return root
 
 
 def refuse_restricted(modules: Iterable[tuple[str, nn.Module]], verb: str) -> None:
-    """Raise the error of the first restriction of ``verb`` on ``modules``, pairs of path and module, not on others."""
+    """Raise the error of the first restriction of ``verb`` on ``modules``, (path, module) pairs; not on children."""
     restrictions = [each for each in hooks.gather_restrictions() if verb in each.refused]
     marks = {name for each in restrictions for name in each.marks}
     of_class: dict[type, tuple[Restriction, ...]] = {}  # a model has many layers of few classes
@@ -86,7 +84,7 @@ def refuse_restricted(modules: Iterable[tuple[str, nn.Module]], verb: str) -> No
 
 
 def refuse_idle_patterns(tuner: Tuner) -> None:
-    """Raise `ConfigError` for a per-target setting that matches no target: most often the name is mistyped."""
+    """Raise `ConfigError` for a per-target pattern that matches no target, since it is most often mistyped."""
     paths = [target.path for target in tuner.targets]
     names = {path.rpartition(".")[2] for path in paths}
     problems = [
@@ -101,7 +99,7 @@ def refuse_idle_patterns(tuner: Tuner) -> None:
 def refuse_overlap(model: nn.Module, paths: Collection[str], copies: Collection[str]) -> None:
     """Reject a module trained in full that is, contains or is inside a module of another adapter.
 
-    Several adapters may each train a copy of one module, if none of the others is active.
+    Several adapters may train a copy of the same module if only one of them is active.
     """
     starts = [(path, f"{path}.") for path in paths]
     for path, _, slots in walk(model):
@@ -109,8 +107,8 @@ def refuse_overlap(model: nn.Module, paths: Collection[str], copies: Collection[
         if path in copies and len(slots.copies) == len(slots.names):
             if slots.active:
                 raise AdapterError(
-                    f"cannot train {path!r} in full: adapter {slots.active[0]!r} does and is active, and one replaces "
-                    "the other; call tunerkit.activate(model, []) first, then activate the one that is wanted"
+                    f"cannot train {path!r} in full: the active adapter {slots.active[0]!r} trains it too, and one "
+                    "copy would replace the other; call tunerkit.activate(model, []) first, then activate one of them"
                 )
             continue
         nested = [each for each, below in starts if start.startswith(below) or below.startswith(start)]
@@ -121,18 +119,18 @@ def refuse_overlap(model: nn.Module, paths: Collection[str], copies: Collection[
 
 
 def refuse_mixed_dtypes(tuner: Tuner, built: Mapping[str, Slot]) -> None:
-    """Raise `AdapterError` if the engine that has divided the base wants one dtype for all that is trained."""
+    """Raise `AdapterError` if a library has partitioned the base and needs one dtype for all trained parameters."""
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for slot in built.values() for p in slot.parameters()})
     holder = weights.emptied(tuner.model.parameters()) if len(dtypes) > 1 else None
     if holder is not None and holder.one_dtype:
         raise AdapterError(
-            f"what would be trained has the dtypes {' and '.join(dtypes)}, and {holder.one_dtype}. Copies and biases "
-            "have the base's: set adapter_dtype to it, or train none in full"
+            f"trained parameters would have the dtypes {' and '.join(dtypes)}, but {holder.one_dtype}. Copies and "
+            "biases have the base's dtype: set adapter_dtype to it, or train no module or bias in full"
         )
 
 
 def warn_of_limits(scanned: Scan, tuner: Tuner) -> None:
-    """Warn about norms of the frozen base that training still changes, and about targets without dropout."""
+    """Warn about running statistics of the frozen base, which training still changes, and targets without dropout."""
     copies = {copied.path for copied in tuner.copies}
     moving = [
         found.path
@@ -144,21 +142,21 @@ def warn_of_limits(scanned: Scan, tuner: Tuner) -> None:
     ]
     if moving:
         warn(
-            f"{len(moving)} normalisation layers of the frozen base ({moving[0]}, ...) update their running statistics "
-            "in training mode, and the adapter's file does not contain them. Put these layers in eval mode while "
+            f"{len(moving)} normalization layers of the frozen base ({moving[0]}, ...) update their running statistics "
+            "in training mode, and the adapter's file does not contain these. Put the layers into eval mode while "
             "training, or name them in train_modules"
         )
     bypassed = [target.path for target in tuner.targets if scanned.by_path[target.path].reader is not None]
     if bypassed and tuner.config.dropout:
         warn(
             f"dropout is not applied at {len(bypassed)} targets ({bypassed[0]}, ...): their owner uses the weight "
-            "directly, bypassing the layer's forward(), so the adapter changes the weight and gets no input. Set "
-            "dropout to 0, or exclude them if that matters"
+            "directly, bypassing the layer's forward(), so the adapter changes the weight and gets no input. If that "
+            "matters, set dropout to 0, or exclude these targets"
         )
 
 
 def refuse_rows(model: nn.Module, args: object, kwargs: Mapping[str, object]) -> None:
-    """Refuse an argument that the forward of a wrapped model would drop in silence: its pre-hook."""
+    """Forward pre-hook of a wrapped model: reject `adapter_names`, which the forward would silently ignore."""
     rows = hooks.ROWS
     if kwargs.get(rows) is not None and rows not in inspect.signature(model.forward).parameters:
         raise AdapterError(f"{rows}= would be ignored: every row gets the active adapters{hooks.elsewhere(rows)}")
@@ -167,12 +165,11 @@ def refuse_rows(model: nn.Module, args: object, kwargs: Mapping[str, object]) ->
 def refuse_running(model: nn.Module, what: str) -> None:
     """Raise `AdapterError` if another thread is in a call of ``model``, whose output would mix old and new state.
 
-    Calls that start after this check, calls of parts of the model alone, and those inside a compiled function are not
-    seen: the caller needs a lock.
+    The check misses calls that start later, calls of submodules, and calls inside compiled code: callers need a lock.
     """
     here = threading.get_ident()
     stacks = (torch_private.called_in(frame) for thread, frame in sys._current_frames().items() if thread != here)
-    # It may be compiled, or in DataParallel.
+    # The running module may be a compiled model or DataParallel.
     if any(inside(module) is model for called in stacks for module in called):
         raise AdapterError(
             f"another thread runs this {type(model).__name__}, and its output would be wrong if {what} changed the "

@@ -1,4 +1,4 @@
-"""The child ``tunerkit`` of adapted modules, with what each adapter adds there, and where a model has such modules."""
+"""The child ``tunerkit`` of an adapted module, with one slot per adapter; its forward hook; the search for slots."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
@@ -11,10 +11,10 @@ from tunerkit.layers import Adapter, BaseLayer, mark, torch_private, unmark, vie
 from tunerkit.paths import CHILD
 from tunerkit.records import Rounding
 
-# Buffers hold the originals. Adapter names have no "/", so the prefix keeps the two apart. Buffer names must have no
-# dot, and the tensors of a trained copy have dots in theirs.
+# Originals are buffers. The prefix avoids collisions, since adapter names have no "/". Buffer names cannot have dots,
+# which the tensors of a trained copy have.
 _ORIGINAL, _DOT = "/", "\0"
-_DECISIVE = ("base", "active", "enabled", "merged")  # attributes of slots that decide about a forward
+_DECISIVE = ("base", "active", "enabled", "merged")  # attributes of slots that determine `effect`
 
 
 class Slot(nn.Module):
@@ -26,7 +26,7 @@ class Slot(nn.Module):
         copy: A trained copy of the module, which replaces its output; then there is no adapter and no bias.
         bias: A trained copy of the module's own bias, (out,).
         fixed: The names of the parameters that the method built without gradients; they are never trained.
-        reads_output: Whether the adapter must be given the base layer's own output.
+        reads_output: Whether the adapter needs the base layer's own output.
     """
 
     bias: nn.Parameter | None
@@ -52,13 +52,13 @@ class Slot(nn.Module):
 
     @property
     def shared(self) -> nn.Module | None:
-        """The module that all adapters of the method share; None unless this is the first target's slot, its holder."""
+        """The module that all adapters of the method share; only the first target's slot has it, others None."""
         return torch_private.own_children(self).get(CHILD)
 
     def forward(
         self, module: nn.Module, base: BaseLayer | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any
     ) -> Any:
-        """Return the output ``y`` of ``module`` as this slot changes it."""
+        """Return the output ``y`` of ``module`` with this slot's change."""
         if self.copy is not None:
             return self.copy(*args, **kwargs)
         adapter = self.adapter
@@ -66,11 +66,11 @@ class Slot(nn.Module):
             x = input_of(args, kwargs)
             if base is not None and not base.has_weight:
                 _refuse_output(self.method, module, y)
-            # A block may return its output as the first of several; a layer with a weight returns one tensor.
+            # A block may return a tuple, with its output first.
             y = (adapter(base, x, y[0]), *y[1:]) if type(y) is tuple else adapter(base, x, y)
         if self.bias is not None:
             # Until the copy is trained, the difference is exactly 0, so the first output is bit-identical.
-            # ``module.bias`` and not get_parameter: in the replicas of DataParallel it is no Parameter.
+            # ``module.bias`` and not get_parameter: replicas of DataParallel have no Parameter there.
             added = self.bias - cast(Tensor, module.bias)
             y = y + view_bias(module, base, added, y).to(y.dtype)
         return y
@@ -81,7 +81,7 @@ def _refuse_output(method: str, module: nn.Module, output: object) -> None:
     if not isinstance(own, Tensor):
         raise AdapterError(
             f"method {method!r} cannot adapt this {type(module).__name__}: it returned a {type(output).__name__}, and "
-            "an adapter takes a tensor, or the first of a tuple if that is one; exclude it from the targets"
+            "an adapter needs a tensor, or a tuple that begins with a tensor; exclude it from the targets"
         )
 
 
@@ -95,15 +95,15 @@ class Slots(nn.Module):
 
     Attributes:
         base: The module as a base layer; None if no kind matches it.
-        features: The base layer's (out, in) at the time when it was adapted.
-        active: The adapters that forward applies, in order, unless switched off or merged.
+        features: The base layer's (out, in) when it was adapted.
+        active: The adapters that forward applies, in order, unless disabled or merged.
         enabled: False inside `tunerkit.disabled`.
         merged: The adapters that are merged into the module.
-        effect: What a forward makes of the module's output; None if it stays. It follows the four above.
+        effect: The function that the forward hook applies; None for no change. It depends on the four above.
         permanent: Whether the merge kept no originals.
-        rounding: What a merge into a packed weight has rounded, as `tunerkit.rounding` returns it.
-        whole: What a merge has set aside of a packed weight, by its name: Parameter objects and what describes them.
-        parting: How a merged module gets its shared parameters back, see `tunerkit.serialization.untying`.
+        rounding: The rounding errors of a merge into a packed weight, for `tunerkit.rounding`.
+        whole: The originals of a packed weight, by attribute: Parameter objects and their quantization state.
+        parting: The untying of a merged module, see `tunerkit.serialization.untying`.
     """
 
     base: BaseLayer | None
@@ -127,7 +127,7 @@ class Slots(nn.Module):
         self.features = None if base is None or not base.has_weight else (base.out_features, base.in_features)
 
     def is_resized(self, module: nn.Module) -> bool:
-        """Whether the module has another size than when it was adapted."""
+        """Whether the module was resized after it was adapted."""
         if self.base is not None and self.features is not None:
             return (self.base.out_features, self.base.in_features) != self.features
         own = dict(module.named_parameters())
@@ -150,9 +150,9 @@ class Slots(nn.Module):
         return ", ".join(f"{name!r}: {slot.method}{full.get(name, '')}" for name, slot in self._by_name.items())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a deep copy or pickle. One made inside `tunerkit.disabled` has no block to leave, so it is enabled.
+        """Restore a deep copy or pickle. A copy made inside `tunerkit.disabled` is enabled.
 
-        If the original was merged, its module held the base at that time, so the copy is not merged.
+        If the original was merged and disabled, its module had the base's weights, so the copy is not merged.
         """
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
         was_enabled, self.enabled = self.enabled, True
@@ -161,17 +161,17 @@ class Slots(nn.Module):
 
     @property
     def _by_name(self) -> dict[str, Slot]:
-        """The slots, as torch's live dict of children: it also accepts names such as "forward"."""
+        """The slots, in torch's live dict of children, which accepts names such as "forward"."""
         slots: Any = torch_private.own_children(self)
         return slots  # type: ignore[no-any-return]
 
     def put(self, name: str, slot: Slot) -> None:
-        """Add a slot and activate it, in addition to the active ones."""
+        """Add a slot, and activate it beside the active ones."""
         self._by_name[name] = slot
         self.activate((*self.active, name))
 
     def activate(self, names: Iterable[str]) -> None:
-        """Apply exactly these adapters, of those with a slot here; first those that read the base layer's output."""
+        """Activate exactly these adapters, of those with a slot here; first those that read the base's output."""
         own = self._by_name
         ours = (name for name in names if name in own)
         self.active = tuple(sorted(ours, key=lambda name: not own[name].reads_output))
@@ -186,7 +186,7 @@ class Slots(nn.Module):
         self._by_name.pop(name, None)
 
     def rename(self, old: str, new: str) -> None:
-        """Rename a slot in its place, if the adapter has one here. The order in ``state_dict`` stays."""
+        """Rename a slot, if the adapter has one here, without a change of the order in ``state_dict``."""
         slots = [(new if name == old else name, slot) for name, slot in self._by_name.items()]
         self._by_name.clear()
         self._by_name.update(slots)
@@ -205,55 +205,55 @@ class Slots(nn.Module):
 
     @property
     def copies(self) -> dict[str, nn.Module]:
-        """The trained copies of this module by adapter. No two of them can be active together."""
+        """The trained copies of this module by adapter. Only one of them can be active."""
         return {name: slot.copy for name, slot in self._by_name.items() if slot.copy is not None}
 
     @property
     def originals(self) -> dict[str, Any]:
-        """What a merge has set aside, by its local name in the module: tensors, and the attributes in ``whole``."""
+        """The originals that a merge replaced, by local name: tensors, and the attributes in ``whole``."""
         buffers = self.named_buffers(recurse=False, remove_duplicate=False)
         return self.whole | {name.removeprefix(_ORIGINAL).replace(_DOT, "."): tensor for name, tensor in buffers}
 
     def set_aside(self, originals: Mapping[str, Any]) -> None:
-        """Keep ``originals``, outside ``state_dict``. Tensors are buffers, so that they follow `model.to(...)`."""
+        """Keep ``originals`` outside ``state_dict``. Tensors become buffers, so that `model.to(...)` moves them."""
         self.whole = {}
         for name, value in originals.items():
             if isinstance(value, nn.Parameter) or not isinstance(value, Tensor):
-                self.whole[name] = value  # the merge replaced the attribute, and not a tensor's values
+                self.whole[name] = value  # the merge replaced the attribute, not the values of a tensor
             else:
                 self.register_buffer(_ORIGINAL + name.replace(".", _DOT), value, persistent=False)
 
     def note_merged(self, originals: Mapping[str, Any], *, permanent: bool) -> None:
-        """Note that the active adapters are merged into the module, which had the values ``originals``."""
+        """Mark the active adapters as merged, and keep the module's ``originals``."""
         self.set_aside(originals)
         self.permanent = permanent
         self.merged = self.active
 
     def forget_merge(self) -> None:
-        """Note that nothing is merged, and free what `set_aside` kept."""
+        """Mark nothing as merged, and free the originals."""
         for name, _ in list(self.named_buffers(recurse=False, remove_duplicate=False)):
             delattr(self, name)
         self.whole, self.rounding, self.parting = {}, None, None
         self.merged, self.permanent = (), False
 
     def original(self, name: str, live: Tensor) -> Tensor:
-        """Return the base's own tensor, also while a merged one replaces it in the module."""
-        # `originals` costs a search through the buffers, and only a merged module has some.
+        """Return the base's original tensor, even while a merged one replaces it in the module."""
+        # `originals` searches the buffers, which costs time.
         found: Tensor = self.originals.get(name, live) if self.merged and self.enabled else live
         return found.detach()
 
 
 def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
-    """Apply the active slots: the forward hook of every adapted module. Python state would recompile compiled models.
+    """Forward hook of every adapted module: apply the active slots. It keeps no state, to avoid recompilation.
 
-    Torch's quantisation copies hooks, without the children, to a module that replaces another, and passes no kwargs.
+    Torch's quantization copies hooks without the children to a replacement module, and passes no kwargs.
     """
     slots = torch_private.own_children(module).get(CHILD)
     if not isinstance(slots, Slots):
         raise AdapterError(
-            f"this {type(module).__name__} replaced a module with adapters and lost them, as quantising a wrapped "
-            "model does. Quantise the base before tunerkit.wrap, or call tunerkit.unwrap(model, keep_merged=True) "
-            "before you quantise"
+            f"this {type(module).__name__} replaced a module with adapters and lost them, as happens when a wrapped "
+            "model is quantized. Quantize the base before tunerkit.wrap, or call tunerkit.unwrap(model, "
+            "keep_merged=True) before you quantize"
         )
     if slots.effect is None:
         return output
@@ -265,14 +265,14 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: A
         if not slots.is_resized(module):
             raise
         raise AdapterError(
-            f"the {type(module).__name__} was resized after an adapter was put into it, and the adapter still has the "
-            "old size: resize the model first, then call tunerkit.wrap or tunerkit.load"
+            f"the {type(module).__name__} was resized after wrapping, and its adapter still has the old size: resize "
+            "the model first, then call tunerkit.wrap or tunerkit.load"
         ) from error
 
 
 def _add(slots: Slots, module: nn.Module, args: Any, kwargs: Any, own: Any, traced: bool) -> Any:
-    """What the only adapter makes of the output of a layer with a weight."""
-    if type(own) is tuple:  # with its bias, as Megatron's linear layers return it
+    """Return the output of a layer with a weight and a single adapter."""
+    if type(own) is tuple:  # (output, bias), from Megatron's linear layers
         return _apply_each(slots, module, args, kwargs, own, traced)
     adapter, base, x = slots.applied[0].adapter, slots.base, input_of(args, kwargs)
     assert adapter is not None
@@ -285,9 +285,9 @@ def _add(slots: Slots, module: nn.Module, args: Any, kwargs: Any, own: Any, trac
 
 
 def _apply_each(slots: Slots, module: nn.Module, args: Any, kwargs: Any, own: Any, traced: bool) -> Any:
-    """What the active slots make of the output, one after the other."""
+    """Return the output after all active slots, one after the other."""
     output, marked, applied = own, False, slots.applied
-    # An adapter may write into a marked output. Where one reads it beside others, it is needed as it is.
+    # An adapter may overwrite a marked output, so do not mark it if several share it and one reads it.
     if slots.base is not None and not (len(applied) > 1 and applied[0].reads_output):
         marked = mark(slots.base, input_of(args, kwargs), own, traced=traced)
     for slot in applied:
@@ -301,11 +301,11 @@ def _apply_each(slots: Slots, module: nn.Module, args: Any, kwargs: Any, own: An
 
 
 def _with_change(output: Any, own: Any, changed: Any) -> Any:
-    """Add to ``output`` the difference that an adapter made to the base layer's ``own`` output: ``changed - own``."""
+    """Add an adapter's change of the base layer's output, ``changed - own``, to ``output``."""
     if type(output) is tuple:
         return (_with_change(output[0], own[0], changed[0]), *output[1:])
     if own.is_floating_point():
-        # An output may contain -inf, as that of a head with masked classes does, and -inf - -inf is NaN.
+        # An output may contain -inf, as in a head with masked classes, and -inf - -inf is NaN.
         limits = torch.finfo(own.dtype)
         own = own.clamp(limits.min, limits.max)
     return output + (changed - own)
@@ -315,7 +315,7 @@ def _with_change(output: Any, own: Any, changed: Any) -> Any:
 
 
 def inside(model: object) -> nn.Module:
-    """Return the model that `torch.compile` or ``nn.DataParallel`` was given: paths must not depend on the wrapper."""
+    """Return the model inside `torch.compile` or ``nn.DataParallel``, since paths must not depend on the wrapper."""
     if not isinstance(model, nn.Module):
         raise AdapterError(f"expected a torch.nn.Module, got {type(model).__name__}; pass the model itself")
     inner = model.module if isinstance(model, nn.DataParallel) else torch_private.compiled_from(model)
@@ -329,25 +329,25 @@ def slots_of(module: nn.Module) -> Slots | None:
 
 
 def is_called(module: nn.Module) -> bool:
-    """Whether a forward hook applies a module's adapters. Otherwise its owner uses its weight, which is overridden."""
+    """Whether a forward hook applies the module's adapters; otherwise its weight is overridden for its owner."""
     return torch_private.has_hook(module, apply_slots)
 
 
 def places_in(model: nn.Module) -> list[tuple[str, nn.Module, Slots | None]]:
-    """The modules of ``model`` with their paths and slots, each once and in its order, without the adapters' own.
+    """Return (path, module, slots) in the order of ``model``, each module once, without the modules of adapters.
 
-    ``named_modules`` would also visit every adapter, and most modules of a wrapped model are in adapters.
+    ``named_modules`` would also visit the adapters, which have most of a wrapped model's modules.
     """
     return torch_private.modules_outside(model, Slots)
 
 
 def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The same, without slots."""
+    """Return `places_in` without the slots."""
     return [(path, module) for path, module, _ in places_in(model)]
 
 
 def walk(model: nn.Module) -> list[tuple[str, nn.Module, Slots]]:
-    """Every adapted module of ``model`` with its dotted path and its slots, in model order."""
+    """Return (path, module, slots) of every adapted module of ``model``, in model order."""
     return [(path, module, slots) for path, module, slots in places_in(model) if slots is not None]
 
 
@@ -357,14 +357,14 @@ def is_merged(model: nn.Module) -> bool:
 
 
 def refuse_disabled(model: nn.Module) -> None:
-    """Raise `AdapterError` inside ``with disabled(model)``, where the base replaces what a caller would change."""
+    """Raise `AdapterError` inside ``with disabled(model)``."""
     for _, _, slots in walk(model):
         if not slots.enabled:
             raise AdapterError("the model's adapters are disabled; leave the block of tunerkit.disabled first")
 
 
 def refuse_fixed(model: nn.Module, what: str) -> None:
-    """Raise `AdapterError` if ``model`` is disabled or merged: then ``what`` would not change the output."""
+    """Raise `AdapterError` if ``model`` is disabled or merged, so that ``what`` would have no effect."""
     refuse_disabled(model)
     if is_merged(model):
         raise AdapterError(f"the model is merged; call tunerkit.unmerge before {what}")

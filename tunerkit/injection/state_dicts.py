@@ -1,4 +1,4 @@
-"""A model's own ``state_dict``: merged weights are not loaded beside adapters, and nothing into merged weights."""
+"""Hooks of a model's own ``state_dict``: unmerged models reject merged states, and merged models reject all states."""
 
 import copy
 import warnings
@@ -16,16 +16,13 @@ from tunerkit.injection.tuner import wrapped_of
 from tunerkit.layers import numbers_of, torch_private
 from tunerkit.paths import CHILD, join
 
-# The entry in the metadata of a state with merged weights.
+# The key in the metadata of a state dict with merged weights.
 _MERGED = "tunerkit.merged"
 _SAMPLES = 16
 
 
 def mark_merged(module: nn.Module, state: object, prefix: str, metadata: dict[str, Any]) -> None:
-    """Mark the metadata of a state with merged weights: the post-hook of a wrapped model and of adapted modules.
-
-    The keys stay as they are. Inside `disabled` the weights are the base's.
-    """
+    """Post-hook of ``state_dict``: mark the metadata if weights are merged (and not `disabled`); keys are unchanged."""
     if any(slots.merged and slots.enabled for _, _, slots in walk(module)):
         metadata[_MERGED] = True
 
@@ -33,15 +30,15 @@ def mark_merged(module: nn.Module, state: object, prefix: str, metadata: dict[st
 def refuse_state(
     module: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, object], *rest: object
 ) -> None:
-    """Raise `AdapterError` for a state that does not fit a module as it is, merged or not: its pre-hook.
+    """Pre-hook of ``load_state_dict``: raise `AdapterError` for a state dict that is merged, or a module that is.
 
-    Nothing has been loaded into the module yet. A state with merged weights that lost its metadata, as in a plain dict
-    or a safetensors file, is recognised by its values, if it belongs to the same base.
+    Nothing has been loaded into the module yet. A merged state dict without its metadata, such as a plain dict or from
+    a safetensors file, is recognized by its values, if it is from the same base.
     """
     marked, found = _MERGED in metadata, None
     places = walk(module)
     for path, part, slots in places:
-        if slots.permanent:  # also a module without an active adapter, which is not merged
+        if slots.permanent:  # even without an active adapter
             continue
         start = prefix + join(path, "")
         if slots.merged:
@@ -51,26 +48,26 @@ def refuse_state(
                 raise AdapterError(_LOST)
         elif marked:
             raise AdapterError(_TWICE)
-        elif found is None:  # one other weight is enough: it is of another base, or merged
+        elif found is None:  # one differing weight is enough: it is merged, or from another base
             found = _has_sum(path, part, slots, state, start)
             if found:
                 raise AdapterError(_TWICE)
-    # Of a permanent merge nothing is lost at unmerge, since there is none. It is said once, for the whole model.
+    # After a permanent merge there is no unmerge, so nothing can be lost. One warning for the whole model.
     if not marked and any(slots.permanent for _, _, slots in places) and wrapped_of(module).tuners:
         warnings.warn(_UNKNOWN, TunerkitWarning, stacklevel=4)
 
 
 def _is_equal(live: Tensor, new: Tensor) -> bool:
-    """Whether two tensors have the same numbers, also where each is made of other tensors."""
+    """Whether two tensors, plain or packed, have the same values."""
     pairs = zip(numbers_of(live), numbers_of(new), strict=False)
     return new.shape == live.shape and all(a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in pairs)
 
 
 @torch.no_grad()
 def _has_sum(path: str, part: nn.Module, slots: Slots, state: Mapping[str, Any], start: str) -> bool | None:
-    """Whether the weight of a module in the state is the live one plus the ΔW of the adapters in the state.
+    """Whether a module's weight in the state dict is the live weight plus the ΔW of the adapters in the state dict.
 
-    None if it is the live one, by samples, or cannot be compared: a shard, a packed weight, or one without values.
+    None if it is the live weight, by samples, or cannot be compared: a shard, a packed weight, or a meta tensor.
     """
     if slots.base is None or not slots.applied:
         return None
@@ -93,19 +90,19 @@ def _has_sum(path: str, part: nn.Module, slots: Slots, state: Mapping[str, Any],
     merged = adapted_tensors(path, part, twin).get(slots.base.weight_name, own).float()
     change = new.to(own.device).float() - own.float()
     missing, size = (merged - own.float() - change).norm(), change.norm()
-    return bool(size.isfinite() and missing <= 1e-2 * size)  # a weight that is to be filled may hold anything
+    return bool(size.isfinite() and missing <= 1e-2 * size)  # uninitialized weights may have any values
 
 
 _LOST = (
-    "the model is merged, and what load_state_dict writes into merged weights would be lost at unmerge; call "
-    "tunerkit.unmerge first"
+    "the model is merged, and unmerging would overwrite the values that load_state_dict writes; call tunerkit.unmerge "
+    "first"
 )
 _UNKNOWN = (
-    "the model was merged with permanent=True, and it cannot be seen whether this state_dict has merged weights: only "
-    "the object that state_dict() returns says so. If it has the base's, the adapters have no effect from now on"
+    "the model was merged with permanent=True, and nothing shows whether this state_dict has merged weights: only the "
+    "original object from state_dict() is marked. If it has the base's weights, the adapters have no effect from now on"
 )
 _TWICE = (
     "this state_dict was taken while adapters were merged into the weights, and here they would be applied twice. Take "
-    "it after tunerkit.unmerge(model), or take the merged weights alone after tunerkit.unwrap(model, keep_merged=True) "
-    "and load them into a model without adapters"
+    "it after tunerkit.unmerge(model); or take the merged weights after tunerkit.unwrap(model, keep_merged=True), and "
+    "load them into a model without adapters"
 )

@@ -1,4 +1,4 @@
-"""The tuner: the handle on one adapter of a wrapped model, and what a model holds of its adapters."""
+"""The tuner, which is the handle on one adapter of a wrapped model, and a model's record of its adapters."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,51 +22,51 @@ from tunerkit.layers import Adapter, weights, whole_shape
 from tunerkit.paths import few, is_number, join
 from tunerkit.records import RankChange, State, Target
 
-# The attribute of a wrapped model that holds its `Wrapped`.
+# The attribute of a wrapped model for its `Wrapped`.
 WRAPPED = "_tunerkit"
 
 
 @attrs.frozen(eq=False)
 class Link:
-    """The hooks through which an optimizer drives an adapter, until `detach`.
+    """The handles of the hooks through which an optimizer drives an adapter, until `detach`.
 
-    It holds no tuner: only the optimizer keeps its driver alive, so that a model can be freed.
+    It does not refer to the tuner, so that a model can be freed.
     """
 
     optimizer: "ref[Optimizer]"
     handles: list[Removable] = attrs.field(factory=list)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        # A deep copy or pickle holds None instead: the optimizer does not drive the copy.
+        # In a deep copy or pickle it becomes None, since the optimizer does not drive the copy.
         return type(None), ()
 
 
 @attrs.define(eq=False)
 class Progress:
-    """The training of an adapter, and the base when it was put in. The step driver, saving and merging write to it."""
+    """The mutable state of an adapter's training, and facts about its base. Steps, saving and merging write to it."""
 
     steps: int = 0  # optimizer steps taken
     total_steps: int | None = None  # the length of training
     history: list[RankChange] = attrs.field(factory=list)  # the allocations so far, the oldest first
-    link: Link | None = None  # to the optimizer, from `attach` on
-    loaded: bool = False  # from a file
-    calibration: dict[str, int] | None = None  # the numbers of batches and of input rows, if they set the start
+    link: Link | None = None  # to the optimizer, since `attach`
+    loaded: bool = False  # whether the adapter was loaded from a file
+    calibration: dict[str, int] | None = None  # the numbers of batches and input rows, after `tunerkit.calibrate`
     fingerprint: dict[str, dict[str, Any]] | None = attrs.field(default=None, repr=False)  # before a permanent merge
     shapes: dict[str, tuple[int, ...]] = attrs.field(factory=dict, repr=False)  # of the base's parameters
-    # New modules of the base that another adapter, active when this one was put in, trains in full. The fingerprint
-    # leaves them out, because this adapter never used the base's own values.
+    # New modules of the base that another active adapter trained in full when this adapter was injected. The
+    # fingerprint excludes them, since this adapter never used the base's own values.
     beside: tuple[str, ...] = ()
     # The base's fingerprint, if a group of processes may shard the base later.
     noted: dict[str, dict[str, Any]] | None = attrs.field(default=None, repr=False)
-    settings: dict[str, Any] = attrs.field(factory=dict)  # the base's in the loaded file, if no plugin here knows them
-    seed: int | None = None  # of `wrap`
-    files: dict[str, str] = attrs.field(factory=dict)  # loaded from or saved to, with what each holds
-    last: Any = attrs.field(default=None, repr=False)  # its last gradient, for the step driver
+    settings: dict[str, Any] = attrs.field(factory=dict)  # the base's settings from the loaded file
+    seed: int | None = None  # the seed passed to `wrap`
+    files: dict[str, str] = attrs.field(factory=dict)  # the kind of each file that was loaded or saved, by path
+    last: Any = attrs.field(default=None, repr=False)  # the step driver's `LastGradient`
 
 
 @attrs.define(eq=False, repr=False, on_setattr=attrs.setters.frozen)
 class Tuner:
-    """The handle on one adapter of a wrapped model. It lives in the model, so a deep copy of the model has its own.
+    """The handle on one adapter of a wrapped model. It is part of the model, so a deep copy of the model has its own.
 
     Attributes:
         name: The adapter's name.
@@ -76,9 +76,9 @@ class Tuner:
         targets: The targets with an adapter of the method, in the model's order.
         copies: The modules that are trained in full, as copies.
         biases: The other modules whose bias is trained.
-        progress: What changes during training.
-        state: The method's own training state, from `attach` on; `tunerkit_restore` may replace it.
-        engine: How several processes train the adapter together, from `attach` on; the default one is for one process.
+        progress: The mutable state of training.
+        state: The method's own training state, since `attach`; `tunerkit_restore` may replace it.
+        engine: The engine that shards or synchronizes the adapter, since `attach`; by default for a single process.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Tuner:
         return attrs.asdict(self, recurse=False, filter=lambda field, value: field.name != "engine")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy is not attached, and an engine is that of the processes which train the original.
+        # A copy is not attached, and the engine belongs to the training of the original.
         for name, value in {**state, "engine": Engine()}.items():
             object.__setattr__(self, name, value)
 
@@ -115,13 +115,13 @@ class Tuner:
         return "\n".join([*lines, cut(f"  settings: {', '.join(chosen) or 'the defaults'}", 400)])
 
     def _repr_html_(self) -> str:
-        """Return the text and the rank map, for notebooks."""
+        """Return the repr and the rank map as HTML, for notebooks."""
         ranks = table_of(self.ranks()) if wrapped_of(self.model).tuners.get(self.name) is self else ""
         return f'<pre style="white-space:pre-wrap">{escape(repr(self))}</pre>{ranks}'
 
     @property
     def steps(self) -> int:
-        """The number of optimizer steps since `attach`, or in the training that the loaded file came from."""
+        """The number of optimizer steps since `attach`, or of the training of the loaded file."""
         return self.progress.steps
 
     @property
@@ -139,9 +139,9 @@ class Tuner:
         return {path: slot.adapter for path, slot in slots_in(self) if slot.adapter is not None}
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the adapter's parameters. They are looked up at each call, since FSDP2 replaces Parameter objects.
+        """Yield the adapter's parameters, looked up at each call, since FSDP2 replaces Parameter objects.
 
-        Those that the method keeps fixed are among them, with ``requires_grad=False``.
+        Fixed parameters of the method are included, with ``requires_grad=False``.
         """
         return iter([parameter for _, slot in slots_in(self) for parameter in slot.parameters()])
 
@@ -155,10 +155,10 @@ class Tuner:
         return {path: adapter.rank for path, adapter in self.adapters().items()}
 
     def groups(self) -> dict[str, int]:
-        """Warn that layers which read one input are no longer grouped. The next version has no such call."""
+        """Warn that layers with the same input are no longer grouped. The next version removes this method."""
         warnings.warn(
-            "tuner.groups() has nothing to count: layers that read one input are no longer grouped. Remove the call, "
-            "which the next version will not have",
+            "tuner.groups() has nothing to count: layers with the same input are no longer grouped. Remove the call: "
+            "the next version will not have this method",
             TunerkitWarning,
             stacklevel=2,
         )
@@ -171,18 +171,18 @@ class Tuner:
             step: The number of the step, from 1; None for now.
 
         Returns:
-            The budget in the method's unit. Without a budget of the method, the sum of the ranks.
+            The budget in the method's unit; for a method without a budget, the sum of the ranks.
         """
         found = hooks.budget(self, step)
         return sum(self.ranks().values()) if found is None else found
 
     def finish(self) -> None:
-        """Make the final allocation now, regardless of the schedule. Methods without one do nothing.
+        """Make the final allocation now, regardless of the schedule. A method without a schedule does nothing.
 
-        In a training of several processes, call it in each of them.
+        In a training of several processes, call this in each of them.
 
         Raises:
-            StepError: The model is merged, so the masks would change under merged weights.
+            StepError: The model is merged, and its merged weights would no longer match the masks.
         """
         if is_merged(self.model):
             raise StepError("the model is merged; call tunerkit.unmerge before finish()")
@@ -190,25 +190,25 @@ class Tuner:
             record(self, hooks.ask(hooks.specs.tunerkit_finish, self.method, tuner=self))
 
     def whole(self, *, gradients: bool = False) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
-        """Inside the block, this process holds the whole adapter. Where it holds a shard otherwise, all must call this.
+        """Inside the block, the adapter is gathered in this process. If it is sharded, all processes must call this.
 
         Args:
-            gradients: Whether the gradients are needed too.
+            gradients: Whether to gather gradients too.
 
         Returns:
-            A context manager. It gives a function from a parameter inside the block to the one outside of it, which
-            the optimizer knows.
+            A context manager. It gives a function from a parameter inside the block to the parameter outside of it,
+            which the optimizer has.
         """
         engine = engine_of(self)
-        # Finding slots takes long, and steps ask.
+        # The search for slots is slow, and each step may call this.
         slots = [slot for _, slot in slots_in(self)] if engine.splits or not engine.withholds else []
         return engine.whole(slots, gradients=gradients)
 
     def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
-        """Return what this process holds of the adapter's parameters: plain tensors, also where an engine cut them.
+        """Return this process's shards of the adapter's parameters, as plain tensors.
 
-        Only the hooks of a method whose record says ``pieces=True`` see parameters that are cut. Inside `whole`, and
-        where nothing is cut, the pieces are the parameters themselves.
+        Only hooks of a method with ``pieces=True`` in its record see sharded parameters. Inside `whole`, and without
+        sharding, the shards are the parameters themselves.
 
         Args:
             parameters: Parameters of this adapter, as its modules have them now.
@@ -216,26 +216,26 @@ class Tuner:
         return self.engine.pieces(parameters)
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
-        """Overwrite tensors with those of process 0, so that the processes of one training decide alike.
+        """Broadcast the values of tensors from process 0, so that all processes of a training decide alike.
 
-        Two processes on unlike hardware round in different ways. Call this with the scores before an allocation, and
-        with weights that were decomposed. In one process it does nothing.
+        Processes on different hardware round differently. Call this on scores before an allocation, and on decomposed
+        weights. In a single process it does nothing.
 
         Args:
             tensors: Tensors of the same shapes in every process.
-            what: What they are, for messages.
+            what: A name for the tensors, for messages.
         """
         self.engine.agree_(tensors, f"{what} of adapter {self.name!r}")
 
 
 @attrs.frozen
 class Summary:
-    """The numbers of parameters of a model.
+    """The parameter counts of a model.
 
     Attributes:
-        trainable: The parameters that are trained now.
-        total: All parameters, those of the adapters included.
-        adapters: The parameters that each adapter trains, by its name.
+        trainable: The number of trainable parameters.
+        total: The number of all parameters, including adapters.
+        adapters: The number of parameters that each adapter trains, by adapter name.
     """
 
     trainable: int
@@ -265,15 +265,16 @@ def outline(tuner: Tuner) -> str:
 
 
 class Adapters(dict[str, Tuner]):
-    """The tuners of a model by adapter name. Printed, each of the first has a line."""
+    """The tuners of a model by adapter name; printed in one line each, for the first nine."""
 
     def __repr__(self) -> str:
-        lines = [f"{name!r}: {outline(tuner)}" for name, tuner in islice(self.items(), 9)]  # each counts the model
+        # Each outline counts the model's parameters, so their number is limited.
+        lines = [f"{name!r}: {outline(tuner)}" for name, tuner in islice(self.items(), 9)]
         return "\n".join([*lines, *([f"and {len(self) - 9} more"] if len(self) > 9 else [])]) or "{}"
 
 
 def table_of(ranks: Mapping[str, int]) -> str:
-    """Return ranks by path in HTML: a row for each layer, a column for each matrix; empty above 10,000 cells."""
+    """Return ranks by path as an HTML table: a row per layer, a column per matrix; empty above 10,000 cells."""
     rows: dict[str, dict[str, int]] = {}
     for path, rank in ranks.items():
         parts = path.split(".")
@@ -291,7 +292,7 @@ def table_of(ranks: Mapping[str, int]) -> str:
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:
-    """Count the numbers in parameters, also in what other processes hold of them."""
+    """Count the elements of parameters, including shards in other processes."""
     return sum(whole_shape(parameter).numel() for parameter in parameters)
 
 
@@ -301,8 +302,8 @@ def modules_in(tuner: Tuner) -> dict[str, nn.Module]:
 
 
 def slots_in(tuner: Tuner) -> list[tuple[str, Slot]]:
-    """An adapter's slots by path: targets, copies, then other biases. Raises `AdapterError` if one is gone."""
-    # By the record first: another adapter may have taken the name of one that was deleted.
+    """Return an adapter's (path, slot): targets, copies, then other biases. Raises `AdapterError` if one is gone."""
+    # The tuner itself is compared too, since a new adapter may have the name of a deleted one.
     present, found = wrapped_of(tuner.model).tuners.get(tuner.name) is tuner, list[tuple[str, Slot]]()
     for path, module in modules_in(tuner).items():
         slots = slots_of(module)
@@ -314,14 +315,14 @@ def slots_in(tuner: Tuner) -> list[tuple[str, Slot]]:
 
 
 def needs_steps(tuner: Tuner) -> bool:
-    """Whether the method only works if an optimizer drives it."""
+    """Whether the method must be called at every optimizer step."""
     return hooks.registry.get(tuner.method).needs_steps
 
 
 def engine_of(tuner: Tuner) -> Engine:
-    """Return what holds the adapter together over several processes.
+    """Return the engine that can gather the adapter.
 
-    A frozen adapter is never attached. If it is sharded too, the engine of one that is trained beside it gathers it.
+    A frozen adapter is never attached. If it is sharded, the engine of another adapter of the model gathers it.
     """
     engines = (other.engine for other in wrapped_of(tuner.model).tuners.values())
     beside = next((engine for engine in engines if engine.splits), tuner.engine)
@@ -331,7 +332,7 @@ def engine_of(tuner: Tuner) -> Engine:
 
 
 def as_hooks_see_it(tuner: Tuner, *, gradients: bool = False) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
-    """Inside the block, parameters are what the method works on: pieces if it can, else whole as in `Tuner.whole`."""
+    """Inside the block, parameters are sharded if the method supports shards, else gathered as in `Tuner.whole`."""
     if tuner.engine.gives_pieces and hooks.registry.get(tuner.method).pieces:
         tuner.engine.reshard_()
         return nullcontext(same)
@@ -340,7 +341,7 @@ def as_hooks_see_it(tuner: Tuner, *, gradients: bool = False) -> AbstractContext
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the block, every module is in eval mode. Afterwards each has its own mode: parts may differ."""
+    """Inside the block, every module is in eval mode; afterwards each module has its earlier mode."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -352,13 +353,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def record(tuner: Tuner, ranks: Mapping[str, int] | None) -> None:
-    """Add an allocation to an adapter's history, and notify every plugin. None says that no mask changed."""
+    """Add an allocation to an adapter's history, and notify every plugin; None means that no mask changed."""
     if ranks is not None:
         hooks.ranks_changed(tuner, tuner.history, tuner.steps, tuner.budget(), ranks)
 
 
 def training_state(tuner: Tuner) -> State:
-    """Return what is needed to resume training, in addition to the adapter's weights."""
+    """Return the method's training state, which resuming needs beside the adapter's weights."""
     with as_hooks_see_it(tuner):
         found = hooks.ask(hooks.specs.tunerkit_state, tuner.method, tuner=tuner)
         return found or State(tensors={}, values={})
@@ -371,19 +372,19 @@ class Wrapped:
     tuners: dict[str, Tuner] = attrs.field(factory=dict)  # by name, the oldest first
     active: tuple[str, ...] = ()  # the adapters that forward applies, in order
     frozen: tuple[str, ...] = ()  # the base parameters that wrapping froze
-    told: set[str] = attrs.field(factory=set)  # the base parameters that a warning has named
+    told: set[str] = attrs.field(factory=set)  # the base parameters that `warn_of_base_changes` has named
 
 
 def wrapped_of(model: nn.Module) -> Wrapped:
-    """Return what ``model`` itself holds, not the modules around or inside it; an empty record if it is not wrapped."""
+    """Return the record of ``model`` itself, not of modules around or inside it; an empty one if it is not wrapped."""
     found: Wrapped | None = vars(model).get(WRAPPED)
     return Wrapped() if found is None else found
 
 
 def tuners_of(model: nn.Module) -> dict[str, Tuner]:
-    """Return all tuners of ``model`` by adapter name, also if it is inside DDP or a compiled module.
+    """Return all tuners of ``model`` by adapter name, even if ``model`` contains the wrapped model, as DDP does.
 
-    If several parts of it were wrapped on their own, it raises `AdapterError`: one answer would leave the others out.
+    Raises `AdapterError` if several parts of the model were wrapped separately.
     """
     # By identity: a shallow copy shares the record.
     modules = base_modules(inside(model))
@@ -391,8 +392,8 @@ def tuners_of(model: nn.Module) -> dict[str, Tuner]:
     if len(roots) > 1:
         paths = ", ".join(repr(path) if path else "the model itself" for path, _ in roots.values())
         raise AdapterError(
-            f"several parts of this {type(model).__name__} were wrapped on their own: {paths}; call it on one of them, "
-            "or unwrap them and wrap the whole"
+            f"several parts of this {type(model).__name__} were wrapped separately: {paths}; pass one of them, or "
+            "unwrap them and wrap the whole model"
         )
     return next((dict(found.tuners) for _, found in roots.values()), {})
 
@@ -425,7 +426,7 @@ def tuner(model: nn.Module, adapter: str | None = None) -> Tuner:
     tuners = require_tuners(model)
     if adapter is None:
         if len(tuners) > 1:
-            raise AdapterError(f"the model has several adapters: {', '.join(tuners)}; say which: adapter=...")
+            raise AdapterError(f"the model has several adapters: {', '.join(tuners)}; choose one with adapter=...")
         return next(iter(tuners.values()))
     if adapter not in tuple(tuners):  # a wrong argument may not be hashable
         hint = closest(str(adapter), tuners)

@@ -1,4 +1,4 @@
-"""Temporary weight overrides: while an owner uses a layer's weight directly, the adapted weight replaces it."""
+"""Temporary weight overrides, for modules ("owners") that use a child's weight directly, bypassing its forward."""
 
 import sys
 import threading
@@ -14,15 +14,15 @@ from tunerkit.injection.delta import adapted_tensors
 from tunerkit.injection.slots import Slots, base_modules, is_called, slots_of, walk
 from tunerkit.layers import torch_private
 
-# The attribute of a running owner with its `_Calls`.
+# The attribute of a running owner for its `_Calls`.
 _CALLS = "_tunerkit_overrides"
 
 
 @attrs.frozen(eq=False)
 class _Calls:
-    """The calls of an owner that have not ended, all in one thread: what each of them replaced, the outermost first.
+    """The running calls of an owner, in one thread, from the outermost.
 
-    Replaced are attributes of modules, with the earlier value; None if there was none.
+    ``replaced`` has the overridden attributes of each call: (module, attribute, earlier value or None).
     """
 
     thread: int | None
@@ -30,10 +30,10 @@ class _Calls:
 
 
 def update_overrides_(model: nn.Module, readers: Iterable[nn.Module | None] = ()) -> None:
-    """Register the hooks that override weights, and remove those of owners that have nothing left to override.
+    """Register the override hooks, and remove those of owners without anything left to override.
 
-    Owners are the ``readers``, which use weights of adapted modules directly, and transformer encoders around adapted
-    modules.
+    Owners are the ``readers``, which use weights of adapted modules directly, and transformer encoders with adapted
+    modules inside.
     """
     modules = [module for _, module in base_modules(model)]
     encoders = (module for module in modules if isinstance(module, nn.TransformerEncoder))
@@ -58,19 +58,19 @@ def _owners(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def override(owner: nn.Module, args: Any) -> None:
-    """Override the weights that ``owner`` uses directly: its forward pre-hook.
+    """Forward pre-hook of an owner: override the weights that it uses directly.
 
-    The adapted weight becomes an attribute of the module, which hides the parameter. ``parameters()`` and
-    ``state_dict()`` do not change, and without the attribute the parameter is visible again.
+    The adapted weight becomes an instance attribute of the module, which hides the parameter. ``parameters()`` and
+    ``state_dict()`` do not change. Without the attribute, the parameter is visible again.
     """
     if _overrides_now(owner) or _CALLS in vars(owner):
         torch_private.uncompiled(_override)(owner)
 
 
 def restore(owner: nn.Module, args: Any, output: Any) -> None:
-    """Undo `override`: the owner's forward hook, which is also called after an exception.
+    """Forward hook of an owner, also called after an exception: undo `override`.
 
-    If another thread runs the owner, the call of this thread was rejected, and has overridden nothing.
+    If another thread runs the owner, this thread's call was rejected and has overridden nothing.
     """
     calls: _Calls | None = vars(owner).get(_CALLS)
     if calls is not None and calls.thread == threading.get_ident():
@@ -79,7 +79,7 @@ def restore(owner: nn.Module, args: Any, output: Any) -> None:
 
 def _override(owner: nn.Module) -> None:
     here = threading.current_thread().ident  # not get_ident: this also registers threads that C++ started
-    # setdefault is atomic: if two threads begin at once, one of them sees the other.
+    # setdefault is atomic: of two threads that begin at once, one sees the other's record.
     while (calls := vars(owner).setdefault(_CALLS, _Calls(here))).thread != here or _has_abandoned(owner, calls):
         if calls.thread != here and any(other.ident == calls.thread for other in threading.enumerate()):
             raise AdapterError(
@@ -94,7 +94,7 @@ def _override(owner: nn.Module) -> None:
 
 
 def _has_abandoned(owner: nn.Module, calls: _Calls) -> bool:
-    """Whether a call before this one was interrupted: no forward hook comes after a KeyboardInterrupt."""
+    """Whether an earlier call was interrupted: no forward hook runs after a KeyboardInterrupt."""
     if not calls.replaced:
         return False
     running = sum(module is owner for module in torch_private.called_in(sys._getframe()))
@@ -102,7 +102,7 @@ def _has_abandoned(owner: nn.Module, calls: _Calls) -> bool:
 
 
 def _undo_(owner: nn.Module) -> None:
-    """Undo the last call of ``owner``, which shows the one around it. It may be repeated after an interrupt."""
+    """Undo the overrides of the innermost call of ``owner``. It may be repeated after an interrupt."""
     calls: _Calls | None = vars(owner).get(_CALLS)
     if calls is not None:
         for module, name, value in reversed(calls.replaced[-1] if calls.replaced else []):
@@ -122,9 +122,9 @@ def _set_(module: nn.Module, name: str, value: object) -> None:
 
 
 def _read_modules(owner: nn.Module) -> Iterator[tuple[nn.Module, Slots]]:
-    """Yield the adapted modules whose weights ``owner`` uses directly: those without a hook of their own.
+    """Yield the adapted modules whose weights ``owner`` uses directly: those without the forward hook.
 
-    This is decided when the hooks are registered: the forward may be replaced afterwards, as accelerate does.
+    Hooks are decisive, not forwards, which may be replaced after wrapping, as by accelerate.
     """
     for module in (owner, *owner.children()):
         slots = slots_of(module)
@@ -143,10 +143,10 @@ def _may_override(module: nn.Module) -> bool:
 
 
 def _changes(owner: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
-    """Yield (module, attribute, value) for each override of ``owner``; None if the module's own value is used."""
+    """Yield (module, attribute, value) for each override of ``owner``; a value of None keeps the module's own."""
     if isinstance(owner, nn.TransformerEncoder) and _overrides_now(owner):
-        # With a frozen base in eval mode, the encoder packs padded batches into nested tensors. Attention accepts
-        # these only without gradients. The encoder checks that on the base's weights and ignores adapters.
+        # With a frozen base in eval mode, the encoder packs padded batches into nested tensors, which attention accepts
+        # only without gradients. The encoder's check looks at the base's weights and not at adapters.
         yield owner, "use_nested_tensor", False
     for module, slots in _read_modules(owner):
         assert slots.base is not None

@@ -1,7 +1,6 @@
-"""Base layers: how each kind reads its input, is added to, and shows its weight as a matrix; low-rank products.
+"""Base layers (modules seen as matrices), adapters and low-rank products.
 
-Beside them stands what all else asks of a module: its weights, wherever they are held, its forward, and torch's
-private parts.
+Other packages read a module's weights and forward, and torch's private names, through this package too.
 """
 
 from tunerkit.layers import torch_private, weights

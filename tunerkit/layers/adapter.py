@@ -17,19 +17,19 @@ class Adapter(nn.Module):
     Build the parameters on the CPU in the default dtype. Core then moves the adapter to its base layer's device and
     to the config's ``adapter_dtype``, so one seed gives the same start on every device.
 
-    A parameter that is built with ``requires_grad=False`` is never trained. Like every parameter and every persistent
-    buffer, it is saved, moved and cast with the adapter. A buffer with ``persistent=False`` is moved and cast, and the
-    method builds it again when the adapter is loaded.
+    A parameter that is built with ``requires_grad=False`` is never trained. All parameters and persistent buffers are
+    saved, moved and cast with the adapter. A buffer with ``persistent=False`` is not saved: the method builds it again
+    when the adapter is loaded.
 
     Attributes:
-        reads_output: Whether `forward` uses the values of ``y`` for more than adding to it, as y · l does. It is then
-            given the base layer's own output, also where other adapters share the target, so that each merges to what
-            it adds alone. Set it to False where `forward` only adds, which is faster.
-        reads_weight: Whether the start, `forward` or the delta reads the base layer's weight, as DoRA does. It is
-            always the base's own weight, without other adapters. A class must declare both; None, in plugins for the
-            contract's number 1, counts as True.
-        rank_dims: The parameters and persistent buffers whose size is the rank, with the dimension that is, such as
-            ``{"p": 1, "q": 0}``. A file with another rank can then be loaded: core resizes them first.
+        reads_output: Whether the contribution of `forward` depends on the values of ``y``, as in y · l. If so, ``y`` is
+            the base layer's own output, even if other adapters share the target, so that each can be merged alone. If
+            `forward` only adds to ``y``, set it to False, which is faster.
+        reads_weight: Whether the initialization, `forward` or the delta reads the base layer's weight, as in DoRA.
+            This is always the base's own weight, without other adapters. A class must declare both attributes. In
+            plugins for version 1 of the API, None counts as True.
+        rank_dims: The dimension that is the rank, by the name of the parameter or persistent buffer, such as
+            ``{"p": 1, "q": 0}``. Core then resizes them before it loads a file with another rank.
     """
 
     reads_output: ClassVar[bool | None] = None
@@ -48,16 +48,16 @@ class Adapter(nn.Module):
 
     @property
     def shared(self) -> nn.Module:
-        """The module that `tunerkit_shared` built for all adapters of the method. It is no child of the adapter.
+        """The module that `tunerkit_shared` built for all adapters of the method. It is not a child of the adapter.
 
         Raises:
-            AttributeError: The method has none, or the adapter is still being built: there, it is an argument of
-                `tunerkit_build_adapter`.
+            AttributeError: The method has no shared module, or the adapter is still being built, where
+                `tunerkit_build_adapter` has it as an argument.
         """
         try:
             module: nn.Module = vars(self)[_SHARED]
         except KeyError:
-            raise AttributeError from None  # no other class: whoever asks with hasattr must get False
+            raise AttributeError from None  # this class alone makes hasattr return False
         return module
 
     @property
@@ -78,8 +78,8 @@ class Adapter(nn.Module):
         Args:
             base: The base layer.
             x: The base layer's input.
-            y: The base layer's output. If several adapters share the target, it has the contributions of those that
-                come before, unless the class ``reads_output``.
+            y: The base layer's output. If several adapters share the target, it includes the contributions of the
+                earlier ones, unless the class ``reads_output``.
 
         Returns:
             The sum, in the shape and dtype of ``y``.
@@ -87,11 +87,11 @@ class Adapter(nn.Module):
         Raises:
             NotImplementedError: The class does not define `forward`.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say what it adds: define forward(base, x, y)")
+        raise NotImplementedError(f"{type(self).__name__} has no forward: define forward(base, x, y)")
 
 
 def _resize_for(adapter: Adapter, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
-    """Take the rank of the tensors about to be loaded, if they agree on one and all of them fit then."""
+    """Resize an adapter to the rank of the tensors to be loaded, if they have one common rank and fit otherwise."""
     own = {**dict(adapter.named_buffers()), **dict(adapter.named_parameters())}
     dims, saved = adapter.rank_dims, {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
     if not dims.keys() <= saved.keys() or not all(
@@ -108,8 +108,8 @@ def _resize_for(adapter: Adapter, state_dict: Mapping[str, Any], prefix: str, *_
 
 
 def _fits(value: object, own: Tensor, dim: int | None) -> bool:
-    """Whether a value has the shape of an adapter's own tensor, apart from dimension ``dim``."""
-    # ZeRO-3 empties parameters between their uses: then they have one dimension, and nothing says their rank.
+    """Whether a value has the shape of an adapter's tensor, apart from dimension ``dim``."""
+    # ZeRO-3 empties parameters between uses: then they have one dimension, and their rank is unknown.
     if not isinstance(value, Tensor) or value.ndim != own.ndim or (dim is not None and dim >= own.ndim):
         return False
     differing = {at for at, size in enumerate(own.shape) if value.shape[at] != size}
@@ -118,14 +118,14 @@ def _fits(value: object, own: Tensor, dim: int | None) -> bool:
 
 @torch.no_grad()
 def resize_(parameter: Tensor, values: Tensor) -> None:
-    """Replace a parameter's values in place, by a contiguous copy of new ones; its gradient is dropped.
+    """Replace a parameter's values and shape in place, by a contiguous copy of new values; drop its gradient.
 
     Args:
         parameter: The parameter or buffer to change.
         values: The new values, of any shape.
     """
-    # While a loss of an earlier step is alive, autograd keeps the node that accumulates this gradient, with the old
-    # shape. Changing the dtype makes autograd discard that node, hence the detour.
+    # While the loss of an earlier step is alive, autograd keeps the gradient's accumulation node, with the old shape.
+    # A change of dtype makes autograd discard that node, hence the detour.
     parameter.grad = None
     other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
     parameter.data = torch.empty(0, dtype=other, device=parameter.device)

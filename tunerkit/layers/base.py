@@ -1,4 +1,4 @@
-"""The base class of all kinds of base layers, and what a module and its kind say of a bias."""
+"""The base class of all base-layer kinds, and functions on a module's bias."""
 
 import abc
 from collections.abc import Iterable, Mapping
@@ -26,12 +26,12 @@ class BaseLayer(abc.ABC):
 
     Attributes:
         module: The model's own module.
-        forwards: The classes whose forward the kind describes, by qualified name, or packages, with a dot at their
-            end. If there are some, `matches` is asked about no other module.
+        forwards: The qualified names of the classes whose forward the kind describes, or of packages, with a dot at
+            their end. `matches` is called only for modules with such a forward; if empty, for all modules.
         weight_name: The name of the module's parameter that holds W.
         bias_name: The name of the module's parameter that holds the bias.
         linear: Whether the output is exactly x Wᵀ + b over the last dimension, so that the product can be fused.
-        has_weight: Whether there is a W. Only the kind of methods that adapt outputs has none.
+        has_weight: Whether there is a W; False only for `OutputLayer`, which is for methods that adapt outputs.
         lends: Whether the module's own forward reads the whole weight, so that the input of W cannot be seen from
             outside. Core then overrides the weight for each call, and `project_in` and `project_out` raise
             `AdapterError`.
@@ -50,8 +50,8 @@ class BaseLayer(abc.ABC):
     def matches(cls, module: nn.Module) -> bool:
         """Check whether the law above holds for ``module``: by default, whether its forward is one of `forwards`.
 
-        Be strict: a subclass or an instance with its own ``forward`` may do anything with its weight. An adapter
-        would then be wrong without an error.
+        Be strict: a subclass or an instance with its own ``forward`` may use its weight in another way. The adapter's
+        output would then be silently wrong.
         """
         return is_listed(forward_name(module), cls.forwards)
 
@@ -72,18 +72,18 @@ class BaseLayer(abc.ABC):
 
     @property
     def packing(self) -> Packing | None:
-        """How a quantiser stores W; None, the default, if W is stored as numbers that may be added to.
+        """How a quantizer stores W; None, the default, if W is a plain tensor.
 
-        Where there is a packing, files describe W by its shape alone, so that an adapter fits the base in another
-        precision too. Kinds with a packing derive from ``tunerkit_quant.PackedLinear``.
+        Files describe a packed W by its shape alone, so that an adapter also fits the base in another precision. Kinds
+        with a packing derive from ``tunerkit_quant.PackedLinear``.
         """
         return None
 
     def obstacle(self) -> str | None:
-        """Say why the module cannot be adapted as it is now, as the end of a sentence about its path; None if it can.
+        """Return why the module cannot be adapted now, as the end of a sentence about its path; None if it can.
 
-        Gradients also pass through modules with a `packing` that are no targets, so an obstacle of any such module
-        prevents training.
+        Gradients also pass through packed modules that are not targets, so an obstacle of any packed module prevents
+        training.
         """
         return None
 
@@ -102,7 +102,7 @@ class BaseLayer(abc.ABC):
 
     @abc.abstractmethod
     def project_out(self, h: Tensor, p: Tensor) -> Tensor:
-        """Compute what P h adds to the layer's output.
+        """Compute the contribution of P h to the layer's output.
 
         Args:
             h: The result of `project_in`.
@@ -113,15 +113,15 @@ class BaseLayer(abc.ABC):
         """
 
     def shape_bias(self, b: Tensor) -> Tensor:
-        """Shape a bias (out,) to broadcast over the output: as it is by default, for features in the last one."""
+        """Reshape a bias (out,) to broadcast over the output; unchanged by default, for features in the last dim."""
         return b
 
     def bias(self) -> Tensor | None:
         """Read the module's own bias, which its output includes.
 
         Returns:
-            By default the parameter ``bias_name``, (out,), detached; None if the module has none. An offloaded one is
-            loaded first.
+            By default the parameter ``bias_name``, (out,), detached; None if the module has no bias. An offloaded bias
+            is loaded first.
         """
         found: Tensor | None = torch_private.own_parameters(self.module).get(self.bias_name)
         if found is not None and (found.is_meta or not found.numel()):
@@ -142,15 +142,15 @@ class BaseLayer(abc.ABC):
         """Convert a matrix (out, in) to the layout of the module's own weight, in the dtype of the argument."""
 
     def merged(self, delta: Tensor) -> dict[str, Any]:
-        """Compute the module's own tensors with ΔW added to W. A kind overrides it to pack a merged weight itself.
+        """Compute the module's tensors with ΔW added to W. A kind overrides it to pack the merged weight.
 
         Args:
-            delta: ΔW, (out, in), the sum of all adapters', in fp32 or a wider dtype. It may need gradients.
+            delta: ΔW of all adapters together, (out, in), in fp32 or a wider dtype. It may require gradients.
 
         Returns:
-            New tensors by their local name in the module, each in the shape and dtype of the module's own. By default
-            that is W alone: the sum is computed in fp32 or wider, and rounded once. With a `packing`, it is all
-            attributes that hold W, as new objects: while adapters are merged, they replace the module's own.
+            New tensors by their local name in the module, in the shape and dtype of the module's own. By default W
+            alone: the sum is computed in fp32 or wider, and rounded once. With a `packing`, new objects for all
+            attributes that store W; they replace the module's own while adapters are merged.
 
         Raises:
             AdapterError: There is a `packing`, and the kind cannot write a weight.
@@ -158,31 +158,31 @@ class BaseLayer(abc.ABC):
         if self.packing is not None:
             raise AdapterError(
                 f"the {type(self.module).__name__} stores its weight as {self.packing.name}, and {type(self).__name__} "
-                "cannot write one: its plugin must define merged, put_ and rounded, or derive it from a kind that does"
+                "cannot write it: the plugin must define merged, put_ and rounded, or derive from a kind with them"
             )
         own, packed = self.tensor(self.weight_name), self.pack(delta)
         wide = torch.promote_types(packed.dtype, torch.promote_types(own.dtype, torch.float32))
         return {self.weight_name: (own.to(wide) + packed.to(wide)).to(own.dtype)}
 
     def put_(self, stored: Mapping[str, Any]) -> None:
-        """Replace attributes of the module by what `merged` returned, or by what was there before a merge.
+        """Replace attributes of the module by those from `merged`, or by the originals.
 
-        Only a kind with a `packing` defines it, and the two methods below.
+        Only kinds with a `packing` define this method and the two below.
         """
         raise NotImplementedError
 
     def rounded(self, before: Tensor, delta: Tensor, others: Iterable[Rounding]) -> Rounding:
-        """Measure what storing W + ΔW has rounded, which the module holds by now.
+        """Measure the rounding error of the stored W + ΔW, after `put_`.
 
         Args:
-            before: W as it was, (out, in), in fp32.
+            before: W before the merge, (out, in), in fp32.
             delta: ΔW, (out, in), in fp32.
-            others: What the layers before this one have rounded in the same merge.
+            others: The rounding errors of earlier layers in the same merge.
         """
         raise NotImplementedError
 
     def unpacked(self, weight: Tensor) -> nn.Module:
-        """Build the module that `tunerkit.unwrap` puts in the place of this one: one of torch's, such as ``nn.Linear``.
+        """Build a dense module of torch, such as ``nn.Linear``, by which `tunerkit.unwrap` replaces this module.
 
         Args:
             weight: W, (out, in), in the dtype of the new module. The bias is the module's own.
@@ -190,10 +190,10 @@ class BaseLayer(abc.ABC):
         raise NotImplementedError
 
     def tensor(self, name: str) -> Tensor:
-        """Return a parameter or buffer of the module itself by its local name, also while core overrides it for a call.
+        """Return a parameter or buffer of the module by its local name, even while core overrides it for a call.
 
         Raises:
-            AdapterError: The module has none of that name.
+            AdapterError: The module has no tensor with that name.
         """
         found: Tensor | None = torch_private.own_parameters(self.module).get(name)
         found = dict(self.module.named_buffers(recurse=False)).get(name) if found is None else found
@@ -202,12 +202,12 @@ class BaseLayer(abc.ABC):
         return found
 
     def matrix(self) -> Tensor:
-        """Read W, (out, in), with gradients. Every `linear` kind defines it, and no other."""
-        raise NotImplementedError(f"{type(self).__name__} says that it is linear: define matrix()")
+        """Read W, (out, in), with gradients. Only `linear` kinds define it."""
+        raise NotImplementedError(f"{type(self).__name__} has linear = True and no matrix: define matrix()")
 
     def normalised(self, x: Tensor) -> Tensor:
-        """Compute what a norm multiplies by its weight, in the shape and dtype of ``x``. No other kind defines it."""
-        raise NotImplementedError(f"a {type(self.module).__name__} is no norm")
+        """Compute a norm's normalized input, before its weight, in the shape and dtype of ``x``; for norms only."""
+        raise NotImplementedError(f"a {type(self.module).__name__} is not a norm")
 
 
 # --- Biases: of norms too, which have no base-layer kind --------------------------------------------------------------
@@ -220,13 +220,13 @@ def bias_name(base: BaseLayer | None) -> str:
 
 def has_trainable_bias(module: nn.Module, base: BaseLayer | None) -> bool:
     """Whether ``module`` has a bias and `view_bias` can shape it."""
-    # As strict as base-layer kinds: a norm with its own forward may put its channels anywhere.
+    # As strict as base-layer kinds: a norm with its own forward may have its channels in any dimension.
     known = base is not None or forward_owner(module) in (nn.LayerNorm, *torch_private.channel_norms())
     return known and torch_private.own_parameters(module).get(bias_name(base)) is not None
 
 
 def view_bias(module: nn.Module, base: BaseLayer | None, bias: Tensor, y: Tensor) -> Tensor:
-    """``bias`` (out,) in a shape that broadcasts over the output ``y`` as the module's own bias does."""
+    """Reshape ``bias`` (out,) to broadcast over the output ``y`` like the module's own bias."""
     if base is not None and base.has_weight:
         return base.shape_bias(bias)
     if isinstance(module, nn.LayerNorm):  # the only norm here that adds its bias along the last dimensions

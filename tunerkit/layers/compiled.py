@@ -1,8 +1,8 @@
-"""The fused form of a low-rank product for compiled models on a CPU, as operations that a compiler takes as they are.
+"""The fused form of a low-rank product for compiled models on a CPU, as custom operations that are not traced.
 
-In the plain form, a compiler computes the base layer, the product and their sum one after the other, and so it does
-with their gradients. Here, one operation computes the base layer too, and accumulates the product in its output; the
-base's own output is no longer needed, so the compiler leaves it out. Another operation computes the gradients.
+In the plain form, a compiler computes the base layer, the product and their sum one after the other, and likewise their
+gradients. Here, one operation computes the base layer and accumulates the product in its output. The base's own output
+becomes unused, so the compiler removes it. Another operation computes the gradients.
 """
 
 from typing import Any
@@ -13,24 +13,24 @@ from torch import Tensor
 from tunerkit.layers import products, torch_private
 from tunerkit.layers.products import autocast_off, autocasts
 
-# Numbers of an input from which the operations take less time than what they replace (docs/evidence/speed.md).
+# The number of input elements from which the operations are faster than the plain form (docs/evidence/speed.md).
 LEAST_NUMBERS = 1 << 17
 
 
 def add_traced(x: Tensor, w: Tensor, bias: Tensor | None, q: Tensor, p: Tensor, scale: float) -> Tensor | None:
-    """Return x Wᵀ + bias + scale · P Q x by one operation; None where the traced graph needs the plain form.
+    """Return x Wᵀ + bias + scale · P Q x by one operation; None if the traced graph needs the plain form.
 
-    That is: under autocast, in another dtype than fp32, elsewhere than on a CPU, and for an input that is known to be
-    small. Also in a graph that is exported, where others look for operations that they know, and where a transform of
-    torch.func would need a rule for them.
+    The plain form is needed under autocast, for a dtype other than fp32, off the CPU, and for an input that is known to
+    be small. It is also needed in an exported graph, since importers do not have the operation, and under a transform
+    of torch.func, which has no rule for it.
     """
     if autocasts(q.device) or torch_private.is_transformed_or_exported():
         return None
     if not (x.dtype == w.dtype == q.dtype == torch.float32 and x.device.type == q.device.type == "cpu"):
         return None
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy, as the compiler has
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy; the compiler has it already
 
-    # Whatever sizes it may have in the graph: a question must not narrow them.
+    # For dynamic sizes, a plain comparison would add a guard and specialize the graph.
     is_small = statically_known_true(x.numel() < LEAST_NUMBERS)
     return None if is_small else linear_low_rank(x, w, bias, q, p, float(scale))[0]
 
@@ -59,9 +59,9 @@ def linear_low_rank(
 def gradients(
     g: Tensor, x: Tensor, w: Tensor | None, h: Tensor, q: Tensor, p: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, Q and P for ``g`` (..., out), that of the sum; without W, an empty one of x."""
+    """Return the gradients of x, Q and P from the output's, ``g`` (..., out); if W is None, x's gradient is empty."""
     rows, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    with autocast_off(g.device):  # it may be on in backward alone
+    with autocast_off(g.device):  # autocast may be on in backward only
         grad_h = products.multiply(g2, p)
         grad_q, grad_pt = products.gradient(grad_h, rows, q, scale), products.gradient(h, g2, p.t(), scale)
         grad_x = (
@@ -92,7 +92,7 @@ def _backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 6
     x, w, q, p, h = ctx.saved_tensors
-    if torch.is_grad_enabled():  # second derivatives, which backends without a graph of the backward have
+    if torch.is_grad_enabled():  # second derivatives, in backends that do not trace the backward
         rows, g2 = x.reshape(-1, x.shape[-1]), ctx.scale * g.reshape(-1, g.shape[-1])
         grad_h = g2 @ p
         grad_x = (g.reshape(-1, g.shape[-1]) @ w + grad_h @ q).reshape(x.shape)

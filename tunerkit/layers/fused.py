@@ -1,7 +1,7 @@
 """The fused form of a low-rank product, for large inputs of linear layers.
 
-The product is accumulated in the memory of the base layer's output, and one node computes the input's gradient through
-both. It saves what it multiplied by under names of its own: parameters may be merged, swapped or cast before backward.
+The product is accumulated in the memory of the base layer's output, and one autograd node computes the input's gradient
+through both. The node saves aliases of its factors, since parameters may be merged, swapped or cast before backward.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ MARK = "_tunerkit_straight"
 
 
 class Mark(NamedTuple):
-    """On a tensor that comes straight from a linear layer: the layer, its input, and the tensor's version."""
+    """An attribute of a linear layer's output: the layer, its input, and the output's version counter."""
 
     base: BaseLayer
     x: Tensor
@@ -32,11 +32,11 @@ class Mark(NamedTuple):
 def add_fused(
     base: BaseLayer, x: Tensor, y: Tensor, *, q: Tensor, p: Tensor, scale: float, lam: Tensor | None, dropout: float
 ) -> Tensor | None:
-    """Return y + scale · P diag(λ) Q x, overwriting the marked ``y``; None where only the plain form is right.
+    """Return y + scale · P diag(λ) Q x, overwriting the marked ``y``; None if the plain form is needed.
 
-    That is where ``y`` was changed since, for tensor subclasses, in another dtype than the plain form would multiply
-    in, and where something records the operations of a forward. If ``x`` is the layer's own input, one node computes
-    its gradients through both.
+    The plain form is needed if ``y`` was changed since, for tensor subclasses, if it would multiply in another dtype,
+    and if something records the operations of a forward. If ``x`` is the layer's own input, one node computes its
+    gradient through the layer and the product.
     """
     mark: Mark | None = getattr(y, MARK)
     if mark is None or mark.base is not base or mark.traced != torch.compiler.is_compiling():
@@ -54,9 +54,9 @@ def add_fused(
 
 
 def _frozen_weight(base: BaseLayer, y: Tensor) -> Tensor | None:
-    """W (out, in), if weight and bias are frozen, so that bypassing the base layer in backward loses no gradient.
+    """Return W (out, in) if weight and bias are frozen, so that backward can bypass the base layer; None otherwise.
 
-    None also if W differs from ``y`` in dtype or device: DataParallel's replicas hold the original module.
+    Also None if W differs from ``y`` in dtype or device, since DataParallel's replicas refer to the original module.
     """
     parameters = torch_private.own_parameters(base.module)
     weight, bias = parameters.get(base.weight_name), parameters.get(base.bias_name)
@@ -72,12 +72,12 @@ class _FusedLowRank(Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, w: Tensor | None, q: Tensor, p: Tensor, lam: Tensor | None, scale: float
     ) -> Tensor:
-        # Aliases have these values also after the ``data`` of a parameter was replaced.
+        # Detached aliases keep these values if the ``data`` of a parameter is replaced.
         seen_p, seen_lam = (p, None) if lam is None else (p.detach(), lam.detach())
         narrow_q, narrow_pt = q.detach().to(y.dtype), _folded(seen_p, seen_lam, y).t()
         h = products.multiply(x, narrow_q.t())
-        # Not y itself: autograd would have to be notified of the change, and would copy y where it is a view, as a
-        # biased linear layer's output is. The version counter is shared, so whoever saved y for backward gets an error.
+        # Not y itself: it would need `mark_dirty`, and autograd would copy it if it is a view, as a biased linear
+        # layer's output is. The version counter is shared, so an operation that saved y for backward raises an error.
         out = y.detach()
         out.view(-1, p.shape[0]).addmm_(h, narrow_pt, alpha=scale)
         ctx.set_materialize_grads(False)
@@ -91,14 +91,14 @@ class _FusedLowRank(Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 7
-        with autocast_off(g.device):  # autocast may be on now although it was off in forward
+        with autocast_off(g.device):  # autocast may be on in backward only
             return _gradients(ctx, g)
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of forward's inputs, for the gradient ``g`` (..., out) of the sum. Autograd casts them."""
+    """Return the gradients of forward's inputs from the output's, ``g`` (..., out). Autograd casts them."""
     x, h, w, narrow_q, narrow_pt, p, lam, *parameters = ctx.saved_tensors
-    if torch.is_grad_enabled():  # second derivatives: what forward computed must depend on its inputs
+    if torch.is_grad_enabled():  # second derivatives: recompute the saved factors as functions of forward's inputs
         narrow_q, narrow_pt, p, lam = _differentiable(narrow_q, narrow_pt, p, lam, *parameters)
         h = None if x is None else products.multiply(x, narrow_q.t())
     to_x, to_y, _, to_q, to_p, to_lam, _ = ctx.needs_input_grad
@@ -113,7 +113,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     if to_q:
         grad_q = products.gradient(grad_h, x, narrow_q, s)
     if to_p or to_lam:
-        grad_p = products.gradient(h, g2, narrow_pt, s).t()  # so far of P diag(λ)
+        grad_p = products.gradient(h, g2, narrow_pt, s).t()  # the gradient of P diag(λ)
         if lam is not None:
             grad_lam = (grad_p * p).sum(0) if to_lam else None
             grad_p = grad_p * lam
@@ -124,7 +124,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 def _differentiable(
     narrow_q: Tensor, narrow_pt: Tensor, seen_p: Tensor, seen_lam: Tensor, q: Tensor, p: Tensor, lam: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What forward multiplied by, with the values that it saw, as functions of the parameters."""
+    """Return forward's factors as functions of the parameters, but with the values that forward used."""
     narrow_q = _as_seen(q.to(narrow_q.dtype), narrow_q)
     if lam is None:
         return narrow_q, _as_seen(p.to(narrow_pt.dtype).t(), narrow_pt), p, None
@@ -133,7 +133,7 @@ def _differentiable(
 
 
 class _AsSeen(Function):
-    """The values ``seen`` with the gradient of ``parameter``, which may have other values by now."""
+    """Returns ``seen`` and passes its gradient on to ``parameter``, whose values may have changed since."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, seen: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class _AsSeen(Function):
 
 
 def _folded(p: Tensor, lam: Tensor | None, y: Tensor) -> Tensor:
-    """P diag(λ), rounded to the dtype of ``y`` last, as the plain form rounds under autocast."""
+    """Return P diag(λ), rounded to the dtype of ``y`` after the product, as the plain form does under autocast."""
     return (p if lam is None else p * lam).to(y.dtype)
 
 

@@ -1,6 +1,6 @@
-"""The base-layer kinds of torch's own layers, the one for modules of which only the output is known, and their use.
+"""The base-layer kinds of torch's own layers and of modules without a known weight, and the search for a kind.
 
-Each method names the shapes that it takes and gives; `BaseLayer` says what it does.
+The methods' docstrings have the shapes; `BaseLayer` documents what each method does.
 """
 
 import math
@@ -22,9 +22,9 @@ from tunerkit.records import DefaultTargets, ModelLibrary, WeightReader
 
 @attrs.frozen(eq=False)
 class DenseLinear(BaseLayer):
-    """Abstract. A linear layer, x Wᵀ + b, that holds W as numbers. A kind defines `matches`.
+    """Abstract. A linear layer, x Wᵀ + b, whose W is a plain tensor. A subclass defines `matches`.
 
-    It defines `matrix` and `pack` too if the module stores W in another layout.
+    If the module stores W in another layout, the subclass also defines `matrix` and `pack`.
     """
 
     linear: ClassVar[bool] = True
@@ -75,9 +75,9 @@ class LinearLayer(DenseLinear):
 class ConvLayer(BaseLayer):
     """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` with any groups, stride, dilation and padding.
 
-    W is the weight (C_out, C_in/groups, *kernel) with all but its first dimension flattened, so in = C_in/groups ·
-    positions of the kernel. Q is a convolution to r channels per group. The layer runs it in place of its own weight,
-    so it has the layer's stride, dilation and padding mode. P is a 1×1 convolution of its output.
+    W is the weight (C_out, C_in/groups, *kernel), flattened after its first dimension, so in = C_in/groups · the number
+    of kernel positions. Q is a convolution to r channels per group, with the layer's stride, dilation and padding mode.
+    P is a 1×1 convolution of the output of Q.
     """
 
     forwards: ClassVar[tuple[str, ...]] = tuple(f"torch.nn.modules.conv.Conv{n}d" for n in (1, 2, 3))
@@ -178,7 +178,7 @@ class EmbeddingLayer(BaseLayer):
 @final
 @attrs.frozen(eq=False)
 class AttentionLayer(BaseLayer):
-    """``nn.MultiheadAttention`` whose q, k and v have one width, E: W is ``in_proj_weight``, q above k above v.
+    """``nn.MultiheadAttention`` with one width E of q, k and v: W is ``in_proj_weight``, (3·E, E).
 
     The output projection, ``out_proj``, is a linear layer of its own. With ``kdim`` or ``vdim`` there are three weights
     instead of one; this kind does not match those.
@@ -205,10 +205,10 @@ class AttentionLayer(BaseLayer):
         return whole_shape(self.module.in_proj_weight)[0]  # 3·E
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> NoReturn:
-        """Raise `AdapterError`: the output mixes the projections of three inputs, so nothing can be added to it."""
+        """Raise `AdapterError`: the projections are computed inside forward, so nothing can be added to them."""
         raise AdapterError(
-            "nn.MultiheadAttention projects inside its forward(), so nothing can be added to that output from outside; "
-            "an adapter there works through the weight that tunerkit_delta returns, not through its own forward()"
+            "nn.MultiheadAttention computes its projections inside forward(), so nothing can be added to them from "
+            "outside; its adapters work through the ΔW of tunerkit_delta, not through their own forward()"
         )
 
     def project_out(self, h: Tensor, p: Tensor) -> NoReturn:
@@ -225,14 +225,14 @@ class AttentionLayer(BaseLayer):
 @final
 @attrs.frozen(eq=False)
 class OutputLayer(BaseLayer):
-    """A module of which only the output is known, for a method that adapts outputs, where no other kind matches."""
+    """A module without a known weight, for a method that adapts outputs, if no other kind matches."""
 
     has_weight: ClassVar[bool] = False
 
     def dense(self) -> NoReturn:
-        """Raise `AdapterError`, and so does all that would need the weight."""
+        """Raise `AdapterError`, like all methods that need a weight."""
         raise AdapterError(
-            f"the base layer is a {type(self.module).__name__}, of which tunerkit knows no weight, so it has no "
+            f"the base layer is a {type(self.module).__name__}, whose weight tunerkit does not know, so it has no "
             "in_features, project_in or the like; read the sizes from target.module in tunerkit_build_adapter"
         )
 
@@ -247,12 +247,12 @@ class OutputLayer(BaseLayer):
 
 
 def drop(x: Tensor, dropout: float) -> Tensor:
-    """``x`` with a share of its elements dropped; ``x`` itself for a share of 0."""
+    """Apply dropout to ``x``; return ``x`` itself for a dropout of 0."""
     return F.dropout(x, dropout) if dropout > 0 else x
 
 
 def _has_numbers(module: nn.Module) -> bool:
-    """Whether the weight is a matrix of numbers, neither lazy nor packed."""
+    """Whether the weight is a plain tensor, neither lazy nor packed."""
     weight = cast(Tensor, module.weight)
     return not is_lazy(weight) and not is_packed(weight)
 
@@ -266,16 +266,16 @@ def _raise(kind: type[BaseLayer], error: BaseException) -> NoReturn:
 
 @attrs.frozen(eq=False)
 class Knowledge:
-    """What is known of layers and models. If two records describe the same class or architecture, the first counts.
+    """The records about layers and models. If two records describe the same class or architecture, the first counts.
 
     Attributes:
         kinds: The base-layer kinds.
         weight_readers: The classes that use a child's weight directly.
         default_targets: The default targets of architectures.
-        leave_out: Called with a kind that raised while it was asked about a module, and with what it raised. If it
-            returns, the kind is left out. By default it raises that again.
-        libraries: What libraries know of their models.
-        unserved: Says how to get the plugin that knows the library of an object; empty if it is there.
+        leave_out: Called with a kind whose `matches` raised, and with the exception. If this returns, the kind is
+            left out; by default, it raises the exception again.
+        libraries: The records of libraries about their models.
+        unserved: Returns how to install the plugin for the library of an object; "" if it is installed.
     """
 
     kinds: tuple[type[BaseLayer], ...]
@@ -287,7 +287,7 @@ class Knowledge:
     _asked: dict[str, frozenset[type[BaseLayer]]] = attrs.field(init=False, factory=dict, repr=False)
 
     def asked(self, forward: str) -> frozenset[type[BaseLayer]]:
-        """The kinds to ask about a module, by the name of its forward. Each name is looked up once."""
+        """Return the kinds that may match a module whose forward has this name; cached."""
         if forward not in self._asked:
             kinds = (kind for kind in self.kinds if not kind.forwards or is_listed(forward, kind.forwards))
             self._asked[forward] = frozenset(kinds)
@@ -301,9 +301,9 @@ CORE = Knowledge(KINDS, _READERS, ())
 
 
 def as_base_layers(modules: Iterable[nn.Module], knowledge: Knowledge) -> dict[nn.Module, BaseLayer]:
-    """Return each module that tunerkit can adapt as the first kind that matches it.
+    """Return the base layers of modules, each with the first kind that matches, without modules that match no kind.
 
-    A kind that raises for one module counts for none of them: half of a model in another kind would be a surprise.
+    A kind that raises for one module is used for none, so that like modules do not get different kinds.
     """
     found: dict[nn.Module, BaseLayer] = {}
     waiting = {module: knowledge.asked(forward_name(module)) for module in modules}
@@ -325,5 +325,5 @@ def as_base_layers(modules: Iterable[nn.Module], knowledge: Knowledge) -> dict[n
 
 
 def as_base_layer(module: nn.Module, kinds: tuple[type[BaseLayer], ...] = KINDS) -> BaseLayer | None:
-    """The module as the first of ``kinds`` that matches it; None if tunerkit cannot adapt it."""
+    """Return the base layer of a module, with the first of ``kinds`` that matches; None if none does."""
     return next((kind(module) for kind in kinds if kind.matches(module)), None)

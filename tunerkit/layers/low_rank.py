@@ -1,8 +1,8 @@
 """The low-rank product that methods add to a base layer, ΔW = scale · P diag(λ) Q: in its output, or as a matrix.
 
-For a large input of a linear layer, the sum in the output has a fused form, `tunerkit.layers.fused`, and in compiled
-models on a CPU `tunerkit.layers.compiled`. They do without three tensors as large as an activation: the delta, the sum,
-and the input's gradient through the adapter, which is then added to the gradient through the base layer.
+Large inputs of linear layers use a fused form: `tunerkit.layers.fused`, or in compiled models on a CPU
+`tunerkit.layers.compiled`. The fused forms avoid three tensors of the size of an activation: the delta, the sum, and
+the input's gradient through the adapter.
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ from tunerkit.layers.products import autocast_off, fold, product_dtype
 from tunerkit.layers.weights import code_owner, is_listed
 from tunerkit.records import Factors
 
-# Numbers of an input from which the fused form takes less time than the plain one (docs/evidence/speed.md).
+# The number of input elements from which the fused form is faster than the plain form (docs/evidence/speed.md).
 LEAST_NUMBERS = 1 << 17
-# Not measured: up to about this size, a GPU is done with a layer's products before the host has called the next ones,
-# and the fused form takes more of the host's time.
+# Not measured: up to about this size, a GPU finishes a layer's products before the host launches the next ones, and the
+# fused form takes more host time.
 LEAST_ON_A_GPU = 1 << 20
 
 
@@ -79,23 +79,23 @@ def add_low_rank(
     delta = base.project_out(h, p)  # P Q x
     if not (traced or y.is_nested) and delta.shape != y.shape:  # torch would broadcast a single feature
         raise AdapterError(
-            f"the low-rank product has the shape {(*delta.shape,)}, and the output of the {type(base.module).__name__} "
-            f"{(*y.shape,)}; pass the input and the output of the layer, and P as ({base.out_features}, r)"
+            f"the low-rank product has shape {(*delta.shape,)}, but the output of the {type(base.module).__name__} has "
+            f"shape {(*y.shape,)}; pass the input and the output of the layer, and P as ({base.out_features}, r)"
         )
     return torch.add(y, delta.to(y.device, y.dtype), alpha=scale)
 
 
 def mark(base: BaseLayer, x: object, y: Any, *, traced: bool) -> bool:
-    """Mark ``y`` as the output of ``base`` for ``x``, which `add_low_rank` may overwrite; whether it was marked.
+    """Mark ``y``, the output of ``base`` for ``x``, as writable by `add_low_rank`; return whether it was marked.
 
-    Only the large output of a linear layer is marked, if nothing else changes or keeps it. The mark is on this object
-    alone: a tensor that an adapter computes from it has none. In a traced graph, sizes are asked later.
+    Only the large output of a linear layer is marked, if nothing else changes or keeps it. Tensors that are computed
+    from ``y`` have no mark. In a traced graph, the size is checked later.
     """
     if not base.linear or type(x) is not Tensor:
         return False
     if not traced and x.numel() < (LEAST_NUMBERS if x.is_cpu else LEAST_ON_A_GPU):
         return False
-    # Where a graph was broken, dynamo may trace this by itself, for a forward that isn't traced.
+    # After a graph break, dynamo may trace this function alone, for a forward that is not traced.
     if torch.compiler.is_compiling() != traced or "forward" in vars(base.module) or torch_private.is_intercepted():
         return False
     is_known = base.forwards == () or is_listed(code_owner(base.module), base.forwards)
@@ -116,7 +116,7 @@ def unmark(y: Tensor, *, traced: bool) -> None:
 
 
 def add_delta(base: BaseLayer, x: Tensor, y: Tensor, delta: Tensor, *, dropout: float = 0.0) -> Tensor:
-    """Add ΔW x to a base layer's output, for a ΔW that is no product. Of a product, `add_low_rank` takes less.
+    """Add ΔW x to a base layer's output, for a dense ΔW. For a low-rank product, `add_low_rank` is cheaper.
 
     Args:
         base: The base layer.
@@ -181,7 +181,7 @@ def low_rank_factors(q: Tensor, p: Tensor, *, scale: float, lam: Tensor | None =
 
 
 def misfit(base: BaseLayer, product: Factors) -> tuple[str, str] | None:
-    """Return the shapes of a product and those that ``base`` needs, for a message; None if they fit."""
+    """Return a product's shapes and the shapes that ``base`` needs, for a message; None if they fit."""
     q, p, rank = tuple(product.q.shape), tuple(product.p.shape), product.q.shape[:1]
     if (q, p) == ((*rank, base.in_features), (base.out_features, *rank)):
         return None

@@ -1,4 +1,4 @@
-"""Norms as base layers, whose weight is a vector: for methods that adapt outputs, and no others."""
+"""Norms as base layers with a vector as weight, for methods that adapt outputs only."""
 
 from typing import NoReturn, final
 
@@ -19,10 +19,10 @@ from tunerkit.paths import CHILD
 class NormLayer(BaseLayer):
     """A norm over the last dimension: its output is w ⊙ n(x) + b. W is w as a column, (out, 1).
 
-    The law of `BaseLayer` reads here: output with w + Δ == output + Δ ⊙ `normalised` (x), for any Δ (out,).
+    Here the law of `BaseLayer` is: output with w + Δ == output + Δ ⊙ `normalised` (x), for any Δ (out,).
 
     Attributes:
-        offset: 1 where the module multiplies by 1 + its weight, as Gemma's norms do, so that w is that sum; else 0.
+        offset: w minus the module's weight: 1 in Gemma's norms, which multiply by 1 + their weight; else 0.
     """
 
     offset: float = attrs.field(init=False)
@@ -30,12 +30,12 @@ class NormLayer(BaseLayer):
     @offset.default
     def _offset(self) -> float:
         found = _offset_of(self.module)
-        assert found is not None, "matches says so"
+        assert found is not None, "matches has checked it"
         return found
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Check the law itself, on random numbers: libraries have hundreds of such classes, each under its own name."""
+        """Check the law itself, on random numbers, since libraries have hundreds of norm classes."""
         return _offset_of(module) is not None
 
     @property
@@ -47,7 +47,7 @@ class NormLayer(BaseLayer):
         return whole_shape(self.tensor("weight"))[0]
 
     def normalised(self, x: Tensor) -> Tensor:
-        """Compute n(x), without weight and bias, by the module's own forward.
+        """Compute n(x), without weight and bias, with the module's own forward.
 
         Args:
             x: The norm's input, (..., out).
@@ -58,10 +58,10 @@ class NormLayer(BaseLayer):
         return _run(self.module, x, x.new_full(x.shape[-1:], 1 - self.offset), x.new_zeros(x.shape[-1:])).to(x.dtype)
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> NoReturn:
-        """Raise `AdapterError`: a vector mixes no features, so no product with x can be added."""
+        """Raise `AdapterError`: no low-rank product can be added to a vector."""
         raise AdapterError(
-            f"the weight of a {type(self.module).__name__} is a vector, with which no low-rank product can be added; "
-            "add base.normalised(x) times a vector, or exclude it from the targets"
+            f"the weight of a {type(self.module).__name__} is a vector, to which no low-rank product can be added; add "
+            "base.normalised(x) times a vector, or exclude the module from the targets"
         )
 
     def project_out(self, h: Tensor, p: Tensor) -> NoReturn:
@@ -77,12 +77,12 @@ class NormLayer(BaseLayer):
 
 
 def as_output(module: nn.Module) -> BaseLayer:
-    """A module of no other kind, for a method that adapts outputs: a norm with its weight, or only an output."""
+    """Return the base layer of a module that no other kind matches: `NormLayer` for a norm, else `OutputLayer`."""
     return NormLayer(module) if NormLayer.matches(module) else OutputLayer(module)
 
 
 def _offset_of(module: nn.Module) -> float | None:
-    """The number that a norm adds to its weight before it multiplies; None if the module is no such norm."""
+    """Return `NormLayer.offset` of a module; None if it is not such a norm."""
     own, children = torch_private.parameters_of(module), torch_private.own_children(module)
     weight, more = own.get("weight"), [*module.buffers(recurse=False), *(children.keys() - {CHILD})]
     if weight is None or more or not own.keys() <= {"weight", "bias"} or forward_owner(module) is object:
@@ -90,7 +90,7 @@ def _offset_of(module: nn.Module) -> float | None:
     shape = whole_shape(weight)
     if len(shape) != 1 or not weight.is_floating_point():
         return None
-    generator = torch.Generator().manual_seed(0)  # the user's random state stays
+    generator = torch.Generator().manual_seed(0)  # leaves the user's random state unchanged
     x, w, b = (torch.randn(*size, *shape, generator=generator, dtype=torch.float64) for size in ((2, 1), (), ()))
     b = b if "bias" in own else torch.zeros_like(b)
     try:
@@ -100,13 +100,13 @@ def _offset_of(module: nn.Module) -> float | None:
                 expected = (w + offset) * _run(module, x, torch.full_like(w, 1 - offset), torch.zeros_like(b)) + b
                 if found.shape == x.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
                     return offset
-    except Exception:  # a forward that wants more than x, or another shape of it: no norm of this kind
+    except Exception:  # a forward with other arguments or another input shape: not such a norm
         pass
     return None
 
 
 def _run(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The forward of the module's class with other parameters, on a stand-in: other threads may run the module."""
+    """Call the class's forward with other parameters, on a stand-in, since other threads may run the module."""
     cls = type(module)
     stand_in = object.__new__(cls)
     vars(stand_in).update(vars(module), _parameters={}, weight=weight, bias=bias)

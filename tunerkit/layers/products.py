@@ -1,7 +1,7 @@
-"""Products of activations: their dtype, and the library that takes the least time on this processor.
+"""Products of activations: their dtype, and the fastest library for them on this processor.
 
-BLAS computes them, with a thin factor on the side where it takes less time. Only on AMD's processors with AVX-512, fp32
-products go to oneDNN, through the operation that torch's own compiler uses. The sums are the same, up to their order.
+BLAS computes them, with a thin factor on the faster side. On AMD's processors with AVX-512, fp32 products use oneDNN,
+through the operation of torch's own compiler. The results differ only by the order of summation.
 docs/evidence/speed.md has the measurements.
 """
 
@@ -17,16 +17,16 @@ from torch import Tensor
 
 from tunerkit.layers import torch_private
 
-# Numbers of an activation from which the choice saves time. With thin factors on the left, the last bits of a smaller
-# product depend on how many rows there are and where they lie in memory: a training of several processes would differ
-# more from one of one.
+# The number of elements of an activation from which the choice saves time. In smaller products with thin factors on the
+# left, the last bits depend on the number of rows and on memory alignment, so a training in several processes would
+# differ more from one in a single process.
 LEAST_NUMBERS = 1 << 16
 CPUINFO = Path("/proc/cpuinfo")  # of Linux
 _AMD = "AuthenticAMD"
 
 
 def product_dtype(x: Tensor, q: Tensor) -> torch.dtype:
-    """The dtype of the plain form's products: autocast's, which does not apply to float64, or else Q's."""
+    """Return the dtype of the plain form's products: autocast's if it is on, except for float64; else Q's."""
     if autocasts(q.device) and torch.float64 not in (x.dtype, q.dtype):
         return torch.get_autocast_dtype(q.device.type)
     return q.dtype
@@ -38,7 +38,7 @@ def autocasts(device: torch.device) -> bool:
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[object]:
-    """A block without autocast: products keep the dtype of their factors."""
+    """Return a context manager without autocast, in which products keep the dtype of their factors."""
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
@@ -72,7 +72,7 @@ def affine(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 def gradient(h: Tensor, g: Tensor, of: Tensor, scale: float) -> Tensor:
     """Compute scale · Hᵀ G, the gradient of a factor ``of`` (r, m), for ``h`` (n, r) and an activation ``g`` (n, m).
 
-    It may have the strides of ``of``, whose values are not read.
+    The result may have the strides of ``of``, whose values are not read.
     """
     product = _onednn(g)
     if product is not None:
@@ -90,26 +90,26 @@ def gradient(h: Tensor, g: Tensor, of: Tensor, scale: float) -> Tensor:
 
 
 def is_thin(rank: int, factor: Tensor) -> bool:
-    """Whether BLAS multiplies with a ``factor`` faster where its ``rank`` is on the left, as rows of the result.
+    """Whether BLAS is faster with ``factor`` on the left, so that the result has ``rank`` rows.
 
-    On a CPU it does, until ``rank`` values fill a vector register of 64 bytes. On a GPU, nothing is known.
+    True on a CPU, until ``rank`` values fill a vector register of 64 bytes. Not measured on GPUs.
     """
     return factor.device.type == "cpu" and rank * factor.element_size() < 64
 
 
 def _parts(activation: Tensor, rank: int) -> int:
-    """In how many products of as many rows one with a thin factor on the left is computed: one for each thread.
+    """Return the number of equal row blocks for a product with a thin factor on the left; 0 to put it on the right.
 
-    BLAS hardly divides such a product. 0 means that the factor is to stand on the right: with more than two threads,
-    where the rows are no multiple of them, or so few that adding the parts of a gradient costs what is saved. oneDNN
-    divides products of narrow dtypes itself.
+    There is one block per thread, since BLAS hardly parallelizes such a product; oneDNN parallelizes narrow dtypes
+    itself. The result is 0 for more than two threads, if they do not divide the rows, or if there are so few rows that
+    summing the blocks of a gradient costs as much as they save.
     """
     threads = torch.get_num_threads() if activation.dtype.itemsize >= 4 else 1
     return threads if len(activation) % threads == 0 and len(activation) >= 4 * rank * threads else int(threads <= 2)
 
 
 def _onednn(activation: Tensor) -> Any:
-    """OneDNN's product, if one with ``activation`` is to go there; autograd cannot differentiate it."""
+    """Return oneDNN's product if it is faster for ``activation``, else None; autograd cannot differentiate it."""
     if activation.numel() < LEAST_NUMBERS or activation.dtype is not torch.float32 or activation.device.type != "cpu":
         return None
     if torch.is_grad_enabled() or not (prefers_onednn() and activation.is_contiguous()):
@@ -119,18 +119,18 @@ def _onednn(activation: Tensor) -> Any:
 
 @functools.cache
 def prefers_onednn() -> bool:
-    """Whether fp32 products take less time in oneDNN: the BLAS is MKL, which doesn't use the AVX-512 that is there.
+    """Whether fp32 products are faster in oneDNN: the BLAS is MKL, which does not use AVX-512 on AMD's processors.
 
-    MKL uses it on Intel's processors. For torch, ATEN_CPU_CAPABILITY may deny it.
+    ATEN_CPU_CAPABILITY can disable AVX-512 for torch.
     """
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return has_avx512 and torch.backends.mkl.is_available() and is_amd()
 
 
 def is_amd() -> bool:
-    """Whether the processor is one of AMD's, as the system says."""
+    """Whether the system reports an AMD processor."""
     try:
         with CPUINFO.open(encoding="utf-8") as file:  # the first core's part is enough
             return _AMD in file.read(4096)
-    except OSError:  # Windows has none; Linux would start a process to answer the next question
+    except OSError:  # Windows; on Linux, `platform.processor` would start a process
         return _AMD in platform.processor()

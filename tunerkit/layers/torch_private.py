@@ -25,12 +25,12 @@ H = TypeVar("H", bound=nn.Module)
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The parameters of ``module`` itself, as the live dict; an attribute of the same name does not hide them."""
+    """The module's own parameters, as the live dict, even where an attribute of the same name hides one."""
     return module._parameters
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that ``module`` itself has, also if it overrides how it lists them."""
+    """The module's own parameters by name, even if it overrides `named_parameters`."""
     return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
 
 
@@ -40,9 +40,9 @@ def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
 
 
 def modules_outside(model: nn.Module, hidden: type[H]) -> list[tuple[str, nn.Module, H | None]]:
-    """The modules of ``model`` with their paths, each once and in its order; beside each its child of a class.
+    """Return (path, module, child of class ``hidden``) in the order of ``model``, each module once.
 
-    Modules of that class are left out, with what is inside them.
+    Modules of that class are left out, with all modules inside them.
     """
     found: dict[int, tuple[str, nn.Module, H | None]] = {}
     waiting = [("", model)]
@@ -65,7 +65,7 @@ def compiled_from(module: nn.Module) -> nn.Module | None:
     return module._modules.get("_orig_mod")
 
 
-# --- Tensors made of other tensors, as libraries that quantise build them ---------------------------------------------
+# --- Tensors made of other tensors, as quantization libraries build them ----------------------------------------------
 
 
 def is_packed(weight: object) -> bool:
@@ -74,12 +74,12 @@ def is_packed(weight: object) -> bool:
     if kind in (nn.Parameter, Tensor):
         return False
     names = (f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__)
-    # torch.compile takes a DTensor apart too, whose values are numbers all the same.
+    # A DTensor can be flattened too, but its values are plain numbers.
     return hasattr(kind, "__tensor_flatten__") and "torch.distributed.tensor.DTensor" not in names
 
 
 def numbers_of(tensor: Tensor) -> list[Tensor]:
-    """The tensors that a packed weight is made of, down to plain ones; a plain tensor alone."""
+    """Return the plain tensors of which a packed weight is made; for a plain tensor, a list of itself."""
     if not is_packed(tensor):
         return [tensor]
     names, _ = cast(Any, tensor).__tensor_flatten__()
@@ -122,7 +122,7 @@ def mute_hooks_(module: nn.Module) -> None:
     """Change the hooks of ``module``, a copy, so that a forward hook of the original can call it.
 
     The original's hooks run already, so forward hooks are removed. Pre-hooks stay, since some compute a weight from
-    other parameters; their results, which the arguments have passed through already, are ignored.
+    other parameters. Their results are ignored: the original's pre-hooks have changed the arguments already.
     """
     for key in list(module._forward_hooks):
         for table in (module._forward_hooks_with_kwargs, module._forward_hooks_always_called, module._forward_hooks):
@@ -152,7 +152,7 @@ def called_in(frame: FrameType) -> Iterator[nn.Module]:
     """Yield the modules whose calls run in a stack, the innermost first."""
     call: Any = nn.Module._wrapped_call_impl  # a library may have replaced `__call__`
     for each, _ in traceback.walk_stack(frame):
-        # The frame of another thread that is done by now has no variables any more.
+        # A frame of another thread that has finished has no variables any more.
         if each.f_code is call.__code__ and (module := each.f_locals.get("self")) is not None:
             yield module
 
@@ -183,7 +183,7 @@ def is_batched(norm: nn.Module, y: Tensor) -> bool:
 
 
 def runs_convolution_of(module: Any, kind: Any) -> bool:
-    """Whether ``module`` convolves with the method of ``kind``; both are convolutions."""
+    """Whether the convolution ``module`` uses the ``_conv_forward`` of class ``kind``."""
     return type(module)._conv_forward is kind._conv_forward and "_conv_forward" not in vars(module)
 
 
@@ -201,7 +201,7 @@ def version(tensor: Tensor) -> int | None:
 
 
 def versions(module: nn.Module) -> dict[str, tuple[int, int | None]]:
-    """Which tensors ``module`` has, by name, and how often each was changed in place."""
+    """Return (id, version counter) of the module's tensors by name, to detect replaced and changed tensors."""
     own = {**dict(module.named_buffers()), **dict(module.named_parameters())}
     return {name: (id(t), None if t.is_inference() else t._version) for name, t in own.items()}
 
@@ -227,7 +227,7 @@ def is_observed() -> bool:
 
 
 def is_transformed_or_exported() -> bool:
-    """Whether a transform of ``torch.func`` or an export is active. Dynamo can trace the question, in torch 2.9 too."""
+    """Whether a transform of ``torch.func`` or an export is active. Dynamo can trace this, in torch 2.9 too."""
     return torch.compiler._is_exporting_flag or torch._C._are_functorch_transforms_active()
 
 
@@ -244,9 +244,9 @@ def _python_dispatch() -> Any:
 
 
 def onednn_product() -> Any:
-    """OneDNN as an operation that computes X Wᵀ; None if it is off.
+    """Return the operation that computes X Wᵀ with oneDNN; None if oneDNN is off.
 
-    Also None inside a dispatch mode, such as one that counts operations: it would not know this one.
+    Also None inside a dispatch mode, such as a counter of operations, which would not know the operation.
     """
     if not cast(bool, torch.backends.mkldnn.enabled) or torch._C._len_torch_dispatch_stack():
         return None
@@ -264,8 +264,8 @@ _STATE_DICT = "torch.distributed.checkpoint.state_dict"
 def in_distributed_checkpoint() -> bool:
     """Whether functions of ``torch.distributed.checkpoint.state_dict`` are running, such as `get_state_dict`.
 
-    If an optimizer has no state, they first set all gradients and learning rates to 0 and call ``step``. Nothing marks
-    that step, and an ordinary one may have a rate and gradients of 0 too, so the callers are looked at.
+    If an optimizer has no state, they first set all gradients and learning rates to 0 and call ``step``. An ordinary
+    step may have zeros too, so the call stack is searched.
     """
     frame = inspect.currentframe() if _STATE_DICT in sys.modules else None
     while frame is not None:
@@ -289,7 +289,7 @@ _DYNAMO = "torch._dynamo"
 
 
 def uncompiled(function: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-    """``function`` as code that dynamo does not trace, since it cannot trace the hook calls in it."""
+    """Return ``function`` such that dynamo does not trace it, since it cannot trace the hook calls in it."""
     # Loading dynamo takes seconds. Where it is not loaded, nothing is compiled.
     return torch.compiler.disable(function) if _DYNAMO in sys.modules else function
 

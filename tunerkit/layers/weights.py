@@ -1,7 +1,7 @@
-"""The weights and forwards of modules, also where a library holds or wraps them: see `tunerkit.plugin.Holding`.
+"""The weights and forwards of modules, even if a library offloads, shards or wraps them (`tunerkit.plugin.Holding`).
 
-Plugins are asked about weights only where one is empty or on the meta device, so ordinary forwards cost nothing and can
-be compiled.
+Plugins are called only for a weight that is empty or on the meta device, so ordinary forwards cost nothing and can be
+compiled.
 """
 
 import copy
@@ -32,13 +32,13 @@ plugins = _Plugins()
 
 
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
-    """The weight as the module's forward uses it: the parameter itself, or its values, detached, if it is elsewhere.
+    """Return a module's weight: the parameter itself, or its detached values if it is offloaded or partitioned.
 
-    Between two forwards, an offloaded parameter is on the meta device. Products with it give uninitialized memory. One
-    that is divided among processes may be empty then, and is gathered: all processes ask for it together.
+    Between two forwards, an offloaded parameter is on the meta device, where products give uninitialized memory. A
+    partitioned parameter may be empty, and is gathered: all processes must call this together.
 
     Raises:
-        AdapterError: It is on the meta device, and what put it there does not load it.
+        AdapterError: The weight is on the meta device, and no plugin can load it.
     """
     weight: Tensor = getattr(module, name)
     if not weight.is_meta and (weight.numel() or torch.compiler.is_compiling()):
@@ -52,8 +52,8 @@ def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
             return each.load(module, name)
     if weight.is_meta and "forward" in vars(module):  # else the module itself computes on the meta device
         raise AdapterError(
-            f"an adapter reads the {name} of a {type(module).__name__} that is on the meta device, and nothing that is "
-            "installed loads it; load the model without offloading this module"
+            f"an adapter reads the {name} of a {type(module).__name__} that is on the meta device, and no installed "
+            "plugin can load it; load the model without offloading this module"
         )
     return weight
 
@@ -66,7 +66,7 @@ def offloading(module: nn.Module) -> Holding | None:
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """The device on which the module runs, to which its weights may be loaded first; None if it is unknown."""
+    """The device on which the module runs, even if its weights are offloaded; None if it is unknown."""
     own = _own(module)
     if not own or any(tensor.is_meta for tensor in own):
         for each in plugins.holdings():
@@ -80,7 +80,7 @@ def _own(module: nn.Module) -> list[Tensor]:
 
 
 def identity(module: nn.Module, name: str, tensor: Tensor) -> int:
-    """A number that tied parameters share, also where offloading gave each of two modules its own object."""
+    """Return a number that is equal for tied parameters, even if offloading replaced them by separate objects."""
     for each in plugins.holdings() if tensor.is_meta else ():
         if (found := each.identity(module, name, tensor)) is not None:
             return found
@@ -88,9 +88,9 @@ def identity(module: nn.Module, name: str, tensor: Tensor) -> int:
 
 
 def duplicate(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
-    """A deep copy whose weights stay on the device that the module runs on, even if its own are offloaded.
+    """Return a deep copy of a module, with loaded weights even if the module's own are offloaded.
 
-    ``replaced`` maps the id of a submodule to the module that takes its place in the copy.
+    ``replaced`` maps the id of a submodule to its replacement in the copy.
     """
     for each in plugins.holdings():
         if (twin := each.duplicate(module, replaced)) is not None:
@@ -107,51 +107,51 @@ def lender(module: nn.Module) -> Holding | None:
 
 
 def sharding(tensors: Iterable[Tensor]) -> Holding | None:
-    """The library that shards one of the tensors, also while it is gathered; None if all are whole."""
+    """The library that shards one of the tensors, even while it is gathered; None if none is sharded."""
     holdings = plugins.holdings()
     return next((each for tensor in tensors for each in holdings if each.shards(tensor)), None)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a part of a tensor, also while it is gathered."""
+    """Whether a tensor is sharded, even while it is gathered."""
     return sharding([tensor]) is not None
 
 
 def emptied(tensors: Iterable[Tensor]) -> Holding | None:
-    """The library that shards one of the tensors and has left it empty; None if all have values."""
+    """The library that has partitioned one of the tensors and left it empty; None if none is empty."""
     empty = [tensor for tensor in tensors if not tensor.numel()]
     return sharding(empty) if empty else None
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
-    """The shape of the whole tensor, which may be empty between its uses."""
+    """The full shape of a tensor, even if it is partitioned and empty now."""
     holding = None if tensor.numel() else sharding([tensor])
     return tensor.shape if holding is None else torch.Size(holding.shape(tensor))
 
 
 def part_of(tensor: Tensor) -> Tensor | None:
-    """The shard of a tensor in this process, as a view of its memory; None if it is whole."""
+    """This process's shard of a tensor, as a view of its memory; None if the tensor is not sharded."""
     holding = sharding([tensor])
     return None if holding is None else holding.part(tensor)
 
 
 def gathered(module: nn.Module) -> AbstractContextManager[Callable[[str, Tensor], Tensor]]:
-    """Inside the block, the parameters of the module and below it are whole. See `Holding`."""
+    """Return a context manager in which all parameters of a module and its children are gathered: see `Holding`."""
     holding = sharding(module.parameters())
     return nullcontext(lambda name, tensor: tensor) if holding is None else holding.gathered(module)
 
 
 def reshard_(model: nn.Module) -> None:
-    """Shard again the weights of ``model`` that a forward has left whole."""
+    """Shard the weights again that a forward of ``model`` has left gathered."""
     for each in plugins.holdings():
         each.reshard_(model)
 
 
 @contextmanager
 def new_modules_whole() -> Iterator[None]:
-    """Inside the block, new modules are whole, and on the CPU, whatever library or default device would have them."""
+    """Inside the block, new modules are on the CPU and not partitioned, whatever the library or default device."""
     with ExitStack() as entered:
-        if torch.get_default_device().type != "cpu":  # else it would only cost time, in every call of torch
+        if torch.get_default_device().type != "cpu":  # a device context slows every call of torch
             entered.enter_context(torch.device("cpu"))
         for each in plugins.holdings():
             entered.enter_context(each.outside())
@@ -162,9 +162,9 @@ def new_modules_whole() -> Iterator[None]:
 
 
 def forward_owner(module: nn.Module) -> type:
-    """The class that defines the forward of ``module``; ``object`` if the instance has one that may differ."""
+    """The class that defines the forward of ``module``; ``object`` if the instance overrides it."""
     if (own := vars(module).get("forward")) is not None:
-        for each in plugins.holdings():  # a library's forward may only load weights around the one inside
+        for each in plugins.holdings():  # a library's wrapper may only load weights around the inner forward
             if (inside := each.forward(module)) is not None:
                 own = inside
         # Removing a library's hooks may leave the class's forward on the instance, as a bound method.
@@ -183,7 +183,7 @@ def forward_name(module: nn.Module) -> str:
 
 
 def code_owner(module: nn.Module) -> str:
-    """The qualified name of the class in whose body the code of the forward stands, also if the class got it later."""
+    """The qualified name of the class whose body contains the forward's code, even if another class reuses it."""
     forward = type(module).forward
     if not isinstance(forward, FunctionType):
         return ""
@@ -191,7 +191,7 @@ def code_owner(module: nn.Module) -> str:
 
 
 def is_named(kind: type, name: str) -> bool:
-    """Whether ``kind`` is the class with this qualified name, or one in the package ``name.``, or derives from one."""
+    """Whether ``kind`` or a base class has this qualified name, or is in this package if ``name`` ends with a dot."""
     own = [f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__]
     return name in own or (name.endswith(".") and any(each.startswith(name) for each in own))
 

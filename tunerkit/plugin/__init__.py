@@ -1,8 +1,8 @@
-"""What authors of plugins import: the marker of hooks, records, base classes, and functions on adapters and patterns.
+"""The public names for plugin authors: the hook marker, records, base classes, functions on adapters and patterns.
 
-A plugin needs `tunerkit`, `tunerkit.errors` and this package. One for engines also needs `tunerkit.plugin.engines`, one
-for trainers `tunerkit.plugin.trainers`. The names here are imported at their first use, as those of `tunerkit` are: a
-module with commands must not import torch for the marker alone.
+A plugin imports `tunerkit`, `tunerkit.errors` and this package; a plugin for engines also `tunerkit.plugin.engines`,
+and a plugin for trainers `tunerkit.plugin.trainers`. Each name is imported at its first use, as in `tunerkit`, so that
+a module with commands does not import torch for the hook marker alone.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What an engine's plugin imports beside `tunerkit.plugin`: the modules of adapters, and how to recognise a class.
+"""More names for a plugin with an engine, beside `tunerkit.plugin`: the modules of adapters, and checks of modules.
 
 An engine derives from `tunerkit.plugin.Engine`, and the hook `tunerkit_engine` returns it.
 """

@@ -1,9 +1,9 @@
-"""What a trainer's plugin imports beside `tunerkit.plugin`, in the order of `__all__`.
+"""More names for a plugin with a trainer, beside `tunerkit.plugin`, in the order of `__all__`.
 
 - Drive adapters: `engine_for` and `drive` connect them to the optimizer that the trainer builds, `detach` undoes it.
 - Checkpoints: `save_tuner` and `restore_` write and read an adapter, `folder_of` names its folder.
 - Files in the formats of other programs.
-- The adapters in a model: `walk` yields the adapted modules, `slots_in` what one adapter added.
+- The adapters in a model: `walk` yields the adapted modules, `slots_in` the modules of one adapter.
 - Losses that use an output head's weight directly: `adapted_tensors` computes the adapted weight.
 - The library's own layers, and texts for messages.
 

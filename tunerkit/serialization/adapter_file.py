@@ -1,4 +1,4 @@
-"""Save an adapter to one safetensors file, and load it: loading repeats the steps of `wrap` with the file's choices."""
+"""Save an adapter to one safetensors file, and load it by repeating the steps of `wrap` with the file's settings."""
 
 import functools
 import hashlib
@@ -34,15 +34,15 @@ from tunerkit.serialization.safetensors_file import file_at
 from tunerkit.serialization.tensor_checks import fill, limit_for, refuse_nonfinite
 from tunerkit.targets import Scan
 
-_RANKS = "ranks"  # the entry with the live ranks, from which `tunerkit show` tells them without the plugin
-_CALIBRATION = "calibration"  # the entry of the header's ``values`` with the data that set the adapter's start
+# Entries of the header's ``values``: live ranks, so that `tunerkit show` needs no plugin; amount of calibration data.
+_RANKS, _CALIBRATION = "ranks", "calibration"
 _REBUILD = (
     "wrap first, then build the optimizer from the parameters with requires_grad. tunerkit.attach(model, optimizer) "
     "finds this before training"
 )
 _DIVERGED = (
     "Nothing was written, and an older file is unchanged. The training has diverged: lower the learning rate, check "
-    "the loss, and start again from a file saved earlier. To write the weights all the same and examine them, call "
+    "the loss, and restart from an earlier file. To write these weights anyway and inspect them, call "
     "tunerkit.save(..., allow_nonfinite=True)"
 )
 M = TypeVar("M", bound=nn.Module)
@@ -53,8 +53,8 @@ def save(
 ) -> Path:
     """Write one adapter to a file.
 
-    An older file of the adapter is replaced atomically, and the new one keeps its mode. A warning says if the adapter
-    was never trained, or if the base was trained too or resized, which the file does not hold.
+    An older file of the adapter is replaced atomically, and the new one keeps its mode. A warning is given if the
+    adapter was never trained, or if the base was trained or resized: the file does not contain the base.
 
     Args:
         model: The wrapped model.
@@ -67,11 +67,11 @@ def save(
         The file's path.
 
     Raises:
-        AdapterError: The method needs steps and the adapter was trained for none; its weights contain NaN or inf, or
-            are offloaded, or are held in shards by FSDP or ZeRO-3; or adapted modules were replaced or resized after
-            wrapping, so that no base model would fit the file. An older file is unchanged then.
-        FileError: The file cannot be written, or there is a safetensors file that tunerkit did not write. An older file
-            is unchanged then.
+        AdapterError: The method needs steps and the adapter was trained for none; its weights contain NaN or inf, are
+            offloaded, or are sharded by FSDP or ZeRO-3 and not attached; or adapted modules were replaced or resized
+            after wrapping, so that no base model would fit the file. An older file is unchanged.
+        FileError: The file cannot be written, or the path is a safetensors file of another program. An older file is
+            unchanged.
     """
     tuner, place = injection.tuner(model, adapter), file_at(path, "adapter")
     steps.report_undriven(tuner, saving=True)
@@ -81,11 +81,11 @@ def save(
 
 
 def write_trained(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
-    """Call ``write`` in one process, after the checks of an adapter at the end of its training; return its path."""
+    """Run an adapter's end-of-training checks, then call ``write`` in one process; return the path."""
     if injection.needs_steps(tuner) and _is_fresh(tuner):
         raise AdapterError(
-            f"adapter {tuner.name!r} was trained with no step: method {tuner.method!r} needs to see each step of the "
-            "optimizer. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
+            f"adapter {tuner.name!r} was trained for 0 steps: method {tuner.method!r} has to see every optimizer step. "
+            "Call tunerkit.attach(model, optimizer, total_steps=...) before training"
         )
     _refuse_unsavable(tuner)
     warn_of_unspent_schedule(tuner)
@@ -96,7 +96,7 @@ def write_trained(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
 
 
 def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Path:
-    """Write one adapter as it is now, at any point of its schedule. Checkpoints use this."""
+    """Write an adapter at any point of its schedule, for a checkpoint."""
     _refuse_unsavable(tuner)
     place = file_at(path, "adapter")
     with tuner.whole():
@@ -104,10 +104,10 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: b
 
 
 def written_once(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
-    """Call ``write`` in one of the processes that train an adapter together; return the path in all of them."""
+    """Call ``write`` in one process of the training group; return the path in every process."""
     engine, content = injection.engine_of(tuner), ""
     if engine.is_shared:
-        # The same in all processes, and another after each step or allocation. Weights may differ in their last bits.
+        # Equal in all processes, and changed by each step or allocation; weights may differ in their last bits.
         state = [tuner.name, tuner.steps, len(tuner.history), tuner.ranks()]
         content = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     return engine.write_once(place, content, write)
@@ -118,12 +118,12 @@ def _write(tuner: Tuner, place: Path, allow_nonfinite: bool) -> Path:
     values = {**described(tuner), _RANKS: tuner.ranks()}
     if tuner.progress.calibration is not None:
         values[_CALIBRATION] = tuner.progress.calibration
-    base = tuner.progress.fingerprint or fingerprint(tuner)  # the one from before a permanent merge
+    base = tuner.progress.fingerprint or fingerprint(tuner)  # the former is from before a permanent merge
     return write_own(tuner, place, header_of(tuner, content="adapter", base=base, values=values), tensors)
 
 
 def header_of(tuner: Tuner, *, content: str, **fields: Any) -> Header:
-    """Return the header for a file of ``tuner``; ``content`` is its kind, and only some kinds have the other fields."""
+    """Return the header of a file; ``content`` is "adapter" or "state", ``fields`` are fields of that kind only."""
     owner = hooks.registry.owner_of(tuner.method)
     paths = tuple(target.path for target in tuner.targets)
     rest: dict[str, Any] = {"base": {}, "values": {}, "history": (), **fields}
@@ -142,7 +142,7 @@ def header_of(tuner: Tuner, *, content: str, **fields: Any) -> Header:
 
 
 def write_own(tuner: Tuner, place: Path, header: Header, tensors: Mapping[str, Tensor]) -> Path:
-    """Write an adapter or its training state. Warn if the file was the only such one of another adapter here."""
+    """Write an adapter or its training state; warn if this overwrites another adapter's only file of that kind."""
     write(place, header, tensors)
     file, content, own = os.path.realpath(place), header.kind, tuner.progress.files
     for other in injection.tuners_of(tuner.model).values():
@@ -150,8 +150,8 @@ def write_own(tuner: Tuner, place: Path, header: Header, tensors: Mapping[str, T
         if file not in own and [name for name, kind in held.items() if kind == content] == [file]:
             what = "" if content == "adapter" else "the training state of "
             warn(
-                f"{file} held {what}adapter {other.name!r} of this model, and holds {what}{tuner.name!r} now. If you "
-                f"want both, save {other.name!r} again, into a folder or under a file name of its own"
+                f"{what}adapter {tuner.name!r} has overwritten {what}adapter {other.name!r} in {file}. To keep both, "
+                f"save {other.name!r} again to another folder or file"
             )
         if other is not tuner:
             held.pop(file, None)
@@ -163,7 +163,7 @@ def write_own(tuner: Tuner, place: Path, header: Header, tensors: Mapping[str, T
 
 
 def tensors_of(tuner: Tuner, *, allow_nonfinite: bool = False) -> dict[str, Tensor]:
-    """All tensors of an adapter, by ``<path of the module>.<name in the slot>``, where they have finite values."""
+    """Return tensors by ``<module path>.<name in the slot>``; `AdapterError` if any is not finite or offloaded."""
     tensors = {join(path, name): tensor for path, slot in slots_in(tuner) for name, tensor in slot.state_dict().items()}
     away = [name for name, tensor in tensors.items() if tensor.is_meta]
     if away:
@@ -180,21 +180,21 @@ def tensors_of(tuner: Tuner, *, allow_nonfinite: bool = False) -> dict[str, Tens
 
 
 def _refuse_unsavable(tuner: Tuner) -> None:
-    """Raise `AdapterError` if no base would fit the file, or nothing here can gather the adapter's shards."""
+    """Raise `AdapterError` if adapted modules were replaced, or the adapter is sharded and cannot be gathered."""
     injection.refuse_restricted(injection.base_modules(tuner.model), "save")
     injection.refuse_lost([tuner])
     holder = None if injection.engine_of(tuner).splits else layers.weights.sharding(tuner.parameters())
     if holder is not None:
         shards = [name for name, parameter in tuner.named_parameters() if layers.is_sharded(parameter)]
         error = AdapterError(
-            f"each process holds a shard of adapter {tuner.name!r} ({few(shards, shown=2)}), and only an attached one "
-            "is gathered: call tunerkit.attach after sharding, in every process, and save in every process"
+            f"adapter {tuner.name!r} is sharded ({few(shards, shown=2)}), and its shards can be gathered only if it is "
+            "attached: call tunerkit.attach after sharding, in every process, and save in every process"
         )
         raise hooks.because_of(holder, hooks.specs.tunerkit_holdings, error)
 
 
 def warn_of_unspent_schedule(tuner: Tuner) -> None:
-    """Warn if the ranks are above their final budget: expected in a checkpoint, but not after training."""
+    """Warn if the budget is above its final value, which is normal in a checkpoint but not after training."""
     if tuner.steps == 0 or tuner.total_steps is None:
         return
     final = hooks.budget(tuner, tuner.total_steps)
@@ -206,7 +206,7 @@ def warn_of_unspent_schedule(tuner: Tuner) -> None:
 
 
 def _warn_of_untrained(tuner: Tuner) -> None:
-    """Warn of untrained parameters. A method that needs steps cannot miss them, and `attach` checks its own."""
+    """Warn of untrained parameters, unless the method needs steps: then saving 0 steps is an error already."""
     if tuner.progress.loaded or injection.needs_steps(tuner) or (tuner.steps == 0 and not _is_fresh(tuner)):
         return
     saved, has_idle_matrices = f"adapter {tuner.name!r} was saved", injection.is_untrained(tuner)
@@ -218,19 +218,19 @@ def _warn_of_untrained(tuner: Tuner) -> None:
     elif has_idle_matrices:
         after = f" after {tuner.steps} steps" if tuner.steps else ""
         warn(
-            f"{saved}{after}, and none of its matrices is trained: they add nothing to the model. Check that the "
-            "optimizer holds them, that they were not frozen by hand (requires_grad), that gradients are cleared after "
-            "the step and not before it, and that the learning rate is not 0"
+            f"{saved}{after}, but its matrices are untrained and add nothing to the model. Check that the optimizer "
+            "has these parameters, that requires_grad is True, that gradients are cleared after the step and not "
+            "before it, and that the learning rate is not 0"
         )
     elif tuner.steps == 0 and (kept := injection.untrained_copies(tuner)):
         warn(
-            f"{saved}, and what it trains in full is as it was: {few(kept, shown=3)}. A new head is random then. Most "
-            f"often the optimizer was built without it: {_REBUILD}"
+            f"{saved}, but modules trained in full have not changed: {few(kept, shown=3)}. If a head is new, it is "
+            f"still random. Most often the optimizer was built without these modules: {_REBUILD}"
         )
 
 
 def _is_fresh(tuner: Tuner) -> bool:
-    """Whether the adapter is as its method built it: no file, no step and no data changed it."""
+    """Whether the adapter is unchanged since its method built it: no file, no step and no calibration."""
     return not tuner.progress.loaded and tuner.steps == 0 and tuner.progress.calibration is None
 
 
@@ -251,31 +251,31 @@ def load(
     too, unless it comes after the adapter is complete.
 
     Adapters of other programs are loaded if a plugin knows their format: tunerkit-peft reads PEFT's folders, and
-    tunerkit-diffusers the files of diffusers and Kohya. One warning says what such an adapter lost on its way.
+    tunerkit-diffusers the files of diffusers and Kohya. One warning lists whatever the conversion loses.
 
     Args:
         base: The base model. It may already have other adapters.
         path: The file, or the folder that contains ``adapter.safetensors``; or an adapter in another format.
-        adapter: The name that the adapter gets: any text without "." or "/", up to 64 characters.
+        adapter: The adapter's name in this model: any text without "." or "/", up to 64 characters.
         trainable: Whether to train the adapter further. By default it is loaded for inference.
-        check_config: Whether to refuse a base with the same weights whose config says that it computes something else,
-            such as another `rms_norm_eps`, RoPE or number of heads.
+        check_config: Whether to reject a base that has the same weights but other settings that change its output,
+            such as `rms_norm_eps`, RoPE or the number of heads.
 
     Returns:
-        The same object, with the adapter active in addition to those that are.
+        The same object. The new adapter is active, and so are those that were active before.
 
     Raises:
         FileError: The file is missing or damaged, tunerkit did not write it, its tensors do not fit its header, or they
             contain NaN or inf.
         BaseMismatchError: The adapter was trained on a different base model, or its config differs.
-        TargetError: The weight of a target is tied to one without an adapter, or on the meta device; or ``trainable``
-            is set and a quantized layer passes no gradient on.
+        TargetError: A target's weight is tied to a module without an adapter, or is on the meta device; or
+            ``trainable`` is set and a quantized layer does not propagate gradients.
         AdapterError: The name is taken or invalid, or the model cannot take an adapter now: it is merged, disabled,
             inside DDP, FSDP or an engine of DeepSpeed, a PeftModel, or running in another thread.
         UnknownMethodError: No installed plugin provides the method.
         ConfigError: The method rejects the config in the file.
     """
-    # Torch trains no parameter that is made in inference mode.
+    # A parameter created in inference mode cannot be trained.
     with layers.weights.new_modules_whole(), torch.inference_mode(False):
         return _load(base, path, adapter, trainable=trainable, check_config=check_config)
 
@@ -283,10 +283,10 @@ def load(
 def open_unloaded(
     skeleton: M, path: str | os.PathLike[str], *, adapter: str = "default", format: Format | None = None
 ) -> M:
-    """Put a saved adapter into a model whose weights are on the meta device, to write it in another format.
+    """Load an adapter into a model whose weights are on the meta device, to write it in another format.
 
-    The adapter itself is on the CPU. Only names, shapes and settings of the base are compared. ``format`` reads it in
-    place of the format that the path holds.
+    The adapter itself is on the CPU. Only names, shapes and settings of the base are compared. ``format`` overrides
+    the format detected at ``path``.
     """
     return _load(skeleton, path, adapter, unloaded=True, format=format)
 
@@ -342,12 +342,14 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
     refuse_places(scanned, chosen, header.copies, source, adapts=adapts)
     if (owner := hooks.registry.owner_of(header.method).distribution) not in header.versions:
         others = few([*(header.versions.keys() - {"tunerkit", "torch"})], shown=2)
-        if others and hooks.IN_PROCESS not in (owner, others):  # what a notebook tries may be installed later
-            known = f"{source} was saved with method {header.method!r} of {others}; here it is {owner}'s"
-            warn(f"{known}, which may compute something else: install the former, and list it in TUNERKIT_PLUGINS")
+        if others and hooks.IN_PROCESS not in (owner, others):  # an in-process plugin may be a distribution later
+            warn(
+                f"{source} was saved with method {header.method!r} from {others}; the method here is from {owner} and "
+                f"may compute something else: install {others}, and list it in TUNERKIT_PLUGINS"
+            )
     calibration = None
     match header.values.get(_CALIBRATION):
-        case {"batches": int(batches), "rows": int(rows)}:  # nothing depends on it, so anything else is ignored
+        case {"batches": int(batches), "rows": int(rows)}:  # only shown to users, so other values are ignored
             calibration = {"batches": batches, "rows": rows}
     return Tuner(
         name=adapter,

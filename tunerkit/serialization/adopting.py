@@ -1,4 +1,4 @@
-"""Adopt an adapter of another program: find its places in the model, and make it one of an installed method."""
+"""Adopt an adapter of another program: find its modules in the model, and convert it to an installed method."""
 
 import os
 from collections.abc import Collection, Mapping
@@ -31,23 +31,23 @@ from tunerkit.serialization.fingerprint import refuse_places
 from tunerkit.serialization.tensor_checks import refuse_nonfinite
 from tunerkit.targets import Scan
 
-# Adapters of every method that adds products can become these.
+# The method to which every low-rank adapter can be converted.
 _COMMON = "lora"
 
 
 def adopt(
     format: Format, path: str | os.PathLike[str], scanned: Scan, adapter: str
 ) -> tuple[Tuner, dict[str, Tensor], Mapping[str, Adapter] | None]:
-    """Read an adapter of another program as one of an installed method; the scanned model is not changed.
+    """Read an adapter of another program and convert it to an installed method, without changing the model.
 
-    Return the handle, the tensors by their names in a file of ours, and the adapters that the method has built already,
-    if it was given products. One warning says what the adapter lost.
+    Return the tuner, its tensors by their names in a tunerkit file, and the adapters that were built from low-rank
+    factors already, or None. One warning lists whatever the conversion loses.
     """
     source, model = os.fspath(path), scanned.root.module
     found = _read(format, Path(path), model)
     places = found.factors or found.tensors
     if not places:
-        raise FileError(f"{source} holds no adapter: there is no target in it, so there is nothing to load")
+        raise FileError(f"{source} holds no adapter: it has no targets, so there is nothing to load")
     other_base = f"{source} was made for another base model{f', {shown(found.base)}' if found.base else ''}"
     try:
         targets.from_paths(scanned, [*places, *found.copies, *found.biases])
@@ -98,17 +98,20 @@ def adopt(
 
 
 def _read(format: Format, path: Path, model: nn.Module) -> Foreign:
-    """Let the format's plugin read the files, and check what it returned."""
+    """Read the files with the format's plugin, and check the result."""
     if (holder := weights.emptied(model.parameters())) is not None:
         raise AdapterError(
-            f"{path} is in the format {format.name!r}, whose reader needs the base's own shapes and values, and "
-            f"{holder.name} has partitioned these: load it onto a whole base in one process, tunerkit.save it "
-            "there, and load that file here"
+            f"{path} is in format {format.name!r}, whose reader needs the base's full weights, but {holder.name} has "
+            "partitioned them: load the adapter onto an unpartitioned base in one process, tunerkit.save it there, "
+            "and load that file here"
         )
     with hooks.naming(format, "read"):
         found: Foreign = conform(format.read(path, model), Foreign)
     if found.tensors and found.factors and found.tensors.keys() != set(found.factors):
-        raise PluginError(f"read of format {format.name!r}: tensors must have the paths of factors, or be empty")
+        raise PluginError(
+            f"read of format {format.name!r} returned tensors and factors at different paths; return both at the same "
+            "paths, or only one of them"
+        )
     return found
 
 
@@ -117,7 +120,7 @@ def _is_matrix(value: object) -> bool:
 
 
 def _in_full(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of trained copies and biases, and the copies' paths: in place of a container, its modules."""
+    """Return the tensors of trained copies and biases, and the copies' paths; a container is split into its modules."""
     tensors = {join(path, "bias"): bias for path, bias in found.biases.items()}
     copies: list[str] = []
     for path, own in found.copies.items():
@@ -130,32 +133,32 @@ def _in_full(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str
 
 
 def _targets_of(paths: Collection[str], scanned: Scan, source: str) -> tuple[Target, ...]:
-    """The targets in the model's order, which allocation and files use."""
+    """Return the targets in the order of the model's modules, as allocations and files need them."""
     for path in paths:
         if others := [repr(each) for each in scanned.by_path[path].paths if each != path]:
             raise TargetError(
-                f"{source} adapts {path!r}, which is one module with {' and '.join(others)}: "
-                "tunerkit would adapt it in all these places, and other programs only in those that they name. Give "
-                "the model a module of its own in each place (copy.deepcopy)"
+                f"{source} adapts {path!r}, which is the same module as {' and '.join(others)}: tunerkit would adapt "
+                "it at all of these paths, other programs only at those they name. Give each path a module of its "
+                "own (copy.deepcopy)"
             )
     return targets.from_paths(scanned, [each.path for each in scanned.modules if each.path in paths])
 
 
 def _refuse_biases(found: Foreign, scanned: Scan, source: str) -> None:
-    """Refuse biases of modules that have none, or add it in a way that core does not know."""
+    """Raise an error for biases that the model lacks, or that cannot be trained apart from their module."""
     places = {path: scanned.by_path[path] for path in found.biases}
     own = {path: torch_private.own_parameters(each.module) for path, each in places.items()}
     lacking = [path for path, each in places.items() if own[path].get(bias_name(each.base)) is None]
     if lacking:
         raise BaseMismatchError(
-            f"{source} was made for another base model: it trains the biases of {few(lacking, shown=5)}, which have "
-            "none here"
+            f"{source} was made for another base model: it trains biases of {few(lacking, shown=5)}, which have no "
+            "bias here"
         )
     wrong = [
         f"{path} (a {type(each.module).__name__})" for path, each in places.items() if not targets.takes_bias(each)
     ]
     others = {path: [other for other in each.paths if other != path] for path, each in places.items()}
-    shared = [f"{path} (one module with {' and '.join(paths)})" for path, paths in others.items() if paths]
+    shared = [f"{path} (the same module as {' and '.join(paths)})" for path, paths in others.items() if paths]
     if wrong or shared:
         raise TargetError(
             f"{source} trains biases that tunerkit cannot train apart from their module: "
@@ -165,7 +168,7 @@ def _refuse_biases(found: Foreign, scanned: Scan, source: str) -> None:
 
 
 def _products(found: Foreign, format: Format, bases: Mapping[str, BaseLayer], other_base: str) -> dict[str, Factors]:
-    """Return the product for each target. Raises `BaseMismatchError` if a target's weight has another shape."""
+    """Return the low-rank factors of each target. Raises `BaseMismatchError` if they do not fit the base's weight."""
     with hooks.naming(format, "read"):
         products: dict[str, Any] = {at: found.factors[at] for at in bases}  # Any: the plugin may return anything
     problems = []
@@ -180,20 +183,20 @@ def _products(found: Foreign, format: Format, bases: Mapping[str, BaseLayer], ot
 
 
 def _method_of(found: Foreign, source: str) -> tuple[str, tuple[str, ...]]:
-    """Return the installed method that the adapter becomes, and what to tell the user of the adapter."""
+    """Return the installed method to convert the adapter to, and remarks for the user."""
     listed = hooks.registry.methods()
     wanted = list(dict.fromkeys((found.method, _COMMON))) if found.factors else [found.method]
     usable = [name for name in wanted if name in listed and listed[name].error is None]
     if not usable:
         broken = [f"\n{name} is installed and broken: {listed[name].error}" for name in wanted if name in listed]
         raise UnknownMethodError(
-            f"{source} holds a {found.method} adapter, and no method is there for it. It takes {' or '.join(wanted)}: "
-            f"{install(wanted[-1])}{''.join(broken)}"
+            f"{source} holds a {found.method} adapter, and no installed method can load it. It needs "
+            f"{' or '.join(wanted)}: {install(wanted[-1])}{''.join(broken)}"
         )
     if usable[0] == found.method:
         return found.method, tuple(found.remarks)
     return _COMMON, (
         *found.remarks,
-        f"method {found.method!r} is not installed (tunerkit-{found.method}), so it becomes {_COMMON} with the rank of "
-        "each target as it is: the model computes the same, and the ranks stay as they are in further training",
+        f"method {found.method!r} is not installed (tunerkit-{found.method}), so it becomes {_COMMON} with its current "
+        "rank at each target: the model's output is the same, but further training does not change the ranks",
     )

@@ -1,4 +1,4 @@
-"""Write files completely or not at all, and remove what killed writers left: their files and scratch folders."""
+"""Write files atomically, and remove the temporary files and scratch folders of killed processes."""
 
 import errno
 import glob
@@ -20,23 +20,23 @@ try:
 except ImportError:  # on Windows, leftovers stay
     fcntl = None  # type: ignore[assignment]
 
-_BINARY, _NOT_A_LINK = vars(os).get("O_BINARY", 0), vars(os).get("O_NOFOLLOW", 0)  # Windows has the first alone
-_OLDER = "older"  # in a scratch folder
-# Some file systems keep locks to one machine. So a writer judges only the leftovers of its own machine.
+_BINARY, _NOT_A_LINK = vars(os).get("O_BINARY", 0), vars(os).get("O_NOFOLLOW", 0)  # Windows has only the first
+_OLDER = "older"  # the subfolder of a scratch folder for files that are being replaced
+# Some file systems do not share locks between machines, so a writer removes only leftovers of its own machine.
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _NOT_SUPPORTED = frozenset({errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOTSUP, errno.EISDIR})
 
 
 def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a file under a temporary name, flush it to disk, rename it, and flush its folder.
+    """Write a file atomically: write a temporary file, flush it to disk, rename it, and flush the folder.
 
-    A file that is replaced keeps its mode; a new one follows the umask. Missing folders are created.
+    A replaced file keeps its mode; a new file follows the umask. Missing folders are created.
 
-    Several writers of one path do not disturb each other: each has its own temporary file and a lock on it. The kernel
-    releases the lock of a writer that was killed. The next writer then finds the file unlocked and removes it.
+    Concurrent writers do not interfere: each locks its own temporary file. The kernel releases the lock of a killed
+    writer, so the next writer finds its file unlocked and removes it.
 
-    Raises `FileError` if it cannot be written, and an older one is unchanged; or if only the folder could not be
-    flushed, and the message says that the new file is there.
+    Raises `FileError` if the write fails, and an older file is unchanged; or if only the flush of the folder fails,
+    and the new file is in place.
     """
     try:
         missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
@@ -53,7 +53,7 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     except OSError as error:
         raise FileError(
             f"{path} is written, but its folder could not be flushed to disk: {reason(error)}; a power failure "
-            "may bring back what was there before, so write it again"
+            "may restore the previous content, so write it again"
         ) from error
 
 
@@ -66,18 +66,18 @@ def _create_folder(path: Path) -> None:
         if nearest is not None and not nearest.is_dir():
             problem = f"{nearest} is a file and not a folder"
         raise FileError(
-            f"cannot write {path}: {problem}. Pass another folder, in which you may create files, or the path of the "
-            f"file to write, which ends in {path.suffix}"
+            f"cannot write {path}: {problem}. Pass a folder in which you may create files, or the path of a file that "
+            f"ends in {path.suffix}"
         ) from error
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of writers of ``path`` that were killed."""
+    """Remove the temporary files that killed writers of ``path`` left behind."""
     names = []
-    with suppress(OSError):  # one may write into a folder that one may not list
+    with suppress(OSError):  # a folder may be writable and not readable
         names = os.listdir(path.parent)
     for left in [path.with_name(name) for name in names if name.startswith(_prefix(path)) and name.endswith(".tmp")]:
-        # Opened to be written: network file systems lock no other file.
+        # Opened for writing, since network file systems lock no other file.
         with suppress(OSError), locked(left, os.O_RDWR | _NOT_A_LINK) as is_left:
             if is_left:
                 left.unlink()
@@ -92,7 +92,7 @@ def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             file.flush()
             os.fsync(file.fileno())
         if mode is not None:
-            os.chmod(temporary, mode)  # the umask has restricted it further
+            os.chmod(temporary, mode)  # the umask has restricted the mode
         os.replace(temporary, path)
     finally:
         with suppress(OSError):
@@ -101,12 +101,12 @@ def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def _create(path: Path, mode: int) -> tuple[Path, int, int]:
-    """Create a temporary file beside ``path``; its path, a descriptor to write to, and one that holds the lock."""
+    """Create a temporary file beside ``path``; return its path, a descriptor for writing, and one for the lock."""
     while True:
         temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
         number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode)
         lock = os.dup(number)
-        # Another writer may have taken it for a leftover before it was locked, and removed it.
+        # Another writer may have removed it as a leftover before it was locked.
         if try_lock(lock) is not False and os.fstat(lock).st_nlink:
             return temporary, number, lock
         os.close(number)
@@ -114,14 +114,14 @@ def _create(path: Path, mode: int) -> tuple[Path, int, int]:
 
 
 def _prefix(path: Path) -> str:
-    # Cut, so that a long name has a temporary name too. The lock protects files that share a prefix.
+    # Truncated, since file systems limit the length of a name. Locks protect files that share a prefix.
     return f".{path.name[:50]}.{_HOST}."
 
 
 def move(moves: Mapping[Path, Path], scratch: Path) -> None:
-    """Move files out of a `scratch_in` to their places: all, or none. Each takes the mode of the file it replaces.
+    """Move files from a scratch folder to their destinations, all or none; each keeps the mode of the file it replaces.
 
-    One file is replaced in one step. Of several, the older ones are set aside first: see `put_back`.
+    A single file is replaced atomically. For several, the older files are set aside first: see `put_back`.
     """
     for file, new in moves.items():
         if new.is_file():
@@ -138,11 +138,11 @@ def move(moves: Mapping[Path, Path], scratch: Path) -> None:
         for file, new in moves.items():
             os.replace(file, new)
         undo.pop_all()
-    os.rename(older, scratch / "replaced")  # whoever finds the scratch folder later has nothing to put back
+    os.rename(older, scratch / "replaced")  # so that a later `put_back` does not restore them
 
 
 def put_back(left: Path) -> None:
-    """Put back the files that `move` had set aside in a scratch folder, also that of a process that was killed."""
+    """Restore the files that `move` set aside in the scratch folder ``left`` and did not finish to replace."""
     for file in sorted((left / _OLDER).glob("*")):
         os.replace(file, left.parent / file.name)
 
@@ -151,10 +151,10 @@ def put_back(left: Path) -> None:
 def scratch_in(
     folder: Path, prefix: str, *, recover: Callable[[Path], None] = lambda left: None, refuse: Exception | None = None
 ) -> Iterator[Path]:
-    """Yield a scratch folder, which is removed at the end; first remove those of processes that were killed.
+    """Yield a temporary scratch folder, after removing those that killed processes left behind.
 
-    ``prefix`` begins with a dot, and only folders with the same one are looked at. ``recover`` is called with one that
-    a killed process left, before it is removed. ``refuse`` is raised if another process is using one now.
+    ``prefix`` begins with a dot; only folders with this prefix are examined. ``recover`` is called with each leftover
+    folder before its removal. ``refuse`` is raised if another process is using a scratch folder now.
     """
     for left in folder.glob(f"{glob.escape(prefix)}*"):
         with locked(left) as is_left:
@@ -166,7 +166,7 @@ def scratch_in(
     while True:
         scratch = tempfile.TemporaryDirectory(dir=folder, prefix=prefix, ignore_cleanup_errors=True)
         with scratch, locked(Path(scratch.name)) as is_mine:
-            # Another process may have taken it for a leftover before it was locked.
+            # Another process may have removed it as a leftover before it was locked.
             if is_mine is not False and os.path.isdir(scratch.name):
                 yield Path(scratch.name)
                 return
@@ -174,10 +174,10 @@ def scratch_in(
 
 @contextmanager
 def locked(path: Path, flags: int = os.O_RDONLY) -> Iterator[bool | None]:
-    """Lock a file or folder, and yield whether it is locked. False: another one holds the lock. None: no locks here."""
+    """Lock a file or folder; yield True, False if another process holds the lock, or None if locks do not work here."""
     try:
         number = os.open(path, flags)
-    except OSError:  # it is gone; or this is Windows, where no folder can be opened
+    except OSError:  # the path is gone; or it is a folder on Windows, which cannot be opened
         yield None
         return
     try:
@@ -187,7 +187,7 @@ def locked(path: Path, flags: int = os.O_RDONLY) -> Iterator[bool | None]:
 
 
 def try_lock(number: int) -> bool | None:
-    """Lock an open file or folder for this process, and return what `locked` yields."""
+    """Lock an open descriptor without waiting; return True, False or None, as `locked` yields."""
     try:
         if fcntl is not None:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,7 +200,7 @@ def try_lock(number: int) -> bool | None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to disk, where the system can do that."""
+    """Flush a file or a folder to disk, if the system supports it."""
     try:
         number = os.open(path, os.O_RDONLY)
         try:
@@ -213,5 +213,5 @@ def sync(path: Path) -> None:
 
 
 def reason(error: OSError | ValueError) -> str:
-    """The text of an error without its number and path, which a message names itself."""
+    """Return an error's text without errno and path, since our messages name the path."""
     return str((error.strerror if isinstance(error, OSError) else None) or error)

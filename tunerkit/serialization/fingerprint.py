@@ -1,8 +1,8 @@
-"""The base under an adapter: its fingerprint, and whether a model is the base that an adapter was trained on.
+"""Fingerprint an adapter's base model, and check that a model is the base on which an adapter was trained.
 
-A fingerprint has names, shapes and sampled values, so its cost depends on the number of tensors. It leaves out what is
-trained in full, and new modules owned by another adapter that was active during training: their values are random in
-each process.
+A fingerprint consists of names, shapes and sampled values, so its cost depends on the number of tensors. It excludes
+modules trained in full, and new modules owned by another adapter that was active during training: their values are
+random in each process.
 """
 
 import math
@@ -25,31 +25,31 @@ from tunerkit.serialization.tensor_checks import resize_hint
 from tunerkit.targets import Scan
 
 SAMPLES = 4
-# A base that was loaded in another precision is the same base: bfloat16 has 8 bits of mantissa.
+# A base may be loaded in another precision than at training: bfloat16 has 8 bits of mantissa.
 _RELATIVE = 2.0**-7
 # Samples are stored with six digits.
 _DIGITS = 1e-5
 Fingerprint = Mapping[str, Mapping[str, Any]]
 _OTHER_VALUES = "other values"
-# Entries of an adapter file's ``values``: the base's settings, and the paths of modules that another adapter trained
-# meanwhile. Readers that do not know them ignore them.
+# Entries of the header's ``values``: the base's settings, and the paths of modules that another active adapter trained.
+# Earlier versions ignore them.
 _SETTINGS, _BESIDE = "base_config", "trained_beside"
 
 
 def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str, Any]]:
-    """Return ``{parameter: {"shape": [...], "dtype": "float32", "sample": [...]}}`` of the base under ``tuner``.
+    """Return ``{parameter: {"shape": [...], "dtype": "float32", "sample": [...]}}`` of the base model of ``tuner``.
 
-    A tensor on the meta device has an empty sample. A weight that a quantizer stores has one entry, with the name and
-    the shape of the unquantized weight and the quantizer's name as its dtype. Before the adapter is in the model
-    (``scanned`` is its scan), emptied parameters are gathered, so all processes call this together; afterwards the
-    noted one is returned for a sharded base.
+    A tensor on the meta device has an empty sample. A quantized weight has one entry, with the name and shape of the
+    unquantized weight and the quantizer's name as its dtype. ``scanned`` is the model's scan, before the adapter is
+    injected: partitioned parameters are gathered then, so all processes must call this together. Later, a sharded base
+    has the fingerprint that `note_base` stored.
     """
     noted = tuner.progress.noted
     own = (parameter for name, parameter in tuner.model.named_parameters() if not is_adapter_path(name))
     if (noted or scanned is None) and weights.sharding(own) is not None:
         if noted is None:
             raise AdapterError(
-                f"the base under adapter {tuner.name!r} is sharded, and its fingerprint was not taken before: call "
+                f"the base model of adapter {tuner.name!r} is sharded, and no fingerprint was taken before: call "
                 "torch.distributed.init_process_group before tunerkit.wrap, or start the processes with torchrun"
             )
         return noted
@@ -68,20 +68,20 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
 
 
 def note_base(tuner: Tuner, scanned: Scan) -> None:
-    """Keep the base's fingerprint in a group of processes, also in one of a single process: it may shard the base."""
-    if hooks.in_group() or "WORLD_SIZE" in os.environ:  # a launcher sets the latter before there is a group
+    """Store the base's fingerprint if there is a process group, even of one process: the base may be sharded later."""
+    if hooks.in_group() or "WORLD_SIZE" in os.environ:  # a launcher sets the variable before the group exists
         tuner.progress.noted = fingerprint(tuner, scanned)
 
 
 def packed_layers(tuner: Tuner) -> dict[str, BaseLayer]:
-    """Return the modules of the base with a `BaseLayer.packing`, by path, each as its kind sees it."""
+    """Return the base layers with packed weights (`BaseLayer.packing`), by module path."""
     bases = _bases(tuner)
     found = {path: bases[module] for path, module in base_modules(tuner.model) if module in bases}
     return {path: base for path, base in found.items() if base.packing is not None}
 
 
 def _bases(tuner: Tuner, scanned: Scan | None = None) -> dict[nn.Module, BaseLayer]:
-    """Return the base layers of a model: as they were when they were adapted, and the others as they are now."""
+    """Return a model's base layers by module: from the scan or the slots, and of other modules newly built."""
     if scanned is not None:
         return {found.module: found.base for found in scanned.by_path.values() if found.base is not None}
     places = places_in(tuner.model)
@@ -92,9 +92,9 @@ def _bases(tuner: Tuner, scanned: Scan | None = None) -> dict[nn.Module, BaseLay
 def _base_weights(
     tuner: Tuner, bases: Mapping[nn.Module, BaseLayer]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The base's own parameters by name, originals where merged; and the entries of packed weights in their place.
+    """Return the base's original tensors by name, and the fingerprint entries of its packed weights by name.
 
-    Those that are trained in full are left out. If the weight of a target is a buffer, all buffers of the module are
+    Modules and biases trained in full are left out. If a target's weight is a buffer, all buffers of its module are
     included.
     """
     left_out = {*(place.path for place in tuner.copies), *tuner.progress.beside}
@@ -118,7 +118,7 @@ def _base_weights(
             name = join(path, leaf)
             if tensor is None or name in biased:
                 continue
-            if not tensor.numel() and weights.emptied([tensor]) is not None:  # only the parameter can be gathered
+            if not tensor.numel() and weights.emptied([tensor]) is not None:  # `gathered` needs the Parameter object
                 found[name] = tensor
             else:
                 found[name] = tensor.detach() if slots is None else slots.original(leaf, tensor)
@@ -126,7 +126,7 @@ def _base_weights(
 
 
 def _sample(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Return `SAMPLES` evenly spaced values of each tensor with values, with one transfer per device and dtype."""
+    """Return `SAMPLES` evenly spaced values of each tensor, with one transfer per device and dtype."""
     alike: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
         if tensor.numel() and not tensor.is_meta and not is_packed(tensor):
@@ -161,7 +161,7 @@ def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
 
 
 def _reshaped(saved: Fingerprint, found: Fingerprint) -> dict[str, tuple[Any, Any]]:
-    """Both shapes of the tensors whose shapes differ. A quantizer stores the (in, out) of a Conv1D as (out, in)."""
+    """Return (saved, found) of shapes that differ, by name. Quantizers store a Conv1D's (in, out) as (out, in)."""
     resized = {}
     for name, there in saved.items():
         here = found.get(name, there)
@@ -172,12 +172,12 @@ def _reshaped(saved: Fingerprint, found: Fingerprint) -> dict[str, tuple[Any, An
 
 
 def _is_quantised(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry of a fingerprint describes a packed weight: its dtype is none of torch's."""
+    """Whether a fingerprint's entry describes a packed weight: its dtype is not one of torch's."""
     return not isinstance(vars(torch).get(str(entry["dtype"])), torch.dtype)
 
 
 def _close(saved: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
-    """Whether two samples are of the same tensor: within the stored digits, or within bfloat16's if dtypes differ."""
+    """Whether two samples agree: to the stored digits, or to bfloat16's precision if the dtypes differ."""
     if not saved["sample"] or not found["sample"] or saved["sample"] == found["sample"]:
         return True
     relative = _DIGITS if saved["dtype"] == found["dtype"] else _RELATIVE
@@ -190,9 +190,9 @@ def _close(saved: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
 def refuse_other_base(
     tuner: Tuner, header: Header, source: str, scanned: Scan | None = None, *, check_config: bool = True
 ) -> None:
-    """Raise `BaseMismatchError` if the base under ``tuner`` is not the one that the file describes.
+    """Raise `BaseMismatchError` if the base model of ``tuner`` differs from the base recorded in the file's header.
 
-    Warn if one of the two is quantized, or both are in different ways. A file of an earlier version has no settings.
+    Warn if the two bases are quantized differently. Files of early versions do not record settings.
     """
     found = fingerprint(tuner, scanned)
     lines = differences(header.base, found)
@@ -209,17 +209,17 @@ def refuse_other_base(
         hint = resize_hint(tuner.model, list(_reshaped(header.base, found).values()))
         if has_other_values and not hint:
             hint = (
-                "; if a head or tokens were new when the adapter was trained, only that base has their values: save "
-                "the base before you wrap it, and load adapters onto it"
+                "; if a head or tokens were newly initialized for the training, only that base model has their values: "
+                "save the base before you wrap it, and load adapters onto the saved base"
             )
         if other and len(lines) == 1:
-            hint = "; its weights are the same, so if you mean to use it, pass check_config=False to tunerkit.load"
+            hint = "; the weights are the same, so to use this base anyway, pass check_config=False to tunerkit.load"
         raise BaseMismatchError("\n- ".join([f"{source} was trained on another base model{hint}:", *lines]))
     _warn_of_storage(header.base, found, source)
 
 
 def _warn_of_storage(saved: Fingerprint, found: Fingerprint, source: str) -> None:
-    """Warn, in one line, if this base stores weights with another quantizer than the one of the file, or with none."""
+    """Warn once if this base and the base of the file were quantized differently, or only one of them was."""
     counts = Counter(
         (there["dtype"], found[name]["dtype"])
         for name, there in saved.items()
@@ -228,13 +228,13 @@ def _warn_of_storage(saved: Fingerprint, found: Fingerprint, source: str) -> Non
     if counts:
         listed = "; ".join(f"{count} layers: {before} -> {here}" for (before, here), count in counts.items())
         warn(
-            f"{source} was trained on a base whose weights are stored in another way (saved -> here: {listed}). Their "
-            "values cannot be compared, and outputs differ by what quantising changes"
+            f"{source} was trained on a base with another quantization (saved -> here: {listed}). Weights cannot be "
+            "compared, and outputs differ by the quantization error"
         )
 
 
 def base_values(tuner: Tuner) -> dict[str, Tensor]:
-    """Return the base's own values of the modules that are trained in full, by the names of their copies."""
+    """Return the base's values of modules trained in full, by the tensor names of their copies."""
     found = {}
     for place in tuner.copies:
         for path, module, slots in places_in(place.module):
@@ -247,7 +247,7 @@ def base_values(tuner: Tuner) -> dict[str, Tensor]:
 def refuse_places(
     scanned: Scan, chosen: Sequence[Target], copies: Sequence[str], source: str, *, adapts: str = "weights"
 ) -> None:
-    """Raise `TargetError` if this model cannot take an adapter of the file at its targets, or its copies."""
+    """Raise `TargetError` if this model cannot take the file's adapters or copies at their modules."""
     try:
         targets.refuse_unfit(scanned, chosen, adapts=adapts)
         targets.refuse_tied(scanned, copies)
@@ -259,19 +259,19 @@ def refuse_places(
 
 
 def described(tuner: Tuner) -> dict[str, Any]:
-    """Facts about the base beyond its fingerprint, for the header's field ``values`` in an adapter's file."""
+    """Return the base's settings and the modules that other adapters trained, for the header's ``values``."""
     values: dict[str, Any] = {_SETTINGS: _settings_of(tuner.model) or tuner.progress.settings}
     return values | ({_BESIDE: list(tuner.progress.beside)} if tuner.progress.beside else {})
 
 
 def _settings_of(model: nn.Module) -> dict[str, Any]:
-    """The settings that change a model's output but not its weights, by name, as libraries know them."""
+    """Return the model's settings that change its output but not its weights, by name, as plugins read them."""
     found = (library.settings(model) for library in hooks.gather_libraries())
     return {name: value for settings in found for name, value in settings.items()}
 
 
 def _other_settings(tuner: Tuner, header: Header, source: str) -> list[str]:
-    """List the settings that two bases have with different values; one that only one of them has is no difference."""
+    """List the settings that both bases have, with different values."""
     saved = header.values.get(_SETTINGS, {})
     if not isinstance(saved, dict):
         raise _unwritten(header, _SETTINGS, source)
@@ -279,12 +279,12 @@ def _other_settings(tuner: Tuner, header: Header, source: str) -> list[str]:
     tuner.progress.settings.update(saved)
     if found and not saved and _SETTINGS in header.values:
         warn(
-            f"{source} was saved where no plugin knew the settings of its base, such as {few(list(found), shown=3)}: "
-            "they cannot be compared with this model's"
+            f"{source} was saved without a plugin that reads the base's settings, such as "
+            f"{few(list(found), shown=3)}, so they cannot be compared with this model's"
         )
     if saved and not found and (lacking := hooks.registry.lacking("compares them")):
         warn(
-            f"{source} records settings of its base that change the output, and they are not compared: "
+            f"{source} records settings of its base that change the output, but they cannot be compared here: "
             f"{few(list(saved), shown=5)}. {lacking}. To load without comparing them, pass check_config=False"
         )
     return [
@@ -295,7 +295,7 @@ def _other_settings(tuner: Tuner, header: Header, source: str) -> list[str]:
 
 
 def beside_of(header: Header, source: str) -> tuple[str, ...]:
-    """Paths of modules that another adapter trained meanwhile, from a file's header. Raises `FileError` for others."""
+    """Return the header's paths of modules that another active adapter trained; `FileError` if they are not paths."""
     match header.values.get(_BESIDE, []):
         case list(paths) if all(isinstance(path, str) for path in paths):
             return tuple(paths)
@@ -304,17 +304,17 @@ def beside_of(header: Header, source: str) -> tuple[str, ...]:
 
 def _unwritten(header: Header, entry: str, source: str) -> FileError:
     found = shown(header.values[entry])
-    return FileError(f"{source}: its header has a field that tunerkit would not write: {entry} {found}")
+    return FileError(f"{source}: its header has an invalid field, which tunerkit would not write: {entry} {found}")
 
 
 def warn_of_lone(tuner: Tuner) -> None:
-    """Warn if no active adapter trains a module that another one trained when the adapter was made."""
+    """Warn if a module that another adapter trained beside this one is trained by no active adapter here."""
     beside = tuner.progress.beside
     slots = {path: own for path, _, own in walk(tuner.model)} if beside else {}
     lone = [path for path in beside if path not in slots or slots[path].copies.keys().isdisjoint(slots[path].active)]
     if lone:
         warn(
-            f"adapter {tuner.name!r} was trained beside another adapter that trains {few(lone, shown=5)} in full, and "
-            "no active adapter does so here: the model uses the base's own values, which are random in a new head. "
-            "Load that adapter too, before this one"
+            f"adapter {tuner.name!r} was trained together with another adapter, which trained {few(lone, shown=5)} in "
+            "full. No active adapter provides these modules here, so the model uses the base's own values, which are "
+            "random in a new head. Load the other adapter too, before this one"
         )

@@ -1,4 +1,4 @@
-"""The formats of other programs: which one a path holds, and writing an adapter in one through its plugin."""
+"""Adapter formats of other programs: detect the format at a path, and write an adapter with a format's plugin."""
 
 import os
 from collections.abc import Collection, Sequence
@@ -16,13 +16,13 @@ from tunerkit.serialization.atomic_writing import move, put_back, reason, scratc
 from tunerkit.serialization.safetensors_file import file_at, is_ours, metadata_at
 
 SCRATCH: Final = ".tunerkit-"
-# A file that people write too. It is replaced only if it has this text, which formats put into theirs.
+# Users write this file by hand too, so it is replaced only if it contains MARK, as the README.md of our formats do.
 CARD: Final = "README.md"
 MARK: Final = b"<!-- written by tunerkit -->"
 
 
 def find_format(name: object) -> Format:
-    """Return the format with this name. Raises `UnknownFormatError`, which names its distribution if it is known."""
+    """Return a format by name. Raises `UnknownFormatError`, which names the format's distribution if it is known."""
     found = hooks.gather_formats()
     if isinstance(name, str) and name in found:
         return found[name]
@@ -39,14 +39,14 @@ def find_format(name: object) -> Format:
 
 
 def format_at(path: str | os.PathLike[str]) -> Format | None:
-    """Return the format of the adapter at ``path``; None for a file of tunerkit's, and if no format matches.
+    """Return the format of the adapter at ``path``; None for tunerkit's own file, or if no format matches.
 
-    Raises `FileError` if adapters in several formats lie there.
+    Raises `FileError` if several formats match.
     """
     place = file_at(path, "adapter")
     metadata = metadata_at(place)
     if is_ours(metadata) or (metadata is None and os.path.isfile(place) and place != Path(path)):
-        return None  # a damaged file of ours is reported, and nothing else is loaded in its place
+        return None  # also for a damaged file of ours, so that its error is reported
     found = [each for each in hooks.gather_formats().values() if sniffs(each, Path(path))]
     if len(found) > 1:
         raise FileError(
@@ -57,31 +57,30 @@ def format_at(path: str | os.PathLike[str]) -> Format | None:
 
 
 def sniffs(format: Format, path: Path) -> bool:
-    """Whether a format recognizes the file or folder at ``path``. One that raises does not, with a warning."""
+    """Whether a format recognizes the file or folder at ``path``; if its check raises, warn and return False."""
     try:
         return bool(format.sniff(path))
     except Exception as error:
-        warn(f"format {format.name!r} cannot say whether {path} is an adapter: {type(error).__name__}: {error}")
+        warn(f"format {format.name!r} failed to check whether {path} is an adapter: {type(error).__name__}: {error}")
         return False
 
 
 def is_foreign(path: str) -> bool:
-    """Whether an adapter of another program lies at ``path``, by the names of files: no plugin need read it."""
+    """Whether the file names at ``path`` match another program's adapters; needs no plugin."""
     place = Path(path)
-    inside = os.listdir(place) if os.path.isdir(place) else []  # a path that no file system allows is no folder
+    inside = os.listdir(place) if os.path.isdir(place) else []  # unlike Path.is_dir, never raises
     return reader_of([place.name, *inside]) is not None
 
 
 def refuse_foreign(place: Path, files: Collection[str], tensors: Collection[str]) -> None:
-    """Raise `FileError` for an adapter of another program, by the names of its files and tensors."""
+    """Raise `FileError` if the file and tensor names match another program's adapters."""
     if (found := reader_of(files, tensors)) is not None:
         installed = not hooks.gather_formats().keys().isdisjoint(found.formats)
         reader = distribution(found.extra)
-        known = ", which is installed and cannot read this: pass the folder or the file that holds the adapter"
+        known = ", which is installed and cannot read this path: pass the folder or the file of the adapter"
         raise FileError(
-            f"{place} holds an adapter in the format of {found.program}. tunerkit itself does not read it: that takes "
-            f"the distribution {reader}{known if installed else f' ({install(found.extra)})'}. Without it, use "
-            f"{found.instead}"
+            f"{place} holds an adapter in the format of {found.program}. Reading it needs the distribution "
+            f"{reader}{known if installed else f' ({install(found.extra)})'}. Without it, use {found.instead}"
         )
 
 
@@ -89,9 +88,9 @@ def refuse_foreign(place: Path, files: Collection[str], tensors: Collection[str]
 
 
 def write_format(tuner: Tuner, place: Path, format: Format, options: object) -> Path:
-    """Write one adapter to ``place``: a folder; or a file, if the format writes one file, and the path ends as it does.
+    """Write one adapter to the folder ``place``, or to the file ``place`` if the format writes one with this suffix.
 
-    A new folder appears whole or not at all. In a folder that exists, all files are replaced or none: see `move`.
+    A new folder appears complete or not at all. In an existing folder, all files are replaced or none: see `move`.
     """
     try:
         with Undo() as undo:
@@ -101,7 +100,7 @@ def write_format(tuner: Tuner, place: Path, format: Format, options: object) -> 
                     undo.callback(_remove, folder)
             above.mkdir(parents=True, exist_ok=True)
             with scratch_in(above, SCRATCH, recover=put_back) as scratch:
-                whole = scratch / "whole"  # the scratch folder itself is closed to other users
+                whole = scratch / "whole"  # the scratch folder itself is private to this user
                 whole.mkdir()
                 written = _written(format, tuner, whole, options)
                 for file in written:
@@ -117,12 +116,12 @@ def write_format(tuner: Tuner, place: Path, format: Format, options: object) -> 
 
 
 def _remove(folder: Path) -> None:
-    with suppress(OSError):  # somebody else's file is in it
+    with suppress(OSError):  # not empty: another process wrote into it
         folder.rmdir()
 
 
 def _written(format: Format, tuner: Tuner, folder: Path, options: object) -> list[Path]:
-    """Let the plugin write, and check that it names the files that it wrote, each directly in the folder."""
+    """Write with the plugin, and check that it returns all files that it wrote, each directly in the folder."""
     with hooks.naming(format, "write"):
         answer: Any = format.write(tuner, folder, options)
     try:
@@ -133,13 +132,13 @@ def _written(format: Format, tuner: Tuner, folder: Path, options: object) -> lis
     if not names or names != there or len(there) < len(list(folder.iterdir())):
         raise PluginError(
             f"write of format {format.name!r} returned {shown(answer)}, and wrote {few(there, shown=5) or 'nothing'}; "
-            "it must return the files that it wrote, all directly in the folder that it was given"
+            "it must return all files that it wrote, each directly in the given folder"
         )
     return [folder / name for name in names]
 
 
 def _publish(written: Sequence[Path], whole: Path, place: Path, format: Format) -> None:
-    """Move the files to ``place``: a file if one of them ends as it does, else a folder."""
+    """Move the files to ``place``: a file if it has the suffix of one of them, else a folder."""
     if place.is_dir():
         moves = {file: place / file.name for file in written}
         kept = place / CARD

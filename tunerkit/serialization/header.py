@@ -33,10 +33,10 @@ class Header:
     """The fields of a header; docs/concepts/files.md explains each. `tunerkit.config` checks the types.
 
     Raises:
-        ValueError: A field has its type and an impossible value.
+        ValueError: A field has the right type, but an impossible value.
     """
 
-    # The keys of a mapping are texts, as JSON has no others.
+    # All keys are strings, since JSON has no others.
     format: int = setting(FORMAT, doc="The number of the format.")
     kind: str = setting(doc="'adapter' or 'state'.")
     method: str = setting(doc="The method's name.")
@@ -48,15 +48,15 @@ class Header:
     total_steps: int | None = setting(ge=0, lt=_SIZES, doc="The length of training.")
     versions: Mapping[str, str] = setting(doc="Versions of distributions.")
     base: Mapping[Any, Any] = setting(doc="The fingerprint of the base model.")
-    values: Mapping[Any, Any] = setting(doc="JSON values: the method's own, or what is said of the base beyond `base`.")
-    history: tuple[Any, ...] = setting(doc="Allocations: step, budget, and a list of the rank of each target.")
+    values: Mapping[Any, Any] = setting(doc="JSON values: the method's own state, or the base's settings.")
+    history: tuple[Any, ...] = setting(doc="Allocations: step, budget, and the list of ranks by target.")
 
     def __attrs_post_init__(self) -> None:
         if len(self.method) > _LONGEST_NAME:
             raise ValueError(f"method: expected the name of a method, got {shown(self.method)}")
         for name, paths in self.places.items():
             if len(set(paths)) < len(paths):
-                raise ValueError(f"{name}: expected paths, none of them twice, got {shown(paths)}")
+                raise ValueError(f"{name}: expected distinct paths, got {shown(paths)}")
         for entry in self.base.values():
             if not _is_entry(entry):
                 raise ValueError(
@@ -75,7 +75,7 @@ class Header:
         return {"targets": self.targets, "copies": self.copies, "biases": self.biases}
 
 
-# By hand, since a file may have a million of these numbers.
+# Without attrs validators, since a file may have a million of these numbers.
 def _are_sizes(values: Sequence[Any]) -> bool:
     return {*map(type, values)} <= {int} and all(map(range(_SIZES).__contains__, values))
 
@@ -106,7 +106,7 @@ def encode(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     try:
         text = json.dumps(attrs.asdict(header, recurse=False), sort_keys=True, allow_nan=False)
     except ValueError as error:
-        raise FileError(f"the file's header cannot hold NaN, inf or values that contain themselves: {error}") from error
+        raise FileError(f"the file's header cannot hold NaN, inf or self-referencing values: {error}") from error
     return {KEY: text, f"{KEY}.digest": digest(text, tensors)}
 
 
@@ -140,11 +140,11 @@ def decode(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], *, source
     except ConfigError as error:
         why = cut("; ".join(error.problems), 400)
         raise FileError(
-            f"{source}: its header has a field that tunerkit would not write: {why}; if a later tunerkit wrote the "
-            "file, install that release"
+            f"{source}: its header has an invalid field, which tunerkit would not write: {why}; if a later release of "
+            "tunerkit wrote the file, install that release"
         ) from error
     if header.kind != content:
-        raise FileError(f"{source} holds {shown(header.kind)}, expected {content!r}: pass the other of the two files")
+        raise FileError(f"{source} is a file of kind {shown(header.kind)}: pass the file of kind {content!r}")
     try:
         config = at_paths(header.config, header.targets, of_file=True)
     except TargetError as error:
@@ -161,9 +161,9 @@ def _not_ours(source: str) -> FileError:
 
 
 def write(place: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file of tunerkit's, completely or not at all, and not over a safetensors file of another program.
+    """Write a tunerkit file atomically. Raises `FileError` rather than overwrite another program's safetensors file.
 
-    One whose header cannot be read may be ours and damaged, and is replaced.
+    A file with an unreadable header is replaced, since it may be a damaged tunerkit file.
     """
     metadata = metadata_at(place)
     if metadata is not None and not is_ours(metadata):

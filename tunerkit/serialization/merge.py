@@ -1,4 +1,4 @@
-"""Merge adapters into their base layers, unmerge them exactly, and show the base model while adapters stay in."""
+"""Merge adapters into their base layers, unmerge them exactly, and disable them to show the base model."""
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,19 +26,19 @@ def merge(model: M, *, permanent: bool = False) -> M:
     """Add every active adapter to its base layer's weights, in place. A forward pass then costs as much as the base's.
 
     While merged, `disabled` shows the base model, saving works, and an optimizer step raises `StepError`. The model's
-    own ``state_dict()`` has the merged weights and also the adapters. For one of them alone, take it after `unmerge`,
-    or after ``unwrap(model, keep_merged=True)``. A state with merged weights cannot be loaded into an unmerged model,
-    where the adapters would be applied twice, and none can be loaded while the model is merged.
+    ``state_dict()`` has both the merged weights and the adapters. For unmerged weights, call `unmerge` first; for
+    merged weights without adapters, ``unwrap(model, keep_merged=True)``. An unmerged model rejects a merged state
+    dict, since the adapters would be applied twice. A merged model rejects every state dict.
 
-    Modules that share a weight and are all adapted are untied, since each needs another sum. They get parameters of
-    their own, and ``config.tie_word_embeddings`` becomes False, so that ``save_pretrained`` writes all of them.
-    `unmerge` and `disabled` put the shared Parameter object and the setting back.
+    Adapted modules that share a weight are untied, since their merged weights differ. Each gets its own parameter, and
+    ``config.tie_word_embeddings`` becomes False, so that ``save_pretrained`` writes all of them. `unmerge` and
+    `disabled` restore the shared Parameter object and the setting.
 
-    A weight that a quantizer stores is dequantized, and the sum is quantized again in the same way. `rounding` lists
-    what that rounds, and a warning says it for weights of 4 bits and less.
+    A quantized weight is dequantized, and the sum is quantized again in the same way. `rounding` lists the errors, and
+    a warning reports them for weights of at most 4 bits.
 
-    No forward may run in another thread while the weights change: use one lock for both. One that is seen to run is an
-    error. If this raises, also a KeyboardInterrupt in the middle, nothing is changed.
+    No forward may run in another thread while the weights change: guard both with one lock. A running forward raises
+    an error if it is detected. If this raises, nothing is changed, even after a KeyboardInterrupt.
 
     Args:
         model: The wrapped model.
@@ -50,10 +50,10 @@ def merge(model: M, *, permanent: bool = False) -> M:
 
     Raises:
         AdapterError: The model is already merged or disabled, or runs in another thread; no adapter is active; weights
-            are offloaded, sharded (FSDP, ZeRO-3) or packed, so that adding to them has no effect; a forward hook runs
-            before the adapters, since it was registered with ``prepend=True`` after wrapping; adapted modules were
-            replaced, resized or tied after wrapping; a packed weight is tied, or its kind cannot write it; a base layer
-            has no place for a bias; a method does not implement ``tunerkit_delta``; or merged weights contain NaN or
+            are offloaded, sharded (FSDP, ZeRO-3), or packed in a way that ignores additions; a forward hook runs before
+            the adapters, since it was registered with ``prepend=True`` after wrapping; adapted modules were replaced,
+            resized or tied after wrapping; a packed weight is tied or cannot be written; an adapter adds a bias to a
+            base layer without one; a method does not implement ``tunerkit_delta``; or merged weights contain NaN or
             inf.
         TargetError: The model was quantized by torchao after wrapping.
         PluginError: A method returns an invalid delta.
@@ -64,7 +64,7 @@ def merge(model: M, *, permanent: bool = False) -> M:
 
 
 def merge_except_(model: nn.Module, paths: Collection[str], *, permanent: bool = False) -> None:
-    """Merge what `refuse_unmergeable` has accepted, without the modules at ``paths``."""
+    """Merge the active adapters, except at ``paths``; call `refuse_unmergeable` first."""
     # Never in inference mode: inference tensors in the base could not be trained later.
     with torch.inference_mode(False), torch.no_grad():
         tuners = injection.require_tuners(model)
@@ -115,7 +115,7 @@ def unmerge(model: M) -> M:
 
 
 def restore_originals_(model: nn.Module) -> None:
-    """Undo a merge if there is one. If this is interrupted, it is undone all the same before it raises."""
+    """Undo a merge, if there is one. A KeyboardInterrupt is raised only after all originals are restored."""
     weights.reshard_(model)
     places = injection.walk(model)
     refuse_permanent(places)
@@ -145,7 +145,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         injection.refuse_running(injection.wrapped_model(model), "disabling adapters")
     weights.reshard_(model)
     with injection.Undo() as again, ExitStack() as back:
-        again.callback(_enable_, places, True)  # a KeyboardInterrupt may come on the way back
+        again.callback(_enable_, places, True)  # a KeyboardInterrupt may interrupt `back`
         back.callback(_enable_, places, True)
         back.callback(weights.reshard_, model)
         _enable_(places, False)
@@ -153,9 +153,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def _enable_(places: Places, enabled: bool) -> None:
-    """Switch adapters on or off; where they are merged, exchange the merged and the original values and ties.
+    """Enable or disable adapters; in merged modules, swap the merged and the original values and ties.
 
-    An interrupt raises once all are exchanged: the values of both sides exist only here meanwhile.
+    A KeyboardInterrupt is raised only after the swap: until then the hidden values exist in local variables alone.
     """
     turned = [(module, slots, slots.originals) for _, module, slots in places if slots.enabled is not enabled]
     exchanged = [(module, slots, shown, _values(module, slots, shown)) for module, slots, shown in turned]
@@ -174,9 +174,9 @@ def _enable_(places: Places, enabled: bool) -> None:
 
 
 def refuse_unmergeable(model: nn.Module) -> None:
-    """Raise the error of the first reason why the active adapters cannot be merged now."""
+    """Raise an error for the first reason why the active adapters cannot be merged now."""
     tuners = injection.require_tuners(model)
-    weights.reshard_(model)  # weights left whole by a forward look like unsharded ones
+    weights.reshard_(model)  # weights that a forward left gathered look unsharded
     injection.refuse_disabled(model)
     if injection.is_merged(model):
         raise AdapterError("the model is merged already; call tunerkit.unmerge first")
@@ -184,7 +184,7 @@ def refuse_unmergeable(model: nn.Module) -> None:
     if not places:
         raise AdapterError("no adapter is active, so nothing can be merged; call tunerkit.activate first")
     injection.refuse_running(injection.wrapped_model(model), "merging")
-    # First: weights that were packed after wrapping may not be readable.
+    # Checked first: weights that were packed after wrapping may not be readable.
     injection.refuse_restricted([place[:2] for place in places if not _is_packed(place[2])], "merge")
     for path, module, slots in places:
         if (reason := next(_obstacles(module, slots), None)) is not None:
@@ -201,9 +201,9 @@ def _obstacles(module: nn.Module, slots: Slots) -> Iterator[str]:
         yield f"{holder.name} offloads its weights; {holder.way_out}, which loads them, and then merge"
     for hook in torch_private.hooks_before(module, injection.apply_slots):
         yield (
-            f"its forward hook {getattr(hook, '__qualname__', type(hook).__name__)} runs before the adapters, as it "
-            "was registered with prepend=True after tunerkit.wrap. It would get another output. Remove it, merge, and "
-            "register it again; or register it without prepend"
+            f"its forward hook {getattr(hook, '__qualname__', type(hook).__name__)} runs before the adapters, since it "
+            "was registered with prepend=True after tunerkit.wrap, so a merge would change the output that it gets. "
+            "Remove it, merge, and register it again; or register it without prepend"
         )
     if slots.base is not None and any(own.is_meta for own in module.parameters(recurse=False)):
         yield "its weight is on the meta device; load the weights first"
@@ -211,7 +211,7 @@ def _obstacles(module: nn.Module, slots: Slots) -> Iterator[str]:
         yield str(holder.lent(module))
     if _is_packed(slots) and (holder := weights.sharding(module.parameters())) is not None:
         yield (
-            f"its weight is quantised, and {holder.name} has cut it into shards, which cannot be read alone. Save the "
+            f"its quantized weight is sharded by {holder.name}, and a single shard cannot be dequantized. Save the "
             "adapter, load it onto the base in one process, and merge there"
         )
     adapted = [slot for slot in slots.applied if slot.adapter is not None]
@@ -222,13 +222,13 @@ def _obstacles(module: nn.Module, slots: Slots) -> Iterator[str]:
                 "tunerkit_factors"
             )
         if slots.base is not None and not slots.base.has_weight:
-            yield f"method {slot.method!r} changes the output of a {kind}, of which tunerkit knows no weight"
+            yield f"method {slot.method!r} changes the output of a {kind}, and a {kind} has no weight to merge into"
     readers = dict.fromkeys(repr(slot.method) for slot in adapted if slot.reads_output)
     if readers and isinstance(module, nn.Embedding) and injection.is_called(module) and _has_padding(module):
         yield (
-            f"the merged {kind} computes something else than the adapted one for its padding, whose row is not zero. "
-            f"Method {' or '.join(readers)} reads the output there, and a delta never changes that row. A class that "
-            "only adds to the output should set reads_output = False; if it does more, leave this module out of the "
+            f"its padding row is not zero, and a delta never changes that row, but method {' or '.join(readers)} reads "
+            f"the output there: the merged {kind} would compute something else than the adapted one. If the adapter "
+            "class only adds to the output, set its reads_output = False; otherwise leave this module out of the "
             "targets (exclude=...)"
         )
 
@@ -256,7 +256,7 @@ def refuse_permanent(places: Places) -> None:
 
 @attrs.frozen(eq=False)
 class _Change:
-    """The changes of a merge in an adapted module: merged and original tensors by their local name."""
+    """A merge of one module: its merged and original tensors, by their name in the module."""
 
     path: str
     module: nn.Module
@@ -267,7 +267,7 @@ class _Change:
 
 
 def _merged_tensors(places: Places) -> list[dict[str, Any]]:
-    """Compute each module's own tensors with its active slots merged, by name: of shards, this process's part."""
+    """Compute the merged tensors of each module, by their name in it; of a sharded tensor, this process's shard."""
     found: list[dict[str, Any]] = []
     wrong: list[str] = []
     for path, module, slots in places:
@@ -290,17 +290,17 @@ def _merged_tensors(places: Places) -> list[dict[str, Any]]:
 
 
 def _put_back_(module: nn.Module, slots: Slots, originals: dict[str, Any], parting: Parting | None) -> None:
-    """Undo the merge of one module, or the half of one."""
+    """Undo a complete or partial merge of one module."""
     slots.parting = parting
     _write_(module, slots, originals, apart=False)
     slots.forget_merge()
 
 
 def _write_(module: nn.Module, slots: Slots, values: dict[str, Any], *, apart: bool) -> None:
-    """Give a module's parameters and buffers other values, and leave its ties or enter them.
+    """Untie a module's parameters (``apart``) or tie them again, then write values to its parameters and buffers.
 
-    The Parameter objects stay the same; only what holds a packed weight is replaced itself. The ties come first, since
-    the originals belong into the shared parameters.
+    The Parameter objects stay the same, except for those with packed weights, which are replaced. Ties come first,
+    since the originals belong in the shared parameters.
     """
     if slots.parting is not None:
         slots.parting.set_(apart=apart)
@@ -309,14 +309,14 @@ def _write_(module: nn.Module, slots: Slots, values: dict[str, Any], *, apart: b
         if _is_stored(slots, name):
             assert slots.base is not None
             slots.base.put_({name: value})
-        elif (part := weights.part_of(own[name])) is not None:  # in the same storage, which an engine gathers from
+        elif (part := weights.part_of(own[name])) is not None:  # in place, since an engine gathers from this storage
             part.copy_(value)
         else:
             own[name].data = value
 
 
 def _values(module: nn.Module, slots: Slots, names: Iterable[str]) -> dict[str, Any]:
-    """Return what `_write_` would replace now: of shards, which are written in place, a copy."""
+    """Return the values that `_write_` would replace; shards are copied, since they are overwritten in place."""
     own = _own_tensors(module)
     found: dict[str, Any] = {}
     for name in names:
@@ -334,10 +334,10 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_packed(slots: Slots) -> bool:
-    """Whether a quantizer stores the weight of a module: its library can read and write whole ones alone."""
+    """Whether the module's weight is packed by a quantizer."""
     return slots.base is not None and slots.base.packing is not None
 
 
 def _is_stored(slots: Slots, name: str) -> bool:
-    """Whether the attribute ``name`` holds a packed weight, so that it is replaced itself; a bias does not."""
+    """Whether attribute ``name`` is a packed weight (not a bias), which is replaced as an object."""
     return _is_packed(slots) and name != bias_name(slots.base)

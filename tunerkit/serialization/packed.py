@@ -1,4 +1,4 @@
-"""Base layers with a `BaseLayer.packing`, which their kinds read and write: rounding on merge, dense replacements."""
+"""Base layers with quantized weights (`BaseLayer.packing`): rounding errors of a merge, and dense replacements."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,13 +21,13 @@ _FEW_BITS = 4
 
 
 def rounding(model: nn.Module) -> dict[str, Rounding]:
-    """Return what merging into quantized layers has rounded.
+    """Return the rounding errors of a merge into quantized layers.
 
     Args:
         model: A merged model.
 
     Returns:
-        The errors by the layer's path; empty without quantized layers, or if the model is not merged.
+        The errors by layer path; empty without quantized layers, or if the model is not merged.
 
     Raises:
         AdapterError: The model has no adapter.
@@ -38,25 +38,25 @@ def rounding(model: nn.Module) -> dict[str, Rounding]:
 
 
 def warn_of_rounding(found: Sequence[Rounding]) -> None:
-    """Warn of merges into weights of few bits: their rounding may be as large as what the adapters add."""
+    """Warn of merges into low-bit weights, where the rounding error may be as large as the adapters' ΔW."""
     coarse = [each for each in found if each.bits <= _FEW_BITS]
     if coarse:
         warn(
-            f"merged into {len(coarse)} weights of {coarse[0].bits:g} bits ({coarse[0].stored_as}): storing the sums "
-            f"again added an error of {fmean(each.added for each in coarse):.1%} of the weights on average, beside the "
-            f"quantiser's own of {fmean(each.own for each in coarse):.1%}; the adapters had changed them by "
-            f"{fmean(each.change for each in coarse):.1%}. tunerkit.unwrap(model, keep_merged=True, "
-            "dtype=torch.bfloat16) merges without that error, into dense layers. tunerkit.rounding(model) lists each "
-            "layer"
+            f"merged into {len(coarse)} weights of {coarse[0].bits:g} bits ({coarse[0].stored_as}). Relative to the "
+            f"weights, on average: the adapters changed them by {fmean(each.change for each in coarse):.1%}, "
+            f"quantizing the sums added an error of {fmean(each.added for each in coarse):.1%}, and the quantizer's "
+            f"earlier error is {fmean(each.own for each in coarse):.1%}. tunerkit.unwrap(model, keep_merged=True, "
+            "dtype=torch.bfloat16) merges into dense layers, without the added error. tunerkit.rounding(model) lists "
+            "each layer"
         )
 
 
 @contextmanager
 def requiring_effect(path: str, slots: Slots, merged: Collection[str], noted: list[Rounding]) -> Iterator[None]:
-    """Raise `AdapterError` if the block, which writes ``merged``, leaves the weight nearer to W than to W + ΔW.
+    """Raise `AdapterError` if, after the block wrote ``merged``, the weight is nearer to W than to W + ΔW.
 
-    An unknown class may ignore an assignment, or round it away. What a quantizer rounds is added to ``noted``; that may
-    be all of ΔW, if it is below the quantizer's own error.
+    An unknown class may ignore an assignment or round it away. A quantizer's rounding error is appended to ``noted``;
+    it may be as large as ΔW, if ΔW is below the quantizer's own error.
     """
     base = slots.base
     if base is None or _is_assigned(base, merged):
@@ -81,7 +81,7 @@ def requiring_effect(path: str, slots: Slots, merged: Collection[str], noted: li
 
 
 def _is_assigned(base: BaseLayer, merged: Collection[str]) -> bool:
-    """Whether assigning to the weight takes effect: it is a plain matrix or a shard of one, or nothing is assigned."""
+    """Whether an assignment surely takes effect: the weight is a plain or sharded matrix, or is not assigned."""
     if base.packing is not None:
         return all(name == base.bias_name for name in merged)
     if base.weight_name not in merged:
@@ -97,16 +97,16 @@ def _is_assigned(base: BaseLayer, merged: Collection[str]) -> bool:
 @torch.inference_mode(False)
 @torch.no_grad()
 def dense_layers(tuner: Tuner, dtype: torch.dtype, *, merged: bool) -> dict[str, nn.Module]:
-    """A dense layer for each packed layer of the model, by path, with what active adapters add if ``merged``.
+    """Build a dense layer for each packed layer, by module path, with the active adapters added if ``merged``.
 
-    The sum is computed in fp32, or in ``dtype`` if that is wider, and rounded once. The model is only read.
+    The sum is computed in fp32, or in ``dtype`` if that is wider, and rounded once. The model is not changed.
     """
     found = packed_layers(tuner)
     for path, module in injection.base_modules(tuner.model):
         if path not in found and (library := targets.quantiser_of(module)) is not None:
             raise AdapterError(
-                f"cannot make a dense layer of {path!r}, which {library} has quantised: no installed base-layer kind "
-                f"knows a {type(module).__name__}. {hooks.unserved(module)}".rstrip(". ")
+                f"cannot make a dense layer of {path!r}, which {library} has quantized: no installed base-layer kind "
+                f"supports a {type(module).__name__}. {hooks.unserved(module)}".rstrip(". ")
             )
     return {path: _dense(path, base, dtype, merged=merged) for path, base in found.items()}
 
@@ -114,8 +114,8 @@ def dense_layers(tuner: Tuner, dtype: torch.dtype, *, merged: bool) -> dict[str,
 def _dense(path: str, base: BaseLayer, dtype: torch.dtype, *, merged: bool) -> nn.Module:
     if (holder := layers.weights.sharding(base.module.parameters())) is not None:
         raise AdapterError(
-            f"cannot make a dense layer of {path!r}: {holder.name} has cut its quantised weight into shards. Save "
-            "the adapter, load it onto the base in one process, and unwrap there"
+            f"cannot make a dense layer of {path!r}: its quantized weight is sharded by {holder.name}. Save the "
+            "adapter, load it onto the base in one process, and unwrap there"
         )
     slots = injection.slots_of(base.module)
     dense: Any = base.unpacked(base.dense().to(torch.promote_types(torch.float32, dtype)))
@@ -129,11 +129,11 @@ def _dense(path: str, base: BaseLayer, dtype: torch.dtype, *, merged: bool) -> n
 
 
 def replace_by_dense_(model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
-    """Put dense layers into a model without adapters. It may be called again to complete an interrupted call."""
+    """Replace packed layers of an unwrapped model by dense ones; a second call completes an interrupted one."""
     if dense:
         places = dict(injection.base_modules(model))
         new = {places[path]: layer for path, layer in dense.items()}
         for path, module in list(model.named_modules(remove_duplicate=False)):
             if path and module in new:
                 model.set_submodule(path, new[module])
-        hooks.tell(hooks.specs.tunerkit_unwrapped, model=model)  # again: only now it holds no quantized layer
+        hooks.tell(hooks.specs.tunerkit_unwrapped, model=model)  # again: only now no layer is quantized

@@ -1,4 +1,4 @@
-"""One safetensors file: where it lies, writing it so that equal tensors give equal bytes, and reading it once."""
+"""Locate, write and read one safetensors file; equal tensors and metadata give equal bytes."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from tunerkit.errors import FileError, shown
 from tunerkit.injection import Tuner
 from tunerkit.serialization.atomic_writing import replace
 
-KEY = "tunerkit"  # of the header in the metadata of tunerkit's files
+KEY = "tunerkit"  # the key of tunerkit's header in the safetensors metadata
 _SUFFIX = ".safetensors"
 _METADATA = "__metadata__"
 _BEGINNING = f'{{"{_METADATA}":'
@@ -31,18 +31,18 @@ _DTYPES = {
 }
 _MOST_DIMENSIONS = 64  # torch's own limit for most operations
 _LONGEST_HEADER = 100_000_000  # bytes: the limit of the safetensors library
-# Exceptions of the library, of torch and of JSON: also RecursionError, a RuntimeError.
+# Exceptions of safetensors, torch and JSON. RecursionError is a RuntimeError.
 _UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError)
 
 
 def file_at(path: str | os.PathLike[str], content: str) -> Path:
-    """Return ``path`` if it ends in ``.safetensors``, else the file for ``"adapter"`` or ``"state"`` in that folder."""
+    """Return ``path`` if it ends in ``.safetensors``, else ``<path>/<content>.safetensors``."""
     place = checked_path(path)
     return place if place.suffix == _SUFFIX else place / f"{content}{_SUFFIX}"
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:
-    """Return a path, or raise `FileError` for what cannot be one."""
+    """Convert to a Path; raise `FileError` for another type, or if it contains NUL."""
     try:
         place = Path(path)
     except TypeError:
@@ -54,30 +54,30 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors on the CPU, each contiguous: those that are, are not copied."""
+    """Return the tensors on the CPU and contiguous, without copying those that already are."""
 
-    def is_plain(tensor: Tensor) -> bool:  # quicker to ask than to convert, and a file may hold many small ones
+    def is_plain(tensor: Tensor) -> bool:  # faster than a conversion, and a file may have many small tensors
         return not tensor.requires_grad and tensor.device.type == "cpu" and tensor.is_contiguous()
 
     return {name: each if is_plain(each) else each.detach().cpu().contiguous() for name, each in tensors.items()}
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the values of one of `plain`'s tensors as a file stores them."""
+    """Return the bytes of a contiguous tensor on the CPU."""
     found: memoryview = (tensor if tensor.ndim == 1 else tensor.reshape(-1)).view(torch.uint8).numpy().data
     return found
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file of what `plain` returned, completely or not at all."""
+    """Write contiguous CPU tensors (see `plain`) to a safetensors file, atomically."""
     if os.path.isdir(path):
         raise FileError(f"cannot write {path}: it is a folder; a path that ends in {_SUFFIX} names the file")
-    # The library orders tensors and names their dtypes, also where they hold nothing; it would copy all bytes twice.
+    # Empty tensors give the library's order and names of dtypes; with the values it would copy all bytes twice.
     entries = json.loads(safetensors.torch.save({name: each.new_empty(0) for name, each in tensors.items()})[8:])
     stored = {name: bytes_of(tensors[name]) for name in entries}
     for (name, data), end in zip(stored.items(), accumulate(map(len, stored.values())), strict=True):
         entries[name] |= {"shape": list(tensors[name].shape), "data_offsets": [end - len(data), end]}
-    # The library writes the metadata in random order. Sorted, equal adapters give equal bytes.
+    # Sorted, so that equal adapters give equal bytes: the library writes the metadata in random order.
     fields = {_METADATA: dict(sorted(metadata.items())), **entries}
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
@@ -87,10 +87,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def read(
     path: Path, accept: Callable[[Mapping[str, str], Collection[str]], None]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a safetensors file, on the CPU, and its metadata. Raises `FileError` if it cannot be read.
+    """Return a safetensors file's tensors, on the CPU, and its metadata. Raises `FileError` if it cannot be read.
 
-    It is opened once and read into memory, so that header and data are of one file, whatever happens to it meanwhile.
-    ``accept`` gets the metadata and the tensors' names before the data is read, and raises an error for a foreign file.
+    The file is opened once and read into memory, so header and data match even if the file is replaced meanwhile.
+    ``accept`` gets the metadata and the tensors' names before the data is read, and may raise an error.
     """
     try:
         with open(path, "rb") as file:
@@ -98,11 +98,11 @@ def read(
             names, metadata = _parsed(head[8:])
             accept(metadata, names)
             content = head + file.read()
-        tensors = {}  # not by safetensors.torch.load, which does not know all dtypes that its `save` writes
+        tensors = {}  # safetensors.torch.load does not support all dtypes that its `save` writes
         for name, entry in safetensors.deserialize(content):  # type: ignore[no-untyped-call]
             dtype, shape, data = _DTYPES[entry["dtype"]], entry["shape"], entry["data"]
             if len(shape) > _MOST_DIMENSIONS:
-                raise ValueError(f"its header has a shape for {shown(name)} that no tensor has: {shown(shape)}")
+                raise ValueError(f"tensor {shown(name)} has more than {_MOST_DIMENSIONS} dimensions: {shown(shape)}")
             values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
             tensors[name] = values if len(shape) == 1 else values.reshape(shape)
         return tensors, metadata
@@ -113,15 +113,15 @@ def read(
 
 
 def metadata_at(path: Path) -> dict[str, str] | None:
-    """Return the metadata of a safetensors file; None if there is no file with a header that can be read."""
-    if not os.path.isfile(path):  # unlike pathlib's, it raises for no path
+    """Return the metadata of a safetensors file; None if there is no file, or its header cannot be read."""
+    if not os.path.isfile(path):  # unlike Path.is_file, never raises
         return None
     try:
         with open(path, "rb") as file:
             text = _header_of(file)[8:].decode()
         if not text.startswith(_BEGINNING):
             return _parsed(text)[1]
-        # Nearly always the metadata comes first, and the rest, an entry for each tensor, need not be parsed.
+        # Nearly always the metadata comes first; then the tensors' entries need not be parsed.
         metadata, _ = json.JSONDecoder().raw_decode(text, len(_BEGINNING))
         return metadata if isinstance(metadata, dict) else None
     except _UNREADABLE:
@@ -134,7 +134,7 @@ def is_ours(metadata: Mapping[str, str] | None) -> bool:
 
 
 def _header_of(file: IO[bytes]) -> bytes:
-    """Read a file up to its data: the length of the header, and the header."""
+    """Read the bytes before a file's data: 8 bytes with the header's length, and the header."""
     size = file.read(8)
     length = int.from_bytes(size, "little")
     if len(size) < 8 or not 2 <= length <= min(_LONGEST_HEADER, os.fstat(file.fileno()).st_size - 8):
@@ -143,7 +143,7 @@ def _header_of(file: IO[bytes]) -> bytes:
 
 
 def _parsed(text: str | bytes) -> tuple[Collection[str], dict[str, str]]:
-    """Return the tensors' names and the metadata of a header."""
+    """Parse a header; return the tensors' names and the metadata."""
     entries = json.loads(text)
     metadata = entries.pop(_METADATA, {}) if isinstance(entries, dict) else None
     if not isinstance(metadata, dict):
@@ -155,14 +155,14 @@ def _parsed(text: str | bytes) -> tuple[Collection[str], dict[str, str]]:
 
 
 def folder_of(checkpoint: Path, tuners: Sequence[Tuner], tuner: Tuner) -> Path:
-    """Return the folder of one adapter's files: the checkpoint itself if it is the only one, else a subfolder.
+    """Return the folder of an adapter's files: the checkpoint itself if it has only one adapter, else a subfolder.
 
-    That has the adapter's name, or a digest of it where a file system might not store or distinguish the name. The dot
-    before a digest keeps it apart from every name.
+    The subfolder has the adapter's name, or ``name.<digest>`` where a file system might not store or distinguish the
+    name. No adapter's name contains a dot.
     """
     digest = hashlib.sha256(tuner.name.encode()).hexdigest()[:16]
     named = checkpoint / (tuner.name if re.fullmatch(r"[a-z0-9_-]+", tuner.name) else f"name.{digest}")
-    # Earlier versions used the bare digest. If that is the name of another adapter, the folder is that one's.
+    # Earlier versions used the bare digest, unless it is the name of another adapter.
     older = checkpoint / digest
     if has_file(older, "adapter") and not has_file(named, "adapter") and digest not in {t.name for t in tuners}:
         named = older

@@ -1,4 +1,4 @@
-"""Check a file's tensors: that they are finite, fit the slots that they fill, and are in proportion to the config."""
+"""Check a file's tensors: they must be finite and fit their slots, and the config must not allocate far more."""
 
 import math
 from collections import Counter, defaultdict
@@ -22,18 +22,18 @@ from tunerkit.records import Resized, Target
 _Shapes = tuple[Sequence[int], Sequence[int]]  # in the file, and in this model
 _NOTHING: Mapping[str, Tensor] = {}
 _TO_READ = (
-    "A model with them computes nothing useful: load an earlier file. To look at this one, read its tensors with "
+    "A model with them gives no useful output: load an earlier file. To inspect this one, read its tensors with "
     "safetensors.torch.load_file, or with the program that wrote it"
 )
-# One of these may replace another: a base or an adapter may be held in another precision than it was saved in.
+# Interchangeable dtypes: a base or an adapter may be loaded in another precision than it was saved in.
 _PRECISIONS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-# A plugin may make tensors that it does not keep, such as a factor of the weight in float64.
+# Allowance for a plugin's temporary tensors, such as a factorization of the weight in float64.
 _FACTOR, _ALWAYS = 4, 2**20
-# A new adapter may also make tensors out of proportion to its layers, such as the ΔW of each triplet.
+# Larger allowance for a new adapter, whose temporary tensors may exceed its layers, such as the ΔW of each triplet.
 _NEW = 2**26
-# A rank or a number of steps up to this is nothing unusual, whatever the tensors are like.
+# A config without a number above this needs no allocation limit.
 _USUAL = 1024
-# The functions that are given a size. Others are checked by their results.
+# Functions that take a size, which is checked before the call. Other functions are checked by their results.
 _FACTORIES = frozenset(
     {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.normal}
     | {torch.randperm, torch.arange, torch.randint, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones}
@@ -46,14 +46,14 @@ _FACTORIES = frozenset(
 
 @torch.no_grad()
 def nonfinite(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] = _NOTHING) -> list[str]:
-    """Names of the tensors with NaN or inf that ``base`` does not have there too, with one transfer per device."""
+    """Return the names of tensors with NaN or inf where ``base`` has none, with one transfer per device."""
     checks: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         inexact = tensor.dtype.is_floating_point or tensor.dtype.is_complex
         if inexact and tensor.numel() and not tensor.is_meta:
             real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
             comparable = real.float() if real.dtype.itemsize == 1 else real  # 8-bit floats cannot be compared
-            # The extremes of a tensor with a NaN are NaN. This takes one pass and no memory, unlike `isfinite().all()`.
+            # `aminmax` propagates NaN. It takes one pass and no memory, unlike `isfinite().all()`.
             checks[tensor.device][name] = torch.stack(torch.aminmax(comparable)).isfinite().all()
     found: set[str] = set()
     for own in checks.values():
@@ -63,7 +63,7 @@ def nonfinite(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] = _NOTHI
 
 
 def _repeats(tensor: Tensor, base: Tensor | None) -> bool:
-    """Whether the values that are not finite are the base's own."""
+    """Whether ``base`` has the same value wherever ``tensor`` is not finite."""
     if base is None or base.shape != tensor.shape or base.is_meta:
         return False
     base = base.to(tensor.device)
@@ -77,7 +77,7 @@ def refuse_nonfinite(
     then: str = _TO_READ,
     error: type[TunerkitError] = FileError,
 ) -> None:
-    """Raise ``error`` if tensors contain NaN or inf where the base's own do not; ``then`` says what to do."""
+    """Raise ``error`` if tensors contain NaN or inf where ``base`` has none; ``then`` is the advice to the user."""
     if wrong := nonfinite(tensors, base):
         raise error(f"{what} has NaN or inf in {len(wrong)} of {len(tensors)} tensors: {few(wrong, shown=5)}. {then}")
 
@@ -88,10 +88,10 @@ def refuse_nonfinite(
 def fill(
     slots: Iterable[tuple[str, Slot]], tensors: Mapping[str, Tensor], model: nn.Module, source: str
 ) -> dict[str, Slot]:
-    """Copy a file's tensors into slots, each as soon as it comes, and return the slots by path.
+    """Copy a file's tensors into slots, as the iterator builds them, and return the slots by module path.
 
-    Raises `FileError` if tensors are missing, unexpected, misshapen, of another kind, or not finite in the slots'
-    precision; `BaseMismatchError` if only what is trained in full has another size in this base.
+    Raises `FileError` if tensors are missing, unexpected, misshapen, of a wrong dtype, or too large for the slots'
+    precision; `BaseMismatchError` if only modules trained in full have other shapes in this base.
     """
     filled: dict[str, Slot] = {}
     problems: list[str] = []
@@ -116,7 +116,7 @@ def fill(
             "\n- ".join([f"{source} does not fit its own header or this model:", *first([*problems, *resized])])
         )
     if resized:
-        title = f"{source} was trained on another base model: what it trains in full has other shapes (saved -> here)"
+        title = f"{source} was trained on another base model: modules trained in full have other shapes (saved -> here)"
         raise BaseMismatchError(
             "\n- ".join([f"{title}{resize_hint(model, list(resized.values()))}:", *first([*resized])])
         )
@@ -132,7 +132,7 @@ def fill(
 def _misfits(
     path: str, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, _Shapes | None]]:
-    """Yield what does not fit a slot, with both shapes where this base has another size; an adapter checks its own."""
+    """Yield a line for each misfit, with (saved, here) shapes of copies and biases; adapters check their own shapes."""
     for name, built in state.items():
         if name not in tensors:
             yield f"missing: {name}", None
@@ -160,10 +160,10 @@ def _load_slot(path: str, slot: Slot, tensors: Mapping[str, Tensor]) -> list[str
 def limit_for(
     config: Mapping[str, object], targets: Sequence[Target], tensors: Mapping[str, Tensor] = _NOTHING, source: str = ""
 ) -> Callable[[Target], AbstractContextManager[object]]:
-    """Return what to enter while the adapter of a target is built: an `AllocationLimit`, or nothing if none is needed.
+    """Return a function from target to the context in which to build its adapter: an `AllocationLimit` or none.
 
-    The limit costs time in every call of torch, and a config with no number above the dimensions in the file needs
-    none. A new adapter has no ``source``.
+    The limit slows each call of torch, and a config without numbers above the file's dimensions needs none. A new
+    adapter has an empty ``source``.
     """
     usual = max([_USUAL, *(size for tensor in tensors.values() for size in tensor.shape)])
     settings = [(name, value) for name, value in config.items() if value and not isinstance(value, str)]
@@ -174,7 +174,7 @@ def limit_for(
     for name, tensor in tensors.items():
         path, of_shared, _ = name.partition(f".{CHILD}.")
         held[path if of_shared else name.rpartition(".adapter.")[0]] += tensor.numel()
-    # Integers may pack several weights, two in each byte. What all adapters share may be made for the largest target.
+    # Integers may pack two weights in a byte. Tensors that adapters share may have the size of the largest target.
     own = [chain(each.module.parameters(), each.module.buffers()) for each in targets]
     size = [[math.prod(weights.whole_shape(t)) * (t.is_floating_point() or 2 * t.itemsize) for t in ts] for ts in own]
     largest = max(map(sum, size), default=0)
@@ -185,7 +185,7 @@ def limit_for(
             if source:
                 there = f"{text} file has {held[target.path]:,} for it"
                 return FileError(f"{source} does not fit its own header: by its config, {there}")
-            return ConfigError([f"{text} largest target has {largest:,}; lower it @ {few(large, shown=5)}"])
+            return ConfigError([f"{text} largest target has {largest:,}; lower the number @ {few(large, shown=5)}"])
 
         most = _FACTOR * (held[target.path] + largest) + _ALWAYS
         return AllocationLimit(most if source else max(most, _NEW), refusal)
@@ -194,7 +194,7 @@ def limit_for(
 
 
 class AllocationLimit(TorchFunctionMode):
-    """Rejects calls of torch with more than ``most`` elements while an adapter is built: what a config may ask for."""
+    """While active, raises ``refusal(elements)`` for a torch call that makes more than ``most`` elements."""
 
     def __init__(self, most: int, refusal: Callable[[int], TunerkitError]) -> None:
         super().__init__()
@@ -221,5 +221,5 @@ class AllocationLimit(TorchFunctionMode):
 
 
 def resize_hint(model: nn.Module, resized: Sequence[Resized]) -> str:
-    """How to load a model in the sizes that an adapter needs, as the end of a sentence; empty if no library knows."""
+    """Return how to resize the model to an adapter's shapes, as the end of a sentence; "" if no plugin knows."""
     return next(filter(None, (library.resize_hint(model, resized) for library in hooks.gather_libraries())), "")

@@ -1,4 +1,4 @@
-"""Resume training: save and load training states, carry them in the optimizer's, and restore weights in place."""
+"""Resume training: save and load training states, put them into the optimizer's, and restore weights in place."""
 
 import copy
 import functools
@@ -26,7 +26,7 @@ from tunerkit.serialization.header import Header, decode, encode, read
 from tunerkit.serialization.safetensors_file import file_at
 from tunerkit.serialization.tensor_checks import fill, refuse_nonfinite
 
-# The entry of an optimizer's state_dict that holds training states by adapter name.
+# The key in an optimizer's state_dict for the training states by adapter name.
 CARRIED = "tunerkit"
 
 
@@ -43,8 +43,8 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
         The file's path.
 
     Raises:
-        FileError: The file cannot be written, JSON cannot hold a value of the state, or there is a safetensors file
-            that tunerkit did not write. An older file is unchanged then.
+        FileError: The file cannot be written, JSON cannot hold a value of the state, or the path is a safetensors file
+            of another program. An older file is unchanged.
         AdapterError: There is no such adapter, a method with a schedule was never attached, or the state contains NaN
             or inf.
     """
@@ -65,7 +65,7 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
 
 
 def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None) -> None:
-    """Restore a training state that `save_state` wrote. The next step continues the interrupted training.
+    """Load a training state that `save_state` wrote. The next step resumes the interrupted training.
 
     If this raises, nothing is changed.
 
@@ -75,7 +75,7 @@ def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
         adapter: The adapter's name. It may be left out if the model has only one.
 
     Raises:
-        FileError: The file is missing, damaged or of another run, or it contradicts itself or contains NaN or inf.
+        FileError: The file is missing, damaged, inconsistent or from another run, or contains NaN or inf.
         StepError: The method's state does not fit the adapter.
         AdapterError: There is no such adapter.
     """
@@ -87,13 +87,14 @@ def load_state(model: nn.Module, path: str | os.PathLike[str], *, adapter: str |
         untrained = header.steps > 0 and injection.is_untrained(tuner)
     if untrained:
         warn(
-            f"{source} continues a training at step {header.steps}, but the matrices of adapter {tuner.name!r} are as "
-            "new and add nothing: load its weights too, with tunerkit.load(base, path, trainable=True) before attach"
+            f"{source} resumes training at step {header.steps}, but the matrices of adapter {tuner.name!r} are "
+            "untrained and add nothing: load its weights too, with tunerkit.load(base, path, trainable=True) before "
+            "attach"
         )
 
 
 def carry(tuner: Tuner, optimizer: Optimizer) -> None:
-    """Add the training state to ``optimizer.state_dict()`` under a name of its own, so that checkpoints contain it."""
+    """Add the training state to ``optimizer.state_dict()`` under the key `CARRIED`, so that checkpoints contain it."""
     steps.hold(
         tuner,
         optimizer.register_state_dict_post_hook(functools.partial(_put_in, tuner)),
@@ -123,9 +124,9 @@ def _take_out(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) ->
             is_lost = not tuner.steps
         case None:
             text = (
-                f"the state_dict that the optimizer loads has no training state of {name}, which was not attached when "
-                f"it was saved: the schedule restarts at step {tuner.steps}. To resume that training instead, load its "
-                "state: tunerkit.load_state"
+                f"the optimizer's state_dict has no training state of {name}, since the adapter was not attached when "
+                f"it was saved: the schedule restarts at step {tuner.steps}. To resume instead, load the state with "
+                "tunerkit.load_state"
             )
             is_lost = bool(state_dict["state"])
         case _:
@@ -144,13 +145,13 @@ def _state_of(tuner: Tuner) -> tuple[Mapping[str, Tensor], Header]:
 def _resume_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, source: str) -> None:
     _refuse_other_run(tuner, header, source)
     with _all_or_nothing(tuner):
-        # First, so that the method can compare its state with them.
+        # Set first, so that the method can compare its state with them.
         tuner.progress.steps = header.steps
         tuner.progress.history[:] = [
             RankChange(step, budget, dict(zip(header.targets, ranks, strict=True)))
             for step, budget, ranks in header.history
         ]
-        # The method's plugin does not know where the state comes from, so its errors are given the file.
+        # The plugin's errors cannot name the file, so it is added to them.
         try:
             with injection.as_hooks_see_it(tuner):
                 state = State(tensors=tensors, values=header.values)
@@ -166,17 +167,17 @@ def _resume_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, source
         recorded, found = tuner.history[-1].ranks if tuner.history else {}, tuner.ranks()
         if wrong := [f"{path} {rank} -> {found[path]}" for path, rank in recorded.items() if found[path] != rank]:
             raise FileError(
-                f"{source} contradicts itself: the ranks of its last allocation are not those of its state (history -> "
-                f"state): {few(wrong, shown=5)}; load an earlier state"
+                f"{source} is inconsistent: the ranks of its last allocation differ from its state (history -> state): "
+                f"{few(wrong, shown=5)}; load an earlier state"
             )
 
 
 @contextmanager
 def _all_or_nothing(tuner: Tuner) -> Iterator[None]:
-    """Restore an adapter's tensors, state, steps and history, in the same Parameter objects, if the block raises."""
+    """Roll back an adapter's tensors, state, steps and history if the block raises; Parameter objects stay the same."""
     progress, model = tuner.progress, tuner.model
     slots = [(slot, {name: value.clone() for name, value in slot.state_dict().items()}) for _, slot in slots_in(tuner)]
-    # The copy of the state refers to the live model, as the state itself does.
+    # The copied state must refer to the live model, not to a copy of it.
     live = [tuner, steps.optimizer_of(tuner), *model.modules(), *model.parameters(), *model.buffers()]
     state = copy.deepcopy(tuner.state, {id(part): part for part in live})
     count, history = progress.steps, list(progress.history)
@@ -194,9 +195,9 @@ def _all_or_nothing(tuner: Tuner) -> Iterator[None]:
 
 
 def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
-    """Load the weights at ``path`` into the live adapter, which may have other ranks. If it raises, nothing changes.
+    """Load the weights at ``path`` into the live adapter, which may have other ranks. If this raises, nothing changes.
 
-    The Parameter objects stay the same. One that changes its shape loses its optimizer state.
+    The Parameter objects stay the same. If a parameter's shape changes, its optimizer state is dropped.
     """
     source, tensors, header = read(path, content="adapter")
     _refuse_other_run(tuner, header, source)
@@ -219,9 +220,9 @@ def _refuse_other_run(tuner: Tuner, saved: Header, source: str) -> None:
         lines = [f"method {shown(saved.method)} -> {own.method!r}"]
     else:
         earlier = saved.config
-        if own.config.keys() - earlier:  # a setting that the file's version did not have had its default
+        if own.config.keys() - earlier:  # a setting that the file's version lacked had its default value
             kept = {name: value for name, value in own.config.items() if name in earlier}
-            with suppress(ConfigError):  # one that it must have: the lines below name it
+            with suppress(ConfigError):  # a required setting is missing: the lines below name it
                 earlier = {**unstructure(hooks.structure(own.method, kept).settled()), **earlier}
         settings = {name: (earlier.get(name), own.config.get(name)) for name in {*saved.config, *own.config}}
         lines = [
@@ -230,12 +231,12 @@ def _refuse_other_run(tuner: Tuner, saved: Header, source: str) -> None:
             if there != here
         ]
         lines += [
-            f"{len(there)} {what} -> {len(here)}, not the same ones"
+            f"{len(there)} {what} -> {len(here)} at other paths"
             for (what, there), here in zip(saved.places.items(), own.places.values(), strict=True)
             if there != here
         ]
     if saved.kind == "state" and injection.needs_steps(tuner) and saved.total_steps != own.total_steps:
-        # The schedule covers the whole training, so in a longer training it would have pruned differently.
+        # The schedule spans the whole training, so with another length it would have pruned differently.
         lines.append(f"total_steps {saved.total_steps} -> {own.total_steps}")
     if lines:
         raise FileError("\n- ".join([f"{source} belongs to another run (saved -> here):", *first(lines)]))

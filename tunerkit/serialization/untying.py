@@ -1,6 +1,6 @@
-"""Gives modules that share a parameter one each while they are merged, and the shared one back afterwards.
+"""Untie modules that share a parameter while they are merged, and tie them again afterwards.
 
-Adapters at all sides of a tie make different weights of it. The shared Parameter object is set aside with its values.
+The merged weights of tied modules differ. Meanwhile the shared Parameter object is kept aside with its values.
 """
 
 import operator
@@ -22,7 +22,7 @@ Places = Sequence[tuple[str, nn.Module, Slots]]  # as `injection.walk` returns t
 
 @attrs.frozen(eq=False)
 class _Holder:
-    """A module that holds a shared parameter, and the one that it gets instead. Several in one place get the same."""
+    """A module with a shared parameter, and the parameter's replacement: the same one for all inside one target."""
 
     module: nn.Module
     name: str
@@ -32,13 +32,13 @@ class _Holder:
 
 @attrs.frozen(eq=False)
 class Parting:
-    """How one adapted module gets out of its ties, and in again."""
+    """The untying of one adapted module, which can be reverted."""
 
-    holders: tuple[_Holder, ...]  # at or in the module, of parameters shared with modules elsewhere
-    flags: tuple[tuple[object, str], ...]  # objects, and their attributes that are True while weights are tied
+    holders: tuple[_Holder, ...]  # this module and its children that share parameters with modules outside it
+    flags: tuple[tuple[object, str], ...]  # (object, attribute) pairs that are True while weights are tied
 
     def set_(self, *, apart: bool) -> None:
-        """Give the module parameters of its own, or put the shared Parameter objects back."""
+        """Untie the module's parameters (``apart``), or put the shared Parameter objects back."""
         for holder in self.holders:
             torch_private.own_parameters(holder.module)[holder.name] = holder.own if apart else holder.shared
         for owner, name in self.flags:
@@ -46,9 +46,9 @@ class Parting:
 
 
 def plan_parting(model: nn.Module, places: Places, merged: Sequence[dict[str, Any]]) -> list[Parting | None]:
-    """Plan how modules get out of their ties, changing nothing in the model; None where nothing merged is shared.
+    """Plan the untying of each module without changing the model; None for one whose merged tensors are not shared.
 
-    A module leaves all its ties: what is not merged gets an equal tensor of its own, added to ``merged`` there.
+    A module leaves all its ties: for shared tensors that are not merged, a clone is added to ``merged``.
     """
     shared = targets.tied(injection.base_modules(model))
     if not shared:
@@ -58,7 +58,7 @@ def plan_parting(model: nn.Module, places: Places, merged: Sequence[dict[str, An
         _holders(module, tensors, shared) if slots.active else ()
         for (_, module, slots), tensors in zip(places, merged, strict=True)
     ]
-    # A place leaves as a whole: what is tied inside it stays so.
+    # Each target leaves its ties as a whole: ties inside it stay.
     apart = [Counter(id(holder.shared) for holder in holders) for holders in found]
     parted, left = set(), set()
     for key, names in shared.items():
@@ -74,26 +74,26 @@ def plan_parting(model: nn.Module, places: Places, merged: Sequence[dict[str, An
 def _refuse_left_out(
     places: Places, merged: Sequence[Mapping[str, Any]], shared: Mapping[int, tuple[str, ...]]
 ) -> None:
-    """Raise `AdapterError` if a parameter to merge is shared, since wrapping, and its sides cannot get one each."""
+    """Raise `AdapterError` if a tensor to merge became tied after wrapping and cannot be untied."""
     active = {path for path, _, slots in places if slots.active}
     for (path, module, _), tensors in zip(places, merged, strict=True):
         own = dict(module.named_parameters(remove_duplicate=False))
         found = [(own[name], shared.get(id(own[name]), ())) for name in tensors if name in own]
         if others := [name for _, names in found for name in targets.left_out(names, active)]:
             raise AdapterError(
-                f"cannot merge into {path!r}: it is tied to {', '.join(others)} by now, and merging would change that "
-                "too; give each a parameter of its own first"
+                f"cannot merge into {path!r}: since wrapping it was tied to {', '.join(others)}, which merging would "
+                "change too; give each a parameter of its own first"
             )
         for parameter, names in found:
             if type(parameter) is not nn.Parameter and not all(is_under(name, (path,)) for name in names):
                 raise AdapterError(
-                    f"cannot merge into {path!r}: {', '.join(names)} are one {type(parameter).__name__}, which cannot "
-                    "be split. Load the adapter onto the base in full precision and merge there"
+                    f"cannot merge into {path!r}: {', '.join(names)} share one {type(parameter).__name__}, which "
+                    "cannot be untied. Load the adapter onto the base in full precision and merge there"
                 )
 
 
 def _holders(module: nn.Module, tensors: dict[str, Any], shared: Mapping[int, tuple[str, ...]]) -> tuple[_Holder, ...]:
-    """The parameters that a place shares with modules elsewhere; empty if none is among the merged ``tensors``."""
+    """Return the holders of parameters shared with other modules; empty if no merged tensor is among them."""
     held: dict[int, dict[str, tuple[nn.Module, str]]] = defaultdict(dict)
     parameters = {}
     for path, part in injection.base_modules(module):
@@ -117,11 +117,11 @@ def _holders(module: nn.Module, tensors: dict[str, Any], shared: Mapping[int, tu
 def _tied_flags(
     model: nn.Module, parted: set[tuple[str, ...]], left: set[tuple[str, ...]]
 ) -> Iterator[tuple[object, str]]:
-    """The "tied" flags of the modules around parted weights, if nothing in these modules stays tied."""
+    """Yield the "tied" flags, as (object, attribute), of the modules whose weights are all untied."""
     if unserved := hooks.unserved(model, described=True):
         warn(
-            f"tied weights of this {type(model).__name__} get values of their own, and its config still says that they "
-            f"are tied: {unserved}"
+            f"tied weights of this {type(model).__name__} get different values, but its config still marks them as "
+            f"tied: {unserved}"
         )
     libraries = hooks.gather_libraries()
     for path, module in injection.base_modules(model):

@@ -1,7 +1,7 @@
-"""Whether an optimizer drives an adapter: what is checked before, and what is said if another one, or none, steps it.
+"""Check an optimizer before it is attached, and detect optimizers that update an adapter without being attached.
 
-A forgotten `attach` would let a whole training go wrong without a word. So a wrapped model looks at its adapters before
-each forward, and an adapter in each backward: if its values changed since its last gradient, an optimizer moved them.
+A forgotten `attach` would silently spoil a training. So hooks check an adapter before each forward of the model and in
+each backward: if its values changed since the last gradient, an optimizer has updated them.
 """
 
 import functools
@@ -35,43 +35,43 @@ def is_attached(tuner: Tuner) -> bool:
 
 
 def hold(tuner: Tuner, *handles: Removable) -> None:
-    """Store more hook handles of the optimizer that drives ``tuner``; `detach` removes them."""
+    """Keep handles of hooks on the optimizer that drives ``tuner``, for `detach` to remove."""
     link = tuner.progress.link
     assert link is not None
     link.handles.extend(handles)
 
 
 def detach(tuner: Tuner) -> None:
-    """Undo `attach`. If ``tuner`` is not attached, nothing happens."""
+    """Undo `attach`; does nothing if ``tuner`` is not attached."""
     if (link := tuner.progress.link) is not None:
         for handle in link.handles:
             handle.remove()
         link.handles.clear()
 
 
-# --- Before attaching: what steps, what it holds, how long training is, and which processes take part in it ----------
+# --- Before attaching: the optimizer, its parameters, the length of training, and the processes ----------------------
 
 
 @runtime_checkable
 class _Stepping(Protocol):
-    """Anything that steps, such as an optimizer of another library."""
+    """An object with a ``step`` method, such as another library's optimizer."""
 
     def step(self) -> object: ...
 
 
 def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer | None:
-    """Return the torch optimizer inside wrappers such as accelerate's; None, with a warning, for one without hooks.
+    """Return the torch optimizer inside wrappers such as accelerate's; warn and return None if it has no hooks.
 
-    If a method needs steps, that is rejected, and a wrapper with a state of its own, such as Lookahead, too: it would
-    restore pruned weights, in their old shapes.
+    A method that needs steps rejects an optimizer without hooks. It also rejects a wrapper with its own state, such as
+    Lookahead, which would restore pruned weights in their old shapes.
     """
     needing = [tuner.name for tuner in tuners if injection.needs_steps(tuner)]
     while isinstance(inner := getattr(candidate, "optimizer", None), Optimizer):
         if needing and getattr(candidate, "state", inner.state) is not inner.state:
             wrapper, wrapped = type(candidate).__name__, type(inner).__name__
             raise StepError(
-                f"{wrapper} keeps its own state in addition to that of {wrapped}, and may restore weights that adapter "
-                f"{needing[0]!r} pruned; train it with {wrapped} alone, or use a method that needs no steps"
+                f"{wrapper} keeps its own state beside the state of {wrapped}, and may restore weights that adapter "
+                f"{needing[0]!r} pruned; train with {wrapped} alone, or use a method that needs no steps"
             )
         candidate = inner
     if isinstance(candidate, Optimizer):
@@ -81,13 +81,13 @@ def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer | No
     name = type(candidate).__name__
     if isinstance(candidate, type) or not isinstance(candidate, _Stepping):
         raise StepError(
-            f"attach takes a torch optimizer, or a trainer that an installed plugin knows, got {name}; "
+            f"attach takes a torch optimizer, or a trainer that an installed plugin supports, got {name}; "
             f"{hooks.unserved(candidate) or 'pass the optimizer that steps the adapter'}"
         )
     if needing:
         raise StepError(
             f"{name} does not support hooks: it does not call torch.optim.Optimizer.__init__. If it wraps an optimizer "
-            "that does, attach that one; otherwise attach another optimizer"
+            "with hooks, attach the wrapped optimizer; otherwise use another optimizer"
         )
     warn(
         f"{name} does not support hooks, so steps are not counted; nothing else is lost, because no method here needs "
@@ -97,13 +97,13 @@ def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer | No
 
 
 def check_attachable(tuner: Tuner, optimizer: Optimizer | None) -> None:
-    """Raise an error if ``tuner`` is attached or cannot be trained now, or if ``optimizer`` holds none of it."""
+    """Raise an error if ``tuner`` is attached or cannot be trained now, or ``optimizer`` has none of its parameters."""
     if is_attached(tuner):
         others = [name for name, other in injection.wrapped_of(tuner.model).tuners.items() if not is_attached(other)]
         which = f", or pass adapter={others[0]!r} to attach another" if others else ""
         raise StepError(
-            f"adapter {tuner.name!r} is attached already: one optimizer drives it. To go on with another one, first "
-            "delete the earlier one and what holds it, such as its scheduler; or call "
+            f"adapter {tuner.name!r} is attached to an optimizer already. To continue with another optimizer, first "
+            "delete the old one and all references to it, such as its scheduler; or call "
             f"tunerkit.delete(model, {tuner.name!r}) and wrap again for a new run{which}"
         )
     if injection.is_frozen(tuner):
@@ -113,7 +113,7 @@ def check_attachable(tuner: Tuner, optimizer: Optimizer | None) -> None:
         )
     if any(p.is_meta for p in tuner.parameters()):
         raise StepError(
-            f"adapter {tuner.name!r} is on the meta device and cannot be trained: accelerate offloads it with the "
+            f"adapter {tuner.name!r} is on the meta device and cannot be trained: accelerate has offloaded it with the "
             "model. Offload first, then wrap: the adapter then stays on the device where the model runs"
         )
     injection.refuse_fixed(tuner.model, "attaching")
@@ -123,45 +123,45 @@ def check_attachable(tuner: Tuner, optimizer: Optimizer | None) -> None:
 
 
 def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
-    """Reject an optimizer that holds no parameter of the adapter; warn about one that holds only some of them."""
+    """Reject an optimizer with none of the adapter's parameters; warn if some are missing."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = {path: {n: p for n, p in slot.named_parameters() if p.requires_grad} for path, slot in slots_in(tuner)}
-    # Allocations depend on how the adapters themselves are trained, so a head that is trained in full does not count.
+    # Allocations need gradients of the adapters themselves, so a head that is trained in full does not count.
     adapters = tuner.adapters() if injection.needs_steps(tuner) else trained
     counted = [own for path, own in trained.items() if own and path in adapters]
     if counted and not any(id(p) in held for own in counted for p in own.values()):
         raise StepError(
-            f"the optimizer holds none of the parameters of adapter {tuner.name!r} at its {len(counted)} places; "
+            f"the optimizer has none of the parameters of adapter {tuner.name!r}, which is in {len(counted)} modules; "
             f"{_BUILD_IT}, or pass adapter=... to name the adapter that it trains"
         )
     for group in optimizer.param_groups if type(optimizer).__module__.startswith("torch.") else ():
         eps, half = group.get("eps"), [p for p in group["params"] if p.dtype == torch.float16]
         if half and type(eps) is float and not torch.tensor(eps).half():
             warn(
-                f"{len(half)} trained parameters are in float16, in which the optimizer's eps={eps:g} is 0: its steps "
-                "divide by 0, and weights become NaN. Set adapter_dtype to float32, and load a base whose modules or "
-                "biases are trained in bfloat16 or float32; or give the optimizer eps=1e-4"
+                f"{len(half)} trained parameters are float16, where the optimizer's eps={eps:g} rounds to 0: steps "
+                "divide by 0, and weights become NaN. Set adapter_dtype to float32; if modules or biases of the base "
+                "are trained too, load the base in bfloat16 or float32. Or give the optimizer eps=1e-4"
             )
-    missing: dict[str, list[str]] = defaultdict(list)  # the places by what is missing there
+    missing: dict[str, list[str]] = defaultdict(list)  # module paths, by the names of their missing parameters
     for path, own in trained.items():
         if names := ", ".join(name for name, p in own.items() if id(p) not in held):
             missing[names].append(path)
     if missing:
         listed = "; ".join(f"{names} at {few(paths, shown=5)}" for names, paths in missing.items())
         warn(
-            f"the optimizer does not hold all parameters that adapter {tuner.name!r} trains. Unless another optimizer "
-            f"trains them, these do not change: {listed}; {_BUILD_IT}"
+            f"the optimizer lacks parameters that adapter {tuner.name!r} trains. Unless another optimizer trains them, "
+            f"these do not change: {listed}; {_BUILD_IT}"
         )
 
 
 def agree_on_total(tuner: Tuner, total_steps: SupportsIndex | None) -> int | None:
-    """Return the total steps of the call or the config. They must agree; a method that needs steps requires one."""
+    """Return the total steps from the call or the config, which must agree; a method that needs steps requires them."""
     configured = tuner.config.total_steps
     total = configured if total_steps is None else total_steps
     if configured is not None and total != configured:
         raise StepError(
-            f"adapter {tuner.name!r}: the config says total_steps={configured}, training has {total_steps}; "
-            "make them equal or leave the config's out"
+            f"adapter {tuner.name!r}: the config has total_steps={configured}, but training has {total_steps}; make "
+            "them equal, or remove total_steps from the config"
         )
     if total is None:
         if injection.needs_steps(tuner):
@@ -182,10 +182,10 @@ def agree_on_total(tuner: Tuner, total_steps: SupportsIndex | None) -> int | Non
 def engine_for(
     tuners: Sequence[Tuner], model: nn.Module, candidate: object, data_parallel: bool | None
 ) -> tuple[Engine, object]:
-    """Return the engine of a training, and the optimizer with the step hooks: ``candidate``, or one around it.
+    """Return the engine of a training, and the optimizer for the step hooks: ``candidate``, or a wrapper around it.
 
-    ``model`` is the model that runs, which may contain the wrapped one. Raises `StepError` in a process group for which
-    no plugin has an engine.
+    ``model`` is the model that is called, which may contain the wrapped one. Raises `StepError` in a process group
+    without an installed engine.
     """
     if data_parallel not in (None, False, True):
         raise StepError(f"data_parallel: expected True, False or None, got {shown(data_parallel)}")
@@ -194,36 +194,36 @@ def engine_for(
     )
     if found is not None:
         return found
-    # A process group of one process counts too, since there may be DDP around it; or a launcher says so.
+    # A process group of one process counts too, since DDP may wrap the model. A launcher sets WORLD_SIZE.
     is_one_of_several = hooks.in_group() or os.environ.get("WORLD_SIZE", "1") not in ("", "1")
     if data_parallel or (data_parallel is None and is_one_of_several):
-        lacking = hooks.registry.lacking("keeps them alike")
+        lacking = hooks.registry.lacking("synchronizes them")
         raise StepError(
-            "this process is one of a group, or has to be, and no installed plugin keeps the adapters of a group "
-            f"alike, so each process would train its own in silence. {f'{lacking}. ' if lacking else ''}If they are "
-            "meant to be apart, attach with data_parallel=False"
+            "this process belongs to a process group, or was started as one of several, but no installed plugin "
+            "synchronizes adapters, so each process would silently train its own. "
+            f"{f'{lacking}. ' if lacking else ''}To train independent adapters, attach with data_parallel=False"
         )
     return Engine(), candidate
 
 
-# --- An adapter that an optimizer moves and does not drive ------------------------------------------------------------
+# --- Optimizers that update an adapter without being attached ---------------------------------------------------------
 
 
 @attrs.define(eq=False)
 class LastGradient:
-    """The most recent gradient of an adapter that no driven step has used."""
+    """An adapter's most recent gradient not yet used by a step of its attached optimizer."""
 
-    parameter: nn.Parameter | None = None  # no weak reference: torch converts no parameter that has one
-    version: int | None = None  # torch's count of the changes of its values at the gradient; None without one
-    # Its values at the gradient, if nothing drives the adapter: torch counts no changes by fused optimizers.
+    parameter: nn.Parameter | None = None  # not a weak reference, with which torch could not convert the parameter
+    version: int | None = None  # torch's version counter of the parameter at the gradient; None without a gradient
+    # The parameter's values at the gradient, if the adapter is not attached: fused optimizers do not count versions.
     values: Tensor | None = None
     is_reported: bool = False
 
     def __reduce__(self) -> tuple[type["LastGradient"], tuple[()]]:
-        return LastGradient, ()  # a copy or a pickle of the model starts anew
+        return LastGradient, ()  # a copy of the model starts without a gradient
 
     def was_used(self) -> bool:
-        """Whether the values have changed since."""
+        """Whether the parameter's values have changed since the gradient."""
         if self.parameter is None or self.version is None:
             return False
         if self.version != torch_private.version(self.parameter):
@@ -235,7 +235,7 @@ class LastGradient:
 
 
 def watch_(tuner: Tuner) -> LastGradient:
-    """Let the model of an adapter look for undriven steps from now on, if the adapter's method acts on steps."""
+    """Register the hooks that detect undriven steps, if the adapter's method acts on steps."""
     last: LastGradient = tuner.progress.last or LastGradient()
     last.version = None
     if hooks.watches_steps(tuner.method):
@@ -248,21 +248,21 @@ def watch_(tuner: Tuner) -> LastGradient:
 
 
 def unwatch_(model: nn.Module) -> None:
-    """Undo `watch_` if no adapter of the model is watched any more."""
+    """Remove the hooks of `watch_` once no adapter of the model is watched."""
     if all(tuner.progress.last is None for tuner in injection.wrapped_of(model).tuners.values()):
         torch_private.remove_hooks_(model, look)
         torch_private.remove_state_hooks_(model, forget)
 
 
 def forget(model: nn.Module, *state: object) -> None:
-    """Expect other values, which are about to be loaded: a hook before ``load_state_dict``."""
+    """Hook before ``load_state_dict``: drop the last gradients, since values are about to change."""
     for tuner in injection.wrapped_of(model).tuners.values():
         if tuner.progress.last is not None:
             tuner.progress.last.version = None
 
 
 def look(model: nn.Module, args: Any) -> None:
-    """Look for adapters that were moved and not driven, before a forward of the wrapped model: its pre-hook."""
+    """Forward pre-hook of the wrapped model: report adapters that an unattached optimizer has updated."""
     # Not under compile: compiled code must not have a Python side effect in each call.
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
@@ -274,10 +274,10 @@ def look(model: nn.Module, args: Any) -> None:
 
 
 def _follow_(tuner: Tuner, last: LastGradient) -> None:
-    """Note the gradients of the parameter that is trained now. Shrinking and engines replace parameters."""
+    """Hook into the gradient of a parameter that is trained now, since shrinking and engines replace parameters."""
     slots = (injection.slots_of(target.module) for target in tuner.targets)
     found = (each.get(tuner.name) for each in slots if each is not None)
-    # Of the method's own adapters: one may train a new head alone before.
+    # A parameter of the method's adapters: a user may first train a new head alone.
     adapters = (slot.adapter for slot in found if slot is not None and slot.adapter is not None)
     own = next((p for adapter in adapters for p in adapter.parameters() if p.requires_grad), None)
     if own is not None and last.parameter is not own:
@@ -286,10 +286,10 @@ def _follow_(tuner: Tuner, last: LastGradient) -> None:
 
 
 def _note(watched: "ref[Tuner]", parameter: Tensor) -> None:
-    """Look, as a loop may never call the model itself, and note that ``parameter`` has a gradient: its hook then."""
+    """Gradient hook of ``parameter``: report an undriven step, in case no forward did so, and note the new gradient."""
     tuner = watched()
     if tuner is None or injection.wrapped_of(tuner.model).tuners.get(tuner.name) is not tuner:
-        return  # it was taken out
+        return  # the adapter was removed
     last: LastGradient | None = tuner.progress.last
     if last is not None and last.parameter is parameter and not last.is_reported:
         report_undriven(tuner)
@@ -298,27 +298,27 @@ def _note(watched: "ref[Tuner]", parameter: Tensor) -> None:
 
 
 def report_undriven(tuner: Tuner, *, saving: bool = False) -> None:
-    """Raise `StepError`, or warn, if an optimizer that does not drive an adapter has moved it.
+    """Raise `StepError`, or warn, if an optimizer has updated an adapter without being attached to it.
 
-    A method that needs steps stops if nothing drives it: it could never be saved. If other adapters of the model are
-    attached, somebody chose these, and may attach this one later. Then, and before saving, a warning is enough.
+    The error is for a method that needs steps and is not attached, since its adapter could never be saved. A warning is
+    enough before saving, or if other adapters are attached: the user chose these, and may attach this one later.
     """
     last: LastGradient | None = tuner.progress.last
     if last is None or last.is_reported or not last.was_used():
         return
     last.version = last.values = None
     others = injection.wrapped_of(tuner.model).tuners.values()
-    lost = "A deep-copied optimizer has lost its hooks, and a deep-copied model must be attached itself"
+    lost = "A deep-copied optimizer loses its hooks, and a deep-copied model must be attached again"
     if injection.needs_steps(tuner) and not saving and not any(map(is_attached, others)):
         raise StepError(
-            f"an optimizer steps adapter {tuner.name!r}, but nothing drives it: method {tuner.method!r} would not see "
-            "these steps, and the adapter could not be saved. Before training, call tunerkit.attach(model, optimizer, "
-            f"total_steps=...), or with a Trainer tunerkit.attach(model, trainer). {lost}; to train without this "
-            f"adapter, call tunerkit.freeze(model, {tuner.name!r})"
+            f"an optimizer updates adapter {tuner.name!r}, but is not attached to it: method {tuner.method!r} would "
+            "not see its steps, and the adapter could not be saved. Before training, call tunerkit.attach(model, "
+            f"optimizer, total_steps=...), or with a Trainer tunerkit.attach(model, trainer). {lost}; to train without "
+            f"this adapter, call tunerkit.freeze(model, {tuner.name!r})"
         )
     last.is_reported = True
-    driver = "another optimizer drives it" if is_attached(tuner) else "nothing drives it"
+    other = ": another optimizer is" if is_attached(tuner) else ""
     warn(
-        f"an optimizer steps adapter {tuner.name!r}, but {driver}: method {tuner.method!r} does not see these steps. "
-        f"Call tunerkit.attach with this optimizer. {lost}"
+        f"an optimizer updates adapter {tuner.name!r}, but is not attached to it{other}. Method {tuner.method!r} does "
+        f"not see its steps: call tunerkit.attach with this optimizer. {lost}"
     )

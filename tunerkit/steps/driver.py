@@ -1,6 +1,6 @@
-"""Call the methods' step hooks from the optimizer's own hooks, so that users do not have to call anything.
+"""Call the methods' step hooks from the optimizer's own hooks, so that users need no extra call in their loop.
 
-`drive` looks up once what a step needs: a `Drive`. From then on, a step goes from here to the method's plugin and back.
+`drive` resolves once all that a step needs, into a `Drive`. From then on, a step only calls the method's plugin.
 """
 
 import functools
@@ -35,7 +35,7 @@ from tunerkit.steps.resizing import ENGINE, complete_, optimizer_of
 
 @attrs.frozen(eq=False)
 class Place:
-    """One module of an adapter, with torch's live dicts of its children and of its slots."""
+    """One adapted module: its slots, and torch's live dicts of the children of both."""
 
     children: Mapping[str, nn.Module | None]
     slots: Slots
@@ -45,7 +45,7 @@ class Place:
 
 @attrs.define(eq=False)
 class Withheld:
-    """The gradients that the current step must not use, and their scale.
+    """Gradients that are hidden from the current step, and their scale.
 
     An optimizer skips a parameter without a gradient: it applies no update, no momentum and no weight decay.
     """
@@ -54,7 +54,7 @@ class Withheld:
     grad_scale: Tensor | None = None
 
     def take_(self, parameters: Iterable[Tensor], grad_scale: Tensor | None) -> None:
-        """Remove the gradients of ``parameters``, which are scaled by ``grad_scale`` (0-d) if it is not None."""
+        """Remove and keep the gradients of ``parameters``; ``grad_scale`` (0-d) is their scale, None for 1."""
         self.grad_scale = grad_scale
         for parameter in parameters:
             if parameter.grad is not None:
@@ -63,9 +63,9 @@ class Withheld:
 
     @torch.no_grad()
     def put_back_(self, *, stepped: bool) -> None:
-        """Put back every withheld gradient, after a step or instead of one. Calling this again does nothing."""
+        """Put back every withheld gradient, after a step or because it failed. Calling this again does nothing."""
         held, self.gradients = self.gradients, []
-        # A fused optimizer has divided the other gradients by the scale. Multiplying could not undo its rounding.
+        # A fused optimizer has divided the other gradients by the scale, so these are divided too.
         if stepped and self.grad_scale is not None:
             for device in {grad.device for _, grad in held}:
                 own = [grad for _, grad in held if grad.device == device]
@@ -80,7 +80,7 @@ class Withheld:
 
 @attrs.define(eq=False)
 class Drive:
-    """The connection between one tuner and one optimizer: all that a step needs, looked up once, and what it leaves."""
+    """The connection of a tuner to its optimizer: all that a step needs, resolved once, and the state between steps."""
 
     tuner: Tuner
     wrapped: Wrapped
@@ -88,14 +88,14 @@ class Drive:
     callers: hooks.Callers
     engine: Engine
     meets: bool  # the engine acts before a step
-    gathers: bool  # the engine shows the adapter to the method's hooks, and takes it back
+    gathers: bool  # the engine gathers the adapter for the method's hooks
     clock: Callable[[], int] | None  # the number of the current step, from 1; None to count the steps
     last: LastGradient
     withheld: Withheld = attrs.field(factory=Withheld)
-    # Values to put back after the step, by name, where an engine's optimizer moves a parameter without a gradient too.
+    # Values to put back after the step, by name, if the engine's optimizer updates parameters without a gradient too.
     fixed: dict[str, Tensor] = attrs.field(factory=dict)
-    is_idle: bool = False  # the current step trains nothing
-    was_past_total: bool = False  # a warning has said that the schedule is over
+    is_idle: bool = False  # the current step only creates optimizer state
+    was_past_total: bool = False  # the warning about steps after total_steps was given
 
 
 def drive(
@@ -113,10 +113,10 @@ def drive(
         candidate: A torch optimizer, or a wrapper around one.
         total_steps: The length of training in optimizer steps, if it is known.
         clock: Returns the number of the current step, from 1; by default the steps of each adapter are counted.
-        engine: What the processes of the training do together; by default this one is alone.
+        engine: The engine of the process group; by default, one process trains alone.
 
     Returns:
-        The torch optimizer; None if it takes no hooks, so that no step is counted.
+        The torch optimizer; None if it does not support hooks, so that no step is counted.
     """
     optimizer = find_optimizer(candidate, tuners)
     for tuner in tuners:
@@ -138,7 +138,7 @@ def drive(
             for handle in handles:
                 undo.callback(handle.remove)
         for tuner in tuners:
-            tuner.engine = engine  # the method's hook finds it already, and the optimizer by a mere link
+            tuner.engine = engine  # set before the hook, which may use it
             with injection.as_hooks_see_it(tuner):
                 begin, total = hooks.specs.tunerkit_start, tuner.total_steps
                 tuner.state = hooks.ask(begin, tuner.method, tuner=tuner, total_steps=total, optimizer=optimizer)
@@ -157,7 +157,7 @@ def _restore_(tuner: Tuner, before: injection.Progress, state: object | None, en
 
 
 def _register_(tuner: Tuner, optimizer: Optimizer, clock: Callable[[], int] | None) -> None:
-    """Look up what a step needs, and register the hooks."""
+    """Resolve all that a step needs, and register the optimizer's hooks."""
     modules = modules_in(tuner)
     places = [
         Place(torch_private.own_children(modules[path]), slots, torch_private.own_children(slots), slot)
@@ -168,7 +168,7 @@ def _register_(tuner: Tuner, optimizer: Optimizer, clock: Callable[[], int] | No
     meets = type(engine).before_step_ is not Engine.before_step_
     gathers = engine.splits or not engine.withholds
     found = Drive(tuner, wrapped, places, callers, engine, meets, gathers, clock, watch_(tuner))
-    # Not in a compiled optimizer step: plugins run any Python code there, and may change shapes.
+    # Excluded from a compiled optimizer step: plugins run arbitrary Python code, and may change shapes.
     hold(tuner, optimizer.register_step_pre_hook(torch.compiler.disable(functools.partial(_before, found))))
     hold(tuner, optimizer.register_step_post_hook(torch.compiler.disable(functools.partial(_after, found))))
     hold(tuner, optimizer.register_state_dict_post_hook(functools.partial(complete_, tuner)))
@@ -177,18 +177,18 @@ def _register_(tuner: Tuner, optimizer: Optimizer, clock: Callable[[], int] | No
 def _before(
     drive: Drive, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Run inside ``optimizer.step``, before anything is updated.
+    """Step pre-hook of the optimizer; ``args`` begins with the optimizer.
 
-    With a closure the gradients are computed later, inside it. ``args`` begins with the optimizer.
+    If there is a closure, which computes the gradients, the method's hook is called at its end.
     """
-    # Torch's distributed checkpoint steps an optimizer without state to make one, so most steps need no look.
+    # Torch's distributed checkpoint steps an optimizer only if it has no state yet, so that it creates one.
     drive.is_idle = not optimizer.state and torch_private.in_distributed_checkpoint()
     if drive.is_idle:
         return None
     drive.last.version = None
-    drive.fixed = {}  # those of a step that was skipped or raised
+    drive.fixed = {}  # left by a step that was skipped or raised
     if drive.withheld.gradients:
-        # The last step raised, so no hook ran after it. If its gradients were cleared since, so are the withheld ones.
+        # The last step raised before its post-hook. If the user has cleared the gradients since, clear these too.
         if all(parameter.grad is None for parameter in drive.tuner.parameters()):
             drive.withheld.gradients.clear()
         drive.withheld.put_back_(stepped=False)
@@ -205,7 +205,7 @@ def _refuse_misplaced(drive: Drive) -> None:
     """Reject a step while the model is merged, or after the adapter was removed by hand from one of its modules."""
     name, is_merged = drive.tuner.name, False
     is_there = drive.wrapped.tuners.get(name) is drive.tuner
-    for place in drive.places:  # no generator: each step asks all places
+    for place in drive.places:  # no generator, for speed: this runs in every step
         is_there = is_there and place.children.get(CHILD) is place.slots and place.own.get(name) is place.slot
         is_merged = is_merged or bool(place.slots.merged)
     if not is_there:
@@ -215,7 +215,7 @@ def _refuse_misplaced(drive: Drive) -> None:
 
 
 def _run_closure(drive: Drive, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
-    """Compute the loss and the gradients. A step may do so several times, and a closure may accumulate."""
+    """Call the closure, then the method's hook. A step may call this several times, and a closure may accumulate."""
     drive.withheld.put_back_(stepped=False)
     loss = closure()
     drive.last.version = None
@@ -231,10 +231,10 @@ def _call_before_step(drive: Drive, optimizer: Optimizer) -> None:
         return
     if injection.WATCHED in vars(tuner.model):
         injection.report(tuner.model)
-    # Where the engine's step takes the gradients away, they are kept for what acts after it.
+    # If the engine's step removes the gradients, `seen` keeps them for the hook after the step.
     if caller is None and (engine.withholds or drive.callers.after_step is None):
         return
-    # Under a GradScaler a fused optimizer steps on scaled gradients; the scale is its attribute, if there is one.
+    # Under a GradScaler a fused optimizer steps on scaled gradients, and has the scale as an attribute.
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     seen = injection.as_hooks_see_it(tuner, gradients=True) if drive.gathers else nullcontext(same)
     with torch.no_grad(), seen as outside:
@@ -258,7 +258,7 @@ def _call_before_step(drive: Drive, optimizer: Optimizer) -> None:
 
 
 def _leads(drive: Drive, optimizer: Optimizer) -> bool:
-    """Whether this adapter is the first that the optimizer drives now, and so the one that tells the engine."""
+    """Whether this adapter is the first one that the optimizer drives, which calls the engine for all of them."""
     for tuner in drive.wrapped.tuners.values():
         if tuner.engine is drive.engine and is_attached(tuner) and optimizer_of(tuner) is optimizer:
             return tuner is drive.tuner
@@ -268,8 +268,8 @@ def _leads(drive: Drive, optimizer: Optimizer) -> bool:
 def _takes_part(drive: Drive) -> bool:
     """Whether the adapter takes part in an optimizer step: it is not frozen, and is active or has a gradient.
 
-    So adapters that share an optimizer and are trained alternately count their own steps. With a clock (a Trainer's
-    global step), a step has the same number for all, and an adapter sees those in which it takes part.
+    So adapters that are trained alternately by one optimizer count their own steps. With a clock (a Trainer's global
+    step), all adapters use the clock's number.
     """
     first = next(drive.places[0].slot.parameters(), None)  # usually enough
     if (first is None or not first.requires_grad) and injection.is_frozen(drive.tuner):
@@ -280,7 +280,7 @@ def _takes_part(drive: Drive) -> bool:
 
 
 def _after(drive: Drive, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Run after the update. A step that a fused optimizer skipped, because gradients overflowed, does not count."""
+    """Step post-hook of the optimizer; ignores a step that a fused optimizer skipped because gradients overflowed."""
     if drive.is_idle:
         return
     tuner, callers = drive.tuner, drive.callers
@@ -309,7 +309,7 @@ def _after(drive: Drive, optimizer: Optimizer, args: tuple[Any, ...], kwargs: di
 
 
 def _call_after_step(drive: Drive, caller: hooks.Caller, step: int) -> None:
-    """Let the method act. If it made an allocation, add that to the history, and notify every plugin."""
+    """Call the method's hook; if it returns an allocation, add that to the history and notify all plugins."""
     tuner, budget, asked, spent = drive.tuner, drive.callers.budget, caller, None
     try:
         given = {"tuner": tuner, "step": step}

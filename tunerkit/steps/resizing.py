@@ -1,4 +1,4 @@
-"""Shrink and grow parameters in place, with their gradients, and complete the optimizer's state of them."""
+"""Shrink and grow parameters in place, with their gradients and optimizer state."""
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,14 +14,14 @@ from tunerkit.hooks import Engine
 from tunerkit.injection import Tuner
 from tunerkit.layers import resize_, torch_private
 
-# These update each element from its own gradient and state only, so removing other elements does not affect it. That is
-# wrong for optimizers that use the whole tensor: Adafactor, Muon, LBFGS, or 8-bit states in blocks.
+# These update each element from its own gradient and state only, so removing other elements does not affect it. Others
+# use the whole tensor: Adafactor, Muon, LBFGS, or 8-bit states in blocks.
 _ELEMENTWISE = (ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop)
-# Their states that do not start at 0, with the setting that they start at: Adagrad's and Rprop's.
+# States that do not start at 0 (of Adagrad and Rprop), with the setting that has their initial value.
 _FRESH = {"sum": "initial_accumulator_value", "step_size": "lr"}
 _AVERAGE = "ax"  # ASGD's average of the values so far
 
-# The attribute of an optimizer that holds the engine of its training: resizing is given nothing but an optimizer.
+# The optimizer's attribute for the engine of its training, since resizing functions get nothing but an optimizer.
 ENGINE = "_tunerkit_engine"
 
 
@@ -69,18 +69,18 @@ class Growth:
 
 
 def shrink_(cuts: Sequence[Cut], optimizer: Optimizer | None) -> str | None:
-    """Shrink parameters, with their gradients and optimizer state, which frees memory.
+    """Shrink parameters with their gradients and optimizer state, to free memory.
 
-    The Parameter objects stay the same; their data moves to smaller storage, one after the other. In a process group,
-    call this in all processes, with cuts to the same shapes, between two backwards: DistributedDataParallel gets a new
-    reducer then.
+    The Parameter objects stay the same; their data moves to smaller storage, one parameter at a time. In a process
+    group, call this in all processes, with the same resulting shapes, between two backwards: DistributedDataParallel
+    gets a new reducer then.
 
     Args:
-        cuts: What to keep of each parameter.
-        optimizer: The optimizer that holds the parameters, if there is one.
+        cuts: The entries to keep, one `Cut` per parameter.
+        optimizer: The optimizer that has the parameters, if there is one.
 
     Returns:
-        None if all cuts were made. Otherwise none was made, and the text is that of `resize_obstacle`.
+        None if all cuts were made; otherwise the reason from `resize_obstacle`, and nothing was changed.
     """
     reason = resize_obstacle([cut.parameter for cut in cuts], optimizer) if cuts else None
     if not cuts or reason is not None:
@@ -101,22 +101,21 @@ def shrink_(cuts: Sequence[Cut], optimizer: Optimizer | None) -> str | None:
 
 
 def grow_(growths: Sequence[Growth], optimizer: Optimizer | None) -> str | None:
-    """Grow parameters, with their gradients and optimizer state, as if the new entries had been there untouched.
+    """Grow parameters with their gradients and optimizer state, as if the new entries had never had a gradient.
 
-    The Parameter objects stay the same. The gradient of a new entry is 0, and the optimizer's state of it is that of an
-    entry which has had no gradient yet. A step count, which an optimizer keeps for a whole parameter, stays. In a
-    process group, call this in all processes, with the same values, between two backwards.
+    The Parameter objects stay the same. A new entry has gradient 0 and the optimizer's initial state; the step count of
+    its parameter stays. In a process group, call this in all processes, with the same values, between two backwards.
 
     Args:
-        growths: What to append to each parameter.
-        optimizer: The optimizer that holds the parameters, if there is one.
+        growths: The entries to append, one `Growth` per parameter.
+        optimizer: The optimizer that has the parameters, if there is one.
 
     Returns:
-        None if all have grown. Otherwise none has, and the text is that of `resize_obstacle`. Ask that before training,
-        for example in ``tunerkit_start``, if your method cannot do without growing.
+        None if all have grown; otherwise the reason from `resize_obstacle`, and nothing was changed. A method that
+        cannot work without growing should call `resize_obstacle` before training, for example in ``tunerkit_start``.
 
     Raises:
-        AdapterError: The new entries of one of them have another shape, or it is listed twice; nothing has grown then.
+        AdapterError: New entries have a wrong shape, or a parameter is listed twice. Nothing was changed.
     """
     for growth in growths:
         _refuse_misshapen(growth)
@@ -142,16 +141,16 @@ def grow_(growths: Sequence[Growth], optimizer: Optimizer | None) -> str | None:
 
 
 def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | None) -> str | None:
-    """Say why `shrink_` and `grow_` would leave the shapes of parameters alone.
+    """Return the reason why `shrink_` and `grow_` cannot resize parameters, or None.
 
     Args:
         parameters: The parameters to resize.
-        optimizer: The optimizer that holds them, if there is one.
+        optimizer: The optimizer that has the parameters, if there is one.
 
     Returns:
-        None if they can be resized, in all processes alike. Otherwise the reason: what trains them in a process group
-        needs shapes that stay, such as a DistributedDataParallel that cannot be rebuilt; a parameter is sharded; or
-        ``optimizer`` is not known to update each element independently.
+        None if they can be resized; the same in all processes. Otherwise the reason: the engine needs fixed shapes, as
+        with a DistributedDataParallel that cannot be rebuilt; a parameter is sharded; or ``optimizer`` is not known to
+        update each element independently.
     """
     parameters = list(parameters)
     if (reason := _engine_of(optimizer).fixed_shapes) is not None:
@@ -164,7 +163,7 @@ def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | N
     name = type(optimizer).__name__
     if inspect.unwrap(type(optimizer).step) not in {inspect.unwrap(kind.step) for kind in _ELEMENTWISE}:
         return f"{name} is not known to update each element independently"
-    # `state` is a defaultdict: a lookup would add an empty entry, which optimizers take for an initialised one.
+    # `state` is a defaultdict: a lookup would add an empty entry, which optimizers take for an initialized one.
     odd = {key for p in parameters for key in _odd(optimizer.state.get(p, {}), p)}
     return f"{name} keeps {', '.join(sorted(odd))} in a shape other than the parameter's" if odd else None
 
@@ -175,7 +174,7 @@ def _engine_of(optimizer: Optimizer | None) -> Engine:
 
 
 def _odd(state: Mapping[str, Any], parameter: Tensor) -> list[str]:
-    """The names of an optimizer's tensors that have another shape than the parameter, and are more than a number."""
+    """Return the names of the optimizer's non-scalar state tensors whose shape differs from the parameter's."""
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
     return [key for key, value in tensors.items() if value.shape != parameter.shape]
 
@@ -194,21 +193,21 @@ def _refuse_misshapen(growth: Growth) -> None:
 
 
 def _fresh(name: str, values: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    """An optimizer's state of entries that had no gradient so far, by its name and their values."""
+    """Return the initial optimizer state called ``name`` of new entries with these ``values``."""
     if name == _AVERAGE:
         return values
     setting = _FRESH.get(name, "")
-    # A scheduler keeps the learning rate that training began with, which is Rprop's first step size. Another library's
+    # Rprop's first step size is the initial learning rate, which a scheduler keeps in the group. Another library's
     # optimizer may have a state of the same name without the setting.
     first = settings.get(f"initial_{setting}", settings.get(setting, 0.0))
     return torch.full_like(values, float(first))
 
 
 def complete_(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """In torch's distributed checkpoint, add a state for each parameter that has none: one withheld from every step.
+    """In torch's distributed checkpoint, add initial states of parameters that were withheld from every step.
 
-    Without it, `set_optimizer_state_dict` rejects what `get_optimizer_state_dict` has returned. States of other shapes
-    than the parameters' are left to torch.
+    Without them, `set_optimizer_state_dict` rejects the result of `get_optimizer_state_dict`. States that do not have
+    their parameter's shape are left to torch.
     """
     if not torch_private.in_distributed_checkpoint():
         return
@@ -225,7 +224,7 @@ def complete_(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) ->
 
 
 def _untouched(name: str, value: Any, parameter: nn.Parameter, settings: Mapping[str, Any]) -> Any:
-    """What ``parameter`` has where another parameter's state has ``value``: a fresh state, and the same settings."""
+    """Return the initial state of ``parameter``, modeled on ``value``, the same state of another parameter."""
     if isinstance(value, Tensor) and value.ndim:
         return _fresh(name, parameter.detach().to(value.dtype, copy=True), settings)
     if name != "step":

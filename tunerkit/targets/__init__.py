@@ -1,4 +1,4 @@
-"""Target selection: from a model and patterns to the modules to adapt or train."""
+"""Target selection: choose the modules to adapt or to train in full, from a model and patterns."""
 
 from tunerkit.targets.eligibility import (
     left_out,

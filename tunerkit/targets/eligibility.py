@@ -1,4 +1,4 @@
-"""Obstacles to adapting a module or training it in full: its kind, its owner's use of the weight, or a tied weight."""
+"""Reasons why a module cannot be adapted or trained in full: its kind, its owner's use of the weight, tied weights."""
 
 import operator
 from collections import defaultdict
@@ -15,17 +15,17 @@ from tunerkit.paths import is_number, is_under, join, parent
 from tunerkit.records import Target
 from tunerkit.targets.scan import Scan, ScannedModule
 
-_ATTENTION = "nn.MultiheadAttention with a forward of its own may use its weights in any way, so it cannot be adapted"
+_ATTENTION = "nn.MultiheadAttention with its own forward may use its weights in other ways, so it cannot be adapted"
 _SEPARATE = "nn.MultiheadAttention with kdim or vdim has three weights instead of one, which cannot be adapted yet"
-_NOT_CALLED = "is used directly by its owner, bypassing its forward(): it has no output of its own"
-_READ_AND_CALLED = "is held by several modules, one of which bypasses its forward(): an adapter would not reach all"
-_NO_NORM = "is no norm over the last dimension with a weight of its own, and the method adapts only such norms"
+_NOT_CALLED = "is used directly by its owner, bypassing its forward(), so it has no output to adapt"
+_READ_AND_CALLED = "is a child of several modules, one of which bypasses its forward(): an adapter would not reach all"
+_NO_NORM = "is not a norm over the last dimension with its own weight, and the method adapts only such norms"
 _READ_AND_OFFLOADED = "is offloaded, and its weight is used directly, bypassing its forward(): it cannot be overridden"
 _is_meta = operator.attrgetter("is_meta")
 
 
 def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *, adapts: str) -> str | None:
-    """Why a module cannot be adapted beside the targets at ``others``, as the end of a sentence about it, or None."""
+    """Return why a module cannot be adapted together with ``others``, as the end of a sentence about it; or None."""
     if adapts != "weights":
         return _output_obstacle(found) or (_NO_NORM if adapts == "norms" and not is_norm(found) else None)
     module, base = found.module, found.base
@@ -49,7 +49,7 @@ def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *,
     if not scanned.unloaded and any(map(_is_meta, own.values())) and not weights.offloading(module):
         return "has its weight on the meta device; load the weights first"
     if (weight := own.get(base.weight_name)) is not None and 0 in whole_shape(weight):
-        return f"has a weight of shape {tuple(whole_shape(weight))}, in which there is nothing to adapt: exclude it"
+        return f"has an empty weight, of shape {tuple(whole_shape(weight))}, with nothing to adapt: exclude it"
     if any(map(torch.is_complex, own.values())):
         return "has complex weights, which cannot be adapted yet"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
@@ -68,42 +68,42 @@ def _without_kind(module: nn.Module, scanned: Scan) -> str:
     unserved = scanned.knowledge.unserved(module)
     if library is None:
         return f"is a {name}, which cannot be adapted{unserved and f': {unserved}'}"
-    # torch's own forward is known too: a library may replace the weight alone.
+    # torch's own forward is fine too, since a library may replace only the weight.
     if quantiser(owner) is None and not owner.__module__.startswith("torch.nn."):
         return (
-            f"is a {name} that {library} has quantised, with a forward of its own, which may use the packed weight "
-            "in any way: take that forward away, or exclude the layer from the targets"
+            f"is a {name} that {library} has quantized, with its own forward, which may use the packed weight in other "
+            "ways: remove that forward, or exclude the layer from the targets"
         )
     way_out = unserved or f"install {distribution(QUANTISED)}, or a version of it that does ({install(QUANTISED)})"
     return (
-        f"is a {name} that {library} has quantised, and no installed base-layer kind adapts it: {way_out}, or load the "
-        "model without quantising it"
+        f"is a {name} that {library} has quantized, and no installed base-layer kind supports it: {way_out}, or load "
+        "the model without quantization"
     )
 
 
 def warn_of_unknown_packed(scanned: Scan) -> None:
-    """Warn of layers that a library has quantized and that no kind knows, also where they are no targets."""
+    """Warn of quantized layers that no installed kind supports, even if they are not targets."""
     found = [(each, name) for each in scanned.modules if each.base is None and (name := quantiser_of(each.module))]
     if found:
         first, library = found[0]
         unserved = scanned.knowledge.unserved(first.module)
         warn(
-            f"{library} has quantised {len(found)} layers ({first.path}, ...) that no installed base-layer kind knows. "
-            "Files will describe their stored numbers, so that adapters fit no other form of this base"
-            f"{unserved and f': {unserved}'}"
+            f"{library} has quantized {len(found)} layers ({first.path}, ...) that no installed base-layer kind "
+            "supports. Adapter files will describe the packed weights, so that the adapter fits only a base with the "
+            f"same quantization{unserved and f': {unserved}'}"
         )
 
 
 def quantiser_of(module: nn.Module) -> str | None:
-    """The library that quantized ``module``, in words; None if it is none that is known by name."""
+    """Return the name of the library that quantized ``module``; None for no library, or an unknown one."""
     packed = (type(own) for own in torch_private.parameters_of(module).values() if is_packed(own))
-    # The classes of the module too: a forward on the instance or in a subclass hides its owner.
+    # Base classes too, since a forward on the instance or in a subclass hides the library's.
     owners = (forward_owner(module), *packed, *type(module).__mro__)
     return next((name for owner in owners if (name := quantiser(owner)) is not None), None)
 
 
 def is_norm(found: ScannedModule) -> bool:
-    """Whether a method that adapts norms can adapt the module."""
+    """Whether the module is a norm that a method can adapt."""
     return found.base is None and NormLayer.matches(found.module)
 
 
@@ -111,17 +111,17 @@ def _output_obstacle(found: ScannedModule) -> str | None:
     if found.inside_attention or found.reader is not None:
         return _NOT_CALLED
     if isinstance(found.module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
-        return f"is a {type(found.module).__name__}, which is never called: it has no output"
+        return f"is a {type(found.module).__name__}, which is never called, so it has no output to adapt"
     if isinstance(found.module, nn.Sequential):
-        return "is an nn.Sequential, which runs every child, so also an adapter; name the last layer in it instead"
+        return "is an nn.Sequential, which would run the adapter as a child; name its last layer instead"
     return None
 
 
 def left_out(names: Sequence[str], sides: Collection[str]) -> list[str]:
-    """The full names of a tied parameter whose modules would not change with those adapted or trained at ``sides``.
+    """Return the names of a tied parameter outside ``sides``, the adapted or trained paths; [] if no name is inside.
 
-    Empty if it is at none of them. Where a module around a layer holds the layer's bias under another name, as BERT's
-    masked head does, that name is an alias.
+    If a parent of a layer has the layer's bias under another name, as BERT's masked head does, that name is an alias
+    and is left out.
     """
 
     def is_alias(name: str) -> bool:
@@ -134,7 +134,7 @@ def left_out(names: Sequence[str], sides: Collection[str]) -> list[str]:
 
 
 def _way_out(scanned: Scan, name: str, names: Sequence[str], *, setting: str) -> str:
-    """How to make the tied parameter ``name`` adaptable, ending with Python code that unties the model."""
+    """Return advice on adapting the tied parameter ``name``, which ends with Python code that unties the model."""
     owners = list(dict.fromkeys(map(parent, names)))
     found = [scanned.by_path.get(owner) for owner in owners]
     nameable = all(each is not None and (setting != "targets" or each.base is not None) for each in found)
@@ -160,7 +160,7 @@ def refuse(problems: Iterable[str]) -> None:
 
 
 def lines(reasons: Mapping[str, str | None]) -> list[str]:
-    """One line for each path that has a reason; paths that differ only by their numbers share a line."""
+    """Return one line for each path with a reason; paths that differ only in numbers share a line."""
     alike: dict[tuple[str, str], list[str]] = defaultdict(list)
     for path, reason in reasons.items():
         if reason is not None:
@@ -173,14 +173,14 @@ def lines(reasons: Mapping[str, str | None]) -> list[str]:
 
 
 def refuse_unfit(scanned: Scan, targets: Iterable[Target], *, adapts: str = "weights") -> None:
-    """Raise `TargetError` listing every target that a method cannot adapt. All sides of a tie may be targets."""
+    """Raise `TargetError` with every target that a method cannot adapt; tied modules may all be targets."""
     found = {target.path: scanned.by_path[target.path] for target in targets}
     paths = {each.path for each in found.values()}
     refuse(lines({path: obstacle_at(each, scanned, paths, adapts=adapts) for path, each in found.items()}))
 
 
 def refuse_tied(scanned: Scan, paths: Collection[str]) -> None:
-    """Raise `TargetError` if a parameter at or under one of ``paths`` is shared with a module at none of them."""
+    """Raise `TargetError` if a parameter under ``paths`` is tied to a module outside of them."""
     problems = []
     for path, names in product(paths, dict.fromkeys(scanned.sharers.values())):
         inside = [name for name in names if is_under(name, (path,))]
@@ -192,14 +192,14 @@ def refuse_tied(scanned: Scan, paths: Collection[str]) -> None:
 
 
 def refuse_impassable(scanned: Scan) -> None:
-    """Raise `TargetError` listing the packed layers, targets or not, through which no gradient would reach adapters."""
+    """Raise `TargetError` with all packed layers, targets or not, that do not propagate gradients."""
     bases = {each.path: each.base for each in (scanned.root, *scanned.modules) if each.base is not None}
     packed = {path: (base, base.packing) for path, base in bases.items() if base.packing is not None}
     refuse(lines({path or "the model": base.obstacle() for path, (base, _) in packed.items()}))
     for base, packing in packed.values():
         if isinstance(vars(torch).get(packing.name), torch.dtype):
             raise PluginError(
-                f"{type(base).__name__} names its packing {packing.name!r}, as torch's dtype is named: files would "
-                "take the packed weight for a plain one. Its plugin must put the library's name first, as in "
+                f"the packing of {type(base).__name__} has the name {packing.name!r}, like a dtype of torch, so files "
+                "would describe its weight as not packed. Its plugin must put the library's name first, as in "
                 f"{f'mylib {packing.name}'!r}"
             )

@@ -1,4 +1,4 @@
-"""The scan of a model: its modules by path and as base layers, its tied parameters, its output heads."""
+"""The scan of a model: its modules and base layers by path, tied parameters and output heads."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,10 +14,9 @@ from tunerkit.paths import CHILD, is_number, join
 from tunerkit.records import Target
 
 SEARCHED: Final = 8  # mistyped names for which the closest ones are searched
-_DEEPEST: Final = 500  # parts of a path: a model that contains itself has no end
+_DEEPEST: Final = 500  # parts of a path, to detect a model that contains itself
 
-# What output heads are called. "proj_out" is missing on purpose: in diffusion models the name stands for an ordinary
-# projection.
+# Names of output heads. "proj_out" is missing on purpose: in diffusion models it is an ordinary projection.
 _HEADS = frozenset({"head", "lm_head", "score", "classifier", "qa_outputs", "cls", "embed_out", "predictions"})
 _HEADS |= {"pre_classifier", "vocab_transform", "vocab_projector", "logits_proj"}
 _ENDINGS = ("_head", "_heads", "_classifier", "_predictions")
@@ -27,16 +26,16 @@ _ENDINGS = ("_head", "_heads", "_classifier", "_predictions")
 class ScannedModule:
     """A module of the model."""
 
-    path: str  # the first at which it is registered, its name in results and messages
-    paths: tuple[str, ...]  # all of these
+    path: str  # the first at which it is registered, for results and messages
+    paths: tuple[str, ...]  # all paths at which it is registered
     module: nn.Module
     base: BaseLayer | None  # None if no kind matches it
-    reading_owner: nn.Module | None  # the first of its holders whose forward uses its weight directly
-    read_and_called: bool  # whether there is one, and another holder may call it
-    inside_attention: bool  # whether an nn.MultiheadAttention holds it whose forward is not torch's
+    reading_owner: nn.Module | None  # the first parent whose forward uses its weight directly
+    read_and_called: bool  # whether there is such a parent, and another parent may call the module
+    inside_attention: bool  # whether it is a child of an nn.MultiheadAttention whose forward is not torch's
     layer: int | None  # the first number in its first path: the index of its block
     in_head: bool  # whether it is an output head or inside one
-    in_block: bool  # whether it is in a numbered block; a head may number its layers too, most often in a Sequential
+    in_block: bool  # whether it is in a numbered block; numbers in a Sequential, as in many heads, do not count
 
     @property
     def reader(self) -> nn.Module | None:
@@ -48,18 +47,18 @@ class ScannedModule:
 
 @attrs.frozen(eq=False)
 class Scan:
-    """What selection and injection need to know of a model, collected once. Adapters in it are left out."""
+    """The facts about a model that selection and injection need, collected once, without the model's adapters."""
 
     root: ScannedModule  # the model itself
-    modules: tuple[ScannedModule, ...]  # inside it, in its order
-    by_path: Mapping[str, ScannedModule]  # by each of their paths; the root has an empty one
-    sharers: Mapping[int, tuple[str, ...]]  # for the id of each tied parameter, its full names
+    modules: tuple[ScannedModule, ...]  # all other modules, in the model's order
+    by_path: Mapping[str, ScannedModule]  # under each of their paths; the root's path is ""
+    sharers: Mapping[int, tuple[str, ...]]  # the full names of each tied parameter, by its id
     knowledge: Knowledge
-    unloaded: bool = False  # whether the model will not run, so that weights on the meta device are no obstacle
+    unloaded: bool = False  # whether the model will not run, so that weights may be on the meta device
 
 
 class _Registration(NamedTuple):
-    """A module at one of its paths; ``read`` names the children whose weights its owner's forward uses directly."""
+    """A module at one of its paths; ``read`` are the owner's children whose weights its forward uses directly."""
 
     path: str
     module: nn.Module
@@ -71,7 +70,7 @@ class _Registration(NamedTuple):
 
 
 def scan(model: nn.Module, knowledge: Knowledge, *, unloaded: bool = False) -> Scan:
-    """Scan ``model``. The base-layer kind of each module is determined once. See `Scan` for ``unloaded``."""
+    """Scan ``model``; see `Scan` for ``unloaded``."""
     places: dict[int, list[_Registration]] = defaultdict(list)
     for registration in _registrations(model, knowledge):
         places[id(registration.module)].append(registration)
@@ -88,9 +87,9 @@ def scan(model: nn.Module, knowledge: Knowledge, *, unloaded: bool = False) -> S
 
 
 def _registrations(model: nn.Module, knowledge: Knowledge) -> Iterator[_Registration]:
-    """Every module at each of its paths, in the model's order, without the modules of adapters."""
+    """Yield every module at each of its paths, in the model's order, without the modules of adapters."""
     readers = {reader.owner: reader.children for reader in reversed(knowledge.weight_readers)}
-    # Any module may name a head that lies elsewhere, so all are asked first.
+    # Collected first, since a module may declare a head in another part of the model.
     asked = [library.heads for library in knowledge.libraries]
     heads = {id(head) for module in model.modules() for named in asked for head in named(module)}
     waiting = [_Registration("", model)]
@@ -102,13 +101,12 @@ def _registrations(model: nn.Module, knowledge: Knowledge) -> Iterator[_Registra
         if place.path.count(".") > _DEEPEST:
             raise TargetError(f"the model contains itself, at {place.path[:80]!r}...; remove that module from it")
         read, prefix = readers.get(forward_name(place.module), ()), f"{place.path}." if place.path else ""
-        # In reverse, since the end of the list is visited next.
-        for name, child in reversed(children.items()):
+        for name, child in reversed(children.items()):  # the end of the list is visited next
             if child is not None and name != CHILD:
                 layer, in_block = place.layer, place.in_block
                 if layer is None and is_number(name):
                     layer, in_block = int(name), not isinstance(place.module, nn.Sequential)
-                # A name counts only outside numbered blocks: inside one, "head" names a part of its attention.
+                # Names count only outside numbered blocks: inside a block, "head" may be a part of attention.
                 named = layer is None and (name in _HEADS or name.endswith(_ENDINGS))
                 in_head = place.in_head or named or id(child) in heads
                 waiting.append(_Registration(prefix + name, child, place.module, read, layer, in_head, in_block))
@@ -132,10 +130,10 @@ def _scanned(places: Sequence[_Registration], base: BaseLayer | None) -> Scanned
 
 
 def from_paths(scanned: Scan, paths: Sequence[str]) -> tuple[Target, ...]:
-    """The modules at exact paths, such as an adapter file's, in their order. Raises `TargetError` for missing ones."""
+    """Return the modules at exact paths, such as a file's, in their order. Raises `TargetError` for missing paths."""
     missing = [path for path in paths if not path or path not in scanned.by_path]
     if missing:
-        # Searching for the closest names is slow, and a model of another architecture lacks every path.
+        # The search for the closest names is slow, and a model of another architecture lacks every path.
         hints = [closest(path, scanned.by_path) for path in missing[:SEARCHED]]
         problems = [f"no module named {shown(path)}{hint}" for path, hint in zip_longest(missing, hints, fillvalue="")]
         raise TargetError("\n".join(first(problems)))
@@ -143,7 +141,7 @@ def from_paths(scanned: Scan, paths: Sequence[str]) -> tuple[Target, ...]:
 
 
 def tied(modules: Iterable[tuple[str, nn.Module]]) -> Mapping[int, tuple[str, ...]]:
-    """The full names of each tied parameter by its id; ``modules`` are pairs of path and module, each module once."""
+    """Return the full names of each tied parameter by its id; ``modules`` are distinct (path, module) pairs."""
     names: dict[int, list[str]] = defaultdict(list)
     keys: dict[int, int] = {}
     for path, module in modules:

@@ -1,7 +1,7 @@
-"""Target selection: from a model and patterns to the places to adapt, changing nothing.
+"""Target selection: choose the modules to adapt from a scan and patterns, without changes to the model.
 
-A plain name insists on its modules, so anything that prevents adapting one is an error. Globs, regular expressions,
-``"all-linear"`` and the defaults choose broadly: one warning lists what they leave out.
+If a module that matches a plain name cannot be adapted, that is an error. Globs, regular expressions, ``"all-linear"``
+and the defaults leave such modules out, with one warning that lists them.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -20,26 +20,26 @@ from tunerkit.targets.eligibility import is_norm, lines, obstacle_at, refuse
 from tunerkit.targets.scan import SEARCHED, Scan, ScannedModule
 
 ALL_LINEAR: Final = "all-linear"
-_HEAD = "nn.MultiheadAttention in an output head, which is adapted only if it is named"
-_ROOT = "is the model itself, and only modules inside it can be targets; wrap it in nn.Sequential, say, to adapt it"
-_STACK = "is a stack of matrices in one parameter (of experts or attention heads, say), which cannot be adapted yet"
-_TRAINED = "is trained in full (train_modules); exclude it from the targets, or do not train it"
-_NOTHING = 'there is nothing to adapt: no module is left (never output heads; with "all-linear" no convolutions)'
+_HEAD = "nn.MultiheadAttention in an output head, which is adapted only by a plain name"
+_ROOT = "is the model itself, and only modules inside the model can be targets; put it into an nn.Sequential first"
+_STACK = "is a stack of matrices in one parameter (such as experts or attention heads), which cannot be adapted yet"
+_TRAINED = "is trained in full (train_modules); exclude it from the targets, or remove it from train_modules"
+_NOTHING = 'there is nothing to adapt: no module is left (never output heads; never convolutions with "all-linear")'
 
 
 @attrs.frozen(eq=False)
 class _Scope:
-    """The part of the model that the caller wants."""
+    """The modules that patterns may choose from."""
 
     scanned: Scan
-    free: Sequence[ScannedModule]  # may have targets
-    trained: Sequence[ScannedModule]  # in full
-    stacks: Sequence[str]  # full names of parameters
+    free: Sequence[ScannedModule]  # possible targets
+    trained: Sequence[ScannedModule]  # modules trained in full
+    stacks: Sequence[str]  # full names of parameters with a stack of matrices
     adapts: str  # see `Method.targets`
-    named: Collection[str] = ()  # paths in `free` that plain names match: only these may share a weight
+    named: Collection[str] = ()  # paths in `free` that plain names match: only these may have tied weights
 
     def obstacle_at(self, each: ScannedModule) -> str | None:
-        """Why the module cannot be a target, or None."""
+        """Return why the module cannot be a target, or None."""
         return obstacle_at(each, self.scanned, self.named, adapts=self.adapts)
 
 
@@ -53,13 +53,14 @@ def select(
     new: Collection[str] = (),
     adapts: str = "weights",
 ) -> tuple[Target, ...]:
-    """Select the targets, in the model's order. Warn once, listing the modules left out by a broad pattern.
+    """Select the targets, in the model's order. One warning lists the modules that broad patterns leave out.
 
-    No target is at or under a path in ``trained``, and patterns pass over those in ``new``, which are trained in full
-    because they are new. Raises `TargetError`, with every problem, if nothing is selected or a named module cannot be.
+    No target is at or under a path in ``trained`` (modules that the user trains in full); patterns ignore the paths in
+    ``new`` (trained in full because they are new). Raises `TargetError`, with every problem, if nothing is selected or
+    a named module cannot be adapted.
     """
     problems: list[str] = []
-    left_alone = set(new)  # a container is left alone with everything inside it
+    left_alone = set(new)  # with everything inside these modules
     for excluded in exclude:
         hits = matching(scanned.modules, matcher(excluded))
         left_alone.update(path for each in hits for path in each.paths)
@@ -78,13 +79,13 @@ def select(
     scope = _Scope(scanned, free, full, list(_stacks(free)) if adapts == "weights" else [], adapts, named)
     found, refused, passed_over = set[str](), dict[str, str](), dict[str, str]()
     if scanned.root.base is not None and not {None, ALL_LINEAR}.isdisjoint(patterns):
-        # An adapter is a child of a layer inside the model. A model that is a layer itself has no place for one.
+        # If the model itself is a layer, it cannot be a target.
         passed_over[f"the {type(scanned.root.module).__name__} itself"] = _ROOT
     for pattern in patterns:
         for path, obstacle in _choose(scope, pattern, problems):
             if obstacle is None:
                 found.add(path)
-            elif _insists(pattern) and path in scanned.by_path:  # a stack is no module
+            elif _insists(pattern) and path in scanned.by_path:  # a stack has no path there
                 refused[path] = obstacle
             else:
                 passed_over[path] = obstacle
@@ -97,18 +98,18 @@ def select(
 
 
 def _insists(pattern: str | None) -> bool:
-    """Whether a pattern is a plain name, or one that names a single path."""
+    """Whether a pattern is a plain name or matches a single path exactly, so that its modules must be adapted."""
     return pattern not in (None, ALL_LINEAR) and (not is_broad(pattern) or is_exact(pattern))
 
 
 def _stacks(modules: Iterable[ScannedModule]) -> Iterator[str]:
-    """Full names of the parameters that are stacks of matrices, where a module that is no layer holds them."""
+    """Yield full names of parameters with stacks of matrices, in modules that are not base layers."""
     for each in modules:
         unstacked = isinstance(each.module, ParametrizationList) or torch_private.is_convolution(each.module)
         if each.base is None and not unstacked:
             for name, tensor in torch_private.parameters_of(each.module).items():
                 shape = whole_shape(tensor)
-                if len(shape) >= 3 and min(shape) > 1 and "embed" not in name:  # no class token, no positions
+                if len(shape) >= 3 and min(shape) > 1 and "embed" not in name:  # not class tokens or positions
                     yield join(each.path, name)
 
 
@@ -121,20 +122,20 @@ def _layer_problems(scanned: Scan, layers: Sequence[int] | None) -> Iterator[str
         yield f"the model has no layer {few(missing, shown=20)}; {there}"
 
 
-# --- The choice of each pattern: paths, each with an obstacle or None -------------------------------------------------
+# --- The modules that a pattern chooses: (path, obstacle or None) -----------------------------------------------------
 
 _Choices = Iterator[tuple[str, str | None]]
 
 
 def _choose(scope: _Scope, pattern: str | None, problems: list[str]) -> _Choices:
-    """The choice of a pattern; adds to ``problems`` if it matches nothing."""
+    """Yield the choices of a pattern; add to ``problems`` if it matches nothing."""
     if pattern is None:
         return _choose_default(scope)
     return _choose_linear(scope) if pattern == ALL_LINEAR else _choose_matching(scope, pattern, problems)
 
 
 def _choose_default(scope: _Scope) -> _Choices:
-    """The architecture's layers; without a default, convolutions of blocks without linear layers, or all linear."""
+    """Choose the architecture's default targets; else convolutions if blocks have no linear layers; else all linear."""
     if scope.adapts == "norms":
         return _choose_broadly(scope, (each for each in scope.free if not each.in_head and is_norm(each)))
     names: tuple[str, ...] = ()
@@ -143,7 +144,7 @@ def _choose_default(scope: _Scope) -> _Choices:
             known = scope.scanned.knowledge.default_targets
             names = next((each.names for each in known if kind in each.model_types), ())
     ends = tuple(f".{name}" for name in names)
-    # If a variant of the architecture uses other names, its layers decide; that is no error.
+    # A variant of the architecture may use other names: choose by layer type then, without an error.
     if any(f".{each.path}".endswith(ends) for each in scope.scanned.modules):
         return _choose_linear(scope, lambda path: f".{path}".endswith(ends))
     convolutions = _default_convolutions(scope.scanned)
@@ -151,12 +152,12 @@ def _choose_default(scope: _Scope) -> _Choices:
 
 
 def _choose_linear(scope: _Scope, match: Matcher = lambda path: True) -> _Choices:
-    """The linear layers of which one path matches; never an output head."""
+    """Choose the linear layers with a matching path, outside output heads."""
     for each in scope.free:
         if each.in_head:
             if isinstance(each.module, nn.MultiheadAttention):
                 yield each.path, _HEAD
-        # A module that has a base-layer kind and does not match was left out on purpose.
+        # A base layer that does not match is left out on purpose, without a warning.
         elif each.base is None or any(map(match, each.paths)):
             obstacle = scope.obstacle_at(each)
             if _is_linear(each) if obstacle is None else _may_be_linear(each):
@@ -184,7 +185,7 @@ def _choose_matching(scope: _Scope, pattern: str, problems: list[str]) -> _Choic
 
 
 def _choose_broadly(scope: _Scope, modules: Iterable[ScannedModule]) -> _Choices:
-    """The ``modules`` that can be adapted, and those with parameters that cannot."""
+    """Choose ``modules`` that can be adapted, and yield the obstacles of others with parameters."""
     chosen = set(modules)
     for each in scope.free:
         if each in chosen:
@@ -194,7 +195,7 @@ def _choose_broadly(scope: _Scope, modules: Iterable[ScannedModule]) -> _Choices
 
 
 def _is_linear(each: ScannedModule) -> bool:
-    """Whether ``"all-linear"`` includes it: a linear kind, attention, or a module with in and out features."""
+    """Whether ``"all-linear"`` includes the module: a linear kind, attention, or one with in and out features."""
     match each.module:
         case nn.MultiheadAttention() | nn.Module(in_features=int(), out_features=int()):
             return True
@@ -202,7 +203,7 @@ def _is_linear(each: ScannedModule) -> bool:
 
 
 def _may_be_linear(each: ScannedModule) -> bool:
-    """Whether a user may expect ``"all-linear"`` to include it, such as a router with its own matrix."""
+    """Whether a user may expect ``"all-linear"`` to include the module, such as a router with its own matrix."""
     module = each.module
     if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm) or torch_private.is_convolution(module):
         return False
@@ -211,9 +212,9 @@ def _may_be_linear(each: ScannedModule) -> bool:
 
 
 def _default_convolutions(scanned: Scan) -> tuple[ScannedModule, ...]:
-    """The convolutions in numbered blocks (or, without one there, in the whole body), if no linear layer is there.
+    """Return the convolutions in numbered blocks (or else in the whole body), unless there are linear layers too.
 
-    Depthwise convolutions are left out: their matrix is as narrow as one kernel, so a low rank saves nothing.
+    Depthwise convolutions are left out: their matrix is as narrow as a kernel, so a low rank saves nothing.
     """
 
     def is_wide(module: nn.Module) -> bool:
@@ -226,20 +227,20 @@ def _default_convolutions(scanned: Scan) -> tuple[ScannedModule, ...]:
     return ()
 
 
-# --- Modules by pattern, also for those that are trained in full ------------------------------------------------------
+# --- Modules by pattern, for targets and for modules trained in full --------------------------------------------------
 
 
 def matching(modules: Iterable[ScannedModule], match: Matcher) -> list[ScannedModule]:
-    """The modules of which at least one path matches."""
+    """Return the modules with at least one matching path."""
     return [module for module in modules if any(map(match, module.paths))]
 
 
 def unknown(
     pattern: str, scanned: Scan, candidates: Iterable[ScannedModule], *, told: int, others: Iterable[str] = ()
 ) -> str:
-    """The error text for a pattern that matches no module, with the closest name of ``candidates`` or ``others``.
+    """Return the message for a pattern that matches no module, with the closest name of ``candidates`` or ``others``.
 
-    Finding that is slow, so only the first errors have one; ``told`` is the number of those before.
+    The search is slow, so only the first messages have such a name; ``told`` is the number of earlier messages.
     """
     if told >= SEARCHED:
         return f"no module named {shown(pattern)}"
@@ -250,7 +251,7 @@ def unknown(
                 holder = f"of {path!r}, a {type(found.module).__name__}" if path else "of the model itself"
                 instead = f": name {path!r} to adapt its {name}" if path and found.base is not None else ""
                 return f"{shown(pattern)} is {what} {holder}, and only modules can be named yet{instead}"
-    # The ends of the modules' paths with one name, with two, and with as many as the pattern has.
+    # The ends of paths with one part, two parts, and as many parts as the pattern has.
     lengths = {1, 2, pattern.count(".") + 1}
     parts = [path.split(".") for module in candidates for path in module.paths]
     names = {".".join(each[-length:]) for each in parts for length in lengths}

@@ -1,4 +1,4 @@
-"""Modules trained in full, as copies: those that the user names, new ones that no checkpoint filled, and biases."""
+"""Modules trained in full, as copies: modules that the user names, newly initialized modules, and biases."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
@@ -21,10 +21,10 @@ _SHOWN = 5
 
 
 def choose_copies(scanned: Scan, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Find the modules that are trained in full, as copies; ``names`` are the patterns of ``train_modules``.
+    """Return the paths of the modules to copy for the patterns of ``train_modules``.
 
-    A container is replaced by the modules in it: it runs all its children, a copy among them, or is never run itself.
-    Blocks, and what is in them, are replaced by their layers: see `_parts`.
+    A container is replaced by its modules, since it would run a copy as a child, or is never called. Blocks and modules
+    in blocks are replaced by their layers: see `_parts`.
     """
     chosen: list[str] = []
     whole: list[str] = []
@@ -35,15 +35,15 @@ def choose_copies(scanned: Scan, names: tuple[str, ...]) -> tuple[str, ...]:
                 whole += [part] if has_layers else []
     if whole:
         warn(
-            f"trained in full as a whole, because they hold parameters beside their layers: {few(whole, shown=5)}. A "
-            "copy runs after its original, so one that keeps a cache would fill it twice: train with use_cache=False, "
-            "and merge before you generate"
+            f"copied as a whole, because they have parameters beside their layers: {few(whole, shown=5)}. A copy runs "
+            "after its original, so a module with a cache would fill it twice: train with use_cache=False, and merge "
+            "before you generate"
         )
     return tuple(chosen)
 
 
 def resolve_modules(scanned: Scan, names: Sequence[str]) -> tuple[str, ...]:
-    """The modules that patterns match, in the model's order; of nested modules only the outermost."""
+    """Return the paths of modules that match patterns, in the model's order; of nested modules, the outermost."""
     matched = {name: matching(scanned.modules, matcher(name)) for name in names}
     idle = [name for name, modules in matched.items() if not modules]
     refuse(f"train_modules: {unknown(name, scanned, scanned.modules, told=told)}" for told, name in enumerate(idle))
@@ -53,10 +53,10 @@ def resolve_modules(scanned: Scan, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _parts(scanned: Scan, path: str) -> Iterator[tuple[str, bool]]:
-    """The paths copied to train a module in full: itself; or its layers, if it is in a block or holds one.
+    """Yield the paths to copy for a module, and whether each has parameters beside its layers.
 
-    A copy runs after its original, so attention would add its keys to the cache twice. With each path comes whether it
-    holds parameters beside its layers.
+    These are the module itself, or its layers if it is in a block or contains one: a copy runs after its original, so a
+    copied attention would add its keys to the cache twice.
     """
     if any(each.in_block for each in scanned.modules if f"{each.path}.".startswith(f"{path}.")):
         yield from _layers(scanned, path)
@@ -72,14 +72,14 @@ def _layers(scanned: Scan, path: str) -> Iterator[tuple[str, bool]]:
         return
     if torch_private.parameters_of(module):
         yield path, True
-    # Through the children: the scan has a module that is held twice before the second module that holds it.
+    # Through the children, not the scan, which has a shared module only under its first parent.
     for name, child in torch_private.own_children(module).items():
         if child is not None and name != CHILD:
             yield from _layers(scanned, join(path, name))
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether no module in it holds parameters, or it calls those in torch's own way."""
+    """Whether no child has parameters, or the module is torch's attention."""
     inside = (child for name, child in torch_private.own_children(module).items() if child and name != CHILD)
     return isinstance(module, nn.MultiheadAttention) or all(next(m.parameters(), None) is None for m in inside)
 
@@ -89,7 +89,7 @@ def _has_tensors(module: nn.Module) -> bool:
 
 
 def copies_at(scanned: Scan, path: str) -> list[str]:
-    """The paths copied to train the module at ``path`` in full: itself, or the modules in a container."""
+    """Return the paths to copy for the module at ``path``: itself, or the modules in a container."""
     found = scanned.by_path[path]
     if found.inside_attention or found.reading_owner is not None:
         held = ((parent(own), scanned.by_path[parent(own)].module) for own in found.paths)
@@ -99,13 +99,13 @@ def copies_at(scanned: Scan, path: str) -> list[str]:
         )
     leaves = [leaf for leaf, module in _uncontained(path, found.module) if _has_tensors(module)]
     if not leaves:
-        raise TargetError(f"train_modules: {path!r} holds nothing to train; leave it out")
+        raise TargetError(f"train_modules: {path!r} has nothing to train; leave it out")
     known = {id(each.module) for each in scanned.modules if each.base is not None and each.base.packing is not None}
     packed = [part for part in found.module.modules() if quantiser_of(part) is not None or id(part) in known]
     if packed:
         raise TargetError(
-            f"train_modules: {path!r} is or holds a quantised {type(packed[0]).__name__}, whose integers cannot be "
-            "trained; adapt it instead (targets), or keep it out of the quantisation"
+            f"train_modules: {path!r} is or contains a quantized {type(packed[0]).__name__}, whose integers cannot be "
+            "trained; adapt it instead (targets), or exclude it from quantization"
         )
     return leaves
 
@@ -117,18 +117,18 @@ def _uncontained(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]
     if torch_private.parameters_of(module):
         name = type(module).__name__
         raise TargetError(
-            f"train_modules: {path!r} is a {name}, a container of which only the modules inside can be trained, with "
-            "parameters of its own; name the modules in it"
+            f"train_modules: {path!r} is a {name} with its own parameters, and only the modules inside a container can "
+            "be trained; name the modules in it"
         )
     for name, child in module.named_children():
         yield from _uncontained(join(path, name), child)
 
 
-# --- New modules, such as an output head: trained unless the user decides otherwise -----------------------------------
+# --- New modules, such as an output head: trained by default ----------------------------------------------------------
 
 
 def find_new(scanned: Scan) -> NewModules:
-    """Find the modules that are new, by the first library that knows the model."""
+    """Return the newly initialized modules, as reported by the first library that knows the model."""
     heads = {each.path for each in scanned.modules if each.in_head}
     blocks = {each.path for each in scanned.modules if each.in_block}
     answers = (library.new(scanned.root.module, blocks, heads) for library in scanned.knowledge.libraries)
@@ -148,10 +148,10 @@ def choose_new(
     exclude: Sequence[str],
     adapted: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Choose the new modules to train in full, if ``train_modules`` has chosen no ``copies``; warn about all others.
+    """Return the new modules to train in full, or none if ``train_modules`` has chosen ``copies``; warn of the others.
 
-    Modules that ``exclude`` names are left alone, and so are those that alone match a plain name in ``targets``, and
-    those at ``adapted``, which active adapters have changed already.
+    Skipped are modules in ``exclude``, modules in ``adapted``, which active adapters have changed already, and the
+    matches of a plain name in ``targets``, if all its matches are new.
     """
     decided = {*copies, *adapted, *_named(scanned, targets, exclude, (*new.whole, *new.heads))}
     partly = [path or "the model itself" for path in new.partly if not _is_decided(path, decided)]
@@ -163,7 +163,7 @@ def choose_new(
                 continue
             try:
                 if has_layers:
-                    raise TargetError(f"{part} holds parameters of its own beside its layers")
+                    raise TargetError(f"{part} has its own parameters beside its layers")
                 own = copies_at(scanned, part)
                 refuse_tied(scanned, own)
             except TargetError as error:
@@ -178,7 +178,7 @@ def choose_new(
         warn(
             f"some values were not loaded by {new.loader} and stay frozen: {few(frozen, shown=_SHOWN)}. The saved "
             "adapter fits only a base with the same values: save the base before you wrap it, and load adapters onto "
-            "that. To silence this, name the modules in exclude"
+            "the saved base. To silence this warning, name the modules in exclude"
         )
     decided.update(trained)
     unclear = (new.heads, new.replaced)
@@ -187,14 +187,14 @@ def choose_new(
 
 
 def trained_elsewhere(new: NewModules, copied: Collection[str]) -> tuple[str, ...]:
-    """Find the modules whose values are new, or may be, among those that another adapter trains in full."""
+    """Return the (possibly) new modules among ``copied``, which another adapter trains in full."""
     return tuple(path for path in copied if is_under(path, {*new.whole, *new.heads}))
 
 
 def _named(
     scanned: Scan, targets: str | Sequence[str] | None, exclude: Sequence[str], new: Collection[str]
 ) -> Iterator[str]:
-    """The paths that ``exclude`` matches, and the ``new`` ones that a plain name in ``targets`` matches alone."""
+    """Yield the matches of ``exclude``, and of plain names in ``targets`` that match only modules in ``new``."""
     for pattern in exclude:
         yield from filter(matcher(pattern), scanned.by_path)
     for name in (targets,) if isinstance(targets, str) else targets or ():
@@ -204,12 +204,12 @@ def _named(
 
 
 def _is_decided(path: str, decided: Collection[str]) -> bool:
-    """Whether the module at ``path`` is at, inside or around one of the modules that the user decided about."""
+    """Whether the module at ``path`` is, contains or is inside one of the modules ``decided``."""
     return is_under(path, decided) or any(is_under(other, (path,)) for other in decided if path)
 
 
 def _warn_of_trained(scanned: Scan, loader: str, trained: Mapping[str, Sequence[str]]) -> None:
-    """Warn about the new modules that are trained, with their sizes; ``trained`` maps each to its copies."""
+    """Warn of the new modules that are trained, with their sizes; ``trained`` maps each path to its copies."""
     if trained:
         sizes = {
             path: sum(whole_shape(p).numel() for copy in copies for p in scanned.by_path[copy].module.parameters())
@@ -218,22 +218,22 @@ def _warn_of_trained(scanned: Scan, loader: str, trained: Mapping[str, Sequence[
         listed = few([f"{path} ({size:,} parameters)" for path, size in sizes.items()], shown=_SHOWN)
         listed += f", {sum(sizes.values()):,} parameters in all" if len(sizes) > 1 else ""
         warn(
-            f"trained in full, as copies, because {loader} did not load their values: {listed}. To freeze one, "
-            "name it in exclude, and save the base too, which alone has these values. To choose, set train_modules"
+            f"trained in full, as copies, because {loader} did not load their values: {listed}. To freeze one, name it "
+            "in exclude, and save the base too, since no other file has these values. To choose, set train_modules"
         )
 
 
 def _warn_of_unknown(loader: str, heads: Sequence[str], replaced: Sequence[str]) -> None:
-    """Warn that nothing shows whether ``heads`` are new or, if there are none, the ``replaced`` modules in blocks."""
+    """Warn that ``heads`` may be new, or if there are none, the ``replaced`` modules in blocks."""
     if heads or replaced:
         lost = f" (in the blocks, the marks of {few(replaced, shown=_SHOWN)} are missing)" if heads and replaced else ""
         advice = f"train_modules={list(heads[:_SHOWN])}. Otherwise name it in exclude"
         if not heads:
             advice = f"train_modules, or wrap the model as {loader} returns it. Otherwise ignore this"
         warn(
-            f"it cannot be seen whether {few(heads or replaced, shown=_SHOWN)} is new: the model was built from a "
-            f"config, copied or moved after {loader}{lost}. It stays frozen, and if it is new, the saved adapter fits "
-            f"no other base: then set {advice}"
+            f"{few(heads or replaced, shown=_SHOWN)} may be newly initialized, which cannot be determined: the model "
+            f"was built from a config, copied or moved after {loader}{lost}. It stays frozen, so if it is new, the "
+            f"saved adapter fits only this base: then set {advice}"
         )
 
 
@@ -241,7 +241,7 @@ def _warn_of_unknown(loader: str, heads: Sequence[str], replaced: Sequence[str])
 
 
 def choose_biases(scanned: Scan, bias: str, chosen: tuple[Target, ...], copies: tuple[str, ...]) -> tuple[Target, ...]:
-    """Find the modules whose bias is trained: of the targets (``"adapters"``), or of the whole model (``"all"``)."""
+    """Return the modules whose bias is trained: all targets (``"adapters"``), or all modules (``"all"``)."""
     if bias == "none":
         return ()
     adapted = {target.path for target in chosen}
@@ -262,7 +262,7 @@ def choose_biases(scanned: Scan, bias: str, chosen: tuple[Target, ...], copies: 
             problems += [f"{join(each.path, other)} (of a {type(each.module).__name__})" for other in biases]
     if fixed:
         warn(
-            f"the biases of {len(fixed)} quantised layers are not trained, since their library does not hold them as "
+            f"the biases of {len(fixed)} quantized layers are not trained, since their library does not store them as "
             f"parameters: {few(fixed, shown=5)}"
         )
     if problems:
@@ -272,5 +272,5 @@ def choose_biases(scanned: Scan, bias: str, chosen: tuple[Target, ...], copies: 
 
 
 def takes_bias(each: ScannedModule) -> bool:
-    """Whether core knows where the module adds its bias, so that a trained copy can replace it."""
+    """Whether core knows how the module adds its bias, so that a trained copy can replace it."""
     return not (each.inside_attention or each.read_and_called) and has_trainable_bias(each.module, each.base)

@@ -15,7 +15,7 @@ from tunerkit_testing.parametrizing import BoundCheck
 
 # No warning about any of these models, except for the batch norms that a case keeps in eval mode itself.
 pytestmark = pytest.mark.filterwarnings(
-    "error::tunerkit.TunerkitWarning", "ignore:.* normalisation layers of the frozen base:tunerkit.TunerkitWarning"
+    "error::tunerkit.TunerkitWarning", "ignore:.* normalization layers of the frozen base:tunerkit.TunerkitWarning"
 )
 
 DEFAULTS: dict[str, object] = {"target_rank": 2, "delta_t": 2}

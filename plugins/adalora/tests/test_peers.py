@@ -112,7 +112,7 @@ def test_forgetting_to_connect_the_allocator_stops_training_and_is_an_error_at_s
     """An error at the second step, and one at save: a whole training never runs silently without pruning."""
     model = wrapped()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    with pytest.raises(tunerkit.errors.StepError, match=r"nothing drives it: .* tunerkit\.attach"):
+    with pytest.raises(tunerkit.errors.StepError, match=r"is not attached to it: .* tunerkit\.attach"):
         train(model, optimizer, 2)
     with pytest.raises(tunerkit.errors.AdapterError, match=r"tunerkit\.attach"):
         tunerkit.save(model, tmp_path)

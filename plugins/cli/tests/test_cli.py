@@ -332,7 +332,7 @@ def test_the_words_of_peft_are_understood(tmp_path: Path) -> None:
     for words in (
         "'r'; did you mean 'rank'?",
         "'lora_alpha'; did you mean 'alpha'?",
-        "'use_dora'; it is method 'dora'",
+        "'use_dora'; use method 'dora'",
     ):
         assert f"unknown key {words}" in told.stderr
     told = tunerkit_command("train", "--method", "LoRA", "--set", "r=4", "--data", file, "--out", tmp_path / "out")

@@ -82,7 +82,7 @@ def test_a_setting_goes_where_its_key_belongs(setting: str, changed: dict[str, A
         ("config.target_rnk=3", "there is no key 'target_rnk' in 'config'; did you mean 'target_rank'"),
         ("target_modules=[q]", r"--set target_modules: there is no key 'target_modules'; did you mean 'targets'\?"),
         ("config.target_r=3", r"there is no key 'target_r' in 'config'; did you mean 'target_rank'\?"),
-        ("use_dora=true", "there is no key 'use_dora'; it is method 'dora'"),
+        ("use_dora=true", "there is no key 'use_dora'; use method 'dora'"),
         ("trainig.seed=3", "there is no key 'trainig'; did you mean 'training'"),
         ("lr=3", r"there is no key 'lr'; did you mean 'training.learning_rate'\?"),
         ("epochs=3", r"there is no key 'epochs'; did you mean 'training.num_train_epochs'\?"),

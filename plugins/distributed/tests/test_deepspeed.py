@@ -255,14 +255,14 @@ def test_what_cannot_work_with_partitioned_weights_is_refused(trained: list[dict
         assert said["attention in Init"].startswith("TargetError: 'attention' is used directly")
         assert said["attention"].startswith("StepError: attention is used directly")
         assert "tunerkit" not in said["names"]
-        assert "has the dtypes bfloat16 and float32, and DeepSpeed trains one" in said["dtypes"]
+        assert "have the dtypes bfloat16 and float32, but DeepSpeed trains one" in said["dtypes"]
         assert said["one dtype"] == ""
-        assert "load it onto a whole base in one process" in said["format"]
+        assert "load the adapter onto an unpartitioned base in one process" in said["format"]
 
 
 def test_a_frozen_adapter_beside_the_trained_one_is_saved_whole(trained: list[dict[str, Any]]) -> None:
     """It has the values that it was loaded with. Before anything is attached, nothing can gather it."""
     for found in trained:
         frozen = found["init"]["frozen"]
-        assert "only an attached one is gathered" in frozen["alone"]
+        assert "can be gathered only if it is attached" in frozen["alone"]
         assert difference(frozen["before"], frozen["after"]) == 0

@@ -18,7 +18,7 @@ from tunerkit_testing.parametrizing import BoundCheck
 # and of lr_ratio, which is here for the check of param_groups: the others train with plain optimizers.
 pytestmark = pytest.mark.filterwarnings(
     "error::tunerkit.TunerkitWarning",
-    "ignore:.* normalisation layers of the frozen base:tunerkit.TunerkitWarning",
+    "ignore:.* normalization layers of the frozen base:tunerkit.TunerkitWarning",
     "ignore:adapter .* has lr_ratio=4, but:tunerkit.TunerkitWarning",
 )
 

@@ -166,7 +166,9 @@ def test_a_start_that_needs_data_is_not_trained_without(start: str, tmp_path: Pa
     """Law: attaching says which call is missing; what was calibrated, and what comes from a file, trains."""
     model = tunerkit.wrap(Net(), "lora", {"start": start, "rank": 2, "targets": ["linear"]})
     optimizer = torch.optim.AdamW(tunerkit.param_groups(model, lr=1e-3))
-    with pytest.raises(StepError, match=rf"start '{start}' is set by data.*call tunerkit.calibrate\(model, batches\)"):
+    with pytest.raises(
+        StepError, match=rf"start '{start}' is computed from data.*tunerkit.calibrate\(model, batches\)"
+    ):
         tunerkit.attach(model, optimizer)
     train(fitted(model))
     train(tunerkit.load(Net(), tunerkit.save(model, tmp_path), trainable=True))
@@ -174,7 +176,7 @@ def test_a_start_that_needs_data_is_not_trained_without(start: str, tmp_path: Pa
 
 def test_a_start_that_needs_none_is_not_calibrated() -> None:
     """Law: data that would change nothing are refused in one line."""
-    with pytest.raises(AdapterError, match="method 'lora' needs no data with its settings; train it as it is"):
+    with pytest.raises(AdapterError, match="method 'lora' needs no data with its settings; train it directly"):
         tunerkit.calibrate(tunerkit.wrap(Net(), "lora", {"targets": ["linear"]}), BATCHES)
 
 
@@ -448,7 +450,7 @@ def test_an_attached_trainer_keeps_lr_ratio_without_a_warning(tmp_path: Path) ->
 
 def test_loftq_is_refused_on_a_base_that_is_not_quantised() -> None:
     """Law: there is nothing to make up for; the line says what to do. plugins/quant has the tests of quantised ones."""
-    with pytest.raises(TargetError, match=r"start 'loftq' makes up for what a quantiser rounds, .*; quantise the base"):
+    with pytest.raises(TargetError, match=r"start 'loftq' compensates for quantization errors, .*; quantize the base"):
         tunerkit.wrap(Net(), "lora", {"start": "loftq", "rank": 2, "targets": ["linear"]})
 
 

@@ -49,18 +49,18 @@ class LoraAdapter(Adapter):
         self.b.copy_(product.p)
 
     def factors(self) -> Factors:
-        """Return what the adapter adds to the weight as a product."""
+        """Return ΔW as low-rank factors."""
         return low_rank_factors(self.a, self.b, scale=self.scale)
 
 
 class MovedLora(LoraAdapter):
-    """The same, where `tunerkit.calibrate` sets the rank."""
+    """A `LoraAdapter` whose rank `tunerkit.calibrate` may change."""
 
     rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1}
 
 
 def adapter_of(product: Factors, *, scale: float) -> LoraAdapter:
-    """Build the adapter that adds ``product``: q (r, in), p (out, r)."""
+    """Build the adapter whose ΔW is ``product``: q (r, in), p (out, r)."""
     adapter = LoraAdapter(
         in_features=product.q.shape[1],
         out_features=product.p.shape[0],

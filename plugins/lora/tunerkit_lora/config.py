@@ -66,7 +66,7 @@ class LoraConfig(AdapterConfig):
 
     @property
     def most(self) -> float:
-        """How many times its own rank a target may get from `tunerkit.calibrate`: ``rho``, or its default."""
+        """The largest factor by which `tunerkit.calibrate` may raise a target's rank: ``rho``, or its default."""
         return self.rho or (2.0 if self.start == "eva" else 1.0)
 
     @classmethod
@@ -87,24 +87,24 @@ class LoraConfig(AdapterConfig):
         Args:
             path: The target's dotted path.
         """
-        rank = self.rank_at(path) or 1  # at rank 0 the factor of nothing
+        rank = self.rank_at(path) or 1  # at rank 0 the scale has no effect
         alpha = lookup(self.alpha_pattern, path, self.alpha)
         if alpha is None:
             alpha = 2.0 * rank
         return float(alpha / rank**0.5 if self.rslora else alpha / rank)
 
     def problems(self) -> Iterable[str]:
-        """What is wrong across fields."""
+        """Yield conflicts between fields."""
         if self.rho is not None and self.start not in ("eva", "gradients"):
-            yield f"rho moves ranks by data, and start {self.start!r} needs none; set start to 'eva' @ $.rho"
+            yield f"rho needs data to move ranks, and start {self.start!r} uses none; set start to 'eva' @ $.rho"
         if self.original is not None and self.start != "loftq":
             yield f"start {self.start!r} does not read the original weights; set start to 'loftq' @ $.original"
 
     def settled(self) -> Self:
-        """Leave out where the original weights are: a file holds the start, and belongs to no machine."""
+        """Drop the path of the original weights, which loading does not need."""
         return attrs.evolve(self, original=None)
 
     def target_patterns(self) -> Iterable[tuple[str, str]]:
-        """Return every pattern, each of which must match a target, with the name of its field."""
+        """Yield (pattern, field) for all patterns, each of which must match a target."""
         yield from ((pattern, "rank_pattern") for pattern in self.rank_pattern)
         yield from ((pattern, "alpha_pattern") for pattern in self.alpha_pattern)

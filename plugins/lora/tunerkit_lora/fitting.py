@@ -1,4 +1,4 @@
-"""Starts that are fitted to data: EVA by the layers' inputs, LoRA-One by the gradient; and the ranks by either."""
+"""Initialization of adapters and ranks from data: EVA from the layers' inputs, LoRA-One from the gradient."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,13 @@ from tunerkit_lora.adapter import LoraAdapter
 from tunerkit_lora.config import LoraConfig
 from tunerkit_lora.subtracted import SubtractedLora
 
-# Directions that are measured for each that is used, and at least: an approximation is good far from its end.
+# Measured directions per used one, and the minimum: the last directions of an approximation are inaccurate.
 _EXCESS, _LEAST = 4, 64
 _GAMMA = 64.0  # γ of LoRA-One's stable scale, as its authors ran it
 
 
 def request(config: LoraConfig) -> StatisticsRequest | None:
-    """What a start needs to know of the data; None for nothing."""
+    """Return the statistics that a config's start needs, or None."""
     most = math.ceil(config.most * max(config.rank, *config.rank_pattern.values(), 1))
     if config.start == "eva":
         return StatisticsRequest(inputs=max(_EXCESS * most, _LEAST))
@@ -25,11 +25,11 @@ def request(config: LoraConfig) -> StatisticsRequest | None:
 
 
 def refuse_unfitted(tuner: Tuner) -> None:
-    """Raise `StepError` if an adapter is about to train whose start needs data and got none."""
+    """Raise `StepError` before training if the adapter's start needs data and `tunerkit.calibrate` was not called."""
     config, progress = _config(tuner), tuner.progress
     if request(config) is not None and progress.calibration is None and not progress.loaded:
         raise StepError(
-            f"start {config.start!r} is set by data, and adapter {tuner.name!r} got none: call "
+            f"start {config.start!r} is computed from data, but adapter {tuner.name!r} was not calibrated: call "
             "tunerkit.calibrate(model, batches) between wrap and attach"
         )
 
@@ -48,7 +48,7 @@ def fit_(
 
 
 def all_b(tuner: Tuner) -> list[nn.Parameter]:
-    """Every B."""
+    """Return the B of every target."""
     return [adapter.b for adapter in tuner.adapters().values() if isinstance(adapter, LoraAdapter | SubtractedLora)]
 
 
@@ -61,10 +61,10 @@ def _config(tuner: Tuner) -> LoraConfig:
 
 
 def _fit_inputs_(tuner: Tuner, config: LoraConfig, statistics: Mapping[str, Statistics]) -> None:
-    """EVA: A is the inputs' first principal components, and each rank goes to the component that explains most.
+    """EVA: A is the inputs' first principal components; ranks go to the components with the most explained variance.
 
-    Paischer et al., arXiv 2410.07170, Algorithm 1. A share of variance is a component's part of its own layer's. Layers
-    with the same input, such as a query and a key, have the same shares; the first of them in the model gets the rest.
+    Paischer et al., arXiv 2410.07170, Algorithm 1. Explained variance is relative to the component's own layer. Layers
+    with the same input, such as a query and a key, have equal values; the first of them in the model gets a remainder.
     """
     found = _once_each(statistics)
     shares = {path: _explained(each)[: _cap(path, config, each)] for path, each in found.items()}
@@ -77,7 +77,7 @@ def _fit_inputs_(tuner: Tuner, config: LoraConfig, statistics: Mapping[str, Stat
 
 
 def _once_each(statistics: Mapping[str, Statistics]) -> dict[str, Statistics]:
-    """Give layers with the same inputs the same approximation: their exact sums are equal to the last bit."""
+    """Give layers with the same inputs, which have equal exact sums, the same approximation."""
     first: dict[tuple[int, float, int], Statistics] = {}
     return {
         path: first.setdefault((each.rows, each.variance, _components(each).shape[1]), each)
@@ -86,18 +86,18 @@ def _once_each(statistics: Mapping[str, Statistics]) -> dict[str, Statistics]:
 
 
 def _components(found: Statistics) -> Tensor:
-    assert found.centred is not None  # it was asked for
+    assert found.centred is not None  # requested
     return found.centred
 
 
 def _explained(found: Statistics) -> list[float]:
-    """The share of the variance that each component explains."""
+    """Return the share of the variance that each component explains."""
     squares = _components(found).double().square().sum(dim=1)
     return (squares / found.variance if found.variance > 0 else squares.zero_()).tolist()
 
 
 def _directions(found: Statistics) -> Tensor:
-    """The components, (k, in), with length 1; without those along which the inputs do not vary."""
+    """Return the components, (k, in), normalized to length 1, without components of zero variance."""
     components = _components(found)
     lengths = torch.linalg.vector_norm(components, dim=1)
     kept: Tensor = components[lengths > 0] / lengths[lengths > 0, None]
@@ -109,7 +109,7 @@ def _cap(path: str, config: LoraConfig, found: Statistics) -> int:
 
 
 def _largest(shares: Mapping[str, Sequence[float]], budget: int) -> dict[str, int]:
-    """Give each rank of the budget to the largest share that is left; of equal ones the first target's."""
+    """Give each rank of the budget to the largest remaining share; ties go to the first target."""
     ordered = sorted(((share, path) for path, own in shares.items() for share in own), key=lambda each: -each[0])
     ranks = dict.fromkeys(shares, 0)
     for _, path in ordered[:budget]:
@@ -118,7 +118,7 @@ def _largest(shares: Mapping[str, Sequence[float]], budget: int) -> dict[str, in
 
 
 def _start_(adapter: LoraAdapter, directions: Tensor, rank: int) -> None:
-    """Set A; what the data do not say stays random. B is 0."""
+    """Set A to the directions, with random rows if there are too few, and B to 0."""
     own = adapter.a.detach()
     missing = rank - len(directions)
     if missing > len(own):
@@ -135,8 +135,8 @@ def _fit_gradients_(
 ) -> None:
     """LoRA-One: A and B are the first singular vectors of −∂L/∂W (Zhang et al., arXiv 2502.01235).
 
-    The paper adds the start, which is a step along the gradient. Here it is subtracted, so that training starts at the
-    base: A and B lie in the subspaces of the gradient, and the optimizer takes the step.
+    The paper starts with ΔW = B A, which is a step along the gradient. Here B A is subtracted, so that training starts
+    at the base: A and B are in the subspaces of the gradient, and the optimizer takes the step.
     """
     found = {path: _gradient(each) for path, each in statistics.items()}
     ranks = {path: config.rank_at(path) for path in found}
@@ -150,14 +150,14 @@ def _fit_gradients_(
 
 
 def _gradient(found: Statistics) -> Factors:
-    assert found.gradients is not None  # it was asked for
+    assert found.gradients is not None  # requested
     return found.gradients
 
 
 def _first_triplets(gradient: Factors, rank: int) -> Factors:
-    """A (r, in) and B (out, r) from the singular triplets of the gradient P Q, the largest first.
+    """Return A (r, in) and B (out, r) from the largest singular triplets of the gradient P Q.
 
-    The largest of them has the size √out / γ, whatever the unit of the loss, as in the authors' code.
+    They are scaled so that the largest singular value is √out / γ, as in the authors' code.
     """
     u, sigma, vh = gradient.triplets()
     root = (sigma[:rank] / sigma[:1].clamp(min=1e-300)).sqrt() * (len(u) ** 0.25 / _GAMMA**0.5)
@@ -171,7 +171,7 @@ def _importance(gradient: Factors, base: BaseLayer) -> float:
 
 
 def _in_proportion(scores: Mapping[str, float], caps: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Divide a budget of ranks in proportion to scores, none above its cap; rounding goes by largest remainder."""
+    """Divide a budget of ranks in proportion to scores, up to caps, with the largest-remainder method."""
     ranks: dict[str, int] = {}
     while (open_ := {path: score for path, score in scores.items() if path not in ranks}) and budget > 0:
         total = sum(open_.values())

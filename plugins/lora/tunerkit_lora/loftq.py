@@ -1,4 +1,4 @@
-"""LoftQ: A and B start at what quantising has rounded away, so that base and adapter are nearer to the original."""
+"""LoftQ: A and B start at the quantization error, so that base and adapter are closer to the original weights."""
 
 import json
 import os
@@ -15,29 +15,29 @@ _INDEX: Final = "model.safetensors.index.json"
 
 
 def lost(path: str, base: BaseLayer, original: str | None) -> Tensor:
-    """Return W − Q, (out, in) in fp32: the weight before it was quantised, less what the base layer holds.
+    """Return the quantization error W − Q, (out, in) in fp32: the original weight minus the quantized one.
 
-    Its best approximation of rank r is LoftQ's start for a base that stays as it is (Li et al., arXiv 2310.08659,
-    Eq. 6, with one alternation). The paper also quantises again, which would change the base.
+    Its best approximation of rank r is LoftQ's start for a base that is not changed (Li et al., arXiv 2310.08659,
+    Eq. 6, with one alternation). The paper also quantizes again, which would change the base.
 
     Args:
-        path: The target's path, by which the original's tensor is found.
-        base: The quantised layer.
+        path: The target's path, for the search in the original's tensors.
+        base: The quantized layer.
         original: A folder with safetensors files, or one file.
 
     Raises:
-        TargetError: The base is not quantised, or no original is named.
+        TargetError: The base is not quantized, or ``original`` is None.
         FileError: The original cannot be read, or its tensor is not the layer's weight.
     """
     if base.packing is None:
         raise TargetError(
-            "start 'loftq' makes up for what a quantiser rounds, and this weight is not quantised; quantise the base, "
+            "start 'loftq' compensates for quantization errors, and this weight is not quantized; quantize the base, "
             "or use another start, such as 'pissa'"
         )
     if original is None:
         raise TargetError(
-            f"start 'loftq' needs the weight as it was before {base.packing.name} stored it; set original to the "
-            "folder of the unquantised base's safetensors files"
+            f"start 'loftq' needs the weight from before its quantization to {base.packing.name}; set original to the "
+            "folder of the unquantized base's safetensors files"
         )
     stored = base.dense().float()
     found = _weight(f"{path}.weight" if path else "weight", Path(original)).to(stored)
@@ -45,12 +45,15 @@ def lost(path: str, base: BaseLayer, original: str | None) -> Tensor:
     fitting = [each - stored for each in (found, found.T) if each.shape == stored.shape]
     nearest = min(fitting, key=lambda each: float(each.norm()), default=None)
     if nearest is None or nearest.norm() >= stored.norm():
-        raise FileError(f"{original} holds another weight for {path!r} than the base: quantising does not explain it")
+        raise FileError(
+            f"{original} has another weight for {path!r} than the base, even up to a quantization error; name the "
+            "folder of the unquantized base"
+        )
     return nearest
 
 
 def _weight(name: str, original: Path) -> Tensor:
-    """Read one tensor. Its name may lack the first parts of the path, or have more, as a model's and its head's do."""
+    """Read one tensor. Its name may lack the first parts of the path or have more, as with and without a head."""
     try:
         files = list(_files(original))
         holding = {key: file for file in files for key in _keys(file) if _same(key, name)}
@@ -60,7 +63,7 @@ def _weight(name: str, original: Path) -> Tensor:
         holding = {name: holding[name]}
     if len(holding) != 1:
         count = "no tensor" if not holding else f"{len(holding)} tensors"
-        raise FileError(f"{original} has {count} for {name!r}; name the folder of the unquantised base")
+        raise FileError(f"{original} has {count} for {name!r}; name the folder of the unquantized base")
     ((key, file),) = holding.items()
     with safe_open(file, framework="pt") as opened:
         tensor: Tensor = opened.get_tensor(key)
@@ -80,7 +83,7 @@ def _files(original: Path) -> Iterator[str]:
     else:
         found = sorted(original.glob("*.safetensors"))
         if not found:
-            raise FileError(f"{original} has no safetensors file; name the folder of the unquantised base")
+            raise FileError(f"{original} has no safetensors file; name the folder of the unquantized base")
         yield from map(os.fspath, found)
 
 

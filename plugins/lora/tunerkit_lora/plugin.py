@@ -29,13 +29,13 @@ def tunerkit_build_adapter(
 def tunerkit_calibrate(
     tuner: Tuner, statistics: Mapping[str, Statistics], bases: Mapping[str, BaseLayer]
 ) -> Mapping[str, int] | None:
-    """Set a start that depends on data, and the ranks."""
+    """Initialize adapters and ranks from data."""
     return fitting.fit_(tuner, statistics, bases)
 
 
 @hookimpl
 def tunerkit_start(tuner: Tuner, optimizer: Optimizer | None) -> None:
-    """Refuse to train an adapter whose start needs data and got none; warn if the optimizer ignores ``lr_ratio``."""
+    """Reject an adapter whose start needs data and was not calibrated; warn if the optimizer ignores ``lr_ratio``."""
     fitting.refuse_unfitted(tuner)
     if optimizer is not None:
         rates.warn_of_others(tuner, optimizer)
@@ -43,7 +43,7 @@ def tunerkit_start(tuner: Tuner, optimizer: Optimizer | None) -> None:
 
 @hookimpl
 def tunerkit_param_groups(tuner: Tuner) -> list[ParamGroup]:
-    """LoRA+: give B a learning rate of its own (Hayou et al., arXiv 2402.12354)."""
+    """LoRA+: a separate learning rate for B (Hayou et al., arXiv 2402.12354)."""
     assert isinstance(tuner.config, LoraConfig)
     ratio = tuner.config.lr_ratio
     return [] if ratio == 1 else [ParamGroup(fitting.all_b(tuner), lr_scale=ratio)]
@@ -51,12 +51,12 @@ def tunerkit_param_groups(tuner: Tuner) -> list[ParamGroup]:
 
 @hookimpl
 def tunerkit_factors(adapter: LoraAdapter | SubtractedLora) -> Factors:
-    """Return what the adapter adds to the weight, for merging and conversion."""
+    """Return ΔW as low-rank factors, for merging and conversion."""
     return adapter.factors()
 
 
 @hookimpl
 def tunerkit_from_factors(factors: Mapping[str, Factors]) -> tuple[LoraConfig, Mapping[str, LoraAdapter]]:
-    """Build the config and the adapters that add given products."""
+    """Build the config and the adapters from given products."""
     config = LoraConfig.of_ranks({path: product.rank for path, product in factors.items()})
     return config, {path: adapter_of(product, scale=config.scale_at(path)) for path, product in factors.items()}

@@ -1,4 +1,4 @@
-"""LoRA+'s learning rates (Hayou et al., arXiv 2402.12354): whether an optimizer has them."""
+"""LoRA+'s learning rates (Hayou et al., arXiv 2402.12354): a check of the optimizer."""
 
 import math
 
@@ -10,7 +10,7 @@ from tunerkit_lora.config import LoraConfig
 
 
 def warn_of_others(tuner: Tuner, optimizer: Optimizer) -> None:
-    """Warn of the first target where B's learning rate is not ``lr_ratio`` times A's, before any schedule."""
+    """Warn of the first target where B's initial learning rate is not ``lr_ratio`` times A's."""
     assert isinstance(tuner.config, LoraConfig)
     ratio, found = tuner.config.lr_ratio, dict[int, float]()
     for group in optimizer.param_groups if ratio != 1 else ():

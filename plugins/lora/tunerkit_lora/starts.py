@@ -1,4 +1,4 @@
-"""How an adapter starts: at random, or at a part of the base layer's own weight, which is subtracted again."""
+"""Initialization of an adapter: at random, or from the base layer's weight, which is then subtracted."""
 
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -12,7 +12,7 @@ from tunerkit_lora.config import LoraConfig
 from tunerkit_lora.loftq import lost
 from tunerkit_lora.subtracted import MovedSubtracted, SubtractedLora
 
-RANDOM: Final = ("kaiming", "gaussian")  # starts of A that ask neither the weight nor the data
+RANDOM: Final = ("kaiming", "gaussian")  # starts that need neither the weight nor data
 
 
 def principal(weight: Tensor, rank: int, scale: float) -> Factors:
@@ -59,16 +59,16 @@ def build(path: str, base: BaseLayer, config: LoraConfig, *, loading: bool) -> L
         path: The target's path.
         base: The base layer. Its weight is read only if the start needs it.
         config: The settings.
-        loading: Whether a file's values replace the start, which then is not computed.
+        loading: Whether a file's values replace the initial ones, which are then not computed.
 
     Raises:
-        TargetError: The rank is above what the start can fill.
+        TargetError: The rank is larger than the start supports.
     """
     rank, scale = config.rank_at(path), config.scale_at(path)
     sizes = {"in_features": base.in_features, "out_features": base.out_features}
     if config.start not in RANDOM and not loading:
         _refuse_above(path, rank, config.start, **sizes)
-    moves = config.most > 1  # only then may a file have other ranks than the config
+    moves = config.most > 1  # a file may have other ranks than the config
     if config.start in (*RANDOM, "eva", "loftq"):
         plain = (MovedLora if moves else LoraAdapter)(
             **sizes, rank=rank, scale=scale, dropout=config.dropout, start=config.start
@@ -79,7 +79,7 @@ def build(path: str, base: BaseLayer, config: LoraConfig, *, loading: bool) -> L
     adapter = (MovedSubtracted if moves else SubtractedLora)(**sizes, rank=rank, scale=scale, dropout=config.dropout)
     if config.start in _OF_THE_WEIGHT and not loading:
         weight = base.dense().detach()
-        # In fp32 or wider: half precision has no decompositions, and would lose the small triplets.
+        # In fp32 or wider: torch has no decompositions in half precision, which would also lose the small triplets.
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         adapter.set_start_(_OF_THE_WEIGHT[config.start](wide, rank, scale))
     return adapter

@@ -1,4 +1,4 @@
-"""The adapter whose A and B start at values of their own, which are subtracted: ΔW = scale · (B A − B₀ A₀)."""
+"""The adapter whose initial A and B are subtracted: ΔW = scale · (B A − B₀ A₀)."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -10,16 +10,16 @@ from tunerkit.plugin import Adapter, BaseLayer, Factors, add_low_rank, low_rank_
 
 
 class SubtractedLora(Adapter):
-    """``a`` (r, in) and ``b`` (out, r) are trained; ``a_start`` and ``b_start`` are what they were at the start.
+    """``a`` (r, in) and ``b`` (out, r) are trained; ``a_start`` and ``b_start`` are their initial values.
 
-    The product is computed as (B − B₀) A + B₀ (A − A₀), of rank 2r. It is the same sum, is 0 bit for bit at the start,
-    and has the gradients of B A. So the base stays as it is, and W − B₀ A₀ need never be stored.
+    The difference is computed as (B − B₀) A + B₀ (A − A₀), of rank 2r: it is exactly 0 at the start, and has the
+    gradients of B A. So the base is not changed, and W − B₀ A₀ need not be stored.
 
-    Without `set_start_`, A and B are 0: a file's values replace them.
+    Without `set_start_`, A and B are 0, for a file's values.
     """
 
     reads_output: ClassVar[bool] = False
-    reads_weight: ClassVar[bool] = True  # at its start
+    reads_weight: ClassVar[bool] = True  # for its initial values
 
     def __init__(self, *, in_features: int, out_features: int, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class SubtractedLora(Adapter):
         return self.a.shape[0]
 
     def set_start_(self, start: Factors) -> None:
-        """Start A at ``start.q`` (r, in) and B at ``start.p`` (out, r), of any rank."""
+        """Initialize A to ``start.q`` (r, in) and B to ``start.p`` (out, r), of any rank."""
         for name, values in (("a", start.q), ("a_start", start.q), ("b", start.p), ("b_start", start.p)):
             parameter = self.get_parameter(name)
             resize_(parameter, values.to(parameter))
@@ -49,7 +49,7 @@ class SubtractedLora(Adapter):
         return f"rank={self.rank}, scale={self.scale:g}" + (f", dropout={self.dropout}" if self.dropout else "")
 
     def factors(self) -> Factors:
-        """Return what the adapter adds to the weight as a product of rank 2r."""
+        """Return ΔW as low-rank factors, of rank 2r."""
         product = self._product()
         return low_rank_factors(product.q, product.p, scale=self.scale)
 
@@ -59,6 +59,6 @@ class SubtractedLora(Adapter):
 
 
 class MovedSubtracted(SubtractedLora):
-    """The same, where `tunerkit.calibrate` sets the rank."""
+    """A `SubtractedLora` whose rank `tunerkit.calibrate` may change."""
 
     rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1, "a_start": 0, "b_start": 1}

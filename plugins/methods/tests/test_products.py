@@ -71,7 +71,7 @@ def test_two_adapters_that_multiply_are_warned_of_once_by_wrap_and_activate(meth
             texts.append([str(each.message) for each in told])
     said = [len(each) for each in texts]
     assert said == ([1, 0, 0, 1] if hooks.registry.get(method).multiplies else [0, 0, 0, 0])
-    assert all("multiply 'layer': what each changes in the base is added" in text for each in texts for text in each)
+    assert all("multiply 'layer': their changes to the base are added" in text for each in texts for text in each)
     assert not texts[3] or texts[3][0].startswith("adapters 'b' and 'a'")
     fill_(model, 0.1)
     x, outputs = torch.randn(3, 8), {}

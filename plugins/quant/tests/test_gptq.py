@@ -52,7 +52,7 @@ def test_it_trains_saves_loads_and_becomes_dense(method: str, tmp_path: Path) ->
     assert losses[-1] < 0.7 * losses[0]
     output = model.eval()(X)
     assert torch.equal(tunerkit.load(gptq(), tunerkit.save(model, tmp_path)).eval()(X), output)
-    with pytest.raises(tunerkit.errors.AdapterError, match="as GPTQ int4, and GptqLayer cannot write one"):
+    with pytest.raises(tunerkit.errors.AdapterError, match="as GPTQ int4, and GptqLayer cannot write it"):
         tunerkit.merge(model)
     with pytest.warns(tunerkit.TunerkitWarning, match="2 layers: GPTQ int4 -> float32"):
         tunerkit.load(dense(), tmp_path)

@@ -16,7 +16,7 @@ from tunerkit_testing.forms import fused_form, plain_form
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*stored in another way"),
+    pytest.mark.filterwarnings("ignore:.*on a base with another quantization"),
     pytest.mark.filterwarnings("ignore:.*4 bits"),
     pytest.mark.filterwarnings("ignore:the biases of 1 quantised"),
 ]

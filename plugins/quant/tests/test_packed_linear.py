@@ -222,7 +222,7 @@ def test_the_error_of_a_merge_is_measured() -> None:
     model = trained()
     dense = [layer.code.integers * layer.code.scale for layer in (model[0], model[2])]
     assert tunerkit.rounding(model) == {}
-    words = r"an error of \d+\.\d% .* quantiser's own of \d+\.\d%"
+    words = r"an error of \d+\.\d%, and the quantizer's earlier error is \d+\.\d%"
     with pytest.warns(tunerkit.TunerkitWarning, match=words) as told:
         tunerkit.merge(model)
     assert told[0].filename == __file__
@@ -338,7 +338,7 @@ def test_a_packed_layer_that_passes_no_gradient_prevents_training(tmp_path: Path
 @pytest.mark.usefixtures("toy")
 def test_integers_are_not_trained_in_full() -> None:
     """A copy of a packed layer would have nothing that can be trained."""
-    with pytest.raises(tunerkit.errors.TargetError, match="train_modules: '2' is or holds a quantised ToyLinear"):
+    with pytest.raises(tunerkit.errors.TargetError, match="train_modules: '2' is or contains a quantized ToyLinear"):
         tunerkit.wrap(quantised(), "toy-low-rank", {"targets": ["0"], "train_modules": ["2"]})
 
 
@@ -362,7 +362,7 @@ def test_a_packing_is_not_named_as_a_dtype_of_torch() -> None:
     """Files describe plain weights by such names, and would compare the packed one's integers with them."""
     with (
         registered(NamedPlugin()),
-        pytest.raises(tunerkit.errors.PluginError, match=r"NamedLayer names its packing 'int8', .*'mylib int8'"),
+        pytest.raises(tunerkit.errors.PluginError, match=r"packing of NamedLayer has the name 'int8', .*'mylib int8'"),
     ):
         tunerkit.wrap(quantised(), "toy-low-rank", TARGETS)
 
@@ -387,7 +387,7 @@ class FixedBiasPlugin:
 def test_biases_that_a_library_hides_are_named() -> None:
     """Asked for and not trained is said once, with the layers."""
     with registered(FixedBiasPlugin()):
-        with pytest.warns(tunerkit.TunerkitWarning, match="biases of 2 quantised layers are not trained.*: 0, 2$"):
+        with pytest.warns(tunerkit.TunerkitWarning, match="biases of 2 quantized layers are not trained.*: 0, 2$"):
             model = tunerkit.wrap(quantised(), "toy-low-rank", {**TARGETS, "bias": "adapters"})
         assert not tunerkit.tuner(model).biases
 

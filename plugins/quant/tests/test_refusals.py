@@ -170,10 +170,10 @@ def test_a_forward_of_its_own_is_not_taken_for_the_library_s(name: str) -> None:
     model = make()
     own = type(model[0])
     model[0].forward = lambda x: own.forward(model[0], x)
-    refused(model, "has quantised, with a forward of its own, which may use the packed weight in any way")
+    refused(model, "has quantized, with its own forward, which may use the packed weight in other ways")
     model = make()
     model[0].__class__ = type("Sub", (own,), {"forward": lambda self, x: own.forward(self, x)})
-    refused(model, "is a Sub that .* has quantised, with a forward of its own")
+    refused(model, "is a Sub that .* has quantized, with its own forward")
 
 
 def test_kinds_may_be_mixed(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_model_that_is_quantised_after_wrapping_is_refused_before_the_first_st
         model = tunerkit.wrap(dense(), LORA, CONFIG)
         optimizer = torch.optim.SGD(list(tunerkit.tuner(model).parameters()), lr=0.1)
         quantise(model)
-        with pytest.raises(tunerkit.errors.AdapterError, match=r"quantised after|not in the model any more"):
+        with pytest.raises(tunerkit.errors.AdapterError, match=r"quantized after|not in the model any more"):
             tunerkit.attach(model, optimizer)
 
 
@@ -244,7 +244,7 @@ def test_a_loop_that_attaches_nothing_is_told_of_it_by_the_first_forward() -> No
         model = tunerkit.wrap(dense(), LORA, CONFIG)
         quantise(model)
         for _ in range(2):
-            with pytest.raises(tunerkit.errors.AdapterError, match=r"quantised after|not in the model any more"):
+            with pytest.raises(tunerkit.errors.AdapterError, match=r"quantized after|not in the model any more"):
                 model(X)
 
 
@@ -252,7 +252,7 @@ def test_a_loop_that_attaches_nothing_is_told_of_it_by_the_first_forward() -> No
 def test_biases_that_are_no_parameters_are_named(bias: str) -> None:
     """HQQ's bias is an attribute. The head's, which is a parameter, is trained all the same."""
     pytest.importorskip("hqq")
-    with pytest.warns(tunerkit.TunerkitWarning, match=r"the biases of 1 quantised layers are not trained.*: 0$"):
+    with pytest.warns(tunerkit.TunerkitWarning, match=r"the biases of 1 quantized layers are not trained.*: 0$"):
         model = tunerkit.wrap(hqq(), LORA, {**CONFIG, "bias": bias})
     assert [biased.path for biased in tunerkit.tuner(model).biases] == (["3", "4"] if bias == "all" else [])
 
@@ -264,5 +264,5 @@ def _is_target(module: nn.Module, path: str) -> bool:
 def test_quantised_layers_are_not_trained_in_full() -> None:
     """A copy of integers cannot be trained, and would not be noticed."""
     pytest.importorskip("bitsandbytes")
-    with pytest.raises(tunerkit.errors.TargetError, match="quantised LinearNF4, whose integers cannot be trained"):
+    with pytest.raises(tunerkit.errors.TargetError, match="quantized LinearNF4, whose integers cannot be trained"):
         tunerkit.wrap(nf4(), LORA, {"targets": ["0"], "train_modules": ["2"]})

@@ -30,7 +30,7 @@ def test_a_base_quantised_by_torchao_after_wrapping_is_refused(toys: "Toys") -> 
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     model = tunerkit.wrap(nn.Sequential(nn.Linear(64, 64)), "toy-low-rank", {"targets": ["0"]})
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), filter_fn=lambda module, path: path == "0")
-    refused(lambda: tunerkit.save(model, "never"), AdapterError, "quantised after it had been adapted")
+    refused(lambda: tunerkit.save(model, "never"), AdapterError, "quantized after wrapping")
     refused(lambda: tunerkit.merge(model), TargetError, "torchao", "tunerkit.merge on the unquantised base")
 
 

@@ -69,7 +69,7 @@ def test_loftq_says_what_it_needs(case: str, tmp_path: Path) -> None:
         "missing": "has no safetensors file",
         "empty": "cannot be read",
         "index": "names no file for each tensor in 'weight_map'",
-        "another": "holds another weight for '0' than the base",
+        "another": "has another weight for '0' than the base",
         "incomplete": "has no tensor for '2.weight'",
     }
     weights = dense().state_dict()

@@ -14,7 +14,7 @@ from plugins.quant.tests.quantised import MODELS, TARGETS, X, skip_without_libra
 METHODS: dict[str, dict[str, Any]] = {"lora": {"rank": 4, "alpha": 8}, "adalora": {"target_rank": 2, "init_rank": 4}}
 FLAG = "_hf_peft_config_loaded"
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*stored in another way"),
+    pytest.mark.filterwarnings("ignore:.*on a base with another quantization"),
     pytest.mark.filterwarnings("ignore:.*4 bits"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]

@@ -202,7 +202,7 @@ def test_a_trainers_optimizer_wrapper_with_a_separate_state_is_refused(tmp_path:
     trainer.optimizer = outer
     outer.optimizer = inner  # type: ignore[attr-defined]  # where wrappers keep what they wrap
     tunerkit.attach(model, trainer)
-    with pytest.raises(tunerkit.errors.StepError, match=r"SGD keeps its own state in addition to that of SGD"):
+    with pytest.raises(tunerkit.errors.StepError, match=r"SGD keeps its own state beside the state of SGD"):
         trainer.train()
     assert not is_attached(tunerkit.tuner(model))
 
@@ -217,7 +217,7 @@ def test_an_adapter_attached_while_the_trainer_trains_is_driven_from_there_on(tm
             if state.global_step == 2:
                 tunerkit.attach(model, trainer, adapter="late")
                 tunerkit.wrap(model, "noting-stepper", {"targets": ["first"]}, adapter="stranger")
-                with pytest.raises(tunerkit.errors.StepError, match="holds none"):
+                with pytest.raises(tunerkit.errors.StepError, match="has none of the parameters"):
                     tunerkit.attach(model, trainer, adapter="stranger")
 
     trainer.add_callback(Add())

@@ -87,8 +87,8 @@ def test_loaded_alone_it_says_which_module_another_adapter_trained(toys: "Toys",
     logits = pair(toys, head, tmp_path, anew=False)
     model = head(tmp_path)
     (text,) = quietly(lambda: tunerkit.load(model, tmp_path / "b", adapter="b"))
-    assert "trained beside another adapter that trains classifier in full" in text
-    assert "Load that adapter too" in text
+    assert "trained together with another adapter, which trained classifier in full" in text
+    assert "Load the other adapter too" in text
     assert "\n" not in text
     assert quietly(lambda: tunerkit.load(model, tmp_path / "default")) == []
     assert toys.close(model(IDS).logits, logits)

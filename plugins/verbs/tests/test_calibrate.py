@@ -150,7 +150,7 @@ def test_the_head_of_a_method_that_needs_steps_is_fitted_too(tmp_path: Path) -> 
 
     with registered(Stepping()):
         model = wrapped("toy-stepping", train_modules=["4"])
-        with pytest.raises(tunerkit.errors.AdapterError, match="was trained with no step"):
+        with pytest.raises(tunerkit.errors.AdapterError, match="was trained for 0 steps"):
             tunerkit.save(model, tmp_path)
         tunerkit.calibrate(model, BATCHES, loss=loss)
         with warnings.catch_warnings():  # to be loaded in several processes
