@@ -118,12 +118,22 @@ def loads_states(folder: Path) -> bool:
     return "load_states" in noted and int(state["step"]) == 2
 
 
+def samples(folder: Path) -> bool:
+    """Asked for the sampler of the data loader, with the data set."""
+    own = trainer(folder)
+    own.train_dataset = [{"x": torch.full((2,), float(number)), "labels": torch.ones(1)} for number in range(4)]
+    asked: list[object] = []
+    transformers_private.sample_by_(own, lambda dataset: asked.append(dataset) or [3, 1])
+    return [batch["x"][0, 0] for batch in own.get_train_dataloader()] == [3, 1] and asked == [own.train_dataset]
+
+
 CANARIES: dict[str, tuple[list[str], Callable[[Path], bool]]] = {
     "_save": (["output_dir", "state_dict"], saves),
     "_save_optimizer_and_scheduler": (["output_dir"], saves_states),
     "_load_from_checkpoint": (["resume_from_checkpoint", "model"], loads),
     "_load_best_model": ([], loads_best),
     "_load_optimizer_and_scheduler": (["checkpoint"], loads_states),
+    "_get_train_sampler": (["train_dataset"], samples),
 }
 
 

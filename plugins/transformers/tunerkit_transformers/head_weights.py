@@ -44,7 +44,7 @@ def settle_heads_(trainer: Any, tuners: list[Tuner]) -> None:
     calls the head, as `CPOTrainer` does.
     """
     models = _read_models(trainer, tuners)
-    for model in filter(_forward_of_trl, models):
+    for model in filter(forward_of_trl, models):
         _show_in_forward_(model)
     if tuners[0].model in models:
         _warn_of_dropout(trainer, tuners)
@@ -58,7 +58,7 @@ def _read_models(trainer: Any, tuners: list[Tuner]) -> list[nn.Module]:
     others = [vars(trainer).get(name) for name in ("ref_model", "teacher_model")]
     every = (tuners[0].model, *map(inside, filter(None, others)))
     redirects = vars(trainer).get(_REDIRECTION) is not None
-    return [model for model in every if _adapted_heads(model) and (redirects or _forward_of_trl(model) is not None)]
+    return [model for model in every if _adapted_heads(model) and (redirects or forward_of_trl(model) is not None)]
 
 
 def refuse_liger(trainer: "Trainer", model: nn.Module) -> None:
@@ -157,7 +157,7 @@ def _adapted_heads(model: nn.Module) -> list[tuple[str, nn.Module, Slots]]:
     return [found for found in walk(model) if id(found[1]) in heads] if heads else []
 
 
-def _forward_of_trl(model: nn.Module) -> Any:
+def forward_of_trl(model: nn.Module) -> Any:
     """TRL's replacement of the model's forward, which reads the weights of output heads; None if there is none."""
     run = vars(model).get("forward")
     while run is not None and not str(getattr(run, "__globals__", {}).get("__name__")).startswith("trl."):
@@ -165,28 +165,42 @@ def _forward_of_trl(model: nn.Module) -> Any:
     return run
 
 
-def _show_in_forward_(model: nn.Module) -> None:
-    """Let a ``model.forward`` that TRL has replaced on the instance show the heads where it reads their weights.
+def around_forward_(model: nn.Module, mark: str, call: Callable[..., Any]) -> None:
+    """Answer calls of a ``model.forward`` that was replaced on the instance by ``call(run, model, args, kwargs)``.
 
-    Each other call, such as the steps of a generation, calls the head: a dense weight would be slow there.
+    ``run`` is the forward as it was, with the model bound. A ``mark`` is set once.
     """
     run: Any = model.forward
-    if hasattr(run, _MARK):
+    if hasattr(run, mark):
         return
-    has_switch = _FUSED in inspect.signature(_forward_of_trl(model), follow_wrapped=False).parameters
     is_bound = isinstance(run, MethodType)
     function: Callable[..., Any] = run.__func__ if is_bound else run
 
     @functools.wraps(function)  # `generate` reads the signature
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not (kwargs.get(_FUSED) if has_switch else _trains(kwargs)):
-            return function(*args, **kwargs)
-        with heads_shown(args[0] if is_bound else model):  # a deep copy binds the method to itself
-            return function(*args, **kwargs)
+        if not is_bound:
+            return call(function, model, args, kwargs)
+        return call(functools.partial(function, args[0]), args[0], args[1:], kwargs)  # a deep copy binds it to itself
 
-    setattr(forward, _MARK, True)
+    setattr(forward, mark, True)
     forward = torch.compiler.disable(forward, recursive=False)  # only this function: its callees are compiled
     model.forward = MethodType(forward, model) if is_bound else forward
+
+
+def _show_in_forward_(model: nn.Module) -> None:
+    """Let a ``model.forward`` that TRL has replaced on the instance show the heads where it reads their weights.
+
+    Each other call, such as the steps of a generation, calls the head: a dense weight would be slow there.
+    """
+    has_switch = _FUSED in inspect.signature(forward_of_trl(model), follow_wrapped=False).parameters
+
+    def show(run: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not (kwargs.get(_FUSED) if has_switch else _trains(kwargs)):
+            return run(*args, **kwargs)
+        with heads_shown(model):
+            return run(*args, **kwargs)
+
+    around_forward_(model, _MARK, show)
 
 
 def _trains(inputs: Mapping[str, Any]) -> bool:

@@ -66,3 +66,8 @@ def is_built(module: nn.Module) -> bool:
 def version(parameter: nn.Parameter) -> int | None:
     """Torch's counter of in-place changes of a parameter; None for one of inference mode, which has none."""
     return None if parameter.is_inference() else parameter._version
+
+
+def sample_by_(trainer: Any, sampler: Callable[[Any], Any]) -> None:
+    """Let a Trainer draw its training rows by what ``sampler`` returns for the data set."""
+    trainer._get_train_sampler = sampler

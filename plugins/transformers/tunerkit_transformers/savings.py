@@ -1,0 +1,119 @@
+"""What a Trainer's defaults waste, and switching it off: recomputed activations, padding, and unused logits."""
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any, Final
+
+import attrs
+import torch
+
+from tunerkit_transformers import transformers_private
+from tunerkit_transformers.grouping import GroupedByLength, lengths_in, padding
+from tunerkit_transformers.learned_positions import obstacle, score_learned_
+from tunerkit_transformers.memory import GIB, fits, free_bytes, step_bytes
+
+_CHECKPOINTING: Final = ("activation_checkpointing", "gradient_checkpointing")  # the name, and that of earlier versions
+
+
+@attrs.frozen
+class Saving:
+    """What `speed_up` chose.
+
+    Attributes:
+        name: ``"gradient checkpointing"``, ``"batches"`` or ``"loss"``.
+        chosen: What it is now.
+        changed: Whether it was something else before.
+        why: The reason.
+    """
+
+    name: str
+    chosen: str
+    changed: bool
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.chosen} ({self.why})"
+
+
+def speed_up(trainer: Any, *, keep: Collection[str] = (), memory: float | None = None) -> tuple[Saving, ...]:
+    """Let a Trainer compute no more than its training needs. The loss and its gradients stay the same.
+
+    - Activations are recomputed only where they would not fit into memory (estimated).
+    - Batches are made of rows of similar length, in a random order that a resumed training sees again.
+    - On a CPU, TRL's `SFTTrainer` and `DPOTrainer` compute logits at the positions that are learned, and nowhere else.
+
+    Call it before ``trainer.train()``, and also before one that is resumed.
+
+    Args:
+        trainer: A transformers Trainer, such as TRL's.
+        keep: What stays as it is: ``"gradient_checkpointing"``, ``"train_sampling_strategy"`` or ``"loss"``.
+        memory: The bytes that the training may take, with the model; by default what is free.
+
+    Returns:
+        What was chosen, and why.
+    """
+    lengths = lengths_in(trainer.train_dataset)
+    return (
+        _checkpointing_(trainer, lengths, memory, keep=not {*_CHECKPOINTING}.isdisjoint(keep)),
+        _batches_(trainer, lengths, keep="train_sampling_strategy" in keep),
+        _loss_(trainer, keep="loss" in keep),
+    )
+
+
+def _checkpointing_(trainer: Any, lengths: list[int] | None, memory: float | None, *, keep: bool) -> Saving:
+    """Recompute activations where a step would not fit without."""
+    arguments, name = trainer.args, "gradient checkpointing"
+    names = [each for each in _CHECKPOINTING if hasattr(arguments, each)]
+    before = any(getattr(arguments, each) for each in names)
+    if keep or not lengths or not _is_language_model(trainer.model):
+        why = "as asked" if keep else "the rows' lengths are not known" if not lengths else "not a language model"
+        return Saving(name, "on" if before else "off", False, why)
+    needed, free = step_bytes(trainer, max(lengths)), free_bytes(arguments.device, memory)
+    needs = not fits(needed, free)
+    now = needs and bool(getattr(trainer.model, "supports_gradient_checkpointing", False))
+    for each in names:
+        setattr(arguments, each, now)
+        if now and getattr(arguments, f"{each}_kwargs") is None:
+            setattr(arguments, f"{each}_kwargs", {"use_reentrant": False})
+    known = "an unknown amount is" if free is None else f"{max(free, 0) / GIB:.2f} GiB are"
+    why = f"a step takes about {needed / GIB:.2f} GiB beside the model, and {known} free"
+    if needs and not now:
+        why += f"; {type(trainer.model).__name__} cannot recompute its activations"
+    return Saving(name, "on" if now else "off", now != before, why)
+
+
+def _is_language_model(model: Any) -> bool:
+    """Whether a model is one of transformers with an output head, so that its forward takes tokens alone."""
+    ask = getattr(model, "get_output_embeddings", None)
+    return ask is not None and ask() is not None
+
+
+def _batches_(trainer: Any, lengths: list[int] | None, *, keep: bool) -> Saving:
+    """Group rows by length, if the trainer would draw them at random."""
+    arguments, name = trainer.args, "batches"
+    strategy = arguments.train_sampling_strategy
+    unpadded = any(vars(arguments).get(each) for each in ("packing", "padding_free"))
+    if keep or lengths is None or strategy != "random" or unpadded:
+        why = "as asked" if keep or strategy != "random" else "no padding" if unpadded else "unknown lengths"
+        return Saving(name, strategy, False, why)
+    size = arguments.train_batch_size * arguments.gradient_accumulation_steps * max(1, arguments.world_size)
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    grouped = GroupedByLength(lengths, size, seed)
+    transformers_private.sample_by_(trainer, partial(_rows, lengths, size, seed))
+    random = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    now, then = (padding(lengths, rows, arguments.train_batch_size) for rows in ([*grouped], random))
+    why = f"{now:.2f} tokens are computed for each real one, and {then:.2f} in a random order"
+    return Saving(name, "grouped by length, shuffled", True, why)
+
+
+def _rows(lengths: list[int], size: int, seed: int, dataset: object = None) -> GroupedByLength:
+    """The sampler of a trainer, which asks for a new one whenever it trains."""
+    return GroupedByLength(lengths, size, seed)
+
+
+def _loss_(trainer: Any, *, keep: bool) -> Saving:
+    """Compute logits at the learned positions alone."""
+    if (reason := "as asked" if keep else obstacle(trainer)) is not None:
+        return Saving("loss", "the trainer's own", False, reason)
+    score_learned_(trainer)
+    return Saving("loss", "at the learned positions", True, "on a CPU, TRL's own computes logits at every position")
