@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shlex
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from trl.trainer.sft_trainer import SFTTrainer
 
 import tunerkit
+from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.tiny_models import TEMPLATE, save_tiny_llama, save_tiny_t5
 from tests.support.toy_growing import GrowingPlugin
-from tests.support.train_command import collapsing, command, record_of, succeeded
+from tests.support.train_command import collapsing, command, record_of, signalled, succeeded, write_rows
 from tunerkit_cli.tasks.turns import NOT_LEARNED, encode_turns
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
@@ -404,6 +406,94 @@ def test_a_run_of_an_earlier_version_is_resumed_and_evaluated_as_it_was_trained(
         (out / "run.json").write_text(json.dumps(record))
         found = json.loads(succeeded("eval", out, "--data", data, "--batch-size", "8").output)
         assert found["loss"] == pytest.approx(wanted, rel=1e-3)
+
+
+# --- what a training computes ---
+
+
+def sentences(path: Path) -> Path:
+    """40 texts of 4 to 11 tokens, whose last ones are held out."""
+    return written(path, [{"text": f"the film{' plot' * (7 * number % 8)}"} for number in range(40)])
+
+
+def test_what_is_chosen_for_speed_is_said_and_recorded(llama: Path, tmp_path: Path) -> None:
+    """In the opening lines, also of a dry run, with the reasons; in ``run.json``; and in the recipe, for resuming."""
+    data, out = sentences(tmp_path / "data.jsonl"), tmp_path / "out"
+    call = arguments_of(llama, data, "--out", out)
+    said = succeeded(*call, "--dry-run").output
+    starts = ("gradient", "batches:", "loss:", "evaluation:", "samples:")
+    lines = [line for line in said.splitlines() if line.startswith(starts)]
+    assert lines[0].startswith("gradient checkpointing: off (a step takes about")
+    assert lines[1].startswith("batches: grouped by length, shuffled (1.0")
+    assert lines[2].startswith("loss: at the learned positions (on a CPU")
+    assert lines[3:] == [
+        "evaluation: at the end, on 40 held-out rows, 50% of all",
+        "samples: 2 short answers after the training (--set samples=N)",
+    ]
+    succeeded(*call)
+    record = record_of(out)
+    assert {each["name"]: each["chosen"] for each in record["savings"]} == {
+        "gradient checkpointing": "off", "batches": "grouped by length, shuffled", "loss": "at the learned positions"
+    }  # fmt: skip
+    assert {name: record["recipe"][name] for name in ("samples", "loss")} == {"samples": 2, "loss": "learned"}
+    assert record["recipe"]["training"]["gradient_checkpointing"] is False
+    none = (*("--set", "samples=0"), "--set", "loss=trl", "--set", "memory=0.001", "--set", "eval_strategy=epoch")
+    said = succeeded(*arguments_of(llama, data, *none, "--out", tmp_path / "none")).output
+    assert "gradient checkpointing: on (a step takes about" in said
+    assert "loss: the trainer's own (as asked)\nevaluation: by eval_strategy, which is epoch, on 40" in said
+    assert "samples: none" in said
+    assert "samples" not in record_of(tmp_path / "none")
+
+
+def test_keys_of_language_models_are_for_language_models(tmp_path: Path) -> None:
+    """Others would ignore them in silence."""
+    save_tiny_classifier(tmp_path / "tiny")
+    rows = write_rows(tmp_path / "rows.csv")
+    call = ("train", "--model", tmp_path / "tiny", "--data", rows, "--out", tmp_path / "out")
+    for name, value in (("samples", 0), ("loss", "trl"), ("memory", 2)):
+        done = command(*call, "--set", f"{name}={value}")
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert f"{name}: is for language models, and text-classification trains none" in done.stderr
+
+
+def test_a_run_that_an_earlier_version_began_computes_as_it_did(llama: Path, tmp_path: Path) -> None:
+    """TRL's own loss with checkpointing, batches at random, an evaluation each epoch, and answers before and after.
+
+    Its recipe has no key for any of it. The adapter is the same to the last bit.
+    """
+    data, whole, parts = sentences(tmp_path / "data.jsonl"), tmp_path / "whole", tmp_path / "parts"
+    then = {"gradient_checkpointing": "true", "train_sampling_strategy": "random", "eval_strategy": "epoch"}
+    asked = [word for pair in {**then, "loss": "trl"}.items() for word in ("--set", "=".join(pair))]
+    call = arguments_of(llama, data, "--epochs", "2", *asked)
+    succeeded(*call, "--out", whole)
+    with signalled(7, signal.SIGINT):
+        assert command(*call, "--out", parts).exit_code == 130
+    recipe = yaml.safe_load((parts / "recipe.yaml").read_text())
+    recipe["training"] = {name: value for name, value in recipe["training"].items() if name not in then}
+    for name in ("loss", "samples"):
+        del recipe[name]
+    (parts / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert "grouped by length" not in succeeded("train", "--out", parts, "--resume").output
+    assert (parts / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
+    record = record_of(parts)
+    assert [{*sample} for sample in record["samples"]] == [{"prompt", "before", "after"}] * 3
+    assert [entry["step"] for entry in record["logs"] if "eval_loss" in entry] == [10, 20]
+    assert "savings" not in record
+
+
+def test_a_resumed_run_keeps_what_was_chosen_as_it_began(llama: Path, tmp_path: Path) -> None:
+    """Whatever memory is free then, and whether the options are given again or not; to the last bit."""
+    data, whole = sentences(tmp_path / "data.jsonl"), tmp_path / "whole"
+    call = arguments_of(llama, data, "--epochs", "2")
+    succeeded(*call, "--out", whole)
+    for number, again in enumerate((("train",), call)):
+        out = tmp_path / str(number)
+        with signalled(13, signal.SIGINT):
+            assert command(*call, "--out", out).exit_code == 130
+        with mock.patch("tunerkit_transformers.savings.free_bytes", return_value=0):
+            said = succeeded(*again, "--out", out, "--resume").output
+        assert "gradient checkpointing: off (as asked)" in said
+        assert (out / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
 
 
 # --- the last evaluation ---

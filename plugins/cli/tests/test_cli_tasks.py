@@ -883,7 +883,7 @@ def test_samples_of_an_encoder_decoder_are_cut_as_its_predictions(models: Callab
     task = task_of("seq2seq", 6)
     loaded = load_pretrained(task.name, str(models("t5")))
     rows = [{"source": " ".join([*WORDS] * 3), "target": "x"}]
-    (sample,) = task.samples(loaded, rows)
+    (sample,) = task.samples(loaded, rows, None)
     assert sample["answer"] == task.predict(loaded, rows, batch_size=1)[0]["target"]
     assert sample["answer"] == generate(loaded, [rows[0]["source"]], batch_size=1, max_length=6)[0]
 

@@ -52,13 +52,13 @@ from tunerkit_cli.running import (
 from tunerkit_cli.running.hardware import computing_in
 from tunerkit_cli.running.output import PICTURES
 from tunerkit_cli.running.preparing import settled
-from tunerkit_cli.running.trainer import Resumable
 from tunerkit_cli.running.training import train
 from tunerkit_cli.running.watching import LostError, Watching
 from tunerkit_cli.tasks import task_of
 from tunerkit_cli.tasks.texts import TextClassification
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
+from tunerkit_transformers.exact_resuming import Resumable
 from tunerkit_transformers.output_folder import read_run
 from tunerkit_transformers.pretrained import load_pretrained
 
@@ -204,11 +204,11 @@ def test_a_run_that_an_earlier_version_began_keeps_the_defaults_of_then(argument
 
 
 def test_a_language_model_of_an_earlier_version_gets_no_other_defaults(tmp_path: Path) -> None:
-    """They have not changed, so a run that is resumed has what its recipe says, and today's where that is silent."""
+    """But its evaluations. Else a run that is resumed has what its recipe says, and today's where that is silent."""
     for task in ("causal-lm", "preference", "seq2seq"):
         recipe = Recipe(task=task, data="data.csv", out=str(tmp_path), precision="fp32", training={"max_steps": 3})
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"version": 1, **to_mapping(recipe)}))
-        assert settled(recipe, tmp_path, resume=True).training == {"max_steps": 3}
+        assert settled(recipe, tmp_path, resume=True).training == {"max_steps": 3, "eval_strategy": "epoch"}
 
 
 def test_a_run_is_resumed_with_options_that_say_the_same(arguments: list[str], tmp_path: Path) -> None:
@@ -268,11 +268,17 @@ def test_an_ended_run_is_used_in_fp32_where_its_precision_cannot_be_had(out: Pat
     assert (refused.exit_code, "precision: expected fp32, bf16 or fp16, got 'int8'" in refused.stderr) == (2, True)
 
 
-def test_the_logs_hold_every_epoch(out: Path) -> None:
-    """A loss for each step, since there are few, and an evaluation after each epoch."""
+def test_the_logs_hold_every_loss_and_the_evaluations_that_were_asked_for(
+    out: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    """A loss for each step, since there are few; the held-out rows are evaluated once at the end by default."""
     logs = record_of(out)["logs"]
     assert [entry["step"] for entry in logs if "loss" in entry] == [*range(1, 25)]
-    assert [entry["step"] for entry in logs if "eval_accuracy" in entry] == [8, 16, 24]
+    assert not any("eval_accuracy" in entry for entry in logs)
+    for number, asked in enumerate(("eval_strategy=epoch", "metric_for_best_model=accuracy")):
+        succeeded(*arguments, "--set", asked, "--out", tmp_path / str(number))
+        logs = record_of(tmp_path / str(number))["logs"]
+        assert [entry["step"] for entry in logs if "eval_accuracy" in entry] == [8, 16, 24]
 
 
 def test_what_a_run_is_measured_on_does_not_depend_on_how_it_trains(folder: Path) -> None:
@@ -571,9 +577,8 @@ def test_a_language_model_is_trained_on_conversations_resumed_and_talks(tmp_path
     given = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert talk.startswith(f"you: the film\n{tokenizer.decode(given, skip_special_tokens=True)}\nyou: a plot\n")
     record = record_of(out)
-    losses = [entry["eval_loss"] for entry in record["logs"] if "eval_loss" in entry]
-    assert losses[-1] < losses[0]
-    assert {"prompt", "before", "after"} == set(record["samples"][0])
+    assert [entry["eval_loss"] for entry in record["logs"] if "eval_loss" in entry] == [record["metrics"]["loss"]]
+    assert [{*sample} for sample in record["samples"]] == [{"prompt", "after"}] * 2
     assert record["conversations"] is True
     asked_once = succeeded("predict", out, "--text", "the film", "--new-tokens", "4").output
     answer = tokenizer.decode(given, skip_special_tokens=True)
@@ -974,8 +979,7 @@ def test_a_checkpoint_without_the_sum_of_the_losses_leaves_the_trainers_mean(kep
         _tr_loss=torch.zeros(()), _total_loss_scalar=0.0, _globalstep_last_logged=0, state=TrainerState(global_step=8)
     )
     trainer.state.stateful_callbacks = kept
-    resumable = Resumable()
-    resumable.trainer = trainer
+    resumable = Resumable(trainer)
     resumable.on_train_begin(None, trainer.state, TrainerControl())
     logged: list[dict[str, float]] = []
     resumable.log(logged.append, {"train_loss": 0.7})

@@ -117,6 +117,23 @@ class Recipe:
         "bitsandbytes and tunerkit-quant.",
         enum=("nf4", "int8"),
     )
+    samples: int | None = _key(
+        "integer",
+        "How many held-out prompts a language model answers after its training, in a few words each. Without it: 2.",
+        minimum=0,
+    )
+    loss: str | None = _key(
+        "string",
+        "Where a language model's loss computes logits: learned, at the learned positions alone; or trl, as TRL does. "
+        "Without it: learned on a CPU.",
+        enum=("learned", "trl"),
+    )
+    memory: float | None = _key(
+        "number",
+        "How many GiB a language model's training may take: activations that do not fit are recomputed. "
+        "Without it: what is free.",
+        minimum=0,
+    )
     baseline: bool = _key("boolean", "Whether to train the head alone too, for comparison.", False)
     on_collapse: str = _key(
         "string",

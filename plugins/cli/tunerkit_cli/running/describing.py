@@ -44,6 +44,10 @@ def described(session: Session) -> Iterator[str]:
     epochs = f"{float(f'{steps / of_an_epoch:.3g}') if capped else arguments.num_train_epochs:g}"
     how = f"{steps} step{'' if steps == 1 else 's'}{' (max_steps)' if capped else ''}"
     yield f"{how}, {epochs} epoch{'' if epochs == '1' else 's'}, batches of {arguments.train_batch_size}"
+    for saving in session.savings:
+        yield str(saving)
+    if session.savings:
+        yield from _described_end(session)
     precision, device = session.precision, arguments.device.type
     other = "" if precision == "fp32" or device == "cpu" else "; --precision fp32 is slower and rounds less"
     yield f"precision: {precision} on {device}{other}"
@@ -51,6 +55,17 @@ def described(session: Session) -> Iterator[str]:
         yield f"goes on from {session.start.source}"
     parameters = tunerkit.trainable_parameters(session.loaded.model)
     yield f"{session.tuner.method} on {len(session.tuner.targets)} matrices: {parameters}"
+
+
+def _described_end(session: Session) -> Iterator[str]:
+    """What a language model does beside its steps: evaluations and answers."""
+    strategy, held_out = session.trainer.args.eval_strategy, session.data.held_out
+    when = "at the end" if strategy == "no" else f"by eval_strategy, which is {strategy.value}"
+    rows = session.rows("eval") if held_out else 0
+    share = rows / (rows + session.rows("train"))
+    yield f"evaluation: {f'{when}, on {rows} held-out rows, {share:.0%} of all' if rows else 'none'}"
+    count = min(session.recipe.samples or 0, len(held_out))
+    yield f"samples: {f'{count} short answers after the training' if count else 'none'} (--set samples=N)"
 
 
 def _described_fit(session: Session, part: str, fit: Fit) -> Iterator[str]:

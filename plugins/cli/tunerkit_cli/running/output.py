@@ -19,7 +19,7 @@ from tunerkit_cli.recipes import writing
 from tunerkit_cli.recipes.reading import read_recipe
 from tunerkit_cli.recipes.recipe import Recipe, as_placed, as_stated, files_of, to_mapping, with_precision
 from tunerkit_cli.running import written
-from tunerkit_cli.running.trainer import arguments_of
+from tunerkit_cli.running.trainer import DECIDED, arguments_of, asked_of
 from tunerkit_cli.running.written import CARD, CHECKPOINTS, DIGESTS, LIST, LOGS, PICTURES, RECIPE
 from tunerkit_cli.tasks import task_of
 from tunerkit_transformers.output_folder import RECORD
@@ -179,11 +179,13 @@ def _check_resume(folder: Path, recipe: Recipe) -> None:
         if (folder / REPORT).exists():
             raise OutputError(f"--out {folder}: this run has ended; pass --overwrite to run it again")
         return  # it was killed before it had its report
-    left = ("task", "precision", "train_on_prompts")
+    left = ("task", "precision", "train_on_prompts", "samples", "loss")
     recipe = attrs.evolve(recipe, **{name: getattr(kept, name) for name in left if getattr(recipe, name) is None})
-    silent = arguments_of(attrs.evolve(kept, training={}), task_of(kept.task)) if kept.task is not None else {}
-    meant = {name: value for name, value in kept.training.items() if silent.get(name) == value}
-    recipe = attrs.evolve(recipe, training={**meant, **recipe.training})  # a recipe may leave defaults out
+    if kept.task is not None:  # a recipe may leave defaults out, and what the machine decided
+        task = task_of(kept.task)
+        silent = arguments_of(attrs.evolve(kept, training={}), task)
+        meant = {n: value for n, value in kept.training.items() if n == DECIDED or silent.get(n) == value}
+        recipe = attrs.evolve(recipe, training={**meant, **asked_of(recipe, task)})
     asked = attrs.evolve(recipe, out=kept.out)
     before, now = (_flat(to_mapping(as_stated(each, folder))) for each in (kept, asked))
     different = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))

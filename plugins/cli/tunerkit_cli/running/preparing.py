@@ -1,6 +1,6 @@
 """What a run needs before its first step: the recipe as it began, the model, the adapter, the rows, and the trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import attrs
 from rich.console import Console
 
 import tunerkit
+from tunerkit.errors import ConfigError
 from tunerkit.plugin import Tuner
 from tunerkit_cli import assets
 from tunerkit_cli.demo import demo_of
@@ -20,13 +21,19 @@ from tunerkit_cli.running.fitting import Fit, build_fitted, cut_at_positions_
 from tunerkit_cli.running.learning import Learning, advice
 from tunerkit_cli.running.starting import Start, continued, head_labels, order_note, start_of, wrapped
 from tunerkit_cli.running.telling import say
-from tunerkit_cli.running.trainer import asked_of, refuse_untrainable, trainer_arguments
+from tunerkit_cli.running.trainer import DECIDED, asked_of, refuse_untrainable, trainer_arguments
 from tunerkit_cli.running.watching import MOST, SLOWER, Watching, read_restarts, slower
 from tunerkit_cli.tasks.base import Task
-from tunerkit_cli.tasks.language import CausalLm, settle_prompts_
+from tunerkit_cli.tasks.language import SAMPLES, CausalLm, GenerationTask, settle_prompts_
 from tunerkit_cli.tasks.texts import labels_of, short_to_long
+from tunerkit_transformers.learned_positions import is_scored
+from tunerkit_transformers.memory import GIB
 from tunerkit_transformers.pretrained import Pretrained, load_pretrained
 from tunerkit_transformers.quantising import bytes_of
+from tunerkit_transformers.savings import Saving, speed_up
+
+# What a resumed run has from its own recipe, whatever that leaves out.
+_AS_BEGUN = ("precision", "train_on_prompts", "training", "samples", "loss")
 
 
 @attrs.frozen(eq=False)
@@ -34,7 +41,7 @@ class Session:
     """A run that is ready to train.
 
     ``start`` is the adapter that it goes on from, or None if it trains a new one. ``fits`` says how the rows of
-    ``train`` and ``eval`` fit a language model.
+    ``train`` and ``eval`` fit a language model, and ``savings`` what was chosen for speed.
     """
 
     recipe: Recipe
@@ -46,6 +53,7 @@ class Session:
     watching: Watching
     start: Start | None
     fits: Mapping[str, Fit]
+    savings: Sequence[Saving] = ()
 
     def rows(self, part: str) -> int:
         """How many rows of ``"train"`` or ``"eval"`` count: those that leave something to learn."""
@@ -78,8 +86,8 @@ def is_of_earlier_version(folder: Path) -> bool:
 def settled(recipe: Recipe, folder: Path, *, resume: bool) -> Recipe:
     """Return the recipe with its precision; a resumed run has the settings that it began with.
 
-    Recipes of earlier versions lack keys. Such a run takes the machine's precision, learns prompts, and has the values
-    for the trainer that were the defaults then.
+    Recipes of earlier versions lack keys. Such a run takes the machine's precision, learns prompts, has the values
+    for the trainer that were the defaults then, and recomputes activations if TRL does.
 
     Raises:
         ConfigError: The machine does not have the precision.
@@ -89,15 +97,16 @@ def settled(recipe: Recipe, folder: Path, *, resume: bool) -> Recipe:
         return attrs.evolve(recipe, precision=hardware.choose_precision(device, recipe.precision))
     kept = with_precision(read_recipe(output.recipe_file(folder)))
     precision = hardware.choose_precision(device, kept.precision, resumed=str(folder))
-    training = {**_earlier_defaults(kept.task), **kept.training}
-    return attrs.evolve(recipe, precision=precision, train_on_prompts=kept.train_on_prompts, training=training)
+    kept = attrs.evolve(kept, precision=precision, training={**_earlier_defaults(kept.task), **kept.training})
+    return attrs.evolve(recipe, **{name: getattr(kept, name) for name in _AS_BEGUN})
 
 
 def _earlier_defaults(task: str | None) -> dict[str, Any]:
     """The arguments of the trainer that a recipe of an earlier version left to defaults which are others now."""
+    evaluated = {"eval_strategy": "epoch"}
     if task in ("causal-lm", "preference", "seq2seq"):
-        return {}
-    return {"learning_rate": 1e-3, "warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}
+        return evaluated
+    return {**evaluated, "learning_rate": 1e-3, "warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}
 
 
 def prepare(
@@ -107,6 +116,9 @@ def prepare(
 
     In a dry run no logger is attached to it, since some write files as a training begins.
     """
+    idle = [name for name in ("samples", "loss", "memory") if getattr(recipe, name) is not None]
+    if idle and not isinstance(task, GenerationTask):
+        raise ConfigError([f"{idle[0]}: is for language models, and {task.name} trains none; leave the key out"])
     start = start_of(recipe, resume=resume)
     labels, ordered = head_labels(start, task, data)
     training = asked_of(recipe, task)
@@ -164,8 +176,22 @@ def prepare(
     parts["eval"] = (data.held_out_source, _held_out(task, data, loaded))
     trainer, fits = build_fitted(task, arguments, loaded, parts, [watching])
     refuse_untrainable(trainer)
+    savings: Sequence[Saving] = ()
+    if isinstance(task, GenerationTask) and (not resume or recipe.samples is not None):
+        recipe, savings = _sped_up(recipe, trainer)
     tunerkit.attach(loaded.model, trainer)
-    return Session(recipe, task, data, loaded, tuner, trainer, watching, start, fits)
+    return Session(recipe, task, data, loaded, tuner, trainer, watching, start, fits, savings)
+
+
+def _sped_up(recipe: Recipe, trainer: Any) -> tuple[Recipe, Sequence[Saving]]:
+    """Let a language model's trainer compute what its training needs, and return the recipe with what was chosen."""
+    keep = {*recipe.training, *(["loss"] if recipe.loss == "trl" else [])}
+    savings = speed_up(trainer, keep=keep, memory=None if recipe.memory is None else recipe.memory * GIB)
+    training, loss = dict(recipe.training), "learned" if is_scored(trainer) else "trl"
+    if DECIDED in vars(trainer.args):
+        training[DECIDED] = bool(trainer.args.gradient_checkpointing)
+    samples = SAMPLES if recipe.samples is None else recipe.samples
+    return attrs.evolve(recipe, training=training, loss=loss, samples=samples), savings
 
 
 def _held_out(task: Task, data: Data, loaded: Pretrained) -> Any:

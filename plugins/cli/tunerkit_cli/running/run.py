@@ -99,11 +99,10 @@ def run(
             say(console, "dry run: nothing was trained and nothing was written")
             return
         known: dict[str, Any] = {"task": task.name, "method": session.tuner.method}
-        known |= {"training": arguments_of(recipe, task), "train_on_prompts": task.trains_on_prompts}
-        kept = as_stated(attrs.evolve(recipe, **known), folder)
+        known |= {"training": arguments_of(session.recipe, task), "train_on_prompts": task.trains_on_prompts}
+        kept = as_stated(attrs.evolve(session.recipe, **known), folder)
         output.refuse_processor(folder, session.loaded.processor)
-        with hardware.computing_in(session.precision, session.loaded.model.device):
-            before = task.samples(session.loaded, data.held_out)
+        before = _samples(session) if session.recipe.samples is None else []
         with replacing(session, kept, resume=resume) as listing:
             session, trained = train_with_restarts(session, listing, console, resume=resume)
         output.save(session.loaded, folder)  # at once: what follows only describes it
@@ -196,22 +195,27 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
     }
     if session.start is not None:  # as in the copy of the adapter, from which a resumed run starts
         record["config"] = tunerkit.unstructure(session.tuner.config.settled())
-    with hardware.computing_in(session.precision, loaded.model.device):
-        after = task.samples(loaded, data.held_out)
+    samples = [{"prompt": each["prompt"], "after": each["answer"]} for each in _samples(session)]
+    for sample, old in zip(samples, before, strict=False):  # a run of an earlier version answered before too
+        sample["before"] = old["answer"]
     further = {
         "conversations": are_conversations(task, data.train),
         "left_out": {part: dict(fit.left_out) for part, fit in session.fits.items() if fit.missing},
         "restarts": [attrs.asdict(restart) for restart in read_restarts(session.folder)],
         "problems": [attrs.asdict(problem) for problem in trained.problems],
         "confusion": trained.confusion,
-        "samples": [
-            {"prompt": old["prompt"], "before": old["answer"], "after": new["answer"]}
-            for old, new in zip(before, after, strict=True)
-        ],
+        "samples": samples,
+        "savings": [attrs.asdict(saving) for saving in session.savings],
     }
     record |= {name: value for name, value in further.items() if value not in (None, {}, [])}
     plain: dict[str, Any] = finite(record)
     return plain
+
+
+def _samples(session: Session) -> list[dict[str, str]]:
+    """What the model answers now."""
+    with hardware.computing_in(session.precision, session.loaded.model.device):
+        return session.task.samples(session.loaded, session.data.held_out, session.recipe.samples)
 
 
 def _sources(session: Session, text: str) -> str:

@@ -6,19 +6,15 @@ import os
 import tempfile
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-from torch.utils.data import BatchSampler
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, get_scheduler
+from transformers import PrinterCallback, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tunerkit import TunerkitError, hooks
 from tunerkit.errors import ConfigError, closest, shown, warn
@@ -29,7 +25,7 @@ from tunerkit_cli.running import hardware
 from tunerkit_cli.running.written import CHECKPOINTS, LOGS
 from tunerkit_cli.tasks import TASKS, task_of
 from tunerkit_cli.tasks.base import MissingPackageError, Task
-from tunerkit_transformers import transformers_private
+from tunerkit_transformers.exact_resuming import resume_exactly_
 
 # What the command decides: where checkpoints go, and what the trainer must not do with them.
 _OURS: Mapping[str, str] = {
@@ -64,12 +60,16 @@ _LEAST = {
     **{"dataloader_num_workers": 0, "eval_accumulation_steps": 1},
 }
 _POSITIVE = ("learning_rate", "num_train_epochs")
+DECIDED = "gradient_checkpointing"  # by the memory of the machine on which a run begins
 _SEEDS = ("seed", "data_seed")  # numpy takes no greater ones than 32 bits hold
 
 
 def asked_of(recipe: Recipe, task: Task) -> dict[str, Any]:
     """What a recipe asks of the trainer, itself or because it trains on the demo's data."""
-    return {**(demo_of(task.name, "data").training if recipe.data is None else {}), **recipe.training}
+    demo = demo_of(task.name, "data").training if recipe.data is None else {}
+    # The best checkpoint is found by evaluations.
+    best = {"load_best_model_at_end", "metric_for_best_model"} & recipe.training.keys()
+    return {**demo, **({"eval_strategy": "epoch"} if best else {}), **recipe.training}
 
 
 def arguments_of(recipe: Recipe, task: Task) -> dict[str, Any]:
@@ -114,7 +114,6 @@ def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, pre
         settings.setdefault("greater_is_better", is_better_high(best))
     with _refusing():
         arguments = kind(**settings)
-        arguments.restore_callback_states_from_checkpoint = False  # it would build another `Resumable`
         arguments.dataloader_num_workers, note = hardware.choose_workers(arguments.dataloader_num_workers)
         if note:
             warn(note)
@@ -219,15 +218,12 @@ def build_trainer(kind: type[Any], arguments: Any, *, callbacks: Sequence[Any] =
         ConfigError: The trainer refuses its arguments.
     """
     wanted = Path(arguments.output_dir)
-    resumable = Resumable()
     with tempfile.TemporaryDirectory() as scratch, _tensorboard_in(wanted.parent / LOGS), _refusing():
         arguments.output_dir = scratch
-        trainer = kind(args=arguments, callbacks=[*callbacks, resumable], **settings)
-    resumable.trainer = trainer
+        trainer = kind(args=arguments, callbacks=[*callbacks], **settings)
     arguments.output_dir = trainer.args.output_dir = str(wanted)  # a trainer may copy its arguments
     trainer.remove_callback(PrinterCallback)
-    trainer.get_batch_samples = partial(_batches, trainer, trainer.get_batch_samples)
-    trainer.log = partial(resumable.log, trainer.log)
+    resume_exactly_(trainer)
     return trainer
 
 
@@ -265,15 +261,6 @@ def refuse_untrainable(trainer: Any) -> None:
         )
 
 
-def _batches(trainer: Any, draw: Callable[..., Any], *arguments: Any) -> Any:
-    """The batches of the next step; none after the last one.
-
-    A training that ends inside an epoch, and that is resumed from its last step, goes through the rest of that epoch:
-    the epoch's evaluation is still due. Without this, the trainer would take one more step first.
-    """
-    return ([], None) if trainer.state.global_step >= trainer.state.max_steps else draw(*arguments)
-
-
 @contextmanager
 def _tensorboard_in(folder: Path) -> Iterator[None]:
     """Inside the block, TensorBoard's callback is built to write into ``folder``, unless the environment names one."""
@@ -285,58 +272,3 @@ def _tensorboard_in(folder: Path) -> Iterator[None]:
     finally:
         if not given:
             del os.environ[name]
-
-
-class Resumable(TrainerCallback, ExportableState):
-    """Lets a resumed training see the batches, the random numbers and the logs of one that was not interrupted.
-
-    Batches by length are drawn by the seed and the epoch alone. By themselves they depend on all random numbers drawn
-    before the epoch, dropout's too. And a checkpoint at the end of an epoch is written after the epoch's evaluation,
-    which it would lack otherwise. An epoch that is resumed after its evaluation is not evaluated again. A checkpoint
-    keeps the sum of the losses, so that the means that are logged are those of the whole run.
-    """
-
-    def __init__(self) -> None:
-        self.trainer: Any = None  # which is built with it
-        self._has_losses = True  # not in a checkpoint of an earlier version
-        self._is_due = False  # whether a checkpoint waits for the end of the epoch
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
-        return {"args": {}, "attributes": {}, "losses": transformers_private.losses(self.trainer)}
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        states: Any = state.stateful_callbacks  # a mapping by now
-        kept = states.get(type(self).__name__)
-        states.setdefault(type(self).__name__, self.state())
-        if state.global_step > 0:
-            losses = kept.get("losses") if isinstance(kept, dict) else None
-            self._has_losses = transformers_private.set_losses_(self.trainer, losses)
-
-    def log(self, call: Callable[..., None], logs: dict[str, float], *arguments: Any) -> None:
-        """Log with ``call``. The trainer's own mean loss at the end is of the steps since it was resumed."""
-        if "train_loss" in logs and self._has_losses:
-            added = transformers_private.losses(self.trainer)["logged"]
-            logs = {**logs, "train_loss": added / max(self.trainer.state.global_step, 1)}
-        call(logs, *arguments)
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        batches = kwargs["train_dataloader"].batch_sampler
-        if isinstance(batches, BatchSampler) and isinstance(batches.sampler, LengthGroupedSampler):
-            seed = args.seed if args.data_seed is None else args.data_seed
-            batches.sampler.lengths = batches.sampler.lengths[:]  # a column is read from its table for each row
-            batches.sampler.generator = torch.Generator().manual_seed(seed + int(state.epoch or 0))
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save and is_whole(state.epoch):
-            control.should_save, self._is_due = False, True
-
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_save, self._is_due = control.should_save or self._is_due, False
-        if any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history):
-            control.should_evaluate = False
-
-
-def is_whole(epoch: float | None) -> bool:
-    """Whether the training is at the end of an epoch."""
-    return epoch is not None and epoch == int(epoch)

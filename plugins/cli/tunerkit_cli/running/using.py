@@ -25,6 +25,7 @@ from tunerkit_cli.tasks.generating import GREEDY, generate, require_system
 from tunerkit_cli.tasks.language import GenerationTask, settle_prompts_
 from tunerkit_cli.tasks.texts import token_limit
 from tunerkit_transformers.adapter_files import has_no_record
+from tunerkit_transformers.learned_positions import obstacle, score_learned_
 from tunerkit_transformers.output_folder import RECORD, Run, load_run, read_run
 from tunerkit_transformers.pretrained import Pretrained, quiet
 
@@ -98,6 +99,8 @@ def evaluate_rows(folder: Path, data: Sequence[Path], *, base: str | None, batch
     cut_at_positions_(arguments, loaded)
     part = (read.source, task.encode(rows, loaded))
     trainer, fits = build_fitted(task, arguments, loaded, {"train": part, "eval": part})
+    if run.record.get("recipe", {}).get("loss") == "learned" and obstacle(trainer) is None:
+        score_learned_(trainer)
     fit = fits.get("eval")
     found: dict[str, Any] = {"rows": len(rows) - (fit.missing if fit is not None else 0)}
     if fit is not None and fit.missing:

@@ -25,8 +25,8 @@ from tunerkit_cli.running import written
 from tunerkit_cli.running.learning import Learning
 from tunerkit_cli.running.record import write_json
 from tunerkit_cli.running.telling import say
-from tunerkit_cli.running.trainer import is_whole
 from tunerkit_cli.running.written import CHECKPOINTS
+from tunerkit_transformers.exact_resuming import is_whole
 
 # A quarter of the rate is as far as the rate alone is likely to be the reason.
 MOST: Final = 2

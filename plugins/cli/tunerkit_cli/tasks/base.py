@@ -97,7 +97,7 @@ class Task(ABC):
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 64,
         "weight_decay": 0.0,
-        "eval_strategy": "epoch",
+        "eval_strategy": "no",  # once, at the end
         **STEADY,
     }
 
@@ -247,8 +247,8 @@ class Task(ABC):
         metrics = {**self.scores(predictions, truth), "loss": found.metrics["test_loss"]}
         return Results(metrics, self.confusion(predictions, truth))
 
-    def samples(self, loaded: Pretrained, rows: Sequence[Row]) -> list[dict[str, str]]:
-        """Prompts and what the model makes of them, to compare before and after training; none for classifiers."""
+    def samples(self, loaded: Pretrained, rows: Sequence[Row], count: int | None) -> list[dict[str, str]]:
+        """Prompts, and the answers to ``count`` of them, None as in earlier versions; classifiers give none."""
         return []
 
     @abstractmethod

@@ -15,7 +15,9 @@ from tunerkit_cli.tasks.texts import token_limit
 from tunerkit_cli.tasks.turns import encode_turns
 from tunerkit_transformers.pretrained import Pretrained
 
-SAMPLES = 3
+SAMPLES = 2
+_SHORT = Answering(24)
+_SAMPLES_BEFORE = 3  # of a run that an earlier version began, each as long as a prediction
 _MOST = 230.0  # e to this power is within what a record may hold
 _SECOND = ("input", "context")  # columns that continue an instruction, in Alpaca's and Dolly's data
 _ROLES = ("system", "user", "assistant", "tool")
@@ -55,12 +57,13 @@ class GenerationTask(Task):
             metrics["token_accuracy"] = float(found["eval_mean_token_accuracy"])
         return Results(metrics, seconds=found.get("eval_runtime"))
 
-    def samples(self, loaded: Pretrained, rows: Sequence[Row]) -> list[dict[str, str]]:
-        """The answers to the first three held-out prompts."""
-        chosen = rows[:SAMPLES]
+    def samples(self, loaded: Pretrained, rows: Sequence[Row], count: int | None) -> list[dict[str, str]]:
+        """The beginnings of the answers to the first held-out prompts."""
+        chosen, how = (rows[:_SAMPLES_BEFORE], GREEDY) if count is None else (rows[:count], _SHORT)
         prompts = [prompt_of(row) for row in chosen]
         texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
-        answers = [each[self.answer] for each in self.predict(loaded, chosen, batch_size=SAMPLES)]
+        found = self.predict(loaded, chosen, batch_size=max(1, len(chosen)), answering=how)
+        answers = [each[self.answer] for each in found]
         return [{"prompt": text, "answer": answer} for text, answer in zip(texts, answers, strict=True)]
 
     def predict(

@@ -1,0 +1,86 @@
+"""What a Trainer draws, logs and evaluates after it was resumed: what one that was not interrupted does."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from tunerkit_transformers import transformers_private
+
+
+def resume_exactly_(trainer: Any) -> None:
+    """Let a Trainer, and what it resumes from, be exact in what `Resumable` names."""
+    resumable = Resumable(trainer)
+    trainer.add_callback(resumable)
+    trainer.args.restore_callback_states_from_checkpoint = False  # it would build another one
+    trainer.get_batch_samples = partial(_batches, trainer, trainer.get_batch_samples)
+    trainer.log = partial(resumable.log, trainer.log)
+
+
+def _batches(trainer: Any, draw: Callable[..., Any], *arguments: Any) -> Any:
+    """The batches of the next step; none after the last one.
+
+    A training that ends inside an epoch, and that is resumed from its last step, goes through the rest of that epoch:
+    the epoch's evaluation is still due. Without this, the trainer would take one more step first.
+    """
+    return ([], None) if trainer.state.global_step >= trainer.state.max_steps else draw(*arguments)
+
+
+class Resumable(TrainerCallback, ExportableState):
+    """Lets a resumed training see the batches, the random numbers and the logs of one that was not interrupted.
+
+    Batches by length are drawn by the seed and the epoch alone. By themselves they depend on all random numbers drawn
+    before the epoch, dropout's too. And a checkpoint at the end of an epoch is written after the epoch's evaluation,
+    which it would lack otherwise. An epoch that is resumed after its evaluation is not evaluated again. A checkpoint
+    keeps the sum of the losses, so that the means that are logged are those of the whole run.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._has_losses = True  # not in a checkpoint of an earlier version
+        self._is_due = False  # whether a checkpoint waits for the end of the epoch
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"args": {}, "attributes": {}, "losses": transformers_private.losses(self.trainer)}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        states: Any = state.stateful_callbacks  # a mapping by now
+        kept = states.get(type(self).__name__)
+        states.setdefault(type(self).__name__, self.state())
+        if state.global_step > 0:
+            losses = kept.get("losses") if isinstance(kept, dict) else None
+            self._has_losses = transformers_private.set_losses_(self.trainer, losses)
+
+    def log(self, call: Callable[..., None], logs: dict[str, float], *arguments: Any) -> None:
+        """Log with ``call``. The trainer's own mean loss at the end is of the steps since it was resumed."""
+        if "train_loss" in logs and self._has_losses:
+            added = transformers_private.losses(self.trainer)["logged"]
+            logs = {**logs, "train_loss": added / max(self.trainer.state.global_step, 1)}
+        call(logs, *arguments)
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        batches = kwargs["train_dataloader"].batch_sampler
+        if isinstance(batches, BatchSampler) and isinstance(batches.sampler, LengthGroupedSampler):
+            seed = args.seed if args.data_seed is None else args.data_seed
+            batches.sampler.lengths = batches.sampler.lengths[:]  # a column is read from its table for each row
+            batches.sampler.generator = torch.Generator().manual_seed(seed + int(state.epoch or 0))
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save and is_whole(state.epoch):
+            control.should_save, self._is_due = False, True
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_save, self._is_due = control.should_save or self._is_due, False
+        if any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history):
+            control.should_evaluate = False
+
+
+def is_whole(epoch: float | None) -> bool:
+    """Whether the training is at the end of an epoch."""
+    return epoch is not None and epoch == int(epoch)
