@@ -193,6 +193,7 @@ def test_each_task_learns_and_predicts_the_same_after_loading(
             "learning_rate": case.rate,
             "per_device_train_batch_size": 8,
             "save_strategy": "no",
+            "eval_strategy": "epoch",
             "logging_steps": 1,
         },
         precision=precision,
