@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, median
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import attrs
 
@@ -15,39 +15,26 @@ from tunerkit_cli.report.record import Problem
 # A training is judged by this many means of its losses, whatever it logs: a batch alone says little. It is what
 # `logging_steps` gives by default. On the demo their standard deviation is 0.03.
 POINTS: Final = 50
-# With fewer points their noise cannot be told from a trend. Where the level of guessing is not known, there is noise in
-# the start too: with eight points, one in a thousand curves that fall by 5 % with noise of 12 % seemed to rise.
+# With fewer points their noise cannot be told from a trend; with fewer than twice as many, where the level of guessing
+# is not known, as there is noise in the start too.
 FEWEST: Final = 8
-FEWEST_UNKNOWN: Final = 15
-# The latest loss is the median of these, or of the last three if that is lower: a spike of two points, 4 % of the
-# training, does not move it. What it has fallen to lies before the last three.
+# A loss is lost once this many points in a row are, a tenth of the training: spikes do not last so long.
 RECENT: Final = 5
-BACK: Final = 3
-# A loss has fallen if it went below its start by this share of it, and by this many standard deviations of the noise.
-# The deepest of fifty points of pure noise lies at 2.3, and an estimate from eight points may be half of the truth.
-# The losses of a model that answers like a guess are alike whatever the rows are, and are noisy once it learns. So the
-# noise is known too late, and a single point must lie deeper than the median of three.
-FALLEN: Final = 0.1
-DEEP: Final = 0.2
-# Six points in a row at guessing's loss, or above it, make up for a fall of one point that is less deep: AdaLoRA's on
-# the demo at four times its rate was to 0.578.
-FLAT: Final = 6
-NEARLY: Final = 0.03
+# A loss has fallen if it went below its start by this share of it. It is back if no more than this share of the fall is
+# left. And a run is judged only if noise hides no more than this share of the start.
+TENTH: Final = 0.1
+# A fall is one by this many standard deviations of the noise, too: the deepest of fifty points of pure noise lies at
+# 2.3, and an estimate from eight points may be half of the truth.
 CLEAR: Final = 6.0
-LATEST: Final = 15
-# Losses further than this share above the start are all lost. They jump about, which is no noise of a run that learns.
-FAR: Final = 0.5
-# It is back if this share of the fall is undone, and has recovered once no more than half is.
-UNDONE: Final = 0.9
-RECOVERED: Final = 0.5
 # Without a known level of guessing, a loss this far above its start is lost too: a training loss has no reason to rise.
+# Held-out rows differ from training rows; a loss this much above the training's first one has another cause.
 RISEN: Final = 0.25
-# What has learned nothing is within this share of guessing in the last third of the training, and noise hides no more
-# than a tenth. Without a known level, the fall is below a hundredth of the start: language models' losses fall little.
+# What has learned nothing is within this share of guessing in the last third of the training. Without a known level,
+# the fall is below a hundredth of the start: language models' losses fall little.
 NEAR: Final = 0.02
-HIDDEN: Final = 0.1
 MOVED: Final = 0.01
-_MEDIAN: Final = 1.25  # the standard error of a median, in those of a mean, where the noise is normal
+# A run of fewer steps, three epochs of a thousand rows in batches of 32, is more likely to be too short than too fast.
+FEW: Final = 100
 
 # --- the held-out rows ---
 
@@ -57,8 +44,6 @@ FEWEST_ROWS: Final = 30
 FEWEST_OTHERS: Final = 5
 # Standard errors by which answers agree with the truth more often than they would by chance: one run in 700 by chance.
 AGREES: Final = 3.0
-# Held-out rows differ from training rows; a loss this much above the training's first one has another cause.
-WORSE: Final = 0.25
 
 
 @attrs.frozen
@@ -72,17 +57,17 @@ class Point:
 
 @attrs.frozen
 class Change:
-    """A loss that was ``low`` and is back at ``start``, or above it."""
+    """A loss that had fallen to ``low`` and is back at ``start``, or has only risen above it; ``now`` is the latest."""
 
-    kind: Literal["back", "risen"]
+    has_fallen: bool
     start: float
     low: Point
     now: float
 
     @property
     def goal(self) -> float:
-        """A loss that is well below where it has gone back to."""
-        return self.start - RECOVERED * (self.start - self.low.loss) if self.kind == "back" else self.start
+        """A loss that is well below where it has gone back to: halfway down to where it was."""
+        return (self.start + self.low.loss) / 2
 
 
 def change(points: Sequence[Point], guess: float | None) -> Change | None:
@@ -96,23 +81,22 @@ def change(points: Sequence[Point], guess: float | None) -> Change | None:
     if not _are_enough(points, guess):
         return None
     losses = [point.loss for point in points]
-    now = min(median(losses[-RECENT:]), median(losses[-BACK:]))
     start = guess if guess is not None else _start(losses)
-    size, before = abs(start), losses[:-BACK]
-    noise = CLEAR * _noise([min(loss, start + FAR * size) for loss in losses])
-    lows = [(median(before[n : n + 3]), n, FALLEN) for n in range(len(before) - 2)]
-    # Guessing's level is exact, so one point may show a fall; a start is itself noisy.
-    if guess is not None:
-        lows += [(loss, n, DEEP) for n, loss in enumerate(before)]
-        if min(losses[-FLAT:]) >= (1 - NEARLY) * guess:
-            lows += [(loss, n, FALLEN) for n, loss in enumerate(losses[:-FLAT])]
-    fallen = [(low, n) for low, n, share in lows if start - low >= max(share * size, noise) and low < start]
-    if fallen and now >= start - (1 - UNDONE) * (start - min(fallen)[0]):
-        low, n = min(fallen)
-        return Change("back", start, attrs.evolve(points[n], loss=low), now)
-    if guess is None and now > start + max(RISEN * size, noise):
-        return Change("risen", start, points[0], now)
-    return None
+    size, least = abs(start), min(losses[-RECENT:])
+    # Losses far above the start jump about, which is no noise of a run that learns.
+    noise = CLEAR * _noise([min(loss, start + RISEN * size) for loss in losses])
+    # Guessing's level is exact, so one point shows a fall; a start is itself noisy.
+    width = 1 if guess is not None else 3
+    lows = [median(losses[n : n + width]) for n in range(len(losses) - RECENT - width + 1)]
+    low = min(lows)
+    has_fallen = start - low >= max(TENTH * size, noise) and low < start
+    if has_fallen:
+        limit, point = start - TENTH * (start - low), attrs.evolve(points[lows.index(low)], loss=low)
+    elif guess is None:
+        limit, point = start + max(RISEN * size, noise), points[0]
+    else:
+        return None
+    return Change(has_fallen, start, point, median(losses[-RECENT:])) if least > limit else None
 
 
 def has_learned_nothing(points: Sequence[Point], guess: float | None) -> bool:
@@ -122,15 +106,15 @@ def has_learned_nothing(points: Sequence[Point], guess: float | None) -> bool:
     losses = [point.loss for point in points]
     part = max(RECENT, len(losses) // 3)
     noise = _noise(losses)
-    end, error = median(losses[-part:]), _MEDIAN * noise / math.sqrt(part)
+    end, error = median(losses[-part:]), 1.25 * noise / math.sqrt(part)  # a median's, where the noise is normal
     if guess is not None:
-        return end >= (1 - NEAR) * guess and guess - end + 2 * error <= HIDDEN * guess
+        return end >= (1 - NEAR) * guess and guess - end + 2 * error <= TENTH * guess
     start, hidden = _start(losses), 2 * (noise + error)
-    return start - end + hidden < MOVED * abs(start) and hidden <= HIDDEN * abs(start)
+    return start - end + hidden < MOVED * abs(start) and hidden <= TENTH * abs(start)
 
 
 def _are_enough(points: Sequence[Point], guess: float | None) -> bool:
-    return len(points) >= (FEWEST if guess is not None else FEWEST_UNKNOWN)
+    return len(points) >= (FEWEST if guess is not None else 2 * FEWEST)
 
 
 def _start(losses: Sequence[float]) -> float:
@@ -141,10 +125,10 @@ def _start(losses: Sequence[float]) -> float:
 def _noise(losses: Sequence[float]) -> float:
     """The standard deviation of a point, from the differences of neighbours: a trend and outliers hardly count.
 
-    It is that of the latest points where they are noisier than all: a classifier's losses are quiet before it learns.
+    It is that of the later half where that is noisier: a classifier's losses are quiet before it learns.
     """
     steps = [abs(after - before) for before, after in pairwise(losses)]
-    return 1.4826 * max(median(steps), median(steps[-LATEST:])) / math.sqrt(2)
+    return 1.4826 * max(median(steps), median(steps[len(steps) // 2 :])) / math.sqrt(2)
 
 
 class Learning:
@@ -152,15 +136,16 @@ class Learning:
 
     Attributes:
         guess: The loss of answering by frequencies alone, if it is known.
-        advice: What to try if the run is lost.
+        total: The steps of the training.
+        slower: What to try if the loss is lost.
         usual: The usual peak of the learning rate.
         points: The means of the losses so far.
         problem: What is wrong now; None if nothing is.
     """
 
-    def __init__(self, guess: float | None, advice: str, usual: float, total_steps: int) -> None:
+    def __init__(self, guess: float | None, slower: str, usual: float, total_steps: int) -> None:
         self.guess = guess if guess is not None and 0 < guess < math.inf else None
-        self.total, self.advice, self.usual = total_steps, advice, usual
+        self.total, self.slower, self.usual = total_steps, slower, usual
         self.points: list[Point] = []
         self.problem: Problem | None = None
         self._lost: Change | None = None
@@ -185,19 +170,27 @@ class Learning:
             return f"the loss has fallen again: {_latest(self.points):.3g} at step {self.points[-1].step}"
         if self.problem is None and (lost := change(self.points, self.guess)) is not None:
             self._lost, self.problem = lost, self._collapsed(lost)
-            return f"this run has probably collapsed: {self.problem.text}; try {self.advice}"
+            return f"this run has probably collapsed: {self.problem.text}; try {self.slower}"
         return None
+
+    @property
+    def advice(self) -> str:
+        """What to try if the run does not learn: more steps, where they were few."""
+        return self._longer(self.slower)
+
+    def _longer(self, other: str) -> str:
+        return other if self.total >= FEW else f"more steps than these {self.total}, as with --epochs; or {other}"
 
     def _collapsed(self, lost: Change) -> Problem:
         last = self.points[-1]
-        if lost.kind == "risen":
+        if not lost.has_fallen:
             text = f"the loss has risen to {lost.now:.3g}, from {lost.start:.3g} at the start"
         else:
             where = "what guessing gives" if self.guess is not None else "where it began"
             text = f"the loss is back at {lost.now:.3g}, {where}, after {lost.low.loss:.3g} at step {lost.low.step}"
         rate = "" if last.rate is None else f", learning rate {last.rate:.3g}"
         text += f" (step {last.step} of {self.total}{rate})"
-        return Problem("collapse", text, last.step, last.rate, self.advice)
+        return Problem("collapse", text, last.step, last.rate, self.slower)
 
     @property
     def good(self) -> int:
@@ -215,8 +208,8 @@ class Learning:
             text = f"the loss is {end:.3g} at the end, and guessing gives {self.guess:.3g}: nothing was learned"
         rate = max(point.rate or 0.0 for point in self.points)
         # Whether the rate is too high or too low, such a loss does not say.
-        other = f"--lr {self.usual:.2g}" if rate < self.usual / 2 else self.advice
-        other += ", or more epochs, and check that the labels fit the rows"
+        other = self._longer(f"--lr {self.usual:.2g}" if rate < self.usual / 2 else self.slower)
+        other += f"{'' if self.total < FEW else ', or more epochs'}, and check that the labels fit the rows"
         return Problem("no_learning", text, self.points[-1].step, rate, other)
 
 
@@ -338,7 +331,7 @@ def judged(
     if not problems and found.has_learned is None and held_out_loss is not None and learning.guess is None:
         is_known = _are_enough(learning.points, None)
         start = _start([point.loss for point in learning.points]) if is_known else math.inf
-        if held_out_loss > start + WORSE * abs(start):
+        if held_out_loss > start + RISEN * abs(start):
             text = f"the loss on held-out rows is {held_out_loss:.3g}, and the training's was {start:.3g} at the start"
-            problems.append(Problem("held_out_loss", text, advice=learning.advice, fatal=False))
+            problems.append(Problem("held_out_loss", text, advice=learning.slower, fatal=False))
     return tuple(problems)
