@@ -112,9 +112,9 @@ def refuse_short(schedule: Schedule) -> None:
     if is_short(schedule):
         raise ConfigError(
             [
-                f"expected at least {LEAST_STEPS} steps, got {schedule.total_steps}: scores of so few gradients say "
-                "nothing about what to prune; train longer, or prune nothing: set init_rank to target_rank "
-                "@ $.total_steps"
+                f"AdaLoRA: expected at least {LEAST_STEPS} steps, got {schedule.total_steps}: scores of so few "
+                "gradients say nothing about what to prune; train for more epochs or in smaller batches, use method "
+                "'lora', or prune nothing: set init_rank to target_rank @ $.total_steps"
             ]
         )
 
