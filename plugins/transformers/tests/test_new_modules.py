@@ -108,6 +108,17 @@ def test_everything_outside_the_blocks_that_is_new_counts(masked: Load, tmp_path
     assert wrapped(own)[0] == ["top.0", "top.1"]
 
 
+def test_a_new_head_of_a_timm_model_is_trained() -> None:
+    """It is new where the checkpoint has another number of classes; otherwise nothing shows it."""
+    timm = pytest.importorskip("timm")
+    copies, texts = wrapped(timm.create_model("test_vit", num_classes=3), targets=["qkv"])
+    assert copies == ["head"]
+    assert "because timm.create_model did not load their values: head" in texts[0]
+    assert wrapped(timm.create_model("test_vit"), targets=["qkv"]) == ([], [])
+    named = {"targets": ["qkv"], "exclude": ["head"]}
+    assert wrapped(timm.create_model("test_vit", num_classes=3), **named) == ([], [])
+
+
 @pytest.mark.parametrize(
     "config",
     [

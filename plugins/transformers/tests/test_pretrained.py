@@ -46,6 +46,23 @@ def test_the_head_is_for_the_labels_and_is_trained(tmp_path: Path) -> None:
     assert one.model.config.id2label == {0: "x", 1: "y", 2: "z"}
 
 
+@pytest.mark.usefixtures("toys")
+def test_the_head_of_a_timm_model_is_trained_as_others_are(tmp_path: Path) -> None:
+    """It lies inside of what transformers takes for the pretrained part, and its processor in the model's config."""
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("torchvision")
+    known = timm.create_model("test_vit", num_classes=2).pretrained_cfg
+    config = transformers.TimmWrapperConfig(architecture="test_vit", num_labels=2, pretrained_cfg=known)
+    transformers.TimmWrapperForImageClassification(config).save_pretrained(tmp_path / "vit")
+    task, folder = "image-classification", str(tmp_path / "vit")
+    assert load_pretrained(task, folder, labels=("x", "y")).heads == ("timm_model.head",)
+    other = load_pretrained(task, folder, labels=("x", "y", "z"), processor_from=tmp_path)
+    assert other.heads == ()  # it is new, which wrap sees
+    tunerkit.wrap(other.model, "toy-low-rank", {})
+    assert [place.path for place in tunerkit.tuner(other.model).copies] == ["timm_model.head"]
+    assert other.processor.data_config["input_size"] == known["input_size"]
+
+
 def test_a_checkpoint_with_the_same_classes_keeps_their_order_unless_it_is_given(tmp_path: Path) -> None:
     """Its head was trained for that order; an adapter's was trained for the order in its record."""
     save_tiny_classifier(tmp_path)

@@ -28,6 +28,8 @@ def find_new(model: nn.Module, blocks: Collection[str], heads: Collection[str]) 
         The modules that are or may be new; None if there are none.
     """
     places = dict(base_modules(model))
+    if resized := _resized_heads(places):
+        return NewModules(loader="timm.create_model", whole=resized)
     longer = tuple(_longer(places))
     whole, partly, unclear, replaced = _unloaded(places, blocks, heads)
     if not (longer or whole or partly or unclear or replaced):
@@ -38,6 +40,15 @@ def find_new(model: nn.Module, blocks: Collection[str], heads: Collection[str]) 
 
 
 _Paths = tuple[str, ...]
+
+
+def _resized_heads(places: Mapping[str, nn.Module]) -> _Paths:
+    """The heads of a timm model with another number of classes than its checkpoint has: timm draws them anew."""
+    match places[""]:
+        case nn.Module(num_classes=int(classes), pretrained_cfg={"num_classes": int(loaded)}) if classes != loaded:
+            heads = {id(head) for head in named_heads(places[""])}
+            return tuple(path for path, module in places.items() if id(module) in heads and [*module.parameters()])
+    return ()
 
 
 def _unloaded(

@@ -95,6 +95,9 @@ def load_pretrained(
         labels = _in_order_of(config, labels)
     # Without it, RoBERTa's tokenizer takes a word that stands alone for the middle of another one.
     whole = {"add_prefix_space": True} if task == "token-classification" else {}
+    is_timm = config.model_type == "timm_wrapper"
+    if is_timm:
+        processor_from = None  # it is in the config of its model alone, and saving it writes nothing
     if processor_from is None:
         processor = _load_processor(task_classes, source, {**version, **whole})
     else:
@@ -104,6 +107,8 @@ def load_pretrained(
     if quantisation is not None:
         packed = quantising(quantisation, dtype, _heads_of_class(task_classes, config) if classifies else ())
     settings = {"dtype": dtype, **OWN_CODE, **version, **packed, **_head_settings(task_classes, labels)}
+    if is_timm and labels:
+        settings["num_labels"] = len(labels)  # without it, its config keeps the checkpoint's number
     # Modules that the checkpoint lacks are drawn from the seed, not from the caller's random state.
     with torch.random.fork_rng(devices=[]), _quietly() as transformers:
         torch.manual_seed(seed)
@@ -210,8 +215,15 @@ def loaded_heads(model: Any) -> tuple[str, ...]:
 
 def _heads(model: Any) -> dict[str, list[Any]]:
     """The parameters of each module outside the pretrained part, by name."""
-    heads = {name: [*child.parameters()] for name, child in model.named_children() if name != model.base_model_prefix}
-    return {name: parameters for name, parameters in heads.items() if parameters}
+    from tunerkit_transformers.output_heads import named_heads
+
+    heads = {name: child for name, child in model.named_children() if name != model.base_model_prefix}
+    if not any(next(child.parameters(), None) is not None for child in heads.values()):
+        # timm's models have their head inside of that part.
+        known = {id(head) for head in named_heads(getattr(model, model.base_model_prefix, model))}
+        heads = {name: module for name, module in model.named_modules() if id(module) in known}
+    parameters = {name: [*head.parameters()] for name, head in heads.items()}
+    return {name: own for name, own in parameters.items() if own}
 
 
 def _heads_of_class(task_classes: TaskClasses, config: Any) -> tuple[str, ...]:
