@@ -75,6 +75,7 @@ def _recipe(what: str, text: str, until: str = "") -> BadInput:
 _GOOD = "text,label\n" + "good film,good\nbad plot,bad\n" * 10
 _PREFERENCES = [{"prompt": "the film", "chosen": "good", "rejected": [{"role": "assistant", "content": "bad"}]}] * 8
 _TRL = ("trl", "datasets")
+_ASKED = {"role": "user", "content": "film"}
 
 DATA = (
     _csv("texts.csv", _GOOD.replace("text,", "texts,"), "no column with texts"),
@@ -107,7 +108,7 @@ DATA = (
     _jsonl("tags.jsonl", [{"tokens": ["a", "film"], "tags": ["O"]}] * 10, "fewer tags than tokens"),
     _jsonl("sentence.jsonl", [{"tokens": "a film", "tags": ["O"]}] * 10, "a text in place of a list of tokens"),
     _jsonl("role.jsonl", [{"messages": [{"content": "good"}]}] * 10, "messages without a role"),
-    _jsonl("roles.jsonl", [{"messages": [{"role": "human", "content": "good"}]}] * 10, "messages with another role"),
+    _jsonl("roles.jsonl", [{"messages": [{"role": "narrator", "content": "good"}]}] * 10, "messages with another role"),
     _jsonl("pairs.jsonl", list(_PREFERENCES), "a chosen text and a rejected list of messages"),
     _jsonl(
         "mixed.jsonl",
@@ -123,10 +124,15 @@ DATA = (
         "an answer without a question",
     ),
     _jsonl(
-        "alpaca.jsonl",
-        [{"instruction": "Judge this film.", "input": "a plot", "output": "bad"}] * 8,
-        "an instruction with its input in another column",
+        "kto.jsonl", [{"prompt": "film", "completion": "good", "label": True}] * 8, "completions that are good or bad"
     ),
+    _jsonl("grpo.jsonl", [{"prompt": "1 + 1", "answer": "2"}] * 8, "prompts with answers to check"),
+    _jsonl("both.jsonl", [{"text": "good", "label": "a", "source": "b", "target": "c"}] * 8, "columns of two tasks"),
+    _jsonl("seen.jsonl", [{"image": "a.png", "text": "a film"}] * 8, "images beside texts"),
+    _jsonl("same.jsonl", [{name: [_ASKED] for name in ("chosen", "rejected")}] * 8, "answers that are the same"),
+    _csv("three.csv", _GOOD + " ,good\n,good\nfilm,\n", "rows with mistakes of two kinds"),
+    _train("a label to rename that no row has", "--set 'label_map={great: good}'"),
+    _train("a chat template that is not there", "--set chat_template=own.jinja", until="own.jinja cannot be read"),
     _jsonl(
         "long.jsonl",
         [{"prompt": "the film plot " * 5, "completion": "good"}] * 10,
@@ -280,6 +286,7 @@ USES = (
         "predict run --data noted.csv",
         {"noted.csv": "texts\ngood film\n"},
     ),
+    BadInput("a column's name without its own", "predict run --data reviews.csv --column text"),
     BadInput("single texts, where pairs of texts were trained", "predict pairs --text good"),
     BadInput("rows to evaluate without labels", "eval run --data bare.csv", {"bare.csv": "text\ngood film\n"}),
     BadInput("rows to evaluate with other labels", "eval run --data ugly.csv", {"ugly.csv": "text,label\nfilm,ugly\n"}),

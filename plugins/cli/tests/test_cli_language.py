@@ -22,7 +22,8 @@ from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.tiny_models import TEMPLATE, save_tiny_llama, save_tiny_t5
 from tests.support.toy_growing import GrowingPlugin
 from tests.support.train_command import collapsing, command, record_of, signalled, succeeded, write_rows
-from tunerkit_cli.tasks.turns import NOT_LEARNED, encode_turns
+from tunerkit_cli.rows import DataError
+from tunerkit_cli.tasks.turns import NOT_LEARNED, dataset_of, encode_turns
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
 from tunerkit_transformers.pretrained import load_pretrained
@@ -238,6 +239,105 @@ def test_a_template_that_hides_an_answer_is_one_error_with_the_way_out(tmp_path:
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
         assert f"does not take the conversation that begins with 'the film': {why}" in done.stderr
         assert "--set train_on_prompts=true" in done.stderr
+
+
+TOOLS = (
+    "{{ bos_token }}{% if tools %}<|system|> {{ tools[0].function.name }} {% endif %}{% for m in messages %}"
+    "<|{{ m.role }}|> {% for call in m.tool_calls %}{{ call.function.name }} {{ call.function.arguments.title }} "
+    "{% else %}{{ m.content }} {% endfor %}{% if m.role == 'assistant' %}</s> {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def calling(title: str = "plot") -> list[dict[str, Any]]:
+    """A conversation in which the assistant calls a tool, and then answers."""
+    call = {"type": "function", "function": {"name": "very", "arguments": {"title": title}}}
+    tool = {"type": "function", "function": {"name": "very", "parameters": {"type": "object"}}}
+    return [
+        {"role": "user", "content": "the film", "tools": [tool]},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "not bad"},
+    ]
+
+
+def test_a_call_of_a_tool_is_learned_as_an_answer_is(tmp_path: Path) -> None:
+    """With its end; a template that does not show it is an error."""
+    model = save_tiny_llama(tmp_path / "llama", template=TOOLS)
+    loaded = load_pretrained("causal-lm", str(model))
+    (row,) = encode_turns([calling()], loaded)
+    words = [loaded.processor.decode([label]) for label in row["labels"] if label != NOT_LEARNED]
+    assert words == ["very", "plot", "</s>", "not", "bad", "</s>"]
+    assert loaded.processor.decode(row["input_ids"]).startswith("<s> <|system|> very <|user|> the film")
+    loaded.processor.chat_template = TEMPLATE
+    with pytest.raises(DataError, match="it does not show the tool calls of message 2"):
+        encode_turns([calling()], loaded)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_conversations_with_tools_are_trained_and_predicted(whole: bool, tmp_path: Path) -> None:
+    """Whole rows too, which TRL tokenizes: each call keeps its own arguments."""
+    model = save_tiny_llama(tmp_path / "llama", template=TOOLS)
+    rows = [{"messages": [{k: v for k, v in m.items() if k != "tools"} for m in calling()]} for _ in range(8)]
+    rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] = {"title": "film", "year": 3}
+    for row in rows:
+        row["tools"] = calling()[0]["tools"]
+    data = written(tmp_path / "data.jsonl", rows)
+    options = ["--set", f"train_on_prompts={str(whole).lower()}", "--out", tmp_path / "out"]
+    done = succeeded(*arguments_of(model, data, *options))
+    assert "columns: messages (messages + tools)\n" in done.output
+    answers = succeeded("predict", tmp_path / "out", "--data", data).stdout.splitlines()
+    assert len(answers) == 8
+    kept = dataset_of([{"messages": calling()}, {"messages": turns("a", "b")}])
+    assert kept["messages"][1] == turns("a", "b")
+    assert json.loads(kept["tools"][0]) == calling()[0]["tools"]
+
+
+@pytest.mark.parametrize(
+    ("chat", "lost"),
+    [
+        ([{"role": "system", "content": "very bad"}, *turns("the film", "good")], "the system prompt"),
+        (calling(), "the tools"),
+    ],
+)
+@pytest.mark.parametrize("form", ["messages", "preference"])
+def test_a_template_that_loses_what_a_conversation_begins_with_is_refused(
+    chat: list[dict[str, Any]], lost: str, form: str, tmp_path: Path
+) -> None:
+    """The model would never see it; another template is passed as a file, which the run keeps."""
+    silent = TOOLS.replace("{% if tools %}", "{% if false %}").replace(
+        "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
+    )
+    model = save_tiny_llama(tmp_path / "llama", template=silent)
+    row: dict[str, Any] = {"messages": [{k: v for k, v in m.items() if k != "tools"} for m in chat]}
+    if form == "preference":
+        row = {
+            "chosen": row["messages"],
+            "rejected": [*row["messages"][:-1], {"role": "assistant", "content": "bad film"}],
+        }
+    if "tools" in chat[0]:
+        row["tools"] = chat[0]["tools"]
+    data = written(tmp_path / "data.jsonl", [row] * 8)
+    arguments = arguments_of(model, data, "--out", tmp_path / "out")
+    done = command(*arguments)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert f"leaves out {lost} of the conversation that begins with" in done.stderr
+    (tmp_path / "own.jinja").write_text(TOOLS)
+    succeeded(*arguments, "--set", f"chat_template={tmp_path / 'own.jinja'}")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TOOLS
+    (tmp_path / "own.jinja").unlink()
+    succeeded("predict", tmp_path / "out", "--data", data)
+
+
+def test_a_chat_template_is_a_file_that_writes_messages(llama: Path, tmp_path: Path) -> None:
+    """Otherwise one error before the model is loaded."""
+    data = written(tmp_path / "data.jsonl", [{"messages": turns("the film", "good")}] * 8)
+    (tmp_path / "empty.jinja").write_text("{{ bos_token }}")
+    for name, message in (("gone", "cannot be read"), ("empty", "writes no messages")):
+        options = ["--set", f"chat_template={tmp_path / name}.jinja", "--out", tmp_path / "out"]
+        done = command(*arguments_of(tmp_path / "no-model", data, *options))
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert message in done.stderr
 
 
 def test_a_conversation_that_the_template_refuses_is_one_error(llama: Path, tmp_path: Path) -> None:

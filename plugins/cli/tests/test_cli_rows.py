@@ -14,11 +14,13 @@ from hypothesis import given, strategies as st
 
 from tunerkit_cli.rows import (
     DataError,
+    Table,
+    checked_rows,
     class_names,
     class_numbers,
-    column,
     look_alikes,
     read_table,
+    require_column,
     split,
     split_by_class,
     tidy,
@@ -49,6 +51,12 @@ def write_parquet(
     pyarrow.parquet.write_table(pyarrow.table(data), path)
 
 
+def column(table: Table, name: str, task: str, option: str | None = None) -> tuple[object, ...]:
+    """The values of a column, all of which are there."""
+    found = require_column(table, name, task, option)
+    return tuple(row[found] for row in checked_rows(table, {found: found}, lambda row: row))
+
+
 WRITERS = {".csv": write_csv, ".jsonl": write_jsonl, ".parquet": write_parquet}
 each_format = pytest.mark.parametrize("ending", WRITERS)
 
@@ -65,6 +73,18 @@ def test_what_was_written_is_read_back(
     assert (found.columns, len(found)) == (("text", "label"), len(rows))
     assert column(found, "text", "a task") == tuple(text for text, _ in rows)
     assert column(found, "label", "a task") == tuple(label for _, label in rows)
+
+
+@given(rows=tables)
+def test_a_json_file_is_a_list_or_has_lines(
+    rows: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Both are written with this ending."""
+    folder = tmp_path_factory.mktemp("data")
+    write_jsonl(folder / "lines.json", rows)
+    objects = [json.loads(line) for line in (folder / "lines.json").read_text("utf-8").split("\n") if line]
+    (folder / "list.json").write_text(json.dumps(objects, indent=1), encoding="utf-8")
+    assert read_table(folder / "list.json").rows == read_table(folder / "lines.json").rows == tuple(objects)
 
 
 @each_format
@@ -88,7 +108,7 @@ def test_a_missing_column_is_reported_with_the_closest_name(ending: str, tmp_pat
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.csv", b"text,label\nonly text\n", r"row 1 has no value in column 'label'"),
+        ("d.csv", b"text,label\nonly text\n", r"row 1, column 'label': has no value; fill it in"),
         ("d.csv", b"text,label\n", r"there are no rows"),
         ("d.csv", b"a,b,a\n1,2,3\n", r"has the column 'a' twice"),
         ("d.csv", b"text,label\nx,a\nx,y,a\n", r"row 2 has more values than the header has columns"),
@@ -96,7 +116,9 @@ def test_a_missing_column_is_reported_with_the_closest_name(ending: str, tmp_pat
         ("d.csv", b'text,label\n"never closed,a\n', r"cannot be read as .csv"),
         ("d.jsonl", b'{"text": "x", "label": "a"}\n{"text": \n', r"line 2 is not JSON"),
         ("d.jsonl", b"[1, 2]\n", r"line 1: expected a JSON object .*, got \[1, 2\]"),
-        ("d.jsonl", b'{"text": "x", "label": null}\n', r"row 1 has no value in column 'label'"),
+        ("d.jsonl", b'{"text": "x", "label": null}\n', r"row 1, column 'label': has no value; fill it in"),
+        ("d.json", b'[{"text": "x"}, 3]', r"row 2: expected a JSON object such as .*, got 3"),
+        ("d.json", b'[{"text": "x"}', r"the file is not JSON: Expecting"),
         ("d.parquet", b"not parquet", r"cannot be read as .parquet"),
         (
             "d.jsonl",
@@ -111,7 +133,7 @@ def test_a_missing_column_is_reported_with_the_closest_name(ending: str, tmp_pat
         ("d.tsv", b"text,label\nx,a\n", r"separate columns by commas; save it with tabs"),
         ("d.csv", b"text\tlabel\nx\ta\n", r"separate columns by tabs; save it with commas"),
         ("d.csv", (",".join(f"column{n}" for n in range(50_000)) + "\n" + "x,a\n").encode(), r"and 49990 more"),
-        ("d.txt", b"x", r"data files end in .csv, .tsv, .jsonl, .parquet, got '?.txt"),
+        ("d.txt", b"x", r"data files end in .csv, .tsv, .json, .jsonl, .parquet, got '?.txt"),
     ],
 )
 def test_damaged_data_is_reported_with_its_place(name: str, content: bytes, message: str, tmp_path: Path) -> None:

@@ -394,12 +394,14 @@ def test_an_instruction_that_goes_on_in_another_column_is_not_cut_short(prompt: 
     """Alpaca's and Dolly's rows ask in two columns; a column that the user names, or called prompt, is the whole."""
     for task, rest in (("causal-lm", {"output": "z"}), ("preference", {"chosen": "z", "rejected": "w"})):
         rows = table({prompt: "x", second: "y", **rest})
-        with pytest.raises(DataError, match=rf"'{prompt}' and '{second}', .*join .*set columns.prompt to {prompt} in"):
-            task_of(task).rows(rows, {})
-        with pytest.raises(DataError, match=rf"to leave '{second}' out, remove that column"):
-            task_of(task).rows(rows, {}, predicting=True, renaming=False)
-        assert task_of(task).rows(rows, {"prompt": prompt})[0]["prompt"] == "x"
-        assert task_of(task).rows(table({"prompt": "x", second: "y", **rest}), {})[0]["prompt"] == "x"
+        for predicting in (False, True):
+            assert read_rows(task_of(task), [rows], {}, predicting=predicting).rows[0]["prompt"] == "x\ny"
+        assert read_rows(task_of(task), [rows], {"prompt": prompt}).rows[0]["prompt"] == "x"
+        alone = table({"prompt": "x", second: "y", **rest})
+        assert read_rows(task_of(task), [alone], {}).rows[0]["prompt"] == "x"
+    translated = read_rows(task_of("seq2seq"), [table({prompt: "x", second: "y", "output": "z"})], {})
+    assert translated.rows == [{"source": "x\ny", "target": "z"}]
+    assert translated.columns == {"source": f"{prompt} + {second}", "target": "output"}
 
 
 _USER, _ASSISTANT = ([{"role": role, "content": "x"}] for role in ("user", "assistant"))

@@ -1,4 +1,4 @@
-"""The rows of data files: csv, tsv, json lines, parquet, or folders of images; their classes, and the held-out rows."""
+"""The rows of data files: csv, tsv, json, parquet, or folders of images; their classes, and the held-out rows."""
 
 import csv
 import json
@@ -7,10 +7,10 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import attrs
 
@@ -32,12 +32,21 @@ class DataError(TunerkitError, ValueError):
     """A data file cannot be read, or its rows do not fit the task."""
 
 
+class BadValue(DataError):
+    """A value does not fit. ``column`` is our name of its column, or None; ``values`` are shown for ``%s``."""
+
+    def __init__(self, column: str | None, problem: str, *values: object) -> None:
+        super().__init__(problem % tuple(map(shown, values)) if values else problem)
+        self.column, self.problem = column, problem
+
+
 @attrs.frozen
 class Table:
     """The rows of a file, in its order, each with the file's columns.
 
     ``folder`` is the file's own, to which paths in its rows are relative; None if the rows come from no file.
-    ``left_out`` says what of a folder of images is in no row.
+    ``left_out`` says what of a folder of images is in no row, ``made`` of which columns of the file a column is made,
+    and ``numbers`` which rows of the file these are, where some are left out.
     """
 
     source: str
@@ -45,9 +54,51 @@ class Table:
     rows: tuple[Mapping[str, object], ...]
     folder: Path | None = None
     left_out: str = ""
+    made: Mapping[str, str] = attrs.field(factory=dict)
+    numbers: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def number(self, place: int) -> int:
+        """The number of a row in the file, from 1, by its place in the table, from 0."""
+        return place + 1 if self.numbers is None else self.numbers[place]
+
+    def source_of(self, column: str) -> str:
+        """The file's own name of a column, or those of the columns that it is made of."""
+        return self.made.get(column, column)
+
+    def without(self, places: Collection[int]) -> "Table":
+        """The table without the rows at these places."""
+        kept = [place for place in range(len(self)) if place not in places]
+        return attrs.evolve(self, rows=tuple(self.rows[n] for n in kept), numbers=[self.number(n) for n in kept])
+
+
+class BadRowsError(DataError):
+    """Rows of a table do not fit: ``bad`` says why, by their places. Those with the same mistake are one sentence.
+
+    ``names`` are the names of the columns in the table, by ours. ``listed`` has an entry for each row.
+    """
+
+    def __init__(self, table: Table, names: Mapping[str, str], bad: Mapping[int, BadValue]) -> None:
+        alike = defaultdict(list)
+        for place, each in bad.items():
+            alike[each.column, each.problem].append(place)
+        said = []
+        for (ours, _), places in alike.items():
+            numbers = few([str(table.number(place)) for place in places], shown=3)
+            where = "" if ours is None else f", column {shown(table.source_of(names.get(ours, ours)))}"
+            said.append(f"row{'s' * (len(places) > 1)} {numbers}{where}: {bad[places[0]]}")
+        count = f" ({len(bad)} of {len(table)} rows; drop_bad_rows: true in a recipe leaves them out)"
+        self.bad, self.said = bad, f"{table.source}: {'; and '.join(said)}"
+        self.listed = [
+            {
+                **{"file": table.source, "row": table.number(place), "problem": str(each)},
+                "column": each.column and table.source_of(names.get(each.column, each.column)),
+            }
+            for place, each in bad.items()
+        ]
+        super().__init__(f"{self.said}{count if len(bad) < len(table) else ''}")
 
 
 def read_table(path: Path, *, predicting: bool = False) -> Table:
@@ -100,33 +151,42 @@ def read_table(path: Path, *, predicting: bool = False) -> Table:
     return Table(str(path), names, tuple(rows), path.parent)  # type: ignore[arg-type]
 
 
-def column(
-    table: Table, name: str, task: str, option: str | None = None, *, renaming: bool = True
-) -> tuple[object, ...]:
-    """The values of a column.
+def require_column(table: Table, name: str, task: str, option: str | None = None, *, renaming: bool = True) -> str:
+    """Return the name of a column that a task needs. Raises `DataError` with the closest name and how to set another.
 
-    Args:
-        table: The file.
-        name: The column's name in it.
-        task: The task that needs the column, for messages.
-        option: The option of ``tunerkit train`` that sets the name, if there is one.
-        renaming: Whether the name can be set; if not, the file must have the columns of the training data.
-
-    Raises:
-        DataError: There is no such column, with the closest name and how to set another; or a row has no value.
+    ``option`` is that of ``tunerkit train`` for it; with ``renaming``, a recipe can set it, and otherwise ``--column``.
     """
     if name not in table.columns:
         others = few([shown(each) for each in table.columns], shown=10)
         hint = closest(name, table.columns)
         set_it = f"set the column's name with columns.NAME in the recipe{f' or with {option}' if option else ''}"
-        how = set_it if renaming else "name the columns as in the training data"
+        how = set_it if renaming else "name the columns as in the training data, or pass --column NAME=YOURS"
         raise DataError(f"{table.source}: {task} needs a column {shown(name)}; there is only {others}{hint} ({how})")
-    for number, row in enumerate(table.rows, start=1):
-        if row.get(name) is None:
-            raise DataError(
-                f"{table.source}: row {number} has no value in column {name!r}; fill it in, or remove the row"
-            )
-    return tuple(row[name] for row in table.rows)
+    return name
+
+
+def checked_rows(
+    table: Table, names: Mapping[str, str], check: Callable[[dict[str, Any]], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the rows under our names of the columns, each as ``check`` returns it, which raises `BadValue`.
+
+    ``names`` are the names of the columns in the table, by ours. Raises `BadRowsError` with all rows that do not fit.
+    """
+    rows, bad = [], {}
+    for place, given in enumerate(table.rows):
+        row = {ours: given.get(name) for ours, name in names.items()}
+        try:
+            for ours, value in row.items():
+                if isinstance(value, BadValue):
+                    raise value
+                if value is None:
+                    raise BadValue(ours, "has no value; fill it in, or remove the row")
+            rows.append(check(row))
+        except BadValue as problem:
+            bad[place] = problem
+    if bad:
+        raise BadRowsError(table, names, bad)
+    return rows
 
 
 def _read_images(folder: Path, *, predicting: bool) -> Table:
@@ -167,28 +227,43 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
     # Not splitlines: it would also split at Unicode line breaks inside JSON strings.
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.strip())
-            except json.JSONDecodeError as problem:
-                where = f"{problem.msg} at character {problem.pos + 1}"
-                raise DataError(f"{path}: line {number} is not JSON: {where}; write one object per line") from None
-            except RecursionError as problem:
-                raise DataError(f"{path}: line {number} is not JSON: {_first_line(problem)}") from None
-            except ValueError:  # Python's own limit
-                digits = sys.get_int_max_str_digits()
-                raise DataError(
-                    f"{path}: line {number} has a whole number of more than {digits:,} digits; put it in quotes if it "
-                    "is a name, or write a smaller one"
-                ) from None
-            if not isinstance(row, dict):
-                raise DataError(
-                    f'{path}: line {number}: expected a JSON object such as {{"text": "..."}}, got {shown(row)}'
-                )
-            if "\\u" in line and (wrong := half_character(json.dumps(row, ensure_ascii=False))) is not None:
-                raise DataError(f"{path}: line {number}: {wrong}")
-            yield row
+            if line.strip():
+                where = f"{path}: line {number}"
+                yield _object(_parsed(line.strip(), where, "; write one object per line"), where)
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """A list of objects; or lines of them, which many files of this name have."""
+    text = path.read_text(encoding="utf-8").strip()
+    if not text.startswith("["):
+        yield from _read_jsonl(path)
+        return
+    for number, row in enumerate(_parsed(text, f"{path}: the file"), start=1):
+        yield _object(row, f"{path}: row {number}")
+
+
+def _parsed(text: str, where: str, hint: str = "") -> Any:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as problem:
+        raise DataError(f"{where} is not JSON: {problem.msg} at character {problem.pos + 1}{hint}") from None
+    except RecursionError as problem:
+        raise DataError(f"{where} is not JSON: {_first_line(problem)}") from None
+    except ValueError:  # Python's own limit
+        digits = sys.get_int_max_str_digits()
+        raise DataError(
+            f"{where} has a whole number of more than {digits:,} digits; put it in quotes if it is a name, or write a "
+            "smaller one"
+        ) from None
+    if "\\u" in text and (wrong := half_character(json.dumps(found, ensure_ascii=False))) is not None:
+        raise DataError(f"{where}: {wrong}")
+    return found
+
+
+def _object(row: object, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f'{where}: expected a JSON object such as {{"text": "..."}}, got {shown(row)}')
+    return row
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -203,6 +278,7 @@ _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical ba
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _read_csv,
     ".tsv": partial(_read_csv, delimiter="\t"),
+    ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }

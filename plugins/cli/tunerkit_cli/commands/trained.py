@@ -21,6 +21,10 @@ _ENDINGS: Final[Mapping[str, str | None]] = {".jsonl": None, ".csv": ",", ".tsv"
 _Folder = Annotated[Path, typer.Argument(help="The output folder of `tunerkit train`.", metavar="OUT")]
 _Base = Annotated[str | None, typer.Option(help="Where the base model is now, if it has moved.")]
 _BatchSize = Annotated[int, typer.Option(min=1)]
+_Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="A column that has another name than in training: --column text=review."),
+]
 # How answers are drawn.
 _Temperature = Annotated[
     float | None, typer.Option(help="Draw words, the more freely the higher. Default: 0, the likeliest word.")
@@ -42,6 +46,7 @@ def predict(
             "images; may be given several times."
         ),
     ] = None,
+    columns: _Columns = None,
     base: _Base = None,
     out: Annotated[
         Path | None, typer.Option(help="A .jsonl, .csv or .tsv file for the predictions. Default: the terminal.")
@@ -73,7 +78,8 @@ def predict(
     answering = Answering(new_tokens, system, temperature, top_p, top_k, seed)
     from tunerkit_cli.running.using import predict_rows
 
-    answers = predict_rows(folder, asked, base=base, batch_size=batch_size, answering=answering)
+    named = _named(columns)
+    answers = predict_rows(folder, asked, base=base, batch_size=batch_size, answering=answering, columns=named)
     if out is None:
         typer.echo(_lines(answers), nl=False)
     else:
@@ -112,13 +118,23 @@ def evaluate(
     data: Annotated[
         list[Path], typer.Option(help="Rows with the columns of training, labels included; may be given several times.")
     ],
+    columns: _Columns = None,
     base: _Base = None,
     batch_size: _BatchSize = 32,
 ) -> None:
     """Evaluate a trained adapter on labelled rows: the metrics as JSON."""
     from tunerkit_cli.running.using import evaluate_rows
 
-    typer.echo(json.dumps(evaluate_rows(folder, data, base=base, batch_size=batch_size), indent=2))
+    found = evaluate_rows(folder, data, base=base, batch_size=batch_size, columns=_named(columns))
+    typer.echo(json.dumps(found, indent=2))
+
+
+def _named(columns: Sequence[str] | None) -> dict[str, str]:
+    """The names of columns by ours, from ``ours=theirs``."""
+    pairs = [each.partition("=") for each in columns or ()]
+    if wrong := ["".join(pair) for pair in pairs if not all(pair)]:
+        raise TunerkitError(f"--column {wrong[0]}: expected two names, as in --column text=review")
+    return {ours: theirs for ours, _, theirs in pairs}
 
 
 def chat(

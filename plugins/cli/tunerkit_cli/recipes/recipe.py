@@ -52,7 +52,14 @@ def _alone(paths: str | list[str] | None) -> str | list[str] | None:
     return paths[0] if isinstance(paths, list) and len(paths) == 1 else paths
 
 
-PATHS: Final = ("data", "eval_data", "out", "model", "from_adapter")  # the keys that name files and folders
+PATHS: Final = (
+    "data",
+    "eval_data",
+    "out",
+    "model",
+    "from_adapter",
+    "chat_template",
+)  # the keys that name files and folders
 
 
 @attrs.frozen
@@ -66,7 +73,7 @@ class Recipe:
     task: str | None = _key("string", "The task. Without it, the task is inferred from model and labels.", enum=TASKS)
     model: str | None = _key("string", "The base model: a local folder, or a name on the hub.", minLength=1)
     data: str | list[str] | None = _files(
-        "The path of the training data, or a list of paths: .csv, .tsv, .jsonl, .parquet, or folders of images."
+        "The path of the training data, or a list of paths: .csv, .tsv, .json, .jsonl, .parquet, or folders of images."
     )
     eval_data: str | list[str] | None = _files(
         "The path of the held-out data, or a list of paths. Without it, a part of `data` is held out."
@@ -94,6 +101,18 @@ class Recipe:
         "Columns with other names in the data, as in `text: sentence`.",
         {},
         additionalProperties={"type": "string", "minLength": 1},
+    )
+    label_map: dict[str, str] = _key(
+        "object",
+        "Other names for labels, as in `'1': sport`. Labels that it does not name stay.",
+        {},
+        additionalProperties={"type": "string", "minLength": 1},
+    )
+    drop_bad_rows: bool = _key(
+        "boolean", "Whether rows that do not fit are left out, and listed in the output folder.", False
+    )
+    chat_template: str | None = _key(
+        "string", "The path of a file with a chat template (Jinja), in place of the tokenizer's own.", minLength=1
     )
     max_length: int | None = _key("integer", "Longer texts are cut to this many tokens.", minimum=4, maximum=2**31 - 1)
     train_on_prompts: bool | None = _key(
@@ -177,7 +196,7 @@ def with_full_paths(recipe: Recipe) -> Recipe:
     given = {name: getattr(recipe, name) for name in ("model", "from_adapter")}
     # A model or an adapter that is not there is a name on the hub.
     there = [name for name, path in given.items() if path is not None and os.path.exists(os.path.expanduser(path))]
-    names = ("data", "eval_data", "out", *there)
+    names = ("data", "eval_data", "out", "chat_template", *there)
     return _with_paths(recipe, names, lambda path: os.path.abspath(os.path.expanduser(path)))
 
 

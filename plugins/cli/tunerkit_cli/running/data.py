@@ -1,8 +1,10 @@
 """The rows of a run: read, checked, and split into those to train on and those held out."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -13,11 +15,22 @@ from tunerkit.paths import few
 from tunerkit_cli import assets
 from tunerkit_cli.demo import demo_of
 from tunerkit_cli.recipes.recipe import Recipe, files_of
-from tunerkit_cli.rows import DataError, Table, class_numbers, look_alikes, read_table, split, split_by_class
+from tunerkit_cli.rows import (
+    BadRowsError,
+    DataError,
+    Table,
+    class_numbers,
+    look_alikes,
+    read_table,
+    split,
+    split_by_class,
+)
 from tunerkit_cli.running.telling import say
 from tunerkit_cli.tasks import task_of
 from tunerkit_cli.tasks.base import Row, Task
+from tunerkit_cli.tasks.formats import refuse_other, standard
 from tunerkit_cli.tasks.infer import infer
+from tunerkit_cli.tasks.turns import read_template
 
 HELD_OUT_EVERY = 5  # one of five rows
 # The split is fixed: the seed changes the training, never the rows it is evaluated on.
@@ -28,8 +41,8 @@ SPLIT_SEED = 0
 class Data:
     """The rows of a run, and the names of their classes.
 
-    Where a part of the training data is held out, a class may have rows in that part alone. ``columns`` and ``unused``
-    are as in `Rows`. ``findings`` are what the record says of the held-out rows.
+    Where a part of the training data is held out, a class may have rows in that part alone. ``columns``, ``unused`` and
+    ``left_out`` are as in `Rows`. ``findings`` are what the record says of the held-out rows.
     """
 
     train: list[Row]
@@ -40,6 +53,7 @@ class Data:
     columns: Mapping[str, str]
     unused: tuple[str, ...]
     findings: Mapping[str, Any]
+    left_out: Sequence[Mapping[str, Any]] = ()
 
     @property
     def parts(self) -> Mapping[str, list[Row]]:
@@ -61,6 +75,7 @@ class Rows:
     """The checked rows of one or several files, and what the user should know of them.
 
     ``columns`` are the names in the files of the columns that are used, by ours, and ``unused`` are the other columns.
+    ``left_out`` says of each row that does not fit its file, its number, and why. ``classes`` are as in the files.
     """
 
     source: str
@@ -68,6 +83,8 @@ class Rows:
     notes: list[str]
     columns: Mapping[str, str]
     unused: tuple[str, ...]
+    left_out: list[dict[str, Any]]
+    classes: frozenset[str]
 
     @property
     def rows(self) -> list[Row]:
@@ -83,21 +100,30 @@ def prepare_data(recipe: Recipe, console: Console, *, by_class: bool = True) -> 
         console: Where it is printed.
         by_class: Whether a fifth of each class is held out. Earlier versions held out a fifth of all rows.
     """
+    if recipe.chat_template is not None:
+        read_template(recipe.chat_template)  # which is needed much later
     if recipe.data is None:
         task, read, parts = _demo(recipe, console)
-        source, notes = "others of them", read.notes
+        source, notes, left_out = "others of them", read.notes, read.left_out
     else:
         tables = [read_table(Path(path)) for path in files_of(recipe.data)]
         task = task_of(recipe.task or infer(tables[0], recipe.columns), recipe.max_length)
-        read = read_rows(task, tables, recipe.columns)
+        options: Any = {"drop": recipe.drop_bad_rows, "label_map": recipe.label_map}
+        read = read_rows(task, tables, recipe.columns, **options)
+        if idle := [old for old in recipe.label_map if old not in read.classes]:
+            there = few([shown(name) for name in sorted(read.classes)], shown=10) or "none"
+            raise DataError(f"label_map: no row has the label {shown(idle[0])}; the labels are {there}")
+        left_out = read.left_out
         if recipe.eval_data is None:
             # Not what an earlier version wrote, which held other rows out: the report compares these words.
             by_class = by_class and task.one_class
             share = "a fifth of each class of" if by_class else "a fifth of"
             parts, source, notes = _split(read, by_class=by_class), f"{share} {read.source}", read.notes
         else:
-            other = read_rows(task, [read_table(Path(path)) for path in files_of(recipe.eval_data)], recipe.columns)
+            held = [read_table(Path(path)) for path in files_of(recipe.eval_data)]
+            other = read_rows(task, held, recipe.columns, **options)
             parts, source = (read.placed, other.placed), other.source
+            left_out = read.left_out + other.left_out
             notes = list(dict.fromkeys((*read.notes, *other.notes)))
     labels = task.labels(read.rows)
     train, held_out = ([each.row for each in part] for part in parts)
@@ -105,7 +131,7 @@ def prepare_data(recipe: Recipe, console: Console, *, by_class: bool = True) -> 
     findings, more = _compared(task, *parts)
     for note in (*notes, *_alike(task, read.rows), *more):
         say(console, f"note: {note}")
-    return task, Data(train, held_out, read.source, source, labels, read.columns, read.unused, findings)
+    return task, Data(train, held_out, read.source, source, labels, read.columns, read.unused, findings, left_out)
 
 
 def _demo(recipe: Recipe, console: Console) -> tuple[Task, Rows, tuple[list[Placed], list[Placed]]]:
@@ -121,41 +147,87 @@ def _demo(recipe: Recipe, console: Console) -> tuple[Task, Rows, tuple[list[Plac
 
 
 def read_rows(
-    task: Task, tables: Sequence[Table], names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
+    task: Task,
+    tables: Sequence[Table],
+    names: Mapping[str, str],
+    *,
+    predicting: bool = False,
+    renaming: bool = True,
+    drop: bool = False,
+    label_map: Mapping[str, str] = MappingProxyType({}),
 ) -> Rows:
-    """Return the rows of one or several files, in their order; the options are those of `Task.rows`.
+    """Return the rows of one or several files, in their order; ``names`` and the next two are those of `Task.rows`.
 
-    White space around labels is removed, and their Unicode form is NFC.
+    Rows in forms of others become ours (`standard`). White space around labels is removed, their Unicode form is NFC,
+    and those in ``label_map`` get other names. Rows that do not fit are left out with ``drop``.
 
     Raises:
         DataError: A file's rows do not fit, or files have different columns.
+        TaskError: A file's rows are for a training that no task does.
     """
     placed: list[Placed] = []
     shapes: list[dict[str, tuple[str, bool]]] = []  # for each of our columns: its name, and whether it has lists
     changed: Counter[tuple[str, str]] = Counter()
-    for table in tables:
-        found = task.rows(table, names, predicting=predicting, renaming=renaming)
-        rows = [task.tidied(row, changed) for row in found]
+    left_out: list[dict[str, Any]] = []
+    notes: list[str] = []
+    classes: set[str] = set()
+    columns: dict[str, str] = {}
+    for given in tables:
+        if not predicting:
+            refuse_other(given, names, task.name)
+        table, found, problems = _fitting(
+            partial(task.rows, names=names, predicting=predicting, renaming=renaming),
+            standard(given, names, task.name),
+            drop=drop,
+        )
+        left_out += [each for problem in problems for each in problem.listed]
+        notes += [f"left out {len(problem.bad)} rows: {problem.said}" for problem in problems]
         read = task.columns_read(table, names, predicting=predicting)
+        columns = columns or {each.name: table.source_of(name) for each, name in read}
+        rows = [task.tidied(row, changed) for row in found]
+        classes |= {name for row in rows for name in task.classes_of(row)}
+        if label_map and (column := task.label_column) in rows[0]:
+            rows = [{**row, column: _renamed(row[column], label_map)} for row in rows]
         shapes.append({each.name: (name, isinstance(rows[0].get(each.name), list)) for each, name in read})
-        placed += [Placed(row, table.source, number) for number, row in enumerate(rows, start=1)]
+        placed += [Placed(row, table.source, table.number(place)) for place, row in enumerate(rows)]
     for table, shape in zip(tables, shapes, strict=True):
         if shape != shapes[0]:
             raise DataError(
                 f"{table.source}: has {_described(shape)}, and {tables[0].source} has {_described(shapes[0])}; give "
                 "all files of one run the same columns with values of the same kind"
             )
-    notes = [f"{table.source}: left out {table.left_out}" for table in tables if table.left_out]
+    notes += [f"{table.source}: left out {table.left_out}" for table in tables if table.left_out]
     if changed:
         such = few([f"{shown(old)} as {shown(new)}" for old, new in changed], shown=3)
         notes.append(
             f"labels are read without white space around them and in the Unicode form NFC, which changes "
             f"{changed.total()} of them: {such}"
         )
-    columns = {ours: name for ours, (name, _) in shapes[0].items()}
     there = dict.fromkeys(name for table in tables for name in table.columns)
-    unused = tuple(name for name in there if name not in columns.values())
-    return Rows(" and ".join(table.source for table in tables), placed, notes, columns, unused)
+    used = {part for name in columns.values() for part in (name, *name.split(" + "))}
+    unused = tuple(name for name in there if name not in used)
+    source = " and ".join(table.source for table in tables)
+    return Rows(source, placed, notes, columns, unused, left_out, frozenset(classes))
+
+
+def _fitting(
+    rows_of: Callable[[Table], list[Row]], table: Table, *, drop: bool
+) -> tuple[Table, list[Row], list[BadRowsError]]:
+    """A table and its rows; with ``drop``, without those that do not fit, and what is wrong with them."""
+    problems: list[BadRowsError] = []
+    while True:
+        try:
+            return table, rows_of(table), problems
+        except BadRowsError as problem:
+            if not drop or len(problem.bad) == len(table):
+                raise
+            problems.append(problem)
+            table = table.without(problem.bad)
+
+
+def _renamed(label: Any, label_map: Mapping[str, str]) -> Any:
+    """A label, or a list of them, under other names."""
+    return [label_map.get(each, each) for each in label] if isinstance(label, list) else label_map.get(label, label)
 
 
 def _described(shape: Mapping[str, tuple[str, bool]]) -> str:

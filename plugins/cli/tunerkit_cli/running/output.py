@@ -29,8 +29,9 @@ from tunerkit_transformers.run_folder import placed, stated
 ADAPTER = "adapter.safetensors"
 ENVIRONMENT = "environment.json"
 REPORT = "report.html"
+LEFT_OUT = "left-out.jsonl"  # the rows that do not fit, with drop_bad_rows
 # What every run writes beside its processor, its checkpoints and its pictures.
-_WRITTEN = (LIST, RECIPE, DIGESTS, RECORD, ADAPTER, ENVIRONMENT, REPORT, CARD)
+_WRITTEN = (LIST, RECIPE, DIGESTS, RECORD, ADAPTER, ENVIRONMENT, REPORT, CARD, LEFT_OUT)
 
 
 def check(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:

@@ -26,6 +26,7 @@ from tunerkit_cli.running.watching import MOST, SLOWER, Watching, read_restarts,
 from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.language import SAMPLES, CausalLm, GenerationTask, settle_prompts_
 from tunerkit_cli.tasks.texts import labels_of, short_to_long
+from tunerkit_cli.tasks.turns import read_template
 from tunerkit_transformers.learned_positions import is_scored
 from tunerkit_transformers.memory import GIB
 from tunerkit_transformers.pretrained import Pretrained, load_pretrained
@@ -145,6 +146,8 @@ def prepare(
         seed=seed,
         quantisation=recipe.quantisation,
     )
+    if recipe.chat_template is not None:
+        loaded.processor.chat_template = read_template(recipe.chat_template)
     if recipe.quantisation is not None:
         own, dense = bytes_of(loaded.model)
         say(

@@ -1,5 +1,6 @@
 """``tunerkit train``: read, load, wrap, train, evaluate, and write the output folder."""
 
+import json
 import os
 import shlex
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import attrs
 from rich.console import Console
 
 import tunerkit
-from tunerkit import TunerkitError, hooks
+from tunerkit import TunerkitError, hooks, serialization
 from tunerkit.errors import shown
 from tunerkit_cli import outputs
 from tunerkit_cli.recipes.recipe import (
@@ -131,7 +132,11 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
     except Exception as problem:  # of a library, of a metric, of the data: whatever it is, the adapter is trained
         failed = problem
     record = record_of(session, trained, kept, before)
-    written.note(folder, [output.ENVIRONMENT, RECORD, output.REPORT])
+    lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in session.data.left_out)
+    listed = _sources(session, "".join(lines))
+    written.note(folder, [output.ENVIRONMENT, RECORD, output.REPORT, *([output.LEFT_OUT] if listed else [])])
+    if listed:
+        serialization.replace(folder / output.LEFT_OUT, [listed.encode()])
     write_json(folder / output.ENVIRONMENT, record["environment"])
     write_json(folder / RECORD, record)  # last, because it says that the run has ended
     if failed is not None:
@@ -200,6 +205,7 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
         sample["before"] = old["answer"]
     further = {
         "conversations": are_conversations(task, data.train),
+        "bad_rows": len(data.left_out) or None,
         "left_out": {part: dict(fit.left_out) for part, fit in session.fits.items() if fit.missing},
         "restarts": [attrs.asdict(restart) for restart in read_restarts(session.folder)],
         "problems": [attrs.asdict(problem) for problem in trained.problems],

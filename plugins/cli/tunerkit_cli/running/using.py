@@ -47,10 +47,12 @@ def predict_rows(
     base: str | None,
     batch_size: int,
     answering: Answering = GREEDY,
+    columns: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Predict texts, or the rows of files, without their labels.
 
-    What a classifier predicts has the number of its row, from 1, and the file if there are several.
+    What a classifier predicts has the number of its row, from 1, and the file if there are several. ``columns`` are
+    names of columns in these files, by ours, where they are others than in the training data.
 
     Raises:
         TunerkitError: The rows do not fit, or they say how to answer and the task generates nothing.
@@ -64,7 +66,7 @@ def predict_rows(
     if answering.system is not None:
         _require_conversations(run, _conversed(run, default=False))
     if files:
-        tables, names = [read_table(path, predicting=True) for path in files], _names(run)
+        tables, names = [read_table(path, predicting=True) for path in files], _names(run, columns)
     else:
         tables, names = [_table(run, task, [str(each) for each in asked], answering.system)], {}
     read = _read(task, tables, names, predicting=True)
@@ -81,10 +83,14 @@ def predict_rows(
     return [{**place, **answer} for place, answer in zip(places, answers, strict=True)]
 
 
-def evaluate_rows(folder: Path, data: Sequence[Path], *, base: str | None, batch_size: int) -> dict[str, Any]:
-    """Evaluate on the rows of files, by the loss of the run, and return the metrics."""
+def evaluate_rows(
+    folder: Path, data: Sequence[Path], *, base: str | None, batch_size: int, columns: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Evaluate on the rows of files, by the loss of the run, and return the metrics; ``columns`` as above."""
     run, task = _run_in(folder)
-    read = _read(task, [read_table(path) for path in data], _names(run))
+    recipe = run.record.get("recipe", {})
+    options: Any = {"drop": recipe.get("drop_bad_rows", False), "label_map": recipe.get("label_map", {})}
+    read = _read(task, [read_table(path) for path in data], _names(run, columns), **options)
     rows = _as_trained(run, read)
     loaded, precision = _load(run, base)
     trained = run.record.get("recipe", {}).get("training", {})
@@ -222,14 +228,14 @@ def _system(text: str | None) -> list[dict[str, str]]:
     return [] if text is None else [{"role": "system", "content": text}]
 
 
-def _names(run: Run) -> dict[str, str]:
-    """The names of the columns in the training data, by ours."""
-    return dict(run.record.get("recipe", {}).get("columns", {}))
+def _names(run: Run, columns: Mapping[str, str] | None) -> dict[str, str]:
+    """The names of the columns in the training data, by ours, with others in their place."""
+    return {**run.record.get("recipe", {}).get("columns", {}), **(columns or {})}
 
 
-def _read(task: Task, tables: Sequence[Table], names: Mapping[str, str], *, predicting: bool = False) -> Rows:
-    """Check rows, and print what is odd about them on stderr."""
-    read = read_rows(task, tables, names, predicting=predicting, renaming=False)
+def _read(task: Task, tables: Sequence[Table], names: Mapping[str, str], **options: Any) -> Rows:
+    """Check rows, and print what is odd about them on stderr. The options are those of `read_rows`."""
+    read = read_rows(task, tables, names, renaming=False, **options)
     for note in read.notes:
         say(Console(stderr=True), f"note: {note}")
     return read
@@ -258,6 +264,6 @@ def _table(run: Run, task: Task, texts: Sequence[str], system: str | None) -> Ta
     values: Sequence[object] = texts
     if name == "prompt" and _conversed(run, default=False):
         for text in texts:
-            require_text({"text": text}, "text", "--text")
+            require_text({"text": text}, "text")
         values = [[*_system(system), {"role": "user", "content": text}] for text in texts]
     return Table("--text", (name,), tuple({name: value} for value in values))

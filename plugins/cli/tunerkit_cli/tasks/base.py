@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import attrs
 
-from tunerkit.errors import TunerkitError, closest, shown
+from tunerkit.errors import TunerkitError, closest
 from tunerkit.extras import install
-from tunerkit_cli.rows import DataError, Table, class_names, column, tidy
+from tunerkit_cli.rows import BadValue, DataError, Table, checked_rows, class_names, require_column, tidy
 from tunerkit_transformers.pretrained import Pretrained
 from tunerkit_transformers.task_classes import TASKS
 
@@ -118,14 +118,14 @@ class Task(ABC):
             renaming: Whether the user can say what the columns are named, for messages.
 
         Raises:
-            DataError: A column is missing, or a value does not fit.
+            DataError: A column is missing.
+            BadRowsError: Values do not fit.
         """
-        found = {
-            each.name: column(table, name, self.name, each.option, renaming=renaming)
+        read = {
+            each.name: require_column(table, name, self.name, each.option, renaming=renaming)
             for each, name in self.columns_read(table, names, predicting=predicting)
         }
-        rows = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
-        return [self.checked(row, f"{table.source}: row {number}") for number, row in enumerate(rows, start=1)]
+        return checked_rows(table, read, self.checked)
 
     def columns_read(
         self, table: Table, names: Mapping[str, str], *, predicting: bool = False
@@ -146,8 +146,8 @@ class Task(ABC):
         return self.columns
 
     @abstractmethod
-    def checked(self, row: Row, where: str) -> Row:
-        """Return a row with values of the task's types. Raises `DataError`, which begins with ``where``."""
+    def checked(self, row: Row) -> Row:
+        """Return a row with values of the task's types. Raises `BadValue`."""
 
     def main_metric_of(self, labels: Sequence[str]) -> str:
         """The metric that a verdict names, for a run with these classes."""
@@ -277,13 +277,13 @@ def require_package(name: str, task: str, extra: str) -> None:
         raise MissingPackageError(f"the task {task} needs {name}: {install(extra)}")
 
 
-def require_text(row: Row, name: str, where: str) -> str:
-    """Return a text that is not empty. Raises `DataError`."""
+def require_text(row: Row, name: str) -> str:
+    """Return a text that is not empty. Raises `BadValue`."""
     value = row[name]
     if not isinstance(value, str):
-        raise DataError(f"{where}, column {name!r}: expected text, got {shown(value)}")
+        raise BadValue(name, "expected text, got %s", value)
     if not value.strip():
-        raise DataError(f"{where}, column {name!r}: the text is empty; remove the row, or fill it in")
+        raise BadValue(name, "the text is empty; remove the row, or fill it in")
     return value
 
 

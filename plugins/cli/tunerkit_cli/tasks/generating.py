@@ -10,6 +10,7 @@ from tunerkit.errors import shown
 from tunerkit_cli.rows import DataError
 from tunerkit_cli.tasks.answering import Answering
 from tunerkit_cli.tasks.texts import positions_of
+from tunerkit_cli.tasks.turns import rendered
 from tunerkit_transformers.pretrained import Pretrained
 
 NEW_TOKENS = 64
@@ -80,8 +81,8 @@ def require_tokens(loaded: Pretrained, *, chat: bool) -> None:
         )
     if chat and loaded.processor.chat_template is None:
         raise DataError(
-            f"the tokenizer of {loaded.source!r} has no chat template; use the model's chat version, or texts in place "
-            "of lists of messages"
+            f"the tokenizer of {loaded.source!r} has no chat template; pass one with --set chat_template=FILE, or use "
+            "the model's chat version, or texts in place of lists of messages"
         )
 
 
@@ -89,7 +90,7 @@ def _chat_text(loaded: Pretrained, messages: Sequence[dict[str, str]]) -> str:
     """Messages as text, by the tokenizer's template, ready for the assistant's answer."""
     require_tokens(loaded, chat=True)
     with refusing_template(loaded, f"the conversation that begins with {shown(messages[0]['content'])}"):
-        return str(loaded.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        return str(rendered(loaded.processor, messages, tokenize=False, add_generation_prompt=True))
 
 
 @contextmanager

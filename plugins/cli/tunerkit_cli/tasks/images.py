@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 import attrs
 
-from tunerkit.errors import shown
-from tunerkit_cli.rows import DataError, Table, class_numbers
+from tunerkit_cli.rows import BadValue, DataError, Table, class_numbers
 from tunerkit_cli.tasks.base import LABEL, Column, Row, Task, name_in, pipeline_of, require_package
 from tunerkit_cli.tasks.texts import chosen_class, class_label, labels_of
 from tunerkit_transformers.pretrained import Pretrained
@@ -36,18 +35,16 @@ class ImageClassification(Task):
         table = attrs.evolve(table, rows=placed)
         return super().rows(table, names, predicting=predicting, renaming=renaming)
 
-    def checked(self, row: Row, where: str) -> Row:
+    def checked(self, row: Row) -> Row:
         """The file exists, and begins as an image."""
         path = row["image"]
         if not isinstance(path, str) or not os.path.isfile(path):  # Path.is_file raises where a name is too long
-            raise DataError(
-                f"{where}, column 'image': there is no file {shown(path)}; write the paths of image files, relative to "
-                "the folder of the data"
-            )
+            do = "write the paths of image files, relative to the folder of the data"
+            raise BadValue("image", f"there is no file %s; {do}", path)
         require_package("PIL", self.name, "vision")
         with opened(path):
             pass
-        return {"image": path, **({"label": class_label(row["label"], where)} if "label" in row else {})}
+        return {"image": path, **({"label": class_label(row["label"])} if "label" in row else {})}
 
     def identity(self, row: Row) -> Hashable:
         """The content of the file: copies of an image have other paths."""
@@ -104,13 +101,13 @@ def _placed(folder: Path | None, path: object) -> object:
 
 
 def opened(path: str) -> Any:
-    """Open an image file, which reads its size but not its pixels. Raises `DataError`."""
+    """Open an image file, which reads its size but not its pixels. Raises `BadValue`."""
     from PIL import Image
 
     try:
         return Image.open(path)
     except OSError as problem:  # Pillow's error for a file that is no image is one
-        raise DataError(f"{path} cannot be read as an image; remove the file, or save it again") from problem
+        raise BadValue("image", "%s cannot be read as an image; remove the file, or save it again", path) from problem
 
 
 def _decoded(path: str) -> Any:

@@ -1,16 +1,17 @@
 """Which task a table is for, if the user does not say."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from tunerkit.errors import shown
 from tunerkit.paths import few
 from tunerkit_cli.rows import Table
 from tunerkit_cli.tasks import TASKS, TaskError, task_of
 from tunerkit_cli.tasks.base import LABEL, TEXT, name_in
+from tunerkit_cli.tasks.formats import refuse_other, standard
 
-# The first task whose columns are all there. Each set is enough to tell it from the others. The columns' other names
-# count only where nothing else fits: many tables have a column "text", "label" or "path".
+# The columns that tell each task. Their other names count only where nothing else fits: many tables have a column
+# "text", "label" or "path".
 _BY_COLUMNS = (
     ("preference", {"chosen", "rejected"}),
     ("causal-lm", {"messages"}),
@@ -18,6 +19,7 @@ _BY_COLUMNS = (
     ("token-classification", {"tokens", "tags"}),
     ("seq2seq", {"source", "target"}),
     ("image-classification", {"image", "label"}),
+    ("text-classification", {"text", "label"}),  # or another task with labels
 )
 
 
@@ -31,25 +33,39 @@ def infer(table: Table, names: dict[str, str]) -> str:
     Raises:
         TaskError: More than one task fits, or none does; the message says what was seen.
     """
-    for task, needed in _BY_COLUMNS:
-        if all(names.get(each, each) in table.columns for each in needed):
-            return task
+    refuse_other(table, names)
+    seen = f"{table.source}: its columns are {few([shown(each) for each in table.columns], shown=10)}, which fit"
+    table = standard(table, names)
+    fitting = [task for task, needed in _BY_COLUMNS if {names.get(each, each) for each in needed} <= {*table.columns}]
+    if (task := _only(fitting, seen, names)) and task != "text-classification":
+        return task
     label, has_text = name_in(table, LABEL, names), name_in(table, TEXT, names) in table.columns
     labels = [row.get(label) for row in table.rows] if label in table.columns else None
     if labels is not None and has_text:
         return _by_labels(labels, table.source, label)
-    for task, needed in _BY_COLUMNS:
+    fitting = []
+    for task, needed in _BY_COLUMNS[:-1]:
         ours = [each for each in task_of(task).columns if each.name in needed]
         if all(name_in(table, each, names) in table.columns for each in ours):
-            return task
+            fitting.append(task)
+    if task := _only(fitting, seen, names):
+        return task
     if names.get("text", "text") in table.columns:
         return "causal-lm"
     if labels is not None:  # the missing column of texts is named next
         return _by_labels(labels, table.source, label)
     raise TaskError(
-        f"{table.source}: its columns are {few([shown(each) for each in table.columns], shown=10)}, which fit no "
-        f"task; say which one it is with --task ({', '.join(TASKS)}) and name its columns in the recipe"
+        f"{seen} no task; say which one it is with --task ({', '.join(TASKS)}) and name its columns in the recipe"
     )
+
+
+def _only(fitting: Sequence[str], seen: str, names: Mapping[str, str]) -> str | None:
+    """The one task that fits; of several, the one with all columns that the recipe names. Raises `TaskError`."""
+    named = [task for task in fitting if {*names} <= {each.name for each in task_of(task).columns}]
+    found = list(dict.fromkeys(named if names and named else fitting))
+    if len(found) > 1:
+        raise TaskError(f"{seen} {' and '.join(found)}; say which one it is with --task")
+    return found[0] if found else None
 
 
 def _by_labels(values: Iterable[object], source: str, name: str) -> str:

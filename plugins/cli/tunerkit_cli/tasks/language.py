@@ -7,20 +7,19 @@ from typing import Any, ClassVar
 import tunerkit
 from tunerkit.errors import ConfigError, shown
 from tunerkit.paths import few
-from tunerkit_cli.rows import DataError, Table
+from tunerkit_cli.rows import BadValue, DataError, Table
 from tunerkit_cli.tasks.answering import Answering
 from tunerkit_cli.tasks.base import USUAL, Column, Results, Row, Task, name_in, require_package, require_text
 from tunerkit_cli.tasks.generating import GREEDY, generate, require_tokens
+from tunerkit_cli.tasks.messages import messages_of, one_kind, refuse_mixed
 from tunerkit_cli.tasks.texts import token_limit
-from tunerkit_cli.tasks.turns import encode_turns
+from tunerkit_cli.tasks.turns import dataset_of, encode_turns, refuse_lost
 from tunerkit_transformers.pretrained import Pretrained
 
 SAMPLES = 2
 _SHORT = Answering(24)
 _SAMPLES_BEFORE = 3  # of a run that an earlier version began, each as long as a prediction
 _MOST = 230.0  # e to this power is within what a record may hold
-_SECOND = ("input", "context")  # columns that continue an instruction, in Alpaca's and Dolly's data
-_ROLES = ("system", "user", "assistant", "tool")
 _FORMS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
 
 
@@ -42,10 +41,8 @@ class GenerationTask(Task):
     ) -> list[Row]:
         """The rows: all of texts, or all of lists of messages."""
         read = {each.name: name for each, name in self.columns_read(table, names, predicting=predicting)}
-        if "prompt" not in names:
-            _refuse_second(table, read.get("prompt", "prompt"), renaming=renaming)
         rows = super().rows(table, names, predicting=predicting, renaming=renaming)
-        _refuse_mixed(rows, table.source)
+        refuse_mixed(rows, table, read)
         return rows
 
     def evaluate(self, trainer: Any, dataset: Any) -> Results:
@@ -105,23 +102,22 @@ class CausalLm(GenerationTask):
             "the recipe)"
         )
 
-    def checked(self, row: Row, where: str) -> Row:
+    def checked(self, row: Row) -> Row:
         """Texts are not empty, and messages have roles, and an answer has something that it answers."""
-        if "text" in row or not ("messages" in row or require_one_kind(row, where)):
-            return {name: require_text(row, name, where) for name in row}
-        found = {name: checked_messages(row[name], where, name) for name in row}
+        if "text" in row or not ("messages" in row or one_kind(row)):
+            return {name: require_text(row, name) for name in row}
+        found = {name: messages_of(row[name], name) for name in row}
         if not prompt_of(found):
-            raise DataError(f"{where}, column 'messages': the only message is the assistant's; add what it answers")
+            raise BadValue("messages", "the only message is the assistant's; add what it answers")
         return found
 
     def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
         """The rows as they are: the trainer tokenizes them. Of conversations, the tokens with their labels."""
-        import datasets
-
         require_tokens(loaded, chat=isinstance(prompt_of(rows[0]), list))
+        refuse_lost([prompt_of(row) for row in rows], loaded)
         if "messages" in rows[0] and not self.trains_on_prompts:
             return encode_turns([row["messages"] for row in rows], loaded)
-        return datasets.Dataset.from_list(list(rows))
+        return dataset_of(rows)
 
     def trainer_classes(self) -> tuple[type[Any], type[Any]]:
         require_package("trl", self.name, "lm")
@@ -191,18 +187,17 @@ class Preference(GenerationTask):
     # A lower learning rate than for supervised training, as is usual for DPO.
     defaults: ClassVar[Mapping[str, Any]] = {**GenerationTask.defaults, "learning_rate": 5e-5}
 
-    def checked(self, row: Row, where: str) -> Row:
+    def checked(self, row: Row) -> Row:
         """All three are texts, or all three are lists of messages."""
-        if require_one_kind(row, where):
-            return {name: checked_messages(row[name], where, name) for name in row}
-        return {name: require_text(row, name, where) for name in row}
+        if one_kind(row):
+            return {name: messages_of(row[name], name) for name in row}
+        return {name: require_text(row, name) for name in row}
 
     def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
         """The rows as they are: the trainer tokenizes them."""
-        import datasets
-
         require_tokens(loaded, chat=isinstance(rows[0]["prompt"], list))
-        return datasets.Dataset.from_list(list(rows))
+        refuse_lost([row["prompt"] for row in rows], loaded)
+        return dataset_of(rows)
 
     def trainer_classes(self) -> tuple[type[Any], type[Any]]:
         require_package("trl", self.name, "lm")
@@ -245,9 +240,9 @@ class Seq2Seq(GenerationTask):
     # Encoder-decoder models are trained longer than other language models, at a higher rate.
     defaults: ClassVar[Mapping[str, Any]] = {**GenerationTask.defaults, "num_train_epochs": 3, "learning_rate": 1e-3}
 
-    def checked(self, row: Row, where: str) -> Row:
+    def checked(self, row: Row) -> Row:
         """Both are texts."""
-        return {name: require_text(row, name, where) for name in row}
+        return {name: require_text(row, name) for name in row}
 
     def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
         """Tokenize sources and targets, each truncated."""
@@ -274,56 +269,6 @@ class Seq2Seq(GenerationTask):
 
 
 # --- rows ---
-
-
-def _refuse_second(table: Table, prompt: str, *, renaming: bool) -> None:
-    """Raise `DataError` if a prompt that was found by another name goes on in a second column, which would be lost."""
-    second = next((name for name in _SECOND if name in table.columns), None)
-    if prompt == "prompt" or second is None:
-        return
-    leave = f"set columns.prompt to {prompt} in the recipe" if renaming else "remove that column"
-    raise DataError(
-        f"{table.source}: has the columns {prompt!r} and {second!r}, and a prompt is one column; join them into one, "
-        f"or, to leave {second!r} out, {leave}"
-    )
-
-
-def require_one_kind(row: Row, where: str) -> bool:
-    """Return whether the values of a row are lists of messages. Raises `DataError` if only some of them are lists."""
-    kinds = {isinstance(value, list) for value in row.values()}
-    if len(kinds) > 1:
-        seen = ", ".join(f"{name} is a {_kind(value)}" for name, value in row.items())
-        raise DataError(f"{where}: {seen}; write all of them as texts, or all of them as lists of messages")
-    return kinds == {True}
-
-
-def _refuse_mixed(rows: Sequence[Row], source: str) -> None:
-    """Raise `DataError` if a column has texts in some rows and lists of messages in others."""
-    for number, row in enumerate(rows, start=1):
-        for name, value in row.items():
-            if _kind(value) != _kind(rows[0][name]):
-                raise DataError(
-                    f"{source}: row {number}, column {name!r}: is a {_kind(value)}, and row 1 has a "
-                    f"{_kind(rows[0][name])}; write all rows as texts, or all as lists of messages"
-                )
-
-
-def _kind(value: object) -> str:
-    return "list" if isinstance(value, list) else "text"
-
-
-def checked_messages(value: object, where: str, name: str) -> list[dict[str, str]]:
-    """Return a conversation. Raises `DataError`."""
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}, column {name!r}: expected a list of messages, got {shown(value)}")
-    for message in value:
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise DataError(f"{where}, column {name!r}: a message has a role and a content, got {shown(message)}")
-        if message["role"] not in _ROLES or not isinstance(message["content"], str):
-            raise DataError(
-                f"{where}, column {name!r}: expected a role of {', '.join(_ROLES)} and a text, got {shown(message)}"
-            )
-    return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
 def prompt_of(row: Row) -> str | list[dict[str, str]]:

@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from tunerkit.errors import shown
-from tunerkit_cli.rows import DataError, class_names, class_numbers
+from tunerkit_cli.rows import BadValue, DataError, class_names, class_numbers
 from tunerkit_cli.tasks.base import LABEL, TEXT, Column, Row, Task, pipeline_of, require_text
 from tunerkit_transformers.pretrained import Pretrained
 
@@ -25,13 +24,13 @@ class TextTask(Task):
     # Texts of similar length share a batch, which saves padding.
     defaults: ClassVar[Mapping[str, Any]] = {**Task.defaults, "train_sampling_strategy": "group_by_length"}
 
-    def checked(self, row: Row, where: str) -> Row:
-        texts: Row = {name: require_text(row, name, where) for name in ("text", "text_pair") if name in row}
-        return {**texts, **({"label": self.label(row["label"], where)} if "label" in row else {})}
+    def checked(self, row: Row) -> Row:
+        texts: Row = {name: require_text(row, name) for name in ("text", "text_pair") if name in row}
+        return {**texts, **({"label": self.label(row["label"])} if "label" in row else {})}
 
     @abstractmethod
-    def label(self, value: object, where: str) -> Any:
-        """Return a label of the task's type. Raises `DataError`."""
+    def label(self, value: object) -> Any:
+        """Return a label of the task's type. Raises `BadValue`."""
 
     @abstractmethod
     def targets(self, rows: Sequence[Row], labels: Sequence[str]) -> list[Any]:
@@ -76,8 +75,8 @@ class TextClassification(TextTask):
     one_class: ClassVar[bool] = True
     pipeline_options: ClassVar[Mapping[str, Any]] = {"top_k": None}  # a probability for each class
 
-    def label(self, value: object, where: str) -> str:
-        return class_label(value, where)
+    def label(self, value: object) -> str:
+        return class_label(value)
 
     def targets(self, rows: Sequence[Row], labels: Sequence[str]) -> list[int]:
         return class_numbers((row["label"] for row in rows), labels)
@@ -92,14 +91,14 @@ class Regression(TextTask):
     name: ClassVar[str] = "regression"
     pipeline_options: ClassVar[Mapping[str, Any]] = {"function_to_apply": "none"}
 
-    def label(self, value: object, where: str) -> float:
+    def label(self, value: object) -> float:
         """A finite number."""
         try:
             number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
-            raise DataError(f"{where}, column 'label': regression needs a finite number, got {shown(value)}")
+            raise BadValue("label", "regression needs a finite number, got %s", value)
         return number
 
     def guess_loss(self, rows: Sequence[Row]) -> float | None:
@@ -140,9 +139,9 @@ class MultiLabel(TextTask):
     greater_is_better: ClassVar[bool] = True
     pipeline_options: ClassVar[Mapping[str, Any]] = {"function_to_apply": "sigmoid", "top_k": None}
 
-    def label(self, value: object, where: str) -> list[str]:
+    def label(self, value: object) -> list[str]:
         """A list of labels; in csv and tsv, a JSON list such as ``["a", "b"]``."""
-        return tag_list(value, where, "label")
+        return tag_list(value, "label")
 
     def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
         """All labels, of which there may be only one."""
@@ -185,34 +184,30 @@ class MultiLabel(TextTask):
 # --- labels ---
 
 
-def class_label(value: object, where: str) -> str:
-    """Return the name of a class: a text, a whole number or a boolean. Raises `DataError`."""
+def class_label(value: object) -> str:
+    """Return the name of a class: a text, a whole number or a boolean. Raises `BadValue`."""
+    wanted = "expected a class (text or whole number), got %s"
     if isinstance(value, list):
-        raise DataError(
-            f"{where}, column 'label': got a list, {shown(value)}; for several labels pass --task multi-label"
-        )
+        raise BadValue("label", "got a list, %s; for several labels pass --task multi-label", value)
     if isinstance(value, float) and not value.is_integer():
-        raise DataError(
-            f"{where}, column 'label': expected a class (text or whole number), got {shown(value)}. Is this "
-            "regression? Then pass --task regression"
-        )
+        raise BadValue("label", f"{wanted}. Is this regression? Then pass --task regression", value)
     if isinstance(value, str) and not value.strip():
-        raise DataError(f"{where}, column 'label': the label is empty; fill it in, or remove the row")
+        raise BadValue("label", "the label is empty; fill it in, or remove the row")
     if not isinstance(value, str | int | float):
-        raise DataError(f"{where}, column 'label': expected a class (text or whole number), got {shown(value)}")
+        raise BadValue("label", wanted, value)
     return str(int(value) if isinstance(value, float) else value)
 
 
-def tag_list(value: object, where: str, name: str) -> list[str]:
-    """Return a list of names of classes, none of which is blank. Raises `DataError`."""
-    found = label_list(value, where, name)
+def tag_list(value: object, name: str) -> list[str]:
+    """Return a list of names of classes, none of which is blank. Raises `BadValue`."""
+    found = label_list(value, name)
     if not all(map(str.strip, found)):
-        raise DataError(f"{where}, column {name!r}: has an empty name in {shown(found)}; fill it in, or remove it")
+        raise BadValue(name, "has an empty name in %s; fill it in, or remove it", found)
     return found
 
 
-def label_list(value: object, where: str, name: str) -> list[str]:
-    """Return a list of names, also from JSON in a cell. Raises `DataError`."""
+def label_list(value: object, name: str) -> list[str]:
+    """Return a list of names, also from JSON in a cell. Raises `BadValue`."""
     found = value
     if isinstance(value, str):
         try:
@@ -220,7 +215,7 @@ def label_list(value: object, where: str, name: str) -> list[str]:
         except (ValueError, RecursionError):
             found = None
     if not isinstance(found, list) or not all(isinstance(each, str | int) and each != "" for each in found):
-        raise DataError(f'{where}, column {name!r}: expected a list of texts such as ["a", "b"], got {shown(value)}')
+        raise BadValue(name, 'expected a list of texts such as ["a", "b"], got %s', value)
     return [str(each) for each in found]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, ClassVar
 
-from tunerkit_cli.rows import DataError, class_numbers
+from tunerkit_cli.rows import BadValue, class_numbers
 from tunerkit_cli.tasks.base import NOT_LEARNED, Column, Results, Row, Task, first_output
 from tunerkit_cli.tasks.texts import label_list, labels_of, tag_list, token_limit
 from tunerkit_transformers.pretrained import Pretrained
@@ -34,17 +34,16 @@ class TokenClassification(Task):
     # Tags bear a higher rate than whole texts: see brown-tags in docs/evidence/quality-record.md.
     defaults: ClassVar[Mapping[str, Any]] = {**Task.defaults, "learning_rate": 2e-3}
 
-    def checked(self, row: Row, where: str) -> Row:
+    def checked(self, row: Row) -> Row:
         """Words and tags are lists of the same length."""
-        found: Row = {"tokens": label_list(row["tokens"], where, "tokens")}
+        found: Row = {"tokens": label_list(row["tokens"], "tokens")}
         if not found["tokens"]:
-            raise DataError(f"{where}, column 'tokens': the list is empty; remove the row")
+            raise BadValue("tokens", "the list is empty; remove the row")
         if "tags" in row:
-            found["tags"] = tag_list(row["tags"], where, "tags")
+            found["tags"] = tag_list(row["tags"], "tags")
             if len(found["tags"]) != len(found["tokens"]):
-                raise DataError(
-                    f"{where}: has {len(found['tokens'])} tokens and {len(found['tags'])} tags; expected one tag each"
-                )
+                counts = len(found["tokens"]), len(found["tags"])
+                raise BadValue(None, "has %s tokens and %s tags; expected one tag each", *counts)
         return found
 
     def main_metric_of(self, labels: Sequence[str]) -> str:

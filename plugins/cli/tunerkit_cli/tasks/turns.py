@@ -1,7 +1,9 @@
 """Conversations as tokens, of which a model learns the assistant's turns alone."""
 
+import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -14,8 +16,67 @@ from tunerkit_transformers.pretrained import Pretrained
 # Stands for an answer, to see where a template puts it. No template cuts or changes a word.
 _PLACE = "tunerkitanswer"
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 Render = Callable[..., str]
+
+
+def read_template(path: str) -> str:
+    """The chat template in a file. Raises `DataError`."""
+    try:
+        found = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"chat_template: {path} cannot be read ({problem}); pass a file with a template") from None
+    if "messages" not in found:
+        raise DataError(f"chat_template: {path} writes no messages; pass a file with a template for conversations")
+    return found
+
+
+def rendered(tokenizer: Any, messages: Messages, **settings: Any) -> Any:
+    """A conversation by the tokenizer's template, with the tools that its first message has."""
+    return tokenizer.apply_chat_template(_plain(messages), tools=_tools(messages), **settings)
+
+
+def _plain(messages: Messages) -> list[dict[str, Any]]:
+    return [{name: value for name, value in each.items() if name != "tools"} for each in messages]
+
+
+def _tools(messages: Messages) -> Any:
+    return messages[0].get("tools") if messages else None
+
+
+def refuse_lost(prompts: Sequence[str | Messages], loaded: Pretrained) -> None:
+    """Raise `DataError` if the tokenizer's template leaves out the system prompt or the tools of conversations."""
+    chats = [each for each in prompts if not isinstance(each, str)]
+    systems = (each for each in chats if any(message["role"] == "system" for message in each))
+    for messages in filter(None, (next(systems, None), next(filter(_tools, chats), None))):
+        try:
+            text, bare = (rendered(loaded.processor, each, tokenize=False) for each in (messages, _plain(messages)))
+        except jinja2.TemplateError:  # said where the conversations are encoded
+            return
+        is_lost = any(each["content"].strip() not in text for each in messages if each["role"] == "system")
+        lost = "the system prompt" if is_lost else "the tools" if _tools(messages) and text == bare else ""
+        if lost:
+            raise DataError(
+                f"the chat template of {loaded.source!r} leaves out {lost} of the conversation that begins with "
+                f"{shown(messages[0]['content'])}; pass another template with --set chat_template=FILE, or write it "
+                "into the first message of the user"
+            )
+
+
+def dataset_of(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Rows for TRL's trainers, which tokenize them: there, tools are in a column of their own."""
+    import datasets
+
+    chats = [[value for value in row.values() if isinstance(value, list)] for row in rows]
+    if not any({*message} - {"role", "content"} for row in chats for messages in row for message in messages):
+        return datasets.Dataset.from_list(list(rows))
+    moved = [
+        {name: _plain(value) if isinstance(value, list) else value for name, value in row.items()}
+        | {"tools": json.dumps(next(filter(None, map(_tools, chat)), None))}
+        for row, chat in zip(rows, chats, strict=True)
+    ]
+    # Otherwise messages and arguments would all have the same keys, those of others as None.
+    return datasets.Dataset.from_list(moved, on_mixed_types="use_json")
 
 
 def encode_turns(conversations: Sequence[Messages], loaded: Pretrained) -> Any:
@@ -62,9 +123,7 @@ class _HiddenAnswerError(Exception):
 
 def _by_marks(messages: Messages, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """The tokens of a conversation, and which of them the template's marks enclose."""
-    found = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    found = rendered(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     return found["input_ids"], [bool(each) for each in found["assistant_masks"]]
 
 
@@ -72,7 +131,7 @@ def _by_turns(messages: Messages, tokenizer: Any) -> tuple[list[int], list[bool]
     """The tokens of a conversation, and which of them are the assistant's by their place in the text."""
 
     def render(messages: Messages, **settings: Any) -> str:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **settings))
+        return str(rendered(tokenizer, messages, tokenize=False, **settings))
 
     text = render(messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
@@ -107,16 +166,28 @@ def assistant_spans(messages: Messages, text: str, render: Render) -> Iterator[t
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        placed = {"role": "assistant", "content": _PLACE}
+        prompt = render(messages[:number], add_generation_prompt=True) if number else ""
+        if "tool_calls" in message:
+            yield _span_of_call(messages[: number + 1], text, prompt, render)
+            continue
+        placed = {**messages[number], "content": _PLACE}
         before, *after = render([*messages[:number], placed, *messages[number + 1 :]]).split(_PLACE)
         # What the template adds between its prompt for an answer and the answer, such as a thought, is learned.
-        prompt = render(messages[:number], add_generation_prompt=True) if number else ""
         start = len(prompt) if prompt and text.startswith(prompt) else _same_start(before, text)
         if len(after) != 1 or not text.endswith(after[0]):
             raise _HiddenAnswerError(f"it does not show message {number + 1} as one text")
         # What ends a turn is what stands behind a last one; some templates write more between turns.
         closing = render([*messages[:number], placed]).partition(_PLACE)[2]
         yield start, len(text) - len(after[0]) + _same_start(closing, after[0])
+
+
+def _span_of_call(messages: Messages, text: str, prompt: str, render: Render) -> tuple[int, int]:
+    """Where the tool calls with which messages end start and stop in a text, with what ends the turn."""
+    start, stop = (_same_start(each, text) for each in (prompt, render(messages)))
+    names = [call["function"]["name"] for call in messages[-1]["tool_calls"]]
+    if not all(name in text[start:stop] for name in names):
+        raise _HiddenAnswerError(f"it does not show the tool calls of message {len(messages)}")
+    return start, stop
 
 
 def _same_start(first: Sequence[object], second: Sequence[object]) -> int:

@@ -1,0 +1,168 @@
+"""The forms that files of rows for language models have elsewhere, and how they become ours. It imports no torch.
+
+Names are those of TRL, LLaMA-Factory and axolotl.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import attrs
+
+from tunerkit.errors import shown
+from tunerkit_cli.rows import BadValue, Table
+from tunerkit_cli.tasks import TaskError
+
+_Row = Mapping[str, Any]
+_LANGUAGE: Final = (None, "causal-lm", "preference", "seq2seq")  # None: the task is still to be found
+
+
+@attrs.frozen
+class Form:
+    """Columns of a known form, in whose place come ours.
+
+    Attributes:
+        columns: The columns.
+        made: Our columns, each with what makes its value of a row; a `BadValue` says why there is none.
+        fits: Whether a row has the form; one such row of a table is enough.
+    """
+
+    columns: tuple[str, ...]
+    made: Mapping[str, Callable[[_Row], object]]
+    fits: Callable[[_Row], bool] = lambda row: True
+
+
+def _joined(first: str, second: str) -> Form:
+    """An instruction, and its input in a second column."""
+
+    def prompt(row: _Row) -> object:
+        texts = [each for each in (row[first], row[second]) if each is not None]
+        if row[first] is None or not all(isinstance(each, str) for each in texts):
+            return BadValue("prompt", "expected texts, got %s", [row[first], row[second]])
+        return "\n".join(text for text in texts if text.strip())
+
+    return Form((first, second), {"prompt": prompt})
+
+
+def _headed(name: str, head: str) -> Form:
+    """Conversations whose system prompt, or whose tools, are in a column of their own: they go into the messages."""
+
+    def messages(row: _Row) -> object:
+        found, value = row[name], row[head]
+        first = found[0] if isinstance(found, list) and found and isinstance(found[0], dict) else None
+        if first is None or not value or (isinstance(value, str) and not value.strip()):
+            return found
+        if head == "system":
+            has_own = first.get("role", first.get("from")) == "system"
+            return found if has_own else [{"role": "system", "content": value}, *found]
+        try:
+            tools = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError):
+            tools = None
+        if not isinstance(tools, list) or not all(isinstance(each, dict) for each in tools):
+            return BadValue(name, "expected tools as a list of JSON schemas, got %s", value)
+        return [{**first, "tools": tools}, *found[1:]]
+
+    return Form((name, head), {name: messages}, lambda row: isinstance(row[name], list))
+
+
+def _shared(row: _Row) -> int:
+    """How many messages ``chosen`` and ``rejected`` have in common at their start; 0 if one has no others."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if not isinstance(chosen, list) or not isinstance(rejected, list):
+        return 0
+    pairs = zip(chosen, rejected, strict=False)
+    return next((number for number, (one, other) in enumerate(pairs) if one != other), 0)
+
+
+def _implicit_prompt(row: _Row) -> object:
+    wrong = "chosen and rejected do not begin with the same messages, or do not differ; remove the row"
+    return row["chosen"][: _shared(row)] if _shared(row) else BadValue("prompt", wrong)
+
+
+def _has_implicit_prompt(row: _Row) -> bool:
+    chosen = row["chosen"]
+    first = chosen[0] if isinstance(chosen, list) and chosen and isinstance(chosen[0], dict) else {}
+    asks = first.get("role", first.get("from")) not in (None, "assistant", "gpt")
+    return asks and not isinstance(row.get("prompt"), list)
+
+
+FORMS: Final = (
+    *(_joined(*pair) for pair in (("instruction", "input"), ("instruction", "context"), ("question", "context"))),
+    Form(
+        ("chosen", "rejected"),
+        {
+            "prompt": _implicit_prompt,
+            "chosen": lambda row: row["chosen"][_shared(row) :],
+            "rejected": lambda row: row["rejected"][_shared(row) :],
+        },
+        _has_implicit_prompt,
+    ),
+    *(_headed(name, head) for name in ("messages", "conversations", "prompt") for head in ("system", "tools")),
+)
+
+
+def standard(table: Table, names: Mapping[str, str], task: str | None = None) -> Table:
+    """Return a table with our columns in place of those of the `FORMS`, which are for language models.
+
+    What ``names``, a recipe's ``columns``, says of a column counts: such columns are left as they are.
+    """
+    for form in FORMS if task in _LANGUAGE else ():
+        there = {each: names.get(each, each) for each in form.columns}
+        named = ({*form.made} - {*form.columns}) & {*names} or {*form.columns} & {*names.values()}
+        if named or not {*there.values()} <= {*table.columns}:
+            continue
+        views = [{**row, **{ours: row.get(name) for ours, name in there.items()}} for row in table.rows]
+        if not any(map(form.fits, views)):
+            continue
+        ours = {
+            each: "source" if (each, task) == ("prompt", "seq2seq") else names.get(each, each) for each in form.made
+        }
+        kept = [name for name in table.columns if name not in there.values()]
+        rows = [
+            {name: view.get(name) for name in kept} | {ours[each]: make(view) for each, make in form.made.items()}
+            for view in views
+        ]
+        parts = " + ".join(table.made.get(name, name) for name in there.values())
+        made = {ours[each]: parts for each in form.made if each not in form.columns or len(form.made) == 1}
+        columns = tuple(dict.fromkeys((*ours.values(), *kept)))
+        table = attrs.evolve(table, columns=columns, rows=tuple(rows), made={**table.made, **made})
+    return table
+
+
+# --- rows that no task trains ---
+
+_ASKED: Final = ("prompt", "instruction", "question")
+_ANSWERED: Final = ("completion", "response", "output", "answer")
+_OTHER_TASKS: Final = ("messages", "text", "chosen", "label", "category", "target", "tags")
+_BESIDE: Final = ("messages", "conversations", "text", *_ASKED)
+_MEDIA: Final = {"image": "images", "images": "images", "audio": "sound", "audios": "sound", "videos": "videos"}
+
+
+def refuse_other(table: Table, names: Mapping[str, str], task: str | None = None) -> None:
+    """Raise `TaskError` for rows of a training that no task does, or that could be such ones if no task is named."""
+    if task not in _LANGUAGE:
+        return
+    there = {*table.columns} - {*names.values()} | {*names}
+    label = next((each for each in ("kto_tag", "label") if each in there), "")
+    answered = ({*_ASKED} & there and {*_ANSWERED} & there) or {"messages", "conversations", "kto_tag"} & there
+    media = next((each for each in _MEDIA if any(row.get(each) is not None for row in table.rows)), "")
+    beside = next((each for each in _BESIDE if each in there), None)
+    said, values = "", {str(row.get(label)).lower() for row in table.rows}
+    if label and answered and (values <= {"true", "false"} or values == {"0", "1"}):
+        said = (
+            f"answers with a {shown(label)} of true or false are unpaired preferences, as for KTO, which no task "
+            "trains. To learn the good ones, keep the rows with true and leave the column out; pairs of a better and a "
+            "worse answer are for --task preference"
+        )
+    elif task is None and "prompt" in there and not {*_ANSWERED[:-1], *_OTHER_TASKS} & there:
+        said = (
+            "its prompts have no completions, as for GRPO, which no task trains; if there is a column of completions "
+            "to learn, name it with --set columns.completion=NAME, or pass --task causal-lm if it is 'answer'"
+        )
+    elif media and (beside in _BESIDE[:2] or (task is None and (beside or _MEDIA[media] != "images"))):
+        where = f" beside the text in {shown(beside)}" if beside else ""
+        do = ", or say with --task what is trained without it" if task is None else ""
+        said = f"has {_MEDIA[media]} in {shown(media)}{where}, which no task reads; leave the column out{do}"
+    if said:
+        raise TaskError(f"{table.source}: {said}")
