@@ -42,14 +42,13 @@ def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
     modules = [module for _, module in base_modules(tuner.model)]
     # By identity, not by path: modules inside DDP or a compiled module still run.
     present = set(map(id, modules))
-    overridden = overridden_in(modules)
     for path, module in modules_in(tuner).items():
         slots, kind = slots_of(module), type(module).__name__
         assert slots is not None
         base, weights = slots.base, torch_private.own_parameters(module).values()
         if id(module) not in present:
             yield path, f"the adapted {kind} is not in the model any more"
-        elif not is_called(module) and id(module) not in overridden:
+        elif not is_called(module) and id(module) not in overridden_in(modules):
             yield path, "its forward hook is gone"
         elif base is not None and any(map(is_packed, weights)) and not base.matches(module):
             yield path, f"the weight of the {kind} was quantized after wrapping"
