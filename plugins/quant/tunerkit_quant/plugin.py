@@ -1,5 +1,6 @@
 """The hooks: the kinds of quantised layers, and what is refused with others. No library of them is imported here."""
 
+import sys
 from collections.abc import Iterable, Sequence
 
 from torch import nn
@@ -32,7 +33,7 @@ def tunerkit_base_layers() -> Iterable[type[BaseLayer]]:
 @hookimpl
 def tunerkit_adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """Keep bitsandbytes from repacking weights, also of a layer that came into the model after its first adapter."""
-    if modules:
+    if modules and "bitsandbytes" in sys.modules:
         forbid_repacking_(model)
 
 
