@@ -55,6 +55,20 @@ def test_the_record_has_the_budget_the_ranks_and_the_spectrum(out: Path) -> None
     assert succeeded("predict", out, "--text", "good film").output.count("\n") == 1
 
 
+def test_a_run_whose_recipe_names_no_method_goes_on_with_adalora(
+    arguments: list[str], out: Path, tmp_path: Path
+) -> None:
+    """It was begun when AdaLoRA was the default, which LoRA is now."""
+    parts = tmp_path / "parts"
+    with signalled(11, signal.SIGINT):
+        assert command(*arguments, "--out", parts).exit_code == 130
+    recipe = yaml.safe_load((parts / "recipe.yaml").read_text())
+    del recipe["method"]
+    (parts / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    succeeded("train", "--out", parts, "--resume")
+    assert (parts / "adapter.safetensors").read_bytes() == (out / "adapter.safetensors").read_bytes()
+
+
 def test_after_ctrl_c_the_end_is_that_of_an_uninterrupted_run(arguments: list[str], out: Path, tmp_path: Path) -> None:
     """Before the first checkpoint, while pruning in the middle of an epoch, and after the last allocation."""
     check_resumed_after_ctrl_c(arguments, out, tmp_path / "parts", at=(1, 11, 23))

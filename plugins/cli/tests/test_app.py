@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 import tunerkit
 from tunerkit.extras import install
 from tunerkit_cli import app
-from tunerkit_cli.plugin_commands import PluginCommands
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
 
@@ -280,7 +279,7 @@ def test_the_commands_of_other_distributions_name_the_extra_where_it_is_missing(
     arguments: list[str], extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Law: a command of ours that is not installed is one line, whatever its options; help leaves it out."""
-    monkeypatch.setattr(app, "plugin_commands", lambda: PluginCommands({}, ()))
+    monkeypatch.setattr(app, "additions", lambda: ())
     done = CliRunner().invoke(app.build(), arguments)
     assert done.exit_code == 2
     assert f"{arguments[0]} comes with tunerkit-{extra}" in done.stderr

@@ -1,6 +1,9 @@
 """The trainer's arguments: our defaults, and what is refused before a trainer sees it."""
 
 import dataclasses
+import importlib.util
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,8 @@ import pytest
 
 from benchmarks.quality.collapse import AFTER
 from tunerkit.errors import ConfigError
-from tunerkit_cli.running import trainer
+from tunerkit_cli.recipes import trainer_arguments as trainer_arguments_of
+from tunerkit_cli.recipes.trainer_arguments import argument_types, text_alone
 from tunerkit_cli.running.trainer import build_trainer, trainer_arguments
 from tunerkit_cli.tasks import TASKS, task_of
 from tunerkit_cli.tasks.base import MissingPackageError
@@ -103,19 +107,50 @@ def test_what_a_trainer_refuses_when_it_is_built_is_an_error_of_ours() -> None:
         build_trainer(Refusing, arguments_for())
 
 
+@pytest.fixture(autouse=True)
+def _read_anew() -> Iterator[None]:
+    """What is read from files is kept as long as the process lives."""
+    trainer_arguments_of._fields.cache_clear()
+    yield
+    trainer_arguments_of._fields.cache_clear()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_arguments_that_are_read_from_files_are_those_of_the_class(task: str) -> None:
+    """Law: they have the same names, and are texts alone only where the class takes no number or boolean."""
+    try:
+        _, kind = task_of(task).trainer_classes()
+    except MissingPackageError as problem:
+        pytest.skip(str(problem))
+    found, hints = argument_types(task), typing.get_type_hints(kind)
+    assert found.keys() == {field.name for field in dataclasses.fields(kind)}
+    for name, annotation in found.items():
+        plain = {*typing.get_args(hints[name]), hints[name]} & {bool, int, float}
+        assert not (text_alone(annotation) and plain), name
+    assert all(text_alone(found[name]) for name in ("eval_strategy", "save_strategy", "report_to", "optim"))
+
+
+def test_where_a_file_has_moved_the_class_itself_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release of transformers may cut its files in another way."""
+    read = argument_types("regression")
+    trainer_arguments_of._fields.cache_clear()
+    monkeypatch.setattr(trainer_arguments_of, "_USUAL", ("TrainingArguments", "transformers/gone.py"))
+    found = argument_types("regression")
+    assert found.keys() == read.keys()
+    assert all(text_alone(found[name]) == text_alone(read[name]) for name in read)
+
+
 def test_without_a_task_the_arguments_of_every_trainer_may_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """The task may follow from the data. A trainer whose package is missing has none."""
     pytest.importorskip("trl", reason="the task preference needs the extra [lm]")
-    assert {"beta", "packing", "generation_max_length"} <= trainer.argument_names({}, [])
-    assert "packing" not in trainer.argument_names({"task": "preference"}, [])
-    assert "beta" not in trainer.argument_names({"task": "preference"}, ["task=causal-lm"])
-
-    def missing(name: str, task: str, extra: str) -> None:
-        raise MissingPackageError(name)
-
-    monkeypatch.setattr("tunerkit_cli.tasks.language.require_package", missing)
-    assert "beta" not in trainer.argument_names({}, [])
-    assert "learning_rate" in trainer.argument_names({}, [])
+    assert {"beta", "packing", "generation_max_length"} <= argument_types().keys()
+    assert "packing" not in argument_types("preference")
+    assert "beta" not in argument_types("causal-lm")
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trl" else real(name))
+    trainer_arguments_of._fields.cache_clear()
+    assert "beta" not in argument_types()
+    assert "learning_rate" in argument_types()
 
 
 def test_heads_that_start_at_random_are_trained_as_was_measured() -> None:

@@ -36,7 +36,7 @@ from tests.support.train_command import (
     write_rows,
 )
 from tunerkit.plugin import MethodInfo
-from tunerkit_cli.plugin_commands import PluginCommands
+from tunerkit_cli.plugin_commands import Addition
 from tunerkit_cli.recipes import reading
 from tunerkit_cli.recipes.recipe import Recipe, to_mapping
 from tunerkit_cli.rows import read_table
@@ -1091,8 +1091,8 @@ def test_a_recipe_gives_way_to_flags_and_flags_to_set(folder: Path, tmp_path: Pa
 
 def test_keys_of_plugins_are_kept(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a plugin's key was set to stands in the folder's recipe and in the record."""
-    keys = PluginCommands({}, (), {"acme": {"type": "object", "description": "Acme's options."}})
-    monkeypatch.setattr(reading, "plugin_commands", lambda: keys)
+    keys = {"acme": {"type": "object", "description": "Acme's options."}}
+    monkeypatch.setattr(reading, "additions", lambda: (Addition("acme", recipe_keys=keys),))
     new = tmp_path / "new"
     succeeded(*arguments, "--out", new, "--set", "acme.level=3", "--set", "max_steps=1")
     assert yaml.safe_load((new / "recipe.yaml").read_text())["acme"] == {"level": 3}

@@ -15,9 +15,8 @@ from typer.testing import CliRunner
 import tunerkit
 from tunerkit.extras import install
 from tunerkit.plugin import MethodInfo
-from tunerkit_cli import installed
-from tunerkit_cli.app import build
-from tunerkit_cli.plugin_commands import PluginCommands
+from tunerkit_cli import app, installed
+from tunerkit_cli.plugin_commands import Addition
 
 
 def shown() -> tuple[bool, str]:
@@ -80,7 +79,6 @@ def test_it_lists_every_extra_for_users() -> None:
 def test_a_broken_plugin_makes_the_exit_code_1(broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its error is printed, whether the plugin adds methods, commands or a verb."""
     methods: dict[str, Any] = {"acme": MethodInfo("acme-plugin", "3.1", None)}
-    problems: tuple[str, ...] = ()
     if broken == "method":
         methods["acme"] = MethodInfo("acme-plugin", "3.1", "ImportError: no libacme")
     elif broken == "verb":
@@ -91,10 +89,10 @@ def test_a_broken_plugin_makes_the_exit_code_1(broken: str, monkeypatch: pytest.
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setitem(vars(tunerkit), "_points", cache(vars(tunerkit)["_points"].__wrapped__))
     else:
-        problems = ("the commands of acme-plugin cannot be loaded: ImportError: no libacme",)
+        problem = "the commands of acme-plugin cannot be loaded: ImportError: no libacme"
+        monkeypatch.setattr(app, "additions", lambda: (Addition("acme-plugin", problem=problem),))
     monkeypatch.setattr(tunerkit, "methods", lambda: methods)
-    monkeypatch.setattr(installed, "plugin_commands", lambda: PluginCommands({}, problems))
-    done = CliRunner(env={"COLUMNS": "200"}).invoke(build(), ["doctor"])
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app.build(), ["doctor"])
     assert done.exit_code == 1
     assert ("No module named 'libacme'" if broken == "verb" else "no libacme") in done.output
     assert "acme-plugin" in done.output

@@ -11,9 +11,9 @@ import typer
 from typer.testing import CliRunner
 
 import tunerkit
-from tunerkit_cli import app, plugin_commands
+from tunerkit_cli import app
 from tunerkit_cli.commands import COMMANDS
-from tunerkit_cli.plugin_commands import GROUP, PluginCommands
+from tunerkit_cli.plugin_commands import GROUP, Addition, additions, commands_of
 from tunerkit_cli.recipes import reading
 
 
@@ -32,11 +32,15 @@ def module(monkeypatch: pytest.MonkeyPatch, name: str, answer: Callable[[], Any]
     return EntryPoint(name, name, GROUP)
 
 
-def asked(monkeypatch: pytest.MonkeyPatch, *points: EntryPoint) -> PluginCommands:
-    """What core finds if these entry points are installed, here and in the command."""
-    found = plugin_commands.plugin_commands(points)
-    monkeypatch.setattr(app, "plugin_commands", lambda: found)
+def asked(monkeypatch: pytest.MonkeyPatch, *points: EntryPoint) -> tuple[Addition, ...]:
+    """What is found if these entry points are installed, here and in the command."""
+    found = additions(points)
+    monkeypatch.setattr(app, "additions", lambda: found)
     return found
+
+
+def problems_of(found: tuple[Addition, ...]) -> list[str]:
+    return [each.problem for each in found if each.problem] + [*commands_of(found, COMMANDS)[1]]
 
 
 def run(*arguments: str) -> Any:
@@ -46,7 +50,7 @@ def run(*arguments: str) -> Any:
 def test_a_plugins_command_runs_like_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its parameters are options and arguments, its docstring is its help, its errors are one line."""
     found = asked(monkeypatch, module(monkeypatch, "acme", lambda: {"export-acme": export}))
-    assert found.problems == ()
+    assert problems_of(found) == []
     assert "export-acme" in run("--help").output
     assert "Write the adapter in another format." in run("export-acme", "--help").output
     assert run("export-acme", "out", "--form", "wide").output == "out as wide\n"
@@ -75,29 +79,28 @@ def test_a_broken_plugin_is_named_and_the_other_commands_work(
     """The help says what is wrong in one sentence; core's commands and those of other plugins go on."""
     other = module(monkeypatch, "other", lambda: {"export-other": export})
     found = asked(monkeypatch, module(monkeypatch, "acme", answer, marked=marked), other)
-    assert list(found.commands) == ["export-other"]
-    assert len(found.problems) == 1
-    assert words in found.problems[0]
+    assert [*commands_of(found, COMMANDS)[0]] == ["export-other"]
+    (problem,) = problems_of(found)
+    assert words in problem
     told = run("--help")
     assert told.exit_code == 0
-    assert found.problems[0][:40] in " ".join(told.output.split())
+    assert problem[:40] in " ".join(told.output.split())
     assert run("export-other", "x").output == "x as plain\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_plugin_replaces_a_command_of_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: each of our own commands keeps its name, and the plugin's author is told."""
-    found = plugin_commands.plugin_commands([module(monkeypatch, "acme", lambda: {name: export})])
-    assert found.commands == {}
-    assert found.problems == (f"acme: there is a command {name!r} already; its author must rename it",)
+    added = additions([module(monkeypatch, "acme", lambda: {name: export})])
+    problem = f"acme: there is a command {name!r} already; its author must rename it"
+    assert commands_of(added, COMMANDS) == ({}, (problem,))
 
 
 def test_of_two_plugins_with_one_name_the_first_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plugins are asked in the order of their names, so the answer is the same in every run."""
     points = [module(monkeypatch, name, lambda: {"export": export}) for name in ("zeta", "alpha")]
-    found = plugin_commands.plugin_commands(points)
-    assert list(found.commands) == ["export"]
-    assert found.problems == ("zeta: there is a command 'export' already; its author must rename it",)
+    found = commands_of(additions(points), ())
+    assert found == ({"export": export}, ("zeta: there is a command 'export' already; its author must rename it",))
 
 
 def keyed(monkeypatch: pytest.MonkeyPatch, name: str, answer: Callable[[], Any], commands: Any = None) -> EntryPoint:
@@ -119,8 +122,9 @@ def test_a_plugin_adds_keys_to_recipes_with_or_without_commands(
     commands: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One module may implement either hook or both."""
-    found = plugin_commands.plugin_commands([keyed(monkeypatch, "acme", lambda: {"acme": FRAGMENT}, commands)])
-    assert found == PluginCommands(commands or {}, (), {"acme": FRAGMENT})
+    found = additions([keyed(monkeypatch, "acme", lambda: {"acme": FRAGMENT}, commands)])
+    assert found == (Addition("acme", commands or {}, {"acme": FRAGMENT}),)
+    assert reading.keys_of(found) == ({"acme": FRAGMENT}, ())
 
 
 @pytest.mark.parametrize(
@@ -145,21 +149,21 @@ def test_a_broken_key_is_named_and_left_out(
     """The keys of other plugins stay, and the help names the problem."""
     points = [keyed(monkeypatch, "acme", answer), keyed(monkeypatch, "zeta", lambda: {"zeta": FRAGMENT})]
     found = asked(monkeypatch, *points)
-    assert dict(found.recipe_keys) == {"zeta": FRAGMENT}
-    assert len(found.problems) == 1
-    assert words in found.problems[0]
-    assert found.problems[0][:40] in " ".join(run("--help").output.split())
+    keys, left_out = reading.keys_of(found)
+    assert keys == {"zeta": FRAGMENT}
+    (problem,) = (*problems_of(found), *left_out)
+    assert words in problem
+    assert problem[:40] in " ".join(run("--help").output.split())
 
 
 def test_of_two_plugins_with_one_key_the_first_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with commands, and the schema shows the first one's."""
     fragments = {name: {**FRAGMENT, "description": f"{name}."} for name in ("zeta", "alpha")}
     points = [keyed(monkeypatch, name, returning({"acme": fragment})) for name, fragment in fragments.items()]
-    found = plugin_commands.plugin_commands(points)
-    assert found.recipe_keys["acme"]["description"] == "alpha."
-    assert found.problems == (
+    found = additions(points)
+    assert reading.keys_of(found)[1] == (
         "zeta: the recipe key 'acme' is left out: there is a key of this name already; its author must change it",
     )
-    monkeypatch.setattr(reading, "plugin_commands", lambda: found)
+    monkeypatch.setattr(reading, "additions", lambda: found)
     assert reading.schema()["properties"]["acme"]["description"] == "alpha."
     assert reading.structure({"acme": {"a": 1}}).extra == {"acme": {"a": 1}}

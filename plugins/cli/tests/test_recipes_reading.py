@@ -76,21 +76,17 @@ def test_json_is_read_too(tmp_path: Path) -> None:
         ("task: text-clasification\n", "task: expected .* did you mean 'text-classification'"),
         ("task: chess\n", "task: expected text-classification, regression, .* or image-classification, got 'chess'"),
         ("task: [regression]\n", "task: expected text, got .* The task"),
-        ("model: 7\n", "model: expected text, got 7; put it in quotes"),
         ("model: ''\n", "model: expected 1 or more characters, got ''"),
         ("data: {train: a.csv}\n", "data: expected text or a list, got {'train': 'a.csv'}. The path of the training"),
-        ("data: [a.csv, 3]\n", r"data\[1\]: expected text, got 3; put it in quotes"),
         ("data: [a.csv, '']\n", r"data\[1\]: expected 1 or more characters, got ''"),
         ("data: []\n", r"data: expected 1 or more values in the list, got \[\]"),
-        ("data: 2024-01-31\n", "data: expected text or a list, got the date 2024-01-31; put it in quotes"),
-        ("eval_data: yes\n", "eval_data: expected text or a list, got True; put it in quotes"),
+        ("baseline: 010\n", "010 is octal in YAML 1.1 and decimal in YAML 1.2"),
         ("method: {lora: 1}\n", "method: expected text, got .*`tunerkit methods`"),
         ("config: adalora.yaml\n", "config: expected a mapping, got 'adalora.yaml'. .* A file goes with --config"),
         ("config: {1: 2}\n", "config: expected text as a key, got 1; put it in quotes"),
         ("training: [a]\n", r"training: expected a mapping, got \['a'\]. Arguments of the trainer"),
         ("training: {a: [2024-01-31]}\n", r"training.a\[0\]: expected .* got the date 2024-01-31; put it in quotes"),
         ("columns: text\n", "columns: expected a mapping, got 'text'. Columns with other names"),
-        ("columns: {text: 3}\n", "columns.text: expected text, got 3; put it in quotes"),
         ("columns: {text: [a, b]}\n", r"columns.text: expected text, got \['a', 'b'\]"),
         ("max_length: 0\n", "max_length: expected at least 4, got 0"),
         ("max_length: 9223372036854775808\n", "max_length: expected at most 2147483647, got 9223372036854775808"),
@@ -118,6 +114,29 @@ def test_a_mistake_is_one_line(text: str, message: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "r.yaml") in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+def test_words_are_what_their_key_needs(tmp_path: Path) -> None:
+    """Law: YAML 1.1 reads ``no`` as false, 010 as 8 and 1:30 as 90; where a key takes text alone, they are texts."""
+    recipe = read(
+        "model: 7\ndata: [on, 2024-01-31]\ncolumns: {text: no, label: 1:30}\nout: 010\nbaseline: yes\n"
+        "training: {eval_strategy: no, bf16: off, seed: 1_000}\nmethod: ~\n",
+        tmp_path,
+    )
+    assert recipe == Recipe(
+        **{"model": "7", "data": ["on", "2024-01-31"], "columns": {"text": "no", "label": "1:30"}, "out": "010"},
+        **{"baseline": True, "training": {"eval_strategy": "no", "bf16": False, "seed": 1000}},
+    )
+    shared = read("columns: &x {text: no}\nconfig: *x\n", tmp_path)
+    assert shared.columns == {"text": "no"}
+    with pytest.raises(tunerkit.errors.ConfigError, match="model: expected text, got 7; put it in quotes"):
+        read('{"model": 7}', tmp_path, "r.json")
+
+
+@pytest.mark.parametrize(("word", "kept"), [("tell", "warn"), ("warn", "warn"), ("restart", "restart")])
+def test_the_earlier_word_for_a_warning_is_read(word: str, kept: str, tmp_path: Path) -> None:
+    """Recipes of version 0.1 say ``on_collapse: tell``."""
+    assert read(f"on_collapse: {word}\n", tmp_path).on_collapse == kept
 
 
 def test_all_mistakes_are_in_one_error(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 import pytest
@@ -16,8 +16,12 @@ from tunerkit.plugin import AdapterConfig, setting
 from tunerkit_cli.recipes.reading import structure
 from tunerkit_cli.recipes.setting import FLAGS, apply, merge
 
-TRAINER = {"learning_rate", "num_train_epochs", "seed", "max_length", "optim_args", "dropout", "weight_decay"}
-METHOD = ("target_rank", "dropout", "rank_pattern", "targets")
+TRAINER = {
+    **{"learning_rate": "float", "num_train_epochs": "float", "seed": "int", "max_length": "int | None"},
+    **{"optim_args": "str | None", "dropout": "float", "weight_decay": "float", "bf16": "bool"},
+    "eval_strategy": "IntervalStrategy | str",
+}
+METHOD = ("target_rank", "dropout", "rank_pattern", "targets", "name")
 
 
 @attrs.frozen
@@ -27,13 +31,14 @@ class MethodConfig(AdapterConfig):
     target_rank: int | None = setting(None, doc="a rank", aka=("target_r",))
     dropout: float = setting(0.0, doc="a share")
     rank_pattern: Mapping[str, int] = setting(attrs.Factory(dict), doc="ranks")
+    name: Literal["no", "all"] = setting("all", doc="a word")
 
 
 FIELDS = {name: field for name, field in attrs.fields_dict(MethodConfig).items() if name in METHOD}
 
 
 def applied(mapping: dict[str, Any], *settings: str, plugin_keys: Any = None) -> dict[str, Any]:
-    return apply(mapping, settings, TRAINER, FIELDS, plugin_keys or {})
+    return apply(mapping, settings, TRAINER, lambda: FIELDS, plugin_keys or {})
 
 
 @pytest.mark.parametrize(
@@ -57,6 +62,16 @@ def applied(mapping: dict[str, Any], *settings: str, plugin_keys: Any = None) ->
         ("out='7'", {"out": "7"}),
         ("target_rank=null", {"config": {"target_rank": None}}),
         (" seed = 3", {"training": {"seed": 3}}),
+        ("eval_strategy=no", {"training": {"eval_strategy": "no"}}),
+        ("training.eval_strategy=off", {"training": {"eval_strategy": "off"}}),
+        ("bf16=no", {"training": {"bf16": False}}),
+        ("baseline=yes", {"baseline": True}),
+        ("columns.text=010", {"columns": {"text": "010"}}),
+        ("columns={text: no, label: 1:30}", {"columns": {"text": "no", "label": "1:30"}}),
+        ("out=2024", {"out": "2024"}),
+        ("data=[on, 2024-01-31]", {"data": ["on", "2024-01-31"]}),
+        ("name=no", {"config": {"name": "no"}}),
+        ("model=null", {"model": None}),
     ],
 )
 def test_a_setting_goes_where_its_key_belongs(setting: str, changed: dict[str, Any]) -> None:
@@ -99,6 +114,7 @@ def test_a_setting_goes_where_its_key_belongs(setting: str, changed: dict[str, A
         ("seed= ", "write seed=null for no value"),
         ("seed=#3", "write seed=null for no value, or put the value in quotes"),
         ("targets=[a", "--set targets: cannot be read as .yaml"),
+        ("seed=010", "line 1: 010 is octal in YAML 1.1 and decimal in YAML 1.2; write the decimal number"),
         ("data=@a", "--set data: cannot be read as .yaml: .*; if it is text, put it in quotes"),
         ("seed.x=3", "there is no key 'seed'; did you mean 'training.seed'"),
         ("config.zzz=3", "there is no key 'zzz' in 'config'; `tunerkit schema` lists"),
@@ -131,7 +147,7 @@ plain = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", min_size=1), inner, max_size=3),
     max_leaves=5,
 )
-changes = st.lists(st.tuples(st.sampled_from([*sorted(TRAINER - {"dropout"}), *METHOD[2:]]), plain), max_size=5)
+changes = st.lists(st.tuples(st.sampled_from([*sorted({*TRAINER} - {"dropout"}), *METHOD[2:]]), plain), max_size=5)
 
 
 @given(changes)
@@ -145,7 +161,8 @@ def test_the_last_value_of_a_key_stands(changes: list[tuple[str, Any]]) -> None:
     expected = copy.deepcopy(before)
     for key, value in last.items():
         section = None if key == "max_length" else "config" if key in METHOD else "training"
-        (expected if section is None else expected[section])[key] = value
+        is_word = key in ("optim_args", "eval_strategy", "name") and isinstance(value, bool | int | float)
+        (expected if section is None else expected[section])[key] = json.dumps(value) if is_word else value
     assert after == expected
 
 

@@ -15,12 +15,15 @@ from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.console import Console
 
 import tunerkit
 from tunerkit.errors import TunerkitError, cut, half_character
 from tunerkit.extras import install
 from tunerkit_cli.commands import COMMANDS
-from tunerkit_cli.plugin_commands import plugin_commands
+from tunerkit_cli.plugin_commands import additions, commands_of
+from tunerkit_cli.recipes.reading import keys_of
+from tunerkit_cli.running.telling import telling_warnings
 
 # Their warnings at import are of builds and releases, not of what the user does: transformers imports torchao wherever
 # it is installed.
@@ -56,17 +59,20 @@ def _flush() -> None:
 
 def build() -> typer.Typer:
     """Return the command with all commands, those of the installed plugins too."""
-    found = plugin_commands()
+    added = additions()
+    commands, taken = commands_of(added, COMMANDS)
+    problems = (*(each.problem for each in added if each.problem), *taken, *keys_of(added)[1])
     app = typer.Typer(
         help="Fine-tune a model through small adapters; every method is a plugin.",
-        epilog=" ".join(f"{problem}." for problem in found.problems) or None,
+        epilog=" ".join(f"{problem}." for problem in problems) or None,
+        context_settings={"obj": problems},  # `tunerkit doctor` prints them
         no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
     app.callback()(_options)
-    for name, command in {**COMMANDS, **found.commands}.items():
+    for name, command in {**COMMANDS, **commands}.items():
         app.command(name)(with_one_line_errors(command))
-    for name in _ELSEWHERE.keys() - found.commands.keys():
+    for name in _ELSEWHERE.keys() - commands.keys():
         anything = {"ignore_unknown_options": True, "allow_extra_args": True}
         app.command(name, hidden=True, context_settings=anything)(with_one_line_errors(_refuse_absent))
     return app
@@ -78,11 +84,11 @@ def _refuse_absent(context: typer.Context) -> None:
 
 
 def with_one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Let no exception of a command pass; see `one_line_errors`."""
+    """Let no exception of a command pass (`one_line_errors`), and print warnings as `telling_warnings` does."""
 
     @functools.wraps(command)
     def run_command(*arguments: Any, **options: Any) -> Any:
-        with one_line_errors():
+        with one_line_errors(), telling_warnings(Console(stderr=True)):
             return command(*arguments, **options)
 
     return run_command

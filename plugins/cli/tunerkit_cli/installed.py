@@ -1,7 +1,7 @@
 """What is installed, what is missing, and which plugins do not work."""
 
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 
 import attrs
@@ -13,7 +13,6 @@ from rich.table import Table
 import tunerkit
 from tunerkit.errors import VerbError
 from tunerkit.extras import install
-from tunerkit_cli.plugin_commands import plugin_commands
 
 # The extras that users choose; the others are for those who work on tunerkit itself.
 EXTRAS = (
@@ -46,8 +45,12 @@ class Part:
         return f'{self.requirement.name}: pip install --upgrade "{self.requirement.name}{self.requirement.specifier}"'
 
 
-def show(console: Console) -> bool:
+def show(console: Console, problems: Sequence[str] = ()) -> bool:
     """Print versions, devices, plugins, and the libraries that tunerkit and its extras ask for.
+
+    Args:
+        console: Where they are printed.
+        problems: What is wrong with the plugins of the command, a sentence each.
 
     Returns:
         Whether every plugin works. A missing optional part is no fault.
@@ -60,7 +63,7 @@ def show(console: Console) -> bool:
     # Below the table, where no command is cut or broken into lines.
     for cure in dict.fromkeys(part.cure for part in found if part.problem):
         console.print(cure, soft_wrap=True, markup=False, highlight=False)
-    problems = [*plugin_commands().problems, *broken_verbs()]
+    problems = [*problems, *broken_verbs()]
     for problem in problems:
         console.print(f"[bold red]{escape(problem)}[/]", soft_wrap=True)
     return not problems and all(info.error is None for info in tunerkit.methods().values())

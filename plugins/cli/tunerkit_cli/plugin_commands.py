@@ -1,7 +1,6 @@
 """What plugins add to the command: commands, and keys of recipes."""
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -9,8 +8,8 @@ import attrs
 import pluggy
 
 from tunerkit.errors import cut, shown
-from tunerkit_cli.recipes.fragments import Fragment, objection
-from tunerkit_cli.recipes.recipe import Recipe
+
+Command = Callable[..., object]
 
 # Apart from the group of methods: `tunerkit --help` imports these modules, and a method's module imports torch.
 GROUP = "tunerkit.commands"
@@ -23,7 +22,7 @@ class CommandSpecs:
     """The hooks that a module in the entry-point group ``tunerkit.commands`` implements, one of them or both."""
 
     @hookspec
-    def tunerkit_commands(self) -> Mapping[str, Callable[..., object]]:  # type: ignore[empty-body]
+    def tunerkit_commands(self) -> Mapping[str, Command]:  # type: ignore[empty-body]
         """Add commands to ``tunerkit``.
 
         The module is imported for every call of the command, ``tunerkit --help`` included: import torch and other slow
@@ -36,7 +35,7 @@ class CommandSpecs:
         """
 
     @hookspec
-    def tunerkit_recipe_keys(self) -> Mapping[str, Fragment]:  # type: ignore[empty-body]
+    def tunerkit_recipe_keys(self) -> Mapping[str, Mapping[str, Any]]:  # type: ignore[empty-body]
         """Add top-level keys to recipes. Their values arrive in ``Recipe.extra``.
 
         Returns:
@@ -47,52 +46,53 @@ class CommandSpecs:
 
 
 @attrs.frozen
-class PluginCommands:
-    """The commands of all plugins by name, what is wrong with plugins (one sentence each), and their recipe keys."""
+class Addition:
+    """What a distribution adds: commands, and keys of recipes with their JSON schema; or why it adds none."""
 
-    commands: Mapping[str, Callable[..., object]]
-    problems: tuple[str, ...]
-    recipe_keys: Mapping[str, Fragment] = attrs.field(factory=dict)
+    owner: str
+    commands: Mapping[str, Command] = attrs.field(factory=dict)
+    recipe_keys: Mapping[str, Any] = attrs.field(factory=dict)
+    problem: str = ""
 
 
-def plugin_commands(found: Iterable[EntryPoint] | None = None) -> PluginCommands:
+def additions(found: Iterable[EntryPoint] | None = None) -> tuple[Addition, ...]:
     """Import the modules of all plugins that extend the command, and ask them. No exception of a plugin passes.
-
-    No plugin replaces the command's own commands.
 
     Args:
         found: The entry points; by default those of the installed distributions.
     """
-    from tunerkit_cli.commands import COMMANDS  # which import this module
-
-    commands: dict[str, Callable[..., object]] = {}
-    keys: dict[str, Fragment] = {}
-    problems: list[str] = []
     points = entry_points(group=GROUP) if found is None else found
-    for point in sorted(points, key=lambda point: (point.dist.name if point.dist else "", point.name)):
-        owner = point.dist.name if point.dist else point.value
-        try:
-            added, declared = _ask(point)
-            objections = {name: _objection(name, fragment, keys) for name, fragment in declared.items()}
-        except Exception as problem:  # a plugin's own; the other commands must go on working
-            text = cut(" ".join(str(problem).split()) or type(problem).__name__, 300)
-            problems.append(f"the commands of {owner} cannot be loaded: {text}")
-            continue
-        for name, command in added.items():
-            if name in COMMANDS or name in commands:
-                problems.append(f"{owner}: there is a command {shown(name)} already; its author must rename it")
+    return tuple(map(_added, sorted(points, key=lambda point: (point.dist.name if point.dist else "", point.name))))
+
+
+def commands_of(added: Iterable[Addition], ours: Collection[str]) -> tuple[dict[str, Command], tuple[str, ...]]:
+    """Return the commands of plugins by name, and a sentence on each that is left out, as its name is taken.
+
+    Args:
+        added: What plugins add. Of two commands with one name, the first counts.
+        ours: The names of the command's own commands, which no plugin replaces.
+    """
+    commands: dict[str, Command] = {}
+    problems: list[str] = []
+    for each in added:
+        for name, command in each.commands.items():
+            if name in ours or name in commands:
+                problems.append(f"{each.owner}: there is a command {shown(name)} already; its author must rename it")
             else:
                 commands[name] = command
-        keys |= {name: fragment for name, fragment in declared.items() if objections[name] is None}
-        problems += [
-            f"{owner}: the recipe key {shown(name)} is left out: {reason}; its author must change it"
-            for name, reason in objections.items()
-            if reason is not None
-        ]
-    return PluginCommands(commands, tuple(problems), keys)
+    return commands, tuple(problems)
 
 
-def _ask(point: EntryPoint) -> tuple[Mapping[str, Callable[..., object]], Mapping[str, Fragment]]:
+def _added(point: EntryPoint) -> Addition:
+    owner = point.dist.name if point.dist else point.value
+    try:
+        return Addition(owner, *_ask(point))
+    except Exception as problem:  # a plugin's own; the other commands must go on working
+        text = cut(" ".join(str(problem).split()) or type(problem).__name__, 300)
+        return Addition(owner, problem=f"the commands of {owner} cannot be loaded: {text}")
+
+
+def _ask(point: EntryPoint) -> tuple[Mapping[str, Command], Mapping[str, Any]]:
     manager = pluggy.PluginManager("tunerkit")
     manager.add_hookspecs(CommandSpecs)
     module = point.load()
@@ -113,12 +113,3 @@ def _ask(point: EntryPoint) -> tuple[Mapping[str, Callable[..., object]], Mappin
 
 def _is_named(answer: object) -> bool:
     return isinstance(answer, Mapping) and all(isinstance(name, str) for name in answer)
-
-
-def _objection(name: str, fragment: Fragment, others: Mapping[str, Fragment]) -> str | None:
-    """Return why a recipe cannot have this key, or None."""
-    if name in others or name in {field.name for field in attrs.fields(Recipe)}:
-        return "there is a key of this name already"
-    if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
-        return "a key has at most 40 letters from a to z, digits and '_', a letter first"
-    return objection(fragment) or (None if fragment.get("description") else "it has no description")

@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,11 +102,11 @@ class BadRowsError(DataError):
         super().__init__(f"{self.said}{count if len(bad) < len(table) else ''}")
 
 
-def read_table(path: Path, *, predicting: bool = False) -> Table:
+def read_table(path: Path, *, predicting: bool = False, most: int | None = None) -> Table:
     """Read a file in the format of its suffix, or a folder of images with a subfolder per class.
 
     Values in csv and tsv are texts, whatever they look like: "NA" is a text and no missing value. For prediction, a
-    folder's images may lie in no subfolder.
+    folder's images may lie in no subfolder. Of a file, the first ``most`` rows alone are read.
 
     Raises:
         DataError: It cannot be read. The message names the file and the row (from 1), and guesses at encoding and
@@ -123,7 +124,7 @@ def read_table(path: Path, *, predicting: bool = False) -> Table:
             "a subfolder per class"
         )
     try:
-        rows = list(reader(path))
+        rows = list(islice(reader(path), most))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except DataError:
@@ -270,7 +271,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches():
+        for batch in file.iter_batches(batch_size=1024):  # the first row is asked for alone, too
             yield from batch.to_pylist()
 
 

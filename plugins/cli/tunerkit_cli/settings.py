@@ -3,9 +3,9 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
@@ -19,6 +19,8 @@ _MAX_VALUES = 10_000
 DEEPEST = 10  # levels of mappings and lists
 _LONGEST_NUMBER = 250  # characters of a whole number, in hexadecimal too: floats end at 309 digits
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
+_PLAIN: Final = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp")}
+_ANYTHING: Final[Mapping[str, Any]] = {}  # JSON schema that says nothing of a value
 
 
 class _Loader(yaml.SafeLoader):
@@ -82,20 +84,23 @@ def given_settings(given: str) -> dict[str, object]:
     return _settings_in(given, ".yaml", "--config")
 
 
-def given_value(given: str, name: str) -> object:
+def given_value(given: str, name: str, fragment: Mapping[str, Any] = _ANYTHING) -> object:
     """Read one value that is given on the command line, as YAML: ``2e-3``, ``[query, value]`` or ``{a: 1}``.
 
-    ``name`` names it in errors. Raises `ConfigError` as `read_settings` does.
+    ``name`` names it in errors, and ``fragment`` is as for `read_settings`, which raises the same `ConfigError`.
     """
     if len(given) > _MAX_BYTES:
         raise ConfigError([f"{name}: the value has {len(given)} characters; use at most {_MAX_BYTES}"])
-    found = _parsed(given, ".yaml", name)
+    found = _parsed(given, ".yaml", name, fragment)
     _check_limits(found, name)
     return found
 
 
-def read_settings(path: Path) -> dict[str, object]:
+def read_settings(path: Path, fragment: Mapping[str, Any] = _ANYTHING) -> dict[str, object]:
     """Read the mapping in ``path`` (.yaml, .yml or .json); `tunerkit.structure` converts it to a config.
+
+    ``fragment`` is the JSON schema of the mapping, as far as it is known. Where it takes text and no number or boolean,
+    ``no``, ``010`` and ``2024`` are texts in YAML.
 
     Raises `ConfigError` if there is no such file, or if it is malformed, is not a mapping or has a duplicate key; also
     if it is too large or too deep, so that reading it takes a few seconds at most.
@@ -117,12 +122,12 @@ def read_settings(path: Path) -> dict[str, object]:
         raise ConfigError([f"{path}: byte {problem.start} is not UTF-8; save the file as UTF-8"]) from problem
     except (OSError, ValueError) as problem:
         raise ConfigError([f"{path}: cannot be read as {suffix}: {' '.join(str(problem).split())}"]) from problem
-    return _settings_in(text, suffix, str(path))
+    return _settings_in(text, suffix, str(path), fragment)
 
 
-def _settings_in(text: str, suffix: str, path: str) -> dict[str, object]:
+def _settings_in(text: str, suffix: str, path: str, fragment: Mapping[str, Any] = _ANYTHING) -> dict[str, object]:
     """Parse the mapping in a text, which ``path`` names in errors."""
-    found = _parsed(text, suffix, path)
+    found = _parsed(text, suffix, path, fragment)
     if found is None:
         return {}  # a YAML file with only comments: all defaults
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
@@ -133,16 +138,42 @@ def _settings_in(text: str, suffix: str, path: str) -> dict[str, object]:
     return found
 
 
-def _parsed(text: str, suffix: str, path: str) -> Any:
+def _parsed(text: str, suffix: str, path: str, fragment: Mapping[str, Any]) -> Any:
     try:
         if suffix == ".json":
             return json.loads(text, object_pairs_hook=_once, parse_int=_integer)
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        _keep_texts_(root, fragment, set())
+        return None if root is None else loader.construct_document(root)
     except RecursionError as problem:
         raise ConfigError([f"{path}: is nested too deeply; settings have at most {DEEPEST} levels"]) from problem
     except Exception as problem:  # for some text the YAML library raises KeyError, IndexError or AttributeError
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise ConfigError([f"{path}: cannot be read as {suffix}: {reason}"]) from problem
+
+
+def _keep_texts_(node: yaml.Node | None, fragment: Mapping[str, Any], seen: set[int]) -> None:
+    """Let words be texts where the fragment takes text alone. ``seen`` has the nodes that aliases lead to again."""
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        known, others = fragment.get("properties", {}), fragment.get("additionalProperties")
+        for key, value in node.value:
+            found = known.get(key.value, others) if isinstance(key, yaml.ScalarNode) else None
+            _keep_texts_(value, found if isinstance(found, Mapping) else _ANYTHING, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _keep_texts_(value, fragment.get("items", _ANYTHING), seen)
+    elif isinstance(node, yaml.ScalarNode) and node.style is None and node.tag in _PLAIN and is_text(fragment):
+        node.tag = "tag:yaml.org,2002:str"
+
+
+def is_text(fragment: Mapping[str, Any]) -> bool:
+    """Whether the only plain values that a fragment of JSON schema allows are texts."""
+    kinds = fragment.get("type", ())
+    return kinds == "string" or ("string" in kinds and {"boolean", "integer", "number"}.isdisjoint(kinds))
 
 
 def _check_limits(found: object, path: str) -> None:

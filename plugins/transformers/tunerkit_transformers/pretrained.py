@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
-import torch
 from safetensors import SafetensorError
 
 from tunerkit.errors import TunerkitError, closest, cut, shown
-from tunerkit_transformers import transformers_private
-from tunerkit_transformers.quantising import quantising
 from tunerkit_transformers.run_folder import irregular
 from tunerkit_transformers.task_classes import CAUSAL, TASKS, TEXT, TaskClasses
+
+if TYPE_CHECKING:  # torch is imported where a model is loaded: what a task is, and that a folder is missing, needs none
+    import torch
 
 # Without it, transformers asks at the terminal whether to run the code that a folder or the hub brings along.
 OWN_CODE: Final[Mapping[str, Any]] = {"trust_remote_code": False}
@@ -63,7 +63,7 @@ def load_pretrained(
     labels: Sequence[str] = (),
     ordered: bool = True,
     revision: str | None = None,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: "torch.dtype | str" = "float32",
     seed: int = 0,
     processor_from: str | Path | None = None,
     quantisation: str | None = None,
@@ -86,8 +86,12 @@ def load_pretrained(
         QuantisationError: It cannot be quantized so here.
         ModelError: There is no such folder, it is a model of another kind, or transformers cannot load it.
     """
+    import torch
+
+    from tunerkit_transformers.quantising import quantising
+
     task_classes = classes_of(task)
-    _refuse_missing(source, revision)
+    refuse_missing(source, revision)
     version = {} if revision is None else {"revision": revision}
     config = _config_of(source, version)
     check_kind(task, source, config)
@@ -208,6 +212,8 @@ def _config_of(source: str, revised: Mapping[str, str]) -> Any:
 
 def loaded_heads(model: Any) -> tuple[str, ...]:
     """The modules outside the pretrained part, if the checkpoint had one of them: `tunerkit.wrap` finds new ones."""
+    from tunerkit_transformers import transformers_private
+
     heads = _heads(model)
     loaded = any(all(map(transformers_private.is_loaded, parameters)) for parameters in heads.values())
     return tuple(heads) if loaded else ()
@@ -228,6 +234,7 @@ def _heads(model: Any) -> dict[str, list[Any]]:
 
 def _heads_of_class(task_classes: TaskClasses, config: Any) -> tuple[str, ...]:
     """The modules outside the pretrained part of the models that the task has for a config."""
+    import torch
     import transformers
 
     with torch.device("meta"):
@@ -269,7 +276,8 @@ def _commit_of(source: str, revision: str | None) -> str | None:
     return extract_commit_hash(cached_file(source, "config.json", revision=revision), None)
 
 
-def _refuse_missing(source: str, revision: str | None) -> None:
+def refuse_missing(source: str, revision: str | None = None) -> None:
+    """Raise `ModelError` if a base model's name can only be that of a folder, and there is none with a model."""
     folder = Path(source).expanduser()
     if not folder.exists() and is_path(source, revision):
         hint = closest_folder(source)

@@ -10,7 +10,7 @@ from rich.console import Console
 import tunerkit
 from tunerkit_cli import settings
 from tunerkit_cli.recipes import reading, writing
-from tunerkit_cli.recipes.recipe import TASKS
+from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, TASKS
 
 
 def init(
@@ -40,7 +40,7 @@ def schema(
 
 
 def config(
-    method: Annotated[str, typer.Argument(help="The method.")] = "adalora",
+    method: Annotated[str, typer.Argument(help="The method.")] = DEFAULT_METHOD,
     file: Annotated[Path | None, typer.Option("--config", help="A settings file to check and complete.")] = None,
 ) -> None:
     """Print a method's settings as YAML, for `tunerkit train --config`: the defaults, or those in a file."""
@@ -55,9 +55,9 @@ def methods() -> None:
     Console().print(installed.methods_table())
 
 
-def doctor() -> None:
+def doctor(context: typer.Context) -> None:
     """Show versions, devices, plugins with their errors, and optional parts. Exits with 1 if a plugin is broken."""
     from tunerkit_cli import installed
 
-    if not installed.show(Console()):
+    if not installed.show(Console(), context.obj):
         raise typer.Exit(1)

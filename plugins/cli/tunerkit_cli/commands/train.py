@@ -20,7 +20,7 @@ def train(
         str | None, typer.Option(help=f"One of {', '.join(TASKS)}. Default: what the data asks for.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="The method. `tunerkit methods` lists the installed ones. Default: adalora.")
+        str | None, typer.Option(help="The method. `tunerkit methods` lists the installed ones. Default: lora.")
     ] = None,
     from_: Annotated[
         str | None,
@@ -86,10 +86,14 @@ def train(
     source = str(recipe or "the recipe")
     merged = _merged(mapping, given, set_ or [])
     chosen = reading.structure(merged, source)
+    from tunerkit_cli.running import checking  # imports no torch; what is imported after its first check does
+
+    checking.check(chosen, resume=resume, overwrite=overwrite)
     if chosen.from_adapter is not None:
         from tunerkit_cli.running.starting import completed
 
         chosen = reading.structure(completed(merged, chosen, resume=resume), source)
+    chosen = checking.completed(chosen, resume=resume)
     try:
         from tunerkit_cli.running.run import run
 
@@ -108,10 +112,7 @@ def _merged(mapping: dict[str, Any], given: dict[str, Any], settings: list[str])
             raise TunerkitError(f"--{name}: expected a number above 0, got {given[name]}")
     mapping = setting.merge(mapping, given)
     if settings:
-        from tunerkit_cli.running.trainer import argument_names, method_settings
-
-        names = argument_names(mapping, settings), method_settings(mapping, settings)
-        mapping = setting.apply(mapping, settings, *names)
+        mapping = setting.from_command_line(mapping, settings)
     # The demo shows what the head alone reaches.
     is_demo = mapping.get("data") is None and mapping.get("task") in (None, "text-classification")
     return {"baseline": is_demo, **mapping}

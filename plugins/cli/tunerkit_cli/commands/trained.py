@@ -14,6 +14,7 @@ import typer
 from tunerkit import TunerkitError
 from tunerkit.errors import half_character
 from tunerkit_cli import outputs
+from tunerkit_transformers.output_folder import read_run
 from tunerkit_transformers.run_folder import NAME, RunError, read_record
 
 # The endings of files for predictions, with the delimiter of a table's columns.
@@ -73,9 +74,11 @@ def predict(
         raise TunerkitError(f"--out {out}: predictions are written into files that end in {allowed}; rename it")
     if out is not None and out.exists():
         raise TunerkitError(f"--out {out}: there is such a file; pass a new one")
+    from tunerkit_cli.running.checking import check_rows
     from tunerkit_cli.tasks.answering import Answering
 
     answering = Answering(new_tokens, system, temperature, top_p, top_k, seed)
+    check_rows(folder, data or (), predicting=True)
     from tunerkit_cli.running.using import predict_rows
 
     named = _named(columns)
@@ -123,6 +126,9 @@ def evaluate(
     batch_size: _BatchSize = 32,
 ) -> None:
     """Evaluate a trained adapter on labelled rows: the metrics as JSON."""
+    from tunerkit_cli.running.checking import check_rows
+
+    check_rows(folder, data, predicting=False)
     from tunerkit_cli.running.using import evaluate_rows
 
     found = evaluate_rows(folder, data, base=base, batch_size=batch_size, columns=_named(columns))
@@ -151,6 +157,7 @@ def chat(
     from tunerkit_cli.tasks.answering import Answering
 
     answering = Answering(new_tokens, system, temperature, top_p, top_k, seed)
+    read_run(folder)  # whether it is a run, before what takes seconds to import
     from tunerkit_cli.running.using import conversation
 
     answer = conversation(folder, base=base, answering=answering)

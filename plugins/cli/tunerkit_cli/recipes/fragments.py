@@ -42,12 +42,7 @@ def problems(value: object, fragment: Fragment, where: str = "") -> Iterator[str
 
     What the fragment leaves open must be plain: what JSON can express.
     """
-    for place, problem in _problems(value, fragment, where):
-        yield f"{place}: {problem}" if place else problem
-
-
-def _problems(value: object, fragment: Fragment, where: str) -> Iterator[tuple[str, str]]:
-    """Yield each problem with its place."""
+    at = f"{where}: " if where else ""
     kinds = _kinds(fragment)
     if not any(_is(value, kind) for kind in kinds):
         is_plain = any(_is(value, kind) for kind in _TYPES)
@@ -56,37 +51,37 @@ def _problems(value: object, fragment: Fragment, where: str) -> Iterator[tuple[s
         if "string" in kinds and not isinstance(value, dict | list):  # a scalar that was meant as text
             do = "; put it in quotes"
         words = [_TYPES[kind][1] for kind in kinds if kind != "null"]
-        yield where, f"expected {_listed(words) if words else 'no value'}, got {got}{do}"
+        yield f"{at}expected {_listed(words) if words else 'no value'}, got {got}{do}"
     elif value not in fragment.get("enum", (value,)):
         allowed = [str(each) for each in fragment["enum"] if each is not None]
-        yield where, f"expected {_listed(allowed)}, got {shown(value)}{closest(str(value), allowed)}"
+        yield f"{at}expected {_listed(allowed)}, got {shown(value)}{closest(str(value), allowed)}"
     elif isinstance(value, dict):
-        yield from _in_mapping(value, fragment, where)
+        yield from _in_mapping(value, fragment, where, at)
     elif isinstance(value, list):
         if len(value) < fragment.get("minItems", 0):
-            yield where, f"expected {fragment['minItems']} or more values in the list, got {shown(value)}"
+            yield f"{at}expected {fragment['minItems']} or more values in the list, got {shown(value)}"
         for number, each in enumerate(value):
-            yield from _problems(each, fragment.get("items", {}), f"{where}[{number}]")
+            yield from problems(each, fragment.get("items", {}), f"{where}[{number}]")
     elif isinstance(value, str) and len(value) < fragment.get("minLength", 0):
-        yield where, f"expected {fragment['minLength']} or more characters, got {shown(value)}"
+        yield f"{at}expected {fragment['minLength']} or more characters, got {shown(value)}"
     elif isinstance(value, int | float) and not isinstance(value, bool):
         if "minimum" in fragment and not value >= fragment["minimum"]:
-            yield where, f"expected at least {fragment['minimum']}, got {shown(value)}"
+            yield f"{at}expected at least {fragment['minimum']}, got {shown(value)}"
         if "maximum" in fragment and not value <= fragment["maximum"]:
-            yield where, f"expected at most {fragment['maximum']}, got {shown(value)}"
+            yield f"{at}expected at most {fragment['maximum']}, got {shown(value)}"
 
 
-def _in_mapping(value: dict[Any, Any], fragment: Fragment, where: str) -> Iterator[tuple[str, str]]:
+def _in_mapping(value: dict[Any, Any], fragment: Fragment, where: str, at: str) -> Iterator[str]:
     known = fragment.get("properties", {})
     others = fragment.get("additionalProperties", True)
     for key, each in value.items():
         if not isinstance(key, str):
-            yield where, f"expected text as a key, got {shown(key)}; put it in quotes"
+            yield f"{at}expected text as a key, got {shown(key)}; put it in quotes"
         elif key not in known and others is False:
             keys = f"; the keys are {few(list(known), shown=30) or 'none'}. {_described(fragment)}".removesuffix(". ")
-            yield where, f"unknown key {shown(key)}{closest(key, known) or keys}"
+            yield f"{at}unknown key {shown(key)}{closest(key, known) or keys}"
         else:
-            yield from _problems(each, known.get(key, {} if others is True else others), join(where, key))
+            yield from problems(each, known.get(key, {} if others is True else others), join(where, key))
 
 
 def objection(fragment: object) -> str | None:

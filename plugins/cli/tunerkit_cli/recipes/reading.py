@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,36 @@ import attrs
 
 import tunerkit
 from tunerkit.errors import ConfigError, half_character, shown
-from tunerkit_cli.plugin_commands import plugin_commands
-from tunerkit_cli.recipes.fragments import Fragment, problems
+from tunerkit_cli.plugin_commands import Addition, additions
+from tunerkit_cli.recipes.fragments import Fragment, objection, problems
 from tunerkit_cli.recipes.recipe import PATHS, VERSION, Recipe, files_of
+from tunerkit_cli.recipes.trainer_arguments import argument_types, text_alone
 from tunerkit_cli.settings import read_settings
 from tunerkit_transformers.run_folder import LIST, RECIPE, placed
+
+
+def keys_of(added: Iterable[Addition]) -> tuple[dict[str, Fragment], tuple[str, ...]]:
+    """Return the keys that plugins add to recipes, the first of each name, and a sentence on each that is left out."""
+    keys: dict[str, Fragment] = {}
+    problems: list[str] = []
+    for each in added:
+        for name, fragment in each.recipe_keys.items():
+            if (reason := _objection(name, fragment, keys)) is None:
+                keys[name] = fragment
+            else:
+                problems.append(
+                    f"{each.owner}: the recipe key {shown(name)} is left out: {reason}; its author must change it"
+                )
+    return keys, tuple(problems)
+
+
+def _objection(name: str, fragment: Fragment, others: Mapping[str, Fragment]) -> str | None:
+    """Return why a recipe cannot have this key, or None."""
+    if name in others or name in {field.name for field in attrs.fields(Recipe)}:
+        return "there is a key of this name already"
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
+        return "a key has at most 40 letters from a to z, digits and '_', a letter first"
+    return objection(fragment) or (None if fragment.get("description") else "it has no description")
 
 
 def schema(plugin_keys: Mapping[str, Fragment] | None = None) -> dict[str, Any]:
@@ -22,7 +48,7 @@ def schema(plugin_keys: Mapping[str, Fragment] | None = None) -> dict[str, Any]:
 
     ``plugin_keys`` are further keys with their fragments; by default those that the installed plugins declare.
     """
-    declared = plugin_commands().recipe_keys if plugin_keys is None else plugin_keys
+    declared = keys_of(additions())[0] if plugin_keys is None else plugin_keys
     own = {field.name: field.metadata for field in attrs.fields(Recipe) if field.metadata}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -52,7 +78,13 @@ def read_recipe(path: Path, plugin_keys: Mapping[str, Fragment] | None = None) -
     Raises `ConfigError` if the file cannot be read, or the recipe has an unknown key, a value of another type, or
     another version. ``plugin_keys`` is as for `schema`.
     """
-    return structure(read_settings(path), str(path), plugin_keys)
+    return structure(read_settings(path, _typed(plugin_keys)), str(path), plugin_keys)
+
+
+def _typed(plugin_keys: Mapping[str, Fragment] | None = None) -> Fragment:
+    """The schema of recipes, in which the arguments of trainers that are texts are told from others."""
+    arguments = {name: text_alone(kind) for name, kind in argument_types().items()}
+    return {"properties": {**schema(plugin_keys)["properties"], "training": {"properties": arguments}}}
 
 
 def mapping_at(path: Path) -> dict[str, Any]:
@@ -60,7 +92,7 @@ def mapping_at(path: Path) -> dict[str, Any]:
 
     Raises `ConfigError` as `read_settings` does.
     """
-    found = read_settings(path)
+    found = read_settings(path, _typed())
     if path.name == RECIPE and (path.parent / LIST).is_file():
         for name in PATHS:
             match found.get(name):
@@ -75,7 +107,9 @@ def structure(
     mapping: Mapping[str, Any], source: str = "the recipe", plugin_keys: Mapping[str, Fragment] | None = None
 ) -> Recipe:
     """Convert a mapping to a recipe. ``source`` names it in errors; the rest is as for `read_recipe`."""
-    declared = plugin_commands().recipe_keys if plugin_keys is None else plugin_keys
+    declared = keys_of(additions())[0] if plugin_keys is None else plugin_keys
+    if mapping.get("on_collapse") == "tell":  # as version 0.1 wrote it
+        mapping = {**mapping, "on_collapse": "warn"}
     # Another version has other keys, and a mapping of other types cannot be searched for half characters.
     for find in (_version_problems, lambda mapping: problems(dict(mapping), schema(declared)), _unwritable):
         if found := [f"{source}: {problem}" for problem in find(mapping)]:

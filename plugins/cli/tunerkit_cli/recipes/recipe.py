@@ -10,22 +10,15 @@ from typing import Any, Final
 import attrs
 
 from tunerkit.errors import ConfigError, shown
+from tunerkit_cli import tasks
 from tunerkit_transformers.run_folder import placed, stated
 
 VERSION: Final = 1
-DEFAULT_METHOD: Final = "adalora"
+DEFAULT_METHOD: Final = "lora"
+ADALORA: Final = "adalora"  # the method of the demo, and of a run whose recipe is from before LoRA was the default
 DTYPES: Final = ("float32", "bfloat16", "float16", "auto")
 PRECISIONS: Final = ("fp32", "bf16", "fp16")
-TASKS: Final = (
-    "text-classification",
-    "regression",
-    "multi-label",
-    "token-classification",
-    "causal-lm",
-    "preference",
-    "seq2seq",
-    "image-classification",
-)
+TASKS: Final = tuple(tasks.TASKS)
 
 
 def _key(
@@ -87,7 +80,7 @@ class Recipe:
     method: str | None = _key(
         "string",
         "The method. `tunerkit methods` lists the installed ones. Without it: that of from_adapter, or else "
-        f"{DEFAULT_METHOD}.",
+        f"{DEFAULT_METHOD}; without data, {ADALORA}.",
         minLength=1,
     )
     config: dict[str, Any] = _key(
@@ -156,12 +149,17 @@ class Recipe:
     baseline: bool = _key("boolean", "Whether to train the head alone too, for comparison.", False)
     on_collapse: str = _key(
         "string",
-        "What to do when the loss is lost: tell, or restart from the last good checkpoint at half the rate.",
-        "tell",
-        enum=("tell", "restart"),
+        "What to do when the training diverges: warn, or restart from the last good checkpoint at half the rate.",
+        "warn",
+        enum=("warn", "restart"),
     )
     out: str = _key("string", "The path of the output folder.", "out", minLength=1)
     extra: dict[str, Any] = attrs.field(factory=dict)
+
+
+def default_method(*, has_data: bool) -> str:
+    """The method of a recipe that names none: without data it is the demo, which shows what AdaLoRA does with ranks."""
+    return DEFAULT_METHOD if has_data else ADALORA
 
 
 def to_mapping(recipe: Recipe) -> dict[str, Any]:

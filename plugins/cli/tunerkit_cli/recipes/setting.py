@@ -1,7 +1,8 @@
 """Put values that are given on the command line into a recipe's mapping: flags, and ``--set key=value``."""
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import PurePath
 from typing import Any, Final
 
@@ -10,6 +11,8 @@ import attrs
 from tunerkit.errors import ConfigError, closest, shown
 from tunerkit_cli.recipes.fragments import Fragment
 from tunerkit_cli.recipes.reading import schema
+from tunerkit_cli.recipes.recipe import default_method
+from tunerkit_cli.recipes.trainer_arguments import argument_types, text_alone
 from tunerkit_cli.settings import DEEPEST, given_settings, given_value
 
 # For each flag of `tunerkit train`, the key that it sets.
@@ -24,8 +27,9 @@ FLAGS: Final[Mapping[str, str]] = {
     "text_column": "columns.text",
     "label_column": "columns.label",
 }
+_SECTIONS: Final = ("training", "config")
 _EXAMPLE: Final = "expected key=value, as in --set learning_rate=1e-3"
-Names = Mapping[str, Collection[str]]  # the keys of each section; those of the method come with their fields
+Fields = Mapping[str, "attrs.Attribute[Any]"]
 
 
 def merge(mapping: Mapping[str, Any], flags: Mapping[str, object]) -> dict[str, Any]:
@@ -47,24 +51,25 @@ def merge(mapping: Mapping[str, Any], flags: Mapping[str, object]) -> dict[str, 
 def apply(
     mapping: Mapping[str, Any],
     settings: Iterable[str],
-    trainer_arguments: Collection[str],
-    method_settings: Mapping[str, "attrs.Attribute[Any]"],
+    trainer_arguments: Mapping[str, str],
+    method_settings: Callable[[], Fields],
     plugin_keys: Mapping[str, Fragment] | None = None,
 ) -> dict[str, Any]:
     """Return a recipe's mapping with settings as ``--set`` takes them; of two with the same key, the later one wins.
 
-    Each is ``key=value``, and the value is YAML. The key is one of the recipe, one of ``trainer_arguments`` or one of
-    ``method_settings``. With its section before it, as in ``config.rank``, it is never ambiguous. Raises `ConfigError`
-    for all settings that are malformed, whose key is unknown or ambiguous, or whose value is not YAML.
+    Each is ``key=value``, and the value is YAML. The key is one of the recipe, one of ``trainer_arguments``, which come
+    with their annotations, or one of ``method_settings``, which are called for only where they matter: they take
+    seconds to import. With its section before it, as in ``config.rank``, a key is never ambiguous. Raises
+    `ConfigError` for all settings that are malformed, whose key is unknown or ambiguous, or whose value is not YAML.
     """
     changed = copy.deepcopy(dict(mapping))
-    recipe_keys = (*schema(plugin_keys)["properties"],)
-    names: Names = {"": recipe_keys, "training": trainer_arguments, "config": method_settings}
+    names = _Names(schema(plugin_keys)["properties"], trainer_arguments, cache(method_settings))
     problems: list[str] = []
     for setting in settings:
         try:
-            key, value = _parsed(setting)
-            _place(changed, _path(key, names), value, f"--set {key}")
+            key, text = _divided(setting)
+            path = _path(key, names)
+            _place(changed, path, _value(setting, key, text, names.fragment(path)), f"--set {key}")
         except ConfigError as problem:
             problems += problem.problems
     if problems:
@@ -72,13 +77,43 @@ def apply(
     return changed
 
 
-def _parsed(setting: str) -> tuple[str, object]:
+@attrs.frozen
+class _Names:
+    """The names that a key may begin with: those of the recipe, and those in its two sections."""
+
+    keys: Mapping[str, Fragment]
+    training: Mapping[str, str]
+    config: Callable[[], Fields]
+
+    def within(self, section: str) -> Mapping[str, object]:
+        """The names in ``training`` or ``config``, with their annotations."""
+        if section == "training":
+            return self.training
+        return {name: field.type for name, field in self.config().items()}
+
+    def fragment(self, path: list[str]) -> Fragment:
+        """The JSON schema of the value at a path, as far as it is known."""
+        first, *rest = path
+        if rest and first in _SECTIONS:
+            return text_alone(self.within(first)[rest[0]]) if len(rest) == 1 else {}
+        found = self.keys[first]
+        for _ in rest:  # only in mappings whose values are all alike, such as `columns`
+            inner = found.get("additionalProperties")
+            found = inner if isinstance(inner, Mapping) else {}
+        return found
+
+
+def _divided(setting: str) -> tuple[str, str]:
     key, equals, text = setting.partition("=")
     key = key.strip()
     if not equals or not all(key.split(".")) or len(key.split(".")) > DEEPEST:
         raise ConfigError([f"--set {shown(setting)}: {_EXAMPLE}"])
+    return key, text
+
+
+def _value(setting: str, key: str, text: str, fragment: Fragment) -> object:
     try:
-        value = given_value(text, f"--set {key}")
+        value = given_value(text, f"--set {key}", fragment)
     except ConfigError as problem:
         quoted = "; if it is text, put it in quotes"
         lines = [line if "in quotes" in line else f"{line}{quoted}" for line in problem.problems]
@@ -87,40 +122,70 @@ def _parsed(setting: str) -> tuple[str, object]:
         raise ConfigError(
             [f"--set {shown(setting)}: {_EXAMPLE}; write {key}=null for no value, or put the value in quotes"]
         )
-    return key, value
+    return value
 
 
-def _path(key: str, names: Names) -> list[str]:
-    """Return where in the recipe a key stands, from the names in each section; "" is the recipe's own section."""
+def _path(key: str, names: _Names) -> list[str]:
+    """Return where in the recipe a key stands."""
     first, *rest = key.split(".")
-    sections = [section for section in names if section and first in names[section]]
-    if rest and first in names and rest[0] not in names[first]:
-        raise _unknown(key, rest[0], names[first], names, f" in {first!r}")
-    if first in names[""]:
+    if first in _SECTIONS and rest and rest[0] not in names.within(first):
+        raise _unknown(key, rest[0], names.within(first), names, f" in {first!r}")
+    if first in names.keys:
         return [first, *rest]
     if rest:
-        raise _unknown(key, first, names[""], names)
+        raise _unknown(key, first, names.keys, names)
+    sections = [section for section in _SECTIONS if first in names.within(section)]
     if not sections:
-        raise _unknown(key, first, {name for section in names.values() for name in section}, names)
+        raise _unknown(key, first, {*names.keys, *names.training, *names.config()}, names)
     if len(sections) > 1:
         forms = " or ".join(f"{section}.{first}" for section in sections)
         raise ConfigError([f"--set {key}: the trainer and the method both have {first!r}; write {forms}"])
     return [*sections, first]
 
 
-def _unknown(key: str, name: str, close: Iterable[str], names: Names, where: str = "") -> ConfigError:
+def _unknown(key: str, name: str, close: Iterable[str], names: _Names, where: str = "") -> ConfigError:
     """Return the error for a key without a name such as ``name``.
 
     It may stand in another section, be a name that another library has for a setting, or be close to some.
     """
-    full = [FLAGS[name]] if name in FLAGS else [f"{part}.{name}" for part in names if part and name in names[part]]
-    settings = names["config"]
-    from tunerkit.config import meant  # imports torch, which an error on the command line does not need
+    hint = closest(name, sorted(close)) if close is names.training else ""  # which spares the import of the method
+    if not hint:
+        from tunerkit.config import meant  # imports torch
 
-    elsewhere = meant(name, settings.values()) if isinstance(settings, Mapping) else ""
-    hint = f"; did you mean {' or '.join(map(repr, full))}?" if full else elsewhere or closest(name, sorted(close))
+        full = [f"{each}.{name}" for each in _SECTIONS if name in names.within(each)]
+        full = [FLAGS[name]] if name in FLAGS else full
+        known = f"; did you mean {' or '.join(map(repr, full))}?" if full else ""
+        hint = known or meant(name, names.config().values()) or closest(name, sorted(close))
     hint = hint or "; `tunerkit schema` lists a recipe's keys, `tunerkit config` a method's"
     return ConfigError([f"--set {shown(key)[1:-1]}: there is no key {shown(name)}{where}{hint}"])
+
+
+def from_command_line(mapping: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Return a recipe's mapping with settings as ``--set`` takes them, for the trainer of its task and its method.
+
+    Raises `UnknownMethodError` if the method is needed, and not installed.
+    """
+    types = argument_types(_given("task", mapping, settings))
+    return apply(mapping, settings, types, partial(_method_settings, mapping, settings))
+
+
+def _method_settings(mapping: Mapping[str, Any], settings: Iterable[str]) -> Fields:
+    """The method's settings by name; of any installed method's if an adapter decides it."""
+    from tunerkit import hooks  # imports torch
+
+    method = _given("method", mapping, settings)
+    method = method if isinstance(method, str) else None  # another value is refused later
+    if method is None and _given("from_adapter", mapping, settings) is not None:
+        methods = [each for each, info in hooks.registry.methods().items() if info.error is None]
+    else:
+        methods = [method or default_method(has_data=_given("data", mapping, settings) is not None)]
+    configs = [hooks.registry.get(hooks.registry.named(each)).config for each in methods]
+    return {field.name: field for each in configs for field in attrs.fields(each)}
+
+
+def _given(key: str, mapping: Mapping[str, Any], settings: Iterable[str]) -> Any:
+    values = [text.partition("=")[2].strip() for text in settings if text.partition("=")[0].strip() == key]
+    return values[-1] if values else mapping.get(key)
 
 
 def _place(mapping: dict[str, Any], path: list[str], value: object, where: str) -> None:

@@ -5,12 +5,11 @@ from pathlib import Path
 from string import Template
 from typing import Final
 
-import attrs
-
 from tunerkit import TunerkitError
 from tunerkit.errors import ConfigError, closest, shown
 from tunerkit_cli.recipes.recipe import TASKS, Recipe, to_mapping
 from tunerkit_cli.settings import write_settings
+from tunerkit_cli.tasks import task_of
 
 
 class RecipeFileError(TunerkitError):
@@ -21,53 +20,42 @@ _ENCODER: Final = "distilbert/distilbert-base-uncased"
 _CHAT: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-@attrs.frozen
-class _Start:
-    """What differs between the tasks' recipes: columns of the data with an example of each, a model, and rates."""
-
-    columns: tuple[str, ...]
-    model: str = _ENCODER
-    learning_rate: str = "1e-3"
-    epochs: int = 3
-    batch_size: int = 32
-    max_length: int | None = 128
-
-
 _A_TEXT: Final = "text: a text, such as: Great film!"
-_STARTS: Final[Mapping[str, _Start]] = {
-    "text-classification": _Start((_A_TEXT, "label: the name of its class, such as: positive")),
-    "regression": _Start((_A_TEXT, "label: a number, such as: 4.5")),
-    "multi-label": _Start((_A_TEXT, "labels: the list of its labels, which may be empty, such as: [funny, short]")),
-    "token-classification": _Start(
-        (
-            "tokens: the list of the words, such as: [Ada, lives, in, London]",
-            "tags: the list of their tags, one for each word, such as: [B-PER, O, O, B-LOC]",
-        ),
-        learning_rate="2e-3",
+# For each task, the base model to start from, and the columns of the data with an example of each.
+_STARTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "text-classification": (_ENCODER, _A_TEXT, "label: the name of its class, such as: positive"),
+    "regression": (_ENCODER, _A_TEXT, "label: a number, such as: 4.5"),
+    "multi-label": (
+        _ENCODER,
+        _A_TEXT,
+        "labels: the list of its labels, which may be empty, such as: [funny, short]",
     ),
-    "causal-lm": _Start(
-        (
-            "text: a text to learn; or",
-            "prompt and completion: two texts, of which the completion is learned; or",
-            "messages: a chat, such as: [{role: user, content: Hi}, {role: assistant, content: Hello!}]",
-        ),
-        *(_CHAT, "2e-4", 1, 8, 512),
+    "token-classification": (
+        _ENCODER,
+        "tokens: the list of the words, such as: [Ada, lives, in, London]",
+        "tags: the list of their tags, one for each word, such as: [B-PER, O, O, B-LOC]",
     ),
-    "preference": _Start(
-        (
-            "prompt: a text, such as: Name a colour.",
-            "chosen: the better answer, such as: Blue.",
-            "rejected: the worse answer, such as: No.",
-        ),
-        *(_CHAT, "5e-5", 1, 4, 512),
+    "causal-lm": (
+        _CHAT,
+        "text: a text to learn; or",
+        "prompt and completion: two texts, of which the completion is learned; or",
+        "messages: a chat, such as: [{role: user, content: Hi}, {role: assistant, content: Hello!}]",
     ),
-    "seq2seq": _Start(
-        ("source: the text to read, such as: Guten Tag", "target: the text to write, such as: Good day"),
-        *("google-t5/t5-small", "1e-3", 3, 16, 128),
+    "preference": (
+        _CHAT,
+        "prompt: a text, such as: Name a colour.",
+        "chosen: the better answer, such as: Blue.",
+        "rejected: the worse answer, such as: No.",
     ),
-    "image-classification": _Start(
-        ("image: the path of an image file, such as: images/1.png", "label: the name of its class, such as: cat"),
-        *("google/vit-base-patch16-224-in21k", "2e-3", 3, 16, None),
+    "seq2seq": (
+        "google-t5/t5-small",
+        "source: the text to read, such as: Guten Tag",
+        "target: the text to write, such as: Good day",
+    ),
+    "image-classification": (
+        "google/vit-base-patch16-224-in21k",
+        "image: the path of an image file, such as: images/1.png",
+        "label: the name of its class, such as: cat",
     ),
 }
 _TEXT: Final = Template("""\
@@ -94,10 +82,10 @@ $length
 # Quantising the base saves more; this needs bitsandbytes and tunerkit-quant.
 # quantisation: nf4
 
-# The method, and its settings. `tunerkit config adalora` prints all of them.
-method: adalora
+# The method, and its settings. `tunerkit config lora` prints all of them.
+method: lora
 config: {}
-# config: {target_rank: 4}
+# config: {rank: 16}
 # Instead of both, an adapter to go on training, such as a PEFT folder:
 # from_adapter: path/to/adapter
 
@@ -113,8 +101,8 @@ training:
 # Whether to train the head alone too, for comparison.
 baseline: false
 
-# If the loss is lost: tell, or restart from the last good checkpoint at half the learning rate.
-on_collapse: tell
+# If the training diverges: warn, or restart from the last good checkpoint at half the rate.
+on_collapse: warn
 
 # The folder for the adapter, the metrics and the report.
 out: out
@@ -125,18 +113,19 @@ def starter(task: str) -> str:
     """Return a commented recipe in YAML to start from. Raises `ConfigError` for an unknown task."""
     if task not in _STARTS:
         raise ConfigError([f"no task {shown(task)}{closest(task, TASKS) or '; the tasks are ' + ', '.join(TASKS)}"])
-    start = _STARTS[task]
-    length = f"\n# Longer texts are cut to this many tokens.\nmax_length: {start.max_length}\n"
+    model, *columns = _STARTS[task]
+    kind = task_of(task)
+    length = f"\n# Longer texts are cut to this many tokens.\nmax_length: {kind.max_length}\n"
     return _TEXT.substitute(
         task=task,
-        model=start.model,
-        columns="\n".join(f"#   {column}" for column in start.columns),
-        first=start.columns[0].partition(":")[0],
-        ending="jsonl" if any("[" in column for column in start.columns) else "csv",
-        length=length if start.max_length is not None else "",
-        epochs=start.epochs,
-        learning_rate=start.learning_rate,
-        batch_size=start.batch_size,
+        model=model,
+        columns="\n".join(f"#   {column}" for column in columns),
+        first=columns[0].partition(":")[0],
+        ending="jsonl" if any("[" in column for column in columns) else "csv",
+        length="" if columns[0].startswith("image") else length,
+        epochs=kind.defaults["num_train_epochs"],
+        learning_rate=f"{kind.defaults['learning_rate']:g}",
+        batch_size=kind.defaults["per_device_train_batch_size"],
     )
 
 

@@ -12,14 +12,20 @@ from typing import Any
 import attrs
 
 import tunerkit
-from tunerkit import serialization
 from tunerkit.errors import FileError, shown
 from tunerkit_cli.outputs import OutputError, publishing, writing as writing_to
 from tunerkit_cli.recipes import writing
 from tunerkit_cli.recipes.reading import read_recipe
-from tunerkit_cli.recipes.recipe import Recipe, as_placed, as_stated, files_of, to_mapping, with_precision
+from tunerkit_cli.recipes.recipe import (
+    ADALORA,
+    Recipe,
+    as_placed,
+    as_stated,
+    files_of,
+    to_mapping,
+    with_precision,
+)
 from tunerkit_cli.running import written
-from tunerkit_cli.running.trainer import DECIDED, arguments_of, asked_of
 from tunerkit_cli.running.written import CARD, CHECKPOINTS, DIGESTS, LIST, LOGS, PICTURES, RECIPE
 from tunerkit_cli.tasks import task_of
 from tunerkit_transformers.output_folder import RECORD
@@ -108,6 +114,8 @@ def begin(folder: Path, recipe: Recipe, earlier: Collection[str] = (), *, resume
         # First: a folder that is half removed is still a run's.
         written.note(folder, earlier, earlier={*earlier} - gone - {LIST})
         written.remove(folder, gone)
+    from tunerkit import serialization
+
     written.note(folder, [RECIPE, DIGESTS])
     lines = [f"{digest}  {stated(path, folder)}\n" for path, digest in _digests(as_placed(recipe, folder)).items()]
     serialization.replace(folder / DIGESTS, ["".join(lines).encode()])
@@ -144,6 +152,8 @@ def has_checkpoint(folder: Path) -> bool:
 
 def settings_begun_with(folder: Path) -> Mapping[str, Any]:
     """The method's settings in the checkpoints of a run, every default written out; none if none can be read."""
+    from tunerkit import serialization
+
     for file in (folder / CHECKPOINTS).glob(f"checkpoint-*/{ADAPTER}"):
         with suppress(FileError):
             return serialization.read(file, content="adapter")[2].config
@@ -174,12 +184,22 @@ def _no_run(folder: Path) -> OutputError:
     return OutputError(f"--out {folder}: there is no run to resume in this folder; leave --resume out to begin one")
 
 
-def _check_resume(folder: Path, recipe: Recipe) -> None:
+def recipe_begun_with(folder: Path) -> Recipe:
+    """The recipe of the run in a folder, with its method: without one, it is from before LoRA was the default."""
     kept = as_placed(with_precision(read_recipe(recipe_file(folder))), folder)
+    is_silent = kept.method is None and kept.from_adapter is None
+    return attrs.evolve(kept, method=ADALORA) if is_silent else kept
+
+
+def _check_resume(folder: Path, recipe: Recipe) -> None:
+    kept = recipe_begun_with(folder)
     if written.has_ended(folder):
         if (folder / REPORT).exists():
             raise OutputError(f"--out {folder}: this run has ended; pass --overwrite to run it again")
         return  # it was killed before it had its report
+    # It imports transformers, which a folder that is refused spares.
+    from tunerkit_cli.running.trainer import DECIDED, arguments_of, asked_of
+
     left = ("task", "precision", "train_on_prompts", "samples", "loss")
     recipe = attrs.evolve(recipe, **{name: getattr(kept, name) for name in left if getattr(recipe, name) is None})
     if kept.task is not None:  # a recipe may leave defaults out, and what the machine decided

@@ -12,18 +12,10 @@ import attrs
 from rich.console import Console
 
 import tunerkit
-from tunerkit import TunerkitError, hooks, serialization
+from tunerkit import TunerkitError, serialization
 from tunerkit.errors import shown
 from tunerkit_cli import outputs
-from tunerkit_cli.recipes.recipe import (
-    DEFAULT_METHOD,
-    Recipe,
-    as_stated,
-    files_of,
-    to_mapping,
-    with_home,
-    with_precision,
-)
+from tunerkit_cli.recipes.recipe import Recipe, as_stated, files_of, to_mapping
 from tunerkit_cli.running import hardware, output, written
 from tunerkit_cli.running.baseline import NoBaselineError, head_alone
 from tunerkit_cli.running.data import prepare_data
@@ -62,7 +54,7 @@ def run(
     """Run a recipe, print the results, and write the files into its output folder.
 
     Args:
-        recipe: The recipe.
+        recipe: The recipe, as `checking.completed` returns it.
         console: Where progress and results are printed.
         resume: Whether to go on from the folder's newest checkpoint.
         overwrite: Whether to replace an earlier run in the folder.
@@ -73,11 +65,6 @@ def run(
         KeyboardInterrupt: Ctrl-C ended the training, after a checkpoint.
     """
     _refuse_processes(os.environ)
-    recipe = with_precision(with_home(recipe))
-    if recipe.from_adapter is None and recipe.method is None:
-        recipe = attrs.evolve(recipe, method=DEFAULT_METHOD)
-    if recipe.method is not None:
-        recipe = attrs.evolve(recipe, method=hooks.registry.named(recipe.method))
     folder = Path(recipe.out)
     with nullcontext() if dry_run else outputs.claimed(folder):
         output.check(folder, recipe, resume=resume, overwrite=overwrite)
@@ -85,8 +72,6 @@ def run(
             _finish_report(folder, console, dry_run=dry_run)
             return
         recipe = settled(recipe, folder, resume=resume)
-        if recipe.from_adapter is None and recipe.method is not None:
-            tunerkit.structure(recipe.method, recipe.config)  # report a typo before downloading anything
         if dry_run:
             outputs.require_writable(folder)
         quiet()

@@ -19,6 +19,7 @@ from tunerkit_cli.recipes.reading import mapping_at
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, DTYPES, PRECISIONS, Recipe
 from tunerkit_cli.rows import DataError, tidy
 from tunerkit_cli.running import written
+from tunerkit_cli.running.checking import refuse_absent
 from tunerkit_cli.running.data import Data
 from tunerkit_cli.running.hardware import choose_device, obstacle
 from tunerkit_cli.running.record import write_json
@@ -81,11 +82,7 @@ def find_start(source: str) -> Start:
     folder = path.parent if path.name == _ADAPTER else path
     if (folder / RECORD).is_file():
         return _of_run(source, folder)
-    if not path.exists():
-        raise FileError(
-            f"--from {source}: no such file or folder; pass an output folder of `tunerkit train`, a file or folder "
-            "that tunerkit.save wrote, or an adapter of another program"
-        )
+    refuse_absent(source)
     try:
         _, _, header = serialization.read(path, content="adapter")
     except FileError as problem:

@@ -6,43 +6,26 @@ import os
 import tempfile
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import attrs
 import torch
 from transformers import PrinterCallback, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from tunerkit import TunerkitError, hooks
-from tunerkit.errors import ConfigError, closest, shown, warn
+from tunerkit import TunerkitError
+from tunerkit.errors import ConfigError, shown, warn
 from tunerkit_cli.demo import demo_of
-from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, Recipe
+from tunerkit_cli.recipes.recipe import Recipe
+from tunerkit_cli.recipes.trainer_arguments import name_problem
 from tunerkit_cli.report.scores import is_better_high
 from tunerkit_cli.running import hardware
 from tunerkit_cli.running.written import CHECKPOINTS, LOGS
-from tunerkit_cli.tasks import TASKS, task_of
-from tunerkit_cli.tasks.base import MissingPackageError, Task
+from tunerkit_cli.tasks.base import Task
 from tunerkit_transformers.exact_resuming import resume_exactly_
 
-# What the command decides: where checkpoints go, and what the trainer must not do with them.
-_OURS: Mapping[str, str] = {
-    "output_dir": "set the recipe's `out` instead",
-    "resume_from_checkpoint": "pass --resume instead",
-    "overwrite_output_dir": "pass --overwrite instead",
-    "disable_tqdm": "progress is shown by tunerkit instead",
-    "do_train": "`tunerkit train` trains instead",
-    "do_eval": "set eval_strategy instead",
-    "do_predict": "call `tunerkit predict` instead",
-    "debug": "leave it out: a loss that is not finite is reported anyway, and transformers' own search for it fails on "
-    "masks",
-    # A token in a recipe would stand in every file that is shared.
-    "hub_token": "log in with `hf auth login`, which private models need too; upload the folder afterwards: "
-    "hf upload NAME OUT",
-}
-_UPLOAD = "upload the folder afterwards: hf upload NAME OUT"
 _DEFAULTS: Mapping[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
@@ -95,10 +78,8 @@ def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, pre
     hints = typing.get_type_hints(kind)
     problems = []
     for name, value in training.items():
-        if name in _OURS or name.startswith(("hub_", "push_to_hub")):
-            problems.append(f"training.{name}: {_OURS.get(name, _UPLOAD)}")
-        elif name not in names:
-            problems.append(f"training.{name}: {kind.__name__} has no argument of this name{closest(name, names)}")
+        if (problem := name_problem(name, task.name)) is not None:
+            problems.append(problem)
         elif (wanted := _wanted(name, value, _kinds(hints[name]))) is not None:
             given = "null" if value is None else shown(value)
             problems.append(f"training.{name}: expected {wanted}, got {given}")
@@ -162,42 +143,6 @@ def _wanted(name: str, value: Any, allowed: set[Any]) -> str | None:
     if name in _LEAST and value is not None and value < _LEAST[name]:
         return f"at least {_LEAST[name]}"
     return "a number above 0" if name in _POSITIVE and not 0 < value < math.inf else None
-
-
-# --- names ---
-
-
-def argument_names(mapping: Mapping[str, Any], settings: Iterable[str]) -> set[str]:
-    """The names of the arguments of the task's trainer, for ``--set``; without a task, those of any task's.
-
-    A trainer whose package is missing has none; that it is missing is reported later.
-    """
-    task = _given("task", mapping, settings)
-    names: set[str] = set()
-    for each in [task] if task is not None and task in TASKS else TASKS:
-        with suppress(MissingPackageError):
-            names |= {field.name for field in dataclasses.fields(task_of(each).trainer_classes()[1])}
-    return names
-
-
-def method_settings(mapping: Mapping[str, Any], settings: Iterable[str]) -> dict[str, "attrs.Attribute[Any]"]:
-    """The method's settings by name, for ``--set``; of any installed method's if an adapter decides it.
-
-    Raises `UnknownMethodError` if the method is not installed.
-    """
-    method = _given("method", mapping, settings)
-    if method is None and _given("from_adapter", mapping, settings) is not None:
-        methods = [each for each, info in hooks.registry.methods().items() if info.error is None]
-    else:
-        methods = [method or DEFAULT_METHOD]
-    configs = [hooks.registry.get(hooks.registry.named(each)).config for each in methods]
-    return {field.name: field for each in configs for field in attrs.fields(each)}
-
-
-def _given(key: str, mapping: Mapping[str, Any], settings: Iterable[str]) -> str | None:
-    values = [text.partition("=")[2].strip() for text in settings if text.partition("=")[0].strip() == key]
-    found = values[-1] if values else mapping.get(key)
-    return found if isinstance(found, str) else None
 
 
 # --- the trainer itself ---

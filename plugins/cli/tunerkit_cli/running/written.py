@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import tunerkit
-from tunerkit import serialization
 from tunerkit.errors import TunerkitError
 from tunerkit_cli.recipes.recipe import TASKS
 from tunerkit_cli.settings import read_settings
@@ -44,6 +43,8 @@ def note(folder: Path, paths: Iterable[str], *, earlier: Collection[str] | None 
     ``earlier`` are the files that stay of the run that this one replaces (`earlier_files`); None leaves them as they
     are.
     """
+    from tunerkit import serialization  # imports torch, which checking a folder does not need
+
     known = {path for path in _listed(folder) or () if os.path.lexists(folder / path)}
     found = sorted({*known, *paths, LIST})
     # A checkpoint that has been written is listed file by file: its folder is left out.

@@ -1,0 +1,118 @@
+"""What is wrong with a run, or with rows for one, as far as it is seen without torch and transformers, at once."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+import tunerkit
+from tunerkit.errors import ConfigError, FileError
+from tunerkit_cli.demo import demo_of
+from tunerkit_cli.recipes.recipe import Recipe, default_method, files_of, with_home, with_precision
+from tunerkit_cli.recipes.trainer_arguments import name_problem
+from tunerkit_cli.rows import Table, read_table, require_column
+from tunerkit_cli.running import output
+from tunerkit_cli.tasks import task_of
+from tunerkit_cli.tasks.base import Task
+from tunerkit_cli.tasks.formats import standard
+from tunerkit_cli.tasks.infer import infer
+from tunerkit_transformers.output_folder import read_run
+from tunerkit_transformers.pretrained import refuse_missing
+
+_HEAD: Final = 100  # rows
+
+
+def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Raise `TunerkitError` if a run is refused whatever torch and the method say.
+
+    Its output folder cannot be used; or a file, a column, the model's folder or the adapter is missing, or the trainer
+    has no argument of such a name. Of a run that is resumed, the files are compared with those it began with, later.
+    """
+    recipe = with_home(recipe)
+    if resume:
+        output.recipe_file(Path(recipe.out))
+        return
+    output.check(Path(recipe.out), recipe, resume=False, overwrite=overwrite)
+    if recipe.from_adapter is not None:
+        refuse_absent(recipe.from_adapter)
+    tables, others = _heads(files_of(recipe.data)), _heads(files_of(recipe.eval_data))
+    if (task := _task_of(recipe, tables)) is not None:
+        if found := [*filter(None, (name_problem(name, task.name) for name in recipe.training))]:
+            raise ConfigError(found)
+        _refuse_columns(task, [*tables, *others], recipe.columns)
+    if recipe.model is not None:
+        refuse_missing(recipe.model)
+
+
+def _heads(files: Iterable[str | Path], *, predicting: bool = False) -> list[Table]:
+    """The first rows of each file, which show its form, with the names of all columns."""
+    return [read_table(Path(path), predicting=predicting, most=_HEAD) for path in files]
+
+
+def _task_of(recipe: Recipe, tables: Sequence[Table]) -> Task | None:
+    """The task that a recipe or its data names; None if the adapter that it goes on from may say it."""
+    if recipe.task is None and recipe.from_adapter is not None:
+        return None
+    name = recipe.task or (infer(tables[0], recipe.columns) if tables else "text-classification")
+    if not tables:
+        demo_of(name, "data")
+    if recipe.model is None and recipe.from_adapter is None:
+        demo_of(name, "model")
+    return task_of(name)
+
+
+def _refuse_columns(
+    task: Task, tables: Iterable[Table], names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
+) -> None:
+    """Raise `DataError` if a table lacks a column that the task needs; the options are those of `Task.rows`."""
+    for table in (standard(each, names, task.name) for each in tables):
+        for ours, name in task.columns_read(table, names, predicting=predicting):
+            require_column(table, name, task.name, ours.option, renaming=renaming)
+
+
+def refuse_absent(source: str) -> None:
+    """Raise `FileError` if there is no adapter to go on from."""
+    if not os.path.exists(os.path.expanduser(source)):
+        raise FileError(
+            f"--from {source}: no such file or folder; pass an output folder of `tunerkit train`, a file or folder "
+            "that tunerkit.save wrote, or an adapter of another program"
+        )
+
+
+def check_rows(folder: Path, files: Sequence[Path], *, predicting: bool) -> None:
+    """Raise `TunerkitError` if a folder has no run, or files have no rows for it with the columns that it needs.
+
+    Args:
+        folder: The output folder of a run.
+        files: Files with rows.
+        predicting: Whether the columns that are predicted may be missing.
+    """
+    run = read_run(folder)
+    names = run.record.get("recipe", {}).get("columns", {})
+    tables = _heads(files, predicting=predicting)
+    _refuse_columns(task_of(run.task), tables, names, predicting=predicting, renaming=False)
+
+
+def completed(recipe: Recipe, *, resume: bool) -> Recipe:
+    """Return the recipe as it is run: with full paths for ``~``, its precision in one key, and its method.
+
+    This imports torch and the methods, but not transformers.
+
+    Raises:
+        UnknownMethodError: There is no such method.
+        ConfigError: A setting is not one of the method's, or has a wrong value.
+    """
+    from tunerkit import hooks
+
+    recipe = with_precision(with_home(recipe))
+    method = recipe.method
+    if method is None and recipe.from_adapter is None:
+        begun = output.recipe_begun_with(Path(recipe.out)) if resume else None
+        method = default_method(has_data=recipe.data is not None) if begun is None else begun.method
+    if method is not None:
+        recipe = attrs.evolve(recipe, method=hooks.registry.named(method))
+    if recipe.method is not None and recipe.from_adapter is None:
+        tunerkit.structure(recipe.method, recipe.config)
+    return recipe
