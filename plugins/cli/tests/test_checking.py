@@ -19,7 +19,7 @@ MISTAKES = {
     "train --model model --data gone.csv": "gone.csv: no such file",
     "train --model model --data rows.csv --data gone.csv": "gone.csv: no such file",
     "train --model model --data rows.csv --eval-data gone.parquet": "gone.parquet: no such file",
-    "train --model model --data rows.xlsx": "rows.xlsx: data files end in .csv, .tsv, .jsonl, .parquet",
+    "train --model model --data rows.xlsx": "rows.xlsx: data files end in .csv, .tsv, .json, .jsonl, .parquet",
     "train --model model --data semicolon.csv": "this file seems to separate columns by semicolons",
     "train --model model --data broken.parquet": "broken.parquet: cannot be read as .parquet",
     "train --model model --data model": "model: expected a subfolder per class with images",

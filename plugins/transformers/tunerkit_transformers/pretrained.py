@@ -221,7 +221,7 @@ def loaded_heads(model: Any) -> tuple[str, ...]:
 
 def _heads(model: Any) -> dict[str, list[Any]]:
     """The parameters of each module outside the pretrained part, by name."""
-    from tunerkit_transformers.output_heads import named_heads
+    from tunerkit_transformers.new_modules import named_heads
 
     heads = {name: child for name, child in model.named_children() if name != model.base_model_prefix}
     if not any(next(child.parameters(), None) is not None for child in heads.values()):
