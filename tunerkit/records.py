@@ -56,7 +56,7 @@ def mistyped(value: Any, declared: Any, path: str = "") -> tuple[str, object, An
 
 
 def _is_of(value: Any, kind: Any, parts: tuple[Any, ...]) -> bool:
-    """Whether a value has a type, without a look inside containers."""
+    """Whether a value has a type, without a check of the items in containers."""
     if kind is Literal:
         return value in parts
     if kind is Callable:

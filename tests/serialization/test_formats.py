@@ -332,7 +332,7 @@ def test_what_does_not_fit_is_refused_and_the_model_unchanged(toys: "Toys", expo
         (None, "returned None; it must return tunerkit.plugin.Foreign"),
         (Foreign(MappingProxyType({"conv": 3}), method="toy-product"), "returned 3 for 'conv'; expected Factors"),  # type: ignore[dict-item]
         (Foreign({"conv": Factors(torch.ones(2), torch.ones(2))}, method="toy-product"), "expected Factors"),
-        (Foreign(at_conv(torch.ones(1, 27), torch.ones(4, 1)), tensors={"x": {}}), "at different paths"),
+        (Foreign(at_conv(torch.ones(1, 27), torch.ones(4, 1)), tensors={"x": {}}), "same paths as factors"),
     ],
 )
 def test_a_wrong_answer_of_a_reader_is_the_plugin_s_fault(

@@ -341,7 +341,7 @@ def check_converted(answer: Any, given: Given) -> Any:
 
 
 def check_state(answer: Any, given: Given) -> Any:
-    """Require values that JSON can hold, for files."""
+    """Require values that JSON can hold, since files store them as JSON."""
     for name, value in answer.values.items():
         if not is_json(value):
             expected = "one that JSON can hold: text, bools, finite numbers, None, and lists and mappings of these"

@@ -146,7 +146,7 @@ class Engine:
         """Shard the adapters again if a forward has left them gathered, as `pieces` requires. No collective."""
 
     def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
-        """Return this process's shards of parameters, which are full parameters inside `whole`. No collective."""
+        """Return this process's shards of parameters; inside `whole`, the full parameters. No collective."""
         return whole_pieces(parameters)
 
     def resized_(self) -> None:

@@ -125,7 +125,7 @@ def configure(method: str, config: object, model: nn.Module) -> AdapterConfig:
 
 
 def because_of(record: R | None, hook: Callable[[], Iterable[R]], error: E) -> E:
-    """Return an error with a note on the plugin that returned ``record`` from ``hook``, which is the reason."""
+    """Return ``error`` with a note on its reason: the plugin that returned ``record`` from ``hook``."""
     for plugin, known in _known(hook):
         if known is record:
             error.add_note(f"because of {hook.__name__} of {plugin}; {plugin.way_out}")

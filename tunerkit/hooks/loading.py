@@ -80,7 +80,7 @@ def blame(error: BaseException, what: str, whose: object, place: str = "") -> No
 
 @attrs.frozen
 class Asking(AbstractContextManager[object]):
-    """Passes an exception of a plugin in the block to `blame`, with these arguments."""
+    """Context manager around a call of a plugin: passes its exception to `blame`, with these arguments."""
 
     what: str
     whose: object
@@ -93,7 +93,7 @@ class Asking(AbstractContextManager[object]):
 
 @attrs.frozen
 class Isolated(AbstractContextManager[object]):
-    """Passes any exception in the block to ``failed``, even SystemExit; only the user's own Ctrl-C is raised."""
+    """Context manager: passes any exception to ``failed``, even SystemExit; only the user's own Ctrl-C is raised."""
 
     failed: Callable[[BaseException], None]
 

@@ -50,7 +50,7 @@ def adapted_tensors(path: str, module: nn.Module, slots: Slots, base: BaseLayer 
 
 
 def _with_deltas(base: BaseLayer, deltas: Sequence[Delta]) -> dict[str, Any]:
-    """Add the sums of the deltas to the base layer's weight and bias, which are rounded once each."""
+    """Return the base layer's weight and bias with all deltas added; each sum is rounded once."""
     weights = [delta.weight for delta in deltas if delta.weight is not None]
     if base.packing is not None:  # with ΔW = 0, as at rank 0, quantizing W again would still round it
         weights = [weight for weight in weights if weight.any()]

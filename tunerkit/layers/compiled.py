@@ -59,7 +59,7 @@ def linear_low_rank(
 def gradients(
     g: Tensor, x: Tensor, w: Tensor | None, h: Tensor, q: Tensor, p: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, Q and P from the output's, ``g`` (..., out); if W is None, x's gradient is empty."""
+    """Return the gradients of x (empty if W is None), Q and P; ``g`` (..., out) is the output's gradient."""
     rows, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     with autocast_off(g.device):  # autocast may be on in backward only
         grad_h = products.multiply(g2, p)

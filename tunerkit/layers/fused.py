@@ -96,7 +96,7 @@ class _FusedLowRank(Function):
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of forward's inputs from the output's, ``g`` (..., out). Autograd casts them."""
+    """Return the gradients of forward's inputs; ``g`` (..., out) is the output's gradient. Autograd casts them."""
     x, h, w, narrow_q, narrow_pt, p, lam, *parameters = ctx.saved_tensors
     if torch.is_grad_enabled():  # second derivatives: recompute the saved factors as functions of forward's inputs
         narrow_q, narrow_pt, p, lam = _differentiable(narrow_q, narrow_pt, p, lam, *parameters)

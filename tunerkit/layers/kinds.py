@@ -325,5 +325,5 @@ def as_base_layers(modules: Iterable[nn.Module], knowledge: Knowledge) -> dict[n
 
 
 def as_base_layer(module: nn.Module, kinds: tuple[type[BaseLayer], ...] = KINDS) -> BaseLayer | None:
-    """Return the base layer of a module, with the first of ``kinds`` that matches; None if none does."""
+    """Return a module as a base layer of the first of ``kinds`` that matches, or None."""
     return next((kind(module) for kind in kinds if kind.matches(module)), None)

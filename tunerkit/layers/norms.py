@@ -82,7 +82,7 @@ def as_output(module: nn.Module) -> BaseLayer:
 
 
 def _offset_of(module: nn.Module) -> float | None:
-    """Return `NormLayer.offset` of a module; None if it is not such a norm."""
+    """Return the `NormLayer.offset` of a module; None if the module is not a norm over the last dimension."""
     own, children = torch_private.parameters_of(module), torch_private.own_children(module)
     weight, more = own.get("weight"), [*module.buffers(recurse=False), *(children.keys() - {CHILD})]
     if weight is None or more or not own.keys() <= {"weight", "bias"} or forward_owner(module) is object:

@@ -163,7 +163,7 @@ def write_own(tuner: Tuner, place: Path, header: Header, tensors: Mapping[str, T
 
 
 def tensors_of(tuner: Tuner, *, allow_nonfinite: bool = False) -> dict[str, Tensor]:
-    """Return tensors by ``<module path>.<name in the slot>``; `AdapterError` if any is not finite or offloaded."""
+    """Return tensors by ``<module path>.<name in the slot>``; raise `AdapterError` for offloaded or non-finite ones."""
     tensors = {join(path, name): tensor for path, slot in slots_in(tuner) for name, tensor in slot.state_dict().items()}
     away = [name for name, tensor in tensors.items() if tensor.is_meta]
     if away:

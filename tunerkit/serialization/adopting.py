@@ -108,10 +108,7 @@ def _read(format: Format, path: Path, model: nn.Module) -> Foreign:
     with hooks.naming(format, "read"):
         found: Foreign = conform(format.read(path, model), Foreign)
     if found.tensors and found.factors and found.tensors.keys() != set(found.factors):
-        raise PluginError(
-            f"read of format {format.name!r} returned tensors and factors at different paths; return both at the same "
-            "paths, or only one of them"
-        )
+        raise PluginError(f"read of format {format.name!r}: tensors must have the same paths as factors, or be empty")
     return found
 
 

@@ -271,7 +271,7 @@ def _settings_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _other_settings(tuner: Tuner, header: Header, source: str) -> list[str]:
-    """List the settings that both bases have, with different values."""
+    """List the settings whose values differ between the saved base and this one."""
     saved = header.values.get(_SETTINGS, {})
     if not isinstance(saved, dict):
         raise _unwritten(header, _SETTINGS, source)

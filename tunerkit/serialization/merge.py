@@ -339,5 +339,5 @@ def _is_packed(slots: Slots) -> bool:
 
 
 def _is_stored(slots: Slots, name: str) -> bool:
-    """Whether attribute ``name`` is a packed weight (not a bias), which is replaced as an object."""
+    """Whether attribute ``name`` is a packed weight, not a bias: a merge replaces the object itself."""
     return _is_packed(slots) and name != bias_name(slots.base)

@@ -46,9 +46,9 @@ class Parting:
 
 
 def plan_parting(model: nn.Module, places: Places, merged: Sequence[dict[str, Any]]) -> list[Parting | None]:
-    """Plan the untying of each module without changing the model; None for one whose merged tensors are not shared.
+    """Return the untying of each module, or None if its merged tensors are not tied. The model is not changed.
 
-    A module leaves all its ties: for shared tensors that are not merged, a clone is added to ``merged``.
+    A module leaves all its ties: for tied tensors that are not merged, clones are added to ``merged``.
     """
     shared = targets.tied(injection.base_modules(model))
     if not shared:
