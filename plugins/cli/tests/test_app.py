@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,19 @@ def test_what_typer_raises_is_typers(end: Exception, monkeypatch: pytest.MonkeyP
     done = end_of(end, monkeypatch)
     assert done.exit_code in (1, 2, 3)
     assert "internal error" not in done.stderr
+
+
+def test_warnings_of_ours_are_notes_and_those_of_libraries_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the command: neither the line of the code nor a library's word on its own future is the user's."""
+
+    def command() -> None:
+        for _ in range(2):
+            warnings.warn("some [layers] are left out", tunerkit.TunerkitWarning, stacklevel=1)
+        warnings.warn("this will be removed", FutureWarning, stacklevel=1)
+
+    monkeypatch.setattr(app, "COMMANDS", {"warn": command, "other": lambda: None})
+    done = CliRunner().invoke(app.build(), ["warn"])
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "note: some [layers] are left out\n")
 
 
 def closed() -> int:
