@@ -269,8 +269,18 @@ def test_a_call_of_a_tool_is_learned_as_an_answer_is(tmp_path: Path) -> None:
     words = [loaded.processor.decode([label]) for label in row["labels"] if label != NOT_LEARNED]
     assert words == ["very", "plot", "</s>", "not", "bad", "</s>"]
     assert loaded.processor.decode(row["input_ids"]).startswith("<s> <|system|> very <|user|> the film")
+    # As Qwen3's, which shows a thought before the last answer only.
+    loaded.processor.chat_template = TOOLS.replace(
+        "<|{{ m.role }}|> ", "<|{{ m.role }}|> {% if m.role == 'assistant' and loop.last %}a {% endif %}"
+    )
+    (row,) = encode_turns([calling()], loaded)
+    words = [loaded.processor.decode([label]) for label in row["labels"] if label != NOT_LEARNED]
+    assert words == ["very", "plot", "</s>", "a", "not", "bad", "</s>"]
+    loaded.processor.chat_template = TEMPLATE + "{% for m in messages %}{{ m.tool_calls + 'a' }}{% endfor %}"
+    with pytest.raises(DataError, match="does not take the conversation"):
+        encode_turns([calling()], loaded)
     loaded.processor.chat_template = TEMPLATE
-    with pytest.raises(DataError, match="it does not show the tool calls of message 2"):
+    with pytest.raises(DataError, match="it does not show the tool calls of message 2 as one text"):
         encode_turns([calling()], loaded)
 
 

@@ -33,7 +33,10 @@ def read_template(path: str) -> str:
 
 def rendered(tokenizer: Any, messages: Messages, **settings: Any) -> Any:
     """A conversation by the tokenizer's template, with the tools that its first message has."""
-    return tokenizer.apply_chat_template(_plain(messages), tools=_tools(messages), **settings)
+    try:
+        return tokenizer.apply_chat_template(_plain(messages), tools=_tools(messages), **settings)
+    except TypeError as problem:  # as where a template joins a text and the arguments of a call
+        raise jinja2.TemplateError(str(problem)) from problem
 
 
 def _plain(messages: Messages) -> list[dict[str, Any]]:
@@ -167,27 +170,24 @@ def assistant_spans(messages: Messages, text: str, render: Render) -> Iterator[t
         if message["role"] != "assistant":
             continue
         prompt = render(messages[:number], add_generation_prompt=True) if number else ""
-        if "tool_calls" in message:
-            yield _span_of_call(messages[: number + 1], text, prompt, render)
-            continue
-        placed = {**messages[number], "content": _PLACE}
+        placed, what = {**message, "content": _PLACE}, ""
+        if "tool_calls" in message:  # found by the end of the messages up to it, or by the name of what is called
+            first, *rest = message["tool_calls"]
+            whole, begin = render(messages[: number + 1]), _same_start(prompt, text)
+            if text.startswith(whole) and first["function"]["name"] in whole[begin:]:
+                yield begin, len(whole)
+                continue
+            named = {**first, "function": {**first["function"], "name": _PLACE}}
+            placed, what = {**message, "tool_calls": [named, *rest]}, "the tool calls of "
         before, *after = render([*messages[:number], placed, *messages[number + 1 :]]).split(_PLACE)
         # What the template adds between its prompt for an answer and the answer, such as a thought, is learned.
-        start = len(prompt) if prompt and text.startswith(prompt) else _same_start(before, text)
+        is_whole = prompt and text.startswith(prompt)
+        start = len(prompt) if is_whole else _same_start(prompt if what else before, text)
         if len(after) != 1 or not text.endswith(after[0]):
-            raise _HiddenAnswerError(f"it does not show message {number + 1} as one text")
+            raise _HiddenAnswerError(f"it does not show {what}message {number + 1} as one text")
         # What ends a turn is what stands behind a last one; some templates write more between turns.
         closing = render([*messages[:number], placed]).partition(_PLACE)[2]
         yield start, len(text) - len(after[0]) + _same_start(closing, after[0])
-
-
-def _span_of_call(messages: Messages, text: str, prompt: str, render: Render) -> tuple[int, int]:
-    """Where the tool calls with which messages end start and stop in a text, with what ends the turn."""
-    start, stop = (_same_start(each, text) for each in (prompt, render(messages)))
-    names = [call["function"]["name"] for call in messages[-1]["tool_calls"]]
-    if not all(name in text[start:stop] for name in names):
-        raise _HiddenAnswerError(f"it does not show the tool calls of message {len(messages)}")
-    return start, stop
 
 
 def _same_start(first: Sequence[object], second: Sequence[object]) -> int:
