@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # torch is imported where a model is loaded: what a task is, 
 
 # Without it, transformers asks at the terminal whether to run the code that a folder or the hub brings along.
 OWN_CODE: Final[Mapping[str, Any]] = {"trust_remote_code": False}
+_TIMM: Final = "timm_wrapper"  # the model type of timm's models in transformers
 _CLOSE = 0.6  # how alike a mistyped name is to the right one, as difflib measures it
 
 
@@ -99,10 +100,7 @@ def load_pretrained(
         labels = _in_order_of(config, labels)
     # Without it, RoBERTa's tokenizer takes a word that stands alone for the middle of another one.
     whole = {"add_prefix_space": True} if task == "token-classification" else {}
-    is_timm = config.model_type == "timm_wrapper"
-    if is_timm:
-        processor_from = None  # it is in the config of its model alone, and saving it writes nothing
-    if processor_from is None:
+    if processor_from is None or config.model_type == _TIMM:  # saving timm's writes nothing: the model's config has it
         processor = _load_processor(task_classes, source, {**version, **whole})
     else:
         processor = _load_processor(task_classes, processor_from, whole)
@@ -110,9 +108,7 @@ def load_pretrained(
     packed = {}
     if quantisation is not None:
         packed = quantising(quantisation, dtype, _heads_of_class(task_classes, config) if classifies else ())
-    settings = {"dtype": dtype, **OWN_CODE, **version, **packed, **_head_settings(task_classes, labels)}
-    if is_timm and labels:
-        settings["num_labels"] = len(labels)  # without it, its config keeps the checkpoint's number
+    settings = {"dtype": dtype, **OWN_CODE, **version, **packed, **_head_settings(task_classes, labels, config)}
     # Modules that the checkpoint lacks are drawn from the seed, not from the caller's random state.
     with torch.random.fork_rng(devices=[]), _quietly() as transformers:
         torch.manual_seed(seed)
@@ -142,11 +138,13 @@ def _load_processor(task_classes: TaskClasses, source: str | Path, settings: Map
     return processor
 
 
-def _head_settings(task_classes: TaskClasses, labels: Sequence[str]) -> dict[str, Any]:
+def _head_settings(task_classes: TaskClasses, labels: Sequence[str], config: Any) -> dict[str, Any]:
     names = dict(enumerate(labels))
     settings: dict[str, Any] = {}
     if names:
         settings |= {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    if names and config.model_type == _TIMM:  # whose config would keep the checkpoint's number
+        settings["num_labels"] = len(names)
     if names or task_classes.problem is not None:
         settings["ignore_mismatched_sizes"] = True  # a head for other classes is replaced by a new one
     if task_classes.problem == "regression":

@@ -168,20 +168,18 @@ def read_rows(
     placed: list[Placed] = []
     shapes: list[dict[str, tuple[str, bool]]] = []  # for each of our columns: its name, and whether it has lists
     changed: Counter[tuple[str, str]] = Counter()
-    left_out: list[dict[str, Any]] = []
-    notes: list[str] = []
+    problems: list[BadRowsError] = []
     classes: set[str] = set()
     columns: dict[str, str] = {}
     for given in tables:
         if not predicting:
             refuse_other(given, names, task.name)
-        table, found, problems = _fitting(
+        table, found, more = _fitting(
             partial(task.rows, names=names, predicting=predicting, renaming=renaming),
             standard(given, names, task.name),
             drop=drop,
         )
-        left_out += [each for problem in problems for each in problem.listed]
-        notes += [f"left out {len(problem.bad)} rows: {problem.said}" for problem in problems]
+        problems += more
         read = task.columns_read(table, names, predicting=predicting)
         columns = columns or {each.name: table.source_of(name) for each, name in read}
         rows = [task.tidied(row, changed) for row in found]
@@ -196,6 +194,7 @@ def read_rows(
                 f"{table.source}: has {_described(shape)}, and {tables[0].source} has {_described(shapes[0])}; give "
                 "all files of one run the same columns with values of the same kind"
             )
+    notes = [f"left out {len(problem.bad)} rows: {problem.said}" for problem in problems]
     notes += [f"{table.source}: left out {table.left_out}" for table in tables if table.left_out]
     if changed:
         such = few([f"{shown(old)} as {shown(new)}" for old, new in changed], shown=3)
@@ -206,7 +205,7 @@ def read_rows(
     there = dict.fromkeys(name for table in tables for name in table.columns)
     used = {part for name in columns.values() for part in (name, *name.split(" + "))}
     unused = tuple(name for name in there if name not in used)
-    source = " and ".join(table.source for table in tables)
+    source, left_out = " and ".join(table.source for table in tables), [row for each in problems for row in each.listed]
     return Rows(source, placed, notes, columns, unused, left_out, frozenset(classes))
 
 
