@@ -16,8 +16,7 @@ from tunerkit_cli.tasks.texts import token_limit
 from tunerkit_cli.tasks.turns import dataset_of, encode_turns, refuse_lost
 from tunerkit_transformers.pretrained import Pretrained
 
-SAMPLES = 2
-_SHORT = Answering(24)
+SAMPLES, _SHORT = 2, Answering(24)
 _SAMPLES_BEFORE = 3  # of a run that an earlier version began, each as long as a prediction
 _MOST = 230.0  # e to this power is within what a record may hold
 _FORMS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
@@ -60,8 +59,7 @@ class GenerationTask(Task):
         prompts = [prompt_of(row) for row in chosen]
         texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
         found = self.predict(loaded, chosen, batch_size=max(1, len(chosen)), answering=how)
-        answers = [each[self.answer] for each in found]
-        return [{"prompt": text, "answer": answer} for text, answer in zip(texts, answers, strict=True)]
+        return [{"prompt": text, "answer": each[self.answer]} for text, each in zip(texts, found, strict=True)]
 
     def predict(
         self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int, answering: Answering = GREEDY
