@@ -293,7 +293,7 @@ def _read(fields: Fields, mapping: Mapping[str, Any]) -> tuple[dict[str, object]
                 problems += _located(error, f"$.{name}")
             else:
                 for key, (sign, holds) in _COMPARE.items():
-                    limit = field.metadata.get(key)
+                    limit: Any = field.metadata.get(key)
                     for path, number in numbers_in(values[name], f"$.{name}") if limit is not None else ():
                         if not holds(number, limit):
                             problems.append(f"expected {sign} {limit}, got {shown(number)} @ {path}")

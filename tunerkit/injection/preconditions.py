@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from tunerkit import hooks
 from tunerkit.errors import AdapterError, ConfigError, closest, warn
-from tunerkit.injection.slots import Slot, base_modules, inside, places_in, refuse_fixed, walk
+from tunerkit.injection.slots import Slot, inside, places_in, refuse_fixed, walk
 from tunerkit.injection.tuner import Tuner, tuners_of
 from tunerkit.layers import torch_private, weights
 from tunerkit.paths import CHILD, is_under, join
@@ -46,13 +46,14 @@ def ready_model(model: object, adapter: str, *, trainable: bool) -> nn.Module:
             )
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in root.modules()):
         raise AdapterError("the model is already inside DistributedDataParallel; wrap it first, then put it into DDP")
-    refuse_restricted(base_modules(root), "wrap")
+    places = places_in(root)
+    refuse_restricted([place[:2] for place in places], "wrap")
     tuners = tuners_of(root)
     wrapped = next((tuner.model for tuner in tuners.values()), None)
-    if wrapped is not root and (tuners or walk(root)):
+    if wrapped is not root and (tuners or any(slots for _, _, slots in places)):
         whole = f"the {type(wrapped).__name__} inside it" if wrapped is not None else "the model that it is a part of"
         raise AdapterError(f"{whole} has adapters already; wrap that model, so that one model has all adapters")
-    for path, module, slots in places_in(root):
+    for path, module, slots in places:
         if slots is None and hasattr(module, CHILD):
             raise AdapterError(f"the model has its own attribute {CHILD!r} at {path!r}, which adapters need; rename it")
     check_name(adapter, tuners)
