@@ -86,7 +86,7 @@ def test_the_scale_is_alpha_over_the_initial_rank(alpha: float, rank: int) -> No
         ({"target_rank": 0}, ["expected >= 1, got 0", "@ $.target_rank"]),
         ({"init_rank": 8, "budget": 0}, ["expected >= 1, got 0", "@ $.budget"]),
         ({"budget": 8}, ["needs init_rank", "@ $.init_rank"]),
-        ({"target_rank": 2, "init_rank": 4, "budget": 8}, ["target_rank and budget", "give one", "@ $.budget"]),
+        ({"target_rank": 2, "init_rank": 4, "budget": 8}, ["target_rank and budget", "give only one", "@ $.budget"]),
         ({"t_init": 0.5, "t_final": 0.5}, ["no training to prune in", "@ $.t_init"]),
         ({"t_init": 1.0}, ["share of training", "got 1.0", "@ $.t_init"]),
         ({"t_final": 30.0}, ["share of training", "got 30.0", "@ $.t_final"]),

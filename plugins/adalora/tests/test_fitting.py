@@ -74,7 +74,9 @@ def test_it_trains_and_prunes_to_the_budget(start: str, exact_svd: bool, tmp_pat
 @pytest.mark.parametrize("start", STARTS)
 def test_it_is_not_trained_without_data(start: str) -> None:
     """Law: attaching says which call is missing."""
-    with pytest.raises(StepError, match=rf"start '{start}' is set by data.*call tunerkit.calibrate\(model, batches\)"):
+    with pytest.raises(
+        StepError, match=rf"start '{start}' is computed from data.*tunerkit.calibrate\(model, batches\)"
+    ):
         train(wrapped(start))
 
 

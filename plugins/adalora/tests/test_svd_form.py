@@ -291,7 +291,7 @@ def test_an_optimizer_with_averaged_weights_triggers_a_warning_and_nothing_is_ro
     """ASGD's averaged weights would mix triplets from before and after a rotation."""
     model, optimizer = started(torch.optim.ASGD)
     with pytest.warns(
-        tunerkit.TunerkitWarning, match=r"keeps weights of its own \(ax\).*exact_svd=False, train_lambda=False"
+        tunerkit.TunerkitWarning, match=r"keeps copies of the weights \(ax\).*exact_svd=False, train_lambda=False"
     ):
         train(model, optimizer, TOTAL)
     plain, its = started(torch.optim.ASGD, exact_svd=False, train_lambda=False, alpha=4.0)
@@ -308,7 +308,7 @@ def test_timms_lookahead_around_the_attached_optimizer_triggers_a_warning() -> N
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         train(model, slow, TOTAL)
-    assert any("keeps weights of its own (lookahead_slow_buff)" in str(each.message) for each in told)
+    assert any("keeps copies of the weights (lookahead_slow_buff)" in str(each.message) for each in told)
 
 
 def test_without_it_an_allocation_moves_only_lambda() -> None:

@@ -292,7 +292,7 @@ def test_adapters_that_are_sharded_after_attach_are_refused_before_a_step(alone:
     tunerkit.attach(other, optimizer, total_steps=TOTAL)
     fsdp.fully_shard(other, mesh=mesh)
     other(X[:4]).sum().backward()
-    with pytest.raises(tunerkit.errors.StepError, match=r"'default' has DTensors .*attach after fully_shard"):
+    with pytest.raises(tunerkit.errors.StepError, match=r"'default' became DTensors .*attach after fully_shard"):
         optimizer.step()
 
 

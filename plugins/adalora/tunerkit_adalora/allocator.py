@@ -1,4 +1,4 @@
-"""The allocation of a budget: scores of all triplets in, masks out, and what the layers make of them."""
+"""The allocation of a budget: from scores of all triplets to masks, and the use of the masks in the layers."""
 
 import gc
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ def spend_(
         due: The budget to spend, and whether the ranks are final then.
         weights: P, λ and Q of each layer, one after the other.
         scores: The score (r,) of each triplet, by layer.
-        lams: λ (r,) of each layer, if this process holds only pieces of them.
+        lams: λ (r,) of each layer, if the layers are sharded.
 
     Returns:
         The new ranks by target path.
@@ -54,7 +54,7 @@ def spend_(
         costs=training.costs if config.budget_unit == "parameters" else None,
         minimum=bounds.minimum,
         maximum=bounds.maximum,
-        # Where nothing moves λ, a λ at 0 stays there, whatever the averages remember.
+        # If nothing updates λ, a λ of 0 stays 0, whatever its score.
         lams=None if training.resolved.train_lambda else lams or weights[Part.LAM :: len(Part)],
     )
     found = read_back(gradients.left_out, scores, masks)
@@ -76,14 +76,14 @@ def spend_(
     if due.final:
         training.running = []
         training.phase = Phase.FINAL_MASKED
-        # A budget in parameters may buy nothing. Without any triplet the loss might depend on no trained weight, and
+        # A budget in parameters may be too small for any triplet. Then the loss might depend on no trained weight, and
         # backward would raise.
         if config.shrink and any(found.ranks):
             optimizer = optimizer_of(tuner)
             engine = tuner.engine
             # Shards keep their shapes anyway, so the processes need not agree on it.
             is_alone = not cuts or (engine.splits if engine.is_shared else following in ([], [optimizer]))
-            following.clear()  # so that what is gone can be collected
+            following.clear()  # so that dead objects can be collected
             reason = (None if is_alone else follower(tuner, weights, scores[0])) or shrink_(cuts, optimizer)
             if reason is None:
                 for layer, mask, rank in zip(layers, masks, found.ranks, strict=True):
@@ -101,14 +101,14 @@ def mask_(
     masks: Sequence[Tensor] | None = None,
     ranks: Sequence[int] = (),
 ) -> None:
-    """Zero the λ of masked triplets, as far as this process holds them.
+    """Zero the λ of masked triplets, in this process's shards.
 
     Args:
         tuner: The adapter's handle.
         layers: Its layers.
         weights: P, λ and Q of each layer, one after the other.
-        masks: New masks for them, bool (r,); None for those that they have.
-        ranks: How many triplets each new mask keeps.
+        masks: New masks, bool (r,); None for the present masks.
+        ranks: The number of triplets that each new mask keeps.
     """
     if masks is not None:
         for layer, mask, rank in zip(layers, masks, ranks, strict=True):
@@ -122,14 +122,14 @@ def mask_(
 
 
 def _cuts(weights: Sequence[nn.Parameter], masks: Sequence[Tensor], ranks: Sequence[int]) -> list[Cut]:
-    """Cut every masked triplet out of P, Λ and Q. A masked λ is 0, so the output stays.
+    """Return cuts that remove every masked triplet from P, Λ and Q. A masked λ is 0, so the output stays.
 
-    Without a regulariser or clipping, which look at dead triplets too, training continues as it would with masks.
+    Without a regularizer or clipping, which use dead triplets too, training continues as with masks.
     """
     found: list[Cut] = []
     for index, (mask, rank) in enumerate(zip(masks, ranks, strict=True)):
         if rank < len(mask):
-            # The live triplets in their order. `nonzero` would make the host wait for their number, which is known.
+            # The live triplets in order. `nonzero` would make the host wait for their number, which is known.
             kept = torch.sort(mask.to(torch.uint8), descending=True, stable=True).indices[:rank]
             p, lam, q = weights[len(Part) * index :][: len(Part)]
             found += Cut(p, dim=1, kept=kept), Cut(lam, dim=0, kept=kept), Cut(q, dim=0, kept=kept)
@@ -137,9 +137,9 @@ def _cuts(weights: Sequence[nn.Parameter], masks: Sequence[Tensor], ranks: Seque
 
 
 def _following(weights: Sequence[nn.Parameter]) -> list[object]:
-    """What is alive and may rely on the shapes of the weights: averages, and optimizers with a state of them.
+    """Return objects that may rely on the weights' shapes: averaged models, and optimizers with state for the weights.
 
-    Torch keeps no list of them. Looking for them takes a tenth of a second, once in a training.
+    Torch keeps no list of these. The search takes a tenth of a second, once in a training.
     """
     alive = [each for each in gc.get_objects() if issubclass(type(each), AveragedModel | Optimizer)]
     states = [vars(each).get("state", {}) for each in alive]
@@ -147,27 +147,28 @@ def _following(weights: Sequence[nn.Parameter]) -> list[object]:
 
 
 def _relies(each: object, state: object, weights: Sequence[nn.Parameter]) -> bool:
-    # What derives from Optimizer may keep anything as its state.
+    # The state of an Optimizer subclass may be of any type.
     return isinstance(each, AveragedModel) or (isinstance(state, Mapping) and not state.keys().isdisjoint(weights))
 
 
 def _warn_of_kept(tuner: Tuner, reason: str) -> None:
-    """Say why the shapes, and so the masks, stay."""
+    """Warn of the reason why the shapes, and so the masks, stay."""
     warn(f"adapter {tuner.name!r}: the masked triplets stay in memory, and masked, to the end of training: {reason}")
 
 
 def _re_parametrise_(tuner: Tuner, training: Training, scores: Sequence[Tensor]) -> None:
-    """Make P Λ Q the SVD of ΔW. The averages belong to the old triplets, so they restart at the next step."""
-    with tuner.whole() as outside:  # the optimizer may know others than the whole ones
+    """Make P Λ Q the SVD of ΔW. The averages are of the old triplets, so they restart at the next step."""
+    with tuner.whole() as outside:  # the optimizer may have other Parameter objects
         copies = copies_in(optimizer_of(tuner), map(outside, weights_of(training.layers)))
         if not copies:
             to_svd_form_(training.layers, scores, total=training.resolved.init_rank)
-            # Unlike hardware may choose other signs, and averaged gradients would then belong to other triplets.
+            # Different hardware may choose other signs, and averaged gradients would then mix triplets.
             tuner.agree_(weights_of(training.layers), "the decomposed weights")
     if copies:
         warn(
-            f"adapter {tuner.name!r}: the optimizer keeps weights of its own ({', '.join(copies)}), so P, Λ and Q are "
-            "left as they are at allocations; to say so set exact_svd=False, train_lambda=False, init_rank and alpha"
+            f"adapter {tuner.name!r}: the optimizer keeps copies of the weights ({', '.join(copies)}), so allocations "
+            "do not re-parametrise P, Λ and Q; to silence this, set exact_svd=False, train_lambda=False, init_rank and "
+            "alpha"
         )
         return
     training.phase = Phase.RESTARTING
@@ -175,7 +176,7 @@ def _re_parametrise_(tuner: Tuner, training: Training, scores: Sequence[Tensor])
 
 @attrs.frozen
 class Readback:
-    """What an allocation found.
+    """The results of an allocation on the host.
 
     Attributes:
         left_out: Gradients that the averages left out since the last allocation.
@@ -189,7 +190,7 @@ class Readback:
 
 
 def read_back(left_out: Tensor, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> Readback:
-    """Wait for the device once, for all that the host needs.
+    """Copy all values that the host needs from the device, in one transfer.
 
     Args:
         left_out: Number of gradients left out; 0-d int64.
@@ -219,11 +220,11 @@ def allocate(
 ) -> list[Tensor]:
     """Spend the budget ``keep`` where the scores are highest over all targets together.
 
-    All triplets form one ranking: first the best ``minimum`` of each target, then those within its ``maximum``, then
-    the rest. So a maximum yields only where the budget cannot be spent otherwise. Within each of these tiers the higher
-    score comes first; ties go to the earlier target, then to the lower index. −0.0 equals 0.0, and NaN is lowest. The
-    longest prefix of the ranking whose cost fits ``keep`` stays. The ranking does not depend on ``keep``, so masks nest
-    while the budget falls on fixed scores. The host waits for no result.
+    All triplets form one ranking in three tiers: the best ``minimum`` of each target, then triplets within its
+    ``maximum``, then the rest. So a maximum is exceeded only if the budget cannot be spent otherwise. In each tier the
+    higher score comes first; ties go to the earlier target, then to the lower index. −0.0 equals 0.0, and NaN is
+    lowest. The longest prefix of the ranking whose cost fits ``keep`` stays. The ranking does not depend on ``keep``,
+    so masks nest while the budget falls with fixed scores. The host waits for no result.
 
     Args:
         scores: One tensor (r_i,) per target.
@@ -231,8 +232,8 @@ def allocate(
         costs: Cost of one triplet of each target, above 0; by default 1, so that exactly ``keep`` triplets stay.
         minimum: The fewest triplets of each target, for as long as the budget allows it; by default 0.
         maximum: The most triplets of each target; by default all.
-        lams: λ (r_i,) of each target, where a triplet at λ = 0 is dead for good. Such a triplet ranks last in its tier
-            and never stays, even if the budget would reach that far.
+        lams: λ (r_i,) of each target, if a triplet with λ = 0 is dead for good. Such a triplet ranks last in its tier
+            and never stays, even if the budget allows it.
 
     Returns:
         One bool mask (r_i,) per target: views of one tensor, on the first score's device.
@@ -248,7 +249,7 @@ def allocate(
 
 
 def _keep(scores: Tensor, keep: int, limits: Tensor, alive: Tensor | None, *, total: int) -> Tensor:
-    """The mask (n,) over all triplets; ``limits`` (4, targets) are size, cost, minimum and maximum of each target."""
+    """Return the mask (n,) of all triplets; ``limits`` (4, targets): size, cost, minimum and maximum of each target."""
     flat = _sortable(scores)
     if alive is not None:
         flat = flat.where(alive, -torch.inf)
@@ -269,7 +270,7 @@ def _keep(scores: Tensor, keep: int, limits: Tensor, alive: Tensor | None, *, to
 
 
 def _sortable(scores: Tensor) -> Tensor:
-    """Scores in fp32 or wider as a sort should see them: NaN lowest, and only one zero.
+    """Return scores for sorting, in fp32 or wider: NaN lowest, and only one zero.
 
     Adding 0.0 turns −0.0 into 0.0: a radix sort compares bits, in which −0.0 lies below 0.0.
     """
@@ -278,7 +279,7 @@ def _sortable(scores: Tensor) -> Tensor:
 
 
 def _standings(by_score: Tensor, owner: Tensor, size: Tensor) -> Tensor:
-    """The standing (n,) of each triplet among those of its own target, 0 for the best, from a best-first order (n,)."""
+    """Return the rank (n,) of each triplet within its target, from 0 for the best, given a best-first order (n,)."""
     grouped = by_score[torch.sort(owner[by_score], stable=True).indices]
     start = torch.cumsum(size, dim=0) - size
     standing = torch.empty_like(owner)

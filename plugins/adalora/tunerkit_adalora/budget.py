@@ -1,4 +1,4 @@
-"""The budget over the targets: what a triplet costs, what is live, and what the config allows."""
+"""The budget over the targets: costs of triplets, live triplets, and the config's limits."""
 
 from collections.abc import Mapping, Sequence
 from operator import attrgetter, mul
@@ -54,7 +54,7 @@ def schedule_of(
 
 
 def live_budget(layers: Sequence[SvdLayer], costs: Sequence[int]) -> int:
-    """Add up what the masks keep of the layers, whose triplets have these costs: live triplets, or their parameters."""
+    """Return the budget that the masks keep, with a cost per triplet of each layer: live triplets, or parameters."""
     return sum(map(mul, map(_RANK, layers), costs))
 
 

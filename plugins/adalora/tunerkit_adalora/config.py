@@ -1,4 +1,4 @@
-"""What a user sets for AdaLoRA."""
+"""The settings of AdaLoRA."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -123,7 +123,7 @@ class AdaLoraConfig(AdapterConfig):
 
     @classmethod
     def paper(cls, **settings: Any) -> Self:
-        """Configure the paper's method as its authors ran it on MNLI, QQP, SST-2 and SQuAD.
+        """Return the settings with which the paper's authors ran MNLI, QQP, SST-2 and SQuAD.
 
         P and Q start as N(0, 0.02) and Λ = 0; α = 16; γ = 0.1 with the form that their code has. Their other scripts
         use α = 32, and γ = 0.3 for RTE and STS-B. On GLUE t_i is 0.09 to 0.18 and t_f 0.44 to 0.58 of training. Δ_T is
@@ -140,7 +140,7 @@ class AdaLoraConfig(AdapterConfig):
 
     @classmethod
     def peft(cls, **settings: Any) -> Self:
-        """Configure what `peft.AdaLoraConfig` does by default.
+        """Return the default settings of `peft.AdaLoraConfig`.
 
         It starts as the paper does. α = 8 over an initial rank of 12, γ = 0.5, and an allocation at every step.
 
@@ -157,13 +157,13 @@ class AdaLoraConfig(AdapterConfig):
         """Apply the defaults that depend on other settings.
 
         Returns:
-            The settings that are used, whatever was left to its default. A ``target_rank`` is 8. ``exact_svd`` is on if
-            more than half of the triplets are pruned, unless the config asks for the paper's own means: the penalty, or
-            a start at Λ = 0. With a ``budget`` it is off: that does not say how many are pruned before the targets are
-            known. ``init_rank`` is 1.5 target_rank, rounded up, and at least 8 in SVD form. ``alpha`` is twice the rank
-            that is left at the end, as in LoRA; with a ``budget``, init_rank / 1.5 stands for that rank. Without SVD
-            form it is at least 4/3 of init_rank, since the triplets that are left keep their scale. ``train_lambda`` is
-            on, unless SVD form sets Λ and Λ does not start at 0.
+            The effective settings, with all defaults filled in. A ``target_rank`` is 8. ``exact_svd`` is on if more
+            than half of the triplets are pruned, unless the config asks for the paper's own means: the penalty, or a
+            start at Λ = 0. With a ``budget`` it is off: how many are pruned is not known before the targets are.
+            ``init_rank`` is 1.5 target_rank, rounded up, and at least 8 in SVD form. ``alpha`` is twice the final
+            average rank, as in LoRA; with a ``budget``, init_rank / 1.5 stands for that rank. Without SVD form it is at
+            least 4/3 of init_rank, since the remaining triplets keep their scale. ``train_lambda`` is on, unless SVD
+            form sets Λ and Λ does not start at 0.
         """
         average = _DEFAULT_TARGET_RANK if self.target_rank is None else self.target_rank
         init_rank, alpha, exact_svd, train_lambda = self.init_rank, self.alpha, self.exact_svd, self.train_lambda
@@ -202,20 +202,20 @@ class AdaLoraConfig(AdapterConfig):
             A config that resolves to the same settings.
         """
         settings = attrs.asdict(self.resolved())
-        # Both would say how much is left at the end.
+        # ``budget`` and ``target_rank`` would both set the final budget.
         return attrs.evolve(self, **settings if self.budget is None else {**settings, "target_rank": None})
 
     def target_patterns(self) -> Iterable[tuple[str, str]]:
-        """Patterns that must each match a target, with the field that contains them."""
+        """Yield (pattern, field) for patterns that must each match a target."""
         for field, bound in (("min_rank", self.min_rank), ("max_rank", self.max_rank)):
             if isinstance(bound, Mapping):
                 yield from ((pattern, field) for pattern in bound)
 
     def problems(self) -> Iterable[str]:
-        """What is wrong across fields."""
+        """Yield conflicts between fields."""
         used = self.resolved()
         if self.budget is not None and self.target_rank is not None:
-            yield "target_rank and budget both say how much is left at the end; give one @ $.budget"
+            yield "target_rank and budget both set the final budget; give only one @ $.budget"
         if self.budget is not None and self.init_rank is None:
             yield "a total budget needs init_rank, the rank at each target at the start @ $.init_rank"
         if self.budget is None and used.target_rank > used.init_rank:

@@ -1,4 +1,4 @@
-"""What a saved training state says that cannot be true of the adapter that it is restored to."""
+"""Contradictions between a saved training state and the adapter to which it is restored."""
 
 from collections.abc import Iterator, Sequence
 
@@ -17,11 +17,11 @@ from tunerkit_adalora.training import Training, config_of
 def contradictions(
     tuner: Tuner, training: Training, values: SavedValues, layers: Sequence[SvdLayer], masks: Sequence[Tensor]
 ) -> Iterator[str]:
-    """Compare a state with the adapter.
+    """Find contradictions between a state and the adapter.
 
     Args:
         tuner: The tuner.
-        training: Its training state as it was attached, with the schedule.
+        training: Its present training state, with the schedule.
         values: The saved values, which do not contradict each other.
         layers: The adapter's layers, whose shapes fit.
         masks: The saved mask of each layer, bool (r,).
@@ -56,7 +56,7 @@ def contradictions(
 
 
 def impossible_averages(averages: dict[str, Tensor], phase: Phase) -> Iterator[str]:
-    """Check the averages themselves: of absolute values, and zero before the first step.
+    """Find invalid averages: they must be finite and not negative, and zero before the first step.
 
     Args:
         averages: The saved averages by name.

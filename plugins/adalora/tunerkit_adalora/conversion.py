@@ -1,4 +1,4 @@
-"""AdaLoRA from products: the config and the layers of an adapter that another method or program made."""
+"""Conversion of another method's or program's adapter: from low-rank products to AdaLoRA's config and layers."""
 
 import math
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ from tunerkit_adalora.svd_layer import SvdLayer, layer_of
 
 
 def from_products(products: Mapping[str, Factors]) -> tuple[AdaLoraConfig, dict[str, SvdLayer]]:
-    """Build the layers that add ``products``, and a config with their targets and ranks.
+    """Build the layers whose ΔW are ``products``, and a config with their targets and ranks.
 
     Args:
         products: The product at each target, by its path. Ranks may differ, and may be 0.
 
     Returns:
-        The config, whose initial rank is the largest rank and whose target rank is the average one; and the layers. The
-        scale is 1, because λ holds the singular values.
+        The config, with the largest rank as initial rank and the average rank as target rank; and the layers. The scale
+        is 1, because λ holds the singular values.
     """
     layers = {path: layer_of(product) for path, product in products.items()}
     ranks = [layer.rank for layer in layers.values()]

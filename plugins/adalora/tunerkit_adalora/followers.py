@@ -1,4 +1,4 @@
-"""What keeps copies of an adapter's weights, or relies on their shapes: averages, and optimizers."""
+"""Averaged models and optimizers that keep copies of an adapter's weights, or rely on their shapes."""
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,8 +13,8 @@ from tunerkit.errors import warn
 from tunerkit.plugin import StepError, Tuner, optimizer_of
 
 F = TypeVar("F", str, bool)
-# What optimizers call a second copy of the weights in their state: ASGD, schedule-free ones, Prodigy, D-Adaptation,
-# Ranger, timm's Lookahead, and those with weights in full precision.
+# Names of copies of the weights in optimizer states: of ASGD, schedule-free optimizers, Prodigy, D-Adaptation, Ranger,
+# timm's Lookahead, and optimizers with full-precision copies.
 _COPIES = frozenset(
     {"ax", "z", "p0", "x0", "slow_buffer", "lookahead_params", "lookahead_slow_buff", "master_param", "master_weights"}
 )
@@ -37,14 +37,14 @@ def copies_in(optimizer: Optimizer | None, weights: Iterable[Tensor]) -> list[st
 
 
 def refuse_split(tuner: Tuner, optimizer: Optimizer | None) -> None:
-    """Refuse to leave a λ to another optimizer, whose step would move it after the mask was applied.
+    """Reject a second optimizer for some λ, which would update them after the mask was applied.
 
     Args:
-        tuner: The adapter's handle. With an engine that is shared, optimizers may hold other tensors than the model's.
-        optimizer: The optimizer that drives it.
+        tuner: The adapter's handle. With a shared engine, optimizers may have other tensors than the model's.
+        optimizer: The attached optimizer.
 
     Raises:
-        StepError: If another optimizer holds a λ that this one does not.
+        StepError: If another optimizer has a λ that the attached optimizer does not have.
     """
     if optimizer is None:
         return
@@ -62,12 +62,12 @@ def refuse_split(tuner: Tuner, optimizer: Optimizer | None) -> None:
 
 
 def follower(tuner: Tuner, weights: Sequence[nn.Parameter], like: Tensor) -> str | None:
-    """Say what would not fit any more if the weights shrank, in all processes alike: what process 0 has decides.
+    """Return what would break if the weights shrank, or None; process 0 decides for all processes.
 
     Args:
         tuner: The adapter's handle.
         weights: P, λ and Q of each layer, one after the other.
-        like: A tensor on the device on which processes agree.
+        like: A tensor on the device for the broadcast.
 
     Returns:
         The reason why shapes must stay; None if they may change.
@@ -81,7 +81,7 @@ def follower(tuner: Tuner, weights: Sequence[nn.Parameter], like: Tensor) -> str
 
 
 def warn_of_average(tuner: Tuner, final_step: int) -> None:
-    """Warn, before triplets are re-parametrised, about an average of the weights, which means nothing across that."""
+    """Warn of an average of the weights before triplets are re-parametrised, which would make it meaningless."""
     if _found(lambda: _is_averaged(tuner, _alive(AveragedModel))):
         warn(
             f"adapter {tuner.name!r}: an AveragedModel averages it, and each allocation re-parametrises P, Λ and Q, "
@@ -94,20 +94,20 @@ def _obstacle(tuner: Tuner, weights: Sequence[nn.Parameter]) -> str:
     alive, own = _alive(AveragedModel, Optimizer), optimizer_of(tuner)
     if _is_averaged(tuner, alive):
         return "an AveragedModel averages them, and its copy keeps their shapes"
-    shrinks = None if own is None else own.state  # a wrapper may have the very state of its optimizer
+    shrinks = None if own is None else own.state  # a wrapper may share its optimizer's state object
     names = _kinds(alive, lambda other: vars(other).get("state") is not shrinks and _keeps(other, weights))
     return names and f"another optimizer ({names}) keeps a state of them; let one optimizer step all"
 
 
 def _is_averaged(tuner: Tuner, alive: Iterable[object]) -> bool:
-    """Whether an average of the tuner's model is among the objects. Its copy tells no more than such an adapter."""
+    """Whether an AveragedModel among the objects has a copy of the adapter, by its name and config."""
     models = (each.module for each in alive if isinstance(each, AveragedModel))
     copies = (tunerkit.adapters(model).get(tuner.name) for model in models)
     return any(copied is not None and copied is not tuner and copied.config == tuner.config for copied in copies)
 
 
 def _kinds(alive: Iterable[object], does: Callable[[Optimizer], bool]) -> str:
-    """The kinds of the optimizers of which ``does`` is true."""
+    """Return the class names of the optimizers for which ``does`` is true."""
     return ", ".join(sorted({type(each).__name__ for each in alive if isinstance(each, Optimizer) and does(each)}))
 
 
@@ -124,7 +124,7 @@ def _held(optimizer: Optimizer) -> set[int]:
 
 
 def _found(look: Callable[[], F]) -> F:
-    """What ``look`` finds among the objects that are alive. One that is gone may wait for the garbage collector."""
+    """Return the result of ``look`` among living objects, repeated after a garbage collection if it finds something."""
     if found := look():
         gc.collect()
         found = look()
@@ -132,5 +132,5 @@ def _found(look: Callable[[], F]) -> F:
 
 
 def _alive(*kinds: type) -> list[object]:
-    """All objects of some kinds. Torch keeps no list of them."""
+    """Return all living objects of some classes, of which torch keeps no list."""
     return [each for each in gc.get_objects() if issubclass(type(each), kinds)]

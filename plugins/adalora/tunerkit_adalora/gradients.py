@@ -1,4 +1,4 @@
-"""How many gradients the importance averages saw since the last allocation, and how many of them were unusable."""
+"""Counts of the gradients in the importance averages since the last allocation, and of unusable gradients."""
 
 import attrs
 from torch import Tensor
@@ -29,7 +29,7 @@ class GradientCount:
             bad: The value of ``left_out``, read from the device.
 
         Raises:
-            StepError: If steps were averaged and no gradient in them was usable: the scores then say nothing.
+            StepError: If steps were averaged and no gradient in them was usable: the scores are then meaningless.
         """
         # No step is averaged between two allocations if they follow each other at T − t_f, or if all were skipped.
         if self.averaged and self.seen == bad:

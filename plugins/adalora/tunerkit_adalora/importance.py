@@ -15,7 +15,7 @@ import attrs
 import torch
 from torch import Tensor
 
-# Not by comprehensions: each step asks all weights.
+# Faster than comprehensions, since each step checks all weights.
 _DEVICE, _IS_THERE = attrgetter("device"), partial(is_not, None)
 # Up to here, copying gradients into one tensor takes less time than multiplying by each.
 _SMALL = 1 << 20
@@ -57,11 +57,11 @@ class Averages:
     """The running averages of all weights of one dtype on one device, in one tensor each.
 
     Attributes:
-        stacks: Them by shape, as views.
-        sensitivity: Ī, (rows, 64). Each weight begins a row of its own; what is left of its last row is 0.
+        stacks: The averages by shape, as views.
+        sensitivity: Ī, (rows, 64). Each weight begins a new row; the rest of its last row is 0.
         uncertainty: Ū, the same.
         places: Index in the flat list of each weight, in the order of the rows; int64 (weights,).
-        rows: How many rows each weight has; int64 (weights,).
+        rows: The number of rows of each weight; int64 (weights,).
     """
 
     stacks: list[Stack]
@@ -104,7 +104,7 @@ def _rows(shape: torch.Size) -> int:
 
 
 def _by_shape(rows: Tensor, shapes: Sequence[tuple[Sequence[int], torch.Size]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of the ``rows`` of weights of these shapes: (count, *shape), and what is left of their last rows."""
+    """Yield views of the ``rows`` of weights of these shapes: (count, *shape), and the rest of their last rows."""
     parts = rows.split([len(members) * _rows(shape) for members, shape in shapes])
     for part, (members, shape) in zip(parts, shapes, strict=True):
         each = part.view(len(members), -1)
@@ -197,11 +197,11 @@ def smooth_(
         beta1: β1.
         beta2: β2.
         restart: Take Ī and Ū for 0 before this step.
-        total_: Adds up a vector over the processes, if each holds only pieces of the weights: a weight is left out in
-            all of them if any piece is not finite. None if the weights are whole.
+        total_: Sums a vector over the processes, if the weights are sharded: a weight is left out in all processes if
+            any shard is not finite. None if the weights are not sharded.
 
     Returns:
-        How many weights were left out; 0-d int64, on the first weight's device.
+        The number of weights that were left out; 0-d int64, on the first weight's device.
     """
     if not weights:
         return torch.zeros((), dtype=torch.int64)
@@ -245,7 +245,7 @@ def triplet_scores(stacks: Sequence[Stack]) -> list[Tensor]:
 
 
 def _importance(weights: Sequence[Tensor], grads: Sequence[Tensor | None], averages: Averages) -> Tensor:
-    """I = |w · ∂L/∂w| (Eq. 8) in the rows of the averages; for a weight without a gradient, as if it were 0."""
+    """Return I = |w · ∂L/∂w| (Eq. 8) in the layout of the averages; 0 for a weight without a gradient."""
     current = torch.empty_like(averages.sensitivity)
     shapes = [(stack.members, stack.sensitivity.shape[1:]) for stack in averages.stacks]
     for (members, _), (part, rest) in zip(shapes, _by_shape(current, shapes), strict=True):
@@ -254,7 +254,7 @@ def _importance(weights: Sequence[Tensor], grads: Sequence[Tensor | None], avera
         if len(given) < len(members):
             nothing = torch.zeros_like(own[0])
             given = [nothing if (grad := grads[index]) is None else grad for index in members]
-        if rest.numel():  # written into directly, they would be copied one by one
+        if rest.numel():  # `stack` into a strided output would copy the weights one by one
             rest.zero_()
             part.copy_(torch.stack(own))
         else:
@@ -267,9 +267,9 @@ def _importance(weights: Sequence[Tensor], grads: Sequence[Tensor | None], avera
 
 
 def _with_gradient(grads: Sequence[Tensor | None], averages: Averages) -> Tensor:
-    """Which weights have a gradient, bool (weights,)."""
+    """Return which weights have a gradient, bool (weights,)."""
     members = (index for stack in averages.stacks for index in stack.members)
-    # Not made of a list: the host would wait while it is copied to the device.
+    # Not built from a list, whose copy to the device would make the host wait.
     there = torch.ones_like(averages.places, dtype=torch.bool)
     if absent := [flag for flag, index in zip(there.unbind(), members, strict=True) if grads[index] is None]:
         torch._foreach_zero_(absent)
@@ -277,9 +277,9 @@ def _with_gradient(grads: Sequence[Tensor | None], averages: Averages) -> Tensor
 
 
 def _are_bad(importance: Tensor, owners: Tensor, has_gradient: Tensor | None, averages: Averages) -> Tensor:
-    """Which weights have a gradient, and an I that is not finite throughout: bool (weights,).
+    """Return which weights have a gradient and an I with non-finite values: bool (weights,).
 
-    ``owners`` says to which weight each row belongs; int64 (rows,).
+    ``owners`` has the weight of each row; int64 (rows,).
 
     Test I, not the gradient: a bad gradient always shows there (0·∞ is NaN), and so does a product that overflows. I is
     never negative, so one pass for its largest value is enough: NaN propagates, and is not below infinity.
@@ -293,7 +293,7 @@ def _are_bad(importance: Tensor, owners: Tensor, has_gradient: Tensor | None, av
 def _in_any(
     bad: Sequence[Tensor], averages: Sequence[Averages], weights: Sequence[Tensor], total_: Callable[[Tensor], None]
 ) -> list[Tensor]:
-    """Which weights are bad in any process. Each holds pieces, in rows and in an order of its own."""
+    """Return which weights are bad in any process. Processes have different shards, in different rows and order."""
     device = weights[0].device
     together = torch.zeros(len(weights), device=device)
     for each, own in zip(averages, bad, strict=True):
@@ -305,7 +305,7 @@ def _in_any(
 def _average_(averages: Averages, current: Tensor, used: Tensor, beta1: float, beta2: float, restart: bool) -> None:
     """Eq. 8-10 for the rows that are ``used``, bool (rows, 1); ``current`` is I, which is overwritten."""
     mean, spread = averages.sensitivity, averages.uncertainty
-    # What is left out moves by 0 towards the new value: x + 0 · (y − x) is x, bit for bit, if y is finite.
+    # A weight that is left out has pace 0: x + 0 · (y − x) is x, bit for bit, if y is finite.
     current.nan_to_num_(nan=0.0, posinf=0.0)
     if restart:
         left_out = used.logical_not()
@@ -318,5 +318,5 @@ def _average_(averages: Averages, current: Tensor, used: Tensor, beta1: float, b
 
 
 def _pace(used: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
-    """1 − β for each row that is averaged, 0 for the others. In the default dtype it takes one operation."""
+    """Return 1 − β for each averaged row, 0 for the others; one operation in the default dtype."""
     return used * (1 - beta) if dtype == torch.get_default_dtype() else used.to(dtype) * (1 - beta)

@@ -1,4 +1,4 @@
-"""The orthogonality regulariser R(P, Q) of Eq. 4, with its gradient written by hand."""
+"""The orthogonality regularizer R(P, Q) of Eq. 4, with its gradient written by hand."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -44,8 +44,8 @@ def add_gradient_(pairs: Sequence[Pair], *, gamma: float, form: Form, grad_scale
     ∂‖PᵀP − I‖²_F/∂P = 4 P (PᵀP − I) and ∂‖QQᵀ − I‖²_F/∂Q = 4 (QQᵀ − I) Q. For "reference" this is divided by twice
     the norm and by the number of matrices, and is 0 where the norm is 0.
 
-    Frozen matrices, and those without a gradient in this step, are left alone. They still count in the mean, so that γ
-    pulls equally at each matrix whichever others were used.
+    Frozen matrices, and matrices without a gradient in this step, are skipped. They still count in the mean, so that
+    the pull of γ on a matrix does not depend on which others were used.
 
     Args:
         pairs: P (out, r) and Q (r, in) of each layer.

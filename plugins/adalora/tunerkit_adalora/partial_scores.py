@@ -1,4 +1,4 @@
-"""Scores of triplets whose weights are cut over several processes: what this process's pieces contribute to them."""
+"""Scores of triplets with sharded weights: the contributions of this process's shards."""
 
 from collections.abc import Sequence
 
@@ -15,15 +15,15 @@ _TRIPLETS = {Part.P: 1, Part.LAM: 0, Part.Q: 0}
 def partial_scores(
     stacks: Sequence[Stack], shapes: Sequence[Sequence[int]], starts: Sequence[tuple[int, int]]
 ) -> list[Tensor]:
-    """Compute contributions that add up, over the processes, to what `triplet_scores` is for whole weights (Eq. 11-13).
+    """Compute contributions that sum, over the processes, to `triplet_scores` of the full weights (Eq. 11-13).
 
-    A mean over a matrix's entries is a sum of shares: P is cut over its rows, so each process adds up its part of every
-    column, and λ and Q are cut over the triplets, so each process contributes those that it holds.
+    P is sharded over its rows, so each process sums its part of every column. λ and Q are sharded over the triplets, so
+    each process contributes its own triplets.
 
     Args:
-        stacks: The averages of the pieces that this process holds.
-        shapes: The whole shape of each weight in the flat list.
-        starts: The dimension along which each weight is cut, and the first index of the piece in it.
+        stacks: The averages of this process's shards.
+        shapes: The full shape of each weight in the flat list.
+        starts: The dimension along which each weight is sharded, and the shard's first index in it.
 
     Returns:
         One tensor (r,) for each layer.
@@ -41,7 +41,7 @@ def partial_scores(
 
 
 def placed(piece: Tensor, size: int, start: int) -> Tensor:
-    """Put a piece (k,) into a vector (size,) that is 0 elsewhere."""
+    """Put a shard (k,) into a vector (size,) of zeros."""
     whole = piece.new_zeros(size)
     whole[start : start + len(piece)] = piece
     return whole
@@ -50,7 +50,7 @@ def placed(piece: Tensor, size: int, start: int) -> Tensor:
 def placed_lams(
     lams: Sequence[Tensor], shapes: Sequence[Sequence[int]], starts: Sequence[tuple[int, int]]
 ) -> list[Tensor]:
-    """Put pieces of λ into whole vectors, which add up to λ over the processes."""
+    """Put shards of λ into full vectors, which sum to λ over the processes."""
     return [placed(lam, shape[0], _start(start, 0)) for lam, shape, start in zip(lams, shapes, starts, strict=True)]
 
 

@@ -26,7 +26,7 @@ from tunerkit_adalora.svd_layer import SvdLayer
 
 @hookimpl
 def tunerkit_methods() -> Iterable[Method]:
-    """Name the method; without steps it would be LoRA with more parameters, so it needs them."""
+    """Register the method. It needs steps, since without them it would be LoRA with more parameters."""
     return [
         Method(name="adalora", config=AdaLoraConfig, needs_steps=True, pieces=True, statistics=fitting.request),
     ]
@@ -49,7 +49,7 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdaLoraConfi
 
 @hookimpl
 def tunerkit_calibrate(tuner: Tuner, statistics: Mapping[str, Statistics]) -> None:
-    """Set a start that depends on data."""
+    """Initialize Q from data."""
     fitting.fit_(tuner, statistics)
 
 
@@ -64,13 +64,13 @@ def tunerkit_start(tuner: Tuner, total_steps: int, optimizer: Optimizer | None) 
 
 @hookimpl
 def tunerkit_before_step(tuner: Tuner, grad_scale: Tensor | None) -> Iterable[nn.Parameter] | None:
-    """Add the regulariser's gradient; return the λ where the optimizer must leave them alone."""
+    """Add the regularizer's gradient; return the λ if the optimizer must not update them."""
     return steps.before_step(tuner, grad_scale)
 
 
 @hookimpl
 def tunerkit_after_step(tuner: Tuner, step: int) -> Mapping[str, int] | None:
-    """Importance, budget, allocation, masks."""
+    """Update importance and budget; allocate ranks and apply masks."""
     return steps.after_step(tuner, step)
 
 
@@ -82,25 +82,25 @@ def tunerkit_finish(tuner: Tuner) -> Mapping[str, int] | None:
 
 @hookimpl
 def tunerkit_budget(tuner: Tuner, step: int | None) -> int:
-    """Answer from the schedule, or say what is in force."""
+    """Return the budget from the schedule, or the current one."""
     return training.budget(tuner, step)
 
 
 @hookimpl
 def tunerkit_delta(adapter: SvdLayer, base: BaseLayer) -> Delta:
-    """Say what the adapter adds, for merging: λ as it stands."""
+    """Return ΔW for merging, with the current λ."""
     return Delta(weight=low_rank_delta(base, q=adapter.q, p=adapter.p, lam=adapter.lam, scale=adapter.scale))
 
 
 @hookimpl
 def tunerkit_factors(adapter: SvdLayer) -> Factors:
-    """Return what the adapter adds as a product, for conversion. `tunerkit_delta` needs no wait for the device."""
+    """Return ΔW as low-rank factors, for conversion. `tunerkit_delta` is faster for merging: no wait for the device."""
     return adapter.factors()
 
 
 @hookimpl
 def tunerkit_from_factors(factors: Mapping[str, Factors]) -> tuple[AdaLoraConfig, Mapping[str, SvdLayer]]:
-    """Build the config and the layers that add given products."""
+    """Build the config and the layers from given products."""
     return from_products(factors)
 
 

@@ -1,4 +1,4 @@
-"""What AdaLoRA cannot train: refused before the first step, and before each one."""
+"""Checks before each step for weights that AdaLoRA cannot train."""
 
 import sys
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from tunerkit.plugin import AdapterError, StepError, Tuner
 
 
 def refuse_sharded(tuner: Tuner, weights: Sequence[nn.Parameter]) -> None:
-    """Refuse DTensors of which the engine knows nothing, since the adapter was sharded after it was attached.
+    """Reject DTensors that the engine does not know, since the adapter was sharded after it was attached.
 
     Args:
         tuner: The adapter's handle.
@@ -19,21 +19,21 @@ def refuse_sharded(tuner: Tuner, weights: Sequence[nn.Parameter]) -> None:
     Raises:
         StepError: If any weight is a DTensor.
     """
-    # If nobody has imported the module, no DTensor exists. Importing it takes long.
+    # If the module was not imported, no DTensor exists. The import is slow.
     sharding = sys.modules.get("torch.distributed.tensor")
     if sharding is None:
         return
-    # Each step asks this: check the few types, not the many weights.
+    # For speed in each step, check the few types, not the many weights.
     kinds: set[type[nn.Parameter]] = set(map(type, weights))
     if any(issubclass(kind, sharding.DTensor) for kind in kinds) and not tuner.pieces(weights[:3]).are_cut:
         raise StepError(
-            f"adapter {tuner.name!r} has DTensors for weights, which were no DTensors when it was attached: call "
-            "tunerkit.attach after fully_shard, in every process"
+            f"the weights of adapter {tuner.name!r} became DTensors after it was attached: call tunerkit.attach after "
+            "fully_shard, in every process"
         )
 
 
 def refuse_other_ranks(adapter: str) -> None:
-    """Refuse layers whose size has changed behind the training's back.
+    """Reject layers that were resized from outside since attaching.
 
     Args:
         adapter: The adapter's name, for the message.
@@ -48,11 +48,11 @@ def refuse_other_ranks(adapter: str) -> None:
 
 
 def refuse_revived(adapter: str, live: int, in_force: int, step: int) -> NoReturn:
-    """Refuse masks that keep more than the last allocation left, and so are of another step.
+    """Reject masks that keep more than the last allocation, and so are from another step.
 
     Args:
         adapter: The adapter's name, for the message.
-        live: What the masks keep, in the config's unit.
+        live: The budget that the masks keep, in the config's unit.
         in_force: The budget of the last allocation.
         step: The last step.
 

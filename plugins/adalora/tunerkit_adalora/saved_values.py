@@ -74,7 +74,7 @@ def read_values(values: Mapping[str, object]) -> SavedValues:
     """Read the values of a file.
 
     Args:
-        values: What the file contains by name. Unknown names are ignored: a later version may have added them.
+        values: The file's values by name. Unknown names are ignored, since a later version may have added them.
 
     Returns:
         The values.

@@ -1,4 +1,4 @@
-"""AdaLoRA's training state on its way to a file and back."""
+"""Save and restore AdaLoRA's training state."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,13 @@ _SHOWN = 12  # problems in an error: there may be one for each weight
 
 
 def state(tuner: Tuner) -> State:
-    """Collect the averages, the masks, and where in the schedule the training stands.
+    """Collect the averages, the masks, and the position in the schedule.
 
     Args:
         tuner: The tuner.
 
     Returns:
-        The state, which is empty if the tuner is not attached. Tensors are numbered as weights and layers are.
+        The state, which is empty if the tuner is not attached. Tensors are numbered like weights and layers.
     """
     if not isinstance(tuner.state, Training):
         return State(tensors={}, values={})
@@ -49,9 +49,9 @@ def state(tuner: Tuner) -> State:
 
 
 def restore(tuner: Tuner, saved: State) -> None:
-    """Continue where `state` was taken; the weights are those of the adapter's own file.
+    """Restore the training state that `state` returned; the weights come from the adapter's file.
 
-    Everything is checked and prepared first. If an error is raised, nothing has changed.
+    All checks come first: if an error is raised, nothing has changed.
 
     Args:
         tuner: The attached tuner.
@@ -97,13 +97,13 @@ def restore(tuner: Tuner, saved: State) -> None:
 
 
 def _pieces_of_averages(tuner: Tuner, layers: Sequence[SvdLayer]) -> Pieces:
-    """The pieces of the weights to which Ī belongs, then once more those to which Ū belongs."""
+    """Return the shards of the weights twice: once for Ī, and once for Ū."""
     weights = weights_of(layers)
     return tuner.pieces([*weights, *weights])
 
 
 def _fitting(layers: Sequence[SvdLayer], pieces: Pieces, saved: State) -> dict[str, Tensor]:
-    """The whole averages in a state, by name. Raises `StepError` if the state does not fit the layers."""
+    """Return the full averages in a state, by name. Raises `StepError` if the state does not fit the layers."""
     weights = weights_of(layers) if pieces.values else []
     averages = [torch.empty(w.shape, dtype=average_dtype(w.dtype), device="meta") for w in weights]
     named = _named(averages, averages, [layer.mask for layer in layers])
@@ -123,7 +123,7 @@ def _listed(problems: Sequence[str]) -> str:
 
 
 def _named(sensitivity: Sequence[Tensor], uncertainty: Sequence[Tensor], masks: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names that they have in a file."""
+    """Return tensors by their names in a file."""
     lists = {"sensitivity": sensitivity, "uncertainty": uncertainty, "mask": masks}
     return {f"{name}.{i}": tensor for name, tensors in lists.items() for i, tensor in enumerate(tensors)}
 

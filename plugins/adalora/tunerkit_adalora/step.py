@@ -19,22 +19,22 @@ from tunerkit_adalora.preconditions import refuse_other_ranks, refuse_sharded
 from tunerkit_adalora.svd_layer import weights_of
 from tunerkit_adalora.training import Training, layers_of, training_of
 
-# Not by comprehensions: each step asks all weights.
+# Faster than comprehensions, since each step checks all weights.
 _GRAD, _IS_THERE = attrgetter("grad"), partial(is_not, None)
 
 
 def before_step(tuner: Tuner, grad_scale: Tensor | None) -> Iterable[nn.Parameter] | None:
-    """Add the regulariser's gradient, once per step, scaled as the gradients are.
+    """Add the regularizer's gradient, once per step, with the scale of the gradients.
 
     Args:
         tuner: The tuner whose optimizer steps.
-        grad_scale: The factor that the gradients carry (0-d), or None.
+        grad_scale: The scale of the gradients (0-d), or None.
 
     Returns:
-        The λ, which the step must leave alone where the optimizer does not train them.
+        The λ, if the optimizer must not update them, else None.
 
     Raises:
-        StepError: If the weights are sharded, or have other ranks than the training knows of.
+        StepError: If the weights were sharded or resized after attaching.
     """
     training = tuner.state if isinstance(tuner.state, Training) else training_of(tuner)
     config, weights = training.config, weights_of(training.layers)
@@ -43,7 +43,7 @@ def before_step(tuner: Tuner, grad_scale: Tensor | None) -> Iterable[nn.Paramete
         refuse_sharded(tuner, weights)
     if [*map(Tensor.numel, lams)] != training.sizes:
         refuse_other_ranks(tuner.name)
-    if not tuner.engine.is_shared:  # no step replaces them; looking for them takes as long as the rest of this hook
+    if not tuner.engine.is_shared:  # no step replaces the weights, and the search is as slow as the rest of this hook
         training.weights = weights
     if config.gamma > 0:
         with tuner.whole(gradients=True):
@@ -56,14 +56,14 @@ def before_step(tuner: Tuner, grad_scale: Tensor | None) -> Iterable[nn.Paramete
 def after_step(tuner: Tuner, step: int) -> dict[str, int] | None:
     """Follow the paper's algorithm: importance, budget, allocation, masks.
 
-    Between allocations a λ that the optimizer trains moves freely, masked or not. Once the ranks are final, the mask
-    holds after every step.
+    Between allocations, the optimizer may update a masked λ. Once the ranks are final, the mask is applied after every
+    step.
 
-    The averages are updated for every weight that has a gradient; an unused layer keeps its averages. They rest from
-    T − t_f on, as in both public codes. The first step is averaged in any case: without it, the scores would be 0.
+    The averages are updated for every weight with a gradient; an unused layer keeps its averages. Updates end at
+    T − t_f, as in both public codes. The first step is always averaged: without it, the scores would be 0.
 
     Args:
-        tuner: The tuner whose weights have just moved.
+        tuner: The tuner whose weights were just updated.
         step: The step's number, from 1.
 
     Returns:
@@ -123,7 +123,7 @@ def finish(tuner: Tuner) -> dict[str, int] | None:
         The final ranks by target path, or None if they were final already.
 
     Raises:
-        StepError: Before the first step, when no score means anything.
+        StepError: Before the first step, when all scores are 0.
     """
     training = training_of(tuner)
     if training.phase.is_final:
@@ -136,16 +136,16 @@ def finish(tuner: Tuner) -> dict[str, int] | None:
 
 
 def _make_all_live_(training: Training) -> None:
-    """Make every triplet live, at the first step: a loaded adapter may come with masks."""
+    """Make every triplet live at the first step, since a loaded adapter may have masks."""
     for layer in training.layers:
         layer.set_mask(torch.ones_like(layer.mask), rank=len(layer.mask))
     training.in_force = training.schedule.initial
 
 
 def _warn_if_nothing_is_left(tuner: Tuner, training: Training) -> None:
-    """Warn, at the first step, if an earlier training has removed from memory all that could be pruned.
+    """Warn at the first step if an earlier training has removed all prunable triplets from memory.
 
-    Not when attaching: a resumed training has nothing left either once it has shrunk, and then it has a later step.
+    Not when attaching, since a resumed training that has shrunk is at a later step.
     """
     schedule = training.schedule
     whole = training.resolved.init_rank * sum(training.costs)
@@ -158,7 +158,7 @@ def _warn_if_nothing_is_left(tuner: Tuner, training: Training) -> None:
 
 
 def _scores_and_lams(tuner: Tuner, training: Training) -> tuple[list[Tensor], list[Tensor]]:
-    """The score (r,) of each triplet and λ (r,), by layer, whole in each process."""
+    """Return scores (r,) and λ (r,) by layer, complete in each process."""
     weights = weights_of(training.layers)
     pieces = tuner.pieces(weights)
     if not pieces.are_cut:

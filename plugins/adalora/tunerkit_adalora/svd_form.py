@@ -1,4 +1,4 @@
-"""The SVD form: rotate triplets into the singular triplets of ΔW. The penalty only pulls P and Q towards it."""
+"""The SVD form: rotate triplets into the singular triplets of ΔW, to which the penalty only pulls P and Q."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -20,17 +20,17 @@ def to_svd_form_(layers: Sequence[SvdLayer], scores: Sequence[Tensor], *, total:
     """Re-parametrise: make the live triplets of each layer the singular triplets of its ΔW. ΔW stays.
 
     P Λ Q = U Σ Vᵀ, from the QR of P Λ and of Qᵀ and the SVD of the product of their small factors. λ is proportional to
-    Σ. The columns of P get one length, and the rows of Q get the root mean square of theirs. The largest singular
-    triplet takes the index of the live triplet with the highest score, the next that of the next. So what is known of
-    an index holds as well as it can for the triplet that comes there.
+    Σ. The columns of P get equal lengths, and the rows of Q the root mean square of their lengths. Singular triplets in
+    descending order take the indices of live triplets in descending order of score, so that statistics of an index
+    still fit the new triplet as well as possible.
 
-    Dead triplets stay as they are. So do layers whose ΔW is 0 or not finite, and layers whose weights are frozen,
-    shared or parametrised. The number of operations scales with the number of distinct shapes, not of layers.
+    Dead triplets are not changed, nor are layers whose ΔW is 0 or not finite, or whose weights are frozen, shared or
+    parametrised. The number of operations scales with the number of distinct shapes, not of layers.
 
     Args:
         layers: The layers, with masks and λ as the allocation left them.
         scores: The score (r,) of each layer's triplets.
-        total: What λ adds up to in each layer.
+        total: The sum of λ in each layer.
     """
     uses = Counter(id(weight) for layer in layers for weight in layer.weights)
     batches: dict[tuple[object, ...], list[tuple[SvdLayer, Tensor]]] = defaultdict(list)
@@ -58,10 +58,10 @@ class _Factors:
 
 @attrs.frozen(eq=False)
 class _Rotation:
-    """The SVD of small_left small_rightᵀ, as new values; where ``rotated`` is False, the others say nothing.
+    """New values from the SVD of small_left small_rightᵀ, which are valid only if ``rotated`` is True.
 
-    ``rotated`` (n, r): which triplets get new values. ``lam`` (n, r): the new λ. ``to_p`` and ``to_q`` (n, r, r): what
-    makes P of ``left``, and Q of ``right``.
+    ``rotated`` (n, r): the triplets with new values. ``lam`` (n, r): the new λ. ``to_p`` and ``to_q`` (n, r, r): the
+    matrices from ``left`` to P, and from ``right`` to Q.
     """
 
     rotated: Tensor
@@ -97,7 +97,7 @@ def _rotate_(batch: Sequence[tuple[SvdLayer, Tensor]], total: float) -> None:
 
 
 def _factor(layers: Sequence[SvdLayer], lam: Tensor, live: Tensor) -> _Factors:
-    """The QR of each layer; ``lam`` (n, r) is 0 for dead triplets."""
+    """Return the QR of each layer; ``lam`` (n, r) is 0 for dead triplets."""
     left, small_left = torch.linalg.qr(_wide([layer.p for layer in layers]).mul_(lam.unsqueeze(1)))
     right, small_right = torch.linalg.qr(_wide([layer.q for layer in layers]).mul_(live.unsqueeze(2)).mT)
     return _Factors(left, right, _filled(small_left), _filled(small_right))
@@ -109,7 +109,7 @@ def _filled(small: Tensor) -> Tensor:
 
 
 def _singular(small_left: Tensor, small_right: Tensor, live: Tensor, score: Tensor, total: float) -> _Rotation:
-    """The SVD of P Λ Q from the small factors (n, r, r) of P Λ and of Qᵀ."""
+    """Return the SVD of P Λ Q from the small factors (n, r, r) of P Λ and of Qᵀ."""
     core = small_left @ small_right.mT
     # The SVD of a matrix that is not finite raises.
     finite = core.sum((1, 2)).isfinite().unsqueeze(1)
@@ -118,10 +118,10 @@ def _singular(small_left: Tensor, small_right: Tensor, live: Tensor, score: Tens
     standing = score.where(live, -1).argsort(descending=True, stable=True).argsort()
     shares = sigma.maximum(_LEAST_SHARE * sigma[:, :1]).gather(1, standing) * live
     new_lam = total * shares / shares.sum(1, keepdim=True)
-    # right is orthonormal: the squares of Q's rows add up to those of its small factor.
+    # right is orthonormal, so Q and its small factor have the same sum of squares.
     length = (small_right.square().sum((1, 2)) / live.sum(1)).sqrt().unsqueeze(1)
     u = u.gather(2, standing.unsqueeze(1).expand_as(u))
-    # An SVD leaves two signs open. Take the one that P Λ has already: the optimizer's averages then still fit.
+    # The signs of an SVD are arbitrary. Take the signs of the present P Λ, so that the optimizer's averages still fit.
     sign = torch.where((small_left * u).sum(1) < 0, -1.0, 1.0)
     to_p = u * (sign * sigma.gather(1, standing) / (length * new_lam)).unsqueeze(1)
     to_q = vh.gather(1, standing.unsqueeze(2).expand_as(vh)) * (sign * length).unsqueeze(2)
@@ -129,12 +129,12 @@ def _singular(small_left: Tensor, small_right: Tensor, live: Tensor, score: Tens
 
 
 def _wide(weights: Sequence[Tensor]) -> Tensor:
-    """All weights in one fp64 tensor, which neither autocast nor TF32 rounds; MPS has only fp32."""
+    """Stack weights in fp64, which neither autocast nor TF32 rounds; in fp32 on MPS."""
     stacked = torch.stack(list(weights))
     return stacked.to(torch.float32 if stacked.device.type == "mps" else torch.float64)
 
 
 def _write_(weights: Sequence[Tensor], values: Tensor, where: Tensor) -> None:
-    """Write ``values`` (n, …) into the weights, only where ``where``."""
+    """Write ``values`` (n, …) into the weights where ``where`` is True."""
     old = torch.stack(list(weights))
     torch._foreach_copy_(list(weights), list(values.to(old.dtype).where(where, old).unbind()))

@@ -21,8 +21,8 @@ class Weights(NamedTuple):
 class SvdLayer(Adapter):
     """``p`` (out, r), ``lam`` (r,), ``q`` (r, in): triplet i is column i of P, λ_i, row i of Q (Eq. 2).
 
-    ``mask`` (r,) says which triplets the last allocation left live. It is neither parameter nor buffer, since DDP
-    would broadcast a buffer. It follows the parameters to other devices, and into ``state_dict``, all the same.
+    ``mask`` (r,) is True for triplets that the last allocation left live. It is neither a parameter nor a buffer, which
+    DDP would broadcast. It still follows the parameters to other devices and into ``state_dict``.
 
     Args:
         in_features: Features of the base layer's input.
@@ -30,8 +30,8 @@ class SvdLayer(Adapter):
         rank: r, the number of triplets.
         scale: The factor of P Λ Q.
         dropout: Share of the input that is dropped while training.
-        start: "gaussian" or "orthonormal" (Λ = 0); every other one begins as "lora" (P = 0, Λ = 1).
-        train_lambda: Whether the optimizer moves Λ. If it does not, the λ of a masked triplet is 0.
+        start: "gaussian" or "orthonormal" (Λ = 0); all others are initialized like "lora" (P = 0, Λ = 1).
+        train_lambda: Whether the optimizer updates Λ. If not, the λ of a masked triplet is 0.
     """
 
     reads_output: ClassVar[bool] = False
@@ -62,16 +62,16 @@ class SvdLayer(Adapter):
 
     @property
     def weights(self) -> Weights:
-        """``p``, ``lam``, ``q``; not by attribute, which torch looks up in Python: each step asks all layers."""
+        """``p``, ``lam``, ``q``, without torch's slow attribute lookup, since each step needs those of all layers."""
         own = self._parameters
         p, lam, q = own.get("p"), own.get("lam"), own.get("q")
-        if p is None or lam is None or q is None:  # parametrised or flattened: there as attributes alone
+        if p is None or lam is None or q is None:  # parametrised or flattened: only attributes
             return Weights(self.p, self.lam, self.q)
         return Weights(p, lam, q)
 
     @property
     def mask(self) -> Tensor:
-        """Which triplets are live, bool (r,). Assigned whole, never written into."""
+        """The live triplets, bool (r,). Assign a new tensor; never write into it."""
         return self._mask
 
     @mask.setter
@@ -83,7 +83,7 @@ class SvdLayer(Adapter):
 
         Args:
             mask: Bool (r,).
-            rank: How many triplets it keeps, if that is known: `rank` then need not wait for the device.
+            rank: The number of triplets that it keeps, if known, so that `rank` need not wait for the device.
         """
         self._mask, self._rank = mask, rank
 
@@ -105,7 +105,7 @@ class SvdLayer(Adapter):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # A copy: masks are views of one tensor, and accelerate leaves out all but one of what shares memory.
+        # A copy: masks are views of one tensor, and accelerate keeps only one of several tensors that share memory.
         destination[prefix + "mask"] = self.mask.clone()
         if not (len(self.mask) or keep_vars or self._is_emptied):
             for name in (*self.rank_dims, "mask"):
@@ -134,13 +134,13 @@ class SvdLayer(Adapter):
         if mask is not None and (problem := _misfit(mask, self._triplets)):
             error_msgs.append(f"{prefix}mask: {problem}")
         elif mask is not None:
-            # With assign=True the weights come as they are, perhaps onto a model on the meta device: so does the mask.
+            # With assign=True, weights keep their device, perhaps for a model on the meta device; so does the mask.
             assigned = local_metadata.get("assign_to_params_buffers", False)
             self.mask = mask.detach().clone().to(mask.device if assigned else self.mask.device)
 
     @property
     def _is_emptied(self) -> bool:
-        """Whether the weights are elsewhere: ZeRO-3 empties them between their uses, and stores them empty."""
+        """Whether the weights are partitioned: ZeRO-3 empties them between uses, and stores them empty."""
         return self.weights.p.ndim < 2
 
     @property
@@ -149,7 +149,7 @@ class SvdLayer(Adapter):
         return len(self.mask) if self._is_emptied else len(self.lam)
 
     def _contradiction(self, state: Mapping[str, Any], prefix: str, mask: Tensor | None) -> str | None:
-        """What the weights in a state and their mask say that no training leaves behind."""
+        """Return a contradiction between a state's weights and its mask, or None."""
         own, found = self.weights._asdict(), {name: state.get(prefix + name) for name in self.rank_dims}
         saved = {name: w for name, w in found.items() if isinstance(w, Tensor) and w.ndim == own[name].ndim}
         sizes = {weight.shape[self.rank_dims[name]] for name, weight in saved.items() if not self._is_emptied}
@@ -160,7 +160,7 @@ class SvdLayer(Adapter):
             return f"{mask.numel()} triplets, above the initial rank {self.initial_rank}"
         if problem := _misfit(mask, rank):
             return problem
-        # A λ that the optimizer trains moves freely between allocations, masked or not.
+        # If the optimizer trains λ, a masked λ may be nonzero between allocations.
         lam = saved.get("lam")
         if self.train_lambda or lam is None or lam.shape != mask.shape:
             return None
@@ -170,19 +170,19 @@ class SvdLayer(Adapter):
         return f"{stray} masked triplets whose λ is not 0" if stray else None
 
     def extra_repr(self) -> str:
-        rank = "?" if self.mask.is_meta else self.rank  # a mask without values says nothing
+        rank = "?" if self.mask.is_meta else self.rank  # a meta mask has no values
         dropout = f", dropout={self.dropout}" if self.dropout else ""
         return f"rank={rank} of {self.initial_rank}, scale={self.scale:g}{dropout}"
 
     def factors(self) -> Factors:
-        """Return what the layer adds to the weight as a product, without the triplets that add nothing."""
+        """Return ΔW as low-rank factors, without triplets that add nothing."""
         kept = (self.mask.to(self.lam.device) | (self.lam.detach() != 0)).nonzero().squeeze(1)
         q, p, lam = self.q.index_select(0, kept), self.p.index_select(1, kept), self.lam.index_select(0, kept)
         return low_rank_factors(q, p, scale=self.scale, lam=lam)
 
 
 def _with_memory(empty: Tensor) -> Tensor:
-    """A tensor without elements that has memory all the same: accelerate takes those without for shared ones."""
+    """Return an empty tensor with memory, since accelerate takes empty tensors without memory for shared ones."""
     return empty.new_empty(1)[:0].view(empty.shape)
 
 
@@ -222,21 +222,21 @@ def apply_masks_(lams: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Zero the λ of masked triplets (Eq. 6); P and Q stay as they are, and trainable.
 
     Args:
-        lams: λ (r,) of each layer, on any devices; or pieces of it.
+        lams: λ (r,) of each layer, or its shards, on any devices.
         masks: Their masks, bool (r,).
     """
-    # One tensor for all: layers may lie on several devices, a mask then lies where the allocation was made.
+    # In one tensor: layers may be on several devices, and their masks on the device of the allocation.
     kept = torch.cat([lam.to(lams[0].device) for lam in lams])
     kept.masked_fill_(torch.cat([mask.to(kept.device) for mask in masks]).logical_not_(), 0)
     torch._foreach_copy_(list(lams), list(torch.split(kept, [len(lam) for lam in lams])))
 
 
 def weights_of(layers: Sequence[SvdLayer]) -> list[nn.Parameter]:
-    """P, λ, Q of each layer, one after the other. Ask again at each step: loading may replace them."""
+    """Return P, λ, Q of each layer, one after the other. Call this at each step, since loading may replace them."""
     found: list[nn.Parameter] = []
     for layer in layers:
         own = layer._parameters
-        if "p" in own and "lam" in own and "q" in own:  # as `SvdLayer.weights`, which takes thrice as long
+        if "p" in own and "lam" in own and "q" in own:  # three times as fast as `SvdLayer.weights`
             found += own["p"], own["lam"], own["q"]  # type: ignore[arg-type]  # never registered as None
         else:
             found += layer.weights
@@ -244,7 +244,7 @@ def weights_of(layers: Sequence[SvdLayer]) -> list[nn.Parameter]:
 
 
 def _start(layer: SvdLayer, start: str) -> None:
-    """Set P and Q; with Λ or P at 0, ΔW starts at 0."""
+    """Initialize P and Q. ΔW is 0, since Λ or P is 0."""
     if layer.lam.numel() == 0:
         return
     if start == "gaussian":

@@ -1,4 +1,4 @@
-"""AdaLoRA's training state: what one step leaves to the next."""
+"""AdaLoRA's training state between steps."""
 
 from operator import mul
 
@@ -23,19 +23,19 @@ class Training:
 
     Attributes:
         config: The adapter's settings.
-        layers: The SVD layers in the order of the targets. The step hooks take them from here: looking for all layers
-            in the model costs more than the rest of a step.
+        layers: The SVD layers in the order of the targets, for the step hooks: a search for all layers in the model
+            costs more than the rest of a step.
         resolved: The config's settings with their defaults applied.
         bounds: The least and the greatest rank of each target.
         schedule: b(t).
-        running: The running averages of what this process holds of the layers' weights; none once the ranks are final.
+        running: The running averages of this process's shards of the weights; empty once the ranks are final.
         gradients: Counts since the last allocation.
-        costs: What a triplet of each layer costs, in the config's unit.
+        costs: The cost of a triplet of each layer, in the config's unit.
         in_force: The budget of the last allocation, in the same unit.
         sizes: Triplets of each layer in memory, dead ones included.
         weights: P, λ and Q of each layer, from the hook before a step to the one after it, if this process is alone.
         last_step: The last step's number; 0 before the first.
-        phase: Where the training stands.
+        phase: The phase of the training.
     """
 
     config: AdaLoraConfig
@@ -61,9 +61,9 @@ class Training:
 def start(tuner: Tuner, total_steps: int) -> Training:
     """Make the state before the first step: averages at 0.
 
-    An adapter that was loaded pruned keeps its masks until the first step, so that it can still be saved as it is. Then
-    every triplet in memory is live. Triplets that were removed from memory do not come back: the budget falls from what
-    is there. A training that is too short to prune may continue a finished one: then the masks stay.
+    A loaded, pruned adapter keeps its masks until the first step, so that it can still be saved unchanged. Then every
+    triplet in memory becomes live. Triplets that were removed from memory do not come back: the budget falls from the
+    remaining ones. A training that is too short to prune may continue a finished one: then the masks stay.
 
     Args:
         tuner: The tuner that is attached.
@@ -109,10 +109,10 @@ def start(tuner: Tuner, total_steps: int) -> Training:
 
 
 def budget(tuner: Tuner, step: int | None) -> int:
-    """Say which budget is in force.
+    """Return the budget in force.
 
-    A loaded adapter has the budget that its masks count. In parameters, masks may count less than the budget in force,
-    where the rest is too little for another triplet.
+    The budget of a loaded adapter is counted by its masks. In parameters, that may be less than the budget in force, if
+    the rest is too small for another triplet.
 
     Args:
         tuner: The tuner, attached or not.
@@ -122,8 +122,8 @@ def budget(tuner: Tuner, step: int | None) -> int:
         The budget, in the config's unit.
 
     Raises:
-        StepError: If the schedule is asked for and the total steps are unknown.
-        AdapterError: If weights of another step were loaded, which have triplets beyond the budget in force.
+        StepError: If a step is given and the total steps are unknown.
+        AdapterError: If weights of another step were loaded, with more triplets than the budget in force.
     """
     training = tuner.state
     if isinstance(training, Training) and step is not None:
@@ -146,18 +146,18 @@ def budget(tuner: Tuner, step: int | None) -> int:
 
 
 def config_of(tuner: Tuner) -> AdaLoraConfig:
-    """The tuner's config as AdaLoRA's own."""
+    """Return the tuner's config, typed."""
     assert isinstance(tuner.config, AdaLoraConfig)
     return tuner.config
 
 
 def layers_of(tuner: Tuner) -> list[SvdLayer]:
-    """The SVD layers in the order of the targets, as they are in the model now."""
+    """Return the current SVD layers in the order of the targets."""
     return [adapter for adapter in tuner.adapters().values() if isinstance(adapter, SvdLayer)]
 
 
 def training_of(tuner: Tuner) -> Training:
-    """The tuner's training state; a `StepError` that says how to get one if there is none."""
+    """Return the tuner's training state; `StepError` if it is not attached."""
     if not isinstance(tuner.state, Training):
         raise StepError(
             f"adapter {tuner.name!r} is not attached; call tunerkit.attach(model, optimizer, total_steps=...)"
