@@ -27,11 +27,7 @@ GUARD_SECONDS = 600  # a fork that hangs is killed in the end; cases take millis
 
 
 def failures(attack: Attack, count: int, prepare: Callable[[], object] = int) -> list[str]:
-    """Run an attack of ``count`` cases, and return the failures.
-
-    The attack is a module-level function. It runs in a fork of a process with one thread, in which ``prepare`` ran
-    once: forking a test process, whose threads may hold locks, could hang.
-    """
+    """Run ``count`` cases of an attack in a fork of a process with one thread, in which ``prepare`` ran once."""
     worked, found = _warm_process()(prepare, attack, count)
     assert worked, found
     labels, outcomes = zip(*found, strict=True)
@@ -150,10 +146,7 @@ def in_fork(call: Callable[[], str]) -> str:
 
 
 def limited(cases: Iterable[Case]) -> Iterator[tuple[str, str]]:
-    """Run cases in forks, each with `CPU_SECONDS` and `MEMORY` beyond what the process has already.
-
-    Yields each case's label with its outcome, or with how the process died. A fork runs cases until one kills it.
-    """
+    """Run cases in forks with `CPU_SECONDS` and `MEMORY`; yields each label with its outcome, or how the fork died."""
     left = list(cases)
     while left:
         child = Child(lambda pipe, rest=left: _run_limited(pipe, rest))  # type: ignore[misc]

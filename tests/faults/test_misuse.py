@@ -2,15 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 
 import tunerkit
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
+from tests.support.toys import Toys
 
 METHOD = "toy-low-rank"
 

@@ -131,10 +131,7 @@ def test_after_a_kill_the_older_or_the_newer_adapter_is_there() -> None:
 
 
 class Faulty:
-    """Patches the system calls that write, and fails one of them: the k-th call of one function.
-
-    Only a fork uses it, so nothing is restored.
-    """
+    """Makes the k-th call of one function that writes fail; only a fork uses it, so nothing is restored."""
 
     patched = ("write", "fsync", "replace", "rename", "mkdir", "chmod", "fchmod", "link")
 
