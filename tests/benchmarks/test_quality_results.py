@@ -174,6 +174,3 @@ def test_headroom_is_a_point_between_rank_one_and_eight() -> None:
     assert "+0.50 [+0.50, +0.50] | no" in table[3]
     assert "yes" not in table[4]
     assert table[5].endswith("| 60.00 (0.001, 1) |  | +10.00 | open |")
-
-
-# Pictures

@@ -5,7 +5,7 @@ import importlib.util
 import re
 import sys
 import tomllib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -134,10 +134,7 @@ def _shares_package(name: str, module: str) -> bool:
 
 
 def library_names(source: Source) -> list[str]:
-    """Strings that name a part of another library: ``"line 3: 'transformers.trainer'"``.
-
-    A string with blanks is a sentence: errors and warnings tell a user what to call in that library.
-    """
+    """Strings without blanks that name a part of another library, as ``"line 3: 'transformers.trainer'"``."""
     shown = {id(text) for text in docstrings(source.tree)}
     texts = [n for n in ast.walk(source.tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     return [
@@ -309,12 +306,19 @@ def test_core_imports_no_plugin(sources: Sources) -> None:
 
 @pytest.mark.parametrize("package", [package for package in PACKAGES if package != CORE])
 def test_plugins_do_not_import_each_other(sources: Sources, package: str) -> None:
-    """A plugin imports only the core and its own modules; one that extends the command what that offers for it.
-
-    The command itself is built on tunerkit-transformers.
-    """
+    """A plugin imports the core and its own modules; one that extends the command also what that offers for it."""
     found = foreign_imports(sources, package, [each for each in PACKAGES if each not in (CORE, BUILT_ON.get(package))])
     assert [line for line in found if not line.endswith(".commands imports tunerkit_cli.plugin")] == []
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "tests/benchmarks"])
+def test_the_benchmarks_and_their_tests_do_not_use_the_command(sources: Sources, folder: str) -> None:
+    """The command's training may change; committed rows stay reproducible as long as the benchmarks' does not."""
+    name = folder.replace("/", ".")
+    own = {source.name: source for source in read(name, ROOT / folder)}
+    assert own
+    found = foreign_imports({**sources, **own}, name, ["tunerkit_cli"])
+    assert [line for line in found if " imports tunerkit_cli.report" not in line] == []  # it draws, and trains nothing
 
 
 @pytest.mark.parametrize("package", OUTSIDE)
@@ -418,236 +422,108 @@ def test_every_test_states_its_law(file: Path) -> None:
 
 # --- The checkers bite ------------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    "texts",
-    [
-        {"a": "import a.b", "a__b": "import a"},
-        {"a": "", "a__b": "from a import c", "a__c": "from a.b import thing"},
-        {"a": "", "a__b": "from . import c", "a__c": "from .b import thing"},
-        {"a": "from a.c import Thing", "a__b": "from a import Thing", "a__c": "import a.b"},
-        {"a": "", "a__b": "try:\n    import a.c\nexcept ImportError:\n    pass", "a__c": "class C:\n    import a.b"},
-    ],
-)
-def test_a_cycle_is_found_however_it_is_written(texts: dict[str, str]) -> None:
-    """Absolute, relative, through a package's names, in a ``try`` or in a class: all run at import."""
-    assert set(cycle(graph_of(sample(**texts)))) > {"a.b"}
-
-
-@pytest.mark.parametrize(
-    "text", ["def f():\n    import a.b", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import a.b"]
-)
-def test_what_does_not_run_at_import_makes_no_cycle(text: str) -> None:
-    """Imports inside functions and for type checkers don't count."""
-    assert cycle(graph_of(sample(a="", a__b="import a.c", a__c=text))) == []
-
-
-PLANTED = {
-    "upward": "from tunerkit.high import thing",
-    "upward, by the file": "import tunerkit.high.file",
-    "upward, relative": "from ..high import thing",
-    "lazy": "def f():\n    from tunerkit.high import thing",
-    "typing-only": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from tunerkit.high import thing",
-    "through the package itself": "from tunerkit import high",
-    "the same row": "from tunerkit.beside import thing",
-    "the public face": "import tunerkit",
+ROWS_OF_A_SAMPLE = (("low", "beside"), ("high",), ("__init__",))
+SAMPLE = {
+    "tunerkit": "from tunerkit.high import thing",
+    "tunerkit.beside": "",
+    "tunerkit.high": "from tunerkit.high.file import thing",
+    "tunerkit.high.file": "from tunerkit.low import thing",
+    "tunerkit.low": "",
+    "tunerkit.low.file": "",
+}
+REGISTERED = {
+    "tunerkit": "from tunerkit.adapter import Adapter\nfrom .registry import register\nfrom . import wrap",
+    "tunerkit__adapter": "class Adapter: ...",
+    "tunerkit__registry": "def register(): ...",
+    "tunerkit__wrap": "from tunerkit import registry",
 }
 
 
-@pytest.mark.parametrize("text", PLANTED.values(), ids=PLANTED)
-def test_an_import_against_the_rule_is_found(text: str) -> None:
-    """Upward, lazy or typing-only, in any form, and between packages of one row."""
-    rows = (("low", "beside"), ("high",), ("__init__",))
-    core = {
-        "tunerkit": Source("tunerkit", ast.parse("from tunerkit.high import thing"), is_package=True),
-        "tunerkit.beside": Source("tunerkit.beside", ast.parse(""), is_package=True),
-        "tunerkit.high": Source("tunerkit.high", ast.parse("from tunerkit.high.file import thing"), is_package=True),
-        "tunerkit.high.file": Source("tunerkit.high.file", ast.parse("from tunerkit.low import thing")),
-        "tunerkit.low": Source("tunerkit.low", ast.parse(""), is_package=True),
-        "tunerkit.low.file": Source("tunerkit.low.file", ast.parse("")),
-    }
-    assert upward(core, rows) == []
-    planted = {**core, "tunerkit.low.file": Source("tunerkit.low.file", ast.parse(text))}
-    assert len(upward(planted, rows)) == 1
+def planted(file: str, text: str) -> Sources:
+    """A small core with a text in one of its files."""
+    texts = {**SAMPLE, "tunerkit.plugin": "", "tunerkit.plugin.engines": "", file: text}
+    return {name: Source(name, ast.parse(text), is_package=name.count(".") < 2) for name, text in texts.items()}
+
+
+def upward_in(text: str) -> list[str]:
+    sources = planted("tunerkit.low.file", text)
+    return upward({name: source for name, source in sources.items() if ".plugin" not in name}, ROWS_OF_A_SAMPLE)
+
+
+def registry_behind(text: str) -> list[str]:
+    """The adapters of a sample that come to import the registry."""
+    found = sample(**REGISTERED, p="", p__adapter=text + "\nclass Mine(Adapter): ...")
+    return [name for name in adapter_modules(found) if "tunerkit.registry" in reached(graph_of(found), name)]
+
+
+# What each checker finds in a text.
+CHECKERS: dict[str, Callable[[str], Collection[str]]] = {
+    "cycle": lambda text: cycle(graph_of(sample(a="", a__b="import a.c", a__c=text))),
+    "upward": upward_in,
+    "past packages": lambda text: past_packages(planted("tunerkit.high", text), CORE),
+    "another package": lambda text: foreign_imports(sample(a="", a__b=text), "a", ["a", "other"]),
+    "undeclared": lambda text: undeclared(sample(tunerkit="", tunerkit__wrap=text), requirement_names(["torch>=2.9"])),
+    "library": lambda text: library_names(Source("core", ast.parse(text))),
+    "arithmetic": lambda text: arithmetic(ast.parse(text)),
+    "registry": registry_behind,
+    "no docstring": lambda text: without_docstring(ast.parse(text)),
+    "private": lambda text: private_of("torch", sample(a__b=text)["a.b"], torch_attributes()),
+    "state": lambda text: mutable_state(sample(a__b=text)["a.b"]),
+}
+LAZILY = "def f():\n    "
+TYPED = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    "
+FOUND: dict[str, tuple[str, ...]] = {
+    "cycle": (
+        *("import a.b", "from a.b import thing", "from .b import thing", "class C:\n    import a.b"),
+        "try:\n    import a.b\nexcept ImportError:\n    pass",
+    ),
+    "upward": (
+        *("from tunerkit.high import thing", "import tunerkit.high.file", "from ..high import thing"),
+        *(LAZILY + "from tunerkit.high import thing", TYPED + "from tunerkit.high import thing"),
+        *("from tunerkit import high", "from tunerkit.beside import thing", "import tunerkit"),
+    ),
+    "past packages": (
+        *("from tunerkit.low.file import thing", LAZILY + "import tunerkit.low.file", "from tunerkit.low import file"),
+    ),
+    "another package": ("import other.x", LAZILY + "from other import x", "from other.x import y"),
+    "undeclared": ("import yaml",),
+    "library": (
+        *("NAME = 'transformers.trainer.Trainer'", "f(f'accelerate.{name}')"),
+        "def f(x):\n    return x.__module__.startswith('timm')",
+    ),
+    "arithmetic": (
+        *("x = a + b", "x += 1", "x = p @ q", "x = a | b", "x = -a", "x = sum(a)", "import math"),
+        *("from numpy import dot", "def f(x: int = 2 * 3): ...", "y = f(a // 2)"),
+    ),
+    "registry": (
+        *("from tunerkit import Adapter, register", "from tunerkit.adapter import Adapter\nimport tunerkit.wrap"),
+        *("from tunerkit import Adapter, wrap", "import tunerkit\nfrom tunerkit.adapter import Adapter"),
+    ),
+    "no docstring": ("class C:\n    def test_a(self): ...",),
+    "private": (
+        *("import torch\ntorch._C._is_tracing()", "from torch.nn.modules.conv import _ConvNd", "import torch._dynamo"),
+        *("from torch.nn.modules import conv\nconv._ConvNd", LAZILY + "from torch import _dynamo as d\n    d.reset()"),
+        *(
+            "import importlib\nimportlib.import_module('torch._dynamo')",
+            "def f(module):\n    return module._parameters",
+        ),
+        *("class C:\n    def f(self):\n        del self._modules['a']", "class C:\n    def _apply(self, fn): ..."),
+        "def f(module):\n    return getattr(module, '_forward_hooks')",
+    ),
+    "state": (
+        *("x = []", "x: dict[str, int] = {}", "_x = WeakSet()", "X = weakref.WeakKeyDictionary[str, int]()"),
+        *("_watch = _Watch()", "registry = hooks.Registry()", "_LOCK = threading.Lock()", "_X = ContextVar('x')"),
+        *("app = typer.Typer()", "x = 1\ndef f():\n    global x\n    x = 2"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("checker", "text"), [(name, text) for name, texts in FOUND.items() for text in texts])
+def test_a_checker_finds_what_is_against_its_rule(checker: str, text: str) -> None:
+    """However it is written: absolute or relative, in a function or a class, for types, behind other modules."""
+    assert CHECKERS[checker](text)
 
 
 def test_a_package_without_a_row_is_found() -> None:
     """A new package must be added to the table before it is used."""
     assert upward(sample(tunerkit="", tunerkit__new=""), (("__init__",),)) == ["new stands in no row"]
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("from tunerkit.low.file import thing", ["tunerkit.high imports tunerkit.low.file"]),
-        ("def f():\n    import tunerkit.low.file", ["tunerkit.high imports tunerkit.low.file"]),
-        ("from tunerkit.low import file", ["tunerkit.high imports tunerkit.low.file"]),
-        ("from tunerkit.low import thing", []),
-        ("from tunerkit.plugin.engines import thing", []),
-        ("from tunerkit.high.file import thing", []),
-    ],
-)
-def test_an_import_that_bypasses_a_package_s_interface_is_found(text: str, found: list[str]) -> None:
-    """A file of another package, in any form; files of the same package are allowed."""
-    names = ("tunerkit.low", "tunerkit.low.file", "tunerkit.high.file", "tunerkit.plugin", "tunerkit.plugin.engines")
-    core = {name: Source(name, ast.parse(""), is_package=name.count(".") == 1) for name in names}
-    core["tunerkit.high"] = Source("tunerkit.high", ast.parse(text), is_package=True)
-    assert past_packages(core, "tunerkit") == found
-
-
-@pytest.mark.parametrize("text", ["import other.x", "def f():\n    from other import x", "from other.x import y"])
-def test_an_import_of_another_package_is_found_wherever_it_stands(text: str) -> None:
-    """An import inside a function makes the core depend on the plugin too."""
-    assert foreign_imports(sample(a="", a__b=text), "a", ["a", "other"]) != []
-    assert foreign_imports(sample(a="", a__b=text.replace("other", "others")), "a", ["a", "other"]) == []
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("NAME = 'transformers.trainer.Trainer'", ["line 1: 'transformers.trainer.Trainer'"]),
-        ("def f(x):\n    return x.__module__.startswith('timm')", ["line 2: 'timm'"]),
-        ("f(f'accelerate.{name}')", ["line 1: 'accelerate.'"]),
-        ("raise ValueError('call accelerate.hooks.remove_hook_from_module first')", []),
-        ("'transformers.'\ndef f():\n    'peft.'\n    return 'mytransformers.part'", []),
-        ("import transformers", []),
-    ],
-)
-def test_a_name_of_another_library_is_found(text: str, found: list[str]) -> None:
-    """Whole or in parts, also in an f-string; docstrings, sentences and imports are exempt."""
-    assert library_names(Source("core", ast.parse(text))) == found
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "x = a + b",
-        "x += 1",
-        "x = p @ q",
-        "x = a | b",
-        "x = -a",
-        "x = sum(a)",
-        "import math",
-        "from numpy import dot",
-        "def f(x: int = 2 * 3): ...",
-        "y = f(a // 2)",
-    ],
-)
-def test_arithmetic_is_found(text: str) -> None:
-    """Operators, augmented assignments, negation, and the equivalent functions."""
-    assert arithmetic(ast.parse(text)) != []
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "def f(x: int | None) -> str | None: ...",
-        "x: int | None = None",
-        "x = 'no ' + name",
-        "x = '%s' % name",
-        "x = f'{name}' + '!'",
-        "x = -1",
-        "isinstance(x, int | str)",
-        "x = a if b == c else d",
-    ],
-)
-def test_type_unions_and_formatting_are_no_arithmetic(text: str) -> None:
-    """A hook implementation needs them to pass values on."""
-    assert arithmetic(ast.parse(text)) == []
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "from tunerkit import Adapter, register",
-        "from tunerkit.adapter import Adapter\nimport tunerkit.wrap",
-        "from tunerkit import Adapter, wrap",
-        "import tunerkit\nfrom tunerkit.adapter import Adapter",
-    ],
-)
-def test_the_registry_is_found_behind_other_modules(text: str) -> None:
-    """By its functions' names, behind another module, or behind the whole package."""
-    core = {
-        "tunerkit": "from tunerkit.adapter import Adapter\nfrom .registry import register\nfrom . import wrap",
-        "tunerkit__adapter": "class Adapter: ...",
-        "tunerkit__registry": "def register(): ...",
-        "tunerkit__wrap": "from tunerkit import registry",
-    }
-    found = sample(**core, p="", p__adapter=text + "\nclass Mine(Adapter): ...")
-    assert adapter_modules(found) == ["p.adapter", "tunerkit.adapter"]
-    graph = graph_of(found)
-    assert "tunerkit.registry" in reached(graph, "p.adapter")
-    assert "tunerkit.registry" not in reached(graph, "tunerkit.adapter")
-
-
-def test_an_undeclared_dependency_is_found() -> None:
-    """Wherever in core it is imported."""
-    core = sample(tunerkit="import torch", tunerkit__wrap="import yaml")
-    assert undeclared(core, requirement_names(["torch>=2.9"])) == ["tunerkit.wrap imports yaml"]
-
-
-def test_a_test_without_a_docstring_is_found() -> None:
-    """Helpers need none."""
-    text = "class C:\n    def test_a(self): ...\ndef helper(): ...\ndef test_b():\n    'law'"
-    assert without_docstring(ast.parse(text)) == ["test_a"]
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("import torch\ntorch._C._is_tracing()", {"torch._C._is_tracing", "_is_tracing"}),
-        ("from torch.nn.modules.conv import _ConvNd", {"torch.nn.modules.conv._ConvNd"}),
-        ("from torch.nn.modules import conv\nconv._ConvNd", {"torch.nn.modules.conv._ConvNd"}),
-        ("def f():\n    from torch import _dynamo as d\n    d.reset()", {"torch._dynamo"}),
-        ("import torch._dynamo", {"torch._dynamo"}),
-        ("import importlib\nimportlib.import_module('torch._dynamo')", {"torch._dynamo"}),
-        ("def f(module):\n    return module._parameters", {"_parameters"}),
-        ("class C:\n    def f(self):\n        del self._modules['a']", {"_modules"}),
-        ("class C:\n    def _apply(self, fn): ...", {"_apply"}),
-        ("def f(module):\n    return getattr(module, '_forward_hooks')", {"_forward_hooks"}),
-    ],
-)
-def test_a_private_name_is_found_however_it_is_reached(text: str, found: set[str]) -> None:
-    """Imported, below an import, on any object, overridden, or as a string."""
-    attributes = torch_attributes()
-    assert found <= set(private_of("torch", sample(a__b=text)["a.b"], attributes))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "import torch\nfrom torch import nn\nnn.Module.register_buffer\ntorch.__version__",
-        "class C:\n    def f(self): return self._mine\n    def _mine(self): ...",
-        "x = '_tunerkit_calls'",
-        "from tunerkit.layers import torch_private\ntorch_private.own_children(x)",
-    ],
-)
-def test_public_names_and_our_own_are_not_taken_for_private_ones(text: str) -> None:
-    """An underscore alone is not enough: the name must be one of torch's."""
-    assert private_of("torch", sample(a__b=text)["a.b"], torch_attributes()) == []
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("x = []", "x: dict[str, int] = {}", "_x = WeakSet()", "X = weakref.WeakKeyDictionary[str, int]()"),
-        *("_watch = _Watch()", "registry = hooks.Registry()", "_LOCK = threading.Lock()", "_X = ContextVar('x')"),
-        *("app = typer.Typer()", "x = 1\ndef f():\n    global x\n    x = 2"),
-    ],
-)
-def test_state_of_the_process_is_found(text: str) -> None:
-    """Containers, records, locks, context variables, and names that a function rebinds."""
-    assert len(mutable_state(sample(a__b=text)["a.b"])) == 1
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("NAMES = ['a']", "M = TypeVar('M')", "hookimpl = pluggy.HookimplMarker('x')", "__all__ = ['a']"),
-        *("converter: Final = Converter()", "x = frozenset()", "x = re.compile('a')", "_SHORT = Repr()"),
-        *("x = MappingProxyType({})", "def f():\n    x = []", "class C:\n    x: int = 1"),
-    ],
-)
-def test_constants_are_no_state(text: str) -> None:
-    """Upper-case names, ``Final`` names, markers, types, and objects created inside a function."""
-    assert mutable_state(sample(a__b=text)["a.b"]) == []

@@ -102,10 +102,7 @@ def test_lora_becomes_adalora_by_changing_two_lines() -> None:
     ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_examples_run_in_the_order_of_their_page(page: Path, tmp_path: Path) -> None:
-    """The Python blocks of a page, top to bottom in a process of its own, offline, in an empty folder.
-
-    Pages that are notebooks too run as such.
-    """
+    """The Python blocks of a page, in one offline process and an empty folder; notebooks run as such too."""
     needed = (*EXAMPLES_NEED, *MORE_NEEDED.get(page.relative_to(ROOT).as_posix(), ()))
     absent = [name for name in needed if find_spec(name) is None]
     if absent:
