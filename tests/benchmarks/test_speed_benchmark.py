@@ -99,11 +99,8 @@ def _forget_compiled() -> Any:
 
 @contextmanager
 def call_clock() -> Iterator[None]:
-    """Replace the benchmark's clocks by one that counts the calls of functions: a busy machine changes nothing.
-
-    More work takes more calls, so an overhead is above zero, as it is on a real clock after enough rounds. Calls count
-    only inside what `interleave` times, since counting slows a compiler down.
-    """
+    """Replace the benchmark's clocks by one that counts calls of functions inside what `interleave` times."""
+    # A busy machine changes nothing, and more work takes more calls. Counting all calls would slow a compiler down.
     calls = itertools.count(1)
     fake = types.SimpleNamespace(perf_counter=lambda: next(calls) * 1e-6, process_time=lambda: next(calls) * 1e-6)
 
@@ -446,10 +443,7 @@ def test_tables_hold_every_value_and_limit() -> None:
 
 
 def test_a_run_leaves_its_files_and_counts_as_any_other(tmp_path: Path) -> None:
-    """JSON and Markdown have date, versions and kind of machine, and nothing of this machine's folders.
-
-    The part `operations` depends only on the code.
-    """
+    """They have date, versions and kind of machine but no folder; the part `operations` depends on the code alone."""
     command.measure_all(["operations"], TINY, tmp_path / "new", Console(quiet=True))
     text = (tmp_path / "new" / "speed.md").read_text(encoding="utf-8")
     written = json.loads((tmp_path / "new" / "speed.json").read_text(encoding="utf-8"))

@@ -19,12 +19,7 @@ def tiny_model(folder: Path) -> Path:
     """A folder for `from_pretrained`: a random Llama of two blocks, which reads bytes."""
     from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-    sizes: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=384, pad_token_id=0, eos_token_id=1, **sizes)).save_pretrained(folder)
     ByT5Tokenizer().save_pretrained(folder)
     return folder

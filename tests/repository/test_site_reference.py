@@ -1,8 +1,7 @@
 """The generated reference is complete: every public name, hook, option, setting and key stands on the built site."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import attrs
@@ -36,46 +35,28 @@ def overview(page: Read) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in page.rows if row}
 
 
-def test_every_name_for_users_is_described(site: Path) -> None:
-    """Each one of `tunerkit.__all__` has a heading of its own, and a sentence in the overview that leads there."""
-    page = Read(site / "reference" / "api.html")
-    names = getattr(tunerkit, "__all__")  # noqa: B009 - the stub has none
-    assert set(names) <= {heading.text for heading in page.headings}
-    assert all(overview(page)[name][0] for name in names)
+MANAGER = pluggy.PluginManager(specs.PROJECT)
+MANAGER.add_hookspecs(specs)
+# The page for each kind of reader, and what stands on it.
+PAGES: dict[str, tuple[str, Iterable[str]]] = {
+    "users": ("api", getattr(tunerkit, "__all__")),  # noqa: B009 - the stub has none
+    "authors": ("plugin-api", vars(plugin)["__all__"]),
+    "engines": ("plugin-api", vars(engines)["__all__"]),
+    "trainers": ("plugin-api", vars(trainers)["__all__"]),
+    "hooks": ("hooks", vars(MANAGER.hook)),
+}
+
+
+@pytest.mark.parametrize("who", PAGES)
+def test_every_name_is_described(site: Path, who: str) -> None:
+    """It has a heading, for an author's name maybe the users', and a sentence in the overview that leads there."""
+    name, wanted = PAGES[who]
+    page, users = Read(site / "reference" / f"{name}.html"), Read(site / "reference" / "api.html")
+    assert wanted
+    assert set(wanted) <= {each.text for each in (*page.headings, *(users.headings if who == "authors" else ()))}
+    assert all(overview(page)[each][0] for each in wanted)
     assert [link for link in page.links if link.startswith("#") and link[1:] not in page.anchors] == []
-
-
-def test_every_name_for_authors_is_described(site: Path) -> None:
-    """Each one of `tunerkit.plugin.__all__` is in the overview; it leads to a heading on this page or the users'."""
-    page = Read(site / "reference" / "plugin-api.html")
-    users = Read(site / "reference" / "api.html")
-    names = vars(plugin)["__all__"]
-    assert all(overview(page)[name][0] for name in names)
-    headings = {heading.text for heading in (*page.headings, *users.headings)}
-    assert set(names) <= headings
-    anchors = [link.removeprefix("api.html#") for link in page.links if link.startswith("api.html#")]
-    assert set(anchors) <= users.anchors
-    assert [link for link in page.links if link.startswith("#") and link[1:] not in page.anchors] == []
-
-
-@pytest.mark.parametrize("door", [engines, trainers])
-def test_every_name_for_engines_and_trainers_is_described(door: ModuleType, site: Path) -> None:
-    """Each one is in the overview, with its first sentence, and has a heading on the page."""
-    page = Read(site / "reference" / "plugin-api.html")
-    names = vars(door)["__all__"]
-    assert all(overview(page)[name][0] for name in names)
-    assert set(names) <= {heading.text for heading in page.headings}
-
-
-def test_every_hook_is_described(site: Path) -> None:
-    """Each hook of specs.py has a heading, and the overview says when it fires."""
-    manager = pluggy.PluginManager(specs.PROJECT)
-    manager.add_hookspecs(specs)
-    page = Read(site / "reference" / "hooks.html")
-    hooks = list(vars(manager.hook))
-    assert hooks
-    assert set(hooks) <= {heading.text for heading in page.headings}
-    assert all(overview(page)[name][0] for name in hooks)
+    assert {link.removeprefix("api.html#") for link in page.links if link.startswith("api.html#")} <= users.anchors
 
 
 def subcommands() -> Mapping[str, Any]:
