@@ -7,7 +7,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import attrs
@@ -17,9 +17,10 @@ import torch
 import yaml
 from hypothesis import Phase, example, find, given, settings, strategies as st
 
+from tests.support.config_checks import Kinds, problems_of
 from tunerkit.config import AdapterConfig, from_mapping, setting, unstructure
 from tunerkit.errors import ConfigError
-from tunerkit_testing.strategies import configs_of, values_of
+from tunerkit_testing.strategies import configs_of
 
 
 @attrs.frozen
@@ -56,54 +57,25 @@ class Size(enum.IntEnum):
     BIG = 9
 
 
-def problems_of(build: Callable[[], object]) -> list[str]:
-    """The lines of the error that ``build`` raises."""
-    with pytest.raises(ConfigError) as caught:
-        build()
-    return list(caught.value.problems)
-
-
-@given(configs_of(Sample))
-def test_every_config_survives_json_and_yaml(config: Sample) -> None:
+@pytest.mark.parametrize("kind", [Sample, Kinds])
+@given(data=st.data())
+def test_every_config_survives_json_and_yaml(kind: type[AdapterConfig], data: st.DataObject) -> None:
     """structure(unstructure(c)) == c, field by field and type by type, through both file formats."""
-    plain = unstructure(config)
+    config: Any = data.draw(configs_of(kind))
+    plain, names = unstructure(config), [field.name for field in attrs.fields(kind)]
+    assert list(plain) == names
     for again in (plain, json.loads(json.dumps(plain, allow_nan=False)), yaml.safe_load(yaml.safe_dump(plain))):
         assert again == plain
-        copied = from_mapping(Sample, again)
+        copied = from_mapping(kind, again)
         assert copied == config
-        for name in FIELDS:
+        for name in names:
             assert type(getattr(copied, name)) is type(getattr(config, name))
-
-
-@given(st.data(), st.sampled_from(sorted(FIELDS)))
-def test_each_field_survives_the_round_trip_alone(data: st.DataObject, name: str) -> None:
-    """A mapping of one key sets that field and leaves every other at its default."""
-    value = data.draw(values_of(FIELDS[name]))
-    config = from_mapping(Sample, json.loads(json.dumps({name: value})))
-    assert getattr(config, name) == value
-    assert config == Sample(**{name: value})  # type: ignore[arg-type]
-    assert attrs.evolve(config, **{name: getattr(Sample(), name)}) == Sample()
-
-
-def is_plain(value: object) -> bool:
-    """Whether JSON has the value: exactly these types, no subclasses, no tuples."""
-    if type(value) is list:
-        return all(map(is_plain, value))
-    if type(value) is dict:
-        return all(type(key) is str and is_plain(element) for key, element in value.items())
-    return value is None or type(value) in (bool, int, float, str)
-
-
-@given(configs_of(Sample))
-def test_unstructured_configs_hold_only_json_types_and_every_setting(config: Sample) -> None:
-    """Unstructure returns every field, in plain lists, dicts and scalars that are independent of the config."""
-    plain = unstructure(config)
-    assert is_plain(plain)
-    assert list(plain) == list(FIELDS)
-    before = copy.deepcopy(config)
+    if isinstance(config, Kinds):
+        assert repr(copied.shape) == repr(config.shape)
+        assert [type(each) for each in copied.several] == [float] * len(config.several)
     plain["ranks"]["new"] = 1
     plain["exclude"].append("new")
-    assert config == before
+    assert config == copied  # what is plain is the caller's own
 
 
 def test_values_of_subclasses_are_stored_as_plain_values() -> None:
@@ -153,40 +125,35 @@ def test_a_torch_dtype_is_stored_by_its_name(dtype: torch.dtype) -> None:
     assert Sample(adapter_dtype=by_dtype).adapter_dtype == name
 
 
+LONG = "model.encoder.layers.11.self_attn.q_proj"  # a name of usual length is shown whole
 WRONG: list[tuple[str, object, str]] = [
-    ("rank", "8", "expected int, got str '8' @ $.rank"),
     ("rank", 8.0, "expected int, got float 8.0 @ $.rank"),
-    ("rank", True, "expected int, got bool True @ $.rank"),
     ("rank", None, "expected int, got None @ $.rank"),
     ("rank", [8], "expected int, got list [8] @ $.rank"),
     ("rank", 0, "expected >= 1, got 0 @ $.rank"),
     ("rank", 513, "expected <= 512, got 513 @ $.rank"),
     ("alpha", True, "expected float, got bool True @ $.alpha"),
     ("alpha", "much", "expected float, got str 'much' @ $.alpha"),
-    ("alpha", "1e-3", "expected float, got str '1e-3' (YAML reads this as text: write 1.0e-3) @ $.alpha"),
-    ("alpha", math.nan, "expected a finite float of 32 bits, got float nan @ $.alpha"),
     ("alpha", math.inf, "expected a finite float of 32 bits, got float inf @ $.alpha"),
+    ("alpha", 1e308, "expected a finite float of 32 bits, got float 1e+308 @ $.alpha"),
+    ("alpha", -3.5e38, "expected a finite float of 32 bits, got float -3.5e+38 @ $.alpha"),
     ("alpha", 0, "expected > 0, got 0.0 @ $.alpha"),
     ("dropout", 1.0, "expected < 1, got 1.0 @ $.dropout"),
     ("t_init", -math.inf, "expected a finite float of 32 bits, got float -inf @ $.t_init"),
     ("t_init", False, "expected int or float, got bool False @ $.t_init"),
     ("t_init", -1, "expected >= 0, got -1 @ $.t_init"),
-    ("total_steps", 1.5, "expected int or None, got float 1.5 @ $.total_steps"),
     ("total_steps", 0, "expected >= 1, got 0 @ $.total_steps"),
-    ("rank_scaled", 1, "expected bool, got int 1 @ $.rank_scaled"),
-    ("rank_scaled", "no", "expected bool, got str 'no' @ $.rank_scaled"),
     ("unit", "parameter", "expected 'average' or 'total' or 3, got str 'parameter' @ $.unit"),
     ("unit", 3.0, "expected 'average' or 'total' or 3, got float 3.0 @ $.unit"),
     ("bias", None, "expected 'none' or 'adapters' or 'all', got None @ $.bias"),
     ("adapter_dtype", 8, "expected 'float32' or 'float64' or 'bfloat16' or 'float16', got int 8 @ $.adapter_dtype"),
     ("targets", 3, "expected str or list of str or None, got int 3 @ $.targets"),
     ("targets", ["q", 1], "expected str, got int 1 @ $.targets[1]"),
-    ("exclude", "q_proj", "expected list of str, got str 'q_proj' @ $.exclude"),
+    ("exclude", LONG, f"expected list of str, got str '{LONG}' @ $.exclude"),
     ("train_modules", {"head"}, "expected list of str, got set {'head'} @ $.train_modules"),
     ("layers", [0, True], "expected int, got bool True @ $.layers[1]"),
     ("layers", "12", "expected list of int or None, got str '12' @ $.layers"),
     ("ranks", ["q"], "expected mapping of str to int, got list ['q'] @ $.ranks"),
-    ("ranks", {"q": "3"}, "expected int, got str '3' @ $.ranks['q']"),
     ("ranks", {"q": -1}, "expected >= 0, got -1 @ $.ranks['q']"),
     ("ranks", {7: 1}, "expected str, got int 7 @ $.ranks[7]"),
     ("alphas", {"q": math.nan}, "expected a finite float of 32 bits, got float nan @ $.alphas['q']"),
@@ -291,43 +258,6 @@ def test_a_range_takes_exactly_the_numbers_inside_it(
         assert Ranged(number).value == number
 
 
-@settings(max_examples=50)
-@given(st.data(), *[st.one_of(st.none(), st.integers(-3, 3), st.floats(-3, 3))] * 2, st.booleans(), st.booleans())
-def test_drawn_values_lie_in_the_range(
-    data: st.DataObject, low: float | None, high: float | None, open_below: bool, open_above: bool
-) -> None:
-    """configs_of draws only valid values, for ints and floats and any mix of limits."""
-    if low is not None and high is not None and high < low + 2:
-        return  # leave room for an int
-
-    @attrs.frozen
-    class Ranged(AdapterConfig):
-        values: tuple[int | float, ...] = setting(
-            (),
-            doc="In a range.",
-            **{"gt" if open_below else "ge": low, "lt" if open_above else "le": high},  # type: ignore[arg-type]
-        )
-
-    for value in data.draw(configs_of(Ranged)).values:
-        assert low is None or (value > low if open_below else value >= low)
-        assert high is None or (value < high if open_above else value <= high)
-
-
-def test_drawn_configs_reach_every_kind_of_value() -> None:
-    """The strategy is not trivial: it draws each member of a union, empty and nonempty containers."""
-    for name, wanted in {
-        "targets": lambda value: isinstance(value, str),
-        "exclude": lambda value: len(value) > 1,
-        "t_init": lambda value: type(value) is float and 0 < value < 1,
-        "total_steps": lambda value: value is not None,
-        "ranks": lambda value: len(value) > 1 and 0 in value.values(),
-        "unit": lambda value: value == 3,
-        "groups": lambda value: value is not None and any(value),
-        "rank": lambda value: value > 500,
-    }.items():
-        assert wanted(find(values_of(FIELDS[name]), wanted, settings=UNSHRUNK))
-
-
 def test_given_strategies_replace_the_drawn_ones() -> None:
     """configs_of(Sample, rank=...) draws the rank from the given strategy."""
     find(configs_of(Sample, rank=st.just(77)), lambda config: config.rank == 77, settings=UNSHRUNK)
@@ -345,15 +275,6 @@ def test_all_problems_are_named_at_once(chosen: set[int]) -> None:
     assert problems_of(lambda: Sample(**wrong)) == lines
 
 
-def test_several_wrong_elements_of_one_list_are_all_named() -> None:
-    """Each wrong element has a separate line with its index."""
-    assert problems_of(lambda: from_mapping(Sample, {"groups": [["a", 1], 2, [3, 4.5]]})) == [
-        "expected int, got str 'a' @ $.groups[0][0]",
-        "expected list of int, got int 2 @ $.groups[1]",
-        "expected int, got float 4.5 @ $.groups[2][1]",
-    ]
-
-
 def test_checks_across_fields_come_after_the_checks_of_each() -> None:
     """problems() is called only if every field is valid, because it may compute with them."""
     late = "expected t_init <= total_steps, got 9 > 5 @ $.t_init"
@@ -362,11 +283,6 @@ def test_checks_across_fields_come_after_the_checks_of_each() -> None:
     wrong: Any = "9"
     assert problems_of(lambda: Sample(t_init=wrong, total_steps=5)) == ["expected int or float, got str '9' @ $.t_init"]
     assert problems_of(lambda: Sample(0, t_init=9, total_steps=5)) == ["expected >= 1, got 0 @ $.rank"]
-
-
-def test_an_evolved_config_is_checked_again() -> None:
-    """attrs.evolve builds a new config, so it cannot introduce a wrong value."""
-    assert problems_of(lambda: attrs.evolve(Sample(), rank=0)) == ["expected >= 1, got 0 @ $.rank"]
 
 
 def test_unknown_keys_are_refused_with_the_closest_names() -> None:
@@ -445,14 +361,6 @@ def test_ints_and_texts_get_no_hint_about_floats() -> None:
     assert from_mapping(Sample, {"note": "1e3"}).note == "1e3"
 
 
-def test_a_name_of_usual_length_is_shown_whole() -> None:
-    """Paths and module names in an error are not truncated, so they can be recognised."""
-    name = "model.encoder.layers.11.self_attn.q_proj"
-    assert problems_of(lambda: from_mapping(Sample, {"exclude": name})) == [
-        f"expected list of str, got str {name!r} @ $.exclude"
-    ]
-
-
 def test_long_and_odd_values_are_shown_short_and_on_one_line() -> None:
     """An error stays readable if the value is a tensor, a page of text or an array."""
     for value in (torch.zeros(40, 40), np.zeros((40, 40)), "x\n" * 5000, list(range(9999)), object()):
@@ -502,12 +410,6 @@ def test_a_range_is_about_numbers_alone() -> None:
     assert problems_of(lambda: Mixed(0)) == ["expected >= 1, got 0 @ $.value"]
 
 
-def test_an_int_too_large_for_a_float_is_refused() -> None:
-    """10**400 is no float; if an int is allowed, it stays one."""
-    assert "expected a finite float of 32 bits, got int 1000" in problems_of(lambda: Sample(alpha=10**400))[0]
-    assert "expected an int of 64 bits, got int 1000" in problems_of(lambda: Sample(t_init=10**400))[0]
-
-
 @pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 10**400])
 def test_an_int_of_more_than_64_bits_is_refused(number: int) -> None:
     """Torch takes none as a size or a seed; where a float is allowed too, the int does not become one."""
@@ -515,13 +417,8 @@ def test_an_int_of_more_than_64_bits_is_refused(number: int) -> None:
         with pytest.raises(ConfigError, match=r"^expected an int of 64 bits, got int .* @ [^\n]*$"):
             from_mapping(Sample, {name: value})
     assert (Sample(t_init=2**64 - 1).t_init, Sample(layers=(-(2**63),)).layers) == (2**64 - 1, (-(2**63),))
-
-
-@pytest.mark.parametrize("number", [1e308, -3.5e38])
-def test_a_float_that_fp32_cannot_hold_is_refused(number: float) -> None:
-    """A scale multiplies numbers in fp32, and torch's own error would come with the first forward."""
-    assert problems_of(lambda: Sample(alpha=number))[0].startswith("expected a finite float of 32 bits, got float ")
-    assert Sample(alpha=3.4e38).alpha == 3.4e38
+    assert Sample(alpha=3.4e38).alpha == 3.4e38  # near the largest of 32 bits
+    assert "expected a finite float of 32 bits, got int 1000" in problems_of(lambda: Sample(alpha=10**400))[0]
 
 
 def test_a_converter_that_fails_is_a_problem_with_a_path() -> None:
@@ -555,15 +452,9 @@ def test_copies_and_pickles_are_equal_and_share_nothing(config: Sample) -> None:
     for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert copied == config
         assert copied.ranks is not config.ranks
-        assert attrs.evolve(copied) == config  # builds a new config, so its fields are checked again
-
-
-def test_the_error_survives_pickling() -> None:
-    """A ConfigError from a worker process keeps its problems."""
-    with pytest.raises(ConfigError) as caught:
-        Sample(0, t_init=-1)
-    assert pickle.loads(pickle.dumps(caught.value)).problems == caught.value.problems
-    assert len(caught.value.problems) == 2
+        assert attrs.evolve(copied) == config
+        with pytest.raises(ConfigError, match=">= 1, got 0"):  # a new config is built, so its fields are checked again
+            attrs.evolve(copied, rank=0)
 
 
 def test_the_base_config_is_abstract() -> None:

@@ -54,9 +54,7 @@ def test_a_bounded_text_has_few_lines_and_counts_the_others(lines: list[str]) ->
         assert found[-1] == f"... {text.count(chr(10)) + 2 - LINES} more lines"
 
 
-@pytest.mark.parametrize(
-    "kind", [TunerkitError, TargetError, tunerkit.errors.PluginError, tunerkit.errors.FileError, TunerkitWarning]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_error_and_no_warning_is_longer_than_its_bound(kind: type[Exception]) -> None:
     """Law: the class itself cuts its text, so that no caller can forget it; the advice at the end stays."""
     text = str(kind("start " + BIG + " end; do this"))

@@ -6,15 +6,12 @@ import sys
 import tomllib
 import types
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 import tunerkit
+from tests.support.toys import Toys
 from tunerkit.extras import hints, serving
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
 
 
 @pytest.mark.parametrize("name", hints("calls"))

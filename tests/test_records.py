@@ -23,6 +23,7 @@ from tunerkit.plugin import (
     PluginError,
     Restriction,
     State,
+    StatisticsRequest,
     WeightReader,
 )
 from tunerkit.records import mistyped, type_name
@@ -84,6 +85,8 @@ WRONG: list[tuple[object, object, str]] = [
 ]
 READER, METHOD = {"owner": "package.Owner", "children": ("out",)}, {"name": "toy", "config": State}
 FORMAT = {"name": "toy", "sniff": len, "read": len, "write": len}
+TYPES, TOYS, NONE = {"model_types": ("toy",)}, {"name": "toys"}, {"factors": {}}
+GROUP, LOADER = {"parameters": []}, {"loader": "load"}
 # Each record with fields, what is changed in them, and how the error begins; "..." stands for anything.
 WRONG_RECORDS: list[tuple[Callable[..., object], dict[str, Any], dict[str, Any], str]] = [
     (WeightReader, READER, {"children": "out"}, "children of a WeightReader is 'out'; expected tuple[str, ...]"),
@@ -91,51 +94,34 @@ WRONG_RECORDS: list[tuple[Callable[..., object], dict[str, Any], dict[str, Any],
     (WeightReader, READER, {"owner": nn.Linear}, "owner of a WeightReader is a type; expected str"),
     (WeightReader, READER, {"owner": "re:.*"}, "owner of a WeightReader is 're:.*'; expected plain names"),
     (DefaultTargets, {"names": ("out",)}, {"model_types": "toy"}, "model_types of a DefaultTargets is 'toy'; expected"),
-    (
-        DefaultTargets,
-        {"model_types": ("toy",)},
-        {"names": ("*.out",)},
-        "names of a DefaultTargets is ('*.out',); expec",
-    ),
+    (DefaultTargets, TYPES, {"names": ("*.out",)}, "names of a DefaultTargets is ('*.out',); expec"),
     (Method, METHOD, {"name": "two words"}, "name of a Method is 'two words'; expected a word"),
-    (Method, METHOD, {"start": "exactly"}, "start of method 'toy' is 'exactly'; expected one of ("),
+    (Method, METHOD, {"start": "exactly"}, "start of method 'toy' is 'exactly'; expected one of ('exact', 'rounding')"),
+    (Method, METHOD, {"start": True}, "start of method 'toy' is True"),
+    (Method, METHOD, {"start": ["exact"]}, "start of method 'toy' is"),
+    (Method, METHOD, {"targets": "biases"}, "targets of method 'toy' is 'biases'; ...'weights', 'outputs'"),
+    (Method, METHOD, {"statistics": "inputs"}, "statistics of method 'toy' is 'inputs'; expected tunerkit.plugin.Stat"),
+    (StatisticsRequest, {}, {}, "...inputs=0, gradients=0) wants nothing...ranks... as in tunerkit.plugin.Statistics"),
+    (StatisticsRequest, {}, {"inputs": -1}, "...inputs=-1, ...as in tunerkit.plugin.StatisticsRequest(inputs=16)"),
+    (StatisticsRequest, {}, {"inputs": True}, "inputs of a StatisticsRequest is True; expected int"),
+    (StatisticsRequest, {"inputs": 8}, {"gradients": 2.0}, "gradients of a StatisticsRequest is 2.0; expected int"),
     (Method, METHOD, {"config": Delta()}, "config of method 'toy' is ...expected an attrs class derived from tunerkit"),
     (Method, METHOD, {"config": int}, "config of method 'toy' is <class 'int'>; expected an attrs class derived"),
-    (
-        Restriction,
-        {"name": "toys"},
-        {"refused": {}},
-        "restriction 'toys' recognizes nothing; expected classes or marks",
-    ),
+    (Restriction, TOYS, {"refused": {}}, "restriction 'toys' recognizes nothing; expected classes or marks"),
     (Format, FORMAT, {"name": ""}, "name of a Format is ''; expected plain names"),
     (Format, FORMAT, {"read": None}, "read of format 'toy' is None; expected Callable"),
     (Format, FORMAT, {"options": dict}, "options of format 'toy' is <class 'dict'>; expected an attrs class"),
     (Format, FORMAT, {"describe": 3}, "describe of format 'toy' is 3; expected Callable"),
     (Foreign, {}, {"factors": []}, "factors of a Foreign is []; expected Mapping[str, tunerkit.plugin.Factors]"),
     (Foreign, {}, {"factors": {"conv": 3}}, "factors of a Foreign is {'conv': 3} with 3 at ['conv']; expected"),
-    (
-        Foreign,
-        {"factors": {}},
-        {"remarks": "text"},
-        "remarks of a Foreign is 'text'; expected Sequence[str]",
-    ),
-    (Foreign, {"factors": {}}, {"copies": {"head": {"w": 3}}}, "...with 3 at ['head']['w']; expected"),
+    (Foreign, NONE, {"remarks": "text"}, "remarks of a Foreign is 'text'; expected Sequence[str]"),
+    (Foreign, NONE, {"copies": {"head": {"w": 3}}}, "...with 3 at ['head']['w']; expected"),
     (State, {"values": {}}, {"tensors": {"a": 1}}, "tensors of a State is {'a': 1} with 1 at ['a']; expected"),
     (State, {"tensors": {}}, {"values": {1: 2}}, "values of a State is ...with 1 at [1]; expected ...with str there"),
-    (ParamGroup, {"parameters": []}, {"lr_scale": -1.0}, "lr_scale of a ParamGroup is -1.0; expected a finite number"),
-    (
-        ParamGroup,
-        {"parameters": []},
-        {"weight_decay": math.nan},
-        "weight_decay of a ParamGroup is nan; expected a fini",
-    ),
+    (ParamGroup, GROUP, {"lr_scale": -1.0}, "lr_scale of a ParamGroup is -1.0; expected a finite number"),
+    (ParamGroup, GROUP, {"weight_decay": math.nan}, "weight_decay of a ParamGroup is nan; expected a fini"),
     (ParamGroup, {}, {"parameters": ["v"]}, "parameters of a ParamGroup is ...with 'v' at [0]; expected"),
-    (
-        NewModules,
-        {"loader": "load"},
-        {"whole": ["head"]},
-        "whole of a NewModules is ['head']; expected tuple[str, ...]",
-    ),
+    (NewModules, LOADER, {"whole": ["head"]}, "whole of a NewModules is ['head']; expected tuple[str, ...]"),
     (Description, {"method": "toy"}, {"labels": True}, "labels of a Description is True; expected int"),
 ]
 

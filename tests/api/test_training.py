@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import tunerkit
 from tests.support.resumed_loop import assert_resumes
 from tests.support.toy_plus import PlusPlugin, ids, named
 from tests.support.toy_starts import FittedPlugin
+from tests.support.toys import OneMethod, registering
 from tunerkit.plugin import BaseLayer, Method, ParamGroup, Statistics, StatisticsRequest, Tuner, fit_start_
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, step, train, trainable
@@ -22,10 +23,7 @@ from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 TARGETS = {"targets": ["0", "2"]}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _toys() -> Iterator[None]:
-    with registered(PlusPlugin(), LowRankPlugin(), FittedPlugin()):
-        yield
+_toys = registering(PlusPlugin(), LowRankPlugin(), FittedPlugin())
 
 
 def wrapped(method: str = "toy-plus", **config: Any) -> nn.Module:
@@ -79,35 +77,26 @@ def test_shared_and_fixed_parameters_are_in_one_group_or_none() -> None:
         assert ids(group) == named(model, "adapter.v", "adapter.d")
 
 
-@pytest.mark.parametrize("value", ["1e-3", -1.0, float("nan"), None, True])
-def test_a_wrong_learning_rate_is_refused(value: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("lr", value) for value in ("1e-3", -1.0, float("nan"), None, True)),
+        *(("weight_decay", value) for value in ("0", -1.0, float("nan"), False)),  # None leaves it to the optimizer
+    ],
+)
+def test_a_wrong_number_is_refused(name: str, value: Any) -> None:
     """Before anything is asked of a plugin."""
-    with pytest.raises(tunerkit.errors.StepError, match="expected a finite number >= 0 as lr, got"):
-        tunerkit.param_groups(wrapped(), lr=value)
+    with pytest.raises(tunerkit.errors.StepError, match=f"expected a finite number >= 0 as {name}, got"):
+        tunerkit.param_groups(wrapped(), **{"lr": 1.0, name: value})
 
 
-@pytest.mark.parametrize("value", ["0", -1.0, float("nan"), False])
-def test_a_wrong_weight_decay_is_refused(value: Any) -> None:
-    """None alone leaves it to the optimizer."""
-    with pytest.raises(tunerkit.errors.StepError, match="expected a finite number >= 0 as weight_decay, got"):
-        tunerkit.param_groups(wrapped(), lr=1.0, weight_decay=value)
-
-
-def test_a_model_without_adapters_has_no_groups() -> None:
-    """The error says what to call first."""
-    with pytest.raises(tunerkit.errors.AdapterError, match="has no adapter"):
-        tunerkit.param_groups(net(), lr=1.0)
-
-
-class Answering(LowRankPlugin):
+class Answering(OneMethod, LowRankPlugin):
     """Answers `tunerkit_param_groups` with what a function makes of the tuner."""
+
+    method = Method("toy-answering", config=LowRankConfig)
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer
-
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-answering", config=LowRankConfig)]
 
     @tunerkit.hookimpl
     def tunerkit_param_groups(self, tuner: Tuner) -> Any:
@@ -120,10 +109,6 @@ Group: Any = ParamGroup
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (lambda own: 3, "returned 3"),
-        (lambda own: [own], r"with \[.*\] at \[0\]"),
-        (lambda own: [Group(own, lr_scale=-1)], ".*lr_scale of a ParamGroup is -1; expected a finite number >= 0"),
-        (lambda own: [Group(own, lr_scale="fast")], ".*lr_scale of a ParamGroup is 'fast'; expected float"),
         (lambda own: [Group(own, weight_decay=float("inf"))], ".*weight_decay of a ParamGroup is inf; expected a fin"),
         (lambda own: [Group([nn.Parameter(torch.ones(1))])], "not the adapter's"),
         (lambda own: [Group(own[:1]), Group(own)], "in two groups, or twice"),
@@ -272,15 +257,13 @@ def test_inside_disabled_no_start_is_fitted() -> None:
         fitted(model)
 
 
-class Fitting(FittedPlugin):
+class Fitting(OneMethod, FittedPlugin):
     """Answers `tunerkit_calibrate` with a given value."""
+
+    method = Method("toy-fitting", config=LowRankConfig, statistics=StatisticsRequest(inputs=2))
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer
-
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-fitting", config=LowRankConfig, statistics=StatisticsRequest(inputs=2))]
 
     @tunerkit.hookimpl
     def tunerkit_calibrate(self) -> Any:  # type: ignore[override]

@@ -8,7 +8,7 @@ import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import numpy as np
@@ -19,8 +19,9 @@ from torch import nn
 import tunerkit
 from tunerkit import hooks, injection, plugin
 from tunerkit.errors import PluginError, TunerkitWarning
-from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Method, ParamGroup, RankChange
+from tunerkit.plugin import AdapterConfig, BaseLayer, Method, ParamGroup, RankChange
 from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_adapters import Shift
 
 PATHS = ("0", "1")
 # The call of the user in which each hook fires; each takes a wrapped model, its optimizer and a folder.
@@ -73,17 +74,8 @@ class OtherConfig(AdapterConfig):
     """Of another method."""
 
 
-class Shift(Adapter):
-    """Adds a vector to the output."""
-
-    reads_output = reads_weight = False
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.v = nn.Parameter(torch.zeros(features))
-
-    def forward(self, base: BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return y + self.v
+def shift() -> Shift:
+    return Shift(cast(BaseLayer, nn.Linear(3, 3)))
 
 
 def odd(hook: str, answer: Callable[[], object], *, from_call: int = 1) -> types.ModuleType:
@@ -95,11 +87,11 @@ def odd(hook: str, answer: Callable[[], object], *, from_call: int = 1) -> types
         return [Method("toy-odd", config=OddConfig)]
 
     def build(base: BaseLayer) -> object:
-        return Shift(base.out_features)
+        return Shift(base)
 
     def implementation() -> object:
         calls.append(hook)
-        return answer() if len(calls) >= from_call else Shift(3)
+        return answer() if len(calls) >= from_call else shift()
 
     for name, function in {"tunerkit_methods": methods, "tunerkit_build_adapter": build, hook: implementation}.items():
         mark: Any = tunerkit.hookimpl
@@ -149,11 +141,11 @@ WRONG: dict[str, tuple[object, ...]] = {
                          Factors(q=torch.ones(1, 3), p=None), Factors(q=torch.ones(1, 3).int(), p=torch.ones(3, 1)),
                          Factors(q=torch.ones(1, 3), p=torch.ones(3, 1, device="meta"))),
     "tunerkit_from_factors": (None, OddConfig(), (OddConfig(),), (OddConfig(), {}),
-                              ({}, {"0": Shift(3), "1": Shift(3)}),
-                              (OddConfig(), [Shift(3), Shift(3)]), (OddConfig(), {"0": Shift(3)}),
-                              (OddConfig(), {"0": Shift(3), "1": Shift(3), "2": Shift(3)}),
-                              (OddConfig(), {"0": Shift(3), "1": nn.Linear(3, 3)}),
-                              (OtherConfig(), {"0": Shift(3), "1": Shift(3)})),
+                              ({}, {"0": shift(), "1": shift()}),
+                              (OddConfig(), [shift(), shift()]), (OddConfig(), {"0": shift()}),
+                              (OddConfig(), {"0": shift(), "1": shift(), "2": shift()}),
+                              (OddConfig(), {"0": shift(), "1": nn.Linear(3, 3)}),
+                              (OtherConfig(), {"0": shift(), "1": shift()})),
     "tunerkit_state": (3, {}, State(tensors={}, values={"a": torch.ones(1)}),
                        State(tensors={}, values={"a": float("inf")}), State(tensors={}, values={"a": {1: 2}})),
     "tunerkit_restore": (3, False, State(tensors={}, values={})),

@@ -4,17 +4,18 @@ import asyncio
 import copy
 import re
 import types
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import tunerkit
+from tests.support.model_checks import silent
+from tests.support.toys import PastForward, Toys, answering
 from tunerkit import injection
 from tunerkit.errors import PluginError, TunerkitWarning
 from tunerkit.hooks import gather_formats, gather_knowledge, registry
@@ -22,9 +23,6 @@ from tunerkit.layers import as_base_layer
 from tunerkit.layers.kinds import DenseLinear, LinearLayer
 from tunerkit.plugin import BaseLayer, DefaultTargets, WeightReader
 from tunerkit.records import in_short
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
 from tunerkit_testing.registering import registered
 
 
@@ -45,20 +43,13 @@ class OneText(DenseLinear):
 @pytest.mark.parametrize("offered", [[3], [nn.Linear], Unfinished, 3, [Unfinished], [Unmatched], [OneText], "kinds"])
 def test_a_kind_that_is_none_is_left_out_by_name(toys: "Toys", offered: Any) -> None:
     """A warning names the plugin; wrapping goes on without its answer, and `methods` lists it with the reason."""
-
-    class Kinds:
-        @tunerkit.hookimpl
-        def tunerkit_base_layers(self) -> Any:
-            return offered
-
-    with registered(Kinds()):
-        with pytest.warns(TunerkitWarning, match=r"plugin 'Kinds' \(in-process\)"):
+    with registered(answering("tunerkit_base_layers", offered)):
+        with pytest.warns(TunerkitWarning, match=r"plugin 'answering' \(in-process\)"):
             tunerkit.wrap(toys.net(), "toy-shift")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with silent(Warning):
             tunerkit.wrap(toys.net(), "toy-shift")
-        assert "must return Iterable[type[tunerkit.plugin.BaseLayer]]" in str(tunerkit.methods()["Kinds"].error)
-    assert "Kinds" not in tunerkit.methods()
+        assert "must return Iterable[type[tunerkit.plugin.BaseLayer]]" in str(tunerkit.methods()["answering"].error)
+    assert "answering" not in tunerkit.methods()
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), RuntimeError("undecided"), asyncio.CancelledError()])
@@ -79,8 +70,7 @@ def test_a_kind_that_raises_when_it_is_matched_is_left_out(toys: "Toys", error: 
     with registered(answering("tunerkit_base_layers", [Undecided])):
         with pytest.warns(TunerkitWarning, match=r"plugin 'answering' .*Undecided.*" + type(error).__name__):
             model = tunerkit.wrap(toys.net(), "toy-shift")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with silent(Warning):
             tunerkit.wrap(toys.net(), "toy-shift")
         assert Undecided.asked == 2
         assert type(error).__name__ in str(tunerkit.methods()["answering"].error)
@@ -90,13 +80,7 @@ def test_a_kind_that_raises_when_it_is_matched_is_left_out(toys: "Toys", error: 
 def test_good_kinds_come_after_cores_own(toys: "Toys") -> None:
     """A plugin's kinds are tried in their order after those of the core, from a list or a generator."""
     kinds = gather_knowledge().kinds
-
-    class Kinds:
-        @tunerkit.hookimpl
-        def tunerkit_base_layers(self) -> Iterator[type[BaseLayer]]:
-            yield kinds[0]
-
-    with registered(Kinds()):
+    with registered(answering("tunerkit_base_layers", lambda: iter(kinds[:1]))):
         assert gather_knowledge().kinds == (*kinds, kinds[0])
     assert gather_knowledge().kinds == kinds
 
@@ -106,19 +90,6 @@ WRONG = [
     ("tunerkit_weight_readers", [("package.Owner", ("out",))]),
     ("tunerkit_default_targets", DefaultTargets(("decoder",), ("out",))),
 ]
-
-
-def answering(hook: str, answer: Any) -> Any:
-    """A plugin that answers one hook; an answer that is an exception is raised, and a function is called."""
-
-    def implementation() -> Any:
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer() if isinstance(answer, types.FunctionType) else answer
-
-    plugin = types.ModuleType("answering")
-    setattr(plugin, hook, tunerkit.hookimpl(implementation))
-    return plugin
 
 
 @pytest.mark.parametrize(("hook", "answer"), WRONG)
@@ -160,8 +131,7 @@ def test_a_plugin_that_raises_when_asked_what_it_knows_is_left_out(
     with registered(answering(hook, read(error) if late else error)):
         with pytest.warns(TunerkitWarning, match=f"{hook} of plugin 'answering' .*: {words}"):
             tunerkit.wrap(toys.net(), "toy-shift")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with silent(Warning):
             tunerkit.wrap(toys.net(), "toy-shift")
         assert tunerkit.methods()["answering"].error == f"{hook} failed and was left out: {words}"
 
@@ -197,13 +167,7 @@ def test_a_plugin_may_add_to_a_model_when_it_is_wrapped(toys: "Toys") -> None:
 
 def test_plugins_may_be_listed_while_others_are_left_out() -> None:
     """What is left out is in a new catalog: who reads the one before meets no change."""
-
-    class Wrong:
-        @tunerkit.hookimpl
-        def tunerkit_formats(self) -> Any:
-            return ["no format"]
-
-    with registered(Wrong()):
+    with registered(answering("tunerkit_formats", ["no format"])):
         before = registry.loaded()
         with pytest.warns(TunerkitWarning, match="failed and was left out"):
             gather_formats()
@@ -226,25 +190,13 @@ def test_who_comes_second_with_what_one_can_serve_is_named_once(toys: "Toys", ho
     with registered(answering(hook, answer), answering(hook, answer)):
         with pytest.warns(TunerkitWarning, match=words):
             tunerkit.wrap(toys.net(), "toy-shift")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with silent(Warning):
             tunerkit.wrap(toys.net(), "toy-shift")
 
 
-class Reader(nn.Module):
-    """Uses one child's weight and bias directly; calls the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.out = nn.Linear(3, 3), nn.Linear(3, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(self.inner(x), self.out.weight, self.out.bias)
-
-
 def reading() -> Any:
-    """A plugin that describes `Reader`."""
-    return answering("tunerkit_weight_readers", [WeightReader(f"{__name__}.Reader", ("out",))])
+    """A plugin that describes `PastForward`."""
+    return answering("tunerkit_weight_readers", [WeightReader(f"{PastForward.__module__}.PastForward", ("out",))])
 
 
 @pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift"])
@@ -253,12 +205,11 @@ def test_an_adapter_at_a_child_that_its_owner_reads_trains_and_merges(
 ) -> None:
     """If a plugin names the owner, output, gradients, file and merge equal those of a model that calls the child."""
     torch.manual_seed(0)
-    reader, head, x = Reader(), nn.Linear(3, 2), torch.randn(5, 3)
+    reader, head, x = PastForward(), nn.Linear(3, 2), torch.randn(5, 3)
     net = nn.Sequential(reader, head)
     called = nn.Sequential(OrderedDict(inner=reader.inner, out=reader.out, head=head))
     calling, base = copy.deepcopy(called), copy.deepcopy(net)
-    with registered(reading()), warnings.catch_warnings():
-        warnings.simplefilter("error", TunerkitWarning)
+    with registered(reading()), silent():
         for model in (net, calling):
             toys.fill_(tunerkit.wrap(model, method, {"targets": ["out"], "bias": "adapters"}, seed=0))
             model(x).square().sum().backward()
@@ -279,7 +230,7 @@ def test_an_adapter_at_a_child_that_its_owner_reads_trains_and_merges(
 
 def test_the_detector_names_the_owner_as_the_hook_asks_for_it(toys: "Toys") -> None:
     """The warning's advice works: after a record with the name that it gives, the adapter takes effect."""
-    model = nn.Sequential(Reader())
+    model = nn.Sequential(PastForward())
     tunerkit.wrap(model, "toy-shift", {"targets": ["out"]})
     with pytest.warns(TunerkitWarning, match="in tunerkit_weight_readers") as caught:
         model(torch.ones(2, 3))
@@ -287,21 +238,15 @@ def test_the_detector_names_the_owner_as_the_hook_asks_for_it(toys: "Toys") -> N
     assert named is not None
     plugin = answering("tunerkit_weight_readers", [WeightReader(named[1], ("out",))])
     tunerkit.unwrap(model)
-    with registered(plugin), warnings.catch_warnings():
-        warnings.simplefilter("error", TunerkitWarning)
+    with registered(plugin), silent():
         tunerkit.wrap(model, "toy-shift", {"targets": ["out"]})
         model(torch.ones(2, 3))
 
 
 def test_a_plugin_gives_an_architecture_its_default_targets(toys: "Toys") -> None:
     """Defaults depend on the model type. If their names match nothing, layer types decide."""
-    plugin = answering(
-        "tunerkit_default_targets",
-        [
-            DefaultTargets(("decoder",), ("out",)),
-            DefaultTargets(("other",), ("missing",)),
-        ],
-    )
+    defaults = [DefaultTargets(("decoder",), ("out",)), DefaultTargets(("other",), ("missing",))]
+    plugin = answering("tunerkit_default_targets", defaults)
     chosen = {}
     for model_type in ("decoder", "other", "unknown"):
         model = nn.ModuleDict({"out": nn.Linear(3, 3), "query": nn.Linear(3, 3), "rest": nn.Linear(3, 3)})
@@ -314,7 +259,7 @@ def test_a_plugin_gives_an_architecture_its_default_targets(toys: "Toys") -> Non
 
 
 def test_wrapping_and_loading_ask_each_module_once(toys: "Toys", tmp_path: Path) -> None:
-    """The model is scanned once; copies, targets, biases and adapters all use that scan."""
+    """Copies, targets, biases and adapters all use one scan; a module that is registered twice is asked once."""
     asked: list[nn.Module] = []
 
     class Kind(LinearLayer):  # type: ignore[misc]  # final: nobody else may derive from it
@@ -325,15 +270,12 @@ def test_wrapping_and_loading_ask_each_module_once(toys: "Toys", tmp_path: Path)
             asked.append(module)
             return False
 
-    class Kinds:
-        @tunerkit.hookimpl
-        def tunerkit_base_layers(self) -> list[type[BaseLayer]]:
-            return [Kind]
-
     config = {"targets": ["layers.1"], "train_modules": ["batch_norm"], "bias": "adapters"}
     model, base = toys.net(batch_norm=True), toys.net(batch_norm=True)
+    for net in (model, base):
+        net.again = net.norm
     unknown = [[m for m in net.modules() if as_base_layer(m) is None] for net in (model, base)]
-    with registered(Kinds()):
+    with registered(answering("tunerkit_base_layers", [Kind])):
         tunerkit.wrap(model, "toy-shift", config)
         assert asked == unknown[0]
         path = tunerkit.save(model, tmp_path)

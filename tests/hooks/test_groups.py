@@ -3,22 +3,20 @@
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import tunerkit
+from tests.support.toys import Toys
 from tunerkit.extras import install
 from tunerkit.hooks import specs
 from tunerkit.hooks.loading import Catalog
 from tunerkit.layers import as_base_layer, weights
 from tunerkit.plugin import Engine, optimizer_of, resize_obstacle
 from tunerkit_testing.small import trainable
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
 
 TARGETS = {"targets": ["layers.0"]}
 
@@ -46,6 +44,14 @@ def attached(toys: "Toys", **options: Any) -> Any:
     model = tunerkit.wrap(toys.net(), "toy-low-rank", TARGETS)
     tunerkit.attach(model, torch.optim.SGD(trainable(model), lr=0.1), total_steps=3, **options)
     return model
+
+
+def calls(model: nn.Module, base: nn.Module, path: Path) -> dict[str, Callable[[], object]]:
+    return {
+        "merge": lambda: tunerkit.merge(model),
+        "save": lambda: tunerkit.save(model, path),
+        "wrap": lambda: tunerkit.wrap(base, "toy-low-rank", TARGETS),
+    }
 
 
 @pytest.mark.usefixtures("_group")
@@ -87,12 +93,7 @@ def test_weights_that_are_cut_are_refused_with_the_extra(toys: "Toys", tmp_path:
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     model = toys.trained(targets=TARGETS["targets"])
     fully_shard(model, mesh=mesh)
-    calls: dict[str, Callable[[], object]] = {
-        "merge": lambda: tunerkit.merge(model),
-        "save": lambda: tunerkit.save(model, tmp_path / "out"),
-        "wrap": lambda: tunerkit.wrap(fully_shard(toys.net(), mesh=mesh), "toy-low-rank", TARGETS),
-    }
-    for verb, call in calls.items():
+    for verb, call in calls(model, fully_shard(toys.net(), mesh=mesh), tmp_path / "out").items():
         said = rf"cannot {verb} with (FSDP|DTensor), found .* tunerkit-distributed is not installed \(pip install"
         with pytest.raises(tunerkit.errors.AdapterError, match=said):
             call()
@@ -126,15 +127,10 @@ def test_what_a_library_has_left_in_a_model_is_refused_with_its_extra(
     verb, extra, leave = LEFT_BY[library]
     model = toys.net() if verb == "wrap" else toys.trained(targets=TARGETS["targets"])
     leave(model.layers[0])
-    calls: dict[str, Callable[[], object]] = {
-        "merge": lambda: tunerkit.merge(model),
-        "save": lambda: tunerkit.save(model, tmp_path / "out"),
-        "wrap": lambda: tunerkit.wrap(model, "toy-low-rank", TARGETS),
-    }
     with pytest.raises(
         tunerkit.errors.AdapterError, match=rf"found at 'layers\.0.*: tunerkit-{extra} .* is not installed"
     ):
-        calls[verb]()
+        calls(model, model, tmp_path / "out")[verb]()
 
 
 def test_a_weight_that_accelerate_has_offloaded_is_not_read_without_the_plugin() -> None:

@@ -23,10 +23,7 @@ ALL_ARE_ASKED |= {"tunerkit_model_libraries", "tunerkit_reference"}
 
 @pytest.mark.parametrize("name", HOOKS)
 def test_every_hook_says_when_it_fires_in_eight_lines_and_has_an_example(name: str) -> None:
-    """The docstring states the moment. The pages for authors implement the hook, and their examples run in a test.
-
-    Their arguments are some of the hook's own.
-    """
+    """The docstring states the moment, and the pages for authors implement the hook with some of its arguments."""
     text = inspect.getdoc(getattr(hookspecs, name)) or ""
     assert re.search(r"^Fires ", text, flags=re.MULTILINE)
     assert len(text.splitlines()) <= 8

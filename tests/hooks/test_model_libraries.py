@@ -1,24 +1,22 @@
 """What a library says of its models through `tunerkit_model_libraries`, and what core does with it."""
 
-import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from torch import nn
 
 import tunerkit
+from tests.support.model_checks import silent
+from tests.support.toys import Toys, answering
 from tunerkit.errors import BaseMismatchError, TunerkitWarning
 from tunerkit.hooks.loading import Catalog
 from tunerkit.hooks.registry import Registry
 from tunerkit.plugin import ModelLibrary, NewModules
 from tunerkit_testing.registering import registered
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
 
 LAYER = {"targets": ["layers.0"]}
 
@@ -26,10 +24,7 @@ LAYER = {"targets": ["layers.0"]}
 @contextmanager
 def library(**functions: Any) -> Iterator[None]:
     """A plugin that knows toys, while the block runs."""
-    plugin = types.ModuleType("library")
-    answer = tunerkit.hookimpl(lambda: [ModelLibrary(**functions)])
-    plugin.tunerkit_model_libraries = answer  # type: ignore[attr-defined]
-    with registered(plugin):
+    with registered(answering("tunerkit_model_libraries", [ModelLibrary(**functions)])):
         yield
 
 
@@ -86,8 +81,7 @@ def test_settings_that_no_plugin_compares_are_named(
         TunerkitWarning, match=r"cannot be compared here: epsilon\. tunerkit-transformers compares them.*not inst"
     ):
         tunerkit.load(toys.net(), path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent(Warning):
         tunerkit.load(toys.net(), path, check_config=False)
         monkeypatch.setattr(Catalog, "absence", lambda self, name: None)
         tunerkit.load(toys.net(), path)
@@ -124,13 +118,12 @@ def test_a_library_says_how_to_load_a_base_of_another_size(toys: "Toys", tmp_pat
 @pytest.mark.parametrize("answer", [None, [1]])
 def test_an_answer_of_another_form_is_left_out_by_name(toys: "Toys", answer: Any) -> None:
     """Wrapping goes on. None is no answer at all."""
-    plugin = types.ModuleType("library")
-    plugin.tunerkit_model_libraries = tunerkit.hookimpl(lambda: answer)  # type: ignore[attr-defined]
+    plugin = answering("tunerkit_model_libraries", answer)
     with registered(plugin), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tunerkit.wrap(toys.net(), "toy-shift", LAYER)
     told = [str(each.message) for each in caught]
-    assert [("tunerkit.plugin.ModelLibrary" in text, "'library'" in text) for text in told] == [(True, True)] * bool(
+    assert [("tunerkit.plugin.ModelLibrary" in text, "'answering'" in text) for text in told] == [(True, True)] * bool(
         answer
     )
 
@@ -160,7 +153,7 @@ def test_a_wrong_answer_of_a_function_names_the_plugin(toys: "Toys", tmp_path: P
 
     with library(**{name: function}), pytest.raises(tunerkit.errors.PluginError, match=words) as caught:
         run()
-    assert "no.where" in words or f"{name} of a ModelLibrary of plugin 'library'" in str(caught.value)
+    assert "no.where" in words or f"{name} of a ModelLibrary of plugin 'answering'" in str(caught.value)
     assert tunerkit.adapters(model) == {} or name in ("settings", "tied_flags")
 
 
@@ -176,16 +169,14 @@ def test_what_a_function_raises_names_the_plugin(toys: "Toys") -> None:
     model = toys.net()
     with library(heads=lambda module: 1 / 0), pytest.raises(ZeroDivisionError) as caught:
         tunerkit.wrap(model, "toy-low-rank", LAYER)
-    assert any("heads of a ModelLibrary of plugin 'library'" in note for note in caught.value.__notes__)
+    assert any("heads of a ModelLibrary of plugin 'answering'" in note for note in caught.value.__notes__)
     assert tunerkit.adapters(model) == {}
 
 
 def test_a_reference_is_what_a_plugin_makes(toys: "Toys", monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a plugin that makes one, the error says which does."""
     model, twin = tunerkit.wrap(toys.net(), "toy-low-rank", LAYER), nn.Linear(1, 1)
-    plugin = types.ModuleType("references")
-    plugin.tunerkit_reference = tunerkit.hookimpl(lambda model: twin)  # type: ignore[attr-defined]
-    with registered(plugin):
+    with registered(answering("tunerkit_reference", twin)):
         assert tunerkit.reference(model) is twin
     monkeypatch.setattr(Registry, "ask", lambda *_, **__: iter(()))
     monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")

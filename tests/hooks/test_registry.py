@@ -81,7 +81,7 @@ BROKEN = {
     "derived from tunerkit.plugin.AdapterConfig": f"{HEAD}@attrs.frozen\nclass Config: ...\n{YIELD}{BUILD}",
     "expected a word": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("'broken'", "'two words'"),
     "twice": f"{HEAD}{CONFIG}{YIELD}{BUILD}".replace("Config)]", "Config)] * 2"),
-    "no tunerkit_build_adapter": HEAD + CONFIG + YIELD,
+    "no tunerkit_build_adapter": f"{HEAD}{CONFIG}{YIELD}@hookimpl\ndef tunerkit_base_layers():\n    return ['its']\n",
     "is a hook wrapper": HEAD + "@hookimpl(wrapper=True)\ndef tunerkit_base_layers():\n    return (yield)\n",
     "make them one function": HEAD + "@hookimpl(specname='tunerkit_base_layers')\ndef layers():\n    return []\n"
     "@hookimpl\ndef tunerkit_base_layers():\n    return []\n",
@@ -216,10 +216,7 @@ def test_without_any_plugin_the_error_says_how_to_get_one(site: Site) -> None:
 
 @pytest.mark.parametrize("reason", BROKEN)
 def test_a_broken_plugin_is_named_and_the_others_work(site: Site, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
-    """Whatever is wrong with it, it is listed with distribution, version and reason.
-
-    Nothing of it stays registered, and all other plugins work.
-    """
+    """It is listed with distribution, version and reason, nothing of it stays registered, and the others work."""
     site.good("aaa", "first")
     site.add("mmm", {"broken": BROKEN[reason]}, version="0.3")
     site.good("zzz", "last")
@@ -251,15 +248,6 @@ def test_why_a_distribution_is_absent_is_said_as_it_is(site: Site, monkeypatch: 
     assert found.loaded().absence("tunerkit-gone") == "tunerkit-gone is not installed"
     monkeypatch.setenv("TUNERKIT_PLUGINS", "")
     assert "TUNERKIT_PLUGINS limits what is loaded" in str(site.registry().loaded().absence("tunerkit-good"))
-
-
-def test_a_plugin_that_fails_leaves_no_hook_behind(site: Site) -> None:
-    """Base-layer kinds that it registered before the failure are not offered."""
-    base_layers = "@hookimpl\ndef tunerkit_base_layers():\n    return ['of the broken one']\n"
-    site.add("mmm", {"broken": HEAD + CONFIG + YIELD + base_layers})
-    found = site.registry()
-    assert found.methods()["broken"].error is not None
-    assert answers(found) == []
 
 
 def test_broken_metadata_of_one_distribution_does_not_affect_others(site: Site) -> None:
@@ -296,15 +284,6 @@ def test_the_distribution_named_after_a_method_keeps_it(site: Site) -> None:
     assert loser.distribution == "acme"
     assert "tunerkit-lora" in str(loser.error)
     assert "acme" in str(loser.error)
-
-
-def test_without_a_namesake_the_first_distribution_by_name_keeps_a_method(site: Site) -> None:
-    """The order of installation does not matter."""
-    site.good("zzz", "lora")
-    site.good("aaa", "lora")
-    found = site.registry()
-    assert found.owner_of("lora").distribution == "aaa"
-    assert sorted(found.methods()) == ["lora", "lora (zzz)"]
 
 
 def test_a_plugin_that_lost_every_method_is_not_asked_for_anything(site: Site) -> None:
@@ -352,11 +331,7 @@ _installed = st.dictionaries(
 def test_every_method_has_the_owner_the_rule_names(
     make_site: Callable[[], Site], installed: dict[str, list[str] | None]
 ) -> None:
-    """For any set of distributions, including broken ones (None), no method is lost or offered twice.
-
-    Each method is offered by its namesake, or else by the first distribution by name. Only that plugin builds. Each
-    rejected claim and each failure is listed.
-    """
+    """For any distributions, broken ones (None) too, a method has one owner: its namesake, else the first by name."""
     here = make_site()
     for distribution, methods in installed.items():
         if methods is None:
@@ -394,14 +369,6 @@ def test_an_optional_hook_of_a_newer_version_is_accepted(site: Site) -> None:
     later = GOOD.replace("{methods!r}", "('lora',)") + "@hookimpl(optionalhook=True)\ndef tunerkit_later(): ...\n"
     site.add("zzz", {"lora": later})
     assert site.registry().methods()["lora"].error is None
-
-
-def test_an_exception_of_the_owner_reaches_the_caller_unchanged(site: Site) -> None:
-    """The plugin's own message explains best what is wrong with a config or a target."""
-    refusing = BUILD.replace("return target", "raise LookupError('no such layer here')")
-    site.add("zzz", {"broken": HEAD + CONFIG + YIELD + refusing})
-    with pytest.raises(LookupError, match="no such layer here"):
-        build(site.registry(), "broken", 1)
 
 
 @pytest.mark.parametrize(("error", "has_own"), [("ValueError('odd')", False), ("errors.StepError('do this')", True)])
@@ -484,7 +451,7 @@ def test_calling_a_method_whose_plugin_is_gone_names_it() -> None:
 
 
 def test_registering_a_name_that_is_taken_leaves_nothing_behind(site: Site) -> None:
-    """The whole plugin is rejected, naming the owner's distribution; its other methods and hooks are not registered."""
+    """The whole plugin is rejected, naming the owner's distribution; once it is fixed it can be registered."""
     site.good("zzz", "lora")
     found, plugin = site.registry(), InProcess("other", "lora")
     with pytest.raises(PluginError, match=r"'lora' is already provided by zzz 1\.0"):
@@ -493,28 +460,12 @@ def test_registering_a_name_that_is_taken_leaves_nothing_behind(site: Site) -> N
     assert build(found, "lora", 1) == ("zzz", 1)
     with pytest.raises(PluginError, match="is not registered"):
         found.unregister(plugin)
-
-
-def test_a_rejected_plugin_can_be_registered_once_it_is_fixed(site: Site) -> None:
-    """Nothing of it stays registered after a collision or an error."""
-    site.good("zzz", "lora")
-    found, plugin = site.registry(), InProcess("lora")
-    with pytest.raises(PluginError, match="already provided by"):
-        found.register(plugin)
     plugin.names = ("two words",)
     with pytest.raises(PluginError, match="expected a word"):
         found.register(plugin)
     plugin.names = ("mine",)
     found.register(plugin)
     assert sorted(found.methods()) == ["lora", "mine"]
-
-
-def test_two_plugins_of_one_class_are_two_plugins() -> None:
-    """In-process plugins are distinguished by object identity."""
-    found = Registry([])
-    found.register(InProcess("mine"))
-    found.register(InProcess("yours"))
-    assert sorted(found.methods()) == ["mine", "yours"]
 
 
 @pytest.mark.parametrize(
@@ -662,9 +613,8 @@ def test_a_name_is_found_in_any_case_and_an_exact_one_first(site: Site) -> None:
     site.good("tunerkit-lora", "lora")
     site.add("acme", {"acme": GOOD.replace("{methods!r}", repr(("Fast", "fast")))})
     found = site.registry()
-    assert [found.named(name) for name in ("LoRA", "lora", "LORA", "Fast", "fast")] == [
-        *("lora", "lora", "lora", "Fast", "fast")
-    ]
+    named = [found.named(name) for name in ("LoRA", "lora", "LORA", "Fast", "fast")]
+    assert named == ["lora", "lora", "lora", "Fast", "fast"]
     for name in ("FAST", "lorra"):
         with pytest.raises(UnknownMethodError, match=f"no method named '{name}'"):
             found.named(name)

@@ -2,21 +2,23 @@
 
 import copy
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tunerkit
+from tests.support.adapter_files import rewritten
+from tests.support.model_checks import check_common
 from tests.support.toy_shared import SharedPlugin
+from tests.support.toys import registering
 from tunerkit.plugin import BaseLayer, Method, Target
-from tunerkit.serialization.header import digest
 from tunerkit_testing.checks.probing import shared_in
+from tunerkit_testing.known_cases import NETWORK
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, step, train, trainable
 from tunerkit_testing.toy_adapters import Matrices, Weighting
@@ -25,10 +27,7 @@ from tunerkit_testing.toy_methods import LowRankConfig
 TARGETS = {"targets": ["0", "2", "4"]}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _toys() -> Iterator[None]:
-    with registered(SharedPlugin()):
-        yield
+_toys = registering(SharedPlugin())
 
 
 def wrapped(adapter: str = "default", model: nn.Module | None = None, **config: Any) -> nn.Module:
@@ -65,21 +64,14 @@ def test_it_is_built_once_with_all_targets_in_sight_and_is_as_large_as_the_large
     assert not shared.a.requires_grad
 
 
-def test_training_uses_it_and_leaves_it_as_it_is() -> None:
-    """The vectors of each target are trained, and reach the output."""
-    model = wrapped()
-    shared = shared_in(tunerkit.tuner(model))
-    assert isinstance(shared, Matrices)
-    before = shared.a.clone()
-    optimizer = torch.optim.AdamW(trainable(model), lr=0.1)
-    tunerkit.attach(model, optimizer, total_steps=5)
-    losses = train(model, optimizer, 5)
-    assert losses[-1] < losses[0]
-    assert torch.equal(shared.a, before)
+def test_it_does_what_any_method_does() -> None:
+    """And the kit finds the one shared module used, and unchanged by training."""
+    check_common("toy-shared", NETWORK, "shared_module_kept", "shared_module_used")
 
 
 def test_it_moves_and_is_cast_once_with_the_model() -> None:
     """It lies beside the first adapter: ``to`` reaches it, and all adapters see the result."""
+    assert shared_in(tunerkit.tuner(wrapped(adapter_dtype="bfloat16"))).a.dtype == torch.bfloat16  # type: ignore[union-attr]
     model = trained()
     expected = model(X)
     model.double()
@@ -89,13 +81,6 @@ def test_it_moves_and_is_cast_once_with_the_model() -> None:
     torch.testing.assert_close(model(X.double()), expected.double(), rtol=1e-5, atol=1e-6)
     model.to("meta")
     assert adapter.shared.get_parameter("a").is_meta
-
-
-def test_it_takes_the_dtype_that_the_config_asks_for() -> None:
-    """Like all of an adapter."""
-    shared = shared_in(tunerkit.tuner(wrapped(adapter_dtype="bfloat16")))
-    assert shared is not None
-    assert shared.get_parameter("a").dtype == torch.bfloat16
 
 
 def test_it_is_saved_once_and_loaded_once(tmp_path: Path) -> None:
@@ -151,29 +136,6 @@ def test_two_adapters_of_the_method_have_one_each(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(X), both)
 
 
-def test_unwrapping_leaves_nothing_of_it() -> None:
-    """The model has its own keys, hooks and attributes again."""
-    base, model = net(), wrapped("one", wrapped("two"))
-    tunerkit.unwrap(model)
-    assert list(model.state_dict()) == list(base.state_dict())
-    assert torch.equal(model(X), base(X))
-    assert vars(model).keys() == vars(base).keys()
-    for name in ("_forward_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks"):
-        assert not getattr(model, name)
-
-
-def test_it_merges_and_unmerges() -> None:
-    """ΔW comes from the product, which the shared matrices are part of; the model itself has nothing to merge."""
-    model = trained("one", "two")
-    expected = model(X)
-    tunerkit.merge(model)
-    torch.testing.assert_close(model(X), expected, rtol=1e-5, atol=1e-6)
-    with tunerkit.disabled(model):
-        assert torch.equal(model(X), net()(X))
-    tunerkit.unmerge(model)
-    assert torch.equal(model(X), expected)
-
-
 def test_a_reference_keeps_one_copy() -> None:
     """The frozen twin computes what the adapter did when it was taken, and has one shared module for all targets."""
     pytest.importorskip("tunerkit_transformers", reason="it makes references")
@@ -205,12 +167,12 @@ def test_a_state_dict_carries_it() -> None:
 def test_a_file_whose_shared_tensors_are_damaged_is_refused(name: str, damage: Any, words: str, tmp_path: Path) -> None:
     """Like any of an adapter's tensors: by name, and nothing is loaded. The digest fits what was damaged."""
     path = tunerkit.save(trained(), tmp_path)
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        text = file.metadata()["tunerkit"]
-    changed = damage(tensors.pop(name))
-    tensors |= {} if changed is None else {name: changed}
-    save_file(tensors, path, metadata={"tunerkit": text, "tunerkit.digest": digest(text, tensors)})
+
+    def change(_: Any, tensors: dict[str, Any]) -> None:
+        changed = damage(tensors.pop(name))
+        tensors.update({} if changed is None else {name: changed})
+
+    rewritten(path, path, change)
     base = net()
     with pytest.raises(tunerkit.errors.FileError, match=words.format(name=name)):
         tunerkit.load(base, path)
@@ -220,11 +182,7 @@ def test_a_file_whose_shared_tensors_are_damaged_is_refused(name: str, damage: A
 def test_a_file_that_asks_for_huge_shared_matrices_is_refused(tmp_path: Path) -> None:
     """Before they are made: the config asks for a rank that the file's tensors do not have."""
     path = tunerkit.save(trained(), tmp_path)
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        text = file.metadata()["tunerkit"].replace('"rank": 2', f'"rank": {10**10}')
-    assert str(10**10) in text
-    save_file(tensors, path, metadata={"tunerkit": text, "tunerkit.digest": digest(text, tensors)})
+    rewritten(path, path, lambda fields, tensors: fields["config"].update(rank=10**10))
     with pytest.raises(tunerkit.errors.FileError, match=r"does not fit its own header.*'0' needs a tensor of"):
         tunerkit.load(net(), path)
 
@@ -232,12 +190,10 @@ def test_a_file_that_asks_for_huge_shared_matrices_is_refused(tmp_path: Path) ->
 class Mutating(SharedPlugin):
     """Changes the shared module while it builds the adapters."""
 
+    method = Method("toy-mutating", config=LowRankConfig)
+
     def __init__(self, change: Any) -> None:
         self.change = change
-
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-mutating", config=LowRankConfig)]
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(  # type: ignore[override]
@@ -253,25 +209,16 @@ def write(adapter: Weighting, shared: Matrices) -> None:
     shared.a.add_(1.0)
 
 
-def replace(adapter: Weighting, shared: Matrices) -> None:
-    shared.a = nn.Parameter(torch.ones_like(shared.a))
-
-
-def extend(adapter: Weighting, shared: Matrices) -> None:
-    shared.register_buffer("more", torch.ones(1))
-
-
-def hold(adapter: Weighting, shared: Matrices) -> None:
-    adapter.own = shared
+HELD = r"an adapter that holds the shared module as a child.*self\.shared"
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (write, "changed the shared module"),
-        (replace, "changed the shared module"),
-        (extend, "changed the shared module"),
-        (hold, "an adapter that holds the shared module as a child.*self.shared"),
+        (lambda _, shared: setattr(shared, "a", nn.Parameter(torch.ones_like(shared.a))), "changed the shared module"),
+        (lambda _, shared: shared.register_buffer("more", torch.ones(1)), "changed the shared module"),
+        (lambda own, shared: setattr(own, "own", shared), HELD),
     ],
 )
 def test_building_an_adapter_must_not_change_or_hold_it(change: Any, words: str) -> None:
@@ -287,12 +234,10 @@ def test_building_an_adapter_must_not_change_or_hold_it(change: Any, words: str)
 class Answering(SharedPlugin):
     """Answers `tunerkit_shared` with a given value."""
 
+    method = Method("toy-answering", config=LowRankConfig)
+
     def __init__(self, answer: Any) -> None:
         self.answer = answer
-
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-answering", config=LowRankConfig)]
 
     @tunerkit.hookimpl
     def tunerkit_shared(self, targets: Sequence[Target]) -> Any:  # type: ignore[override]
@@ -326,9 +271,7 @@ def test_a_method_may_decide_that_it_shares_nothing() -> None:
 class Trainable(SharedPlugin):
     """Trains the shared matrices too."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-shared-trainable", config=LowRankConfig)]
+    method = Method("toy-shared-trainable", config=LowRankConfig)
 
     @tunerkit.hookimpl
     def tunerkit_shared(self, bases: Sequence[BaseLayer], config: LowRankConfig) -> Matrices:

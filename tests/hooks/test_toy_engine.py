@@ -1,7 +1,7 @@
 """An engine of an unknown library: a plugin brings it without a line in core, and with the public names alone."""
 
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -11,6 +11,7 @@ from torch import nn
 
 import tunerkit
 from tests.support.toy_growing import GrowingPlugin
+from tests.support.toys import registering
 from tunerkit.plugin import Engine, Tuner, optimizer_of, resize_obstacle
 from tunerkit.plugin.engines import Removable
 from tunerkit_testing.registering import registered
@@ -68,10 +69,7 @@ class SeveralPlugin:
 # --- What it must do ---
 
 
-@pytest.fixture(autouse=True)
-def _toys() -> Iterator[None]:
-    with registered(LowRankPlugin(), GrowingPlugin(), SeveralPlugin()):
-        yield
+_toys = registering(LowRankPlugin(), GrowingPlugin(), SeveralPlugin())
 
 
 def trained(models: Sequence[Any], attach: Callable[[Any, torch.optim.Optimizer], None]) -> Any:

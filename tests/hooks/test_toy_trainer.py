@@ -1,7 +1,6 @@
 """Trainers of an unknown library: a plugin attaches to them without a line in core, and with the public names alone."""
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 import tunerkit
+from tests.support.toys import registering
 from tunerkit.plugin import Tuner, optimizer_of
 from tunerkit.plugin.trainers import detach, drive, engine_for, folder_of, is_attached, restore_, save_tuner
 from tunerkit_testing.registering import registered
@@ -20,40 +20,10 @@ TARGETS = {"targets": ["0", "2"]}
 
 
 class Loop:
-    """A trainer: it makes its optimizer in `run`, and tells whoever listens."""
-
-    def __init__(self, model: nn.Module, steps: int) -> None:
-        self.model, self.steps = model, steps
-        self.listening: list[Callable[[torch.optim.Optimizer], None]] = []
-
-    def run(self) -> None:
-        optimizer = torch.optim.SGD(trainable(self.model), lr=0.1)
-        for listen in self.listening:
-            listen(optimizer)
-        for _ in range(self.steps):
-            self.model(X).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-class LoopPlugin:
-    @tunerkit.hookimpl
-    def tunerkit_attach(self, tuners: Sequence[Tuner], candidate: object, total_steps: int | None) -> bool | None:
-        if not isinstance(candidate, Loop):
-            return None
-        if total_steps not in (None, candidate.steps):
-            raise tunerkit.errors.StepError(f"the loop takes {candidate.steps} steps, not {total_steps}")
-        for tuner in tuners:
-            attach = partial(tunerkit.attach, candidate.model, total_steps=candidate.steps, adapter=tuner.name)
-            candidate.listening.append(attach)
-        return True
-
-
-class Resumable(Loop):
     """A trainer that counts its own steps, may skip some, and writes checkpoints through whoever attaches to it."""
 
     def __init__(self, model: nn.Module, steps: int, skipped: frozenset[int] = frozenset()) -> None:
-        super().__init__(model, steps)
+        self.model, self.steps = model, steps
         self.step, self.skipped = 0, skipped
         self.driving: Driving | None = None
 
@@ -73,7 +43,7 @@ class Resumable(Loop):
 class Driving:
     """Drives adapters by the trainer's steps, and writes them into its checkpoints."""
 
-    def __init__(self, loop: Resumable, tuners: Sequence[Tuner], data_parallel: bool | None) -> None:
+    def __init__(self, loop: Loop, tuners: Sequence[Tuner], data_parallel: bool | None) -> None:
         self.loop, self.tuners, self.data_parallel = loop, tuners, data_parallel
         self.resumed: Path | None = None
 
@@ -102,9 +72,9 @@ class Driving:
 
 
 class DrivingPlugin:
-    @tunerkit.hookimpl(tryfirst=True)
+    @tunerkit.hookimpl
     def tunerkit_attach(self, tuners: Sequence[Tuner], candidate: object, data_parallel: bool | None) -> bool | None:
-        if not isinstance(candidate, Resumable):
+        if not isinstance(candidate, Loop):
             return None
         for tuner in tuners:
             if is_attached(tuner):
@@ -113,7 +83,7 @@ class DrivingPlugin:
         return True
 
 
-PLUGINS = (LowRankPlugin(), LoopPlugin(), DrivingPlugin())
+DRIVING = DrivingPlugin()
 
 
 class Claiming:
@@ -129,10 +99,7 @@ class Claiming:
         return self.answer
 
 
-@pytest.fixture(autouse=True)
-def _toys() -> Iterator[None]:
-    with registered(*PLUGINS):
-        yield
+_toys = registering(LowRankPlugin(), DRIVING)
 
 
 def wrapped() -> Any:
@@ -159,7 +126,7 @@ def driven(steps: int, names: Sequence[str], **options: Any) -> tuple[Any, Any]:
     for seed, name in enumerate(names):
         tunerkit.wrap(model, "toy-low-rank", TARGETS, adapter=name, seed=seed)
     tunerkit.activate(model, names)
-    loop = Resumable(model, steps, **options)
+    loop = Loop(model, steps, **options)
     tunerkit.attach(model, loop)
     return model, loop
 
@@ -183,8 +150,9 @@ def test_steps_follow_the_trainer_s_clock_until_it_ends() -> None:
     """A step that the trainer skips counts; while it trains nobody else attaches, and afterwards anybody may."""
     model, loop = driven(4, ["default"], skipped=frozenset({1}))
     loop.driving.begin(optimizer := torch.optim.SGD(trainable(model), lr=0.1))
-    with pytest.raises(tunerkit.errors.StepError, match="adapter 'default' is attached already"):
-        tunerkit.attach(model, Resumable(model, 1))
+    with pytest.raises(tunerkit.errors.StepError, match="adapter 'default' is attached already") as caught:
+        tunerkit.attach(model, Loop(model, 1))
+    assert any("tunerkit_attach of plugin 'DrivingPlugin'" in note for note in caught.value.__notes__)
     assert optimizer_of(tunerkit.tuner(model)) is optimizer
     loop.driving.end()
     loop.run()
@@ -192,28 +160,20 @@ def test_steps_follow_the_trainer_s_clock_until_it_ends() -> None:
     tunerkit.attach(model, torch.optim.SGD(trainable(model), lr=0.1), total_steps=1)
 
 
-def test_what_the_plugin_raises_reaches_the_user_and_names_it() -> None:
-    """It is no reason to go on with somebody else's way of attaching."""
-    model = wrapped()
-    with pytest.raises(tunerkit.errors.StepError, match="the loop takes 3 steps, not 5") as caught:
-        tunerkit.attach(model, Loop(model, 3), total_steps=5)
-    assert any("tunerkit_attach of plugin 'LoopPlugin'" in note for note in caught.value.__notes__)
-
-
 def test_a_plugin_that_says_false_is_not_the_last_to_be_asked() -> None:
     """It means the same as None: not mine."""
 
     class Careless:
-        @tunerkit.hookimpl
+        @tunerkit.hookimpl(tryfirst=True)
         def tunerkit_attach(self) -> bool:
             return False
 
     model = wrapped()
-    tunerkit.unregister(PLUGINS[1])
-    with registered(Careless(), PLUGINS[1]):
+    tunerkit.unregister(DRIVING)
+    with registered(Careless(), DRIVING):
         tunerkit.attach(model, loop := Loop(model, 3))
-    tunerkit.register(PLUGINS[1])
-    assert len(loop.listening) == 1
+    tunerkit.register(DRIVING)
+    assert loop.driving is not None
 
 
 @pytest.mark.parametrize("answer", [True, "yes", SystemExit(0)])

@@ -1,7 +1,5 @@
 """What nothing installed knows, a trainer, a folder or a model: the message names the extra that does."""
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,8 @@ import pytest
 from torch import nn
 
 import tunerkit
+from tests.support.model_checks import silent
+from tests.support.toys import registering
 from tunerkit.hooks.loading import Catalog
 from tunerkit.hooks.registry import Registry
 from tunerkit_testing.registering import registered
@@ -18,10 +18,7 @@ from tunerkit_testing.toy_methods import LowRankPlugin
 TARGETS = {"targets": ["0", "2"]}
 
 
-@pytest.fixture(autouse=True)
-def _toy() -> Iterator[None]:
-    with registered(LowRankPlugin()):
-        yield
+_toy = registering(LowRankPlugin())
 
 
 def test_a_trainer_that_no_plugin_knows_is_refused_with_the_extra_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +81,6 @@ def test_a_model_of_a_library_without_its_plugin_says_how_its_targets_were_chose
     assert caught[0].filename == __file__
     with pytest.warns(tunerkit.TunerkitWarning, match=f"^{lost}"):
         tunerkit.wrap(model(), "toy-low-rank", TARGETS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent(Warning):
         monkeypatch.setattr(Catalog, "absence", lambda self, name: None)
         tunerkit.wrap(model(), "toy-low-rank")

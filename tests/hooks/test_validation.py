@@ -8,9 +8,11 @@ from torch import nn
 
 import tunerkit
 from tunerkit.hooks import loading
-from tunerkit.plugin import Method, Statistics, StatisticsRequest as Request, fit_start_
+from tunerkit.plugin import Method, Statistics, StatisticsRequest, fit_start_
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
+
+NEWER = loading.API + 1
 
 
 class Numbered(LowRankPlugin):
@@ -42,22 +44,10 @@ def test_a_plugin_without_a_number_is_of_the_first_contract(monkeypatch: pytest.
         tunerkit.register(LowRankPlugin())
 
 
-@pytest.mark.parametrize("number", [2, 3, 4])
-def test_the_oldest_and_the_newest_of_several_are_accepted(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The range is closed at both ends."""
-    monkeypatch.setattr(loading, "API", 4)
-    monkeypatch.setattr(loading, "OLDEST_API", 2)
-    with registered(numbered(number)):
-        assert tunerkit.methods()["toy-low-rank"].error is None
-
-
 @pytest.mark.parametrize(
     ("number", "words"),
     [
-        (
-            loading.API + 1,
-            rf"written for TUNERKIT_API {loading.API + 1}, .*to {loading.API}; install a newer tunerkit",
-        ),
+        (NEWER, rf"written for TUNERKIT_API {NEWER}, .*to {loading.API}; install a newer tunerkit"),
         (10**30, "install a newer tunerkit"),
         (0, r"TUNERKIT_API is 0; expected the version of the plugin API, as in TUNERKIT_API = \d"),
         (-1, "TUNERKIT_API is -1; expected"),
@@ -66,20 +56,15 @@ def test_the_oldest_and_the_newest_of_several_are_accepted(number: int, monkeypa
         (True, "TUNERKIT_API is True; expected"),
         (None, "TUNERKIT_API is None; expected"),
         ((1, 0), r"TUNERKIT_API is \(1, 0\); expected"),
+        ("1" * 100_000, "TUNERKIT_API is '1"),
     ],
 )
 def test_another_number_is_refused_and_nothing_is_registered(number: Any, words: str) -> None:
-    """A newer contract, one that is no number, or none that ever was; each error says what to do."""
-    with pytest.raises(tunerkit.errors.PluginError, match=words):
+    """A newer contract, one that is no number, or none that ever was; each error is short and says what to do."""
+    with pytest.raises(tunerkit.errors.PluginError, match=words) as error:
         tunerkit.register(numbered(number))
-    assert "toy-low-rank" not in tunerkit.methods()
-
-
-def test_a_long_number_does_not_make_a_long_message() -> None:
-    """Messages are bounded, whatever a plugin has there."""
-    with pytest.raises(tunerkit.errors.PluginError) as error:
-        tunerkit.register(numbered("1" * 100_000))
     assert len(str(error.value)) < 1000
+    assert "toy-low-rank" not in tunerkit.methods()
 
 
 class Declaring(LowRankPlugin):
@@ -97,50 +82,6 @@ class Calibrating(Declaring):
     @tunerkit.hookimpl
     def tunerkit_calibrate(self) -> None:
         pass
-
-
-StatisticsRequest: Any = Request
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        (
-            {"start": "roundig"},
-            r"start of method 'toy-declaring' is 'roundig'; expected one of \('exact', 'rounding'\)",
-        ),
-        ({"start": True}, "start of method 'toy-declaring' is True"),
-        ({"start": ["exact"]}, "start of method 'toy-declaring' is"),
-        ({"targets": "biases"}, r"targets of method 'toy-declaring' is 'biases'; .*'weights', 'outputs'"),
-        (
-            {"statistics": "inputs"},
-            r"statistics of method 'toy-declaring' is 'inputs'; expected a tunerkit\.plugin\.StatisticsRequest",
-        ),
-    ],
-)
-def test_a_record_with_a_wrong_field_is_refused(fields: Any, words: str) -> None:
-    """The error names the method, the field, its value and what is allowed."""
-    with pytest.raises(tunerkit.errors.PluginError, match=words):
-        tunerkit.register(Calibrating(**fields))
-    assert "toy-declaring" not in tunerkit.methods()
-
-
-@pytest.mark.parametrize(
-    ("ranks", "words"),
-    [
-        (
-            {},
-            r"inputs=0, gradients=0\) requests no statistics.* as in tunerkit\.plugin\.StatisticsRequest\(inputs=16\)",
-        ),
-        ({"inputs": -1}, r"inputs=-1, .*as in tunerkit\.plugin\.StatisticsRequest\(inputs=16\)"),
-        ({"inputs": 8, "gradients": 2.0}, r"gradients of a StatisticsRequest is 2\.0; expected int"),
-        ({"inputs": True}, "inputs of a StatisticsRequest is True; expected int"),
-    ],
-)
-def test_a_request_for_no_ranks_is_refused(ranks: Any, words: str) -> None:
-    """In the line that makes it."""
-    with pytest.raises(tunerkit.errors.PluginError, match=words):
-        StatisticsRequest(**ranks)
 
 
 def test_statistics_without_the_hook_that_takes_them_are_refused() -> None:

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,11 +18,8 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 import tunerkit
+from tests.support.toys import Toys
 from tunerkit.errors import AdapterError
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
-
 
 NAMES = ("a", "b", "forward", "копия", "active")
 CONFIGS = (
@@ -194,6 +191,7 @@ class Several(RuleBasedStateMachine):
     @invariant()
     def the_base_is_untouched(self) -> None:
         if self.outputs:
+            assert not any(p.requires_grad for name, p in self.model.named_parameters() if ".tunerkit." not in name)
             with tunerkit.disabled(self.model):
                 assert torch.equal(self.model(self.x), self.base)
         else:

@@ -4,18 +4,15 @@ import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import tunerkit
+from tests.support.toys import Toys
 from tunerkit.errors import TunerkitWarning
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
-
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
 

@@ -1,18 +1,16 @@
 """Adapters that plugins build: what is none is refused by name, and a failure leaves the model as it was."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import tunerkit
+from tests.support.model_checks import untouched
+from tests.support.toys import OneMethod, Toys
 from tunerkit.errors import PluginError, TargetError
 from tunerkit.plugin import Adapter, BaseLayer, Method, Target
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
-from tests.support.model_checks import untouched
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import Shift
 
@@ -21,10 +19,8 @@ def plugin_of(toys: "Toys", build: Any, name: str = "toy-broken") -> object:
     """A method whose build hook is ``build(target, base)``."""
     config = type(tunerkit.structure("toy-shift", {}))
 
-    class Broken:
-        @tunerkit.hookimpl
-        def tunerkit_methods(self) -> list[Method]:
-            return [Method(name, config=config)]
+    class Broken(OneMethod):
+        method = Method(name, config=config)
 
         @tunerkit.hookimpl
         def tunerkit_build_adapter(self, target: Target, base: BaseLayer) -> Any:

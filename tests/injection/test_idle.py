@@ -1,24 +1,22 @@
 """Adapters that nothing trained: `save` says so, and says it of no other adapter."""
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support.model_checks import silent
+from tests.support.toys import OneMethod, Toys
 from tunerkit import hooks, serialization
 from tunerkit.errors import TunerkitWarning
-from tunerkit.plugin import BaseLayer, Delta, Method, low_rank_delta
+from tunerkit.plugin import BaseLayer, Method
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import LowRank
-from tunerkit_testing.toy_methods import LowRankConfig
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
+from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
 
 class Started(LowRank):
@@ -30,26 +28,14 @@ class Started(LowRank):
         self.zero = nn.Parameter(torch.zeros(2))
 
 
-class StartedPlugin:
+class StartedPlugin(OneMethod, LowRankPlugin):
     """``started``: a method whose start is not zero."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("started", config=LowRankConfig)]
+    method = Method("started", config=LowRankConfig)
 
     @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: BaseLayer) -> Started:
+    def tunerkit_build_adapter(self, base: BaseLayer) -> Started:  # type: ignore[override]
         return Started(base)
-
-    @tunerkit.hookimpl
-    def tunerkit_delta(self, adapter: Started, base: BaseLayer) -> Delta:
-        return Delta(weight=low_rank_delta(base, q=adapter.a, p=adapter.b, scale=1.0))
-
-
-@pytest.fixture
-def started() -> Iterator[None]:
-    with registered(StartedPlugin()):
-        yield
 
 
 def warned(model: nn.Module, folder: Path) -> list[str]:
@@ -103,10 +89,7 @@ def test_an_adapter_that_an_optimizer_trained_is_saved_in_silence(toys: "Toys", 
 
 
 def test_one_trained_matrix_is_enough(toys: "Toys", tmp_path: Path) -> None:
-    """Only the last adapter: whoever trains a part of the adapter means to keep it.
-
-    The values change through a pointer, as some optimizers' kernels do it, so torch counts no change.
-    """
+    """Whoever trains the last adapter alone means to keep it; torch counts no change made through a pointer."""
     model = fresh(toys, targets=["conv", "layers.0", "layers.1"])
     parameter = model.get_parameter("layers.1.tunerkit.default.adapter.b")
     before = parameter._version
@@ -173,15 +156,14 @@ def test_steps_that_train_no_matrix_are_told(toys: "Toys", way: str, tmp_path: P
 
 def test_a_checkpoint_at_step_0_is_written_in_silence(toys: "Toys", tmp_path: Path) -> None:
     """A Trainer writes one with ``save_steps`` of its own choice."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent(Warning):
         serialization.save_tuner(tunerkit.tuner(fresh(toys)), tmp_path)
 
 
-@pytest.mark.usefixtures("started")
 def test_a_method_with_another_start_is_saved_in_silence(toys: "Toys", tmp_path: Path) -> None:
     """A parameter that is 0 throughout is only a hint: what the adapter adds decides."""
-    assert warned(fresh(toys, "started", targets=["layers.0"]), tmp_path) == []
+    with registered(StartedPlugin()):
+        assert warned(fresh(toys, "started", targets=["layers.0"]), tmp_path) == []
 
 
 def test_a_trained_adapter_costs_one_look(toys: "Toys", monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -212,6 +194,5 @@ def test_an_adapter_with_nan_is_not_untrained(toys: "Toys", value: float, layer:
     )
     with torch.no_grad():
         model.get_submodule(layer).tunerkit.get("default").adapter.a.view(-1)[0] = value
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent(Warning):
         assert tunerkit.save(model, tmp_path, allow_nonfinite=True).is_file()

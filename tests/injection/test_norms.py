@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support.model_checks import check_common, nudge_
 from tests.support.toy_norms import NormPlugin
 from tests.support.toy_outputs import OutputPlugin
 from tests.support.toy_readers import ScaleConfig, ScalePlugin
-from tunerkit.errors import AdapterError, BaseMismatchError, TargetError
+from tests.support.toys import registering
+from tunerkit.errors import AdapterError, TargetError
 from tunerkit.layers import NormLayer, as_output
 from tunerkit.plugin import Method
-from tunerkit_testing import check_method
 from tunerkit_testing.cases import Case
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
@@ -80,24 +79,10 @@ class Model(nn.Module):
         return result
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _toys() -> Iterator[None]:
-    with registered(NormPlugin(), OutputPlugin(), LowRankPlugin(), ScalePlugin()):
-        yield
+_toys = registering(NormPlugin(), OutputPlugin(), LowRankPlugin(), ScalePlugin())
 
 
 each_kind = pytest.mark.parametrize("kind", NORMS)
-
-
-def trained(kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    model = tunerkit.wrap(Model(kind).to(dtype), "toy-norms")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    tunerkit.attach(model, optimizer, total_steps=3)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(X.to(dtype)).square().sum().backward()
-        optimizer.step()
-    return model
 
 
 @each_kind
@@ -134,61 +119,24 @@ def test_it_computes_and_learns_what_the_norm_itself_would(kind: str) -> None:
         torch.testing.assert_close(found, getattr(base, name).weight, rtol=close, atol=close)
 
 
-@each_kind
-def test_it_merges_and_comes_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
-    """Merged, disabled while merged, saved while merged, unmerged, and kept merged without adapters."""
-    model, base = trained(kind), Model(kind)
-    adapted = model(X)
-    assert not torch.allclose(adapted, base(X), atol=1e-3)
-    tunerkit.merge(model)
-    torch.testing.assert_close(model(X), adapted, rtol=1e-5, atol=1e-5)
-    with tunerkit.disabled(model):
-        assert torch.equal(model(X), base(X))
-    loaded = tunerkit.load(Model(kind), tunerkit.save(model, tmp_path / "merged"))
-    assert torch.equal(loaded(X), adapted)
-    tunerkit.unmerge(model)
-    assert torch.equal(model(X), adapted)
-    assert all(torch.equal(own, model.state_dict()[name]) for name, own in base.state_dict().items())
-    kept = tunerkit.unwrap(copy.deepcopy(model), keep_merged=True)
-    torch.testing.assert_close(kept(X), adapted, rtol=1e-5, atol=1e-5)
-    assert kept.state_dict().keys() == base.state_dict().keys()
-    assert torch.equal(tunerkit.unwrap(model)(X), base(X))
-
-
 def test_a_copy_and_a_pickle_compute_the_same() -> None:
     """The kind is a part of the model."""
-    model = trained("as Gemma's")
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(X), model(X))
-
-
-def test_another_base_is_refused_by_its_fingerprint(tmp_path: Path) -> None:
-    """The norm's own weight belongs to what the adapter was trained on."""
-    path = tunerkit.save(trained("LayerNorm"), tmp_path)
-    other: Any = Model()
-    with torch.no_grad():
-        other.last.weight.add_(1)
-    with pytest.raises(BaseMismatchError, match=r"last\.weight"):
-        tunerkit.load(other, path)
+    for model in (tunerkit.wrap(Model("as Gemma's"), "toy-norms"), tunerkit.wrap(Model(), "toy-outputs")):
+        for twin in (copy.deepcopy(nudge_(model)), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin(X), model(X))
 
 
 def test_what_scales_an_output_merges_into_the_norm() -> None:
     """The delta of a layer, (l - 1) W, is right for a norm, whose W is a column; beside another adapter too."""
 
     class Outputs(ScalePlugin):
-        @tunerkit.hookimpl
-        def tunerkit_methods(self) -> list[Method]:
-            return [Method("toy-scaled", config=ScaleConfig, targets="outputs")]
+        method = Method("toy-scaled", config=ScaleConfig, targets="outputs")
 
     with registered(Outputs()):
         for kind in NORMS:
             model = tunerkit.wrap(Model(kind), "toy-scaled", {"targets": ["first", "last", "layer"]})
             model = tunerkit.wrap(model, "toy-norms", adapter="norms")
-            with torch.no_grad():
-                for name in ("default", "norms"):
-                    for parameter in tunerkit.tuner(model, name).parameters():
-                        parameter.add_(0.1)
-            adapted = model(X)
+            adapted = nudge_(model)(X)
             tunerkit.merge(model)
             torch.testing.assert_close(model(X), adapted, rtol=1e-5, atol=1e-5)
 
@@ -197,11 +145,7 @@ def test_a_trained_bias_beside_it_merges_too() -> None:
     """Another adapter trains the norm's bias; the sums are those of the forward."""
     model = tunerkit.wrap(Model(), "toy-low-rank", {"targets": ["layer"], "bias": "all"}, adapter="biases")
     model = tunerkit.wrap(model, "toy-norms", adapter="norms")
-    with torch.no_grad():
-        for name in ("biases", "norms"):
-            for parameter in tunerkit.tuner(model, name).parameters():
-                parameter.add_(0.1)
-    adapted = model(X)
+    adapted = nudge_(model)(X)
     tunerkit.merge(model)
     torch.testing.assert_close(model(X), adapted, rtol=1e-5, atol=1e-5)
 
@@ -256,20 +200,19 @@ def test_the_check_of_a_norm_leaves_the_random_state_and_the_module_alone() -> N
     assert vars(norm) == held
 
 
-def test_the_checks_of_the_kit_pass() -> None:
-    """Those about the delta, and that a norm with an adapter compiles into one graph, which old versions cut there."""
+@each_kind
+def test_it_does_what_any_method_does(kind: str) -> None:
+    """And its delta is what it adds; a norm with an adapter compiles into one graph, which old versions cut there."""
 
     def output(model: nn.Module) -> Tensor:
         result: Tensor = model(X.to(next(model.parameters()).dtype))
         return result
 
-    case = Case("norms", Model, output, lambda model: output(model).float().square().mean())
-    names = ["delta_is_what_forward_adds", "delta_gives_gradients", "gradients_are_true", "merges"]
+    case = Case("norms", lambda: Model(kind), output, lambda model: output(model).float().square().mean(), lr=0.05)
+    more = ["delta_is_what_forward_adds", "delta_gives_gradients", "gradients_are_true"]
     if torch.__version__ >= "2.12":  # no comparison of texts
-        names.append("compiles")
-    results = check_method("toy-norms", cases=[case], checks=names)
-    assert [(each.check, each.status, each.reason) for each in results if each.status != "passed"] == []
-    assert len(results) == len(names)
+        more.append("compiles")
+    check_common("toy-norms", case, *(more if kind == "LayerNorm" else ()))
 
 
 def test_a_product_at_a_norm_is_refused_in_words() -> None:

@@ -1,8 +1,5 @@
 """Methods that adapt outputs: norms, activations and whole blocks, of which tunerkit knows no weight."""
 
-import copy
-import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support.model_checks import check_common, nudge_
 from tests.support.toy_outputs import AffineConfig, OutputPlugin
 from tests.support.toy_readers import ScaleConfig, ScalePlugin
+from tests.support.toys import Building, Running, registering
 from tunerkit.plugin import BaseLayer, Method
+from tunerkit_testing.cases import Case
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import Affine, Scale
 from tunerkit_testing.toy_methods import LowRankPlugin
@@ -50,10 +50,7 @@ class Model(nn.Module):
         return result
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _toys() -> Iterator[None]:
-    with registered(OutputPlugin(), LowRankPlugin(), ScalePlugin()):
-        yield
+_toys = registering(OutputPlugin(), LowRankPlugin(), ScalePlugin())
 
 
 PLACES = {
@@ -71,26 +68,19 @@ def wrapped(places: list[str], model: nn.Module | None = None) -> nn.Module:
 
 
 def trained(places: list[str]) -> nn.Module:
-    model = wrapped(places)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.05)
-    tunerkit.attach(model, optimizer, total_steps=3)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(X).square().sum().backward()
-        assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters)
-        optimizer.step()
-    return model
+    return nudge_(wrapped(places))
+
+
+def output(model: nn.Module) -> Tensor:
+    found: Tensor = model(X)
+    return found
 
 
 @each_place
-def test_it_starts_as_the_base_and_every_adapter_is_trained(places: list[str]) -> None:
-    """Bit for bit, also where a block returns a tuple; every adapter gets gradients."""
-    assert torch.equal(wrapped(places)(X), Model()(X))
-    model = trained(places)
-    assert not torch.equal(model(X), Model()(X))
-    with tunerkit.disabled(model):
-        assert torch.equal(model(X), Model()(X))
+def test_it_does_what_any_method_does(places: list[str]) -> None:
+    """It starts as the base, trains, is saved, loaded, copied and unwrapped, also where a block returns a tuple."""
+    case = Case("outputs", Model, output, lambda model: output(model).square().mean(), {"targets": places}, lr=0.05)
+    check_common("toy-outputs", case, skipped=("merges", "keeps_merged"))
 
 
 def test_a_blocks_output_is_the_first_of_the_tuple() -> None:
@@ -101,20 +91,6 @@ def test_a_blocks_output_is_the_first_of_the_tuple() -> None:
     own, _ = block(X, scale=0.5)
     torch.testing.assert_close(found, own * (1 + adapter.get_parameter("scale")) + adapter.get_parameter("shift"))
     assert said == "attention"
-
-
-@each_place
-def test_it_is_saved_loaded_copied_and_unwrapped(places: list[str], tmp_path: Path) -> None:
-    """As with any method."""
-    model = trained(places)
-    expected = model(X)
-    loaded = tunerkit.load(Model(), tunerkit.save(model, tmp_path))
-    assert torch.equal(loaded(X), expected)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(X), expected)
-    tunerkit.unwrap(model)
-    assert torch.equal(model(X), Model()(X))
-    assert list(model.state_dict()) == list(Model().state_dict())
 
 
 @each_place
@@ -140,9 +116,7 @@ def test_merging_is_refused_in_words(places: list[str]) -> None:
 class ScaledOutputs(ScalePlugin):
     """A `ScalePlugin` that adapts any output; it has a delta where there is a weight."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-scaled-outputs", config=ScaleConfig, targets="outputs")]
+    method = Method("toy-scaled-outputs", config=ScaleConfig, targets="outputs")
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(self, base: BaseLayer) -> Any:
@@ -154,10 +128,7 @@ def test_with_a_delta_the_layers_that_have_a_weight_merge() -> None:
     with registered(ScaledOutputs()):
         for places, refused in ((["pool.0", "last", "blocks.0.layer"], False), (["pool.0", "pool.1"], True)):
             model = tunerkit.wrap(Model(), "toy-scaled-outputs", {"targets": places})
-            with torch.no_grad():
-                for parameter in tunerkit.tuner(model).parameters():
-                    parameter.add_(0.1)
-            expected = model(X)
+            expected = nudge_(model)(X)
             if refused:
                 words = r"cannot merge into 'pool.1'.*'toy-scaled-outputs' changes the output of a Tanh"
                 with pytest.raises(tunerkit.errors.AdapterError, match=words):
@@ -175,11 +146,7 @@ def test_it_stands_beside_a_method_of_weights() -> None:
         model: nn.Module = Model()
         for method in order:
             model = tunerkit.wrap(model, method, {"targets": ["pool.0"]}, adapter=method, seed=0)
-        with torch.no_grad():
-            for name in ("toy-outputs", "toy-low-rank"):
-                for parameter in tunerkit.tuner(model, name).parameters():
-                    parameter.add_(0.1)
-        found.append(model(X))
+        found.append(nudge_(model)(X))
     torch.testing.assert_close(*found)
 
 
@@ -207,18 +174,9 @@ class Dictionary(nn.Module):
         return {"hidden": x}
 
 
-class Reading(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.part = Dictionary()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.part(x)["hidden"]  # type: ignore[no-any-return]
-
-
 def test_an_output_that_is_no_tensor_is_refused_in_words() -> None:
     """The error names the method and the module, and what such a module returned."""
-    model = wrapped(["part"], Reading())
+    model = wrapped(["part"], Running(lambda m, x: m.part(x)["hidden"], part=Dictionary()))
     with pytest.raises(tunerkit.errors.AdapterError, match=r"(?s)'toy-outputs'.*Dictionary.*returned a dict.*tensor"):
         model(X)
 
@@ -232,18 +190,12 @@ def test_a_weight_method_leaves_norms_alone() -> None:
 def test_a_method_that_reads_weights_is_refused_where_there_is_none() -> None:
     """When wrapping, with the path."""
 
-    class Reader(OutputPlugin):
-        @tunerkit.hookimpl
-        def tunerkit_methods(self) -> list[Method]:
-            return [Method("toy-reader", config=AffineConfig, targets="outputs")]
+    def build(base: BaseLayer) -> Any:
+        adapter: Any = Affine(8)
+        adapter.reads_weight = True
+        return adapter
 
-        @tunerkit.hookimpl
-        def tunerkit_build_adapter(self) -> Any:  # type: ignore[override]
-            adapter: Any = Affine(8)
-            adapter.reads_weight = True
-            return adapter
-
-    with registered(Reader()):
+    with registered(Building("toy-reader", build, AffineConfig, targets="outputs")):
         with pytest.raises(tunerkit.errors.TargetError, match=r"'pool.1' is a Tanh.*'toy-reader' reads the weight"):
             tunerkit.wrap(Model(), "toy-reader", {"targets": ["pool.1"]})
         tunerkit.wrap(Model(), "toy-reader", {"targets": ["pool.0"]})
@@ -272,9 +224,7 @@ def test_blocks_of_a_bert_are_adapted(tmp_path: Path) -> None:
     config["train_modules"] = ["classifier"]
     model = tunerkit.wrap(bert().eval(), "toy-outputs", config)
     assert torch.equal(model(ids).logits, bert().eval()(ids).logits)
-    with torch.no_grad():
-        for parameter in tunerkit.tuner(model).parameters():
-            parameter.add_(0.1)
+    nudge_(model)
     loaded = tunerkit.load(bert().eval(), tunerkit.save(model, tmp_path))
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert not torch.equal(loaded(ids).logits, bert().eval()(ids).logits)
@@ -293,16 +243,7 @@ class Constant(nn.Module):
 
 def test_a_module_without_input_has_an_output_all_the_same() -> None:
     """Its adapter is given None as the input."""
-
-    class Adding(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.part = Constant()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.part()  # type: ignore[no-any-return]
-
-    model = wrapped(["part"], Adding())
+    model = wrapped(["part"], Running(lambda m, x: x + m.part(), part=Constant()))
     assert torch.equal(model(X), X + 1)
 
 
@@ -311,10 +252,7 @@ def test_an_output_method_works_where_another_adapter_trains_the_bias() -> None:
     model = Model()
     tunerkit.wrap(model, "toy-low-rank", {"targets": ["layer"], "bias": "all"}, adapter="biases")
     tunerkit.wrap(model, "toy-outputs", {"targets": ["norm"]}, adapter="outputs")
-    with torch.no_grad():
-        for parameter in tunerkit.tuner(model, "outputs").parameters():
-            parameter.add_(0.1)
-    assert not torch.equal(model(X), Model()(X))
+    assert not torch.equal(nudge_(model, "outputs")(X), Model()(X))
     with pytest.raises(
         tunerkit.errors.AdapterError, match=r"'toy-outputs' cannot be merged|cannot merge into 'blocks\.0\.norm'"
     ):

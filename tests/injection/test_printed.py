@@ -4,22 +4,19 @@ import re
 from collections.abc import Mapping
 from html.parser import HTMLParser
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import nn
 
 import tunerkit
+from tests.support.toys import OneMethod, Toys
 from tunerkit.injection import record
 from tunerkit.injection.tuner import table_of
 from tunerkit.plugin import BaseLayer, Method, RankChange, Summary, Target, Tuner
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import LowRank
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
 
 
 class Table(HTMLParser):
@@ -71,12 +68,10 @@ def test_a_tuner_says_method_rank_budget_share_and_steps(large: nn.Module) -> No
     assert len(repr(tunerkit.tuner(tunerkit.wrap(nn.Sequential(nn.Linear(2, 2)), "toy-low-rank")))) < 400
 
 
-class Unequal(LowRankPlugin):
+class Unequal(OneMethod, LowRankPlugin):
     """A low-rank method whose rank at a target is the number in its name."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-unequal", config=LowRankConfig)]
+    method = Method("toy-unequal", config=LowRankConfig)
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(self, target: Target, base: BaseLayer) -> LowRank:  # type: ignore[override]
@@ -135,10 +130,8 @@ def test_an_adapter_that_is_gone_is_printed_too(toys: "Toys") -> None:
 def test_a_plugin_that_cannot_say_its_budget_is_printed_too() -> None:
     """The error stands where the numbers would."""
 
-    class Failing(LowRankPlugin):
-        @tunerkit.hookimpl
-        def tunerkit_methods(self) -> list[Method]:
-            return [Method("toy-failing", config=LowRankConfig)]
+    class Failing(OneMethod, LowRankPlugin):
+        method = Method("toy-failing", config=LowRankConfig)
 
         @tunerkit.hookimpl
         def tunerkit_budget(self) -> int:

@@ -5,19 +5,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support.toys import Toys
 from tunerkit.errors import AdapterError
 from tunerkit.injection import is_merged
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
-
 
 CONFIG = {"targets": ["0", "2"]}
 

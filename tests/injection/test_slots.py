@@ -1,7 +1,6 @@
 """Slots by any name, stored originals, and biases in the shape of their module's."""
 
 import copy
-import pickle
 import sys
 from pathlib import Path
 from types import FrameType
@@ -15,9 +14,9 @@ from torch import nn
 import tunerkit
 from tests.support.products import Product, adapted
 from tunerkit.errors import AdapterError
-from tunerkit.injection import Slot, Slots, slots_of, walk
+from tunerkit.injection import Slot, Slots, slots_of
 from tunerkit.injection.slots import apply_slots
-from tunerkit.layers import Adapter, BaseLayer, as_base_layer, has_trainable_bias, view_bias
+from tunerkit.layers import Adapter, BaseLayer, as_base_layer, has_trainable_bias
 
 # Modules that have a bias, and the shape of an input for each.
 BIASED: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -75,50 +74,9 @@ def test_a_bias_that_is_not_understood_is_not_trainable() -> None:
         assert not has_trainable_bias(module, as_base_layer(module))
 
 
-def test_view_bias_follows_the_base_layer_where_there_is_one() -> None:
-    """A base-layer kind, if there is one, decides the shape, not the module's class."""
-    conv = nn.Conv2d(1, 3, 1)
-    assert view_bias(conv, as_base_layer(conv), torch.zeros(3), torch.zeros(3, 2, 2)).shape == (3, 1, 1)
-
-
-@given(names=st.lists(st.text(st.characters(exclude_characters="./"), min_size=1, max_size=8), unique=True, max_size=5))
-def test_slots_are_found_by_name_in_insertion_order(names: list[str]) -> None:
-    """put, get, drop and names agree with a plain dict for any names."""
-    slots, model = Slots(None), {name: Slot() for name in names}
-    for name, slot in model.items():
-        slots.put(name, slot)
-    assert slots.names == slots.active == tuple(names)
-    for twin in (slots, copy.deepcopy(slots), pickle.loads(pickle.dumps(slots))):
-        assert twin.names == tuple(names)
-    for name, slot in model.items():
-        assert slots.get(name) is slot
-        slots.train().eval()
-        slots.drop(name)
-        assert slots.get(name) is None
-    assert slots.names == slots.active == ()
-
-
 def test_an_attribute_is_not_taken_for_a_slot() -> None:
     """Looking up an adapter called "active" finds none unless one was added."""
     assert all(Slots(None).get(name) is None for name in ("active", "base", "training", "forward"))
-
-
-def test_originals_follow_the_module_and_stay_out_of_its_state() -> None:
-    """Stored originals move with .to(...), are in no state_dict, and can be dropped."""
-    slots, weight = Slots(None), torch.rand(3)
-    slots.put("default", Slot())
-    slots.merged = ("default",)
-    slots.set_aside({"weight": weight, "0.bias": weight})
-    assert slots.originals == {"weight": weight, "0.bias": weight}
-    assert slots.state_dict() == {}
-    assert slots.original("weight", torch.zeros(3)) is not None
-    assert torch.equal(slots.original("weight", torch.zeros(3)), weight)
-    assert torch.equal(slots.original("other", torch.ones(3)), torch.ones(3))
-    assert slots.double().originals["weight"].dtype == torch.float64
-    slots.forget_merge()
-    assert slots.originals == {}
-    assert list(slots.buffers()) == []
-    assert slots._non_persistent_buffers_set == set()
 
 
 def test_the_input_is_found_whether_named_or_not() -> None:
@@ -136,16 +94,6 @@ def test_the_input_is_found_whether_named_or_not() -> None:
     x = torch.rand(2, 2)
     assert torch.equal(module(x), x)
     assert torch.equal(module(input=x), x)
-
-
-def test_walk_finds_every_place_in_model_order() -> None:
-    """Only modules with slots are listed; a foreign child of that name is not."""
-    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1)))
-    model[1].add_module("tunerkit", Slots(None))
-    model.get_submodule("2.0").add_module("tunerkit", Slots(None))
-    model[0].add_module("tunerkit", nn.Linear(1, 1))
-    assert [path for path, _, _ in walk(model)] == ["1", "2.0"]
-    assert slots_of(model[0]) is None
 
 
 def test_a_copy_of_an_embedding_that_was_resized_says_so() -> None:

@@ -1,14 +1,10 @@
 """The number of trained parameters, compared with the model's own shapes."""
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
 import tunerkit
+from tests.support.toys import Toys
 from tunerkit.plugin import Summary
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
 
 
 def test_what_is_trained_is_counted(toys: "Toys") -> None:

@@ -2,22 +2,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import tunerkit
+from tests.support.toys import OneMethod, Toys
 from tunerkit.errors import AdapterError, TunerkitWarning
-from tunerkit.injection import record, slots_in, tuners_of
+from tunerkit.injection import slots_in, tuners_of
 from tunerkit.layers import Adapter
-from tunerkit.plugin import Method, RankChange, Tuner
+from tunerkit.plugin import Method, Tuner
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
 
 
 def test_a_tuner_is_found_by_name_or_alone(toys: "Toys") -> None:
@@ -85,12 +83,7 @@ def test_separately_wrapped_parts_are_named(
 @pytest.mark.parametrize(
     "call",
     [
-        tunerkit.tuner,
-        tunerkit.adapters,
-        tunerkit.active,
-        tunerkit.merge,
-        tunerkit.unmerge,
-        tunerkit.unwrap,
+        *(tunerkit.tuner, tunerkit.adapters, tunerkit.active, tunerkit.merge, tunerkit.unmerge, tunerkit.unwrap),
         tunerkit.trainable_parameters,
         lambda thing: tunerkit.disabled(thing).__enter__(),
         lambda thing: tunerkit.attach(thing, nn.Linear(2, 2)),
@@ -122,10 +115,23 @@ def test_a_part_wrapped_after_the_whole_is_named(toys: "Toys") -> None:
     assert tunerkit.tuner(model) is whole
 
 
-def test_a_plain_model_has_no_tuner(toys: "Toys") -> None:
-    """The error says which function to call."""
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(tunerkit.tuner, tunerkit.unwrap, tunerkit.merge, tunerkit.unmerge),
+        lambda model: tunerkit.disabled(model).__enter__(),
+        lambda model: tunerkit.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=5),
+        lambda model: tunerkit.activate(model, []),
+        lambda model: tunerkit.freeze(model, "a"),
+        lambda model: tunerkit.param_groups(model, lr=1.0),
+    ],
+)
+def test_a_plain_model_has_no_tuner(toys: "Toys", call: Callable[[Any], object]) -> None:
+    """Nor anything to change, train or save; the error says which function to call. Asking which there are works."""
     with pytest.raises(AdapterError, match=r"Net has no adapter; call tunerkit\.wrap or tunerkit\.load"):
-        tunerkit.tuner(toys.net())
+        call(toys.net())
+    assert tunerkit.adapters(toys.net()) == {}
+    assert tunerkit.active(toys.net()) == ()
 
 
 def test_ranks_and_budget_of_a_method_without_a_schedule_are_constants(toys: "Toys") -> None:
@@ -159,30 +165,10 @@ def test_an_adapter_removed_by_hand_is_reported(toys: "Toys") -> None:
         tuner.ranks()
 
 
-def test_an_allocation_is_recorded_and_every_plugin_is_notified(toys: "Toys") -> None:
-    """`record` stores step, budget and ranks in the history and notifies every plugin; None is no allocation."""
-    heard: list[Any] = []
-
-    class Watcher:
-        @tunerkit.hookimpl
-        def tunerkit_ranks_changed(self, tuner: Tuner, change: RankChange) -> None:
-            heard.append((tuner, change))
-
-    tuner = tunerkit.tuner(tunerkit.wrap(toys.net(), "toy-low-rank", {"targets": ["conv"]}))
-    watcher = Watcher()
-    with registered(watcher):
-        record(tuner, None)
-        record(tuner, {"conv": 1})
-    assert tuner.history == [RankChange(step=0, budget=2, ranks={"conv": 1})]
-    assert heard == [(tuner, tuner.history[0])]
-
-
-class HalvingPlugin(LowRankPlugin):
+class HalvingPlugin(OneMethod, LowRankPlugin):
     """Halves its parameters in the final allocation."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("halving", config=LowRankConfig)]
+    method = Method("halving", config=LowRankConfig)
 
     @tunerkit.hookimpl
     def tunerkit_finish(self, tuner: Tuner) -> None:

@@ -3,7 +3,7 @@
 import copy
 import pickle
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -11,24 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support.model_checks import silent
+from tests.support.toys import PastForward, Running, Toys
 from tunerkit.errors import TunerkitWarning
 from tunerkit.injection.preconditions import refuse_rows
 from tunerkit.steps.attachment import look
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
-
-
-class PastForward(nn.Module):
-    """Uses one projection's weight directly, bypassing its forward(), as attention does with its output projection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(3, 3)
-        self.out = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.inner(x), self.out.weight, self.out.bias)
 
 
 class Dropped(nn.Module):
@@ -97,17 +84,13 @@ def test_what_a_choice_leaves_out_is_no_alarm(toys: "Toys", plain: bool) -> None
 def test_a_list_of_which_no_layer_runs_is_an_alarm(toys: "Toys") -> None:
     """If no layer of a list runs, its owner does not choose among them but bypasses all their forwards."""
 
-    class Lists(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+    def run(model: Any, x: Tensor) -> Tensor:
+        for layer in model.layers:
+            x = F.linear(x, layer.weight)
+        return x
 
-        def forward(self, x: Tensor) -> Tensor:
-            for layer in self.layers:
-                x = F.linear(x, layer.get_parameter("weight"))
-            return x
-
-    model = tunerkit.wrap(nn.Sequential(Lists()), "toy-shift", {"targets": ["layers.0", "layers.1"]})
+    lists = Running(run, layers=nn.ModuleList(nn.Linear(3, 3) for _ in range(2)))
+    model = tunerkit.wrap(nn.Sequential(lists), "toy-shift", {"targets": ["layers.0", "layers.1"]})
     assert "0.layers.0, 0.layers.1." in warnings_of(model, torch.ones(2, 3))[0]
 
 
@@ -133,8 +116,7 @@ def test_a_loop_that_calls_parts_of_the_model_triggers_a_warning_at_the_first_st
         optimizer.step()
     assert hooks(model) == 3
     model.training_step(torch.ones(2, 3)).backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent(Warning):
         optimizer.step()
 
 
@@ -187,18 +169,8 @@ def test_loading_watches_too(toys: "Toys", tmp_path: Any) -> None:
 
 def test_a_model_that_was_changed_before_its_first_forward_is_warned_about(toys: "Toys") -> None:
     """A module around the adapted one moves its path: the warning still names the owner, and forward runs."""
-
-    class Outer(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = self.inner(x)
-            return found
-
-    model = Outer(PastForward())
+    model = Running(lambda m, x: m.inner(x), inner=PastForward())
     tunerkit.wrap(model, "toy-low-rank", {"targets": ["inner.out"]})
-    model.inner = Outer(model.inner)
+    model.inner = Running(lambda m, x: m.inner(x), inner=model.inner)
     with pytest.warns(TunerkitWarning, match=r"never ran .*inner\.out"):
         model(torch.ones(2, 3))

@@ -4,9 +4,8 @@ import copy
 import pickle
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import pytest
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tunerkit
+from tests.support.model_checks import check_common, silent
+from tests.support.toys import OneMethod, Running, Toys
 from tunerkit.errors import AdapterError, PluginError, TargetError, TunerkitWarning
 from tunerkit.injection import eject_
 from tunerkit.injection.weight_override import override, restore
@@ -23,10 +24,9 @@ from tunerkit.layers import as_base_layer, torch_private
 from tunerkit.layers.kinds import AttentionLayer
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method, setting
 from tunerkit.serialization.fingerprint import fingerprint
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
-
+from tunerkit_testing.cases import Case
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_adapters import Shift
 
 WIDTH, HEADS = 8, 2
 NAMES = ("weight", "bias", "in_proj_weight", "in_proj_bias", "use_nested_tensor")
@@ -124,27 +124,15 @@ def gradients(model: nn.Module, run: Callable[[Any], Tensor]) -> dict[str, Tenso
 # --- Outputs and gradients -------------------------------------------------------------------------------------------
 
 
-def test_the_output_is_that_of_attention_written_out_by_hand(toys: "Toys") -> None:
-    """In float64, to 1e-10: one low-rank product at the packed projection, one at the output projection."""
+def test_outputs_and_gradients_are_those_of_attention_written_out_by_hand(toys: "Toys") -> None:
+    """In float64, to 1e-10: one low-rank product at each projection; every adapter has a gradient, the base none."""
     model, x = adapted(toys, adapter_dtype="float64").double(), batch().double()
     torch.testing.assert_close(model(x), by_hand(model, x), rtol=1e-10, atol=1e-10)
     assert not torch.allclose(model(x), attends().double()(x), atol=1e-2)
-
-
-def test_every_gradient_is_that_of_attention_written_out_by_hand(toys: "Toys") -> None:
-    """In float64, to 1e-10: every adapter has a gradient, the base has none."""
-    model, x = adapted(toys, adapter_dtype="float64").double(), batch().double()
     found, expected = gradients(model, lambda m: m(x)), gradients(model, lambda m: by_hand(m, x))
     assert set(found) == set(expected) == {name for name, p in model.named_parameters() if ".tunerkit." in name}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-10)
-
-
-def test_gradients_agree_with_finite_differences(toys: "Toys") -> None:
-    """`torch.autograd.gradcheck` through attention, for both of its adapters."""
-    model, x = adapted(toys, adapter_dtype="float64").double(), batch().double()[:2, :3]
-    parameters = [model.get_parameter(f"{path}.{name}") for path in (IN, OUT) for name in "ab"]
-    assert torch.autograd.gradcheck(lambda *p: model(x).tanh(), parameters)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -270,10 +258,7 @@ def interrupt(model: nn.Module, place: nn.Module) -> pytest.ExceptionInfo[Keyboa
 
 
 def test_an_interrupted_call_is_no_running_one_while_its_traceback_is_kept(toys: "Toys") -> None:
-    """An except block or a notebook keeps it.
-
-    The model's next call restores the weights; a part's next call is right.
-    """
+    """An except block may keep it: the model's next call restores the weights, and a part's next call is right."""
     model, twin = adapted(toys), adapted(toys)
     before = toys.snapshot(model)
     for _ in range(2):
@@ -491,24 +476,13 @@ def test_a_disabled_encoder_is_the_base(toys: "Toys", grad: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift"])
-def test_merge_unmerge_and_unwrap_keep_their_promises(toys: "Toys", method: str) -> None:
-    """Merged equals adapted, unmerge is bit-exact, and unwrap restores the original model, including hooks."""
-    plain = attends()
-    before = toys.snapshot(plain)
-    changed = "in_proj_weight" if method == "toy-low-rank" else "in_proj_bias"
-    model = adapted(toys, plain, method)
-    first = output(model)
+def test_they_do_what_any_adapter_does(toys: "Toys", method: str) -> None:
+    """They are trained, disabled, merged, unmerged, saved, loaded, copied and unwrapped; no hook of ours is left."""
+    case = Case("attention", attends, output, lambda m: m(batch()).square().mean(), {"targets": "all-linear"}, lr=0.05)
+    check_common(method, case)
+    model = adapted(toys, method=method)
     assert our_hooks(model) == 2
-    tunerkit.merge(model)
-    assert toys.close(output(model), first)
-    assert not torch.equal(model.attention.get_parameter(changed), before["values"][f"attention.{changed}"])
-    with tunerkit.disabled(model):
-        assert torch.equal(output(model), output(attends()))
-    tunerkit.unmerge(model)
-    assert torch.equal(output(model), first)
-    tunerkit.unwrap(model)
-    assert toys.same(toys.snapshot(model), before)
-    assert our_hooks(model) == 0
+    assert our_hooks(tunerkit.unwrap(model)) == 0
 
 
 def test_one_of_two_adapters_taken_out_leaves_the_hooks_for_the_other(toys: "Toys") -> None:
@@ -572,22 +546,17 @@ def test_the_kind_has_no_input_to_project() -> None:
             call()
 
 
-class Shift(Adapter):
-    """Adds a trained vector."""
+@attrs.frozen
+class MuteConfig(AdapterConfig):
+    """With a dropout setting, which adapters may have."""
 
-    reads_output = reads_weight = False
-
-    def __init__(self, base: BaseLayer) -> None:
-        super().__init__()
-        self.v = nn.Parameter(torch.zeros(base.out_features))
+    dropout: float = setting(0.0, ge=0, doc="Share dropped.")
 
 
-class Mute:
+class Mute(OneMethod):
     """A method that does not define its delta."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("mute", config=MuteConfig)]
+    method = Method("mute", config=MuteConfig)
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(self, base: BaseLayer) -> Adapter:
@@ -602,20 +571,11 @@ class Detached(Mute):
         return Delta(bias=adapter.v.detach())
 
 
-@attrs.frozen
-class MuteConfig(AdapterConfig):
-    """With a dropout setting, which adapters may have."""
-
-    dropout: float = setting(0.0, ge=0, doc="Share dropped.")
-
-
 @pytest.fixture
 def method(request: Any) -> Iterator[str]:
     """The method of the plugin class in the parameter, registered for one test."""
-    plugin = request.param()
-    tunerkit.register(plugin)
-    yield "mute"
-    tunerkit.unregister(plugin)
+    with registered(request.param()):
+        yield "mute"
 
 
 @pytest.mark.parametrize("method", [Mute], indirect=True)
@@ -646,8 +606,7 @@ def test_dropout_that_cannot_be_applied_triggers_a_warning(method: str) -> None:
     """One warning has the targets; if every target is called, or dropout is 0, there is none."""
     with pytest.warns(TunerkitWarning, match=r"dropout is not applied at 2 targets \(attention, \.\.\.\)"):
         tunerkit.wrap(attends(), method, {"targets": "all-linear", "dropout": 0.1})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent(Warning):
         tunerkit.wrap(attends(), method, {"targets": ["first"], "dropout": 0.1})
         model = tunerkit.wrap(attends(), method, {"targets": "all-linear"})
     assert our_hooks(model) == 2
@@ -655,16 +614,8 @@ def test_dropout_that_cannot_be_applied_triggers_a_warning(method: str) -> None:
 
 def test_the_detector_is_silent_about_known_owners_only(toys: "Toys") -> None:
     """Attention's targets run without being called; another owner that bypasses forward() still triggers a warning."""
-
-    class Reads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.proj = nn.Linear(WIDTH, WIDTH)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.proj.weight)
-
-    model = tunerkit.wrap(nn.Sequential(attends(), Reads()), "toy-low-rank", {"targets": "all-linear"})
+    reads = Running(lambda m, x: F.linear(x, m.proj.weight), proj=nn.Linear(WIDTH, WIDTH))
+    model = tunerkit.wrap(nn.Sequential(attends(), reads), "toy-low-rank", {"targets": "all-linear"})
     with pytest.warns(TunerkitWarning, match=r"although the module that owns their base layer did: 1\.proj\.") as told:
         model(batch())
     assert len(told) == 1
@@ -697,10 +648,7 @@ def test_a_loaded_adapter_at_a_place_that_cannot_be_overridden_is_refused(toys: 
 
 
 def test_a_compiled_model_computes_the_same(toys: "Toys") -> None:
-    """Outputs and gradients, also disabled, merged and with changed adapters.
-
-    It has graph breaks, but is never stale.
-    """
+    """Outputs and gradients, also disabled, merged and with changed adapters: graph breaks, but never stale code."""
     model = adapted(toys)
     compiled = torch.compile(model, backend="eager")
     assert toys.close(compiled(batch()), model(batch()))

@@ -3,7 +3,7 @@
 import copy
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,11 +13,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support.model_checks import silent
 from tests.support.toy_growing import Growing, GrowingPlugin
-from tunerkit.plugin import Adapter, BaseLayer, Method, add_low_rank
+from tests.support.toys import Building, registering
+from tunerkit.plugin import Adapter, BaseLayer, add_low_rank
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, step, train, trainable
-from tunerkit_testing.toy_methods import ShiftConfig
 
 TARGETS = {"targets": ["0", "2"]}
 
@@ -39,22 +40,7 @@ class Fixed(Adapter):
         return add_low_rank(base, x, y, q=self.a, p=self.d[:, None] * self.b, scale=1.0)
 
 
-class FixedPlugin:
-    """``toy-fixed``."""
-
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-fixed", config=ShiftConfig)]
-
-    @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: BaseLayer) -> Fixed:
-        return Fixed(base)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _toys() -> Iterator[None]:
-    with registered(FixedPlugin(), GrowingPlugin()):
-        yield
+_toys = registering(Building("toy-fixed", Fixed), GrowingPlugin())
 
 
 def wrapped(**config: Any) -> nn.Module:
@@ -92,8 +78,7 @@ def test_training_changes_no_fixed_tensor_and_warns_of_nothing() -> None:
         model = wrapped()
         fixed = {name: t.clone() for name, t in model.state_dict().items() if not name.endswith(".d")}
         optimizer = torch.optim.AdamW(choose(model), lr=0.1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with silent(Warning):
             tunerkit.attach(model, optimizer, total_steps=3)
             train(model, optimizer, 3)
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in fixed.items())
@@ -131,17 +116,7 @@ def test_fixed_tensors_move_and_are_cast_with_the_adapter() -> None:
 
 def test_an_adapter_with_nothing_to_train_counts_as_frozen() -> None:
     """There is nothing that an optimizer could train, and the error says so."""
-
-    class Nothing(FixedPlugin):
-        @tunerkit.hookimpl
-        def tunerkit_build_adapter(self, base: BaseLayer) -> Fixed:
-            return Fixed(base).requires_grad_(False)
-
-        @tunerkit.hookimpl
-        def tunerkit_methods(self) -> list[Method]:
-            return [Method("toy-nothing", config=ShiftConfig)]
-
-    with registered(Nothing()):
+    with registered(Building("toy-nothing", lambda base: Fixed(base).requires_grad_(False))):
         model = tunerkit.wrap(net(), "toy-nothing", TARGETS)
         optimizer = torch.optim.SGD(list(model.parameters()), lr=1.0)
         with pytest.raises(tunerkit.errors.StepError, match="frozen"):
@@ -249,18 +224,9 @@ class Undecided(Growing):
 )
 def test_a_wrong_declaration_is_refused_when_wrapping(kind: type[Growing], words: str) -> None:
     """The error names the plugin, the hook, the target, the class and the expected form."""
-
-    class Wrong(GrowingPlugin):
-        @tunerkit.hookimpl
-        def tunerkit_methods(self) -> list[Method]:
-            return [Method("toy-wrong", config=ShiftConfig)]
-
-        @tunerkit.hookimpl
-        def tunerkit_build_adapter(self, base: BaseLayer) -> Growing:
-            return kind(base, 1)
-
+    wrong = Building("toy-wrong", lambda base: kind(base, 1))
     expected = rf"build_adapter.*'toy-wrong'.*{words}"
-    with registered(Wrong()), pytest.raises(tunerkit.errors.PluginError, match=expected) as error:
+    with registered(wrong), pytest.raises(tunerkit.errors.PluginError, match=expected) as error:
         tunerkit.wrap(net(), "toy-wrong", TARGETS)
     assert "'0'" in str(error.value)
 
@@ -270,20 +236,12 @@ class Silent(Growing):
     reads_weight = None  # type: ignore[assignment]
 
 
-class SilentPlugin(GrowingPlugin):
+def silent_plugin(number: int | None) -> Building:
     """Its class says nothing of what it reads."""
-
-    def __init__(self, number: int | None) -> None:
-        if number is not None:
-            self.TUNERKIT_API = number
-
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-silent", config=ShiftConfig)]
-
-    @tunerkit.hookimpl
-    def tunerkit_build_adapter(self, base: BaseLayer) -> Growing:
-        return Silent(base, 1)
+    plugin = Building("toy-silent", lambda base: Silent(base, 1))
+    if number is not None:
+        vars(plugin)["TUNERKIT_API"] = number
+    return plugin
 
 
 def test_a_class_that_leaves_out_what_it_reads_is_refused_with_the_meaning_of_both_flags() -> None:
@@ -293,7 +251,7 @@ def test_a_class_that_leaves_out_what_it_reads_is_refused_with_the_meaning_of_bo
         r"'toy-silent'.*Silent with reads_output=None and reads_weight=None for '0'; .*True or False: "
         r"reads_output: whether the contribution of forward .*reads_weight: whether forward or the delta reads"
     )
-    with registered(SilentPlugin(2)), pytest.raises(tunerkit.errors.PluginError, match=words):
+    with registered(silent_plugin(2)), pytest.raises(tunerkit.errors.PluginError, match=words):
         tunerkit.wrap(model, "toy-silent", TARGETS)
     assert not any("tunerkit" in name for name, _ in model.named_modules())
 
@@ -301,7 +259,7 @@ def test_a_class_that_leaves_out_what_it_reads_is_refused_with_the_meaning_of_bo
 @pytest.mark.parametrize("number", [1, None])
 def test_under_the_first_number_leaving_it_out_warns_once_and_works(number: int | None) -> None:
     """A plugin without a number is of the first; the warning names it, and what to write."""
-    with registered(SilentPlugin(number)), warnings.catch_warnings(record=True) as told:
+    with registered(silent_plugin(number)), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for _ in range(2):
             tunerkit.wrap(net(), "toy-silent", TARGETS)

@@ -1,6 +1,5 @@
 """A start whose delta is not 0: the main part of W is trained, and its start is taken away by a fixed twin."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +8,16 @@ import torch
 from torch import nn
 
 import tunerkit
+from tests.support.model_checks import check_common
 from tests.support.toy_starts import PrincipalPlugin
-from tunerkit_testing.registering import registered
+from tests.support.toys import registering
+from tunerkit_testing.known_cases import NETWORK
 from tunerkit_testing.small import X, net, train, trainable
 
 TARGETS: dict[str, Any] = {"targets": ["0", "2", "4"]}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _toys() -> Iterator[None]:
-    with registered(PrincipalPlugin()):
-        yield
+_toys = registering(PrincipalPlugin())
 
 
 def wrapped() -> nn.Module:
@@ -46,26 +44,9 @@ def test_wrapping_changes_the_output_by_rounding_alone() -> None:
     assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"a", "b"}
 
 
-@pytest.mark.parametrize("build", [wrapped, trained])
-def test_unwrapping_and_disabling_show_the_base_bit_for_bit(build: Any) -> None:
-    """Nothing was subtracted from the base's own weight: there is nothing to restore."""
-    base, model = net(), build()
-    with tunerkit.disabled(model):
-        assert torch.equal(model(X), base(X))
-    tunerkit.unwrap(model)
-    assert torch.equal(model(X), base(X))
-    assert all(torch.equal(*pair) for pair in zip(model.parameters(), base.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("build", [wrapped, trained])
-def test_it_merges_and_unmerges(build: Any) -> None:
-    """What is merged is the difference to the start, and unmerging restores every bit."""
-    model = build()
-    expected, before = model(X), [p.clone() for p in model.parameters()]
-    tunerkit.merge(model)
-    assert (model(X) - expected).abs().max() <= 1e-5 * expected.abs().max()
-    tunerkit.unmerge(model)
-    assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True))
+def test_it_does_what_any_method_does() -> None:
+    """Nothing was subtracted from the base's own weight, and what is merged is the difference to the start."""
+    check_common("toy-principal", NETWORK)
 
 
 @pytest.mark.parametrize("build", [wrapped, trained])

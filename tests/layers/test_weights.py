@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tests.support.toy_readers import DirectionPlugin
+from tests.support.toys import answering
 from tunerkit.layers import as_base_layer, weights
 from tunerkit.plugin import Holding
 from tunerkit_testing.registering import registered
@@ -150,25 +151,13 @@ def test_offloaded_weights_that_are_tied_are_seen(cellar: Cellar) -> None:
 def test_a_wrong_answer_is_left_out(answer: Any, words: str) -> None:
     """It must not stop the user's call, and what other plugins say still holds."""
     layer = nn.Linear(2, 2).to("meta")
-
-    class Wrong:
-        @tunerkit.hookimpl
-        def tunerkit_holdings(self) -> Any:
-            return answer()
-
-    with registered(Wrong()), pytest.warns(tunerkit.TunerkitWarning, match=words):
+    with registered(answering("tunerkit_holdings", answer)), pytest.warns(tunerkit.TunerkitWarning, match=words):
         assert weights.offloading(layer) is None
 
 
 def claiming(**fields: Any) -> Any:
     """A plugin that says of every weight what ``fields`` do."""
-
-    class Claiming:
-        @tunerkit.hookimpl
-        def tunerkit_holdings(self) -> list[Holding]:
-            return [Holding(**fields)]
-
-    return Claiming()
+    return answering("tunerkit_holdings", lambda: [Holding(**fields)])
 
 
 CLAIMS: dict[str, tuple[Any, str]] = {
@@ -186,7 +175,7 @@ def test_who_claims_weights_is_named_where_that_stops_the_user(name: str, tmp_pa
         with pytest.raises(tunerkit.errors.AdapterError, match=words) as caught:
             tunerkit.save(model, tmp_path) if name == "shards" else tunerkit.merge(model)
     assert caught.value.__notes__ == [
-        "because of tunerkit_holdings of plugin 'Claiming' (in-process); to run without it, pass it to "
+        "because of tunerkit_holdings of plugin 'answering' (in-process); to run without it, pass it to "
         "tunerkit.unregister"
     ]
 
@@ -196,7 +185,7 @@ def test_a_function_of_a_holding_that_is_wrong_names_the_plugin() -> None:
     layer = nn.Linear(2, 2).to("meta")
     with registered(claiming(offloads=lambda module: 1 / 0)), pytest.raises(ZeroDivisionError) as raised:
         weights.offloading(layer)
-    assert "raised by offloads of a Holding of plugin 'Claiming' (in-process); to run" in raised.value.__notes__[0]
-    words = r"offloads of a Holding of plugin 'Claiming' .*returned 'yes'; it must return bool; to run without it"
+    assert "raised by offloads of a Holding of plugin 'answering' (in-process); to run" in raised.value.__notes__[0]
+    words = r"offloads of a Holding of plugin 'answering' .*returned 'yes'; it must return bool; to run without it"
     with registered(claiming(offloads=lambda module: "yes")), pytest.raises(tunerkit.errors.PluginError, match=words):
         weights.offloading(layer)

@@ -1,8 +1,7 @@
 """Save and load: what was saved is loaded bit for bit, and values that are not finite are not saved."""
 
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import pytest
@@ -10,14 +9,12 @@ import safetensors.torch
 import torch
 
 import tunerkit
+from tests.support.adapter_files import assert_refused
+from tests.support.model_checks import silent
+from tests.support.toys import Toys
 from tunerkit.errors import AdapterError, FileError, TunerkitWarning
 from tunerkit.serialization.adapter_file import header_of, save_tuner
 from tunerkit.serialization.training_state import restore_
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
-
-from tests.support.adapter_files import assert_refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
 
@@ -169,8 +166,7 @@ def test_a_save_over_the_only_file_of_another_adapter_says_so(toys: "Toys", tmp_
     file = tunerkit.save(model, tmp_path, adapter="default")
     with pytest.warns(TunerkitWarning, match="adapter 'b' has overwritten adapter 'default' in .*save 'default' again"):
         assert tunerkit.save(model, tmp_path, adapter="b") == file
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", TunerkitWarning)
+    with silent():
         tunerkit.save(model, tmp_path, adapter="b")  # its own older file
         tunerkit.save(model, tmp_path / "b.safetensors", adapter="b")
         tunerkit.save(model, tmp_path, adapter="default")
@@ -184,8 +180,7 @@ def test_an_adapter_may_replace_the_file_that_it_was_loaded_from(toys: "Toys", t
     model = toys.trained(targets=["conv"])
     tunerkit.load(model, file, adapter="news")
     tunerkit.load(model, file, adapter="films")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", TunerkitWarning)
+    with silent():
         assert tunerkit.save(model, tmp_path, adapter="news") == file
     tunerkit.rename(model, "news", "sport")
     with pytest.warns(TunerkitWarning, match="has overwritten adapter 'sport'"):

@@ -126,7 +126,7 @@ def test_a_writer_whose_file_is_taken_for_a_leftover_takes_another_one(
 
 
 def test_folders_are_flushed_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a power failure the new name must be there: the folder is flushed, and the parents of new folders."""
+    """A whole file is moved within its folder, which is then flushed, and so are the parents of new folders."""
     happened: list[str] = []
     fsync, move = os.fsync, os.replace
 
@@ -142,6 +142,7 @@ def test_folders_are_flushed_after_the_rename(tmp_path: Path, monkeypatch: pytes
         fsync(number)
 
     def moved(source: Path, target: Path) -> None:
+        assert (source.parent, source.read_bytes()) == (target.parent, b"new")
         move(source, target)
         happened.append("rename")
 

@@ -3,23 +3,18 @@
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import attrs
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint import state_dict, state_dict_loader, state_dict_saver
 
 import tunerkit
-from tunerkit.layers import torch_private
+from tests.support.toys import OneMethod, Toys
 from tunerkit.plugin import Method, State, Tuner
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
-
 
 if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
@@ -31,15 +26,13 @@ def momentum(parameters: Any, lr: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
 
 
-class HoldingPlugin(LowRankPlugin):
+class HoldingPlugin(OneMethod, LowRankPlugin):
     """``holding``: trains ``a`` alone, since it withholds ``b`` from every step, and notes which hooks fire."""
+
+    method = Method("holding", config=LowRankConfig, needs_steps=True)
 
     def __init__(self) -> None:
         self.fired: list[str] = []
-
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("holding", config=LowRankConfig, needs_steps=True)]
 
     @tunerkit.hookimpl
     def tunerkit_before_step(self, tuner: Tuner) -> list[nn.Parameter]:
@@ -94,43 +87,22 @@ def told(call: Callable[[], object]) -> list[str]:
     return [str(each.message) for each in caught if issubclass(each.category, tunerkit.TunerkitWarning)]
 
 
-@attrs.define
-class Seen:
-    """A step hook of an optimizer: whether torch's distributed checkpoint was found to run its step."""
-
-    inside: list[bool] = attrs.field(factory=list)
-
-    def __call__(self, *_: object) -> None:
-        self.inside.append(torch_private.in_distributed_checkpoint())
-
-
-def test_the_step_that_fills_in_an_optimizer_s_state_is_told_from_others(toys: "Toys") -> None:
-    """Also from one that has gradients and a rate of 0, as the first step of a warm-up may have."""
-    model = toys.net()
-    optimizer, seen = Adam(model.parameters(), lr=0.0), Seen()
-    optimizer.register_step_post_hook(seen)
-    state_dict.get_optimizer_state_dict(model, optimizer)
-    assert seen.inside == [True]
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    assert seen.inside == [True, False]
-
-
 @pytest.mark.parametrize("kind", [Adam, torch.optim.SGD])
 def test_that_step_is_not_a_step_of_the_training(
     toys: "Toys", holding: HoldingPlugin, kind: Callable[..., Any]
 ) -> None:
-    """No hook fires and nothing is counted, for an optimizer that keeps no state too; the next step is the first."""
+    """No hook fires, also for an optimizer without state; the next step is the first, and one at a rate of 0 counts."""
     model, optimizer = attached(toys, kind)
     before = [parameter.detach().clone() for parameter in tunerkit.tuner(model).parameters()]
     state_dict.get_state_dict(model, optimizer)
     assert holding.fired == []
     assert tunerkit.tuner(model).steps == 0
     assert all(torch.equal(a, b) for a, b in zip(before, tunerkit.tuner(model).parameters(), strict=True))
-    train(toys, model, optimizer, 1)
-    assert holding.fired == ["before", "after"]
-    assert tunerkit.tuner(model).steps == 1
+    for number, rate in enumerate((0.1, 0.0), 1):
+        optimizer.param_groups[0]["lr"] = rate
+        train(toys, model, optimizer, 1)
+        assert holding.fired == ["before", "after"] * number
+        assert tunerkit.tuner(model).steps == number
 
 
 def test_an_adapter_that_is_not_attached_yet_does_not_stop_it(toys: "Toys", holding: HoldingPlugin) -> None:
@@ -198,28 +170,6 @@ def test_a_state_dict_outside_of_it_is_torch_s_own(toys: "Toys", holding: Holdin
     assert set(optimizer.state_dict()["state"]) == {0, 2}
 
 
-def test_the_state_that_is_added_is_that_of_a_parameter_without_steps(toys: "Toys", holding: HoldingPlugin) -> None:
-    """0 everywhere, the count of steps too, so that Adam's correction begins with the first step that comes."""
-    model, optimizer = attached(toys)
-    train(toys, model, optimizer, 3)
-    states: Any = state_dict.get_optimizer_state_dict(model, optimizer)["state"]
-    steps = {name.rpartition(".")[2]: float(state["step"]) for name, state in states.items()}
-    assert steps == {"a": 3.0, "b": 0.0}
-    added: list[Tensor] = [value for name, state in states.items() if name.endswith(".b") for value in state.values()]
-    assert not any(value.any() for value in added)
-
-
-def test_an_added_state_that_does_not_begin_at_0_has_its_first_value(toys: "Toys", holding: HoldingPlugin) -> None:
-    """Rprop's step sizes begin at the learning rate."""
-    model, optimizer = attached(toys, torch.optim.Rprop)
-    train(toys, model, optimizer, 3)
-    states: Any = state_dict.get_optimizer_state_dict(model, optimizer)["state"]
-    (first,) = {
-        float(size) for name, each in states.items() if name.endswith(".b") for size in each["step_size"].flatten()
-    }
-    assert first == pytest.approx(0.1)
-
-
 class Summing(torch.optim.Optimizer):
     """An optimizer of another library: its state has the name of Adagrad's, and it has no such setting."""
 
@@ -233,11 +183,19 @@ class Summing(torch.optim.Optimizer):
                 self.state[parameter].setdefault("sum", torch.zeros_like(parameter)).add_(parameter.grad)
 
 
-def test_a_state_of_a_known_name_begins_at_0_without_the_setting(toys: "Toys", holding: HoldingPlugin) -> None:
-    """As any other state of an optimizer that is not torch's."""
-    model, optimizer = attached(toys, Summing)
-    train(toys, model, optimizer, 1)
+BEGUN: dict[Any, dict[str, float]] = {
+    Adam: {"step": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0},
+    torch.optim.Rprop: {"step": 0.0, "prev": 0.0, "step_size": 0.1},
+    Summing: {"sum": 0.0},
+}
+
+
+@pytest.mark.parametrize("kind", BEGUN)
+def test_an_added_state_is_that_of_a_parameter_without_steps(toys: "Toys", holding: HoldingPlugin, kind: Any) -> None:
+    """0 everywhere, the count of steps too, also for an optimizer of another library; Rprop begins at its rate."""
+    model, optimizer = attached(toys, kind)
+    train(toys, model, optimizer, 3)
     states: Any = state_dict.get_optimizer_state_dict(model, optimizer)["state"]
-    added = [each["sum"] for name, each in states.items() if name.endswith(".b")]
-    assert added
-    assert not any(value.any() for value in added)
+    added = [state for name, state in states.items() if name.endswith(".b")]
+    found = [{name: value.unique().tolist() for name, value in state.items()} for state in added]
+    assert found == [{name: pytest.approx([first]) for name, first in BEGUN[kind].items()}] * 2

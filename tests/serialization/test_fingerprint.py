@@ -1,7 +1,7 @@
 """The fingerprint: equal for the same base in any precision and state, different for another base, and cheap."""
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +9,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import tunerkit
+from tests.support.toys import Toys
 from tunerkit.serialization.fingerprint import SAMPLES, differences, fingerprint
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
-
 
 pytestmark = pytest.mark.usefixtures("toys")  # registers the methods
 FLOATS = st.floats(-1e4, 1e4, allow_subnormal=False)
@@ -92,11 +89,16 @@ def test_first_and_last_values_are_sampled_whatever_the_strides(toys: "Toys") ->
 
 
 @pytest.mark.parametrize(
-    "tensor", [torch.zeros(0, 3), torch.tensor(2.0), torch.tensor([3, 5]), torch.tensor([torch.nan, torch.inf])]
+    "tensor",
+    [
+        *(torch.zeros(0, 3), torch.tensor(2.0), torch.tensor([3, 5]), torch.tensor([torch.nan, torch.inf])),
+        torch.empty(3, device="meta"),
+    ],
 )
 def test_odd_tensors_have_a_fingerprint_that_json_can_hold(toys: "Toys", tensor: torch.Tensor) -> None:
-    """Empty, scalar, integer and non-finite parameters work."""
+    """Empty, scalar, integer and non-finite parameters work; where there are no values, none are invented."""
     entry = of(tensor)["values"]
+    assert bool(entry["sample"]) == bool(tensor.numel() and not tensor.is_meta)
     assert entry["shape"] == list(tensor.shape)
     assert json.loads(json.dumps(entry, allow_nan=False)) == entry
 
@@ -135,11 +137,6 @@ def test_the_same_dtype_is_compared_to_the_digits_kept_and_another_to_its_own() 
     assert differences(entry("float32", 1.0), entry("bfloat16", 1.005)) == []
     assert differences(entry("float32", 1.0), entry("bfloat16", 1.02)) == ["other values: p"]
     assert differences(entry("float32", 0.0, 0), entry("float32", 1.0)) == []
-
-
-def test_a_meta_tensor_has_no_sample() -> None:
-    """Missing values are not invented."""
-    assert of(torch.empty(3, device="meta"))["values"]["sample"] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.uint8, torch.bool])

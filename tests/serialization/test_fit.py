@@ -1,18 +1,15 @@
 """Tensors of a file that do not fit what its header says are refused before a model is changed."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 
 import tunerkit
-from tunerkit.errors import ConfigError, FileError
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
-
 from tests.support.adapter_files import assert_refused, rewritten
+from tests.support.toys import Toys
+from tunerkit.errors import ConfigError, FileError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
 
@@ -37,25 +34,16 @@ def test_every_misfit_of_tensors_is_named_at_once(toys: "Toys", saved: Path, tmp
         assert words in text
 
 
-@pytest.mark.parametrize("rank", [10**7, 10**12, 2**63 - 1, 2**63, 10**99, 10**400])
+@pytest.mark.parametrize("rank", [3, 10**7, 10**12, 2**63 - 1, 2**63, 10**99, 10**400])
 def test_a_small_file_cannot_ask_for_much_memory(toys: "Toys", saved: Path, tmp_path: Path, rank: int) -> None:
-    """The config is compared with the file's own tensors before a plugin has made any of such a size."""
+    """A config that asks for more than the file has is refused, a huge one before a plugin makes such tensors."""
 
     def change(fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         fields["config"]["rank"] = rank
 
     error, words = (FileError, "needs a tensor of") if rank < 2**64 else (ConfigError, "expected an int of 64 bits")
+    words = "(?s)does not fit its own.*at conv: .*at layers.0: .*at layers.1: " if rank == 3 else words
     assert_refused(toys, rewritten(saved, tmp_path / "x.safetensors", change), error, words)
-
-
-def test_adapters_that_do_not_fit_are_not_kept(toys: "Toys", saved: Path, tmp_path: Path) -> None:
-    """A config that asks for a little more than the file has is refused by the shapes, and they are all named."""
-
-    def change(fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        fields["config"]["rank"] = 3
-
-    text = assert_refused(toys, rewritten(saved, tmp_path / "x.safetensors", change), FileError, "does not fit its own")
-    assert all(f"at {path}: " in text for path in ("conv", "layers.0", "layers.1"))
 
 
 @pytest.mark.parametrize(

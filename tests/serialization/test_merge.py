@@ -3,9 +3,8 @@
 import copy
 import functools
 import pickle
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +12,12 @@ from torch import nn
 
 import tunerkit
 from tests.support.interrupting import half_done
-from tunerkit.errors import AdapterError, PluginError, StepError, TunerkitWarning
+from tests.support.model_checks import silent
+from tests.support.toys import Building, Toys
+from tunerkit.errors import AdapterError, PluginError, TunerkitWarning
 from tunerkit.injection import is_merged
-from tunerkit.plugin import Adapter, BaseLayer, Delta, Method
+from tunerkit.plugin import Adapter, BaseLayer, Delta
 from tunerkit_testing.registering import registered
-from tunerkit_testing.toy_methods import ShiftConfig
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
 
@@ -95,13 +92,6 @@ def test_an_exception_inside_disabled_brings_the_adapters_back(toys: "Toys", mer
     with pytest.raises(KeyboardInterrupt), tunerkit.disabled(model), tunerkit.disabled(model):
         raise KeyboardInterrupt
     assert torch.equal(model(toys.x()), output)
-
-
-def test_models_without_adapters_cannot_be_disabled_or_unmerged(toys: "Toys") -> None:
-    """A plain model raises an error in merge, unmerge and disabled."""
-    for call in (tunerkit.merge, tunerkit.unmerge, lambda model: tunerkit.disabled(model).__enter__()):
-        with pytest.raises(AdapterError, match="has no adapter"):
-            call(toys.net())
 
 
 def test_merging_twice_and_unmerging_what_is_not_merged_are_errors(toys: "Toys") -> None:
@@ -236,23 +226,6 @@ def test_a_copy_made_while_disabled_is_an_enabled_model(toys: "Toys", way: Any, 
     assert all(torch.equal(tensor, base[name]) for name, tensor in tunerkit.unwrap(twin).state_dict().items())
 
 
-def test_the_originals_are_in_no_state_dict(toys: "Toys") -> None:
-    """Merging changes no key: a checkpoint of a merged model has the model's keys."""
-    model = trained(toys, "toy-low-rank", "all")
-    keys = list(model.state_dict())
-    assert list(tunerkit.merge(model).state_dict()) == keys
-
-
-def test_a_step_while_merged_is_refused(toys: "Toys") -> None:
-    """A step would train parameters that forward does not use."""
-    model = trained(toys, "toy-low-rank", "all")
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    tunerkit.attach(model, optimizer)
-    tunerkit.merge(model)
-    with pytest.raises(StepError, match="merged"):
-        optimizer.step()
-
-
 def test_attaching_while_merged_or_disabled_is_refused(toys: "Toys") -> None:
     """Nothing in such a forward needs gradients, so training would end in an error of torch that names no cause."""
     model = trained(toys, "toy-low-rank", "all")
@@ -290,30 +263,23 @@ def test_a_permanent_merge_keeps_no_originals_and_says_so(toys: "Toys", tmp_path
 # Plugins that cannot say what they add
 
 
-def broken(delta: Any, *, unasked: bool = False) -> object:
-    """A method like toy-shift whose delta hook returns ``delta(adapter, base)``, or is missing."""
+class Plain(Adapter):
+    reads_output = reads_weight = False
 
-    class Plain(Adapter):
-        reads_output = reads_weight = False
+    def forward(self, base: BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y
 
-        def forward(self, base: BaseLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return y
 
-    class Plugin:
-        @tunerkit.hookimpl
-        def tunerkit_methods(self) -> list[Method]:
-            return [Method("toy-broken", config=ShiftConfig)]
+class Broken(Building):
+    """A method whose delta hook returns ``delta(adapter, base)``."""
 
-        @tunerkit.hookimpl
-        def tunerkit_build_adapter(self) -> Adapter:
-            return Plain()
+    def __init__(self, delta: Any) -> None:
+        super().__init__("toy-broken", lambda base: Plain())
+        self.delta = delta
 
-    class WithDelta(Plugin):
-        @tunerkit.hookimpl
-        def tunerkit_delta(self, adapter: Adapter, base: BaseLayer) -> Any:
-            return delta(adapter, base)
-
-    return Plugin() if unasked else WithDelta()
+    @tunerkit.hookimpl
+    def tunerkit_delta(self, adapter: Adapter, base: BaseLayer) -> Any:
+        return self.delta(adapter, base)
 
 
 def fail_at_the_second() -> Any:
@@ -328,23 +294,18 @@ def fail_at_the_second() -> Any:
     return delta
 
 
+SHAPES = r"weight of shape \(1, 4\) for 'layers.0'.* of shape \(8, 4\)"
+
+
 @pytest.mark.parametrize(
     ("plugin", "error", "words"),
     [
-        (broken(None, unasked=True), AdapterError, "implements neither tunerkit_delta nor"),
-        (broken(fail_at_the_second()), ZeroDivisionError, "own"),
-        (
-            broken(lambda adapter, base: None),
-            PluginError,
-            r"'toy-broken' \(in-process\).* must return tunerkit.plugin.Delta",
-        ),
-        (broken(lambda adapter, base: torch.ones(1)), PluginError, "returned a Tensor"),
-        (
-            broken(lambda adapter, base: Delta(weight=torch.ones(1, base.in_features))),
-            PluginError,
-            r"weight of shape \(1, 4\) for 'layers.0'.* of shape \(8, 4\)",
-        ),
-        (broken(lambda adapter, base: Delta(bias=torch.ones(1))), PluginError, r"bias of shape \(1,\)"),
+        (Building("toy-broken", lambda base: Plain()), AdapterError, "implements neither tunerkit_delta nor"),
+        (Broken(fail_at_the_second()), ZeroDivisionError, "own"),
+        (Broken(lambda a, b: None), PluginError, r"'toy-broken' \(in-process\).* must return tunerkit.plugin.Delta"),
+        (Broken(lambda adapter, base: torch.ones(1)), PluginError, "returned a Tensor"),
+        (Broken(lambda a, b: Delta(weight=torch.ones(1, b.in_features))), PluginError, SHAPES),
+        (Broken(lambda adapter, base: Delta(bias=torch.ones(1))), PluginError, r"bias of shape \(1,\)"),
     ],
 )
 def test_a_plugin_that_fails_to_merge_changes_nothing(
@@ -369,7 +330,7 @@ def test_a_bias_where_there_is_none_cannot_be_merged(toys: "Toys") -> None:
 
 def test_an_adapter_that_adds_nothing_is_merged_and_unmerged(toys: "Toys") -> None:
     """An empty delta stores no originals, and still is no permanent merge."""
-    with registered(broken(lambda adapter, base: Delta())):
+    with registered(Broken(lambda adapter, base: Delta())):
         model = tunerkit.wrap(toys.net(), "toy-broken")
         output = model(toys.x())
         assert torch.equal(tunerkit.merge(model)(toys.x()), output)
@@ -558,27 +519,19 @@ def test_an_interrupt_leaves_no_model_disabled(toys: "Toys", merged: bool) -> No
 
 
 def test_unwrapping_a_merged_model_says_that_the_merge_is_undone(toys: "Toys") -> None:
-    """Elsewhere a merged model is unwrapped to be kept; here that takes keep_merged=True, and the warning says so."""
+    """The warning says how to keep it, and comes before anything is changed; a refused unwrap does not warn first."""
     model = tunerkit.merge(toys.trained())
-    twin = copy.deepcopy(model)
-    with pytest.warns(TunerkitWarning, match=r"undoes the merge.*tunerkit.unwrap\(model, keep_merged=True\)"):
-        tunerkit.unwrap(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", TunerkitWarning)
-        tunerkit.unwrap(twin, keep_merged=True)
-
-
-def test_who_makes_the_warning_an_error_keeps_the_merged_model(toys: "Toys") -> None:
-    """The warning comes before anything is changed; and a refused unwrap does not warn first."""
-    model = tunerkit.merge(toys.trained())
-    merged = model(toys.x())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", TunerkitWarning)
+    twin, merged = copy.deepcopy(model), model(toys.x())
+    with silent():
         with pytest.raises(TunerkitWarning, match="undoes the merge"):
             tunerkit.unwrap(model)
         assert torch.equal(model(toys.x()), merged)
         with pytest.raises(AdapterError, match="permanent=True"):
             tunerkit.unwrap(tunerkit.merge(toys.trained(), permanent=True))
+    with pytest.warns(TunerkitWarning, match=r"undoes the merge.*tunerkit.unwrap\(model, keep_merged=True\)"):
+        tunerkit.unwrap(model)
+    with silent():
+        tunerkit.unwrap(twin, keep_merged=True)
 
 
 # --- hooks of the base ---

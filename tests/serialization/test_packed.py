@@ -1,6 +1,6 @@
 """What core asks of a kind with a packed weight, and what it says of packed weights that no kind knows."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support.toys import answering, registering
 from tunerkit.plugin import BaseLayer, Packing, Rounding
 from tunerkit.serialization.fingerprint import fingerprint
 from tunerkit_testing.registering import registered
@@ -88,26 +89,18 @@ class CodedLayer(BareLayer):
         return linear
 
 
-class Plugin:
-    """A kind, and a note of the layers that are left when the adapters are out."""
+class Noting:
+    """Notes the layers that are left when the adapters are out."""
 
-    def __init__(self, kind: type[BaseLayer]) -> None:
-        self.kind = kind
+    def __init__(self) -> None:
         self.left: list[list[str]] = []
-
-    @tunerkit.hookimpl
-    def tunerkit_base_layers(self) -> list[type[BaseLayer]]:
-        return [self.kind]
 
     @tunerkit.hookimpl
     def tunerkit_unwrapped(self, model: nn.Module) -> None:
         self.left.append([type(each).__name__ for each in model.children()])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _methods() -> Iterator[None]:
-    with registered(LowRankPlugin(), ShiftPlugin()):
-        yield
+_methods = registering(LowRankPlugin(), ShiftPlugin())
 
 
 def coded() -> Any:
@@ -136,7 +129,7 @@ def with_adapters(model: Any) -> Any:
 
 def test_a_merge_puts_what_the_kind_stores_and_takes_it_back() -> None:
     """The very objects; what it has rounded is noted in the order of the layers, and forgotten with the merge."""
-    with registered(Plugin(CodedLayer)):
+    with registered(answering("tunerkit_base_layers", [CodedLayer])):
         model = with_adapters(coded())
         objects, output = [model[0].code, model[2].code], model(X)
         tunerkit.merge(model)
@@ -154,7 +147,7 @@ def test_a_merge_puts_what_the_kind_stores_and_takes_it_back() -> None:
 
 def test_files_describe_a_packed_weight_by_its_shape_alone(tmp_path: Path) -> None:
     """Under the name of the dense weight, so that a file fits either; merged or not."""
-    with registered(Plugin(CodedLayer)):
+    with registered(answering("tunerkit_base_layers", [CodedLayer])):
         model = with_adapters(coded())
         found = fingerprint(tunerkit.tuner(model, "second"))
         assert found["0.weight"] == {
@@ -170,8 +163,8 @@ def test_files_describe_a_packed_weight_by_its_shape_alone(tmp_path: Path) -> No
 
 def test_dense_layers_hold_what_merging_into_the_dequantised_base_gives() -> None:
     """Bit for bit, with several adapters and a trained bias; the model's libraries are told once more at the end."""
-    plugin = Plugin(CodedLayer)
-    with registered(plugin):
+    plugin = Noting()
+    with registered(answering("tunerkit_base_layers", [CodedLayer]), plugin):
         model = tunerkit.unwrap(with_adapters(coded()), keep_merged=True, dtype=torch.float32)
         assert plugin.left == [["CodedLinear", "Tanh"] * 2 + ["Linear"], ["Linear", "Tanh"] * 2 + ["Linear"]]
     expected = tunerkit.unwrap(with_adapters(dequantised()), keep_merged=True).state_dict()
@@ -181,7 +174,7 @@ def test_dense_layers_hold_what_merging_into_the_dequantised_base_gives() -> Non
 
 def test_a_kind_that_says_no_more_than_that_it_is_packed_is_refused() -> None:
     """It trains; a merge names the class that it should derive from, and changes nothing."""
-    with registered(Plugin(BareLayer)):
+    with registered(answering("tunerkit_base_layers", [BareLayer])):
         model = with_adapters(coded())
         objects = [model[0].code, model[2].code]
         with pytest.raises(

@@ -1,7 +1,7 @@
 """Merging into packed weights through a plugin's kind: it takes effect, or it is rejected and nothing changes."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import pytest
@@ -10,13 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support.toys import Toys, answering
 from tunerkit.errors import AdapterError
 from tunerkit.injection import is_merged
 from tunerkit.plugin import BaseLayer
 from tunerkit_testing.registering import registered
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
 
 
 class Packed(nn.Module):
@@ -60,27 +58,13 @@ class NaiveLayer(PackedLayer):
         return weight
 
 
-class Plugin:
-    """Offers one of the two kinds."""
-
-    def __init__(self, kind: type[BaseLayer]) -> None:
-        self.kind = kind
-
-    @tunerkit.hookimpl
-    def tunerkit_base_layers(self) -> list[type[BaseLayer]]:
-        return [self.kind]
-
-
-@pytest.fixture
-def right(toys: "Toys") -> Iterator[None]:
-    with registered(Plugin(PackedLayer)):
+@pytest.fixture(params=[PackedLayer], autouse=True)
+def _kind(request: pytest.FixtureRequest, toys: "Toys") -> Iterator[None]:
+    with registered(answering("tunerkit_base_layers", [request.param])):
         yield
 
 
-@pytest.fixture
-def naive(toys: "Toys") -> Iterator[None]:
-    with registered(Plugin(NaiveLayer)):
-        yield
+packed_naively = pytest.mark.parametrize("_kind", [NaiveLayer], indirect=True)
 
 
 def trained(toys: "Toys", steps: int = 1000, *, size: float = 0.05) -> Any:
@@ -94,7 +78,7 @@ def trained(toys: "Toys", steps: int = 1000, *, size: float = 0.05) -> Any:
     return model
 
 
-@pytest.mark.usefixtures("naive")
+@packed_naively
 @pytest.mark.parametrize("permanent", [False, True])
 def test_a_merge_without_effect_is_rejected_and_changes_nothing(toys: "Toys", permanent: bool) -> None:
     """The integers would stay the same, and the adapter would be lost; the plain layer before it is restored too."""
@@ -110,28 +94,18 @@ def test_a_merge_without_effect_is_rejected_and_changes_nothing(toys: "Toys", pe
     assert torch.equal(model(x), output)
 
 
-@pytest.mark.usefixtures("right")
-def test_a_merge_that_packs_the_delta_takes_effect_and_is_undone(toys: "Toys") -> None:
-    """The output is that of the adapters, within the packing's own error, and unmerging restores the integers."""
-    model = trained(toys, size=1.0)
-    x, integers = torch.ones(2, 6), model[1].weight.clone()
-    output = model(x)
-    tunerkit.merge(model)
-    assert not torch.equal(model[1].weight, integers)
-    assert torch.allclose(model(x), output, atol=0.02)
-    tunerkit.unmerge(model)
-    assert torch.equal(model[1].weight, integers)
-
-
-@pytest.mark.usefixtures("right")
 def test_packing_may_round_the_delta_but_not_away(toys: "Toys") -> None:
-    """With four values on each side, a large delta survives and a small one does not."""
-    tunerkit.merge(trained(toys, 8, size=1.5))
+    """A large delta survives within the packing's own error, and is undone; with few values a small one is lost."""
+    model, x = trained(toys, size=1.0), torch.ones(2, 6)
+    output, integers = model(x), model[1].weight.clone()
+    assert torch.allclose(tunerkit.merge(model)(x), output, atol=0.02)
+    assert not torch.equal(model[1].weight, integers)
+    assert torch.equal(tunerkit.unmerge(model)[1].weight, integers)
     with pytest.raises(AdapterError, match="had no effect"):
         tunerkit.merge(trained(toys, 8, size=0.05))
 
 
-@pytest.mark.usefixtures("naive")
+@packed_naively
 def test_an_adapter_that_adds_nothing_may_be_merged(toys: "Toys") -> None:
     """There is no effect to lose."""
     net = nn.Sequential(Packed(1000))
@@ -194,7 +168,7 @@ class NormedLayer(PackedLayer):
 def test_a_kind_may_merge_into_tensors_of_which_the_weight_is_computed(toys: "Toys") -> None:
     """There need be no tensor of the name that the kind declares."""
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-    with registered(Plugin(NormedLayer)):
+    with registered(answering("tunerkit_base_layers", [NormedLayer])):
         model = toys.fill_(tunerkit.wrap(nn.Sequential(Normed()), "toy-low-rank", {"targets": ["0"]}, seed=1))
         output = model(x)
         assert toys.close(tunerkit.merge(model)(x), output)

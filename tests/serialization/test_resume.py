@@ -1,17 +1,14 @@
 """The training state in an optimizer's state_dict; its file is tested in test_training_state.py."""
 
 import io
-import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 
 import tunerkit
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
-
+from tests.support.model_checks import silent
+from tests.support.toys import Toys
 
 TOTAL = 9
 
@@ -97,6 +94,5 @@ def test_a_state_taken_without_the_adapter_attached_triggers_a_warning(toys: "To
     with pytest.warns(tunerkit.TunerkitWarning, match="restarts at step 0.*load_state"):
         again.load_state_dict(plain)
     _, fresh = attached(toys)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", tunerkit.TunerkitWarning)
+    with silent():
         fresh.load_state_dict({**plain, "state": {}})

@@ -1,13 +1,14 @@
 """Restoring a training state is all or nothing, whatever a method's plugin does before it raises."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 
 import tunerkit
 from tests.support.adapter_files import rewritten
+from tests.support.toys import OneMethod, Toys
 from tunerkit.errors import FileError
 from tunerkit.plugin import Method, State, Tuner
 from tunerkit.serialization.training_state import restore_
@@ -15,16 +16,11 @@ from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import Shift
 from tunerkit_testing.toy_methods import ShiftConfig, Shifting
 
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
 
-
-class CarelessPlugin(Shifting):
+class CarelessPlugin(OneMethod, Shifting):
     """``toy-careless``: restoring writes into the adapters and into the state, and then finds out what is missing."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-careless", config=ShiftConfig)]
+    method = Method("toy-careless", config=ShiftConfig)
 
     @tunerkit.hookimpl
     def tunerkit_start(self, tuner: Tuner) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +11,10 @@ from torch import nn
 import tunerkit
 from tests.support.interrupting import interrupt
 from tests.support.tied_models import COPIES, HOW, MODELS, logits, sharing, tied, trained, untie_
+from tests.support.toys import Running, Toys
 from tunerkit.errors import AdapterError
 from tunerkit.hooks.loading import Catalog
 from tunerkit.injection import is_merged, walk
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:these adapters never ran.* shared"),  # T5 holds it and never calls it
@@ -133,20 +131,10 @@ def test_a_merged_model_follows_to(toys: "Toys") -> None:
 @pytest.mark.parametrize("both", [False, True])
 def test_only_settings_under_which_nothing_stays_tied_change(toys: "Toys", both: bool) -> None:
     """One flag stands for all ties around it: a model with another tied part keeps it, and the merged part does not."""
-
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = tied("toy"), tied("toy")
-            self.config = SimpleNamespace(
-                tie_word_embeddings=True, text_config=SimpleNamespace(tie_word_embeddings=True)
-            )
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.one(ids) + self.two(ids)  # type: ignore[no-any-return]
-
+    pair: Any = Running(lambda m, ids: m.one(ids) + m.two(ids), one=tied("toy"), two=tied("toy"))
+    pair.config = SimpleNamespace(tie_word_embeddings=True, text_config=SimpleNamespace(tie_word_embeddings=True))
     sides = ["embed", "head"] if both else ["one.embed", "one.head"]
-    model: Any = tunerkit.wrap(Pair(), "toy-low-rank", {"targets": sides})
+    model: Any = tunerkit.wrap(pair, "toy-low-rank", {"targets": sides})
     configs = (model.config, model.config.text_config, model.one.config, model.two.config)
     tunerkit.merge(model)
     assert [config.tie_word_embeddings for config in configs] == [not both, not both, False, not both]
@@ -204,20 +192,12 @@ def test_layers_that_were_tied_after_wrapping_are_merged_apart(toys: "Toys") -> 
 def test_what_is_tied_inside_a_copy_stays_tied(toys: "Toys", tmp_path: Path) -> None:
     """A module trained in full keeps its inner tie when it leaves the outer one, and the config goes on saying so."""
 
-    class Pair(nn.Module):
-        def __init__(self, weight: nn.Parameter) -> None:
-            super().__init__()
-            self.one, self.two = nn.Linear(6, 10), nn.Linear(6, 10)
-            self.one.weight = self.two.weight = weight
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.one(x) + self.two(x)  # type: ignore[no-any-return]
-
     def build() -> Any:
         model: Any = tied("toy")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            model.head = Pair(model.embed.weight)
+            model.head = Running(lambda m, x: m.one(x) + m.two(x), one=nn.Linear(6, 10), two=nn.Linear(6, 10))
+        model.head.one.weight = model.head.two.weight = model.embed.weight
         return model
 
     model = tunerkit.wrap(build(), "toy-low-rank", {"targets": ["body"], "train_modules": ["embed", "head"]})

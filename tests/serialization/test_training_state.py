@@ -1,22 +1,19 @@
 """The file of a training state, and states of another run."""
 
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pytest
 import torch
 
 import tunerkit
+from tests.support.adapter_files import LONG, assert_refused, rewritten, wrong
+from tests.support.model_checks import silent
+from tests.support.toys import Toys
 from tunerkit import injection
 from tunerkit.errors import AdapterError, FileError, TunerkitWarning
 from tunerkit.plugin import State
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
-
-from tests.support.adapter_files import LONG, assert_refused, rewritten, wrong
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
 
@@ -142,8 +139,7 @@ def test_a_state_without_its_weights_is_told(toys: "Toys", method: str, tmp_path
     assert told[0].filename == __file__
     loaded = tunerkit.load(toys.net(), tmp_path, trainable=True)
     attached(loaded)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent(Warning):
         tunerkit.load_state(loaded, tmp_path)
 
 
@@ -162,6 +158,5 @@ def test_saving_over_the_only_state_of_another_adapter_is_told(toys: "Toys", tmp
     assert told[0].filename == __file__
     tunerkit.save_state(model, tmp_path / "default", adapter="default")
     tunerkit.save_state(model, tmp_path / "b", adapter="b")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent(Warning):
         tunerkit.save_state(model, tmp_path / "b", adapter="b")

@@ -4,20 +4,17 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import nn
 
 import tunerkit
+from tests.support.toys import Toys, answering
 from tunerkit import hooks
 from tunerkit.errors import TargetError
 from tunerkit.plugin import Restriction
 from tunerkit_testing.registering import registered
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
 
 VERBS = ("wrap", "attach", "save", "merge")
 TARGETS = {"targets": ["layers.0", "layers.1"]}
@@ -39,13 +36,13 @@ class Table(nn.Linear):
     """A layer of another library."""
 
 
-class Plugin:
-    """Refuses every verb with that layer."""
-
-    @tunerkit.hookimpl
-    def tunerkit_restrictions(self) -> list[Restriction]:
-        refused = {verb: f"its tables would be lost. Call the library's own {verb} instead" for verb in VERBS}
-        return [Restriction("my tables", refused, (f"{__name__}.Table",), error=TargetError)]
+# Refuses every verb with that layer.
+RESTRICTION = Restriction(
+    "my tables",
+    {verb: f"its tables would be lost. Call the library's own {verb} instead" for verb in VERBS},
+    (f"{__name__}.Table",),
+    error=TargetError,
+)
 
 
 def test_what_a_plugin_refuses_is_refused(toys: "Toys", tmp_path: Path) -> None:
@@ -59,16 +56,16 @@ def test_what_a_plugin_refuses_is_refused(toys: "Toys", tmp_path: Path) -> None:
         "save": lambda: tunerkit.save(model, tmp_path / "out"),
         "merge": lambda: tunerkit.merge(model),
     }
-    with registered(Plugin()):
+    with registered(answering("tunerkit_restrictions", [RESTRICTION])):
         for verb, call in calls.items():
             notes = refused(call, TargetError, f"cannot {verb} with my tables, found at 'layers.1': its tables would")
-            assert notes == [f"because of tunerkit_restrictions of plugin 'Plugin' (in-process); {WAY_OUT}"]
+            assert notes == [f"because of tunerkit_restrictions of plugin 'answering' (in-process); {WAY_OUT}"]
     calls["merge"]()
 
 
 def test_every_row_refuses_known_verbs_in_words() -> None:
     """A verb that nobody asks about would never be refused, and a row needs a way to be recognised and a way out."""
-    for engine in (*hooks.gather_restrictions(), Plugin().tunerkit_restrictions()[0]):
+    for engine in (*hooks.gather_restrictions(), RESTRICTION):
         assert engine.refused
         assert set(engine.refused) <= set(VERBS)
         assert engine.classes or engine.marks

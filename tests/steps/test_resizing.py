@@ -45,13 +45,18 @@ def test_values_gradient_and_state_are_cut_alike(dim: int, kept: list[int]) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_a_graph_that_is_still_alive_does_not_keep_the_old_shape(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_graph_that_is_still_alive_does_not_keep_the_old_shape(dtype: torch.dtype, grows: bool) -> None:
     """Autograd's accumulation node would expect the old shape: the next backward must not fail."""
     parameter = nn.Parameter(torch.ones(4, 3, dtype=dtype))
     alive = parameter.sum()
-    resize_(parameter, torch.full((2, 3), 2, dtype=dtype))
+    if grows:
+        assert grow_([Growth(parameter, 0, torch.full((1, 3), 2.0))], None) is None
+    else:
+        resize_(parameter, torch.full((2, 3), 2, dtype=dtype))
+    assert parameter.dtype == dtype
     parameter.square().sum().backward()
-    assert torch.equal(parameter.grad, torch.full((2, 3), 4, dtype=dtype))  # type: ignore[arg-type]
+    assert torch.equal(parameter.grad[-1], torch.full((3,), 4, dtype=dtype))  # type: ignore[index]
     assert alive.requires_grad
 
 
@@ -83,20 +88,24 @@ class OddState(torch.optim.SGD):
     [
         (lambda p: torch.optim.Adafactor(p), "Adafactor is not known"),
         (lambda p: torch.optim.Muon(p), "Muon is not known"),
+        (lambda p: torch.optim.LBFGS(p), "LBFGS is not known"),
         (lambda p: OwnStep(p, lr=0.1), "OwnStep is not known"),
         (OddState, "OddState keeps rows"),
     ],
-    ids=["factored", "orthogonalised", "unknown step", "unknown state"],
+    ids=["factored", "orthogonalised", "second order", "unknown step", "unknown state"],
 )
-def test_an_optimizer_that_may_look_at_whole_tensors_keeps_every_shape(
+def test_what_may_look_at_whole_tensors_keeps_every_shape(
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], words: str
 ) -> None:
-    """The reason is returned and nothing is resized, not even the tensors that could be."""
-    parameter, optimizer = stepped(make)
-    plain = nn.Parameter(torch.arange(4.0))
-    reason = shrink_([Cut(plain, 0, torch.tensor([0])), Cut(parameter, 0, torch.tensor([0]))], optimizer)
+    """The reason is the same for less and for more, can be asked for, and not even the other tensors are resized."""
+    parameter, plain = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.arange(4.0))
+    optimizer = make([parameter])
+    reason = resize_obstacle([parameter], optimizer)
     assert reason is not None
     assert words in reason
+    cuts = [Cut(plain, 0, torch.tensor([0])), Cut(parameter, 0, torch.tensor([0]))]
+    assert shrink_(cuts, optimizer) == reason
+    assert grow_([Growth(plain, 0, torch.ones(1)), Growth(parameter, 0, torch.ones(1, 3))], optimizer) == reason
     assert (plain.shape, parameter.shape) == ((4,), (4, 3))
 
 
@@ -114,7 +123,9 @@ def _process_group() -> Iterator[None]:
 def test_in_a_process_group_shapes_stay() -> None:
     """DDP's reducer and FSDP's shards rely on the initial shapes."""
     parameter, optimizer = stepped(adamw)
+    assert "DDP" in str(resize_obstacle(iter([parameter]), optimizer))
     assert "DDP" in str(shrink_([Cut(parameter, 0, torch.tensor([0]))], optimizer))
+    assert "DDP" in str(grow_([Growth(parameter, 0, torch.ones(1, 3))], optimizer))
     assert parameter.shape == (4, 3)
 
 
@@ -198,49 +209,6 @@ def test_values_gradient_and_state_grow_alike(dim: int) -> None:
         assert torch.equal(found.narrow(dim, old.shape[dim], 2), torch.full(shape, new))
     assert after["step"] == before["step"]
     optimizer.step()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_a_loss_of_an_earlier_step_may_still_be_alive(dtype: torch.dtype) -> None:
-    """Autograd's accumulation node would expect the old shape."""
-    parameter = nn.Parameter(torch.ones(4, 3, dtype=dtype))
-    alive = parameter.sum()
-    assert grow_([Growth(parameter, 0, torch.full((1, 3), 2.0))], None) is None
-    assert parameter.dtype == dtype
-    parameter.square().sum().backward()
-    assert torch.equal(parameter.grad[4], torch.full((3,), 4, dtype=dtype))  # type: ignore[index]
-    assert alive.requires_grad
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda p: torch.optim.Adafactor(p),
-        lambda p: torch.optim.Muon(p),
-        lambda p: torch.optim.LBFGS(p),
-        lambda p: OwnStep(p, lr=0.1),
-        OddState,
-    ],
-    ids=["factored", "orthogonalised", "second order", "unknown step", "unknown state"],
-)
-def test_what_cannot_shrink_cannot_grow(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
-    """The reason is the same, it can be asked for before training, and nothing grows."""
-    parameter, optimizer = nn.Parameter(torch.ones(4, 3)), None
-    optimizer = make([parameter])
-    reason = resize_obstacle([parameter], optimizer)
-    assert reason is not None
-    plain = nn.Parameter(torch.ones(2))
-    assert grow_([Growth(plain, 0, torch.ones(1)), Growth(parameter, 0, torch.ones(1, 3))], optimizer) == reason
-    assert (plain.shape, parameter.shape) == ((2,), (4, 3))
-
-
-@pytest.mark.usefixtures("_process_group")
-def test_in_a_process_group_nothing_grows() -> None:
-    """DDP and FSDP want equal shapes in all processes."""
-    parameter, optimizer = stepped(adamw)
-    assert "DDP" in str(resize_obstacle(iter([parameter]), optimizer))
-    assert "DDP" in str(grow_([Growth(parameter, 0, torch.ones(1, 3))], optimizer))
-    assert parameter.shape == (4, 3)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import copy
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,26 +14,22 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support.model_checks import silent
 from tests.support.noting import Call, NotingPlugin, calls_of, hooks_of, per_step
+from tests.support.toys import OneMethod, registering
 from tunerkit.injection import tuners_of
 from tunerkit.plugin import Method, Tuner
 from tunerkit.steps import drive, is_attached, optimizer_of
-from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import ShiftConfig, Shifting
 
 
-class Plain(Shifting):
+class Plain(OneMethod, Shifting):
     """A method that needs no steps and implements no step hook, like LoRA."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("plain", config=ShiftConfig)]
+    method = Method("plain", config=ShiftConfig)
 
 
-@pytest.fixture(autouse=True)
-def _methods() -> Iterator[None]:
-    with registered(NotingPlugin(), Plain()):
-        yield
+_methods = registering(NotingPlugin(), Plain())
 
 
 X = torch.linspace(-1, 1, 12).reshape(4, 3)
@@ -72,6 +68,16 @@ def sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(trained(model), lr=0.1, **options)
 
 
+def attached(
+    make: Callable[[nn.Module], torch.optim.Optimizer] = sgd, *, total_steps: int = 9, **config: Any
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model, and the optimizer that drives its adapter."""
+    model = wrapped(**config)
+    optimizer = make(model)
+    tunerkit.attach(model, optimizer, total_steps=total_steps)
+    return model, optimizer
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "sgd": sgd,
     "sgd fused": lambda model: sgd(model, fused=True),
@@ -87,37 +93,13 @@ def step_with(optimizer: torch.optim.Optimizer, closure: Callable[[], Any], as_k
     return optimizer.step(closure=closure) if as_keyword else optimizer.step(closure)
 
 
-@each_optimizer
-def test_hooks_fire_once_per_optimizer_step_however_many_micro_batches(
-    make: Callable[[nn.Module], torch.optim.Optimizer],
-) -> None:
-    """Three micro-batches, one step: `before` sees the summed gradient and old weights, `after` the new weights."""
-    model = wrapped()
-    optimizer = make(model)
-    tunerkit.attach(model, optimizer, total_steps=9)
-    for _ in range(4):
-        for _ in range(3):
-            backward(model)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert names(model) == per_step(4)
-    assert tunerkit.tuner(model).steps == 4
-    for before, after in zip(calls(model)[::2], calls(model)[1::2], strict=True):
-        torch.testing.assert_close(before.grads[0], 3 * GRADIENT)
-        torch.testing.assert_close(after.grads, before.grads, rtol=0, atol=0)
-        assert not torch.equal(after.weights[0], before.weights[0])
-        assert before.grad_scale is None
-
-
 @AS_KEYWORD
 @each_optimizer
 def test_with_a_closure_before_fires_when_the_closure_has_made_the_gradients(
     make: Callable[[nn.Module], torch.optim.Optimizer], as_keyword: bool
 ) -> None:
     """However the closure is passed, gradients are complete when `before` fires, and the closure's loss is returned."""
-    model = wrapped()
-    optimizer = make(model)
-    tunerkit.attach(model, optimizer, total_steps=9)
+    model, optimizer = attached(make)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -155,9 +137,7 @@ def test_lbfgs_calls_before_for_each_run_of_the_closure_and_after_once(as_keywor
 
 def test_a_closure_of_none_is_no_closure() -> None:
     """``step(None)`` and ``step(closure=None)`` are plain steps."""
-    model = wrapped()
-    optimizer = sgd(model)
-    tunerkit.attach(model, optimizer, total_steps=9)
+    model, optimizer = attached()
     backward(model)
     optimizer.step(None)
     optimizer.step(closure=None)
@@ -165,10 +145,7 @@ def test_a_closure_of_none_is_no_closure() -> None:
 
 
 def test_accelerates_wrapped_optimizer_counts_synchronised_steps_only() -> None:
-    """Accelerate steps its wrapper per micro-batch, the real optimizer only when it synchronises.
-
-    Only the latter counts.
-    """
+    """Accelerate steps its wrapper per micro-batch, and the real optimizer, which alone counts, when it syncs."""
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = wrapped()
@@ -201,7 +178,7 @@ class Averaging(torch.optim.Optimizer):
 
 
 def test_a_wrapper_with_a_separate_state_is_refused_where_steps_count() -> None:
-    """It would restore pruned values. Nothing is attached after the error, and the inner optimizer can be attached."""
+    """It would restore pruned values; the inner optimizer can be attached. Of other methods its steps are counted."""
     model = wrapped()
     inner = sgd(model)
     outer = Averaging(inner)
@@ -211,16 +188,11 @@ def test_a_wrapper_with_a_separate_state_is_refused_where_steps_count() -> None:
         tunerkit.attach(model, outer, total_steps=9)
     assert not is_attached(tunerkit.tuner(model))
     tunerkit.attach(model, inner, total_steps=9)
-
-
-def test_a_wrapper_with_a_separate_state_is_fine_where_no_method_needs_steps() -> None:
-    """Its steps are counted."""
-    model = wrapped("plain")
-    optimizer = Averaging(sgd(model))
-    tunerkit.attach(model, optimizer)
-    backward(model)
-    optimizer.step()
-    assert tunerkit.tuner(model).steps == 1
+    plain = wrapped("plain")
+    tunerkit.attach(plain, own := Averaging(sgd(plain)))
+    backward(plain)
+    own.step()
+    assert tunerkit.tuner(plain).steps == 1
 
 
 def test_an_optimizer_that_takes_no_hooks_is_refused_and_nothing_is_attached() -> None:
@@ -269,12 +241,11 @@ def test_a_method_that_needs_no_steps_takes_an_optimizer_without_hooks(make: Cal
     "candidate", [None, "adam", torch.optim.SGD, nn.Linear(1, 1)], ids=["None", "text", "class", "model"]
 )
 def test_what_cannot_step_is_refused_for_every_method(candidate: object) -> None:
-    """A class or a model in the optimizer's place is a mistake, whether steps are needed or not."""
-    for method in ("plain", None):
-        with pytest.raises(
-            tunerkit.errors.StepError, match="attach takes a torch optimizer, or a trainer that an installed"
-        ):
-            tunerkit.attach(wrapped(method) if method else wrapped(), candidate, total_steps=9)
+    """A class or a model in the optimizer's place is a mistake, whether steps are needed or not; its type is named."""
+    for method in ("plain", "noting-stepper"):
+        text = refusal(wrapped(method), candidate, total_steps=9)
+        assert "attach takes a torch optimizer, or a trainer that an installed" in text
+        assert type(candidate).__name__ in text
 
 
 @pytest.mark.parametrize("unscales", [False, True], ids=["unscaled by step", "unscaled by the user"])
@@ -324,9 +295,7 @@ def test_a_trainers_clock_numbers_the_steps() -> None:
 
 def test_ranks_that_after_step_returns_become_history() -> None:
     """An allocation is recorded with its step; a step without one is not recorded."""
-    model = wrapped(ranks_every=3)
-    optimizer = sgd(model)
-    tunerkit.attach(model, optimizer, total_steps=9)
+    model, optimizer = attached(ranks_every=3)
     for _ in range(7):
         backward(model)
         optimizer.step()
@@ -338,18 +307,20 @@ def test_ranks_that_after_step_returns_become_history() -> None:
 @given(micro=st.lists(st.integers(1, 3), min_size=1, max_size=6), name=st.sampled_from(sorted(OPTIMIZERS)))
 @settings(max_examples=30, deadline=None)
 def test_steps_count_optimizer_steps_for_any_accumulation(micro: list[int], name: str) -> None:
-    """For any number of micro-batches per step, hooks and count follow optimizer steps."""
-    model = wrapped()
-    optimizer = OPTIMIZERS[name](model)
-    tunerkit.attach(model, optimizer, total_steps=9)
+    """Whatever the micro-batches: `before` sees the summed gradient and old weights, `after` the new weights."""
+    model, optimizer = attached(OPTIMIZERS[name])
     for count in micro:
         for _ in range(count):
             backward(model)
         optimizer.step()
         optimizer.zero_grad()
     assert names(model) == per_step(len(micro))
-    for before, count in zip(calls(model)[::2], micro, strict=True):
+    assert tunerkit.tuner(model).steps == len(micro)
+    for before, after, count in zip(calls(model)[::2], calls(model)[1::2], micro, strict=True):
         torch.testing.assert_close(before.grads[0], count * GRADIENT)
+        torch.testing.assert_close(after.grads, before.grads, rtol=0, atol=0)
+        assert not torch.equal(after.weights[0], before.weights[0])
+        assert before.grad_scale is None
 
 
 def refusal(model: nn.Module, *args: Any, **kwargs: Any) -> str:
@@ -374,20 +345,14 @@ def test_unknown_total_steps_are_refused() -> None:
 
 
 def test_disagreeing_total_steps_are_refused_with_both_numbers() -> None:
-    """The totals in the config and in the call must not differ; equal totals are accepted."""
-    model = wrapped(total_steps=10)
-    words = refusal(model, sgd(model), total_steps=11)
-    assert "total_steps=10" in words
-    assert "11" in words
-    tunerkit.attach(model, sgd(model), total_steps=10)
-    assert tunerkit.tuner(model).total_steps == 10
-
-
-def test_the_configs_total_steps_are_enough() -> None:
-    """Without a total in the call, the config's is used."""
-    model = wrapped(total_steps=10)
-    tunerkit.attach(model, sgd(model))
-    assert tunerkit.tuner(model).total_steps == 10
+    """The totals in the config and in the call must not differ; the same, or the config's alone, is accepted."""
+    for given_too in (True, False):
+        model = wrapped(total_steps=10)
+        words = refusal(model, sgd(model), total_steps=11)
+        assert "total_steps=10" in words
+        assert "11" in words
+        tunerkit.attach(model, sgd(model), total_steps=10 if given_too else None)
+        assert tunerkit.tuner(model).total_steps == 10
 
 
 def test_a_total_that_stands_for_an_int_is_one() -> None:
@@ -425,22 +390,16 @@ def test_parameters_missing_from_an_optimizer_are_listed_in_one_warning(method: 
     held = [own["0.tunerkit.default.adapter.v"], own["7.tunerkit.default.copy.bias"]]
     with pytest.warns(tunerkit.TunerkitWarning, match="adapter 'default' trains") as told:
         tunerkit.attach(model, torch.optim.SGD(held, lr=0.1), total_steps=5)
-    assert len(told) == 1
-    assert "do not change: adapter.v at 1, 2, 3, 4, 5 and 1 more; copy.weight at 7; build it from" in str(
-        told[0].message
-    )
+    (text,) = (str(each.message) for each in told)
+    assert "do not change: adapter.v at 1, 2, 3, 4, 5 and 1 more; copy.weight at 7; build it from" in text
     tunerkit.unwrap(model)
     wrapped(method, model=model, targets="re:[0-6]", train_modules=["7"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent(Warning):
         tunerkit.attach(model, sgd(model), total_steps=5)
 
 
 def test_a_head_alone_does_not_train_an_adapter_that_needs_steps() -> None:
-    """A pruning method scores its adapters by their training, so they must be trained.
-
-    Other methods may train only a head.
-    """
+    """A pruning method scores its adapters by their training; with other methods a head may be trained alone."""
     for method, refused in (("noting-stepper", True), ("plain", False)):
         torch.manual_seed(0)
         layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
@@ -474,12 +433,12 @@ def test_an_epsilon_that_is_0_in_float16_is_told_before_it_breaks_the_weights(
 @pytest.mark.parametrize("fresh", [False, True])
 def test_what_the_refusal_of_a_second_optimizer_advises_works(*, fresh: bool) -> None:
     """Wrapping again alone is an error, since the name is taken: delete the first optimizer, or the adapter."""
-    model = wrapped()
-    optimizer = sgd(model)
-    tunerkit.attach(model, optimizer, total_steps=5)
+    model, optimizer = attached(total_steps=5)
     backward(model)
     optimizer.step()
+    assert "attached to an optimizer already" in refusal(model, optimizer, total_steps=5)
     text = refusal(model, sgd(model), total_steps=5)
+    assert "attached to an optimizer already" in text
     assert "delete the old one and all references to it" in text
     assert "call tunerkit.delete(model, 'default') and wrap again" in text
     if fresh:
@@ -489,41 +448,15 @@ def test_what_the_refusal_of_a_second_optimizer_advises_works(*, fresh: bool) ->
     else:
         del optimizer
         gc.collect()
+        optimizer = sgd(model)
         with pytest.warns(tunerkit.TunerkitWarning, match="restarts at step 0"):
-            tunerkit.attach(model, sgd(model), total_steps=5)
-
-
-def test_attaching_twice_is_refused() -> None:
-    """One optimizer drives an adapter: attaching it again, or another one, is an error; the first stays attached."""
-    model = wrapped()
-    optimizer = sgd(model)
-    tunerkit.attach(model, optimizer, total_steps=5)
-    for again in (optimizer, sgd(model)):
-        assert "attached to an optimizer already" in refusal(model, again, total_steps=5)
-    backward(model)
-    optimizer.step()
-    assert names(model) == per_step(1)
-
-
-@pytest.mark.parametrize("thing", [None, "adamw", nn.Linear(1, 1), torch.optim.SGD])
-def test_what_is_no_optimizer_is_refused_by_its_type(thing: object) -> None:
-    """The message names the type of the object."""
-    model = wrapped()
-    assert type(thing).__name__ in refusal(model, thing, total_steps=5)
-
-
-def test_a_model_without_an_adapter_cannot_be_attached() -> None:
-    """There is nothing to drive."""
-    model = nn.Linear(2, 2)
-    with pytest.raises(tunerkit.errors.AdapterError, match=r"tunerkit\.wrap"):
-        tunerkit.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=5)
+            tunerkit.attach(model, optimizer, total_steps=5)
+        assert optimizer_of(tunerkit.tuner(model)) is optimizer
 
 
 def test_stepping_while_merged_raises_and_moves_nothing() -> None:
     """Training a merged model has no effect; after unmerge training continues."""
-    model = wrapped()
-    optimizer = sgd(model)
-    tunerkit.attach(model, optimizer, total_steps=5)
+    model, optimizer = attached(total_steps=5)
     backward(model)
     before = [p.detach().clone() for p in trained(model)]
     tunerkit.merge(model)
@@ -540,18 +473,14 @@ def test_stepping_while_merged_raises_and_moves_nothing() -> None:
 
 def test_steps_beyond_the_total_trigger_one_warning() -> None:
     """Step 3 of 2 triggers a warning, step 4 does not, and the method gets both steps."""
-    model = wrapped()
-    optimizer = sgd(model)
-    tunerkit.attach(model, optimizer, total_steps=2)
+    model, optimizer = attached(total_steps=2)
     backward(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent(Warning):
         optimizer.step()
         optimizer.step()
     with pytest.warns(tunerkit.TunerkitWarning, match="total_steps=2"):
         optimizer.step()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent(Warning):
         optimizer.step()
     assert names(model) == per_step(4)
 
@@ -625,10 +554,7 @@ def test_of_several_adapters_the_one_left_to_attach_is_named() -> None:
 
 
 def test_a_restarted_schedule_triggers_a_warning() -> None:
-    """A second optimizer for a method that needs steps triggers a warning that says how to resume.
-
-    Other methods get none.
-    """
+    """A second optimizer for a method that needs steps triggers a warning that says how to resume; others get none."""
     for method in ("noting-stepper", "plain"):
         model = wrapped(method)
         optimizer = sgd(model)
@@ -659,21 +585,9 @@ def test_a_frozen_adapter_is_left_alone_and_refused_by_name() -> None:
     assert "trainable=True" in words
 
 
-def test_an_optimizer_that_is_gone_holds_no_adapter() -> None:
-    """A notebook cell that runs twice makes a second optimizer: the first is freed, and the second can drive."""
-    model = wrapped()
-    tunerkit.attach(model, sgd(model), total_steps=5)
-    gc.collect()
-    optimizer = sgd(model)
-    tunerkit.attach(model, optimizer, total_steps=5)
-    assert optimizer_of(tunerkit.tuner(model)) is optimizer
-
-
 def test_unwrap_detaches() -> None:
     """The optimizer that drove an unwrapped model continues without our hooks."""
-    model = wrapped()
-    optimizer = sgd(model)
-    tunerkit.attach(model, optimizer, total_steps=5)
+    model, optimizer = attached(total_steps=5)
     tuner, noted = tunerkit.tuner(model), calls(model)
     backward(model)
     tunerkit.unwrap(model)
@@ -681,30 +595,13 @@ def test_unwrap_detaches() -> None:
     assert noted == []
     assert tuner.steps == 0
     assert not is_attached(tuner)
-
-
-def test_a_deep_copy_is_not_driven_by_the_originals_optimizer() -> None:
-    """The copy has a separate count and can be attached to its own optimizer."""
-    model = wrapped()
-    optimizer = sgd(model)
-    tunerkit.attach(model, optimizer, total_steps=5)
-    twin = copy.deepcopy(model)
-    backward(model)
-    optimizer.step()
-    assert (tunerkit.tuner(model).steps, tunerkit.tuner(twin).steps) == (1, 0)
-    own = sgd(twin)
-    tunerkit.attach(twin, own, total_steps=5)
-    backward(twin)
-    own.step()
-    own.step()
-    assert (tunerkit.tuner(model).steps, tunerkit.tuner(twin).steps) == (1, 2)
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
 
 
 def test_an_attached_model_is_freed_with_its_optimizer() -> None:
     """No global state keeps a model alive: a search over many runs must not fill the memory."""
-    model = wrapped()
-    optimizer = sgd(model)
-    tunerkit.attach(model, optimizer, total_steps=5)
+    model, optimizer = attached(total_steps=5)
     left = weakref.ref(model)
     del model, optimizer
     gc.collect()

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -12,11 +12,8 @@ from hypothesis import HealthCheck, settings
 from torch import nn
 
 import tunerkit
+from tests.support.toys import Toys
 from tunerkit.serialization.header import digest
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
-
 
 in_place = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -1,5 +1,6 @@
 """Conformance cases: small random models whose attention uses weights directly, bypassing the layer's forward()."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,44 +32,23 @@ class Encoder(nn.Module):
         return result
 
 
-def batch_first() -> nn.Module:
-    """An encoder with input (N, L, E)."""
+def encoder(*, batch_first: bool) -> nn.Module:
+    """An encoder with input (N, L, E) or (L, N, E)."""
     torch.manual_seed(0)
-    return Encoder(batch_first=True)
+    return Encoder(batch_first=batch_first)
 
 
-def sequence_first() -> nn.Module:
-    """An encoder with input (L, N, E)."""
-    torch.manual_seed(0)
-    return Encoder(batch_first=False)
+_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+_MORE = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_buckets": 8, "classifier_proj_size": 8}
+_LAYERS = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "max_bucket_distance": 16}
+_DROPPED = (*(f"{name}_dropout" for name in ("hidden", "activation", "attention", "feat_proj", "final")), "layerdrop")
 
 
 def wavlm() -> nn.Module:
     """A speech classifier with two layers, whose attention uses the weights of its four projections directly."""
     torch.manual_seed(0)
-    model = WavLMForSequenceClassification(
-        WavLMConfig(
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=24,
-            conv_dim=(8, 8),
-            conv_stride=(5, 4),
-            conv_kernel=(10, 8),
-            num_conv_pos_embeddings=4,
-            num_conv_pos_embedding_groups=2,
-            num_buckets=8,
-            max_bucket_distance=16,
-            classifier_proj_size=8,
-            hidden_dropout=0.0,
-            activation_dropout=0.0,
-            attention_dropout=0.0,
-            feat_proj_dropout=0.0,
-            final_dropout=0.0,
-            layerdrop=0.0,
-            apply_spec_augment=False,
-        )
-    )
+    settings: dict[str, Any] = {**_SIZES, **_MORE, **_LAYERS, **dict.fromkeys(_DROPPED, 0.0)}
+    model = WavLMForSequenceClassification(WavLMConfig(apply_spec_augment=False, **settings))
     # Each parametrized module gets its own class, and the checks compare types across models.
     remove_parametrizations(model.wavlm.encoder.pos_conv_embed.conv, "weight")
     return model
@@ -104,7 +84,7 @@ def _sound_loss(model: nn.Module) -> Tensor:
 
 
 CASES: tuple[Case, ...] = (
-    Case("encoder", batch_first, _encoded, _encoder_loss),
-    Case("sequence-first", sequence_first, _encoded, _encoder_loss),
+    Case("encoder", partial(encoder, batch_first=True), _encoded, _encoder_loss),
+    Case("sequence-first", partial(encoder, batch_first=False), _encoded, _encoder_loss),
     Case("wavlm", wavlm, _heard, _sound_loss),
 )

@@ -10,19 +10,7 @@ from tunerkit.layers import torch_private
 
 
 class Collectives:
-    """Notes the collectives that are called inside the block.
-
-    ::
-
-        with Collectives() as found:
-            loss(model).backward()
-        assert found.calls == {"allreduce_": 1}
-
-    Attributes:
-        calls: How often each was called, by torch's name for it.
-        bytes: The bytes of the tensors that this process handed to each.
-        sizes: How often each was called with so many bytes.
-    """
+    """Notes the collectives called inside: ``calls`` and ``bytes`` by torch's names, ``sizes`` by bytes of a call."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()

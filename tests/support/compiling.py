@@ -83,14 +83,7 @@ def logits(model: Any) -> Tensor:
 
 
 def train(model: nn.Module, called: Any, steps: int, counter: Any = None) -> Training:
-    """Train ``model`` through ``called``, then run it in eval mode.
-
-    Args:
-        model: a wrapped model.
-        called: the same model, compiled or not.
-        steps: the length of the training.
-        counter: the backend that ``called`` is compiled with.
-    """
+    """Train a wrapped model through ``called`` (the same, or compiled with ``counter``), then run it in eval mode."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     tunerkit.attach(model, optimizer, total_steps=steps)
     training = Training(tunerkit.tuner(model), [], [])
@@ -109,11 +102,7 @@ def train(model: nn.Module, called: Any, steps: int, counter: Any = None) -> Tra
 def check_trains_in_one_graph(
     name: str, method: str, config: Mapping[str, object], *, backend: str, steps: int
 ) -> Training:
-    """A wrapped model is compiled without a graph break, and trains as without compilation.
-
-    Returns:
-        The training, for what the method says of compilations and ranks.
-    """
+    """A wrapped model is compiled without a graph break and trains as without compilation; returns the training."""
     model = wrapped(name, method, config)
     eager = copy.deepcopy(model)
     counter = torch_private.compile_counter(backend)
@@ -127,11 +116,7 @@ def check_trains_in_one_graph(
 def check_adapts_what_was_compiled(
     name: str, method: str, config: Mapping[str, object], *, backend: str, steps: int
 ) -> Training:
-    """A model that was compiled, and run, before it is wrapped does not run its old code, though it was frozen then.
-
-    Returns:
-        The training, for what the method says of ranks.
-    """
+    """A model compiled, run and frozen before it is wrapped does not run its old code; returns the training."""
     base = base_of(name).requires_grad_(False)
     compiled: Any = torch.compile(base, backend=backend)
     before = logits(compiled)

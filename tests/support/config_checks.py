@@ -2,7 +2,7 @@
 
 import enum
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +11,20 @@ import pytest
 from torch import nn
 
 import tunerkit
+from tests.support.toys import OneMethod
 from tunerkit.plugin import AdapterConfig, BaseLayer, Method, setting
 from tunerkit_testing.checks.configs import assert_survives_json
 from tunerkit_testing.toy_adapters import LowRank
 from tunerkit_testing.toy_methods import LowRankPlugin
 
 check_survives_json = assert_survives_json
+
+
+def problems_of(build: Callable[[], object]) -> list[str]:
+    """The lines of the error that ``build`` raises."""
+    with pytest.raises(tunerkit.errors.ConfigError) as caught:
+        build()
+    return list(caught.value.problems)
 
 
 def mistakes(method: str, mapping: Mapping[str, Any]) -> list[str]:
@@ -33,13 +41,7 @@ def check_one_mistake(method: str, mapping: Mapping[str, Any], words: Sequence[s
 
 
 def check_unmatched_pattern(method: str, field: str, value: object) -> None:
-    """A pattern that matches no target is an error with the closest name, and the model stays as it was.
-
-    Args:
-        method: the method's name.
-        field: a setting that maps patterns to values.
-        value: one that the setting allows.
-    """
+    """A pattern in ``field`` that matches no target is an error with the closest name; the model is unchanged."""
     model = nn.ModuleDict({"query": nn.Linear(4, 4), "value": nn.Linear(4, 4)})
     before = list(model.state_dict())
     with pytest.raises(tunerkit.errors.ConfigError, match=rf"'qury' matches none.*query.*@ \$\.{re.escape(field)}"):
@@ -112,12 +114,10 @@ class Kinds(AdapterConfig):
     noted: Noted = setting(Noted(), doc="A class that can be changed.")
 
 
-class KindsPlugin(LowRankPlugin):
+class KindsPlugin(OneMethod, LowRankPlugin):
     """``toy-kinds``: a method that has them."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-kinds", config=Kinds)]
+    method = Method("toy-kinds", config=Kinds)
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(self, base: BaseLayer, config: Any) -> LowRank:

@@ -15,16 +15,7 @@ _SOURCE = str(Path(tunerkit.__file__).parent)
 
 
 def interrupt(call: Callable[[], object], *, after: str, at: int | None = None) -> int:
-    """Run ``call`` and raise KeyboardInterrupt in it.
-
-    Args:
-        call: What to run.
-        after: The function from which on lines are counted: the first one that changes the model.
-        at: The line to interrupt, from 1 as they run; None for none.
-
-    Returns:
-        How many lines ran before the interrupt, or before the end if none came.
-    """
+    """Interrupt at line ``at`` (None: nowhere) from the first call of ``after``; returns how many lines ran."""
     lines = 0
     counting = False
 
@@ -72,17 +63,7 @@ def same_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def half_done(make: Callable[[], Any], call: Callable[[Any], object], *, after: str, points: int) -> list[int]:
-    """Interrupt ``call`` at lines spread over it, each time with a new model.
-
-    Args:
-        make: Returns the same model at each call.
-        call: What to interrupt; it gets the model.
-        after: The first function that changes the model.
-        points: How many lines to try. The last ones, where most goes wrong, are always among them.
-
-    Returns:
-        The lines after whose interrupt the model is neither as before nor as after a whole call.
-    """
+    """The lines, of ``points`` tried, whose interrupt leaves a model neither as before nor as after ``call``."""
     whole = make()
     before = state_of(whole)
     total = interrupt(lambda: call(whole), after=after)

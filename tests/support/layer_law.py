@@ -17,6 +17,29 @@ def known(module: str) -> Any:
     return pytest.importorskip(module)
 
 
+def built(name: str) -> tuple[Any, Tensor]:
+    """A layer of each kind in fp32 with random weights, and an input for it; skipped where nothing knows it."""
+    module, x = nn.Module(), torch.arange(6).reshape(2, 3) % 5
+    if name == "linear":
+        module, x = nn.Linear(5, 4), torch.randn(2, 3, 5)
+    elif name == "conv1d":
+        module, x = nn.Conv1d(2, 3, 3, padding="same", padding_mode="circular"), torch.randn(2, 2, 3)
+    elif name == "conv2d":
+        module, x = nn.Conv2d(4, 2, (2, 1), groups=2, stride=2, padding=1), torch.randn(1, 4, 3, 2)
+    elif name == "conv3d":
+        module, x = nn.Conv3d(1, 2, 2, dilation=2, padding=1, padding_mode="reflect"), torch.randn(1, 1, 3, 3, 3)
+    elif name == "embedding":
+        module = nn.Embedding(5, 4, padding_idx=1)
+    elif name == "transposed":
+        module, x = known("transformers.pytorch_utils").Conv1D(6, 5), torch.randn(2, 3, 5)
+    else:
+        gemma = known("transformers.models.gemma3.modeling_gemma3")
+        module = gemma.Gemma3TextScaledWordEmbedding(5, 4, 1, embed_scale=3.0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module, x
+
+
 def random_(module: nn.Module) -> nn.Module:
     """The module in float64 with random values, including the row of a padding_idx, as in pretrained tables."""
     for parameter in module.double().parameters():

@@ -1,14 +1,17 @@
 """Checks of a wrapped model that several test files use."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
+import tunerkit
+from tests.support.toys import Toys
+from tunerkit.errors import TunerkitWarning
+from tunerkit_testing import check_method
+from tunerkit_testing.cases import Case
 
 
 @contextmanager
@@ -17,6 +20,37 @@ def untouched(toys: "Toys", model: nn.Module) -> Iterator[None]:
     before = toys.snapshot(model)
     yield
     assert toys.same(toys.snapshot(model), before)
+
+
+@contextmanager
+def silent(kind: type[Warning] = TunerkitWarning) -> Iterator[None]:
+    """Check that the block triggers no warning of a kind: any is an error in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", kind)
+        yield
+
+
+def nudge_(model: nn.Module, *adapters: str) -> nn.Module:
+    """Stand in for training: 0.1 is added to all that the adapters named, or all there are, train."""
+    with torch.no_grad():
+        for name in adapters or tunerkit.adapters(model):
+            for parameter in tunerkit.tuner(model, name).parameters():
+                parameter.add_(0.1)
+    return model
+
+
+# What holds of any method, by the names of the kit's checks.
+COMMON = (
+    *("start", "building_keeps_the_base", "steps_keep_the_base", "every_tensor_moves", "loss_falls", "merges"),
+    *("disabled_is_the_base", "saves_and_loads", "deepcopy", "pickle", "keeps_merged", "unwraps"),
+)
+
+
+def check_common(method: str, case: Case, *more: str, skipped: Collection[str] = ()) -> None:
+    """A method passes the kit's checks of `COMMON` and ``more``; those that do not concern it are ``skipped``."""
+    results = check_method(method, cases=[case], checks=[*COMMON, *more])
+    expected = {name: "skipped" if name in skipped else "passed" for name in (*COMMON, *more)}
+    assert {each.check: each.status for each in results} == expected, results
 
 
 def losing(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

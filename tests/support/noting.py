@@ -19,10 +19,7 @@ class NotingConfig(AdapterConfig):
 
 @attrs.frozen(eq=False)
 class Call:
-    """One call of a step hook, with copies of what the adapter's parameters and gradients were at that moment.
-
-    ``hook`` is ``"before"`` or ``"after"``. ``grad_scale`` is that of a fused optimizer, and None in ``"after"``.
-    """
+    """One call of the hook ``"before"`` or ``"after"``, with copies of the parameters and gradients of that moment."""
 
     hook: str
     step: int

@@ -10,23 +10,14 @@ _ONE_OF_ONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR":
 
 @attrs.frozen
 class Setting:
-    """How a block runs.
+    """How a block runs."""
 
-    Attributes:
-        needs: Modules without which it is skipped.
-        after_the_page: Whether the page's ``python`` blocks above it run first.
-        before: Lines that make what the block takes as given.
-        after: Lines that check what it left.
-        environment: Variables of its process.
-        processes: How many processes torchrun starts; 1 to start it without.
-    """
-
-    needs: tuple[str, ...] = ()
-    after_the_page: bool = False
-    before: str = ""
-    after: str = ""
+    needs: tuple[str, ...] = ()  # modules without which it is skipped
+    after_the_page: bool = False  # whether the page's ``python`` blocks above it run first
+    before: str = ""  # lines that make what the block takes as given
+    after: str = ""  # lines that check what it left
     environment: Mapping[str, str] = attrs.Factory(dict)
-    processes: int = 1
+    processes: int = 1  # torchrun starts that many; 1 is started without it
 
 
 # A small model, batches and an optimizer, as a page on several processes takes them as given.

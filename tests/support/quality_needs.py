@@ -5,17 +5,6 @@ import pytest
 
 def skip_without_what_quality_needs() -> None:
     """Skip the calling module, with a reason, if a package of the benchmark or a plugin is missing."""
-    for module in (
-        "filelock",
-        "matplotlib",
-        "peft",
-        "PIL",
-        "timm",
-        "transformers",
-        "typer",
-        "rich",
-        "platformdirs",
-        "tunerkit_lora",
-        "tunerkit_adalora",
-    ):
+    libraries = ("filelock", "matplotlib", "peft", "PIL", "timm", "transformers", "typer", "rich", "platformdirs")
+    for module in (*libraries, "tunerkit_lora", "tunerkit_adalora"):
         pytest.importorskip(module, reason=f"the benchmark needs {module}")

@@ -24,11 +24,7 @@ _JAMBA = {
 
 
 def cases() -> list[Any]:
-    """Return one pytest parameter per case, with the case's name as its id.
-
-    Returns:
-        ``pytest.param`` objects. Those of a library that is not installed are skipped with a reason.
-    """
+    """One pytest parameter per case, with its name as the id; those of a missing library are skipped with a reason."""
     return [
         pytest.param(case, id=case.name, marks=pytest.mark.skipif(find_spec(library) is None, reason=f"no {library}"))
         for library, found in _CASES.items()

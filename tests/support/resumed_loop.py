@@ -19,15 +19,7 @@ def assert_resumes(
     steps: int,
     stopped: int,
 ) -> None:
-    """Assert that a training on `small.net` ends bit for bit as without the stop, in weights, outputs and ranks.
-
-    Args:
-        wrapped: Wraps the small network, with the same start at each call.
-        started: Builds the optimizer of a wrapped or loaded model, and attaches it if the method needs that.
-        folder: A folder for the adapter's file and the optimizer's.
-        steps: The length of the training.
-        stopped: The number of steps before the stop.
-    """
+    """Assert that a training on `small.net` ends bit for bit as without the stop, in weights, outputs and ranks."""
     whole, model = wrapped(), wrapped()
     train(whole, started(whole), steps)
     optimizer = started(model)

@@ -14,11 +14,7 @@ from tunerkit_testing import small
 
 
 def check_trains_in_a_worker(model: nn.Module) -> None:
-    """A worker that is sent a wrapped model has its outputs and ranks, and trains it as this process would.
-
-    Args:
-        model: `small.net` with an adapter, trained or not. It stays as it is.
-    """
+    """A worker that is sent a wrapped `small.net` has its outputs and ranks, and trains it as this process would."""
     tuner = tunerkit.tuner(model)
     ranks, steps = tuner.ranks(), tuner.steps
     with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -33,11 +29,7 @@ def check_trains_in_a_worker(model: nn.Module) -> None:
 
 
 def train_two_steps(model: nn.Module) -> dict[str, Any]:
-    """Attach a copy of a wrapped `small.net` and train it for two steps.
-
-    Returns:
-        The process's id, the outputs before and after, the steps and the ranks.
-    """
+    """Train a copy for two steps: the process's id, the outputs before and after, the steps and the ranks."""
     torch.set_num_threads(1)
     # torch sends tensors between processes as shared memory: the other process's model would be trained.
     model = copy.deepcopy(model)
@@ -56,18 +48,7 @@ def train_two_steps(model: nn.Module) -> dict[str, Any]:
 
 
 def train_in_parallel(rank: int, model: nn.Module, x: Tensor, labels: Tensor, total: int, folder: str) -> None:
-    """Be one of two processes that train a wrapped classifier under DDP, each on every second row.
-
-    The ranks, the steps of the allocations, the weights and the outputs are written to ``{folder}/{rank}.pt``.
-
-    Args:
-        rank: which of the two processes this is; `two_processes.spawn` gives it.
-        model: the wrapped model; a copy of it is trained.
-        x: the inputs, (N, ...).
-        labels: their classes, (N,).
-        total: the number of steps.
-        folder: where the processes meet and write.
-    """
+    """Train a copy of a wrapped classifier under DDP, on every second row, into ``{folder}/{rank}.pt``."""
     with two_processes.joined(rank, folder):
         model = copy.deepcopy(model)  # sent as shared memory, which both processes would train
         parallel = nn.parallel.DistributedDataParallel(model)

@@ -1,8 +1,6 @@
 """Models whose layers are selected in tests, and the selection, checked."""
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -10,7 +8,6 @@ import torch
 from torch import nn
 
 from tunerkit import hooks, targets
-from tunerkit.errors import TunerkitWarning
 from tunerkit.records import DefaultTargets
 from tunerkit.targets import Scan
 
@@ -31,14 +28,6 @@ def chosen(
     selected = targets.select(scanned(model, *defaults), targets=wanted, **options)  # type: ignore[arg-type]
     assert all(model.get_submodule(target.path) is target.module for target in selected)
     return [target.path for target in selected]
-
-
-@contextmanager
-def silent() -> Iterator[None]:
-    """Check that the block triggers no warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", TunerkitWarning)
-        yield
 
 
 class Block(nn.Module):

@@ -5,22 +5,21 @@ import importlib
 import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tunerkit
-
-if TYPE_CHECKING:
-    from tests.support.toys import Toys
+from tests.support.toys import Toys
 
 HOW = ["targets", "train_modules"]
 MODELS = ["toy", "llama", "gpt2", "bert", "t5"]
 COPIES: list[Any] = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 IDS = torch.arange(8).reshape(2, 4)
 _SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_GPT2 = {"vocab_size": 20, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
 
 
 class Toy(nn.Module):
@@ -39,18 +38,10 @@ class Toy(nn.Module):
         return logits
 
 
-def _tiny(kind: str, **settings: object) -> Any:
+def _tiny(kind: str, config: str = "", **settings: object) -> Any:
     pytest.importorskip("tunerkit_transformers", reason="it knows how the model says that it is tied")
     transformers = importlib.import_module("transformers")
-    return getattr(transformers, kind)(getattr(transformers, kind.partition("For")[0] + "Config")(**settings))
-
-
-def _gpt2() -> Any:
-    pytest.importorskip("tunerkit_transformers", reason="it knows how the model says that it is tied")
-    transformers = importlib.import_module("transformers")
-    sizes = {"vocab_size": 20, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
-    tokens = {"bos_token_id": 0, "eos_token_id": 0}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **tokens))
+    return getattr(transformers, kind)(getattr(transformers, config or kind.partition("For")[0] + "Config")(**settings))
 
 
 _BUILD: dict[str, Callable[[], Any]] = {
@@ -58,7 +49,7 @@ _BUILD: dict[str, Callable[[], Any]] = {
     "llama": lambda: _tiny(
         "LlamaForCausalLM", vocab_size=20, num_key_value_heads=2, tie_word_embeddings=True, **_SIZES
     ),
-    "gpt2": _gpt2,
+    "gpt2": lambda: _tiny("GPT2LMHeadModel", "GPT2Config", **_GPT2),
     # Its head holds the bias of the decoder inside it under a name of its own.
     "bert": lambda: _tiny("BertForMaskedLM", vocab_size=20, **_SIZES),
     # Four names for one weight; no forward calls the module ``shared``.

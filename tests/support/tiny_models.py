@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -18,7 +19,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from tests.support.tiny_classifier import WORDS
+from tests.support.tiny_classifier import SIZES, WORDS
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|> {{ m.content }} "
@@ -26,6 +27,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 SIDE = 8  # of the images, in pixels
+_TOKENS: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 3}
 _VOCABULARY = ("<pad>", "<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", *WORDS)
 
 
@@ -34,16 +36,13 @@ def save_tiny_llama(folder: Path, *, template: str | None = TEMPLATE) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(_VOCABULARY),
-        hidden_size=16,
-        intermediate_size=32,
+        **SIZES,
         num_hidden_layers=2,
-        num_attention_heads=2,
         num_key_value_heads=2,
         initializer_range=0.3,  # from smaller weights no head could give likely tokens
         max_position_embeddings=64,
-        pad_token_id=0,
+        **_TOKENS,
         bos_token_id=2,
-        eos_token_id=3,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer = _word_tokenizer(template)
@@ -56,15 +55,8 @@ def save_tiny_roberta(folder: Path) -> Path:
     """Save a random classifier of tokens whose tokens are bytes, and return ``folder``."""
     torch.manual_seed(0)
     names = ("<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet()))
-    config = RobertaConfig(
-        vocab_size=len(names),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        pad_token_id=1,
-    )
+    sizes = {**SIZES, "num_hidden_layers": 1, "max_position_embeddings": 32}
+    config = RobertaConfig(vocab_size=len(names), pad_token_id=1, **sizes)
     RobertaForTokenClassification(config).save_pretrained(folder)
     RobertaTokenizerFast(vocab={name: n for n, name in enumerate(names)}, merges=[]).save_pretrained(folder)
     return folder
@@ -73,17 +65,8 @@ def save_tiny_roberta(folder: Path) -> Path:
 def save_tiny_t5(folder: Path) -> Path:
     """Save a random encoder-decoder whose tokens are words, and return ``folder``."""
     torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=len(_VOCABULARY),
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        pad_token_id=0,
-        decoder_start_token_id=0,  # type: ignore[call-arg]
-        eos_token_id=3,
-    )
+    sizes: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    config = T5Config(vocab_size=len(_VOCABULARY), decoder_start_token_id=0, **sizes, **_TOKENS)
     T5ForConditionalGeneration(config).save_pretrained(folder)
     _word_tokenizer(None).save_pretrained(folder)
     return folder
@@ -92,14 +75,7 @@ def save_tiny_t5(folder: Path) -> Path:
 def save_tiny_vit(folder: Path) -> Path:
     """Save a random classifier of images of `SIDE` x `SIDE` pixels, and return ``folder``."""
     torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=SIDE,
-        patch_size=4,
-    )
+    config = ViTConfig(**SIZES, num_hidden_layers=2, image_size=SIDE, patch_size=4)
     ViTForImageClassification(config).save_pretrained(folder)
     # Written by hand: building one needs Pillow.
     processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": SIDE, "width": SIDE}}

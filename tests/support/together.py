@@ -23,23 +23,14 @@ _ROWS, _WIDTH, _CLASSES, _ACCUMULATED = 16, 12, 4, 2
 
 @attrs.frozen
 class Job:
-    """One training.
+    """One training."""
 
-    Attributes:
-        engine: ``"alone"``, or one of `ENGINES`: how the processes share it.
-        method: The method's name.
-        config: Its settings.
-        steps: The length of training.
-        stop: Train to this step, save, build everything anew, load, and go on; 0 for no stop.
-        no_sync: Whether averages wait for the last of the accumulated batches.
-    """
-
-    engine: str
+    engine: str  # "alone", or one of `ENGINES`
     method: str
     config: Mapping[str, object]
     steps: int = 12
-    stop: int = 0
-    no_sync: bool = False
+    stop: int = 0  # the step after which everything is saved, built anew and loaded
+    no_sync: bool = False  # whether averages wait for the last of the accumulated batches
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,12 +59,7 @@ def inputs() -> Tensor:
 
 
 def train(job: Job, folder: Path, rank: int = 0, processes: int = 1) -> dict[str, Any]:
-    """Train as ``job`` says, on this process's share of each batch.
-
-    Returns:
-        ``ranks``, ``history``, ``weights`` (whole, by name), ``output``, ``file`` (what `tunerkit.save` returned),
-        ``warnings``, ``merge`` (see `_merged`), and the collectives of ``stepping`` and ``saving``, as (calls, bytes).
-    """
+    """Train as ``job`` says, on this process's share of each batch; collectives are returned as (calls, bytes)."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         share = rank, processes
@@ -111,12 +97,7 @@ def trained(model: nn.Module) -> dict[str, Any]:
 
 
 def built(job: Job, file: Path | None) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
-    """Build the wrapped model, the one that runs, and the attached optimizer.
-
-    Args:
-        job: The training.
-        file: Where the adapter is loaded from; None for a new one.
-    """
+    """Build the model, new or loaded from ``file``, the one that runs, and the attached optimizer."""
     if file is None:
         model: nn.Module = tunerkit.wrap(net().to(job.dtype), job.method, job.config, seed=1)
     else:
@@ -150,15 +131,7 @@ def _shard_(model: nn.Module, ignored: set[nn.Parameter]) -> None:
 def take_steps(
     model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, share: tuple[int, int], no_sync: bool
 ) -> None:
-    """Take some steps of a training, with accumulation and clipping.
-
-    Args:
-        model: The model that runs.
-        optimizer: Its optimizer.
-        steps: The numbers of the steps, from 0.
-        share: The number of this process, and how many there are.
-        no_sync: See `Job`.
-    """
+    """Train for ``steps``, with accumulation and clipping, on a share (process, processes) of each batch."""
     rank, processes = share
     dtype = next(model.parameters()).dtype
     for step in steps:
@@ -220,15 +193,7 @@ def together(
     plugins: Sequence[Callable[[], object]] = (),
     run: Callable[[Job, Path, int, int], Any] = train,
 ) -> list[list[dict[str, Any]]]:
-    """Train in several processes, one job after the other; the results of each job, by process.
-
-    Args:
-        jobs: The trainings.
-        folder: Where the processes meet and write.
-        processes: How many there are.
-        plugins: Plugins that each process registers first.
-        run: What each process does for each job, in a folder of the job: by default it trains.
-    """
+    """Train in several processes, one job after the other, in a folder of the job: the results of each, by process."""
     folder.mkdir(parents=True, exist_ok=True)
     two_processes.spawn(be_one, (jobs, str(folder), processes, plugins, run), processes)
     found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]

@@ -8,6 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 import tunerkit
+from tests.support.toys import OneMethod
 from tunerkit.plugin import (
     AdapterConfig,
     BaseLayer,
@@ -48,12 +49,10 @@ class Growing(LowRank):
         ]
 
 
-class GrowingPlugin:
+class GrowingPlugin(OneMethod):
     """``toy-growing``, which starts at rank 1; its state is the number of times that it has grown."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-growing", config=GrowingConfig, needs_steps=True)]
+    method = Method("toy-growing", config=GrowingConfig, needs_steps=True)
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(self, base: BaseLayer) -> Growing:

@@ -4,6 +4,7 @@ import attrs
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support.toys import OneMethod
 from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Delta, Method
 
 
@@ -35,12 +36,10 @@ class TrainedNorm(Adapter):
         return (y + (added if bias is None else added + bias)).to(y.dtype)
 
 
-class NormPlugin:
+class NormPlugin(OneMethod):
     """``toy-norms``."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-norms", config=NormConfig, targets="norms")]
+    method = Method("toy-norms", config=NormConfig, targets="norms")
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(self, base: BaseLayer) -> TrainedNorm:

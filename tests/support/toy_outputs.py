@@ -3,6 +3,7 @@
 import attrs
 
 import tunerkit
+from tests.support.toys import OneMethod
 from tunerkit.plugin import AdapterConfig, Method, setting
 from tunerkit_testing.toy_adapters import Affine
 
@@ -14,12 +15,10 @@ class AffineConfig(AdapterConfig):
     features: int = setting(8, ge=1, doc="The size of the outputs' last dimension.")
 
 
-class OutputPlugin:
+class OutputPlugin(OneMethod):
     """``toy-outputs``."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-outputs", config=AffineConfig, targets="outputs")]
+    method = Method("toy-outputs", config=AffineConfig, targets="outputs")
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(self, config: AffineConfig) -> Affine:

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import tunerkit
 from tunerkit.plugin import BaseLayer
 
 
@@ -60,11 +59,3 @@ class Int8Layer(BaseLayer):
 
     def merged(self, delta: Tensor) -> dict[str, Tensor]:
         return quantised(self.dense() + delta)
-
-
-class Int8Plugin:
-    """The kind, and no method."""
-
-    @tunerkit.hookimpl
-    def tunerkit_base_layers(self) -> list[type[BaseLayer]]:
-        return [Int8Layer]

@@ -5,16 +5,15 @@ from typing import Any
 from torch import nn
 
 import tunerkit
+from tests.support.toys import OneMethod
 from tunerkit.plugin import Method, ParamGroup, Tuner
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
 
-class PlusPlugin(LowRankPlugin):
+class PlusPlugin(OneMethod, LowRankPlugin):
     """``toy-plus``: trains ``b`` 16 times as fast as ``a``, as LoRA+ does, and without weight decay."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-plus", config=LowRankConfig)]
+    method = Method("toy-plus", config=LowRankConfig)
 
     @tunerkit.hookimpl
     def tunerkit_param_groups(self, tuner: Tuner) -> list[ParamGroup]:

@@ -3,6 +3,7 @@
 import attrs
 
 import tunerkit
+from tests.support.toys import OneMethod
 from tunerkit.plugin import AdapterConfig, BaseLayer, Delta, Method
 from tunerkit_testing.toy_adapters import Direction, Scale, Secretive
 from tunerkit_testing.toy_methods import LowRankConfig
@@ -13,12 +14,10 @@ class ScaleConfig(AdapterConfig):
     """Only the settings of every method."""
 
 
-class ScalePlugin:
+class ScalePlugin(OneMethod):
     """``toy-scale``."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-scale", config=ScaleConfig)]
+    method = Method("toy-scale", config=ScaleConfig)
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(self, base: BaseLayer) -> Scale:
@@ -34,21 +33,17 @@ class ScalePlugin:
 class SecretivePlugin(ScalePlugin):
     """``toy-secretive``."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-secretive", config=ScaleConfig)]
+    method = Method("toy-secretive", config=ScaleConfig)
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(self, base: BaseLayer) -> Scale:
         return Secretive(base)
 
 
-class DirectionPlugin:
+class DirectionPlugin(OneMethod):
     """``toy-direction``."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-direction", config=LowRankConfig)]
+    method = Method("toy-direction", config=LowRankConfig)
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(self, base: BaseLayer, config: LowRankConfig) -> Direction:

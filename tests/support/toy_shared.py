@@ -3,17 +3,16 @@
 from collections.abc import Sequence
 
 import tunerkit
+from tests.support.toys import OneMethod
 from tunerkit.plugin import BaseLayer, Factors, Method, low_rank_factors
 from tunerkit_testing.toy_adapters import Matrices, Weighting
 from tunerkit_testing.toy_methods import LowRankConfig
 
 
-class SharedPlugin:
+class SharedPlugin(OneMethod):
     """``toy-shared``."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-shared", config=LowRankConfig)]
+    method = Method("toy-shared", config=LowRankConfig)
 
     @tunerkit.hookimpl
     def tunerkit_shared(self, bases: Sequence[BaseLayer], config: LowRankConfig) -> Matrices:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import tunerkit
+from tests.support.toys import OneMethod
 from tunerkit.plugin import BaseLayer, Factors, Method, Statistics, StatisticsRequest, Tuner, resize_
 from tunerkit_testing.toy_adapters import LowRank, Principal
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
@@ -56,12 +57,10 @@ class FittedPlugin(LowRankPlugin):
         return tuner.ranks()
 
 
-class PrincipalPlugin:
+class PrincipalPlugin(OneMethod):
     """``toy-principal``."""
 
-    @tunerkit.hookimpl
-    def tunerkit_methods(self) -> list[Method]:
-        return [Method("toy-principal", config=LowRankConfig, start="rounding")]
+    method = Method("toy-principal", config=LowRankConfig, start="rounding")
 
     @tunerkit.hookimpl
     def tunerkit_build_adapter(self, base: BaseLayer, config: LowRankConfig) -> Principal:

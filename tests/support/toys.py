@@ -1,18 +1,19 @@
 """A small model with every kind of layer, and helpers for tests with toy methods on it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit.plugin import ModelLibrary
+from tunerkit.plugin import BaseLayer, Method, ModelLibrary
 from tunerkit_testing.registering import registered
-from tunerkit_testing.toy_methods import LowRankPlugin, ShiftPlugin
+from tunerkit_testing.toy_methods import LowRankPlugin, ShiftConfig, ShiftPlugin
 
 
 class Net(nn.Module):
@@ -104,6 +105,54 @@ class Toys:
         return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
 
 
+class Running(nn.Module):
+    """A model of some parts, which runs a function of itself and its input."""
+
+    def __init__(self, run: Callable[..., Any], **parts: nn.Module) -> None:
+        super().__init__()
+        vars(self)["run"] = run
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Any) -> Any:
+        return self.run(self, x)
+
+
+class PastForward(nn.Module):
+    """Uses one projection's weight directly, bypassing its forward(), as attention does with its output projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+        self.out = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.inner(x), self.out.weight, self.out.bias)
+
+
+class OneMethod:
+    """A plugin of one method, which its class names."""
+
+    method: Method
+
+    @tunerkit.hookimpl
+    def tunerkit_methods(self) -> list[Method]:
+        return [self.method]
+
+
+def answering(hook: str, answer: Any) -> Any:
+    """A plugin that answers one hook; an answer that is an exception is raised, and a function is called."""
+
+    def implementation() -> Any:
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer() if isinstance(answer, FunctionType) else answer
+
+    plugin = ModuleType("answering")
+    setattr(plugin, hook, tunerkit.hookimpl(implementation))
+    return plugin
+
+
 class ToyLibrary:
     """Knows models whose config is a plain namespace: by which flags it says that weights are tied."""
 
@@ -118,6 +167,28 @@ def _tied_flags(module: nn.Module) -> list[str]:
             inner = ["config.text_config.tie_word_embeddings"] if hasattr(config, "text_config") else []
             return ["config.tie_word_embeddings", *inner]
     return []
+
+
+class Building(OneMethod):
+    """A plugin of one method, of which no more is said than what it builds for a base layer."""
+
+    def __init__(self, name: str, build: Callable[[Any], object], config: Any = ShiftConfig, **fields: Any) -> None:
+        self.method, self.build = Method(name, config=config, **fields), build
+
+    @tunerkit.hookimpl
+    def tunerkit_build_adapter(self, base: BaseLayer) -> object:
+        return self.build(base)
+
+
+def registering(*plugins: object) -> Any:
+    """A fixture that registers plugins for all tests of a file."""
+
+    @pytest.fixture(autouse=True, scope="module")
+    def fixture() -> Iterator[None]:
+        with registered(*plugins):
+            yield
+
+    return fixture
 
 
 @pytest.fixture(scope="module")

@@ -34,13 +34,7 @@ Plugins = Sequence[Callable[[], object]]
 
 
 def command(*arguments: object, typed: str | None = None, pictures: bool = False) -> Any:
-    """Call ``tunerkit`` in this process and return the exit code and what it printed.
-
-    Args:
-        arguments: Those of the command line.
-        typed: The input.
-        pictures: Whether a run draws its pictures, which takes longer than training.
-    """
+    """Call ``tunerkit`` in this process with ``typed`` as input; ``pictures`` take longer than training."""
     with nullcontext() if pictures else mock.patch.object(_record, "write_pictures"):
         return CliRunner().invoke(build(), [str(argument) for argument in arguments], input=typed)
 
@@ -61,10 +55,7 @@ def write_rows(path: Path, count: int = 40) -> Path:
 
 
 def arguments_of(folder: Path, method: str, config: str) -> list[str]:
-    """The arguments of a short run, without ``--out``; a tiny classifier and forty rows are written into ``folder``.
-
-    32 training rows in batches of 4 are 8 steps an epoch and 24 in all, with a checkpoint every third step.
-    """
+    """The arguments, but ``--out``, of a run of 24 steps on 32 rows in ``folder``; a checkpoint each third step."""
     if not (folder / "tiny").exists():
         save_tiny_classifier(folder / "tiny")
         write_rows(folder / "data.csv")
@@ -124,14 +115,7 @@ def killed(arguments: Sequence[object], plugins: Plugins, step: int) -> None:
 
 
 def check_resumed_after_ctrl_c(arguments: Sequence[object], whole: Path, out: Path, at: Sequence[int]) -> None:
-    """Interrupt a run at each of some steps and resume it; in the end it must equal the uninterrupted one, bit for bit.
-
-    Args:
-        arguments: Those of the run, without ``--out``.
-        whole: The output folder of the same run, uninterrupted.
-        out: A new output folder.
-        at: The steps at which Ctrl-C arrives.
-    """
+    """Interrupted at each of some steps and resumed, a run ends as the uninterrupted one in ``whole``."""
     for number, step in enumerate(at):
         with signalled(step, signal.SIGINT):
             done = command(*arguments, "--out", out, *(["--resume"] if number else []))

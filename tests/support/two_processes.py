@@ -20,16 +20,7 @@ _MINUTES = 20  # until a process gives up on the other one, on a machine that is
 def spawn(
     function: Callable[..., None], arguments: Sequence[object], processes: int = 2, *, afresh: bool = False
 ) -> None:
-    """Call ``function(rank, *arguments)`` in processes of their own, and wait for them.
-
-    They are forks of a server that has only imported modules: to import torch and its compiler takes 15 seconds.
-
-    Args:
-        function: a function of a module, which each process imports by name.
-        arguments: what it is given beside the number of the process.
-        processes: how many there are.
-        afresh: whether each is a new interpreter, which also ends as one.
-    """
+    """Call ``function(rank, *arguments)`` in forks of a server that has imported torch, or ``afresh``; wait."""
     has_server = "forkserver" in multiprocessing.get_all_start_methods()
     method = "forkserver" if has_server and not afresh else "spawn"
     if method == "forkserver":
@@ -50,13 +41,7 @@ def _called(
 
 @contextmanager
 def joined(rank: int, folder: str, processes: int = 2) -> Iterator[None]:
-    """Inside the block, this is one of two or more processes, with one thread each; at its end the process exits.
-
-    Args:
-        rank: which of the two processes this is; `two_processes.spawn` gives it.
-        folder: where the processes meet.
-        processes: how many there are.
-    """
+    """Inside the block this is one of ``processes`` of one thread that meet in ``folder``; at its end it exits."""
     torch.set_num_threads(1)
     gc.freeze()  # a Trainer collects garbage, which would take longer than a training among all that is imported
     distributed.init_process_group(

@@ -39,10 +39,7 @@ class Done:
 
 
 def run(folder: Path, *arguments: str, **variables: str) -> Done:
-    """Run Python with a script, or with ``-m`` and a module, in a folder; variables are added to the environment.
-
-    It gets what a new process would have, but for libraries that are imported already.
-    """
+    """Run a script, or ``-m`` and a module, as a new process with these variables would; libraries are imported."""
     server = _server()
     assert server.stdin is not None
     assert server.stdout is not None

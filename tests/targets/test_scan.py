@@ -5,11 +5,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from tests.support.target_models import Net, chosen, scanned, tied_pair
-from tunerkit import targets
+from tests.support.target_models import chosen, scanned, tied_pair
 from tunerkit.errors import TargetError
-from tunerkit.layers import Knowledge
-from tunerkit.layers.kinds import ConvLayer
 
 
 def test_tied_names_every_parameter_that_several_modules_hold() -> None:
@@ -18,28 +15,6 @@ def test_tied_names_every_parameter_that_several_modules_hold() -> None:
     model["again"] = model["body"]
     model["body"].add_module("tunerkit", tied_pair())  # adapters may share parameters with each other
     assert dict(scanned(model).sharers) == {id(model["embed"].weight): ("odd.weight", "embed.weight")}
-
-
-def test_each_module_is_asked_once_for_its_kind() -> None:
-    """Law: asking every plugin about a module is costly; a module that is registered twice is asked about once."""
-    asked: list[nn.Module] = []
-
-    class Kind(ConvLayer):  # type: ignore[misc]  # final: nobody else may derive from it
-        forwards = ()
-
-        @classmethod
-        def matches(cls, module: nn.Module) -> bool:
-            asked.append(module)
-            return False
-
-    model = Net()
-    model.again = model.embed
-    found = targets.scan(model, Knowledge((Kind,), (), ()))
-    with pytest.raises(TargetError):
-        targets.choose_biases(found, "all", (), targets.choose_copies(found, ("embed",)))
-    with pytest.raises(TargetError):
-        targets.select(found, targets="all-linear")
-    assert asked == list(model.modules())
 
 
 class Listed(nn.Module):

@@ -2,6 +2,7 @@
 
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from hypothesis import given, strategies as st
 from torch import nn
 
-from tests.support.target_models import ALL, Attending, Net, chosen, scanned, silent, tied_pair
+from tests.support.model_checks import silent
+from tests.support.target_models import ALL, Attending, Net, chosen, scanned, tied_pair
 from tunerkit import targets
 from tunerkit.errors import TargetError, TunerkitWarning
 from tunerkit.records import DefaultTargets
@@ -209,9 +211,9 @@ class Mixture(nn.Module):
         self.experts = Experts()
 
 
-def odd(make: Callable[[], nn.Module]) -> nn.ModuleDict:
-    """A model of an ordinary layer and an unusual one."""
-    return nn.ModuleDict({"body": nn.Linear(4, 4), "odd": make()})
+def odd(make: Callable[[], nn.Module]) -> Callable[[], nn.ModuleDict]:
+    """Builds a model of an ordinary layer and an unusual one."""
+    return lambda: nn.ModuleDict({"body": nn.Linear(4, 4), "odd": make()})
 
 
 def held_twice() -> nn.ModuleDict:
@@ -221,32 +223,40 @@ def held_twice() -> nn.ModuleDict:
     return model
 
 
-UNFIT = [
-    pytest.param(Attending, "attention", "attention: nn.MultiheadAttention with its own forward", id="attention"),
-    pytest.param(Attending, "out_proj", r"attention\.out_proj: nn.MultiheadAttention", id="inside attention"),
-    pytest.param(
-        lambda: odd(lambda: nn.MultiheadAttention(4, 2, kdim=3)), "odd", "odd: .* with kdim or vdim", id="kdim"
-    ),
-    pytest.param(lambda: held_twice(), "proj", "attention.out_proj: is a child of several", id="read and called"),
-    pytest.param(
-        lambda: odd(lambda: nn.Linear(4, 4, device="meta")), "odd", "odd: has its weight on the meta", id="meta"
-    ),
-    pytest.param(tied_pair, "odd", r"odd: has a tied weight, shared as odd\.weight, embed\.weight", id="tied"),
-    pytest.param(lambda: odd(lambda: OwnForward(4, 4)), "odd", "odd: is a OwnForward", id="own forward"),
-    pytest.param(lambda: odd(lambda: nn.Embedding(4, 4, max_norm=1.0)), "odd", "odd: has max_norm set", id="max_norm"),
-    pytest.param(
-        Mixture, "down_proj", r"is a stack of matrices in one parameter of 'experts', a \w+, and", id="expert"
-    ),
-]
+def weighted(name: str) -> Callable[[], nn.ModuleDict]:
+    return odd(lambda: getattr(nn.utils.parametrizations, name)(nn.Linear(4, 4)))
+
+
+WIDE, KDIM = ((0, 3), (3, 0), (0, 0)), odd(lambda: nn.MultiheadAttention(4, 2, kdim=3))
+# What builds a model, the name of what cannot be adapted in it, and the reason.
+UNFIT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "attention": (Attending, "attention", "attention: nn.MultiheadAttention with its own forward"),
+    "inside attention": (Attending, "out_proj", r"attention\.out_proj: nn.MultiheadAttention"),
+    "kdim": (KDIM, "odd", "odd: .* with kdim or vdim"),
+    "read and called": (held_twice, "proj", "attention.out_proj: is a child of several"),
+    "meta": (odd(lambda: nn.Linear(4, 4, device="meta")), "odd", "odd: has its weight on the meta"),
+    "tied": (tied_pair, "odd", r"odd: has a tied weight, shared as odd\.weight, embed\.weight"),
+    "own forward": (odd(lambda: OwnForward(4, 4)), "odd", "odd: is a OwnForward"),
+    "max_norm": (odd(lambda: nn.Embedding(4, 4, max_norm=1.0)), "odd", "odd: has max_norm set"),
+    "complex": (odd(lambda: nn.Linear(4, 4, dtype=torch.complex64)), "odd", "odd: has complex"),
+    **{
+        f"{n} to {m}": (
+            odd(partial(nn.Linear, n, m)),
+            "odd",
+            rf"odd: has an empty weight, of shape \({m}, {n}\).*exclude it",
+        )
+        for n, m in WIDE
+    },
+    **{n: (weighted(n), "odd", "odd: .*parametrization") for n in ("weight_norm", "spectral_norm", "orthogonal")},
+    "expert": (Mixture, "down_proj", r"is a stack of matrices in one parameter of 'experts', a \w+, and"),
+}
+each_unfit = pytest.mark.parametrize(("make", "name", "words"), UNFIT.values(), ids=UNFIT)
 
 
 @pytest.mark.parametrize(
     ("pattern", "words"),
     [
-        (
-            "experts.down_proj",
-            "stack of matrices in one parameter of 'experts', a Experts, and only modules can be named yet",
-        ),
+        ("experts.down_proj", "in one parameter of 'experts', a Experts, and only modules can be named yet"),
         ("body.weight", "'body.weight' is a parameter of 'body', a Linear, .* yet: name 'body' to adapt its weight"),
         ("scale", "'scale' is a parameter of the model itself, and only modules can be named yet$"),
     ],
@@ -259,7 +269,7 @@ def test_a_parameter_is_said_to_be_one(pattern: str, words: str) -> None:
         chosen(model, pattern)
 
 
-@pytest.mark.parametrize(("make", "name", "words"), UNFIT)
+@each_unfit
 def test_a_plain_name_for_what_cannot_be_adapted_is_refused(
     make: Callable[[], nn.Module], name: str, words: str
 ) -> None:
@@ -268,7 +278,7 @@ def test_a_plain_name_for_what_cannot_be_adapted_is_refused(
         chosen(make(), ["body", name])
 
 
-@pytest.mark.parametrize(("make", "name", "words"), UNFIT)
+@each_unfit
 @pytest.mark.parametrize("wanted", ["*o*", "re:.*", "all-linear", None])
 def test_a_broad_pattern_warns_about_what_it_left_out(
     make: Callable[[], nn.Module], name: str, words: str, wanted: str | None
@@ -278,8 +288,9 @@ def test_a_broad_pattern_warns_about_what_it_left_out(
         with silent():  # an embedding is not a linear layer
             assert chosen(make(), wanted) == ["body"]
         return
+    model = make()
     with pytest.warns(TunerkitWarning, match="left out") as caught:
-        selected = chosen(make(), wanted)
+        selected = chosen(model, wanted)
     owner = {"out_proj": "attention"}.get(name, name)
     assert len(caught) == 1
     assert f"{owner}: " in str(caught[0].message)
@@ -287,7 +298,7 @@ def test_a_broad_pattern_warns_about_what_it_left_out(
     assert "body" in selected
 
 
-@pytest.mark.parametrize(("make", "name", "words"), UNFIT)
+@each_unfit
 def test_excluded_modules_trigger_no_warning(make: Callable[[], nn.Module], name: str, words: str) -> None:
     """Law: with exclude a user says that leaving modules out is intended."""
     top = {"out_proj": "attention", "down_proj": "experts"}.get(name, name)
@@ -306,11 +317,9 @@ def test_attention_is_one_linear_layer_and_its_output_projection_another() -> No
         assert chosen(model, ["self_attn", "out_proj"], layers=[0]) == both
         assert chosen(model, "self_attn", layers=[0]) == both[:1]
         assert chosen(model, "layers.0.self_attn*") == both
-        assert chosen(model, "all-linear", exclude=["self_attn"], layers=[0]) == [
-            "layers.0.linear1",
-            "layers.0.linear2",
-        ]
-        assert chosen(odd(lambda: nn.MultiheadAttention(4, 2, kdim=3)), "out_proj") == ["odd.out_proj"]
+        others = ["layers.0.linear1", "layers.0.linear2"]
+        assert chosen(model, "all-linear", exclude=["self_attn"], layers=[0]) == others
+        assert chosen(KDIM(), "out_proj") == ["odd.out_proj"]
 
 
 def test_a_glob_lists_the_norms_it_matched_in_one_line() -> None:
@@ -338,8 +347,9 @@ def test_stacks_of_matrices_are_not_all_called_experts() -> None:
 
     with pytest.warns(TunerkitWarning) as caught:
         assert chosen(nn.Sequential(Heads()), "all-linear") == ["0.fc"]
+    text = str(caught[0].message)
     for name in ("0.q", r"0.form.weight"):
-        assert f"{name}: is a stack of matrices in one parameter (such as experts" in str(caught[0].message)
+        assert f"{name}: is a stack of matrices in one parameter (such as experts" in text
     with pytest.raises(
         TargetError, match=r"'q' is a stack of matrices in one parameter of '0', a \w+, and only modules"
     ):

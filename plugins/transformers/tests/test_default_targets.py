@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from tests.support import target_models
-from tests.support.target_models import silent
+from tests.support.model_checks import silent
 from tunerkit import targets
 from tunerkit.errors import TargetError, TunerkitWarning
 from tunerkit.patterns import matches
