@@ -256,7 +256,7 @@ MISFITS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a copy without its bias": (copied(), FileError, r"or this model:\n- missing: head\.2\.copy\.bias"),
     "a copy with more": (copied(bias=BIAS, gain=BIAS), FileError, r"unexpected: head\.2\.copy\.gain"),
     "a copy with nan": (copied(bias=BIAS * torch.inf), FileError, r"NaN or inf"),
-    "a stray bias": (STRAY, BaseMismatchError, r"the biases of batch_norm, which have none here"),
+    "a stray bias": (STRAY, BaseMismatchError, r"biases of batch_norm, which have no bias here"),
     "a wide bias": ({"biases": {"norm": torch.ones(9)}}, BaseMismatchError, r"norm\.bias \[9\] -> \[8\]"),
     "settings that the method rejects": ({**OWN, "config": {"rank": "one"}}, FileError, REJECTED),
     "a tensor that the method does not know": (MORE, FileError, r"unexpected: conv\.adapter\.c"),
