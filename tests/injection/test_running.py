@@ -77,7 +77,7 @@ def test_a_model_that_another_thread_runs_is_not_changed(toys: "Toys", tmp_path:
     tunerkit.save(model, tmp_path)
     before = toys.snapshot(model)
     with held(model, model[1]):
-        with pytest.raises(AdapterError, match=r"another thread runs this \w+, .*hold one lock"):
+        with pytest.raises(AdapterError, match=r"another thread runs this \w+, .*with one lock"):
             CHANGES[change](model, tmp_path)
         assert toys.same(toys.snapshot(model), before)
         assert tunerkit.active(model) == ("default",)

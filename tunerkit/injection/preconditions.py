@@ -174,5 +174,5 @@ def refuse_running(model: nn.Module, what: str) -> None:
     if any(inside(module) is model for called in stacks for module in called):
         raise AdapterError(
             f"another thread runs this {type(model).__name__}, and its output would be wrong if {what} changed the "
-            "model now; wait until it is done, and let your server hold one lock for both"
+            "model now; wait until that call has ended, and guard calls and changes with one lock"
         )
