@@ -223,12 +223,6 @@ class Slots(nn.Module):
             else:
                 self.register_buffer(_ORIGINAL + name.replace(".", _DOT), value, persistent=False)
 
-    def note_merged(self, originals: Mapping[str, Any], *, permanent: bool) -> None:
-        """Mark the active adapters as merged, and keep the module's ``originals``."""
-        self.set_aside(originals)
-        self.permanent = permanent
-        self.merged = self.active
-
     def forget_merge(self) -> None:
         """Mark nothing as merged, and free the originals."""
         for name, _ in list(self.named_buffers(recurse=False, remove_duplicate=False)):

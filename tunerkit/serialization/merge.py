@@ -84,7 +84,9 @@ def merge_except_(model: nn.Module, paths: Collection[str], *, permanent: bool =
                     each.slots.parting = each.parting
                     _write_(each.module, each.slots, each.merged, apart=True)
             for each in changes:
-                each.slots.note_merged({} if permanent else each.originals, permanent=permanent)
+                each.slots.set_aside({} if permanent else each.originals)
+                each.slots.permanent = permanent
+                each.slots.merged = each.slots.active
                 each.slots.parting = None if permanent else each.parting
             for name, base in kept.items():
                 undo.callback(setattr, tuners[name].progress, "fingerprint", None)

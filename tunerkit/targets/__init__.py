@@ -18,5 +18,4 @@ from tunerkit.targets.trained_in_full import (
     copies_at,
     find_new,
     takes_bias,
-    trained_elsewhere,
 )

@@ -186,11 +186,6 @@ def choose_new(
     return tuple(chain(*trained.values()))
 
 
-def trained_elsewhere(new: NewModules, copied: Collection[str]) -> tuple[str, ...]:
-    """Return the (possibly) new modules among ``copied``, which another adapter trains in full."""
-    return tuple(path for path in copied if is_under(path, {*new.whole, *new.heads}))
-
-
 def _named(
     scanned: Scan, targets: str | Sequence[str] | None, exclude: Sequence[str], new: Collection[str]
 ) -> Iterator[str]:
