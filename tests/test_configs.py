@@ -70,7 +70,7 @@ def test_every_config_survives_json_and_yaml(kind: type[AdapterConfig], data: st
         assert copied == config
         for name in names:
             assert type(getattr(copied, name)) is type(getattr(config, name))
-    if isinstance(config, Kinds):
+    if isinstance(copied, Kinds):
         assert repr(copied.shape) == repr(config.shape)
         assert [type(each) for each in copied.several] == [float] * len(config.several)
     plain["ranks"]["new"] = 1

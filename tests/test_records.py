@@ -85,8 +85,9 @@ WRONG: list[tuple[object, object, str]] = [
 ]
 READER, METHOD = {"owner": "package.Owner", "children": ("out",)}, {"name": "toy", "config": State}
 FORMAT = {"name": "toy", "sniff": len, "read": len, "write": len}
-TYPES, TOYS, NONE = {"model_types": ("toy",)}, {"name": "toys"}, {"factors": {}}
-GROUP, LOADER = {"parameters": []}, {"loader": "load"}
+TYPES, TOYS, LOADER = {"model_types": ("toy",)}, {"name": "toys"}, {"loader": "load"}
+NONE: dict[str, Any] = {"factors": {}}
+GROUP: dict[str, Any] = {"parameters": []}
 # Each record with fields, what is changed in them, and how the error begins; "..." stands for anything.
 WRONG_RECORDS: list[tuple[Callable[..., object], dict[str, Any], dict[str, Any], str]] = [
     (WeightReader, READER, {"children": "out"}, "children of a WeightReader is 'out'; expected tuple[str, ...]"),
@@ -100,7 +101,7 @@ WRONG_RECORDS: list[tuple[Callable[..., object], dict[str, Any], dict[str, Any],
     (Method, METHOD, {"start": True}, "start of method 'toy' is True"),
     (Method, METHOD, {"start": ["exact"]}, "start of method 'toy' is"),
     (Method, METHOD, {"targets": "biases"}, "targets of method 'toy' is 'biases'; ...'weights', 'outputs'"),
-    (Method, METHOD, {"statistics": "inputs"}, "statistics of method 'toy' is 'inputs'; expected tunerkit.plugin.Stat"),
+    (Method, METHOD, {"statistics": "inputs"}, "statistics of method 'toy' is 'inputs'; expected a tunerkit.plugin.Stat"),
     (StatisticsRequest, {}, {}, "...inputs=0, gradients=0) requests no statistics... as in tunerkit.plugin.Statistics"),
     (StatisticsRequest, {}, {"inputs": -1}, "...inputs=-1, ...as in tunerkit.plugin.StatisticsRequest(inputs=16)"),
     (StatisticsRequest, {}, {"inputs": True}, "inputs of a StatisticsRequest is True; expected int"),

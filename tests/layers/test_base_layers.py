@@ -206,7 +206,7 @@ def derived(parent: type[nn.Module], method: str = "forward", name: str = "Deriv
     return type(name, (parent,), {method: lambda self, *args: args, **more})
 
 
-Cached = derived(nn.Linear)
+Cached: Any = derived(nn.Linear)
 Scaled = derived(nn.Embedding, name="MyScaledWordEmbedding", embed_scale=2.0)
 
 

@@ -18,8 +18,8 @@ HOW = ["targets", "train_modules"]
 MODELS = ["toy", "llama", "gpt2", "bert", "t5"]
 COPIES: list[Any] = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 IDS = torch.arange(8).reshape(2, 4)
-_SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-_GPT2 = {"vocab_size": 20, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+_SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_GPT2: dict[str, Any] = {"n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
 
 
 class Toy(nn.Module):
@@ -38,7 +38,7 @@ class Toy(nn.Module):
         return logits
 
 
-def _tiny(kind: str, config: str = "", **settings: object) -> Any:
+def _tiny(kind: str, config: str = "", **settings: Any) -> Any:
     pytest.importorskip("tunerkit_transformers", reason="it knows how the model says that it is tied")
     transformers = importlib.import_module("transformers")
     return getattr(transformers, kind)(getattr(transformers, config or kind.partition("For")[0] + "Config")(**settings))
@@ -49,7 +49,7 @@ _BUILD: dict[str, Callable[[], Any]] = {
     "llama": lambda: _tiny(
         "LlamaForCausalLM", vocab_size=20, num_key_value_heads=2, tie_word_embeddings=True, **_SIZES
     ),
-    "gpt2": lambda: _tiny("GPT2LMHeadModel", "GPT2Config", **_GPT2),
+    "gpt2": lambda: _tiny("GPT2LMHeadModel", "GPT2Config", vocab_size=20, **_GPT2),
     # Its head holds the bias of the decoder inside it under a name of its own.
     "bert": lambda: _tiny("BertForMaskedLM", vocab_size=20, **_SIZES),
     # Four names for one weight; no forward calls the module ``shared``.

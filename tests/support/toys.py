@@ -108,14 +108,14 @@ class Toys:
 class Running(nn.Module):
     """A model of some parts, which runs a function of itself and its input."""
 
-    def __init__(self, run: Callable[..., Any], **parts: nn.Module) -> None:
+    def __init__(self, run: Callable[..., Any], **parts: Any) -> None:
         super().__init__()
         vars(self)["run"] = run
         for name, part in parts.items():
             self.add_module(name, part)
 
     def forward(self, x: Any) -> Any:
-        return self.run(self, x)
+        return vars(self)["run"](self, x)
 
 
 class PastForward(nn.Module):

@@ -95,7 +95,11 @@ def answered(folder: Path, script: str, *commands: str) -> list[Any]:
     done = subprocess.run(
         [sys.executable, "-c", script],
         input="".join(f"{each}\n" for each in commands),
-        **{"cwd": folder, "env": environment, "capture_output": True, "text": True, "check": False},
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

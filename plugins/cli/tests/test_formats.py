@@ -214,7 +214,7 @@ def test_rows_that_do_not_fit_are_left_out_if_asked() -> None:
         "problem": "the label is empty; fill it in, or remove the row",
     }
     assert found.notes[0].startswith("left out 4 rows: data: rows 2, 7, column 'stars'")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": "x", "completion": "y"},
         {"prompt": 3, "completion": "y"},
         {"prompt": [ASKED], "completion": [GOOD]},

@@ -124,8 +124,12 @@ def test_words_are_what_their_key_needs(tmp_path: Path) -> None:
         tmp_path,
     )
     assert recipe == Recipe(
-        **{"model": "7", "data": ["on", "2024-01-31"], "columns": {"text": "no", "label": "1:30"}, "out": "010"},
-        **{"baseline": True, "training": {"eval_strategy": "no", "bf16": False, "seed": 1000}},
+        model="7",
+        data=["on", "2024-01-31"],
+        columns={"text": "no", "label": "1:30"},
+        out="010",
+        baseline=True,
+        training={"eval_strategy": "no", "bf16": False, "seed": 1000},
     )
     shared = read("columns: &x {text: no}\nconfig: *x\n", tmp_path)
     assert shared.columns == {"text": "no"}

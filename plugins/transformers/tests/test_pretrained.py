@@ -52,7 +52,8 @@ def test_the_head_of_a_timm_model_is_trained_as_others_are(tmp_path: Path) -> No
     timm = pytest.importorskip("timm")
     pytest.importorskip("torchvision")
     known = timm.create_model("test_vit", num_classes=2).pretrained_cfg
-    config = transformers.TimmWrapperConfig(architecture="test_vit", num_labels=2, pretrained_cfg=known)
+    settings: dict[str, Any] = {"num_labels": 2, "pretrained_cfg": known}
+    config = transformers.TimmWrapperConfig(architecture="test_vit", **settings)
     transformers.TimmWrapperForImageClassification(config).save_pretrained(tmp_path / "vit")
     task, folder = "image-classification", str(tmp_path / "vit")
     assert load_pretrained(task, folder, labels=("x", "y")).heads == ("timm_model.head",)

@@ -88,9 +88,12 @@ def test_a_training_is_resumed_bit_for_bit(tmp_path: Path, monkeypatch: pytest.M
     whole, _ = sped_up(tmp_path / "run", monkeypatch, **options)
     seen: list[Any] = []
     step = whole.training_step
-    whole.training_step = lambda model, inputs, *rest: (
-        seen.append(inputs["input_ids"].shape[1]) or step(model, inputs, *rest)
-    )
+
+    def noted(model: Any, inputs: Any, *rest: Any) -> Any:
+        seen.append(inputs["input_ids"].shape[1])
+        return step(model, inputs, *rest)
+
+    whole.training_step = noted
     whole.train()
     assert seen[:6] != seen[6:12]
     again, _ = sped_up(tmp_path / "run", monkeypatch, **options)

@@ -123,7 +123,12 @@ def samples(folder: Path) -> bool:
     own = trainer(folder)
     own.train_dataset = [{"x": torch.full((2,), float(number)), "labels": torch.ones(1)} for number in range(4)]
     asked: list[object] = []
-    transformers_private.sample_by_(own, lambda dataset: asked.append(dataset) or [3, 1])
+
+    def sampler(dataset: object) -> list[int]:
+        asked.append(dataset)
+        return [3, 1]
+
+    transformers_private.sample_by_(own, sampler)
     return [batch["x"][0, 0] for batch in own.get_train_dataloader()] == [3, 1] and asked == [own.train_dataset]
 
 
