@@ -153,7 +153,7 @@ def refuse_other(table: Table, names: Mapping[str, str], task: str | None = None
         said = (
             f"answers with a {shown(label)} of true or false are unpaired preferences, as for KTO, which no task "
             "trains. To learn the good ones, keep the rows with true and leave the column out; pairs of a better and a "
-            "worse answer are for --task preference"
+            "worse answer are for --task preference, and texts with such classes for --task text-classification"
         )
     elif task is None and "prompt" in there and not {*_ANSWERED[:-1], *_OTHER_TASKS} & there:
         said = (
