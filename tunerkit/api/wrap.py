@@ -11,7 +11,6 @@ from tunerkit import hooks, injection, layers, serialization, steps, targets
 from tunerkit.config import AdapterConfig, unstructure
 from tunerkit.errors import ConfigError, warn
 from tunerkit.injection import Progress, Tuner
-from tunerkit.paths import is_under
 from tunerkit.records import conform
 from tunerkit.targets import Scan
 
@@ -126,9 +125,7 @@ def _choose(scanned: Scan, method: str, config: AdapterConfig, adapter: str) -> 
         adapts=hooks.registry.get(method).targets,
     )
     copies = (*named, *added)
-    # Modules whose values are new, or may be, among those that another adapter trains in full.
-    elsewhere = [path for path, slots in places if not slots.copies.keys().isdisjoint(slots.active)]
-    beside = tuple(path for path in elsewhere if is_under(path, {*new.whole, *new.heads}))
+    copied = [path for path, slots in places if not slots.copies.keys().isdisjoint(slots.active)]
     return Tuner(
         name=adapter,
         method=method,
@@ -137,7 +134,7 @@ def _choose(scanned: Scan, method: str, config: AdapterConfig, adapter: str) -> 
         targets=chosen,
         copies=targets.from_paths(scanned, copies),
         biases=targets.choose_biases(scanned, config.bias, chosen, copies),
-        progress=Progress(total_steps=config.total_steps, beside=beside),
+        progress=Progress(total_steps=config.total_steps, beside=targets.trained_elsewhere(new, copied)),
     )
 
 

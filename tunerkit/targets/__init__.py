@@ -18,4 +18,5 @@ from tunerkit.targets.trained_in_full import (
     copies_at,
     find_new,
     takes_bias,
+    trained_elsewhere,
 )

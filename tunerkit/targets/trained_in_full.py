@@ -186,6 +186,11 @@ def choose_new(
     return tuple(chain(*trained.values()))
 
 
+def trained_elsewhere(new: NewModules, copied: Collection[str]) -> tuple[str, ...]:
+    """Find the modules whose values are new, or may be, among those that another adapter trains in full."""
+    return tuple(path for path in copied if is_under(path, {*new.whole, *new.heads}))
+
+
 def _named(
     scanned: Scan, targets: str | Sequence[str] | None, exclude: Sequence[str], new: Collection[str]
 ) -> Iterator[str]:
