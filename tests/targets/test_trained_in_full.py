@@ -167,6 +167,7 @@ def test_a_module_in_a_block_with_parameters_beside_its_layers_is_copied_whole_w
     assert [copied.path for copied in tunerkit.tuner(model).copies] == ["layers.1"]
 
 
+@pytest.mark.usefixtures("toys")
 def test_a_module_that_blocks_share_is_trained_once_with_the_one_that_is_copied_whole() -> None:
     """It is found first in another block, and so before the module whose copy holds a copy of it."""
     shared = nn.Linear(4, 4)
