@@ -245,6 +245,7 @@ def test_what_has_no_rank_or_too_many_cells_has_no_table() -> None:
     """A page of a million cells would freeze the browser."""
     assert table_of({"h.0.q": 0}) == table_of({}) == ""
     assert table_of({f"h.{layer}.experts.{n}.w": 1 for layer in range(101) for n in range(100)}) == ""
+    assert table_of({f"h.{layer}.experts.{n}.w": 1 for layer in range(100) for n in range(100)}) != ""
 
 
 def test_tuners_of_two_models_are_told_apart(toys: "Toys") -> None:

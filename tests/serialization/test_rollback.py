@@ -81,3 +81,16 @@ def test_weights_that_cannot_be_restored_change_nothing(toys: "Toys", tmp_path: 
     assert all(torch.equal(before[parameter], parameter) for parameter in tuner.parameters())
     restore_(tuner, path)
     assert any(not torch.equal(before[parameter], parameter) for parameter in tuner.parameters())
+
+
+def test_weights_from_another_base_are_not_restored(toys: "Toys", tmp_path: Path) -> None:
+    """A training is resumed on the base that it started on. On another one the live adapter keeps its weights."""
+    path = tunerkit.save(toys.fill_(toys.trained(), seed=5), tmp_path)
+    other = toys.net()
+    with torch.no_grad():
+        other.conv.weight.mul_(1.02)
+    model = toys.fill_(tunerkit.wrap(other, "toy-low-rank", dict(FULL), seed=3))
+    before = toys.snapshot(model)
+    with pytest.raises(BaseMismatchError, match=r"other values: conv\.weight"):
+        restore_(tunerkit.tuner(model), path)
+    assert toys.same(toys.snapshot(model), before)

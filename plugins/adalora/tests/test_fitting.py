@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit.errors import ConfigError, StepError
+from tunerkit_adalora.fitting import unit_rows
 from tunerkit_adalora.svd_layer import SvdLayer
 
 X = torch.randn(60, 12, generator=torch.Generator().manual_seed(1)) * 0.8 ** torch.arange(12) + 0.5
@@ -59,6 +60,12 @@ def test_q_starts_at_what_the_data_say(start: str) -> None:
         assert not layer.p.any()
         assert torch.equal(layer.lam.detach(), torch.ones(4))
     assert torch.equal(model.requires_grad_(False)(X), network()(X))
+
+
+def test_a_direction_without_length_is_left_out() -> None:
+    """Law: the data may have fewer directions than the rank. A row of zeros is none: divided by 0 it would be NaN."""
+    rows = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]])
+    assert torch.equal(unit_rows(rows), torch.tensor([[0.6, 0.8], [0.0, -1.0]]))
 
 
 @pytest.mark.parametrize("start", STARTS)

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,19 @@ def test_a_state_without_a_tensor_is_refused_and_changes_nothing(name: str) -> N
     state = injection.training_state(tunerkit.tuner(model))
     tensors = {key: tensor for key, tensor in state.tensors.items() if key != name}
     assert_refused(State(tensors, state.values), tunerkit.errors.StepError, "do not fit")
+
+
+@pytest.mark.parametrize(("lost", "end"), [(12, ""), (13, "; and 1 more")])
+def test_the_first_twelve_problems_of_a_state_are_named_and_the_others_counted(lost: int, end: str) -> None:
+    """There may be a problem for each weight. Nothing is counted where all are named."""
+    model = wrapped()
+    train(model, attached(model), 7)
+    state = injection.training_state(tunerkit.tuner(model))
+    names = list(state.tensors)[:lost]
+    named = "; ".join(f"'{name}' is missing" for name in names[:12])
+    tensors = {name: tensor for name, tensor in state.tensors.items() if name not in names}
+    words = re.escape(f"do not fit this adapter: {named}{end}. ")
+    assert_refused(State(tensors, state.values), tunerkit.errors.StepError, words)
 
 
 @pytest.mark.parametrize(
