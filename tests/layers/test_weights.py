@@ -160,6 +160,22 @@ def claiming(**fields: Any) -> Any:
     return answering("tunerkit_holdings", lambda: [Holding(**fields)])
 
 
+def test_what_a_forward_left_whole_is_sharded_before_weights_change() -> None:
+    """Law: a shard that is whole for a moment looks like a weight of this process alone, and loses what is written."""
+    cut: list[nn.Module] = []
+    with registered(LowRankPlugin(), claiming(reshard_=cut.append)):
+        model = tunerkit.wrap(net(), "toy-low-rank", {"targets": ["0"]})
+        for change in (tunerkit.merge, tunerkit.unmerge):
+            cut.clear()
+            change(model)
+            assert cut
+            assert all(each is model for each in cut)
+        cut.clear()
+        with tunerkit.disabled(model):
+            entered = len(cut)
+        assert 0 < entered < len(cut)
+
+
 CLAIMS: dict[str, tuple[Any, str]] = {
     "shards": (lambda tensor: True, "adapter 'default' is sharded"),
     "lent": (lambda module: "they are lent", "cannot merge into '0': they are lent"),
