@@ -8,8 +8,8 @@ import torch
 
 import tunerkit
 from tests.support.adapter_files import rewritten
-from tests.support.toys import OneMethod, Toys
-from tunerkit.errors import FileError
+from tests.support.toys import FULL, OneMethod, Toys
+from tunerkit.errors import BaseMismatchError, FileError
 from tunerkit.plugin import Method, State, Tuner
 from tunerkit.serialization.training_state import restore_
 from tunerkit_testing.registering import registered
