@@ -34,8 +34,8 @@ def train(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="A .csv, .tsv, .jsonl or .parquet file, or a folder of images; may be given several times. Default: "
-            "movie sentences."
+            help="A .csv, .tsv, .json, .jsonl or .parquet file, or a folder of images; may be given several times. "
+            "Default: movie sentences."
         ),
     ] = None,
     eval_data: Annotated[

@@ -43,7 +43,7 @@ def predict(
     data: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Rows to predict: .csv, .tsv, .jsonl or .parquet, with the columns of training, or a folder of "
+            help="Rows to predict: .csv, .tsv, .json, .jsonl or .parquet, with the columns of training, or a folder of "
             "images; may be given several times."
         ),
     ] = None,
@@ -78,10 +78,10 @@ def predict(
     from tunerkit_cli.tasks.answering import Answering
 
     answering = Answering(new_tokens, system, temperature, top_p, top_k, seed)
-    check_rows(folder, data or (), predicting=True)
+    named = _named(columns)
+    check_rows(folder, data or (), named, predicting=True)
     from tunerkit_cli.running.using import predict_rows
 
-    named = _named(columns)
     answers = predict_rows(folder, asked, base=base, batch_size=batch_size, answering=answering, columns=named)
     if out is None:
         typer.echo(_lines(answers), nl=False)
@@ -128,10 +128,11 @@ def evaluate(
     """Evaluate a trained adapter on labelled rows: the metrics as JSON."""
     from tunerkit_cli.running.checking import check_rows
 
-    check_rows(folder, data, predicting=False)
+    named = _named(columns)
+    check_rows(folder, data, named, predicting=False)
     from tunerkit_cli.running.using import evaluate_rows
 
-    found = evaluate_rows(folder, data, base=base, batch_size=batch_size, columns=_named(columns))
+    found = evaluate_rows(folder, data, base=base, batch_size=batch_size, columns=named)
     typer.echo(json.dumps(found, indent=2))
 
 

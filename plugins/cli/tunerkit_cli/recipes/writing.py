@@ -67,7 +67,7 @@ task: $task
 # A local folder, or a name on the hub.
 model: $model
 
-# A .csv, .tsv, .jsonl or .parquet file with the columns:
+# A .csv, .tsv, .json, .jsonl or .parquet file with the columns:
 $columns
 data: train.$ending
 # Without eval_data, a part of the data is held out.

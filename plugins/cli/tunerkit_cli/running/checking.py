@@ -16,7 +16,7 @@ from tunerkit_cli.rows import Table, read_table, require_column
 from tunerkit_cli.running import output
 from tunerkit_cli.tasks import task_of
 from tunerkit_cli.tasks.base import Task
-from tunerkit_cli.tasks.formats import standard
+from tunerkit_cli.tasks.formats import refuse_other, standard
 from tunerkit_cli.tasks.infer import infer
 from tunerkit_transformers.output_folder import read_run
 from tunerkit_transformers.pretrained import refuse_missing
@@ -67,7 +67,10 @@ def _refuse_columns(
     task: Task, tables: Iterable[Table], names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
 ) -> None:
     """Raise `DataError` if a table lacks a column that the task needs; the options are those of `Task.rows`."""
-    for table in (standard(each, names, task.name) for each in tables):
+    for given in tables:
+        if not predicting:
+            refuse_other(given, names, task.name)
+        table = standard(given, names, task.name)
         for ours, name in task.columns_read(table, names, predicting=predicting):
             require_column(table, name, task.name, ours.option, renaming=renaming)
 
@@ -81,16 +84,17 @@ def refuse_absent(source: str) -> None:
         )
 
 
-def check_rows(folder: Path, files: Sequence[Path], *, predicting: bool) -> None:
+def check_rows(folder: Path, files: Sequence[Path], columns: Mapping[str, str], *, predicting: bool) -> None:
     """Raise `TunerkitError` if a folder has no run, or files have no rows for it with the columns that it needs.
 
     Args:
         folder: The output folder of a run.
         files: Files with rows.
+        columns: Names of columns in these files, by ours, where they are others than in the training data.
         predicting: Whether the columns that are predicted may be missing.
     """
     run = read_run(folder)
-    names = run.record.get("recipe", {}).get("columns", {})
+    names = {**run.record.get("recipe", {}).get("columns", {}), **columns}
     tables = _heads(files, predicting=predicting)
     _refuse_columns(task_of(run.task), tables, names, predicting=predicting, renaming=False)
 
