@@ -66,7 +66,7 @@ def test_every_config_survives_json_and_yaml(kind: type[AdapterConfig], data: st
     assert list(plain) == names
     for again in (plain, json.loads(json.dumps(plain, allow_nan=False)), yaml.safe_load(yaml.safe_dump(plain))):
         assert again == plain
-        copied = from_mapping(kind, again)
+        copied: Any = from_mapping(kind, again)
         assert copied == config
         for name in names:
             assert type(getattr(copied, name)) is type(getattr(config, name))

@@ -171,6 +171,6 @@ def test_a_model_that_was_changed_before_its_first_forward_is_warned_about(toys:
     """A module around the adapted one moves its path: the warning still names the owner, and forward runs."""
     model = Running(lambda m, x: m.inner(x), inner=PastForward())
     tunerkit.wrap(model, "toy-low-rank", {"targets": ["inner.out"]})
-    model.inner = Running(lambda m, x: m.inner(x), inner=model.inner)
+    model.inner = Running(lambda m, x: m.inner(x), inner=model.get_submodule("inner"))
     with pytest.warns(TunerkitWarning, match=r"never ran .*inner\.out"):
         model(torch.ones(2, 3))

@@ -38,7 +38,7 @@ class Toy(nn.Module):
         return logits
 
 
-def _tiny(kind: str, config: str = "", **settings: Any) -> Any:
+def _tiny(kind: str, config: str = "", /, **settings: Any) -> Any:
     pytest.importorskip("tunerkit_transformers", reason="it knows how the model says that it is tied")
     transformers = importlib.import_module("transformers")
     return getattr(transformers, kind)(getattr(transformers, config or kind.partition("For")[0] + "Config")(**settings))

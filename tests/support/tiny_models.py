@@ -65,15 +65,8 @@ def save_tiny_roberta(folder: Path) -> Path:
 def save_tiny_t5(folder: Path) -> Path:
     """Save a random encoder-decoder whose tokens are words, and return ``folder``."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "decoder_start_token_id": 0,
-        "d_model": 16,
-        "d_kv": 8,
-        "d_ff": 32,
-        "num_layers": 2,
-        "num_heads": 2,
-    }
-    config = T5Config(vocab_size=len(_VOCABULARY), **sizes, **_TOKENS)
+    sizes: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    config = T5Config(vocab_size=len(_VOCABULARY), **sizes, **{"decoder_start_token_id": 0, **_TOKENS})
     T5ForConditionalGeneration(config).save_pretrained(folder)
     _word_tokenizer(None).save_pretrained(folder)
     return folder

@@ -78,7 +78,8 @@ def freeze(model: nn.Module, adapter: str) -> None:
 def thaw(model: nn.Module, adapter: str) -> None:
     """Make an adapter trainable that was frozen or loaded for inference.
 
-    An attached adapter resumes training at its own step count. All its floating-point parameters become trainable.
+    An attached adapter resumes training at its own step count. All its parameters become trainable but those of
+    integers, and those that its method keeps fixed.
 
     Args:
         model: The wrapped model.

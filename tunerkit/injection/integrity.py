@@ -39,16 +39,18 @@ def refuse_lost(tuners: Iterable[Tuner]) -> None:
 
 def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
     slots_in(tuner)  # raises if the adapter itself was removed from a module
-    modules = [module for _, module in base_modules(tuner.model)]
+    modules, overridden = [module for _, module in base_modules(tuner.model)], None
     # By identity, not by path: modules inside DDP or a compiled module still run.
     present = set(map(id, modules))
     for path, module in modules_in(tuner).items():
         slots, kind = slots_of(module), type(module).__name__
         assert slots is not None
+        if overridden is None and not is_called(module):  # a model of plain layers needs no search
+            overridden = overridden_in(modules)
         base, weights = slots.base, torch_private.own_parameters(module).values()
         if id(module) not in present:
             yield path, f"the adapted {kind} is not in the model any more"
-        elif not is_called(module) and id(module) not in overridden_in(modules):
+        elif not is_called(module) and id(module) not in (overridden or ()):
             yield path, "its forward hook is gone"
         elif base is not None and any(map(is_packed, weights)) and not base.matches(module):
             yield path, f"the weight of the {kind} was quantized after wrapping"

@@ -332,7 +332,7 @@ def places_in(model: nn.Module) -> list[tuple[str, nn.Module, Slots | None]]:
 
     ``named_modules`` would also visit the adapters, which have most of a wrapped model's modules.
     """
-    return torch_private.modules_outside(model, Slots)
+    return torch_private.modules_outside(model, Slots, CHILD)
 
 
 def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

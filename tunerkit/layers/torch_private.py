@@ -39,8 +39,8 @@ def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
-def modules_outside(model: nn.Module, hidden: type[H]) -> list[tuple[str, nn.Module, H | None]]:
-    """Return (path, module, child of class ``hidden``) in the order of ``model``, each module once.
+def modules_outside(model: nn.Module, hidden: type[H], key: str) -> list[tuple[str, nn.Module, H | None]]:
+    """Return (path, module, its child ``key`` of class ``hidden``) in the order of ``model``, each module once.
 
     Modules of that class are left out, with all modules inside them.
     """
@@ -53,7 +53,7 @@ def modules_outside(model: nn.Module, hidden: type[H]) -> list[tuple[str, nn.Mod
             # In reverse, since the last entry of the list is visited first.
             for name, child in reversed(module._modules.items()):
                 if isinstance(child, hidden):
-                    own = child
+                    own = child if name == key else own
                 elif child is not None:
                     waiting.append((f"{path}.{name}" if path else name, child))
             found[id(module)] = path, module, own

@@ -228,8 +228,8 @@ def _warn_of_storage(saved: Fingerprint, found: Fingerprint, source: str) -> Non
     if counts:
         listed = "; ".join(f"{count} layers: {before} -> {here}" for (before, here), count in counts.items())
         warn(
-            f"{source} was trained on a base with another quantization (saved -> here: {listed}). Weights cannot be "
-            "compared, and outputs differ by the quantization error"
+            f"{source} was trained on a base with another quantization (saved -> here: {listed}). Weights of these "
+            "layers cannot be compared, and outputs differ by the quantization error"
         )
 
 

@@ -224,7 +224,7 @@ def _obstacles(module: nn.Module, slots: Slots) -> Iterator[str]:
                 "tunerkit_factors"
             )
         if slots.base is not None and not slots.base.has_weight:
-            yield f"method {slot.method!r} changes the output of a {kind}, and a {kind} has no weight to merge into"
+            yield f"method {slot.method!r} changes the output of a {kind}, whose weight tunerkit does not know"
     readers = dict.fromkeys(repr(slot.method) for slot in adapted if slot.reads_output)
     if readers and isinstance(module, nn.Embedding) and injection.is_called(module) and _has_padding(module):
         yield (

@@ -231,7 +231,7 @@ def _refuse_other_run(tuner: Tuner, saved: Header, source: str) -> None:
             if there != here
         ]
         lines += [
-            f"{len(there)} {what} -> {len(here)} at other paths"
+            f"{len(there)} {what} -> {len(here)}{' at other paths' if len(there) == len(here) else ''}"
             for (what, there), here in zip(saved.places.items(), own.places.values(), strict=True)
             if there != here
         ]

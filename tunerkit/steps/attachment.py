@@ -184,8 +184,8 @@ def engine_for(
 ) -> tuple[Engine, object]:
     """Return the engine of a training, and the optimizer for the step hooks: ``candidate``, or a wrapper around it.
 
-    ``model`` is the model that is called, which may contain the wrapped one. Raises `StepError` in a process group
-    without an installed engine.
+    ``model`` is the model that is called, which may contain the wrapped one. Raises `StepError` where processes share a
+    training, or ``data_parallel`` is True, and no installed plugin has an engine.
     """
     if data_parallel not in (None, False, True):
         raise StepError(f"data_parallel: expected True, False or None, got {shown(data_parallel)}")
@@ -198,9 +198,10 @@ def engine_for(
     is_one_of_several = hooks.in_group() or os.environ.get("WORLD_SIZE", "1") not in ("", "1")
     if data_parallel or (data_parallel is None and is_one_of_several):
         lacking = hooks.registry.lacking("synchronizes them")
+        group = "this process belongs to a process group, or was started as one of several"
         raise StepError(
-            "this process belongs to a process group, or was started as one of several, but no installed plugin "
-            "synchronizes adapters, so each process would silently train its own. "
+            f"{'data_parallel is True' if data_parallel else group}, but no installed plugin synchronizes adapters, so "
+            "each process would silently train its own. "
             f"{f'{lacking}. ' if lacking else ''}To train independent adapters, attach with data_parallel=False"
         )
     return Engine(), candidate
