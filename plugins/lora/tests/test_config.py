@@ -55,7 +55,7 @@ def test_patterns_give_targets_their_own_rank_and_alpha(rank: int, other: int, a
         ({"dropout": -0.1}, ["expected >= 0", "@ $.dropout"]),
         ({"rslora": 1}, ["expected bool", "@ $.rslora"]),
         ({"start": "pisa"}, ["'kaiming' or 'gaussian'", "did you mean 'pissa'", "@ $.start"]),
-        ({"rho": 2.0}, ["start 'kaiming' needs none", "@ $.rho"]),
+        ({"rho": 2.0}, ["start 'kaiming' uses none", "@ $.rho"]),
         ({"start": "eva", "rho": 0.5}, ["expected >= 1", "@ $.rho"]),
         ({"lr_ratio": 0.0}, ["expected > 0", "@ $.lr_ratio"]),
         ({"rank_pattern": {"query": -1}}, ["expected >= 0, got -1", "$.rank_pattern", "query"]),
