@@ -26,9 +26,7 @@ def test_a_trainer_that_no_plugin_knows_is_refused_with_the_extra_that_does(monk
     model = tunerkit.wrap(net(), "toy-low-rank", TARGETS)
     trainer = type("SFTTrainer", (), {"__module__": "trl.trainer.sft_trainer"})()
     monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")
-    with pytest.raises(
-        tunerkit.errors.StepError, match=r'tunerkit-transformers is not installed.*"tunerkit\[transformers\]"'
-    ):
+    with pytest.raises(tunerkit.errors.StepError, match=r'transformers is not installed.*"tunerkit\[transformers\]"'):
         tunerkit.attach(model, trainer)
     with pytest.raises(tunerkit.errors.StepError, match="got object; pass the optimizer that steps the adapter"):
         tunerkit.attach(model, object())

@@ -207,9 +207,7 @@ def test_what_is_asked_of_a_missing_weight_is_named() -> None:
         model: Any = tunerkit.wrap(Model(), "toy-scaled-outputs", {"targets": ["pool.1"]})
         base = model.pool[1].tunerkit.base
         for ask in (lambda: base.in_features, lambda: base.out_features, base.dense, lambda: base.pack(X)):
-            with pytest.raises(
-                tunerkit.errors.AdapterError, match=r"Tanh, whose weight .* does not know.*target\.module"
-            ):
+            with pytest.raises(tunerkit.errors.AdapterError, match=r"Tanh, whose weight .*not know.*target\.module"):
                 ask()
         assert base.bias() is None
 
@@ -253,7 +251,5 @@ def test_an_output_method_works_where_another_adapter_trains_the_bias() -> None:
     tunerkit.wrap(model, "toy-low-rank", {"targets": ["layer"], "bias": "all"}, adapter="biases")
     tunerkit.wrap(model, "toy-outputs", {"targets": ["norm"]}, adapter="outputs")
     assert not torch.equal(nudge_(model, "outputs")(X), Model()(X))
-    with pytest.raises(
-        tunerkit.errors.AdapterError, match=r"'toy-outputs' cannot be merged|cannot merge into 'blocks\.0\.norm'"
-    ):
+    with pytest.raises(tunerkit.errors.AdapterError, match=r"'toy-outputs' cannot be|merge into 'blocks\.0\.norm'"):
         tunerkit.merge(model)

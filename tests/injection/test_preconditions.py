@@ -94,9 +94,7 @@ def test_what_is_no_model_or_has_no_shape_yet_is_refused_in_words(toys: "Toys") 
         tunerkit.wrap(model, "toy-shift", {"targets": ["0"]})
     assert all(p.requires_grad for p in model.parameters())
     for seed in ("a", True, 2**70, -(2**64)):
-        with pytest.raises(
-            tunerkit.errors.ConfigError, match=rf"expected an int of 64 bits or None, got \w+ .*{seed}.* @ seed"
-        ):
+        with pytest.raises(tunerkit.errors.ConfigError, match=rf"an int of 64 bits or None, .*{seed}.* @ seed"):
             tunerkit.wrap(toys.net(), "toy-shift", seed=seed)  # type: ignore[arg-type]
     with pytest.raises(UnknownMethodError, match=r"no method named \['toy-shift'\]; installed: .*toy-shift"):
         tunerkit.wrap(toys.net(), ["toy-shift"])  # type: ignore[arg-type]

@@ -97,9 +97,7 @@ def test_separately_wrapped_parts_are_named(
 @pytest.mark.parametrize("thing", [None, "bert", [nn.Linear(2, 2)], torch.optim.SGD([nn.Parameter(torch.ones(1))])])
 def test_what_is_no_model_is_refused_by_its_type(call: Callable[[Any], object], thing: object) -> None:
     """None, a name, a list or an optimizer instead of a model raises our error, in every function."""
-    with pytest.raises(
-        AdapterError, match=rf"expected a torch\.nn\.Module, got {type(thing).__name__}; pass the model"
-    ):
+    with pytest.raises(AdapterError, match=rf"expected a torch\.nn\.Module, got {type(thing).__name__}; pass"):
         call(thing)
 
 

@@ -107,9 +107,7 @@ def test_what_is_trained_beside_an_emptied_base_has_one_dtype(cellar: Cellar) ->
     """The library's own words are in the error."""
     base: Any = net()
     cellar.empty_(base)
-    with pytest.raises(
-        tunerkit.errors.AdapterError, match=r"dtypes bfloat16 and float32, but the cellar keeps one dtype\."
-    ):
+    with pytest.raises(tunerkit.errors.AdapterError, match=r"bfloat16 and float32, but the cellar keeps one dtype\."):
         tunerkit.wrap(base, "toy-low-rank", {"targets": ["0"], "train_modules": ["2"], "adapter_dtype": "bfloat16"})
 
 

@@ -124,7 +124,5 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, found: Foreign, err
 def test_no_other_method_takes_them(tmp_path: Path) -> None:
     """A LoRA takes products; these say nothing without their method."""
     found = Foreign({}, "squared", tensors=M, shared=SHARED)
-    with pytest.raises(
-        UnknownMethodError, match=r"holds a squared adapter, and no installed method can load it\. It needs squared"
-    ):
+    with pytest.raises(UnknownMethodError, match=r"a squared adapter, and no installed method .*\. It needs squared"):
         load(tmp_path, found, has_method=False)

@@ -177,9 +177,7 @@ def test_a_kind_that_says_no_more_than_that_it_is_packed_is_refused() -> None:
     with registered(answering("tunerkit_base_layers", [BareLayer])):
         model = with_adapters(coded())
         objects = [model[0].code, model[2].code]
-        with pytest.raises(
-            tunerkit.errors.AdapterError, match=r"cannot merge into '0': .*coded int8.*define merged, put_ and rounded"
-        ):
+        with pytest.raises(tunerkit.errors.AdapterError, match=r"into '0': .*coded int8.*define merged, put_ and"):
             tunerkit.merge(model)
         assert [model[0].code, model[2].code] == objects
         assert not tunerkit.rounding(model)

@@ -151,9 +151,7 @@ def test_saving_over_the_only_state_of_another_adapter_is_told(toys: "Toys", tmp
         attached(model, name)
     tunerkit.save(model, tmp_path, adapter="default")  # another file, which does not count
     tunerkit.save_state(model, tmp_path, adapter="default")
-    with pytest.warns(
-        TunerkitWarning, match="has overwritten the training state of adapter 'default'.*save 'default' again"
-    ) as told:
+    with pytest.warns(TunerkitWarning, match="overwritten the training state .*'default'.*save 'default' ag") as told:
         tunerkit.save_state(model, tmp_path, adapter="b")
     assert told[0].filename == __file__
     tunerkit.save_state(model, tmp_path / "default", adapter="default")
