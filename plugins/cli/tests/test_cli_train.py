@@ -775,7 +775,7 @@ def test_any_metric_may_choose_the_best_checkpoint(arguments: list[str], tmp_pat
 
 def test_data_that_changed_is_not_resumed(arguments: list[str], folder: Path, tmp_path: Path) -> None:
     """Other rows would end in other weights; the same bytes elsewhere in time are the same data."""
-    recipe = Recipe(data=str(tmp_path / "data.csv"), out=str(tmp_path / "out"))
+    recipe = Recipe(method="lora", data=str(tmp_path / "data.csv"), out=str(tmp_path / "out"))
     (tmp_path / "out").mkdir()
     shutil.copy(folder / "data.csv", tmp_path / "data.csv")
     output.begin(tmp_path / "out", recipe, resume=False)
@@ -1127,7 +1127,8 @@ def test_a_run_that_learns_nothing_says_so_everywhere(folder: Path, tmp_path: Pa
     assert "guessing gives 0.693" in done.stdout
     kinds = [problem["kind"] for problem in record_of(new)["problems"]]
     assert kinds == ["no_learning", "one_class"], record_of(new)["problems"]
-    advice = "try --lr 0.001, or more epochs, and check that the labels fit the rows"
+    advice = "as with --epochs; or --lr 0.001, and check that the labels fit the rows"
+    assert "try more steps than these" in done.stdout
     assert advice in done.stdout
     assert advice in (new / "report.html").read_text(encoding="utf-8").partition("<h1>")[0]
     assert "this run did not learn" in succeeded("show", new).stdout
@@ -1274,7 +1275,7 @@ def test_a_baseline_that_is_better_is_a_problem(
     done = succeeded(*arguments, "--out", tmp_path / "new", "--baseline", "--set", "max_steps=2")
     (problem,) = record_of(tmp_path / "new")["problems"]
     assert problem["kind"] == "head_alone"
-    assert f"this run learned less than it should: {problem['text']}; try --lr 0.001," in done.stdout
+    assert f"this run learned less than it should: {problem['text']}; try more steps than these 2," in done.stdout
     assert problem["text"] in (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
 
 
