@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import tunerkit
+import tunerkit_testing
 
 # The whole of a plugin's module.
 PLUGIN = """\
@@ -101,12 +102,11 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     site = folder / "site"
     options = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--target", str(site)]
     _run([sys.executable, "-m", "pip", "install", "--quiet", *options, *map(str, projects)])
-    # tunerkit may be imported from its checkout: that must come along, and nothing of the developer's limits.
-    checkout = str(Path(tunerkit.__file__).parent.parent)
+    # Both may be imported from a checkout: that must come along, and nothing of the developer's limits.
+    checkouts = [str(Path(str(module.__file__)).parent.parent) for module in (tunerkit, tunerkit_testing)]
     environment = {name: value for name, value in os.environ.items() if name != "TUNERKIT_PLUGINS"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(site), checkout, environment.get("PYTHONPATH", "")]).rstrip(
-        os.pathsep
-    )
+    paths = [str(site), *checkouts, environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     printed = _run([sys.executable, "-c", SESSION, str(folder / "out")], env=environment)
     found: dict[str, Any] = json.loads(printed)
     return found
