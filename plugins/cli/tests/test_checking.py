@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
+from tunerkit.errors import TunerkitError
 from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.running import checking
 
@@ -26,6 +28,7 @@ MISTAKES = {
     "train --model model --data rows.csv --text-column txt": "needs a column 'txt'; there is only 'text', 'label'",
     "train --model model --data rows.csv --task seq2seq": "seq2seq needs a column 'target'",
     "train --model model --data rows.csv --eval-data other.csv": "other.csv: text-classification needs a column 'text'",
+    "train --model model --eval-data other.csv": "eval_data needs data: the demo has its own held-out sentences",
     "train --model model --data other.csv": "which fit no task; say which one it is with --task",
     "train --model model --data points.parquet": "points.parquet: column 'label' has numbers such as 4.5",
     "train columns.yaml --model model --data rows.csv": "columns.txt: the task text-classification has no such column",
@@ -127,6 +130,27 @@ def test_an_unknown_method_or_setting_is_said_without_transformers(tmp_path: Pat
     for words, (code, line, loaded) in zip(expected.values(), answered(tmp_path, script, *expected), strict=True):
         assert words in line
         assert (code, line.count("\n"), loaded) == (2, 1, []), line
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "recipe"),
+    [
+        ({"prompt": "x", "completion": "y", "label": True}, {"label": 2}, Recipe()),
+        ({"text": "x"}, {"label": "a"}, Recipe(task="text-classification", drop_bad_rows=True)),
+    ],
+)
+def test_the_first_rows_refuse_nothing_that_later_rows_may_settle(
+    first: dict[str, Any], last: dict[str, Any], recipe: Recipe, tmp_path: Path
+) -> None:
+    """A whole file of such rows is refused."""
+    data, rows = tmp_path / "rows.jsonl", [first] * 100
+    recipe = attrs.evolve(recipe, data=str(data), model=str(tmp_path), out=str(tmp_path / "out"))
+    (tmp_path / "config.json").write_text("{}")
+    data.write_text("\n".join(map(json.dumps, [*rows, {**first, **last}])))
+    checking.check(recipe, resume=False, overwrite=False)
+    data.write_text("\n".join(map(json.dumps, rows[1:])))
+    with pytest.raises(TunerkitError, match=r"KTO|needs a column 'label'"):
+        checking.check(recipe, resume=False, overwrite=False)
 
 
 def test_lora_is_the_default_and_the_demo_is_adaloras(tmp_path: Path) -> None:

@@ -79,12 +79,15 @@ def test_what_was_written_is_read_back(
 def test_a_json_file_is_a_list_or_has_lines(
     rows: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Both are written with this ending."""
+    """Both are written with this ending, with a byte-order mark or without."""
     folder = tmp_path_factory.mktemp("data")
     write_jsonl(folder / "lines.json", rows)
     objects = [json.loads(line) for line in (folder / "lines.json").read_text("utf-8").split("\n") if line]
-    (folder / "list.json").write_text(json.dumps(objects, indent=1), encoding="utf-8")
-    assert read_table(folder / "list.json").rows == read_table(folder / "lines.json").rows == tuple(objects)
+    for encoding in ("utf-8", "utf-8-sig"):
+        (folder / "list.json").write_text(json.dumps(objects, indent=1), encoding=encoding)
+        lines = (folder / "lines.json").read_text("utf-8-sig")
+        (folder / "lines.json").write_text(lines, encoding=encoding, newline="\n")
+        assert read_table(folder / "list.json").rows == read_table(folder / "lines.json").rows == tuple(objects)
 
 
 @each_format

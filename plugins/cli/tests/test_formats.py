@@ -1,6 +1,7 @@
 """Rows as people have them: forms of other programs, rows of trainings that no task does, and rows that do not fit."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.train_command import command, record_of, succeeded
 from tunerkit_cli.rows import BadRowsError, Table
 from tunerkit_cli.running.data import read_rows
+from tunerkit_cli.running.run import without_home
 from tunerkit_cli.tasks import TaskError, task_of
 from tunerkit_cli.tasks.formats import FORMS, standard
 from tunerkit_cli.tasks.infer import infer
@@ -66,6 +68,22 @@ def read(row: dict[str, Any], task: str | None = None, **names: str) -> Rows:
             {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
         ),
         ({"messages": [{**ASKED, "content": [{"type": "text", "text": "x"}]}, GOOD]}, {"messages": [ASKED, GOOD]}),
+        ({"instruction": "x", "input": "i", "output": "y", "text": "t"}, {"prompt": "x\ni", "completion": "y"}),
+        (
+            {"prompt": "p", "completion": "y", "question": "x", "context": "i"},
+            {"prompt": "p", "completion": "y"},
+        ),
+        (
+            {"prompt": "p", "chosen": "y", "rejected": "z", "question": "x", "context": "i"},
+            {"prompt": "p", "chosen": "y", "rejected": "z"},
+        ),
+        (
+            {"source": "s", "target": "y", "instruction": "x", "input": "i"},
+            {"source": "s", "target": "y"},
+        ),
+        ({"text": "x", "label": "a", "images": 3}, {"text": "x", "label": "a"}),
+        ({"text": "x", "label": "a", "audio": "x.wav"}, {"text": "x", "label": "a"}),
+        ({"prompt": "x", "completion": "y", "images": []}, {"prompt": "x", "completion": "y"}),
     ],
 )
 def test_rows_in_forms_of_other_programs_become_ours(row: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -117,8 +135,7 @@ def test_what_a_recipe_names_is_read_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("row", "task", "message"),
     [
-        ({"prompt": "x", "completion": "y", "label": True}, None, "'label' of true or false are unpaired .* KTO"),
-        ({"prompt": "x", "completion": "y", "label": "False"}, "causal-lm", "unpaired preferences, as for KTO"),
+        ({"prompt": "x", "completion": "y", "label": True}, None, "'label' of true or false are unpaired .* learn all"),
         ({"q": "x", "completion": "y", "label": False}, None, "unpaired preferences, as for KTO"),
         ({"messages": [ASKED, GOOD], "kto_tag": False}, None, "'kto_tag' of true or false"),
         ({"prompt": "x", "answer": "y"}, None, "no completions, as for GRPO, .*--task causal-lm if it is 'answer'"),
@@ -150,6 +167,12 @@ def test_a_named_task_or_column_settles_what_could_be_two() -> None:
     assert read(both, "text-classification") == [{"text": "x", "label": "a"}]
     assert read(both, "seq2seq") == [{"source": "y", "target": "z"}]
     assert infer(table({**both, "image": None}), {"source": "source"}) == "seq2seq"
+    assert infer(table({"image": "x.png", "label": "a", "question": "x"}), {}) == "image-classification"
+    joined = {"question": "x", "context": "i", "source": "s", "target": "y"}
+    assert read(joined, "seq2seq") == [{"source": "s", "target": "y"}]
+    unpaired = table({"prompt": "x", "completion": "y", "label": 1}, {"prompt": "x", "completion": "z", "label": 0})
+    found = read_rows(task_of("causal-lm"), [unpaired], {})
+    assert found.notes == ["data: 'label' is not read, so good and bad answers are learned alike"]
 
 
 @pytest.mark.parametrize(
@@ -173,8 +196,9 @@ def test_a_named_task_or_column_settles_what_could_be_two() -> None:
 )
 def test_a_value_that_has_no_reading_is_named_with_the_columns_of_the_file(row: dict[str, Any], message: str) -> None:
     """Whatever our own column is called."""
-    with pytest.raises(BadRowsError, match=message):
-        read(row)
+    for task in (None, "seq2seq") if "instruction" in row else (None,):
+        with pytest.raises(BadRowsError, match=message):
+            read(row, task)
 
 
 def mixed() -> Table:
@@ -222,6 +246,25 @@ def test_rows_that_do_not_fit_are_left_out_if_asked() -> None:
     found = read_rows(task_of("causal-lm"), [table(*rows)], {}, drop=True)
     assert [each["row"] for each in found.left_out] == [2, 3]
     assert found.rows == rows[:1]
+
+
+def test_rows_of_the_rarer_kind_are_the_bad_ones() -> None:
+    """Whichever comes first; and a value that is no list of messages among those of implicit prompts."""
+    texts = [{"prompt": "x", "completion": "y"}] * 3
+    found = read_rows(task_of("causal-lm"), [table({"prompt": [ASKED], "completion": [GOOD]}, *texts)], {}, drop=True)
+    assert (found.rows, [each["row"] for each in found.left_out]) == (texts, [1])
+    good = {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
+    rows = [good, {**good, "chosen": None}, {**good, "rejected": 3}, {"rejected": [ASKED, BAD]}]
+    found = read_rows(task_of("preference"), [table(*rows)], {}, drop=True)
+    assert [each["row"] for each in found.left_out] == [2, 3, 4]
+
+
+def test_a_list_of_left_out_rows_has_no_path_of_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row may hold one itself, such as an image's."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    text = json.dumps({"problem": f"'/home/me{os.sep}pics/bad.png' cannot be read, nor /mnt/home/me{os.sep}x"})
+    assert without_home(text) == text.replace(json.dumps(f"'/home/me{os.sep}")[1:-1], "'~/")
 
 
 @pytest.mark.parametrize(

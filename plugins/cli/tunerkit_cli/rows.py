@@ -179,6 +179,7 @@ def checked_rows(
         try:
             for ours, value in row.items():
                 if isinstance(value, BadValue):
+                    value.column = ours
                     raise value
                 if value is None:
                     raise BadValue(ours, "has no value; fill it in, or remove the row")
@@ -226,7 +227,7 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     # Not splitlines: it would also split at Unicode line breaks inside JSON strings.
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{path}: line {number}"
@@ -235,7 +236,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 def _read_json(path: Path) -> Iterator[Row]:
     """A list of objects; or lines of them, which many files of this name have."""
-    text = path.read_text(encoding="utf-8").strip()
+    text = path.read_text(encoding="utf-8-sig").strip()
     if not text.startswith("["):
         yield from _read_jsonl(path)
         return

@@ -20,7 +20,10 @@ def train(
         str | None, typer.Option(help=f"One of {', '.join(TASKS)}. Default: what the data asks for.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="The method. `tunerkit methods` lists the installed ones. Default: lora.")
+        str | None,
+        typer.Option(
+            help="The method. `tunerkit methods` lists the installed ones. Default: lora, and adalora without --data."
+        ),
     ] = None,
     from_: Annotated[
         str | None,
@@ -74,7 +77,7 @@ def train(
         bool, typer.Option("--dry-run", help="Show data, lengths, steps and parameters, and stop.")
     ] = False,
 ) -> None:
-    """Train an adapter. Without options: all-MiniLM-L6-v2 on movie sentences, with AdaLoRA."""
+    """Train an adapter, by default with LoRA. Without options: all-MiniLM-L6-v2 on movie sentences, with AdaLoRA."""
     options: dict[str, Any] = {**locals(), "from": from_}  # the parameters that are flags have their names in FLAGS
     given = {name: options[name] for name in setting.FLAGS if options[name] not in (None, [])}
     is_bare = recipe is None and not set_ and {*given} <= {"out", "precision"}

@@ -12,9 +12,9 @@ from tunerkit.errors import ConfigError, FileError
 from tunerkit_cli.demo import demo_of
 from tunerkit_cli.recipes.recipe import Recipe, default_method, files_of, with_home, with_precision
 from tunerkit_cli.recipes.trainer_arguments import name_problem
-from tunerkit_cli.rows import Table, read_table, require_column
+from tunerkit_cli.rows import DataError, Table, read_table, require_column
 from tunerkit_cli.running import output
-from tunerkit_cli.tasks import task_of
+from tunerkit_cli.tasks import TaskError, task_of
 from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.formats import refuse_other, standard
 from tunerkit_cli.tasks.infer import infer
@@ -37,11 +37,14 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     output.check(Path(recipe.out), recipe, resume=False, overwrite=overwrite)
     if recipe.from_adapter is not None:
         refuse_absent(recipe.from_adapter)
+    if recipe.data is None and recipe.eval_data is not None:
+        raise DataError("eval_data needs data: the demo has its own held-out sentences; pass --data too")
     tables, others = _heads(files_of(recipe.data)), _heads(files_of(recipe.eval_data))
     if (task := _task_of(recipe, tables)) is not None:
         if found := [*filter(None, (name_problem(name, task.name) for name in recipe.training))]:
             raise ConfigError(found)
-        _refuse_columns(task, [*tables, *others], recipe.columns)
+        whole = [each for each in (*tables, *others) if not (recipe.drop_bad_rows and _is_cut(each))]
+        _refuse_columns(task, whole, recipe.columns)
     if recipe.model is not None:
         refuse_missing(recipe.model)
 
@@ -51,11 +54,20 @@ def _heads(files: Iterable[str | Path], *, predicting: bool = False) -> list[Tab
     return [read_table(Path(path), predicting=predicting, most=_HEAD) for path in files]
 
 
+def _is_cut(table: Table) -> bool:
+    return len(table) == _HEAD
+
+
 def _task_of(recipe: Recipe, tables: Sequence[Table]) -> Task | None:
-    """The task that a recipe or its data names; None if the adapter that it goes on from may say it."""
+    """The task that a recipe or its data names; None if the adapter that it goes on from, or later rows, may say it."""
     if recipe.task is None and recipe.from_adapter is not None:
         return None
-    name = recipe.task or (infer(tables[0], recipe.columns) if tables else "text-classification")
+    try:
+        name = recipe.task or (infer(tables[0], recipe.columns) if tables else "text-classification")
+    except TaskError:
+        if tables and _is_cut(tables[0]):
+            return None
+        raise
     if not tables:
         demo_of(name, "data")
     if recipe.model is None and recipe.from_adapter is None:

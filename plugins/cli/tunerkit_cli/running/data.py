@@ -136,8 +136,6 @@ def prepare_data(recipe: Recipe, console: Console, *, by_class: bool = True) -> 
 
 def _demo(recipe: Recipe, console: Console) -> tuple[Task, Rows, tuple[list[Placed], list[Placed]]]:
     """The task's demo, of which published results have this split."""
-    if recipe.eval_data is not None:
-        raise DataError("eval_data needs data: the demo has its own held-out sentences; pass --data too")
     task = task_of(recipe.task or "text-classification", recipe.max_length)
     demo = demo_of(task.name, "data")
     table = demo.rows(assets.cache_folder(), lambda text: say(console, text))
@@ -170,10 +168,11 @@ def read_rows(
     changed: Counter[tuple[str, str]] = Counter()
     problems: list[BadRowsError] = []
     classes: set[str] = set()
+    notes: list[str] = []
     columns: dict[str, str] = {}
     for given in tables:
-        if not predicting:
-            refuse_other(given, names, task.name)
+        if not predicting and (note := refuse_other(given, names, task.name)):
+            notes.append(note)
         table, found, more = _fitting(
             partial(task.rows, names=names, predicting=predicting, renaming=renaming),
             standard(given, names, task.name),
@@ -194,7 +193,7 @@ def read_rows(
                 f"{table.source}: has {_described(shape)}, and {tables[0].source} has {_described(shapes[0])}; give "
                 "all files of one run the same columns with values of the same kind"
             )
-    notes = [f"left out {len(problem.bad)} rows: {problem.said}" for problem in problems]
+    notes += [f"left out {len(problem.bad)} rows: {problem.said}" for problem in problems]
     notes += [f"{table.source}: left out {table.left_out}" for table in tables if table.left_out]
     if changed:
         such = few([f"{shown(old)} as {shown(new)}" for old, new in changed], shown=3)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -118,7 +119,7 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
         failed = problem
     record = record_of(session, trained, kept, before)
     lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in session.data.left_out)
-    listed = _sources(session, "".join(lines))
+    listed = without_home(_sources(session, "".join(lines)))
     written.note(folder, [output.ENVIRONMENT, RECORD, output.REPORT, *([output.LEFT_OUT] if listed else [])])
     if listed:
         serialization.replace(folder / output.LEFT_OUT, [listed.encode()])
@@ -215,6 +216,12 @@ def _sources(session: Session, text: str) -> str:
     for path in sorted(given, key=len, reverse=True):
         text = text.replace(path, stated(path, session.folder))
     return text
+
+
+def without_home(text: str) -> str:
+    """A text in JSON with ``~/`` for the path of the home folder."""
+    home = json.dumps(os.path.expanduser("~") + os.sep, ensure_ascii=False)[1:-1]
+    return re.sub(rf"(?<![\w.-]){re.escape(home)}", "~/", text)
 
 
 def _beside(session: Session, trained: Trained, baseline: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,6 +80,10 @@ def _implicit_prompt(row: _Row) -> object:
     return row["chosen"][: _shared(row)] if _shared(row) else BadValue("prompt", wrong)
 
 
+def _rest(name: str) -> Callable[[_Row], object]:
+    return lambda row: row[name][_shared(row) :] if isinstance(row[name], list) else row[name]
+
+
 def _has_implicit_prompt(row: _Row) -> bool:
     chosen = row["chosen"]
     first = chosen[0] if isinstance(chosen, list) and chosen and isinstance(chosen[0], dict) else {}
@@ -91,11 +95,7 @@ FORMS: Final = (
     *(_joined(*pair) for pair in (("instruction", "input"), ("instruction", "context"), ("question", "context"))),
     Form(
         ("chosen", "rejected"),
-        {
-            "prompt": _implicit_prompt,
-            "chosen": lambda row: row["chosen"][_shared(row) :],
-            "rejected": lambda row: row["rejected"][_shared(row) :],
-        },
+        {"prompt": _implicit_prompt, "chosen": _rest("chosen"), "rejected": _rest("rejected")},
         _has_implicit_prompt,
     ),
     *(_headed(name, head) for name in ("messages", "conversations", "prompt") for head in ("system", "tools")),
@@ -105,19 +105,21 @@ FORMS: Final = (
 def standard(table: Table, names: Mapping[str, str], task: str | None = None) -> Table:
     """Return a table with our columns in place of those of the `FORMS`, which are for language models.
 
-    What ``names``, a recipe's ``columns``, says of a column counts: such columns are left as they are.
+    What ``names``, a recipe's ``columns``, says of a column counts: such columns are left as they are. Two columns are
+    not joined where the column that they would make is there.
     """
     for form in FORMS if task in _LANGUAGE else ():
         there = {each: names.get(each, each) for each in form.columns}
         named = ({*form.made} - {*form.columns}) & {*names} or {*form.columns} & {*names.values()}
-        if named or not {*there.values()} <= {*table.columns}:
+        ours = {
+            each: "source" if (each, task) == ("prompt", "seq2seq") else names.get(each, each) for each in form.made
+        }
+        is_there = len(form.made) == 1 and {ours[each] for each in form.made if each not in there} & {*table.columns}
+        if named or is_there or not {*there.values()} <= {*table.columns}:
             continue
         views = [{**row, **{ours: row.get(name) for ours, name in there.items()}} for row in table.rows]
         if not any(map(form.fits, views)):
             continue
-        ours = {
-            each: "source" if (each, task) == ("prompt", "seq2seq") else names.get(each, each) for each in form.made
-        }
         kept = [name for name in table.columns if name not in there.values()]
         rows = [
             {name: view.get(name) for name in kept} | {ours[each]: make(view) for each, make in form.made.items()}
@@ -139,30 +141,43 @@ _BESIDE: Final = ("messages", "conversations", "text", *_ASKED)
 _MEDIA: Final = {"image": "images", "images": "images", "audio": "sound", "audios": "sound", "videos": "videos"}
 
 
-def refuse_other(table: Table, names: Mapping[str, str], task: str | None = None) -> None:
-    """Raise `TaskError` for rows of a training that no task does, or that could be such ones if no task is named."""
+def refuse_other(table: Table, names: Mapping[str, str], task: str | None = None) -> str:
+    """Raise `TaskError` for rows of a training that no task does, or that could be such ones if no task is named.
+
+    Returns:
+        What the user should know of rows that a named task trains; empty if there is nothing.
+    """
     if task not in _LANGUAGE:
-        return
+        return ""
     there = {*table.columns} - {*names.values()} | {*names}
     label = next((each for each in ("kto_tag", "label") if each in there), "")
     answered = ({*_ASKED} & there and {*_ANSWERED} & there) or {"messages", "conversations", "kto_tag"} & there
-    media = next((each for each in _MEDIA if any(row.get(each) is not None for row in table.rows)), "")
+    media = next((each for each in _MEDIA if any(_is_medium(row.get(each)) for row in table.rows)), "")
+    is_open = task is None and not ("label" in there and {"text", "image"} & there)  # else for a classification
     beside = next((each for each in _BESIDE if each in there), None)
     said, values = "", {str(row.get(label)).lower() for row in table.rows}
-    if label and answered and (values <= {"true", "false"} or values == {"0", "1"}):
+    is_kto = label and answered and (values <= {"true", "false"} or values == {"0", "1"})
+    if is_kto and task is None:
         said = (
             f"answers with a {shown(label)} of true or false are unpaired preferences, as for KTO, which no task "
             "trains. To learn the good ones, keep the rows with true and leave the column out; pairs of a better and a "
-            "worse answer are for --task preference, and texts with such classes for --task text-classification"
+            "worse answer are for --task preference, and texts with such classes for --task text-classification, or "
+            "pass --task causal-lm to learn all"
         )
     elif task is None and "prompt" in there and not {*_ANSWERED[:-1], *_OTHER_TASKS} & there:
         said = (
             "its prompts have no completions, as for GRPO, which no task trains; if there is a column of completions "
             "to learn, name it with --set columns.completion=NAME, or pass --task causal-lm if it is 'answer'"
         )
-    elif media and (beside in _BESIDE[:2] or (task is None and (beside or _MEDIA[media] != "images"))):
+    elif media and (beside in _BESIDE[:2] or (is_open and (beside or _MEDIA[media] != "images"))):
         where = f" beside the text in {shown(beside)}" if beside else ""
         do = ", or say with --task what is trained without it" if task is None else ""
         said = f"has {_MEDIA[media]} in {shown(media)}{where}, which no task reads; leave the column out{do}"
     if said:
         raise TaskError(f"{table.source}: {said}")
+    is_silent = not is_kto or task == "preference"
+    return "" if is_silent else f"{table.source}: {shown(label)} is not read, so good and bad answers are learned alike"
+
+
+def _is_medium(value: object) -> bool:
+    return isinstance(value, str | bytes | list | dict) and bool(value)

@@ -48,6 +48,8 @@ def infer(table: Table, names: dict[str, str]) -> str:
         ours = [each for each in task_of(task).columns if each.name in needed]
         if all(name_in(table, each, names) in table.columns for each in ours):
             fitting.append(task)
+    if "prompt" in table.made and "causal-lm" in fitting and not names:
+        return "causal-lm"  # as Alpaca has a column "text" too
     if task := _only(fitting, seen, names):
         return task
     if names.get("text", "text") in table.columns:

@@ -80,14 +80,16 @@ def one_kind(row: _Row) -> bool:
 
 
 def refuse_mixed(rows: Sequence[_Row], table: Table, names: Mapping[str, str]) -> None:
-    """Raise `BadRowsError` for rows with texts where the first row has lists of messages, or the other way round."""
+    """Raise `BadRowsError` for rows with texts where most rows have lists of messages, or the other way round."""
     bad: dict[int, BadValue] = {}
-    for place, row in enumerate(rows):
-        for name, value in row.items():
-            if (here := _kind(value)) != (first := _kind(rows[0][name])):
-                said = f"is a {here}, and row {table.number(0)} has a {first}"
-                problem = BadValue(name, f"{said}; write all rows as texts, or all as lists of messages")
-                bad.setdefault(place, problem)
+    for name in rows[0]:
+        kinds = [_kind(row[name]) for row in rows]
+        usual = max(dict.fromkeys(kinds), key=kinds.count)  # of as many, the first row's
+        said = f", and row {table.number(kinds.index(usual))} has a {usual}"
+        do = "write all rows as texts, or all as lists of messages"
+        for place, kind in enumerate(kinds):
+            if kind != usual:
+                bad.setdefault(place, BadValue(name, f"is a {kind}{said}; {do}"))
     if bad:
         raise BadRowsError(table, names, bad)
 
