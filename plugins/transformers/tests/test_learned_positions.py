@@ -84,6 +84,20 @@ def test_logits_are_computed_where_a_token_is_learned_and_nowhere_else(
         assert abs(ours - trl) <= 1e-5 * max(1.0, abs(trl)), name
 
 
+def test_what_is_logged_is_not_rounded_under_autocast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits are in bf16 then, and all sums over them in fp32."""
+    model, trainer, inputs = prepared("SFT", "adapter", tmp_path, monkeypatch, torch.float32)
+    score_learned_(trainer)
+    logits: list[Tensor] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(**inputs, fused_lm_head=True)
+    assert logits[0].dtype is torch.bfloat16
+    exact = logits[0].double().log_softmax(-1)
+    assert (found.entropy[found.label_mask] + (exact.exp() * exact).sum(-1)).abs().max() < 1e-5
+    assert (found.log_sum_sq_probs[found.label_mask] - (2 * exact).logsumexp(-1)).abs().max() < 1e-5
+
+
 def test_a_batch_without_a_learned_token_has_the_loss_0_and_gradients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +133,8 @@ def test_what_stands_in_the_way_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "args", SimpleNamespace(device=torch.device("cuda")))
         assert obstacle(trainer) == "on cuda, TRL's own computes logits at the learned positions alone"
+        patch.setattr(trainer, "args", SimpleNamespace(device=torch.device("mps")))
+        assert obstacle(trainer) == "on mps, TRL's own is not replaced"
     with monkeypatch.context() as patch:
         patch.setattr(trainer.model, "forward", type(trainer.model).forward)
         assert obstacle(trainer) == "this version of TRL computes its losses in another way"

@@ -14,6 +14,7 @@ from transformers import Trainer
 import tunerkit
 from plugins.transformers.tests.test_head_weights import ROWS, adapted, trainer_of
 from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
+from tunerkit_transformers import savings
 from tunerkit_transformers.savings import Saving, speed_up
 
 pytestmark = [
@@ -67,6 +68,17 @@ def test_activations_that_do_not_fit_are_recomputed(tmp_path: Path, monkeypatch:
     assert trainer.args.gradient_checkpointing_kwargs == {"use_reentrant": False}
     trainer.train()
     assert trainer.model.is_gradient_checkpointing
+
+
+def test_rows_count_as_long_as_they_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL cuts pairs only as it makes a batch of them."""
+    long = {"prompt": ["w1"] * 8, "chosen": ["w2 " * 30] * 8, "rejected": ["w3"] * 8}
+    monkeypatch.setitem(ROWS, "DPO", long)
+    seen: list[int] = []
+    monkeypatch.setattr(savings, "step_bytes", lambda trainer, longest: seen.append(longest) or 0)
+    for most in (8, None):
+        speed_up(trainer_of("DPO", adapted("adapter"), tmp_path, max_length=most))
+    assert seen[0] == 8 < seen[1]
 
 
 def test_a_trainer_of_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ _NOT_LEARNED: Final = -100
 # The logits of a larger batch, beyond 512 MiB in fp32, are left to TRL, which computes them in parts.
 _MOST: Final = 2**27
 _AT_ONCE: Final = 2**18  # logits that fit a core's cache
+_TRITON: Final = ("cuda", "xpu")  # where TRL leaves out the positions that are not learned
 _TRAINERS: Final = ("SFTTrainer", "DPOTrainer")  # their losses take log-probabilities at temperature 1
 
 
@@ -23,8 +24,9 @@ def obstacle(trainer: Any) -> str | None:
     """Why a trainer's loss is left as it is, as the end of a sentence; None if `score_learned_` can replace it."""
     if not any(kind.__name__ in _TRAINERS and kind.__module__.startswith("trl.") for kind in type(trainer).__mro__):
         return f"{type(trainer).__name__} is neither TRL's SFTTrainer nor its DPOTrainer"
-    if trainer.args.device.type != "cpu":
-        return f"on {trainer.args.device.type}, TRL's own computes logits at the learned positions alone"
+    if (device := trainer.args.device.type) != "cpu":
+        does_so = "computes logits at the learned positions alone" if device in _TRITON else "is not replaced"
+        return f"on {device}, TRL's own {does_so}"
     if forward_of_trl(trainer.model) is None or _output() is None:
         return "this version of TRL computes its losses in another way"
     if not takes_positions(type(trainer.model)):
@@ -78,7 +80,8 @@ def _scored_or_run(run: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str
     inputs["logits_to_keep"] = torch.nn.functional.pad(learned, (0, 1))
     logits = type(model).forward(model, *args, **inputs).logits  # (learned, vocabulary)
     scores: Any = _Scores
-    found = dict(zip(_FIELDS, scores.apply(logits, labels[:, 1:][learned]), strict=True))
+    with torch.autocast("cpu", enabled=False):  # which would round their sums
+        found = dict(zip(_FIELDS, scores.apply(logits, labels[:, 1:][learned]), strict=True))
     placed = {name: each.new_zeros(learned.shape).masked_scatter(learned, each) for name, each in found.items()}
     loss = -found["log_probs"].sum() / (learned.sum().clamp(min=1) if items is None else items)
     return _output()(loss=loss, label_mask=learned, **placed)

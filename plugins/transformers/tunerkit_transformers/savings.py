@@ -52,7 +52,9 @@ def speed_up(trainer: Any, *, keep: Collection[str] = (), memory: float | None =
     Returns:
         What was chosen, and why.
     """
-    lengths = lengths_in(trainer.train_dataset)
+    lengths, most = lengths_in(trainer.train_dataset), getattr(trainer.args, "max_length", None)
+    if lengths and most is not None:  # to which TRL cuts pairs as it makes a batch
+        lengths = [min(length, most) for length in lengths]
     return (
         _checkpointing_(trainer, lengths, memory, keep=not {*_CHECKPOINTING}.isdisjoint(keep)),
         _batches_(trainer, lengths, keep="train_sampling_strategy" in keep),
