@@ -32,6 +32,8 @@ MISTAKES = {
     "train --model model --data other.csv": "which fit no task; say which one it is with --task",
     "train --model model --data points.parquet": "points.parquet: column 'label' has numbers such as 4.5",
     "train columns.yaml --model model --data rows.csv": "columns.txt: the task text-classification has no such column",
+    "train --model model --data rows.csv --set chat_template=gone.jinja": "chat_template: gone.jinja cannot be read",
+    "train --model model --data rows.csv --set chat_template=model": "chat_template: model is a folder; pass a file",
     "train modle.yaml": "modle.yaml: unknown key 'modle'; did you mean 'model'?",
     "train gone.yaml": "gone.yaml: no such file",
     "train rate.yaml --model model --data rows.csv": "training.learning_rte: TrainingArguments has no argument of this "

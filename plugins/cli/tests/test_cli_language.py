@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,7 +23,9 @@ from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.tiny_models import TEMPLATE, save_tiny_llama, save_tiny_t5
 from tests.support.toy_growing import GrowingPlugin
 from tests.support.train_command import collapsing, command, record_of, signalled, succeeded, write_rows
+from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.rows import DataError
+from tunerkit_cli.running import output, preparing, starting
 from tunerkit_cli.tasks.turns import NOT_LEARNED, dataset_of, encode_turns
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
@@ -560,10 +563,37 @@ def test_keys_of_language_models_are_for_language_models(tmp_path: Path) -> None
     save_tiny_classifier(tmp_path / "tiny")
     rows = write_rows(tmp_path / "rows.csv")
     call = ("train", "--model", tmp_path / "tiny", "--data", rows, "--out", tmp_path / "out")
-    for name, value in (("samples", 0), ("loss", "trl"), ("memory", 2)):
+    (tmp_path / "own.jinja").write_text(TEMPLATE)
+    for name, value in (("samples", 0), ("loss", "trl"), ("memory", 2), ("chat_template", tmp_path / "own.jinja")):
         done = command(*call, "--set", f"{name}={value}")
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
         assert f"{name}: is for language models, and text-classification trains none" in done.stderr
+
+
+def test_a_loss_that_was_asked_for_is_recorded_where_it_cannot_be_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe that asks for it resumes the run."""
+    monkeypatch.setattr(preparing, "speed_up", lambda *given, **more: ())
+    trainer = SimpleNamespace(args=SimpleNamespace(), model=SimpleNamespace(forward=None))
+    for asked, kept in (("learned", "learned"), ("trl", "trl"), (None, "trl")):
+        assert preparing._sped_up(Recipe(loss=asked), trainer, resume=False)[0].loss == kept
+
+
+def test_a_chat_template_is_the_one_that_the_run_began_with(tmp_path: Path) -> None:
+    """A changed file is refused on resuming. What goes on from a run has its template, for the same task."""
+    kept = tmp_path / "chat_template.jinja"
+    kept.write_text(TEMPLATE)
+    recipe = {"task": "causal-lm", "chat_template": "own.jinja"}
+    record = {"version": 1, "task": "causal-lm", "model": {"source": "hub/name"}, "recipe": recipe}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    for task, template in ((None, str(kept)), ("text-classification", None)):
+        given = Recipe(from_adapter=str(tmp_path), task=task)
+        found = starting.completed({"from_adapter": str(tmp_path)}, given, resume=False)
+        assert found.get("chat_template") == template
+    begun, folder = Recipe(task="causal-lm", data="rows.csv", method="lora", chat_template=str(kept)), tmp_path / "out"
+    output.begin(folder, begun, resume=False)
+    kept.write_text(TEMPLATE + " ")
+    with pytest.raises(output.OutputError, match=r"chat_template\.jinja has changed since the run began"):
+        output.check(folder, begun, resume=True, overwrite=False)
 
 
 def test_a_run_that_an_earlier_version_began_computes_as_it_did(llama: Path, tmp_path: Path) -> None:
@@ -602,7 +632,7 @@ def test_a_resumed_run_keeps_what_was_chosen_as_it_began(llama: Path, tmp_path: 
             assert command(*call, "--out", out).exit_code == 130
         with mock.patch("tunerkit_transformers.savings.free_bytes", return_value=0):
             said = succeeded(*again, "--out", out, "--resume").output
-        assert "gradient checkpointing: off (as asked)" in said
+        assert "gradient checkpointing: off (as the run began)" in said
         assert (out / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import attrs
 import pytest
 import torch
 import transformers
@@ -209,6 +210,19 @@ def test_a_language_model_of_an_earlier_version_gets_no_other_defaults(tmp_path:
         recipe = Recipe(task=task, data="data.csv", out=str(tmp_path), precision="fp32", training={"max_steps": 3})
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"version": 1, **to_mapping(recipe)}))
         assert settled(recipe, tmp_path, resume=True).training == {"max_steps": 3, "eval_strategy": "epoch"}
+
+
+def test_a_run_of_an_earlier_version_is_resumed_by_the_recipe_that_began_it(tmp_path: Path) -> None:
+    """Its folder holds the defaults of then, such as an evaluation in each epoch; and its rows are those of then."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "add", "input": "1 2", "output": "3"}')
+    out, asked = tmp_path / "out", Recipe(task="seq2seq", data=str(rows), method="lora", precision="fp32")
+    asked = attrs.evolve(asked, out=str(out))
+    output.begin(out, attrs.evolve(asked, training={"eval_strategy": "epoch"}), resume=False)
+    output.check(out, asked, resume=True, overwrite=False)
+    assert settled(asked, out, resume=True).columns == {"source": "input"}
+    output.begin(out, attrs.evolve(asked, samples=2), resume=False)
+    assert settled(asked, out, resume=True).columns == {}
 
 
 def test_a_run_is_resumed_with_options_that_say_the_same(arguments: list[str], tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from tunerkit_cli.tasks import TaskError, task_of
 from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.formats import refuse_other, standard
 from tunerkit_cli.tasks.infer import infer
+from tunerkit_cli.tasks.turns import read_template
 from tunerkit_transformers.output_folder import read_run
 from tunerkit_transformers.pretrained import refuse_missing
+from tunerkit_transformers.run_folder import irregular
 
 _HEAD: Final = 100  # rows
 
@@ -39,6 +41,10 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         refuse_absent(recipe.from_adapter)
     if recipe.data is None and recipe.eval_data is not None:
         raise DataError("eval_data needs data: the demo has its own held-out sentences; pass --data too")
+    if (template := recipe.chat_template) is not None:
+        if (what := irregular(Path(template))) is not None:
+            raise FileError(f"chat_template: {template} is {what}; pass a file with a template")
+        read_template(template)
     tables, others = _heads(files_of(recipe.data)), _heads(files_of(recipe.eval_data))
     if (task := _task_of(recipe, tables)) is not None:
         if found := [*filter(None, (name_problem(name, task.name) for name in recipe.training))]:

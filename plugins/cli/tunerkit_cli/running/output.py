@@ -191,6 +191,14 @@ def recipe_begun_with(folder: Path) -> Recipe:
     return attrs.evolve(kept, method=ADALORA) if is_silent else kept
 
 
+def earlier_defaults(task: str | None) -> dict[str, Any]:
+    """The arguments of the trainer whose defaults were others in earlier versions, with these defaults."""
+    evaluated = {"eval_strategy": "epoch"}
+    if task in ("causal-lm", "preference", "seq2seq"):
+        return evaluated
+    return {**evaluated, "learning_rate": 1e-3, "warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}
+
+
 def _check_resume(folder: Path, recipe: Recipe) -> None:
     kept = recipe_begun_with(folder)
     if written.has_ended(folder):
@@ -205,7 +213,10 @@ def _check_resume(folder: Path, recipe: Recipe) -> None:
     if kept.task is not None:  # a recipe may leave defaults out, and what the machine decided
         task = task_of(kept.task)
         silent = arguments_of(attrs.evolve(kept, training={}), task)
-        meant = {n: value for n, value in kept.training.items() if n == DECIDED or silent.get(n) == value}
+        earlier = earlier_defaults(kept.task)
+        meant = {
+            n: value for n, value in kept.training.items() if n == DECIDED or value in (silent.get(n), earlier.get(n))
+        }
         recipe = attrs.evolve(recipe, training={**meant, **asked_of(recipe, task)})
     asked = attrs.evolve(recipe, out=kept.out)
     before, now = (_flat(to_mapping(as_stated(each, folder))) for each in (kept, asked))
@@ -234,9 +245,9 @@ def _check_data(folder: Path, recipe: Recipe) -> None:
 
 
 def _digests(recipe: Recipe) -> dict[str, str]:
-    """The SHA-256 of each file of data, by path; a folder of images has none."""
+    """The SHA-256 of each file of data and of the chat template, by path; a folder of images has none."""
     found = {}
-    for path in (*files_of(recipe.data), *files_of(recipe.eval_data)):
+    for path in (*files_of(recipe.data), *files_of(recipe.eval_data), *files_of(recipe.chat_template)):
         if Path(path).is_file():
             with open(path, "rb") as file:
                 found[path] = hashlib.file_digest(file, "sha256").hexdigest()

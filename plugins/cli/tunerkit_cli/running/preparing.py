@@ -14,7 +14,8 @@ from tunerkit.plugin import Tuner
 from tunerkit_cli import assets
 from tunerkit_cli.demo import demo_of
 from tunerkit_cli.recipes.reading import read_recipe
-from tunerkit_cli.recipes.recipe import Recipe, with_precision
+from tunerkit_cli.recipes.recipe import Recipe, as_placed, files_of, with_precision
+from tunerkit_cli.rows import read_table
 from tunerkit_cli.running import hardware, output
 from tunerkit_cli.running.data import Data
 from tunerkit_cli.running.fitting import Fit, build_fitted, cut_at_positions_
@@ -98,16 +99,18 @@ def settled(recipe: Recipe, folder: Path, *, resume: bool) -> Recipe:
         return attrs.evolve(recipe, precision=hardware.choose_precision(device, recipe.precision))
     kept = with_precision(read_recipe(output.recipe_file(folder)))
     precision = hardware.choose_precision(device, kept.precision, resumed=str(folder))
-    kept = attrs.evolve(kept, precision=precision, training={**_earlier_defaults(kept.task), **kept.training})
+    kept = attrs.evolve(kept, precision=precision, training={**output.earlier_defaults(kept.task), **kept.training})
+    recipe = attrs.evolve(recipe, columns=_columns_then(as_placed(kept, folder)))
     return attrs.evolve(recipe, **{name: getattr(kept, name) for name in _AS_BEGUN})
 
 
-def _earlier_defaults(task: str | None) -> dict[str, Any]:
-    """The arguments of the trainer that a recipe of an earlier version left to defaults which are others now."""
-    evaluated = {"eval_strategy": "epoch"}
-    if task in ("causal-lm", "preference", "seq2seq"):
-        return evaluated
-    return {**evaluated, "learning_rate": 1e-3, "warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}
+def _columns_then(kept: Recipe) -> dict[str, str]:
+    """The names of columns of a run that is resumed: earlier versions did not join an instruction and its input."""
+    if kept.task != "seq2seq" or kept.samples is not None or {"source", "prompt"} & {*kept.columns}:
+        return kept.columns
+    found = [{*read_table(Path(path), most=1).columns} for path in files_of(kept.data) if Path(path).is_file()]
+    is_joined = any({"instruction", "input"} <= each and "source" not in each for each in found)
+    return {**kept.columns, "source": "input"} if is_joined else kept.columns
 
 
 def prepare(
@@ -117,8 +120,8 @@ def prepare(
 
     In a dry run no logger is attached to it, since some write files as a training begins.
     """
-    idle = [name for name in ("samples", "loss", "memory") if getattr(recipe, name) is not None]
-    if idle and not isinstance(task, GenerationTask):
+    idle = [name for name in ("samples", "loss", "memory", "chat_template") if getattr(recipe, name) is not None]
+    if idle and not resume and not isinstance(task, GenerationTask):
         raise ConfigError([f"{idle[0]}: is for language models, and {task.name} trains none; leave the key out"])
     start = start_of(recipe, resume=resume)
     labels, ordered = head_labels(start, task, data)
@@ -181,16 +184,20 @@ def prepare(
     refuse_untrainable(trainer)
     savings: Sequence[Saving] = ()
     if isinstance(task, GenerationTask) and (not resume or recipe.samples is not None):
-        recipe, savings = _sped_up(recipe, trainer)
+        recipe, savings = _sped_up(recipe, trainer, resume=resume)
     tunerkit.attach(loaded.model, trainer)
     return Session(recipe, task, data, loaded, tuner, trainer, watching, start, fits, savings)
 
 
-def _sped_up(recipe: Recipe, trainer: Any) -> tuple[Recipe, Sequence[Saving]]:
+def _sped_up(recipe: Recipe, trainer: Any, *, resume: bool) -> tuple[Recipe, Sequence[Saving]]:
     """Let a language model's trainer compute what its training needs, and return the recipe with what was chosen."""
     keep = {*recipe.training, *(["loss"] if recipe.loss == "trl" else [])}
     savings = speed_up(trainer, keep=keep, memory=None if recipe.memory is None else recipe.memory * GIB)
-    training, loss = dict(recipe.training), "learned" if is_scored(trainer) else "trl"
+    if resume:  # its recipe asks for what was asked or decided then
+        savings = tuple(
+            attrs.evolve(each, why="as the run began") if each.why == "as asked" else each for each in savings
+        )
+    training, loss = dict(recipe.training), recipe.loss or ("learned" if is_scored(trainer) else "trl")
     if DECIDED in vars(trainer.args):
         training[DECIDED] = bool(trainer.args.gradient_checkpointing)
     samples = SAMPLES if recipe.samples is None else recipe.samples

@@ -29,10 +29,10 @@ from tunerkit_cli.tasks.texts import labels_of
 from tunerkit_transformers import transformers_private
 from tunerkit_transformers.output_folder import RECORD, read_run
 from tunerkit_transformers.pretrained import Pretrained, classes_of
-from tunerkit_transformers.run_folder import placed, stated
+from tunerkit_transformers.run_folder import placed, read_record, stated
 
 # What a recipe need not say: an output folder's record does, and so does the recipe of a run that is resumed.
-_FROM_RUN = ("task", "model", "dtype", "precision", "method")
+_FROM_RUN = ("task", "model", "dtype", "precision", "method", "chat_template")
 _ADAPTER = "adapter.safetensors"
 _ANEW = "or train a new adapter without --from"
 _COPY = "start"  # in the folder of checkpoints
@@ -143,7 +143,17 @@ def _said(recipe: Recipe) -> dict[str, Any]:
             "now with --model"
         )
     # The method of another program's adapter is known for sure once it is loaded: its plugin may not be installed.
-    return attrs.asdict(start) if start.task is not None else {"model": start.model}
+    if start.task is None:
+        return {"model": start.model}
+    template = _template_of(Path(start.path)) if recipe.task in (None, start.task) else None
+    return {**attrs.asdict(start), "chat_template": template}
+
+
+def _template_of(folder: Path) -> str | None:
+    """The chat template of a run that had another one than its base's tokenizer; else None."""
+    file, recipe = folder / "chat_template.jinja", read_record(folder).get("recipe")
+    is_own = isinstance(recipe, dict) and recipe.get("chat_template") is not None
+    return str(file) if is_own and file.is_file() else None
 
 
 def _refuse_method(recipe: Recipe, start: Start, method: str | None) -> None:
