@@ -21,8 +21,8 @@ def adapted_tensors(path: str, module: nn.Module, slots: Slots, base: BaseLayer 
     """Return new values of the parameters and buffers of ``module`` that active slots change, by their local name.
 
     The dtypes are the module's own. A missing bias counts as zeros. With gradients on, the values depend on the
-    adapters' parameters. For a packed weight, the values are the attributes that store it. If ``module`` is not the
-    adapted module itself, ``base`` is its base layer, to which the same deltas are added.
+    adapters' parameters. For a packed weight, the values are the attributes that store it. For a dense
+    twin of a packed module, ``base`` is the twin's base layer, to which the deltas of ``slots`` are added.
     """
     tensors: dict[str, Any] = {}
     deltas: list[Delta] = []

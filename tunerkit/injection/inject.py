@@ -119,7 +119,7 @@ def _adapter(tuner: Tuner, target: Target, base: BaseLayer, shared: nn.Module | 
 
 
 def _refuse_unfit(tuner: Tuner, target: Target, base: BaseLayer, built: Adapter, *, is_read: bool) -> None:
-    """Raise `TargetError` if an adapter cannot work at its target: an override needs a delta and a plain weight."""
+    """Refuse an adapter without a weight that it reads, or whose delta cannot be added to a weight read directly."""
     if built.reads_weight and not base.has_weight:
         raise TargetError(
             f"{target.path!r} is a {type(target.module).__name__}, whose weight tunerkit does not know, and method "

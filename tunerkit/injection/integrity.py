@@ -70,11 +70,11 @@ class _Watch(NamedTuple):
 
 
 def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
-    """Watch the next forward of ``model``, to warn about adapted modules that do not run although their owner does.
+    """Watch the next forward of ``model``, to warn about adapted modules that do not run although their parent does.
 
     The warning comes after the next eager forward of the whole model, or at an optimizer step if that is earlier, since
-    a custom loop may call only parts of the model. There is no warning about a layer whose owner is skipped too, as by
-    LayerDrop, or if another entry of the same list or dict ran.
+    a custom loop may call only parts of the model. It leaves out a layer whose parent did not run either (LayerDrop),
+    and one beside which another entry of the same ModuleList or ModuleDict ran (experts).
     """
     _unwatch(model)
     if not adapted:

@@ -161,7 +161,7 @@ class Slots(nn.Module):
 
     @property
     def _by_name(self) -> dict[str, Slot]:
-        """The slots, in torch's live dict of children, which accepts names such as "forward"."""
+        """Torch's own dict of children: unlike `add_module`, it takes an adapter's name such as "forward"."""
         slots: Any = torch_private.own_children(self)
         return slots  # type: ignore[no-any-return]
 

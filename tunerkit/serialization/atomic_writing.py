@@ -46,7 +46,7 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     except FileError:
         raise
     except (OSError, ValueError) as error:  # ValueError: the path cannot be encoded
-        raise FileError(f"cannot write {path}: {reason(error)}; an older file there is unchanged") from error
+        raise FileError(f"cannot write {path}: {reason(error)}; a file that was there is unchanged") from error
     try:
         for folder in (path.parent, *(folder.parent for folder in missing)):
             sync(folder)

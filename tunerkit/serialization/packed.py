@@ -42,12 +42,12 @@ def warn_of_rounding(found: Sequence[Rounding]) -> None:
     coarse = [each for each in found if each.bits <= _FEW_BITS]
     if coarse:
         warn(
-            f"merged into {len(coarse)} weights of {coarse[0].bits:g} bits ({coarse[0].stored_as}). Relative to the "
-            f"weights, on average: the adapters changed them by {fmean(each.change for each in coarse):.1%}, "
-            f"quantizing the sums added an error of {fmean(each.added for each in coarse):.1%}, and the quantizer's "
-            f"earlier error is {fmean(each.own for each in coarse):.1%}. tunerkit.unwrap(model, keep_merged=True, "
-            "dtype=torch.bfloat16) merges into dense layers, without the added error. tunerkit.rounding(model) lists "
-            "each layer"
+            f"merged into {len(coarse)} weight matrices of {coarse[0].bits:g} bits ({coarse[0].stored_as}). Relative "
+            f"to the weights, on average: the adapters changed them by {fmean(each.change for each in coarse):.1%}, "
+            f"quantizing the merged weights added an error of {fmean(each.added for each in coarse):.1%}, and the base "
+            f"model had one of {fmean(each.own for each in coarse):.1%} before. tunerkit.unwrap(model, "
+            "keep_merged=True, dtype=torch.bfloat16) merges into dense layers, without the added error. "
+            "tunerkit.rounding(model) lists each layer"
         )
 
 

@@ -130,7 +130,7 @@ def _scanned(places: Sequence[_Registration], base: BaseLayer | None) -> Scanned
 
 
 def from_paths(scanned: Scan, paths: Sequence[str]) -> tuple[Target, ...]:
-    """Return the modules at exact paths, such as a file's, in their order. Raises `TargetError` for missing paths."""
+    """Return the modules at module paths, as an adapter file lists them, in their order, or raise `TargetError`."""
     missing = [path for path in paths if not path or path not in scanned.by_path]
     if missing:
         # The search for the closest names is slow, and a model of another architecture lacks every path.
