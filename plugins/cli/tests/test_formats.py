@@ -253,8 +253,8 @@ def test_rows_of_the_rarer_kind_are_the_bad_ones() -> None:
     texts = [{"prompt": "x", "completion": "y"}] * 3
     found = read_rows(task_of("causal-lm"), [table({"prompt": [ASKED], "completion": [GOOD]}, *texts)], {}, drop=True)
     assert (found.rows, [each["row"] for each in found.left_out]) == (texts, [1])
-    good = {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
-    rows = [good, {**good, "chosen": None}, {**good, "rejected": 3}, {"rejected": [ASKED, BAD]}]
+    good: dict[str, Any] = {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
+    rows: list[dict[str, Any]] = [good, {**good, "chosen": None}, {**good, "rejected": 3}, {"rejected": [ASKED, BAD]}]
     found = read_rows(task_of("preference"), [table(*rows)], {}, drop=True)
     assert [each["row"] for each in found.left_out] == [2, 3, 4]
 
