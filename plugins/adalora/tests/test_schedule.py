@@ -93,8 +93,8 @@ def test_the_budget_in_force_changes_at_allocations_only(s: Schedule) -> None:
 
 @given(schedules())
 def test_allocations_fall_on_multiples_of_delta_t_inside_and_on_the_final_step(s: Schedule) -> None:
-    """allocates_at is true at multiples of Δ_T strictly between t_i and T − t_f, at T − t_f, and nowhere else."""
-    assert [t for t in range(s.total_steps + 3) if s.allocates_at(t)] == paper_allocations(s)
+    """An allocation is due at multiples of Δ_T strictly between t_i and T − t_f, at T − t_f, and nowhere else."""
+    assert [t for t in range(s.total_steps + 3) if s.due(t - 1, t) == t] == paper_allocations(s)
 
 
 @given(schedules(), st.data())

@@ -65,14 +65,11 @@ class Schedule:
         left = self.final_step - t
         return self.target + (self.initial - self.target) * left**3 // descent**3
 
-    def allocates_at(self, step: int) -> bool:
-        """Whether an allocation falls on ``step``: every Δ_T between t_i and T − t_f, and T − t_f itself."""
-        if self.t_init < step < self.final_step:
-            return step % self.delta_t == 0
-        return step == self.final_step
-
     def due(self, previous: int, step: int) -> int | None:
-        """The last allocation step in (``previous``, ``step``], or None; so steps nobody saw never miss one."""
+        """The last allocation step in (``previous``, ``step``], or None; so steps nobody saw never miss one.
+
+        Allocations fall on every Δ_T between t_i and T − t_f, and on T − t_f itself.
+        """
         if previous < self.final_step <= step:
             return self.final_step
         last = min(step, self.final_step)

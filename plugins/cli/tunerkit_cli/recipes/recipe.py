@@ -45,14 +45,8 @@ def _alone(paths: str | list[str] | None) -> str | list[str] | None:
     return paths[0] if isinstance(paths, list) and len(paths) == 1 else paths
 
 
-PATHS: Final = (
-    "data",
-    "eval_data",
-    "out",
-    "model",
-    "from_adapter",
-    "chat_template",
-)  # the keys that name files and folders
+# The keys that name files and folders.
+PATHS: Final = ("data", "eval_data", "out", "model", "from_adapter", "chat_template")
 
 
 @attrs.frozen
