@@ -28,6 +28,7 @@ from tunerkit.extras import hints
 Config = TypeVar("Config", bound="AdapterConfig")
 Fields = Mapping[str, "attrs.Attribute[Any]"]
 _NAMED: Final = 10  # unknown keys that an error lists
+_USUAL: Final = 1024  # a config without a number above this asks for a usual amount of memory
 _COMPARE: Final = {
     "ge": (">=", operator.ge),
     "gt": (">", operator.gt),
@@ -310,6 +311,13 @@ def _located(error: Exception, path: str) -> Iterator[str]:
             yield f"{text} @ {path}{inner}" if sign else f"{inner} @ {path}"
     else:
         yield f"{error} @ {path}"
+
+
+def large_in(config: Mapping[str, object], sizes: Iterable[int] = ()) -> list[str]:
+    """Return the paths of the numbers in a config that ask for an unusual size, larger than all ``sizes``."""
+    usual = max([_USUAL, *sizes])
+    inside = (found for name, value in config.items() if value for found in numbers_in(value, f"$.{name}"))
+    return [path for path, number in inside if number > usual]
 
 
 def numbers_in(value: object, path: str) -> list[tuple[str, float]]:

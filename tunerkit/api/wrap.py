@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tunerkit import hooks, injection, layers, serialization, steps, targets
-from tunerkit.config import AdapterConfig, unstructure
+from tunerkit.config import AdapterConfig, large_in, unstructure
 from tunerkit.errors import ConfigError, warn
 from tunerkit.injection import Progress, Tuner
 from tunerkit.records import conform
@@ -71,7 +71,8 @@ def _wrap(root: nn.Module, method: str, given: object, adapter: str, seed: int |
     tuner = _choose(scanned, method, found, adapter)
     tuner.progress.seed = seed
     injection.refuse_idle_patterns(tuner)
-    around = serialization.limit_for(unstructure(found), tuner.targets)
+    large = large_in(unstructure(found))
+    around = serialization.limit_for(large, tuner.targets) if large else nullcontext
     with torch.random.fork_rng(devices=[], enabled=seed is not None):  # adapters are built on the CPU
         if seed is not None:
             torch.default_generator.manual_seed(seed)
@@ -79,11 +80,13 @@ def _wrap(root: nn.Module, method: str, given: object, adapter: str, seed: int |
     injection.warn_of_limits(scanned, tuner)
     targets.warn_of_unknown_packed(scanned)
     _warn_of_unserved(root, found)
-    serialization.note_base(tuner, scanned)
+    if layers.weights.may_be_sharded_later():
+        serialization.note_base(tuner, scanned)
     with injection.Undo() as undo:
         undo.callback(steps.unwatch_, root)
         injection.inject_(tuner, slots, scanned, undo, trainable=True)
-        steps.watch_(tuner)
+        if hooks.watches_steps(method):
+            steps.watch_(tuner)
 
 
 def _warn_of_unserved(root: nn.Module, config: AdapterConfig) -> None:

@@ -18,7 +18,7 @@ from tunerkit.hooks.calls import (
     structure,
     watches_steps,
 )
-from tunerkit.hooks.engines import Engine, Pieces, Removable, in_group, same, whole_pieces
+from tunerkit.hooks.engines import Engine, Pieces, Removable, same, whole_pieces
 from tunerkit.hooks.gather import (
     adapted,
     because_of,

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tunerkit.config import AdapterConfig
-from tunerkit.layers import Adapter
+from tunerkit.layers import Adapter, weights
 from tunerkit.records import Target
 
 _FIXED = "torch.distributed is initialized, and DDP and FSDP do not allow shapes to change"
@@ -94,7 +93,7 @@ class Engine:
 
     @property
     def fixed_shapes(self) -> str | None:
-        return _FIXED if in_group() else None
+        return _FIXED if weights.in_group() else None
 
     @property
     def splits(self) -> bool:
@@ -203,11 +202,6 @@ class TunerView(Protocol):
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None: ...
 
     def ranks(self) -> dict[str, int]: ...
-
-
-def in_group() -> bool:
-    """Whether this process belongs to a process group, even one with a single process."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def same(parameter: Tensor) -> Tensor:

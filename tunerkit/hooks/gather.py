@@ -19,10 +19,10 @@ from tunerkit.config import AdapterConfig
 from tunerkit.errors import ConfigError, PluginError, TunerkitError, error_text, shown, warn
 from tunerkit.hooks import specs
 from tunerkit.hooks.calls import declared, is_json, structure
-from tunerkit.hooks.engines import TunerView, in_group
+from tunerkit.hooks.engines import TunerView
 from tunerkit.hooks.loading import Asking, Catalog, Isolated, Plugin
 from tunerkit.hooks.registry import registry
-from tunerkit.layers import CORE, BaseLayer, Knowledge, is_named, torch_private
+from tunerkit.layers import CORE, BaseLayer, Knowledge, is_named, torch_private, weights
 from tunerkit.records import Format, Holding, ModelLibrary, RankChange, Restriction, Unfit, conform, type_name
 
 P = ParamSpec("P")
@@ -166,7 +166,7 @@ def wrapped(model: nn.Module) -> None:
 def adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """Call `tunerkit_adapted` of every plugin; warn if DDP would not synchronize the adapters."""
     tell(specs.tunerkit_adapted, model=model, modules=modules)
-    if in_group() and any(parameter.requires_grad for module in modules for parameter in module.parameters()):
+    if weights.in_group() and any(parameter.requires_grad for module in modules for parameter in module.parameters()):
         lacking = registry.lacking("detects adapters that DistributedDataParallel does not synchronize")
         if lacking is not None:
             warn(f"this process is in a group. {lacking}. Wrap the model first, then put it into DDP")

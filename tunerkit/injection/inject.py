@@ -15,7 +15,7 @@ from tunerkit.injection.preconditions import refuse_mixed_dtypes, refuse_overlap
 from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, is_called, slots_of, walk
 from tunerkit.injection.state_dicts import mark_merged, refuse_state
 from tunerkit.injection.tuner import WRAPPED, Tuner, Wrapped, modules_in, slots_in, wrapped_of
-from tunerkit.injection.weight_override import update_overrides_
+from tunerkit.injection.weight_override import drop_overrides_, override_in_
 from tunerkit.layers import Adapter, BaseLayer, as_output, bias_name, torch_private, weight_of, weights
 from tunerkit.paths import CHILD, join
 from tunerkit.records import Target
@@ -222,7 +222,10 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, undo: Undo, 
     if not wrapped_of(model).tuners:
         _prepare_(model)
     readers = [_put_(path, module, tuner, built[path], scanned) for path, module in modules_in(tuner).items()]
-    update_overrides_(model, readers)
+    inside = (found.module for found in (scanned.root, *scanned.modules))
+    encoders = (module for module in inside if isinstance(module, nn.TransformerEncoder))
+    if owners := [*filter(None, readers), *encoders]:
+        override_in_(owners)
     for copied in tuner.copies:
         # The original still runs beside its copy: its batch norms must not update their running statistics.
         for _, norm in base_modules(copied.module):
@@ -301,7 +304,7 @@ def eject_(tuners: Sequence[Tuner]) -> None:
             _resume_statistics_(module)
         wrapped.tuners.pop(tuner.name, None)
         wrapped.active = tuple(name for name in wrapped.active if name != tuner.name)
-    update_overrides_(model)
+    drop_overrides_(model)
     if not wrapped.tuners:
         for name, parameter in model.named_parameters():
             if name in frozen:

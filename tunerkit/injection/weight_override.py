@@ -29,19 +29,17 @@ class _Calls:
     replaced: list[list[tuple[nn.Module, str, object]]] = attrs.field(factory=list)
 
 
-def update_overrides_(model: nn.Module, readers: Iterable[nn.Module | None] = ()) -> None:
-    """Register the override hooks, and remove those of owners without anything left to override.
+def override_in_(owners: Iterable[nn.Module]) -> None:
+    """Register the override hooks of owners with adapted modules: direct users of weights, transformer encoders."""
+    for owner in filter(_may_override, owners):
+        if not torch_private.has_hook(owner, override):
+            owner.register_forward_pre_hook(override)
+            owner.register_forward_hook(restore, always_call=True, prepend=True)
 
-    Owners are the ``readers``, which use weights of adapted modules directly, and transformer encoders with adapted
-    modules inside.
-    """
-    modules = [module for _, module in base_modules(model)]
-    encoders = (module for module in modules if isinstance(module, nn.TransformerEncoder))
-    for module in (*readers, *filter(_may_override, encoders)):
-        if module is not None and not torch_private.has_hook(module, override):
-            module.register_forward_pre_hook(override)
-            module.register_forward_hook(restore, always_call=True, prepend=True)
-    for owner in _owners(modules):
+
+def drop_overrides_(model: nn.Module) -> None:
+    """Remove the override hooks of owners without anything left to override."""
+    for owner in _owners(module for _, module in base_modules(model)):
         if not _may_override(owner):
             while _CALLS in vars(owner):
                 _undo_(owner)

@@ -5,6 +5,7 @@ compiled.
 """
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import FunctionType, MethodType
@@ -145,6 +146,16 @@ def reshard_(model: nn.Module) -> None:
     """Shard the weights again that a forward of ``model`` has left gathered."""
     for each in plugins.holdings():
         each.reshard_(model)
+
+
+def in_group() -> bool:
+    """Whether this process belongs to a process group, even one with a single process."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def may_be_sharded_later() -> bool:
+    """Whether there is a process group, or a launcher, which sets a variable before the group exists."""
+    return in_group() or "WORLD_SIZE" in os.environ
 
 
 @contextmanager

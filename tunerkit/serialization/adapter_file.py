@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit import hooks, injection, layers, patterns, steps, targets
-from tunerkit.config import unstructure
+from tunerkit.config import large_in, unstructure
 from tunerkit.errors import AdapterError, BaseMismatchError, TargetError, warn
 from tunerkit.injection import Progress, Tuner, slots_in
 from tunerkit.paths import few, join
@@ -315,18 +316,21 @@ def _load(
         assert file is not None
         (source, tensors, header), ready = file, None
         tuner = _tuner_from(header, scanned, adapter, source)
-    note_base(tuner, scanned)
+    if layers.weights.may_be_sharded_later():
+        note_base(tuner, scanned)
     if header is not None:
         refuse_other_base(tuner, header, source, scanned, check_config=check_config)
     refuse_nonfinite(tensors, base_values(tuner), source)
     # The file overwrites the initial values; keep the caller's random state.
     with torch.random.fork_rng(devices=[]):
-        around = limit_for(unstructure(tuner.config), tuner.targets, tensors, source)
+        large = large_in(unstructure(tuner.config), [size for tensor in tensors.values() for size in tensor.shape])
+        around = limit_for(large, tuner.targets, tensors, source) if large else nullcontext
         slots = fill(injection.build_each(scanned, tuner, around=around, ready=ready), tensors, root, source)
     with injection.Undo() as undo:
         undo.callback(steps.unwatch_, root)
         injection.inject_(tuner, slots, scanned, undo, trainable=trainable)
-        steps.watch_(tuner)
+        if hooks.watches_steps(tuner.method):
+            steps.watch_(tuner)
     warn_of_lone(tuner)
     return base
 

@@ -6,7 +6,6 @@ random in each process.
 """
 
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,9 +67,8 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
 
 
 def note_base(tuner: Tuner, scanned: Scan) -> None:
-    """Store the base's fingerprint if there is a process group, even of one process: the base may be sharded later."""
-    if hooks.in_group() or "WORLD_SIZE" in os.environ:  # a launcher sets the variable before the group exists
-        tuner.progress.noted = fingerprint(tuner, scanned)
+    """Store the fingerprint of a base that may be sharded later."""
+    tuner.progress.noted = fingerprint(tuner, scanned)
 
 
 def packed_layers(tuner: Tuner) -> dict[str, BaseLayer]:

@@ -3,7 +3,6 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tunerkit import hooks
-from tunerkit.config import numbers_in
 from tunerkit.errors import BaseMismatchError, ConfigError, FileError, TunerkitError, cut, first
 from tunerkit.injection import Slot
 from tunerkit.layers import weights
@@ -31,8 +29,6 @@ _PRECISIONS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.flo
 _FACTOR, _ALWAYS = 4, 2**20
 # Larger allowance for a new adapter, whose temporary tensors may exceed its layers, such as the ΔW of each triplet.
 _NEW = 2**26
-# A config without a number above this needs no allocation limit.
-_USUAL = 1024
 # Functions that take a size, which is checked before the call. Other functions are checked by their results.
 _FACTORIES = frozenset(
     {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.normal}
@@ -158,18 +154,13 @@ def _load_slot(path: str, slot: Slot, tensors: Mapping[str, Tensor]) -> list[str
 
 
 def limit_for(
-    config: Mapping[str, object], targets: Sequence[Target], tensors: Mapping[str, Tensor] = _NOTHING, source: str = ""
-) -> Callable[[Target], AbstractContextManager[object]]:
-    """Return a function from target to the context in which to build its adapter: an `AllocationLimit` or none.
+    large: Sequence[str], targets: Sequence[Target], tensors: Mapping[str, Tensor] = _NOTHING, source: str = ""
+) -> Callable[[Target], "AllocationLimit"]:
+    """Return a function from target to the limit under which to build its adapter; ``large`` are paths of settings.
 
-    The limit slows each call of torch, and a config without numbers above the file's dimensions needs none. A new
-    adapter has an empty ``source``.
+    The limit slows each call of torch, and a config without large numbers needs none. A new adapter has an empty
+    ``source``.
     """
-    usual = max([_USUAL, *(size for tensor in tensors.values() for size in tensor.shape)])
-    settings = [(name, value) for name, value in config.items() if value and not isinstance(value, str)]
-    numbers = (found for name, value in settings for found in numbers_in(value, f"$.{name}"))
-    if not (large := [path for path, number in numbers if number > usual]):
-        return nullcontext
     held: Counter[str] = Counter()
     for name, tensor in tensors.items():
         path, of_shared, _ = name.partition(f".{CHILD}.")

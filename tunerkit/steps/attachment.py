@@ -22,7 +22,7 @@ from tunerkit import hooks, injection
 from tunerkit.errors import StepError, shown, warn
 from tunerkit.hooks import Engine, Removable
 from tunerkit.injection import Tuner, slots_in
-from tunerkit.layers import torch_private
+from tunerkit.layers import torch_private, weights
 from tunerkit.paths import few
 
 _BUILD_IT = "build it from (p for p in model.parameters() if p.requires_grad) after tunerkit.wrap"
@@ -195,7 +195,7 @@ def engine_for(
     if found is not None:
         return found
     # A process group of one process counts too, since DDP may wrap the model. A launcher sets WORLD_SIZE.
-    is_one_of_several = hooks.in_group() or os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+    is_one_of_several = weights.in_group() or os.environ.get("WORLD_SIZE", "1") not in ("", "1")
     if data_parallel or (data_parallel is None and is_one_of_several):
         lacking = hooks.registry.lacking("synchronizes them")
         group = "this process belongs to a process group, or was started as one of several"
@@ -236,15 +236,14 @@ class LastGradient:
 
 
 def watch_(tuner: Tuner) -> LastGradient:
-    """Register the hooks that detect undriven steps, if the adapter's method acts on steps."""
+    """Register the hooks that detect undriven steps of a method that acts on steps."""
     last: LastGradient = tuner.progress.last or LastGradient()
     last.version = None
-    if hooks.watches_steps(tuner.method):
-        tuner.progress.last, model = last, tuner.model
-        if not torch_private.has_hook(model, look):
-            model.register_forward_pre_hook(look)
-            model.register_load_state_dict_pre_hook(forget)
-        _follow_(tuner, last)
+    tuner.progress.last, model = last, tuner.model
+    if not torch_private.has_hook(model, look):
+        model.register_forward_pre_hook(look)
+        model.register_load_state_dict_pre_hook(forget)
+    _follow_(tuner, last)
     return last
 
 

@@ -167,7 +167,8 @@ def _register_(tuner: Tuner, optimizer: Optimizer, clock: Callable[[], int] | No
     callers, wrapped, engine = hooks.callers_of(tuner), injection.wrapped_of(tuner.model), tuner.engine
     meets = type(engine).before_step_ is not Engine.before_step_
     gathers = engine.splits or not engine.withholds
-    found = Drive(tuner, wrapped, places, callers, engine, meets, gathers, clock, watch_(tuner))
+    last = watch_(tuner) if hooks.watches_steps(tuner.method) else LastGradient()
+    found = Drive(tuner, wrapped, places, callers, engine, meets, gathers, clock, last)
     # Excluded from a compiled optimizer step: plugins run arbitrary Python code, and may change shapes.
     hold(tuner, optimizer.register_step_pre_hook(torch.compiler.disable(functools.partial(_before, found))))
     hold(tuner, optimizer.register_step_post_hook(torch.compiler.disable(functools.partial(_after, found))))
