@@ -6,13 +6,15 @@ from typing import Any, Literal, Self
 
 import attrs
 
-from tunerkit.plugin import AdapterConfig, setting
+from tunerkit.plugin import AdapterConfig, StatisticsRequest, setting
 
 # Where P = 0 and Λ = 1, so that Λ need not move.
 _STARTS_AT_P_0 = ("lora", "eva", "gradients")
 _DEFAULT_TARGET_RANK = 8
 _EXCESS = 1.5  # initial rank over target rank
 _LEAST_SVD_RANK = 8  # initial rank in SVD form
+# Measured directions per triplet, and the minimum: the last directions of an approximation are inaccurate.
+_DIRECTIONS, _LEAST_DIRECTIONS = 4, 64
 # SVD form is the default where the initial rank is more than this many times the target rank. It was measured to help
 # at 8 to 1, and to hurt at 8 to 4 and 12 to 8 (docs/evidence/quality-tried.md). The ratio in between is a choice.
 _SVD_ABOVE = 2.0
@@ -194,6 +196,13 @@ class AdaLoraConfig(AdapterConfig):
     def in_svd_form(self) -> bool:
         """``exact_svd``, or its default."""
         return self.resolved().exact_svd
+
+    def request(self) -> StatisticsRequest | None:
+        """Return the statistics that the start needs, or None."""
+        if self.start not in ("eva", "gradients"):
+            return None
+        most = max(_DIRECTIONS * self.initial_rank, _LEAST_DIRECTIONS)
+        return StatisticsRequest(inputs=most) if self.start == "eva" else StatisticsRequest(gradients=most // 2)
 
     def settled(self) -> Self:
         """Write out the resolved settings: files store them, so that later defaults change nothing.

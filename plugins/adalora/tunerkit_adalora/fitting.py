@@ -5,27 +5,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tunerkit.plugin import Statistics, StatisticsRequest, StepError, Tuner
+from tunerkit.plugin import Statistics, StepError, Tuner
 from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.svd_layer import SvdLayer
 
-# Measured directions per triplet, and the minimum: the last directions of an approximation are inaccurate.
-_EXCESS, _LEAST = 4, 64
-
-
-def request(config: AdaLoraConfig) -> StatisticsRequest | None:
-    """Return the statistics that a config's start needs, or None."""
-    if config.start not in ("eva", "gradients"):
-        return None
-    measured = max(_EXCESS * config.initial_rank, _LEAST)
-    return StatisticsRequest(inputs=measured) if config.start == "eva" else StatisticsRequest(gradients=measured // 2)
-
 
 def refuse_unfitted(tuner: Tuner) -> None:
-    """Raise `StepError` before training if the adapter's start needs data and `tunerkit.calibrate` was not called."""
+    """Raise `StepError` before training if `tunerkit.calibrate` was not called, for a start that needs data."""
     config, progress = tuner.config, tuner.progress
     assert isinstance(config, AdaLoraConfig)
-    if request(config) is not None and progress.calibration is None and not progress.loaded:
+    if progress.calibration is None and not progress.loaded:
         raise StepError(
             f"start {config.start!r} is computed from data, but adapter {tuner.name!r} was not calibrated: call "
             "tunerkit.calibrate(model, batches) between wrap and attach"

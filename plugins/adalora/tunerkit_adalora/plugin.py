@@ -28,7 +28,7 @@ from tunerkit_adalora.svd_layer import SvdLayer
 def tunerkit_methods() -> Iterable[Method]:
     """Register the method. It needs steps, since without them it would be LoRA with more parameters."""
     return [
-        Method(name="adalora", config=AdaLoraConfig, needs_steps=True, pieces=True, statistics=fitting.request),
+        Method(name="adalora", config=AdaLoraConfig, needs_steps=True, pieces=True, statistics=AdaLoraConfig.request),
     ]
 
 
@@ -56,7 +56,8 @@ def tunerkit_calibrate(tuner: Tuner, statistics: Mapping[str, Statistics]) -> No
 @hookimpl
 def tunerkit_start(tuner: Tuner, total_steps: int, optimizer: Optimizer | None) -> training.Training:
     """Check the start, the optimizer and the schedule; prepare the averages."""
-    fitting.refuse_unfitted(tuner)
+    if training.config_of(tuner).request() is not None:
+        fitting.refuse_unfitted(tuner)
     if not tuner.engine.is_shared:
         refuse_split(tuner, optimizer)
     return training.start(tuner, total_steps)

@@ -1,12 +1,16 @@
 """The settings of LoRA."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Literal, Self
 
 import attrs
 
-from tunerkit.plugin import AdapterConfig, exact_patterns, lookup, setting
+from tunerkit.plugin import AdapterConfig, StatisticsRequest, exact_patterns, lookup, setting
+
+# Measured directions per used one, and the minimum: the last directions of an approximation are inaccurate.
+_EXCESS, _LEAST = 4, 64
 
 
 @attrs.frozen
@@ -68,6 +72,15 @@ class LoraConfig(AdapterConfig):
     def most(self) -> float:
         """The largest factor by which `tunerkit.calibrate` may raise a target's rank: ``rho``, or its default."""
         return self.rho or (2.0 if self.start == "eva" else 1.0)
+
+    def request(self) -> StatisticsRequest | None:
+        """Return the statistics that the start needs, or None."""
+        if self.start not in ("eva", "gradients"):
+            return None
+        most = math.ceil(self.most * max(self.rank, *self.rank_pattern.values(), 1))
+        if self.start == "eva":
+            return StatisticsRequest(inputs=max(_EXCESS * most, _LEAST))
+        return StatisticsRequest(gradients=max(2 * most, _LEAST // 2))
 
     @classmethod
     def of_ranks(cls, ranks: Mapping[str, int]) -> Self:

@@ -6,28 +6,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tunerkit.plugin import BaseLayer, Factors, Statistics, StatisticsRequest, StepError, Tuner, resize_
+from tunerkit.plugin import BaseLayer, Factors, Statistics, StepError, Tuner, resize_
 from tunerkit_lora.adapter import LoraAdapter
 from tunerkit_lora.config import LoraConfig
 from tunerkit_lora.subtracted import SubtractedLora
 
-# Measured directions per used one, and the minimum: the last directions of an approximation are inaccurate.
-_EXCESS, _LEAST = 4, 64
 _GAMMA = 64.0  # γ of LoRA-One's stable scale, as its authors ran it
 
 
-def request(config: LoraConfig) -> StatisticsRequest | None:
-    """Return the statistics that a config's start needs, or None."""
-    most = math.ceil(config.most * max(config.rank, *config.rank_pattern.values(), 1))
-    if config.start == "eva":
-        return StatisticsRequest(inputs=max(_EXCESS * most, _LEAST))
-    return StatisticsRequest(gradients=max(2 * most, _LEAST // 2)) if config.start == "gradients" else None
-
-
 def refuse_unfitted(tuner: Tuner) -> None:
-    """Raise `StepError` before training if the adapter's start needs data and `tunerkit.calibrate` was not called."""
+    """Raise `StepError` before training if `tunerkit.calibrate` was not called, for a start that needs data."""
     config, progress = _config(tuner), tuner.progress
-    if request(config) is not None and progress.calibration is None and not progress.loaded:
+    if progress.calibration is None and not progress.loaded:
         raise StepError(
             f"start {config.start!r} is computed from data, but adapter {tuner.name!r} was not calibrated: call "
             "tunerkit.calibrate(model, batches) between wrap and attach"

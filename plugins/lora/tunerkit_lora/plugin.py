@@ -14,7 +14,7 @@ from tunerkit_lora.subtracted import SubtractedLora
 @hookimpl
 def tunerkit_methods() -> Iterable[Method]:
     """Register the method."""
-    return [Method(name="lora", config=LoraConfig, statistics=fitting.request)]
+    return [Method(name="lora", config=LoraConfig, statistics=LoraConfig.request)]
 
 
 @hookimpl
@@ -36,8 +36,10 @@ def tunerkit_calibrate(
 @hookimpl
 def tunerkit_start(tuner: Tuner, optimizer: Optimizer | None) -> None:
     """Reject an adapter whose start needs data and was not calibrated; warn if the optimizer ignores ``lr_ratio``."""
-    fitting.refuse_unfitted(tuner)
-    if optimizer is not None:
+    assert isinstance(tuner.config, LoraConfig)
+    if tuner.config.request() is not None:
+        fitting.refuse_unfitted(tuner)
+    if optimizer is not None and tuner.config.lr_ratio != 1:
         rates.warn_of_others(tuner, optimizer)
 
 

@@ -13,8 +13,6 @@ def warn_of_others(tuner: Tuner, optimizer: Optimizer) -> None:
     """Warn of the first target where B's initial learning rate is not ``lr_ratio`` times A's."""
     assert isinstance(tuner.config, LoraConfig)
     ratio, found = tuner.config.lr_ratio, dict[int, float]()
-    if ratio == 1:
-        return
     for group in optimizer.param_groups:
         rate = group.get("initial_lr", group.get("lr"))  # a warmup starts at 0
         found |= {} if rate is None else {id(parameter): float(rate) for parameter in group["params"]}
