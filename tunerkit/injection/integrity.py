@@ -159,9 +159,9 @@ def warn_of_base_changes(tuners: Sequence[Tuner], *, again: bool = True) -> None
     resized: list[str] = []
     for shapes in (tuner.progress.shapes for tuner in tuners):
         for name, parameter, _ in base:
-            shape = whole_shape(parameter)
-            was = shapes.get(name, shape)
-            if was != shape and parameter.is_floating_point():  # packing, as on the way to a GPU, is not a resize
+            was = shapes.get(name, parameter.shape)
+            # A parameter may be partitioned and empty. Packing, as on the way to a GPU, is not a resize.
+            if was != parameter.shape and was != (shape := whole_shape(parameter)) and parameter.is_floating_point():
                 resized.append(f"{name} {list(was)} -> {list(shape)}")
     for names, text in ((thawed, _THAWED), (list(dict.fromkeys(resized)), _RESIZED)):
         if names and (again or not told.issuperset(names)):
