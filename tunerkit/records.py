@@ -495,6 +495,7 @@ class Holding:
 
     Attributes:
         name: The library's name, as the subject of messages: "accelerate" offloads, "FSDP2" shards.
+        package: The library's package: until something imports it, no function is called. Empty if that proves nothing.
         way_out: The alternative to an operation that such weights do not support, as a sentence fragment.
         one_dtype: Why trained parameters must share one dtype (a sentence fragment), or "".
         offloads: Whether a module's own weights are on the meta device, and loaded during its forward only.
@@ -519,6 +520,7 @@ class Holding:
     """
 
     name: str = "an engine"
+    package: str = ""
     way_out: str = "load the model without it"
     one_dtype: str = ""
     offloads: Callable[[nn.Module], bool] = lambda module: False
@@ -588,9 +590,10 @@ Resized = tuple[Sequence[int], Sequence[int]]  # the shape that a weight needs, 
 class ModelLibrary:
     """A library's knowledge of its models, as a plugin yields it from ``tunerkit_model_libraries``.
 
-    Each function is called for every model. For a model of another library it returns nothing, like the defaults.
+    For a model of another library, each function returns nothing, like the defaults.
 
     Attributes:
+        applies: Whether a model, or a module in it, may be the library's. Otherwise no other function is called.
         heads: Returns the output heads that a module declares; called for every module of a model.
         new: Finds modules that no checkpoint initialized, which adapters train in full. The other arguments are the
             paths of modules in numbered blocks, and the paths of output heads and the modules in them.
@@ -601,6 +604,7 @@ class ModelLibrary:
         resize_hint: Returns how to load the model in the shapes that an adapter needs, as the end of a sentence.
     """
 
+    applies: Callable[[nn.Module], bool] = lambda model: True
     heads: Callable[[nn.Module], Sequence[nn.Module]] = lambda module: ()
     new: Callable[[nn.Module, Collection[str], Collection[str]], NewModules | None] = lambda model, blocks, heads: None
     settings: Callable[[nn.Module], Mapping[str, Any]] = lambda model: {}

@@ -35,6 +35,16 @@ def test_a_head_that_a_module_names_is_no_target(toys: "Toys") -> None:
     assert list(tunerkit.tuner(model).adapters()) == ["body.layers.0"]
 
 
+def test_a_library_is_asked_only_about_models_to_which_it_applies(toys: "Toys", tmp_path: Path) -> None:
+    """Whether it applies to a model is all that it is asked about others."""
+    asked: list[nn.Module] = []
+    own = {name: lambda *given: asked.append(given[0]) for name in ("heads", "new", "settings", "tied_flags")}
+    net = toys.net()
+    with library(applies=lambda model: model is not net, **own):
+        tunerkit.save(tunerkit.wrap(net, "toy-low-rank", LAYER), tmp_path)
+    assert not asked
+
+
 def test_new_modules_are_trained_in_full_with_a_warning(toys: "Toys") -> None:
     """The library is given the paths in numbered blocks, and those of heads."""
     given: list[Any] = []

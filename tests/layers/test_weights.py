@@ -1,8 +1,10 @@
 """Weights that a library holds, as a plugin says it: emptied, offloaded; and that ordinary ones never ask a plugin."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import pytest
@@ -156,6 +158,15 @@ def test_a_wrong_answer_is_left_out(answer: Any, words: str) -> None:
 def claiming(**fields: Any) -> Any:
     """A plugin that says of every weight what ``fields`` do."""
     return answering("tunerkit_holdings", lambda: [Holding(**fields)])
+
+
+def test_a_library_that_is_not_imported_holds_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its functions are called once its package is imported, also after the plugins were loaded."""
+    layer = nn.Linear(2, 2).to("meta")
+    with registered(claiming(package="a_cellar", offloads=lambda module: True)):
+        assert weights.offloading(layer) is None
+        monkeypatch.setitem(sys.modules, "a_cellar", ModuleType("a_cellar"))
+        assert weights.offloading(layer) is not None
 
 
 def test_what_a_forward_left_whole_is_sharded_before_weights_change() -> None:

@@ -5,6 +5,7 @@ Invalid records are left out, with a warning, so that one plugin does not stop t
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -33,9 +34,11 @@ E = TypeVar("E", bound=Exception)
 def first(hook: Callable[P, R], /, *args: P.args, **given: P.kwargs) -> R | None:
     """Return the first plugin's answer that is not None or False; None if there is none. `PluginError` if invalid."""
     for plugin, answer in registry.ask(hook, *args, **given):
+        if answer is None:
+            continue
         with Asking(hook.__name__, plugin):
             found: R = conform(answer, declared(hook))
-        if found is not None and found is not False:
+        if found is not False:
             return found
     return None
 
@@ -75,7 +78,7 @@ def gather_knowledge() -> Knowledge:
         kinds=(*CORE.kinds, *(kind for _, kind in kinds)),
         weight_readers=(*CORE.weight_readers, *_records(specs.tunerkit_weight_readers)),
         default_targets=(*CORE.default_targets, *_records(specs.tunerkit_default_targets)),
-        libraries=gather_libraries(),
+        libraries=_records(specs.tunerkit_model_libraries),
         unserved=registry.unserved,
         leave_out=leave_out,
     )
@@ -267,6 +270,12 @@ def _asked(catalog: Catalog, hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plu
     return tuple(found)
 
 
-# The holdings and the model libraries of all plugins.
-gather_holdings = per_catalog(partial(_records, specs.tunerkit_holdings))
-gather_libraries = per_catalog(partial(_records, specs.tunerkit_model_libraries))
+def gather_holdings() -> list[Holding]:
+    """Return the holdings of all plugins whose library is imported."""
+    known = _records(specs.tunerkit_holdings)
+    return [each for each in known if not each.package or each.package in sys.modules]
+
+
+def libraries_of(model: nn.Module) -> list[ModelLibrary]:
+    """Return the records of all plugins that apply to a model."""
+    return [each for each in _records(specs.tunerkit_model_libraries) if each.applies(model)]

@@ -264,7 +264,7 @@ def described(tuner: Tuner) -> dict[str, Any]:
 
 def _settings_of(model: nn.Module) -> dict[str, Any]:
     """Return the model's settings that change its output but not its weights, by name, as plugins read them."""
-    found = (library.settings(model) for library in hooks.gather_libraries())
+    found = (library.settings(model) for library in hooks.libraries_of(model))
     return {name: value for settings in found for name, value in settings.items()}
 
 

@@ -213,4 +213,4 @@ class AllocationLimit(TorchFunctionMode):
 
 def resize_hint(model: nn.Module, resized: Sequence[Resized]) -> str:
     """Return how to resize the model to an adapter's shapes, as the end of a sentence; "" if no plugin knows."""
-    return next(filter(None, (library.resize_hint(model, resized) for library in hooks.gather_libraries())), "")
+    return next(filter(None, (library.resize_hint(model, resized) for library in hooks.libraries_of(model))), "")

@@ -123,7 +123,7 @@ def _tied_flags(
             f"tied weights of this {type(model).__name__} get different values, but its config still marks them as "
             f"tied: {unserved}"
         )
-    libraries = hooks.gather_libraries()
+    libraries = hooks.libraries_of(model)
     for path, module in injection.base_modules(model):
         if any(_holds(path, tie) for tie in parted) and not any(_holds(path, tie) for tie in left):
             for name in (flag for library in libraries for flag in library.tied_flags(module)):

@@ -144,7 +144,7 @@ def _way_out(scanned: Scan, name: str, names: Sequence[str], *, setting: str) ->
     dotted = all(part.isidentifier() for part in owner.split("."))
     place = f"model.{owner}" if dotted else f'model.get_submodule("{owner}")'
     code = f"{place}.{leaf} = torch.nn.Parameter({place}.{leaf}.detach().clone())"
-    flags = (flag for library in scanned.knowledge.libraries for flag in library.tied_flags(scanned.root.module))
+    flags = (flag for library in scanned.libraries for flag in library.tied_flags(scanned.root.module))
     code += "".join(f"; model.{flag} = False" for flag in flags)
     untying = f"{each_own}Or untie" if nameable and all(owners) else "Untie"
     return f"{untying} the model before you wrap it or load onto it: {code}"

@@ -11,7 +11,7 @@ from torch import nn
 from tunerkit.errors import TargetError, closest, first, shown
 from tunerkit.layers import BaseLayer, Knowledge, as_base_layers, forward_name, torch_private, weights
 from tunerkit.paths import CHILD, is_number, join
-from tunerkit.records import Target
+from tunerkit.records import ModelLibrary, Target
 
 SEARCHED: Final = 8  # mistyped names for which the closest ones are searched
 _DEEPEST: Final = 500  # parts of a path, to detect a model that contains itself
@@ -54,6 +54,7 @@ class Scan:
     by_path: Mapping[str, ScannedModule]  # under each of their paths; the root's path is ""
     sharers: Mapping[int, tuple[str, ...]]  # the full names of each tied parameter, by its id
     knowledge: Knowledge
+    libraries: Sequence[ModelLibrary]  # those that apply to the model
     unloaded: bool = False  # whether the model will not run, so that weights may be on the meta device
 
 
@@ -72,7 +73,8 @@ class _Registration(NamedTuple):
 def scan(model: nn.Module, knowledge: Knowledge, *, unloaded: bool = False) -> Scan:
     """Scan ``model``; see `Scan` for ``unloaded``."""
     places: dict[int, list[_Registration]] = defaultdict(list)
-    for registration in _registrations(model, knowledge):
+    libraries = [each for each in knowledge.libraries if each.applies(model)]
+    for registration in _registrations(model, knowledge, libraries):
         places[id(registration.module)].append(registration)
     bases = as_base_layers([found[0].module for found in places.values()], knowledge)
     root, *modules = [_scanned(found, bases.get(found[0].module)) for found in places.values()]
@@ -82,15 +84,18 @@ def scan(model: nn.Module, knowledge: Knowledge, *, unloaded: bool = False) -> S
         by_path={path: scanned for scanned in (root, *modules) for path in scanned.paths},
         sharers=tied([(scanned.path, scanned.module) for scanned in (root, *modules)]),
         knowledge=knowledge,
+        libraries=libraries,
         unloaded=unloaded,
     )
 
 
-def _registrations(model: nn.Module, knowledge: Knowledge) -> Iterator[_Registration]:
+def _registrations(
+    model: nn.Module, knowledge: Knowledge, libraries: Iterable[ModelLibrary]
+) -> Iterator[_Registration]:
     """Yield every module at each of its paths, in the model's order, without the modules of adapters."""
     readers = {reader.owner: reader.children for reader in reversed(knowledge.weight_readers)}
     # Collected first, since a module may declare a head in another part of the model.
-    asked = [library.heads for library in knowledge.libraries]
+    asked = [library.heads for library in libraries]
     heads = {id(head) for module in model.modules() for named in asked for head in named(module)}
     waiting = [_Registration("", model)]
     while waiting:

@@ -131,7 +131,7 @@ def find_new(scanned: Scan) -> NewModules:
     """Return the newly initialized modules, as reported by the first library that knows the model."""
     heads = {each.path for each in scanned.modules if each.in_head}
     blocks = {each.path for each in scanned.modules if each.in_block}
-    answers = (library.new(scanned.root.module, blocks, heads) for library in scanned.knowledge.libraries)
+    answers = (library.new(scanned.root.module, blocks, heads) for library in scanned.libraries)
     found = next((answer for answer in answers if answer is not None), NewModules(loader=""))
     paths = {*found.whole, *found.partly, *found.heads, *found.replaced}
     if missing := sorted(paths - scanned.by_path.keys()):

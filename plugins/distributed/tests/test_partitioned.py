@@ -1,7 +1,9 @@
 """Weights that ZeRO-3 has emptied, without DeepSpeed: what each verb answers."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,6 +31,12 @@ def partitioned_(model: nn.Module) -> nn.Module:
         vars(parameter).update(kept)
         parameter.data = torch.empty(0)
     return model
+
+
+@pytest.fixture(autouse=True)
+def _imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are looked at only once DeepSpeed is imported, which this stands in for."""
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
 
 
 def refused(call: Callable[[], object], error: type[Exception], *words: str) -> None:

@@ -43,11 +43,6 @@ def is_launched() -> bool:
     return in_group() or os.environ.get("WORLD_SIZE", "1") not in ("", "1")
 
 
-def is_alone() -> bool:
-    """Whether there is no process group and no launcher. A group of one process may have a DDP around the model."""
-    return not is_formed() and not is_launched()
-
-
 def rank() -> int:
     """The rank of this process."""
     return distributed.get_rank() if in_group() else 0

@@ -26,6 +26,7 @@ def _kept_whole(module: nn.Module) -> str | None:
 HOLDINGS = (
     Holding(
         name="accelerate",
+        package="accelerate",
         way_out="call accelerate.hooks.remove_hook_from_submodules(model)",
         offloads=offloading.is_offloaded,
         load=offloading.load,
@@ -36,6 +37,7 @@ HOLDINGS = (
     ),
     Holding(
         name="DeepSpeed's zero.Init",
+        package="deepspeed",
         way_out="use ZeRO-2",
         one_dtype="DeepSpeed trains one dtype beside a base in zero.Init",
         shards=zero_init.is_zero_shard,

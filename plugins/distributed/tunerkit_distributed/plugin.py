@@ -1,14 +1,19 @@
 """The hooks: which engine trains adapters, how libraries hold weights, and which operations they rule out."""
 
+import os
 from collections.abc import Iterable, Sequence
 
-from torch import nn
+from torch import distributed, nn
 
 from tunerkit.plugin import Engine, Holding, Restriction, Tuner, hookimpl
-from tunerkit_distributed import group
 from tunerkit_distributed.choice import engine_for
 from tunerkit_distributed.holdings import HOLDINGS, RESTRICTIONS
 from tunerkit_distributed.unsynchronised import check_at_next_forward_, remove_check_
+
+
+def _in_group() -> bool:
+    """Whether there is a process group, also one of a single process, which may have a DDP around the model."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 @hookimpl(trylast=True)  # it answers for every training: engines of others come first
@@ -16,7 +21,8 @@ def tunerkit_engine(
     tuners: Sequence[Tuner], model: nn.Module, candidate: object, data_parallel: bool | None
 ) -> tuple[Engine, object] | None:
     """Choose an engine, unless this process is alone."""
-    if group.is_alone() and not data_parallel:
+    launched = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+    if not (data_parallel or launched or _in_group()):
         return None
     return engine_for(tuners, model, candidate, data_parallel)
 
@@ -36,7 +42,8 @@ def tunerkit_restrictions() -> Iterable[Restriction]:
 @hookimpl
 def tunerkit_adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """Check, at the next forward inside DDP, that it synchronizes the adapters."""
-    check_at_next_forward_(model, modules)
+    if _in_group():
+        check_at_next_forward_(model, modules)
 
 
 @hookimpl

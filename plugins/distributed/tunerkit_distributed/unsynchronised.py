@@ -7,7 +7,6 @@ import re
 from collections.abc import Collection
 from typing import Any, Final
 
-import torch
 from torch import nn
 
 from tunerkit.errors import AdapterError
@@ -18,11 +17,9 @@ _ADAPTER: Final = re.compile(r"(?:^|\.)tunerkit\.([^.]+)\.")  # the adapter's na
 
 def check_at_next_forward_(model: nn.Module, adapted: Collection[nn.Module]) -> None:
     """Check the adapters when DDP next runs ``model`` or one of its adapted modules, in place of earlier checks."""
-    # Without a process group there is no DDP.
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        remove_check_(model)
-        for module in (model, *adapted) if adapted else ():
-            module.register_forward_pre_hook(refuse_unsynchronised)
+    remove_check_(model)
+    for module in (model, *adapted) if adapted else ():
+        module.register_forward_pre_hook(refuse_unsynchronised)
 
 
 def refuse_unsynchronised(module: nn.Module, args: Any) -> None:

@@ -1,12 +1,8 @@
-"""The record of models of transformers, and of timm's heads: heads, new modules, settings, ties and sizes."""
+"""What the configs of transformers' models say of ties and sizes."""
 
 from collections.abc import Iterator, Sequence
 
 from torch import nn
-
-from tunerkit.plugin import ModelLibrary
-from tunerkit_transformers.forward_config import forward_config
-from tunerkit_transformers.new_modules import find_new, named_heads
 
 _TIED = "tie_word_embeddings"
 
@@ -41,12 +37,3 @@ def labels_hint(model: nn.Module, resized: Sequence[tuple[Sequence[int], Sequenc
                         f"num_labels={needed[0]} to from_pretrained"
                     )
     return ""
-
-
-LIBRARY = ModelLibrary(
-    heads=named_heads,
-    new=find_new,
-    settings=forward_config,
-    tied_flags=tied_flags,
-    resize_hint=labels_hint,
-)

@@ -1,6 +1,7 @@
 """The hooks: trainers, runs, and facts about the models of transformers and of related libraries."""
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,24 @@ from tunerkit.plugin.trainers import format_at, is_foreign, is_named
 from tunerkit_transformers.adapter_calls import unwatch_calls_, watch_calls_
 from tunerkit_transformers.base_layers import Conv1DLayer, FalconLinearLayer, ScaledEmbeddingLayer
 from tunerkit_transformers.default_targets import DEFAULT_TARGETS
-from tunerkit_transformers.model_library import LIBRARY
+from tunerkit_transformers.forward_config import forward_config
+from tunerkit_transformers.model_library import labels_hint, tied_flags
+from tunerkit_transformers.new_modules import find_new, named_heads
 from tunerkit_transformers.reference import end_generation_, reference
 from tunerkit_transformers.save_pretrained import unwatch_saving_, watch_saving_
+from tunerkit_transformers.transformers_private import LOADED
 from tunerkit_transformers.weight_readers import WEIGHT_READERS
 
 _TRAINER = "transformers.trainer.Trainer"
+# Attributes of which a model of transformers, timm or a library like them has one, or one of its modules.
+_MARKS = ("config", "save_pretrained", "get_output_embeddings", "get_classifier", "pretrained_cfg")
+
+
+def may_be_known(model: nn.Module) -> bool:
+    """Whether a model may be of transformers or a library like it, or have parameters that ``from_pretrained`` read."""
+    marked = (module for module in model.modules() for name in _MARKS if hasattr(module, name))
+    loaded = (parameter for parameter in model.parameters() if hasattr(parameter, LOADED))
+    return any(True for _ in chain(marked, loaded))
 
 
 @hookimpl
@@ -27,8 +40,17 @@ def tunerkit_base_layers() -> Iterable[type[BaseLayer]]:
 
 @hookimpl
 def tunerkit_model_libraries() -> Iterable[ModelLibrary]:
-    """Return the facts about transformers' models."""
-    return [LIBRARY]
+    """Return the knowledge of transformers' models, and of timm's heads."""
+    return [
+        ModelLibrary(
+            applies=may_be_known,
+            heads=named_heads,
+            new=find_new,
+            settings=forward_config,
+            tied_flags=tied_flags,
+            resize_hint=labels_hint,
+        )
+    ]
 
 
 @hookimpl
@@ -46,8 +68,9 @@ def tunerkit_weight_readers() -> Iterable[WeightReader]:
 @hookimpl
 def tunerkit_wrapped(model: nn.Module) -> None:
     """Watch ``save_pretrained`` and PEFT's calls, and let a Trainer train quantized models."""
-    watch_saving_(model)
-    watch_calls_(model)
+    if may_be_known(model):
+        watch_saving_(model)
+    watch_calls_(model)  # also on models of others, for which people write PEFT's calls
 
 
 @hookimpl

@@ -13,6 +13,8 @@ from torch import nn
 Method = Callable[..., None]
 # Attributes of a model: the class sets the first to False, and peft's adapters set it to True on the instance.
 HAS_ADAPTERS, IS_QUANTISED = "_hf_peft_config_loaded", "is_quantized"
+# The attribute of a parameter that `from_pretrained` loaded, and of a module that transformers initialized.
+LOADED = "_is_hf_initialized"
 # The module with the calls for peft's adapters that every model inherits.
 ADAPTER_CALLS = "transformers.integrations.peft"
 
@@ -55,12 +57,12 @@ def set_losses_(trainer: Any, found: object) -> bool:
 
 def is_loaded(parameter: nn.Parameter) -> bool:
     """Whether ``from_pretrained`` read the parameter from a checkpoint. A deep copy of a model loses these marks."""
-    return bool(vars(parameter).get("_is_hf_initialized", False))
+    return bool(vars(parameter).get(LOADED, False))
 
 
 def is_built(module: nn.Module) -> bool:
     """Whether transformers has marked the module as initialized: it drew or computed its values, or loaded them."""
-    return bool(vars(module).get("_is_hf_initialized", False))
+    return bool(vars(module).get(LOADED, False))
 
 
 def version(parameter: nn.Parameter) -> int | None:
