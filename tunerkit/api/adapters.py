@@ -1,6 +1,7 @@
 """Manage a model's adapters by name."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -123,13 +124,14 @@ def delete(model: nn.Module, adapter: str) -> None:
     tuner = _named(model, adapter)
     injection.refuse_fixed(tuner.model, "deleting an adapter")
     injection.refuse_running(tuner.model, "deleting an adapter")
-    with injection.Undo() as rest:  # a KeyboardInterrupt completes the deletion, since `detach` cannot be undone
+    with ExitStack() as rest:  # a KeyboardInterrupt completes the deletion, since `detach` cannot be undone
         rest.callback(steps.unwatch_, tuner.model)
         rest.callback(injection.eject_, [tuner])
         steps.detach(tuner)
         injection.train_(tuner, trained=False)
         injection.eject_([tuner])
         steps.unwatch_(tuner.model)
+        rest.pop_all()
 
 
 def _named(model: nn.Module, adapter: object) -> Tuner:

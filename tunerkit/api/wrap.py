@@ -1,7 +1,7 @@
 """Wrap and unwrap a model: choose targets, build adapters with the method's plugin, inject them, take them out."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TypeVar
 
 import torch
@@ -82,11 +82,12 @@ def _wrap(root: nn.Module, method: str, given: object, adapter: str, seed: int |
     _warn_of_unserved(root, found)
     if layers.weights.may_be_sharded_later():
         serialization.note_base(tuner, scanned)
-    with injection.Undo() as undo:
+    with ExitStack() as undo:
         undo.callback(steps.unwatch_, root)
         injection.inject_(tuner, slots, scanned, undo, trainable=True)
         if hooks.watches_steps(method):
             steps.watch_(tuner)
+        undo.pop_all()
 
 
 def _warn_of_unserved(root: nn.Module, config: AdapterConfig) -> None:
@@ -182,12 +183,13 @@ def unwrap(model: M, *, keep_merged: bool = False, dtype: torch.dtype | None = N
         permanent = any(slots.permanent for _, _, slots in places)
         with nullcontext() if permanent else serialization.disabled(root):
             dense = serialization.dense_layers(tuners[0], dtype, merged=keep_merged)
-    with injection.Undo() as undo:
+    with ExitStack() as undo:
         if keep_merged and not was_merged:
             undo.callback(serialization.restore_originals_, root)
             serialization.merge_except_(root, dense)
         # From here on an interrupt completes the call, since `detach` cannot be undone.
         injection.completed(_take_out_, tuners, dense, keep_merged)
+        undo.pop_all()
     return model
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import chain
-from types import TracebackType
 
 import torch
 from torch import nn
@@ -190,29 +189,19 @@ def _comes_from_file(place: Target, parameters: Iterable[nn.Parameter], scanned:
 # --- Changing the model -----------------------------------------------------------------------------------------------
 
 
-class Undo(ExitStack):
-    """A stack of rollback callbacks, which run if the block raises, even a KeyboardInterrupt.
-
-    Push each callback before the change that it undoes. The change may then be complete, partial or not begun.
-    """
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> bool | None:
-        if error is None:
-            self.pop_all()
-        return super().__exit__(kind, error, trace)
-
-
 def completed(function: Callable[..., object], *args: object) -> None:
     """Call an idempotent function. After an interrupt, call it again to completion, then raise the interrupt."""
-    with Undo() as rest:
+    with ExitStack() as rest:
         rest.callback(function, *args)
         function(*args)
+        rest.pop_all()
 
 
-def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, undo: Undo, *, trainable: bool) -> None:
-    """Freeze the base, and add the slots in ``built`` (by path) to their modules, each with one forward hook."""
+def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, undo: ExitStack, *, trainable: bool) -> None:
+    """Freeze the base, and add the slots in ``built`` (by path) to their modules, each with one forward hook.
+
+    ``undo`` gets the rollback, before the first change.
+    """
     model = tuner.model
     refuse_running(model, "adding an adapter")
     tuner.progress.shapes = shapes_of(model)

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -326,11 +326,12 @@ def _load(
         large = large_in(unstructure(tuner.config), [size for tensor in tensors.values() for size in tensor.shape])
         around = limit_for(large, tuner.targets, tensors, source) if large else nullcontext
         slots = fill(injection.build_each(scanned, tuner, around=around, ready=ready), tensors, root, source)
-    with injection.Undo() as undo:
+    with ExitStack() as undo:
         undo.callback(steps.unwatch_, root)
         injection.inject_(tuner, slots, scanned, undo, trainable=trainable)
         if hooks.watches_steps(tuner.method):
             steps.watch_(tuner)
+        undo.pop_all()
     warn_of_lone(tuner)
     return base
 

@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
 from tunerkit import hooks
 from tunerkit.errors import FileError, PluginError, TunerkitError, UnknownFormatError, closest, shown, warn
 from tunerkit.extras import DEFAULT_FORMAT, READERS, distribution, install, reader_of
-from tunerkit.injection import Tuner, Undo
+from tunerkit.injection import Tuner
 from tunerkit.paths import few
 from tunerkit.records import Format
 from tunerkit.serialization.atomic_writing import move, put_back, reason, scratch_in, sync
@@ -93,7 +93,7 @@ def write_format(tuner: Tuner, place: Path, format: Format, options: object) -> 
     A new folder appears complete or not at all. In an existing folder, all files are replaced or none: see `move`.
     """
     try:
-        with Undo() as undo:
+        with ExitStack() as undo:
             above = place if place.is_dir() else place.parent  # a file can be renamed only within one file system
             for folder in reversed((above, *above.parents)):
                 if not folder.exists():
@@ -106,7 +106,8 @@ def write_format(tuner: Tuner, place: Path, format: Format, options: object) -> 
                 for file in written:
                     sync(file)
                 _publish(written, whole, place, format)
-                return place
+            undo.pop_all()
+        return place
     except (OSError, ValueError) as error:
         if isinstance(error, TunerkitError):
             raise

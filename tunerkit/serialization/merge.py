@@ -77,7 +77,7 @@ def merge_except_(model: nn.Module, paths: Collection[str], *, permanent: bool =
             for (path, module, slots), tensors, plan in zip(places, merged, plans, strict=True)
         ]
         noted: list[Rounding] = []
-        with injection.Undo() as undo:
+        with ExitStack() as undo:
             for each in changes:
                 undo.callback(_put_back_, each.module, each.slots, each.originals, each.parting)
                 with requiring_effect(each.path, each.slots, each.merged, noted):
@@ -92,6 +92,7 @@ def merge_except_(model: nn.Module, paths: Collection[str], *, permanent: bool =
                 undo.callback(setattr, tuners[name].progress, "fingerprint", None)
                 tuners[name].progress.fingerprint = base
             warn_of_rounding(noted)
+            undo.pop_all()
 
 
 def unmerge(model: M) -> M:
@@ -146,8 +147,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
     if places:
         injection.refuse_running(injection.wrapped_model(model), "disabling adapters")
     weights.reshard_(model)
-    with injection.Undo() as again, ExitStack() as back:
-        again.callback(_enable_, places, True)  # a KeyboardInterrupt may interrupt `back`
+    with ExitStack() as back:
+        back.callback(_enable_, places, True)  # again, since a KeyboardInterrupt may interrupt the first
         back.callback(_enable_, places, True)
         back.callback(weights.reshard_, model)
         _enable_(places, False)

@@ -5,7 +5,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +189,10 @@ def _all_or_nothing(tuner: Tuner) -> Iterator[None]:
         tuner.state, progress.steps = state, count
         progress.history[:] = history
 
-    with injection.Undo() as undo:
+    with ExitStack() as undo:
         undo.callback(put_back_)
         yield
+        undo.pop_all()
 
 
 def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:

@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 from weakref import ref
 
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from tunerkit import hooks, injection
 from tunerkit.errors import StepError, warn
 from tunerkit.hooks import Engine, same
-from tunerkit.injection import Link, Slot, Slots, Tuner, Undo, Wrapped, modules_in, slots_in
+from tunerkit.injection import Link, Slot, Slots, Tuner, Wrapped, modules_in, slots_in
 from tunerkit.layers import torch_private
 from tunerkit.paths import CHILD
 from tunerkit.steps.attachment import (
@@ -123,7 +123,7 @@ def drive(
         check_attachable(tuner, optimizer)
     totals = [agree_on_total(tuner, total_steps) for tuner in tuners]
     engine = Engine() if engine is None else engine
-    with Undo() as undo:
+    with ExitStack() as undo:
         if optimizer is not None:
             undo.callback(vars(optimizer).update, {ENGINE: vars(optimizer).get(ENGINE)})
             vars(optimizer)[ENGINE] = engine
@@ -146,6 +146,7 @@ def drive(
             if optimizer is not None:
                 hold(tuner, *kept.get(tuner.name, ()))
                 _register_(tuner, optimizer, clock)
+        undo.pop_all()
     return optimizer
 
 

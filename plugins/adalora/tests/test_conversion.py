@@ -1,6 +1,7 @@
 """LoRA and AdaLoRA through products and back: equal outputs, ranks from 0 to full, pruned layers, files."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def converted(method: str, products: Mapping[str, Factors], folder: Path) -> nn.
     config, adapters = hooks.from_factors(method, chosen, bases_of(scanned, products), products)
     tuner = injection.Tuner(name="default", method=method, config=config, model=model, targets=chosen)
     slots = {path: Slot(method=method, adapter=adapter) for path, adapter in adapters.items()}
-    injection.inject_(tuner, slots, scanned, injection.Undo(), trainable=True)
+    injection.inject_(tuner, slots, scanned, ExitStack(), trainable=True)
     tuner.progress.steps = 1  # else a method that needs steps refuses to be saved untrained
     expected = model(X)
     loaded = tunerkit.load(net(), save(model, folder), trainable=True)
