@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import tunerkit
-from tunerkit import hooks, injection, plugin
+from tunerkit import hooks, plugin
 from tunerkit.errors import PluginError, TunerkitWarning
 from tunerkit.plugin import AdapterConfig, BaseLayer, Method, ParamGroup, RankChange
 from tunerkit_testing.registering import registered
@@ -60,8 +60,7 @@ PLACES = {
 
 def convert(model: nn.Module) -> None:
     products = {path: plugin.Factors(q=torch.ones(1, 3), p=torch.ones(3, 1)) for path in PATHS}
-    bases = [slots.base for _, _, slots in injection.walk(model) if slots.base is not None]
-    hooks.from_factors("toy-odd", tunerkit.tuner(model).targets, bases, products)
+    hooks.from_factors("toy-odd", tunerkit.tuner(model).targets, products)
 
 
 @attrs.frozen

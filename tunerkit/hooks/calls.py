@@ -179,21 +179,15 @@ def factors(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Factor
 
 
 def from_factors(
-    method: str, targets: Sequence[Target], bases: Sequence[BaseLayer], products: Mapping[str, Factors]
+    method: str, targets: Sequence[Target], products: Mapping[str, Factors]
 ) -> tuple[AdapterConfig, Mapping[str, Adapter]]:
-    """Build a method's config and its adapters, by target path, from products, by target path."""
+    """Build a method's config and its adapters, by target path, from products that fit their targets."""
     paths = [target.path for target in targets]
     if not paths or products.keys() != set(paths):
         raise AdapterError(
             f"expected one product for each of {len(paths)} targets ({few(paths, shown=5)}), got "
             f"{len(products)} ({few([*products], shown=5)})"
         )
-    for path, base in zip(paths, bases, strict=True):
-        if (shapes := misfit(base, products[path])) is not None:
-            found, needed = shapes
-            raise AdapterError(f"the product for {path!r} has {found}; expected {needed}")
-        if not all(bool(factor.isfinite().all()) for factor in products[path]):
-            raise AdapterError(f"the product for {path!r} contains NaN or inf")
     return ask(specs.tunerkit_from_factors, method, targets=targets, factors=products)
 
 

@@ -66,7 +66,7 @@ def adopt(
     settings, own = found.config, found.tensors
     if method != found.method or not own:
         with torch.random.fork_rng(devices=[]):  # keep the caller's random state
-            config, ready = hooks.from_factors(method, chosen, tuple(bases.values()), products)
+            config, ready = hooks.from_factors(method, chosen, products)
         settings, own = unstructure(config), {at: made.state_dict() for at, made in ready.items()}
     tensors |= {join(at, f"adapter.{name}"): tensor for at, each in own.items() for name, tensor in each.items()}
     if method == found.method:
@@ -110,10 +110,6 @@ def _read(format: Format, path: Path, model: nn.Module) -> Foreign:
     if found.tensors and found.factors and found.tensors.keys() != set(found.factors):
         raise PluginError(f"read of format {format.name!r}: tensors must have the same paths as factors, or be empty")
     return found
-
-
-def _is_matrix(value: object) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
 
 
 def _in_full(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str]]:
@@ -170,7 +166,9 @@ def _products(found: Foreign, format: Format, bases: Mapping[str, BaseLayer], ot
         products: dict[str, Any] = {at: found.factors[at] for at in bases}  # Any: the plugin may return anything
     problems = []
     for at, product in products.items():
-        if not isinstance(product, Factors) or not all(map(_is_matrix, product)):
+        if not isinstance(product, Factors) or not all(
+            isinstance(each, Tensor) and each.ndim == 2 and each.is_floating_point() for each in product
+        ):
             raise PluginError(f"read of format {format.name!r} returned {shown(product)} for {at!r}; expected Factors")
         if (shapes := misfit(bases[at], product)) is not None:
             problems.append(f"{at} has {shapes[0]}; this model needs {shapes[1]}")

@@ -1,6 +1,6 @@
 """LoRA and AdaLoRA through products and back: equal outputs, ranks from 0 to full, pruned layers, files."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tunerkit
 from tunerkit import hooks, injection, targets
 from tunerkit.injection import Slot
-from tunerkit.plugin import BaseLayer, Factors
+from tunerkit.plugin import Factors
 from tunerkit.serialization.adapter_file import save
 from tunerkit_testing.small import X, net, train, trainable
 
@@ -31,16 +31,12 @@ def products_of(model: Any) -> dict[str, Factors]:
     return found
 
 
-def bases_of(scanned: targets.Scan, paths: Iterable[str]) -> list[BaseLayer]:
-    return [base for path in paths if (base := scanned.by_path[path].base) is not None]
-
-
 def converted(method: str, products: Mapping[str, Factors], folder: Path) -> nn.Module:
     """A new base model with an adapter of ``method`` that adds ``products``, through a file as a user would see it."""
     model = net()
     scanned = targets.scan(model, hooks.gather_knowledge())
     chosen = targets.from_paths(scanned, list(products))
-    config, adapters = hooks.from_factors(method, chosen, bases_of(scanned, products), products)
+    config, adapters = hooks.from_factors(method, chosen, products)
     tuner = injection.Tuner(name="default", method=method, config=config, model=model, targets=chosen)
     slots = {path: Slot(method=method, adapter=adapter) for path, adapter in adapters.items()}
     injection.inject_(tuner, slots, scanned, ExitStack(), trainable=True)
@@ -133,7 +129,7 @@ def test_paths_that_end_alike_keep_their_own_ranks(method: str) -> None:
     scanned = targets.scan(outer, hooks.gather_knowledge())
     paths = ["a", "b.a", "b.b.a"]
     products = {path: Factors(q=torch.ones(rank, 3), p=torch.ones(3, rank)) for rank, path in enumerate(paths)}
-    config, _ = hooks.from_factors(method, targets.from_paths(scanned, paths), bases_of(scanned, paths), products)
+    config, _ = hooks.from_factors(method, targets.from_paths(scanned, paths), products)
     tuner = tunerkit.tuner(tunerkit.wrap(outer, method, config))
     assert [target.path for target in tuner.targets] == paths
     if method == "lora":
@@ -155,7 +151,7 @@ def test_the_config_names_no_module_that_had_no_product(method: str) -> None:
     scanned = targets.scan(outer, hooks.gather_knowledge())
     products = {"a": Factors(q=torch.ones(1, 3), p=torch.ones(3, 1))}
     chosen = targets.from_paths(scanned, ["a"])
-    config, _ = hooks.from_factors(method, chosen, bases_of(scanned, ["a"]), products)
+    config, _ = hooks.from_factors(method, chosen, products)
     assert list(tunerkit.tuner(tunerkit.wrap(outer, method, config)).adapters()) == ["a"]
 
 
@@ -165,16 +161,13 @@ def test_the_config_names_no_module_that_had_no_product(method: str) -> None:
     [
         ({}, "expected one product for each of 1 targets"),
         ({"z": (torch.ones(1, 3), torch.ones(3, 1))}, "got 1 \\(z\\)"),
-        ({"a": (torch.ones(2, 3), torch.ones(3, 1))}, "with one r"),
-        ({"a": (torch.ones(1, 9), torch.ones(3, 1))}, "expected q \\(r, 3\\) and p \\(3, r\\)"),
-        ({"a": (torch.full((1, 3), torch.nan), torch.ones(3, 1))}, "NaN or inf"),
     ],
 )
-def test_products_that_do_not_fit_are_refused(
+def test_products_for_other_targets_are_refused(
     method: str, products: dict[str, tuple[Tensor, Tensor]], words: str
 ) -> None:
     """Before the method's plugin is asked, whose own errors would say less."""
     scanned = targets.scan(nn.ModuleDict({"a": nn.Linear(3, 3)}), hooks.gather_knowledge())
     given = {path: Factors(*pair) for path, pair in products.items()}
     with pytest.raises(tunerkit.errors.AdapterError, match=words):
-        hooks.from_factors(method, targets.from_paths(scanned, ["a"]), bases_of(scanned, ["a"]), given)
+        hooks.from_factors(method, targets.from_paths(scanned, ["a"]), given)

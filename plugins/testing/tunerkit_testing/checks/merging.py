@@ -131,7 +131,7 @@ def check_builds_from_factors(case: Case, method: str, config: Mapping[str, obje
             q=torch.randn(rank, base.in_features, generator=generator),
             p=torch.randn(base.out_features, rank, generator=generator),
         )
-    _, adapters = hooks.from_factors(method, tuner.targets, [*bases.values()], given)
+    _, adapters = hooks.from_factors(method, tuner.targets, given)
     for path, adapter in adapters.items():
         found, product = hooks.factors(path, method, adapter, bases[path]), given[path]
         difference = largest({"": found.p @ found.q - product.p @ product.q})
