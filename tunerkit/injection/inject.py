@@ -43,7 +43,8 @@ def build_each(
         {each.path: each for each in kind} for kind in (tuner.targets, tuner.copies, tuner.biases)
     )
     refuse_overlap(tuner.model, modules_in(tuner), copies)
-    bases = {path: _base_at(tuner, target, scanned) for path, target in targets.items()}
+    # Only a method that adapts outputs has targets without a base layer.
+    bases = {path: scanned.by_path[path].base or as_output(target.module) for path, target in targets.items()}
     first, shared = next(iter(tuner.targets), None), None
     refused: dict[str, TargetError] = {}
     if first is not None and hooks.implements(hooks.specs.tunerkit_shared, tuner.method):
@@ -79,20 +80,6 @@ def build_each(
         text = "\n".join(first_of(lines(words)))
         exclude = f"exclude=({next(iter(refused))!r},{' ...' * (len(refused) > 1)}) leaves these targets out"
         raise TargetError(f"{text}; {exclude}") from next(iter(refused.values()))
-
-
-def _base_at(tuner: Tuner, target: Target, scanned: Scan) -> BaseLayer:
-    """Return a target's base layer; for a method that adapts outputs, any module has one."""
-    base = scanned.by_path[target.path].base
-    if base is None and hooks.registry.get(tuner.method).targets != "weights":
-        return as_output(target.module)
-    if base is None:
-        kind = type(target.module).__name__
-        raise TargetError(
-            f"{target.path!r} is a {kind}, which no installed plugin can adapt: no base-layer kind matches it; exclude "
-            "it from the targets"
-        )
-    return base
 
 
 def _adapter(tuner: Tuner, target: Target, base: BaseLayer, shared: nn.Module | None) -> Adapter:

@@ -18,18 +18,12 @@ _DECISIVE = ("base", "active", "enabled", "merged")  # attributes of slots that 
 
 
 class Slot(nn.Module):
-    """The trained modules and parameters of one adapter at one adapted module.
+    """The trained modules and parameters of one adapter at one adapted module."""
 
-    Attributes:
-        method: The method's name.
-        adapter: The method's adapter, whose delta its plugin computes.
-        copy: A trained copy of the module, which replaces its output; then there is no adapter and no bias.
-        bias: A trained copy of the module's own bias, (out,).
-        fixed: The names of the parameters that the method built without gradients; they are never trained.
-        reads_output: Whether the adapter needs the base layer's own output.
-    """
-
-    bias: nn.Parameter | None
+    adapter: Adapter | None  # the method's adapter, whose delta its plugin computes
+    copy: nn.Module | None  # a trained copy of the module, which replaces its output; then all else is None
+    bias: nn.Parameter | None  # a trained copy of the module's own bias, (out,)
+    fixed: frozenset[str]  # the names of the parameters that the method built without gradients: never trained
 
     def __init__(
         self,
@@ -91,29 +85,18 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 class Slots(nn.Module):
-    """All slots of one module, by adapter name.
+    """All slots of one module, by adapter name."""
 
-    Attributes:
-        base: The module as a base layer; None if no kind matches it.
-        features: The base layer's (out, in) when it was adapted.
-        active: The adapters that forward applies, in order, unless disabled or merged.
-        enabled: False inside `tunerkit.disabled`.
-        merged: The adapters that are merged into the module.
-        effect: The function that the forward hook applies; None for no change. It depends on the four above.
-        permanent: Whether the merge kept no originals.
-        rounding: The rounding errors of a merge into a packed weight, for `tunerkit.rounding`.
-        whole: The originals of a packed weight, by attribute: Parameter objects and their quantization state.
-        parting: The untying of a merged module, see `tunerkit.serialization.untying`.
-    """
-
-    base: BaseLayer | None
-    active: tuple[str, ...]
-    enabled: bool
-    merged: tuple[str, ...]
-    permanent: bool
-    rounding: Rounding | None
-    whole: dict[str, Any]
-    parting: Any
+    base: BaseLayer | None  # the module as a base layer; None if no kind matches it
+    features: tuple[int, int] | None  # the base layer's (out, in) when it was adapted
+    active: tuple[str, ...]  # the adapters that forward applies, in order, unless disabled or merged
+    enabled: bool  # False inside `tunerkit.disabled`
+    merged: tuple[str, ...]  # the adapters that are merged into the module
+    permanent: bool  # whether the merge kept no originals
+    rounding: Rounding | None  # the rounding errors of a merge into a packed weight
+    whole: dict[str, Any]  # the originals of a packed weight, by attribute: Parameter objects, quantization state
+    parting: Any  # the untying of a merged module, see `tunerkit.serialization.untying`
+    # The function that the forward hook applies; None for no change.
     effect: "Callable[[Slots, nn.Module, tuple[Any, ...], Mapping[str, Any], Any, bool], Any] | None"
 
     def __init__(self, base: BaseLayer | None) -> None:

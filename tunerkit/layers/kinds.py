@@ -266,23 +266,15 @@ def _raise(kind: type[BaseLayer], error: BaseException) -> NoReturn:
 
 @attrs.frozen(eq=False)
 class Knowledge:
-    """The records about layers and models. If two records describe the same class or architecture, the first counts.
-
-    Attributes:
-        kinds: The base-layer kinds.
-        weight_readers: The classes that use a child's weight directly.
-        default_targets: The default targets of architectures.
-        leave_out: Called with a kind whose `matches` raised, and with the exception. If this returns, the kind is
-            left out; by default, it raises the exception again.
-        libraries: The records of libraries about their models.
-        unserved: Returns how to install the plugin for the library of an object; "" if it is installed.
-    """
+    """The records about layers and models. If two records describe the same class or architecture, the first counts."""
 
     kinds: tuple[type[BaseLayer], ...]
     weight_readers: tuple[WeightReader, ...]
     default_targets: tuple[DefaultTargets, ...]
+    # Called with a kind whose `matches` raised, and with the exception. If this returns, the kind is left out.
     leave_out: Callable[[type[BaseLayer], BaseException], None] = _raise
     libraries: tuple[ModelLibrary, ...] = ()
+    # Returns how to install the plugin for the library of an object; "" if it is installed.
     unserved: Callable[[object], str] = lambda thing: ""
     _asked: dict[str, frozenset[type[BaseLayer]]] = attrs.field(init=False, factory=dict, repr=False)
 
