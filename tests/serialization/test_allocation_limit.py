@@ -28,7 +28,6 @@ def under_limit(target: Target = TARGET, tensors: Mapping[str, Tensor] = FILE) -
     "make",
     [
         lambda: torch.zeros(HUGE),
-        lambda: torch.empty(2, HUGE),
         lambda: torch.empty((HUGE, 4), dtype=torch.bfloat16),
         lambda: torch.randn(size=(HUGE, 4)),
         lambda: torch.ones(2**63),
@@ -40,7 +39,6 @@ def under_limit(target: Target = TARGET, tensors: Mapping[str, Tensor] = FILE) -
         lambda: torch.arange(HUGE),
         lambda: torch.zeros(3, 1).expand(3, HUGE),
         lambda: nn.Linear(64, HUGE),
-        lambda: nn.Embedding(HUGE, 64),
         lambda: nn.Parameter(torch.rand(10**12, 10**12)),
     ],
 )
@@ -59,8 +57,6 @@ def test_a_huge_tensor_is_refused_before_it_is_made(make: Callable[[], object]) 
         lambda: nn.Linear(64, 64).double(),
         lambda: torch.linalg.svd(WEIGHT.double(), full_matrices=False),
         lambda: nn.init.orthogonal_(torch.empty(64, 2)),
-        lambda: torch.eye(64) @ WEIGHT,
-        lambda: nn.init.kaiming_uniform_(nn.Parameter(torch.empty(2, 64))),
     ],
 )
 def test_what_a_method_computes_from_the_weight_is_allowed(make: Callable[[], Any]) -> None:
@@ -91,21 +87,12 @@ def test_values_are_those_that_would_be_made_without_a_limit() -> None:
     assert torch.equal(limited, make())
 
 
-@pytest.mark.parametrize(
-    ("config", "is_limited"),
-    [
-        ({"rank": 64, "dropout": 0.1, "targets": ["a"], "bias": True}, False),
-        ({"rank": 2000}, False),  # a dimension of the file's tensors
-        ({"rank": 2001}, True),
-        ({"rank_pattern": {"a": [1, {"b": HUGE}]}}, True),
-        ({"alpha": 1e30}, True),
-    ],
-)
-def test_only_a_config_with_a_large_number_is_built_under_the_limit(
-    config: dict[str, object], is_limited: bool
-) -> None:
+def test_only_numbers_above_the_usual_and_above_the_files_sizes_are_large() -> None:
     """The limit costs time, and a config without such a number cannot ask for much."""
-    assert bool(large_in(config, [2000, 1])) == is_limited
+    assert large_in({"rank": 1024}) == []
+    assert large_in({"rank": 2000, "dropout": 0.1, "targets": ["a"], "bias": True}, [2000, 1]) == []
+    config = {"rank": 2001, "rank_pattern": {"a": [1, {"b": HUGE}]}, "alpha": 1e30}
+    assert large_in(config, [2000, 1]) == ["$.rank", "$.rank_pattern['a'][1]['b']", "$.alpha"]
 
 
 def test_what_adapters_share_counts_for_the_target_that_it_lies_beside() -> None:
@@ -134,4 +121,3 @@ def test_a_new_adapter_is_compared_with_the_largest_layer() -> None:
     block = Target("block", nn.Sequential(nn.Linear(8000, 8000, device="meta")))
     with limit_for(["$.rank"], [block])(block):  # what is in a block counts too
         torch.zeros(2**27, device="meta")
-    assert not large_in({"rank": 1024})
