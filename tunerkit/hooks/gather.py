@@ -152,8 +152,7 @@ def restrictions_of(kind: type) -> tuple[Restriction, ...]:
     known: WeakKeyDictionary[type, tuple[Restriction, ...]]
     known = registry.loaded().known.setdefault(restrictions_of, WeakKeyDictionary())
     if kind not in known:
-        restrictions = gather_restrictions()
-        known[kind] = tuple(each for each in restrictions if any(is_named(kind, name) for name in each.classes))
+        known[kind] = tuple(r for r in gather_restrictions() if any(is_named(kind, name) for name in r.classes))
     return known[kind]
 
 

@@ -198,9 +198,8 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, undo: ExitSt
     if not wrapped_of(model).tuners:
         _prepare_(model)
     readers = [_put_(path, module, tuner, built[path], scanned) for path, module in modules_in(tuner).items()]
-    inside = (found.module for found in (scanned.root, *scanned.modules))
-    encoders = (module for module in inside if isinstance(module, nn.TransformerEncoder))
-    if owners := [*filter(None, readers), *encoders]:
+    encoders = (each.module for each in scanned.by_path.values() if isinstance(each.module, nn.TransformerEncoder))
+    if owners := [reader for reader in (*readers, *encoders) if reader is not None]:
         override_in_(owners)
     for copied in tuner.copies:
         # The original still runs beside its copy: its batch norms must not update their running statistics.

@@ -20,10 +20,7 @@ _DECISIVE = ("base", "active", "enabled", "merged")  # attributes of slots that 
 class Slot(nn.Module):
     """The trained modules and parameters of one adapter at one adapted module."""
 
-    adapter: Adapter | None  # the method's adapter, whose delta its plugin computes
-    copy: nn.Module | None  # a trained copy of the module, which replaces its output; then all else is None
     bias: nn.Parameter | None  # a trained copy of the module's own bias, (out,)
-    fixed: frozenset[str]  # the names of the parameters that the method built without gradients: never trained
 
     def __init__(
         self,
@@ -36,11 +33,12 @@ class Slot(nn.Module):
     ) -> None:
         super().__init__()
         self.method = method
-        self.adapter = adapter
+        self.adapter = adapter  # the method's adapter, whose delta its plugin computes
         if shared is not None:
             self.add_module(CHILD, shared)
+        # The names of the parameters that the method built without gradients, which are never trained.
         self.fixed = frozenset(name for name, parameter in self.named_parameters() if not parameter.requires_grad)
-        self.copy = copy
+        self.copy = copy  # a trained copy of the module, which replaces its output; then nothing else is set
         self.register_parameter("bias", bias)
         self.reads_output = adapter is not None and adapter.reads_output is not False
 

@@ -281,15 +281,13 @@ def load(
         return _load(base, path, adapter, trainable=trainable, check_config=check_config)
 
 
-def open_unloaded(
-    skeleton: M, path: str | os.PathLike[str], *, adapter: str = "default", format: Format | None = None
-) -> M:
+def open_unloaded(skeleton: M, path: str | os.PathLike[str], *, format: Format | None = None) -> M:
     """Load an adapter into a model whose weights are on the meta device, to write it in another format.
 
     The adapter itself is on the CPU. Only names, shapes and settings of the base are compared. ``format`` overrides
     the format detected at ``path``.
     """
-    return _load(skeleton, path, adapter, unloaded=True, format=format)
+    return _load(skeleton, path, "default", unloaded=True, format=format)
 
 
 def _load(

@@ -112,6 +112,10 @@ def _read(format: Format, path: Path, model: nn.Module) -> Foreign:
     return found
 
 
+def _is_matrix(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
+
+
 def _in_full(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of trained copies and biases, and the copies' paths; a container is split into its modules."""
     tensors = {join(path, "bias"): bias for path, bias in found.biases.items()}
@@ -166,9 +170,7 @@ def _products(found: Foreign, format: Format, bases: Mapping[str, BaseLayer], ot
         products: dict[str, Any] = {at: found.factors[at] for at in bases}  # Any: the plugin may return anything
     problems = []
     for at, product in products.items():
-        if not isinstance(product, Factors) or not all(
-            isinstance(each, Tensor) and each.ndim == 2 and each.is_floating_point() for each in product
-        ):
+        if not isinstance(product, Factors) or not all(map(_is_matrix, product)):
             raise PluginError(f"read of format {format.name!r} returned {shown(product)} for {at!r}; expected Factors")
         if (shapes := misfit(bases[at], product)) is not None:
             problems.append(f"{at} has {shapes[0]}; this model needs {shapes[1]}")

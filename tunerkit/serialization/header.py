@@ -80,14 +80,11 @@ def _are_sizes(values: Sequence[Any]) -> bool:
     return {*map(type, values)} <= {int} and all(map(range(_SIZES).__contains__, values))
 
 
-def _are_finite(values: Sequence[Any]) -> bool:
-    return {*map(type, values)} <= {int, float} and all(map(sys.float_info.max.__ge__, map(abs, values)))
-
-
 def _is_entry(entry: object) -> bool:
     match entry:
         case {"shape": list(shape), "dtype": str(), "sample": list(sample), **others} if not others:
-            return _are_sizes(shape) and _are_finite(sample)
+            are_numbers = {*map(type, sample)} <= {int, float}
+            return _are_sizes(shape) and are_numbers and all(map(sys.float_info.max.__ge__, map(abs, sample)))
     return False
 
 

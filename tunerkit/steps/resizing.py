@@ -85,7 +85,6 @@ def shrink_(cuts: Sequence[Cut], optimizer: Optimizer | None) -> str | None:
     reason = resize_obstacle([cut.parameter for cut in cuts], optimizer) if cuts else None
     if not cuts or reason is not None:
         return reason
-    engine = _engine_of(optimizer)
     with torch.no_grad():
         for cut in cuts:
             parameter, dim, kept = cut.parameter, cut.dim, cut.kept.to(cut.parameter.device)
@@ -96,7 +95,7 @@ def shrink_(cuts: Sequence[Cut], optimizer: Optimizer | None) -> str | None:
                     state[key] = value.index_select(dim, kept.to(value.device))
             resize_(parameter, parameter.data.index_select(dim, kept))
             parameter.grad = grad
-    engine.resized_()
+    _engine_of(optimizer).resized_()
     return None
 
 
@@ -124,7 +123,7 @@ def grow_(growths: Sequence[Growth], optimizer: Optimizer | None) -> str | None:
     reason = resize_obstacle([growth.parameter for growth in growths], optimizer) if growths else None
     if not growths or reason is not None:
         return reason
-    engine, groups = _engine_of(optimizer), [] if optimizer is None else optimizer.param_groups
+    groups = [] if optimizer is None else optimizer.param_groups
     with torch.no_grad():
         for growth in growths:
             parameter, dim, new, grad = growth.parameter, growth.dim, growth.values, growth.parameter.grad
@@ -136,7 +135,7 @@ def grow_(growths: Sequence[Growth], optimizer: Optimizer | None) -> str | None:
                     state[key] = torch.cat([value, _fresh(key, new.to(value), settings)], dim)
             resize_(parameter, torch.cat([parameter.data, new.to(parameter.data)], dim))
             parameter.grad = grad
-    engine.resized_()
+    _engine_of(optimizer).resized_()
     return None
 
 
