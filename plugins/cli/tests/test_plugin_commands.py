@@ -139,8 +139,8 @@ def test_a_plugin_adds_keys_to_recipes_with_or_without_commands(
         (lambda: {"a.b": FRAGMENT}, "the recipe key 'a.b' is left out: a key has at most 40 letters"),
         (lambda: {"a" * 41: FRAGMENT}, "is left out: a key has at most 40 letters"),
         (lambda: {"acme": {"type": "object"}}, "'acme' is left out: it has no description; its author must change it"),
-        (lambda: {"acme": {"type": "map"}}, "'acme' is left out: there is no type 'map'; use string"),
-        (lambda: {"acme": "object"}, "'acme' is left out: expected a dict with JSON schema, got 'object'"),
+        (lambda: {"acme": {"type": "map"}}, "'acme' is left out: type[0]: expected string, integer"),
+        (lambda: {"acme": "object"}, "'acme' is left out: expected a mapping, got 'object'"),
     ],
 )
 def test_a_broken_key_is_named_and_left_out(

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 import tunerkit
 from tests.support.config_checks import Kinds, KindsPlugin
 from tunerkit_cli import app, settings
-from tunerkit_cli.recipes.method_settings import schema_of
 from tunerkit_cli.recipes.reading import schema, structure
 from tunerkit_cli.recipes.recipe import TASKS, Recipe
+from tunerkit_cli.recipes.schema import schema_of
 from tunerkit_cli.recipes.writing import starter
 from tunerkit_testing.registering import registered
 from tunerkit_testing.strategies import configs_of

@@ -11,6 +11,7 @@ import tunerkit
 from tunerkit_cli import settings
 from tunerkit_cli.recipes import reading, writing
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, TASKS
+from tunerkit_cli.recipes.schema import settings_schema
 
 
 def init(
@@ -31,8 +32,6 @@ def schema(
     """Print the JSON schema of recipes, with which an editor completes and checks them."""
     found = reading.schema()
     if method is not None:
-        from tunerkit_cli.recipes.method_settings import settings_schema  # imports torch
-
         config = found["properties"]["config"]
         own = settings_schema(method)
         config |= {**own, "type": config["type"], "description": config["description"], "default": config["default"]}

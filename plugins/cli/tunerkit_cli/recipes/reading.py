@@ -12,16 +12,16 @@ import attrs
 import tunerkit
 from tunerkit.errors import ConfigError, half_character, shown
 from tunerkit_cli.plugin_commands import Addition, additions
-from tunerkit_cli.recipes.fragments import Fragment, objection, problems
 from tunerkit_cli.recipes.recipe import PATHS, VERSION, Recipe, files_of
+from tunerkit_cli.recipes.schema import Schema, class_schema, objection, or_null, problems
 from tunerkit_cli.recipes.trainer_arguments import argument_types, text_alone
 from tunerkit_cli.settings import read_settings
 from tunerkit_transformers.run_folder import LIST, RECIPE, placed
 
 
-def keys_of(added: Iterable[Addition]) -> tuple[dict[str, Fragment], tuple[str, ...]]:
+def keys_of(added: Iterable[Addition]) -> tuple[dict[str, Schema], tuple[str, ...]]:
     """Return the keys that plugins add to recipes, the first of each name, and a sentence on each that is left out."""
-    keys: dict[str, Fragment] = {}
+    keys: dict[str, Schema] = {}
     problems: list[str] = []
     for each in added:
         for name, fragment in each.recipe_keys.items():
@@ -34,7 +34,7 @@ def keys_of(added: Iterable[Addition]) -> tuple[dict[str, Fragment], tuple[str, 
     return keys, tuple(problems)
 
 
-def _objection(name: str, fragment: Fragment, others: Mapping[str, Fragment]) -> str | None:
+def _objection(name: str, fragment: Schema, others: Mapping[str, Schema]) -> str | None:
     """Return why a recipe cannot have this key, or None."""
     if name in others or name in {field.name for field in attrs.fields(Recipe)}:
         return "there is a key of this name already"
@@ -43,36 +43,28 @@ def _objection(name: str, fragment: Fragment, others: Mapping[str, Fragment]) ->
     return objection(fragment) or (None if fragment.get("description") else "it has no description")
 
 
-def schema(plugin_keys: Mapping[str, Fragment] | None = None) -> dict[str, Any]:
+def schema(plugin_keys: Mapping[str, Schema] | None = None) -> dict[str, Any]:
     """Return the JSON schema (draft 2020-12) of recipes, with which an editor completes and checks them.
 
     ``plugin_keys`` are further keys with their fragments; by default those that the installed plugins declare.
     """
     declared = keys_of(additions())[0] if plugin_keys is None else plugin_keys
-    own = {field.name: field.metadata for field in attrs.fields(Recipe) if field.metadata}
+    own = class_schema(Recipe)["properties"]
+    for name, default in attrs.asdict(Recipe()).items():
+        own[name] |= {} if default is None else {"default": default}
+    del own["extra"]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A recipe of tunerkit",
         "description": "Arguments of the trainer stand in `training`, and the method's settings in `config`. "
         "Plugins may add keys.",
         "type": "object",
-        "properties": {name: _or_null(fragment) for name, fragment in {**own, **declared}.items()},
+        "properties": {name: or_null(each) for name, each in {**own, **declared}.items()},
         "additionalProperties": False,
     }
 
 
-def _or_null(fragment: Fragment) -> dict[str, Any]:
-    """Return a copy that also allows a key without a value, which means the default."""
-    widened = copy.deepcopy(dict(fragment))
-    if "type" in widened:
-        kinds = widened["type"]
-        widened["type"] = list(dict.fromkeys([*([kinds] if isinstance(kinds, str) else kinds), "null"]))
-    if "enum" in widened:
-        widened["enum"] = [*widened["enum"], *([] if None in widened["enum"] else [None])]
-    return widened
-
-
-def read_recipe(path: Path, plugin_keys: Mapping[str, Fragment] | None = None) -> Recipe:
+def read_recipe(path: Path, plugin_keys: Mapping[str, Schema] | None = None) -> Recipe:
     """Read a recipe from a YAML or JSON file. A key without a value has its default.
 
     Raises `ConfigError` if the file cannot be read, or the recipe has an unknown key, a value of another type, or
@@ -81,7 +73,7 @@ def read_recipe(path: Path, plugin_keys: Mapping[str, Fragment] | None = None) -
     return structure(read_settings(path, _typed(plugin_keys)), str(path), plugin_keys)
 
 
-def _typed(plugin_keys: Mapping[str, Fragment] | None = None) -> Fragment:
+def _typed(plugin_keys: Mapping[str, Schema] | None = None) -> Schema:
     """The schema of recipes, in which the arguments of trainers that are texts are told from others."""
     arguments = {name: text_alone(kind) for name, kind in argument_types().items()}
     return {"properties": {**schema(plugin_keys)["properties"], "training": {"properties": arguments}}}
@@ -104,7 +96,7 @@ def mapping_at(path: Path) -> dict[str, Any]:
 
 
 def structure(
-    mapping: Mapping[str, Any], source: str = "the recipe", plugin_keys: Mapping[str, Fragment] | None = None
+    mapping: Mapping[str, Any], source: str = "the recipe", plugin_keys: Mapping[str, Schema] | None = None
 ) -> Recipe:
     """Convert a mapping to a recipe. ``source`` names it in errors; the rest is as for `read_recipe`."""
     declared = keys_of(additions())[0] if plugin_keys is None else plugin_keys

@@ -21,27 +21,18 @@ PRECISIONS: Final = ("fp32", "bf16", "fp16")
 TASKS: Final = tuple(tasks.TASKS)
 
 
-def _key(
-    kind: str | tuple[str, ...],
-    description: str,
-    default: Any = None,
-    converter: Callable[[Any], Any] | None = None,
-    **limits: Any,
-) -> Any:
-    """Define a key of recipes: its default, and its JSON schema, which is the metadata of its field."""
-    schema = {"type": kind, "description": description, **limits, **({} if default is None else {"default": default})}
-    if isinstance(default, dict):
-        return attrs.field(factory=dict, metadata=schema)
-    return attrs.field(default=default, converter=converter, metadata=schema)
+def _key(default: Any, doc: str, *, converter: Callable[[Any], Any] | None = None, **limits: Any) -> Any:
+    """Define a key of recipes: its default, its description, and the limits of its values, as `class_schema` has them.
 
-
-def _files(description: str) -> Any:
-    """Define a key for a path, or for a list of paths. A list of one means the same as that path."""
-    one = {"type": "string", "minLength": 1}
-    return _key(("string", "array"), description, converter=_alone, minLength=1, items=one, minItems=1)
+    A text that is no word of an ``enum`` has a character or more, a list a value or more.
+    """
+    metadata = {"doc": doc, "min_items": 1, **({} if "enum" in limits else {"min_length": 1}), **limits}
+    default = attrs.Factory(dict) if default == {} else default
+    return attrs.field(default=default, converter=converter, metadata=metadata)
 
 
 def _alone(paths: str | list[str] | None) -> str | list[str] | None:
+    """A list of one path means the same as that path."""
     return paths[0] if isinstance(paths, list) and len(paths) == 1 else paths
 
 
@@ -53,101 +44,89 @@ PATHS: Final = ("data", "eval_data", "out", "model", "from_adapter", "chat_templ
 class Recipe:
     """A training run. Values are plain: text, numbers, booleans, None, lists and mappings with text as keys.
 
-    Each field has a description in its metadata. ``extra`` holds the values of the keys that plugins declare, by key.
+    ``extra`` holds the values of the keys that plugins declare, by key.
     """
 
-    version: int = _key("integer", "The form of this file; others are refused.", VERSION, enum=(VERSION,))
-    task: str | None = _key("string", "The task. Without it, the task is inferred from model and labels.", enum=TASKS)
-    model: str | None = _key("string", "The base model: a local folder, or a name on the hub.", minLength=1)
-    data: str | list[str] | None = _files(
-        "The path of the training data, or a list of paths: .csv, .tsv, .json, .jsonl, .parquet, or folders of images."
+    version: int = _key(VERSION, "The form of this file; others are refused.", enum=(VERSION,))
+    task: str | None = _key(None, "The task. Without it, the task is inferred from model and labels.", enum=TASKS)
+    model: str | None = _key(None, "The base model: a local folder, or a name on the hub.")
+    data: str | list[str] | None = _key(
+        None,
+        "The path of the training data, or a list of paths: .csv, .tsv, .json, .jsonl, .parquet, or folders of images.",
+        converter=_alone,
     )
-    eval_data: str | list[str] | None = _files(
-        "The path of the held-out data, or a list of paths. Without it, a part of `data` is held out."
+    eval_data: str | list[str] | None = _key(
+        None,
+        "The path of the held-out data, or a list of paths. Without it, a part of `data` is held out.",
+        converter=_alone,
     )
     from_adapter: str | None = _key(
-        "string",
+        None,
         "An adapter to go on training, of tunerkit's or of another program's, such as a PEFT folder. It keeps its "
         "method and settings.",
-        minLength=1,
     )
     method: str | None = _key(
-        "string",
+        None,
         "The method. `tunerkit methods` lists the installed ones. Without it: that of from_adapter, or else "
         f"{DEFAULT_METHOD}; without data, {ADALORA}.",
-        minLength=1,
     )
     config: dict[str, Any] = _key(
-        "object", "The method's settings, which `tunerkit config` prints. A file goes with --config.", {}
+        {}, "The method's settings, which `tunerkit config` prints. A file goes with --config."
     )
-    training: dict[str, Any] = _key(
-        "object", "Arguments of the trainer, such as learning_rate and num_train_epochs.", {}
-    )
-    columns: dict[str, str] = _key(
-        "object",
-        "Columns with other names in the data, as in `text: sentence`.",
-        {},
-        additionalProperties={"type": "string", "minLength": 1},
-    )
+    training: dict[str, Any] = _key({}, "Arguments of the trainer, such as learning_rate and num_train_epochs.")
+    columns: dict[str, str] = _key({}, "Columns with other names in the data, as in `text: sentence`.")
     label_map: dict[str, str] = _key(
-        "object",
-        "Other names for labels, as in `'1': sport`. Labels that it does not name stay.",
-        {},
-        additionalProperties={"type": "string", "minLength": 1},
+        {}, "Other names for labels, as in `'1': sport`. Labels that it does not name stay."
     )
-    drop_bad_rows: bool = _key(
-        "boolean", "Whether rows that do not fit are left out, and listed in the output folder.", False
-    )
+    drop_bad_rows: bool = _key(False, "Whether rows that do not fit are left out, and listed in the output folder.")
     chat_template: str | None = _key(
-        "string", "The path of a file with a chat template (Jinja), in place of the tokenizer's own.", minLength=1
+        None, "The path of a file with a chat template (Jinja), in place of the tokenizer's own."
     )
-    max_length: int | None = _key("integer", "Longer texts are cut to this many tokens.", minimum=4, maximum=2**31 - 1)
+    max_length: int | None = _key(None, "Longer texts are cut to this many tokens.", ge=4, le=2**31 - 1)
     train_on_prompts: bool | None = _key(
-        "boolean", "Whether a language model learns the prompts too, and not only completions or the assistant's turns."
+        None, "Whether a language model learns the prompts too, and not only completions or the assistant's turns."
     )
     dtype: str = _key(
-        "string",
-        "The dtype of the base's weights; auto is the checkpoint's. Adapters have their own, adapter_dtype.",
         "float32",
+        "The dtype of the base's weights; auto is the checkpoint's. Adapters have their own, adapter_dtype.",
         enum=DTYPES,
     )
     precision: str | None = _key(
-        "string",
+        None,
         "What matrix products are computed in. Without it: fp32 on a CPU, bf16 on an accelerator that has it. "
         "Weights keep their own dtype.",
         enum=PRECISIONS,
     )
     quantisation: str | None = _key(
-        "string",
+        None,
         "How the base is quantised as it is loaded: nf4 takes an eighth of fp32's memory, int8 a quarter. It needs "
         "bitsandbytes and tunerkit-quant.",
         enum=("nf4", "int8"),
     )
     samples: int | None = _key(
-        "integer",
+        None,
         "How many held-out prompts a language model answers after its training, in a few words each. Without it: 2.",
-        minimum=0,
+        ge=0,
     )
     loss: str | None = _key(
-        "string",
+        None,
         "Where a language model's loss computes logits: learned, at the learned positions alone; or trl, as TRL does. "
         "Without it: learned on a CPU.",
         enum=("learned", "trl"),
     )
     memory: float | None = _key(
-        "number",
+        None,
         "How many GiB a language model's training may take: activations that do not fit are recomputed. "
         "Without it: what is free.",
-        minimum=0,
+        ge=0,
     )
-    baseline: bool = _key("boolean", "Whether to train the head alone too, for comparison.", False)
+    baseline: bool = _key(False, "Whether to train the head alone too, for comparison.")
     on_collapse: str = _key(
-        "string",
-        "What to do when the training diverges: warn, or restart from the last good checkpoint at half the rate.",
         "warn",
+        "What to do when the training diverges: warn, or restart from the last good checkpoint at half the rate.",
         enum=("warn", "restart"),
     )
-    out: str = _key("string", "The path of the output folder.", "out", minLength=1)
+    out: str = _key("out", "The path of the output folder.")
     extra: dict[str, Any] = attrs.field(factory=dict)
 
 

@@ -9,9 +9,9 @@ from typing import Any, Final
 import attrs
 
 from tunerkit.errors import ConfigError, closest, shown
-from tunerkit_cli.recipes.fragments import Fragment
 from tunerkit_cli.recipes.reading import schema
 from tunerkit_cli.recipes.recipe import default_method
+from tunerkit_cli.recipes.schema import Schema
 from tunerkit_cli.recipes.trainer_arguments import argument_types, text_alone
 from tunerkit_cli.settings import DEEPEST, given_settings, given_value
 
@@ -53,7 +53,7 @@ def apply(
     settings: Iterable[str],
     trainer_arguments: Mapping[str, str],
     method_settings: Callable[[], Fields],
-    plugin_keys: Mapping[str, Fragment] | None = None,
+    plugin_keys: Mapping[str, Schema] | None = None,
 ) -> dict[str, Any]:
     """Return a recipe's mapping with settings as ``--set`` takes them; of two with the same key, the later one wins.
 
@@ -81,7 +81,7 @@ def apply(
 class _Names:
     """The names that a key may begin with: those of the recipe, and those in its two sections."""
 
-    keys: Mapping[str, Fragment]
+    keys: Mapping[str, Schema]
     training: Mapping[str, str]
     config: Callable[[], Fields]
 
@@ -91,7 +91,7 @@ class _Names:
             return self.training
         return {name: field.type for name, field in self.config().items()}
 
-    def fragment(self, path: list[str]) -> Fragment:
+    def fragment(self, path: list[str]) -> Schema:
         """The JSON schema of the value at a path, as far as it is known."""
         first, *rest = path
         if rest and first in _SECTIONS:
@@ -111,7 +111,7 @@ def _divided(setting: str) -> tuple[str, str]:
     return key, text
 
 
-def _value(setting: str, key: str, text: str, fragment: Fragment) -> object:
+def _value(setting: str, key: str, text: str, fragment: Schema) -> object:
     try:
         value = given_value(text, f"--set {key}", fragment)
     except ConfigError as problem:

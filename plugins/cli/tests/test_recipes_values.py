@@ -1,4 +1,4 @@
-"""Fragments of JSON schema: which values they allow, and which fragments a plugin may declare."""
+"""JSON schema: which values it allows, and which schemas a plugin may declare."""
 
 import datetime
 import re
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from tunerkit_cli.recipes.fragments import objection, problems
+from tunerkit_cli.recipes.schema import objection, problems
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -26,7 +26,7 @@ KINDS: dict[str, Any] = {
 
 
 @given(plain)
-def test_an_empty_fragment_allows_every_plain_value(value: object) -> None:
+def test_an_empty_schema_allows_every_plain_value(value: object) -> None:
     """Law: what JSON can express is allowed where nothing is said."""
     assert list(problems(value, {})) == []
 
@@ -90,30 +90,30 @@ def test_all_problems_of_a_value_are_named() -> None:
 @pytest.mark.parametrize(
     ("fragment", "message"),
     [
-        ("text", "expected a dict with JSON schema, got 'text'"),
-        ({"descripton": "x"}, "the keyword 'descripton' is not supported; did you mean 'description'?"),
-        ({"if": {}}, "the keyword 'if' is not supported; use type, description, "),
-        ({1: 2}, "the keyword 1 is not supported"),
-        ({"type": "text"}, "there is no type 'text'; use string, integer"),
-        ({"type": []}, r"there is no type \[\]"),
-        ({"type": [["string"]]}, "there is no type"),
-        ({"type": 3}, "type: expected a str, list or tuple, got 3"),
-        ({"enum": 3}, "enum: expected a list or tuple, got 3"),
-        ({"minimum": "0"}, "minimum: expected a int or float, got '0'"),
-        ({"properties": {"a": {"type": "text"}}}, "there is no type 'text'"),
-        ({"properties": {"a": 3}}, "expected a dict with JSON schema, got 3"),
-        ({"items": {"type": "text"}}, "there is no type 'text'"),
-        ({"additionalProperties": {"type": "text"}}, "there is no type 'text'"),
+        ("text", "expected a mapping, got 'text'"),
+        ({"descripton": "x"}, "unknown key 'descripton'; did you mean 'description'?"),
+        ({"if": {}}, "unknown key 'if'; the keys are type, description, "),
+        ({1: 2}, "unknown key '1'"),
+        ({"type": "text"}, r"type\[0\]: expected string, integer, .* or null, got 'text'"),
+        ({"type": []}, r"type: expected 1 or more values in the list, got \[\]"),
+        ({"type": [["string"]]}, r"type\[0\]: expected text, got \['string'\]"),
+        ({"type": 3}, "type: expected a list, got 3"),
+        ({"enum": 3}, "enum: expected a list, got 3"),
+        ({"minimum": "0"}, "minimum: expected a number, got '0'"),
+        ({"properties": {"a": {"type": "text"}}}, r"properties.a.type\[0\]: expected string, .* got 'text'"),
+        ({"properties": {"a": 3}}, "properties.a: expected a mapping, got 3"),
+        ({"items": {"type": "text"}}, r"items.type\[0\]: expected string, .* got 'text'"),
+        ({"additionalProperties": {"type": "text"}}, r"additionalProperties.type\[0\]: expected string, .* got 'text'"),
         ({"type": "integer", "default": "3"}, "default: expected a whole number, got '3'"),
         ({"default": {1, 2}}, "is not JSON: .*set"),
     ],
 )
-def test_a_malformed_fragment_is_named(fragment: object, message: str) -> None:
+def test_a_malformed_schema_is_named(fragment: object, message: str) -> None:
     """A plugin's author reads which keyword is wrong."""
     assert re.search(message, str(objection(fragment)))
 
 
-def test_a_fragment_that_contains_itself_is_refused() -> None:
+def test_a_schema_that_contains_itself_is_refused() -> None:
     """It has no JSON, and checking it would not end."""
     fragment: dict[str, Any] = {}
     fragment["items"] = fragment
@@ -121,8 +121,8 @@ def test_a_fragment_that_contains_itself_is_refused() -> None:
 
 
 def test_the_supported_keywords_may_be_combined() -> None:
-    """Nested fragments, and booleans for further keys."""
+    """Nested schemas, also of a property named type, and booleans for further keys."""
     inner = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "examples": [[1]]}
-    fragment = {"type": ["object", "null"], "properties": {"a": inner}, "additionalProperties": False, "default": {}}
+    fragment = {"type": ["object", "null"], "properties": {"a": inner, "type": inner}, "default": {"type": [1]}}
     assert objection(fragment) is None
     assert objection({"enum": ["a", "b"], "default": "a", "minLength": 1, "additionalProperties": inner}) is None
