@@ -19,45 +19,18 @@ _MAX_VALUES = 10_000
 DEEPEST = 10  # levels of mappings and lists
 _LONGEST_NUMBER = 250  # characters of a whole number, in hexadecimal too: floats end at 309 digits
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
-_PLAIN: Final = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp")}
+_NUMBERS: Final = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+_PLAIN: Final = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp", *_NUMBERS}
 _ANYTHING: Final[Mapping[str, Any]] = {}  # JSON schema that says nothing of a value
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads ``2e-3`` as a number, as YAML 1.2 and JSON do, and rejects duplicate keys.
-
-    Two forms that YAML 1.1 reads by other rules than 1.2 and JSON are rejected: numbers that begin with a zero, as
-    ``010`` is octal, and those with colons, as ``1:30`` is to base 60. ``1_000`` and ``0b11`` are the numbers of 1.1.
-    """
+    """Safe YAML that reads ``2e-3`` as a number, as YAML 1.2 and JSON do, and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         if isinstance(node, yaml.MappingNode):
             _once([(self.construct_object(key, deep=True), None) for key, _ in node.value])
         return super().construct_mapping(node, deep)
-
-    def construct_integer(self, node: yaml.ScalarNode) -> int:
-        """A whole number, which Python can print and a float can hold."""
-        self._refuse_doubtful(node)
-        _refuse_long(node.value)
-        return int(self.construct_yaml_int(node))
-
-    def construct_decimal(self, node: yaml.ScalarNode) -> float:
-        """A number with a point or an exponent."""
-        self._refuse_doubtful(node)
-        return float(self.construct_yaml_float(node))
-
-    def _refuse_doubtful(self, node: yaml.ScalarNode) -> None:
-        other = "a text" if ":" in node.value else "decimal" if _OCTAL.fullmatch(node.value) else None
-        if other is not None:
-            base = "a number to base 60" if ":" in node.value else "octal"
-            raise ValueError(
-                f"line {node.start_mark.line + 1}: {shown(node.value)[1:-1]} is {base} in YAML 1.1 and {other} in YAML "
-                "1.2; write the decimal number that is meant, or put a text in quotes"
-            )
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_decimal)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -77,30 +50,42 @@ def given_settings(given: str) -> dict[str, object]:
     """
     if not given.lstrip().startswith("{"):
         return read_settings(Path(given))
-    if len(given) > _MAX_BYTES:
-        raise ConfigError(
-            [f"--config: has {len(given)} characters; write them into a file of at most {_MAX_BYTES} bytes"]
-        )
-    return _settings_in(given, ".yaml", "--config")
+    return _mapping(given_value(given, "--config"), "--config")
 
 
-def given_value(given: str, name: str, fragment: Mapping[str, Any] = _ANYTHING) -> object:
+def given_value(given: str, name: str, schema: Mapping[str, Any] = _ANYTHING, suffix: str = ".yaml") -> Any:
     """Read one value that is given on the command line, as YAML: ``2e-3``, ``[query, value]`` or ``{a: 1}``.
 
-    ``name`` names it in errors, and ``fragment`` is as for `read_settings`, which raises the same `ConfigError`.
+    ``name`` names it in errors, and ``schema`` is as for `read_settings`, which raises the same `ConfigError`.
     """
     if len(given) > _MAX_BYTES:
-        raise ConfigError([f"{name}: the value has {len(given)} characters; use at most {_MAX_BYTES}"])
-    found = _parsed(given, ".yaml", name, fragment)
-    _check_limits(found, name)
+        raise ConfigError([f"{name}: has {len(given)} characters; use at most {_MAX_BYTES}, or a file"])
+    try:
+        if suffix == ".json":
+            found = json.loads(given, object_pairs_hook=_once, parse_int=_integer)
+        else:
+            found = _from_yaml(given, schema)
+    except RecursionError as problem:
+        raise ConfigError([f"{name}: is nested too deeply; settings have at most {DEEPEST} levels"]) from problem
+    except Exception as problem:  # for some text the YAML library raises KeyError, IndexError or AttributeError
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise ConfigError([f"{name}: cannot be read as {suffix}: {reason}"]) from problem
+    for number, depth in enumerate(_depths(found)):
+        if depth > DEEPEST:
+            reason = f"is nested deeper than {DEEPEST} levels, or a YAML anchor contains itself"
+            raise ConfigError([f"{name}: {reason}; write the values out"])
+        if number >= _MAX_VALUES:
+            raise ConfigError([f"{name}: has more than {_MAX_VALUES} values, with YAML aliases written out; use fewer"])
     return found
 
 
-def read_settings(path: Path, fragment: Mapping[str, Any] = _ANYTHING) -> dict[str, object]:
+def read_settings(path: Path, schema: Mapping[str, Any] = _ANYTHING) -> dict[str, object]:
     """Read the mapping in ``path`` (.yaml, .yml or .json); `tunerkit.structure` converts it to a config.
 
-    ``fragment`` is the JSON schema of the mapping, as far as it is known. Where it takes text and no number or boolean,
-    ``no``, ``010`` and ``2024`` are texts in YAML.
+    ``schema`` is the JSON schema of the mapping, as far as it is known. Where it takes text and no number or boolean,
+    ``no``, ``010`` and ``2024`` are texts in YAML. Where it takes numbers, two forms are rejected that YAML 1.1 reads
+    by other rules than 1.2 and JSON: those that begin with a zero, as ``010`` is octal, and those with colons, as
+    ``1:30`` is to base 60. ``1_000`` and ``0b11`` are the numbers of 1.1.
 
     Raises `ConfigError` if there is no such file, or if it is malformed, is not a mapping or has a duplicate key; also
     if it is too large or too deep, so that reading it takes a few seconds at most.
@@ -122,68 +107,63 @@ def read_settings(path: Path, fragment: Mapping[str, Any] = _ANYTHING) -> dict[s
         raise ConfigError([f"{path}: byte {problem.start} is not UTF-8; save the file as UTF-8"]) from problem
     except (OSError, ValueError) as problem:
         raise ConfigError([f"{path}: cannot be read as {suffix}: {' '.join(str(problem).split())}"]) from problem
-    return _settings_in(text, suffix, str(path), fragment)
+    return _mapping(given_value(text, str(path), schema, suffix), str(path))
 
 
-def _settings_in(text: str, suffix: str, path: str, fragment: Mapping[str, Any] = _ANYTHING) -> dict[str, object]:
-    """Parse the mapping in a text, which ``path`` names in errors."""
-    found = _parsed(text, suffix, path, fragment)
+def _mapping(found: Any, name: str) -> dict[str, object]:
     if found is None:
         return {}  # a YAML file with only comments: all defaults
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ConfigError(
-            [f"{path}: expected a mapping of settings to values, got {type(found).__name__} {shown(found)}"]
+            [f"{name}: expected a mapping of settings to values, got {type(found).__name__} {shown(found)}"]
         )
-    _check_limits(found, path)
     return found
 
 
-def _parsed(text: str, suffix: str, path: str, fragment: Mapping[str, Any]) -> Any:
-    try:
-        if suffix == ".json":
-            return json.loads(text, object_pairs_hook=_once, parse_int=_integer)
-        loader = _Loader(text)
-        root = loader.get_single_node()
-        _keep_texts_(root, fragment, set())
-        return None if root is None else loader.construct_document(root)
-    except RecursionError as problem:
-        raise ConfigError([f"{path}: is nested too deeply; settings have at most {DEEPEST} levels"]) from problem
-    except Exception as problem:  # for some text the YAML library raises KeyError, IndexError or AttributeError
-        reason = " ".join(str(problem).split()) or type(problem).__name__
-        raise ConfigError([f"{path}: cannot be read as {suffix}: {reason}"]) from problem
+def _from_yaml(text: str, schema: Mapping[str, Any]) -> Any:
+    loader = _Loader(text)
+    root = loader.get_single_node()
+    if root is None:
+        return None
+    _settle_(root, schema, set())
+    return loader.construct_document(root)
 
 
-def _keep_texts_(node: yaml.Node | None, fragment: Mapping[str, Any], seen: set[int]) -> None:
-    """Let words be texts where the fragment takes text alone. ``seen`` has the nodes that aliases lead to again."""
-    if node is None or id(node) in seen:
+def _settle_(node: yaml.Node, schema: Mapping[str, Any], seen: set[int]) -> None:
+    """Let words be texts where the schema takes text alone, and refuse numbers that another YAML reads differently.
+
+    ``seen`` has the nodes that aliases lead to again.
+    """
+    if id(node) in seen:
         return
     seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
-        known, others = fragment.get("properties", {}), fragment.get("additionalProperties")
+        known, others = schema.get("properties", {}), schema.get("additionalProperties")
         for key, value in node.value:
+            _settle_(key, _ANYTHING, seen)
             found = known.get(key.value, others) if isinstance(key, yaml.ScalarNode) else None
-            _keep_texts_(value, found if isinstance(found, Mapping) else _ANYTHING, seen)
+            _settle_(value, found if isinstance(found, Mapping) else _ANYTHING, seen)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _keep_texts_(value, fragment.get("items", _ANYTHING), seen)
-    elif isinstance(node, yaml.ScalarNode) and node.style is None and node.tag in _PLAIN and is_text(fragment):
+            _settle_(value, schema.get("items", _ANYTHING), seen)
+    elif node.tag in _PLAIN and node.style is None and is_text(schema):
         node.tag = "tag:yaml.org,2002:str"
+    elif node.tag in _NUMBERS:
+        if node.tag.endswith("int"):
+            _refuse_long(node.value)
+        other = "a text" if ":" in node.value else "decimal" if _OCTAL.fullmatch(node.value) else None
+        if other is not None:
+            base = "a number to base 60" if ":" in node.value else "octal"
+            raise ValueError(
+                f"line {node.start_mark.line + 1}: {shown(node.value)[1:-1]} is {base} in YAML 1.1 and {other} in YAML "
+                "1.2; write the decimal number that is meant, or put a text in quotes"
+            )
 
 
-def is_text(fragment: Mapping[str, Any]) -> bool:
-    """Whether the only plain values that a fragment of JSON schema allows are texts."""
-    kinds = fragment.get("type", ())
+def is_text(schema: Mapping[str, Any]) -> bool:
+    """Whether the only plain values that a JSON schema allows are texts."""
+    kinds = schema.get("type", ())
     return kinds == "string" or ("string" in kinds and {"boolean", "integer", "number"}.isdisjoint(kinds))
-
-
-def _check_limits(found: object, path: str) -> None:
-    """Raise `ConfigError` if a value is too deep, or too large with aliases written out."""
-    for number, depth in enumerate(_depths(found)):
-        if depth > DEEPEST:
-            reason = f"is nested deeper than {DEEPEST} levels, or a YAML anchor contains itself"
-            raise ConfigError([f"{path}: {reason}; write the values out"])
-        if number >= _MAX_VALUES:
-            raise ConfigError([f"{path}: has more than {_MAX_VALUES} values, with YAML aliases written out; use fewer"])
 
 
 def _depths(value: object, depth: int = 0) -> Iterator[int]:
