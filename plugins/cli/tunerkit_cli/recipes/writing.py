@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
+from textwrap import wrap
 from typing import Final
 
 from tunerkit import TunerkitError
 from tunerkit.errors import ConfigError, closest, shown
-from tunerkit_cli.recipes.recipe import TASKS, Recipe, to_mapping
+from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, TASKS, VERSION, Recipe, to_mapping
+from tunerkit_cli.recipes.schema import class_schema
 from tunerkit_cli.settings import write_settings
 from tunerkit_cli.tasks import task_of
 
@@ -58,55 +60,21 @@ _STARTS: Final[Mapping[str, tuple[str, ...]]] = {
         "label: the name of its class, such as: cat",
     ),
 }
-_TEXT: Final = Template("""\
-# A recipe for: tunerkit train
-# Every key may be left out; `tunerkit schema` prints what each one may be.
-version: 1
-task: $task
-
-# A local folder, or a name on the hub.
-model: $model
-
-# A .csv, .tsv, .json, .jsonl or .parquet file with the columns:
-$columns
-data: train.$ending
-# Without eval_data, a part of the data is held out.
-# eval_data: eval.$ending
-# If your columns have other names:
-# columns: {$first: the_name_in_your_data}
-$length
-# The dtype of the base's weights: bfloat16 takes half of the memory.
-# dtype: bfloat16
-# What matrix products are computed in. Default: fp32 on a CPU, bf16 on an accelerator.
-# precision: bf16
-# Quantising the base saves more; this needs bitsandbytes and tunerkit-quant.
-# quantisation: nf4
-
-# The method, and its settings. `tunerkit config lora` prints all of them.
-method: lora
-config: {}
-# config: {rank: 16}
-# Instead of both, an adapter to go on training, such as a PEFT folder:
-# from_adapter: path/to/adapter
-
-# Arguments of the trainer.
-training:
-  num_train_epochs: $epochs
-  learning_rate: $learning_rate
-  per_device_train_batch_size: $batch_size
+# For each key that a first run may leave out, a value other than its default.
+_EXAMPLES: Final[Mapping[str, str]] = {
+    **{"eval_data": "eval.$ending", "from_adapter": "path/to/adapter", "columns": "{$first: the_name_in_your_data}"},
+    **{"label_map": "{'1': sport}", "drop_bad_rows": "true", "chat_template": "template.jinja"},
+    **{"train_on_prompts": "true", "dtype": "bfloat16", "precision": "bf16", "quantisation": "nf4", "samples": "4"},
+    **{"loss": "trl", "memory": "8", "baseline": "true", "on_collapse": "restart"},
+}
+_OF_LANGUAGE: Final = {"chat_template", "train_on_prompts", "samples", "loss", "memory"}  # language models' keys
+_TRAINING: Final = """ # among others:
+  num_train_epochs: {num_train_epochs}
+  learning_rate: {learning_rate:g}
+  per_device_train_batch_size: {per_device_train_batch_size}
   seed: 0
   # warmup_steps: 0.1  # below 1, a share of all steps
-  # gradient_accumulation_steps: 4
-
-# Whether to train the head alone too, for comparison.
-baseline: false
-
-# If the training diverges: warn, or restart from the last good checkpoint at half the rate.
-on_collapse: warn
-
-# The folder for the adapter, the metrics and the report.
-out: out
-""")
+  # gradient_accumulation_steps: 4"""
 
 
 def starter(task: str) -> str:
@@ -114,19 +82,22 @@ def starter(task: str) -> str:
     if task not in _STARTS:
         raise ConfigError([f"no task {shown(task)}{closest(task, TASKS) or '; the tasks are ' + ', '.join(TASKS)}"])
     model, *columns = _STARTS[task]
-    kind = task_of(task)
-    length = f"\n# Longer texts are cut to this many tokens.\nmax_length: {kind.max_length}\n"
-    return _TEXT.substitute(
-        task=task,
-        model=model,
-        columns="\n".join(f"#   {column}" for column in columns),
-        first=columns[0].partition(":")[0],
-        ending="jsonl" if any("[" in column for column in columns) else "csv",
-        length="" if columns[0].startswith("image") else length,
-        epochs=kind.defaults["num_train_epochs"],
-        learning_rate=f"{kind.defaults['learning_rate']:g}",
-        batch_size=kind.defaults["per_device_train_batch_size"],
-    )
+    kind, first = task_of(task), columns[0].partition(":")[0]
+    ending = "jsonl" if any("[" in column for column in columns) else "csv"
+    given = {"version": VERSION, "task": task, "model": model, "data": f"train.{ending}", "method": DEFAULT_METHOD}
+    given |= {"config": "{}", "training": _TRAINING.format(**kind.defaults), "out": "out"}
+    given |= {} if first == "image" else {"max_length": kind.max_length}
+    left_out = _OF_LANGUAGE if kind.label_column else {"label_map"}
+    lines = ["# A recipe for: tunerkit train", "# Every key may be left out."]
+    for name, schema in class_schema(Recipe)["properties"].items():
+        if name in left_out or not (name in given or name in _EXAMPLES):
+            continue
+        lines += ["", *wrap(schema["description"], 98, initial_indent="# ", subsequent_indent="# ")]
+        if name == "data":
+            lines += ["# Its columns:", *(f"#   {column}" for column in columns)]
+        example = Template(_EXAMPLES.get(name, "")).substitute(ending=ending, first=first)
+        lines.append(f"{name}: {given[name]}" if name in given else f"# {name}: {example}")
+    return "\n".join([*lines, ""])
 
 
 def write_starter(task: str, path: Path) -> None:
