@@ -70,7 +70,9 @@ def test_json_is_read_too(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("modle: x\n", r"r\.yaml: unknown key 'modle'; did you mean 'model'\?"),
-        ("learning_rate: 1\n", "unknown key 'learning_rate'; the keys are version, task, .*out. .*trainer.*`training`"),
+        ("zzz: 1\n", "unknown key 'zzz'; the keys are version, task, .*out. .*trainer.*`training`"),
+        ("learning_rate: 1\n", r"unknown key 'learning_rate'; did you mean 'training\.learning_rate'\?"),
+        ("load_in_4bit: true\n", r"unknown key 'load_in_4bit'; did you mean 'quantisation: nf4'\?"),
         ("extra: {}\n", "unknown key 'extra'"),
         ("acme: {}\n", "unknown key 'acme'"),
         ("task: text-clasification\n", "task: expected .* did you mean 'text-classification'"),

@@ -95,7 +95,11 @@ def test_a_setting_goes_where_its_key_belongs(setting: str, changed: dict[str, A
         ),
         ("training.sede=3", "there is no key 'sede' in 'training'; did you mean 'seed'"),
         ("config.target_rnk=3", "there is no key 'target_rnk' in 'config'; did you mean 'target_rank'"),
-        ("target_modules=[q]", r"--set target_modules: there is no key 'target_modules'; did you mean 'targets'\?"),
+        (
+            "target_modules=[q]",
+            r"--set target_modules: there is no key .*did you mean 'config.targets'\?",
+        ),
+        ("lora_alpha=16", r"there is no key 'lora_alpha'; `tunerkit schema`"),
         ("config.target_r=3", r"there is no key 'target_r' in 'config'; did you mean 'target_rank'\?"),
         ("use_dora=true", "there is no key 'use_dora'; use method 'dora'"),
         ("trainig.seed=3", "there is no key 'trainig'; did you mean 'training'"),

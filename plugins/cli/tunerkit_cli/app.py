@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 from rich.console import Console
 
 import tunerkit
@@ -22,7 +23,9 @@ from tunerkit.errors import TunerkitError, cut, half_character
 from tunerkit.extras import install
 from tunerkit_cli.commands import COMMANDS
 from tunerkit_cli.plugin_commands import additions, commands_of
+from tunerkit_cli.recipes.elsewhere import key_for
 from tunerkit_cli.recipes.reading import keys_of
+from tunerkit_cli.recipes.setting import FLAGS
 from tunerkit_cli.running.telling import telling_warnings
 
 # Their warnings at import are of builds and releases, not of what the user does: transformers imports torchao wherever
@@ -71,11 +74,26 @@ def build() -> typer.Typer:
     )
     app.callback()(_options)
     for name, command in {**COMMANDS, **commands}.items():
-        app.command(name)(with_one_line_errors(command))
+        app.command(name, cls=_Train if name == "train" else None)(with_one_line_errors(command))
     for name in _ELSEWHERE.keys() - commands.keys():
         anything = {"ignore_unknown_options": True, "allow_extra_args": True}
         app.command(name, hidden=True, context_settings=anything)(with_one_line_errors(_refuse_absent))
     return app
+
+
+class _Train(typer.core.TyperCommand):
+    """``train``, where an option of another command leads to ours."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as problem:  # click's, which typer has under a private name
+            if (key := key_for(getattr(problem, "option_name", "").lstrip("-").replace("-", "_"))) is not None:
+                flags = [f"--{name.replace('_', '-')}" for name, sets in FLAGS.items() if sets == key]
+                do = flags[0] if flags else f"--set {key}{'' if '=' in key else '=VALUE'}"
+                problem.message += f"; did you mean {do}?"  # type: ignore[attr-defined]
+                problem.possibilities = ()  # type: ignore[attr-defined]
+            raise
 
 
 def _refuse_absent(context: typer.Context) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import attrs
 import tunerkit
 from tunerkit.errors import ConfigError, half_character, shown
 from tunerkit_cli.plugin_commands import Addition, additions
+from tunerkit_cli.recipes.elsewhere import key_for
 from tunerkit_cli.recipes.recipe import PATHS, VERSION, Recipe, files_of
 from tunerkit_cli.recipes.schema import Schema, class_schema, objection, or_null, problems
 from tunerkit_cli.recipes.trainer_arguments import argument_types, text_alone
@@ -103,7 +105,7 @@ def structure(
     if mapping.get("on_collapse") == "tell":  # as version 0.1 wrote it
         mapping = {**mapping, "on_collapse": "warn"}
     # Another version has other keys, and a mapping of other types cannot be searched for half characters.
-    for find in (_version_problems, lambda mapping: problems(dict(mapping), schema(declared)), _unwritable):
+    for find in (_version_problems, partial(_key_problems, schema(declared)), _unwritable):
         if found := [f"{source}: {problem}" for problem in find(mapping)]:
             raise ConfigError(found)
     given = {name: copy.deepcopy(value) for name, value in mapping.items() if value is not None}
@@ -119,6 +121,15 @@ def _version_problems(mapping: Mapping[str, Any]) -> Iterator[str]:
         if isinstance(version, int) and version > VERSION:
             do = "a later tunerkit reads this recipe; upgrade, or start anew from `tunerkit init`"
         yield f"version: got {shown(version)}, and tunerkit {tunerkit.__version__} reads version {VERSION}; {do}"
+
+
+def _key_problems(schema: Schema, mapping: Mapping[str, Any]) -> Iterator[str]:
+    """What the schema does not allow; a key that another command has leads to ours."""
+    elsewhere = {name: key_for(name) for name in mapping if name not in schema["properties"]}
+    for name, key in elsewhere.items():
+        if key is not None:
+            yield f"unknown key {shown(name)}; did you mean {key.replace('=', ': ')!r}?"
+    yield from problems({name: value for name, value in mapping.items() if elsewhere.get(name) is None}, schema)
 
 
 def _unwritable(mapping: Mapping[str, Any]) -> Iterator[str]:

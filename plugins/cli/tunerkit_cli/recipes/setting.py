@@ -9,6 +9,7 @@ from typing import Any, Final
 import attrs
 
 from tunerkit.errors import ConfigError, closest, shown
+from tunerkit_cli.recipes.elsewhere import key_for
 from tunerkit_cli.recipes.reading import schema
 from tunerkit_cli.recipes.recipe import default_method
 from tunerkit_cli.recipes.schema import Schema
@@ -146,15 +147,16 @@ def _path(key: str, names: _Names) -> list[str]:
 def _unknown(key: str, name: str, close: Iterable[str], names: _Names, where: str = "") -> ConfigError:
     """Return the error for a key without a name such as ``name``.
 
-    It may stand in another section, be a name that another library has for a setting, or be close to some.
+    It may be a name that another command or library has for a key, stand in another section, or be close to some.
     """
-    hint = closest(name, sorted(close)) if close is names.training else ""  # which spares the import of the method
-    if not hint:
+    full = key_for(name) or ""
+    section, _, setting = full.partition(".")
+    full = "" if section == "config" and setting not in names.config() else full
+    hint = f"; did you mean {full!r}?" if full else closest(name, sorted(close)) if close is names.training else ""
+    if not hint:  # which the method may have
         from tunerkit.config import meant  # imports torch
 
-        full = [f"{each}.{name}" for each in _SECTIONS if name in names.within(each)]
-        full = [FLAGS[name]] if name in FLAGS else full
-        known = f"; did you mean {' or '.join(map(repr, full))}?" if full else ""
+        known = f"; did you mean 'config.{name}'?" if name in names.config() else ""
         hint = known or meant(name, names.config().values()) or closest(name, sorted(close))
     hint = hint or "; `tunerkit schema` lists a recipe's keys, `tunerkit config` a method's"
     return ConfigError([f"--set {shown(key)[1:-1]}: there is no key {shown(name)}{where}{hint}"])
