@@ -68,6 +68,7 @@ def load_pretrained(
     seed: int = 0,
     processor_from: str | Path | None = None,
     quantisation: str | None = None,
+    attn_implementation: str | None = None,
 ) -> Pretrained:
     """Load a base model for a task, with a head for ``labels`` that ``seed`` initializes if it is new.
 
@@ -82,6 +83,7 @@ def load_pretrained(
         seed: The seed of new modules.
         processor_from: The folder of the processor, if it is not the model's.
         quantisation: How to quantize the model as it is loaded, see `quantising`; None loads it as it is.
+        attn_implementation: How it computes attention; None lets transformers choose.
 
     Raises:
         QuantisationError: It cannot be quantized so here.
@@ -109,6 +111,7 @@ def load_pretrained(
     if quantisation is not None:
         packed = quantising(quantisation, dtype, _heads_of_class(task_classes, config) if classifies else ())
     settings = {"dtype": dtype, **OWN_CODE, **version, **packed, **_head_settings(task_classes, labels, config)}
+    settings |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     # Modules that the checkpoint lacks are drawn from the seed, not from the caller's random state.
     with torch.random.fork_rng(devices=[]), _quietly() as transformers:
         torch.manual_seed(seed)

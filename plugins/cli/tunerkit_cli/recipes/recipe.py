@@ -18,6 +18,7 @@ DEFAULT_METHOD: Final = "lora"
 ADALORA: Final = "adalora"  # the method of the demo, and of a run whose recipe is from before LoRA was the default
 DTYPES: Final = ("float32", "bfloat16", "float16", "auto")
 PRECISIONS: Final = ("fp32", "bf16", "fp16")
+ATTENTION: Final = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 TASKS: Final = tuple(tasks.TASKS)
 
 
@@ -78,6 +79,12 @@ class Recipe:
     label_map: dict[str, str] = _key(
         {}, "Other names for labels, as in `'1': sport`. Labels that it does not name stay."
     )
+    class_weights: str | list[float] | dict[str, float] | None = _key(
+        None,
+        "How much each class counts in a classifier's loss: balanced; a list, in the order of the classes; or as in "
+        "`{spam: 3}`, 1 for the others.",
+        ge=0,
+    )
     drop_bad_rows: bool = _key(False, "Whether rows that do not fit are left out, and listed in the output folder.")
     chat_template: str | None = _key(
         None, "The path of a file with a chat template (Jinja), in place of the tokenizer's own."
@@ -103,6 +110,9 @@ class Recipe:
         "bitsandbytes and tunerkit-quant.",
         enum=("nf4", "int8"),
     )
+    attn_implementation: str | None = _key(
+        None, "How attention is computed while training. Without it, transformers chooses.", enum=ATTENTION
+    )
     samples: int | None = _key(
         None,
         "How many held-out prompts a language model answers after its training, in a few words each. Without it: 2.",
@@ -119,6 +129,12 @@ class Recipe:
         "How many GiB a language model's training may take: activations that do not fit are recomputed. "
         "Without it: what is free.",
         ge=0,
+    )
+    early_stopping_patience: int | None = _key(
+        None,
+        "Stop after this many evaluations without a better loss, or metric_for_best_model, and keep the best "
+        "checkpoint. A run is then evaluated after each epoch, or as `training` says.",
+        ge=1,
     )
     baseline: bool = _key(False, "Whether to train the head alone too, for comparison.")
     on_collapse: str = _key(

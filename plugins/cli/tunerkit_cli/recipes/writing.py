@@ -65,6 +65,7 @@ _EXAMPLES: Final[Mapping[str, str]] = {
     **{"eval_data": "eval.$ending", "from_adapter": "path/to/adapter", "columns": "{$first: the_name_in_your_data}"},
     **{"label_map": "{'1': sport}", "drop_bad_rows": "true", "chat_template": "template.jinja"},
     **{"train_on_prompts": "true", "dtype": "bfloat16", "precision": "bf16", "quantisation": "nf4", "samples": "4"},
+    **{"attn_implementation": "sdpa", "early_stopping_patience": "3", "class_weights": "balanced"},
     **{"loss": "trl", "memory": "8", "baseline": "true", "on_collapse": "restart"},
 }
 _OF_LANGUAGE: Final = {"chat_template", "train_on_prompts", "samples", "loss", "memory"}  # language models' keys
@@ -87,7 +88,7 @@ def starter(task: str) -> str:
     given = {"version": VERSION, "task": task, "model": model, "data": f"train.{ending}", "method": DEFAULT_METHOD}
     given |= {"config": "{}", "training": _TRAINING.format(**kind.defaults), "out": "out"}
     given |= {} if first == "image" else {"max_length": kind.max_length}
-    left_out = _OF_LANGUAGE if kind.label_column else {"label_map"}
+    left_out = _OF_LANGUAGE if kind.label_column else {"label_map", "class_weights"}
     lines = ["# A recipe for: tunerkit train", "# Every key may be left out."]
     for name, schema in class_schema(Recipe)["properties"].items():
         if name in left_out or not (name in given or name in _EXAMPLES):

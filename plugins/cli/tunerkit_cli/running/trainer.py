@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, get_scheduler
+from transformers import EarlyStoppingCallback, PrinterCallback, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from tunerkit import TunerkitError
@@ -50,9 +50,36 @@ _SEEDS = ("seed", "data_seed")  # numpy takes no greater ones than 32 bits hold
 def asked_of(recipe: Recipe, task: Task) -> dict[str, Any]:
     """What a recipe asks of the trainer, itself or because it trains on the demo's data."""
     demo = demo_of(task.name, "data").training if recipe.data is None else {}
-    # The best checkpoint is found by evaluations.
-    best = {"load_best_model_at_end", "metric_for_best_model"} & recipe.training.keys()
-    return {**demo, **({"eval_strategy": "epoch"} if best else {}), **recipe.training}
+    asked = {**demo, **recipe.training}
+    if recipe.early_stopping_patience is not None:
+        asked.setdefault("load_best_model_at_end", True)
+    # The best checkpoint is found by evaluations, and must be one that is kept.
+    if {"load_best_model_at_end", "metric_for_best_model"} & asked.keys():
+        asked.setdefault("eval_strategy", "epoch")
+    if asked.get("load_best_model_at_end"):
+        asked.setdefault("save_strategy", asked["eval_strategy"])
+        asked |= {"save_steps": asked["eval_steps"]} if "eval_steps" in asked and "save_steps" not in asked else {}
+    return asked
+
+
+class Stopping(EarlyStoppingCallback):
+    """Ends a training early. A resumed one counts from its log how often it has waited."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        best = state.best_global_step or 0
+        self.early_stopping_patience_counter = sum(
+            "eval_loss" in entry and entry["step"] > best for entry in state.log_history
+        )
+
+
+def stopping_early(recipe: Recipe, asked: Mapping[str, Any], *, has_eval: bool) -> list[Stopping]:
+    """What ends a training early, if a recipe asks for it. Raises `ConfigError` if there are no evaluations."""
+    if recipe.early_stopping_patience is None:
+        return []
+    if not has_eval or asked["eval_strategy"] in ("no", False) or not asked["load_best_model_at_end"]:
+        do = "hold rows out, set training.eval_strategy to epoch or steps, and leave load_best_model_at_end true"
+        raise ConfigError([f"early_stopping_patience: needs evaluations, and the best checkpoint: {do}"])
+    return [Stopping(recipe.early_stopping_patience)]
 
 
 def arguments_of(recipe: Recipe, task: Task) -> dict[str, Any]:

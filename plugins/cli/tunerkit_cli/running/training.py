@@ -190,6 +190,10 @@ def train(session: Session, console: Console, *, resume: bool) -> Trained:
     _train(session, console, resume=resume)
     if session.watching.interrupted:
         raise KeyboardInterrupt
+    state, patience = trainer.state, session.recipe.early_stopping_patience
+    if patience is not None and state.global_step < state.max_steps:
+        best = f"the best is step {state.best_global_step}, whose checkpoint is kept"
+        say(console, f"stopped early, after step {state.global_step} of {state.max_steps}: {best}")
     problems = judged(session.learning, Reached(), None, continued=session.start is not None)
     return Trained(trainer.state.log_history, start, {"train": time.perf_counter() - began}, {}, None, problems)
 
