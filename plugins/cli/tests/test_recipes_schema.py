@@ -13,7 +13,7 @@ from tests.support.config_checks import Kinds, KindsPlugin
 from tunerkit_cli import app, settings
 from tunerkit_cli.recipes.reading import schema, structure
 from tunerkit_cli.recipes.recipe import TASKS, Recipe
-from tunerkit_cli.recipes.schema import schema_of
+from tunerkit_cli.recipes.schema import settings_schema
 from tunerkit_cli.recipes.writing import starter
 from tunerkit_testing.registering import registered
 from tunerkit_testing.strategies import configs_of
@@ -117,10 +117,10 @@ def test_the_command_prints_the_schema() -> None:
     assert json.loads(told.stdout) == json.loads(json.dumps(schema()))
 
 
-def test_settings_conform_to_the_schema_of_their_method() -> None:
+def test_settings_conform_to_the_settings_schema_their_method() -> None:
     """Law: what a config holds, of every kind of field, is what the schema allows."""
     jsonschema = pytest.importorskip("jsonschema")
-    validator = jsonschema.Draft202012Validator(schema_of(Kinds))
+    validator = jsonschema.Draft202012Validator(settings_schema(Kinds))
 
     @given(configs_of(Kinds))
     def check(config: Kinds) -> None:
@@ -142,7 +142,7 @@ def test_settings_conform_to_the_schema_of_their_method() -> None:
 def test_the_schema_marks_wrong_settings(wrong: dict[str, Any]) -> None:
     """Law: what it does not allow is refused, too."""
     jsonschema = pytest.importorskip("jsonschema")
-    assert not jsonschema.Draft202012Validator(schema_of(Kinds)).is_valid(wrong)
+    assert not jsonschema.Draft202012Validator(settings_schema(Kinds)).is_valid(wrong)
     with registered(KindsPlugin()), pytest.raises(tunerkit.errors.ConfigError):
         tunerkit.structure("toy-kinds", wrong)
 

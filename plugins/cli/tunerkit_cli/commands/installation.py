@@ -33,7 +33,9 @@ def schema(
     found = reading.schema()
     if method is not None:
         config = found["properties"]["config"]
-        own = settings_schema(method)
+        from tunerkit import hooks  # imports torch
+
+        own = settings_schema(hooks.registry.get(hooks.registry.named(method)).config)
         config |= {**own, "type": config["type"], "description": config["description"], "default": config["default"]}
     typer.echo(json.dumps(found, indent=2))
 

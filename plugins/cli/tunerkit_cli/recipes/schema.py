@@ -41,14 +41,7 @@ _TAG: Final = "type"  # the key that names the class of a mapping, where several
 # --- of a class -------------------------------------------------------------------------------------------------------
 
 
-def settings_schema(method: str) -> dict[str, Any]:
-    """Return the JSON schema of a mapping of settings. Raises `UnknownMethodError` if no plugin has the method."""
-    from tunerkit import hooks  # imports torch
-
-    return schema_of(hooks.registry.get(hooks.registry.named(method)).config)
-
-
-def schema_of(cls: Any) -> dict[str, Any]:
+def settings_schema(cls: Any) -> dict[str, Any]:
     """Return the JSON schema of a mapping of a method's settings, by its config class."""
     import tunerkit
 

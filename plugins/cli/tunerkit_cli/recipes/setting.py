@@ -67,10 +67,13 @@ def apply(
     names = _Names(schema(plugin_keys)["properties"], trainer_arguments, cache(method_settings))
     problems: list[str] = []
     for setting in settings:
+        key, equals, text = setting.partition("=")
+        key = key.strip()
         try:
-            key, text = _divided(setting)
-            path = _path(key, names)
-            _place(changed, path, _value(setting, key, text, names.fragment(path)), f"--set {key}")
+            if not equals or not all(key.split(".")) or len(key.split(".")) > DEEPEST:
+                raise ConfigError([f"--set {shown(setting)}: {_EXAMPLE}"])
+            path, wanted = _place_of(key, names)
+            _place(changed, path, _value(text, key, wanted), f"--set {key}")
         except ConfigError as problem:
             problems += problem.problems
     if problems:
@@ -92,56 +95,43 @@ class _Names:
             return self.training
         return {name: field.type for name, field in self.config().items()}
 
-    def fragment(self, path: list[str]) -> Schema:
-        """The JSON schema of the value at a path, as far as it is known."""
-        first, *rest = path
-        if rest and first in _SECTIONS:
-            return text_alone(self.within(first)[rest[0]]) if len(rest) == 1 else {}
-        found = self.keys[first]
-        for _ in rest:  # only in mappings whose values are all alike, such as `columns`
-            inner = found.get("additionalProperties")
-            found = inner if isinstance(inner, Mapping) else {}
-        return found
 
-
-def _divided(setting: str) -> tuple[str, str]:
-    key, equals, text = setting.partition("=")
-    key = key.strip()
-    if not equals or not all(key.split(".")) or len(key.split(".")) > DEEPEST:
-        raise ConfigError([f"--set {shown(setting)}: {_EXAMPLE}"])
-    return key, text
-
-
-def _value(setting: str, key: str, text: str, fragment: Schema) -> object:
+def _value(text: str, key: str, wanted: Schema) -> object:
     try:
-        value = given_value(text, f"--set {key}", fragment)
+        value = given_value(text, f"--set {key}", wanted)
     except ConfigError as problem:
         quoted = "; if it is text, put it in quotes"
         lines = [line if "in quotes" in line else f"{line}{quoted}" for line in problem.problems]
         raise ConfigError(lines) from problem
     if value is None and text.strip().lower() not in ("null", "~"):  # an empty variable of the shell, or a YAML comment
-        raise ConfigError(
-            [f"--set {shown(setting)}: {_EXAMPLE}; write {key}=null for no value, or put the value in quotes"]
-        )
+        do = f"write {key}=null for no value, or put the value in quotes"
+        raise ConfigError([f"--set {shown(f'{key}={text}')}: {_EXAMPLE}; {do}"])
     return value
 
 
-def _path(key: str, names: _Names) -> list[str]:
-    """Return where in the recipe a key stands."""
+def _place_of(key: str, names: _Names) -> tuple[list[str], Schema]:
+    """Return where in the recipe a key stands, and the JSON schema of its value, as far as it is known."""
     first, *rest = key.split(".")
-    if first in _SECTIONS and rest and rest[0] not in names.within(first):
-        raise _unknown(key, rest[0], names.within(first), names, f" in {first!r}")
+    if first in _SECTIONS and rest:
+        known = names.within(first)
+        if rest[0] not in known:
+            raise _unknown(key, rest[0], known, names, f" in {first!r}")
+        return [first, *rest], text_alone(known[rest[0]]) if len(rest) == 1 else {}
     if first in names.keys:
-        return [first, *rest]
+        found: Any = names.keys[first]
+        for _ in rest:  # only in mappings whose values are all alike, such as `columns`
+            found = found.get("additionalProperties")
+            found = found if isinstance(found, Mapping) else {}
+        return [first, *rest], found
     if rest:
         raise _unknown(key, first, names.keys, names)
     sections = [section for section in _SECTIONS if first in names.within(section)]
-    if not sections:
-        raise _unknown(key, first, {*names.keys, *names.training, *names.config()}, names)
     if len(sections) > 1:
         forms = " or ".join(f"{section}.{first}" for section in sections)
         raise ConfigError([f"--set {key}: the trainer and the method both have {first!r}; write {forms}"])
-    return [*sections, first]
+    if not sections:
+        raise _unknown(key, first, {*names.keys, *names.training, *names.config()}, names)
+    return _place_of(f"{sections[0]}.{first}", names)
 
 
 def _unknown(key: str, name: str, close: Iterable[str], names: _Names, where: str = "") -> ConfigError:

@@ -19,7 +19,6 @@ from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.formats import refuse_other, standard
 from tunerkit_cli.tasks.infer import infer
 from tunerkit_cli.tasks.turns import read_template
-from tunerkit_cli.tasks.weights import refuse_weights
 from tunerkit_transformers.output_folder import read_run
 from tunerkit_transformers.pretrained import refuse_missing
 from tunerkit_transformers.run_folder import irregular
@@ -50,8 +49,6 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     if (task := _task_of(recipe, tables)) is not None:
         if found := [*filter(None, (name_problem(name, task.name) for name in recipe.training))]:
             raise ConfigError(found)
-        if recipe.class_weights is not None:
-            refuse_weights(recipe.class_weights, task.name)
         whole = [each for each in (*tables, *others) if not (recipe.drop_bad_rows and _is_cut(each))]
         _refuse_columns(task, whole, recipe.columns)
     if recipe.model is not None:

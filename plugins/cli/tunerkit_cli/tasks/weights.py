@@ -8,21 +8,10 @@ from tunerkit.errors import ConfigError, closest
 from tunerkit.paths import few
 from tunerkit_cli.tasks.base import NOT_LEARNED, Row, Task
 
-BALANCED: Final = "balanced"
 TASKS: Final = ("text-classification", "token-classification", "image-classification")
 
 
 Weights = str | Sequence[float] | Mapping[str, float]
-
-
-def refuse_weights(given: Weights, task: str) -> None:
-    """Raise `ConfigError` if a task has no weights of classes, or they are another word than `BALANCED`."""
-    if task not in TASKS:
-        raise ConfigError([f"class_weights: {task} has none; they are for {', '.join(TASKS)}"])
-    if isinstance(given, str) and given != BALANCED:
-        raise ConfigError(
-            [f"class_weights: expected {BALANCED}, a list or a mapping, got {given!r}{closest(given, [BALANCED])}"]
-        )
 
 
 def class_weights(given: Weights, task: Task, rows: Sequence[Row], labels: Sequence[str]) -> dict[str, float]:
@@ -40,8 +29,12 @@ def class_weights(given: Weights, task: Task, rows: Sequence[Row], labels: Seque
     """
     counts = Counter(name for row in rows for name in task.classes_of(row))
     classes = f"the classes are {few(list(labels), shown=30)}"
-    refuse_weights(given, task.name)
+    if task.name not in TASKS:
+        raise ConfigError([f"class_weights: {task.name} has none; they are for {', '.join(TASKS)}"])
     if isinstance(given, str):
+        if given != "balanced":
+            hint = closest(given, ["balanced"])
+            raise ConfigError([f"class_weights: expected balanced, a list or a mapping, got {given!r}{hint}"])
         found = {name: 1 / max(counts[name], 1) for name in labels}
     elif isinstance(given, Mapping):
         if unknown := [name for name in given if name not in labels]:
