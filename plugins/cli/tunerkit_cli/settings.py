@@ -146,7 +146,7 @@ def _settle_(node: yaml.Node, schema: Mapping[str, Any], seen: set[int]) -> None
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
             _settle_(value, schema.get("items", _ANYTHING), seen)
-    elif node.tag in _PLAIN and node.style is None and is_text(schema):
+    elif isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN and node.style is None and is_text(schema):
         node.tag = "tag:yaml.org,2002:str"
     elif node.tag in _NUMBERS:
         if node.tag.endswith("int"):

@@ -3,7 +3,7 @@
 # ruff: noqa: RUF009 (what defines a key returns an attrs field, which is no shared default)
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -178,28 +178,25 @@ def with_precision(recipe: Recipe) -> Recipe:
     return attrs.evolve(recipe, training=training, precision=next((name for name in given if given[name]), "fp32"))
 
 
-def with_full_paths(recipe: Recipe) -> Recipe:
-    """Return the recipe with full paths, so that it means the same in every working folder."""
-    given = {name: getattr(recipe, name) for name in ("model", "from_adapter")}
-    # A model or an adapter that is not there is a name on the hub.
-    there = [name for name, path in given.items() if path is not None and os.path.exists(os.path.expanduser(path))]
-    names = ("data", "eval_data", "out", "chat_template", *there)
-    return _with_paths(recipe, names, lambda path: os.path.abspath(os.path.expanduser(path)))
-
-
 def as_stated(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe with full paths in the form that the files of its run in ``folder`` have, see `stated`."""
-    return _with_paths(with_full_paths(recipe), PATHS, lambda path: stated(path, folder))
+    """Return the recipe with full paths, in the form that the files of its run in ``folder`` have, see `stated`."""
+    return _with_paths(recipe, lambda name, path: stated(_full(name, path), folder))
 
 
 def as_placed(recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe that a run in ``folder`` has written, with full paths again."""
-    return _with_paths(recipe, PATHS, lambda path: placed(path, folder))
+    return _with_paths(recipe, lambda _, path: placed(path, folder))
 
 
 def with_home(recipe: Recipe) -> Recipe:
     """Return the recipe with the home folder for ``~``, which a shell leaves in a recipe and after ``=``."""
-    return _with_paths(recipe, PATHS, os.path.expanduser)
+    return _with_paths(recipe, lambda _, path: os.path.expanduser(path))
+
+
+def _full(name: str, path: str) -> str:
+    full = os.path.abspath(os.path.expanduser(path))
+    is_on_hub = name in ("model", "from_adapter") and not os.path.exists(full)
+    return path if is_on_hub else full
 
 
 def files_of(data: str | list[str] | None) -> list[str]:
@@ -207,11 +204,11 @@ def files_of(data: str | list[str] | None) -> list[str]:
     return data if isinstance(data, list) else [] if data is None else [data]
 
 
-def _with_paths(recipe: Recipe, names: Iterable[str], change: Callable[[str], str]) -> Recipe:
-    """Return the recipe with each path of these keys changed, those in lists too."""
-    paths = {name: getattr(recipe, name) for name in names}
+def _with_paths(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
+    """Return the recipe with each path changed, by its key, those in lists too."""
+    paths = {name: getattr(recipe, name) for name in PATHS}
     changed: dict[str, Any] = {
-        name: [change(each) for each in path] if isinstance(path, list) else change(path)
+        name: [change(name, each) for each in path] if isinstance(path, list) else change(name, path)
         for name, path in paths.items()
         if path is not None
     }
