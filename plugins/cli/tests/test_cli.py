@@ -337,7 +337,7 @@ def test_the_words_of_peft_are_understood(tmp_path: Path) -> None:
         assert f"unknown key {words}" in told.stderr
     told = tunerkit_command("train", "--method", "LoRA", "--set", "r=4", "--data", file, "--out", tmp_path / "out")
     assert told.exit_code == 2
-    assert "--set r: there is no key 'r'; did you mean 'rank'?" in told.stderr
+    assert "--set r: there is no key 'r'; did you mean 'config.rank'?" in told.stderr
 
 
 def test_without_the_extra_the_command_says_how_to_get_it(

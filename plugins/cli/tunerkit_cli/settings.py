@@ -82,10 +82,11 @@ def given_value(given: str, name: str, schema: Mapping[str, Any] = _ANYTHING, su
 def read_settings(path: Path, schema: Mapping[str, Any] = _ANYTHING) -> dict[str, object]:
     """Read the mapping in ``path`` (.yaml, .yml or .json); `tunerkit.structure` converts it to a config.
 
-    ``schema`` is the JSON schema of the mapping, as far as it is known. Where it takes text and no number or boolean,
-    ``no``, ``010`` and ``2024`` are texts in YAML. Where it takes numbers, two forms are rejected that YAML 1.1 reads
-    by other rules than 1.2 and JSON: those that begin with a zero, as ``010`` is octal, and those with colons, as
-    ``1:30`` is to base 60. ``1_000`` and ``0b11`` are the numbers of 1.1.
+    ``schema`` is the JSON schema of the mapping, as far as it is known; that of a key may be a function, which is
+    called where the key has a value. Where it takes text and no number or boolean, ``no``, ``010`` and ``2024`` are
+    texts in YAML. Where it takes numbers, two forms are rejected that YAML 1.1 reads by other rules than 1.2 and JSON:
+    those that begin with a zero, as ``010`` is octal, and those with colons, as ``1:30`` is to base 60. ``1_000`` and
+    ``0b11`` are the numbers of 1.1.
 
     Raises `ConfigError` if there is no such file, or if it is malformed, is not a mapping or has a duplicate key; also
     if it is too large or too deep, so that reading it takes a few seconds at most.
@@ -142,6 +143,7 @@ def _settle_(node: yaml.Node, schema: Mapping[str, Any], seen: set[int]) -> None
         for key, value in node.value:
             _settle_(key, _ANYTHING, seen)
             found = known.get(key.value, others) if isinstance(key, yaml.ScalarNode) else None
+            found = found() if callable(found) and value.value else found
             _settle_(value, found if isinstance(found, Mapping) else _ANYTHING, seen)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:

@@ -1,8 +1,9 @@
 """Names that other commands have for keys of a recipe: PEFT's and TRL's scripts, axolotl, LLaMA-Factory, unsloth."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
+from tunerkit.errors import closest
 from tunerkit_cli.recipes.trainer_arguments import argument_types
 
 _KEYS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -33,7 +34,12 @@ _KEYS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def key_for(name: str) -> str | None:
-    """Return the key that another command calls so, as ``--set`` takes it, if need be with its value; else None."""
+def key_for(name: str, known: Iterable[str] = ()) -> str | None:
+    """Return the key that another command calls so, as ``--set`` takes it, if need be with its value; else None.
+
+    Arguments of the trainer, which take a moment to read, are left out where the name is close to a ``known`` one.
+    """
     named = next((key for key, others in _KEYS.items() if name in others), None)
-    return named or (f"training.{name}" if name in argument_types() else None)
+    if named is not None or closest(name, known):
+        return named
+    return f"training.{name}" if name in argument_types() else None

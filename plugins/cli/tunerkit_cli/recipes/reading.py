@@ -76,9 +76,12 @@ def read_recipe(path: Path, plugin_keys: Mapping[str, Schema] | None = None) -> 
 
 
 def _typed(plugin_keys: Mapping[str, Schema] | None = None) -> Schema:
-    """The schema of recipes, in which the arguments of trainers that are texts are told from others."""
-    arguments = {name: text_alone(kind) for name, kind in argument_types().items()}
-    return {"properties": {**schema(plugin_keys)["properties"], "training": {"properties": arguments}}}
+    """The schema of recipes, in which those arguments of trainers that are texts are told from others."""
+
+    def training() -> Schema:
+        return {"properties": {name: text_alone(kind) for name, kind in argument_types().items()}}
+
+    return {"properties": {**schema(plugin_keys)["properties"], "training": training}}
 
 
 def mapping_at(path: Path) -> dict[str, Any]:
@@ -125,7 +128,8 @@ def _version_problems(mapping: Mapping[str, Any]) -> Iterator[str]:
 
 def _key_problems(schema: Schema, mapping: Mapping[str, Any]) -> Iterator[str]:
     """What the schema does not allow; a key that another command has leads to ours."""
-    elsewhere = {name: key_for(name) for name in mapping if name not in schema["properties"]}
+    known = schema["properties"]
+    elsewhere = {name: key_for(str(name), known) for name in mapping if name not in known}
     for name, key in elsewhere.items():
         if key is not None:
             yield f"unknown key {shown(name)}; did you mean {key.replace('=', ': ')!r}?"
