@@ -49,20 +49,29 @@ def test_a_run_stops_early_and_keeps_its_best_checkpoint(arguments: list[str], t
     assert record["recipe"]["training"]["save_strategy"] == "epoch"
 
 
-def test_stopping_early_needs_evaluations(arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("eval_strategy=no", "early_stopping_patience and load_best_model_at_end need evaluations: hold rows out"),
+        (
+            "load_best_model_at_end=false",
+            "early_stopping_patience: keeps the best checkpoint; leave training.load_b",
+        ),
+    ],
+)
+def test_stopping_early_needs_evaluations(option: str, message: str, arguments: list[str], tmp_path: Path) -> None:
     """One line, before anything is trained."""
-    options = setting("early_stopping_patience=2", "eval_strategy=no", "load_best_model_at_end=false")
-    done = command(*arguments, "--out", tmp_path / "out", *options)
+    done = command(*arguments, "--out", tmp_path / "out", *setting("early_stopping_patience=2", option))
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
-    assert "early_stopping_patience: needs evaluations" in done.stderr
+    assert message in done.stderr
 
 
 def test_weights_of_classes_have_a_mean_of_one_over_the_rows() -> None:
     """Law: so the loss stays comparable; balanced gives each class the same part of it."""
     task = task_of("text-classification")
-    assert class_weights("balanced", task, ROWS, LABELS) == pytest.approx({"bad": 2, "good": 2 / 3})
-    assert class_weights([3, 1], task, ROWS, LABELS) == pytest.approx({"bad": 2, "good": 2 / 3})
-    assert class_weights({"bad": 3}, task, ROWS, LABELS) == pytest.approx({"bad": 2, "good": 2 / 3})
+    assert class_weights("balanced", task, ROWS, LABELS) == pytest.approx([2, 2 / 3])
+    assert class_weights([3, 1], task, ROWS, LABELS) == pytest.approx([2, 2 / 3])
+    assert class_weights({"bad": 3}, task, ROWS, LABELS) == pytest.approx([2, 2 / 3])
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tunerkit_cli.running.fitting import Fit, build_fitted, cut_at_positions_
 from tunerkit_cli.running.learning import Learning, advice
 from tunerkit_cli.running.starting import Start, continued, head_labels, order_note, start_of, wrapped
 from tunerkit_cli.running.telling import say
-from tunerkit_cli.running.trainer import DECIDED, asked_of, refuse_untrainable, stopping_early, trainer_arguments
+from tunerkit_cli.running.trainer import DECIDED, asked_of, refuse_untrainable, stopping, trainer_arguments
 from tunerkit_cli.running.watching import MOST, SLOWER, Watching, read_restarts, slower
 from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.language import SAMPLES, CausalLm, GenerationTask, settle_prompts_
@@ -127,11 +127,6 @@ def prepare(
     start = start_of(recipe, resume=resume)
     labels, ordered = head_labels(start, task, data)
     training = asked_of(recipe, task)
-    stopping, weights = stopping_early(recipe, training, has_eval=bool(data.held_out)), None
-    if recipe.class_weights is not None:
-        weights = class_weights(recipe.class_weights, task, data.train, labels)
-        if training.get("label_smoothing_factor"):
-            raise ConfigError(["class_weights: do not go with training.label_smoothing_factor; leave one of them out"])
     device = hardware.choose_device(use_cpu=training.get("use_cpu") is True)
     precision = hardware.choose_precision(device, recipe.precision)
     arguments = trainer_arguments(task, training, Path(recipe.out), precision=precision, has_eval=bool(data.held_out))
@@ -174,7 +169,7 @@ def prepare(
         say(console, note)
     if note := cut_at_positions_(arguments, loaded):
         say(console, f"note: {note}")
-    guess = None if arguments.label_smoothing_factor or weights else task.guess_loss(data.train)
+    guess = None if arguments.label_smoothing_factor or recipe.class_weights else task.guess_loss(data.train)
     usual = task.defaults["learning_rate"]
     tried = advice(arguments.learning_rate, arguments.warmup_steps, usual=usual)
     watching = Watching(
@@ -187,9 +182,10 @@ def prepare(
     )
     parts = {"train": (data.source, task.encode(data.train, loaded))}
     parts["eval"] = (data.held_out_source, _held_out(task, data, loaded))
-    trainer, fits = build_fitted(task, arguments, loaded, parts, [watching, *stopping])
-    if weights is not None:
-        trainer.compute_loss_func = weighted_loss([weights[name] for name in data.labels])
+    trainer, fits = build_fitted(task, arguments, loaded, parts, [watching, *stopping(recipe)])
+    if recipe.class_weights is not None:
+        weights = class_weights(recipe.class_weights, task, data.train, data.labels)
+        trainer.compute_loss_func = weighted_loss(weights, smoothing=arguments.label_smoothing_factor)
     refuse_untrainable(trainer)
     savings: Sequence[Saving] = ()
     if isinstance(task, GenerationTask) and (not resume or recipe.samples is not None):

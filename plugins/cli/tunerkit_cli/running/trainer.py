@@ -52,7 +52,10 @@ def asked_of(recipe: Recipe, task: Task) -> dict[str, Any]:
     demo = demo_of(task.name, "data").training if recipe.data is None else {}
     asked = {**demo, **recipe.training}
     if recipe.early_stopping_patience is not None:
-        asked.setdefault("load_best_model_at_end", True)
+        asked = {"load_best_model_at_end": True, **asked}
+        if not asked["load_best_model_at_end"]:
+            do = "leave training.load_best_model_at_end out"
+            raise ConfigError([f"early_stopping_patience: keeps the best checkpoint; {do}"])
     # The best checkpoint is found by evaluations, and must be one that is kept.
     if {"load_best_model_at_end", "metric_for_best_model"} & asked.keys():
         asked.setdefault("eval_strategy", "epoch")
@@ -72,14 +75,9 @@ class Stopping(EarlyStoppingCallback):
         )
 
 
-def stopping_early(recipe: Recipe, asked: Mapping[str, Any], *, has_eval: bool) -> list[Stopping]:
-    """What ends a training early, if a recipe asks for it. Raises `ConfigError` if there are no evaluations."""
-    if recipe.early_stopping_patience is None:
-        return []
-    if not has_eval or asked["eval_strategy"] in ("no", False) or not asked["load_best_model_at_end"]:
-        do = "hold rows out, set training.eval_strategy to epoch or steps, and leave load_best_model_at_end true"
-        raise ConfigError([f"early_stopping_patience: needs evaluations, and the best checkpoint: {do}"])
-    return [Stopping(recipe.early_stopping_patience)]
+def stopping(recipe: Recipe) -> list[Stopping]:
+    """What ends a training early, if a recipe asks for it."""
+    return [] if recipe.early_stopping_patience is None else [Stopping(recipe.early_stopping_patience)]
 
 
 def arguments_of(recipe: Recipe, task: Task) -> dict[str, Any]:
@@ -116,6 +114,9 @@ def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, pre
     settings = {**ours, **task.defaults, **training, "output_dir": str(out / CHECKPOINTS)}
     if not has_eval:
         settings["eval_strategy"] = "no"
+    if settings.get("load_best_model_at_end") and settings["eval_strategy"] in ("no", False):
+        do = "hold rows out, and set training.eval_strategy to epoch or steps"
+        raise ConfigError([f"early_stopping_patience and load_best_model_at_end need evaluations: {do}"])
     if "max_length" in names and "max_length" not in training:
         settings["max_length"] = task.limit
     if isinstance(best := training.get("metric_for_best_model"), str):  # transformers takes an error for a score

@@ -14,18 +14,10 @@ TASKS: Final = ("text-classification", "token-classification", "image-classifica
 Weights = str | Sequence[float] | Mapping[str, float]
 
 
-def class_weights(given: Weights, task: Task, rows: Sequence[Row], labels: Sequence[str]) -> dict[str, float]:
-    """Return the weight of each class, such that the mean over the labels of the training rows is 1.
+def class_weights(given: Weights, task: Task, rows: Sequence[Row], labels: Sequence[str]) -> list[float]:
+    """Return the weight of each class, in the order of ``labels``, such that the mean over the training rows is 1.
 
-    Args:
-        given: ``"balanced"`` for weights by which every class counts alike; a weight for each class, in the order of
-            ``labels``; or weights by class, 1 for those that it leaves out.
-        task: The task.
-        rows: The training rows.
-        labels: The names of the classes.
-
-    Raises:
-        ConfigError: The task has no such weights, or they are not of these classes.
+    Raises `ConfigError` if the task has no such weights, or they are not of these classes.
     """
     counts = Counter(name for row in rows for name in task.classes_of(row))
     classes = f"the classes are {few(list(labels), shown=30)}"
@@ -42,25 +34,24 @@ def class_weights(given: Weights, task: Task, rows: Sequence[Row], labels: Seque
                 [f"class_weights.{name}: there is no such class{closest(name, labels)}; {classes}" for name in unknown]
             )
         found = {name: given.get(name, 1) for name in labels}
-    elif len(given) != len(labels):
-        raise ConfigError([f"class_weights: expected {len(labels)} weights, got {len(given)}; {classes}"])
     else:
+        if len(given) != len(labels):
+            raise ConfigError([f"class_weights: expected {len(labels)} weights, got {len(given)}; {classes}"])
         found = dict(zip(labels, given, strict=True))
     total = sum(found[name] * count for name, count in counts.items())
     if not total > 0:
         raise ConfigError([f"class_weights: no class of a training row has a weight above 0; {classes}"])
-    return {name: weight * counts.total() / total for name, weight in found.items()}
+    return [weight * counts.total() / total for weight in found.values()]
 
 
-def weighted_loss(weights: Sequence[float]) -> Callable[..., Any]:
+def weighted_loss(weights: Sequence[float], *, smoothing: float = 0.0) -> Callable[..., Any]:
     """Return the cross-entropy of logits (..., classes) with these weights, for a Trainer's ``compute_loss_func``."""
-    import torch
+    from torch.nn.functional import cross_entropy
 
     def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         logits = outputs["logits"].flatten(0, -2)
         count = (labels != NOT_LEARNED).sum() if num_items_in_batch is None else num_items_in_batch
-        weight = torch.tensor(weights, dtype=logits.dtype, device=logits.device)
-        cross_entropy = torch.nn.functional.cross_entropy
-        return cross_entropy(logits, labels.flatten(), weight, ignore_index=NOT_LEARNED, reduction="sum") / count
+        options = {"ignore_index": NOT_LEARNED, "reduction": "sum", "label_smoothing": smoothing}
+        return cross_entropy(logits, labels.flatten(), logits.new_tensor(weights), **options) / count
 
     return loss
