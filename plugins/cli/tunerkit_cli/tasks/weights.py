@@ -51,7 +51,8 @@ def weighted_loss(weights: Sequence[float], *, smoothing: float = 0.0) -> Callab
     def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         logits = outputs["logits"].flatten(0, -2)
         count = (labels != NOT_LEARNED).sum() if num_items_in_batch is None else num_items_in_batch
-        options = {"ignore_index": NOT_LEARNED, "reduction": "sum", "label_smoothing": smoothing}
-        return cross_entropy(logits, labels.flatten(), logits.new_tensor(weights), **options) / count
+        weight = logits.new_tensor(weights)
+        total = cross_entropy(logits, labels.flatten(), weight, reduction="sum", label_smoothing=smoothing)
+        return total / count  # torch leaves out labels of NOT_LEARNED, too
 
     return loss
