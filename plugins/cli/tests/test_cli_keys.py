@@ -11,6 +11,8 @@ import torch
 from tests.support.toy_growing import GrowingPlugin
 from tests.support.train_command import arguments_of, command, record_of, signalled, succeeded
 from tunerkit.errors import ConfigError
+from tunerkit_cli.recipes.recipe import Recipe
+from tunerkit_cli.running.trainer import asked_of
 from tunerkit_cli.tasks import task_of
 from tunerkit_cli.tasks.weights import class_weights, weighted_loss
 from tunerkit_testing.registering import registered
@@ -64,6 +66,17 @@ def test_stopping_early_needs_evaluations(option: str, message: str, arguments: 
     done = command(*arguments, "--out", tmp_path / "out", *setting("early_stopping_patience=2", option))
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
     assert message in done.stderr
+
+
+def test_the_best_checkpoint_is_one_of_those_that_are_evaluated() -> None:
+    """Law: a run that keeps the best saves as often as it evaluates, the demo too, unless the recipe says otherwise."""
+    task = task_of("text-classification")
+    epochs = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    assert asked_of(Recipe(early_stopping_patience=2), task) == epochs
+    steps = {**epochs, "eval_strategy": "steps", "eval_steps": 5}
+    wanted = {**steps, "save_strategy": "steps", "save_steps": 5}
+    assert asked_of(Recipe(training={**steps, "save_strategy": "steps"}, data="d.csv"), task) == wanted
+    assert asked_of(Recipe(training={"seed": 1}, data="d.csv"), task) == {"seed": 1}
 
 
 def test_weights_of_classes_have_a_mean_of_one_over_the_rows() -> None:

@@ -58,7 +58,7 @@ def asked_of(recipe: Recipe, task: Task) -> dict[str, Any]:
             raise ConfigError([f"early_stopping_patience: keeps the best checkpoint; {do}"])
     # The best checkpoint is found by evaluations, and must be one that is kept.
     if {"load_best_model_at_end", "metric_for_best_model"} & asked.keys():
-        asked.setdefault("eval_strategy", "epoch")
+        asked["eval_strategy"] = recipe.training.get("eval_strategy", "epoch")
     if asked.get("load_best_model_at_end"):
         asked.setdefault("save_strategy", asked["eval_strategy"])
         asked |= {"save_steps": asked["eval_steps"]} if "eval_steps" in asked and "save_steps" not in asked else {}
@@ -114,7 +114,7 @@ def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, pre
     settings = {**ours, **task.defaults, **training, "output_dir": str(out / CHECKPOINTS)}
     if not has_eval:
         settings["eval_strategy"] = "no"
-    if settings.get("load_best_model_at_end") and settings["eval_strategy"] in ("no", False):
+    if settings.get("load_best_model_at_end") and settings.get("eval_strategy", "no") in ("no", False):
         do = "hold rows out, and set training.eval_strategy to epoch or steps"
         raise ConfigError([f"early_stopping_patience and load_best_model_at_end need evaluations: {do}"])
     if "max_length" in names and "max_length" not in training:
