@@ -8,13 +8,13 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.quality import methods
 from benchmarks.quality.grids import BETWEEN, ENDS, Rows, made_for
 from benchmarks.quality.runs import Run
 from benchmarks.quality.scores import best, points_of
 from benchmarks.quality.store import Row
-from tunerkit_cli.report.pictures import draw_ranks
 from tunerkit_cli.report.rank_map import rank_map
 
 _COLUMNS = 3
@@ -74,8 +74,25 @@ def draw_rates(tasks: Sequence[str], rows: Rows, *, rank: int) -> Figure:
 
 
 def draw_map(row: Row) -> Figure:
-    """The rank that AdaLoRA gave each matrix in one run."""
-    return draw_ranks(rank_map(row["ranks"]), title=f"{row['task']}, rank {row['rank']}, seed {row['seed']}")
+    """The rank that AdaLoRA gave each matrix in one run, as a heatmap with the rank in each cell."""
+    found = rank_map(row["ranks"])
+    highest = max(row["ranks"].values(), default=1) or 1
+    size = 2.5 + 0.75 * max(len(found.matrices), 4), 2.0 + 0.42 * max(len(found.layers), 3)
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots()
+    cells = [[float("nan") if cell is None else float(cell) for cell in line] for line in found.cells]
+    image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0, vmax=highest)
+    axes.set_xticks(range(len(found.matrices)), found.matrices, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(found.layers)), found.layers)
+    title = f"{row['task']}, rank {row['rank']}, seed {row['seed']}"
+    axes.set(title=title, xlabel="matrix", ylabel="layer")
+    for y, line in enumerate(found.cells):
+        for x, cell in enumerate(line):
+            if cell is not None:  # viridis is light at its upper end
+                colour = "black" if cell > 0.6 * highest else "white"
+                axes.text(x, y, str(cell), ha="center", va="center", color=colour, fontsize=9)
+    figure.colorbar(image, ax=axes, label="live rank", ticks=MaxNLocator(nbins=8, integer=True))
+    return figure
 
 
 def _panels(tasks: Sequence[str]) -> tuple[Figure, list[Axes]]:

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,10 +19,7 @@ from tests.support import machines
 from tests.support.tiny_classifier import WORDS, save_tiny_classifier
 from tests.support.two_processes import PRELOADED
 from tunerkit_cli.app import build
-from tunerkit_cli.running import (
-    record as _record,
-    run as _run,  # noqa: F401  # a server that has it imported forks in milliseconds
-)
+from tunerkit_cli.running import run as _run  # noqa: F401  # a server that has it imported forks in milliseconds
 from tunerkit_cli.running.watching import Watching
 from tunerkit_testing.registering import registered
 
@@ -33,15 +30,14 @@ _OF_A_CALL = ("_runtime", "_per_second", "num_tokens")
 Plugins = Sequence[Callable[[], object]]
 
 
-def command(*arguments: object, typed: str | None = None, pictures: bool = False) -> Any:
-    """Call ``tunerkit`` in this process with ``typed`` as input; ``pictures`` take longer than training."""
-    with nullcontext() if pictures else mock.patch.object(_record, "write_pictures"):
-        return CliRunner().invoke(build(), [str(argument) for argument in arguments], input=typed)
+def command(*arguments: object, typed: str | None = None) -> Any:
+    """Call ``tunerkit`` in this process with ``typed`` as input."""
+    return CliRunner().invoke(build(), [str(argument) for argument in arguments], input=typed)
 
 
-def succeeded(*arguments: object, typed: str | None = None, pictures: bool = False) -> Any:
+def succeeded(*arguments: object, typed: str | None = None) -> Any:
     """Call ``tunerkit``, which must succeed; the arguments are those of `command`."""
-    done = command(*arguments, typed=typed, pictures=pictures)
+    done = command(*arguments, typed=typed)
     assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
     return done
 

@@ -51,7 +51,6 @@ from tunerkit_cli.running import (
     using,
 )
 from tunerkit_cli.running.hardware import computing_in
-from tunerkit_cli.running.output import PICTURES
 from tunerkit_cli.running.preparing import settled
 from tunerkit_cli.running.training import train
 from tunerkit_cli.running.watching import LostError, Watching
@@ -90,7 +89,7 @@ def arguments(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def out(arguments: list[str], folder: Path) -> Path:
     """The folder of that run, ended."""
-    succeeded(*arguments, "--out", folder / "out", pictures=True)
+    succeeded(*arguments, "--out", folder / "out")
     return folder / "out"
 
 
@@ -112,7 +111,6 @@ def test_the_record_tells_the_truth(out: Path, folder: Path) -> None:
     assert {"adapter.safetensors", "run.json", "recipe.yaml", "environment.json", "tokenizer.json", "checkpoints"} <= {
         file.name for file in out.iterdir()
     }
-    assert {"loss.png", "budget.png", "confusion.png"} <= {file.name for file in (out / PICTURES).iterdir()}
     record, held_out = record_of(out), data_of(folder).held_out
     assert record["rows"] == {"train": 32, "eval": 8}
     predicted = logits(out, [row["text"] for row in held_out]).argmax(-1).tolist()

@@ -205,7 +205,7 @@ def test_overwrite_removes_no_file_of_the_users(name: str, arguments: list[str],
     before = content(tmp_path)
     theirs = {path: data for path, data in before.items() if data == b"mine" or refused}
     assert theirs
-    done = command(*arguments, "--out", tmp_path / "out", "--overwrite", pictures=True)
+    done = command(*arguments, "--out", tmp_path / "out", "--overwrite")
     after = content(tmp_path)
     assert {path: after.get(path) for path in theirs} == theirs
     assert done.exit_code == (2 if refused else 0), done.output

@@ -1,1 +1,1 @@
-"""Reports: rank tables for the terminal and HTML pages (extra ``[cli]``), and plots (extra ``[plot]``)."""
+"""Reports: rank tables for the terminal, and HTML pages."""

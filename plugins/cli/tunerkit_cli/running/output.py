@@ -26,7 +26,7 @@ from tunerkit_cli.recipes.recipe import (
     with_precision,
 )
 from tunerkit_cli.running import written
-from tunerkit_cli.running.written import CARD, CHECKPOINTS, DIGESTS, LIST, LOGS, PICTURES, RECIPE
+from tunerkit_cli.running.written import CARD, CHECKPOINTS, DIGESTS, LIST, LOGS, RECIPE
 from tunerkit_cli.tasks import task_of
 from tunerkit_transformers.output_folder import RECORD
 from tunerkit_transformers.pretrained import Pretrained
@@ -36,7 +36,7 @@ ADAPTER = "adapter.safetensors"
 ENVIRONMENT = "environment.json"
 REPORT = "report.html"
 LEFT_OUT = "left-out.jsonl"  # the rows that do not fit, with drop_bad_rows
-# What every run writes beside its processor, its checkpoints and its pictures.
+# What every run writes beside its processor and its checkpoints.
 _WRITTEN = (LIST, RECIPE, DIGESTS, RECORD, ADAPTER, ENVIRONMENT, REPORT, CARD, LEFT_OUT)
 
 
@@ -82,7 +82,7 @@ def refuse_theirs(folder: Path, ours: Collection[str], wanted: Collection[str]) 
     Raises:
         OutputError: A file is in the way; or one is in a checkpoint, which the trainer deletes when it is old.
     """
-    folders = (CHECKPOINTS, LOGS, PICTURES)
+    folders = (CHECKPOINTS, LOGS)
     not_folders = [name for name in folders if os.path.islink(folder / name) or os.path.isfile(folder / name)]
     named = [path for path in wanted if os.path.lexists(folder / path)]
     deleted = [path for path in written.files_in(folder, CHECKPOINTS) if path.startswith(f"{CHECKPOINTS}/checkpoint-")]

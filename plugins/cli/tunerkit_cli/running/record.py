@@ -1,9 +1,7 @@
 """The record of a run: plain values from which the report is drawn, and from which the folder is loaded again."""
 
-import io
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,16 +11,11 @@ from typing import Any
 
 import attrs
 import torch
-from rich.console import Console
 
 import tunerkit
 from tunerkit import hooks, injection, serialization
-from tunerkit.extras import install
 from tunerkit.plugin import RankChange, Tuner
 from tunerkit_cli.report.record import Problem
-from tunerkit_cli.running import written
-from tunerkit_cli.running.telling import say
-from tunerkit_cli.running.written import PICTURES
 from tunerkit_transformers.pretrained import Pretrained
 from tunerkit_transformers.run_folder import stated
 
@@ -151,32 +144,8 @@ def _spectrum(tuner: Tuner) -> dict[str, list[float]]:
     return found
 
 
-def write_report(folder: Path, record: Mapping[str, Any], console: Console) -> None:
-    """Write ``report.html`` and a picture of each panel."""
+def write_report(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write ``report.html``."""
     from tunerkit_cli.report.html import render
 
     serialization.replace(folder / "report.html", [render(record).encode()])
-    write_pictures(folder, record, console)
-
-
-def write_pictures(folder: Path, record: Mapping[str, Any], console: Console) -> None:
-    """Write a picture of each panel of the report, but over no file of the user's.
-
-    Without matplotlib, print how to install it.
-    """
-    try:
-        from tunerkit_cli.report import pictures  # needs the extra [plot], which [cli] does not include
-    except ModuleNotFoundError:
-        say(console, f"no pictures: matplotlib is not installed; {install('plot')}")
-        return
-    ours = written.run_files(folder) or frozenset()
-    figures = {f"{PICTURES}/{name}.png": figure for name, figure in pictures.draw(record).items()}
-    theirs = [path for path in figures if os.path.lexists(folder / path) and path not in ours]
-    written.note(folder, figures.keys() - theirs)
-    for path, figure in figures.items():
-        if path in theirs:
-            say(console, f"{folder / path}: is not the run's, and was left as it is")
-            continue
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=150)
-        serialization.replace(folder / path, [drawn.getvalue()])

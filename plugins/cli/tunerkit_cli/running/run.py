@@ -100,7 +100,7 @@ def _finish_report(folder: Path, console: Console, *, dry_run: bool) -> None:
     """Write the report of a run that has ended, and that was killed before it had one."""
     if not dry_run:
         written.note(folder, [output.REPORT])
-        write_report(folder, read_record(folder), console)
+        write_report(folder, read_record(folder))
     do = "it would get" if dry_run else "it has got"
     say(console, f"the run in {folder} has ended, and had no report: {do} {folder / output.REPORT}")
 
@@ -126,7 +126,7 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
     write_json(folder / output.ENVIRONMENT, record["environment"])
     write_json(folder / RECORD, record)  # last, because it says that the run has ended
     if failed is not None:
-        write_report(folder, record, console)
+        write_report(folder, record)
         raise EvaluationError(
             f"the adapter is trained and written to {folder}, but it could not be evaluated: "
             f"{reason_of(failed)}; to evaluate it: tunerkit eval {shlex.quote(str(folder))} --data FILE"
@@ -141,7 +141,7 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
             write_json(folder / RECORD, record)
     finally:  # Ctrl-C stops the baseline, and the report is then without it
         conclude(recipe, record, console)
-        write_report(folder, record, console)
+        write_report(folder, record)
     has_text = any(each.name in ("text", "prompt", "source") for each in task.columns)
     say(console, f"written to {folder}; try: tunerkit predict {folder} --{'text TEXT' if has_text else 'data FILE'}")
     say(console, f"report: {folder / 'report.html'}")

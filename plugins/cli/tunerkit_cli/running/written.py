@@ -18,7 +18,7 @@ from tunerkit_transformers.run_folder import LIST, RECIPE
 DIGESTS: Final = "data.sha256"
 CHECKPOINTS: Final = "checkpoints"
 LOGS: Final = "logs"  # TensorBoard's
-PICTURES: Final = "pictures"
+PICTURES: Final = "pictures"  # of earlier versions
 CARD: Final = f"{CHECKPOINTS}/README.md"  # TRL writes it with each checkpoint
 _CHECKPOINT: Final = re.compile(rf"{CHECKPOINTS}/checkpoint-\d+")
 # What the trainer and the processors of transformers write into a checkpoint. Only runs of earlier versions need this.
@@ -31,10 +31,6 @@ _OF_PROCESSORS: Final = re.compile(
     r"|(spiece|tokenizer|sentencepiece\.bpe)\.model|(source|target)\.spm|chat_template\.(jinja|json)"
     r"|(pre|video_pre)?processor_config\.json"
 )
-_OF_PICTURES: Final = re.compile(
-    rf"{PICTURES}/(loss|spectrum|budget|ranks|parameters|confusion|errors|learning-rate|grad-norm|metric-.*)\.png"
-)
-_DRAWN: Final = b"Software\0Matplotlib"
 
 
 def note(folder: Path, paths: Iterable[str], *, earlier: Collection[str] | None = None) -> None:
@@ -152,10 +148,6 @@ def _of_earlier_version(folder: Path) -> frozenset[str]:
     names = {name for name, is_ours in ours.items() if is_ours}
     if ended or (folder / "adapter.safetensors").is_file():  # after which it wrote its processor
         names |= {each.name for each in folder.iterdir() if _OF_PROCESSORS.fullmatch(each.name)}
-    if ended:
-        drawn = [path for path in files_in(folder, PICTURES) if _OF_PICTURES.fullmatch(path)]
-        pictures = [path for path in drawn if (folder / path).is_file()]
-        names |= {path for path in pictures if _DRAWN in (folder / path).read_bytes()[:500]}
     names |= {path for path in files_in(folder, LOGS) if "/events.out.tfevents." in path}
     starts = {f"{CHECKPOINTS}/{name}" for name in ("start/adapter.safetensors", "start.json", "restarts.json")}
     return frozenset({*names, *starts, *_checkpoints(folder)})
