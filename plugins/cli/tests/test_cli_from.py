@@ -25,6 +25,7 @@ from tests.support.train_command import (
 from tunerkit.plugin import Description, Foreign, Format
 from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.running import starting
+from tunerkit_cli.running.folder import RunFolder
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import SCALE
 from tunerkit_testing.toy_methods import LowRankPlugin
@@ -270,8 +271,7 @@ def test_the_copy_names_the_base_without_the_home_folder(
     """As the other files of a run do, which may be published; it is found again."""
     monkeypatch.setenv("HOME", str(folder))
     start, checkpoints = starting.find_start(str(first)), tmp_path / "checkpoints"
-    checkpoints.mkdir()
-    starting.keep_start(start, tunerkit.from_folder(first)[0], checkpoints, tmp_path)
+    starting.keep_start(start, tunerkit.from_folder(first)[0], tmp_path, RunFolder(tmp_path))
     assert json.loads((checkpoints / "start.json").read_text())["model"] == "~/tiny"
     found = starting.start_of(Recipe(from_adapter=str(first), out=str(tmp_path)), resume=True)
     assert found is not None

@@ -23,9 +23,11 @@ from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.tiny_models import TEMPLATE, save_tiny_llama, save_tiny_t5
 from tests.support.toy_growing import GrowingPlugin
 from tests.support.train_command import collapsing, command, record_of, signalled, succeeded, write_rows
+from tunerkit_cli.outputs import OutputError
 from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.rows import DataError
-from tunerkit_cli.running import output, preparing, starting
+from tunerkit_cli.running import preparing, resuming, starting
+from tunerkit_cli.running.folder import RunFolder
 from tunerkit_cli.tasks.turns import NOT_LEARNED, dataset_of, encode_turns
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
@@ -590,10 +592,10 @@ def test_a_chat_template_is_the_one_that_the_run_began_with(tmp_path: Path) -> N
         found = starting.completed({"from_adapter": str(tmp_path)}, given, resume=False)
         assert found.get("chat_template") == template
     begun, folder = Recipe(task="causal-lm", data="rows.csv", method="lora", chat_template=str(kept)), tmp_path / "out"
-    output.begin(folder, begun, resume=False)
+    RunFolder(folder).begin(begun, resume=False)
     kept.write_text(TEMPLATE + " ")
-    with pytest.raises(output.OutputError, match=r"chat_template\.jinja has changed since the run began"):
-        output.check(folder, begun, resume=True, overwrite=False)
+    with pytest.raises(OutputError, match=r"chat_template\.jinja has changed since the run began"):
+        resuming.check(RunFolder(folder), begun, resume=True, overwrite=False)
 
 
 def test_a_run_that_an_earlier_version_began_computes_as_it_did(llama: Path, tmp_path: Path) -> None:

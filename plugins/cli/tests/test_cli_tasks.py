@@ -28,9 +28,10 @@ from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.report.record import GREATEST
 from tunerkit_cli.rows import DataError, Table, read_table
 from tunerkit_cli.running.data import prepare_data, read_rows
+from tunerkit_cli.running.folder import as_json
 from tunerkit_cli.running.hardware import computing_in
 from tunerkit_cli.running.preparing import prepare
-from tunerkit_cli.running.record import model_facts, write_json
+from tunerkit_cli.running.record import model_facts
 from tunerkit_cli.running.training import evaluate, train
 from tunerkit_cli.tasks import TASKS, TaskError, task_of
 from tunerkit_cli.tasks.answering import Answering
@@ -219,7 +220,7 @@ def test_each_task_learns_and_predicts_the_same_after_loading(
         session.loaded.processor.save_pretrained("out")
         model = model_facts(session.loaded, session.trainer.args.seed, Path("out"))
         record = {"version": 1, "task": task.name, "model": model, "labels": list(rows.labels)}
-        write_json(Path("out", RECORD), record)
+        Path("out", RECORD).write_text(as_json(record))
         fresh = load_run(read_run("out"))
         assert same(task.predict(fresh, rows.held_out, batch_size=4), before)
         assert same(task.predict(fresh, rows.held_out[:1], batch_size=1), before[:1])

@@ -37,6 +37,7 @@ from tests.support.train_command import (
     write_rows,
 )
 from tunerkit.plugin import MethodInfo
+from tunerkit_cli.outputs import OutputError
 from tunerkit_cli.plugin_commands import Addition
 from tunerkit_cli.recipes import reading
 from tunerkit_cli.recipes.recipe import Recipe, to_mapping
@@ -45,11 +46,12 @@ from tunerkit_cli.running import (
     baseline,
     data as running_data,
     describing,
-    output,
     preparing,
+    resuming,
     run as running,
     using,
 )
+from tunerkit_cli.running.folder import DIGESTS, RunFolder
 from tunerkit_cli.running.hardware import computing_in
 from tunerkit_cli.running.preparing import settled
 from tunerkit_cli.running.training import train
@@ -207,7 +209,7 @@ def test_a_language_model_of_an_earlier_version_gets_no_other_defaults(tmp_path:
     for task in ("causal-lm", "preference", "seq2seq"):
         recipe = Recipe(task=task, data="data.csv", out=str(tmp_path), precision="fp32", training={"max_steps": 3})
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"version": 1, **to_mapping(recipe)}))
-        assert settled(recipe, tmp_path, resume=True).training == {"max_steps": 3, "eval_strategy": "epoch"}
+        assert settled(recipe, RunFolder(tmp_path), resume=True).training == {"max_steps": 3, "eval_strategy": "epoch"}
 
 
 def test_a_run_of_an_earlier_version_is_resumed_by_the_recipe_that_began_it(tmp_path: Path) -> None:
@@ -216,11 +218,12 @@ def test_a_run_of_an_earlier_version_is_resumed_by_the_recipe_that_began_it(tmp_
     rows.write_text('{"instruction": "add", "input": "1 2", "output": "3"}')
     out, asked = tmp_path / "out", Recipe(task="seq2seq", data=str(rows), method="lora", precision="fp32")
     asked = attrs.evolve(asked, out=str(out))
-    output.begin(out, attrs.evolve(asked, training={"eval_strategy": "epoch"}), resume=False)
-    output.check(out, asked, resume=True, overwrite=False)
-    assert settled(asked, out, resume=True).columns == {"source": "input"}
-    output.begin(out, attrs.evolve(asked, samples=2), resume=False)
-    assert settled(asked, out, resume=True).columns == {}
+    folder = RunFolder(out)
+    folder.begin(attrs.evolve(asked, training={"eval_strategy": "epoch"}), resume=False)
+    resuming.check(folder, asked, resume=True, overwrite=False)
+    assert settled(asked, folder, resume=True).columns == {"source": "input"}
+    folder.begin(attrs.evolve(asked, samples=2), resume=False)
+    assert settled(asked, folder, resume=True).columns == {}
 
 
 def test_a_run_is_resumed_with_options_that_say_the_same(arguments: list[str], tmp_path: Path) -> None:
@@ -790,14 +793,14 @@ def test_data_that_changed_is_not_resumed(arguments: list[str], folder: Path, tm
     recipe = Recipe(method="lora", data=str(tmp_path / "data.csv"), out=str(tmp_path / "out"))
     (tmp_path / "out").mkdir()
     shutil.copy(folder / "data.csv", tmp_path / "data.csv")
-    output.begin(tmp_path / "out", recipe, resume=False)
-    output.check(tmp_path / "out", recipe, resume=True, overwrite=False)
+    RunFolder(tmp_path / "out").begin(recipe, resume=False)
+    resuming.check(RunFolder(tmp_path / "out"), recipe, resume=True, overwrite=False)
     with (tmp_path / "data.csv").open("a") as file:
         file.write("one more,good\n")
-    with pytest.raises(output.OutputError, match=r"data.csv has changed since the run began"):
-        output.check(tmp_path / "out", recipe, resume=True, overwrite=False)
-    (tmp_path / "out" / output.DIGESTS).unlink()  # an earlier version wrote none
-    output.check(tmp_path / "out", recipe, resume=True, overwrite=False)
+    with pytest.raises(OutputError, match=r"data.csv has changed since the run began"):
+        resuming.check(RunFolder(tmp_path / "out"), recipe, resume=True, overwrite=False)
+    (tmp_path / "out" / DIGESTS).unlink()  # an earlier version wrote none
+    resuming.check(RunFolder(tmp_path / "out"), recipe, resume=True, overwrite=False)
 
 
 def test_a_run_reads_several_files(arguments: list[str], folder: Path, tmp_path: Path) -> None:
@@ -810,7 +813,7 @@ def test_a_run_reads_several_files(arguments: list[str], folder: Path, tmp_path:
     paths = [str(folder / "data.csv"), str(tmp_path / "more.csv")]
     kept = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert (kept["data"], kept["eval_data"]) == (paths, paths)
-    digests = [line.split("  ") for line in (tmp_path / "out" / output.DIGESTS).read_text().splitlines()]
+    digests = [line.split("  ") for line in (tmp_path / "out" / DIGESTS).read_text().splitlines()]
     assert [path for _, path in digests] == paths
     assert len({digest for digest, _ in digests}) == 1
     with (tmp_path / "more.csv").open("r+") as file:

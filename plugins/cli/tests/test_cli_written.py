@@ -123,29 +123,10 @@ def _killed(run: Path, out: Path) -> None:
     (out / "run.json").unlink()
 
 
-@form("an ended run of an earlier version", refused=False)
-def _earlier(run: Path, out: Path) -> None:
-    _ended(run, out)
-    (out / "written.json").unlink()
-
-
-@form("a killed run of an earlier version", refused=False)
-def _earlier_killed(run: Path, out: Path) -> None:
-    _earlier(run, out)
-    for name in ("run.json", "report.html"):
-        (out / name).unlink()
-
-
 @form("a file in a checkpoint", refused=True)
 def _in_checkpoint(run: Path, out: Path) -> None:
     _ended(run, out)
     put(out, {"checkpoints/checkpoint-2/mine.txt": "mine"})
-
-
-@form("a file in a checkpoint of an earlier version", refused=True)
-def _in_earlier_checkpoint(run: Path, out: Path) -> None:
-    _in_checkpoint(run, out)
-    (out / "written.json").unlink()
 
 
 @form("a checkpoint of his own", refused=True)
@@ -220,38 +201,43 @@ def test_overwrite_removes_no_file_of_the_users(name: str, arguments: list[str],
 def test_overwrite_keeps_the_earlier_run_until_there_is_a_new_adapter(
     arguments: list[str], run: Path, tmp_path: Path
 ) -> None:
-    """Its adapter can be used all the time, and then nothing of it is left. What would be resumed goes at once.
+    """Its adapter can be used all the time, and then nothing of it is left. What would be resumed goes at once."""
+    out = shutil.copytree(run, tmp_path / "out")
+    (out / "checkpoints" / "checkpoint-2").rename(out / "checkpoints" / "checkpoint-77")
+    (out / "tokenizer.json").rename(out / "vocab.txt")  # a file that the new run does not write
+    text = (out / "written.json").read_text().replace("checkpoint-2/", "checkpoint-77/")
+    (out / "written.json").write_text(text.replace('"tokenizer.json"', '"vocab.txt"'))
+    before = content(out)
+    for _ in range(2):  # the second one replaces a run that has not ended
+        with signalled(1, signal.SIGINT, times=2):
+            done = command(*arguments, "--out", out, "--overwrite")
+        assert done.exit_code == 130, done.output
+        assert f"{out / 'adapter.safetensors'} is still that of the earlier run" in done.stderr
+        after = content(out)
+        kept = {"adapter.safetensors", "run.json", "report.html", "environment.json", "vocab.txt"}
+        assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
+        assert after.keys() <= before.keys()
+        assert not [path for path in after if path.startswith("checkpoints/")]
+    assert "holds a run that has not ended; pass --overwrite" in command(*arguments, "--out", out).stderr
+    with mock.patch.object(tunerkit, "save", side_effect=tunerkit.errors.StepError("no room")):
+        assert command("train", "--out", out, "--resume").exit_code == 2
+    assert (out / "adapter.safetensors").read_bytes() == before["adapter.safetensors"]
+    succeeded("train", "--out", out, "--resume")
+    assert content(out).keys() == content(run).keys()
+    assert "earlier" not in json.loads((out / "written.json").read_text())
 
-    Also of one by a version that kept no list: what it wrote is known by its content and its names.
-    """
-    for name in ("listed", "earlier"):
-        out = tmp_path / name
-        shutil.copytree(run, out)
-        (out / "checkpoints" / "checkpoint-2").rename(out / "checkpoints" / "checkpoint-77")
-        (out / "tokenizer.json").rename(out / "vocab.txt")  # a file that the new run does not write
-        text = (out / "written.json").read_text().replace("checkpoint-2/", "checkpoint-77/")
-        (out / "written.json").write_text(text.replace('"tokenizer.json"', '"vocab.txt"'))
-        if name == "earlier":
-            (out / "written.json").unlink()
-        before = content(out)
-        for _ in range(2 if name == "listed" else 1):  # the second one replaces a run that has not ended
-            with signalled(1, signal.SIGINT, times=2):
-                done = command(*arguments, "--out", out, "--overwrite")
-            assert done.exit_code == 130, done.output
-            assert f"{out / 'adapter.safetensors'} is still that of the earlier run" in done.stderr
-            after = content(out)
-            kept = {"adapter.safetensors", "run.json", "report.html", "environment.json", "vocab.txt"}
-            assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
-            assert after.keys() - before.keys() <= {"written.json"}
-            assert not [path for path in after if path.startswith("checkpoints/")]
-        assert "holds a run that has not ended; pass --overwrite" in command(*arguments, "--out", out).stderr
-        if name == "listed":
-            with mock.patch.object(tunerkit, "save", side_effect=tunerkit.errors.StepError("no room")):
-                assert command("train", "--out", out, "--resume").exit_code == 2
-            assert (out / "adapter.safetensors").read_bytes() == before["adapter.safetensors"]
-        succeeded("train", "--out", out, "--resume")
-        assert content(out).keys() == content(run).keys()
-        assert "earlier" not in json.loads((out / "written.json").read_text())
+
+def test_a_run_of_a_version_that_kept_no_list_is_resumed(arguments: list[str], run: Path, tmp_path: Path) -> None:
+    """Its files are listed from then on. Before, it is not replaced: nothing says which of the files are the run's."""
+    out = tmp_path / "out"
+    with signalled(1, signal.SIGINT):
+        assert command(*arguments, "--out", out).exit_code == 130
+    (out / "written.json").unlink()
+    done = command(*arguments, "--out", out, "--overwrite")
+    assert done.exit_code == 2
+    assert "the folder holds other files, such as data.sha256 (written.json does not say" in done.stderr
+    succeeded("train", "--out", out, "--resume")
+    assert content(out).keys() == content(run).keys()
 
 
 def test_a_run_that_was_killed_before_its_report_gets_it_by_resuming(run: Path, tmp_path: Path) -> None:
@@ -317,27 +303,12 @@ def test_a_run_that_is_refused_before_its_first_step_changes_nothing(
     succeeded(*arguments, "--out", out, *options)
 
 
-def test_a_run_of_several_files_is_known_without_its_list(arguments: list[str], run: Path, tmp_path: Path) -> None:
-    """Its recipe has a list of paths. Restarts of that run are not those of the next one."""
-    out = shutil.copytree(run, tmp_path / "out")
-    data = Path(arguments[arguments.index("--data") + 1])
-    shutil.copy(data, tmp_path / "more.csv")
-    (out / "written.json").unlink()
-    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
-    (out / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "data": [str(data), str(tmp_path / "more.csv")]}))
-    note = {"text": "the loss is back", "step": 9, "from_step": 3, "learning_rate": 0.1}
-    (out / "checkpoints" / "restarts.json").write_text(json.dumps({"restarts": [note]}))
-    succeeded(*arguments, "--out", out, "--overwrite")
-    assert "restarts" not in record_of(out)
-
-
-def test_the_logs_of_an_earlier_versions_run_are_replaced(arguments: list[str], tmp_path: Path) -> None:
+def test_the_logs_of_an_earlier_run_are_replaced(arguments: list[str], tmp_path: Path) -> None:
     """Those that the new run has begun to write, before its first step, stay."""
     pytest.importorskip("tensorboard")
     out, logging = tmp_path / "out", ("--set", "report_to=tensorboard")
     succeeded(*arguments, *logging, "--out", out)
     earlier = {path.name for path in (out / "logs").rglob("*tfevents*")}
-    (out / "written.json").unlink()
     succeeded(*arguments, *logging, "--out", out, "--overwrite")
     later = {path.name for path in (out / "logs").rglob("*tfevents*")}
     assert later

@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from tunerkit.errors import FileError
 from tunerkit_cli.report.record import Problem, Restart
-from tunerkit_cli.running import written
+from tunerkit_cli.running.folder import RunFolder
 from tunerkit_cli.running.watching import LostError, read_restarts, roll_back, slow_down_, slower
 
 
@@ -22,7 +22,7 @@ def run_with(folder: Path, *steps: int) -> Path:
     for name in (*(f"checkpoint-{step}" for step in steps), "checkpoint-mine"):
         (folder / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints" / name / "trainer_state.json").write_text("{}")
-    written.note(folder, [f"checkpoints/checkpoint-{step}/trainer_state.json" for step in steps])
+    RunFolder(folder).note([f"checkpoints/checkpoint-{step}/trainer_state.json" for step in steps])
     (folder / "checkpoints" / "notes.txt").write_text("mine")
     return folder
 
@@ -34,31 +34,31 @@ def names(folder: Path) -> set[str]:
 def test_later_checkpoints_go_and_the_last_good_one_stays(tmp_path: Path) -> None:
     """What is not a checkpoint stays too, and the restart is noted for --resume."""
     folder = run_with(tmp_path, 76, 114, 152)
-    restart = roll_back(folder, lost(120), 0.004)
+    restart = roll_back(RunFolder(folder), lost(120), 0.004)
     assert restart == Restart("the loss is back", 129, 114, 0.002)
     assert names(folder) == {"checkpoint-76", "checkpoint-114", "checkpoint-mine", "notes.txt", "restarts.json"}
-    assert read_restarts(folder) == (restart,)
+    assert read_restarts(RunFolder(folder)) == (restart,)
     assert str(restart) == "restarted from step 114 at half the learning rate, 0.002, because the loss is back"
 
 
 def test_no_checkpoint_is_gone_back_to_twice(tmp_path: Path) -> None:
     """If half the rate did not help from there, it goes further back: in the end to the beginning."""
     folder = run_with(tmp_path, 76, 114)
-    found = [roll_back(folder, lost(120), rate) for rate in (0.004, 0.002, 0.001)]
+    found = [roll_back(RunFolder(folder), lost(120), rate) for rate in (0.004, 0.002, 0.001)]
     assert [restart.from_step for restart in found] == [114, 76, 0]
     assert names(folder) == {"checkpoint-mine", "notes.txt", "restarts.json"}
-    assert read_restarts(folder) == tuple(found)
+    assert read_restarts(RunFolder(folder)) == tuple(found)
     assert "from the beginning" in str(found[-1])
 
 
 def test_a_run_without_restarts_has_none_and_a_damaged_note_is_an_error(tmp_path: Path) -> None:
     """The error names the file, and what to do."""
-    assert read_restarts(tmp_path) == ()
+    assert read_restarts(RunFolder(tmp_path)) == ()
     folder = run_with(tmp_path)
     for text in ("", "{}", '{"restarts": [{"step": 1}]}', "[]"):
         (folder / "checkpoints" / "restarts.json").write_text(text)
         with pytest.raises(FileError, match=r"restarts\.json: is damaged .*--overwrite"):
-            read_restarts(folder)
+            read_restarts(RunFolder(folder))
 
 
 @given(st.lists(st.integers(-6, 9), max_size=30))

@@ -35,11 +35,7 @@ class HeadAlone(nn.Module):
     def forward(
         self, features: Tensor, labels: Tensor | None = None, length: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Return ``logits`` (rows, classes), and the ``loss`` if there are ``labels`` (rows,).
-
-        ``length`` has no effect: a trainer drops the columns that the model does not take, and it groups rows by this
-        one.
-        """
+        """Return ``logits`` (rows, classes), and the ``loss`` if there are ``labels`` (rows,)."""
         logits = self.head(features)
         found = {"logits": logits}
         if labels is not None:
@@ -58,20 +54,9 @@ def head_alone(
 ) -> dict[str, Any]:
     """Train the same new head on the frozen base model: same rows, order and epochs, at three learning rates.
 
-    The base's features are computed once and kept. Dropout is off: in the frozen part it would only add noise. The
-    best rate is chosen by held-out accuracy, which favours this baseline.
-
-    Args:
-        task: The task, of one class per row.
-        loaded: The base model, without adapters.
-        heads: The paths of the modules that the run trained in full; exactly one.
-        rows: The training rows and the held-out rows.
-        training: The recipe's ``training``.
-        console: Where the progress is printed.
-        folder: The output folder.
-
-    Raises:
-        NoBaselineError: The head's input is not one vector for each row.
+    The base's features are computed once and kept. Dropout is off: in the frozen part it would only add noise. The best
+    rate is chosen by held-out accuracy, which favours this baseline. Raises `NoBaselineError` if the head's input is
+    not one vector for each row.
     """
     began = time.perf_counter()
     (path,) = heads
@@ -123,10 +108,7 @@ def _trained(
 
 @torch.inference_mode()
 def _features(task: Task, loaded: Pretrained, head: nn.Module, dataset: Any) -> Any:
-    """What the base computes as the head's input, as a dataset of ``features`` and ``labels``.
-
-    It has the texts' ``length`` too, by which the trainer groups them as in the run.
-    """
+    """What the base computes as the head's input: a dataset of ``features``, ``labels`` and the texts' ``length``."""
     import datasets
     from torch.utils.data import DataLoader
 

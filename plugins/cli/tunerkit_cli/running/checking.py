@@ -13,7 +13,8 @@ from tunerkit_cli.demo import demo_of
 from tunerkit_cli.recipes.recipe import Recipe, default_method, files_of, with_home, with_precision
 from tunerkit_cli.recipes.trainer_arguments import name_problem
 from tunerkit_cli.rows import DataError, Table, read_table, require_column
-from tunerkit_cli.running import output
+from tunerkit_cli.running import resuming
+from tunerkit_cli.running.folder import RunFolder
 from tunerkit_cli.tasks import TaskError, task_of
 from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.formats import refuse_other, standard
@@ -33,10 +34,11 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     has no argument of such a name. Of a run that is resumed, the files are compared with those it began with, later.
     """
     recipe = with_home(recipe)
+    folder = RunFolder(Path(recipe.out))
     if resume:
-        output.recipe_file(Path(recipe.out))
+        folder.recipe_file  # noqa: B018  # raises if there is none
         return
-    output.check(Path(recipe.out), recipe, resume=False, overwrite=overwrite)
+    resuming.check(folder, recipe, resume=False, overwrite=overwrite)
     if recipe.from_adapter is not None:
         refuse_absent(recipe.from_adapter)
     if recipe.data is None and recipe.eval_data is not None:
@@ -131,7 +133,7 @@ def completed(recipe: Recipe, *, resume: bool) -> Recipe:
     recipe = with_precision(with_home(recipe))
     method = recipe.method
     if method is None and recipe.from_adapter is None:
-        begun = output.recipe_begun_with(Path(recipe.out)) if resume else None
+        begun = RunFolder(Path(recipe.out)).recipe if resume else None
         method = default_method(has_data=recipe.data is not None) if begun is None else begun.method
     if method is not None:
         recipe = attrs.evolve(recipe, method=hooks.registry.named(method))

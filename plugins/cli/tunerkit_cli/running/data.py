@@ -93,13 +93,7 @@ class Rows:
 
 
 def prepare_data(recipe: Recipe, console: Console, *, by_class: bool = True) -> tuple[Task, Data]:
-    """Read the data, find the task, check and split the rows, and print what is odd about them.
-
-    Args:
-        recipe: The recipe.
-        console: Where it is printed.
-        by_class: Whether a fifth of each class is held out. Earlier versions held out a fifth of all rows.
-    """
+    """Read the data, find the task, check and split the rows, by class or as earlier versions did, and print notes."""
     if recipe.chat_template is not None:
         read_template(recipe.chat_template)  # which is needed much later
     if recipe.data is None:
@@ -156,12 +150,8 @@ def read_rows(
 ) -> Rows:
     """Return the rows of one or several files, in their order; ``names`` and the next two are those of `Task.rows`.
 
-    Rows in forms of others become ours (`standard`). White space around labels is removed, their Unicode form is NFC,
-    and those in ``label_map`` get other names. Rows that do not fit are left out with ``drop``.
-
-    Raises:
-        DataError: A file's rows do not fit, or files have different columns.
-        TaskError: A file's rows are for a training that no task does.
+    Rows in forms of others become ours (`standard`), labels are tidied and renamed by ``label_map``, and with ``drop``
+    rows that do not fit are left out. Raises `DataError` if they do not fit, or if files have different columns.
     """
     placed: list[Placed] = []
     shapes: list[dict[str, tuple[str, bool]]] = []  # for each of our columns: its name, and whether it has lists
@@ -187,12 +177,7 @@ def read_rows(
             rows = [{**row, column: _renamed(row[column], label_map)} for row in rows]
         shapes.append({each.name: (name, isinstance(rows[0].get(each.name), list)) for each, name in read})
         placed += [Placed(row, table.source, table.number(place)) for place, row in enumerate(rows)]
-    for table, shape in zip(tables, shapes, strict=True):
-        if shape != shapes[0]:
-            raise DataError(
-                f"{table.source}: has {_described(shape)}, and {tables[0].source} has {_described(shapes[0])}; give "
-                "all files of one run the same columns with values of the same kind"
-            )
+    _refuse_unlike(tables, shapes)
     notes += [f"left out {len(problem.bad)} rows: {problem.said}" for problem in problems]
     notes += [f"{table.source}: left out {table.left_out}" for table in tables if table.left_out]
     if changed:
@@ -226,6 +211,16 @@ def _fitting(
 def _renamed(label: Any, label_map: Mapping[str, str]) -> Any:
     """A label, or a list of them, under other names."""
     return [label_map.get(each, each) for each in label] if isinstance(label, list) else label_map.get(label, label)
+
+
+def _refuse_unlike(tables: Sequence[Table], shapes: Sequence[Mapping[str, tuple[str, bool]]]) -> None:
+    """Raise `DataError` if files have different columns, or lists in some of them alone."""
+    for table, shape in zip(tables, shapes, strict=True):
+        if shape != shapes[0]:
+            raise DataError(
+                f"{table.source}: has {_described(shape)}, and {tables[0].source} has {_described(shapes[0])}; give "
+                "all files of one run the same columns with values of the same kind"
+            )
 
 
 def _described(shape: Mapping[str, tuple[str, bool]]) -> str:

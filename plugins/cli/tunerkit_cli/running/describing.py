@@ -110,7 +110,7 @@ def tell(session: Session, trained: Trained, console: Console) -> None:
 
 def conclude(recipe: Recipe, record: Mapping[str, Any], console: Console) -> None:
     """Print what a good result of the demo is, and what is wrong with the run."""
-    if recipe.data is None and (good := demo_of(record["task"], "data").good) is not None:
+    if recipe.data is None and (good := demo_of(record["task"], "data").good):
         say(console, f"a good result of this demo is {good}")
     for restart in record.get("restarts", ()):
         say(console, f"this run was {Restart(**restart)}")

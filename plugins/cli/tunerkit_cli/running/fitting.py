@@ -19,14 +19,10 @@ NO_TURN = "no assistant's turn"
 
 @attrs.frozen
 class Fit:
-    """How some rows fit.
+    """How some rows fit ``limit`` tokens: ``lengths`` before the cut, short to long, or none if they are not known.
 
-    Attributes:
-        limit: The greatest number of tokens of a row; None if rows are not cut.
-        lengths: The tokens of each row before the cut, short to long; empty if they are not known.
-        longer: How many rows are cut.
-        left_out: How many rows leave nothing to learn, by reason.
-        needed: The least ``limit`` with which no prompt fills it.
+    ``left_out`` counts the rows that leave nothing to learn, by reason; with a limit of ``needed``, no prompt fills
+    it.
     """
 
     limit: int | None
@@ -68,20 +64,8 @@ def build_fitted(
 ) -> tuple[Any, Mapping[str, Fit]]:
     """Build the trainer of a task, and for language models cut the rows and leave out those with nothing to learn.
 
-    TRL's trainers do the same in silence, and fail later if no row is left.
-
-    Args:
-        task: The task.
-        arguments: The trainer's arguments.
-        loaded: The model.
-        parts: For ``train`` and ``eval``, where the rows are from, for messages, and the encoded rows, or None.
-        callbacks: What the trainer calls.
-
-    Returns:
-        The trainer, and how the rows of ``train`` and ``eval`` fit.
-
-    Raises:
-        DataError: No row has anything to learn.
+    TRL's trainers do the same in silence, and fail later if no row is left. For ``train`` and ``eval``, ``parts`` has
+    where the rows are from, and the encoded rows or None. Returns the trainer, and how the rows of each part fit.
     """
     kind, _ = task.trainer_classes()
     settings = {f"{part}_dataset": rows for part, (_, rows) in parts.items()} | task.trainer_settings(loaded)

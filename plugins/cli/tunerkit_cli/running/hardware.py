@@ -51,15 +51,7 @@ def choose_precision(device: torch.device, asked: str | None, *, resumed: str = 
     """Return the precision to train in: the one that was asked for, or the device's own.
 
     A CPU trains in fp32, whatever it is: results must not change with the processor. An accelerator trains in bf16 if
-    it has it.
-
-    Args:
-        device: Where the training runs.
-        asked: ``"fp32"``, ``"bf16"``, ``"fp16"``, or None.
-        resumed: The folder of the run that asks for it, if one is resumed.
-
-    Raises:
-        ConfigError: The device cannot compute in the precision that was asked for.
+    it has it. ``resumed`` is the folder of a run that is resumed, for messages. Raises `ConfigError`.
     """
     own = "bf16" if device.type not in _IN_FP32 and _has_bf16(device) else "fp32"
     if asked is None:

@@ -73,10 +73,8 @@ class Change:
 def change(points: Sequence[Point], guess: float | None) -> Change | None:
     """Return how the loss is lost at the latest of the points; None if it is not, or cannot be told from noise.
 
-    Args:
-        points: The training's losses so far, the oldest first.
-        guess: The loss of answering by the classes' frequencies alone, where it is known. A classifier that collapses
-            goes there. Else the loss is compared with its start.
+    ``guess`` is the loss of answering by the classes' frequencies alone, where it is known: a classifier that collapses
+    goes there. Else the loss is compared with its start.
     """
     if not _are_enough(points, guess):
         return None
@@ -132,15 +130,10 @@ def _noise(losses: Sequence[float]) -> float:
 
 
 class Learning:
-    """The losses of a run while it trains, and what is wrong with them.
+    """The losses of a run while it trains, and what is wrong with them now.
 
-    Attributes:
-        guess: The loss of answering by frequencies alone, if it is known.
-        total: The steps of the training.
-        slower: What to try if the loss is lost.
-        usual: The usual peak of the learning rate.
-        points: The means of the losses so far.
-        problem: What is wrong now; None if nothing is.
+    ``guess`` is the loss of answering by frequencies alone, if it is known, ``slower`` what to try if the loss is lost,
+    and ``usual`` the usual peak of the learning rate.
     """
 
     def __init__(self, guess: float | None, slower: str, usual: float, total_steps: int) -> None:
@@ -228,12 +221,7 @@ def advice(rate: float, warmup: float, *, usual: float) -> str:
 
 @attrs.frozen
 class Reached:
-    """What the held-out rows say of a run.
-
-    Attributes:
-        problems: What is wrong.
-        has_learned: Whether it is better than guessing; None if nobody can say.
-    """
+    """What is wrong by the held-out rows, and whether a run is better than guessing; None if nobody can say."""
 
     problems: tuple[Problem, ...] = ()
     has_learned: bool | None = None

@@ -15,11 +15,14 @@ from tunerkit_cli import assets
 from tunerkit_cli.demo import demo_of
 from tunerkit_cli.recipes.reading import read_recipe
 from tunerkit_cli.recipes.recipe import Recipe, as_placed, files_of, with_precision
+from tunerkit_cli.report.record import Restart
 from tunerkit_cli.rows import read_table
-from tunerkit_cli.running import hardware, output
+from tunerkit_cli.running import hardware
 from tunerkit_cli.running.data import Data
 from tunerkit_cli.running.fitting import Fit, build_fitted, cut_at_positions_
+from tunerkit_cli.running.folder import RunFolder
 from tunerkit_cli.running.learning import Learning, advice
+from tunerkit_cli.running.resuming import earlier_defaults
 from tunerkit_cli.running.starting import Start, continued, head_labels, order_note, start_of, wrapped
 from tunerkit_cli.running.telling import say
 from tunerkit_cli.running.trainer import DECIDED, asked_of, refuse_untrainable, stopping, trainer_arguments
@@ -41,10 +44,10 @@ _AS_BEGUN = ("precision", "train_on_prompts", "training", "samples", "loss")
 
 @attrs.frozen(eq=False)
 class Session:
-    """A run that is ready to train.
+    """A run that is ready to train; ``start`` is the adapter that it goes on from, or None if it trains a new one.
 
-    ``start`` is the adapter that it goes on from, or None if it trains a new one. ``fits`` says how the rows of
-    ``train`` and ``eval`` fit a language model, and ``savings`` what was chosen for speed.
+    ``fits`` says how the rows of ``train`` and ``eval`` fit a language model, and ``savings`` what was chosen for
+    speed.
     """
 
     recipe: Recipe
@@ -64,9 +67,9 @@ class Session:
         return len(self.data.parts[part]) - missing
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> RunFolder:
         """The output folder."""
-        return Path(self.recipe.out)
+        return RunFolder(Path(self.recipe.out))
 
     @property
     def learning(self) -> Learning:
@@ -81,27 +84,24 @@ class Session:
         return "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
 
 
-def is_of_earlier_version(folder: Path) -> bool:
+def is_of_earlier_version(folder: RunFolder) -> bool:
     """Whether a run was begun before recipes said the precision: its rows were split in another way."""
-    return read_recipe(output.recipe_file(folder)).precision is None
+    return read_recipe(folder.recipe_file).precision is None
 
 
-def settled(recipe: Recipe, folder: Path, *, resume: bool) -> Recipe:
+def settled(recipe: Recipe, folder: RunFolder, *, resume: bool) -> Recipe:
     """Return the recipe with its precision; a resumed run has the settings that it began with.
 
-    Recipes of earlier versions lack keys. Such a run takes the machine's precision, learns prompts, has the values
-    for the trainer that were the defaults then, and recomputes activations if TRL does.
-
-    Raises:
-        ConfigError: The machine does not have the precision.
+    Recipes of earlier versions lack keys. Such a run takes the machine's precision, learns prompts, has the values for
+    the trainer that were the defaults then, and recomputes activations if TRL does.
     """
     device = hardware.choose_device(use_cpu=recipe.training.get("use_cpu") is True)
     if not resume:
         return attrs.evolve(recipe, precision=hardware.choose_precision(device, recipe.precision))
-    kept = with_precision(read_recipe(output.recipe_file(folder)))
+    kept = with_precision(read_recipe(folder.recipe_file))
     precision = hardware.choose_precision(device, kept.precision, resumed=str(folder))
-    kept = attrs.evolve(kept, precision=precision, training={**output.earlier_defaults(kept.task), **kept.training})
-    recipe = attrs.evolve(recipe, columns=_columns_then(as_placed(kept, folder)))
+    kept = attrs.evolve(kept, precision=precision, training={**earlier_defaults(kept.task), **kept.training})
+    recipe = attrs.evolve(recipe, columns=_columns_then(as_placed(kept, folder.path)))
     return attrs.evolve(recipe, **{name: getattr(kept, name) for name in _AS_BEGUN})
 
 
@@ -124,62 +124,27 @@ def prepare(
     idle = [name for name in ("samples", "loss", "memory", "chat_template") if getattr(recipe, name) is not None]
     if idle and not resume and not isinstance(task, GenerationTask):
         raise ConfigError([f"{idle[0]}: is for language models, and {task.name} trains none; leave the key out"])
+    folder = RunFolder(Path(recipe.out))
+    restarts = read_restarts(folder) if resume else ()
     start = start_of(recipe, resume=resume)
     labels, ordered = head_labels(start, task, data)
-    training = asked_of(recipe, task)
-    device = hardware.choose_device(use_cpu=training.get("use_cpu") is True)
-    precision = hardware.choose_precision(device, recipe.precision)
-    arguments = trainer_arguments(task, training, Path(recipe.out), precision=precision, has_eval=bool(data.held_out))
-    settle_prompts_(task, data.train[0], recipe.train_on_prompts, recipe.training, arguments, earlier=resume)
+    arguments = _arguments(recipe, task, data, resume=resume)
+    arguments.learning_rate *= SLOWER ** len(restarts)
     if dry_run:
         arguments.report_to = []
-    restarts = read_restarts(Path(recipe.out)) if resume else ()
-    arguments.learning_rate *= SLOWER ** len(restarts)
     seed = arguments.seed
-    source = recipe.model
-    if source is None:
-        source = str(demo_of(task.name, "model").model(assets.cache_folder(), lambda text: say(console, text)))
-    revision = start.revision if start is not None and start.model == source else None
-    loaded = load_pretrained(
-        task.name,
-        source,
-        labels=labels,
-        ordered=ordered,
-        revision=revision,
-        dtype=recipe.dtype,
-        seed=seed,
-        quantisation=recipe.quantisation,
-        attn_implementation=recipe.attn_implementation,
-    )
-    if recipe.chat_template is not None:
-        loaded.processor.chat_template = read_template(recipe.chat_template)
-    if recipe.quantisation is not None:
-        own, dense = bytes_of(loaded.model)
-        say(
-            console, f"base: quantised as {recipe.quantisation}, {own / 2**20:,.0f} MiB instead of {dense / 2**20:,.0f}"
-        )
+    loaded = _base(recipe, task, start, console, labels=labels, ordered=ordered, seed=seed)
     if data.labels:
         data = attrs.evolve(data, labels=labels_of(loaded))
     if start is not None:
         tuner = continued(loaded, recipe, task, start)
     else:
-        begun = output.settings_begun_with(Path(recipe.out)) if resume else {}
-        tuner = wrapped(loaded, recipe, begun, seed=seed)
+        tuner = wrapped(loaded, recipe, folder.settings if resume else {}, seed=seed)
     if note := order_note(start, tuner, data.labels):
         say(console, note)
     if note := cut_at_positions_(arguments, loaded):
         say(console, f"note: {note}")
-    guess = None if arguments.label_smoothing_factor or recipe.class_weights else task.guess_loss(data.train)
-    usual = task.defaults["learning_rate"]
-    tried = advice(arguments.learning_rate, arguments.warmup_steps, usual=usual)
-    watching = Watching(
-        console,
-        tuner,
-        tuner.method,
-        follow=partial(Learning, guess, tried, usual),
-        slower=partial(slower, restarts),
-        may_restart=recipe.on_collapse == "restart" and len(restarts) < MOST,
-    )
+    watching = _watching(recipe, task, data, arguments, tuner, restarts, console)
     parts = {"train": (data.source, task.encode(data.train, loaded))}
     parts["eval"] = (data.held_out_source, _held_out(task, data, loaded))
     trainer, fits = build_fitted(task, arguments, loaded, parts, [watching, *stopping(recipe)])
@@ -192,6 +157,56 @@ def prepare(
         recipe, savings = _sped_up(recipe, trainer, resume=resume)
     tunerkit.attach(loaded.model, trainer)
     return Session(recipe, task, data, loaded, tuner, trainer, watching, start, fits, savings)
+
+
+def _arguments(recipe: Recipe, task: Task, data: Data, *, resume: bool) -> Any:
+    """The trainer's arguments."""
+    training = asked_of(recipe, task)
+    device = hardware.choose_device(use_cpu=training.get("use_cpu") is True)
+    precision = hardware.choose_precision(device, recipe.precision)
+    arguments = trainer_arguments(task, training, Path(recipe.out), precision=precision, has_eval=bool(data.held_out))
+    settle_prompts_(task, data.train[0], recipe.train_on_prompts, recipe.training, arguments, earlier=resume)
+    return arguments
+
+
+def _base(recipe: Recipe, task: Task, start: Start | None, console: Console, **head: Any) -> Pretrained:
+    """Load the base model, without adapters; ``head`` has its labels, whether they are ordered, and the seed."""
+    source = recipe.model
+    if source is None:
+        source = str(demo_of(task.name, "model").model(assets.cache_folder(), lambda text: say(console, text)))
+    revision = start.revision if start is not None and start.model == source else None
+    loaded = load_pretrained(
+        task.name, source, revision=revision, dtype=recipe.dtype, quantisation=recipe.quantisation, **head
+    )
+    if recipe.chat_template is not None:
+        loaded.processor.chat_template = read_template(recipe.chat_template)
+    if recipe.quantisation is not None:
+        own, dense = (f"{size / 2**20:,.0f}" for size in bytes_of(loaded.model))
+        say(console, f"base: quantised as {recipe.quantisation}, {own} MiB instead of {dense}")
+    return loaded
+
+
+def _watching(
+    recipe: Recipe,
+    task: Task,
+    data: Data,
+    arguments: Any,
+    tuner: Tuner,
+    restarts: Sequence[Restart],
+    console: Console,
+) -> Watching:
+    """What follows the training."""
+    guess = None if arguments.label_smoothing_factor or recipe.class_weights else task.guess_loss(data.train)
+    usual = task.defaults["learning_rate"]
+    tried = advice(arguments.learning_rate, arguments.warmup_steps, usual=usual)
+    return Watching(
+        console,
+        tuner,
+        tuner.method,
+        follow=partial(Learning, guess, tried, usual),
+        slower=partial(slower, restarts),
+        may_restart=recipe.on_collapse == "restart" and len(restarts) < MOST,
+    )
 
 
 def _sped_up(recipe: Recipe, trainer: Any, *, resume: bool) -> tuple[Recipe, Sequence[Saving]]:

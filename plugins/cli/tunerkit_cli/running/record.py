@@ -1,6 +1,5 @@
 """The record of a run: plain values from which the report is drawn, and from which the folder is loaded again."""
 
-import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import attrs
 import torch
 
 import tunerkit
-from tunerkit import hooks, injection, serialization
+from tunerkit import hooks, injection
 from tunerkit.plugin import RankChange, Tuner
 from tunerkit_cli.report.record import Problem
 from tunerkit_transformers.pretrained import Pretrained
@@ -24,16 +23,7 @@ _PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "scikit-l
 
 @attrs.frozen(eq=False)
 class Trained:
-    """What a training leaves behind.
-
-    Attributes:
-        logs: The trainer's log entries, the oldest first.
-        start: The budget and the ranks before the first step.
-        seconds: How long its parts took.
-        metrics: The results on the held-out rows; empty without any.
-        confusion: The confusion matrix, if the task has one.
-        problems: Signs that the run did not learn.
-    """
+    """What a training leaves: the trainer's logs, the ranks at its start, how long its parts took, and its results."""
 
     logs: Sequence[Mapping[str, Any]]
     start: RankChange
@@ -90,10 +80,7 @@ def environment(method: str) -> dict[str, str]:
 
 
 def model_facts(loaded: Pretrained, seed: int, run: Path) -> dict[str, Any]:
-    """What the base model was, so that it can be loaded again: a folder is named by its path, see `stated`.
-
-    ``seed`` is what its new modules were initialised by, and ``run`` the folder of the run.
-    """
+    """What the base model was, so that it can be loaded again: a folder is named by its path, see `stated`."""
     folder = Path(loaded.source).expanduser()
     return {
         "name": folder.name if folder.is_dir() else loaded.source,
@@ -106,17 +93,8 @@ def model_facts(loaded: Pretrained, seed: int, run: Path) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write indented, standard JSON; an older file is replaced in one step. NaN is an error: see `finite`."""
-    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    serialization.replace(path, [text.encode()])
-
-
 def finite(value: Any) -> Any:
-    """The value without what is NaN or infinite in it, for JSON has neither.
-
-    A gradient's norm may be infinite in a run that ends well, and the correlation of equal numbers is NaN.
-    """
+    """The value without what is NaN or infinite in it, as a gradient's norm may be: JSON has neither."""
     if isinstance(value, Mapping):
         return {name: finite(inner) for name, inner in value.items() if not _is_nonfinite(inner)}
     if isinstance(value, list | tuple):
@@ -142,10 +120,3 @@ def _spectrum(tuner: Tuner) -> dict[str, list[float]]:
             small = torch.linalg.qr(p.double())[1] @ torch.linalg.qr(q.double().T)[1].T if p.numel() else p[:0, :0]
             found[path] = [round(float(value), 8) for value in torch.linalg.svdvals(small)] if small.numel() else []
     return found
-
-
-def write_report(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write ``report.html``."""
-    from tunerkit_cli.report.html import render
-
-    serialization.replace(folder / "report.html", [render(record).encode()])

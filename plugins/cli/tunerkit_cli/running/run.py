@@ -13,25 +13,19 @@ import attrs
 from rich.console import Console
 
 import tunerkit
-from tunerkit import TunerkitError, serialization
+from tunerkit import TunerkitError
 from tunerkit.errors import shown
 from tunerkit_cli import outputs
 from tunerkit_cli.recipes.recipe import Recipe, as_stated, files_of, to_mapping
-from tunerkit_cli.running import hardware, output, written
+from tunerkit_cli.report.html import render
+from tunerkit_cli.running import hardware, resuming
 from tunerkit_cli.running.baseline import NoBaselineError, head_alone
 from tunerkit_cli.running.data import prepare_data
 from tunerkit_cli.running.describing import conclude, described, tell
+from tunerkit_cli.running.folder import ENVIRONMENT, LEFT_OUT, REPORT, RunFolder
 from tunerkit_cli.running.learning import below_baseline
 from tunerkit_cli.running.preparing import Session, is_of_earlier_version, prepare, settled
-from tunerkit_cli.running.record import (
-    Trained,
-    adapter_facts,
-    environment,
-    finite,
-    model_facts,
-    write_json,
-    write_report,
-)
+from tunerkit_cli.running.record import Trained, adapter_facts, environment, finite, model_facts
 from tunerkit_cli.running.telling import say, telling_warnings
 from tunerkit_cli.running.trainer import arguments_of
 from tunerkit_cli.running.training import (
@@ -52,29 +46,21 @@ from tunerkit_transformers.run_folder import read_record, stated
 def run(
     recipe: Recipe, console: Console, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False
 ) -> None:
-    """Run a recipe, print the results, and write the files into its output folder.
+    """Run a recipe, as `checking.completed` returns it, print the results, and write the output folder.
 
-    Args:
-        recipe: The recipe, as `checking.completed` returns it.
-        console: Where progress and results are printed.
-        resume: Whether to go on from the folder's newest checkpoint.
-        overwrite: Whether to replace an earlier run in the folder.
-        dry_run: Whether to stop before training, and before anything is written.
-
-    Raises:
-        TunerkitError: Something in the recipe, the data, the model or the folder does not fit.
-        KeyboardInterrupt: Ctrl-C ended the training, after a checkpoint.
+    ``resume`` goes on from the newest checkpoint, and ``dry_run`` stops before anything is written. Raises
+    `KeyboardInterrupt` if Ctrl-C ended the training, after a checkpoint.
     """
     _refuse_processes(os.environ)
-    folder = Path(recipe.out)
-    with nullcontext() if dry_run else outputs.claimed(folder):
-        output.check(folder, recipe, resume=resume, overwrite=overwrite)
-        if resume and written.has_ended(folder):
+    folder = RunFolder(Path(recipe.out))
+    with nullcontext() if dry_run else outputs.claimed(folder.path):
+        resuming.check(folder, recipe, resume=resume, overwrite=overwrite)
+        if resume and folder.has_ended:
             _finish_report(folder, console, dry_run=dry_run)
             return
         recipe = settled(recipe, folder, resume=resume)
         if dry_run:
-            outputs.require_writable(folder)
+            outputs.require_writable(folder.path)
         quiet()
         with telling_warnings(console):
             task, data = prepare_data(recipe, console, by_class=not (resume and is_of_earlier_version(folder)))
@@ -87,30 +73,25 @@ def run(
             return
         known: dict[str, Any] = {"task": task.name, "method": session.tuner.method}
         known |= {"training": arguments_of(session.recipe, task), "train_on_prompts": task.trains_on_prompts}
-        kept = as_stated(attrs.evolve(session.recipe, **known), folder)
-        output.refuse_processor(folder, session.loaded.processor)
+        kept = as_stated(attrs.evolve(session.recipe, **known), folder.path)
+        resuming.refuse_processor(folder, session.loaded.processor)
         before = _samples(session) if session.recipe.samples is None else []
         with replacing(session, kept, resume=resume) as listing:
             session, trained = train_with_restarts(session, listing, console, resume=resume)
-        output.save(session.loaded, folder)  # at once: what follows only describes it
+        folder.save(session.loaded)  # at once: what follows only describes it
         _finish(session, trained, kept, before, console)
 
 
-def _finish_report(folder: Path, console: Console, *, dry_run: bool) -> None:
+def _finish_report(folder: RunFolder, console: Console, *, dry_run: bool) -> None:
     """Write the report of a run that has ended, and that was killed before it had one."""
     if not dry_run:
-        written.note(folder, [output.REPORT])
-        write_report(folder, read_record(folder))
+        folder.write(REPORT, render(read_record(folder.path)))
     do = "it would get" if dry_run else "it has got"
-    say(console, f"the run in {folder} has ended, and had no report: {do} {folder / output.REPORT}")
+    say(console, f"the run in {folder} has ended, and had no report: {do} {folder / REPORT}")
 
 
 def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[str, str]], console: Console) -> None:
-    """Evaluate a trained adapter, and write and print what there is to say of it.
-
-    Raises:
-        EvaluationError: It could not be evaluated. The adapter and its record are written.
-    """
+    """Evaluate a trained adapter, and write and print what there is to say of it. Raises `EvaluationError`."""
     recipe, task, folder = session.recipe, session.task, session.folder
     failed: Exception | None = None
     try:
@@ -120,13 +101,12 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
     record = record_of(session, trained, kept, before)
     lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in session.data.left_out)
     listed = without_home(_sources(session, "".join(lines)))
-    written.note(folder, [output.ENVIRONMENT, RECORD, output.REPORT, *([output.LEFT_OUT] if listed else [])])
     if listed:
-        serialization.replace(folder / output.LEFT_OUT, [listed.encode()])
-    write_json(folder / output.ENVIRONMENT, record["environment"])
-    write_json(folder / RECORD, record)  # last, because it says that the run has ended
+        folder.write(LEFT_OUT, listed)
+    folder.write(ENVIRONMENT, record["environment"])
+    folder.write(RECORD, record)  # last, because it says that the run has ended
     if failed is not None:
-        write_report(folder, record)
+        folder.write(REPORT, render(record))
         raise EvaluationError(
             f"the adapter is trained and written to {folder}, but it could not be evaluated: "
             f"{reason_of(failed)}; to evaluate it: tunerkit eval {shlex.quote(str(folder))} --data FILE"
@@ -138,13 +118,13 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
     try:
         if recipe.baseline and (baseline := compare(session, trained, console)) is not None:
             record |= _beside(session, trained, baseline)
-            write_json(folder / RECORD, record)
+            folder.write(RECORD, record)
     finally:  # Ctrl-C stops the baseline, and the report is then without it
         conclude(recipe, record, console)
-        write_report(folder, record)
+        folder.write(REPORT, render(record))
     has_text = any(each.name in ("text", "prompt", "source") for each in task.columns)
     say(console, f"written to {folder}; try: tunerkit predict {folder} --{'text TEXT' if has_text else 'data FILE'}")
-    say(console, f"report: {folder / 'report.html'}")
+    say(console, f"report: {folder / REPORT}")
 
 
 def _refuse_processes(environment: Mapping[str, str]) -> None:
@@ -163,7 +143,7 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
     record: dict[str, Any] = {
         "version": VERSION,
         "task": task.name,
-        "model": model_facts(loaded, session.trainer.args.seed, session.folder),
+        "model": model_facts(loaded, session.trainer.args.seed, session.folder.path),
         "data": {"train": _sources(session, data.source), "eval": _sources(session, data.held_out_source)},
         "rows": {part: session.rows(part) for part in data.parts},
         "held_out": {
@@ -214,7 +194,7 @@ def _sources(session: Session, text: str) -> str:
     """A text about the files of data, with their paths as the recipe states them."""
     given = [str(Path(each)) for each in (*files_of(session.recipe.data), *files_of(session.recipe.eval_data))]
     for path in sorted(given, key=len, reverse=True):
-        text = text.replace(path, stated(path, session.folder))
+        text = text.replace(path, stated(path, session.folder.path))
     return text
 
 
@@ -245,7 +225,7 @@ def compare(session: Session, trained: Trained, console: Console) -> dict[str, A
     tunerkit.unwrap(session.loaded.model)
     rows, training = (session.data.train, session.data.held_out), dict(session.recipe.training)
     try:
-        baseline = head_alone(task, session.loaded, heads, rows, training, console, session.folder)
+        baseline = head_alone(task, session.loaded, heads, rows, training, console, session.folder.path)
     except NoBaselineError as problem:  # the adapter is written already
         say(console, str(problem))
         return None

@@ -27,12 +27,7 @@ _WIDEST = 16  # columns of a table; a UNet has a hundred
 
 
 def show_adapter(source: str, console: Console, *, as_json: bool = False) -> None:
-    """Print method, base, ranks, size and config; of an output folder also its metrics and its training.
-
-    Raises:
-        RunError: Neither an output folder nor an adapter is there.
-        FileError: The files are damaged.
-    """
+    """Print method, base, ranks, size and config; of an output folder also its metrics and its training."""
     if not os.path.isfile(os.path.join(source, RECORD)) and not _has_only_begun(source):
         found = describe_adapter(source)
         _print(console, _facts(found), found.ranks, found.settings, attrs.asdict(found) if as_json else None)

@@ -18,41 +18,28 @@ from tunerkit.plugin import Description, Tuner
 from tunerkit_cli.recipes.reading import mapping_at
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, DTYPES, PRECISIONS, Recipe
 from tunerkit_cli.rows import DataError, tidy
-from tunerkit_cli.running import written
 from tunerkit_cli.running.checking import refuse_absent
 from tunerkit_cli.running.data import Data
+from tunerkit_cli.running.folder import ADAPTER, START, START_FACTS, RunFolder, as_json
 from tunerkit_cli.running.hardware import choose_device, obstacle
-from tunerkit_cli.running.record import write_json
-from tunerkit_cli.running.written import CHECKPOINTS, RECIPE
 from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.texts import labels_of
 from tunerkit_transformers import transformers_private
 from tunerkit_transformers.output_folder import RECORD, read_run
 from tunerkit_transformers.pretrained import Pretrained, classes_of
-from tunerkit_transformers.run_folder import placed, read_record, stated
+from tunerkit_transformers.run_folder import RECIPE, placed, read_record, stated
 
 # What a recipe need not say: an output folder's record does, and so does the recipe of a run that is resumed.
 _FROM_RUN = ("task", "model", "dtype", "precision", "method", "chat_template")
-_ADAPTER = "adapter.safetensors"
 _ANEW = "or train a new adapter without --from"
-_COPY = "start"  # in the folder of checkpoints
-_FACTS = "start.json"
 
 
 @attrs.frozen
 class Start:
-    """An adapter to go on from.
+    """An adapter to go on from, which is loaded from ``path``. What its files do not say is None, or empty.
 
-    Attributes:
-        source: The path that the user gave.
-        path: Where it is loaded from.
-        method: The method that its files name; None if their format does not say.
-        model: The base model that its files name, or None.
-        revision: The commit of the hub of that model, or None.
-        task: The task that it was trained for, or None.
-        dtype: The dtype of the base's weights, as in a recipe, or None.
-        precision: What it was trained in, as in a recipe, if this machine has it; or None.
-        labels: The names of its head's classes, in the order of the logits; empty if the files do not name them.
+    ``source`` is the path that the user gave, and ``model`` the base, of the hub's commit ``revision``. ``precision``
+    is the one it was trained in, if this machine has it.
     """
 
     source: str
@@ -67,11 +54,7 @@ class Start:
 
 
 def find_start(source: str) -> Start:
-    """Read what an adapter says of itself: a file or folder of tunerkit's, or of another program.
-
-    Raises:
-        FileError: There is nothing, or it is damaged, or no installed plugin reads it.
-    """
+    """Read what an adapter says of itself, of tunerkit's or of another program's. Raises `FileError`."""
     path = Path(source).expanduser()
     format = serialization.format_at(path)
     if format is not None:
@@ -79,7 +62,7 @@ def find_start(source: str) -> Start:
         # Another program's name of a method may differ from tunerkit's in its case alone.
         method = found.method.lower() if found.method.lower() in tunerkit.methods() else None
         return Start(source, str(path), method=method, model=found.base or None)
-    folder = path.parent if path.name == _ADAPTER else path
+    folder = path.parent if path.name == ADAPTER else path
     if (folder / RECORD).is_file():
         return _of_run(source, folder)
     refuse_absent(source)
@@ -107,15 +90,10 @@ def _of_run(source: str, folder: Path) -> Start:
 
 
 def completed(mapping: Mapping[str, Any], recipe: Recipe, *, resume: bool) -> dict[str, Any]:
-    """A recipe's mapping with what it leaves to the adapter that it goes on from.
+    """A recipe's mapping, as the user gave it, with what it leaves to the adapter that it goes on from.
 
-    Args:
-        mapping: The mapping, as the user gave it.
-        recipe: The same as a recipe; it names an adapter.
-        resume: Whether the run is resumed. Then its own recipe says all this, and the adapter may be gone.
-
-    Raises:
-        TunerkitError: The adapter cannot be read, or something in the recipe contradicts it.
+    If the run is resumed, its own recipe says all this, and the adapter may be gone. Raises `TunerkitError` if the
+    adapter cannot be read, or something in the recipe contradicts it.
     """
     kept = Path(recipe.out).expanduser() / RECIPE
     said = _said(recipe) if not resume else mapping_at(kept) if kept.is_file() else {}
@@ -169,36 +147,36 @@ def start_of(recipe: Recipe, *, resume: bool) -> Start | None:
     """The adapter that a run goes on from; None if it trains a new one. A resumed run has its own copy."""
     if recipe.from_adapter is None:
         return None
-    source, folder = recipe.from_adapter, Path(recipe.out) / CHECKPOINTS
-    if not (resume and (folder / _FACTS).is_file()):
+    source, folder = recipe.from_adapter, RunFolder(Path(recipe.out))
+    file = folder / START_FACTS
+    if not (resume and file.is_file()):
         return find_start(source)
     try:
-        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-        model = None if facts["model"] is None else placed(facts["model"], Path(recipe.out))
-        return Start(source, str(folder / _COPY), **{**facts, "model": model, "labels": tuple(facts["labels"])})
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        model = None if facts["model"] is None else placed(facts["model"], folder.path)
+        return Start(source, str(folder / START), **{**facts, "model": model, "labels": tuple(facts["labels"])})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
         raise FileError(
-            f"{folder / _FACTS}: is damaged ({shown(str(problem))}); delete it to start from {source} again"
+            f"{file}: is damaged ({shown(str(problem))}); delete it to start from {source} again"
         ) from problem
 
 
-def keep_start(start: Start, model: nn.Module, scratch: Path, folder: Path) -> None:
-    """Copy the loaded adapter into a scratch folder, before training: the original may be gone at resuming.
-
-    The facts beside it state the base's path as the other files of the run in ``folder`` do.
-    """
-    tunerkit.save(model, scratch / _COPY)
+def keep_start(start: Start, model: nn.Module, scratch: Path, folder: RunFolder) -> None:
+    """Copy the loaded adapter into a scratch folder, before training: the original may be gone at resuming."""
+    (scratch / START).mkdir(parents=True)
+    tunerkit.save(model, scratch / START)
     facts = {name: value for name, value in attrs.asdict(start).items() if name not in ("source", "path")}
-    write_json(scratch / _FACTS, {**facts, "model": None if start.model is None else stated(start.model, folder)})
+    facts["model"] = None if start.model is None else stated(start.model, folder.path)
+    (scratch / START_FACTS).write_text(as_json(facts), encoding="utf-8")
 
 
-def place_start(scratch: Path, folder: Path) -> None:
+def place_start(scratch: Path, folder: RunFolder) -> None:
     """Move that copy beside the run's checkpoints, if there is one."""
-    for name in (f"{_COPY}/{_ADAPTER}", _FACTS):  # in this order: the facts say that the copy is whole
+    for name in (f"{START}/{ADAPTER}", START_FACTS):  # in this order: the facts say that the copy is whole
         if (scratch / name).is_file():
-            written.note(folder, [f"{CHECKPOINTS}/{name}"])
-            (folder / CHECKPOINTS / name).parent.mkdir(parents=True, exist_ok=True)
-            (scratch / name).replace(folder / CHECKPOINTS / name)
+            folder.note([name])
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / name).replace(folder / name)
 
 
 @contextmanager
@@ -220,11 +198,7 @@ def explaining(start: Start | None) -> Iterator[None]:
 
 
 def head_labels(start: Start | None, task: Task, data: Data) -> tuple[Sequence[str], bool]:
-    """The classes of a run's head, and whether their order is fixed: by the head of the adapter that it goes on from.
-
-    Raises:
-        DataError: The data has classes that this head has not.
-    """
+    """The classes of a run's head, and whether their order is fixed, by the adapter that the run goes on from."""
     if start is None or not (data.labels and start.labels) or start.task != task.name:
         return data.labels, False
     known = {*start.labels, *map(tidy, start.labels)}  # earlier versions kept the white space around names
@@ -239,8 +213,8 @@ def head_labels(start: Start | None, task: Task, data: Data) -> tuple[Sequence[s
 def wrapped(loaded: Pretrained, recipe: Recipe, begun: Mapping[str, object], *, seed: int) -> Tuner:
     """Put a new adapter into the model, to be trained.
 
-    ``begun`` are the settings with which the run began whose training goes on, every default written out. They count
-    where the recipe is silent: a default of the method may have changed since.
+    ``begun`` are all settings with which a resumed run began. They count where the recipe is silent: a default of the
+    method may have changed since.
     """
     trained = recipe.config.get("train_modules") or list(loaded.heads)
     method = DEFAULT_METHOD if recipe.method is None else recipe.method
@@ -254,11 +228,7 @@ def wrapped(loaded: Pretrained, recipe: Recipe, begun: Mapping[str, object], *, 
 
 
 def continued(loaded: Pretrained, recipe: Recipe, task: Task, start: Start) -> Tuner:
-    """Put the adapter that a training goes on from into the model.
-
-    Raises:
-        TunerkitError: It does not fit the model, or leaves a new head untrained.
-    """
+    """Put the adapter that a training goes on from into the model. Raises `TunerkitError` if it does not fit."""
     model, is_classifier = loaded.model, "Classification" in classes_of(task.name).model
     # A classifier's modules outside its pretrained part that the checkpoint did not have; loading adds parameters too.
     outside = [pair for pair in model.named_children() if pair[0] != model.base_model_prefix] if is_classifier else []

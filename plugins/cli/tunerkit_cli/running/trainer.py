@@ -22,7 +22,7 @@ from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.recipes.trainer_arguments import name_problem
 from tunerkit_cli.report.scores import is_better_high
 from tunerkit_cli.running import hardware
-from tunerkit_cli.running.written import CHECKPOINTS, LOGS
+from tunerkit_cli.running.folder import CHECKPOINTS, LOGS
 from tunerkit_cli.tasks.base import Task
 from tunerkit_transformers.exact_resuming import resume_exactly_
 
@@ -86,18 +86,7 @@ def arguments_of(recipe: Recipe, task: Task) -> dict[str, Any]:
 
 
 def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, precision: str, has_eval: bool) -> Any:
-    """Build the arguments of the task's trainer: ours, then the task's, then those of the recipe.
-
-    Args:
-        task: The task.
-        training: What a recipe asks for (`asked_of`), without its precision.
-        out: The output folder; checkpoints are written into its ``checkpoints``.
-        precision: What matrix products are computed in, such as ``"fp32"``.
-        has_eval: Whether there are held-out rows.
-
-    Raises:
-        ConfigError: An argument is unknown (with the closest name), belongs to the command, or has a wrong value.
-    """
+    """Build the arguments of the task's trainer: ours, the task's, those of the recipe. Raises `ConfigError`."""
     _, kind = task.trainer_classes()
     names = {field.name for field in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
@@ -150,10 +139,7 @@ def _kinds(hint: Any) -> set[Any]:
 
 
 def _wanted(name: str, value: Any, allowed: set[Any]) -> str | None:
-    """What the value of a number or boolean should be, in words; None if it is all right. ``allowed`` are its types.
-
-    Of others the trainer says itself what is wrong; these would fail while training, or train nothing.
-    """
+    """What a number or boolean should be that would fail late, or train nothing; None if it is all right."""
     kind = type(value)
     if not allowed <= {int, float, bool, type(None)}:
         return None
@@ -177,19 +163,7 @@ def _wanted(name: str, value: Any, allowed: set[Any]) -> str | None:
 
 
 def build_trainer(kind: type[Any], arguments: Any, *, callbacks: Sequence[Any] = (), **settings: Any) -> Any:
-    """Build a trainer.
-
-    A trainer creates its folder at once. The folder is created later, so that nothing is left of a run that is refused.
-
-    Args:
-        kind: The trainer's class.
-        arguments: Its arguments.
-        callbacks: What it calls beside the loggers of ``report_to``.
-        settings: What else it is given: model, data, processor.
-
-    Raises:
-        ConfigError: The trainer refuses its arguments.
-    """
+    """Build a trainer. It would create its folder at once: nothing may be left of a run that is refused."""
     wanted = Path(arguments.output_dir)
     with tempfile.TemporaryDirectory() as scratch, _tensorboard_in(wanted.parent / LOGS), _refusing():
         arguments.output_dir = scratch
@@ -201,12 +175,7 @@ def build_trainer(kind: type[Any], arguments: Any, *, callbacks: Sequence[Any] =
 
 
 def refuse_untrainable(trainer: Any) -> None:
-    """Try out what the trainer builds only when training has begun: its optimizer, and the schedule of the rate.
-
-    Raises:
-        ConfigError: A value is one that the optimizer or the schedule refuses, a package is missing, or no batch is
-            full where others are dropped.
-    """
+    """Raise `ConfigError` if what the trainer builds only when training begins refuses a value: optimizer, schedule."""
     arguments = trainer.args
     batches = {"train": (trainer.train_dataset, arguments.train_batch_size)}
     if trainer.eval_dataset is not None and arguments.eval_strategy != "no":

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -20,14 +19,13 @@ from tunerkit import TunerkitError
 from tunerkit.plugin import RankChange
 from tunerkit_cli import outputs
 from tunerkit_cli.recipes.recipe import Recipe
-from tunerkit_cli.running import output, written
+from tunerkit_cli.running.folder import CARD, CHECKPOINTS, LOGS, RunFolder
 from tunerkit_cli.running.learning import Reached, judged, reached
 from tunerkit_cli.running.preparing import Session, prepare
 from tunerkit_cli.running.record import Trained
 from tunerkit_cli.running.starting import explaining, keep_start, place_start
 from tunerkit_cli.running.telling import say, telling_warnings
 from tunerkit_cli.running.watching import DivergedError, LostError, roll_back
-from tunerkit_cli.running.written import CHECKPOINTS, LOGS
 
 
 class EvaluationError(TunerkitError):
@@ -40,10 +38,10 @@ class Listing(TrainerCallback):
     An earlier run in the folder is replaced once the first step is made: one that is refused before loses nothing.
     """
 
-    def __init__(self, folder: Path, begin: Callable[[], None]) -> None:
+    def __init__(self, folder: RunFolder, begin: Callable[[], None]) -> None:
         self._folder, self._begin = folder, begin
         self.has_begun = self.is_saving = False
-        self._before = written.files_in(folder, LOGS)
+        self._before = folder.inside(LOGS)
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.begin()
@@ -58,7 +56,7 @@ class Listing(TrainerCallback):
     def forget(self) -> None:
         """Remove what a run wrote that was refused before its first step: its loggers' files."""
         if not self.has_begun:
-            written.remove(self._folder, self._logged())
+            self._folder.remove(self._logged())
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_save:
@@ -69,35 +67,32 @@ class Listing(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.is_saving = False
-        self._note(*written.files_in(self._folder, f"{CHECKPOINTS}/checkpoint-{state.global_step}"))
+        self._note(*self._folder.inside(f"{CHECKPOINTS}/checkpoint-{state.global_step}"))
 
     def _note(self, *paths: str) -> None:
         """List some files beside the loggers' and TRL's card."""
-        card = [written.CARD] if (self._folder / written.CARD).is_file() else []
-        written.note(self._folder, [*paths, *self._logged(), *card])
+        card = [CARD] if (self._folder / CARD).is_file() else []
+        self._folder.note([*paths, *self._logged(), *card])
 
     def _logged(self) -> frozenset[str]:
-        return written.files_in(self._folder, LOGS) - self._before
+        return self._folder.inside(LOGS) - self._before
 
 
 @contextmanager
 def replacing(session: Session, kept: Recipe, *, resume: bool) -> Iterator[Listing]:
     """Inside the block, the training replaces an earlier run in its folder, once its first step has been made.
 
-    A training that ends before leaves the folder as it was.
-
-    Raises:
-        OutputError: A checkpoint cannot be written.
+    A training that ends before leaves the folder as it was. Raises `OutputError` if a checkpoint cannot be written.
     """
     folder = session.folder
-    with outputs.scratch_beside(folder, "start") as scratch:
+    with outputs.scratch_beside(folder.path, "start") as scratch:
         if session.start is not None and not resume:
             keep_start(session.start, session.loaded.model, scratch, folder)
 
-        earlier = written.run_files(folder) or frozenset()  # before a logger of the new run writes beside them
+        earlier = folder.files or frozenset()  # before a logger of the new run writes beside them
 
         def begin() -> None:
-            output.begin(folder, kept, earlier, resume=resume)
+            folder.begin(kept, earlier, resume=resume)
             place_start(scratch, folder)
 
         listing = Listing(folder, begin)
@@ -136,17 +131,13 @@ def rehearse(session: Session, console: Console, *, resume: bool) -> None:
 
 def _train(session: Session, console: Console, *, resume: bool) -> None:
     with session.watching.interruptible(), telling_warnings(console), explaining(session.start):
-        session.trainer.train(resume_from_checkpoint=True if resume and output.has_checkpoint(session.folder) else None)
+        session.trainer.train(resume_from_checkpoint=True if resume and session.folder.has_checkpoint else None)
 
 
 def train_with_restarts(
     session: Session, listing: Listing, console: Console, *, resume: bool
 ) -> tuple[Session, Trained]:
-    """Train, and do so again from the last good checkpoint at half the rate if the loss is lost and may be.
-
-    Returns:
-        The session that trained to the end, and what it left.
-    """
+    """Train, if the loss is lost again from the last good checkpoint, slower; return the session that ended."""
     folder = session.folder
     while True:
         try:
@@ -201,11 +192,7 @@ def train(session: Session, console: Console, *, resume: bool) -> Trained:
 def _evaluate_meanwhile(
     session: Session, console: Console, call: Callable[..., dict[str, float]], *arguments: Any, **options: Any
 ) -> dict[str, float]:
-    """Evaluate in the middle of a training, which goes on if that fails, unless it needs the result.
-
-    Raises:
-        EvaluationError: The training chooses the best checkpoint by it. The adapter is written as it is now.
-    """
+    """Evaluate in a training, which goes on if that fails, unless it chooses the best checkpoint by the result."""
     state, folder = session.trainer.state, session.folder
     try:
         return call(*arguments, **options)
@@ -216,7 +203,7 @@ def _evaluate_meanwhile(
         if session.trainer.args.metric_for_best_model is None:
             say(console, f"{reason}; the training goes on")
             return {}
-        output.save(session.loaded, folder)
+        folder.save(session.loaded)
         raise EvaluationError(
             f"{reason}; the training needs its result (metric_for_best_model), so it has stopped. The adapter as it is "
             f"now is in {folder}, for tunerkit.load; leave metric_for_best_model out to train to the end"

@@ -53,9 +53,6 @@ def predict_rows(
 
     What a classifier predicts has the number of its row, from 1, and the file if there are several. ``columns`` are
     names of columns in these files, by ours, where they are others than in the training data.
-
-    Raises:
-        TunerkitError: The rows do not fit, or they say how to answer and the task generates nothing.
     """
     run, task = _run_in(folder)
     if answering.given and not isinstance(task, GenerationTask):
@@ -117,19 +114,10 @@ def evaluate_rows(
 
 
 def write_merged(source: str, out: Path, *, base: str | None, task: str | None = None) -> tuple[str, ...]:
-    """Write the base with the adapter in its weights, and the processor: a folder for ``from_pretrained``.
+    """Write the base with the adapter in its weights, and the processor: a new folder for ``from_pretrained``.
 
-    Args:
-        source: The output folder of a run, whose record says all; or an adapter in any format.
-        out: A new folder.
-        base: Where the base model is; None for what the adapter's files say.
-        task: The task of an adapter whose files do not say it.
-
-    Returns:
-        What the user should know.
-
-    Raises:
-        OutputError: The new folder is not empty, or cannot be written.
+    ``source`` is the output folder of a run, whose record says all, or an adapter in any format; ``base`` and ``task``
+    are for what its files do not say. Returns what the user should know.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"--out {out}: is not empty; pass a new folder")
@@ -152,10 +140,8 @@ def write_merged(source: str, out: Path, *, base: str | None, task: str | None =
 def conversation(folder: Path, *, base: str | None, answering: Answering) -> Callable[[str], None]:
     """Return a function that prints the answer to a message, word by word.
 
-    It remembers the conversation if the model was trained on conversations.
-
-    Raises:
-        TunerkitError: The folder holds no language model, or one that has no place for a system's message.
+    It remembers the conversation if the model was trained on conversations. Raises `TunerkitError` if the folder holds
+    no language model, or one that has no place for a system's message.
     """
     from transformers import TextStreamer
 
@@ -190,11 +176,10 @@ def _run_in(folder: Path) -> tuple[Run, Task]:
 
 
 def _load(run: Run, base: str | None) -> tuple[Pretrained, str]:
-    """Load a run's model onto the accelerator, if there is one.
+    """Load a run's model onto the accelerator, if there is one, and say what it computes in.
 
-    Returns:
-        The model, and what the run computed in, as far as this machine has it, with a note where it has not. Earlier
-        versions did not record it, but for what the recipe asked of the trainer.
+    That is what the run computed in, if this machine has it. Earlier versions did not record it, but for what the
+    recipe asked of the trainer.
     """
     quiet()
     loaded = load_run(run, base)

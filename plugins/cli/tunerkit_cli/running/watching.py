@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
-from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
@@ -21,17 +20,14 @@ from tunerkit import TunerkitError
 from tunerkit.errors import FileError, shown
 from tunerkit.plugin import Tuner
 from tunerkit_cli.report.record import Problem, Restart
-from tunerkit_cli.running import written
+from tunerkit_cli.running.folder import CHECKPOINTS, RESTARTS, RunFolder
 from tunerkit_cli.running.learning import Learning
-from tunerkit_cli.running.record import write_json
 from tunerkit_cli.running.telling import say
-from tunerkit_cli.running.written import CHECKPOINTS
 from tunerkit_transformers.exact_resuming import is_whole
 
 # A quarter of the rate is as far as the rate alone is likely to be the reason.
 MOST: Final = 2
 SLOWER: Final = 0.5
-_FILE: Final = "restarts.json"  # in the folder of checkpoints, for --resume
 _CHECKPOINT: Final = "checkpoint-"
 
 
@@ -40,12 +36,7 @@ class DivergedError(TunerkitError):
 
 
 class LostError(TunerkitError):
-    """A run that may be restarted has collapsed.
-
-    Attributes:
-        problem: How.
-        good: The last step at which its loss was good.
-    """
+    """A run that may be restarted has collapsed; ``good`` is the last step at which its loss was good."""
 
     def __init__(self, problem: Problem, good: int) -> None:
         super().__init__(problem.text)
@@ -190,9 +181,9 @@ def _facts(entry: dict[str, Any], tuner: Tuner | None) -> str:
 # --- restarts ---
 
 
-def read_restarts(folder: Path) -> tuple[Restart, ...]:
+def read_restarts(folder: RunFolder) -> tuple[Restart, ...]:
     """The restarts of the run in an output folder, the oldest first."""
-    file = folder / CHECKPOINTS / _FILE
+    file = folder / RESTARTS
     if not file.is_file():
         return ()
     try:
@@ -201,21 +192,20 @@ def read_restarts(folder: Path) -> tuple[Restart, ...]:
         raise FileError(f"{file}: is damaged ({shown(str(problem))}); pass --overwrite to begin again") from problem
 
 
-def roll_back(folder: Path, lost: LostError, rate: float) -> Restart:
+def roll_back(folder: RunFolder, lost: LostError, rate: float) -> Restart:
     """Remove the checkpoints after the last good one, and note the restart. ``rate`` is the peak so far."""
     found = (folder / CHECKPOINTS).glob(f"{_CHECKPOINT}*")
     names = {path.name.removeprefix(_CHECKPOINT): path.name for path in found}
     steps = {int(number): name for number, name in names.items() if number.isdecimal()}
     before = {restart.from_step for restart in read_restarts(folder)}  # never twice from the same checkpoint
     good = max((step for step in steps if step <= lost.good and step not in before), default=0)
-    ours = written.run_files(folder) or ()
+    ours = folder.files or ()
     for step in sorted(steps, reverse=True):
         if step > good:
-            written.remove(folder, [path for path in ours if path.startswith(f"{CHECKPOINTS}/{steps[step]}/")])
+            folder.remove(path for path in ours if path.startswith(f"{CHECKPOINTS}/{steps[step]}/"))
     restart = Restart(lost.problem.text, lost.problem.step, good, SLOWER * rate)
     noted = {"restarts": [attrs.asdict(each) for each in (*read_restarts(folder), restart)]}
-    written.note(folder, [f"{CHECKPOINTS}/{_FILE}"])
-    write_json(folder / CHECKPOINTS / _FILE, noted)  # last: a run that is killed before collapses again
+    folder.write(RESTARTS, noted)  # last: a run that is killed before collapses again
     return restart
 
 
