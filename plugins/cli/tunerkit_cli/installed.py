@@ -46,15 +46,7 @@ class Part:
 
 
 def show(console: Console, problems: Sequence[str] = ()) -> bool:
-    """Print versions, devices, plugins, and the libraries that tunerkit and its extras ask for.
-
-    Args:
-        console: Where they are printed.
-        problems: What is wrong with the plugins of the command, a sentence each.
-
-    Returns:
-        Whether every plugin works. A missing optional part is no fault.
-    """
+    """Print versions, devices, plugins, libraries and ``problems``, and return whether every plugin works."""
     console.print(f"tunerkit {tunerkit.__version__}, Python {platform.python_version()}, {escape(platform.platform())}")
     console.print(f"devices: {', '.join(devices())}")
     console.print(methods_table("Plugins"))
@@ -92,10 +84,7 @@ def devices() -> list[str]:
 
 
 def parts() -> Iterator[Part]:
-    """Yield what tunerkit and each extra in `EXTRAS` ask for, and what those ask for that are ours.
-
-    What two extras ask for is listed with the first one.
-    """
+    """Yield what tunerkit and each extra in `EXTRAS` ask for, each once, and what those ask for that are ours."""
     found: dict[str, Part] = {}
     for extra in ("", *EXTRAS):
         for requirement in _asked("tunerkit", extra):

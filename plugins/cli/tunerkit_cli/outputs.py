@@ -45,14 +45,10 @@ def require_writable(folder: Path) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Create ``folder``, check that it is writable, and lock it against other processes.
+    """Create ``folder``, check that it is writable, and lock it against other processes. Raises `OutputError`.
 
-    If the block fails, the folders that were created here and are still empty are removed. The lock is on the folder
-    itself: it leaves no file, and the kernel releases that of a process that was killed. Not every network file system
-    has such locks.
-
-    Raises:
-        OutputError: The folder cannot be written, or another process has claimed it.
+    If the block fails, what was created here and is still empty is removed. The lock leaves no file, and the kernel
+    releases that of a process that was killed. Not every network file system has such locks.
     """
     from tunerkit import serialization  # imports torch, which `tunerkit --help` does not need
 
@@ -85,16 +81,7 @@ def _removing_empty(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def scratch_beside(folder: Path, name: str, *, alone: bool = False) -> Iterator[Path]:
-    """Yield a scratch folder in ``folder``, which is removed at the end; remove those of processes that were killed.
-
-    Args:
-        folder: Where to create it. Its own name begins with a dot.
-        name: What it is for.
-        alone: Whether to refuse if another process has one for the same thing.
-
-    Raises:
-        OutputError: Another process has one.
-    """
+    """Yield a scratch folder in ``folder``; with ``alone``, refuse if another process has one of this name."""
     from tunerkit import serialization
 
     busy = OutputError(
@@ -131,10 +118,7 @@ def publishing(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a scratch folder, which becomes ``folder`` at the end; if the block fails, nothing of it is left.
-
-    ``folder`` is new or empty. Raises `OutputError` before the block if it cannot be written.
-    """
+    """Yield a scratch folder, which becomes the new ``folder`` at the end; if the block fails, nothing is left."""
     with _removing_empty(folder.parent):
         prepare(folder.parent)
         if folder.is_dir():

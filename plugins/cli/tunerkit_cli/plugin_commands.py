@@ -56,22 +56,13 @@ class Addition:
 
 
 def additions(found: Iterable[EntryPoint] | None = None) -> tuple[Addition, ...]:
-    """Import the modules of all plugins that extend the command, and ask them. No exception of a plugin passes.
-
-    Args:
-        found: The entry points; by default those of the installed distributions.
-    """
+    """Import the modules of all plugins that extend the command, and ask them. No exception of a plugin passes."""
     points = entry_points(group=GROUP) if found is None else found
     return tuple(map(_added, sorted(points, key=lambda point: (point.dist.name if point.dist else "", point.name))))
 
 
 def commands_of(added: Iterable[Addition], ours: Collection[str]) -> tuple[dict[str, Command], tuple[str, ...]]:
-    """Return the commands of plugins by name, and a sentence on each that is left out, as its name is taken.
-
-    Args:
-        added: What plugins add. Of two commands with one name, the first counts.
-        ours: The names of the command's own commands, which no plugin replaces.
-    """
+    """Return the commands of plugins by name, and a sentence on each that is left out, as its name is taken."""
     commands: dict[str, Command] = {}
     problems: list[str] = []
     for each in added:

@@ -106,11 +106,8 @@ def read_table(path: Path, *, predicting: bool = False, most: int | None = None)
     """Read a file in the format of its suffix, or a folder of images with a subfolder per class.
 
     Values in csv and tsv are texts, whatever they look like: "NA" is a text and no missing value. For prediction, a
-    folder's images may lie in no subfolder. Of a file, the first ``most`` rows alone are read.
-
-    Raises:
-        DataError: It cannot be read. The message names the file and the row (from 1), and guesses at encoding and
-            delimiter.
+    folder's images may lie in no subfolder. Of a file, the first ``most`` rows alone are read. Raises `DataError`,
+    which names the file and the row (from 1), and guesses at encoding and delimiter.
     """
     if path.is_dir():
         return _read_images(path, predicting=predicting)
@@ -169,10 +166,7 @@ def require_column(table: Table, name: str, task: str, option: str | None = None
 def checked_rows(
     table: Table, names: Mapping[str, str], check: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return the rows under our names of the columns, each as ``check`` returns it, which raises `BadValue`.
-
-    ``names`` are the names of the columns in the table, by ours. Raises `BadRowsError` with all rows that do not fit.
-    """
+    """The rows under our names of the columns, as ``check`` returns them. Raises `BadRowsError` for the others."""
     rows, bad = [], {}
     for place, given in enumerate(table.rows):
         row = {ours: given.get(name) for ours, name in names.items()}
@@ -334,10 +328,7 @@ def class_names(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def class_numbers(labels: Iterable[str], names: Sequence[str]) -> list[int]:
-    """Return each label's index in ``names``. Raises `DataError` for labels that are not in the training data.
-
-    Runs of earlier versions have names that are not tidy, which tidy labels are found by too.
-    """
+    """Return each label's index in ``names``, which earlier versions did not tidy. Raises `DataError` for others."""
     number = {tidy(name): place for place, name in enumerate(names)}
     number |= {name: place for place, name in enumerate(names)}
     labels = list(labels)

@@ -21,14 +21,7 @@ LORA = "lora"
 
 @attrs.frozen(eq=False)
 class Closest:
-    """The products of a LoRA, and what they leave out.
-
-    Attributes:
-        products: What is added to each target's weight, of the wanted rank at most.
-        biases: The biases, by the path of their module.
-        left_out: ‖ΔW − P Q‖_F at each target.
-        sizes: ‖ΔW‖_F at each target.
-    """
+    """A LoRA's products and biases, what is left out, ‖ΔW − P Q‖_F, at each target, and ``sizes``, ‖ΔW‖_F."""
 
     products: Mapping[str, Factors]
     biases: Mapping[str, Tensor]
@@ -49,19 +42,7 @@ class Closest:
 
 
 def open_closest(source: str, rank: int, *, base: str | None, task: str | None) -> tuple[Tuner, Base, Closest]:
-    """Open the closest LoRA of an adapter, over its base.
-
-    The weights of the base are only read if the method needs them to say what it adds.
-
-    Args:
-        source: The adapter.
-        rank: The largest rank of a target.
-        base: The base, if the adapter's files do not say it.
-        task: The task, if they do not say it.
-
-    Raises:
-        TunerkitError: The adapter cannot be opened, or adds to something else than weights of layers.
-    """
+    """Open the closest LoRA of an adapter over its base, whose weights are only read if the method needs them."""
     tuner, chosen = open_adapter(source, base=base, task=task)
     adapts = hooks.registry.get(tuner.method).targets
     if adapts != "weights" or not hooks.has_delta(tuner.method):
@@ -87,10 +68,10 @@ def open_closest(source: str, rank: int, *, base: str | None, task: str | None) 
 
 @torch.no_grad()
 def closest(tuner: Tuner, rank: int) -> Closest:
-    """Return the closest products of a rank to what an adapter adds, target by target.
+    """Return the closest products of a rank to what an adapter adds: its largest singular triplets (Eckart and Young).
 
-    By the theorem of Eckart and Young these are its largest singular triplets. Where the method adds a product, they
-    come from the triangles of two QR decompositions; else from the matrix itself.
+    Where the method adds a product, they come from the triangles of two QR decompositions; else from the matrix
+    itself.
     """
     low = factors_of(tuner) if hooks.adds_products(tuner.method) else {}
     products, biases, left_out, sizes = {}, biases_of(tuner), {}, {}

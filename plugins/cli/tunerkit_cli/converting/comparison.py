@@ -24,17 +24,10 @@ _PLACES = ("targets", "exclude", "layers", "train_modules", "rank_pattern", "alp
 
 @attrs.frozen
 class Compared:
-    """How two adapters differ, the first beside the second.
+    """How two adapters differ, the first beside the second: ``only`` has the targets that one of them alone has.
 
-    Attributes:
-        settings: The settings that both have with different values, each with the two values.
-        only: The targets that only the first and only the second one has.
-        ranks: The targets with different ranks, each with the two ranks.
-        products: The relative difference of what is added to each target, the worst first. A target that only one of
-            them has counts 1, unless nothing is added to it.
-        copies: The relative difference of each tensor that is trained in full, the worst first.
-        biases: The same for trained biases.
-        remarks: What the user should know of reading them.
+    Differences are relative, the worst first; a target that only one adapter has counts 1, unless nothing is added to
+    it.
     """
 
     one: str
@@ -60,11 +53,7 @@ class Compared:
 
 
 def compare_adapters(one: str, other: str, *, base: str | None, task: str | None) -> Compared:
-    """Compare two adapters of one base model. Its weights are not read.
-
-    Raises:
-        TunerkitError: One of them cannot be opened, or they are of different base models.
-    """
+    """Compare two adapters of one base model. Its weights are not read. Raises `TunerkitError` for other adapters."""
     with collected() as remarks:
         first, own_base = open_adapter(one, base=base, task=task, beside=other)
         second, other_base = open_adapter(other, base=base, task=task, beside=one)

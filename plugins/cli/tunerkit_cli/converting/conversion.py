@@ -42,9 +42,9 @@ _SHAPES_ONLY: Final = (
 class Converted:
     """What was written, with the method that the adapter has in tunerkit, and the base over which it was opened.
 
-    ``padded`` is the rank to which the format fills up those of all targets; 0 if it keeps them. ``error`` is what a
-    LoRA of a lower rank leaves out of all targets, relative to what the adapter adds (Frobenius norm), and ``errors``
-    that of each target, the largest first.
+    ``padded`` is the rank to which the format fills up all targets, or 0. ``error`` is what a LoRA of a lower rank
+    leaves out, relative to what the adapter adds (Frobenius norm), and ``errors`` that of each target, the largest
+    first.
     """
 
     format: str
@@ -73,10 +73,8 @@ def convert_adapter(
 ) -> Converted:
     """Convert an adapter to the format ``to``, where ``"tunerkit"`` is our own, without reading a weight of its base.
 
-    With ``"lora"`` it becomes the closest LoRA of a rank, in our own format; there, the weights are read if the method
-    needs them to say what it adds. ``base`` and ``task`` are for what the adapter's files do not say, and ``options``
-    are the format's, each as ``key=value``. Raises `TunerkitError` if the adapter cannot be opened or written; then
-    nothing is written.
+    With ``"lora"`` it becomes the closest LoRA of a rank, in our own format. ``options`` are the format's, each as
+    ``key=value``. Raises `TunerkitError` if the adapter cannot be opened or written; then nothing is written.
     """
     given = dict(_option(each) for each in options)
     _check(source, to, out, given, rank)
@@ -120,16 +118,12 @@ def _check(source: str, to: str, out: Path, options: Mapping[str, object], rank:
         raise ConfigError(
             [f"--rank: --to lora needs the largest rank of a target, from 1 on, and other formats none; got {got}"]
         )
-    if to == LORA:
-        if options:
-            raise ConfigError([f"--set: tunerkit's own file has no options, got {', '.join(options)}; leave --set out"])
-    elif to == OWN:
-        if options:
-            raise ConfigError([f"--set: tunerkit's own file has no options, got {', '.join(options)}; leave --set out"])
-        if serialization.format_at(source) is None and serialization.file_at(source, "adapter").is_file():
-            raise TunerkitError(f"{source} is in tunerkit's own format already; copy the file instead")
-    else:
+    if to not in (LORA, OWN):
         options_from(_format(to).options, options)
+    elif options:
+        raise ConfigError([f"--set: tunerkit's own file has no options, got {', '.join(options)}; leave --set out"])
+    if to == OWN and serialization.format_at(source) is None and serialization.file_at(source, "adapter").is_file():
+        raise TunerkitError(f"{source} is in tunerkit's own format already; copy the file instead")
     if os.path.realpath(source) == os.path.realpath(out):
         raise TunerkitError(f"--out {out}: is the adapter itself; pass another folder")
 
@@ -187,11 +181,7 @@ def _refuse_occupied(out: Path, *, overwrite: bool) -> None:
 
 
 def merge_adapter(source: str, out: Path, *, base: str | None, task: str | None) -> tuple[str, ...]:
-    """Write the merged model, in the dtype of the base's files, and the base's tokenizer or processor if it has one.
-
-    ``out`` is a new folder. Returns what the user should know. Raises `TunerkitError` if the adapter or its base cannot
-    be loaded, or the folder cannot be written.
-    """
+    """Write the merged model, in the dtype of the base's files, and the base's processor; return what to tell."""
     with collected() as remarks:
         chosen = choose_base(source, base=base, task=task)
         with new_folder(out) as scratch:

@@ -7,7 +7,7 @@ for files in other formats, and for what is damaged or from an earlier version.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ from typing import Any
 import attrs
 from safetensors import SafetensorError, safe_open
 
-import tunerkit
-from tunerkit import TunerkitError
 from tunerkit.errors import FileError
 
 OWN = "tunerkit"  # the name of our own format
@@ -31,9 +29,8 @@ _DTYPES = {
 class Shown:
     """An adapter without its base model. What its files do not state is empty, 0 or None.
 
-    ``base`` is the base's name or path, ``model_class`` the class that loaded it, and ``labels`` the number of classes
-    of its head. ``copies`` are the modules that are trained in full, ``parameters`` the number of the adapter's values,
-    ``size`` the bytes of its files, and ``settings`` those of the method or of the format.
+    ``labels`` is the number of classes of its head, ``copies`` are the modules that are trained in full, ``parameters``
+    is the number of the adapter's values, and ``size`` the bytes of its files.
     """
 
     source: str
@@ -51,11 +48,7 @@ class Shown:
 
 
 def describe_adapter(source: str) -> Shown:
-    """Describe the adapter at a path.
-
-    Raises:
-        FileError: No adapter is there, its files are damaged, or its format cannot be described without the base.
-    """
+    """Describe the adapter at a path. Raises `FileError` if there is none, or if it cannot be read without its base."""
     if (known := _from_header(source)) is not None:
         return known
     from tunerkit import serialization
@@ -130,12 +123,11 @@ def _own(source: str) -> Shown:
 
     refuse_absent(source)
     file, tensors, header = serialization.read(source, content="adapter")
-    shapes = {name: [int(size) for size in entry["shape"]] for name, entry in header.base.items()}
     return Shown(
         source=source,
         format=OWN,
         method=header.method,
-        ranks=_ranks(source, shapes, header, tensors),
+        ranks=_ranks(header.values.get("ranks"), header.targets),
         copies=tuple(header.copies),
         steps=header.steps,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
@@ -144,20 +136,10 @@ def _own(source: str) -> Shown:
     )
 
 
-def _ranks(source: str, shapes: Mapping[str, list[int]], header: Any, tensors: Mapping[str, Any]) -> dict[str, int]:
-    """The ranks by target; empty for a base whose layers cannot be told by the shapes of their weights."""
-    if not 0 < len(header.targets) <= len(tensors):  # no file of an adapter: building what it lists could take minutes
-        return {}
-    from tunerkit import serialization
-    from tunerkit_cli.converting.opening import collected, stand_in
-
-    try:
-        with collected():
-            model = stand_in(shapes, header.targets, header.copies, tensors)
-            serialization.open_unloaded(model, source)
-            return tunerkit.tuner(model).ranks()
-    except TunerkitError:
-        return {}
+def _ranks(found: object, targets: Sequence[str]) -> dict[str, int]:
+    """The ranks that a header states, by target; none in files of versions that did not write them."""
+    known = found if isinstance(found, Mapping) else {}
+    return {path: known[path] for path in targets if type(known.get(path)) is int}
 
 
 def _size(place: Path) -> int:

@@ -17,10 +17,7 @@ _LATENTS = 32  # the side of a picture that a diffusion model gets, at most
 
 
 def random_inputs(model: nn.Module) -> list[Inputs]:
-    """Return three inputs for a model of transformers or a UNet of diffusers, each a batch of one.
-
-    Some classifiers take no padding. Raises `TunerkitError` if it is not known what the model takes.
-    """
+    """Return three inputs for a model of transformers or diffusers, each a batch of one: some take no padding."""
     taken = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(0)
     try:

@@ -26,15 +26,8 @@ _RUNNING = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, Key
 class Verified:
     """How far the outputs of two adapters, or of one and of a merged model, are apart on random inputs.
 
-    Attributes:
-        difference: The largest difference of two outputs.
-        relative: The same, relative to the largest output of ``one``.
-        of_effect: The same, relative to the largest change that ``one`` makes to the base's outputs; None if it makes
-            none.
-        largest: The largest output of ``one``.
-        outputs: How many outputs were compared.
-        tolerance: The largest relative difference of equal outputs.
-        remarks: What the user should know.
+    ``relative`` is relative to the largest output of ``one``, and ``of_effect`` to the largest change that ``one``
+    makes to the base's outputs; None if it makes none.
     """
 
     one: str
@@ -54,11 +47,7 @@ class Verified:
 
 
 def verify_adapters(one: str, other: str, *, base: str | None, task: str | None, tolerance: float) -> Verified:
-    """Compare the outputs of two adapters, in fp32 on the CPU. The base is loaded once.
-
-    ``other`` may be the folder of a merged model. The files of ``one``, or else those of ``other``, name the base.
-    Raises `TunerkitError` if one of them cannot be loaded or run, or its outputs are not finite.
-    """
+    """Compare the outputs of two adapters, or of one and a merged model, in fp32 on the CPU."""
     if not 0 <= tolerance < math.inf:
         raise ConfigError([f"--tolerance: expected a number from 0, got {tolerance}"])
     merged = not holds_adapter(other) and (Path(other) / "config.json").is_file()

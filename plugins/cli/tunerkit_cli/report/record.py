@@ -183,12 +183,7 @@ def _is_number(value: Any) -> bool:
 
 
 def read(record: Mapping[str, Any]) -> Run:
-    """Check a record and structure it. Unknown keys are left out, and None stands for a key that is not there.
-
-    Raises:
-        RecordError: A value has the wrong type, parts don't fit together, or the version is another one; the error
-            lists the first problems with their paths.
-    """
+    """Check a record and structure it, without unknown keys. Raises `RecordError` with the first problems."""
     if not isinstance(record, Mapping):
         raise RecordError(f"expected a record of a run, which is a mapping, got {_got(record)}")
     version = record.get("version")

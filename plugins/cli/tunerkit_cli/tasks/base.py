@@ -27,14 +27,10 @@ Row = dict[str, Any]
 
 @attrs.frozen
 class Column:
-    """A column of a task's data.
+    """A column of a task's data, by our name of it, as in the recipe's ``columns``.
 
-    Attributes:
-        name: Our name of it, as in the recipe's ``columns``.
-        other_names: Names by which it is found too, if there is exactly one of them.
-        needed: Whether training needs it.
-        predicted: Whether prediction does without it.
-        option: The option of ``tunerkit train`` that sets its name.
+    It is found by ``other_names`` too, if exactly one of them is there. Training needs it if it is ``needed``, and
+    prediction does without it if it is ``predicted``. ``option`` is that of ``tunerkit train`` for its name.
     """
 
     name: str
@@ -46,13 +42,7 @@ class Column:
 
 @attrs.frozen
 class Results:
-    """The evaluation of a model.
-
-    Attributes:
-        metrics: The task's metrics by name, with ``loss``.
-        confusion: For classification: rows by true class, columns by predicted class, in the order of the labels.
-        seconds: How long it took, if the trainer measured it.
-    """
+    """The metrics of a model, with ``loss``; the confusion matrix, with rows by true class; and how long it took."""
 
     metrics: dict[str, float]
     confusion: list[list[int]] | None = None
@@ -109,17 +99,10 @@ class Task(ABC):
     def rows(
         self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
     ) -> list[Row]:
-        """Return the table's rows under our names of the columns, with checked values.
+        """Return the table's rows under our names of the columns, with checked values. ``names`` are its own.
 
-        Args:
-            table: The file.
-            names: The file's names of columns, by ours.
-            predicting: Whether the columns that are to be predicted are left out; they may be missing or empty.
-            renaming: Whether the user can say what the columns are named, for messages.
-
-        Raises:
-            DataError: A column is missing.
-            BadRowsError: Values do not fit.
+        For ``predicting``, the columns that are to be predicted are left out. ``renaming`` is whether the user can say
+        what the columns are named, for messages. Raises `DataError` if a column is missing or values do not fit.
         """
         read = {
             each.name: require_column(table, name, self.name, each.option, renaming=renaming)
@@ -154,11 +137,7 @@ class Task(ABC):
         return self.main_metric
 
     def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
-        """The names of the classes in the order of the logits; empty if the task has none.
-
-        Raises:
-            DataError: There is only one.
-        """
+        """The names of the classes in the order of the logits; empty if the task has none. One raises `DataError`."""
         names = class_names(name for row in rows for name in self.classes_of(row))
         if len(names) == 1:
             raise DataError(f"every {self.labelled} {names[0]!r}; a classifier needs at least two classes")
@@ -188,10 +167,7 @@ class Task(ABC):
         )
 
     def guess_loss(self, rows: Sequence[Row]) -> float | None:
-        """The training loss of answering by the frequencies in ``rows`` alone; None if the task has no such answer.
-
-        For classes, this is the entropy of their distribution.
-        """
+        """The training loss of answering by the frequencies in ``rows`` alone; for classes, their entropy."""
         counts = Counter(name for row in rows for name in self.classes_of(row)).values()
         total = sum(counts)
         return -sum(count / total * math.log(count / total) for count in counts) if total else None
@@ -288,11 +264,7 @@ def require_text(row: Row, name: str) -> str:
 
 
 def name_in(table: Table, wanted: Column, names: Mapping[str, str]) -> str:
-    """Return the name of a column in a table: the given one, ours, or the one of its other names that is there.
-
-    Raises:
-        DataError: Several of its other names are there.
-    """
+    """The name of a column in a table: the given one, ours, or another. Raises `DataError` if there are several."""
     if wanted.name in names or wanted.name in table.columns:
         return names.get(wanted.name, wanted.name)
     others = [name for name in wanted.other_names if name in table.columns]

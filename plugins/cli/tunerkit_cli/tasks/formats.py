@@ -19,12 +19,9 @@ _LANGUAGE: Final = (None, "causal-lm", "preference", "seq2seq")  # None: the tas
 
 @attrs.frozen
 class Form:
-    """Columns of a known form, in whose place come ours.
+    """Columns of a known form, in whose place come ours, each with what makes its value of a row.
 
-    Attributes:
-        columns: The columns.
-        made: Our columns, each with what makes its value of a row; a `BadValue` says why there is none.
-        fits: Whether a row has the form; one such row of a table is enough.
+    A `BadValue` says why there is none. One row of a table that ``fits`` is enough.
     """
 
     columns: tuple[str, ...]
@@ -142,11 +139,7 @@ _MEDIA: Final = {"image": "images", "images": "images", "audio": "sound", "audio
 
 
 def refuse_other(table: Table, names: Mapping[str, str], task: str | None = None) -> str:
-    """Raise `TaskError` for rows of a training that no task does, or that could be such ones if no task is named.
-
-    Returns:
-        What the user should know of rows that a named task trains; empty if there is nothing.
-    """
+    """Raise `TaskError` for rows of a training that no task does, or may not; return what to tell of others."""
     if task not in _LANGUAGE:
         return ""
     there = {*table.columns} - {*names.values()} | {*names}

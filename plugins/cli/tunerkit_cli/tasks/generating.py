@@ -26,18 +26,11 @@ def generate(
     max_length: int | None = None,
     streamer: Any = None,
 ) -> list[str]:
-    """Continue prompts, or conversations by the tokenizer's template.
+    """Continue prompts, or conversations by the tokenizer's template: all of them texts, or all lists of messages.
 
     A decoder reads prompt and answer at consecutive positions. Of a prompt that leaves no room for the answer only the
-    end is read, and at most half of the positions are the answer's.
-
-    Args:
-        loaded: The model and its tokenizer.
-        prompts: All of them texts, or all of them lists of messages.
-        batch_size: How many are generated at once.
-        answering: How, greedily by default. Its system's message is in the prompts.
-        max_length: For encoder-decoders, the greatest number of tokens of a source, whose end is cut.
-        streamer: A streamer of transformers, which prints tokens as they come; for single prompts.
+    end is read, and at most half of the positions are the answer's. Of encoder-decoders, ``max_length`` cuts the
+    source. ``streamer`` prints the tokens of a single prompt as they come.
     """
     import torch
 

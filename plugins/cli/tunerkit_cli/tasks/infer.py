@@ -24,15 +24,7 @@ _BY_COLUMNS = (
 
 
 def infer(table: Table, names: dict[str, str]) -> str:
-    """Return the task that the columns and labels of a table ask for.
-
-    Args:
-        table: The training data.
-        names: The table's names of columns, by ours.
-
-    Raises:
-        TaskError: More than one task fits, or none does; the message says what was seen.
-    """
+    """Return the task that the training data asks for. Raises `TaskError` if more than one task fits, or none does."""
     refuse_other(table, names)
     seen = f"{table.source}: its columns are {few([shown(each) for each in table.columns], shown=10)}, which fit"
     table = standard(table, names)

@@ -130,17 +130,9 @@ def settle_prompts_(
 ) -> None:
     """Decide whether the tokens of prompts are learned, for a task and in the arguments of its trainer.
 
-    Args:
-        task: The task.
-        row: One of its rows.
-        asked: The recipe's ``train_on_prompts``.
-        training: The recipe's ``training``, which may have TRL's arguments for it.
-        arguments: The trainer's arguments.
-        earlier: Whether a run that was begun before asks. If its recipe does not have the key, an earlier version wrote
-            it, which learned whole conversations.
-
-    Raises:
-        ConfigError: The task has no prompts to learn, or keys contradict each other.
+    ``asked`` is the recipe's ``train_on_prompts``; its ``training`` may have TRL's arguments for it. ``earlier`` is for
+    a run that was begun before: without the key, an earlier version wrote its recipe, which learned whole
+    conversations.
     """
     if not isinstance(task, CausalLm):
         if asked is not None:

@@ -165,10 +165,7 @@ def mark_entities(names: Sequence[str]) -> bool:
 
 
 def entities(tags: Iterable[str]) -> set[tuple[str, int, int]]:
-    """The entities in the tags of a row: kind, first word, and the word after the last.
-
-    As in seqeval and conlleval, an ``I-`` that follows no word of its kind begins an entity.
-    """
+    """The entities in the tags of a row: kind, first word, and the word after the last, as in seqeval and conlleval."""
     found, kind, start, before = set(), "", 0, "O"
     for place, tag in enumerate([*tags, "O"]):
         mark, _, name = tag.partition("-")

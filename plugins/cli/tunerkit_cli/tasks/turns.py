@@ -87,14 +87,8 @@ def encode_turns(conversations: Sequence[Messages], loaded: Pretrained) -> Any:
 
     A template that marks these turns (``{% generation %}``) decides what is learned, unless its marks leave out the
     token that ends a turn: a model that does not learn it would never stop. Otherwise a turn begins where the template
-    would let the model begin, and ends with what the template writes after an answer.
-
-    Args:
-        conversations: Lists of messages.
-        loaded: The model, whose tokenizer has a template.
-
-    Raises:
-        DataError: The template refuses a conversation, or does not show an answer as it is.
+    would let the model begin, and ends with what the template writes after an answer. Raises `DataError` if the
+    template refuses a conversation, or does not show an answer as it is.
     """
     import datasets
     from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
@@ -156,15 +150,10 @@ def _by_turns(messages: Messages, tokenizer: Any) -> tuple[list[int], list[bool]
 
 
 def assistant_spans(messages: Messages, text: str, render: Render) -> Iterator[tuple[int, int]]:
-    """Yield where each answer of a conversation starts and stops in its text, with what ends the turn.
+    """Yield where each answer of a conversation starts and stops in its ``text``, with what ends the turn.
 
-    Args:
-        messages: The conversation.
-        text: It as text.
-        render: Writes messages as text; with ``add_generation_prompt``, ready for an answer.
-
-    Raises:
-        _HiddenAnswerError: The template does not show an answer as it is.
+    ``render`` writes messages as text; with ``add_generation_prompt``, ready for an answer. Raises `_HiddenAnswerError`
+    if the template does not show an answer as it is.
     """
     for number, message in enumerate(messages):
         if message["role"] != "assistant":

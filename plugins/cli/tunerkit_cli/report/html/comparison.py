@@ -19,15 +19,7 @@ _NONE = "–"
 
 
 def compare(records: Mapping[str, Mapping[str, Any]], *, title: str | None = None) -> str:
-    """Return a comparison of runs as one HTML file: metrics, curves, settings that differ, and ranks.
-
-    Args:
-        records: The records of two runs or more, each as ``run.json`` has it, by the names to show.
-        title: The heading.
-
-    Raises:
-        RecordError: A record is damaged or of another version, or there are fewer than two.
-    """
+    """Return a comparison of runs, by the names to show, as one HTML file. Raises `RecordError` for fewer than two."""
     if len(records) < 2:
         raise RecordError(f"expected two runs or more to compare, got {len(records)}; `render` shows a single one")
     runs = {name: _read(name, record) for name, record in records.items()}

@@ -33,17 +33,10 @@ _UNPRINTABLE: Final = dict.fromkeys(_CONTROLS, "\N{REPLACEMENT CHARACTER}")
 
 
 def render(record: Mapping[str, Any], *, title: str | None = None) -> str:
-    """Return the report of a run as one HTML file, which needs no network. A section that says nothing is left out.
+    """Return the report of a run as one HTML file, which needs no network and has no script.
 
-    Args:
-        record: The record of the run, as ``run.json`` has it.
-        title: The heading; by default the method and the model.
-
-    Returns:
-        The page, with everything from the record escaped. It has no script.
-
-    Raises:
-        RecordError: The record is damaged, or of another version.
+    A section that says nothing is left out, and everything from the record is escaped. Raises `RecordError` if the
+    record is damaged, or of another version.
     """
     run = read(record)
     panels, spectrum = curves.panels(run), curves.spectrum(run)
