@@ -86,9 +86,9 @@ def test_each_metric_has_a_panel_with_the_baseline_in_it() -> None:
 
 
 def test_metrics_of_training_alone_have_panels_too() -> None:
-    """Such as the rewards of preference training; slashes don't get into names."""
+    """Such as the rewards of preference training."""
     logs = [{"step": step, "rewards/margins": step / 10, "eval_rewards/margins": step / 11} for step in (1, 2)]
-    assert [curve.name for curve in panels(logs=logs)["metric-rewards-margins"].curves] == ["training", "held-out"]
+    assert [curve.name for curve in panels(logs=logs)["metric-rewards/margins"].curves] == ["training", "held-out"]
 
 
 def test_what_never_changes_has_no_curve() -> None:

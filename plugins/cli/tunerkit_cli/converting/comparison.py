@@ -126,10 +126,7 @@ def relative(one: Factors | None, other: Factors | None) -> float:
 
 
 def relative_tensor(one: Tensor | None, other: Tensor | None) -> float:
-    """Return the largest difference between two tensors relative to the largest value of ``one``, or else of ``other``.
-
-    It is 1 for other shapes, and where one is missing. Integers are compared as numbers.
-    """
+    """Return the largest difference relative to the largest value of ``one``, or ``other``; 1 for other shapes."""
     if one is None or other is None or one.shape != other.shape:
         return 1.0
     if one.numel() == 0:

@@ -27,23 +27,19 @@ _DTYPES = {
 
 @attrs.frozen
 class Shown:
-    """An adapter without its base model. What its files do not state is empty, 0 or None.
-
-    ``labels`` is the number of classes of its head, ``copies`` are the modules that are trained in full, ``parameters``
-    is the number of the adapter's values, and ``size`` the bytes of its files.
-    """
+    """An adapter without its base model. What its files do not state is empty, 0 or None."""
 
     source: str
     format: str
     method: str
     base: str = ""
     model_class: str = ""
-    labels: int = 0
+    labels: int = 0  # the number of classes of its head
     ranks: Mapping[str, int] = attrs.field(factory=dict)
-    copies: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()  # the modules that are trained in full
     steps: int | None = None
-    parameters: int | None = None
-    size: int = 0
+    parameters: int | None = None  # the number of the adapter's values
+    size: int = 0  # bytes of its files
     settings: Mapping[str, Any] = attrs.field(factory=dict)
 
 

@@ -24,17 +24,13 @@ _RUNNING = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, Key
 
 @attrs.frozen
 class Verified:
-    """How far the outputs of two adapters, or of one and of a merged model, are apart on random inputs.
-
-    ``relative`` is relative to the largest output of ``one``, and ``of_effect`` to the largest change that ``one``
-    makes to the base's outputs; None if it makes none.
-    """
+    """How far outputs are apart on random inputs: also relative to the largest one, and to what ``one`` changes."""
 
     one: str
     other: str
     difference: float
-    relative: float
-    of_effect: float | None
+    relative: float  # to the largest output of ``one``
+    of_effect: float | None  # relative to its largest change of the base's outputs; None if it makes none
     largest: float
     outputs: int
     tolerance: float

@@ -1,7 +1,6 @@
 """The curves of a run: what its logs and the history of its ranks say about each step."""
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean, median
 from typing import Final, Literal
@@ -156,8 +155,7 @@ def _metrics(run: Run) -> Iterator[Panel]:
             level = run.baseline.metrics[name]
             mark = ((min(steps), level), (max(steps), level))
             curves = (*curves, Curve(wording.short_baseline(run.baseline.what), mark, "mark"))
-        file_name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        yield Panel(f"metric-{file_name}", wording.capitalised(scores.title(name)), curves)
+        yield Panel(f"metric-{name}", wording.capitalised(scores.title(name)), curves)
 
 
 def _schedule(run: Run) -> Iterator[Panel]:

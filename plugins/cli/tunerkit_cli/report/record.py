@@ -70,20 +70,12 @@ class Baseline:
 
 @attrs.frozen
 class Problem:
-    """A sign that a run has learned nothing (``fatal``), or less than it should have.
+    """A sign that a run has learned nothing (``fatal``), or less than it should have."""
 
-    Attributes:
-        kind: What it is, such as ``"collapse"``; ``docs/concepts/files.md`` lists them.
-        text: The same in words, with the figures.
-        step: The optimizer step at which it was seen; None if it is of the whole run.
-        learning_rate: The learning rate at that step.
-        advice: What to try.
-    """
-
-    kind: str
-    text: str
-    step: int | None = None
-    learning_rate: float | None = None
+    kind: str  # such as "collapse"; docs/concepts/files.md lists them
+    text: str  # the same in words, with the figures
+    step: int | None = None  # at which it was seen; None if it is of the whole run
+    learning_rate: float | None = None  # at that step
     advice: str = ""
     fatal: bool = True
 
@@ -113,22 +105,7 @@ class Sample:
 
 @attrs.frozen
 class Run:
-    """A run as ``run.json`` records it. What the record lacks is empty or None.
-
-    Attributes:
-        held_out: What is odd about the held-out rows: those that are trained too, and classes in one part alone.
-        logs: One mapping per row of the trainer's logs, with the key ``step``; keys that start with ``eval_`` are
-            measured on held-out rows.
-        ranks: The live rank by target path.
-        caps: The greatest rank that a target may have, where there is one.
-        spectrum: The singular values of what each adapter adds, the greatest first.
-        sizes: The live parameters of each adapter.
-        conversations: Whether a language model was trained on lists of messages; None if the record does not say.
-        left_out: For ``train`` and ``eval``, how many rows left nothing to learn, by reason. `rows` is without them.
-        confusion: Rows are true labels and columns predicted ones, in the order of ``labels``.
-        problems: Why the run is not to be relied on; mostly none.
-        restarts: Where it was restarted, the oldest first; mostly none.
-    """
+    """A run as ``run.json`` records it. What the record lacks is empty or None."""
 
     version: int
     task: str
@@ -136,34 +113,34 @@ class Run:
     model: Mapping[str, Any] = attrs.field(factory=dict)
     data: Mapping[str, Any] = attrs.field(factory=dict)
     rows: Mapping[str, int] = attrs.field(factory=dict)
-    held_out: Mapping[str, Any] = attrs.field(factory=dict)
+    held_out: Mapping[str, Any] = attrs.field(factory=dict)  # what is odd, such as rows that are trained too
     labels: tuple[str, ...] = ()
     metrics: Mapping[str, float] = attrs.field(factory=dict)
     main_metric: str | None = None
     greater_is_better: bool | None = None
-    logs: tuple[Mapping[str, Any], ...] = ()
+    logs: tuple[Mapping[str, Any], ...] = ()  # each with its ``step``; ``eval_…`` is measured on held-out rows
     seconds: Mapping[str, float] = attrs.field(factory=dict)
     device: str | None = None
     precision: str | None = None
     steps: int | None = None
     parameters: Parameters = Parameters()
     budget: Budget | None = None
-    ranks: Mapping[str, int] = attrs.field(factory=dict)
-    caps: Mapping[str, int] = attrs.field(factory=dict)
+    ranks: Mapping[str, int] = attrs.field(factory=dict)  # the live rank by target path
+    caps: Mapping[str, int] = attrs.field(factory=dict)  # the greatest rank that a target may have
     history: tuple[Change, ...] = ()
-    spectrum: Mapping[str, tuple[float, ...]] = attrs.field(factory=dict)
-    sizes: Mapping[str, int] = attrs.field(factory=dict)
-    confusion: tuple[tuple[int, ...], ...] = ()
+    spectrum: Mapping[str, tuple[float, ...]] = attrs.field(factory=dict)  # what each adapter adds, greatest first
+    sizes: Mapping[str, int] = attrs.field(factory=dict)  # the live parameters of each adapter
+    confusion: tuple[tuple[int, ...], ...] = ()  # true labels by predicted ones, in the order of ``labels``
     errors: Mapping[str, LabelErrors] = attrs.field(factory=dict)
     baseline: Baseline | None = None
     samples: tuple[Sample, ...] = ()
     problems: tuple[Problem, ...] = ()
-    restarts: tuple[Restart, ...] = ()
+    restarts: tuple[Restart, ...] = ()  # the oldest first
     config: Mapping[str, Any] = attrs.field(factory=dict)
     recipe: Mapping[str, Any] = attrs.field(factory=dict)
     environment: Mapping[str, Any] = attrs.field(factory=dict)
-    conversations: bool | None = None
-    left_out: Mapping[str, Mapping[str, int]] = attrs.field(factory=dict)
+    conversations: bool | None = None  # whether a language model was trained on lists of messages
+    left_out: Mapping[str, Mapping[str, int]] = attrs.field(factory=dict)  # for train and eval, by reason
 
     @cached_property
     def measured(self) -> Mapping[str, Points]:

@@ -19,17 +19,13 @@ NO_TURN = "no assistant's turn"
 
 @attrs.frozen
 class Fit:
-    """How some rows fit ``limit`` tokens: ``lengths`` before the cut, short to long, or none if they are not known.
+    """How the rows of a part fit the greatest length."""
 
-    ``left_out`` counts the rows that leave nothing to learn, by reason; with a limit of ``needed``, no prompt fills
-    it.
-    """
-
-    limit: int | None
-    lengths: Sequence[int] = ()
-    longer: int = 0
-    left_out: Mapping[str, int] = attrs.field(factory=dict)
-    needed: int = 0
+    limit: int | None  # tokens; None if rows are not cut
+    lengths: Sequence[int] = ()  # in tokens before the cut, short to long; empty if they are not known
+    longer: int = 0  # how many rows are cut
+    left_out: Mapping[str, int] = attrs.field(factory=dict)  # how many rows leave nothing to learn, by reason
+    needed: int = 0  # the least limit with which no prompt fills it
 
     @property
     def missing(self) -> int:

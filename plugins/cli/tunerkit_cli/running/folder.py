@@ -143,10 +143,7 @@ class RunFolder:
                 place.rmdir()
 
     def begin(self, recipe: Recipe, earlier: Collection[str] = (), *, resume: bool) -> None:
-        """Write what resuming reads, the recipe and the digests of its data; of a run that is resumed, list its files.
-
-        Of the files of an earlier run, its adapter and what describes it stay until there is a new adapter.
-        """
+        """Write the recipe and digests of data; an earlier run's adapter and record stay until there is a new one."""
         if resume:
             self.note(self.adopted)
             return

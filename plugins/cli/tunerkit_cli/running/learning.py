@@ -130,11 +130,7 @@ def _noise(losses: Sequence[float]) -> float:
 
 
 class Learning:
-    """The losses of a run while it trains, and what is wrong with them now.
-
-    ``guess`` is the loss of answering by frequencies alone, if it is known, ``slower`` what to try if the loss is lost,
-    and ``usual`` the usual peak of the learning rate.
-    """
+    """The losses of a run while it trains, and what is wrong with them; ``guess`` is that of frequencies alone."""
 
     def __init__(self, guess: float | None, slower: str, usual: float, total_steps: int) -> None:
         self.guess = guess if guess is not None and 0 < guess < math.inf else None

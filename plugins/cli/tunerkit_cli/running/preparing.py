@@ -44,11 +44,7 @@ _AS_BEGUN = ("precision", "train_on_prompts", "training", "samples", "loss")
 
 @attrs.frozen(eq=False)
 class Session:
-    """A run that is ready to train; ``start`` is the adapter that it goes on from, or None if it trains a new one.
-
-    ``fits`` says how the rows of ``train`` and ``eval`` fit a language model, and ``savings`` what was chosen for
-    speed.
-    """
+    """A run that is ready to train; ``start`` is the adapter that it goes on from, or None if it trains a new one."""
 
     recipe: Recipe
     task: Task
@@ -58,8 +54,8 @@ class Session:
     trainer: Any
     watching: Watching
     start: Start | None
-    fits: Mapping[str, Fit]
-    savings: Sequence[Saving] = ()
+    fits: Mapping[str, Fit]  # how the rows of ``train`` and ``eval`` fit a language model
+    savings: Sequence[Saving] = ()  # what was chosen for speed
 
     def rows(self, part: str) -> int:
         """How many rows of ``"train"`` or ``"eval"`` count: those that leave something to learn."""
@@ -117,10 +113,7 @@ def _columns_then(kept: Recipe) -> dict[str, str]:
 def prepare(
     recipe: Recipe, task: Task, data: Data, console: Console, *, resume: bool = False, dry_run: bool = False
 ) -> Session:
-    """Load the model, put the adapter into it, encode the rows, and build the trainer.
-
-    In a dry run no logger is attached to it, since some write files as a training begins.
-    """
+    """Load the model, put the adapter into it, encode the rows, and build the trainer."""
     idle = [name for name in ("samples", "loss", "memory", "chat_template") if getattr(recipe, name) is not None]
     if idle and not resume and not isinstance(task, GenerationTask):
         raise ConfigError([f"{idle[0]}: is for language models, and {task.name} trains none; leave the key out"])
@@ -130,7 +123,7 @@ def prepare(
     labels, ordered = head_labels(start, task, data)
     arguments = _arguments(recipe, task, data, resume=resume)
     arguments.learning_rate *= SLOWER ** len(restarts)
-    if dry_run:
+    if dry_run:  # some loggers write files as a training begins
         arguments.report_to = []
     seed = arguments.seed
     loaded = _base(recipe, task, start, console, labels=labels, ordered=ordered, seed=seed)

@@ -46,11 +46,7 @@ from tunerkit_transformers.run_folder import read_record, stated
 def run(
     recipe: Recipe, console: Console, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False
 ) -> None:
-    """Run a recipe, as `checking.completed` returns it, print the results, and write the output folder.
-
-    ``resume`` goes on from the newest checkpoint, and ``dry_run`` stops before anything is written. Raises
-    `KeyboardInterrupt` if Ctrl-C ended the training, after a checkpoint.
-    """
+    """Run a recipe, as `checking.completed` returns it, print the results, and write the output folder."""
     _refuse_processes(os.environ)
     folder = RunFolder(Path(recipe.out))
     with nullcontext() if dry_run else outputs.claimed(folder.path):

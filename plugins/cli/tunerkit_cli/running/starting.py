@@ -36,21 +36,17 @@ _ANEW = "or train a new adapter without --from"
 
 @attrs.frozen
 class Start:
-    """An adapter to go on from, which is loaded from ``path``. What its files do not say is None, or empty.
+    """An adapter to go on from, which is loaded from ``path``. What its files do not say is None, or empty."""
 
-    ``source`` is the path that the user gave, and ``model`` the base, of the hub's commit ``revision``. ``precision``
-    is the one it was trained in, if this machine has it.
-    """
-
-    source: str
+    source: str  # as the user gave it
     path: str
     method: str | None = None
     model: str | None = None
-    revision: str | None = None
+    revision: str | None = None  # the commit of the hub
     task: str | None = None
     dtype: str | None = None
-    precision: str | None = None
-    labels: tuple[str, ...] = ()
+    precision: str | None = None  # if this machine has it
+    labels: tuple[str, ...] = ()  # of its head, in the order of the logits
 
 
 def find_start(source: str) -> Start:
@@ -211,11 +207,7 @@ def head_labels(start: Start | None, task: Task, data: Data) -> tuple[Sequence[s
 
 
 def wrapped(loaded: Pretrained, recipe: Recipe, begun: Mapping[str, object], *, seed: int) -> Tuner:
-    """Put a new adapter into the model, to be trained.
-
-    ``begun`` are all settings with which a resumed run began. They count where the recipe is silent: a default of the
-    method may have changed since.
-    """
+    """Put a new adapter into the model; ``begun`` counts where the recipe is silent: defaults may have changed."""
     trained = recipe.config.get("train_modules") or list(loaded.heads)
     method = DEFAULT_METHOD if recipe.method is None else recipe.method
     config, as_begun = (

@@ -33,10 +33,7 @@ class EvaluationError(TunerkitError):
 
 
 class Listing(TrainerCallback):
-    """Keeps the list of what a run writes into its folder.
-
-    An earlier run in the folder is replaced once the first step is made: one that is refused before loses nothing.
-    """
+    """Keeps the list of what a run writes into its folder, where it replaces an earlier run at its first step."""
 
     def __init__(self, folder: RunFolder, begin: Callable[[], None]) -> None:
         self._folder, self._begin = folder, begin
@@ -80,10 +77,7 @@ class Listing(TrainerCallback):
 
 @contextmanager
 def replacing(session: Session, kept: Recipe, *, resume: bool) -> Iterator[Listing]:
-    """Inside the block, the training replaces an earlier run in its folder, once its first step has been made.
-
-    A training that ends before leaves the folder as it was. Raises `OutputError` if a checkpoint cannot be written.
-    """
+    """Inside the block, the training replaces an earlier run at its first step; if it ends before, nothing changes."""
     folder = session.folder
     with outputs.scratch_beside(folder.path, "start") as scratch:
         if session.start is not None and not resume:

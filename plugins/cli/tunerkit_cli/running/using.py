@@ -49,11 +49,7 @@ def predict_rows(
     answering: Answering = GREEDY,
     columns: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Predict texts, or the rows of files, without their labels.
-
-    What a classifier predicts has the number of its row, from 1, and the file if there are several. ``columns`` are
-    names of columns in these files, by ours, where they are others than in the training data.
-    """
+    """Predict texts, or the rows of files, without their labels; ``columns`` are names in these files, by ours."""
     run, task = _run_in(folder)
     if answering.given and not isinstance(task, GenerationTask):
         raise TunerkitError(f"{answering.given[0]}: {run.task} generates no text; leave it out")
@@ -90,19 +86,19 @@ def evaluate_rows(
     read = _read(task, [read_table(path) for path in data], _names(run, columns), **options)
     rows = _as_trained(run, read)
     loaded, precision = _load(run, base)
-    trained = run.record.get("recipe", {}).get("training", {})
     left_out = (*_OF_TRAINING, *_HALF, *(_OF_GPUS if loaded.model.device.type == "cpu" else ()))
     training = {
-        name: value for name, value in trained.items() if name not in task.defaults and not name.startswith(left_out)
+        name: value
+        for name, value in recipe.get("training", {}).items()
+        if name not in task.defaults and not name.startswith(left_out)
     }
     training |= {"per_device_eval_batch_size": batch_size, "save_strategy": "no"}
     arguments = trainer_arguments(task, training, folder, precision=precision, has_eval=True)
-    prompts = run.record.get("recipe", {}).get("train_on_prompts")
-    settle_prompts_(task, rows[0], prompts, training, arguments, earlier=True)
+    settle_prompts_(task, rows[0], recipe.get("train_on_prompts"), training, arguments, earlier=True)
     cut_at_positions_(arguments, loaded)
     part = (read.source, task.encode(rows, loaded))
     trainer, fits = build_fitted(task, arguments, loaded, {"train": part, "eval": part})
-    if run.record.get("recipe", {}).get("loss") == "learned" and obstacle(trainer) is None:
+    if recipe.get("loss") == "learned" and obstacle(trainer) is None:
         score_learned_(trainer)
     fit = fits.get("eval")
     found: dict[str, Any] = {"rows": len(rows) - (fit.missing if fit is not None else 0)}
@@ -114,11 +110,7 @@ def evaluate_rows(
 
 
 def write_merged(source: str, out: Path, *, base: str | None, task: str | None = None) -> tuple[str, ...]:
-    """Write the base with the adapter in its weights, and the processor: a new folder for ``from_pretrained``.
-
-    ``source`` is the output folder of a run, whose record says all, or an adapter in any format; ``base`` and ``task``
-    are for what its files do not say. Returns what the user should know.
-    """
+    """Write the base with the adapter of a run or of any format in its weights, and the processor, to a new folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"--out {out}: is not empty; pass a new folder")
     if has_no_record(source):
@@ -138,11 +130,7 @@ def write_merged(source: str, out: Path, *, base: str | None, task: str | None =
 
 
 def conversation(folder: Path, *, base: str | None, answering: Answering) -> Callable[[str], None]:
-    """Return a function that prints the answer to a message, word by word.
-
-    It remembers the conversation if the model was trained on conversations. Raises `TunerkitError` if the folder holds
-    no language model, or one that has no place for a system's message.
-    """
+    """Return a function that prints the answer to a message, and remembers the conversation if it learned such."""
     from transformers import TextStreamer
 
     run, task = _run_in(folder)
@@ -176,11 +164,7 @@ def _run_in(folder: Path) -> tuple[Run, Task]:
 
 
 def _load(run: Run, base: str | None) -> tuple[Pretrained, str]:
-    """Load a run's model onto the accelerator, if there is one, and say what it computes in.
-
-    That is what the run computed in, if this machine has it. Earlier versions did not record it, but for what the
-    recipe asked of the trainer.
-    """
+    """Load a run's model onto the accelerator, if there is one, and say what it computes in: the run's, if possible."""
     quiet()
     loaded = load_run(run, base)
     loaded.model.to(hardware.choose_device())

@@ -24,23 +24,14 @@ _RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 
 @attrs.frozen
 class Answering:
-    """The options that were given; the others are None.
+    """The options that were given; the others are None."""
 
-    Attributes:
-        new_tokens: The greatest number of tokens of an answer.
-        system: The system's message, before the user's.
-        temperature: What the logits are divided by before a token is drawn; 0 or None takes the likeliest token.
-        top_p: Draw from the likeliest tokens with at least this probability together.
-        top_k: Draw from so many of the likeliest tokens.
-        seed: What the draws begin with, 0 by default.
-    """
-
-    new_tokens: int | None = None
-    system: str | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
+    new_tokens: int | None = None  # the greatest number of tokens of an answer
+    system: str | None = None  # the system's message, before the user's
+    temperature: float | None = None  # what logits are divided by; with 0 or None the likeliest token is taken
+    top_p: float | None = None  # draw from the likeliest tokens with at least this probability together
+    top_k: int | None = None  # draw from so many of the likeliest tokens
+    seed: int | None = None  # what the draws begin with, 0 by default
 
     def __attrs_post_init__(self) -> None:
         """Raise `TunerkitError` if a value is out of its range, or would have no effect."""

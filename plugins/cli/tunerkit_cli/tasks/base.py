@@ -62,10 +62,7 @@ NOT_LEARNED = -100  # a label that the loss leaves out, in torch and transformer
 
 
 class Task(ABC):
-    """One kind of training. A run calls the methods in this order: rows, labels, encode, evaluate.
-
-    What is written here of labels and metrics is for single classes, of a row or of each of its words.
-    """
+    """One kind of training. A run calls the methods in this order: rows, labels, encode, evaluate."""
 
     name: ClassVar[str]
     columns: ClassVar[tuple[Column, ...]]

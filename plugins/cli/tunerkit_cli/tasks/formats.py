@@ -19,10 +19,7 @@ _LANGUAGE: Final = (None, "causal-lm", "preference", "seq2seq")  # None: the tas
 
 @attrs.frozen
 class Form:
-    """Columns of a known form, in whose place come ours, each with what makes its value of a row.
-
-    A `BadValue` says why there is none. One row of a table that ``fits`` is enough.
-    """
+    """Columns of a known form, in whose place come ours, each with what makes its value of a row, or a `BadValue`."""
 
     columns: tuple[str, ...]
     made: Mapping[str, Callable[[_Row], object]]

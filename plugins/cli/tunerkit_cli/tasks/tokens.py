@@ -65,10 +65,7 @@ class TokenClassification(Task):
         return datasets.Dataset.from_dict(columns)
 
     def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
-        """Pad each batch to its longest text, the labels too, and log the metrics.
-
-        Those that are logged count entities within windows: a trainer does not say which window is which.
-        """
+        """Pad each batch to its longest text, the labels too, and log metrics, with entities within windows alone."""
         from transformers import DataCollatorForTokenClassification
 
         collator = DataCollatorForTokenClassification(loaded.processor)

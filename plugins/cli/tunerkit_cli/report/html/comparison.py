@@ -53,10 +53,7 @@ def _read(name: str, record: Mapping[str, Any]) -> Run:
 
 
 def _conditions(run: Run) -> dict[str, str]:
-    """Under which conditions a run's metrics were measured: they compare only with those of the same conditions.
-
-    A loss by the token depends on what the tokens are, so on the base, and on which of them count.
-    """
+    """Under which conditions metrics were measured: a loss by the token depends on what tokens are, and which count."""
     rows = run.rows.get("eval")
     found = {"task": run.task, "held-out data": f"{run.data.get('eval', _NONE)}{f', {rows:,} rows' if rows else ''}"}
     if run.task in ("causal-lm", "seq2seq"):
@@ -152,10 +149,7 @@ def _costs(runs: Mapping[str, Run]) -> Iterator[tuple[str, ...]]:
 
 
 def _panels(runs: Mapping[str, Run]) -> Iterator[Panel]:
-    """Yield a panel for each curve that two runs or more have, with one curve from each run.
-
-    Losses and metrics of different tasks are different things, so each task has panels of its own.
-    """
+    """Yield a panel for each curve that two runs or more have; losses and metrics of different tasks have their own."""
     found = {name: curves.panels(run) for name, run in runs.items()}
     same: dict[tuple[str, str, str], tuple[Panel, list[Curve]]] = {}
     for name, panels in found.items():

@@ -19,15 +19,12 @@ _NO_CAP: Final = -1
 
 @attrs.frozen
 class Cell:
-    """A cell: its text, a second line below it, what hovering shows, and how dark it is, from 0 to 1.
-
-    ``kind`` names its colour. ``is_marked`` puts a mark into its corner.
-    """
+    """A cell: its text, a second line below it, what hovering shows, how dark it is, its kind of colour, and a mark."""
 
     text: str
     title: str
     shade: float
-    kind: str = "amount"
+    kind: str = "amount"  # names its colour
     detail: str = ""
     is_marked: bool = False
 
@@ -61,10 +58,7 @@ def _width(names: Sequence[str]) -> int:
 
 
 def heatmap(ranks: Mapping[str, int], caps: Mapping[str, int], *, highest: int) -> Grid:
-    """Draw the first `MOST_CELLS` live ranks, with a mark on those at their cap, and the full colour at ``highest``.
-
-    Layers lie side by side: there are often more of them than matrices, and their names are short.
-    """
+    """Draw the first live ranks, layers side by side: there are often more of them than matrices, with short names."""
     shown = dict(list(ranks.items())[:MOST_CELLS])
     map_, limits = rank_map(shown), rank_map({path: caps.get(path, _NO_CAP) for path in shown})
     cells = [

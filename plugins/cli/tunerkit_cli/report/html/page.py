@@ -33,11 +33,7 @@ _UNPRINTABLE: Final = dict.fromkeys(_CONTROLS, "\N{REPLACEMENT CHARACTER}")
 
 
 def render(record: Mapping[str, Any], *, title: str | None = None) -> str:
-    """Return the report of a run as one HTML file, which needs no network and has no script.
-
-    A section that says nothing is left out, and everything from the record is escaped. Raises `RecordError` if the
-    record is damaged, or of another version.
-    """
+    """Return the report of a run as one HTML file, which needs no network and has no script. Raises `RecordError`."""
     run = read(record)
     panels, spectrum = curves.panels(run), curves.spectrum(run)
     matrices, layers = by_matrix(run.sizes), by_layer(run.sizes)
