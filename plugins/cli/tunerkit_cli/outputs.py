@@ -45,15 +45,12 @@ def require_writable(folder: Path) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Create ``folder``, check that it is writable, and lock it against other processes. Raises `OutputError`.
-
-    If the block fails, what was created here and is still empty is removed. The lock leaves no file, and the kernel
-    releases that of a process that was killed. Not every network file system has such locks.
-    """
+    """Create ``folder``, check that it is writable, and lock it; what is empty is removed if the block fails."""
     from tunerkit import serialization  # imports torch, which `tunerkit --help` does not need
 
     with _removing_empty(folder):
         prepare(folder)
+        # It leaves no file, and the kernel releases that of a process that was killed. Some network systems have none.
         with serialization.locked(folder) as is_mine:
             if is_mine is False:
                 raise _busy(folder)

@@ -343,11 +343,8 @@ def split(rows: Sequence[T], *, train_rows: int, seed: int) -> tuple[list[T], li
 
 
 def split_by_class(rows: Sequence[T], labels: Sequence[str], *, every: int, seed: int) -> tuple[list[T], list[T]]:
-    """Shuffle by ``seed`` and hold one of ``every`` rows out, of each class as of all.
-
-    A class of ``n`` rows has ``n / every`` held-out ones, rounded up or down, and a class of one row has none. The
-    splitters of scikit-learn count in the same way, but refuse a class of one row, and data with many small classes.
-    """
+    """Shuffle by ``seed`` and hold one of ``every`` rows out, of each class as of all, none of a class of one row."""
+    # As scikit-learn counts, whose splitters refuse a class of one row, and data with many small classes.
     order, counts = _shuffled(len(rows), seed), Counter(labels)
     by_class = sorted((row for row in order if counts[labels[row]] > 1), key=labels.__getitem__)
     held = {*by_class[every // 2 :: every]}

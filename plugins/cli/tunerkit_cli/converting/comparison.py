@@ -24,19 +24,15 @@ _PLACES = ("targets", "exclude", "layers", "train_modules", "rank_pattern", "alp
 
 @attrs.frozen
 class Compared:
-    """How two adapters differ, the first beside the second: ``only`` has the targets that one of them alone has.
-
-    Differences are relative, the worst first; a target that only one adapter has counts 1, unless nothing is added to
-    it.
-    """
+    """How two adapters differ, the first beside the second; relative differences are sorted, the worst first."""
 
     one: str
     other: str
     methods: tuple[str, str]
     settings: Mapping[str, tuple[object, object]]
-    only: tuple[tuple[str, ...], tuple[str, ...]]
+    only: tuple[tuple[str, ...], tuple[str, ...]]  # targets of the first and of the second one alone
     ranks: Mapping[str, tuple[int, int]]
-    products: Mapping[str, float]
+    products: Mapping[str, float]  # 1 at a target of one of them, unless nothing is added there
     copies: Mapping[str, float]
     biases: Mapping[str, float]
     remarks: tuple[str, ...]

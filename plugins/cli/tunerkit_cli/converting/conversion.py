@@ -40,24 +40,19 @@ _SHAPES_ONLY: Final = (
 
 @attrs.frozen
 class Converted:
-    """What was written, with the method that the adapter has in tunerkit, and the base over which it was opened.
-
-    ``padded`` is the rank to which the format fills up all targets, or 0. ``error`` is what a LoRA of a lower rank
-    leaves out, relative to what the adapter adds (Frobenius norm), and ``errors`` that of each target, the largest
-    first.
-    """
+    """What was written, with the method that the adapter has in tunerkit, and the base over which it was opened."""
 
     format: str
     out: str
     method: str
     base: str
     ranks: Mapping[str, int]
-    padded: int
+    padded: int  # the rank to which the format fills up all targets, or 0
     files: tuple[str, ...]
     size: int
     remarks: tuple[str, ...]
-    error: float | None = None
-    errors: Mapping[str, float] = attrs.field(factory=dict)
+    error: float | None = None  # what a LoRA of a lower rank leaves out, relative to the adapter (Frobenius norm)
+    errors: Mapping[str, float] = attrs.field(factory=dict)  # that of each target, the largest first
 
 
 def convert_adapter(
@@ -71,11 +66,7 @@ def convert_adapter(
     rank: int | None = None,
     overwrite: bool = False,
 ) -> Converted:
-    """Convert an adapter to the format ``to``, where ``"tunerkit"`` is our own, without reading a weight of its base.
-
-    With ``"lora"`` it becomes the closest LoRA of a rank, in our own format. ``options`` are the format's, each as
-    ``key=value``. Raises `TunerkitError` if the adapter cannot be opened or written; then nothing is written.
-    """
+    """Convert an adapter to a format, ``tunerkit`` or ``lora`` too; if it fails, nothing is written."""
     given = dict(_option(each) for each in options)
     _check(source, to, out, given, rank)
     _refuse_occupied(out, overwrite=overwrite)

@@ -52,15 +52,11 @@ def head_alone(
     console: Console,
     folder: Path,
 ) -> dict[str, Any]:
-    """Train the same new head on the frozen base model: same rows, order and epochs, at three learning rates.
-
-    The base's features are computed once and kept. Dropout is off: in the frozen part it would only add noise. The best
-    rate is chosen by held-out accuracy, which favours this baseline. Raises `NoBaselineError` if the head's input is
-    not one vector for each row.
-    """
+    """Train the same new head on the frozen base: same rows, order and epochs, at three rates; the best counts."""
     began = time.perf_counter()
     (path,) = heads
     head = loaded.model.get_submodule(path)
+    # Computed once and kept, without dropout, which in the frozen part would only add noise.
     features = [_features(task, loaded, head, task.encode(part, loaded)) for part in rows]
     start = {name: value.clone() for name, value in head.state_dict().items()}
     scores: dict[float, dict[str, float]] = {}

@@ -48,11 +48,8 @@ def obstacle(device: torch.device, precision: str) -> str | None:
 
 
 def choose_precision(device: torch.device, asked: str | None, *, resumed: str = "") -> str:
-    """Return the precision to train in: the one that was asked for, or the device's own.
-
-    A CPU trains in fp32, whatever it is: results must not change with the processor. An accelerator trains in bf16 if
-    it has it. ``resumed`` is the folder of a run that is resumed, for messages. Raises `ConfigError`.
-    """
+    """Return the precision to train in: the one that was asked for, or the device's own. Raises `ConfigError`."""
+    # A CPU trains in fp32, whatever it is: results must not change with the processor.
     own = "bf16" if device.type not in _IN_FP32 and _has_bf16(device) else "fp32"
     if asked is None:
         return own

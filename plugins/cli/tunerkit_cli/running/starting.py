@@ -86,11 +86,7 @@ def _of_run(source: str, folder: Path) -> Start:
 
 
 def completed(mapping: Mapping[str, Any], recipe: Recipe, *, resume: bool) -> dict[str, Any]:
-    """A recipe's mapping, as the user gave it, with what it leaves to the adapter that it goes on from.
-
-    If the run is resumed, its own recipe says all this, and the adapter may be gone. Raises `TunerkitError` if the
-    adapter cannot be read, or something in the recipe contradicts it.
-    """
+    """A recipe's mapping with what it leaves to the adapter it goes on from, or to its own if it is resumed."""
     kept = Path(recipe.out).expanduser() / RECIPE
     said = _said(recipe) if not resume else mapping_at(kept) if kept.is_file() else {}
     known = {name: said[name] for name in _FROM_RUN if said.get(name) is not None}

@@ -96,11 +96,7 @@ class Task(ABC):
     def rows(
         self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
     ) -> list[Row]:
-        """Return the table's rows under our names of the columns, with checked values. ``names`` are its own.
-
-        For ``predicting``, the columns that are to be predicted are left out. ``renaming`` is whether the user can say
-        what the columns are named, for messages. Raises `DataError` if a column is missing or values do not fit.
-        """
+        """Return the table's rows under our names of the columns, with checked values. Raises `DataError`."""
         read = {
             each.name: require_column(table, name, self.name, each.option, renaming=renaming)
             for each, name in self.columns_read(table, names, predicting=predicting)

@@ -128,12 +128,7 @@ class CausalLm(GenerationTask):
 def settle_prompts_(
     task: Task, row: Row, asked: bool | None, training: Mapping[str, Any], arguments: Any, *, earlier: bool = False
 ) -> None:
-    """Decide whether the tokens of prompts are learned, for a task and in the arguments of its trainer.
-
-    ``asked`` is the recipe's ``train_on_prompts``; its ``training`` may have TRL's arguments for it. ``earlier`` is for
-    a run that was begun before: without the key, an earlier version wrote its recipe, which learned whole
-    conversations.
-    """
+    """Decide whether prompts are learned, for a task and its trainer; ``earlier`` if a run that was begun asks."""
     if not isinstance(task, CausalLm):
         if asked is not None:
             raise ConfigError([f"train_on_prompts: {task.name} learns no prompts; leave the key out"])
@@ -148,7 +143,7 @@ def settle_prompts_(
         raise ConfigError(
             [f"train_on_prompts is {str(asked).lower()}, and so is training.{name}, which is its opposite; set one"]
         )
-    default = earlier and "messages" in row
+    default = earlier and "messages" in row  # an earlier version, whose recipes lack the key, learned all of them
     task.trains_on_prompts = asked if asked is not None else default if only is None else not only
     late = [each for each in ("chat_template_path", "eos_token") if getattr(arguments, each) is not None]
     if late and "messages" in row and not task.trains_on_prompts:

@@ -150,11 +150,7 @@ def _by_turns(messages: Messages, tokenizer: Any) -> tuple[list[int], list[bool]
 
 
 def assistant_spans(messages: Messages, text: str, render: Render) -> Iterator[tuple[int, int]]:
-    """Yield where each answer of a conversation starts and stops in its ``text``, with what ends the turn.
-
-    ``render`` writes messages as text; with ``add_generation_prompt``, ready for an answer. Raises `_HiddenAnswerError`
-    if the template does not show an answer as it is.
-    """
+    """Yield where each answer starts and stops in a conversation's text, with what ends the turn."""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
