@@ -100,11 +100,8 @@ def _differences(
 
 def norm(product: Factors) -> float:
     """Return ‖P Q‖_F of q (r, in) and p (out, r), in the time of r² (in + out)."""
-    if product.rank == 0:
-        return 0.0
     # Not by Gram matrices: their entries are squares, so that a difference below 1e-8 of the norm would be lost.
-    left, right = _triangle(product.p), _triangle(product.q.T)
-    return float(torch.linalg.matrix_norm(left @ right.T))
+    return float(product.triplets()[1].norm())
 
 
 def difference(one: Factors, other: Factors) -> float:
@@ -130,9 +127,3 @@ def relative_tensor(one: Tensor | None, other: Tensor | None) -> float:
     gap = float((one.double() - other.double()).abs().max())
     scale = float(one.double().abs().max()) or float(other.double().abs().max())
     return gap / scale if scale > 0 else 0.0
-
-
-def _triangle(matrix: Tensor) -> Tensor:
-    """R of the QR decomposition: it has the matrix's own lengths and angles."""
-    found: Tensor = torch.linalg.qr(matrix.double(), mode="r")[1]
-    return found

@@ -109,14 +109,12 @@ def _is_nonfinite(value: Any) -> bool:
 @torch.no_grad()
 def _spectrum(tuner: Tuner) -> dict[str, list[float]]:
     """The singular values of what each adapter adds, the greatest first; nothing for methods without factors."""
-    if not hooks.has_factors(tuner.method):
+    method, adapters = tuner.method, tuner.adapters()
+    if not hooks.has_factors(method):
         return {}
-    found = {}
-    adapters = tuner.adapters()
-    for path, _, slots in injection.walk(tuner.model):
-        if path in adapters and slots.base is not None and slots.base.has_weight:
-            q, p = hooks.factors(path, tuner.method, adapters[path], slots.base)
-            # The product's singular values are those of the small matrix between two orthonormal bases.
-            small = torch.linalg.qr(p.double())[1] @ torch.linalg.qr(q.double().T)[1].T if p.numel() else p[:0, :0]
-            found[path] = [round(float(value), 8) for value in torch.linalg.svdvals(small)] if small.numel() else []
-    return found
+    products = {
+        path: hooks.factors(path, method, adapters[path], slots.base)
+        for path, _, slots in injection.walk(tuner.model)
+        if path in adapters and slots.base is not None and slots.base.has_weight
+    }
+    return {path: [round(float(value), 8) for value in each.triplets()[1]] for path, each in products.items()}

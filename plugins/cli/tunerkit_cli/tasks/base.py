@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import pkgutil
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -77,6 +78,8 @@ class Task(ABC):
     label_column: ClassVar[str] = ""
     one_class: ClassVar[bool] = False  # whether each row has exactly one
     labelled: ClassVar[str] = "training row has the label"  # for messages
+    # The classes of the trainer and of its arguments, which are imported when they are needed.
+    trainer: ClassVar[tuple[str, str]] = ("transformers:Trainer", "transformers:TrainingArguments")
     # The trainer's arguments, where a recipe does not set them.
     defaults: ClassVar[Mapping[str, Any]] = {
         "num_train_epochs": 3,
@@ -173,9 +176,10 @@ class Task(ABC):
 
     def trainer_classes(self) -> tuple[type[Any], type[Any]]:
         """The classes of the trainer and of its arguments."""
-        from transformers import Trainer, TrainingArguments
-
-        return Trainer, TrainingArguments
+        kind, arguments = self.trainer
+        if kind.startswith("trl."):
+            require_package("trl", self.name, "lm")
+        return pkgutil.resolve_name(kind), pkgutil.resolve_name(arguments)
 
     def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
         """What the trainer is given beyond model, arguments, data and processor."""

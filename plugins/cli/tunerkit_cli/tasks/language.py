@@ -9,7 +9,7 @@ from tunerkit.errors import ConfigError, shown
 from tunerkit.paths import few
 from tunerkit_cli.rows import BadValue, DataError, Table
 from tunerkit_cli.tasks.answering import Answering
-from tunerkit_cli.tasks.base import USUAL, Column, Results, Row, Task, name_in, require_package, require_text
+from tunerkit_cli.tasks.base import USUAL, Column, Results, Row, Task, name_in, require_text
 from tunerkit_cli.tasks.generating import GREEDY, generate, require_tokens
 from tunerkit_cli.tasks.messages import messages_of, one_kind, refuse_mixed
 from tunerkit_cli.tasks.texts import token_limit
@@ -74,6 +74,7 @@ class CausalLm(GenerationTask):
     """Rows with ``messages``, with ``prompt`` and ``completion``, or with ``text``; TRL's `SFTTrainer`."""
 
     name: ClassVar[str] = "causal-lm"
+    trainer: ClassVar[tuple[str, str]] = ("trl.trainer.sft_trainer:SFTTrainer", "trl.trainer.sft_config:SFTConfig")
     columns: ClassVar[tuple[Column, ...]] = (
         Column("messages", ("conversations",)),
         Column("prompt", ("instruction", "question")),
@@ -117,13 +118,6 @@ class CausalLm(GenerationTask):
             return encode_turns([row["messages"] for row in rows], loaded)
         return dataset_of(rows)
 
-    def trainer_classes(self) -> tuple[type[Any], type[Any]]:
-        require_package("trl", self.name, "lm")
-        from trl.trainer.sft_config import SFTConfig
-        from trl.trainer.sft_trainer import SFTTrainer
-
-        return SFTTrainer, SFTConfig
-
 
 def settle_prompts_(
     task: Task, row: Row, asked: bool | None, training: Mapping[str, Any], arguments: Any, *, earlier: bool = False
@@ -162,6 +156,7 @@ class Preference(GenerationTask):
     """Rows with ``prompt``, ``chosen`` and ``rejected``, texts or conversations; TRL's `DPOTrainer`."""
 
     name: ClassVar[str] = "preference"
+    trainer: ClassVar[tuple[str, str]] = ("trl.trainer.dpo_trainer:DPOTrainer", "trl.trainer.dpo_config:DPOConfig")
     columns: ClassVar[tuple[Column, ...]] = (
         Column("prompt", ("question", "instruction")),
         Column("chosen", predicted=True),
@@ -183,13 +178,6 @@ class Preference(GenerationTask):
         require_tokens(loaded, chat=isinstance(rows[0]["prompt"], list))
         refuse_lost([row["prompt"] for row in rows], loaded)
         return dataset_of(rows)
-
-    def trainer_classes(self) -> tuple[type[Any], type[Any]]:
-        require_package("trl", self.name, "lm")
-        from trl.trainer.dpo_config import DPOConfig
-        from trl.trainer.dpo_trainer import DPOTrainer
-
-        return DPOTrainer, DPOConfig
 
     def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
         """The reference is the model without its adapter, which may be trained already; no second model is loaded."""
@@ -216,6 +204,7 @@ class Seq2Seq(GenerationTask):
     """Rows with ``source`` and ``target``."""
 
     name: ClassVar[str] = "seq2seq"
+    trainer: ClassVar[tuple[str, str]] = ("transformers:Seq2SeqTrainer", "transformers:Seq2SeqTrainingArguments")
     columns: ClassVar[tuple[Column, ...]] = (
         Column("source", ("input", "text", "document")),
         Column("target", ("output", "summary", "translation"), predicted=True),
@@ -239,12 +228,6 @@ class Seq2Seq(GenerationTask):
             [row["source"] for row in rows], text_target=targets, truncation=True, max_length=limit
         )
         return datasets.Dataset.from_dict(dict(encoded))
-
-    def trainer_classes(self) -> tuple[type[Any], type[Any]]:
-        """The trainer of transformers for encoder-decoder models."""
-        from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
-
-        return Seq2SeqTrainer, Seq2SeqTrainingArguments
 
     def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
         """Pad sources and targets, and shift the targets for the decoder."""
