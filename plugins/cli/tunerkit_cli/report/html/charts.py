@@ -90,21 +90,13 @@ class Chart:
     of the x-axis over the whole height: start, width, and what hovering shows.
     """
 
-    title: str
+    panel: Panel
     label: str
-    x_title: str
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     lines: tuple[tuple[str, str], ...]
     strips: tuple[tuple[int, int, str], ...]
     legend: tuple[tuple[str, str], ...]
-    unit: str
-    is_crowded: bool
-
-    @property
-    def y_width(self) -> int:
-        """The room for the y-axis's texts, in characters."""
-        return max((len(tick.text) for tick in self.y_ticks), default=0)
 
 
 def chart(panel: Panel, *, x_values: Sequence[float] = ()) -> Chart:
@@ -118,16 +110,13 @@ def chart(panel: Panel, *, x_values: Sequence[float] = ()) -> Chart:
     styles = _styles(panel.curves)
     curves = [line for pair in zip(panel.curves, styles, strict=True) for line in _lines(*pair, x_axis, y_axis)]
     return Chart(
-        title=panel.title,
+        panel=panel,
         label=_described(panel),
-        unit=panel.unit,
-        x_title=panel.x_title,
         x_ticks=x_ticks,
         y_ticks=y_ticks,
         lines=(("".join(at_ticks), "grid-line"), *curves),
         strips=tuple(_strips(panel, x_axis)),
         legend=_legend(panel, styles),
-        is_crowded=len(panel.curves) > 12,
     )
 
 
