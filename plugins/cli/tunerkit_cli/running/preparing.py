@@ -169,7 +169,13 @@ def _base(recipe: Recipe, task: Task, start: Start | None, console: Console, **h
         source = str(demo_of(task.name, "model").model(assets.cache_folder(), lambda text: say(console, text)))
     revision = start.revision if start is not None and start.model == source else None
     loaded = load_pretrained(
-        task.name, source, revision=revision, dtype=recipe.dtype, quantisation=recipe.quantisation, **head
+        task.name,
+        source,
+        revision=revision,
+        dtype=recipe.dtype,
+        quantisation=recipe.quantisation,
+        attn_implementation=recipe.attn_implementation,
+        **head,
     )
     if recipe.chat_template is not None:
         loaded.processor.chat_template = read_template(recipe.chat_template)
