@@ -18,7 +18,7 @@ def show(source: _Source, json: _Json = False) -> None:
     """Show what an adapter is: method, base, ranks, size and config; of an output folder also its training."""
     from rich.console import Console
 
-    from tunerkit_cli.running.showing import show_adapter
+    from tunerkit_cli.converting.showing import show_adapter
 
     show_adapter(source, Console(), as_json=json)
 
@@ -101,8 +101,8 @@ def merge(
     task: _Task = None,
 ) -> None:
     """Merge an adapter into its base: a plain model folder, which needs no tunerkit."""
-    from tunerkit_cli.running.using import write_merged
+    from tunerkit_cli.converting import conversion
 
-    for remark in write_merged(source, out, base=base, task=task):
+    for remark in conversion.merge(source, out, base=base, task=task):
         typer.echo(f"note: {remark}")
     typer.echo(f"written to {out}: load it with from_pretrained or pipeline")

@@ -17,12 +17,13 @@ from tunerkit.plugin import Format
 from tunerkit_cli.converting.closest_lora import LORA, Closest, open_closest
 from tunerkit_cli.converting.description import OWN
 from tunerkit_cli.converting.opening import collected, load_adapter, open_adapter
-from tunerkit_cli.outputs import new_folder
+from tunerkit_cli.outputs import OutputError, new_folder
 from tunerkit_cli.settings import given_value
-from tunerkit_transformers.adapter_files import description_at
+from tunerkit_transformers.adapter_files import description_at, has_no_record
 from tunerkit_transformers.base_choice import choose_base
 from tunerkit_transformers.bases import whole
-from tunerkit_transformers.pretrained import OWN_CODE
+from tunerkit_transformers.output_folder import load_run, read_run
+from tunerkit_transformers.pretrained import OWN_CODE, quiet
 
 _WEIGHTS: Final = (".safetensors", ".bin")
 # Files with such endings that are no weights of a model.
@@ -171,7 +172,27 @@ def _refuse_occupied(out: Path, *, overwrite: bool) -> None:
         raise TunerkitError(f"--out {out}: there is such a file; pass a new one, or --overwrite to replace it")
 
 
-def merge_adapter(source: str, out: Path, *, base: str | None, task: str | None) -> tuple[str, ...]:
+def merge(source: str, out: Path, *, base: str | None, task: str | None) -> tuple[str, ...]:
+    """Write the base with the adapter of a run or of any format in its weights, and the processor, to a new folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"--out {out}: is not empty; pass a new folder")
+    if has_no_record(source):
+        return _merge_adapter(source, out, base=base, task=task)
+    run = read_run(source)
+    if task not in (None, run.task):
+        raise TunerkitError(f"--task {task}: {source} was trained for {run.task}, as its record says; leave --task out")
+    with new_folder(out) as scratch:
+        quiet()
+        loaded = load_run(run, base)  # not on the accelerator, which may have no room for the merged weights
+        # Quantising the sums again would round them, and the folder would need the library.
+        dense = None if run.quantisation is None else loaded.model.dtype
+        tunerkit.unwrap(loaded.model, keep_merged=True, dtype=dense)
+        loaded.model.save_pretrained(scratch)
+        loaded.processor.save_pretrained(scratch)
+    return ()
+
+
+def _merge_adapter(source: str, out: Path, *, base: str | None, task: str | None) -> tuple[str, ...]:
     """Write the merged model, in the dtype of the base's files, and the base's processor; return what to tell."""
     with collected() as remarks:
         chosen = choose_base(source, base=base, task=task)

@@ -1,16 +1,15 @@
 """Open an adapter of any format over its base, with its weights or without."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
 import tunerkit
-from tunerkit import TunerkitWarning, serialization
+from tunerkit import serialization
 from tunerkit.errors import BaseMismatchError
 from tunerkit.plugin import Tuner
+from tunerkit_cli.running.telling import own_warnings
 from tunerkit_transformers.base_choice import choose_base, with_base
 from tunerkit_transformers.bases import Base, skeleton, whole
 from tunerkit_transformers.pretrained import quiet
@@ -46,14 +45,10 @@ def collected() -> Iterator[list[str]]:
     """Yield a list that gets each of our own warnings inside the block, once and as one line; libraries are quiet."""
     found: list[str] = []
 
-    def note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        lines = str(message).replace(":\n- ", ": ").splitlines()
-        text = "; ".join(line.removeprefix("- ").strip() for line in lines)
-        if issubclass(category, TunerkitWarning) and text not in found:
-            found.append(text)
+    def note(message: str) -> None:
+        lines = message.replace(":\n- ", ": ").splitlines()
+        found.append("; ".join(line.removeprefix("- ").strip() for line in lines))
 
     quiet()
-    with warnings.catch_warnings():  # restores showwarning too
-        warnings.simplefilter("always")
-        warnings.showwarning = note
+    with own_warnings(note):
         yield found

@@ -1,8 +1,8 @@
 """Lines for the user, and our warnings as such lines."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -11,19 +11,24 @@ from tunerkit import TunerkitWarning
 
 
 @contextmanager
-def telling_warnings(console: Console) -> Iterator[None]:
-    """Print our own warnings inside the block as lines, and leave out those of the libraries."""
+def own_warnings(take: Callable[[str], None]) -> Iterator[None]:
+    """Hand each of our own warnings inside the block over, once, and leave out those of the libraries."""
     shown: set[str] = set()
 
-    def tell(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    def note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, TunerkitWarning) and str(message) not in shown:
             shown.add(str(message))
-            say(console, f"note: {message}")
+            take(str(message))
 
     with warnings.catch_warnings():  # restores showwarning too
         warnings.simplefilter("always")
-        warnings.showwarning = tell
+        warnings.showwarning = note
         yield
+
+
+def telling_warnings(console: Console) -> AbstractContextManager[None]:
+    """Print our own warnings inside the block as lines."""
+    return own_warnings(lambda text: say(console, f"note: {text}"))
 
 
 def say(console: Console, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What the commands do with a trained folder: predict, evaluate, merge and talk."""
+"""What the commands do with a trained folder: predict, evaluate and talk."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -6,11 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
-import tunerkit
 from tunerkit import TunerkitError
 from tunerkit.errors import FileError, shown
-from tunerkit_cli.converting.conversion import merge_adapter
-from tunerkit_cli.outputs import OutputError, new_folder
 from tunerkit_cli.recipes.recipe import PRECISIONS
 from tunerkit_cli.rows import DataError, Table, read_table
 from tunerkit_cli.running import hardware
@@ -24,7 +21,6 @@ from tunerkit_cli.tasks.base import Row, Task, require_text
 from tunerkit_cli.tasks.generating import GREEDY, generate, require_system
 from tunerkit_cli.tasks.language import GenerationTask, settle_prompts_
 from tunerkit_cli.tasks.texts import token_limit
-from tunerkit_transformers.adapter_files import has_no_record
 from tunerkit_transformers.learned_positions import obstacle, score_learned_
 from tunerkit_transformers.output_folder import RECORD, Run, load_run, read_run
 from tunerkit_transformers.pretrained import Pretrained, quiet
@@ -107,26 +103,6 @@ def evaluate_rows(
     # Where TRL has prepared a reference, the trainer does not put autocast around the model itself.
     with hardware.computing_in(precision, loaded.model.device):
         return {**found, **task.evaluate(trainer, trainer.eval_dataset).metrics}
-
-
-def write_merged(source: str, out: Path, *, base: str | None, task: str | None = None) -> tuple[str, ...]:
-    """Write the base with the adapter of a run or of any format in its weights, and the processor, to a new folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"--out {out}: is not empty; pass a new folder")
-    if has_no_record(source):
-        return merge_adapter(source, out, base=base, task=task)
-    run = read_run(source)
-    if task not in (None, run.task):
-        raise TunerkitError(f"--task {task}: {source} was trained for {run.task}, as its record says; leave --task out")
-    with new_folder(out) as scratch:
-        quiet()
-        loaded = load_run(run, base)  # not on the accelerator, which may have no room for the merged weights
-        # Quantising the sums again would round them, and the folder would need the library.
-        dense = None if run.quantisation is None else loaded.model.dtype
-        tunerkit.unwrap(loaded.model, keep_merged=True, dtype=dense)
-        loaded.model.save_pretrained(scratch)
-        loaded.processor.save_pretrained(scratch)
-    return ()
 
 
 def conversation(folder: Path, *, base: str | None, answering: Answering) -> Callable[[str], None]:
