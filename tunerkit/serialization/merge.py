@@ -147,8 +147,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
     if places:
         injection.refuse_running(injection.wrapped_model(model), "disabling adapters")
     weights.reshard_(model)
-    with ExitStack() as back:
-        back.callback(_enable_, places, True)  # again, since a KeyboardInterrupt may interrupt the first
+    with ExitStack() as again, ExitStack() as back:
+        again.callback(_enable_, places, True)  # a KeyboardInterrupt may interrupt `back`; else this does nothing
         back.callback(_enable_, places, True)
         back.callback(weights.reshard_, model)
         _enable_(places, False)

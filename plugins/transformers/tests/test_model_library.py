@@ -9,6 +9,8 @@ from torch import nn
 
 import tunerkit
 from tunerkit.errors import BaseMismatchError
+from tunerkit_transformers.plugin import may_be_known
+from tunerkit_transformers.transformers_private import LOADED
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys
@@ -32,3 +34,20 @@ def test_a_head_of_another_size_names_num_labels(toys: "Toys", tmp_path: Path, t
     with pytest.raises(BaseMismatchError, match=words):
         tunerkit.load(base(2), path)
     assert tunerkit.load(base(5), path) is not None
+
+
+@pytest.mark.parametrize("name", ["config", "get_output_embeddings", "get_classifier", "pretrained_cfg"])
+def test_a_model_is_looked_into_if_one_of_its_modules_has_a_librarys_attribute(name: str) -> None:
+    """A plain model is not, since all that is known of others is found by these attributes."""
+    inner = nn.Linear(2, 2)
+    model = nn.Sequential(nn.Sequential(inner))
+    assert not may_be_known(model)
+    setattr(inner, name, object())
+    assert may_be_known(model)
+
+
+def test_a_parameter_that_from_pretrained_read_is_enough() -> None:
+    """A head may be put on a layer that was taken out of a model of transformers."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    setattr(model[0].weight, LOADED, True)
+    assert may_be_known(model)
