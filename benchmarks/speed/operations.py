@@ -56,6 +56,7 @@ def pass_rows(workload: Workload, settings: Settings) -> list[Row]:
         contender = who.build(name, workload, settings)
         contender.step()  # what is made once, at the first step, is no part of the others
         small = count(contender.pass_through)
+        contender.model.zero_grad()  # else the second gradients are added to the first
         with fused_form():  # its counts are the same at every size
             found = count(contender.pass_through)
         above = {

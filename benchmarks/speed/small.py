@@ -96,6 +96,7 @@ def _calls(name: str, rows: int, width: int, how: str, settings: Settings) -> Ca
     x, slope = torch.randn(rows, width, requires_grad=how == BACKWARD), torch.randn(rows, width)
     workload = Workload(f"{rows}x{width}", cast(Any, base), ("0",), x, slope)
     model = base if name == who.FLOOR else who.wrap(name, base, workload, settings)
+    model(x)  # a wrapped model checks its first forward alone
     layer = next(module for path, module in model.named_modules() if path.split(".")[-1] == "0")
     wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
 

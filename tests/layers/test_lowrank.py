@@ -16,13 +16,14 @@ from tunerkit.errors import AdapterError
 from tunerkit.layers import BaseLayer, as_base_layer, low_rank
 from tunerkit.layers.low_rank import add_low_rank, low_rank_delta
 
-LAYERS = ("linear", "conv1d", "conv2d", "conv3d", "embedding", "transposed", "scaled")
-FLOATING = ("linear", "conv1d", "conv2d", "conv3d", "transposed")
+LAYERS = ("linear", "matrix", "conv1d", "conv2d", "conv3d", "embedding", "transposed", "scaled")
+FLOATING = ("linear", "matrix", "conv1d", "conv2d", "conv3d", "transposed")
 
 
 def layer(name: str, dtype: torch.dtype = torch.float64) -> tuple[BaseLayer, Tensor]:
-    """A layer of each kind with random weights, and an input for it."""
-    module, x = built(name)
+    """A layer of each kind with random weights, and an input for it; "matrix" is a linear layer's of two dimensions."""
+    module, x = built("linear" if name == "matrix" else name)
+    x = x.flatten(0, 1) if name == "matrix" else x
     return described(module.to(dtype).requires_grad_(False)), x.to(dtype) if x.is_floating_point() else x
 
 
@@ -76,6 +77,7 @@ def test_gradients_are_those_of_finite_differences(name: str, dropout: float) ->
         return add_low_rank(base, x, y, q=q, p=p, lam=lam, scale=0.7, dropout=dropout)
 
     assert torch.autograd.gradcheck(add, leaves)
+    assert name != "matrix" or torch.autograd.gradgradcheck(add, leaves)
 
 
 @pytest.mark.parametrize("name", LAYERS)

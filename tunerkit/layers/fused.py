@@ -72,9 +72,9 @@ class _FusedLowRank(Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, w: Tensor | None, q: Tensor, p: Tensor, lam: Tensor | None, scale: float
     ) -> Tensor:
-        # Detached aliases keep these values if the ``data`` of a parameter is replaced.
-        seen_p, seen_lam = (p, None) if lam is None else (p.detach(), lam.detach())
-        narrow_q, narrow_pt = q.detach().to(y.dtype), _folded(seen_p, seen_lam, y).t()
+        # Aliases keep these values if the ``data`` of a parameter is replaced.
+        seen_pt, seen_lam = p.t(), None if lam is None else lam.unsqueeze(1)
+        narrow_q, narrow_pt = q.detach().to(y.dtype), _folded(seen_pt, seen_lam, y)
         h = products.multiply(x, narrow_q.t())
         # Not y itself: it would need `mark_dirty`, and autograd would copy it if it is a view, as a biased linear
         # layer's output is. The version counter is shared, so an operation that saved y for backward raises an error.
@@ -83,8 +83,7 @@ class _FusedLowRank(Function):
         ctx.set_materialize_grads(False)
         ctx.scale = scale
         kept = (x, h) if any(ctx.needs_input_grad[3:6]) else (None, None)
-        seen = (None, None) if lam is None else (seen_p, seen_lam)
-        ctx.save_for_backward(*kept, None if w is None else w.detach(), narrow_q, narrow_pt, *seen, q, p, lam)
+        ctx.save_for_backward(*kept, w if w is None else w.detach(), narrow_q, narrow_pt, seen_pt, seen_lam, q, p, lam)
         return out
 
     @staticmethod
@@ -97,9 +96,9 @@ class _FusedLowRank(Function):
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of forward's inputs; ``g`` (..., out) is the output's gradient. Autograd casts them."""
-    x, h, w, narrow_q, narrow_pt, p, lam, *parameters = ctx.saved_tensors
+    x, h, w, narrow_q, narrow_pt, pt, lam, *parameters = ctx.saved_tensors
     if torch.is_grad_enabled():  # second derivatives: recompute the saved factors as functions of forward's inputs
-        narrow_q, narrow_pt, p, lam = _differentiable(narrow_q, narrow_pt, p, lam, *parameters)
+        narrow_q, narrow_pt, pt, lam = _differentiable(narrow_q, narrow_pt, pt, lam, *parameters)
         h = None if x is None else products.multiply(x, narrow_q.t())
     to_x, to_y, _, to_q, to_p, to_lam, _ = ctx.needs_input_grad
     s, g2 = ctx.scale, g.reshape(-1, narrow_pt.shape[1])
@@ -113,23 +112,20 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     if to_q:
         grad_q = products.gradient(grad_h, x, narrow_q, s)
     if to_p or to_lam:
-        grad_p = products.gradient(h, g2, narrow_pt, s).t()  # the gradient of P diag(λ)
+        grad_pt = products.gradient(h, g2, narrow_pt, s)  # the gradient of diag(λ) Pᵀ
         if lam is not None:
-            grad_lam = (grad_p * p).sum(0) if to_lam else None
-            grad_p = grad_p * lam
-        grad_p = grad_p.contiguous()  # the layout of P, for optimizers that flatten gradients
+            grad_lam = (grad_pt * pt).sum(1) if to_lam else None
+            grad_pt = grad_pt * lam
+        grad_p = grad_pt.t().contiguous()  # the layout of P, for optimizers that flatten gradients
     return grad_x, g if to_y and w is None else None, None, grad_q, grad_p, grad_lam, None
 
 
 def _differentiable(
-    narrow_q: Tensor, narrow_pt: Tensor, seen_p: Tensor, seen_lam: Tensor, q: Tensor, p: Tensor, lam: Tensor | None
+    narrow_q: Tensor, narrow_pt: Tensor, seen_pt: Tensor, seen_lam: Tensor | None, q: Tensor, p: Tensor, lam: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return forward's factors as functions of the parameters, but with the values that forward used."""
-    narrow_q = _as_seen(q.to(narrow_q.dtype), narrow_q)
-    if lam is None:
-        return narrow_q, _as_seen(p.to(narrow_pt.dtype).t(), narrow_pt), p, None
-    p, lam = _as_seen(p, seen_p), _as_seen(lam, seen_lam)
-    return narrow_q, _folded(p, lam, narrow_pt).t(), p, lam
+    pt, lam = _as_seen(p.t(), seen_pt), None if lam is None else _as_seen(lam.unsqueeze(1), seen_lam)
+    return _as_seen(q.to(narrow_q.dtype), narrow_q), _folded(pt, lam, narrow_pt), pt, lam
 
 
 class _AsSeen(Function):
@@ -144,9 +140,9 @@ class _AsSeen(Function):
         return g, None
 
 
-def _folded(p: Tensor, lam: Tensor | None, y: Tensor) -> Tensor:
-    """Return P diag(λ), rounded to the dtype of ``y`` after the product, as the plain form does under autocast."""
-    return (p if lam is None else p * lam).to(y.dtype)
+def _folded(pt: Tensor, lam: Tensor | None, y: Tensor) -> Tensor:
+    """Return diag(λ) Pᵀ, rounded to the dtype of ``y`` after the product, as the plain form does under autocast."""
+    return (pt if lam is None else pt * lam).to(y.dtype)
 
 
 _add: Callable[..., Tensor] = _FusedLowRank.apply

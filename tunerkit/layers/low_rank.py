@@ -70,11 +70,15 @@ def add_low_rank(
     if x.dtype != q.dtype and x.is_floating_point() and product_dtype(x, q) == q.dtype:  # no ids, and no autocast
         x = x.to(q.dtype)
     # The base's own hooks may move its input to its device (accelerate's do); the adapter gets the input before that.
-    h = base.project_in(x.to(q.device), q, dropout)  # Q x
-    if lam is not None:
-        h = h * lam.view_as(lam).to(h.dtype)  # a view: the ``data`` of a parameter may be replaced before backward
+    h = base.project_in(x if x.device == q.device else x.to(q.device), q, dropout)  # Q x
     traced = torch.compiler.is_compiling()
-    if traced:  # inductor ignores the alpha of a sum with a product (pytorch issue 167313)
+    if lam is not None:
+        lam, scale = lam * scale, 1.0  # a new tensor: the ``data`` of a parameter may be replaced before backward
+        h = h * (lam if lam.dtype == h.dtype else lam.to(h.dtype))
+        alike = type(y) is Tensor and y.dtype == h.dtype == p.dtype and y.device == h.device
+        if base.linear and alike and not traced and h.ndim == 2 and y.shape == (len(h), len(p)):
+            return torch.addmm(y, h, p.t())  # one operation for matrices
+    elif traced:  # inductor ignores the alpha of a sum with a product (pytorch issue 167313)
         h, scale = h * scale, 1.0
     delta = base.project_out(h, p)  # P Q x
     if not (traced or y.is_nested) and delta.shape != y.shape:  # torch would broadcast a single feature
