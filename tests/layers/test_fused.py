@@ -154,17 +154,17 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(
 def test_factors_are_thin_below_the_width_of_a_register_and_gradients_are_laid_out_as_the_weights(
     dtype: torch.dtype, rank: int, diagonal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On both sides of it, with and without gradients: the same bits. The gradient of P is always contiguous."""
+    """On both sides of it, with gradients, without and in inference mode: the same bits. P's is always contiguous."""
     monkeypatch.setattr(products, "LEAST_NUMBERS", 0)
     for own in (rank, rank + 1):
         assert products.is_thin(own, torch.empty(0, dtype=dtype)) == (own == rank)
         make = functools.partial(Product, rank=own, diagonal=diagonal)
         layer = adapted(nn.Linear(9, 6), make).to(dtype)
         x = torch.randn(5, 9, dtype=dtype)
-        with torch.no_grad():
-            quiet = layer(x)
         y = layer(x)
-        assert torch.equal(quiet, y)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                assert torch.equal(layer(x), y)
         grads = torch.autograd.grad(y, [p for p in layer.parameters() if p.requires_grad], torch.ones_like(y))
         assert all(grad.is_contiguous() for grad in grads)
     assert not products.is_thin(rank, torch.empty(0, dtype=dtype, device="meta"))
@@ -424,16 +424,6 @@ def test_an_input_without_gradient_and_frozen_adapters_cost_no_graph() -> None:
     expected = results(layer, x)
     with plain_form():
         torch.testing.assert_close(expected, results(layer, x))
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_outputs_are_the_same(mode: Any) -> None:
-    """As in generation and evaluation."""
-    layer, x = adapted(nn.Linear(5, 4)), torch.randn(2, 3, 5)
-    with mode():
-        found = layer(x)
-        with plain_form():
-            torch.testing.assert_close(found, layer(x))
 
 
 class Checkpointed(nn.Module):

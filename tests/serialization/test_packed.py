@@ -15,6 +15,7 @@ import tunerkit
 from tests.support.toys import answering, registering
 from tunerkit.plugin import BaseLayer, Packing, Rounding
 from tunerkit.serialization.fingerprint import fingerprint
+from tunerkit.serialization.packed import warn_of_rounding
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, trainable
 from tunerkit_testing.toy_methods import LowRankPlugin, ShiftPlugin
@@ -125,6 +126,13 @@ def with_adapters(model: Any) -> Any:
         for parameter in trainable(model):
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     return model
+
+
+def test_a_merge_into_few_bits_is_warned_of() -> None:
+    """Four or fewer: what rounding adds may be as large as what the adapters changed."""
+    found = [Rounding(f"coded int{bits}", bits, added=0.1, own=0.1, change=0.1) for bits in (5, 4, 8)]
+    with pytest.warns(tunerkit.TunerkitWarning, match=r"merged into 1 weight matrices of 4 bits \(coded int4\)"):
+        warn_of_rounding(found)
 
 
 def test_a_merge_puts_what_the_kind_stores_and_takes_it_back() -> None:

@@ -185,3 +185,5 @@ def test_an_unknown_form_is_refused_with_the_known_ones() -> None:
     """The error for a mistyped form has the allowed ones and the closest."""
     with pytest.raises(ConfigError, match=r"orthogonality: .*paper, reference, got 'papr'; did you mean 'paper'"):
         penalty([], form="papr")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="got 'papr'"):
+        add_gradient_([], gamma=1.0, form="papr")  # type: ignore[arg-type]

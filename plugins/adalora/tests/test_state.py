@@ -196,7 +196,10 @@ def test_a_state_without_a_tensor_is_refused_and_changes_nothing(name: str) -> N
     train(model, attached(model), 7)
     state = injection.training_state(tunerkit.tuner(model))
     tensors = {key: tensor for key, tensor in state.tensors.items() if key != name}
-    assert_refused(State(tensors, state.values), tunerkit.errors.StepError, "do not fit")
+    assert_refused(State(tensors, state.values), tunerkit.errors.StepError, f"do not fit .*'{name}' is missing")
+    tensors[name] = state.tensors[name][:1].clone()
+    words = f"do not fit .*: '{name}' has another shape or dtype"
+    assert_refused(State(tensors, state.values), tunerkit.errors.StepError, words)
 
 
 @pytest.mark.parametrize(("lost", "end"), [(12, ""), (13, "; and 1 more")])
