@@ -14,7 +14,7 @@ from transformers import Trainer
 import tunerkit
 from plugins.transformers.tests.test_head_weights import ROWS, adapted, trainer_of
 from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
-from tunerkit_transformers import savings
+from tunerkit_transformers import planning
 from tunerkit_transformers.savings import Saving, speed_up
 
 pytestmark = [
@@ -36,7 +36,7 @@ def test_what_trl_wastes_is_switched_off_and_said(tmp_path: Path, monkeypatch: p
     trainer, found = sped_up(tmp_path, monkeypatch)
     assert [each.changed for each in found.values()] == [True] * 3
     assert not trainer.args.gradient_checkpointing
-    assert str(found["gradient checkpointing"]).startswith("gradient checkpointing: off (a step takes about 0.00 GiB")
+    assert str(found["gradient checkpointing"]).startswith("gradient checkpointing: off (a step takes about 0.06 GiB")
     assert "tokens are computed for each real one, and" in str(found["batches"])
     batches = [
         (batch["input_ids"].shape[1], batch["attention_mask"].sum(1).min()) for batch in trainer.get_train_dataloader()
@@ -76,14 +76,13 @@ def test_rows_count_as_long_as_they_are_cut(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(ROWS, "DPO", long)
     seen: list[int] = []
 
-    def estimated(trainer: Any, longest: int) -> int:
-        seen.append(longest)
-        return 0
+    def planned(model: Any, *, tokens: int, **more: Any) -> None:
+        seen.append(tokens)
 
-    monkeypatch.setattr(savings, "step_bytes", estimated)
+    monkeypatch.setattr(planning, "plan", planned)
     for most in (8, None):
         speed_up(trainer_of("DPO", adapted("adapter"), tmp_path, max_length=most))
-    assert seen[0] == 8 < seen[1]
+    assert seen[0] == 8 < seen[-1]
 
 
 def test_a_trainer_of_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import attrs
 import torch
@@ -10,9 +10,9 @@ import torch
 from tunerkit_transformers import transformers_private
 from tunerkit_transformers.grouping import GroupedByLength, lengths_in, padding
 from tunerkit_transformers.learned_positions import obstacle, score_learned_
-from tunerkit_transformers.memory import GIB, fits, free_bytes, step_bytes
-
-_CHECKPOINTING: Final = ("activation_checkpointing", "gradient_checkpointing")  # the name, and that of earlier versions
+from tunerkit_transformers.memory import GIB, fits, free_bytes
+from tunerkit_transformers.out_of_memory import note_memory_
+from tunerkit_transformers.planning import CHECKPOINTING, Plan, plan_of
 
 
 @attrs.frozen
@@ -41,6 +41,7 @@ def speed_up(trainer: Any, *, keep: Collection[str] = (), memory: float | None =
     - Activations are recomputed only where they would not fit into memory (estimated).
     - Batches are made of rows of similar length, in a random order that a resumed training sees again.
     - On a CPU, TRL's `SFTTrainer` and `DPOTrainer` compute logits at the positions that are learned, and nowhere else.
+    - If memory runs out while it trains, the error gets a note with the parts of the plan and what would take less.
 
     Call it before ``trainer.train()``, and also before one that is resumed.
 
@@ -55,33 +56,43 @@ def speed_up(trainer: Any, *, keep: Collection[str] = (), memory: float | None =
     lengths, most = lengths_in(trainer.train_dataset), getattr(trainer.args, "max_length", None)
     if lengths and most is not None:  # to which TRL cuts pairs as it makes a batch
         lengths = [min(length, most) for length in lengths]
-    return (
-        _checkpointing_(trainer, lengths, memory, keep=not {*_CHECKPOINTING}.isdisjoint(keep)),
-        _batches_(trainer, lengths, keep="train_sampling_strategy" in keep),
-        _loss_(trainer, keep="loss" in keep),
-    )
+    loss = _loss_(trainer, keep="loss" in keep)  # on which the memory of logits depends
+    checkpointing, planned = _checkpointing_(trainer, lengths, memory, keep=not {*CHECKPOINTING}.isdisjoint(keep))
+    note_memory_(trainer, planned)
+    return checkpointing, _batches_(trainer, lengths, keep="train_sampling_strategy" in keep), loss
 
 
-def _checkpointing_(trainer: Any, lengths: list[int] | None, memory: float | None, *, keep: bool) -> Saving:
-    """Recompute activations where a step would not fit without."""
+def _checkpointing_(
+    trainer: Any, lengths: list[int] | None, memory: float | None, *, keep: bool
+) -> tuple[Saving, Plan | None]:
+    """Recompute activations where a step would not fit without; return the plan of the training too."""
     arguments, name = trainer.args, "gradient checkpointing"
-    names = [each for each in _CHECKPOINTING if hasattr(arguments, each)]
+    names = [each for each in CHECKPOINTING if hasattr(arguments, each)]
     before = any(getattr(arguments, each) for each in names)
     if keep or not lengths or not _is_language_model(trainer.model):
         why = "as asked" if keep else "the rows' lengths are not known" if not lengths else "not a language model"
-        return Saving(name, "on" if before else "off", False, why)
-    needed, free = step_bytes(trainer, max(lengths)), free_bytes(arguments.device, memory)
-    needs = not fits(needed, free)
-    now = needs and bool(getattr(trainer.model, "supports_gradient_checkpointing", False))
+        return Saving(name, "on" if before else "off", False, why), plan_of(trainer)
     for each in names:
-        setattr(arguments, each, now)
-        if now and getattr(arguments, f"{each}_kwargs") is None:
-            setattr(arguments, f"{each}_kwargs", {"use_reentrant": False})
+        setattr(arguments, each, False)
+    planned = plan_of(trainer)
+    if planned is None:
+        for each in names:
+            setattr(arguments, each, before)
+        return Saving(name, "on" if before else "off", False, "a step cannot be estimated"), None
+    free = free_bytes(arguments.device, memory)
+    needs = not fits(planned.step, free)
     known = "an unknown amount is" if free is None else f"{max(free, 0) / GIB:.2f} GiB are"
-    why = f"a step takes about {needed / GIB:.2f} GiB beside the model, and {known} free"
+    why = f"a step takes about {planned.step / GIB:.2f} GiB beside the model, and {known} free"
+    now = needs and bool(getattr(trainer.model, "supports_gradient_checkpointing", False))
     if needs and not now:
         why += f"; {type(trainer.model).__name__} cannot recompute its activations"
-    return Saving(name, "on" if now else "off", now != before, why)
+    if now:
+        for each in names:
+            setattr(arguments, each, True)
+            if getattr(arguments, f"{each}_kwargs") is None:
+                setattr(arguments, f"{each}_kwargs", {"use_reentrant": False})
+        planned = plan_of(trainer)
+    return Saving(name, "on" if now else "off", now != before, why), planned
 
 
 def _is_language_model(model: Any) -> bool:

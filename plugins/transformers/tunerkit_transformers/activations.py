@@ -1,0 +1,131 @@
+"""What a forward of transformers' models keeps for its backward: measured on few rows, and scaled to a batch."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from math import ceil
+from typing import Any, Final
+
+import attrs
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tunerkit_transformers.learned_positions import takes_positions
+from tunerkit_transformers.memory import give_back
+
+_LONGEST: Final = 256  # tokens of a row that is measured; what longer rows keep is extrapolated
+_IMAGES: Final = 4  # that are measured at most
+# Numbers in a layer's input: smaller inputs are multiplied in another way, which keeps other tensors.
+_ENOUGH: Final = 2**17
+
+
+@attrs.frozen
+class Kept:
+    """Bytes that a forward keeps, as linear functions of the rows of a batch.
+
+    Each is a tensor (4,): what is kept outside of the layers that can be recomputed, inside of all of them, their
+    inputs, and inside of the largest one.
+
+    Attributes:
+        fixed: What any batch keeps once, such as weights that autocast has cast.
+        each: What each row adds.
+    """
+
+    fixed: Tensor
+    each: Tensor
+
+    def at(self, rows: int, logits: int, *, checkpointing: bool) -> int:
+        """The bytes of ``rows`` rows and of ``logits``, which are gone before a layer is recomputed."""
+        outside, layers, inputs, largest = (self.fixed + rows * self.each).tolist()
+        return int(outside + (inputs + max(largest, logits) if checkpointing else layers + logits))
+
+
+def kept_by(model: Any, rows: int, shape: tuple[int, ...], precision: torch.dtype | None = None) -> Kept:
+    """Measure what a forward in training keeps for its backward beside parameters and logits, with few rows.
+
+    Args:
+        model: A model of transformers. Its mode and torch's random numbers stay as they are.
+        rows: The rows of a batch.
+        shape: The shape of a row: ``(tokens,)``, or ``(channels, height, width)`` of an image.
+        precision: What matrix products are computed in under autocast; None without.
+    """
+    short = (min(shape[0], _LONGEST),) if len(shape) == 1 else shape
+    wide = getattr(model.config.get_text_config(), "hidden_size", 1)
+    few = min(rows, ceil(_ENOUGH / (short[0] * wide)) if len(shape) == 1 else _IMAGES)
+    kept = _measured(model, few, short, precision)
+    fixed, each = torch.zeros_like(kept), kept / few
+    if precision is not None:
+        each = (_measured(model, 2 * few, short, precision) - kept) / few
+        fixed = kept - few * each
+    if short != shape:  # attention may keep a number for each pair of tokens
+        half = (_measured(model, 2 * few, (short[0] // 2,), precision) - fixed) / (2 * few)
+        pairs = (2 * (each - 2 * half) / short[0] ** 2).clamp(min=0)
+        each = (each / short[0] - pairs * short[0]) * shape[0] + pairs * shape[0] ** 2
+    return Kept(fixed, each)
+
+
+def _measured(model: Any, rows: int, shape: tuple[int, ...], precision: torch.dtype | None) -> Tensor:
+    """The four numbers of `Kept` for a forward of so many rows. Each storage counts once."""
+    device = next(model.parameters()).device
+    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+    seen: dict[int, int] = {}
+    layers, inputs = [0], [0]
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = 0 if storage.data_ptr() in own else storage.nbytes()
+        return tensor.detach()  # the output of a node that its own node keeps would never be freed
+
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(next((each.nbytes for each in args if isinstance(each, Tensor)), 0))
+        layers.append(-sum(seen.values()))
+
+    def end(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        layers[-1] += sum(seen.values())
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    autocast = nullcontext() if precision is None else torch.autocast(device.type, dtype=precision)
+    random = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with _in_training(model, begin, end), random, hooks, autocast:
+        output = model(**_batch(model, rows, shape, device))  # as long as it lives, no storage is given to others
+    del output
+    give_back()
+    whole, inside = sum(seen.values()), sum(layers)
+    return torch.tensor([whole - inside, inside, sum(inputs), max(layers)], dtype=torch.float64)
+
+
+@contextmanager
+def _in_training(model: Any, begin: Any, end: Any) -> Iterator[None]:
+    """Inside the block, the model trains without checkpointing and cache, and its layers call ``begin`` and ``end``."""
+    found = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    outer = [each for each in found if not any(each in {*other.modules()} for other in found if other is not each)]
+    was_training, were = model.training, [each.gradient_checkpointing for each in found]
+    cached = getattr(model.config, "use_cache", None)  # a Trainer switches it off
+    with ExitStack() as stack:
+        for layer in outer:
+            stack.callback(layer.register_forward_pre_hook(begin).remove)
+            stack.callback(layer.register_forward_hook(end).remove)
+        try:
+            for layer in found:
+                layer.gradient_checkpointing = False
+            if cached is not None:
+                model.config.use_cache = False
+            yield model.train()
+        finally:
+            for layer, was in zip(found, were, strict=True):
+                layer.gradient_checkpointing = was
+            if cached is not None:
+                model.config.use_cache = cached
+            model.train(was_training)
+
+
+def _batch(model: Any, rows: int, shape: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+    """A batch of images, or of texts, each with a place of padding, as attention may keep more with a mask."""
+    if len(shape) > 1:
+        return {"pixel_values": torch.zeros((rows, *shape), device=device)}
+    ids = torch.ones((rows, *shape), dtype=torch.int64, device=device)
+    mask = torch.ones_like(ids)
+    mask[:, 1:][:, -1:] = 0
+    more: dict[str, Any] = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    more |= {"logits_to_keep": 1} if takes_positions(type(model)) else {}
+    return {"input_ids": ids, "attention_mask": mask, **more}
