@@ -18,7 +18,7 @@ import torch
 import typer
 
 STEPS = 6
-TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @attrs.frozen
@@ -44,14 +44,19 @@ def image(width: int, patch: int, hidden: int, layers: int) -> Callable[[], Any]
     """A classifier of images."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": hidden // 64, "image_size": width, "patch_size": patch, "num_labels": 10}
+    sizes: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
+    heads: dict[str, Any] = {
+        "num_attention_heads": hidden // 64,
+        "image_size": width,
+        "patch_size": patch,
+        "num_labels": 10,
+    }
     return lambda: ViTForImageClassification(ViTConfig(**sizes, **heads))
 
 
 def llama(hidden: int, layers: int, words: int, heads: int = 8) -> Callable[[], Any]:
     """A language model of Llama's kind."""
-    sizes = {"hidden_size": hidden, "intermediate_size": 8 * hidden // 3, "num_hidden_layers": layers}
+    sizes: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": 8 * hidden // 3, "num_hidden_layers": layers}
     return text(
         "Llama", "ForCausalLM", num_attention_heads=heads, num_key_value_heads=heads // 2, vocab_size=words, **sizes
     )
@@ -59,7 +64,7 @@ def llama(hidden: int, layers: int, words: int, heads: int = 8) -> Callable[[], 
 
 def shapes() -> tuple[dict[str, Shape], dict[str, Shape]]:
     """The shapes on which the estimate was fitted, and those that it is tested on."""
-    bert = {"intermediate_size": 1536, "num_attention_heads": 12, "vocab_size": 30522}
+    bert: dict[str, Any] = {"intermediate_size": 1536, "num_attention_heads": 12, "vocab_size": 30522}
     fitted = {
         "llama 384 x 6": Shape(llama(384, 6, 16384), "lora", 8, 64),
         "llama 384 x 6, checkpointing": Shape(llama(384, 6, 16384), "lora", 8, 64, True),
@@ -162,8 +167,7 @@ def main(part: Annotated[str, typer.Option(help="fitted, tested or all.")] = "al
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     fitted, tested = shapes()
-    tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    warm = text("Llama", "ForCausalLM", vocab_size=64, **tiny)
+    warm = text("Llama", "ForCausalLM", vocab_size=64, **TINY)
     with tempfile.TemporaryDirectory() as folder:
         for method in ("lora", "adalora"):
             train(Shape(warm, method, 4, 32, True), Path(folder))

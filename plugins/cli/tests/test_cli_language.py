@@ -536,7 +536,7 @@ def test_what_is_chosen_for_speed_is_said_and_recorded(llama: Path, tmp_path: Pa
     data, out = sentences(tmp_path / "data.jsonl"), tmp_path / "out"
     call = arguments_of(llama, data, "--out", out)
     said = succeeded(*call, "--dry-run").output
-    starts = ("gradient", "batches:", "loss:", "evaluation:", "samples:")
+    starts = ("gradient checkpointing", "batches:", "loss:", "evaluation:", "samples:")
     lines = [line for line in said.splitlines() if line.startswith(starts)]
     assert lines[0].startswith("gradient checkpointing: off (a step takes about")
     assert lines[1].startswith("batches: grouped by length, shuffled (1.0")

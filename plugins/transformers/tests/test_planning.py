@@ -197,7 +197,7 @@ def test_it_reads_as_a_small_table() -> None:
         "overhead": 80,
     }
     saved = {"checkpointing": 500, "four_bit": 400, "half_batch": 350}
-    found = Plan(**{name: size * MIB for name, size in {**parts, **saved}.items()}, rows=8)
+    found = Plan(**{name: size * MIB for name, size in {**parts, **saved}.items()})
     assert str(found).splitlines() == [
         "base             512 MiB",
         "adapter          2.0 MiB",
@@ -207,7 +207,7 @@ def test_it_reads_as_a_small_table() -> None:
         "activations      700 MiB  (estimated)",
         "overhead        80.0 MiB  (estimated)",
         "total          1,300 MiB",
-        "would save about: gradient checkpointing 500 MiB, a 4-bit base 400 MiB, batches of 4 instead of 8 350 MiB",
+        "would save about: gradient checkpointing 500 MiB, a 4-bit base 400 MiB, batches of half the rows 350 MiB",
     ]
     assert found.parts() == (
         "about 1,300 MiB (base 512 MiB, adapter 2.0 MiB, gradients 2.0 MiB, optimizer 4.0 MiB, activations 700 MiB, "
@@ -233,7 +233,12 @@ def test_wrong_arguments_are_named() -> None:
 
 def test_a_trainer_of_images_is_planned(tmp_path: Path) -> None:
     """By the first row's image; what has rows of unknown shape is not."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     model = adapted(ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, **sizes)))
     arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, per_device_train_batch_size=6)
     rows: Any = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0}]
@@ -268,7 +273,7 @@ def test_an_error_of_memory_gets_one_note(tmp_path: Path) -> None:
     def fail(*arguments: Any) -> Any:
         raise raised[0]
 
-    trainer.training_step = fail  # type: ignore[method-assign]
+    trainer.training_step = fail  # type: ignore[method-assign, assignment]
     with pytest.raises(torch.OutOfMemoryError) as found:
         trainer.train()
     assert found.value.__notes__ == [f"tunerkit: {advice_on(planned)}"]

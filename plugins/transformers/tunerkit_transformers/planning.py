@@ -47,7 +47,6 @@ class Plan:
         averages: What the method keeps of each step beside that, such as AdaLoRA's averages of importance.
         activations: What the forward keeps for the backward, and the logits with their gradient.
         overhead: What a CPU's allocator and the libraries take beside tensors; 0 on an accelerator.
-        rows: The rows of a batch.
         checkpointing: What gradient checkpointing would save; 0 if it is on, or if the model has none.
         four_bit: What a 4-bit base (nf4) would save; 0 if it is quantized.
         half_batch: What batches of half of the rows would save.
@@ -60,7 +59,6 @@ class Plan:
     averages: int
     activations: int
     overhead: int
-    rows: int
     checkpointing: int
     four_bit: int
     half_batch: int
@@ -77,11 +75,10 @@ class Plan:
 
     def advice(self) -> str:
         """What would take less, and by how much, in words; empty if nothing would."""
-        half = max(1, self.rows // 2)
         ways = {
             "gradient checkpointing": self.checkpointing,
             "a 4-bit base": self.four_bit,
-            f"batches of {half} instead of {self.rows}": self.half_batch,
+            "batches of half the rows": self.half_batch,
         }
         found = [f"{way} {_shown(saved)}" for way, saved in ways.items() if saved > 0]
         return f"would save about: {', '.join(found)}" if found else ""
@@ -163,7 +160,6 @@ def plan(
         averages=sum(map(_averages, tuners)),
         activations=now,
         overhead=process + int(holes * now),
-        rows=rows,
         checkpointing=saved(activations(rows, recomputed=True)) if can and not checkpointing else 0,
         four_bit=_saved_by_nf4(model),
         half_batch=saved(activations(rows // 2, recomputed=checkpointing)) if rows > 1 else 0,

@@ -95,7 +95,7 @@ def train(
     """Train an adapter, by default with LoRA. Without options: all-MiniLM-L6-v2 on movie sentences, with AdaLoRA."""
     options: dict[str, Any] = {**locals(), "from": from_}  # the parameters that are flags have their names in FLAGS
     given = {name: options[name] for name in setting.FLAGS if options[name] not in (None, [])}
-    is_bare = recipe is None and not set_ and {*given} <= {"out", "precision"}
+    is_bare = recipe is None and {*given} <= {"out", "precision"}
     mapping = reading.mapping_at(recipe) if recipe is not None else {}
     if resume and is_bare:  # the run's own recipe, but for its `out`: the folder may have been moved
         from tunerkit_cli.running.folder import RunFolder

@@ -51,6 +51,8 @@ def described(session: Session) -> Iterator[str]:
     precision, device = session.precision, arguments.device.type
     other = "" if precision == "fp32" or device == "cpu" else "; --precision fp32 is slower and rounds less"
     yield f"precision: {precision} on {device}{other}"
+    if session.plan is not None:
+        yield f"memory: {session.plan.parts()}"
     if session.start is not None:
         yield f"goes on from {session.start.source}"
     parameters = tunerkit.trainable_parameters(session.loaded.model)

@@ -34,6 +34,8 @@ from tunerkit_cli.tasks.turns import read_template
 from tunerkit_cli.tasks.weights import class_weights, weighted_loss
 from tunerkit_transformers.learned_positions import is_scored
 from tunerkit_transformers.memory import GIB
+from tunerkit_transformers.out_of_memory import noted_plan
+from tunerkit_transformers.planning import Plan, plan_of
 from tunerkit_transformers.pretrained import Pretrained, load_pretrained
 from tunerkit_transformers.quantising import bytes_of
 from tunerkit_transformers.savings import Saving, speed_up
@@ -56,6 +58,7 @@ class Session:
     start: Start | None
     fits: Mapping[str, Fit]  # how the rows of ``train`` and ``eval`` fit a language model
     savings: Sequence[Saving] = ()  # what was chosen for speed
+    plan: Plan | None = None  # the memory
 
     def rows(self, part: str) -> int:
         """How many rows of ``"train"`` or ``"eval"`` count: those that leave something to learn."""
@@ -96,7 +99,9 @@ def settled(recipe: Recipe, folder: RunFolder, *, resume: bool) -> Recipe:
         return attrs.evolve(recipe, precision=hardware.choose_precision(device, recipe.precision))
     kept = with_precision(read_recipe(folder.recipe_file))
     precision = hardware.choose_precision(device, kept.precision, resumed=str(folder))
-    kept = attrs.evolve(kept, precision=precision, training={**earlier_defaults(kept.task), **kept.training})
+    changed = {name: recipe.training[name] for name in (DECIDED,) if name in recipe.training}  # which changes no number
+    training = {**earlier_defaults(kept.task), **kept.training, **changed}
+    kept = attrs.evolve(kept, precision=precision, training=training)
     recipe = attrs.evolve(recipe, columns=_columns_then(as_placed(kept, folder.path)))
     return attrs.evolve(recipe, **{name: getattr(kept, name) for name in _AS_BEGUN})
 
@@ -148,8 +153,9 @@ def prepare(
     savings: Sequence[Saving] = ()
     if isinstance(task, GenerationTask) and (not resume or recipe.samples is not None):
         recipe, savings = _sped_up(recipe, trainer, resume=resume)
+    plan = noted_plan(trainer) or plan_of(trainer)
     tunerkit.attach(loaded.model, trainer)
-    return Session(recipe, task, data, loaded, tuner, trainer, watching, start, fits, savings)
+    return Session(recipe, task, data, loaded, tuner, trainer, watching, start, fits, savings, plan)
 
 
 def _arguments(recipe: Recipe, task: Task, data: Data, *, resume: bool) -> Any:

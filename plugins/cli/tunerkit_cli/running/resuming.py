@@ -98,7 +98,8 @@ def _check_resume(folder: RunFolder, recipe: Recipe) -> None:
         recipe = attrs.evolve(recipe, training={**meant, **asked_of(recipe, task)})
     asked = attrs.evolve(recipe, out=kept.out)
     before, now = (_flat(to_mapping(as_stated(each, folder.path))) for each in (kept, asked))
-    different = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    names = {*before, *now} - {f"training.{DECIDED}"}  # which changes no number
+    different = sorted(name for name in names if before.get(name) != now.get(name))
     if different:
         name = different[0]
         then, here = (shown(each[name]) if each.get(name) is not None else "not set" for each in (before, now))

@@ -24,6 +24,7 @@ from tunerkit_cli.running.data import prepare_data
 from tunerkit_cli.running.describing import conclude, described, tell
 from tunerkit_cli.running.folder import ENVIRONMENT, LEFT_OUT, REPORT, RunFolder
 from tunerkit_cli.running.learning import below_baseline
+from tunerkit_cli.running.memory import refusing_memory
 from tunerkit_cli.running.preparing import Session, is_of_earlier_version, prepare, settled
 from tunerkit_cli.running.record import Trained, adapter_facts, environment, finite, model_facts
 from tunerkit_cli.running.telling import say, telling_warnings
@@ -58,13 +59,15 @@ def run(
         if dry_run:
             outputs.require_writable(folder.path)
         quiet()
-        with telling_warnings(console):
+        with telling_warnings(console), refusing_memory(folder):
             task, data = prepare_data(recipe, console, by_class=not (resume and is_of_earlier_version(folder)))
             session = prepare(recipe, task, data, console, resume=resume, dry_run=dry_run)
         for line in described(session):
             say(console, line)
         if dry_run:
             rehearse(session, console, resume=resume)
+            if session.plan is not None:
+                say(console, str(session.plan))
             say(console, "dry run: nothing was trained and nothing was written")
             return
         known: dict[str, Any] = {"task": task.name, "method": session.tuner.method}
@@ -72,7 +75,10 @@ def run(
         kept = as_stated(attrs.evolve(session.recipe, **known), folder.path)
         resuming.refuse_processor(folder, session.loaded.processor)
         before = _samples(session) if session.recipe.samples is None else []
-        with replacing(session, kept, resume=resume) as listing:
+        with (
+            replacing(session, kept, resume=resume) as listing,
+            refusing_memory(folder, session.plan, has_begun=lambda: resume or listing.has_begun),
+        ):
             session, trained = train_with_restarts(session, listing, console, resume=resume)
         folder.save(session.loaded)  # at once: what follows only describes it
         _finish(session, trained, kept, before, console)
@@ -174,6 +180,7 @@ def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dic
         "confusion": trained.confusion,
         "samples": samples,
         "savings": [attrs.asdict(saving) for saving in session.savings],
+        "memory": None if session.plan is None else {**attrs.asdict(session.plan), "total": session.plan.total},
     }
     record |= {name: value for name, value in further.items() if value not in (None, {}, [])}
     plain: dict[str, Any] = finite(record)

@@ -1,0 +1,37 @@
+"""A run for which there is not enough memory ends in one sentence that says what takes less."""
+
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tunerkit import TunerkitError
+from tunerkit_cli.running import output
+from tunerkit_transformers.out_of_memory import advice_on, is_out_of_memory
+from tunerkit_transformers.planning import Plan
+
+
+class OutOfMemoryError(TunerkitError):
+    """There is not enough memory for a run."""
+
+
+@contextmanager
+def refusing_memory(
+    folder: Path, plan: Plan | None = None, *, has_begun: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Inside the block, an error of memory is an `OutOfMemoryError` that says what to change, and how to go on.
+
+    ``has_begun`` says whether the files in the folder are of this run.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        ways = "--set gradient_checkpointing=true, a smaller --batch-size or --set quantisation=nf4"
+        do = f"train with {ways}"
+        if has_begun() and output.has_checkpoint(folder):
+            saves = plan is not None and plan.checkpointing > 0
+            how = " --set gradient_checkpointing=true" if saves else ", where there is more memory"
+            do = f"go on with: tunerkit train --out {shlex.quote(str(folder))} --resume{how}"
+        raise OutOfMemoryError(f"out of memory: {advice_on(plan)}; {do}") from problem
