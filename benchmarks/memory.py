@@ -85,6 +85,7 @@ def shapes() -> tuple[dict[str, Shape], dict[str, Shape]]:
             text("GPT2", "LMHeadModel", n_embd=512, n_layer=6, n_head=8, vocab_size=8192), "adalora", 4, 256
         ),
         "vit 384 x 6": Shape(image(128, 8, 384, 6), "lora", 8, 128),
+        "llama 576 x 30, as SmolLM2-135M": Shape(llama(576, 30, 49152), "lora", 8, 32),
     }
     return fitted, tested
 

@@ -111,6 +111,8 @@ def plan(
 ) -> Plan:
     """Return the memory that a training takes, before its first step. A forward of few rows is made for it.
 
+    It is that of a process that holds the whole model.
+
     Args:
         model: A model of transformers with adapters, on its device.
         rows: The rows of a batch, for which one forward and backward is made.
@@ -264,7 +266,7 @@ def plan_of(trainer: Any) -> Plan | None:
     if lengths:
         longest = max(lengths) if most is None else min(max(lengths), most)  # TRL cuts pairs as it makes a batch
         shape = {"tokens": longest, "logits": _scored(trainer, rows, longest)}
-    elif (image := _image_in(dataset)) is not None:
+    elif (image := _image_in(dataset, model)) is not None:
         shape = {"image": image}
     else:
         return None
@@ -283,9 +285,12 @@ def plan_of(trainer: Any) -> Plan | None:
         return None
 
 
-def _image_in(dataset: Any) -> tuple[int, int, int] | None:
-    """The shape of the first row's image."""
-    row = dataset[0] if hasattr(dataset, "__getitem__") and len(dataset) else None
+def _image_in(dataset: Any, model: Any) -> tuple[int, int, int] | None:
+    """The shape of the first row's image, if the model takes images. A row may be made by random numbers."""
+    if model.main_input_name != "pixel_values" or not hasattr(dataset, "__len__") or not len(dataset):
+        return None
+    with torch.random.fork_rng([]):
+        row = dataset[0]
     pixels = row.get("pixel_values") if isinstance(row, Mapping) else None
     return tuple(pixels.shape) if isinstance(pixels, Tensor) and pixels.ndim == 3 else None  # type: ignore[return-value]
 
