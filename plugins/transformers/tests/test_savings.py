@@ -85,6 +85,19 @@ def test_rows_count_as_long_as_they_are_cut(tmp_path: Path, monkeypatch: pytest.
     assert seen[0] == 8 < seen[-1]
 
 
+def test_logits_are_planned_where_they_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At learned positions two copies of three that other losses keep; at all of them if the loss stays."""
+    rows = {"input_ids": [[2] * 12] * 8, "labels": [[-100] * 9 + [2] * 3] * 8}
+    monkeypatch.setitem(ROWS, "SFT", rows)
+    seen: list[int] = []
+    monkeypatch.setattr(planning, "plan", lambda model, *, logits, **more: seen.append(logits))
+    for keep in ((), ("loss",)):
+        trainer = trainer_of("SFT", adapted("adapter"), tmp_path, dataset_kwargs={"skip_prepare_dataset": True})
+        speed_up(trainer, keep=keep)
+    size = trainer.args.per_device_train_batch_size
+    assert seen == [size * 3 * 2 // 3, size * 12]
+
+
 def test_a_trainer_of_something_else_is_left_alone(tmp_path: Path) -> None:
     """Nothing is known of its rows, and its loss is its own."""
     trainer = Trainer(Regression(), arguments(tmp_path), train_dataset=RegressionRows())

@@ -26,6 +26,7 @@ _ESTIMATED: Final = ("activations", "overhead")
 _FP32: Final = 4  # bytes
 _NOT_LEARNED: Final = -100
 _COPIES: Final = 3  # of the logits in fp32: themselves, their logarithms or probabilities, and a gradient
+_LEARNED_COPIES: Final = 2  # of the logits at learned positions alone: the probabilities' gradient takes their place
 _LOGITS: Final = 2**30  # bytes; no loss keeps more at once: it computes those of larger batches in parts
 # nf4 with nested constants: 4 bits, an 8-bit constant for 64 weights, and an fp32 one for 256 of those.
 _NF4: Final = 1 / 2 + 1 / 64 + 4 / (64 * 256)
@@ -296,9 +297,9 @@ def _image_in(dataset: Any, model: Any) -> tuple[int, int, int] | None:
 
 
 def _scored(trainer: Any, rows: int, longest: int) -> int:
-    """The positions of a batch at which a language model's loss keeps logits."""
+    """The positions of a batch at which a language model's loss keeps as many copies of the logits as others do."""
     positions, names = rows * longest, {*(getattr(trainer.train_dataset, "column_names", None) or ())}
     if is_scored(trainer) and "labels" in names:
         learned = (sum(label != _NOT_LEARNED for label in row) for row in trainer.train_dataset["labels"])
-        positions = rows * min(longest, max(learned))
+        positions = rows * min(longest, max(learned)) * _LEARNED_COPIES // _COPIES
     return min(positions, _LOGITS // (_COPIES * _FP32 * max(1, _vocabulary(trainer.model))))
