@@ -69,7 +69,7 @@ def find(name: str) -> Any:
 
 
 def _brought(name: str) -> Any:
-    """Load a name from another distribution. Raises `VerbError`, or `AttributeError` for an unknown name."""
+    """Load a name that another distribution provides. Raises `VerbError`, or `AttributeError` for an unknown name."""
     # Python and notebooks look up names with underscores; `from tunerkit import hooks` calls this before it imports.
     if name.startswith("_") or any(each.name == name for each in pkgutil.iter_modules(__path__)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -99,7 +99,7 @@ def _brought(name: str) -> Any:
 
 @functools.cache
 def _points() -> dict[str, list["EntryPoint"]]:
-    """The entry points of the group by name. Of two distributions with one name, the first on the path counts."""
+    """Return the group's entry points by name; of a distribution that is installed twice, the first on the path."""
     from importlib.metadata import distributions  # `import tunerkit` alone does without it
 
     found: dict[str, list[EntryPoint]] = {}
@@ -117,7 +117,7 @@ def _points() -> dict[str, list["EntryPoint"]]:
 
 
 def _error(text: str, kind: type[AttributeError]) -> Exception:
-    """Return an error of ``kind``; in ``from tunerkit import name`` an `ImportError`, since Python replaces others."""
+    """Return an error of ``kind``; within ``from tunerkit import name``, an `ImportError`, whose text Python keeps."""
     frame = sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[:2] in _FACES:
         frame = frame.f_back

@@ -274,7 +274,7 @@ def _unknown(key: object, fields: Fields) -> str:
 
 
 def meant(key: str, fields: Iterable["attrs.Attribute[Any]"]) -> str:
-    """Return a hint on a key of another library: the same setting in ``fields``, or what to do instead; else ""."""
+    """Return a hint on another library's setting: the equivalent in ``fields``, or an alternative; "" if unknown."""
     ours = [repr(field.name) for field in fields if key in field.metadata.get("aka", ())]
     instead = hints("settings").get(key)
     return f"; did you mean {' or '.join(ours)}?" if ours else f"; {instead}" if instead else ""
@@ -302,7 +302,7 @@ def _read(fields: Fields, mapping: Mapping[str, Any]) -> tuple[dict[str, object]
 
 
 def _located(error: Exception, path: str) -> Iterator[str]:
-    """Yield the problems in an error, also in its elements and the fields of a class, each with its path."""
+    """Yield one line per problem in an error, with its path; includes errors of list elements and nested classes."""
     if isinstance(error, IterableValidationError):
         for problem, note in error.group_exceptions()[0]:
             yield from _located(problem, f"{path}[{note.index!r}]")
@@ -335,7 +335,7 @@ def numbers_in(value: object, path: str) -> list[tuple[str, float]]:
 
 
 class _WrongKindError(ValueError):
-    """The value has a different type from the annotation. Another member of a union may still accept it."""
+    """The value's type is not the annotation's. In a union, another member may still accept the value."""
 
     def __str__(self) -> str:
         value, cls = self.args
@@ -349,7 +349,7 @@ def _got(value: object) -> str:
 
 
 def _hint(text: str, kinds: tuple[object, ...]) -> str:
-    """Return a hint: how YAML 1.1 wants a float, with a dot and a signed exponent, or the closest choices."""
+    """Return a hint on a rejected text: a float in the notation of YAML 1.1, or the closest allowed values."""
     found = _SCIENTIFIC.fullmatch(text)
     if found and float in kinds:
         whole, fraction, sign, exponent = found.groups()
@@ -358,7 +358,7 @@ def _hint(text: str, kinds: tuple[object, ...]) -> str:
 
 
 def _described(cls: Any) -> str:
-    """Describe an annotation for an error, such as ``list of str``: tuples are lists in JSON and YAML."""
+    """Describe an annotation for an error, such as ``list of str``; tuples too, since JSON and YAML have only lists."""
     origin, members = get_origin(cls), get_args(cls)
     if origin in _UNIONS:
         return " or ".join(map(_described, members))
@@ -399,7 +399,7 @@ def _check_annotations(cls: Any, outer: tuple[object, ...]) -> None:
 
 
 def _forms(cls: Any, outer: tuple[object, ...]) -> set[tuple[object, object]]:
-    """Return (type in JSON, its one meaning) for the values of an annotation; empty if it is not supported."""
+    """Return (JSON type, type that it is read as) for an annotation; empty if unsupported, as are ambiguous unions."""
     if cls in _PLAIN:
         return {(float, float), (int, int)} if cls is float else {(cls, cls)}
     if cls is Path:
@@ -481,7 +481,7 @@ def _union(value: object, cls: Any) -> object:
 
 
 def _container(cls: Any) -> Callable[[object, Any], object]:
-    """Make the hook of a list or mapping: it checks kind and length, then calls cattrs' own hook, which adds paths."""
+    """Return the hook that reads a list or mapping: it checks type and length, then calls cattrs' own hook."""
     origin, members = get_origin(cls), get_args(cls)
     kinds: Any = Mapping if origin in _MAPPINGS else (list, tuple, *_SETS) if origin in _SETS else (list, tuple)
     # In this converter, cattrs reads the container and the strict converter reads its elements.
@@ -502,7 +502,7 @@ def _container(cls: Any) -> Callable[[object, Any], object]:
 
 
 def _written(union: Any) -> Callable[[Any], object]:
-    """Make the hook that writes a value of a union like its member; one of several classes gets its name."""
+    """Return the hook that writes a union's value as its member does, with a class's name if there are several."""
     hooks: dict[Any, Callable[[Any], Any]] = {}
     for member in get_args(union):
         kind = dict if get_origin(member) is Mapping else get_origin(member) or member

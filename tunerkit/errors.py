@@ -91,7 +91,7 @@ class TunerkitWarning(UserWarning):
 
 
 def warn(text: str) -> None:
-    """Warn at the line of the caller: the first frame outside tunerkit, its plugins and pluggy."""
+    """Warn, and attribute the warning to the first calling frame outside tunerkit, its plugins and pluggy."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _INSIDE.match(str(frame.f_globals.get("__name__", ""))):
         frame, level = frame.f_back, level + 1
@@ -99,7 +99,7 @@ def warn(text: str) -> None:
 
 
 def cut(text: str, width: int = WIDTH) -> str:
-    """Shorten ``text`` to ``width`` characters by cutting its middle, since the end has the advice."""
+    """Shorten ``text`` to ``width`` characters by cutting its middle; the end of a message has the advice."""
     if len(text) <= width:
         return text
     gap = f" ...({len(text) - width} characters)... "
@@ -131,7 +131,7 @@ def shown(value: object) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """Return an exception's message in one short line, after its class, unless it is a `PluginError`."""
+    """Return an exception's class and message in one short line; of a `PluginError`, only the message."""
     try:
         text = " ".join(str(error).split())
     except BaseException as second:  # the exception of a plugin may raise another when it is printed
@@ -140,7 +140,7 @@ def error_text(error: BaseException) -> str:
 
 
 def is_of_user(error: BaseException) -> bool:
-    """Whether an exception comes from the user, by Ctrl-C or a signal handler, and not from the running code."""
+    """Whether the user raised an exception, by Ctrl-C or in a signal handler, and not the running code."""
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     codes = {handler.__code__ for handler in handlers if isfunction(handler)}
     frames = traceback.walk_tb(error.__traceback__)

@@ -1,4 +1,4 @@
-"""Which extra of tunerkit serves which library, for messages: the only file of core that names other distributions."""
+"""The extras of tunerkit that support other libraries, for messages; no other file of core names distributions."""
 
 import functools
 import pkgutil
@@ -92,7 +92,7 @@ LIBRARIES: Final = (
 
 
 def distribution(extra: str) -> str:
-    """The distribution that an extra installs."""
+    """Return the name of the distribution that an extra installs."""
     return f"tunerkit-{extra}"
 
 
@@ -108,7 +108,7 @@ ROWS: Final = "adapter_names"  # the argument of a forward that names an adapter
 
 @functools.cache
 def hints(kind: str) -> Mapping[str, str]:
-    """Return hints by another library's name; ``kind`` is "calls", "settings" or "methods"."""
+    """Return hints for names in other libraries, by name; ``kind`` is "calls", "settings" or "methods"."""
     import tomllib  # only errors need it
 
     lines = tomllib.loads((pkgutil.get_data("tunerkit", "elsewhere.toml") or b"").decode())[kind]
@@ -123,9 +123,9 @@ def elsewhere(name: str) -> str:
 
 
 def serving(thing: object, *, described: bool = False) -> str | None:
-    """Return the extra for a library's object, by its base classes; None if there is none.
+    """Return the extra that supports the library of an object's class or base classes; None if there is none.
 
-    With ``described``, only an extra that also knows a model's settings and newly initialized modules.
+    With ``described``, consider only extras that also find a model's settings and newly initialized modules.
     """
     roots = {kind.__module__.partition(".")[0] for kind in type(thing).__mro__}
     if described:

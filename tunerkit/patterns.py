@@ -54,7 +54,7 @@ def lookup(table: Mapping[str, Value], path: str, default: Value) -> Value:
 
 
 def exact_patterns(paths: Iterable[str]) -> dict[str, str]:
-    """Return a pattern for each path that matches only this path; a plain name would also match longer paths."""
+    """Return a pattern for each path that matches only that path; a plain name would also match longer paths."""
     return {path: f"re:{re.escape(path)}" for path in paths}
 
 
@@ -64,7 +64,7 @@ def is_broad(pattern: str) -> bool:
 
 
 def is_exact(pattern: str) -> bool:
-    """Check whether a pattern is from `exact_patterns`, so that it matches a single path."""
+    """Check whether a pattern has the form from `exact_patterns`, so that it matches a single path."""
     return _literal(pattern) is not None
 
 
@@ -100,7 +100,7 @@ def _malformed(pattern: str, error: Exception) -> TargetError:
 
 
 def at_paths(config: Mapping[str, Any], paths: Collection[str], *, of_file: bool = False) -> dict[str, Any]:
-    """Return settings with exact patterns in place of regular expressions in their tables, as files store them.
+    """Replace regular expressions in a config's tables by exact patterns of the matching paths, as files store them.
 
     Files of earlier versions may contain regular expressions: with ``of_file``, they are matched in bounded time.
     Raises `TargetError` if an expression is malformed or, with ``of_file``, not supported or too slow.

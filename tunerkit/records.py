@@ -19,7 +19,7 @@ from tunerkit.errors import PluginError, shown
 
 
 class Unfit(PluginError):
-    """A plugin's answer is invalid: ``found`` and ``expected`` describe it in words."""
+    """A plugin's answer is invalid: ``found`` describes the answer, ``expected`` a valid one."""
 
     def __init__(self, found: str, expected: str) -> None:
         super().__init__(f"it returned {found}; it must return {expected}")
@@ -56,7 +56,7 @@ def mistyped(value: Any, declared: Any, path: str = "") -> tuple[str, object, An
 
 
 def _is_of(value: Any, kind: Any, parts: tuple[Any, ...]) -> bool:
-    """Whether a value has a type, without a check of the items in containers."""
+    """Whether a value has a type; items of containers are not checked."""
     if kind is Literal:
         return value in parts
     if kind is Callable:
@@ -85,7 +85,7 @@ def _inside(value: Any, kind: Any, parts: tuple[Any, ...]) -> Iterator[tuple[str
 
 
 def type_name(declared: Any) -> str:
-    """Return a type's name for messages, with classes as plugins import them."""
+    """Return a type's name for messages; tunerkit's classes get the module from which plugins import them."""
     if get_origin(declared) is Literal:
         return f"one of {get_args(declared)}"
     is_class = isinstance(declared, type) and not get_args(declared)
@@ -96,7 +96,7 @@ def type_name(declared: Any) -> str:
 
 
 def in_short(value: object) -> str:
-    """Return a value for messages: plain values as they are, other objects by their class."""
+    """Describe a value for messages: show plain values, and name the class of other objects."""
     if value is None or isinstance(value, str | int | float | list | tuple | dict):
         return shown(value)
     name = type(value).__name__
@@ -109,7 +109,7 @@ Field: TypeAlias = "attrs.Attribute[Any]"
 
 
 def checked(cls: type, fields: list[Field]) -> list[Field]:
-    """Give each field a validator for its annotation, unless it has a validator already (an attrs transformer)."""
+    """Transformer for attrs: give each field without a validator the validator `typed`."""
     return [field if field.validator else field.evolve(validator=typed) for field in fields]
 
 
@@ -128,7 +128,7 @@ def _refuse(record: Any, field: Field, found: str, expected: str) -> NoReturn:
 
 
 def must_be(expected: str, holds: Callable[[Any], object]) -> Callable[[Any, Field, Any], None]:
-    """Return a validator that calls ``holds``; ``expected`` describes it in words."""
+    """Return a validator that requires ``holds(value)``; ``expected`` describes valid values in words."""
 
     def check(record: Any, field: Field, value: Any) -> None:
         if not holds(value):
@@ -262,8 +262,8 @@ class Statistics:
             Nyström approximation, exact if X has rank k or less. k is at most the number of features.
         centred: The same for X minus its mean row, (k, in): its principal components, multiplied by their singular
             values; None if ``inputs`` was not requested.
-        variance: Σ ‖x − mean‖² over the n rows, exact: the total of which each squared row of ``centred`` is a share.
-            0 if ``inputs`` was not requested.
+        variance: Σ ‖x − mean‖² over the n rows, exact. The squared norm of a row of ``centred`` is the part that this
+            component explains. 0 if ``inputs`` was not requested.
         gradients: P and Q with P Q close to the gradient of the loss with respect to W, summed over the batches, and
             exact if the gradient's rank is at most k; None if not requested.
     """
@@ -511,8 +511,8 @@ class Holding:
         shape: The full shape of a sharded tensor, even while it is empty.
         part: This process's shard of a sharded tensor: a view, not a copy.
         gathered: Returns a context manager in which the parameters of a module and its children are gathered, and
-            changes to them are lost. It gives a function from a parameter's name and a full tensor to this process's
-            shard of the tensor, a copy.
+            changes to them are lost. It yields a function (parameter name, full tensor) -> this process's shard of the
+            tensor, as a copy.
         reshard_: Shards the weights of a model again that a forward has left gathered.
         lent: Reason why in-place writes to a module's weights are currently discarded (a sentence without its end);
             None if they persist.
@@ -572,8 +572,8 @@ class NewModules:
         loader: The name of the library's function that loads checkpoints, for messages.
         whole: The paths of modules in which all parameters are newly initialized.
         partly: The paths of modules with some newly initialized parameters.
-        heads: The paths of output heads that may be new, if this cannot be determined.
-        replaced: The paths of replaced modules in numbered blocks, because of which it cannot be determined.
+        heads: The paths of output heads for which it cannot be determined whether they are new.
+        replaced: The paths of modules in numbered blocks that were replaced, which is why it cannot be determined.
     """
 
     loader: str

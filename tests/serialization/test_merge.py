@@ -174,7 +174,7 @@ def test_what_is_tied_by_now_is_not_merged(toys: "Toys", place: str, own: str) -
     model.other.weight = layer.weight
     path = place if place == "layers.1" else "head.2"
     for permanent in (False, True):
-        with pytest.raises(AdapterError, match=rf"cannot merge into '{path}': since wrapping it was tied to other"):
+        with pytest.raises(AdapterError, match=rf"cannot merge into '{path}': after wrapping it was tied to other"):
             tunerkit.merge(model, permanent=permanent)
         assert not is_merged(model)
     model.other.weight = nn.Parameter(layer.weight.detach().clone())

@@ -75,7 +75,7 @@ os.rename("out/checkpoint-10", "last")
 # A page's training is longer than a test's. A warning says that it has not ended.
 _SHORT = "import warnings\nwarnings.filterwarnings('ignore', message='.*above the final.*')\n"
 # What the page says of DeepSpeed.
-_MASKED = "import warnings\nwarnings.filterwarnings('ignore', message='.*masked, to the end of training.*')\n"
+_MASKED = "import warnings\nwarnings.filterwarnings('ignore', message='.*masked, until training ends.*')\n"
 _SAVED = """
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict

@@ -43,7 +43,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
 
     Args:
         model: The wrapped model.
-        names: An adapter's name, or several names in order. An empty sequence shows the base model.
+        names: An adapter's name, or several names in order. With an empty sequence, the model acts as the base model.
 
     Raises:
         AdapterError: A name is unknown or given twice, two of the adapters train the same module in full, the model is
@@ -79,8 +79,8 @@ def freeze(model: nn.Module, adapter: str) -> None:
 def thaw(model: nn.Module, adapter: str) -> None:
     """Make an adapter trainable that was frozen or loaded for inference.
 
-    An attached adapter resumes training at its own step count. All its parameters become trainable but those of
-    integers, and those that its method keeps fixed.
+    An attached adapter resumes training at its own step count. All its parameters become trainable, except integer ones
+    and those that its method keeps fixed.
 
     Args:
         model: The wrapped model.

@@ -150,15 +150,15 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float | None = No
 
 
 def fit_start_(tuner: Tuner, measure: Measure) -> None:
-    """Initialize an adapter and its ranks from data, with the method's hook `tunerkit_calibrate`.
+    """Set an adapter's initial values and ranks from data, with the method's hook `tunerkit_calibrate`.
 
     `tunerkit.calibrate` is built on this. The method requests statistics, see `tunerkit.plugin.StatisticsRequest`.
     During the call, the model is in eval mode with gradients on; its modes and the random state are restored.
 
     Args:
         tuner: The tuner of an adapter that is unchanged since `tunerkit.wrap`.
-        measure: Runs the model. It gets the request and the base layers by target path, and returns the statistics by
-            target path and the number of batches.
+        measure: Runs the model on the data. It gets the request and the base layers by target path, and returns the
+            statistics by target path, and the number of batches.
 
     Raises:
         AdapterError: The method needs no data with these settings, training has begun, or the model is merged or

@@ -37,10 +37,10 @@ _READS = (
 
 
 def ask(hook: Callable[P, R], method: str, place: str = "", /, *args: P.args, **given: P.kwargs) -> R:
-    """Call a hook of the plugin that owns a method, and return its checked answer. Pass the hook's arguments by name.
+    """Call a hook of the plugin that owns a method, and return the checked answer. Pass the hook's arguments by name.
 
-    ``place`` is the subject for messages: by default the tuner's adapter, the target, or the targets. Raises
-    `PluginError` if the answer is invalid, the plugin is gone, or it tried to end the program.
+    ``place`` names the subject in messages: by default the tuner's adapter, the target, or the targets. Raises
+    `PluginError` if the answer is invalid, the plugin was removed, or it tried to end the program.
     """
     catalog = registry.loaded()
     owner = catalog.owner_of(method, hook)
@@ -72,8 +72,8 @@ def declared(hook: Callable[..., object]) -> Any:
 class Caller:
     """A hook of the plugin that owns a method, resolved once for all steps of a training.
 
-    ``function`` is the implementation, and ``takes`` are its arguments. ``check`` converts an answer other than None,
-    or raises `Unfit`. ``blame`` adds the plugin to an exception of either.
+    ``function`` is the implementation, and ``takes`` are its arguments' names. ``check`` converts an answer other than
+    None, or raises `Unfit`. ``blame`` adds a note with the plugin to an exception from ``function`` or ``check``.
     """
 
     function: Callable[..., Any]
@@ -131,7 +131,7 @@ def structure(method: str, mapping: Mapping[str, object]) -> AdapterConfig:
 
 
 def watches_steps(method: str) -> bool:
-    """Whether the method has step hooks, so that a step without them would train differently."""
+    """Whether the method implements a step hook, so that training without the hooks would give another result."""
     return any(registry.implements(hook, method) for hook in (specs.tunerkit_before_step, specs.tunerkit_after_step))
 
 
@@ -195,13 +195,13 @@ def from_factors(
 
 
 class Check(Protocol):
-    """Returns a hook's answer, converted; raises `Unfit` for an invalid one. ``given`` has arguments and method."""
+    """Converts a hook's answer, or raises `Unfit`. ``given`` has the hook's arguments by name, and the method."""
 
     def __call__(self, answer: Any, given: Given) -> Any: ...
 
 
 def check_shared(answer: Any, given: Given) -> Any:
-    """Reject a shared module that contains a base layer, which would then belong to the adapter too."""
+    """Reject a shared module that contains a base layer: the base layer would become a part of the adapter."""
     if not {target.module for target in given["targets"]}.isdisjoint(answer.modules()):
         raise Unfit("a module that holds a base layer", "one with tensors of its own")
     return answer
@@ -262,7 +262,7 @@ def read_budget(answer: Any, given: Given) -> int:
 
 
 def read_count(value: Any, where: str, expected: str) -> int:
-    """Convert to an int; numpy's integers are accepted too."""
+    """Convert a plugin's count to an int; numpy's integers are accepted too."""
     try:
         count = -1 if isinstance(value, bool) else operator.index(value)
     except Exception:
@@ -273,7 +273,7 @@ def read_count(value: Any, where: str, expected: str) -> int:
 
 
 def read_parameters(answer: Any, given: Given) -> list[Tensor]:
-    """Convert the parameters that a step must not update to a list; reject a single tensor, which iterates by rows."""
+    """Convert the parameters that a step must not update to a list; reject a single tensor, an iterable of its rows."""
     expected = "a list of the adapter's parameters, or None"
     if isinstance(answer, Tensor) or not isinstance(answer, Iterable):
         raise Unfit(in_short(answer), expected)

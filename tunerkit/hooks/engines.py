@@ -1,4 +1,4 @@
-"""The contracts that hooks see: the engine, which shards or synchronizes adapters over processes, and the tuner."""
+"""The interfaces between core and hooks: the engine, which shards or synchronizes adapters, and the tuner."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -80,7 +80,7 @@ class Engine:
         withholds: Whether the optimizer's step skips parameters without a gradient.
         splits: Whether adapters are sharded, so that all processes must take part in reading one.
         gives_pieces: Whether a method with ``Method.pieces`` gets shards and not gathered parameters.
-        fixed_shapes: Why parameters cannot be resized, equally in all processes; None if they can.
+        fixed_shapes: Why parameters cannot be resized; None if they can. It must be equal in all processes.
     """
 
     is_shared = False
@@ -119,7 +119,7 @@ class Engine:
         return {}
 
     def before_step_(self, optimizer: Optimizer) -> None:
-        """Act before the optimizer steps. Raises `StepError` if the processes are not at the same step."""
+        """Called before each optimizer step. Raises `StepError` if the processes are not at the same step."""
 
     def no_sync(self) -> AbstractContextManager[object]:
         """Inside the block, backwards accumulate this process's gradients only, if the engine averages gradients."""
@@ -137,7 +137,7 @@ class Engine:
             gradients: Whether to gather gradients too, which costs a second exchange.
 
         Returns:
-            A context manager. It gives a function from a parameter inside the block to the parameter outside of it.
+            A context manager. It yields a function that maps a gathered parameter to the parameter outside the block.
         """
         return nullcontext(same)
 
@@ -149,7 +149,7 @@ class Engine:
         return whole_pieces(parameters)
 
     def resized_(self) -> None:
-        """Act after parameters were resized, equally in all processes, between two backwards."""
+        """Called after parameters were resized, equally in all processes, between two backwards."""
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Broadcast the values of tensors from process 0 to all processes.
@@ -205,5 +205,5 @@ class TunerView(Protocol):
 
 
 def same(parameter: Tensor) -> Tensor:
-    """The parameter itself."""
+    """Return the parameter itself: without sharding, no gathered one replaces it."""
     return parameter

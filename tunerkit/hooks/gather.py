@@ -1,4 +1,4 @@
-"""Call hooks of every plugin: collect records about other libraries, and find the plugin for a user's object.
+"""Call a hook of every plugin: collect records about other libraries, and find the plugin for a user's object.
 
 Invalid records are left out, with a warning, so that one plugin does not stop the others.
 """
@@ -32,7 +32,7 @@ E = TypeVar("E", bound=Exception)
 
 
 def first(hook: Callable[P, R], /, *args: P.args, **given: P.kwargs) -> R | None:
-    """Return the first plugin's answer that is not None or False; None if there is none. `PluginError` if invalid."""
+    """Return the first answer that is not None or False, else None. Raises `PluginError` for an invalid answer."""
     for plugin, answer in registry.ask(hook, *args, **given):
         if answer is None:
             continue
@@ -50,7 +50,7 @@ def tell(hook: Callable[P, None], /, *args: P.args, **given: P.kwargs) -> None:
 
 
 def per_catalog(make: Callable[[], R]) -> Callable[[], R]:
-    """Cache the result of a function without arguments for each catalog of plugins."""
+    """Cache the result of a function without arguments until plugins are added or removed."""
 
     @functools.wraps(make)
     def made() -> R:
@@ -95,7 +95,7 @@ def gather_formats() -> dict[str, Format]:
 
 @contextmanager
 def naming(format: Format, function: str) -> Iterator[None]:
-    """Add the format and its plugin to exceptions of the format's function, as `Asking` does."""
+    """Inside the block, add a note with the format and its plugin to exceptions of the format's function."""
     try:
         with Asking(function, f"format {format.name!r}"):
             yield
@@ -106,7 +106,7 @@ def naming(format: Format, function: str) -> Iterator[None]:
 
 
 def configure(method: str, config: object, model: nn.Module) -> AdapterConfig:
-    """Convert to the method's config: a mapping, None, such a config, or an object that a format's plugin reads."""
+    """Convert ``config`` to the method's config: a mapping, None, such a config, or another library's config object."""
     if config is None or isinstance(config, Mapping):
         return structure(method, config or {})
     expected, got = registry.get(method).config, type(config)
@@ -128,7 +128,7 @@ def configure(method: str, config: object, model: nn.Module) -> AdapterConfig:
 
 
 def because_of(record: R | None, hook: Callable[[], Iterable[R]], error: E) -> E:
-    """Return ``error`` with a note on its reason: the plugin that returned ``record`` from ``hook``."""
+    """Return ``error`` with a note that names the plugin that returned ``record`` from ``hook``."""
     for plugin, known in _known(hook):
         if known is record:
             error.add_note(f"because of {hook.__name__} of {plugin}; {plugin.way_out}")
@@ -137,7 +137,7 @@ def because_of(record: R | None, hook: Callable[[], Iterable[R]], error: E) -> E
 
 @per_catalog
 def gather_restrictions() -> tuple[Restriction, ...]:
-    """Return the restrictions of all plugins, then restrictions of libraries whose plugin is not installed."""
+    """Return the restrictions of all plugins, then one for each library whose plugin is not installed."""
     found = [*_records(specs.tunerkit_restrictions)]
     for library in extras.LIBRARIES:
         if library.verbs and (why := registry.lacking("knows what it does", library.extra)) is not None:
@@ -216,7 +216,7 @@ def _called(plugin: Plugin, what: str, declared: Any, function: Callable[..., An
 
 
 def _named(plugin: Plugin, record: R) -> R:
-    """Return the record with functions that add the plugin to their exceptions and check their answers."""
+    """Return the record with its functions wrapped: they check their answers, and name the plugin in exceptions."""
     if not isinstance(record, Holding | ModelLibrary):
         return record
     kind, values = type(record), attrs.asdict(record, recurse=False)

@@ -58,7 +58,7 @@ class Plugin:
 
 
 def blame(error: BaseException, what: str, whose: object, place: str = "") -> None:
-    """Add a note to an exception of a plugin's function: the function ``what``, the plugin ``whose``, and ``place``.
+    """Add a note to an exception of a plugin: its function ``what``, the plugin ``whose``, and the subject ``place``.
 
     Raises `PluginError` for an invalid answer, and in place of SystemExit and the like, which would end the program
     silently. ``whose`` is a `Plugin` or a description of one.
@@ -80,7 +80,7 @@ def blame(error: BaseException, what: str, whose: object, place: str = "") -> No
 
 @attrs.frozen
 class Asking(AbstractContextManager[object]):
-    """Context manager around a call of a plugin: passes its exception to `blame`, with these arguments."""
+    """Context manager around a call of a plugin: passes an exception to `blame`, with these fields as arguments."""
 
     what: str
     whose: object
@@ -108,10 +108,10 @@ class Isolated(AbstractContextManager[object]):
 class Catalog:
     """A snapshot of a registry's plugins in load order. A change makes a new catalog, so that readers need no lock.
 
-    ``failures`` could not be loaded, or are not used. ``left_out`` has the reasons why a plugin's answer to a hook is
-    not used. ``limit`` has the entry points that may load; None allows all. A method belongs to the distribution that
-    is named after it, else to the first plugin with it. ``hooks`` has pluggy's caller for each plugin alone, in the
-    order of calls: by distribution, then in-process plugins, ``trylast`` at the end. ``known`` is a cache.
+    ``failures`` are plugins that could not be loaded or are not used. ``left_out`` maps (plugin, hook) to the reason
+    why the plugin's answers are ignored. ``limit`` has the entry points that may load; None allows all. ``owners`` maps
+    a method to the distribution named after it, else to the first plugin with it. ``hooks`` maps each hook to pluggy's
+    callers of single plugins, in call order: by distribution, then in-process, ``trylast`` last. ``known`` is a cache.
     """
 
     plugins: tuple[Plugin, ...]
@@ -250,8 +250,8 @@ def _discover(
 ) -> tuple[list[tuple[metadata.EntryPoint, MethodInfo]], list[Failure]]:
     """Return the entry points of the group, sorted by distribution, and the distributions that cannot be read.
 
-    If two distributions have the same name, only the first one on the path counts, as for Python's imports. Another
-    version is listed as a failure.
+    If a distribution is installed twice, only the first one on the path counts, as for Python's imports. A second one
+    of another version is listed as a failure.
     """
     sources: dict[str, list[tuple[metadata.EntryPoint, MethodInfo]]] = {}
     failures = []
@@ -373,7 +373,7 @@ def _check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
 
 
 def _methods_of(hooks: Mapping[str, Callable[..., Any]]) -> dict[str, Method]:
-    """Read and check the records of a plugin's methods."""
+    """Read the plugin's `Method` records by name. Raises `PluginError` if one is invalid or lacks its hooks."""
     methods: dict[str, Method] = {}
     for method in hooks.get("tunerkit_methods", tuple)() or ():
         if not isinstance(method, Method):

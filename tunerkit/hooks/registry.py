@@ -47,8 +47,8 @@ class Registry:
 
         Returns:
             A record for each method, by its name. A plugin that failed to load is listed by its entry point's name,
-            with its error; so is a plugin with working methods whose base layers, weight readers or default targets
-            were left out. If two distributions provide the same method, the rejected one is ``"name (distribution)"``.
+            with its error; so is a plugin with working methods of which other records, such as base layers, were left
+            out. If two distributions provide the same method, the rejected one is ``"name (distribution)"``.
 
         Raises:
             PluginError: ``TUNERKIT_PLUGINS`` names a plugin that is not installed.
@@ -56,7 +56,7 @@ class Registry:
         return self.loaded().listed()
 
     def warn_of_rivals(self, method: str) -> None:
-        """Warn of other distributions with a method of this name, which is not used."""
+        """Warn of each other distribution that provides ``method`` and is not used for it."""
         for name, info in self.loaded().failures:
             if name == f"{method} ({info.distribution})":
                 warn(str(info.error))
@@ -70,7 +70,7 @@ class Registry:
         return f"the plugin of method {method!r} ({self.owner_of(method).distribution})"
 
     def lacking(self, what: str, extra: str | None = None) -> str | None:
-        """Return a message that an extra is needed for ``what``, and how to install it; None if it is loaded."""
+        """Return a message that ``what`` needs an extra, and how to install the extra; None if it is loaded."""
         extra = extra or extras.DOES[what]
         distribution = extras.distribution(extra)
         absent = self.loaded().absence(distribution)
@@ -87,7 +87,7 @@ class Registry:
         return catalog.owners.get(method) in catalog.hooks[hook.__name__]
 
     def implementation(self, hook: Callable[..., object], method: str) -> pluggy.HookImpl | None:
-        """Return the implementation of a hook by the plugin that owns the method, which may be kept; None if none."""
+        """Return a hook's implementation by the plugin that owns the method, or None. Callers may keep the result."""
         catalog = self.loaded()
         owner = catalog.owners.get(method)
         caller = None if owner is None else catalog.hooks[hook.__name__].get(owner)

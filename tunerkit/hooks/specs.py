@@ -165,7 +165,7 @@ def tunerkit_build_adapter(
 
 @hookspec
 def tunerkit_wrapped(model: nn.Module) -> None:
-    """Prepare a model for a library's later use of it, after its first adapter was injected.
+    """Prepare a model for use by another library, after the model's first adapter was injected.
 
     Fires in ``wrap`` and ``load``; `tunerkit_unwrapped` undoes it. If it raises or changes weights, nothing is
     injected.
@@ -183,10 +183,10 @@ def tunerkit_unwrapped(model: nn.Module) -> None:
 
 @hookspec
 def tunerkit_adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
-    """React to a change of the modules of a model that have adapters, before the model runs again.
+    """React to a change of a model's adapted modules, before the model runs again.
 
-    Fires after adapters were injected into a model or removed. ``modules`` have adapters now; it is empty when none is
-    left. Undo your changes to the model then, or in `tunerkit_unwrapped`.
+    Fires after adapters were injected into a model or removed. ``modules`` are the modules that have adapters now. If
+    there are none, undo your changes to the model, here or in `tunerkit_unwrapped`.
     """
 
 

@@ -1,4 +1,4 @@
-"""An adapter's contents: factors, copies and biases for other programs, counts, and parameter groups for optimizers."""
+"""Read an adapter's contents: factors, copies and biases for other programs, counts, and groups for optimizers."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -55,7 +55,7 @@ def factors_of(tuner: Tuner) -> dict[str, Factors]:
 
 
 def copies_of(tuner: Tuner) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of the modules that an adapter trains in full, on the CPU, by module path and name in it."""
+    """Return the tensors of the modules that an adapter trains in full, on the CPU, by module path and local name."""
     return {
         path: {name: tensor.detach().cpu() for name, tensor in slot.copy.state_dict().items()}
         for path, slot in slots_in(tuner)
@@ -64,7 +64,7 @@ def copies_of(tuner: Tuner) -> dict[str, dict[str, Tensor]]:
 
 
 def biases_of(tuner: Tuner) -> dict[str, Tensor]:
-    """Return the other biases that an adapter trains, (out,), on the CPU, by module path."""
+    """Return the biases (out,) that an adapter trains in modules not trained in full, on the CPU, by module path."""
     return {path: slot.bias.detach().cpu() for path, slot in slots_in(tuner) if slot.bias is not None}
 
 
@@ -91,10 +91,10 @@ def trainable_parameters(model: nn.Module) -> Summary:
 
 
 def regrouped(groups: Iterable[dict[str, Any]], tuners: Iterable[Tuner]) -> list[dict[str, Any]]:
-    """Split an optimizer's ``groups`` so that parameters with settings from a method are in groups of their own.
+    """Split an optimizer's ``groups``: parameters with settings from a method are moved to new groups at the end.
 
-    Groups that lose parameters stay, and new groups come last. If no method has settings, the groups are unchanged, so
-    that an optimizer's saved state still fits.
+    The old groups stay, even if empty. If no method has settings, the groups are unchanged, so that an optimizer's
+    saved state still fits.
     """
     spec = hooks.specs.tunerkit_param_groups
     wanted = [group for tuner in tuners for group in hooks.ask(spec, tuner.method, tuner=tuner) or ()]

@@ -1,4 +1,4 @@
-"""Deltas of adapters: a module's tensors with its adapters applied, and whether an adapter adds anything."""
+"""Compute a module's tensors with its adapters applied, and check whether an adapter adds anything."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -20,9 +20,9 @@ from tunerkit.records import Delta
 def adapted_tensors(path: str, module: nn.Module, slots: Slots, base: BaseLayer | None = None) -> dict[str, Any]:
     """Return new values of the parameters and buffers of ``module`` that active slots change, by their local name.
 
-    The dtypes are the module's own. A missing bias counts as zeros. With gradients on, the values depend on the
-    adapters' parameters. For a packed weight, the values are the attributes that store it. For a dense
-    twin of a packed module, ``base`` is the twin's base layer, to which the deltas of ``slots`` are added.
+    The dtypes are the module's own. A missing bias counts as zeros. With gradients on, gradients reach the adapters'
+    parameters. For a packed weight, the values are the attributes that store it. For a dense copy of a packed
+    module, pass the copy's base layer as ``base``: the deltas of ``slots`` are then added to its weight.
     """
     tensors: dict[str, Any] = {}
     deltas: list[Delta] = []
@@ -65,13 +65,13 @@ def _with_deltas(base: BaseLayer, deltas: Sequence[Delta]) -> dict[str, Any]:
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
-    """Return the sum in fp32 or a wider dtype."""
+    """Return the sum of the tensors, computed in fp32 or a wider dtype."""
     wide = reduce(torch.promote_types, (part.dtype for part in parts), torch.float32)
     return reduce(torch.add, (part.to(wide) for part in parts))
 
 
 def _refuse_untrainable(method: str, adapter: Adapter, delta: Delta) -> None:
-    """Reject a delta that is detached from the adapter's parameters, which would never be trained."""
+    """Raise `PluginError` for a delta that is detached from the adapter's parameters, which would not be trained."""
     trained = any(parameter.requires_grad and parameter.numel() for parameter in adapter.parameters())
     has_gradient = any(part is not None and part.requires_grad for part in (delta.weight, delta.bias))
     if torch.is_grad_enabled() and trained and not has_gradient:
@@ -87,7 +87,7 @@ def _refuse_untrainable(method: str, adapter: Adapter, delta: Delta) -> None:
 
 @torch.no_grad()
 def adds_nothing(tuner: Tuner) -> bool:
-    """Whether the adapter leaves the model's output unchanged, by its values, since not all loops count steps."""
+    """Whether the adapter leaves the model's output unchanged, judged by its values: not all loops count steps."""
     modules = modules_in(tuner)
     return all(
         _keeps_base(slot, modules[path]) and (slot.adapter is None or _has_no_delta(path, slot, modules[path]))
@@ -107,7 +107,7 @@ def is_untrained(tuner: Tuner) -> bool:
 
 @torch.no_grad()
 def untrained_copies(tuner: Tuner) -> list[str]:
-    """Return the paths of modules trained in full whose copy still has the base's values."""
+    """Return the paths of modules trained in full whose trained copy still has the base's values."""
     modules = modules_in(tuner)
     return [path for path, slot in slots_in(tuner) if slot.copy is not None and _keeps_base(slot, modules[path])]
 

@@ -36,8 +36,8 @@ def build_each(
 ) -> Iterator[tuple[str, Slot]]:
     """Yield (path, slot) of one adapter lazily, so that a caller may stop before all slots are in memory.
 
-    The plugin builds each adapter inside ``around``, unless it is in ``ready``. If the method rejects targets, one
-    `TargetError` lists all of them, after the others are built.
+    The plugin builds each target's adapter inside the context ``around(target)``; if ``ready`` is given, its adapters
+    are used instead. If the method rejects targets, one `TargetError` at the end lists all of them.
     """
     targets, copies, biases = (
         {each.path: each for each in kind} for kind in (tuner.targets, tuner.copies, tuner.biases)
@@ -83,7 +83,7 @@ def build_each(
 
 
 def _adapter(tuner: Tuner, target: Target, base: BaseLayer, shared: nn.Module | None) -> Adapter:
-    """Build one adapter with the method's plugin; `PluginError` if it changes the shared module."""
+    """Build one adapter with the method's plugin. Raises `PluginError` if the plugin changes the shared module."""
     before = {} if shared is None else torch_private.versions(shared)
     built = hooks.ask(
         hooks.specs.tunerkit_build_adapter,
@@ -105,7 +105,7 @@ def _adapter(tuner: Tuner, target: Target, base: BaseLayer, shared: nn.Module | 
 
 
 def _refuse_unfit(tuner: Tuner, target: Target, base: BaseLayer, built: Adapter, *, is_read: bool) -> None:
-    """Refuse an adapter without a weight that it reads, or whose delta cannot be added to a weight read directly."""
+    """Raise `TargetError` if the adapter reads an unknown weight, or if an owner reads the weight and no delta fits."""
     if built.reads_weight and not base.has_weight:
         raise TargetError(
             f"{target.path!r} is a {type(target.module).__name__}, whose weight tunerkit does not know, and method "
@@ -132,7 +132,7 @@ def _refuse_unfit(tuner: Tuner, target: Target, base: BaseLayer, built: Adapter,
 
 
 def _place_(built: nn.Module, module: nn.Module, tuner: Tuner) -> None:
-    """Move a new part to the execution device of ``module``, even if that is offloaded, and to the config's dtype."""
+    """Move a new module to the execution device of ``module``, even if that is offloaded, and to the config's dtype."""
     for parameter in built.parameters():  # FSDP2 shards only contiguous parameters
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
@@ -165,7 +165,7 @@ def _bias_of(biased: Target, scanned: Scan) -> nn.Parameter:
 
 
 def _comes_from_file(place: Target, parameters: Iterable[nn.Parameter], scanned: Scan) -> bool:
-    """Whether meta parameters will get values from a file; `TargetError` if they have none to copy."""
+    """Whether parameters are on the meta device and a file will set them. Raises `TargetError` if no file will."""
     if not any(parameter.is_meta for parameter in parameters):
         return False
     if not scanned.unloaded:
@@ -216,7 +216,7 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, undo: ExitSt
 
 
 def _prepare_(model: nn.Module) -> None:
-    """Freeze the base for its first adapter; parameters that a user unfreezes later are trained on purpose."""
+    """Freeze the base and register the model's hooks. Not repeated, since users may unfreeze parameters afterwards."""
     own = {  # tied parameters under all of their names, since merging may untie them
         join(path, name): parameter
         for path, module in base_modules(model)
@@ -232,7 +232,7 @@ def _prepare_(model: nn.Module) -> None:
 
 
 def _put_(path: str, module: nn.Module, tuner: Tuner, slot: Slot, scanned: Scan) -> nn.Module | None:
-    """Put an adapter's slot into one module. Returns the owner that uses the module's weight directly, or None."""
+    """Put an adapter's slot into one module; return the owner that uses the module's weight directly, or None."""
     slots, found = slots_of(module), scanned.by_path[path]
     # A copy replaces the whole module, so there is no base layer.
     base, reader = (found.base, found.reader) if slot.copy is None else (None, None)
@@ -259,7 +259,7 @@ def _watch_states_(module: nn.Module) -> None:
 
 
 def eject_(tuners: Sequence[Tuner]) -> None:
-    """Take adapters out of their common model. Modules without other adapters lose the child and the hook.
+    """Remove adapters from their common model; modules without other adapters lose the child and the hook.
 
     This also completes an interrupted call, and undoes a partial `inject_`.
     """
@@ -294,7 +294,7 @@ def eject_(tuners: Sequence[Tuner]) -> None:
 
 
 def activate_(model: nn.Module, names: Sequence[str]) -> None:
-    """Apply exactly the named adapters, in this order. Compiled code is updated, since its guards read the tuples."""
+    """Apply exactly the named adapters, in this order. Compiled code follows, since its guards check `Slots.active`."""
     refuse_running(model, "activating adapters")
     adapted = walk(model)
     for path, _, slots in adapted:
@@ -327,7 +327,7 @@ def _warn_of_products(model: nn.Module) -> None:
 
 
 def rename_(tuner: Tuner, new: str) -> None:
-    """Rename an adapter. The Parameter objects stay the same, so its optimizer still works."""
+    """Rename an adapter. The Parameter objects stay the same, so the optimizer still trains them."""
     old, wrapped = tuner.name, wrapped_of(tuner.model)
     for module in modules_in(tuner).values():
         if (slots := slots_of(module)) is not None:
@@ -376,7 +376,7 @@ def copy_base(module: nn.Module) -> nn.Module:
 
 
 def _resume_statistics_(module: nn.Module) -> None:
-    """Let the batch norms in a module update their statistics again."""
+    """Make the batch norms in a module update their running statistics again, after `inject_` stopped them."""
     for part in module.modules():
         if torch_private.is_batch_norm(part) and _STOPPED in vars(part):
             part.track_running_stats = True

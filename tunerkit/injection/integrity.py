@@ -62,7 +62,7 @@ def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
 
 
 class _Watch(NamedTuple):
-    """The watched modules, by path, until the report."""
+    """The state of `watch` for one model, until `report`; modules are named by their paths."""
 
     ran: set[str]  # modules that ran in eager mode
     owners: dict[str, tuple[str, nn.Module]]  # the owner of each adapted module, from before any change of the model
@@ -73,8 +73,8 @@ def watch(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
     """Watch the next forward of ``model``, to warn about adapted modules that do not run although their parent does.
 
     The warning comes after the next eager forward of the whole model, or at an optimizer step if that is earlier, since
-    a custom loop may call only parts of the model. It leaves out a layer whose parent did not run either (LayerDrop),
-    and one beside which another entry of the same ModuleList or ModuleDict ran (experts).
+    a custom loop may call only parts of the model. It omits layers whose parent did not run either (LayerDrop), and
+    layers in a ModuleList or ModuleDict of which another entry ran (experts).
     """
     _unwatch(model)
     if not adapted:
@@ -95,20 +95,20 @@ def _unwatch(model: nn.Module) -> None:
 
 
 def _owner(model: nn.Module, path: str) -> tuple[str, nn.Module]:
-    """Return the module at ``path`` or its closest ancestor with a forward, which a ModuleList has not."""
+    """Return (path, module) at ``path``, or of the closest ancestor that is not a ModuleList or ModuleDict."""
     found = model.get_submodule(path)
     return _owner(model, parent(path)) if path and isinstance(found, _LISTS) else (path, found)
 
 
 def note_call(ran: set[str], path: str, module: nn.Module, args: Any) -> None:
-    """Forward pre-hook of watched modules, with ``ran`` and ``path`` bound: add the path."""
+    """Forward pre-hook of watched modules, with ``ran`` and ``path`` bound: add ``path`` to ``ran``."""
     # Not under compile: compiled code must not have a Python side effect in each call.
     if not torch.compiler.is_compiling():
         ran.add(path)
 
 
 def note_used(model: nn.Module, paths: Iterable[str]) -> None:
-    """Mark adapters at ``paths`` as used, although their modules may never be called."""
+    """Count the modules at ``paths`` as run, since their weights were used directly."""
     watched: _Watch | None = vars(model).get(WATCHED)
     if watched is not None:
         watched.ran.update(paths)
@@ -171,7 +171,7 @@ def warn_of_base_changes(tuners: Sequence[Tuner], *, again: bool = True) -> None
 
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """Yield (name, parameter, whether a trained copy of its module replaces it) for the base's own parameters."""
+    """Yield (name, parameter, whether its module has a trained copy) for the base's own parameters."""
     copied: set[str] = set()
     for path, module, slots in places_in(model):
         if slots is not None and slots.copies:

@@ -62,7 +62,7 @@ def ready_model(model: object, adapter: str, *, trainable: bool) -> nn.Module:
 
 
 def refuse_restricted(modules: Iterable[tuple[str, nn.Module]], verb: str) -> None:
-    """Raise the error of the first restriction of ``verb`` on ``modules``, (path, module) pairs; not on children."""
+    """Raise the error of the first restriction of ``verb`` on (path, module) pairs; children are not checked."""
     restrictions = [each for each in hooks.gather_restrictions() if verb in each.refused]
     marks = {name for each in restrictions for name in each.marks}
     of_class: dict[type, tuple[Restriction, ...]] = {}  # a model has many layers of few classes
@@ -85,7 +85,7 @@ def refuse_restricted(modules: Iterable[tuple[str, nn.Module]], verb: str) -> No
 
 
 def refuse_idle_patterns(tuner: Tuner) -> None:
-    """Raise `ConfigError` for a per-target pattern that matches no target, since it is most often mistyped."""
+    """Raise `ConfigError` for per-target patterns that match no target, since they are most often mistyped."""
     paths = [target.path for target in tuner.targets]
     names = {path.rpartition(".")[2] for path in paths}
     problems = [
@@ -120,7 +120,7 @@ def refuse_overlap(model: nn.Module, paths: Collection[str], copies: Collection[
 
 
 def refuse_mixed_dtypes(tuner: Tuner, built: Mapping[str, Slot]) -> None:
-    """Raise `AdapterError` if a library has partitioned the base and needs one dtype for all trained parameters."""
+    """Raise `AdapterError` for trained parameters of several dtypes if a library partitioned the base and needs one."""
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for slot in built.values() for p in slot.parameters()})
     holder = weights.emptied(tuner.model.parameters()) if len(dtypes) > 1 else None
     if holder is not None and holder.one_dtype:
@@ -131,7 +131,7 @@ def refuse_mixed_dtypes(tuner: Tuner, built: Mapping[str, Slot]) -> None:
 
 
 def warn_of_limits(scanned: Scan, tuner: Tuner) -> None:
-    """Warn about running statistics of the frozen base, which training still changes, and targets without dropout."""
+    """Warn if training changes running statistics of the frozen base, and if dropout cannot be applied at targets."""
     copies = {copied.path for copied in tuner.copies}
     moving = [
         found.path
@@ -164,7 +164,7 @@ def refuse_rows(model: nn.Module, args: object, kwargs: Mapping[str, object]) ->
 
 
 def refuse_running(model: nn.Module, what: str) -> None:
-    """Raise `AdapterError` if another thread is in a call of ``model``, whose output would mix old and new state.
+    """Raise `AdapterError` if another thread runs ``model``: the output would mix old and new state.
 
     The check misses calls that start later, calls of submodules, and calls inside compiled code: callers need a lock.
     """

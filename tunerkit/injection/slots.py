@@ -44,7 +44,7 @@ class Slot(nn.Module):
 
     @property
     def shared(self) -> nn.Module | None:
-        """The module that all adapters of the method share; only the first target's slot has it, others None."""
+        """The module that all adapters of the method share; None except in the first target's slot."""
         return torch_private.own_children(self).get(CHILD)
 
     def forward(
@@ -103,7 +103,7 @@ class Slots(nn.Module):
         self.see_as(base)
 
     def see_as(self, base: BaseLayer | None) -> None:
-        """Set the base layer."""
+        """Set ``base``, and record its current sizes in ``features``."""
         self.base = base
         self.features = None if base is None or not base.has_weight else (base.out_features, base.in_features)
 
@@ -131,9 +131,9 @@ class Slots(nn.Module):
         return ", ".join(f"{name!r}: {slot.method}{full.get(name, '')}" for name, slot in self._by_name.items())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a deep copy or pickle. A copy made inside `tunerkit.disabled` is enabled.
+        """Restore a deep copy or pickle. A copy made inside `tunerkit.disabled` is enabled, and not merged.
 
-        If the original was merged and disabled, its module had the base's weights, so the copy is not merged.
+        Inside `disabled`, a merged module has the base's weights, and so has the copy.
         """
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
         was_enabled, self.enabled = self.enabled, True
@@ -142,17 +142,17 @@ class Slots(nn.Module):
 
     @property
     def _by_name(self) -> dict[str, Slot]:
-        """Torch's own dict of children: unlike `add_module`, it takes an adapter's name such as "forward"."""
+        """Torch's own dict of children, which accepts every adapter name; `add_module` rejects "forward"."""
         slots: Any = torch_private.own_children(self)
         return slots  # type: ignore[no-any-return]
 
     def put(self, name: str, slot: Slot) -> None:
-        """Add a slot, and activate it beside the active ones."""
+        """Add a slot, and activate it after the active ones."""
         self._by_name[name] = slot
         self.activate((*self.active, name))
 
     def activate(self, names: Iterable[str]) -> None:
-        """Activate exactly these adapters, of those with a slot here; first those that read the base's output."""
+        """Activate exactly these adapters if they have a slot here; adapters that read the base's output come first."""
         own = self._by_name
         ours = (name for name in names if name in own)
         self.active = tuple(sorted(ours, key=lambda name: not own[name].reads_output))
@@ -167,7 +167,7 @@ class Slots(nn.Module):
         self._by_name.pop(name, None)
 
     def rename(self, old: str, new: str) -> None:
-        """Rename a slot, if the adapter has one here, without a change of the order in ``state_dict``."""
+        """Rename a slot, if the adapter has one here; keep the order in ``state_dict``."""
         slots = [(new if name == old else name, slot) for name, slot in self._by_name.items()]
         self._by_name.clear()
         self._by_name.update(slots)
@@ -191,7 +191,7 @@ class Slots(nn.Module):
 
     @property
     def originals(self) -> dict[str, Any]:
-        """The originals that a merge replaced, by local name: tensors, and the attributes in ``whole``."""
+        """The values that a merge replaced, by local name: tensors, and the attributes in ``whole``."""
         buffers = self.named_buffers(recurse=False, remove_duplicate=False)
         return self.whole | {name.removeprefix(_ORIGINAL).replace(_DOT, "."): tensor for name, tensor in buffers}
 
@@ -219,9 +219,9 @@ class Slots(nn.Module):
 
 
 def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
-    """Forward hook of every adapted module: apply the active slots. It keeps no state, to avoid recompilation.
+    """Forward hook of every adapted module: apply the active slots. It has no state, to avoid recompilation.
 
-    Torch's quantization copies hooks without the children to a replacement module, and passes no kwargs.
+    Raises `AdapterError` in a module to which torch's quantization copied the hook, since that has no slots.
     """
     slots = torch_private.own_children(module).get(CHILD)
     if not isinstance(slots, Slots):
@@ -246,7 +246,7 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: A
 
 
 def _add(slots: Slots, module: nn.Module, args: Any, kwargs: Any, own: Any, traced: bool) -> Any:
-    """Return the output of a layer with a weight and a single adapter."""
+    """Return the output with a single adapter on a layer with a known weight, the most frequent case."""
     if type(own) is tuple:  # (output, bias), from Megatron's linear layers
         return _apply_each(slots, module, args, kwargs, own, traced)
     adapter, base, x = slots.applied[0].adapter, slots.base, input_of(args, kwargs)
@@ -260,7 +260,7 @@ def _add(slots: Slots, module: nn.Module, args: Any, kwargs: Any, own: Any, trac
 
 
 def _apply_each(slots: Slots, module: nn.Module, args: Any, kwargs: Any, own: Any, traced: bool) -> Any:
-    """Return the output after all active slots, one after the other."""
+    """Return the output after applying all active slots in order."""
     output, marked, applied = own, False, slots.applied
     # An adapter may overwrite a marked output, so do not mark it if several share it and one reads it.
     if slots.base is not None and not (len(applied) > 1 and applied[0].reads_output):
@@ -304,7 +304,7 @@ def slots_of(module: nn.Module) -> Slots | None:
 
 
 def is_called(module: nn.Module) -> bool:
-    """Whether a forward hook applies the module's adapters; otherwise its weight is overridden for its owner."""
+    """Whether a forward hook applies the module's adapters; otherwise the owner reads an overridden weight."""
     return torch_private.has_hook(module, apply_slots)
 
 

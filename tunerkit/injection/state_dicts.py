@@ -30,10 +30,10 @@ def mark_merged(module: nn.Module, state: object, prefix: str, metadata: dict[st
 def refuse_state(
     module: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, object], *rest: object
 ) -> None:
-    """Pre-hook of ``load_state_dict``: raise `AdapterError` for a state dict that is merged, or a module that is.
+    """Pre-hook of ``load_state_dict``: raise `AdapterError` if the state dict or the module has merged weights.
 
-    Nothing has been loaded into the module yet. A merged state dict without its metadata, such as a plain dict or from
-    a safetensors file, is recognized by its values, if it is from the same base.
+    Nothing is loaded into the module then. A merged state dict without metadata, such as a plain dict or one from a
+    safetensors file, is recognized by its values, if it is from the same base.
     """
     marked, found = _MERGED in metadata, None
     places = walk(module)
@@ -65,9 +65,9 @@ def _is_equal(live: Tensor, new: Tensor) -> bool:
 
 @torch.no_grad()
 def _has_sum(path: str, part: nn.Module, slots: Slots, state: Mapping[str, Any], start: str) -> bool | None:
-    """Whether a module's weight in the state dict is the live weight plus the ΔW of the adapters in the state dict.
+    """Whether the state dict's weight of a module equals the live weight plus the ΔW of the state dict's adapters.
 
-    None if it is the live weight, by samples, or cannot be compared: a shard, a packed weight, or a meta tensor.
+    None if sampled values equal the live weight, or if weights cannot be compared: shards, packed or meta tensors.
     """
     if slots.base is None or not slots.applied:
         return None

@@ -196,7 +196,7 @@ class Tuner:
             gradients: Whether to gather gradients too.
 
         Returns:
-            A context manager. It gives a function from a parameter inside the block to the parameter outside of it,
+            A context manager. It yields a function that maps a gathered parameter to the parameter outside the block,
             which the optimizer has.
         """
         engine = engine_of(self)
@@ -216,9 +216,9 @@ class Tuner:
         return self.engine.pieces(parameters)
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
-        """Broadcast the values of tensors from process 0, so that all processes of a training decide alike.
+        """Broadcast the values of tensors from process 0, so that all processes make the same decisions.
 
-        Processes on different hardware round differently. Call this on scores before an allocation, and on decomposed
+        Processes on different hardware round differently. Call this for scores before an allocation, and for decomposed
         weights. In a single process it does nothing.
 
         Args:
@@ -302,7 +302,7 @@ def modules_in(tuner: Tuner) -> dict[str, nn.Module]:
 
 
 def slots_in(tuner: Tuner) -> list[tuple[str, Slot]]:
-    """Return an adapter's (path, slot): targets, copies, then other biases. Raises `AdapterError` if one is gone."""
+    """Return an adapter's (path, slot) pairs, ordered like `modules_in`. Raises `AdapterError` if a slot is gone."""
     # The tuner itself is compared too, since a new adapter may have the name of a deleted one.
     present, found = wrapped_of(tuner.model).tuners.get(tuner.name) is tuner, list[tuple[str, Slot]]()
     for path, module in modules_in(tuner).items():
@@ -315,7 +315,7 @@ def slots_in(tuner: Tuner) -> list[tuple[str, Slot]]:
 
 
 def needs_steps(tuner: Tuner) -> bool:
-    """Whether the method must be called at every optimizer step."""
+    """Whether the tuner's method must be called at every optimizer step."""
     return hooks.registry.get(tuner.method).needs_steps
 
 
@@ -367,7 +367,7 @@ def training_state(tuner: Tuner) -> State:
 
 @attrs.define(eq=False)
 class Wrapped:
-    """The adapters of a wrapped model."""
+    """A model's record of its adapters."""
 
     tuners: dict[str, Tuner] = attrs.field(factory=dict)  # by name, the oldest first
     active: tuple[str, ...] = ()  # the adapters that forward applies, in order
@@ -376,7 +376,7 @@ class Wrapped:
 
 
 def wrapped_of(model: nn.Module) -> Wrapped:
-    """Return the record of ``model`` itself, not of modules around or inside it; an empty one if it is not wrapped."""
+    """Return the record of ``model`` itself, not of modules around or inside it; an empty record if not wrapped."""
     found: Wrapped | None = vars(model).get(WRAPPED)
     return Wrapped() if found is None else found
 

@@ -20,9 +20,9 @@ _CALLS = "_tunerkit_overrides"
 
 @attrs.frozen(eq=False)
 class _Calls:
-    """The running calls of an owner, in one thread, from the outermost.
+    """The running calls of an owner in one thread, the outermost first.
 
-    ``replaced`` has the overridden attributes of each call: (module, attribute, earlier value or None).
+    ``replaced`` lists, for each call, the overridden attributes as (module, attribute, earlier value or None).
     """
 
     thread: int | None
@@ -47,7 +47,7 @@ def drop_overrides_(model: nn.Module) -> None:
 
 
 def overridden_in(modules: Iterable[nn.Module]) -> set[int]:
-    """Return the ids of the modules whose weights are overridden for an owner among ``modules``."""
+    """Return the ids of the modules whose weights an owner among ``modules`` overrides."""
     return {id(module) for owner in _owners(modules) for module, _ in _read_modules(owner)}
 
 
@@ -92,7 +92,7 @@ def _override(owner: nn.Module) -> None:
 
 
 def _has_abandoned(owner: nn.Module, calls: _Calls) -> bool:
-    """Whether an earlier call was interrupted: no forward hook runs after a KeyboardInterrupt."""
+    """Whether an earlier call was interrupted before `restore`: a KeyboardInterrupt skips forward hooks."""
     if not calls.replaced:
         return False
     running = sum(module is owner for module in torch_private.called_in(sys._getframe()))
@@ -112,7 +112,7 @@ def _undo_(owner: nn.Module) -> None:
 
 
 def _set_(module: nn.Module, name: str, value: object) -> None:
-    """Set an attribute of the instance; None removes it."""
+    """Set an instance attribute of ``module``; None removes it."""
     if value is None:
         vars(module).pop(name, None)
     else:
@@ -122,7 +122,7 @@ def _set_(module: nn.Module, name: str, value: object) -> None:
 def _read_modules(owner: nn.Module) -> Iterator[tuple[nn.Module, Slots]]:
     """Yield the adapted modules whose weights ``owner`` uses directly: those without the forward hook.
 
-    Hooks are decisive, not forwards, which may be replaced after wrapping, as by accelerate.
+    The hook is checked and not the forward, which a library such as accelerate may replace after wrapping.
     """
     for module in (owner, *owner.children()):
         slots = slots_of(module)
@@ -141,7 +141,7 @@ def _may_override(module: nn.Module) -> bool:
 
 
 def _changes(owner: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
-    """Yield (module, attribute, value) for each override of ``owner``; a value of None keeps the module's own."""
+    """Yield (module, attribute, value) for each override of ``owner``; None stands for the module's own value."""
     if isinstance(owner, nn.TransformerEncoder) and _overrides_now(owner):
         # With a frozen base in eval mode, the encoder packs padded batches into nested tensors, which attention accepts
         # only without gradients. The encoder's check looks at the base's weights and not at adapters.

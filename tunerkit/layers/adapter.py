@@ -91,7 +91,7 @@ class Adapter(nn.Module):
 
 
 def _resize_for(adapter: Adapter, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
-    """Resize an adapter to the rank of the tensors to be loaded, if they have one common rank and fit otherwise."""
+    """Hook before ``load_state_dict``: resize an adapter to the state's rank, if it fits in all other dimensions."""
     own = {**dict(adapter.named_buffers()), **dict(adapter.named_parameters())}
     dims, saved = adapter.rank_dims, {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
     if not dims.keys() <= saved.keys() or not all(
@@ -108,7 +108,7 @@ def _resize_for(adapter: Adapter, state_dict: Mapping[str, Any], prefix: str, *_
 
 
 def _fits(value: object, own: Tensor, dim: int | None) -> bool:
-    """Whether a value has the shape of an adapter's tensor, apart from dimension ``dim``."""
+    """Whether a value is a tensor with the shape of ``own``, except in dimension ``dim``."""
     # ZeRO-3 empties parameters between uses: then they have one dimension, and their rank is unknown.
     if not isinstance(value, Tensor) or value.ndim != own.ndim or (dim is not None and dim >= own.ndim):
         return False

@@ -214,7 +214,7 @@ class BaseLayer(abc.ABC):
 
 
 def bias_name(base: BaseLayer | None) -> str:
-    """The local name of a module's bias."""
+    """Return the local name of a module's bias."""
     return "bias" if base is None else base.bias_name
 
 

@@ -21,8 +21,8 @@ def add_traced(x: Tensor, w: Tensor, bias: Tensor | None, q: Tensor, p: Tensor, 
     """Return x Wᵀ + bias + scale · P Q x by one operation; None if the traced graph needs the plain form.
 
     The plain form is needed under autocast, for a dtype other than fp32, off the CPU, and for an input that is known to
-    be small. It is also needed in an exported graph, since importers do not have the operation, and under a transform
-    of torch.func, which has no rule for it.
+    be small. It is also needed in an exported graph, since importers do not have the operation, and under transforms
+    of torch.func, for which the operation has no rule.
     """
     if autocasts(q.device) or torch_private.is_transformed_or_exported():
         return None
@@ -59,7 +59,7 @@ def linear_low_rank(
 def gradients(
     g: Tensor, x: Tensor, w: Tensor | None, h: Tensor, q: Tensor, p: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x (empty if W is None), Q and P; ``g`` (..., out) is the output's gradient."""
+    """Return the gradients of x (an empty tensor if W is None), Q and P; ``g`` (..., out) is the output's gradient."""
     rows, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     with autocast_off(g.device):  # autocast may be on in backward only
         grad_h = products.multiply(g2, p)

@@ -34,9 +34,9 @@ def add_fused(
 ) -> Tensor | None:
     """Return y + scale · P diag(λ) Q x, overwriting the marked ``y``; None if the plain form is needed.
 
-    The plain form is needed if ``y`` was changed since, for tensor subclasses, if it would multiply in another dtype,
-    and if something records the operations of a forward. If ``x`` is the layer's own input, one node computes its
-    gradient through the layer and the product.
+    The plain form is needed if ``y`` was changed after it was marked, for tensor subclasses, if products have another
+    dtype than ``y``, and while the operations of a forward are recorded. If ``x`` is the layer's own input, one node
+    computes its gradient through the layer and the product.
     """
     mark: Mark | None = getattr(y, MARK)
     if mark is None or mark.base is not base or mark.traced != torch.compiler.is_compiling():
@@ -56,7 +56,7 @@ def add_fused(
 def _frozen_weight(base: BaseLayer, y: Tensor) -> Tensor | None:
     """Return W (out, in) if weight and bias are frozen, so that backward can bypass the base layer; None otherwise.
 
-    Also None if W differs from ``y`` in dtype or device, since DataParallel's replicas refer to the original module.
+    Also None if W and ``y`` differ in dtype or device: a DataParallel replica's base refers to the original module.
     """
     parameters = torch_private.own_parameters(base.module)
     weight, bias = parameters.get(base.weight_name), parameters.get(base.bias_name)
@@ -129,7 +129,7 @@ def _differentiable(
 
 
 class _AsSeen(Function):
-    """Returns ``seen`` and passes its gradient on to ``parameter``, whose values may have changed since."""
+    """Returns ``seen``, forward's values of ``parameter``, and passes the gradient on to ``parameter``."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, seen: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The base-layer kinds of torch's own layers and of modules without a known weight, and the search for a kind.
 
-The methods' docstrings have the shapes; `BaseLayer` documents what each method does.
+Docstrings of methods give only the shapes; see `BaseLayer` for the methods' purpose.
 """
 
 import math
@@ -86,7 +86,7 @@ class ConvLayer(BaseLayer):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether both methods that make up a convolution's forward are torch's own."""
+        """Whether ``forward`` and ``_conv_forward`` are torch's own."""
         numbers = super().matches(module) and _has_numbers(module)
         return numbers and torch_private.runs_convolution_of(module, forward_owner(module))
 
@@ -113,7 +113,7 @@ class ConvLayer(BaseLayer):
         return convolve(h, p.reshape(*p.shape, *[1] * dimensions), groups=self.module.groups)
 
     def shape_bias(self, b: Tensor) -> Tensor:
-        """(out,) to (out, 1, ...): right for batched and unbatched outputs."""
+        """(out,) to (out, 1, ...), which broadcasts over batched and unbatched outputs."""
         return b.reshape(-1, *[1] * len(self.module.kernel_size))
 
     def dense(self) -> Tensor:
@@ -151,7 +151,7 @@ class EmbeddingLayer(BaseLayer):
         return whole_shape(self.module.weight)[1]
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
-        """Ids (...) to (..., r). ``dropout`` drops whole ids, just as it would drop elements of one-hot rows."""
+        """Ids (...) to (..., r). ``dropout`` drops whole ids, which is dropout on their one-hot rows."""
         h = F.embedding(x, q.t())
         if dropout > 0:
             h = h * F.dropout(h.new_ones((*x.shape, 1)), dropout)
@@ -167,7 +167,7 @@ class EmbeddingLayer(BaseLayer):
         return weight_of(self.module).detach().t()  # with the row of padding_idx unchanged
 
     def pack(self, weight: Tensor) -> Tensor:
-        """(out, in) to (in, out), with the row of ``padding_idx`` zeroed: a delta never touches it."""
+        """(out, in) to (in, out), with the row of ``padding_idx`` zeroed, so that a delta does not change that row."""
         if self.module.padding_idx is None:
             return weight.t()
         packed = weight.t().clone()
@@ -225,7 +225,7 @@ class AttentionLayer(BaseLayer):
 @final
 @attrs.frozen(eq=False)
 class OutputLayer(BaseLayer):
-    """A module without a known weight, for a method that adapts outputs, if no other kind matches."""
+    """A module whose weight is unknown, since no other kind matches; only methods that adapt outputs can use it."""
 
     has_weight: ClassVar[bool] = False
 
@@ -252,7 +252,7 @@ def drop(x: Tensor, dropout: float) -> Tensor:
 
 
 def _has_numbers(module: nn.Module) -> bool:
-    """Whether the weight is a plain tensor, neither lazy nor packed."""
+    """Whether the module's weight is neither lazy nor packed."""
     weight = cast(Tensor, module.weight)
     return not is_lazy(weight) and not is_packed(weight)
 
@@ -293,9 +293,9 @@ CORE = Knowledge(KINDS, _READERS, ())
 
 
 def as_base_layers(modules: Iterable[nn.Module], knowledge: Knowledge) -> dict[nn.Module, BaseLayer]:
-    """Return the base layers of modules, each with the first kind that matches, without modules that match no kind.
+    """Return base layers by module, each of the first kind that matches; modules that match no kind are left out.
 
-    A kind that raises for one module is used for none, so that like modules do not get different kinds.
+    A kind whose `matches` raises for one module is used for none, so that equal modules do not get different kinds.
     """
     found: dict[nn.Module, BaseLayer] = {}
     waiting = {module: knowledge.asked(forward_name(module)) for module in modules}

@@ -1,4 +1,4 @@
-"""The low-rank product that methods add to a base layer, ΔW = scale · P diag(λ) Q: in its output, or as a matrix.
+"""The low-rank product that methods add to a base layer's output or weight: ΔW = scale · P diag(λ) Q.
 
 Large inputs of linear layers use a fused form: `tunerkit.layers.fused`, or in compiled models on a CPU
 `tunerkit.layers.compiled`. The fused forms avoid three tensors of the size of an activation: the delta, the sum, and
@@ -112,7 +112,7 @@ def mark(base: BaseLayer, x: object, y: Any, *, traced: bool) -> bool:
 
 
 def unmark(y: Tensor, *, traced: bool) -> None:
-    """Remove the mark, once the adapters have run."""
+    """Remove the mark of ``y`` after the adapters have run."""
     if traced:
         setattr(y, MARK, None)  # dynamo cannot trace delattr
     else:

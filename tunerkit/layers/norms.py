@@ -35,7 +35,7 @@ class NormLayer(BaseLayer):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Check the law itself, on random numbers, since libraries have hundreds of norm classes."""
+        """Test the law numerically, on random inputs, since libraries have hundreds of norm classes."""
         return _offset_of(module) is not None
 
     @property
@@ -106,7 +106,7 @@ def _offset_of(module: nn.Module) -> float | None:
 
 
 def _run(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Call the class's forward with other parameters, on a stand-in, since other threads may run the module."""
+    """Call the module's forward with other parameters, on a stand-in object, since other threads may run the module."""
     cls = type(module)
     stand_in = object.__new__(cls)
     vars(stand_in).update(vars(module), _parameters={}, weight=weight, bias=bias)

@@ -1,7 +1,7 @@
-"""Products of activations: their dtype, and the fastest library for them on this processor.
+"""Matrix products of activations: their dtype, and the fastest library for them on this processor.
 
-BLAS computes them, with a thin factor on the faster side. On AMD's processors with AVX-512, fp32 products use oneDNN,
-through the operation of torch's own compiler. The results differ only by the order of summation.
+BLAS computes the products, with a thin factor on the faster side. On AMD's processors with AVX-512, fp32 products use
+oneDNN, through the operation of torch's own compiler. The results differ only by the order of summation.
 docs/evidence/speed.md has the measurements.
 """
 
@@ -26,24 +26,24 @@ _AMD = "AuthenticAMD"
 
 
 def product_dtype(x: Tensor, q: Tensor) -> torch.dtype:
-    """Return the dtype of the plain form's products: autocast's if it is on, except for float64; else Q's."""
+    """Return the dtype of the plain form's products: autocast's if autocast is on and no factor is fp64, else Q's."""
     if autocasts(q.device) and torch.float64 not in (x.dtype, q.dtype):
         return torch.get_autocast_dtype(q.device.type)
     return q.dtype
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for the type of ``device``. The meta device has none, and querying it would raise."""
+    """Whether autocast is on for the type of ``device``; False for the meta device, where a query would raise."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context manager without autocast, in which products keep the dtype of their factors."""
+    """Return a context manager that turns autocast off, so that products have the dtype of their factors."""
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def fold(q: Tensor, p: Tensor, lam: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Multiply λ into the smaller of Q and P, so that a side as large as a vocabulary is not copied."""
+    """Return Q and P with λ multiplied into the smaller one, so that one as large as a vocabulary is not copied."""
     if lam is None:
         return q, p
     # Views: a product saves its factors for backward, and the ``data`` of a parameter may be replaced before that.
@@ -72,7 +72,7 @@ def affine(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 def gradient(h: Tensor, g: Tensor, of: Tensor, scale: float) -> Tensor:
     """Compute scale · Hᵀ G, the gradient of a factor ``of`` (r, m), for ``h`` (n, r) and an activation ``g`` (n, m).
 
-    The result may have the strides of ``of``, whose values are not read.
+    Only the shape, strides and dtype of ``of`` are used: the result may have the same strides.
     """
     product = _onednn(g)
     if product is not None:
@@ -98,18 +98,18 @@ def is_thin(rank: int, factor: Tensor) -> bool:
 
 
 def _parts(activation: Tensor, rank: int) -> int:
-    """Return the number of equal row blocks for a product with a thin factor on the left; 0 to put it on the right.
+    """Return the number of row blocks for a product with the thin factor on the left; 0 to put it on the right.
 
     There is one block per thread, since BLAS hardly parallelizes such a product; oneDNN parallelizes narrow dtypes
-    itself. The result is 0 for more than two threads, if they do not divide the rows, or if there are so few rows that
-    summing the blocks of a gradient costs as much as they save.
+    itself. Without equal blocks, or if rows are too few to repay the sum over a gradient's blocks, the result is 1 for
+    at most two threads, else 0.
     """
     threads = torch.get_num_threads() if activation.dtype.itemsize >= 4 else 1
     return threads if len(activation) % threads == 0 and len(activation) >= 4 * rank * threads else int(threads <= 2)
 
 
 def _onednn(activation: Tensor) -> Any:
-    """Return oneDNN's product if it is faster for ``activation``, else None; autograd cannot differentiate it."""
+    """Return oneDNN's operation if it is faster for ``activation``, else None. It is only used without gradients."""
     if activation.numel() < LEAST_NUMBERS or activation.dtype is not torch.float32 or activation.device.type != "cpu":
         return None
     if torch.is_grad_enabled() or not (prefers_onednn() and activation.is_contiguous()):
@@ -119,9 +119,9 @@ def _onednn(activation: Tensor) -> Any:
 
 @functools.cache
 def prefers_onednn() -> bool:
-    """Whether fp32 products are faster in oneDNN: the BLAS is MKL, which does not use AVX-512 on AMD's processors.
+    """Whether fp32 products are faster in oneDNN: on AMD with AVX-512, which MKL, torch's BLAS, does not use there.
 
-    ATEN_CPU_CAPABILITY can disable AVX-512 for torch.
+    The environment variable ATEN_CPU_CAPABILITY can disable AVX-512 in torch.
     """
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return has_avx512 and torch.backends.mkl.is_available() and is_amd()

@@ -25,24 +25,24 @@ H = TypeVar("H", bound=nn.Module)
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The module's own parameters, as the live dict, even where an attribute of the same name hides one."""
+    """Return the live dict of the module's own parameters, even those hidden by an attribute of the same name."""
     return module._parameters
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The module's own parameters by name, even if it overrides `named_parameters`."""
+    """Return the module's own parameters by name, even if the module overrides `named_parameters`."""
     return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
 
 
 def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The direct children of ``module``, as the live dict; it accepts names that `add_module` rejects."""
+    """Return the live dict of the module's children, which accepts names that `add_module` rejects."""
     return module._modules
 
 
 def modules_outside(model: nn.Module, hidden: type[H], key: str) -> list[tuple[str, nn.Module, H | None]]:
-    """Return (path, module, its child ``key`` of class ``hidden``) in the order of ``model``, each module once.
+    """Return (path, module, its child named ``key`` of class ``hidden`` or None) in model order, each module once.
 
-    Modules of that class are left out, with all modules inside them.
+    Modules of class ``hidden``, and all modules inside them, are left out.
     """
     found: dict[int, tuple[str, nn.Module, H | None]] = {}
     waiting = [("", model)]
@@ -69,7 +69,7 @@ def compiled_from(module: nn.Module) -> nn.Module | None:
 
 
 def is_packed(weight: object) -> bool:
-    """Whether a weight is a tensor made of other tensors, such as integers and scales; a shard of one is not."""
+    """Whether a weight is a tensor subclass built from others, such as integers and scales; False for a DTensor."""
     kind = type(weight)
     if kind in (nn.Parameter, Tensor):
         return False
@@ -79,7 +79,7 @@ def is_packed(weight: object) -> bool:
 
 
 def numbers_of(tensor: Tensor) -> list[Tensor]:
-    """Return the plain tensors of which a packed weight is made; for a plain tensor, a list of itself."""
+    """Return the plain tensors of which a packed weight consists; for a plain tensor, only itself."""
     if not is_packed(tensor):
         return [tensor]
     names, _ = cast(Any, tensor).__tensor_flatten__()
@@ -113,16 +113,16 @@ def remove_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> None:
 
 
 def hooks_before(module: nn.Module, function: Callable[..., Any]) -> list[Callable[..., Any]]:
-    """The forward hooks of ``module`` that run before ``function``, which is one of them."""
+    """Return the forward hooks of ``module`` that run before the hook ``function``; empty if that is not registered."""
     hooks = [*module._forward_hooks.values()]
     return hooks[: hooks.index(function)] if function in hooks else []
 
 
 def mute_hooks_(module: nn.Module) -> None:
-    """Change the hooks of ``module``, a copy, so that a forward hook of the original can call it.
+    """Change the hooks of ``module``, a copy, so that a forward hook of the original can call the copy.
 
-    The original's hooks run already, so forward hooks are removed. Pre-hooks stay, since some compute a weight from
-    other parameters. Their results are ignored: the original's pre-hooks have changed the arguments already.
+    Forward hooks are removed, since the original's run too. Pre-hooks stay, since some compute a weight from other
+    parameters; but their results are ignored, since the original's pre-hooks have changed the arguments already.
     """
     for key in list(module._forward_hooks):
         for table in (module._forward_hooks_with_kwargs, module._forward_hooks_always_called, module._forward_hooks):
@@ -173,7 +173,7 @@ def is_batch_norm(module: nn.Module) -> "TypeGuard[nn.modules.batchnorm._BatchNo
 
 
 def channel_norms() -> tuple[type[nn.Module], ...]:
-    """The classes of norms whose forward adds the bias along the channel dimension."""
+    """Return the classes of norms whose forward adds the bias along the channel dimension."""
     return nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm
 
 
@@ -196,7 +196,7 @@ def convolve(module: Any, x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def version(tensor: Tensor) -> int | None:
-    """The counter that every in-place change of ``tensor`` increments; None for inference tensors, which have none."""
+    """Return the counter that in-place changes of ``tensor`` increment; None for inference tensors, without one."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -213,10 +213,10 @@ def is_intercepted() -> bool:
 
 
 def is_observed() -> bool:
-    """Whether something records the operations of a forward, or keeps their outputs.
+    """Whether the operations of a forward are recorded or their outputs stored, which forbids in-place changes.
 
-    That is tracing, export, a functorch transform, forward-mode differentiation, or selective checkpointing, which
-    returns the kept outputs again in backward.
+    This is so during tracing, export, a functorch transform, forward-mode differentiation and selective checkpointing,
+    which returns the stored outputs again in backward.
     """
     if is_transformed_or_exported() or forward_ad._current_level >= 0 or torch._C._is_tracing():
         return True
@@ -227,12 +227,12 @@ def is_observed() -> bool:
 
 
 def is_transformed_or_exported() -> bool:
-    """Whether a transform of ``torch.func`` or an export is active. Dynamo can trace this, in torch 2.9 too."""
+    """Whether a transform of ``torch.func`` or an export is active. Even dynamo of torch 2.9 can trace this."""
     return torch.compiler._is_exporting_flag or torch._C._are_functorch_transforms_active()
 
 
 def dispatch_mode() -> Any:
-    """The base class of dispatch modes: inside a mode's block, each operation calls its ``__torch_dispatch__``."""
+    """Return the base class of dispatch modes; inside one, each operation calls the mode's ``__torch_dispatch__``."""
     return _python_dispatch().TorchDispatchMode
 
 
@@ -246,7 +246,7 @@ def _python_dispatch() -> Any:
 def onednn_product() -> Any:
     """Return the operation that computes X Wᵀ with oneDNN; None if oneDNN is off.
 
-    Also None inside a dispatch mode, such as a counter of operations, which would not know the operation.
+    Also None inside a dispatch mode, such as a counter of FLOPs, which would not recognize the operation.
     """
     if not cast(bool, torch.backends.mkldnn.enabled) or torch._C._len_torch_dispatch_stack():
         return None
@@ -264,8 +264,8 @@ _STATE_DICT = "torch.distributed.checkpoint.state_dict"
 def in_distributed_checkpoint() -> bool:
     """Whether functions of ``torch.distributed.checkpoint.state_dict`` are running, such as `get_state_dict`.
 
-    If an optimizer has no state, they first set all gradients and learning rates to 0 and call ``step``. An ordinary
-    step may have zeros too, so the call stack is searched.
+    For an optimizer without state, these functions set all gradients and learning rates to 0 and call ``step``. An
+    ordinary step may have zeros too, so the call stack is searched.
     """
     frame = inspect.currentframe() if _STATE_DICT in sys.modules else None
     while frame is not None:
@@ -289,7 +289,7 @@ _DYNAMO = "torch._dynamo"
 
 
 def uncompiled(function: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-    """Return ``function`` such that dynamo does not trace it, since it cannot trace the hook calls in it."""
+    """Return ``function`` such that dynamo does not trace it, since dynamo cannot trace the calls of hooks."""
     # Loading dynamo takes seconds. Where it is not loaded, nothing is compiled.
     return torch.compiler.disable(function) if _DYNAMO in sys.modules else function
 
@@ -297,10 +297,10 @@ def uncompiled(function: Callable[[nn.Module], None]) -> Callable[[nn.Module], N
 def forget_compiled() -> None:
     """Make compiled code respect hooks and shapes: discard what was compiled before, and let dynamo guard on both.
 
-    By default dynamo does not guard on hooks. Code compiled for a bare model would then also run, without adapters,
-    for a wrapped model of the same class; and, before torch 2.12, code for a rank after that has changed in place.
-    Loading dynamo takes seconds, but building an optimizer loads it too, and nothing notifies us then: code compiled
-    before this setting is changed would ignore adapters.
+    By default, dynamo does not guard on hooks: code compiled for a bare model would also run, without adapters, for a
+    wrapped model of the same class. Before torch 2.12, code compiled for one rank would also run after the rank changed
+    in place. Dynamo takes seconds to load, but cannot be left out if it is not loaded yet: building an optimizer loads
+    it unnoticed, and code compiled before these settings change would ignore adapters.
     """
     dynamo = importlib.import_module(_DYNAMO)
     dynamo.config.skip_nnmodule_hook_guards = False
@@ -311,5 +311,5 @@ def forget_compiled() -> None:
 
 
 def compile_counter(backend: str) -> Any:
-    """A backend of `torch.compile` that runs ``backend`` and counts its compilations in ``frame_count``."""
+    """Return a backend of `torch.compile` that runs ``backend`` and counts compilations in ``frame_count``."""
     return importlib.import_module(f"{_DYNAMO}.testing").CompileCounterWithBackend(backend)

@@ -1,4 +1,4 @@
-"""The weights and forwards of modules, even if a library offloads, shards or wraps them (`tunerkit.plugin.Holding`).
+"""Read modules' weights and forwards, even if a library offloads, shards or wraps them (`tunerkit.plugin.Holding`).
 
 Plugins are called only for a weight that is empty or on the meta device, so ordinary forwards cost nothing and can be
 compiled.
@@ -21,7 +21,7 @@ from tunerkit.records import Holding
 
 @attrs.define(eq=False)
 class _Plugins:
-    """Callback that returns the plugins' holdings; set by tunerkit.hooks to avoid an import cycle."""
+    """The callback that returns the plugins' holdings. tunerkit.hooks sets it, which avoids an import cycle."""
 
     holdings: Callable[[], Sequence[Holding]] = tuple
 
@@ -60,14 +60,14 @@ def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
 
 
 def offloading(module: nn.Module) -> Holding | None:
-    """The library that offloads the module's own weights between forwards; None if they are loaded."""
+    """Return the holding of the library that offloads the module's own weights; None if they are loaded."""
     if not any(tensor.is_meta for tensor in _own(module)):
         return None
     return next((each for each in plugins.holdings() if each.offloads(module)), None)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """The device on which the module runs, even if its weights are offloaded; None if it is unknown."""
+    """Return the device on which the module runs, even if its weights are offloaded; None if unknown."""
     own = _own(module)
     if not own or any(tensor.is_meta for tensor in own):
         for each in plugins.holdings():
@@ -100,7 +100,7 @@ def duplicate(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module
 
 
 def lender(module: nn.Module) -> Holding | None:
-    """The library that currently discards in-place writes to the module's weights; None if they persist."""
+    """Return the holding of a library that currently discards in-place writes to the module's weights, else None."""
     return next((each for each in plugins.holdings() if each.lent(module) is not None), None)
 
 
@@ -108,7 +108,7 @@ def lender(module: nn.Module) -> Holding | None:
 
 
 def sharding(tensors: Iterable[Tensor]) -> Holding | None:
-    """The library that shards one of the tensors, even while it is gathered; None if none is sharded."""
+    """Return the holding of the library that shards one of the tensors, even while gathered; None without shards."""
     holdings = plugins.holdings()
     return next((each for tensor in tensors for each in holdings if each.shards(tensor)), None)
 
@@ -119,19 +119,19 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def emptied(tensors: Iterable[Tensor]) -> Holding | None:
-    """The library that has partitioned one of the tensors and left it empty; None if none is empty."""
+    """Return the holding of the library that partitioned one of the tensors and left it empty; None if none is."""
     empty = [tensor for tensor in tensors if not tensor.numel()]
     return sharding(empty) if empty else None
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
-    """The full shape of a tensor, even if it is partitioned and empty now."""
+    """Return the full shape of a tensor, even if it is partitioned and empty now."""
     holding = None if tensor.numel() else sharding([tensor])
     return tensor.shape if holding is None else torch.Size(holding.shape(tensor))
 
 
 def part_of(tensor: Tensor) -> Tensor | None:
-    """This process's shard of a tensor, as a view of its memory; None if the tensor is not sharded."""
+    """Return this process's shard of a tensor, as a view; None if the tensor is not sharded."""
     holding = sharding([tensor])
     return None if holding is None else holding.part(tensor)
 
@@ -143,7 +143,7 @@ def gathered(module: nn.Module) -> AbstractContextManager[Callable[[str, Tensor]
 
 
 def reshard_(model: nn.Module) -> None:
-    """Shard the weights again that a forward of ``model`` has left gathered."""
+    """Reshard the weights that a forward of ``model`` has left gathered."""
     for each in plugins.holdings():
         each.reshard_(model)
 
@@ -160,7 +160,7 @@ def may_be_sharded_later() -> bool:
 
 @contextmanager
 def new_modules_whole() -> Iterator[None]:
-    """Inside the block, new modules are on the CPU and not partitioned, whatever the library or default device."""
+    """Inside the block, new modules are on the CPU and not partitioned, whatever the default device or library."""
     with ExitStack() as entered:
         if torch.get_default_device().type != "cpu":  # a device context slows every call of torch
             entered.enter_context(torch.device("cpu"))
@@ -173,7 +173,7 @@ def new_modules_whole() -> Iterator[None]:
 
 
 def forward_owner(module: nn.Module) -> type:
-    """The class that defines the forward of ``module``; ``object`` if the instance overrides it."""
+    """Return the class that defines the forward of ``module``; ``object`` if the instance overrides forward."""
     if (own := vars(module).get("forward")) is not None:
         for each in plugins.holdings():  # a library's wrapper may only load weights around the inner forward
             if (inside := each.forward(module)) is not None:
@@ -188,13 +188,13 @@ def forward_owner(module: nn.Module) -> type:
 
 
 def forward_name(module: nn.Module) -> str:
-    """The qualified name of `forward_owner`."""
+    """Return the qualified name of `forward_owner`."""
     owner = forward_owner(module)
     return f"{owner.__module__}.{owner.__qualname__}"
 
 
 def code_owner(module: nn.Module) -> str:
-    """The qualified name of the class whose body contains the forward's code, even if another class reuses it."""
+    """Return the qualified name of the class in whose body the forward was written, even if another class reuses it."""
     forward = type(module).forward
     if not isinstance(forward, FunctionType):
         return ""
@@ -202,7 +202,7 @@ def code_owner(module: nn.Module) -> str:
 
 
 def is_named(kind: type, name: str) -> bool:
-    """Whether ``kind`` or a base class has this qualified name, or is in this package if ``name`` ends with a dot."""
+    """Whether ``kind`` or a base class has the qualified name, or is in the package if ``name`` ends with a dot."""
     own = [f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__]
     return name in own or (name.endswith(".") and any(each.startswith(name) for each in own))
 

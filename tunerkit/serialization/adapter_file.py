@@ -82,11 +82,11 @@ def save(
 
 
 def write_trained(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
-    """Run an adapter's end-of-training checks, then call ``write`` in one process; return the path."""
+    """Check an adapter as after training, then call ``write`` in one process; return the path."""
     if injection.needs_steps(tuner) and _is_fresh(tuner):
         raise AdapterError(
-            f"adapter {tuner.name!r} was trained for 0 steps: method {tuner.method!r} has to see every optimizer step. "
-            "Call tunerkit.attach(model, optimizer, total_steps=...) before training"
+            f"adapter {tuner.name!r} was trained for 0 steps: method {tuner.method!r} must run at every optimizer "
+            "step. Call tunerkit.attach(model, optimizer, total_steps=...) before training"
         )
     _refuse_unsavable(tuner)
     warn_of_unspent_schedule(tuner)
@@ -97,7 +97,7 @@ def write_trained(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
 
 
 def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Path:
-    """Write an adapter at any point of its schedule, for a checkpoint."""
+    """Write an adapter for a checkpoint, without the checks that apply after training."""
     _refuse_unsavable(tuner)
     place = file_at(path, "adapter")
     with tuner.whole():
@@ -105,7 +105,7 @@ def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: b
 
 
 def written_once(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
-    """Call ``write`` in one process of the training group; return the path in every process."""
+    """Call ``write`` in one of the processes that train the adapter; return the path in every process."""
     engine, content = injection.engine_of(tuner), ""
     if engine.is_shared:
         # Equal in all processes, and changed by each step or allocation; weights may differ in their last bits.
@@ -124,7 +124,7 @@ def _write(tuner: Tuner, place: Path, allow_nonfinite: bool) -> Path:
 
 
 def header_of(tuner: Tuner, *, content: str, **fields: Any) -> Header:
-    """Return the header of a file; ``content`` is "adapter" or "state", ``fields`` are fields of that kind only."""
+    """Return a file's header; ``content`` is "adapter" or "state", and ``fields`` set base, values or history."""
     owner = hooks.registry.owner_of(tuner.method)
     paths = tuple(target.path for target in tuner.targets)
     rest: dict[str, Any] = {"base": {}, "values": {}, "history": (), **fields}
@@ -164,7 +164,7 @@ def write_own(tuner: Tuner, place: Path, header: Header, tensors: Mapping[str, T
 
 
 def tensors_of(tuner: Tuner, *, allow_nonfinite: bool = False) -> dict[str, Tensor]:
-    """Return tensors by ``<module path>.<name in the slot>``; raise `AdapterError` for offloaded or non-finite ones."""
+    """Return tensors by ``<module path>.<name in the slot>``; `AdapterError` if some are offloaded or not finite."""
     tensors = {join(path, name): tensor for path, slot in slots_in(tuner) for name, tensor in slot.state_dict().items()}
     away = [name for name, tensor in tensors.items() if tensor.is_meta]
     if away:
@@ -207,7 +207,7 @@ def warn_of_unspent_schedule(tuner: Tuner) -> None:
 
 
 def _warn_of_untrained(tuner: Tuner) -> None:
-    """Warn of untrained parameters, unless the method needs steps: then saving 0 steps is an error already."""
+    """Warn of untrained parameters; not for a method that needs steps, where saving after 0 steps is an error."""
     if tuner.progress.loaded or injection.needs_steps(tuner) or (tuner.steps == 0 and not _is_fresh(tuner)):
         return
     saved, has_idle_matrices = f"adapter {tuner.name!r} was saved", injection.is_untrained(tuner)

@@ -40,8 +40,8 @@ def adopt(
 ) -> tuple[Tuner, dict[str, Tensor], Mapping[str, Adapter] | None]:
     """Read an adapter of another program and convert it to an installed method, without changing the model.
 
-    Return the tuner, its tensors by their names in a tunerkit file, and the adapters that were built from low-rank
-    factors already, or None. One warning lists whatever the conversion loses.
+    Return the tuner, its tensors by their names in a tunerkit file, and the adapters by target path if they were built
+    from low-rank factors, else None. One warning lists whatever the conversion loses.
     """
     source, model = os.fspath(path), scanned.root.module
     found = _read(format, Path(path), model)
@@ -117,7 +117,7 @@ def _is_matrix(value: object) -> bool:
 
 
 def _in_full(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of trained copies and biases, and the copies' paths; a container is split into its modules."""
+    """Return the tensors of copies and biases, and the copies' paths; a copied container is split into its modules."""
     tensors = {join(path, "bias"): bias for path, bias in found.biases.items()}
     copies: list[str] = []
     for path, own in found.copies.items():
@@ -130,7 +130,7 @@ def _in_full(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str
 
 
 def _targets_of(paths: Collection[str], scanned: Scan, source: str) -> tuple[Target, ...]:
-    """Return the targets in the order of the model's modules, as allocations and files need them."""
+    """Return the targets in the order of the model's modules, on which allocations and files rely."""
     for path in paths:
         if others := [repr(each) for each in scanned.by_path[path].paths if each != path]:
             raise TargetError(
@@ -180,7 +180,7 @@ def _products(found: Foreign, format: Format, bases: Mapping[str, BaseLayer], ot
 
 
 def _method_of(found: Foreign, source: str) -> tuple[str, tuple[str, ...]]:
-    """Return the installed method to convert the adapter to, and remarks for the user."""
+    """Return the installed method to which the adapter is converted, and remarks for the warning."""
     listed = hooks.registry.methods()
     wanted = list(dict.fromkeys((found.method, _COMMON))) if found.factors else [found.method]
     usable = [name for name in wanted if name in listed and listed[name].error is None]

@@ -119,7 +119,7 @@ def _prefix(path: Path) -> str:
 
 
 def move(moves: Mapping[Path, Path], scratch: Path) -> None:
-    """Move files from a scratch folder to their destinations, all or none; each keeps the mode of the file it replaces.
+    """Move files from a scratch folder to their destinations, all or none; each takes the mode of the replaced file.
 
     A single file is replaced atomically. For several, the older files are set aside first: see `put_back`.
     """
@@ -142,7 +142,7 @@ def move(moves: Mapping[Path, Path], scratch: Path) -> None:
 
 
 def put_back(left: Path) -> None:
-    """Restore the files that `move` set aside in the scratch folder ``left`` and did not finish to replace."""
+    """Restore the files that an interrupted `move` set aside in the scratch folder ``left``."""
     for file in sorted((left / _OLDER).glob("*")):
         os.replace(file, left.parent / file.name)
 
@@ -213,5 +213,5 @@ def sync(path: Path) -> None:
 
 
 def reason(error: OSError | ValueError) -> str:
-    """Return an error's text without errno and path, since our messages name the path."""
+    """Return an error's text without errno and path, since tunerkit's messages name the path."""
     return str((error.strerror if isinstance(error, OSError) else None) or error)

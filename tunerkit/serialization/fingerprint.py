@@ -39,9 +39,9 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
     """Return ``{parameter: {"shape": [...], "dtype": "float32", "sample": [...]}}`` of the base model of ``tuner``.
 
     A tensor on the meta device has an empty sample. A quantized weight has one entry, with the name and shape of the
-    unquantized weight and the quantizer's name as its dtype. ``scanned`` is the model's scan, before the adapter is
-    injected: partitioned parameters are gathered then, so all processes must call this together. Later, a sharded base
-    has the fingerprint that `note_base` stored.
+    unquantized weight and the quantizer's name as its dtype. Pass the model's scan as ``scanned`` before the adapter is
+    injected: partitioned parameters are then gathered, so all processes must call this together. After the injection,
+    the fingerprint of a sharded base is the one that `note_base` stored.
     """
     noted = tuner.progress.noted
     own = (parameter for name, parameter in tuner.model.named_parameters() if not is_adapter_path(name))
@@ -79,7 +79,7 @@ def packed_layers(tuner: Tuner) -> dict[str, BaseLayer]:
 
 
 def _bases(tuner: Tuner, scanned: Scan | None = None) -> dict[nn.Module, BaseLayer]:
-    """Return a model's base layers by module: from the scan or the slots, and of other modules newly built."""
+    """Return a model's base layers by module: from the scan; or from the slots, and newly built for other modules."""
     if scanned is not None:
         return {found.module: found.base for found in scanned.by_path.values() if found.base is not None}
     places = places_in(tuner.model)
@@ -175,7 +175,7 @@ def _is_quantised(entry: Mapping[str, Any]) -> bool:
 
 
 def _close(saved: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
-    """Whether two samples agree: to the stored digits, or to bfloat16's precision if the dtypes differ."""
+    """Whether two samples agree to the stored digits; if the dtypes differ, to bfloat16's precision."""
     if not saved["sample"] or not found["sample"] or saved["sample"] == found["sample"]:
         return True
     relative = _DIGITS if saved["dtype"] == found["dtype"] else _RELATIVE
@@ -190,7 +190,7 @@ def refuse_other_base(
 ) -> None:
     """Raise `BaseMismatchError` if the base model of ``tuner`` differs from the base recorded in the file's header.
 
-    Warn if the two bases are quantized differently. Files of early versions do not record settings.
+    Warn if the two bases are quantized differently. Settings are compared if the file records them.
     """
     found = fingerprint(tuner, scanned)
     lines = differences(header.base, found)
@@ -232,7 +232,7 @@ def _warn_of_storage(saved: Fingerprint, found: Fingerprint, source: str) -> Non
 
 
 def base_values(tuner: Tuner) -> dict[str, Tensor]:
-    """Return the base's values of modules trained in full, by the tensor names of their copies."""
+    """Return the base's original values of modules trained in full, by the names of their copies' tensors."""
     found = {}
     for place in tuner.copies:
         for path, module, slots in places_in(place.module):
@@ -245,7 +245,7 @@ def base_values(tuner: Tuner) -> dict[str, Tensor]:
 def refuse_places(
     scanned: Scan, chosen: Sequence[Target], copies: Sequence[str], source: str, *, adapts: str = "weights"
 ) -> None:
-    """Raise `TargetError` if this model cannot take the file's adapters or copies at their modules."""
+    """Raise `TargetError` if this model's modules cannot take the adapters and copies of the file ``source``."""
     try:
         targets.refuse_unfit(scanned, chosen, adapts=adapts)
         targets.refuse_tied(scanned, copies)
@@ -293,7 +293,7 @@ def _other_settings(tuner: Tuner, header: Header, source: str) -> list[str]:
 
 
 def beside_of(header: Header, source: str) -> tuple[str, ...]:
-    """Return the header's paths of modules that another active adapter trained; `FileError` if they are not paths."""
+    """Return the paths of modules that another active adapter trained. Raises `FileError` for an invalid header."""
     match header.values.get(_BESIDE, []):
         case list(paths) if all(isinstance(path, str) for path in paths):
             return tuple(paths)
@@ -306,7 +306,7 @@ def _unwritten(header: Header, entry: str, source: str) -> FileError:
 
 
 def warn_of_lone(tuner: Tuner) -> None:
-    """Warn if a module that another adapter trained beside this one is trained by no active adapter here."""
+    """Warn of modules that another adapter trained together with this one, if no active adapter provides them here."""
     beside = tuner.progress.beside
     slots = {path: own for path, _, own in walk(tuner.model)} if beside else {}
     lone = [path for path in beside if path not in slots or slots[path].copies.keys().isdisjoint(slots[path].active)]

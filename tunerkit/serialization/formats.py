@@ -88,7 +88,7 @@ def refuse_foreign(place: Path, files: Collection[str], tensors: Collection[str]
 
 
 def write_format(tuner: Tuner, place: Path, format: Format, options: object) -> Path:
-    """Write one adapter to the folder ``place``, or to the file ``place`` if the format writes one with this suffix.
+    """Write one adapter to the folder ``place``; or to a file, if the format writes a single file with this suffix.
 
     A new folder appears complete or not at all. In an existing folder, all files are replaced or none: see `move`.
     """
@@ -122,7 +122,7 @@ def _remove(folder: Path) -> None:
 
 
 def _written(format: Format, tuner: Tuner, folder: Path, options: object) -> list[Path]:
-    """Write with the plugin, and check that it returns all files that it wrote, each directly in the folder."""
+    """Write with the plugin; return the written files. Raises `PluginError` if the plugin's list of files is wrong."""
     with hooks.naming(format, "write"):
         answer: Any = format.write(tuner, folder, options)
     try:

@@ -108,7 +108,7 @@ def encode(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 of the header's text and of each plain tensor's name, dtype, shape and bytes, sorted by name."""
+    """Return the sha256 of the header's text and of all tensors' names, dtypes, shapes and bytes, sorted by name."""
     hasher = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         hasher.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())

@@ -64,7 +64,7 @@ def merge(model: M, *, permanent: bool = False) -> M:
 
 
 def merge_except_(model: nn.Module, paths: Collection[str], *, permanent: bool = False) -> None:
-    """Merge the active adapters, except at ``paths``; call `refuse_unmergeable` first."""
+    """Merge the active adapters, except at ``paths``. Call `refuse_unmergeable` first."""
     # Never in inference mode: inference tensors in the base could not be trained later.
     with torch.inference_mode(False), torch.no_grad():
         tuners = injection.require_tuners(model)
@@ -158,7 +158,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def _enable_(places: Places, enabled: bool) -> None:
     """Enable or disable adapters; in merged modules, swap the merged and the original values and ties.
 
-    A KeyboardInterrupt is raised only after the swap: until then the hidden values exist in local variables alone.
+    A KeyboardInterrupt is raised only after the swap, during which only local variables have the replaced values.
     """
     turned = [(module, slots, slots.originals) for _, module, slots in places if slots.enabled is not enabled]
     exchanged = [(module, slots, shown, _values(module, slots, shown)) for module, slots, shown in turned]
@@ -198,7 +198,7 @@ def refuse_unmergeable(model: nn.Module) -> None:
 
 
 def _obstacles(module: nn.Module, slots: Slots) -> Iterator[str]:
-    """Reasons why nothing can be merged into a module now (sentence fragments)."""
+    """Yield the reasons why nothing can be merged into a module now (sentence fragments)."""
     kind = type(module).__name__
     if (holder := weights.offloading(module)) is not None:
         yield f"{holder.name} offloads its weights; {holder.way_out}, which loads them, and then merge"
@@ -230,14 +230,14 @@ def _obstacles(module: nn.Module, slots: Slots) -> Iterator[str]:
     if readers and isinstance(module, nn.Embedding) and injection.is_called(module) and _has_padding(module):
         yield (
             f"its padding row is not zero, and a delta never changes that row, but method {' or '.join(readers)} reads "
-            f"the output there: the merged {kind} would compute something else than the adapted one. If the adapter "
+            f"the output there: the merged {kind} and the adapted one would have different outputs. If the adapter "
             "class only adds to the output, set its reads_output = False; otherwise leave this module out of the "
             "targets (exclude=...)"
         )
 
 
 def _has_padding(embedding: nn.Embedding) -> bool:
-    """Whether the row for padding is not zero."""
+    """Whether the embedding has a padding row that is not zero."""
     if embedding.padding_idx is None:
         return False
     with weights.gathered(embedding):
@@ -245,7 +245,7 @@ def _has_padding(embedding: nn.Embedding) -> bool:
 
 
 def refuse_permanent(places: Places) -> None:
-    """Raise `AdapterError` if a merge kept no originals."""
+    """Raise `AdapterError` if a merge discarded the originals."""
     if any(slots.permanent for _, _, slots in places):
         raise AdapterError(
             "the model was merged with permanent=True, which keeps no originals of the base's weights, so they cannot "
@@ -259,7 +259,7 @@ def refuse_permanent(places: Places) -> None:
 
 @attrs.frozen(eq=False)
 class _Change:
-    """A merge of one module: its merged and original tensors, by their name in the module."""
+    """The merge of one module: its merged and original tensors, by local name."""
 
     path: str
     module: nn.Module
@@ -270,7 +270,7 @@ class _Change:
 
 
 def _merged_tensors(places: Places) -> list[dict[str, Any]]:
-    """Compute the merged tensors of each module, by their name in it; of a sharded tensor, this process's shard."""
+    """Compute the merged tensors of each module, by local name; for a sharded tensor, this process's shard."""
     found: list[dict[str, Any]] = []
     wrong: list[str] = []
     for path, module, slots in places:
@@ -319,7 +319,7 @@ def _write_(module: nn.Module, slots: Slots, values: dict[str, Any], *, apart: b
 
 
 def _values(module: nn.Module, slots: Slots, names: Iterable[str]) -> dict[str, Any]:
-    """Return the values that `_write_` would replace; shards are copied, since they are overwritten in place."""
+    """Return the current values of ``names``, which `_write_` replaces; shards are copied, since it overwrites them."""
     own = _own_tensors(module)
     found: dict[str, Any] = {}
     for name in names:
@@ -342,5 +342,5 @@ def _is_packed(slots: Slots) -> bool:
 
 
 def _is_stored(slots: Slots, name: str) -> bool:
-    """Whether attribute ``name`` is a packed weight, not a bias: a merge replaces the object itself."""
+    """Whether attribute ``name`` stores a packed weight, so that a merge replaces the object and not its values."""
     return _is_packed(slots) and name != bias_name(slots.base)

@@ -55,8 +55,8 @@ def warn_of_rounding(found: Sequence[Rounding]) -> None:
 def requiring_effect(path: str, slots: Slots, merged: Collection[str], noted: list[Rounding]) -> Iterator[None]:
     """Raise `AdapterError` if, after the block wrote ``merged``, the weight is nearer to W than to W + ΔW.
 
-    An unknown class may ignore an assignment or round it away. A quantizer's rounding error is appended to ``noted``;
-    it may be as large as ΔW, if ΔW is below the quantizer's own error.
+    A weight of an unknown class may ignore an assignment, or lose the change by rounding. For a quantized weight, the
+    rounding error is appended to ``noted``; it may be as large as ΔW, if ΔW is below the quantizer's own error.
     """
     base = slots.base
     if base is None or _is_assigned(base, merged):
@@ -81,7 +81,7 @@ def requiring_effect(path: str, slots: Slots, merged: Collection[str], noted: li
 
 
 def _is_assigned(base: BaseLayer, merged: Collection[str]) -> bool:
-    """Whether an assignment surely takes effect: the weight is a plain or sharded matrix, or is not assigned."""
+    """Whether writing ``merged`` surely takes effect: in a plain or sharded weight, or if no weight is written."""
     if base.packing is not None:
         return all(name == base.bias_name for name in merged)
     if base.weight_name not in merged:

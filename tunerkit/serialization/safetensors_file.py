@@ -157,8 +157,8 @@ def _parsed(text: str | bytes) -> tuple[Collection[str], dict[str, str]]:
 def folder_of(checkpoint: Path, tuners: Sequence[Tuner], tuner: Tuner) -> Path:
     """Return the folder of an adapter's files: the checkpoint itself if it has only one adapter, else a subfolder.
 
-    The subfolder has the adapter's name, or ``name.<digest>`` where a file system might not store or distinguish the
-    name. No adapter's name contains a dot.
+    The subfolder has the adapter's name; or ``name.<digest>``, if a file system might not support or distinguish the
+    name. These cannot collide, since no adapter's name contains a dot.
     """
     digest = hashlib.sha256(tuner.name.encode()).hexdigest()[:16]
     named = checkpoint / (tuner.name if re.fullmatch(r"[a-z0-9_-]+", tuner.name) else f"name.{digest}")

@@ -1,4 +1,4 @@
-"""Check a file's tensors: they must be finite and fit their slots, and the config must not allocate far more."""
+"""Check a file's tensors: they must be finite and fit their slots, and the config must not allocate far more memory."""
 
 import math
 from collections import Counter, defaultdict
@@ -84,7 +84,7 @@ def refuse_nonfinite(
 def fill(
     slots: Iterable[tuple[str, Slot]], tensors: Mapping[str, Tensor], model: nn.Module, source: str
 ) -> dict[str, Slot]:
-    """Copy a file's tensors into slots, as the iterator builds them, and return the slots by module path.
+    """Copy a file's tensors into slots, one slot at a time as the iterator builds it; return the slots by module path.
 
     Raises `FileError` if tensors are missing, unexpected, misshapen, of a wrong dtype, or too large for the slots'
     precision; `BaseMismatchError` if only modules trained in full have other shapes in this base.
@@ -128,7 +128,7 @@ def fill(
 def _misfits(
     path: str, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, _Shapes | None]]:
-    """Yield a line for each misfit, with (saved, here) shapes of copies and biases; adapters check their own shapes."""
+    """Yield (message, shapes) per misfit: (saved, here) for copies and biases, else None; loading checks adapters."""
     for name, built in state.items():
         if name not in tensors:
             yield f"missing: {name}", None
@@ -185,7 +185,7 @@ def limit_for(
 
 
 class AllocationLimit(TorchFunctionMode):
-    """While active, raises ``refusal(elements)`` for a torch call that makes more than ``most`` elements."""
+    """While active, raises ``refusal(elements)`` for a call of torch that makes a tensor above ``most`` elements."""
 
     def __init__(self, most: int, refusal: Callable[[int], TunerkitError]) -> None:
         super().__init__()

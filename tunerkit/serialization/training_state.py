@@ -136,7 +136,7 @@ def _take_out(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) ->
 
 
 def _state_of(tuner: Tuner) -> tuple[Mapping[str, Tensor], Header]:
-    """Return the tensors of the training state, and the header of a file with them."""
+    """Return the tensors of the training state, and the header for a file with these tensors."""
     state = injection.training_state(tuner)
     history = tuple([change.step, change.budget, list(change.ranks.values())] for change in tuner.history)
     return state.tensors, header_of(tuner, content="state", values=dict(state.values), history=history)
@@ -215,7 +215,7 @@ def restore_(tuner: Tuner, path: str | os.PathLike[str]) -> None:
 
 
 def _refuse_other_run(tuner: Tuner, saved: Header, source: str) -> None:
-    """Raise `FileError` if a file's method, config, modules or schedule differ from the adapter's."""
+    """Raise `FileError` if the file's method, config, modules or, for a state, schedule differ from the adapter's."""
     own = header_of(tuner, content=saved.kind)
     if saved.method != own.method:
         lines = [f"method {shown(saved.method)} -> {own.method!r}"]

@@ -1,6 +1,6 @@
 """Untie modules that share a parameter while they are merged, and tie them again afterwards.
 
-The merged weights of tied modules differ. Meanwhile the shared Parameter object is kept aside with its values.
+The merged weights of tied modules differ, so each gets its own Parameter; the shared one is kept until the unmerge.
 """
 
 import operator
@@ -22,7 +22,7 @@ Places = Sequence[tuple[str, nn.Module, Slots]]  # as `injection.walk` returns t
 
 @attrs.frozen(eq=False)
 class _Holder:
-    """A module with a shared parameter, and the parameter's replacement: the same one for all inside one target."""
+    """A module with a shared parameter, and the replacement, which all modules inside one target share."""
 
     module: nn.Module
     name: str
@@ -48,7 +48,7 @@ class Parting:
 def plan_parting(model: nn.Module, places: Places, merged: Sequence[dict[str, Any]]) -> list[Parting | None]:
     """Return the untying of each module, or None if its merged tensors are not tied. The model is not changed.
 
-    A module leaves all its ties: for tied tensors that are not merged, clones are added to ``merged``.
+    All ties of a module to others are cut: for tied tensors that are not merged, clones are added to ``merged``.
     """
     shared = targets.tied(injection.base_modules(model))
     if not shared:
@@ -81,7 +81,7 @@ def _refuse_left_out(
         found = [(own[name], shared.get(id(own[name]), ())) for name in tensors if name in own]
         if others := [name for _, names in found for name in targets.left_out(names, active)]:
             raise AdapterError(
-                f"cannot merge into {path!r}: since wrapping it was tied to {', '.join(others)}, which merging would "
+                f"cannot merge into {path!r}: after wrapping it was tied to {', '.join(others)}, which merging would "
                 "change too; give each a parameter of its own first"
             )
         for parameter, names in found:
@@ -93,7 +93,7 @@ def _refuse_left_out(
 
 
 def _holders(module: nn.Module, tensors: dict[str, Any], shared: Mapping[int, tuple[str, ...]]) -> tuple[_Holder, ...]:
-    """Return the holders of parameters shared with other modules; empty if no merged tensor is among them."""
+    """Return the holders of parameters that ``module`` shares with modules outside; empty if none of them is merged."""
     held: dict[int, dict[str, tuple[nn.Module, str]]] = defaultdict(dict)
     parameters = {}
     for path, part in injection.base_modules(module):
@@ -117,7 +117,7 @@ def _holders(module: nn.Module, tensors: dict[str, Any], shared: Mapping[int, tu
 def _tied_flags(
     model: nn.Module, parted: set[tuple[str, ...]], left: set[tuple[str, ...]]
 ) -> Iterator[tuple[object, str]]:
-    """Yield the "tied" flags, as (object, attribute), of the modules whose weights are all untied."""
+    """Yield (object, attribute) of the flags for tied weights, in modules inside which all ties are cut."""
     if unserved := hooks.unserved(model, described=True):
         warn(
             f"tied weights of this {type(model).__name__} get different values, but its config still marks them as "

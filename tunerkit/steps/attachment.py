@@ -1,7 +1,7 @@
 """Check an optimizer before it is attached, and detect optimizers that update an adapter without being attached.
 
-A forgotten `attach` would silently spoil a training. So hooks check an adapter before each forward of the model and in
-each backward: if its values changed since the last gradient, an optimizer has updated them.
+Without `attach`, training silently gives a wrong result. So hooks check an adapter before each forward of the model and
+in each backward: if its values changed after the last gradient, an optimizer has updated them.
 """
 
 import functools
@@ -35,7 +35,7 @@ def is_attached(tuner: Tuner) -> bool:
 
 
 def hold(tuner: Tuner, *handles: Removable) -> None:
-    """Keep handles of hooks on the optimizer that drives ``tuner``, for `detach` to remove."""
+    """Store handles of hooks on the optimizer that drives ``tuner``; `detach` removes the hooks."""
     link = tuner.progress.link
     assert link is not None
     link.handles.extend(handles)
@@ -62,8 +62,8 @@ class _Stepping(Protocol):
 def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer | None:
     """Return the torch optimizer inside wrappers such as accelerate's; warn and return None if it has no hooks.
 
-    A method that needs steps rejects an optimizer without hooks. It also rejects a wrapper with its own state, such as
-    Lookahead, which would restore pruned weights in their old shapes.
+    If a method needs steps, raises `StepError` for an optimizer without hooks, and for a wrapper with its own state,
+    such as Lookahead, which would restore pruned weights in their old shapes.
     """
     needing = [tuner.name for tuner in tuners if injection.needs_steps(tuner)]
     while isinstance(inner := getattr(candidate, "optimizer", None), Optimizer):
@@ -90,14 +90,14 @@ def find_optimizer(candidate: object, tuners: Sequence[Tuner]) -> Optimizer | No
             "with hooks, attach the wrapped optimizer; otherwise use another optimizer"
         )
     warn(
-        f"{name} does not support hooks, so steps are not counted; nothing else is lost, because no method here needs "
-        "them"
+        f"{name} does not support hooks, so steps are not counted; nothing else is lost, because no adapter's method "
+        "needs steps"
     )
     return None
 
 
 def check_attachable(tuner: Tuner, optimizer: Optimizer | None) -> None:
-    """Raise an error if ``tuner`` is attached or cannot be trained now, or ``optimizer`` has none of its parameters."""
+    """Raise an error if ``tuner`` is attached, cannot be trained now, or has no parameter in ``optimizer``."""
     if is_attached(tuner):
         others = [name for name, other in injection.wrapped_of(tuner.model).tuners.items() if not is_attached(other)]
         which = f", or pass adapter={others[0]!r} to attach another" if others else ""
@@ -155,7 +155,7 @@ def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
 
 
 def agree_on_total(tuner: Tuner, total_steps: SupportsIndex | None) -> int | None:
-    """Return the total steps from the call or the config, which must agree; a method that needs steps requires them."""
+    """Return the total steps of the call or config. Raises `StepError` if they differ or are needed and missing."""
     configured = tuner.config.total_steps
     total = configured if total_steps is None else total_steps
     if configured is not None and total != configured:
@@ -184,8 +184,8 @@ def engine_for(
 ) -> tuple[Engine, object]:
     """Return the engine of a training, and the optimizer for the step hooks: ``candidate``, or a wrapper around it.
 
-    ``model`` is the model that is called, which may contain the wrapped one. Raises `StepError` where processes share a
-    training, or ``data_parallel`` is True, and no installed plugin has an engine.
+    ``model`` is the model that is called, which may contain the wrapped one. Raises `StepError` if no installed plugin
+    has an engine, and ``data_parallel`` is True, or None in one of several processes.
     """
     if data_parallel not in (None, False, True):
         raise StepError(f"data_parallel: expected True, False or None, got {shown(data_parallel)}")
@@ -212,7 +212,7 @@ def engine_for(
 
 @attrs.define(eq=False)
 class LastGradient:
-    """An adapter's most recent gradient not yet used by a step of its attached optimizer."""
+    """An adapter's most recent gradient that no step of the attached optimizer has used yet."""
 
     parameter: nn.Parameter | None = None  # not a weak reference, with which torch could not convert the parameter
     version: int | None = None  # torch's version counter of the parameter at the gradient; None without a gradient
@@ -224,7 +224,7 @@ class LastGradient:
         return LastGradient, ()  # a copy of the model starts without a gradient
 
     def was_used(self) -> bool:
-        """Whether the parameter's values have changed since the gradient."""
+        """Whether the parameter's values have changed after the gradient was computed."""
         if self.parameter is None or self.version is None:
             return False
         if self.version != torch_private.version(self.parameter):
@@ -248,7 +248,7 @@ def watch_(tuner: Tuner) -> LastGradient:
 
 
 def unwatch_(model: nn.Module) -> None:
-    """Remove the hooks of `watch_` once no adapter of the model is watched."""
+    """Remove the model's hooks of `watch_` if no adapter is watched any more."""
     if all(tuner.progress.last is None for tuner in injection.wrapped_of(model).tuners.values()):
         torch_private.remove_hooks_(model, look)
         torch_private.remove_state_hooks_(model, forget)
@@ -274,7 +274,7 @@ def look(model: nn.Module, args: Any) -> None:
 
 
 def _follow_(tuner: Tuner, last: LastGradient) -> None:
-    """Hook into the gradient of a parameter that is trained now, since shrinking and engines replace parameters."""
+    """Register `_note` on a currently trained parameter; called again because engines may replace parameters."""
     slots = (injection.slots_of(target.module) for target in tuner.targets)
     found = (each.get(tuner.name) for each in slots if each is not None)
     # A parameter of the method's adapters: a user may first train a new head alone.
@@ -286,7 +286,7 @@ def _follow_(tuner: Tuner, last: LastGradient) -> None:
 
 
 def _note(watched: "ref[Tuner]", parameter: Tensor) -> None:
-    """Gradient hook of ``parameter``: report an undriven step, in case no forward did so, and note the new gradient."""
+    """Gradient hook of ``parameter``: report an undriven step that no forward has reported; record the new gradient."""
     tuner = watched()
     if tuner is None or injection.wrapped_of(tuner.model).tuners.get(tuner.name) is not tuner:
         return  # the adapter was removed
@@ -300,8 +300,8 @@ def _note(watched: "ref[Tuner]", parameter: Tensor) -> None:
 def report_undriven(tuner: Tuner, *, saving: bool = False) -> None:
     """Raise `StepError`, or warn, if an optimizer has updated an adapter without being attached to it.
 
-    The error is for a method that needs steps and is not attached, since its adapter could never be saved. A warning is
-    enough before saving, or if other adapters are attached: the user chose these, and may attach this one later.
+    It raises for a method that needs steps, since the adapter could never be saved. It only warns while saving, or if
+    an adapter is attached: the user chose which adapters to attach, and may attach this one later.
     """
     last: LastGradient | None = tuner.progress.last
     if last is None or last.is_reported or not last.was_used():
@@ -312,7 +312,7 @@ def report_undriven(tuner: Tuner, *, saving: bool = False) -> None:
     if injection.needs_steps(tuner) and not saving and not any(map(is_attached, others)):
         raise StepError(
             f"an optimizer updates adapter {tuner.name!r}, but is not attached to it: method {tuner.method!r} would "
-            "not see its steps, and the adapter could not be saved. Before training, call tunerkit.attach(model, "
+            "not run at its steps, and the adapter could not be saved. Before training, call tunerkit.attach(model, "
             f"optimizer, total_steps=...), or with a Trainer tunerkit.attach(model, trainer). {lost}; to train without "
             f"this adapter, call tunerkit.freeze(model, {tuner.name!r})"
         )
@@ -320,5 +320,5 @@ def report_undriven(tuner: Tuner, *, saving: bool = False) -> None:
     other = ": another optimizer is" if is_attached(tuner) else ""
     warn(
         f"an optimizer updates adapter {tuner.name!r}, but is not attached to it{other}. Method {tuner.method!r} does "
-        f"not see its steps: call tunerkit.attach with this optimizer. {lost}"
+        f"not run at its steps: call tunerkit.attach with this optimizer. {lost}"
     )

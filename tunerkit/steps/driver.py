@@ -1,6 +1,6 @@
 """Call the methods' step hooks from the optimizer's own hooks, so that users need no extra call in their loop.
 
-`drive` resolves once all that a step needs, into a `Drive`. From then on, a step only calls the method's plugin.
+`drive` resolves everything that steps need once, into a `Drive`; each step then only calls the method's plugin.
 """
 
 import functools
@@ -35,7 +35,7 @@ from tunerkit.steps.resizing import ENGINE, complete_, optimizer_of
 
 @attrs.frozen(eq=False)
 class Place:
-    """One adapted module: its slots, and torch's live dicts of the children of both."""
+    """One adapted module: its slots, one adapter's slot, and torch's live dicts of children of module and slots."""
 
     children: Mapping[str, nn.Module | None]
     slots: Slots
@@ -45,7 +45,7 @@ class Place:
 
 @attrs.define(eq=False)
 class Withheld:
-    """Gradients that are hidden from the current step, and their scale.
+    """Gradients that are removed during the current step, and their scale.
 
     An optimizer skips a parameter without a gradient: it applies no update, no momentum and no weight decay.
     """
@@ -80,7 +80,7 @@ class Withheld:
 
 @attrs.define(eq=False)
 class Drive:
-    """The connection of a tuner to its optimizer: all that a step needs, resolved once, and the state between steps."""
+    """The connection of a tuner to its optimizer: what steps need, resolved once, and the state between steps."""
 
     tuner: Tuner
     wrapped: Wrapped
@@ -158,7 +158,7 @@ def _restore_(tuner: Tuner, before: injection.Progress, state: object | None, en
 
 
 def _register_(tuner: Tuner, optimizer: Optimizer, clock: Callable[[], int] | None) -> None:
-    """Resolve all that a step needs, and register the optimizer's hooks."""
+    """Resolve what steps need, and register the optimizer's hooks."""
     modules = modules_in(tuner)
     places = [
         Place(torch_private.own_children(modules[path]), slots, torch_private.own_children(slots), slot)
@@ -181,7 +181,7 @@ def _before(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Step pre-hook of the optimizer; ``args`` begins with the optimizer.
 
-    If there is a closure, which computes the gradients, the method's hook is called at its end.
+    If the step has a closure, which computes the gradients, the method's hook is called at the closure's end.
     """
     # Torch's distributed checkpoint steps an optimizer only if it has no state yet, so that it creates one.
     drive.is_idle = not optimizer.state and torch_private.in_distributed_checkpoint()
@@ -217,7 +217,7 @@ def _refuse_misplaced(drive: Drive) -> None:
 
 
 def _run_closure(drive: Drive, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
-    """Call the closure, then the method's hook. A step may call this several times, and a closure may accumulate."""
+    """Call the closure, then the method's hook. One step may call this several times."""
     drive.withheld.put_back_(stepped=False)
     loss = closure()
     drive.last.version = None
@@ -260,7 +260,7 @@ def _call_before_step(drive: Drive, optimizer: Optimizer) -> None:
 
 
 def _leads(drive: Drive, optimizer: Optimizer) -> bool:
-    """Whether this adapter is the first one that the optimizer drives, which calls the engine for all of them."""
+    """Whether this adapter is the first one that the optimizer drives: only the first calls the engine in a step."""
     for tuner in drive.wrapped.tuners.values():
         if tuner.engine is drive.engine and is_attached(tuner) and optimizer_of(tuner) is optimizer:
             return tuner is drive.tuner
@@ -270,8 +270,8 @@ def _leads(drive: Drive, optimizer: Optimizer) -> bool:
 def _takes_part(drive: Drive) -> bool:
     """Whether the adapter takes part in an optimizer step: it is not frozen, and is active or has a gradient.
 
-    So adapters that are trained alternately by one optimizer count their own steps. With a clock (a Trainer's global
-    step), all adapters use the clock's number.
+    Adapters that one optimizer trains in turns thus count only their own steps. With a clock (a Trainer's global step),
+    all adapters use the clock's number.
     """
     first = next(drive.places[0].slot.parameters(), None)  # usually enough
     if (first is None or not first.requires_grad) and injection.is_frozen(drive.tuner):
@@ -311,7 +311,7 @@ def _after(drive: Drive, optimizer: Optimizer, args: tuple[Any, ...], kwargs: di
 
 
 def _call_after_step(drive: Drive, caller: hooks.Caller, step: int) -> None:
-    """Call the method's hook; if it returns an allocation, add that to the history and notify all plugins."""
+    """Call the method's hook; if it returns an allocation, add the allocation to the history and notify all plugins."""
     tuner, budget, asked, spent = drive.tuner, drive.callers.budget, caller, None
     try:
         given = {"tuner": tuner, "step": step}

@@ -147,7 +147,7 @@ def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | N
         optimizer: The optimizer that has the parameters, if there is one.
 
     Returns:
-        None if they can be resized; the same in all processes. Otherwise the reason: the engine needs fixed shapes, as
+        None if they can be resized, equally in all processes. Otherwise the reason: the engine needs fixed shapes, as
         with a DistributedDataParallel that cannot be rebuilt; a parameter is sharded; or ``optimizer`` is not known to
         update each element independently.
     """
@@ -192,7 +192,7 @@ def _refuse_misshapen(growth: Growth) -> None:
 
 
 def _fresh(name: str, values: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    """Return the initial optimizer state called ``name`` of new entries with these ``values``."""
+    """Return the initial optimizer state ``name`` for new parameter entries with these ``values``."""
     if name == _AVERAGE:
         return values
     setting = _FRESH.get(name, "")
@@ -203,10 +203,10 @@ def _fresh(name: str, values: Tensor, settings: Mapping[str, Any]) -> Tensor:
 
 
 def complete_(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """In torch's distributed checkpoint, add initial states of parameters that were withheld from every step.
+    """In torch's distributed checkpoint, add initial states for parameters that were withheld from every step.
 
-    Without them, `set_optimizer_state_dict` rejects the result of `get_optimizer_state_dict`. States that do not have
-    their parameter's shape are left to torch.
+    Without these, `set_optimizer_state_dict` rejects the result of `get_optimizer_state_dict`. Nothing is added for
+    optimizers with states that do not have their parameter's shape.
     """
     if not torch_private.in_distributed_checkpoint():
         return
@@ -223,7 +223,7 @@ def complete_(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) ->
 
 
 def _untouched(name: str, value: Any, parameter: nn.Parameter, settings: Mapping[str, Any]) -> Any:
-    """Return the initial state of ``parameter``, modeled on ``value``, the same state of another parameter."""
+    """Return the initial state ``name`` of ``parameter``; ``value`` is the same state of another parameter."""
     if isinstance(value, Tensor) and value.ndim:
         return _fresh(name, parameter.detach().to(value.dtype, copy=True), settings)
     if name != "step":

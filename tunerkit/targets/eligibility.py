@@ -25,7 +25,7 @@ _is_meta = operator.attrgetter("is_meta")
 
 
 def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *, adapts: str) -> str | None:
-    """Return why a module cannot be adapted together with ``others``, as the end of a sentence about it; or None."""
+    """Return why a module cannot be adapted together with ``others`` (a sentence fragment after its path), or None."""
     if adapts != "weights":
         return _output_obstacle(found) or (_NO_NORM if adapts == "norms" and not is_norm(found) else None)
     module, base = found.module, found.base
@@ -118,10 +118,9 @@ def _output_obstacle(found: ScannedModule) -> str | None:
 
 
 def left_out(names: Sequence[str], sides: Collection[str]) -> list[str]:
-    """Return the names of a tied parameter outside ``sides``, the adapted or trained paths; [] if no name is inside.
+    """Return a tied parameter's names outside ``sides``, the adapted or trained paths; empty if no name is inside.
 
-    If a parent of a layer has the layer's bias under another name, as BERT's masked head does, that name is an alias
-    and is left out.
+    An alias is left out: a parent's name for its layer's bias, as in BERT's masked head.
     """
 
     def is_alias(name: str) -> bool:
@@ -134,7 +133,7 @@ def left_out(names: Sequence[str], sides: Collection[str]) -> list[str]:
 
 
 def _way_out(scanned: Scan, name: str, names: Sequence[str], *, setting: str) -> str:
-    """Return advice on adapting the tied parameter ``name``, which ends with Python code that unties the model."""
+    """Return advice on adapting the tied parameter ``name``; it ends with Python code that unties the parameter."""
     owners = list(dict.fromkeys(map(parent, names)))
     found = [scanned.by_path.get(owner) for owner in owners]
     nameable = all(each is not None and (setting != "targets" or each.base is not None) for each in found)
@@ -173,14 +172,14 @@ def lines(reasons: Mapping[str, str | None]) -> list[str]:
 
 
 def refuse_unfit(scanned: Scan, targets: Iterable[Target], *, adapts: str = "weights") -> None:
-    """Raise `TargetError` with every target that a method cannot adapt; tied modules may all be targets."""
+    """Raise `TargetError` with every target that a method cannot adapt. Tied modules are allowed if all are targets."""
     found = {target.path: scanned.by_path[target.path] for target in targets}
     paths = {each.path for each in found.values()}
     refuse(lines({path: obstacle_at(each, scanned, paths, adapts=adapts) for path, each in found.items()}))
 
 
 def refuse_tied(scanned: Scan, paths: Collection[str]) -> None:
-    """Raise `TargetError` if a parameter under ``paths`` is tied to a module outside of them."""
+    """Raise `TargetError` if a parameter under ``paths`` is tied to a parameter outside of them."""
     problems = []
     for path, names in product(paths, dict.fromkeys(scanned.sharers.values())):
         inside = [name for name in names if is_under(name, (path,))]
@@ -192,7 +191,7 @@ def refuse_tied(scanned: Scan, paths: Collection[str]) -> None:
 
 
 def refuse_impassable(scanned: Scan) -> None:
-    """Raise `TargetError` with all packed layers, targets or not, that do not propagate gradients."""
+    """Raise `TargetError` with all packed layers, targets or not, that gradients cannot pass."""
     bases = {each.path: each.base for each in (scanned.root, *scanned.modules) if each.base is not None}
     packed = {path: (base, base.packing) for path, base in bases.items() if base.packing is not None}
     refuse(lines({path or "the model": base.obstacle() for path, (base, _) in packed.items()}))

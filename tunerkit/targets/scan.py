@@ -59,7 +59,7 @@ class Scan:
 
 
 class _Registration(NamedTuple):
-    """A module at one of its paths; ``read`` are the owner's children whose weights its forward uses directly."""
+    """A module at one of its paths; ``read`` has the names of children whose weights the owner uses directly."""
 
     path: str
     module: nn.Module
@@ -135,7 +135,7 @@ def _scanned(places: Sequence[_Registration], base: BaseLayer | None) -> Scanned
 
 
 def from_paths(scanned: Scan, paths: Sequence[str]) -> tuple[Target, ...]:
-    """Return the modules at module paths, as an adapter file lists them, in their order, or raise `TargetError`."""
+    """Return the targets at ``paths``, in the same order. Raises `TargetError` with all paths that do not exist."""
     missing = [path for path in paths if not path or path not in scanned.by_path]
     if missing:
         # The search for the closest names is slow, and a model of another architecture lacks every path.
@@ -146,7 +146,7 @@ def from_paths(scanned: Scan, paths: Sequence[str]) -> tuple[Target, ...]:
 
 
 def tied(modules: Iterable[tuple[str, nn.Module]]) -> Mapping[int, tuple[str, ...]]:
-    """Return the full names of each tied parameter by its id; ``modules`` are distinct (path, module) pairs."""
+    """Return all names of each tied parameter, by the parameter's id; ``modules`` are (path, module), each once."""
     names: dict[int, list[str]] = defaultdict(list)
     keys: dict[int, int] = {}
     for path, module in modules:

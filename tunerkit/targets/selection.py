@@ -1,4 +1,4 @@
-"""Target selection: choose the modules to adapt from a scan and patterns, without changes to the model.
+"""Target selection: choose the modules to adapt from a scan and patterns, without changing the model.
 
 If a module that matches a plain name cannot be adapted, that is an error. Globs, regular expressions, ``"all-linear"``
 and the defaults leave such modules out, with one warning that lists them.
@@ -55,9 +55,9 @@ def select(
 ) -> tuple[Target, ...]:
     """Select the targets, in the model's order. One warning lists the modules that broad patterns leave out.
 
-    No target is at or under a path in ``trained`` (modules that the user trains in full); patterns ignore the paths in
-    ``new`` (trained in full because they are new). Raises `TargetError`, with every problem, if nothing is selected or
-    a named module cannot be adapted.
+    Modules at or under a path in ``trained``, which the user trains in full, are no targets. Patterns do not match
+    paths in ``new``, which are trained in full because they are new. Raises `TargetError`, with every problem, if
+    nothing is selected or a named module cannot be adapted.
     """
     problems: list[str] = []
     left_alone = set(new)  # with everything inside these modules
@@ -98,12 +98,12 @@ def select(
 
 
 def _insists(pattern: str | None) -> bool:
-    """Whether a pattern is a plain name or matches a single path exactly, so that its modules must be adapted."""
+    """Whether modules that match the pattern must be adapted: it is a plain name, or matches a single path exactly."""
     return pattern not in (None, ALL_LINEAR) and (not is_broad(pattern) or is_exact(pattern))
 
 
 def _stacks(modules: Iterable[ScannedModule]) -> Iterator[str]:
-    """Yield full names of parameters with stacks of matrices, in modules that are not base layers."""
+    """Yield the full names of parameters that are stacks of matrices, in modules that are not base layers."""
     for each in modules:
         unstacked = isinstance(each.module, ParametrizationList) or torch_private.is_convolution(each.module)
         if each.base is None and not unstacked:
@@ -185,7 +185,7 @@ def _choose_matching(scope: _Scope, pattern: str, problems: list[str]) -> _Choic
 
 
 def _choose_broadly(scope: _Scope, modules: Iterable[ScannedModule]) -> _Choices:
-    """Choose ``modules`` that can be adapted, and yield the obstacles of others with parameters."""
+    """Choose those of ``modules`` that can be adapted; yield others with their obstacles if they have parameters."""
     chosen = set(modules)
     for each in scope.free:
         if each in chosen:
@@ -195,7 +195,7 @@ def _choose_broadly(scope: _Scope, modules: Iterable[ScannedModule]) -> _Choices
 
 
 def _is_linear(each: ScannedModule) -> bool:
-    """Whether ``"all-linear"`` includes the module: a linear kind, attention, or one with in and out features."""
+    """Whether ``"all-linear"`` includes the module: a linear base layer, attention, or in_features and out_features."""
     match each.module:
         case nn.MultiheadAttention() | nn.Module(in_features=int(), out_features=int()):
             return True
@@ -212,7 +212,7 @@ def _may_be_linear(each: ScannedModule) -> bool:
 
 
 def _default_convolutions(scanned: Scan) -> tuple[ScannedModule, ...]:
-    """Return the convolutions in numbered blocks (or else in the whole body), unless there are linear layers too.
+    """Return the convolutions in numbered blocks, or else in the whole body; none if linear layers are there too.
 
     Depthwise convolutions are left out: their matrix is as narrow as a kernel, so a low rank saves nothing.
     """
@@ -240,7 +240,7 @@ def unknown(
 ) -> str:
     """Return the message for a pattern that matches no module, with the closest name of ``candidates`` or ``others``.
 
-    The search is slow, so only the first messages have such a name; ``told`` is the number of earlier messages.
+    The search is slow, so only the first messages have a closest name; ``told`` is the number of earlier messages.
     """
     if told >= SEARCHED:
         return f"no module named {shown(pattern)}"

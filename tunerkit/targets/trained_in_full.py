@@ -23,8 +23,8 @@ _SHOWN = 5
 def choose_copies(scanned: Scan, names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the paths of the modules to copy for the patterns of ``train_modules``.
 
-    A container is replaced by its modules, since it would run a copy as a child, or is never called. Blocks and modules
-    in blocks are replaced by their layers: see `_parts`.
+    A container is replaced by its modules: an nn.Sequential would run its copy as a child, and lists are never called.
+    Blocks and modules in blocks are replaced by their layers: see `_parts`.
     """
     chosen: list[str] = []
     whole: list[str] = []
@@ -36,14 +36,14 @@ def choose_copies(scanned: Scan, names: tuple[str, ...]) -> tuple[str, ...]:
     if whole:
         warn(
             f"copied as a whole, because they have parameters beside their layers: {few(whole, shown=5)}. A copy runs "
-            "after its original, so a module with a cache would fill it twice: train with use_cache=False, and merge "
-            "before you generate"
+            "after its original, so both would write to a module's cache: train with use_cache=False, and merge before "
+            "you generate"
         )
     return tuple(chosen)
 
 
 def resolve_modules(scanned: Scan, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the paths of modules that match patterns, in the model's order; of nested modules, the outermost."""
+    """Return the paths of modules that match patterns, in the model's order; of nested modules, only the outermost."""
     matched = {name: matching(scanned.modules, matcher(name)) for name in names}
     idle = [name for name, modules in matched.items() if not modules]
     refuse(f"train_modules: {unknown(name, scanned, scanned.modules, told=told)}" for told, name in enumerate(idle))
@@ -53,10 +53,10 @@ def resolve_modules(scanned: Scan, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _parts(scanned: Scan, path: str) -> Iterator[tuple[str, bool]]:
-    """Yield the paths to copy for a module, and whether each has parameters beside its layers.
+    """Yield (path to copy, whether that module has parameters besides its layers) for a module.
 
-    These are the module itself, or its layers if it is in a block or contains one: a copy runs after its original, so a
-    copied attention would add its keys to the cache twice.
+    The module itself is copied; or its layers, if it is in a block or contains one: a copy runs after its original, so
+    a copied attention would add its keys to the cache twice.
     """
     if any(each.in_block for each in scanned.modules if f"{each.path}.".startswith(f"{path}.")):
         yield from _layers(scanned, path)
@@ -79,7 +79,7 @@ def _layers(scanned: Scan, path: str) -> Iterator[tuple[str, bool]]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether no child has parameters, or the module is torch's attention."""
+    """Whether the module is copied as a whole: no child has parameters, or it is torch's attention."""
     inside = (child for name, child in torch_private.own_children(module).items() if child and name != CHILD)
     return isinstance(module, nn.MultiheadAttention) or all(next(m.parameters(), None) is None for m in inside)
 
@@ -89,7 +89,7 @@ def _has_tensors(module: nn.Module) -> bool:
 
 
 def copies_at(scanned: Scan, path: str) -> list[str]:
-    """Return the paths to copy for the module at ``path``: itself, or the modules in a container."""
+    """Return the paths to copy for the module at ``path``: ``path``, or the paths of the modules in a container."""
     found = scanned.by_path[path]
     if found.inside_attention or found.reading_owner is not None:
         held = ((parent(own), scanned.by_path[parent(own)].module) for own in found.paths)
@@ -148,10 +148,10 @@ def choose_new(
     exclude: Sequence[str],
     adapted: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Return the new modules to train in full, or none if ``train_modules`` has chosen ``copies``; warn of the others.
+    """Return the new modules to train in full; none if ``train_modules`` has chosen ``copies``. Warn of the others.
 
-    Skipped are modules in ``exclude``, modules in ``adapted``, which active adapters have changed already, and the
-    matches of a plain name in ``targets``, if all its matches are new.
+    Modules are skipped if they match ``exclude``, are in ``adapted`` (active adapters have changed them already), or
+    match a plain name in ``targets`` whose matches are all new.
     """
     decided = {*copies, *adapted, *_named(scanned, targets, exclude, (*new.whole, *new.heads))}
     partly = [path or "the model itself" for path in new.partly if not _is_decided(path, decided)]
@@ -187,7 +187,7 @@ def choose_new(
 
 
 def trained_elsewhere(new: NewModules, copied: Collection[str]) -> tuple[str, ...]:
-    """Find the modules whose values are new, or may be, among those that another adapter trains in full."""
+    """Return those of the modules ``copied``, trained in full by another adapter, whose initial values may be new."""
     return tuple(path for path in copied if is_under(path, {*new.whole, *new.heads}))
 
 
@@ -224,7 +224,7 @@ def _warn_of_trained(scanned: Scan, loader: str, trained: Mapping[str, Sequence[
 
 
 def _warn_of_unknown(loader: str, heads: Sequence[str], replaced: Sequence[str]) -> None:
-    """Warn that ``heads`` may be new, or if there are none, the ``replaced`` modules in blocks."""
+    """Warn that ``heads`` may be new; without heads, that the ``replaced`` modules in blocks may be."""
     if heads or replaced:
         lost = f" (in the blocks, the marks of {few(replaced, shown=_SHOWN)} are missing)" if heads and replaced else ""
         advice = f"train_modules={list(heads[:_SHOWN])}. Otherwise name it in exclude"

@@ -55,7 +55,7 @@ def test_an_average_beside_a_shrinking_adapter_follows_masks() -> None:
 
 
 _KEPT = (
-    "adapter 'default': the masked triplets stay in memory, and masked, to the end of training: an AveragedModel "
+    "adapter 'default': masked triplets stay in memory, still masked, until training ends: an AveragedModel "
     "averages them, and its copy keeps their shapes"
 )
 
@@ -121,7 +121,7 @@ def test_a_second_optimizer_that_keeps_a_state_keeps_the_shapes(momentum: float)
                 each.step()
             model.zero_grad()
     assert (sizes(model) == {4}) == bool(momentum)
-    assert [r"another optimizer (SGD) keeps a state of them" in str(each.message) for each in told] == [True] * bool(
+    assert [r"another optimizer (SGD) has state for them" in str(each.message) for each in told] == [True] * bool(
         momentum
     )
 
@@ -154,4 +154,4 @@ def test_process_0_decides_for_all(first: bool) -> None:
             tensors[0].fill_(first)
 
     reason = followers.follower(InGroup(), trainable(model), torch.ones(1))  # type: ignore[arg-type]
-    assert reason == ("something in process 0 follows them" if first else None)
+    assert reason == ("an object in process 0 relies on their shapes" if first else None)

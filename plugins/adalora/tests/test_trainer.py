@@ -312,7 +312,7 @@ def test_a_checkpoint_whose_writing_was_interrupted_is_refused(tmp_path: Path) -
     with pytest.raises(tunerkit.errors.FileError, match="not complete"):
         trainer_of(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
     assert tunerkit.tuner(model).steps == 0
-    with pytest.warns(tunerkit.TunerkitWarning, match="resumes from .*checkpoint-15, the newest whole checkpoint"):
+    with pytest.warns(tunerkit.TunerkitWarning, match="resumes from .*checkpoint-15, the newest complete checkpoint"):
         trainer_of(model, tmp_path).train(resume_from_checkpoint=True)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), whole.state_dict().values(), strict=True))
 

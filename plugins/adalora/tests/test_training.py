@@ -648,7 +648,7 @@ def test_weights_of_mid_training_in_a_finished_adapter_are_not_saved(shrink: boo
     finished, data = copy.deepcopy(model.state_dict()), file.read_bytes()
     model.load_state_dict(middle[0])
     with pytest.raises(
-        AdapterError, match=r"keep 12, .* left a budget of 6: .*optimizer's state_dict.* of step 20 again"
+        AdapterError, match=r"keep 12, .* set a budget of 6: .*optimizer's state_dict.* of step 20 again"
     ):
         tunerkit.save(model, tmp_path)
     assert file.read_bytes() == data

@@ -1,4 +1,4 @@
-"""The allocation of a budget: from scores of all triplets to masks, and the use of the masks in the layers."""
+"""Allocate a budget: compute masks from the scores of all triplets, and apply the masks to the layers."""
 
 import gc
 from collections.abc import Mapping, Sequence
@@ -36,8 +36,8 @@ def spend_(
 
     Args:
         tuner: The adapter's handle.
-        training: Its training state.
-        due: The budget to spend, and whether the ranks are final then.
+        training: The adapter's training state.
+        due: The budget to spend, and whether the ranks are final afterwards.
         weights: P, λ and Q of each layer, one after the other.
         scores: The score (r,) of each triplet, by layer.
         lams: λ (r,) of each layer, if the layers are sharded.
@@ -105,9 +105,9 @@ def mask_(
 
     Args:
         tuner: The adapter's handle.
-        layers: Its layers.
+        layers: The adapter's layers.
         weights: P, λ and Q of each layer, one after the other.
-        masks: New masks, bool (r,); None for the present masks.
+        masks: New masks, bool (r,); None for the current masks.
         ranks: The number of triplets that each new mask keeps.
     """
     if masks is not None:
@@ -122,9 +122,9 @@ def mask_(
 
 
 def _cuts(weights: Sequence[nn.Parameter], masks: Sequence[Tensor], ranks: Sequence[int]) -> list[Cut]:
-    """Return cuts that remove every masked triplet from P, Λ and Q. A masked λ is 0, so the output stays.
+    """Return cuts that remove every masked triplet from P, Λ and Q. A masked λ is 0, so the output does not change.
 
-    Without a regularizer or clipping, which use dead triplets too, training continues as with masks.
+    Further training is the same as with masks, unless a regularizer or clipping is on: these use dead triplets too.
     """
     found: list[Cut] = []
     for index, (mask, rank) in enumerate(zip(masks, ranks, strict=True)):
@@ -139,7 +139,7 @@ def _cuts(weights: Sequence[nn.Parameter], masks: Sequence[Tensor], ranks: Seque
 def _following(weights: Sequence[nn.Parameter]) -> list[object]:
     """Return objects that may rely on the weights' shapes: averaged models, and optimizers with state for the weights.
 
-    Torch keeps no list of these. The search takes a tenth of a second, once in a training.
+    Torch has no list of these objects. The search takes a tenth of a second, once in a training.
     """
     alive = [each for each in gc.get_objects() if issubclass(type(each), AveragedModel | Optimizer)]
     states = [vars(each).get("state", {}) for each in alive]
@@ -152,12 +152,12 @@ def _relies(each: object, state: object, weights: Sequence[nn.Parameter]) -> boo
 
 
 def _warn_of_kept(tuner: Tuner, reason: str) -> None:
-    """Warn of the reason why the shapes, and so the masks, stay."""
-    warn(f"adapter {tuner.name!r}: the masked triplets stay in memory, and masked, to the end of training: {reason}")
+    """Warn that masked triplets stay in memory, for ``reason``."""
+    warn(f"adapter {tuner.name!r}: masked triplets stay in memory, still masked, until training ends: {reason}")
 
 
 def _re_parametrise_(tuner: Tuner, training: Training, scores: Sequence[Tensor]) -> None:
-    """Make P Λ Q the SVD of ΔW. The averages are of the old triplets, so they restart at the next step."""
+    """Make P Λ Q the SVD of ΔW, and restart the importance averages, which belong to the old triplets."""
     with tuner.whole() as outside:  # the optimizer may have other Parameter objects
         copies = copies_in(optimizer_of(tuner), map(outside, weights_of(training.layers)))
         if not copies:
@@ -176,12 +176,12 @@ def _re_parametrise_(tuner: Tuner, training: Training, scores: Sequence[Tensor])
 
 @attrs.frozen
 class Readback:
-    """The results of an allocation on the host.
+    """The results of an allocation, copied to the host.
 
     Attributes:
-        left_out: Gradients that the averages left out since the last allocation.
+        left_out: The number of gradients that the averages left out since the last allocation.
         any_score: Whether any score is above 0.
-        ranks: Live triplets of each mask.
+        ranks: The number of live triplets in each mask.
     """
 
     left_out: int
@@ -193,9 +193,9 @@ def read_back(left_out: Tensor, scores: Sequence[Tensor], masks: Sequence[Tensor
     """Copy all values that the host needs from the device, in one transfer.
 
     Args:
-        left_out: Number of gradients left out; 0-d int64.
-        scores: The score (r_i,) of each triplet, per target.
-        masks: The bool masks (r_i,) of the allocation, per target.
+        left_out: The number of gradients left out; 0-d int64.
+        scores: The scores (r_i,) of each target's triplets.
+        masks: The bool mask (r_i,) of each target.
 
     Returns:
         The values on the host.
@@ -218,22 +218,22 @@ def allocate(
     maximum: Sequence[int] | None = None,
     lams: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Spend the budget ``keep`` where the scores are highest over all targets together.
+    """Spend the budget ``keep`` on the triplets with the highest scores, over all targets together.
 
     All triplets form one ranking in three tiers: the best ``minimum`` of each target, then triplets within its
     ``maximum``, then the rest. So a maximum is exceeded only if the budget cannot be spent otherwise. In each tier the
     higher score comes first; ties go to the earlier target, then to the lower index. −0.0 equals 0.0, and NaN is
     lowest. The longest prefix of the ranking whose cost fits ``keep`` stays. The ranking does not depend on ``keep``,
-    so masks nest while the budget falls with fixed scores. The host waits for no result.
+    so with the same scores, a lower budget keeps a subset. The host does not wait for the device.
 
     Args:
         scores: One tensor (r_i,) per target.
         keep: The budget, in the unit of ``costs``.
         costs: Cost of one triplet of each target, above 0; by default 1, so that exactly ``keep`` triplets stay.
-        minimum: The fewest triplets of each target, for as long as the budget allows it; by default 0.
+        minimum: The fewest triplets of each target, as long as the budget allows it; by default 0.
         maximum: The most triplets of each target; by default all.
-        lams: λ (r_i,) of each target, if a triplet with λ = 0 is dead for good. Such a triplet ranks last in its tier
-            and never stays, even if the budget allows it.
+        lams: λ (r_i,) of each target, if nothing updates λ, so that a λ of 0 stays 0. A triplet with λ = 0 ranks last
+            in its tier and is never kept, even if the budget allows it.
 
     Returns:
         One bool mask (r_i,) per target: views of one tensor, on the first score's device.
@@ -270,9 +270,9 @@ def _keep(scores: Tensor, keep: int, limits: Tensor, alive: Tensor | None, *, to
 
 
 def _sortable(scores: Tensor) -> Tensor:
-    """Return scores for sorting, in fp32 or wider: NaN lowest, and only one zero.
+    """Return scores for sorting, in fp32 or wider: NaN becomes −∞, and −0.0 becomes 0.0.
 
-    Adding 0.0 turns −0.0 into 0.0: a radix sort compares bits, in which −0.0 lies below 0.0.
+    A radix sort compares bits, in which −0.0 is below 0.0; adding 0.0 removes the sign.
     """
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return torch.where(wide.isnan(), -torch.inf, wide) + 0.0

@@ -15,7 +15,7 @@ _RANK = attrgetter("rank")
 
 @attrs.frozen
 class Bounds:
-    """The fewest and the most triplets of each target at the end, in the order of the targets."""
+    """The minimum and maximum number of triplets of each target, in the order of the targets."""
 
     minimum: tuple[int, ...]
     maximum: tuple[int, ...]
@@ -24,13 +24,13 @@ class Bounds:
 def schedule_of(
     config: AdaLoraConfig, resolved: Resolved, layers: Sequence[SvdLayer], costs: Sequence[int], total_steps: int
 ) -> Schedule:
-    """Lay out the schedule as the config alone describes it.
+    """Build the budget schedule from the config.
 
     Args:
         config: The config.
-        resolved: Its resolved settings.
+        resolved: The config's resolved settings.
         layers: The layers at all targets.
-        costs: What a triplet of each layer costs.
+        costs: The cost of one triplet of each layer.
         total_steps: T, in optimizer steps.
 
     Returns:
@@ -54,19 +54,19 @@ def schedule_of(
 
 
 def live_budget(layers: Sequence[SvdLayer], costs: Sequence[int]) -> int:
-    """Return the budget that the masks keep, with a cost per triplet of each layer: live triplets, or parameters."""
+    """Return the total cost of the live triplets, with the cost of one triplet of each layer in ``costs``."""
     return sum(map(mul, map(_RANK, layers), costs))
 
 
 def costs_of(config: AdaLoraConfig, layers: Sequence[SvdLayer]) -> list[int]:
-    """Say what one triplet of each layer costs.
+    """Return the cost of one triplet of each layer.
 
     Args:
-        config: The config, whose unit the cost is in.
+        config: The config, which sets the unit.
         layers: The layers.
 
     Returns:
-        1 per layer, or a triplet's number of parameters there.
+        1 for each layer, or the number of parameters of one triplet of each layer.
     """
     if config.budget_unit == "rank":
         return [1] * len(layers)
@@ -74,11 +74,11 @@ def costs_of(config: AdaLoraConfig, layers: Sequence[SvdLayer]) -> list[int]:
 
 
 def bounds_of(config: AdaLoraConfig, resolved: Resolved, targets: Sequence[Target]) -> Bounds:
-    """Look up the least and the greatest rank of each target.
+    """Look up the minimum and maximum rank of each target.
 
     Args:
-        config: The config, which gives one number for all targets, or target patterns.
-        resolved: Its resolved settings; without a maximum the initial rank bounds.
+        config: The config, with one number for all targets, or a number by target pattern.
+        resolved: The config's resolved settings. Without a maximum, the initial rank is the maximum.
         targets: The targets.
 
     Returns:
@@ -109,10 +109,10 @@ def check_bounds(
 
     Args:
         config: The config.
-        bounds: Its bounds at the targets.
-        targets: The targets, named in the errors.
-        layers: Their layers.
-        costs: What a triplet of each layer costs.
+        bounds: The bounds of each target.
+        targets: The targets, for messages.
+        layers: The layer at each target.
+        costs: The cost of one triplet of each layer.
         target_budget: b(T), in the config's unit.
 
     Raises:

@@ -22,16 +22,14 @@ _SVD_ABOVE = 2.0
 
 @attrs.frozen
 class Resolved:
-    """What the config's optional settings mean once their defaults are applied.
-
-    The names are those of the config's fields; ``None`` no longer occurs.
+    """The config's optional settings with their defaults applied, under the same names; none is None.
 
     Attributes:
         target_rank: Average rank per target at the end of training. A total budget replaces it.
-        init_rank: Triplets at each target at the start.
+        init_rank: The number of triplets at each target at the start.
         alpha: Numerator of the scale.
         exact_svd: Whether each allocation makes P Λ Q the SVD of ΔW.
-        train_lambda: Whether the optimizer moves Λ.
+        train_lambda: Whether the optimizer updates Λ.
     """
 
     target_rank: int
@@ -44,10 +42,10 @@ class Resolved:
     def scale(self) -> float:
         """The factor of P Λ Q: alpha/init_rank. It does not change with pruning.
 
-        The scales of all triplets add up to alpha at the start and, in SVD form, where λ adds up to ``init_rank``, for
-        good. By default that is what they add up to in LoRA with the rank that is left, if ``init_rank`` is at most 1.5
-        times that rank: an optimizer's step then moves ΔW as far as LoRA's, and a training collapses at LoRA's learning
-        rate, not below it.
+        If λ starts at 1, scale · λ sums to alpha over a target's triplets; in SVD form it stays so, because λ sums to
+        ``init_rank``. With the default alpha, and ``init_rank`` at most 1.5 times the final rank, LoRA of the final
+        rank has the same sum. An optimizer's step then changes ΔW as much as in LoRA, so the learning rate at which
+        training diverges is LoRA's, and not lower.
         """
         return self.alpha / self.init_rank
 
@@ -234,13 +232,13 @@ class AdaLoraConfig(AdapterConfig):
             )
         if self.exact_svd and self.gamma > 0:
             yield (
-                f"gamma {self.gamma} pulls P and Q to length 1, which exact_svd gives lengths of their own; set gamma "
-                "to 0, or exact_svd to False @ $.gamma"
+                f"gamma {self.gamma} pulls P and Q to length 1, but exact_svd gives them other lengths; set gamma to "
+                "0, or exact_svd to False @ $.gamma"
             )
         if self.start not in _STARTS_AT_P_0 and not used.train_lambda:
             yield (
-                f"start {self.start!r} begins with Λ = 0, where nothing is learnt until Λ moves; set train_lambda to "
-                "True, or start to 'lora' @ $.train_lambda"
+                f"start {self.start!r} begins with Λ = 0, so P and Q get no gradients until Λ is trained; set "
+                "train_lambda to True, or start to 'lora' @ $.train_lambda"
             )
         yield from self._span_problems()
         if isinstance(self.min_rank, int) and self.min_rank > used.init_rank:

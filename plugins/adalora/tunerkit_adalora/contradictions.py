@@ -21,9 +21,9 @@ def contradictions(
 
     Args:
         tuner: The tuner.
-        training: Its present training state, with the schedule.
-        values: The saved values, which do not contradict each other.
-        layers: The adapter's layers, whose shapes fit.
+        training: The tuner's current training state, with the schedule.
+        values: The saved values, which are consistent with each other.
+        layers: The adapter's layers, whose shapes fit the state.
         masks: The saved mask of each layer, bool (r,).
 
     Yields:
@@ -63,7 +63,7 @@ def impossible_averages(averages: dict[str, Tensor], phase: Phase) -> Iterator[s
         phase: The saved phase.
 
     Yields:
-        One line for each tensor that cannot be right.
+        One line for each invalid tensor.
     """
     for name, average in averages.items():
         if not bool(((average >= 0) & average.isfinite()).all()):

@@ -9,10 +9,10 @@ from tunerkit_adalora.svd_layer import SvdLayer, layer_of
 
 
 def from_products(products: Mapping[str, Factors]) -> tuple[AdaLoraConfig, dict[str, SvdLayer]]:
-    """Build the layers whose ΔW are ``products``, and a config with their targets and ranks.
+    """Build layers with ``products`` as their ΔW, and a config with the same targets and ranks.
 
     Args:
-        products: The product at each target, by its path. Ranks may differ, and may be 0.
+        products: ΔW of each target as low-rank factors, by target path. Ranks may differ, and may be 0.
 
     Returns:
         The config, with the largest rank as initial rank and the average rank as target rank; and the layers. The scale

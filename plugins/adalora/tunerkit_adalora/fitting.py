@@ -22,7 +22,7 @@ def refuse_unfitted(tuner: Tuner) -> None:
 
 
 def fit_(tuner: Tuner, statistics: Mapping[str, Statistics]) -> None:
-    """Set every Q. P stays 0 and Λ 1; the schedule allocates ranks during training."""
+    """Initialize every Q from the statistics. P stays 0 and Λ 1; the schedule allocates ranks during training."""
     for path, layer in tuner.adapters().items():
         assert isinstance(layer, SvdLayer)
         found = directions(statistics[path])[: len(layer.q)].to(layer.q)

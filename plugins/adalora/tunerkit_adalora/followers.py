@@ -1,4 +1,4 @@
-"""Averaged models and optimizers that keep copies of an adapter's weights, or rely on their shapes."""
+"""Find averaged models and optimizers that have copies of an adapter's weights, or rely on the weights' shapes."""
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,14 +21,14 @@ _COPIES = frozenset(
 
 
 def copies_in(optimizer: Optimizer | None, weights: Iterable[Tensor]) -> list[str]:
-    """Look for copies of the weights in an optimizer's state.
+    """Find copies of the weights in an optimizer's state.
 
     Args:
-        optimizer: The optimizer, or None if it is gone.
+        optimizer: The optimizer, or None if it no longer exists.
         weights: The weights.
 
     Returns:
-        The names of the copies in the state, sorted.
+        The sorted names of the state's entries with copies.
     """
     if optimizer is None:
         return []
@@ -37,14 +37,14 @@ def copies_in(optimizer: Optimizer | None, weights: Iterable[Tensor]) -> list[st
 
 
 def refuse_split(tuner: Tuner, optimizer: Optimizer | None) -> None:
-    """Reject a second optimizer for some λ, which would update them after the mask was applied.
+    """Reject another optimizer that trains some λ: it would update a masked λ after the mask was applied.
 
     Args:
-        tuner: The adapter's handle. With a shared engine, optimizers may have other tensors than the model's.
+        tuner: The adapter's handle. With a shared engine, optimizers may have other tensors than the model.
         optimizer: The attached optimizer.
 
     Raises:
-        StepError: If another optimizer has a λ that the attached optimizer does not have.
+        StepError: Another optimizer has a λ that the attached optimizer lacks.
     """
     if optimizer is None:
         return
@@ -55,38 +55,38 @@ def refuse_split(tuner: Tuner, optimizer: Optimizer | None) -> None:
     names = _found(lambda: _kinds(_alive(Optimizer), lambda other: not _held(other).isdisjoint(left.values())))
     if names:
         raise StepError(
-            f"the optimizer leaves λ of adapter {tuner.name!r} at {next(iter(left))!r} to another one ({names}): masks "
-            "act on λ after each step of the attached optimizer, and the other would move it again. Put P, λ and Q of "
-            "all targets into one; its parameter groups may have learning rates of their own"
+            f"another optimizer ({names}) trains λ of adapter {tuner.name!r} at {next(iter(left))!r}: masks are set "
+            "in λ after each step of the attached optimizer, and the other one would change λ again. Put P, λ and Q "
+            "of all targets into one optimizer; its parameter groups may have their own learning rates"
         )
 
 
 def follower(tuner: Tuner, weights: Sequence[nn.Parameter], like: Tensor) -> str | None:
-    """Return what would break if the weights shrank, or None; process 0 decides for all processes.
+    """Return why the weights must not shrink, or None; process 0 decides for all processes.
 
     Args:
         tuner: The adapter's handle.
         weights: P, λ and Q of each layer, one after the other.
-        like: A tensor on the device for the broadcast.
+        like: Any tensor on the device to use for the broadcast.
 
     Returns:
-        The reason why shapes must stay; None if they may change.
+        The object that relies on the weights' shapes, as a reason; None if they may change.
     """
     found = _found(lambda: _obstacle(tuner, weights))
     if tuner.engine.is_shared:
         decision = like.new_tensor(float(bool(found)))
         tuner.agree_([decision], "what follows the weights")
-        found = (found or "something in process 0 follows them") if decision else ""
+        found = (found or "an object in process 0 relies on their shapes") if decision else ""
     return found or None
 
 
 def warn_of_average(tuner: Tuner, final_step: int) -> None:
-    """Warn of an average of the weights before triplets are re-parametrised, which would make it meaningless."""
+    """Warn if an `AveragedModel` averages the weights: re-parametrising the triplets makes its average meaningless."""
     if _found(lambda: _is_averaged(tuner, _alive(AveragedModel))):
         warn(
-            f"adapter {tuner.name!r}: an AveragedModel averages it, and each allocation re-parametrises P, Λ and Q, "
-            f"across which an average means nothing. Set exact_svd=False, or begin to average after step {final_step}, "
-            "the last allocation"
+            f"adapter {tuner.name!r}: an AveragedModel averages it, but each allocation re-parametrises P, Λ and Q, so "
+            f"the average is meaningless. Set exact_svd=False, or begin to average after step {final_step}, the last "
+            "allocation"
         )
 
 
@@ -96,11 +96,11 @@ def _obstacle(tuner: Tuner, weights: Sequence[nn.Parameter]) -> str:
         return "an AveragedModel averages them, and its copy keeps their shapes"
     shrinks = None if own is None else own.state  # a wrapper may share its optimizer's state object
     names = _kinds(alive, lambda other: vars(other).get("state") is not shrinks and _keeps(other, weights))
-    return names and f"another optimizer ({names}) keeps a state of them; let one optimizer step all"
+    return names and f"another optimizer ({names}) has state for them; use one optimizer for all weights"
 
 
 def _is_averaged(tuner: Tuner, alive: Iterable[object]) -> bool:
-    """Whether an AveragedModel among the objects has a copy of the adapter, by its name and config."""
+    """Whether an AveragedModel among the objects has an adapter with the same name and config."""
     models = (each.module for each in alive if isinstance(each, AveragedModel))
     copies = (tunerkit.adapters(model).get(tuner.name) for model in models)
     return any(copied is not None and copied is not tuner and copied.config == tuner.config for copied in copies)
@@ -119,12 +119,12 @@ def _keeps(optimizer: Optimizer, weights: Iterable[Tensor]) -> bool:
 
 
 def _held(optimizer: Optimizer) -> set[int]:
-    """The ids of the parameters that an optimizer steps."""
+    """Return the ids of the parameters that an optimizer updates."""
     return {id(parameter) for group in vars(optimizer).get("param_groups", ()) for parameter in group["params"]}
 
 
 def _found(look: Callable[[], F]) -> F:
-    """Return the result of ``look`` among living objects, repeated after a garbage collection if it finds something."""
+    """Return the result of ``look``, a search of objects; after a hit, collect garbage and search again."""
     if found := look():
         gc.collect()
         found = look()
@@ -132,5 +132,5 @@ def _found(look: Callable[[], F]) -> F:
 
 
 def _alive(*kinds: type) -> list[object]:
-    """Return all living objects of some classes, of which torch keeps no list."""
+    """Return all living objects of some classes, by a search, since torch has no list of them."""
     return [each for each in gc.get_objects() if issubclass(type(each), kinds)]

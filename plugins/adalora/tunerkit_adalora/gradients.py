@@ -1,4 +1,4 @@
-"""Counts of the gradients in the importance averages since the last allocation, and of unusable gradients."""
+"""Count the gradients in the importance averages since the last allocation, and the unusable gradients."""
 
 import attrs
 from torch import Tensor
@@ -12,9 +12,9 @@ class GradientCount:
     """Counts since the last allocation.
 
     Attributes:
-        left_out: Gradients that were not finite; 0-d int64 on the device, so that counting waits for nothing.
-        averaged: Steps whose gradients were averaged.
-        seen: Gradients in these steps, one per weight that had one.
+        left_out: The number of non-finite gradients; 0-d int64 on the device, so that the host need not wait.
+        averaged: The number of steps whose gradients were averaged.
+        seen: The number of gradients in these steps, one for each weight that had a gradient.
     """
 
     left_out: Tensor
@@ -29,13 +29,13 @@ class GradientCount:
             bad: The value of ``left_out``, read from the device.
 
         Raises:
-            StepError: If steps were averaged and no gradient in them was usable: the scores are then meaningless.
+            StepError: Steps were averaged, but no gradient in them was usable, so the scores are meaningless.
         """
         # No step is averaged between two allocations if they follow each other at T − t_f, or if all were skipped.
         if self.averaged and self.seen == bad:
             raise StepError(
                 f"adapter {adapter!r} had no usable gradient in the {self.averaged} steps since the last allocation, "
-                f"so its scores say nothing; {_advice(bad)}"
+                f"so its scores are meaningless; {_advice(bad)}"
             )
         if bad:
             self.left_out.zero_()

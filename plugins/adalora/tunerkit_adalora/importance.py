@@ -1,7 +1,7 @@
 """The importance of weights and of triplets: sensitivity, uncertainty, score (section 3.2 of the paper).
 
 Flat lists of weights contain P (out, r), λ (r,) and Q (r, in) of the first layer, then of the second, and so on.
-The averages of all weights on a device lie in one tensor, those of one shape beside each other. So a step takes three
+The averages of all weights on a device are in one tensor, ordered by the weights' shapes. So a step takes three
 operations for each distinct shape, to collect weights and gradients, and about fifteen for everything else.
 """
 
@@ -37,7 +37,7 @@ class Stack:
     """The running averages Ī and Ū (Eq. 9, 10) of weights of one shape.
 
     Attributes:
-        members: Indices of the weights in the flat list. All are the same part of different layers.
+        members: Indices of the weights in the flat list. All are the same `Part` of different layers.
         sensitivity: Ī, (count, *shape).
         uncertainty: Ū, (count, *shape).
     """
@@ -58,9 +58,9 @@ class Averages:
 
     Attributes:
         stacks: The averages by shape, as views.
-        sensitivity: Ī, (rows, 64). Each weight begins a new row; the rest of its last row is 0.
-        uncertainty: Ū, the same.
-        places: Index in the flat list of each weight, in the order of the rows; int64 (weights,).
+        sensitivity: Ī, (rows, 64). Each weight begins a new row, and the rest of its last row is 0.
+        uncertainty: Ū, in the same layout.
+        places: The flat list's index of each weight, in the order of the rows; int64 (weights,).
         rows: The number of rows of each weight; int64 (weights,).
     """
 
@@ -72,7 +72,7 @@ class Averages:
 
 
 def new_averages(weights: Sequence[Tensor]) -> list[Averages]:
-    """Make the averages before the first step: zeros, in `average_dtype`.
+    """Return averages for the first step: zeros, in `average_dtype`.
 
     Args:
         weights: The flat list.
@@ -104,7 +104,7 @@ def _rows(shape: torch.Size) -> int:
 
 
 def _by_shape(rows: Tensor, shapes: Sequence[tuple[Sequence[int], torch.Size]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield views of the ``rows`` of weights of these shapes: (count, *shape), and the rest of their last rows."""
+    """Yield two views of ``rows`` for each shape: the weights (count, *shape), and the unused ends of the rows."""
     parts = rows.split([len(members) * _rows(shape) for members, shape in shapes])
     for part, (members, shape) in zip(parts, shapes, strict=True):
         each = part.view(len(members), -1)
@@ -121,7 +121,7 @@ def average_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def stacks_of(averages: Sequence[Averages]) -> list[Stack]:
-    """Take the averages apart by shape.
+    """Split the averages by shape.
 
     Args:
         averages: The averages.
@@ -133,7 +133,7 @@ def stacks_of(averages: Sequence[Averages]) -> list[Stack]:
 
 
 def unstack(stacks: Sequence[Stack]) -> tuple[list[Tensor], list[Tensor]]:
-    """Take the stacks apart.
+    """Split the stacks by weight.
 
     Args:
         stacks: The averages.
@@ -150,7 +150,7 @@ def unstack(stacks: Sequence[Stack]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def on_devices_of(weights: Sequence[Tensor], averages: list[Averages]) -> list[Averages]:
-    """Move the averages to their weights: after attaching, a model may be moved, or spread over devices.
+    """Move the averages to the devices of their weights, since a model may be moved after attaching.
 
     Args:
         weights: The flat list.
@@ -187,21 +187,21 @@ def smooth_(
     Eq. 8:  I = |w · ∂L/∂w|;  Eq. 9:  Ī ← β1 Ī + (1 − β1) I;  Eq. 10:  U = |I − Ī|,  Ū ← β2 Ū + (1 − β2) U,
     with the new Ī in Eq. 10.
 
-    A weight without a gradient keeps its averages. So does a weight whose I is not finite throughout: it is left out
-    as a whole. Nothing here waits for the device.
+    A weight keeps its averages if it has no gradient, or if any element of its I is not finite. The host does not wait
+    for the device.
 
     Args:
         weights: P (out, r), λ (r,), Q (r, in) of the first layer, then of the second, and so on.
-        grads: Their gradients.
-        averages: Their averages, from `new_averages`.
+        grads: The weights' gradients.
+        averages: The weights' averages, from `new_averages`.
         beta1: β1.
         beta2: β2.
-        restart: Take Ī and Ū for 0 before this step.
-        total_: Sums a vector over the processes, if the weights are sharded: a weight is left out in all processes if
-            any shard is not finite. None if the weights are not sharded.
+        restart: Whether to set Ī and Ū of the averaged weights to 0 first.
+        total_: Sums a vector over the processes in place, if the weights are sharded: a weight is left out in all
+            processes if I of any shard is not finite. None if the weights are not sharded.
 
     Returns:
-        The number of weights that were left out; 0-d int64, on the first weight's device.
+        The number of weights left out because I was not finite; 0-d int64, on the first weight's device.
     """
     if not weights:
         return torch.zeros((), dtype=torch.int64)
@@ -279,10 +279,10 @@ def _with_gradient(grads: Sequence[Tensor | None], averages: Averages) -> Tensor
 def _are_bad(importance: Tensor, owners: Tensor, has_gradient: Tensor | None, averages: Averages) -> Tensor:
     """Return which weights have a gradient and an I with non-finite values: bool (weights,).
 
-    ``owners`` has the weight of each row; int64 (rows,).
+    ``owners`` is the weight of each row; int64 (rows,).
 
-    Test I, not the gradient: a bad gradient always shows there (0·∞ is NaN), and so does a product that overflows. I is
-    never negative, so one pass for its largest value is enough: NaN propagates, and is not below infinity.
+    I is tested and not the gradient: a non-finite gradient makes I non-finite (0·∞ is NaN), and the product may
+    overflow. I is never negative, so its maximum is enough: NaN propagates, and is not below infinity.
     """
     largest = importance.new_zeros(len(averages.places))
     largest.scatter_reduce_(0, owners, importance.amax(dim=1), "amax")
@@ -293,7 +293,7 @@ def _are_bad(importance: Tensor, owners: Tensor, has_gradient: Tensor | None, av
 def _in_any(
     bad: Sequence[Tensor], averages: Sequence[Averages], weights: Sequence[Tensor], total_: Callable[[Tensor], None]
 ) -> list[Tensor]:
-    """Return which weights are bad in any process. Processes have different shards, in different rows and order."""
+    """Return which weights are bad in any process, for each of ``averages``; their order differs between processes."""
     device = weights[0].device
     together = torch.zeros(len(weights), device=device)
     for each, own in zip(averages, bad, strict=True):
@@ -303,7 +303,7 @@ def _in_any(
 
 
 def _average_(averages: Averages, current: Tensor, used: Tensor, beta1: float, beta2: float, restart: bool) -> None:
-    """Eq. 8-10 for the rows that are ``used``, bool (rows, 1); ``current`` is I, which is overwritten."""
+    """Update the rows that are ``used``, bool (rows, 1), by Eq. 9 and 10; ``current`` is I, and is overwritten."""
     mean, spread = averages.sensitivity, averages.uncertainty
     # A weight that is left out has pace 0: x + 0 · (y − x) is x, bit for bit, if y is finite.
     current.nan_to_num_(nan=0.0, posinf=0.0)
@@ -318,5 +318,5 @@ def _average_(averages: Averages, current: Tensor, used: Tensor, beta1: float, b
 
 
 def _pace(used: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
-    """Return 1 − β for each averaged row, 0 for the others; one operation in the default dtype."""
+    """Return 1 − β for each ``used`` row, else 0; one operation in the default dtype."""
     return used * (1 - beta) if dtype == torch.get_default_dtype() else used.to(dtype) * (1 - beta)

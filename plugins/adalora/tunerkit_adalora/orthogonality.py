@@ -15,12 +15,12 @@ Pair = tuple[Tensor, Tensor]
 
 
 def penalty(pairs: Sequence[Pair], *, form: Form) -> Tensor:
-    """Measure how far P's columns and Q's rows are from orthonormal: R(P, Q).
+    """Compute R(P, Q), the distance of P's columns and Q's rows from orthonormality.
 
     Args:
         pairs: P (out, r) and Q (r, in) of each layer.
         form: "paper": Σ ‖PᵀP − I‖²_F + ‖QQᵀ − I‖²_F (Eq. 4), summed over the pairs. "reference": the mean of the
-            unsquared norms over all matrices, two per pair, which both public codes add to the loss.
+            unsquared norms over all matrices, two per pair, as in both public implementations.
 
     Returns:
         R, 0-d.
@@ -45,13 +45,13 @@ def add_gradient_(pairs: Sequence[Pair], *, gamma: float, form: Form, grad_scale
     the norm and by the number of matrices, and is 0 where the norm is 0.
 
     Frozen matrices, and matrices without a gradient in this step, are skipped. They still count in the mean, so that
-    the pull of γ on a matrix does not depend on which others were used.
+    the effect of γ on a matrix does not depend on the others.
 
     Args:
         pairs: P (out, r) and Q (r, in) of each layer.
         gamma: γ.
         form: The form of R, as for `penalty`.
-        grad_scale: The factor that the gradients carry (0-d), or None.
+        grad_scale: The scale of the gradients (0-d), or None for 1.
 
     Raises:
         ConfigError: If the form is unknown.
@@ -74,18 +74,18 @@ def add_gradient_(pairs: Sequence[Pair], *, gamma: float, form: Form, grad_scale
 
 @attrs.frozen(eq=False)
 class _Group:
-    """Matrices of one shape, dtype and device: together they cost as many operations as one."""
+    """Matrices of one shape, dtype and device, which are processed together in as many operations as one."""
 
     columns: bool  # P, orthonormal by columns; else Q, by rows
     matrices: list[Tensor]
 
     def stacked(self) -> Tensor:
-        """(count, rows, columns), in fp32 or wider."""
+        """Return the matrices as one tensor (count, rows, columns), in fp32 or wider."""
         stacked = torch.stack(self.matrices)
         return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 
     def add_(self, slope: Tensor) -> None:
-        """Add slope (count, rows, columns) to the gradients."""
+        """Add ``slope`` (count, rows, columns) to the matrices' gradients."""
         grads = [matrix.grad for matrix in self.matrices if matrix.grad is not None]
         torch._foreach_add_(grads, list(slope.to(grads[0].dtype).unbind()))
 
@@ -102,14 +102,14 @@ def _groups(pairs: Iterable[Pair], *, trained_only: bool = False) -> list[_Group
 
 
 def _excess(stacked: Tensor, *, columns: bool) -> Tensor:
-    """PᵀP − I or QQᵀ − I for each matrix of a stack: (count, r, r)."""
+    """Return PᵀP − I or QQᵀ − I for each matrix of a stack: (count, r, r)."""
     rank = stacked.shape[2 if columns else 1]
     one = torch.eye(rank, dtype=stacked.dtype, device=stacked.device)
     return torch.baddbmm(one, *((stacked.mT, stacked) if columns else (stacked, stacked.mT)), beta=-1)
 
 
 def _norm(excess: Tensor) -> Tensor:
-    """‖E‖_F of each matrix of a stack (count, r, r): (count, 1, 1)."""
+    """Return ‖E‖_F of each matrix E of a stack (count, r, r): (count, 1, 1)."""
     norm: Tensor = torch.linalg.vector_norm(excess, dim=(1, 2), keepdim=True)
     return norm
 

@@ -1,4 +1,4 @@
-"""Scores of triplets with sharded weights: the contributions of this process's shards."""
+"""Compute the contributions of this process's shards to the scores of triplets."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,10 @@ _TRIPLETS = {Part.P: 1, Part.LAM: 0, Part.Q: 0}
 def partial_scores(
     stacks: Sequence[Stack], shapes: Sequence[Sequence[int]], starts: Sequence[tuple[int, int]]
 ) -> list[Tensor]:
-    """Compute contributions that sum, over the processes, to `triplet_scores` of the full weights (Eq. 11-13).
+    """Return this process's contributions; over all processes they sum to `triplet_scores` (Eq. 11-13).
 
-    P is sharded over its rows, so each process sums its part of every column. λ and Q are sharded over the triplets, so
-    each process contributes its own triplets.
+    P is sharded along its rows, so each process sums its part of every column. λ and Q are sharded along the triplets,
+    so each process contributes its own triplets.
 
     Args:
         stacks: The averages of this process's shards.
@@ -41,7 +41,7 @@ def partial_scores(
 
 
 def placed(piece: Tensor, size: int, start: int) -> Tensor:
-    """Put a shard (k,) into a vector (size,) of zeros."""
+    """Return a vector (size,) with the shard (k,) at index ``start``, and zeros elsewhere."""
     whole = piece.new_zeros(size)
     whole[start : start + len(piece)] = piece
     return whole
@@ -50,7 +50,7 @@ def placed(piece: Tensor, size: int, start: int) -> Tensor:
 def placed_lams(
     lams: Sequence[Tensor], shapes: Sequence[Sequence[int]], starts: Sequence[tuple[int, int]]
 ) -> list[Tensor]:
-    """Put shards of λ into full vectors, which sum to λ over the processes."""
+    """Return vectors of zeros with this process's shards of λ; over all processes they sum to λ."""
     return [placed(lam, shape[0], _start(start, 0)) for lam, shape, start in zip(lams, shapes, starts, strict=True)]
 
 

@@ -4,7 +4,7 @@ from enum import Enum
 
 
 class Phase(Enum):
-    """Where a training stands between attaching and the end.
+    """The phase of a training, from attaching to the end.
 
     ::
 
@@ -13,8 +13,8 @@ class Phase(Enum):
                        v             v
                    FINAL_MASKED or FINAL_SHRUNK    from the final allocation on
 
-    The first step leads from WAITING to AVERAGING. An allocation leads to RESTARTING if it rotated the triplets, and
-    the next averaged step leads back. The final phases are never left.
+    The first step changes WAITING to AVERAGING. An allocation that rotates the triplets sets RESTARTING, and the next
+    averaged step sets AVERAGING again. The final phases do not change.
     """
 
     WAITING = "no step yet: masks are as they were loaded"

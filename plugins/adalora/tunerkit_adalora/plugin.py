@@ -26,7 +26,7 @@ from tunerkit_adalora.svd_layer import SvdLayer
 
 @hookimpl
 def tunerkit_methods() -> Iterable[Method]:
-    """Register the method. It needs steps, since without them it would be LoRA with more parameters."""
+    """Register the method. It needs steps, since without allocations it would be LoRA with more parameters."""
     return [
         Method(name="adalora", config=AdaLoraConfig, needs_steps=True, pieces=True, statistics=AdaLoraConfig.request),
     ]
@@ -83,7 +83,7 @@ def tunerkit_finish(tuner: Tuner) -> Mapping[str, int] | None:
 
 @hookimpl
 def tunerkit_budget(tuner: Tuner, step: int | None) -> int:
-    """Return the budget from the schedule, or the current one."""
+    """Return the schedule's budget after ``step``, or for None the current budget."""
     return training.budget(tuner, step)
 
 
@@ -95,7 +95,7 @@ def tunerkit_delta(adapter: SvdLayer, base: BaseLayer) -> Delta:
 
 @hookimpl
 def tunerkit_factors(adapter: SvdLayer) -> Factors:
-    """Return ΔW as low-rank factors, for conversion. `tunerkit_delta` is faster for merging: no wait for the device."""
+    """Return ΔW as low-rank factors, to convert. Merging uses `tunerkit_delta`, which does not wait for the device."""
     return adapter.factors()
 
 

@@ -10,14 +10,14 @@ from tunerkit.plugin import AdapterError, StepError, Tuner
 
 
 def refuse_sharded(tuner: Tuner, weights: Sequence[nn.Parameter]) -> None:
-    """Reject DTensors that the engine does not know, since the adapter was sharded after it was attached.
+    """Reject weights that became DTensors after attaching, so that the engine does not know them.
 
     Args:
         tuner: The adapter's handle.
         weights: P, λ and Q of each layer, one after the other.
 
     Raises:
-        StepError: If any weight is a DTensor.
+        StepError: Some weights are DTensors, and the engine returns no shards of them.
     """
     # If the module was not imported, no DTensor exists. The import is slow.
     sharding = sys.modules.get("torch.distributed.tensor")
@@ -33,7 +33,7 @@ def refuse_sharded(tuner: Tuner, weights: Sequence[nn.Parameter]) -> None:
 
 
 def refuse_other_ranks(adapter: str) -> None:
-    """Reject layers that were resized from outside since attaching.
+    """Raise an error for layers that were resized after attaching, for example by ``load_state_dict``.
 
     Args:
         adapter: The adapter's name, for the message.
@@ -48,7 +48,7 @@ def refuse_other_ranks(adapter: str) -> None:
 
 
 def refuse_revived(adapter: str, live: int, in_force: int, step: int) -> NoReturn:
-    """Reject masks that keep more than the last allocation, and so are from another step.
+    """Raise an error for masks that keep more than the last allocation did, and so are from another step.
 
     Args:
         adapter: The adapter's name, for the message.
@@ -60,7 +60,7 @@ def refuse_revived(adapter: str, live: int, in_force: int, step: int) -> NoRetur
         AdapterError: Always.
     """
     raise AdapterError(
-        f"the masks of adapter {adapter!r} keep {live}, and its last allocation left a budget of {in_force}: "
+        f"the masks of adapter {adapter!r} keep {live}, but its last allocation set a budget of {in_force}: "
         "weights of another step were loaded into it (load_state_dict). Load the training state of that step too "
         f"(the optimizer's state_dict, or tunerkit.load_state), or the weights of step {step} again. To keep the "
         "best weights of a training, tunerkit.save them at their step"

@@ -15,7 +15,7 @@ _LIMIT = 2**63  # counts are int64 on the device
 
 @attrs.frozen
 class SavedValues:
-    """The values beside the tensors. A file has them under these names; it may only gain further ones.
+    """The values of a saved training state, without tensors, by their names in the file. Later versions may add more.
 
     Attributes:
         initial: b(0), in the config's unit.
@@ -25,10 +25,10 @@ class SavedValues:
         final: Whether the ranks are final.
         shrunk: Whether, in addition, no dead triplet is left in memory.
         blank: Whether no step has been averaged yet.
-        anew: Whether the next gradients are the first of new triplets, and replace the averages.
-        averaged: Steps averaged since the last allocation.
-        seen: Gradients in these steps.
-        left_out: How many of them were not finite.
+        anew: Whether the triplets were just rotated, so that the next gradients replace the averages.
+        averaged: The number of steps averaged since the last allocation.
+        seen: The number of gradients in these steps.
+        left_out: The number of these gradients that were not finite.
     """
 
     initial: int
@@ -45,7 +45,7 @@ class SavedValues:
 
     @property
     def phase(self) -> Phase:
-        """The phase that the flags describe. ``anew`` says nothing once the ranks are final."""
+        """The phase that the flags describe. ``anew`` is ignored once the ranks are final."""
         if self.final:
             return Phase.FINAL_SHRUNK if self.shrunk else Phase.FINAL_MASKED
         if self.blank:
@@ -54,13 +54,13 @@ class SavedValues:
 
 
 def flags_of(phase: Phase) -> dict[str, bool]:
-    """Describe a phase by the file's flags.
+    """Convert a phase to the file's flags.
 
     Args:
         phase: The phase.
 
     Returns:
-        The flags by name; `SavedValues.phase` leads back.
+        The flags by name; `SavedValues.phase` converts them back.
     """
     return {
         "final": phase.is_final,
@@ -80,7 +80,7 @@ def read_values(values: Mapping[str, object]) -> SavedValues:
         The values.
 
     Raises:
-        FileError: With every value that is missing, of another type, out of range, or contradicts another.
+        FileError: Values are missing, of another type, out of range, or contradict others; the error lists all.
     """
     problems = [problem for field in attrs.fields(SavedValues) for problem in _misfit(field, values)]
     if not problems:

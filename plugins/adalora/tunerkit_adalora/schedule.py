@@ -44,18 +44,18 @@ class Schedule:
 
     @property
     def final_step(self) -> int:
-        """T − t_f, the step of the last allocation: from here on the distribution is final."""
+        """T − t_f, the step of the last allocation: from here on, ranks are final."""
         return self.total_steps - self.t_final
 
     def is_final(self, step: int) -> bool:
-        """Whether the distribution of the budget no longer changes after ``step``."""
+        """Whether ranks no longer change after ``step``."""
         return step >= self.final_step
 
     def cubic(self, t: int) -> int:
         """b(t) = b(T) + (b(0) − b(T))·(1 − (t − t_i)/(T − t_i − t_f))³, rounded down (the intent of Eq. 14).
 
-        Both public codes cube a float, which now and then lands just below a whole number and loses one unit; here
-        the cube is a ratio of integers, so that the rounding is exact for every budget and length.
+        Both public implementations cube a float. The result may be just below a whole number, and lose one unit. Here
+        the cube is a ratio of integers, so the rounding is exact for every budget and length.
         """
         if t <= self.t_init:
             return self.initial
@@ -66,9 +66,10 @@ class Schedule:
         return self.target + (self.initial - self.target) * left**3 // descent**3
 
     def due(self, previous: int, step: int) -> int | None:
-        """The last allocation step in (``previous``, ``step``], or None; so steps nobody saw never miss one.
+        """Return the last allocation step in (``previous``, ``step``], or None.
 
-        Allocations fall on every Δ_T between t_i and T − t_f, and on T − t_f itself.
+        A range is searched because hooks may not fire at every step. Allocation steps are the multiples of Δ_T between
+        t_i and T − t_f, and T − t_f itself.
         """
         if previous < self.final_step <= step:
             return self.final_step
@@ -77,41 +78,41 @@ class Schedule:
         return last if last > max(previous, self.t_init) else None
 
     def allocation(self, previous: int, step: int) -> Allocation | None:
-        """The allocation that is `due` in (``previous``, ``step``], or None."""
+        """Return the allocation that is `due` in (``previous``, ``step``], or None."""
         t = self.due(previous, step)
         return None if t is None else Allocation(self.cubic(t), final=self.is_final(t))
 
     @property
     def final_allocation(self) -> Allocation:
-        """The allocation of T − t_f."""
+        """The allocation at T − t_f."""
         return Allocation(self.target, final=True)
 
     def budget(self, step: int) -> int:
-        """The budget in force after ``step``: b at the last allocation up to it, b(0) before the first."""
+        """Return the budget in force after ``step``: b(t) of the last allocation step t ≤ ``step``, else b(0)."""
         last = self.due(0, step)
         return self.initial if last is None else self.cubic(last)
 
 
 def is_short(schedule: Schedule) -> bool:
-    """Whether a training is too short to choose what to prune. One that prunes nothing may have any length."""
+    """Whether a training prunes, and has too few steps to choose which triplets."""
     return schedule.target < schedule.initial and schedule.total_steps < LEAST_STEPS
 
 
 def refuse_short(schedule: Schedule) -> None:
-    """Refuse a training that is too short to choose what to prune.
+    """Reject a training with too few steps to choose which triplets to prune.
 
     Args:
         schedule: The schedule.
 
     Raises:
-        ConfigError: If there are too few steps.
+        ConfigError: There are too few steps.
     """
     if is_short(schedule):
         raise ConfigError(
             [
-                f"AdaLoRA: expected at least {LEAST_STEPS} steps, got {schedule.total_steps}: scores of so few "
-                "gradients say nothing about what to prune; train for more epochs or in smaller batches, use method "
-                "'lora', or prune nothing: set init_rank to target_rank @ $.total_steps"
+                f"AdaLoRA: expected at least {LEAST_STEPS} steps, got {schedule.total_steps}: scores from so few "
+                "gradients are too noisy to choose what to prune; train for more epochs or in smaller batches, use "
+                "method 'lora', or prune nothing: set init_rank to target_rank @ $.total_steps"
             ]
         )
 
@@ -128,7 +129,7 @@ def plan(
     initial_field: str = "init_rank",
     target_field: str = "target_rank",
 ) -> Schedule:
-    """Lay out and check the schedule of a training.
+    """Check the settings of a schedule, and build it.
 
     Args:
         total_steps: T, in optimizer steps.
@@ -137,9 +138,9 @@ def plan(
         delta_t: Δ_T, in steps.
         initial: b(0), in any unit.
         target: b(T), in the same unit.
-        prunes: Whether anything is left to prune. If not, t_i and t_f may leave no room for it, and are then 0.
-        initial_field: The config field that ``initial`` came from, for the errors.
-        target_field: The config field that ``target`` came from.
+        prunes: Whether anything is left to prune. If not, t_i + t_f may exceed T; both are then set to 0.
+        initial_field: The config field for errors about ``initial``.
+        target_field: The config field for errors about ``target``.
 
     Returns:
         The schedule.
@@ -199,7 +200,7 @@ def _budget_problems(initial: int, target: int, initial_field: str, target_field
 def _length_problems(
     total_steps: int, t_init: int | float, t_final: int | float, delta_t: int, *, prunes: bool
 ) -> list[str]:
-    """Each length by itself, then whether they leave room for pruning."""
+    """Return the problems of each length, then whether t_i and t_f leave no steps for pruning."""
     total = _size_problems("total_steps", total_steps, "set total_steps to the number of optimizer steps")
     between = _size_problems("delta_t", delta_t, "set the number of steps between two allocations")
     spans = [*_span_problems("t_init", t_init), *_span_problems("t_final", t_final)]

@@ -25,7 +25,7 @@ def state(tuner: Tuner) -> State:
         tuner: The tuner.
 
     Returns:
-        The state, which is empty if the tuner is not attached. Tensors are numbered like weights and layers.
+        The state, which is empty if the tuner is not attached. Tensor names end in the number of the weight or layer.
     """
     if not isinstance(tuner.state, Training):
         return State(tensors={}, values={})
@@ -55,12 +55,12 @@ def restore(tuner: Tuner, saved: State) -> None:
 
     Args:
         tuner: The attached tuner.
-        saved: What `state` returned.
+        saved: The result of `state`.
 
     Raises:
-        FileError: If a value is missing, of another type, or out of range, or if the state contradicts itself or the
+        FileError: A value is missing, of another type, or out of range, or the state contradicts itself or the
             adapter.
-        StepError: If averages and masks do not fit the adapter, or the tuner is not attached.
+        StepError: Averages or masks do not fit the adapter, or the tuner is not attached.
     """
     training = training_of(tuner)
     layers = layers_of(tuner)
@@ -97,7 +97,7 @@ def restore(tuner: Tuner, saved: State) -> None:
 
 
 def _pieces_of_averages(tuner: Tuner, layers: Sequence[SvdLayer]) -> Pieces:
-    """Return the shards of the weights twice: once for Ī, and once for Ū."""
+    """Return this process's shards of all weights, listed twice, as the layout of Ī and Ū."""
     weights = weights_of(layers)
     return tuner.pieces([*weights, *weights])
 

@@ -24,17 +24,17 @@ _GRAD, _IS_THERE = attrgetter("grad"), partial(is_not, None)
 
 
 def before_step(tuner: Tuner, grad_scale: Tensor | None) -> Iterable[nn.Parameter] | None:
-    """Add the regularizer's gradient, once per step, with the scale of the gradients.
+    """Add the regularizer's gradient, multiplied by the scale of the gradients, once per step.
 
     Args:
         tuner: The tuner whose optimizer steps.
         grad_scale: The scale of the gradients (0-d), or None.
 
     Returns:
-        The λ, if the optimizer must not update them, else None.
+        The λ of all layers if the optimizer must not update them, else None.
 
     Raises:
-        StepError: If the weights were sharded or resized after attaching.
+        StepError: The weights were sharded or resized after attaching.
     """
     training = tuner.state if isinstance(tuner.state, Training) else training_of(tuner)
     config, weights = training.config, weights_of(training.layers)
@@ -54,13 +54,13 @@ def before_step(tuner: Tuner, grad_scale: Tensor | None) -> Iterable[nn.Paramete
 
 
 def after_step(tuner: Tuner, step: int) -> dict[str, int] | None:
-    """Follow the paper's algorithm: importance, budget, allocation, masks.
+    """Run the paper's algorithm after an optimizer step: importance, budget, allocation, masks.
 
     Between allocations, the optimizer may update a masked λ. Once the ranks are final, the mask is applied after every
     step.
 
     The averages are updated for every weight with a gradient; an unused layer keeps its averages. Updates end at
-    T − t_f, as in both public codes. The first step is always averaged: without it, the scores would be 0.
+    T − t_f, as in both public implementations. The first step is always averaged, since scores would be 0 otherwise.
 
     Args:
         tuner: The tuner whose weights were just updated.
@@ -123,7 +123,7 @@ def finish(tuner: Tuner) -> dict[str, int] | None:
         The final ranks by target path, or None if they were final already.
 
     Raises:
-        StepError: Before the first step, when all scores are 0.
+        StepError: No step was taken yet, so all scores are 0.
     """
     training = training_of(tuner)
     if training.phase.is_final:
@@ -145,7 +145,7 @@ def _make_all_live_(training: Training) -> None:
 def _warn_if_nothing_is_left(tuner: Tuner, training: Training) -> None:
     """Warn at the first step if an earlier training has removed all prunable triplets from memory.
 
-    Not when attaching, since a resumed training that has shrunk is at a later step.
+    At attaching it is too early: the state of a resumed training, which may have shrunk itself, is not loaded yet.
     """
     schedule = training.schedule
     whole = training.resolved.init_rank * sum(training.costs)
@@ -158,7 +158,7 @@ def _warn_if_nothing_is_left(tuner: Tuner, training: Training) -> None:
 
 
 def _scores_and_lams(tuner: Tuner, training: Training) -> tuple[list[Tensor], list[Tensor]]:
-    """Return scores (r,) and λ (r,) by layer, complete in each process."""
+    """Return the scores (r,) and the λ (r,) of each layer; in each process, those of the full weights."""
     weights = weights_of(training.layers)
     pieces = tuner.pieces(weights)
     if not pieces.are_cut:

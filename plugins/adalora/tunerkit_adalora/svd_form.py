@@ -1,4 +1,4 @@
-"""The SVD form: rotate triplets into the singular triplets of ΔW, to which the penalty only pulls P and Q."""
+"""The SVD form: rotate triplets into the exact singular triplets of ΔW, which the penalty only approximates."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _LEAST_SHARE = 1e-4
 
 @torch.no_grad()
 def to_svd_form_(layers: Sequence[SvdLayer], scores: Sequence[Tensor], *, total: float) -> None:
-    """Re-parametrise: make the live triplets of each layer the singular triplets of its ΔW. ΔW stays.
+    """Re-parametrise: make the live triplets of each layer the singular triplets of its ΔW, which does not change.
 
     P Λ Q = U Σ Vᵀ, from the QR of P Λ and of Qᵀ and the SVD of the product of their small factors. λ is proportional to
     Σ. The columns of P get equal lengths, and the rows of Q the root mean square of their lengths. Singular triplets in
@@ -71,7 +71,7 @@ class _Rotation:
 
 
 def _rotate_(batch: Sequence[tuple[SvdLayer, Tensor]], total: float) -> None:
-    """Rotate layers of one device, dtype and rank in memory: large tensors by shape, small ones all at once."""
+    """Rotate layers of equal device, dtype and number of triplets: large tensors by shape, small ones all at once."""
     shapes: dict[tuple[object, ...], list[tuple[SvdLayer, Tensor]]] = defaultdict(list)
     for layer, score in batch:
         shapes[layer.p.shape, layer.q.shape].append((layer, score))
@@ -109,7 +109,7 @@ def _filled(small: Tensor) -> Tensor:
 
 
 def _singular(small_left: Tensor, small_right: Tensor, live: Tensor, score: Tensor, total: float) -> _Rotation:
-    """Return the SVD of P Λ Q from the small factors (n, r, r) of P Λ and of Qᵀ."""
+    """Return the rotation to the SVD of P Λ Q, from the small factors (n, r, r) of P Λ and of Qᵀ."""
     core = small_left @ small_right.mT
     # The SVD of a matrix that is not finite raises.
     finite = core.sum((1, 2)).isfinite().unsqueeze(1)

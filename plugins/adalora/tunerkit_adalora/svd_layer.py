@@ -62,7 +62,7 @@ class SvdLayer(Adapter):
 
     @property
     def weights(self) -> Weights:
-        """``p``, ``lam``, ``q``, without torch's slow attribute lookup, since each step needs those of all layers."""
+        """P, λ and Q, read without torch's slow attribute lookup, since each step reads all layers' weights."""
         own = self._parameters
         p, lam, q = own.get("p"), own.get("lam"), own.get("q")
         if p is None or lam is None or q is None:  # parametrised or flattened: only attributes
@@ -146,7 +146,7 @@ class SvdLayer(Adapter):
 
     @property
     def _triplets(self) -> int:
-        """Triplets in memory, dead ones included."""
+        """The number of triplets in memory, including dead ones."""
         return len(self.mask) if self._is_emptied else len(self.lam)
 
     def _contradiction(self, state: Mapping[str, Any], prefix: str, mask: Tensor | None) -> str | None:
@@ -183,7 +183,7 @@ class SvdLayer(Adapter):
 
 
 def _with_memory(empty: Tensor) -> Tensor:
-    """Return an empty tensor with memory, since accelerate takes empty tensors without memory for shared ones."""
+    """Return an empty tensor with memory: accelerate would consider empty tensors without memory to be shared."""
     return empty.new_empty(1)[:0].view(empty.shape)
 
 

@@ -29,11 +29,11 @@ class Training:
         bounds: The least and the greatest rank of each target.
         schedule: b(t).
         running: The running averages of this process's shards of the weights; empty once the ranks are final.
-        gradients: Counts since the last allocation.
+        gradients: Counts of gradients since the last allocation.
         costs: The cost of a triplet of each layer, in the config's unit.
         in_force: The budget of the last allocation, in the same unit.
-        sizes: Triplets of each layer in memory, dead ones included.
-        weights: P, λ and Q of each layer, from the hook before a step to the one after it, if this process is alone.
+        sizes: The number of triplets of each layer in memory, including dead ones.
+        weights: P, λ and Q of each layer, cached between the hooks before and after a step; empty with a shared engine.
         last_step: The last step's number; 0 before the first.
         phase: The phase of the training.
     """
@@ -54,16 +54,16 @@ class Training:
 
     @property
     def averages(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Ī and Ū of P, λ, Q of the first layer, then of the second, and so on; empty once the ranks are final."""
+        """Return Ī and Ū of each weight: P, λ, Q of the first layer, then of the second; empty once ranks are final."""
         return unstack(stacks_of(self.running))
 
 
 def start(tuner: Tuner, total_steps: int) -> Training:
-    """Make the state before the first step: averages at 0.
+    """Return the training state before the first step, with averages of 0.
 
-    A loaded, pruned adapter keeps its masks until the first step, so that it can still be saved unchanged. Then every
-    triplet in memory becomes live. Triplets that were removed from memory do not come back: the budget falls from the
-    remaining ones. A training that is too short to prune may continue a finished one: then the masks stay.
+    A loaded, pruned adapter keeps its masks until the first step, so that it can still be saved unchanged. At the first
+    step, every triplet in memory becomes live. Triplets removed from memory do not return, so the budget starts at the
+    remaining ones. A training too short to prune may continue a finished one, whose masks then stay.
 
     Args:
         tuner: The tuner that is attached.
@@ -73,8 +73,8 @@ def start(tuner: Tuner, total_steps: int) -> Training:
         The state.
 
     Raises:
-        ConfigError: If schedule, budget and bounds do not fit together, or training is too short to prune.
-        StepError: If the weights are sharded.
+        ConfigError: Schedule, budget and bounds contradict each other, or training is too short to prune.
+        StepError: The weights are sharded.
     """
     config = config_of(tuner)
     layers = layers_of(tuner)
@@ -111,19 +111,19 @@ def start(tuner: Tuner, total_steps: int) -> Training:
 def budget(tuner: Tuner, step: int | None) -> int:
     """Return the budget in force.
 
-    The budget of a loaded adapter is counted by its masks. In parameters, that may be less than the budget in force, if
-    the rest is too small for another triplet.
+    For a loaded adapter it is the cost of the live triplets. In parameters, this may be less than the budget that was
+    allocated, if the rest was too small for another triplet.
 
     Args:
         tuner: The tuner, attached or not.
-        step: Number of optimizer steps, for the budget by schedule; None for the last allocation's budget.
+        step: The number of optimizer steps, for the schedule's budget; None for the last allocation's budget.
 
     Returns:
         The budget, in the config's unit.
 
     Raises:
-        StepError: If a step is given and the total steps are unknown.
-        AdapterError: If weights of another step were loaded, with more triplets than the budget in force.
+        StepError: A step is given, but the total steps are unknown.
+        AdapterError: Weights of another step were loaded, with more live triplets than the budget in force.
     """
     training = tuner.state
     if isinstance(training, Training) and step is not None:

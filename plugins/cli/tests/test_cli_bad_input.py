@@ -83,7 +83,7 @@ LINES = {
     "--set warmup_steps=-1:30": "line 1: -1:30 is a number to base 60 in YAML 1.1 and a text in YAML 1.2",
     "--set warmup_steps=1:30.5": "1:30.5 is a number to base 60",
     "--data digits.jsonl": "line 2 has a whole number of more than 4,300 digits; put it in quotes if it is a name",
-    "--model pickled": "its weights are a pickle that is damaged or holds more than tensors, which may run any code",
+    "--model pickled": "its weights are a pickle that is damaged or holds more than tensors; it is not read",
 }
 
 

@@ -64,7 +64,7 @@ def test_shapes_stay_where_the_processes_decide_apart_or_ddp_is_gone(runs: list[
 def test_loading_other_ranks_into_a_ddp_that_nobody_watched_is_an_error(runs: list[dict[str, Any]]) -> None:
     """It was built after attach: without the error, gradients would silently not be averaged."""
     for run in runs:
-        assert run["loaded unseen"].startswith("DistributedDataParallel was built for other ranks than adapters have")
+        assert run["loaded unseen"].startswith("DistributedDataParallel was built for other adapter ranks than")
         assert "Load adapters before you build it, and attach them after" in run["loaded unseen"]
 
 

@@ -1,4 +1,4 @@
-"""An Accelerator's checkpoints: the adapters, their training states and the optimizer's, instead of the model."""
+"""An Accelerator's checkpoints: adapters, training states and optimizer states instead of models."""
 
 import functools
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from tunerkit_distributed.optimizer_state import own_state, whole_state
 
 
 def checkpoint_adapters_(accelerator: Any) -> None:
-    """Let ``accelerator.save_state`` and ``load_state`` write and read adapters instead of whole models.
+    """Make ``accelerator.save_state`` and ``load_state`` write and read adapters instead of whole models.
 
     A checkpoint then has the size of the adapters, and resuming from it is exact, also with FSDP2 and with another
     number of ranks. Accelerate's other states (schedulers, random states, scaler, registered objects) are unchanged.
@@ -47,7 +47,7 @@ def _save_state(accelerator: Any, save: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _load_state(accelerator: Any, load: Any, input_dir: Any = None, *args: Any, **kwargs: Any) -> None:
     if input_dir is None:
-        raise FileError("accelerator.load_state: name the folder to load from; the newest one is not looked for")
+        raise FileError("accelerator.load_state: pass the folder to load from; tunerkit does not search for the newest")
     with _without_models(accelerator) as (models, optimizers):
         load(input_dir, *args, **kwargs)
     folder = Path(input_dir)
@@ -78,7 +78,7 @@ def _name(number: int) -> str:
 
 @contextmanager
 def _without_models(accelerator: Any) -> Iterator[tuple[list[Any], list[Any]]]:
-    """Inside the block, hide an Accelerator's models and optimizers from its own checkpointing. Yields both."""
+    """Inside the block, an Accelerator's own checkpointing skips its models and optimizers. Yields both lists."""
     models, optimizers = accelerator._models, accelerator._optimizers
     accelerator._models, accelerator._optimizers = [], []
     try:

@@ -21,19 +21,19 @@ _begun: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # the number of train
 
 
 def refuse_differing(tuners: Sequence[Tuner], optimizer: Optimizer | None) -> int:
-    """Raise `StepError` on every rank if their adapters differ, or would diverge. One collective of 32 bytes if not.
+    """Raise `StepError` on every rank if the ranks' adapters differ or would diverge; else gather only 32 bytes.
 
     Args:
         tuners: The adapters of this rank.
-        optimizer: Their optimizer.
+        optimizer: The adapters' optimizer.
 
     Returns:
-        The number of the training in this process group, from 1; it is the same on all ranks.
+        The training's number in this process group, from 1, equal on all ranks.
     """
     if isinstance(optimizer, LBFGS):
         raise StepError(
-            "LBFGS chooses its steps by the loss, and each process has another one: they would drift apart. Use "
-            "another optimizer, or one process"
+            "LBFGS chooses its steps by the loss, which differs between processes, so their adapters would diverge; "
+            "use another optimizer, or one process"
         )
     described = {tuner.name: _described(tuner, optimizer) for tuner in tuners}
     text = json.dumps(described)
@@ -48,17 +48,17 @@ def refuse_differing(tuners: Sequence[Tuner], optimizer: Optimizer | None) -> in
 
 
 def starts_alike(tuner: Tuner) -> bool:
-    """Whether the start may be broadcast from rank 0; not if the base was changed to compensate for it."""
+    """Whether rank 0 may broadcast the adapter's initial values; not if each rank's base was changed to fit its own."""
     return method_record(tuner.method).start == "exact"
 
 
 @torch.no_grad()
 def take_from_first_(tensors: Sequence[Tensor], what: str) -> None:
-    """Overwrite tensors with those of rank 0: one broadcast for each dtype and device.
+    """Overwrite tensors with rank 0's values, in one broadcast for each dtype and device.
 
     Args:
         tensors: Tensors of the same shapes on every rank.
-        what: Their name in messages.
+        what: The tensors' name in messages.
     """
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
@@ -69,13 +69,13 @@ def take_from_first_(tensors: Sequence[Tensor], what: str) -> None:
         unflatten_(vector, alike)
 
 
-_ADVICE = "wrap with the same config, seed and base in all; if these are trainings of their own, data_parallel=False"
+_ADVICE = "wrap with the same config, seed and base in all; to train independent adapters, pass data_parallel=False"
 
 
 def _described(tuner: Tuner, optimizer: Optimizer | None) -> dict[str, str]:
-    """The properties of an adapter's training that must be equal on all ranks, by their names in messages.
+    """Return the properties of an adapter's training that must be equal on all ranks, by their names in messages.
 
-    The seed is compared as it was passed: without one, ranks start differently, and rank 0's start is broadcast.
+    The seed is compared as the user passed it. Without one, initial values differ, and rank 0 broadcasts its own.
     """
     progress, groups = tuner.progress, [] if optimizer is None else optimizer.param_groups
     numbers = [
@@ -104,7 +104,7 @@ def _digest(value: object) -> str:
 
 @torch.no_grad()
 def _sums(parameters: Iterable[Tensor]) -> str:
-    """A digest of two sums over all values. Shards of FSDP2 and ZeRO-3 are left out: they always differ."""
+    """Return a digest of each parameter's sum and sum of squares; leave out shards, which always differ."""
     plain = [p for p in parameters if type(p.data) is Tensor and p.numel()]
     sums = [torch.stack([p.double().sum(), p.double().square().sum()]).cpu() for p in plain]
     return _digest([[round(float(each), 9) for each in pair] for pair in sums])
@@ -129,7 +129,7 @@ def _differences(everybody: Sequence[Mapping[str, Mapping[str, str]]]) -> list[s
 
 
 def _listed(values: Sequence[str]) -> str:
-    """Each value with its ranks."""
+    """Return each distinct value with its ranks, for a message."""
     owners: dict[str, list[str]] = {}
     for number, value in enumerate(values):
         owners.setdefault(value, []).append(str(number))

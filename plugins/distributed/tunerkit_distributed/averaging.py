@@ -27,22 +27,21 @@ from tunerkit_distributed.under_ddp import UnderDdp
 from tunerkit_distributed.writing import written_once
 
 OF_DEEPSPEED = (
-    "DeepSpeed trains this adapter, and steps its own optimizer: after deepspeed.initialize, pass what it returned to "
-    "tunerkit.attach"
+    "DeepSpeed trains this adapter with its own optimizer: pass the engine or the optimizer from deepspeed.initialize "
+    "to tunerkit.attach"
 )
 _GONE = "its DistributedDataParallel is gone, and nothing averages its gradients: attach again"
 
 
 class Replicated(Engine):
-    """Plain data parallel, and FSDP2 with the adapters among its ``ignored_params``.
+    """Plain data parallelism, DDP, and FSDP2 with the adapters in its ``ignored_params``.
 
-    At the end of each backward, one all-reduce averages the gradients of all adapters. Clipping comes later, so it sees
-    the averages. DistributedDataParallel averages them itself: then there is only a barrier, at the first gradient of a
-    backward. A model does not know its DDP, which may be built after `attach`, so the first backward looks for it.
-    FSDP2 gathers the base in forwards and backwards, so each of them has a barrier.
+    At the end of each backward, before any clipping, one all-reduce averages the gradients of all adapters. It also
+    sums the number of ranks with a gradient for each parameter, and each rank's `Position`.
 
-    Besides the gradients, the all-reduce carries the number of ranks with a gradient for each parameter, and the rank's
-    `Position`: its step, its backward and its adapters.
+    DDP averages gradients itself, so there is only a barrier, at the first gradient of a backward. The first backward
+    searches for the DDP, since a model does not refer to it and it may be built after `attach`. FSDP2 gathers the base
+    in forwards and backwards, so each of them has a barrier.
 
     Args:
         expected: Whether the user passed ``data_parallel=True``. Otherwise the first average triggers a warning.
@@ -67,12 +66,12 @@ class Replicated(Engine):
 
     @property
     def name(self) -> str:
-        """Its name in messages."""
+        """The engine's name in messages."""
         return "DistributedDataParallel" if self._in_ddp else "data parallel with replicated adapters"
 
     @property
     def fixed_shapes(self) -> str | None:
-        """The reason why shapes must not change; None if they may."""
+        """The reason why parameters must not change shape; None if they may."""
         if self._in_ddp and not self._reducers.found():
             return _GONE
         return None if self._in_ddp is False else self._reducers.obstacle()
@@ -83,7 +82,7 @@ class Replicated(Engine):
         return group.rank() == 0
 
     def begin_(self, adapters: Sequence[Tuner], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
-        """Compare the adapters, broadcast their start from rank 0, and average from now on. See `Engine`."""
+        """Compare the adapters, broadcast their initial values from rank 0, and register the averaging hooks."""
         self._training = refuse_differing(adapters, optimizer)
         handles: dict[str, tuple[Removable, ...]] = {}
         for tuner in adapters:
@@ -110,7 +109,7 @@ class Replicated(Engine):
         return members
 
     def before_step_(self, optimizer: Optimizer) -> None:
-        """Reject a step without a backward that other ranks had. See `Engine`."""
+        """Average pending gradients; reject a step if ranks are at different points or gradients are not averaged."""
         if self._look_for_ddp():
             if not self._under_ddp.is_there():
                 raise StepError(f"adapters {', '.join(self._held)}: {_GONE}")
@@ -127,7 +126,7 @@ class Replicated(Engine):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Postpone the averages to the next backward after the block. See `Engine`."""
+        """Inside the block, backwards do not average; the next backward after it does. See `Engine`."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -149,18 +148,18 @@ class Replicated(Engine):
         take_from_first_(tensors, what)
 
     def holds(self) -> Iterator[nn.Parameter]:
-        """Return the adapters' parameters, including frozen ones."""
+        """Yield the adapters' parameters, including frozen ones."""
         held = (ref() for own in self._held.values() for ref in own)
         return (parameter for parameter in held if parameter is not None)
 
     def _look_for_ddp(self) -> bool:
-        """Whether DDP averages the gradients. One look is enough: DDP exists before the first backward."""
+        """Whether DDP averages the gradients; found once, since DDP exists before the first backward."""
         if self._in_ddp is None:
             self._in_ddp = bool(self._reducers.follow_())
         return self._in_ddp
 
     def _queue(self, parameter: Tensor) -> None:
-        """A hook after a gradient was accumulated: average all at the end of this backward, unless DDP does."""
+        """Gradient hook of an adapter's parameter: average at the end of this backward, unless DDP averages."""
         running = torch_private.running_backward()
         if self._queued == running:
             return
@@ -171,7 +170,7 @@ class Replicated(Engine):
             torch_private.after_backward(self._after_backward)
 
     def _queue_other(self, parameter: Tensor) -> None:
-        """The same for a parameter outside the adapters: in a batch that uses no adapter, DDP still averages it."""
+        """Gradient hook of another trained parameter: needed for DDP's barrier if a batch uses no adapter."""
         if self._look_for_ddp():
             self._queue(parameter)
 
@@ -207,7 +206,7 @@ class Replicated(Engine):
                 parameter.grad = grad
 
     def _refuse_strangers(self, optimizer: Optimizer) -> None:
-        """Raise `StepError` if the optimizer trains parameters whose gradients nothing averages."""
+        """Raise `StepError` if trained parameters belong to no attached adapter, so that nothing averages them."""
         trained = frozenset(id(p) for each in optimizer.param_groups for p in each["params"] if p.requires_grad)
         if trained <= self._checked:
             return
@@ -230,20 +229,20 @@ class Replicated(Engine):
         if group.rank() == 0:
             warn(
                 f"{group.processes()} processes train these adapters, and nothing else averages their gradients, so "
-                "tunerkit does, after each backward. If that is what you want, attach with data_parallel=True, which "
-                "says so and prints nothing. If these are trainings of their own, attach with data_parallel=False"
+                "tunerkit does, after each backward. To confirm this and silence the warning, attach with "
+                "data_parallel=True. To train independent adapters, attach with data_parallel=False"
             )
 
 
 @attrs.frozen(eq=False)
 class _Membership:
-    """The handle of one adapter in the averages, so that all ranks remove it at the same point of the program."""
+    """The handle that excludes one adapter from the averages; all ranks must call it at the same point."""
 
     parameters: MutableMapping[str, list[weakref.ref[nn.Parameter]]]
     name: str
 
     def remove(self) -> None:
-        """Remove the adapter."""
+        """Exclude the adapter from the averages."""
         self.parameters.pop(self.name, None)
 
 
@@ -251,7 +250,7 @@ _engines: "weakref.WeakSet[Replicated]" = weakref.WeakSet()
 
 
 def _strangers(optimizer: Optimizer, models: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """Trained parameters that belong to no attached adapter and are not sharded, so that nothing averages them."""
+    """Return trained, unsharded parameters of the optimizer and models that belong to no attached adapter."""
     known = {id(parameter) for engine in _engines for parameter in engine.holds()}
     trained = [parameter for each in optimizer.param_groups for parameter in each["params"]]
     trained += [parameter for model in models for parameter in model.parameters()]
@@ -260,7 +259,7 @@ def _strangers(optimizer: Optimizer, models: Iterable[nn.Module]) -> list[nn.Par
 
 
 def _others(model: nn.Module, known: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Other trained parameters that are replicated: those of the base and of other adapters."""
+    """Return the model's trained, unsharded parameters that are not in ``known``."""
     ids = set(map(id, known))
     return [p for p in model.parameters() if p.requires_grad and id(p) not in ids and not is_sharded(p)]
 
@@ -277,5 +276,5 @@ def _is_accumulating() -> bool:
 
 
 def few(names: Sequence[str], *, shown: int) -> str:
-    """The first names and the number of the others, for a message: ``a, b and 3 more``."""
+    """Return the first names and the number of the others, for a message: ``a, b and 3 more``."""
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -1,8 +1,8 @@
-"""A barrier before each collective of an engine, and at steps: it finds ranks that are at different points.
+"""A barrier before an engine's collectives, and at steps, which detects ranks at different points of the training.
 
-If one rank skips a backward, the collectives of DDP, FSDP2 or DeepSpeed deadlock, and nothing can interrupt that. The
-barrier runs before them, in a gloo group on the host. It compares what each rank is about to do, and raises on every
-rank if they differ.
+If one rank skips a backward, the collectives of DDP, FSDP2 or DeepSpeed deadlock and cannot be interrupted. The barrier
+runs before them, in a gloo group on the host. It compares the ranks' positions, and raises on every rank if they
+differ.
 """
 
 import atexit
@@ -33,13 +33,13 @@ _FOR_EVER: Final = 1e8  # seconds, three years: torch takes no infinite ones
 
 @attrs.define(eq=False)
 class _HostGroup:
-    """A process group on the host for barriers alone, which works while collectives of the engine are in progress.
+    """A process group on the host, only for barriers, which can run while collectives of the engine are in progress.
 
     Attributes:
         group: The gloo group.
-        last: The number of the backward of the last barrier: a backward has one, whatever takes part in it.
-        process: The process that created the group; a fork has none of its threads.
-        counters: The counters of each model that is trained.
+        last: The number of the backward with the last barrier; all models in a backward share one barrier.
+        process: The id of the process that created the group; a forked process does not have the group's threads.
+        counters: The counters of each trained model.
     """
 
     group: Any
@@ -53,12 +53,12 @@ class _Counters:
     """The position of one model's training, shared by the engines that train its adapters.
 
     Attributes:
-        training: The number of the training that came first.
-        names: The adapters.
-        steps, forwards, backwards: How many there were; the latter two since the last step.
-        synced: The backwards with a barrier.
+        training: The number of the first training of the model.
+        names: The adapters' names.
+        steps, forwards, backwards: The number of steps, and of forwards and backwards since the last step.
+        synced: The number of backwards with a barrier.
         last: The number of the last backward.
-        seen: ``synced`` at the last step of each optimizer.
+        seen: The value of ``synced`` at the last step of each optimizer.
     """
 
     training: int
@@ -76,9 +76,9 @@ _opened: WeakSet[_HostGroup] = WeakSet()  # all of them: a barrier may outlive t
 
 
 class Barrier:
-    """The barrier for the adapters that one engine trains. Without `open_` it does nothing.
+    """The barrier for the adapters that one engine trains. Before `open_`, it does nothing.
 
-    A copy or a pickle of the model has one that was not opened: no optimizer drives the copy.
+    A copy or pickle of an open barrier is not open, since no optimizer drives the copied model.
     """
 
     def __init__(self) -> None:
@@ -95,12 +95,12 @@ class Barrier:
         """Add adapters to the barrier. All ranks must call this, in the same order.
 
         Args:
-            names: The adapters.
+            names: The adapters' names.
             model: The wrapped model.
             training: The number of the training.
 
         Returns:
-            The handle of each, by its name. Once all are removed, the barrier does nothing.
+            The handle of each adapter, by name. Once all are removed, the barrier does nothing.
         """
         names = list(names)
         self._host = _host_group()
@@ -123,15 +123,15 @@ class Barrier:
             self._watched.clear()
 
     def keep_(self, hook: Removable) -> None:
-        """Remove a hook together with the last adapter."""
+        """Keep a hook until the last adapter is removed, then remove the hook."""
         self._hooks.append(hook)
 
     def watch_(self, model: nn.Module, *, forwards: bool) -> None:
-        """Run the barrier first in each backward of the model's output.
+        """Register hooks that run the barrier at the beginning of each backward through the model's output.
 
         Args:
             model: The model that runs.
-            forwards: Whether the engine has collectives in forwards with gradients too, which then need the barrier.
+            forwards: Whether to run the barrier in forwards with gradients too, since the engine has collectives there.
         """
         if self._host is not None and model not in self._watched:
             self._watched.add(model)
@@ -140,7 +140,7 @@ class Barrier:
                 self.keep_(model.register_forward_pre_hook(partial(_enter, self), prepend=True))
 
     def at_forward(self) -> None:
-        """Wait for all ranks at the beginning of a forward. Raises `StepError` on every rank if they differ."""
+        """Wait for all ranks at the beginning of a forward. Raises `StepError` on every rank if positions differ."""
         self._counters.forwards += 1
         self._wait(f"forward {self._counters.forwards}")
 
@@ -148,7 +148,7 @@ class Barrier:
         """Wait for all ranks, once in the running backward. Raises like `at_forward`.
 
         Args:
-            exchanged: Whether the engine reduces gradients in it. If not, it is only counted.
+            exchanged: Whether the engine reduces gradients in this backward. If not, count it without waiting.
         """
         running, counters = torch_private.running_backward(), self._counters
         if self._host is None or running == counters.last:
@@ -208,13 +208,13 @@ class _Membership:
 
 
 def _enter(barrier: Barrier, model: nn.Module, args: Any) -> None:
-    """Wait before a forward with gradients that is not recomputed inside a backward."""
+    """Forward pre-hook: run the barrier, unless gradients are off or a backward recomputes this forward."""
     if not torch.compiler.is_compiling() and torch.is_grad_enabled() and torch_private.running_backward() == -1:
         barrier.at_forward()
 
 
 def _mark(barrier: Barrier, model: nn.Module, args: Any, output: Any) -> None:
-    """Put the barrier first into the backward of ``output``, before the hooks that FSDP2 registered on it."""
+    """Forward hook: register the barrier on ``output``, to run in backward before the hooks of FSDP2."""
     if not torch.compiler.is_compiling():
         for tensor in tensors_in(output):
             if tensor.requires_grad:
@@ -226,13 +226,13 @@ def _arrive(barrier: Barrier, gradient: Tensor) -> None:
 
 
 def _is_open(host: _HostGroup) -> bool:
-    """Whether the training's process group still exists. Without it this process runs alone."""
+    """Whether the default process group of ``host`` still exists; without it, this process runs alone."""
     default = distributed.group.WORLD
     return default is not None and _host_groups.get(default) is host
 
 
 def _host_group() -> _HostGroup | None:
-    """The host group of the default process group, created on all ranks at the same time; None if there can be none."""
+    """Return the default process group's host group, created by the first call on all ranks; None without gloo."""
     if not group.in_group():
         return None
     default = distributed.group.WORLD
@@ -243,9 +243,9 @@ def _host_group() -> _HostGroup | None:
 
 @atexit.register
 def _close_() -> None:
-    """End the threads of all host groups while the interpreter still runs.
+    """End the threads of this process's host groups before the interpreter shuts down.
 
-    A thread that drops a tensor later, while the interpreter shuts down, aborts the process (pytorch/pytorch#179291).
+    A thread that frees a tensor during the shutdown aborts the process (pytorch/pytorch#179291).
     """
     mine = [host for host in _opened if host.process == os.getpid()]
     listed = [host for host in mine if _is_open(host)]
@@ -259,7 +259,7 @@ def _close_() -> None:
 
 
 def _new_host_group() -> _HostGroup | None:
-    """Create a host group; None on every rank if one of them cannot, as on a host without a network for gloo."""
+    """Create a host group; return None on every rank if any rank fails, for example without a network for gloo."""
     try:
         limit = timedelta(seconds=min(group.limit() + 60, _FOR_EVER))  # later than the limit in `group`
         host, reason = _HostGroup(distributed.new_group(backend="gloo", timeout=limit)), ""
@@ -271,8 +271,8 @@ def _new_host_group() -> _HostGroup | None:
         _opened.add(host)
         return host
     warnings.warn(
-        "no process group on the host (gloo) could be made, so a process that skips a backward is not noticed where "
-        f"the engine has exchanges of its own{f': {reason}' if reason else ''}",
+        "no process group on the host (gloo) could be created, so if a process skips a backward, the collectives of "
+        f"DDP, FSDP2 or DeepSpeed deadlock without an error{f': {reason}' if reason else ''}",
         TunerkitWarning,
         stacklevel=2,
     )

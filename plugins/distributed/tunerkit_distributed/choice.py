@@ -17,23 +17,23 @@ from tunerkit_distributed.sharded import Sharded
 from tunerkit_distributed.single import Apart, Single
 
 _UNJOINED = (
-    "WORLD_SIZE says that this process is one of several, and it is in no process group: each trains an adapter of its "
-    "own, and may overwrite the files of the others. Call torch.distributed.init_process_group before attach; a "
-    "Trainer on CPUs does with use_cpu=True. If they are meant to be apart, attach with data_parallel=False"
+    "WORLD_SIZE says that this process is one of several, but it is in no process group: each process trains its own "
+    "adapter, and may overwrite the files of the others. Call torch.distributed.init_process_group before attach; a "
+    "Trainer on CPUs does this with use_cpu=True. To train independent adapters, attach with data_parallel=False"
 )
 
 
 def engine_for(
     tuners: Sequence[Tuner], model: nn.Module, candidate: object, data_parallel: bool | None
 ) -> tuple[Engine, object]:
-    """Choose the engine and the optimizer with the step hooks.
+    """Choose the engine, and the optimizer for the step hooks.
 
-    It warns if a launcher started several processes that have formed no group.
+    Warns if a launcher started several processes and there is no process group.
 
     Args:
-        tuners: The adapters that are trained.
-        model: The model that runs, in which FSDP2 may have sharded the wrapped one.
-        candidate: The optimizer, or DeepSpeed's object.
+        tuners: The adapters to train.
+        model: The model that runs; it may contain the wrapped model, sharded by FSDP2.
+        candidate: The optimizer, or DeepSpeed's engine or optimizer.
         data_parallel: False if each rank trains adapters of its own; None to detect it; True to require a process
             group.
 
@@ -41,7 +41,7 @@ def engine_for(
         A new engine; and ``candidate``, or a torch optimizer around DeepSpeed's.
 
     Raises:
-        StepError: ``data_parallel`` is True and there is no process group, or DeepSpeed trains in a way that is not
+        StepError: ``data_parallel`` is True and there is no process group, or DeepSpeed's way of training is not
             supported.
     """
     if any(is_named(type(candidate), kind) for kind in DEEPSPEED):
@@ -72,7 +72,7 @@ def engine_for(
 
 
 def _refuse_overrides(model: nn.Module) -> None:
-    """Raise `StepError` if a forward must override a weight that ZeRO-3 has emptied by then."""
+    """Raise `StepError` if an adapted weight must be overridden in forwards, and ZeRO-3 has partitioned it."""
     active, tuners = tunerkit.active(model), tunerkit.adapters(model)
     targets = {target.path: target.module for name in active for target in tuners[name].targets}
     read = [

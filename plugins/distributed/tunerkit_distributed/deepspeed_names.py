@@ -16,5 +16,5 @@ _MARKS = ("ds_id", "_hp_mapping")
 
 
 def is_of_deepspeed(parameter: Tensor) -> bool:
-    """Whether ZeRO trains a parameter, or holds only a part of it."""
+    """Whether DeepSpeed's ZeRO trains or has partitioned a parameter."""
     return not vars(parameter).keys().isdisjoint(_MARKS)

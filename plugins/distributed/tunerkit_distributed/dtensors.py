@@ -1,4 +1,4 @@
-"""DTensors, as FSDP2 makes them: gathering whole tensors from all ranks, and this rank's shard of one."""
+"""DTensors of FSDP2: gather full tensors from all ranks, and read or write this rank's shards."""
 
 import itertools
 import sys
@@ -21,13 +21,13 @@ class Part:
 
     Attributes:
         parameter: The DTensor. Any: torch.distributed.tensor is imported late.
-        places: The modules that hold it, with its name there.
-        cut: How it is sharded.
-        group: The process group over which it is sharded.
+        places: (module, parameter name) of all modules with this parameter.
+        cut: The shape and the split of the parameter.
+        group: The process group over which the parameter is sharded.
         number: The index of this rank's shard.
-        stand_in: The gathered parameter, inside the block.
-        grad: The DTensor's own gradient before the block.
-        hooks: FSDP2's hooks after ``load_state_dict``, by module, which are removed inside the block.
+        stand_in: The gathered parameter, while it replaces the DTensor.
+        grad: The DTensor's gradient before the replacement.
+        hooks: FSDP2's hooks after ``load_state_dict``, by module; they are removed during the replacement.
     """
 
     parameter: Any
@@ -41,11 +41,11 @@ class Part:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """A key that is equal for parameters that share a collective."""
+        """A key for grouping: parameters with equal keys are gathered in one collective."""
         return self.group, self.parameter.dtype, local(self.parameter).device
 
     def stand_in_(self, value: Tensor, grad: Tensor | None) -> int:
-        """Replace the DTensor by a gathered parameter, and return the id of that."""
+        """Replace the DTensor by a gathered parameter; return the new parameter's id."""
         self.stand_in = nn.Parameter(value, requires_grad=self.parameter.requires_grad)
         self.stand_in.grad = grad
         self.grad = self.parameter.grad
@@ -54,7 +54,7 @@ class Part:
         return id(self.stand_in)
 
     def put_back_(self) -> Tensor:
-        """Restore the DTensor, and return the module's parameter at the end of the block."""
+        """Restore the DTensor; return the parameter that it replaces, which the block may have exchanged."""
         module, name = self.places[0]
         left = torch_private.own_parameters(module)[name]
         self._put_(self.parameter)
@@ -67,7 +67,7 @@ class Part:
             torch_private.own_parameters(module)[name] = parameter
 
     def write_back_(self, left: Tensor, *, gradients: bool) -> None:
-        """Copy this rank's shard of the value and of the gradient into the DTensor."""
+        """Copy this rank's shard of ``left``, and of its gradient if asked, into the DTensor."""
         local(self.parameter).copy_(self.cut.part(left, self.number))
         if not gradients:
             return
@@ -85,8 +85,8 @@ def gathered(module: nn.Module) -> Iterator[Callable[[str, Tensor], Tensor]]:
     """Inside the block, the parameters below ``module`` are gathered, for reading. All ranks must call it.
 
     Returns:
-        A context manager. It yields a function from a parameter's name in ``module`` and a whole tensor of its shape to
-        this rank's shard of that tensor, as a copy; for a parameter that is not sharded, to the tensor itself.
+        A context manager. It yields a function (parameter name, full tensor of the parameter's shape) -> this rank's
+        shard of the tensor, as a copy; if the parameter is not sharded, the tensor itself.
 
     Raises:
         StepError: A parameter is sharded along several dimensions.
@@ -111,13 +111,13 @@ def gathered(module: nn.Module) -> Iterator[Callable[[str, Tensor], Tensor]]:
 
 
 def gathered_tensors(tensors: Sequence[Tensor], what: str) -> list[Tensor]:
-    """Gather DTensors that are no parameters, such as an optimizer's state. All ranks must call it."""
+    """Gather DTensors that are not parameters, such as an optimizer's state. All ranks must call this."""
     shards = [part_of(tensor, []) for tensor in tensors]
     return whole_values([local(tensor) for tensor in tensors], shards, what)
 
 
 def cut_of(tensor: Tensor) -> tuple[Cut, int]:
-    """How a DTensor is sharded, and the index of this rank's shard."""
+    """Return the split of a DTensor, and the index of this rank's shard."""
     shard = part_of(tensor, [])
     return shard.cut, shard.number
 
@@ -130,12 +130,12 @@ def shard_like(parameter: Any, part: Tensor) -> Tensor:
 
 
 def local_part(parameter: Tensor) -> Tensor:
-    """This rank's shard of a parameter, not a copy."""
+    """Return this rank's shard of a parameter, as a view; the parameter itself if it is not sharded."""
     return local(parameter) if is_split(parameter) else parameter
 
 
 def reshard_(model: nn.Module) -> None:
-    """Reshard parameters that FSDP2 keeps gathered: those of the root module, from a forward to the next backward."""
+    """Reshard parameters that FSDP2 leaves gathered: the root module's, between a forward and the next backward."""
     fully: Any = sys.modules.get("torch.distributed.fsdp")  # importing it takes long
     for module in () if fully is None else model.modules():
         if isinstance(module, fully.FSDPModule):
@@ -150,7 +150,7 @@ def is_split(parameter: Tensor) -> bool:
 
 
 def owners(slots: Sequence[nn.Module]) -> list[tuple[nn.Parameter, list[tuple[nn.Module, str]]]]:
-    """The parameters below ``slots``, each once, with the modules that hold it."""
+    """Return each parameter below ``slots`` once, with the (module, name) pairs of its modules."""
     modules = {id(module): module for slot in slots for module in slot.modules()}
     found: dict[int, tuple[nn.Parameter, list[tuple[nn.Module, str]]]] = {}
     for module in modules.values():
@@ -169,30 +169,30 @@ def part_of(parameter: Any, places: list[tuple[nn.Module, str]]) -> Part:
     others = [placement for placement in placements if type(placement) is not Shard and not placement.is_replicate()]
     if len(cut_along) != 1 or others:
         raise StepError(
-            f"an adapter's parameter of shape {tuple(parameter.shape)} has the placements {placements}, and adapters "
-            "are trained only where one dimension is cut, over one dimension of the mesh. Leave them out of tensor "
-            "parallelism"
+            f"an adapter's parameter of shape {tuple(parameter.shape)} has the placements {placements}, but adapters "
+            "can be trained only if sharded along one dimension, over one dimension of the mesh. Leave them out of "
+            "tensor parallelism"
         )
     along = cut_along[0]
     cut = Cut(tuple(parameter.shape), placements[along].dim, mesh.size(along))
     number = mesh.get_local_rank(along)
     if tuple(local(parameter).shape) != cut.part_shape(number):
         raise StepError(
-            f"process {number} holds {tuple(local(parameter).shape)} of a parameter of shape {cut.shape}, and "
-            f"{cut.part_shape(number)} was expected: this release of torch cuts in another way; train in one process"
+            f"process {number} has a shard {tuple(local(parameter).shape)} of a parameter of shape {cut.shape}; "
+            f"expected {cut.part_shape(number)}: this release of torch shards differently; train in one process"
         )
     return Part(parameter, places, cut, mesh.get_group(along), number)
 
 
 def local(tensor: Any) -> Tensor:
-    """This rank's shard, not a copy."""
+    """Return this rank's shard of a DTensor, as a view."""
     with torch.no_grad():
         own: Tensor = tensor.to_local()
     return own
 
 
 def whole_values(parts: Sequence[Tensor], shards: Sequence[Part], what: str) -> list[Tensor]:
-    """Gather whole tensors from the shards of all ranks: one all-gather for each kind of shards."""
+    """Gather full tensors from all ranks' ``parts``, laid out like ``shards``; one all-gather per `Part.kind`."""
     kinds: dict[tuple[object, ...], list[int]] = {}
     for index, shard in enumerate(shards):
         kinds.setdefault(shard.kind, []).append(index)
@@ -205,7 +205,7 @@ def whole_values(parts: Sequence[Tensor], shards: Sequence[Part], what: str) -> 
 
 
 def whole_gradients(shards: Sequence[Part]) -> list[Tensor | None]:
-    """Gather the gradients; None for a frozen parameter, which is not sent, and for one without a gradient.
+    """Gather the gradients; None for a frozen parameter, and for a parameter without a gradient on any rank.
 
     Raises:
         StepError: Only some ranks have a gradient for a parameter.
@@ -231,7 +231,7 @@ def whole_gradients(shards: Sequence[Part]) -> list[Tensor | None]:
 
 
 def _on_host(flags: Sequence[Tensor]) -> list[list[float]]:
-    """Copy short vectors, one number for each rank that shares a parameter, from the device at once."""
+    """Copy short vectors to the host in one transfer, as lists."""
     if not flags:
         return []
     numbers: Iterator[float] = iter(torch.cat([flag.float().to(flags[0].device) for flag in flags]).tolist())
@@ -239,7 +239,7 @@ def _on_host(flags: Sequence[Tensor]) -> list[list[float]]:
 
 
 def _exchanged(vector: Tensor, shard: Part, what: str) -> Tensor:
-    """All-gather a vector over the ranks of ``shard``: (ranks, length), on the vector's own device."""
+    """All-gather a vector over the ranks of ``shard``; return (ranks, length), on the vector's device."""
     # CPU offload: the shards lie on the CPU, and the process group may only know the mesh's devices.
     own = vector.to(shard.parameter.device_mesh.device_type)
     return torch.stack(group.gather(own, what, within=shard.group)).to(vector.device)

@@ -1,4 +1,4 @@
-"""Several tensors in one vector, for a single collective."""
+"""Pack several tensors into one vector, for a single collective."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,7 @@
 """The process group of a training: collectives that detect deadlocks.
 
-A rank that waits long publishes in the group's store what it waits for. If another rank waits for something else, both
-are deadlocked, and both raise. A rank that is busy, with an evaluation or a file, publishes nothing, so others wait.
+A rank that waits long publishes in the group's store what it is waiting for. If another rank waits for something else,
+the two are deadlocked, and both raise. A rank that is busy, as with an evaluation, publishes nothing: others wait.
 """
 
 import json
@@ -29,7 +29,7 @@ _written: set[int] = set()  # this rank, while it has published what it waits fo
 
 
 def is_formed() -> bool:
-    """Whether there is a process group, also one of a single process."""
+    """Whether there is a process group, even of a single process."""
     return distributed.is_available() and distributed.is_initialized()
 
 
@@ -39,7 +39,7 @@ def in_group() -> bool:
 
 
 def is_launched() -> bool:
-    """Whether this process is one of several, in a process group or by the environment that a launcher set."""
+    """Whether this process is one of several, by the process group or a launcher's environment variables."""
     return in_group() or os.environ.get("WORLD_SIZE", "1") not in ("", "1")
 
 
@@ -58,26 +58,26 @@ def reduce_(tensor: Tensor, what: str, within: Any = None) -> None:
 
     Args:
         tensor: The tensor, of the same shape on all ranks.
-        what: Its name in messages.
+        what: The tensor's name in messages.
         within: The process group; None for the default one.
 
     Raises:
-        StepError: Another rank is lost, or waits for something else.
+        StepError: Another rank has ended, waits for something else, or does not arrive in time.
     """
     _await(lambda: distributed.all_reduce(tensor, group=within, async_op=True), tensor, what)
 
 
 def broadcast_(tensor: Tensor, what: str) -> None:
-    """Replace ``tensor`` by the one of rank 0. Raises like `reduce_`."""
+    """Overwrite ``tensor`` with rank 0's values. Raises like `reduce_`."""
     _await(lambda: distributed.broadcast(tensor, src=0, async_op=True), tensor, what)
 
 
 def gather(tensor: Tensor, what: str, within: Any = None) -> list[Tensor]:
-    """Return the tensors of all ranks, in their order; all have one shape. Raises like `reduce_`.
+    """Return the tensors of all ranks, in rank order. Raises like `reduce_`.
 
     Args:
-        tensor: This rank's tensor.
-        what: Its name in messages.
+        tensor: This rank's tensor, of the same shape on all ranks.
+        what: The tensor's name in messages.
         within: The process group; None for the default one.
     """
     found = [torch.empty_like(tensor) for _ in range(distributed.get_world_size(within))]
@@ -86,7 +86,7 @@ def gather(tensor: Tensor, what: str, within: Any = None) -> list[Tensor]:
 
 
 def gather_text(text: str, what: str, within: Any = None) -> list[str]:
-    """Return the texts of all ranks, in their order, in two collectives. See `gather`."""
+    """Return the texts of all ranks, in rank order, with two collectives. See `gather`."""
     place = device(within)
     own = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8).to(place)
     lengths = [int(length) for length in gather(torch.tensor([len(text.encode())], device=place), what, within)]
@@ -97,11 +97,11 @@ def gather_text(text: str, what: str, within: Any = None) -> list[str]:
 
 
 def wait_until(found: Callable[[], Value | None], what: str) -> Value:
-    """Call ``found`` until it returns something. Raises like `reduce_`.
+    """Call ``found`` until it returns a value other than None, and return that. Raises like `reduce_`.
 
     Args:
-        found: Polls for an action of another rank. It must return quickly.
-        what: The name of that action in messages.
+        found: Checks without waiting whether another rank has done something.
+        what: The name of the other rank's action in messages.
     """
     _forget_wait()
     look = _seconds(*_LOOK)
@@ -116,12 +116,12 @@ def wait_until(found: Callable[[], Value | None], what: str) -> Value:
 
 
 def limit() -> float:
-    """The timeout in seconds for waiting for other ranks."""
+    """Return the timeout in seconds for waiting for other ranks."""
     return _seconds(*_LIMIT)
 
 
 def device(within: Any = None) -> torch.device:
-    """The device of a group's collectives: the CPU if they support it, else this process's accelerator."""
+    """Return the device of a group's collectives: the CPU if supported, else this process's accelerator."""
     kinds = dict(each.split(":") for each in str(distributed.get_backend_config(within)).split(","))
     found = None if "cpu" in kinds else torch.accelerator.current_accelerator()
     return torch.device("cpu") if found is None else torch.device(found.type, torch.accelerator.current_device_index())
@@ -146,13 +146,13 @@ def _await(call: Callable[[], Any], tensor: Tensor, what: str) -> None:
             _look_around(what, time.monotonic() - started)
     except RuntimeError as error:
         raise StepError(
-            f"process {rank()} of {processes()} lost another one while it waited for {what}: the error of the process "
-            f"that ended first says why ({shown(str(error))})"
+            f"process {rank()} of {processes()} lost another one while it waited for {what}: see the error of the "
+            f"process that ended first ({shown(str(error))})"
         ) from error
 
 
 def _look_around(what: str, waited: float) -> None:
-    """Publish what this rank waits for. Raise `StepError` on a timeout, or if another rank waits for anything else."""
+    """Publish what this rank waits for. Raises `StepError` on a timeout, or if another rank waits for another thing."""
     store, own = torch_private.default_store(), rank()
     store.set(f"{_WAITS}{own}", json.dumps(what))
     _written.add(own)
@@ -162,17 +162,17 @@ def _look_around(what: str, waited: float) -> None:
         if place not in (None, what):
             raise StepError(
                 f"process {own} waits for {what}, and process {other} for {place}: they are not at the same point of "
-                "the training. Every process must take every step, with a backward in each, and save where all do"
+                "the training. Every process must take every step, with a backward in each, and save at the same points"
             )
     if waited > limit():
         raise StepError(
-            f"process {own} waited {waited:.0f} seconds for {what}, and another one of {processes()} did not come. "
-            f"Every process must take every step, with a backward in each; {_LIMIT[0]} sets the limit"
+            f"process {own} waited {waited:.0f} seconds for {what}, but not all {processes()} processes arrived. Every "
+            f"process must take every step, with a backward in each; {_LIMIT[0]} sets the limit"
         )
 
 
 def _forget_wait() -> None:
-    """Withdraw what `_look_around` published. After an error it stays until the next wait, for the others to see."""
+    """Withdraw what `_look_around` published. After an error it stays published, so that other ranks see it."""
     if rank() in _written:
         _written.discard(rank())
         torch_private.default_store().set(f"{_WAITS}{rank()}", json.dumps(None))

@@ -1,4 +1,4 @@
-"""How accelerate, DeepSpeed and FSDP2 hold weights, and which operations they rule out."""
+"""How accelerate, DeepSpeed and FSDP2 offload or shard weights, and which operations do not work with them."""
 
 from torch import Tensor, nn
 
@@ -14,11 +14,11 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def _kept_whole(module: nn.Module) -> str | None:
-    """The reason why a merge into a module would be lost, while FSDP2 has its weights gathered; None otherwise."""
+    """Return why a merge into a module would be lost, while FSDP2 has gathered its weights; else None."""
     if not is_managed_by_fsdp2(module) or any(map(dtensors.is_split, module.parameters())):
         return None
     return (
-        "FSDP2 keeps its weight whole after a forward, and shards it in a module around this model; call it on the "
+        "FSDP2 keeps its weight gathered after a forward, and shards it in a module around this model; call it on the "
         "module that was passed to fully_shard"
     )
 
@@ -74,7 +74,7 @@ RESTRICTIONS = (
         # After a forward, FSDP2 may leave parameters whole for a while, but the module's class shows it.
         classes=("torch.distributed.tensor.DTensor", "torch.distributed.fsdp.FSDPModule"),
         refused={
-            "wrap": "it has sharded the weights already, and adapters would not be synchronised. Wrap the model first, "
+            "wrap": "it has sharded the weights already, and adapters would not be synchronized. Wrap the model first, "
             "then call fully_shard",
         },
     ),

@@ -1,4 +1,4 @@
-"""accelerate's device hooks: the forward behind them, the device that a module runs on, and its offloaded weights.
+"""accelerate's device hooks: the forward that they wrap, a module's execution device, and its offloaded weights.
 
 `accelerate.cpu_offload`, `dispatch_model` and ``device_map="auto"`` wrap the forward of each module on the instance.
 Offloaded weights are on the meta device except inside that forward. Nothing here imports accelerate.
@@ -22,7 +22,7 @@ _MOVERS = frozenset({"AlignDevicesHook", "CpuOffload"})
 
 
 def forward_on_instance(module: nn.Module) -> object | None:
-    """The forward on the instance inside hooks that only move tensors; None if there are none, or others."""
+    """Return the instance-level forward wrapped by hooks that only move tensors; None without hooks or with others."""
     own = vars(module).get("forward")
     wrapped = isinstance(own, functools.partial) and own.func.__module__ == "accelerate.hooks"
     if wrapped and all(type(hook).__name__ in _MOVERS for hook in _hooks(module)):
@@ -32,7 +32,7 @@ def forward_on_instance(module: nn.Module) -> object | None:
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """The device to which a hook moves the module and its input; None if there is no such hook."""
+    """Return the device to which a hook moves the module and its input; None if there is no such hook."""
     found = [hook.execution_device for hook in _aligners(module) if hook.execution_device is not None]
     return torch.device(found[-1]) if found else None
 
@@ -43,10 +43,10 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def load(module: nn.Module, name: str) -> Tensor:
-    """The values of an offloaded weight or buffer, detached, on the device on which the module runs.
+    """Return the values of an offloaded weight or buffer, detached, on the module's execution device.
 
     Raises:
-        AdapterError: The hook there is none that loads it.
+        AdapterError: No hook of the module loads the weight.
     """
     if (loader := _loader(module)) is None:
         raise AdapterError(
@@ -58,9 +58,9 @@ def load(module: nn.Module, name: str) -> Tensor:
 
 
 def identity(module: nn.Module, name: str, tensor: Tensor) -> int | None:
-    """The address of an offloaded weight, which tied parameters share; None if it is not offloaded.
+    """Return the address of an offloaded weight's stored values, equal for tied parameters; None if not offloaded.
 
-    Offloading gives each of two tied modules its own object. Ties among weights on disk are not detected.
+    The address is needed because offloading gives tied parameters separate objects. Ties on disk are not detected.
     """
     if (loader := _loader(module)) is None:
         return None
@@ -74,7 +74,7 @@ def identity(module: nn.Module, name: str, tensor: Tensor) -> int | None:
 
 
 def duplicate(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module | None:
-    """A deep copy with its weights on the device of execution; None if the module has no hook.
+    """Return a deep copy with its weights on the execution device; None if no part of the module has a hook.
 
     ``replaced`` maps the id of a submodule to its replacement in the copy.
     """
@@ -90,7 +90,7 @@ def duplicate(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """The hooks of ``module`` itself; a chain's hooks one by one."""
+    """Return the hooks of ``module`` itself, with those in a chain listed singly."""
     hook = vars(module).get(_HOOK)
     if hook is None:
         return []
@@ -98,17 +98,17 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def _aligners(module: nn.Module) -> list[Any]:
-    """The hooks that move ``module`` and its input to one device; `CpuOffload` moves a whole model instead."""
+    """Return the hooks that move ``module`` and its input to one device (`CpuOffload` moves a whole model instead)."""
     return [hook for hook in _hooks(module) if type(hook).__name__ == "AlignDevicesHook"]
 
 
 def _loader(module: nn.Module) -> Any:
-    """The hook that loads the module's own weights; None if they are not offloaded."""
+    """Return the hook that loads the module's own weights; None if they are not offloaded."""
     return next((hook for hook in _aligners(module) if hook.offload), None)
 
 
 def _only_moving(hook: Any) -> Any:
-    """A copy of ``hook`` that still moves inputs but loads and offloads no weights."""
+    """Return a copy of ``hook`` that moves inputs, but does not load or offload weights."""
     calm = copy.copy(hook)
     if type(hook).__name__ == "AlignDevicesHook":
         calm.offload, calm.weights_map, calm.tied_params_map = False, None, None

@@ -1,4 +1,4 @@
-"""The state of an optimizer with sharded parameters: gathered for a file, and split again for a rank."""
+"""Gather the state of an optimizer with sharded parameters for a file, and shard it again at loading."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def own_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """Return this rank's shards of a gathered state, for ``optimizer.load_state_dict``.
 
     Args:
-        optimizer: The optimizer; the number of ranks may differ from the one that wrote the state.
+        optimizer: The optimizer to load into; the state may be from another number of ranks.
         state: The state that `whole_state` returned.
     """
     groups = zip(optimizer.param_groups, state["param_groups"], strict=False)

@@ -1,4 +1,4 @@
-"""This rank's shards of an adapter's parameters, for methods that need no whole ones."""
+"""This rank's shards of an adapter's parameters, for methods that do not need gathered ones."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ class CutPieces(Pieces):
     """Shards of DTensors, all over the same process group.
 
     Attributes:
-        parts: The layout of each.
+        parts: The layout of each parameter.
     """
 
     parts: Sequence[Part]
@@ -46,7 +46,7 @@ class CutPieces(Pieces):
 
 @torch.no_grad()
 def pieces_of(parameters: Sequence[Any]) -> Pieces:
-    """This rank's shards of DTensors, which are sharded over one process group.
+    """Return this rank's shards of DTensors that are all sharded over the same process group.
 
     Args:
         parameters: The DTensors. Any: torch.distributed.tensor is imported late.
@@ -65,5 +65,5 @@ def pieces_of(parameters: Sequence[Any]) -> Pieces:
 
 
 def are_cut_alike(parameters: Sequence[Tensor]) -> bool:
-    """Whether parameters are DTensors over one process group, as `pieces_of` needs."""
+    """Whether all parameters are DTensors over the same process group, as `pieces_of` requires."""
     return all(map(is_split, parameters)) and len({part_of(parameter, []).group for parameter in parameters}) == 1

@@ -1,4 +1,4 @@
-"""The hooks: which engine trains adapters, how libraries hold weights, and which operations they rule out."""
+"""The hooks: the engine of a training, how libraries offload or shard weights, and which operations do not work."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -29,7 +29,7 @@ def tunerkit_engine(
 
 @hookimpl
 def tunerkit_holdings() -> Iterable[Holding]:
-    """Return how accelerate offloads weights, and how DeepSpeed and FSDP2 divide them."""
+    """Return how accelerate offloads weights, and how DeepSpeed and FSDP2 shard them."""
     return HOLDINGS
 
 
@@ -48,5 +48,5 @@ def tunerkit_adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
 
 @hookimpl
 def tunerkit_unwrapped(model: nn.Module) -> None:
-    """Remove that check, also from copies."""
+    """Remove the check of `tunerkit_adapted`, also from copies."""
     remove_check_(model)

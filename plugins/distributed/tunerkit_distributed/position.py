@@ -1,4 +1,4 @@
-"""The position of a rank in the training, as numbers that one all-reduce compares."""
+"""A rank's position in the training, encoded as numbers that one all-reduce compares."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -16,11 +16,11 @@ class Position:
     """A point of the training.
 
     Attributes:
-        step: The steps taken.
-        part: A number for the forwards and backwards since the last step.
+        step: The number of steps taken.
+        part: A number that encodes the forwards and backwards since the last step.
         stepping: Whether the rank is about to step; otherwise it is in a forward or a backward.
-        training: The number of the training: a process group may have several, of adapters with the same names.
-        adapters: The names of the adapters that are trained.
+        training: The training's number, since a process group may run several with adapters of the same names.
+        adapters: The names of the trained adapters.
         doing: The current operation, for messages.
     """
 
@@ -32,19 +32,22 @@ class Position:
     doing: str
 
     def numbers(self) -> list[float]:
-        """The 7 numbers to sum over all ranks: ``stepping``, and three numbers, each with its square."""
+        """Return 7 numbers to sum over all ranks: ``stepping``, and three numbers, each with its square.
+
+        The three are the step, the part, and one for the training and its adapters.
+        """
         whose = 5 * self.training + len(self.adapters)  # an adapter may be deleted on one rank alone
         rounded = [number % _ROUND for number in (self.step, self.part, whose)]
         return [float(self.stepping), *(float(each) for number in rounded for each in (number, number * number))]
 
     def refuse_mismatch(self, sums: Sequence[float], within: Any = None) -> None:
-        """Raise `StepError` on every rank if their positions differ.
+        """Raise `StepError` on every rank if the ranks' positions differ.
 
-        A number is equal on all ranks if the mean of its squares is the square of its mean.
+        A number is equal on all ranks if and only if its mean square equals its squared mean.
 
         Args:
             sums: `numbers`, summed over all ranks.
-            within: The process group for the ranks' descriptions; None for the default one.
+            within: The process group that gathers the ranks' descriptions; None for the default one.
         """
         processes = group.processes()
         stepping, *rest = sums

@@ -1,7 +1,7 @@
-"""DistributedDataParallel around adapters: its reducer is rebuilt after parameters changed shape.
+"""Rebuild the reducer of a DistributedDataParallel around adapters after parameters change shape.
 
-A reducer has buckets of fixed size for gradients, so each change of a shape needs a new one. DDP also builds one when
-it is unpickled, and the same code works in place.
+A reducer has gradient buckets of fixed size, so each change of a shape needs a new reducer. DDP's code for unpickling
+builds a reducer, and is called in place.
 """
 
 import weakref
@@ -14,48 +14,48 @@ from torch.nn.parallel import DistributedDataParallel
 from tunerkit.errors import StepError
 from tunerkit_distributed import torch_private
 
-_ADVICE = "to let adapters change their shapes, leave DistributedDataParallel out, and attach averages them"
+_ADVICE = "to let adapters change shape, leave DistributedDataParallel out: attach then averages the gradients"
 _SHAPES = "_tunerkit_shapes"  # the attribute of a DDP with the shapes that its reducer was built for
 
 
 class Reducers:
-    """The DistributedDataParallel around some models, if there is one."""
+    """Finds and rebuilds the DistributedDataParallel around models, if there is one."""
 
     def __init__(self) -> None:
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @property
     def models(self) -> Iterable[nn.Module]:
-        """The models."""
+        """The models inside which adapters are trained."""
         return self._models
 
     def add_(self, models: Iterable[nn.Module]) -> None:
-        """Look for DDP around these models too."""
+        """Add models, around which DDP may be."""
         self._models.update(models)
 
     def found(self) -> list[DistributedDataParallel]:
-        """Each DDP around one of the models; none without a process group."""
+        """Return each DDP around one of the models; an empty list without a process group."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return []
         return torch_private.ddps_around(list(self._models))
 
     def obstacle(self) -> str | None:
-        """The reason why shapes must not change; None without a DDP, or with one that can be rebuilt."""
+        """Return why parameters must not change shape; None without a DDP, or if it can be rebuilt."""
         found = self.found()
         reason = f"it is inside {len(found)} of them" if len(found) > 1 else next(map(_obstacle, found), None)
         return reason and f"DistributedDataParallel cannot be rebuilt around this model: {reason}; {_ADVICE}"
 
     def follow_(self) -> list[DistributedDataParallel]:
-        """Rebuild each DDP before a forward if shapes have changed since its reducer was built.
+        """Hook each DDP, so that a forward rebuilds its reducer if shapes have changed; rebuild it now if they have.
 
-        This covers ``load_state_dict`` with an adapter of other ranks; `shrink_` and `grow_` rebuild by themselves.
-        Empty parameters, of adapters of rank 0, never get a gradient, and DDP would wait for one.
+        The hook covers ``load_state_dict`` with an adapter of other ranks; `shrink_` and `grow_` call `rebuild_`. A
+        reducer is also rebuilt without empty parameters (rank 0), for whose gradients DDP would wait forever.
 
         Returns:
             Each DDP around one of the models.
 
         Raises:
-            StepError: The shapes have changed since DDP was built, and it cannot be rebuilt, or a backward is running.
+            StepError: A reducer must be rebuilt, and cannot be: see `obstacle`; or a backward is running.
         """
         found = self.found()
         for ddp in found:
@@ -74,7 +74,7 @@ class Reducers:
 
 
 def _obstacle(ddp: DistributedDataParallel) -> str | None:
-    """The reason why this DDP cannot be rebuilt; None if it can."""
+    """Return why this DDP's reducer cannot be rebuilt; None if it can."""
     if type(ddp) is not DistributedDataParallel:
         return f"{type(ddp).__name__} is a class of its own"
     if getattr(ddp, "reducer", None) is None:
@@ -89,7 +89,7 @@ def _obstacle(ddp: DistributedDataParallel) -> str | None:
 
 
 def _note_(ddp: DistributedDataParallel, averaged: Iterable[Tensor]) -> None:
-    """Record the shapes that DDP was built for, by the parameter's index: DDP may be pickled and copied."""
+    """Record the shapes for which the reducer was built, by parameter index, which survives pickling and copying."""
     own = set(map(id, averaged))
     known = enumerate(torch_private.parameters_of(ddp))
     vars(ddp)[_SHAPES] = {place: parameter.shape for place, parameter in known if id(parameter) in own}
@@ -104,8 +104,8 @@ def _rebuild_(ddp: DistributedDataParallel) -> None:
     reason = "a backward is running" if torch_private.running_backward() >= 0 else _obstacle(ddp)
     if reason is not None:
         raise StepError(
-            f"DistributedDataParallel was built for other ranks than adapters have now, or for a rank of 0, and cannot "
-            f"be rebuilt: {reason}. Load adapters before you build it, and attach them after"
+            f"DistributedDataParallel was built for other adapter ranks than the current ones, or for a rank of 0, and "
+            f"cannot be rebuilt: {reason}. Load adapters before you build it, and attach them after"
         )
     known = torch_private.parameters_of(ddp)
     averaged = [known[place] for place in vars(ddp)[_SHAPES]]
@@ -114,7 +114,7 @@ def _rebuild_(ddp: DistributedDataParallel) -> None:
 
 
 def _rebuild_if_resized_(ddp: DistributedDataParallel, args: object) -> None:
-    """Before a forward of DDP."""
+    """Forward pre-hook of DDP: rebuild its reducer if the shapes differ from the recorded ones."""
     known = torch_private.parameters_of(ddp)
     if any(known[place].shape != shape for place, shape in vars(ddp)[_SHAPES].items()):
         _rebuild_(ddp)

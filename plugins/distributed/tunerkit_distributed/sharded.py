@@ -1,4 +1,4 @@
-"""Adapters that FSDP2 has sharded: each rank holds a shard of every parameter, as a DTensor."""
+"""The engine for adapters that FSDP2 has sharded: each rank has a shard of every parameter, as a DTensor."""
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,11 +41,11 @@ _ADVICE = (
 class Sharded(Engine):
     """FSDP2 with adapters that are sharded like the base.
 
-    FSDP2 averages the gradients itself. Inside `whole`, a method sees plain tensors that were gathered from all ranks,
-    in place of the parameters. Afterwards each rank writes its shard of them back.
+    FSDP2 averages the gradients itself. Inside `whole`, gathered plain tensors replace the parameters. Afterwards, each
+    rank copies its shard of them back.
 
     Args:
-        model: The model that was passed to ``fully_shard``, or one around it.
+        model: The model that was passed to ``fully_shard``, or a module around that.
     """
 
     is_shared = True
@@ -60,17 +60,17 @@ class Sharded(Engine):
 
     @property
     def name(self) -> str:
-        """Its name in messages."""
+        """The engine's name in messages."""
         return "FSDP2 with sharded adapters"
 
     @property
     def fixed_shapes(self) -> str:
-        """The reason why shapes must not change."""
+        """The reason why parameters must not change shape."""
         return _FIXED
 
     @property
     def splits(self) -> bool:
-        """Whether a rank holds only a part of an adapter: it does."""
+        """True: each rank has only a shard of an adapter."""
         return True
 
     @property
@@ -81,8 +81,8 @@ class Sharded(Engine):
     def begin_(self, adapters: Sequence[Tuner], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
         """Compare the adapters of all ranks. See `Engine`.
 
-        No start is broadcast: the ranks' shards together are the parameter. If they wrapped without a seed, its shards
-        come from several random starts, which together are a random start too.
+        Initial values are not broadcast: without a seed, each rank's shards come from its own random values, and
+        together they are random initial values too.
         """
         number = refuse_differing(adapters, optimizer)
         slots = [slot for tuner in adapters for _, slot in slots_in(tuner)]
@@ -90,8 +90,8 @@ class Sharded(Engine):
         for tuner in adapters:
             if not starts_alike(tuner) and not tuner.progress.loaded and tuner.progress.seed is None:
                 raise StepError(
-                    f"adapter {tuner.name!r} was wrapped without a seed, so its shards come from different starts, "
-                    "and the base was changed to fit them: pass a seed to tunerkit.wrap"
+                    f"adapter {tuner.name!r} was wrapped without a seed, so its shards have different initial values, "
+                    "and each process changed the base to fit its own: pass a seed to tunerkit.wrap"
                 )
         self._slots = list(map(weakref.ref, slots))
         self.gives_pieces = are_cut_alike([part.parameter for part in found])
@@ -102,15 +102,15 @@ class Sharded(Engine):
         return {name: (member,) for name, member in members.items()}
 
     def before_step_(self, optimizer: Optimizer) -> None:
-        """Wait for all ranks: a method may gather parameters next. See `Barrier.before_step_`."""
+        """Wait for all ranks, since a method's hooks may gather parameters next. See `Barrier.before_step_`."""
         self._barrier.before_step_(optimizer, always=True)
 
     @contextmanager
     def whole(self, slots: Sequence[nn.Module], *, gradients: bool) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Replace the sharded parameters by gathered ones. See `Engine`.
+        """Inside the block, replace the sharded parameters by gathered ones. See `Engine`.
 
-        It costs one all-gather of the parameters for each dtype, and one of their gradients. Inside another such block
-        it does nothing.
+        This takes one all-gather of the parameters for each dtype, and one of the gradients. A nested block does
+        nothing.
 
         Raises:
             StepError: Some parameters are sharded and others are not; the block has changed a shape; or only some
@@ -158,7 +158,7 @@ class Sharded(Engine):
         take_from_first_(tensors, what)
 
     def _found(self, slots: Sequence[nn.Module]) -> list[Part]:
-        """The parameters below ``slots``, each once. Raises `StepError` if only some are sharded."""
+        """Return each parameter below ``slots`` once. Raises `StepError` if some are not sharded."""
         found = owners(slots)
         if not all(is_split(parameter) for parameter, _ in found):
             model = self._model()
@@ -168,8 +168,8 @@ class Sharded(Engine):
         plain = sum(not is_split(parameter) for parameter, _ in found)
         if plain:
             raise StepError(
-                f"{plain} of the adapter's {len(found)} parameters are whole in each process, and FSDP2 has sharded "
-                f"the others, so they would not be trained alike. {_ADVICE}"
+                f"FSDP2 has sharded only some of the adapter's {len(found)} parameters: {plain} are not sharded, and "
+                f"nothing would average their gradients. {_ADVICE}"
             )
         return [part_of(parameter, places) for parameter, places in found]
 
@@ -178,6 +178,6 @@ def _refuse_resized(shards: Sequence[Part], left: Sequence[Tensor]) -> None:
     for shard, now in zip(shards, left, strict=True):
         if tuple(now.shape) != shard.cut.shape:
             raise StepError(
-                f"a parameter of shape {shard.cut.shape} has become one of {tuple(now.shape)}, which is not kept: "
-                f"{_FIXED}"
+                f"a parameter of shape {shard.cut.shape} has become one of {tuple(now.shape)}, and the change is "
+                f"discarded: {_FIXED}"
             )

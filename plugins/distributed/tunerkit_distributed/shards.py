@@ -10,11 +10,11 @@ from torch import Tensor
 
 @attrs.frozen
 class Cut:
-    """The split of a tensor along one dimension. The first ranks hold the longest shards, the last may hold none.
+    """The split of a tensor along one dimension. The first ranks have the longest shards; the last may be empty.
 
     Attributes:
-        shape: The shape of the whole tensor.
-        dim: The dimension that is split.
+        shape: The shape of the full tensor.
+        dim: The dimension along which the tensor is split.
         processes: The number of ranks.
     """
 
@@ -23,28 +23,28 @@ class Cut:
     processes: int
 
     def rows(self, process: int) -> slice:
-        """A rank's indices along `dim`: shards of ceil(n / ranks), as `torch.chunk` splits."""
+        """Return a rank's indices along `dim`: shards have ceil(n / ranks) indices, as in `torch.chunk`."""
         length = self.shape[self.dim]
         part = -(-length // self.processes)
         return slice(min(process * part, length), min((process + 1) * part, length))
 
     def part_shape(self, process: int) -> tuple[int, ...]:
-        """The shape of a rank's shard."""
+        """Return the shape of a rank's shard."""
         rows = self.rows(process)
         return (*self.shape[: self.dim], rows.stop - rows.start, *self.shape[self.dim + 1 :])
 
     def part(self, whole: Tensor, process: int) -> Tensor:
-        """A rank's shard of ``whole``, as a view."""
+        """Return a rank's shard of ``whole``, as a view."""
         rows = self.rows(process)
         return whole.narrow(self.dim, rows.start, rows.stop - rows.start)
 
     def size(self, process: int) -> int:
-        """The number of values in a rank's shard."""
+        """Return the number of values in a rank's shard."""
         return torch.Size(self.part_shape(process)).numel()
 
 
 def longest(cuts: Sequence[Cut]) -> int:
-    """The number of values of all tensors on rank 0, which holds the most."""
+    """Return the number of values in rank 0's shards of all tensors: no rank has more."""
     return sum(cut.size(0) for cut in cuts)
 
 
@@ -60,8 +60,8 @@ def joined(vectors: Tensor, cuts: Sequence[Cut]) -> list[Tensor]:
     """Join the shards of all ranks into whole tensors, as copies.
 
     Args:
-        vectors: The vector from `packed` of each rank, (ranks, length).
-        cuts: The layouts of the tensors, in the order of packing.
+        vectors: Each rank's vector from `packed`, (ranks, length).
+        cuts: The splits of the tensors, in the order of packing.
     """
     pieces: list[list[Tensor]] = [[] for _ in cuts]
     for process, vector in enumerate(vectors):

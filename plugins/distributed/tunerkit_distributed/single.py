@@ -1,4 +1,4 @@
-"""The engine of one process, and the one of ranks that each train an adapter of their own."""
+"""The engines without synchronization: for a single process, and for ranks that train independent adapters."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,18 +12,18 @@ _APART = "with data_parallel=False each process decides for itself, and Distribu
 
 
 class Single(Engine):
-    """One process, which may have a DistributedDataParallel around the model."""
+    """A single process, which may have a DistributedDataParallel around the model."""
 
     def __init__(self) -> None:
         self._reducers = Reducers()
 
     @property
     def fixed_shapes(self) -> str | None:
-        """The reason why shapes must not change: a DDP that cannot be rebuilt. None if they may."""
+        """The reason why parameters must not change shape: a DDP that cannot be rebuilt. None if they may."""
         return self._reducers.obstacle()
 
     def begin_(self, adapters: Sequence[Tuner], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
-        """Note the models, which may be in DDP."""
+        """Record the models, and hook the DDP around them, if there is one."""
         self._reducers.add_(tuner.model for tuner in adapters)
         self._reducers.follow_()
         return {}
@@ -34,7 +34,7 @@ class Single(Engine):
 
 
 class Apart(Engine):
-    """A rank that trains adapters of its own: ``data_parallel=False``. Under DDP, shapes must not change."""
+    """A rank that trains independent adapters: ``data_parallel=False``. Under DDP, shapes must not change."""
 
     name = "a process that trains adapters of its own"
 
@@ -43,10 +43,10 @@ class Apart(Engine):
 
     @property
     def fixed_shapes(self) -> str | None:
-        """The reason why shapes must not change under DDP; None without DDP."""
+        """The reason why parameters must not change shape under DDP; None without DDP."""
         return _APART if self._reducers.found() else None
 
     def begin_(self, adapters: Sequence[Tuner], optimizer: Optimizer | None) -> Mapping[str, tuple[Removable, ...]]:
-        """Note the models, which may be in DDP."""
+        """Record the models, for the search for a DDP around them."""
         self._reducers.add_(tuner.model for tuner in adapters)
         return {}

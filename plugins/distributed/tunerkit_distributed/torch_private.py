@@ -21,14 +21,14 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
 
 
 def remove_hook_(module: nn.Module, function: Callable[..., Any]) -> None:
-    """Remove a forward pre-hook by its function: a deep copy of a module has no handle of its hooks."""
+    """Remove a forward pre-hook by its function, since handles of hooks do not survive a deep copy."""
     for key, hook in list(module._forward_pre_hooks.items()):
         if hook is function:
             del module._forward_pre_hooks[key]
 
 
 def uncompiled(function: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-    """``function`` as code that dynamo does not trace. Importing dynamo takes seconds; before, nothing is compiled."""
+    """Return ``function`` such that dynamo does not trace it; unchanged if dynamo, slow to import, is not loaded."""
     return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
@@ -51,18 +51,18 @@ def running_ddp() -> nn.parallel.DistributedDataParallel | None:
 
 
 def known_to(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
-    """The parameters that ``ddp`` synchronizes, and those on its lists to ignore or to synchronize later."""
+    """Return the parameters that ``ddp`` synchronizes, now or delayed, or ignores on request."""
     ignored = [p for name, p in ddp.module.named_parameters() if name in ddp.parameters_to_ignore]
     return [*ddp._module_parameters, *ignored]
 
 
 def ddp_around(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
-    """The first DistributedDataParallel that contains ``model``; None if there is none."""
+    """Return the first DistributedDataParallel that contains ``model``, or None."""
     return next(iter(ddps_around([model])), None)
 
 
 def ddps_around(models: Collection[nn.Module]) -> list[nn.parallel.DistributedDataParallel]:
-    """Each DistributedDataParallel that contains one of ``models``, found among all objects of the process."""
+    """Return each DistributedDataParallel that contains one of ``models``; searches all objects of the process."""
     found = _ddps_around(models)
     if len(found) > 1:
         del found  # the others may be garbage, which each rank frees at another time
@@ -78,7 +78,7 @@ def _ddps_around(models: Collection[nn.Module]) -> list[nn.parallel.DistributedD
 
 
 def is_joining(ddp: nn.parallel.DistributedDataParallel) -> bool:
-    """Whether ``ddp`` is or was in ``join``, inside which ranks may run out of data."""
+    """Whether ``ddp`` is or was in a ``join`` block, in which ranks may run out of data at different steps."""
     return bool(ddp._join_config.enable)
 
 
@@ -89,19 +89,19 @@ _OF_REDUCER = ("_get_zeros_like_grad_buckets",)
 
 
 def missing_for_rebuilding(ddp: nn.parallel.DistributedDataParallel) -> list[str]:
-    """The names for `rebuild_reducer_` that this release of torch lacks."""
+    """Return the private names that `rebuild_reducer_` needs and this release of torch lacks."""
     own = [name for name in _OF_DDP if not hasattr(ddp, name)]
     return own + [name for name in _OF_REDUCER if not hasattr(ddp.reducer, name)]
 
 
 def special_way_of_reducing(ddp: nn.parallel.DistributedDataParallel) -> str | None:
-    """A feature of ``ddp`` that a new reducer would lose, in words; None if there is none."""
+    """Describe a feature of ``ddp`` that a new reducer would not support; None if there is none."""
     if getattr(ddp, "_use_python_reducer", False):
         return "compiled autograd averages instead of its reducer"
     if getattr(ddp, "_delay_all_reduce_params", None):
         return "it has parameters with a delayed all-reduce"
     if is_joining(ddp):
-        return "it has been in a Join block, in which processes stop at other steps"
+        return "it has been in a Join block, in which processes stop at different steps"
     own, name = ddp._comm_hooks, ddp._get_ddp_logging_data().get("comm_hook")
     if (own or name) and not (own and all(hook in _stateless() for hook, _ in own)):
         return f"it has the communication hook {name}, which may know its buckets"
@@ -109,20 +109,20 @@ def special_way_of_reducing(ddp: nn.parallel.DistributedDataParallel) -> str | N
 
 
 def _stateless() -> tuple[Callable[..., Any], ...]:
-    """Communication hooks without state."""
+    """Return torch's communication hooks without state, which a new reducer can use."""
     known = importlib.import_module("torch.distributed.algorithms.ddp_comm_hooks.default_hooks")
     return known.allreduce_hook, known.fp16_compress_hook, known.bf16_compress_hook
 
 
 def parameters_of(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
-    """The parameters of the model when ``ddp`` was built, including frozen ones."""
+    """Return the parameters of the model when ``ddp`` was built, including frozen ones."""
     return ddp._module_parameters
 
 
 def averaged_by(ddp: nn.parallel.DistributedDataParallel) -> Sequence[Tensor]:
-    """The parameters whose gradients ``ddp`` averages: those that were trained when it was built.
+    """Return the parameters whose gradients ``ddp`` averages: those with ``requires_grad`` when it was built.
 
-    If others are trained now, or shapes have changed, this temporarily takes as much memory as its buckets.
+    If other parameters are trained now, or shapes have changed, this temporarily allocates a copy of all buckets.
     """
     trained: list[Tensor] = [parameter for parameter in ddp._module_parameters if parameter.requires_grad]
     if is_built_for(ddp, trained):
@@ -131,20 +131,20 @@ def averaged_by(ddp: nn.parallel.DistributedDataParallel) -> Sequence[Tensor]:
 
 
 def is_built_for(ddp: nn.parallel.DistributedDataParallel, parameters: Iterable[Tensor]) -> bool:
-    """Whether the reducer of ``ddp`` was built for as many bytes as these parameters have, or there is none."""
+    """Whether the reducer of ``ddp`` was built for the total bytes of these parameters, or logs no size."""
     logged = ddp._get_ddp_logging_data() if getattr(ddp, "logger", None) is not None else {}
     built = logged.get("total_parameter_size_bytes")
     return built in (None, sum(parameter.numel() * parameter.itemsize for parameter in parameters))
 
 
 def rebuild_reducer_(ddp: nn.parallel.DistributedDataParallel, averaged: Iterable[Tensor]) -> None:
-    """Give ``ddp`` a new reducer for the current shapes of its parameters, as restoring it from a pickle does.
+    """Give ``ddp`` a new reducer for the current shapes of its parameters, with the code that restores a pickled DDP.
 
-    The old reducer's hooks on parameters are removed. The settings of DDP stay.
+    The old reducer's hooks on parameters are removed. DDP's settings stay.
 
     Args:
         ddp: The DDP.
-        averaged: The parameters whose gradients the new reducer averages, also if they are frozen now.
+        averaged: The parameters whose gradients the new reducer averages, even if they are frozen now.
     """
     wanted = set(map(id, averaged))
     hooks, ddp._comm_hooks = list(ddp._comm_hooks), []
@@ -179,17 +179,17 @@ FLATTENED, VIEWS_FLAT = "_fsdp_flattened", "_fsdp_use_orig_params"
 
 
 def is_managed_by_fsdp2(module: nn.Module) -> bool:
-    """Whether FSDP2 manages parameters of ``module`` itself: it then has a hook there, whole or sharded."""
+    """Whether FSDP2 manages parameters of ``module`` itself, now gathered or sharded; detected by FSDP2's hook."""
     return any(map(_is_of_fsdp2, module._load_state_dict_post_hooks.values()))
 
 
 def _is_of_fsdp2(hook: Any) -> bool:
-    """Whether a hook is one of FSDP2's on a module of which it manages parameters."""
+    """Whether a hook after ``load_state_dict`` is FSDP2's."""
     return getattr(hook, "__module__", None) == "torch.distributed.fsdp._fully_shard._fsdp_param"
 
 
 def take_load_hooks_(module: nn.Module) -> dict[int, Any]:
-    """Remove FSDP2's hooks after ``load_state_dict``, which expect DTensors, and return them."""
+    """Remove and return FSDP2's hooks after ``load_state_dict``, which require DTensors."""
     hooks: dict[int, Any] = module._load_state_dict_post_hooks
     return {key: hooks.pop(key) for key in [key for key, hook in hooks.items() if _is_of_fsdp2(hook)]}
 
@@ -208,12 +208,12 @@ def default_store() -> Any:
 
 
 def running_backward() -> int:
-    """The number of the running backward, unique also among nested ones; -1 outside of a backward."""
+    """Return the number of the running backward, unique even for nested ones; -1 outside of a backward."""
     return torch._C._current_graph_task_id()
 
 
 def hook_first_(tensor: Tensor, function: Callable[[Tensor], None]) -> None:
-    """Call ``function`` with the gradient of ``tensor``, before all other hooks of it."""
+    """Register a hook of ``tensor`` that calls ``function`` with its gradient, before all other hooks."""
     tensor.register_hook(function)
     hooks: Any = tensor._backward_hooks
     for key in [*hooks][:-1]:  # torch reads them in the order of the plain dict, which `move_to_end` leaves as it is
@@ -221,6 +221,6 @@ def hook_first_(tensor: Tensor, function: Callable[[Tensor], None]) -> None:
 
 
 def after_backward(function: Callable[[], None]) -> None:
-    """Call ``function`` at the end of the running backward, which raises its exceptions."""
+    """Call ``function`` at the end of the running backward; the backward then raises the function's exception."""
     engine: Any = torch.autograd.Variable._execution_engine
     engine.queue_callback(function)

@@ -14,14 +14,14 @@ from tunerkit_distributed.barrier import Barrier
 
 
 class UnderDdp:
-    """A barrier at the first gradient of each backward in which DDP averages, before DDP waits.
+    """Runs a barrier at the first gradient of each backward in which DDP averages, before DDP's own wait.
 
-    A hook on parameters also works for compiled models and for parts that are called directly. DDP averages in the
-    first backward after a forward of its own; backwards of the inner model need no barrier, nor do gradients that
-    `torch.autograd.grad` returns. Inside DDP's ``join``, where ranks may run out of data, there is none.
+    The caller's hooks on parameters also cover compiled models and parts that are called directly. DDP averages only in
+    the first backward after DDP's forward, so backwards of the inner model need no barrier, and neither does
+    `torch.autograd.grad`. Inside DDP's ``join``, where ranks may run out of data, there is no barrier.
 
     Args:
-        find: Returns each DDP around the models. It is slow, so it is called once, and again if that DDP is gone.
+        find: Returns each DDP around the models. It is slow, so it is called again only if no DDP is known.
     """
 
     def __init__(self, find: Callable[[], Sequence[nn.parallel.DistributedDataParallel]]) -> None:
@@ -34,7 +34,7 @@ class UnderDdp:
         return UnderDdp, (tuple,)
 
     def open_(self, names: Iterable[str], model: nn.Module, training: int) -> dict[str, Removable]:
-        """Add adapters. See `Barrier.open_`."""
+        """Add adapters to the barrier. See `Barrier.open_`."""
         self._ddp()
         return {**self._barrier.open_(names, model, training)}
 
@@ -43,7 +43,7 @@ class UnderDdp:
         return self._ddp() is not None
 
     def at_backward(self) -> None:
-        """Wait for all ranks, once in the running backward. See `Barrier.at_backward`."""
+        """Wait for all ranks at the first gradient of a backward, if DDP averages. See `Barrier.at_backward`."""
         ddp = self._ddp()
         if ddp is None or torch_private.is_joining(ddp):
             return
@@ -66,7 +66,7 @@ class UnderDdp:
             self._barrier.before_agreeing(what)
 
     def _ddp(self) -> nn.parallel.DistributedDataParallel | None:
-        """The DDP around a model, as long as it lives."""
+        """Return the DDP around the models, found once and again if it was freed; hook its forward."""
         found = None if self._found is None else self._found()
         if found is None:
             found = next(iter(self._find()), None)
@@ -77,7 +77,7 @@ class UnderDdp:
         return found
 
     def _before_forward(self, ddp: nn.parallel.DistributedDataParallel, args: Any) -> None:
-        """Expect a backward. DDP broadcasts buffers, such as a language model's positions, so that needs a barrier."""
+        """Forward pre-hook of DDP: expect an averaging backward; run the barrier if DDP broadcasts buffers now."""
         if torch.is_grad_enabled() and ddp.require_backward_grad_sync and not torch_private.is_joining(ddp):
             self._is_due = True
             if ddp.will_sync_module_buffers() and not torch.compiler.is_compiling():

@@ -1,6 +1,6 @@
 """Rejects adapters that DistributedDataParallel would not synchronize, because it was built before them.
 
-A module does not know which DDP contains it, so wrapping a part of a DDP cannot detect this; DDP's next forward can.
+A module does not refer to the DDP that contains it, so `tunerkit.wrap` cannot detect this; DDP's next forward can.
 """
 
 import re
@@ -23,7 +23,7 @@ def check_at_next_forward_(model: nn.Module, adapted: Collection[nn.Module]) -> 
 
 
 def refuse_unsynchronised(module: nn.Module, args: Any) -> None:
-    """Raise `AdapterError` if the DDP that runs ``module`` lacks a parameter of its adapters: a forward pre-hook."""
+    """Forward pre-hook: raise `AdapterError` if the DDP that runs ``module`` does not know an adapter's parameter."""
     if torch_private.running_ddp() is not None:
         torch_private.uncompiled(_check)(module)
 
@@ -36,12 +36,12 @@ def _check(module: nn.Module) -> None:
     if unknown:
         raise AdapterError(
             f"the model was already inside DistributedDataParallel when adapter {', '.join(sorted(unknown))} was put "
-            "into it, so DDP would not synchronise the adapter; wrap the model first, then put it into DDP"
+            "into it, so DDP would not synchronize the adapter; wrap the model first, then put it into DDP"
         )
     remove_check_(module)
 
 
 def remove_check_(model: nn.Module) -> None:
-    """Remove the check from a model."""
+    """Remove the check from all modules of ``model``."""
     for module in model.modules():
         torch_private.remove_hook_(module, refuse_unsynchronised)

@@ -1,4 +1,4 @@
-"""Files that rank 0 writes for all ranks: the others wait for its answer in the group's store."""
+"""Files that rank 0 writes for all ranks: the others wait for the result, which it puts into the group's store."""
 
 import json
 import time
@@ -22,11 +22,11 @@ _PATIENCE: Final = 60.0  # seconds after which an equal file that rank 0 wrote t
 
 @attrs.frozen(eq=False)
 class _Counts:
-    """The answers and files of one process group so far: a path may be written several times.
+    """Counts the results in one process group, since a path may be written several times.
 
     Attributes:
-        answers: By path, the number of answers that rank 0 has given, or another rank has read.
-        files: By content, the number of the last file that rank 0 has written, or another rank has read of.
+        answers: By path, the number of results that rank 0 has stored, or that another rank has read.
+        files: By content, the number of the last file that rank 0 has written, or whose result another rank has read.
     """
 
     answers: Counter[str] = attrs.field(factory=Counter)
@@ -43,8 +43,8 @@ def written_once(engine: Engine, place: Path, content: str, write: Callable[[], 
 
     Args:
         engine: The engine of the training.
-        place: The file, as it was passed on this rank.
-        content: A text that identifies the content, equal on all ranks.
+        place: The file's path, as passed on this rank.
+        content: A key of the content, equal on all ranks.
         write: Writes the file, and returns its path. Only the writer calls it.
 
     Raises:
@@ -73,8 +73,8 @@ class _Answer:
     """The result of one attempt of rank 0 to write.
 
     Attributes:
-        file: The number of the last file with this content.
-        error: The class of the error; None if the file exists.
+        file: The number of files written with this content so far.
+        error: The name of the error's class; None if the file was written.
         text: The path of the file, or the text of the error.
     """
 
@@ -113,7 +113,7 @@ def _read(key: str) -> _Answer | None:
 
 
 def _looking(key: str, any_place: str, place: Path) -> Callable[[], _Answer | None]:
-    """A function that polls for rank 0's next answer."""
+    """Return a function that returns rank 0's next result for ``key``, or None as long as there is none."""
     started, counts = time.monotonic(), _own_counts()
 
     def look() -> _Answer | None:
@@ -122,7 +122,7 @@ def _looking(key: str, any_place: str, place: Path) -> Callable[[], _Answer | No
             other = _read(any_place)
             if other is not None and other.file > counts.files[any_place]:
                 raise AdapterError(
-                    f"process 0 wrote the same to {other.text}, and process {group.rank()} was told {place}: pass the "
+                    f"process 0 wrote the same to {other.text}, but process {group.rank()} was given {place}: pass the "
                     "same path in every process"
                 )
         return found
@@ -131,10 +131,10 @@ def _looking(key: str, any_place: str, place: Path) -> Callable[[], _Answer | No
 
 
 def _catch_up(key: str, any_place: str, place: Path) -> None:
-    """Skip answers up to the one about ``place``: rank 0 may have written files of this name alone before.
+    """Skip results up to the one for ``place``, since rank 0 may have written other files of this name before.
 
-    Otherwise a later wait would read one of those answers. Where rank 0 sees the folder under another path, no answer
-    has the path of this rank, and none is skipped.
+    Otherwise a later call would read one of the older results. If rank 0 has the folder mounted elsewhere, no result
+    has this rank's path, and none is skipped.
     """
     counts, started = _own_counts(), time.monotonic()
     number = counts.answers[key]
@@ -149,7 +149,7 @@ def _catch_up(key: str, any_place: str, place: Path) -> None:
 
 
 def _wait_for(place: Path) -> None:
-    """Wait for a file that rank 0 wrote under another path: the same file through another mount, or another one."""
+    """Wait for ``place``, which rank 0 wrote under another path, as through another mount; give up after a minute."""
     started = time.monotonic()
 
     def look() -> Any:

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO, stages 1, 2 and 3, as an engine: adapters are gathered around a step, and the step calls hooks."""
+"""The engine for DeepSpeed's ZeRO, stages 1, 2 and 3: it gathers adapters around a step, whose hooks it calls."""
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,10 +60,10 @@ def engine_of(candidate: object) -> "ZeroEngine | None":
 
 
 class ZeroSteps(Optimizer):
-    """A torch optimizer around DeepSpeed's: its ``step`` calls hooks, once for each step of DeepSpeed.
+    """A torch optimizer around DeepSpeed's, whose ``step`` calls the step hooks once for each step of DeepSpeed.
 
-    DeepSpeed's own class is no torch optimizer, and its inner optimizer steps flat buffers, several times in a step.
-    After `install_`, DeepSpeed's engine calls this one, only at the boundaries of gradient accumulation.
+    DeepSpeed's own class is not a torch optimizer, and its inner optimizer steps flat buffers, several times in a step.
+    After `install_`, DeepSpeed's engine calls this ``step``, only when gradient accumulation is complete.
 
     Args:
         zero: DeepSpeed's optimizer.
@@ -78,38 +78,38 @@ class ZeroSteps(Optimizer):
 
     @staticmethod
     def of(zero: Any) -> "ZeroSteps":
-        """The one that is installed on DeepSpeed's optimizer, or a new one."""
+        """Return the `ZeroSteps` that is installed on DeepSpeed's optimizer, or a new one."""
         installed = getattr(vars(zero).get("step"), "__self__", None)
         return installed if isinstance(installed, ZeroSteps) else ZeroSteps(zero)
 
     def install_(self) -> Removable:
-        """Make DeepSpeed call this one, until every handle that `install_` returned is removed."""
+        """Make DeepSpeed call `run` in place of its ``step``, until every returned handle is removed."""
         use = _Use(self)
         self._users.add(use)
         self.zero.step = self.run
         return use
 
     def leave_(self, use: object) -> None:
-        """End a use; the last one restores DeepSpeed's own ``step``."""
+        """Remove a use; removing the last one restores DeepSpeed's own ``step``."""
         self._users.discard(use)
         if not self._users and vars(self.zero).get("step") == self.run:
             del self.zero.step
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Replaces ``step`` of DeepSpeed's optimizer."""
+        """Take a step, with hooks. This replaces ``step`` of DeepSpeed's optimizer."""
         self.has_moved = False
         self.scale = float(self.zero.loss_scale)  # of the gradients now; a dynamic one changes inside the step
         return self.step(*args, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the step; torch calls the hooks before and after it."""
+        """Take DeepSpeed's own step; torch calls the hooks before and after this method."""
         result = self._step(*args, **kwargs)
         self.has_moved = True
         return result
 
     @property
     def grad_scale(self) -> Tensor | None:
-        """The factor by which gradients are scaled before the step, as torch's fused optimizers have it."""
+        """The scale of the gradients before the step, under the attribute's name in torch's fused optimizers."""
         return None if self.scale == 1 else torch.tensor(self.scale)
 
     @property
@@ -118,7 +118,7 @@ class ZeroSteps(Optimizer):
         return bool(getattr(self.zero, "overflow", False))
 
     def divisor(self) -> Tensor:
-        """The divisor of the last step's gradients, 0-d: the loss scale, times the factor of clipping."""
+        """Return the divisor of the last step's gradients, 0-d: the loss scale times the clipping divisor."""
         limit, norm = float(self.zero.clip_grad), getattr(self.zero, "_global_grad_norm", None)
         scale = torch.tensor(self.scale)
         if limit <= 0 or norm is None:
@@ -127,20 +127,20 @@ class ZeroSteps(Optimizer):
 
 
 class _Use:
-    """The handle of one use of a `ZeroSteps`."""
+    """The handle from one call of `ZeroSteps.install_`."""
 
     def __init__(self, steps: ZeroSteps) -> None:
         self._steps = weakref.ref(steps)
 
     def remove(self) -> None:
-        """End it."""
+        """End the use."""
         steps = self._steps()
         if steps is not None:
             steps.leave_(self)
 
 
 class ZeroEngine(Engine):
-    """ZeRO-1, 2 and 3. Methods see stand-ins of the adapters' parameters: gathered, in fp32, with their gradients.
+    """ZeRO-1, 2 and 3. Methods see stand-ins for the adapters' parameters: gathered, in fp32, with gradients.
 
     DeepSpeed clips inside its step, so gradients that a method adds are clipped too.
     """
@@ -159,7 +159,7 @@ class ZeroEngine(Engine):
 
     @property
     def optimizer(self) -> ZeroSteps:
-        """The optimizer with the step hooks. Raises `StepError` if DeepSpeed's is gone."""
+        """The optimizer with the step hooks. Raises `StepError` if DeepSpeed's optimizer no longer exists."""
         steps = self._steps()
         if steps is None:
             raise StepError("DeepSpeed's optimizer is gone; attach the adapter to a new one")
@@ -167,17 +167,17 @@ class ZeroEngine(Engine):
 
     @property
     def name(self) -> str:
-        """Its name in messages."""
+        """The engine's name in messages."""
         return "DeepSpeed ZeRO"
 
     @property
     def fixed_shapes(self) -> str:
-        """The reason why shapes must not change."""
+        """The reason why parameters must not change shape."""
         return _FIXED
 
     @property
     def splits(self) -> bool:
-        """Whether a rank holds only a part: under ZeRO-3, and of the master weights of 16-bit parameters."""
+        """Whether a rank has only shards: of parameters under ZeRO-3, else of 16-bit parameters' master weights."""
         return self._parts.splits
 
     @property
@@ -206,10 +206,10 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def whole(self, slots: Sequence[nn.Module], *, gradients: bool) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Replace parameters by stand-ins, then write their values into DeepSpeed's shards. See `Engine`.
+        """Inside the block, replace parameters by stand-ins; then write their values to DeepSpeed. See `Engine`.
 
-        Before a step, the gradients are read from DeepSpeed, which frees them in the step. After it, they are those
-        from before, unscaled and clipped as in the step.
+        Before a step, the gradients are read from DeepSpeed, which frees them in the step. After the step, the block
+        has kept copies of them, unscaled and clipped as in the step.
         """
         places = _places(slots)
         own = list({id(parameter): parameter for _, _, parameter in places}.values())
@@ -234,7 +234,7 @@ class ZeroEngine(Engine):
             self._parts.write_gradients_([p for p, _ in trained], [self._kept[id(p)] for p, _ in trained])
 
     def _return_(self, trained: Sequence[tuple[nn.Parameter, nn.Parameter]], divisor: Tensor) -> None:
-        """Set the stand-ins' gradients to those from before the step, divided as in the step."""
+        """Restore the stand-ins' gradients from before the step, divided like DeepSpeed's gradients in the step."""
         for parameter, stand_in in trained:
             stand_in.grad = self._kept.pop(id(parameter), None)
         torch_private.divide_([s.grad for _, s in trained if s.grad is not None], divisor.to(trained[0][1].device))
@@ -252,9 +252,9 @@ Place = tuple[dict[str, nn.Parameter | None], str, nn.Parameter]
 
 
 def _places(slots: Sequence[nn.Module]) -> list[Place]:
-    """ZeRO's parameters below ``slots``: the dict of a module, the key in it, the parameter.
+    """Return (module's dict of parameters, key, parameter) for ZeRO's parameters below ``slots``.
 
-    Inside a block of `ZeroEngine.whole` there are none, because stand-ins are not ZeRO's.
+    Inside a block of `ZeroEngine.whole` the result is empty, because stand-ins are not ZeRO's.
     """
     tables = [torch_private.own_parameters(module) for slot in slots for module in slot.modules()]
     return [(table, key, p) for table in tables for key, p in table.items() if p is not None and is_of_deepspeed(p)]
@@ -264,7 +264,7 @@ def _places(slots: Sequence[nn.Module]) -> list[Place]:
 def _put_in(
     places: Sequence[Place], pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]
 ) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Inside the block, replace the first parameter of each pair by the second."""
+    """Inside the block, replace the first parameter of each pair by the second; yield the inverse mapping."""
     inside = {id(parameter): stand_in for parameter, stand_in in pairs}
     outside = {id(stand_in): parameter for parameter, stand_in in pairs}
     for table, key, parameter in places:
@@ -280,11 +280,11 @@ def _put_in(
 
 @torch.no_grad()
 def _take_over_(stand_in: nn.Parameter, found: nn.Parameter | None) -> None:
-    """Copy a parameter that replaced a stand-in inside the block."""
+    """Copy ``found``, which may have replaced the stand-in inside the block, into the stand-in."""
     if found is stand_in:
         return
     if found is None or found.shape != stand_in.shape:
-        raise StepError(f"{_FIXED}; one was to change from {tuple(stand_in.shape)}")
+        raise StepError(f"{_FIXED}; a parameter of shape {tuple(stand_in.shape)} was replaced by another shape")
     stand_in.copy_(found)
     stand_in.grad = found.grad
 

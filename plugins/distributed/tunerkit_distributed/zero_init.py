@@ -1,4 +1,4 @@
-"""Parameters that DeepSpeed has partitioned, in `deepspeed.zero.Init` or later: gathering them, and new modules.
+"""Gather parameters that DeepSpeed has partitioned, in `deepspeed.zero.Init` or later; build unpartitioned modules.
 
 Nothing here imports DeepSpeed unless a parameter shows that it is in use.
 """
@@ -17,12 +17,12 @@ _INIT = "deepspeed.runtime.zero.partition_parameters"
 
 
 def is_zero_shard(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has partitioned a parameter, also while it is gathered."""
+    """Whether ZeRO-3 has partitioned a parameter, even while it is gathered."""
     return "ds_id" in vars(parameter)
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
-    """The shape of the whole parameter: ZeRO-3 empties parameters between their uses, and stores it separately."""
+    """Return a parameter's full shape, which DeepSpeed stores separately, since it empties the parameter."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -39,7 +39,7 @@ def gathered(module: nn.Module) -> Iterator[Callable[[str, Tensor], Tensor]]:
 
 
 def _is_partitioned(parameter: Tensor) -> bool:
-    """Whether DeepSpeed has emptied a parameter, of which each rank keeps a shard."""
+    """Whether a parameter is empty now, because ZeRO-3 has partitioned it and not gathered it."""
     status = getattr(parameter, _STATUS, None)
     return status is not None and getattr(status, "name", status) != _WHOLE
 
@@ -50,7 +50,7 @@ def _whole(name: str, tensor: Tensor) -> Tensor:
 
 @contextmanager
 def outside_zero_init() -> Iterator[None]:
-    """Inside the block, new modules are not partitioned, also if the caller is in `deepspeed.zero.Init`."""
+    """Inside the block, new modules are not partitioned, even if the caller is in `deepspeed.zero.Init`."""
     module: Any = sys.modules.get(_INIT)
     if module is None:
         yield

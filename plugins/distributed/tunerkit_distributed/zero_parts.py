@@ -1,4 +1,4 @@
-"""A rank's shards of parameters under DeepSpeed's ZeRO: gather those of all ranks, write the own ones.
+"""Shards of parameters under DeepSpeed's ZeRO: gather all ranks' shards, and write this rank's.
 
 DeepSpeed's accessors (`safe_get_full_fp32_param` and the like) need one collective for each tensor; here one carries
 all tensors. DeepSpeed's attributes that this relies on are used only in this file.
@@ -24,7 +24,7 @@ _FRAGMENT, _SHARD = "_hp_mapping", "ds_id"
 
 
 class Parts(Protocol):
-    """How the ranks hold parameters. All ranks make the same calls, in the same order."""
+    """Reads and writes sharded parameters. All ranks must make the same calls, in the same order."""
 
     splits: bool
 
@@ -38,34 +38,34 @@ class Parts(Protocol):
             what: The name of the tensors in messages.
 
         Returns:
-            The whole values, in fp32 if they are trained and in the parameter's dtype if not; and one fp32 vector of
-            all gradients, for `unflatten`.
+            The full values, in fp32 for trained parameters, else in the parameter's dtype; and one fp32 vector of all
+            gradients, for `unflatten`.
         """
 
     def write_(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-        """Set whole values, equal on all ranks. No collective."""
+        """Write full values, equal on all ranks. No collective."""
 
     def write_gradients_(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        """Set whole gradients, equal on all ranks, before the step. No collective."""
+        """Write full gradients, equal on all ranks, before the step. No collective."""
 
 
 def trained_by(zero: Any) -> list[nn.Parameter]:
-    """The model's parameters that DeepSpeed's optimizer trains. Raises `StepError` if they cannot be found."""
+    """Return the model's parameters that DeepSpeed's optimizer trains. Raises `StepError` if they cannot be found."""
     groups = next((getattr(zero, name) for name in _GROUPS if hasattr(zero, name)), None)
     held = [] if groups is None else [parameter for group in groups for parameter in group]
     if not held or not all(is_of_deepspeed(parameter) for parameter in held):
         raise StepError(
-            f"cannot find the parameters that DeepSpeed's {type(zero).__name__} trains: this release of it keeps them "
-            "elsewhere. Tested with 0.19"
+            f"cannot find the parameters that DeepSpeed's {type(zero).__name__} trains: this release stores them "
+            "elsewhere; install DeepSpeed 0.19, with which tunerkit is tested"
         )
     return held
 
 
 def parts_of(parameters: Sequence[nn.Parameter]) -> Parts:
-    """How the parameters of one DeepSpeed optimizer are held.
+    """Return the `Parts` that fits the parameters of one DeepSpeed optimizer.
 
     Raises:
-        StepError: Only some of the ranks share a parameter, or the shards are quantized or on disk.
+        StepError: A parameter is sharded over only some of the ranks, or shards are quantized, copied or on disk.
     """
     groups = [getattr(p, "ds_process_group", None) or getattr(p, "_dp_group", None) for p in parameters]
     if any(group is not None and torch.distributed.get_world_size(group) != processes() for group in groups):
@@ -88,16 +88,16 @@ def _refuse_odd_shard(parameter: Any) -> None:
         )
     if parameter.ds_secondary_tensor is not None or hasattr(parameter.ds_tensor, "ds_quant_scale"):
         raise StepError(
-            "DeepSpeed keeps a second or a quantised copy of the parameters (ZeRO++: zero_hpz_partition_size, "
-            "zero_quantized_weights), which would not follow what the method sets; leave these options out"
+            "DeepSpeed keeps a second or a quantized copy of the parameters (ZeRO++: zero_hpz_partition_size, "
+            "zero_quantized_weights), which tunerkit would not update; leave these options out"
         )
 
 
 class Fragments:
-    """ZeRO-1 and 2: each rank has all parameters, and a range of one long vector of master weights and gradients.
+    """ZeRO-1 and 2: each rank has all parameters, but only a range of the flat master weights and gradients.
 
-    A parameter's range may lie on one rank, be split between two, or lie on others. 16-bit parameters have master
-    weights in fp32; others equal their master weights.
+    A parameter's values may be in this rank's range, in another rank's, or in both. 16-bit parameters have fp32 master
+    weights; fp32 parameters are their own.
     """
 
     def __init__(self, *, splits: bool) -> None:
@@ -105,7 +105,7 @@ class Fragments:
 
     @torch.no_grad()
     def read(self, parameters: Sequence[Any], *, gradients: bool, what: str) -> tuple[list[Tensor], Tensor]:
-        """Sum over all ranks vectors that are 0 outside the own ranges. See `Parts`."""
+        """Gather by summing over all ranks: each rank's vector is 0 outside its own ranges. See `Parts`."""
         masters = [p for p in parameters if p.dtype != torch.float32]
         trained = [p for p in parameters if gradients and p.requires_grad]
         sizes = [p.numel() for p in (*masters, *trained)]
@@ -129,7 +129,7 @@ class Fragments:
 
     @torch.no_grad()
     def write_(self, parameters: Sequence[Any], values: Sequence[Tensor]) -> None:
-        """Set the own ranges of the master weights, and the parameters. See `Parts`."""
+        """Write this rank's ranges of the master weights, and the full parameters. See `Parts`."""
         utils = _accessors()
         for parameter, value in zip(parameters, values, strict=True):
             utils.safe_set_full_fp32_param(parameter, value)
@@ -137,21 +137,21 @@ class Fragments:
 
     @torch.no_grad()
     def write_gradients_(self, parameters: Sequence[Any], gradients: Sequence[Tensor]) -> None:
-        """Set the own ranges. See `Parts`."""
+        """Write this rank's ranges of the gradients. See `Parts`."""
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.set_full_hp_grad(gradient)  # `safe_set_full_grad` would prefer a leftover `grad`
 
 
 def _range(own: Any, whole: Tensor) -> Tensor:
-    """The range of a whole parameter, flat, of which this rank has the master weights."""
+    """Return the range of a flat parameter whose master weights are on this rank."""
     address = own.lp_fragment_address
     return whole.narrow(0, address.start, address.numel)
 
 
 class Shards:
-    """ZeRO-3: each rank has an equal shard of each parameter, of its master weights and of its gradient.
+    """ZeRO-3: each rank has a shard of equal size of each parameter, its master weights and its gradient.
 
-    The last shard is padded. Between uses a parameter is empty, unless it is smaller than
+    The last shard is padded. Between uses, a parameter is empty, unless it is smaller than
     ``stage3_param_persistence_threshold``.
     """
 
@@ -176,7 +176,7 @@ class Shards:
 
     @torch.no_grad()
     def write_(self, parameters: Sequence[Any], values: Sequence[Tensor]) -> None:
-        """Set the own shards of the master weights and of the parameters. See `Parts`."""
+        """Write this rank's shards of the master weights and of the parameters. See `Parts`."""
         utils, number = _accessors(), rank()
         for parameter, value in zip(parameters, values, strict=True):
             share = _share(parameter, value, number)
@@ -187,20 +187,20 @@ class Shards:
 
     @torch.no_grad()
     def write_gradients_(self, parameters: Sequence[Any], gradients: Sequence[Tensor]) -> None:
-        """Set the own shards. See `Parts`."""
+        """Write this rank's shards of the gradients. See `Parts`."""
         utils, number = _accessors(), rank()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             utils.safe_set_local_grad(parameter, _share(parameter, gradient, number))
 
 
 def _master(parameter: Any) -> Tensor:
-    """The own shard of the master weights, flat; of the parameter itself if it is frozen."""
+    """Return this rank's flat shard of the master weights; of the parameter itself if it is frozen."""
     local: Tensor | None = _accessors().safe_get_local_fp32_param(parameter) if parameter.requires_grad else None
     return parameter.ds_tensor if local is None else local
 
 
 def _share(parameter: Any, whole: Tensor, number: int) -> Tensor:
-    """The shard of rank ``number`` of whole values, padded with zeros."""
+    """Return rank ``number``'s flat shard of ``whole``, padded with zeros."""
     size = parameter.ds_tensor.numel()
     share = whole.reshape(-1)[number * size : (number + 1) * size]
     missing = size - share.numel()

@@ -27,7 +27,7 @@ def refuse_unfitted(tuner: Tuner) -> None:
 def fit_(
     tuner: Tuner, statistics: Mapping[str, Statistics], bases: Mapping[str, BaseLayer]
 ) -> Mapping[str, int] | None:
-    """Set the start and the ranks of all adapters. Returns the ranks if they changed."""
+    """Initialize all adapters from the statistics, and set their ranks; return the ranks if they changed."""
     config, before = _config(tuner), tuner.ranks()
     if config.start == "eva":
         _fit_inputs_(tuner, config, statistics)
@@ -54,7 +54,7 @@ def _fit_inputs_(tuner: Tuner, config: LoraConfig, statistics: Mapping[str, Stat
     """EVA: A is the inputs' first principal components; ranks go to the components with the most explained variance.
 
     Paischer et al., arXiv 2410.07170, Algorithm 1. Explained variance is relative to the component's own layer. Layers
-    with the same input, such as a query and a key, have equal values; the first of them in the model gets a remainder.
+    with the same input, such as a query and a key, tie; the first of them in the model gets a rank that is left over.
     """
     found = _once_each(statistics)
     shares = {path: _explained(each)[: _cap(path, config, each)] for path, each in found.items()}
@@ -67,7 +67,7 @@ def _fit_inputs_(tuner: Tuner, config: LoraConfig, statistics: Mapping[str, Stat
 
 
 def _once_each(statistics: Mapping[str, Statistics]) -> dict[str, Statistics]:
-    """Give layers with the same inputs, which have equal exact sums, the same approximation."""
+    """Share one approximation between layers with the same input, recognized by equal rows, variance and width."""
     first: dict[tuple[int, float, int], Statistics] = {}
     return {
         path: first.setdefault((each.rows, each.variance, _components(each).shape[1]), each)
@@ -125,8 +125,8 @@ def _fit_gradients_(
 ) -> None:
     """LoRA-One: A and B are the first singular vectors of −∂L/∂W (Zhang et al., arXiv 2502.01235).
 
-    The paper starts with ΔW = B A, which is a step along the gradient. Here B A is subtracted, so that training starts
-    at the base: A and B are in the subspaces of the gradient, and the optimizer takes the step.
+    The paper starts with ΔW = B A, which is a step along the gradient. Here the initial B A is subtracted, so training
+    starts at the base. A and B span the gradient's leading subspaces, and the optimizer takes the step.
     """
     found = {path: _gradient(each) for path, each in statistics.items()}
     ranks = {path: config.rank_at(path) for path in found}
@@ -147,7 +147,7 @@ def _gradient(found: Statistics) -> Factors:
 def _first_triplets(gradient: Factors, rank: int) -> Factors:
     """Return A (r, in) and B (out, r) from the largest singular triplets of the gradient P Q.
 
-    They are scaled so that the largest singular value is √out / γ, as in the authors' code.
+    The triplets are scaled so that the largest singular value of B A is √out / γ, as in the authors' code.
     """
     u, sigma, vh = gradient.triplets()
     root = (sigma[:rank] / sigma[:1].clamp(min=1e-300)).sqrt() * (len(u) ** 0.25 / _GAMMA**0.5)

@@ -17,11 +17,11 @@ _INDEX: Final = "model.safetensors.index.json"
 def lost(path: str, base: BaseLayer, original: str | None) -> Tensor:
     """Return the quantization error W − Q, (out, in) in fp32: the original weight minus the quantized one.
 
-    Its best approximation of rank r is LoftQ's start for a base that is not changed (Li et al., arXiv 2310.08659,
-    Eq. 6, with one alternation). The paper also quantizes again, which would change the base.
+    The best rank-r approximation of the error is LoftQ's initial ΔW (Li et al., arXiv 2310.08659, Eq. 6, with one
+    alternation). The paper then quantizes again, which is left out here, since it would change the base.
 
     Args:
-        path: The target's path, for the search in the original's tensors.
+        path: The target's path, by which the original's tensor is found.
         base: The quantized layer.
         original: A folder with safetensors files, or one file.
 
@@ -36,8 +36,8 @@ def lost(path: str, base: BaseLayer, original: str | None) -> Tensor:
         )
     if original is None:
         raise TargetError(
-            f"start 'loftq' needs the weight from before its quantization to {base.packing.name}; set original to the "
-            "folder of the unquantized base's safetensors files"
+            f"start 'loftq' needs the original of this {base.packing.name} weight; set original to the folder of the "
+            "unquantized base's safetensors files"
         )
     stored = base.dense().float()
     found = _weight(f"{path}.weight" if path else "weight", Path(original)).to(stored)
@@ -46,14 +46,14 @@ def lost(path: str, base: BaseLayer, original: str | None) -> Tensor:
     nearest = min(fitting, key=lambda each: float(each.norm()), default=None)
     if nearest is None or nearest.norm() >= stored.norm():
         raise FileError(
-            f"{original} has another weight for {path!r} than the base, even up to a quantization error; name the "
-            "folder of the unquantized base"
+            f"{original} has another weight for {path!r} than the base: they differ by more than a quantization error; "
+            "name the folder of the unquantized base"
         )
     return nearest
 
 
 def _weight(name: str, original: Path) -> Tensor:
-    """Read one tensor. Its name may lack the first parts of the path or have more, as with and without a head."""
+    """Read one tensor, whose name in the file may have fewer or more leading parts, as without or with a head."""
     try:
         files = list(_files(original))
         holding = {key: file for file in files for key in _keys(file) if _same(key, name)}

@@ -37,10 +37,10 @@ def orthonormal(weight: Tensor, rank: int, scale: float) -> Factors:
     Args:
         weight: W, (out, in).
         rank: r, at most the smaller side of W.
-        scale: Not used: both keep their size, as in PEFT.
+        scale: Not used: A and B are not divided by it, as in PEFT.
 
     Returns:
-        A (r, in) and B (out, r), whose columns are orthonormal.
+        A (r, in), and B (out, r) with orthonormal columns.
     """
     q, r = torch.linalg.qr(weight)
     return Factors(q=r[:rank], p=q[:, :rank])
@@ -89,6 +89,6 @@ def _refuse_above(path: str, rank: int, start: str, *, in_features: int, out_fea
     most = in_features if start == "eva" else min(in_features, out_features)
     if rank > most:
         raise TargetError(
-            f"rank {rank} is above {most}, and start {start!r} finds no more directions in a weight of "
+            f"rank {rank} is above {most}, the most directions that start {start!r} finds in a weight of "
             f"{out_features} x {in_features}; set rank_pattern={{{path!r}: {most}}}, or start='kaiming'"
         )

@@ -12,10 +12,10 @@ from tunerkit.plugin import Adapter, BaseLayer, Factors, add_low_rank, low_rank_
 class SubtractedLora(Adapter):
     """``a`` (r, in) and ``b`` (out, r) are trained; ``a_start`` and ``b_start`` are their initial values.
 
-    The difference is computed as (B − B₀) A + B₀ (A − A₀), of rank 2r: it is exactly 0 at the start, and has the
-    gradients of B A. So the base is not changed, and W − B₀ A₀ need not be stored.
+    B A − B₀ A₀ is computed as (B − B₀) A + B₀ (A − A₀), of rank 2r: it is exactly 0 at the start, and has the gradients
+    of B A. So the base is not changed, and W − B₀ A₀ need not be stored.
 
-    Without `set_start_`, A and B are 0, for a file's values.
+    Before `set_start_`, A and B are 0, to be replaced by a file's values.
     """
 
     reads_output: ClassVar[bool] = False

@@ -116,7 +116,7 @@ def test_a_file_is_opened_as_its_folder_is(name: str, base: Path, adapter: Path)
 def test_a_damaged_tokenizer_beside_the_adapter_is_no_missing_one(base: Path, adapter: Path) -> None:
     """The base's may have other tokens. What is wrong is said, of the base's too, without which None is returned."""
     (adapter / CONFIG).write_text("{")
-    with pytest.raises(ModelError, match=rf"tokenizer beside the adapter, from {CONFIG} in .*adapter: .*; mend it"):
+    with pytest.raises(ModelError, match=rf"tokenizer beside the adapter, from {CONFIG} in .*adapter: .*; fix it"):
         load_foreign(str(adapter), str(base))
     (adapter / CONFIG).rename(shutil.copytree(base, adapter.parent / "base") / CONFIG)
     (adapter.parent / "base" / "tokenizer.json").unlink()

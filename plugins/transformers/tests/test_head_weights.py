@@ -225,7 +225,7 @@ def test_a_reference_has_the_head_of_the_model_as_it_stood(options: dict[str, An
 
 UNFIT: dict[str, tuple[object, str, object]] = {
     "weight is divided among the processes": (deepspeed, "is_deepspeed_zero3_enabled", lambda: True),
-    "method 'toy-low-rank' does not say what it adds": (head_weights, "has_delta", lambda method: False),
+    "method 'toy-low-rank' implements neither": (head_weights, "has_delta", lambda method: False),
     "weight is stored as q4": (LinearLayer, "packing", Packing("q4", 4)),
 }
 
@@ -270,7 +270,7 @@ def test_a_refused_trainer_is_left_as_it_was(tmp_path: Path) -> None:
     forward = model.forward
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head_weights, "has_delta", lambda method: False)
-        with pytest.raises(tunerkit.errors.StepError, match="does not say what it adds"):
+        with pytest.raises(tunerkit.errors.StepError, match="implements neither tunerkit_delta"):
             tunerkit.attach(model, trainer)
     assert trainer.ref_model is held
     assert model.forward == forward

@@ -79,7 +79,7 @@ def test_no_file_of_the_newest_checkpoint_is_lost_in_silence(
         assert told == []
     else:
         assert len(told) == 1
-        assert "checkpoint-2, the newest whole checkpoint" in told[0]
+        assert "checkpoint-2, the newest complete checkpoint" in told[0]
         assert Path(name).name in told[0]
 
 
@@ -156,7 +156,7 @@ def test_files_in_the_older_format_of_torch_are_read(how: str, whole: tuple[Trai
     trainer = attached_trainer(checkpoint.parent)
     if how == "cut":
         harm(file, how)
-        with pytest.raises(tunerkit.errors.FileError, match=r"damaged optimizer\.pt.*go on with the weights alone"):
+        with pytest.raises(tunerkit.errors.FileError, match=r"damaged optimizer\.pt.*continue with the weights alone"):
             trainer.train(resume_from_checkpoint=str(checkpoint))
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint))

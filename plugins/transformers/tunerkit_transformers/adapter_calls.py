@@ -1,8 +1,8 @@
-"""The adapter calls of transformers and PEFT on a wrapped model: each raises an error that names tunerkit's.
+"""Replace the adapter methods of transformers and PEFT on a wrapped model: each raises an error that names tunerkit's.
 
-transformers' own look for PEFT's layers, and if there are none, ask the user to upgrade PEFT. As in `save_pretrained`,
-they are replaced on the instance by a `functools.partial` of a function of this file, so copies and pickles have their
-own. Calls from transformers itself, as by a model that disables its adapters for texts, are forwarded.
+The methods of transformers search for PEFT's layers and, without any, ask the user to upgrade PEFT. As in
+`save_pretrained`, each is replaced on the instance by a `functools.partial` of a function of this file, so copies and
+pickles have their own. Calls from transformers itself are forwarded.
 """
 
 import functools
@@ -33,7 +33,7 @@ _NAMES: Final = ("__module__", "__name__", "__qualname__", "__doc__")  # annotat
 
 
 def watch_calls_(model: nn.Module) -> None:
-    """Make the adapter calls of transformers and of PEFT raise on ``model``, see `refuse`; the models in it too."""
+    """Make the adapter methods of transformers and PEFT raise, on ``model`` and the models inside it: see `refuse`."""
     for _, module in base_modules(model):
         for name in _OF_TRANSFORMERS:
             if getattr(getattr(type(module), name, None), "__module__", "") == ADAPTER_CALLS:
@@ -48,7 +48,7 @@ def watch_calls_(model: nn.Module) -> None:
 
 
 def _watched(model: Any) -> Any:
-    """The replacement of ``model.generate``, with the method's signature and attributes, which libraries read."""
+    """Return the replacement of ``model.generate``, with the signature and attributes that libraries read."""
     method = types.MethodType(getattr(type(model), _GENERATE), model)
     watched: Any = functools.update_wrapper(functools.partial(generate, model), method, _NAMES, ())
     vars(watched).update(__self__=model, __func__=method.__func__)
@@ -74,7 +74,7 @@ def refuse(module: nn.Module | None, name: str, *args: Any, **kwargs: Any) -> An
 
 
 def generate(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """Generate as the model does. Reject an adapter for each row, for which transformers would report a typo."""
+    """Call the model's ``generate``; reject `adapter_names`, which transformers would report as a typo."""
     if kwargs.get(_ROWS) is not None and _ROWS not in inspect.signature(type(module).forward).parameters:
         refuse(None, _ROWS)
     return type(module).generate(module, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""The facts about the base model in an adapter's files: a run's folder, a file of tunerkit's, or another format."""
+"""Read the facts about the base model from an adapter's files: a run's folder, tunerkit's file or another format."""
 
 import json
 import os
@@ -24,12 +24,12 @@ class BaseFacts:
 
     Attributes:
         source: The folder or the hub name of the base.
-        kind: The name of its class of transformers.
-        labels: The number of classes of its head.
-        revision: The commit of the hub.
-        seed: The seed of its new modules.
-        paths: The paths of some of its modules.
-        shapes: The shapes of some of its parameters, by name.
+        kind: The name of the base's class in transformers.
+        labels: The number of classes of the base's head.
+        revision: The commit on the hub.
+        seed: The seed of newly initialized modules.
+        paths: The paths of some of the base's modules.
+        shapes: The shapes of some of the base's parameters, by name.
         copies: The shapes of parameters that the adapter replaces, by name. In the base, a head may have another number
             of classes.
     """
@@ -50,12 +50,12 @@ def is_run(path: str) -> bool:
 
 
 def holds_adapter(path: str) -> bool:
-    """Whether an adapter lies at ``path``: a file of tunerkit's, damaged or not, or one in an installed format."""
+    """Whether ``path`` has an adapter: tunerkit's file, even a damaged one, or files in an installed format."""
     return _is_file(file_at(path, "adapter")) or format_at(path) is not None
 
 
 def has_no_record(path: str) -> bool:
-    """Whether ``path`` is no output folder of ``tunerkit train``, of a finished run or of another one."""
+    """Whether ``path`` is not an output folder of ``tunerkit train``, neither of a finished nor an unfinished run."""
     has_adapter = holds_adapter(path) or is_foreign(path)
     return not is_run(path) and (has_adapter or not _is_file(Path(path) / RECIPE))
 
@@ -80,7 +80,7 @@ def base_facts(path: str) -> BaseFacts:
 
 
 def _of_header(file: Path) -> BaseFacts:
-    """Read the header alone, since the whole file is checked later. Docs/concepts/files.md explains its fields."""
+    """Read only the header, since loading checks the rest. docs/concepts/files.md explains its fields."""
     with safe_open(file, framework="pt") as opened:
         header = json.loads(opened.metadata()["tunerkit"])
         stored = {name: tuple(opened.get_slice(name).get_shape()) for name in map(str, opened.keys())}

@@ -1,4 +1,4 @@
-"""Values that all ranks of a training exchange, so that they decide alike."""
+"""Exchange values between all ranks of a training, so that all make the same decision."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -9,7 +9,7 @@ Value = TypeVar("Value")
 
 
 def gathered(value: Value) -> list[Value]:
-    """Return the values of all ranks, in their order. All ranks must call this; one process alone sends nothing.
+    """Return the values of all ranks, in rank order. All ranks must call this; a single process sends nothing.
 
     Args:
         value: This rank's value. It is pickled.
@@ -22,7 +22,7 @@ def gathered(value: Value) -> list[Value]:
 
 
 def union(seen: Sequence[Sequence[str]]) -> list[str]:
-    """Return the sentences of all ranks, each once, with the ranks if it is not from all of them.
+    """Return each distinct sentence once, followed by its ranks unless all ranks have it.
 
     Args:
         seen: The sentences of each rank, as `gathered` returns them.

@@ -61,8 +61,8 @@ class StepCallback(TrainerCallback):
     """Drives adapters while ``trainer.train()`` runs, because the optimizer and the total steps only exist then.
 
     Attributes:
-        attached: All tuners that were attached, also those of adapters that were deleted since.
-        resumed: The checkpoint that this call of train resumes from, if it has adapters.
+        attached: All tuners that were attached, including those of adapters that were deleted later.
+        resumed: The checkpoint that this call of ``train`` resumes from, if the checkpoint has adapters.
     """
 
     def __init__(

@@ -19,14 +19,14 @@ _CLASSIFIER = "Classification"  # in the names of all classes with such a head
 def choose_base(path: str, *, base: str | None, task: str | None, beside: str | None = None) -> Base:
     """Find the base of the adapter at ``path``.
 
-    Its class comes from ``task``, or from the adapter's files. Otherwise it is the first with the modules and shapes in
-    those files, of: the folder's own architecture, the classes of all tasks, and the model without a head.
+    The base's class comes from ``task`` or from the adapter's files. If neither names one, these classes are tried, and
+    the first whose modules and shapes fit is taken: the config's architecture, the tasks' classes, ``AutoModel``.
 
     Args:
         path: The adapter.
         base: The folder of the base, or its name on the hub; None to read it from the adapter's files.
         task: One of the tasks of ``tunerkit train``, or None.
-        beside: Another adapter of the same base, whose files are read if those of the first name no base.
+        beside: Another adapter of the same base. Its files are read if the first adapter's do not name the base.
 
     Raises:
         FileError: No adapter is there, or its files are damaged.
@@ -49,7 +49,7 @@ def choose_base(path: str, *, base: str | None, task: str | None, beside: str | 
 
 
 def _named(facts: BaseFacts, path: str) -> str:
-    """The base that the adapter's files name. Raises `ModelError` if they name none, or one that is not here."""
+    """Return the base named in the adapter's files. Raises `ModelError` if there is none, or its folder is gone."""
     if not facts.source:
         raise ModelError(f"{path} does not say what its base model is; pass the folder of the base with --base")
     if looks_local(facts.source) and not Path(facts.source).expanduser().exists():
@@ -61,7 +61,7 @@ def _named(facts: BaseFacts, path: str) -> str:
 
 
 def _kinds(base: Base, facts: BaseFacts, task: str | None) -> Iterator[str]:
-    """The names of the classes to try, the most likely one first."""
+    """Yield the names of the classes to try, the most likely one first."""
     import transformers
 
     if name := diffusers_class(base.source):
@@ -82,7 +82,7 @@ def _kinds(base: Base, facts: BaseFacts, task: str | None) -> Iterator[str]:
 
 
 def _first_fit(bases: Sequence[Base], facts: BaseFacts) -> Base:
-    """The first base that fits the adapter; if none does, the first of all, so that loading reports the mismatch."""
+    """Return the first base that fits the adapter; if none fits, the first one, so that loading reports why."""
     for base in bases:
         try:
             model = skeleton(base)
@@ -104,7 +104,7 @@ def _fits(model: nn.Module, facts: BaseFacts) -> bool:
 
 
 def _labels_of(model: nn.Module, facts: BaseFacts) -> int:
-    """The number of classes in the adapter's files; without it, of the adapter's own head if it differs; else 0."""
+    """Return the number of classes for the base's head, from the adapter's facts or its copied head; 0 if unknown."""
     if _CLASSIFIER not in type(model).__name__:
         return 0  # a table of tokens that is trained in full is no head with classes
     if facts.labels:
@@ -124,7 +124,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def with_base(problem: BaseMismatchError, base: Base, model: nn.Module, path: str) -> BaseMismatchError:
-    """Return the error of an adapter that does not fit, extended by the base and by the options for another one.
+    """Extend the error of an adapter that does not fit by the base's name and the options that choose another base.
 
     Args:
         problem: The error.

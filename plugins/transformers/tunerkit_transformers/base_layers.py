@@ -51,7 +51,7 @@ class ScaledEmbeddingLayer(BaseLayer):
     """An embedding that multiplies the rows it looks up (Gemma, BART).
 
     Attributes:
-        unscaled: The layer as an ``nn.Embedding``, whose output is then multiplied by `scale`.
+        unscaled: The same layer as an ``nn.Embedding``, before the multiplication by `scale`.
     """
 
     forwards: ClassVar[tuple[str, ...]] = ("transformers.",)

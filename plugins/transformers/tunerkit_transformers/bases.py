@@ -83,7 +83,7 @@ def config_of(source: str, revision: str | None = None, **settings: Any) -> Any:
 
 
 def diffusers_class(source: str) -> str:
-    """Return the name of the class of diffusers that a folder is of; empty if it is no folder of diffusers."""
+    """Return the diffusers class named in a folder's config; "" if it is not a folder of diffusers."""
     try:
         found = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -93,7 +93,7 @@ def diffusers_class(source: str) -> str:
 
 
 def refuse_other_type(source: str, base: str) -> None:
-    """Raise `ModelError` if two folders hold models of different types: transformers would load one as the other."""
+    """Raise `ModelError` if two folders have models of different types, which transformers would load without error."""
     types = []
     for each in (source, base):
         with refusing(Base(each, "")):
@@ -106,7 +106,7 @@ def refuse_other_type(source: str, base: str) -> None:
 
 
 def refuse_missing(source: str, revision: str | None = None) -> None:
-    """Raise `ModelError` if ``source`` is neither the folder of a model nor may be a name on the hub."""
+    """Raise `ModelError` if ``source`` is not a folder with a model and cannot be a name on the hub."""
     folder = Path(source).expanduser()
     if not source or "\0" in source:
         raise ModelError(f"expected the folder of a base model, got {shown(source)}; {_PASS}")
@@ -118,7 +118,7 @@ def refuse_missing(source: str, revision: str | None = None) -> None:
         raise ModelError(f"{source} is {what}; pass the folder that has config.json and the weights, with --base")
     if (folder / "model_index.json").is_file():
         raise ModelError(
-            f"{source} is the folder of a whole pipeline; pass that of the part that is adapted, such as "
+            f"{source} is the folder of a whole pipeline; pass the folder of the adapted part, such as "
             f"{folder / 'unet'}, with --base"
         )
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -127,7 +127,7 @@ def refuse_missing(source: str, revision: str | None = None) -> None:
 
 @contextmanager
 def refusing(base: Base) -> Iterator[None]:
-    """Inside the block, a library's error about a base model is a `ModelError`, which names it."""
+    """Inside the block, convert a library's error about a base model to a `ModelError` that names the model."""
     refuse_missing(base.source, base.revision)
     try:
         yield

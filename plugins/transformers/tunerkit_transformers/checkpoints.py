@@ -30,16 +30,16 @@ from tunerkit_transformers.zero_checkpoints import base_may_be_missing, runs_dee
 
 
 class Attached(Protocol):
-    """The adapters of a trainer that are now in its model, and the checkpoint that training resumes from."""
+    """A trainer's attached adapters, and the checkpoint from which training resumes."""
 
     resumed: Path | None
 
     @property
     def tuners(self) -> list[Tuner]:
-        """The adapters in the model; they may change between two calls."""
+        """The attached adapters that are in the model now; they may change between two calls."""
 
     def release(self) -> None:
-        """Called when training has ended."""
+        """Detach the adapters, after training."""
 
 
 def take_over_(trainer: Trainer, attached: Attached) -> None:
@@ -65,7 +65,7 @@ def take_over_(trainer: Trainer, attached: Attached) -> None:
 def _create_optimizer(
     trainer: Trainer, attached: Attached, create: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Build the trainer's optimizer, with the learning rates and weight decays that methods ask for."""
+    """Build the trainer's optimizer, with the methods' own learning rates and weight decays."""
     given = trainer.optimizer is not None
     optimizer = create(*args, **kwargs)
     if not given:
@@ -105,7 +105,7 @@ def load_states(tuners: Sequence[Tuner], checkpoint: Path) -> None:
 def _save_model(
     trainer: Trainer, attached: Attached, save_model: Callable[..., None], *args: Any, **kwargs: Any
 ) -> None:
-    """Write the adapters, also where the Trainer would gather a sharded model first."""
+    """Write the adapters; skip the Trainer's gathering of a sharded model."""
     if not attached.tuners:
         save_model(*args, **kwargs)
         return
@@ -120,7 +120,7 @@ def _save(
     output_dir: str | None = None,
     state_dict: Any = None,
 ) -> None:
-    """Write the adapters, and the processor and the arguments as the Trainer does with a model."""
+    """Write the adapters in place of the model, then the processor and the training arguments, like the Trainer."""
     tuners = attached.tuners
     if not tuners:
         save_model(output_dir, state_dict)  # unwrapped: it is an ordinary model again
@@ -147,16 +147,16 @@ def _save(
 
 
 def _takes_part(trainer: Trainer, tuner: Tuner) -> bool:
-    """Whether this process saves an adapter. With DeepSpeed all do, since each may hold a part, and one writes."""
+    """Whether this process takes part in saving an adapter. With DeepSpeed all do, since each may hold a shard."""
     if trainer.args.should_save:
         return True
     return runs_deepspeed(trainer) and (tuner.engine.is_shared or any(map(is_sharded, tuner.parameters())))
 
 
 def _held(tuners: Sequence[Tuner]) -> list[Tuner]:
-    """The adapters in a checkpoint: the attached ones, and other active ones, such as frozen adapters.
+    """Return the adapters to save in a checkpoint: the attached ones, and others that are active, such as frozen ones.
 
-    Without these, the checkpoint would be of another model.
+    All of them determine the model's output, so a checkpoint without the others would be of another model.
     """
     present, active = tunerkit.adapters(tuners[0].model).values(), tunerkit.active(tuners[0].model)
     return [*tuners, *(other for other in present if other.name in active and other not in tuners)]
@@ -176,7 +176,7 @@ def _save_states(trainer: Trainer, attached: Attached, save_optimizer: Callable[
 
 
 def _load_states(trainer: Trainer, attached: Attached, load: Callable[..., None], *args: Any) -> None:
-    """Load the optimizer's state from where `_save_states` has put it."""
+    """Load the optimizer's state, with the same engines switched off as in `_save_states`."""
     with without(trainer, FSDP) if attached.tuners else nullcontext():
         load(*args)
 
@@ -187,7 +187,7 @@ def _load(
     resume_from_checkpoint: str,
     model: nn.Module | None = None,
 ) -> None:
-    """Load a checkpoint's adapters into the live ones. Ranks first, so that the optimizer's state fits them."""
+    """Load a checkpoint's adapters into the live ones, before the optimizer's state, which must fit their ranks."""
     checkpoint, tuners = Path(resume_from_checkpoint), attached.tuners
     if not _has_adapters(checkpoint, tuners):
         load_model(resume_from_checkpoint, model)  # a whole model, saved before this trainer was attached
@@ -218,7 +218,7 @@ def _train(
 ) -> Any:
     """Train, then release the adapters, even after an exception or an interrupt, so that they can be attached again.
 
-    The model's forward is its own again, too.
+    The model's own forward is restored too.
     """
     try:
         # Every rank calls this, also without a checkpoint to resume from: the ranks decide together.
@@ -246,7 +246,7 @@ def _log(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Add the budget and a summary of the ranks to each row with a training loss."""
+    """Add the budget and a summary of the ranks to each log entry with a training loss."""
     if "loss" in logs:
         tuners = attached.tuners
         for tuner in tuners:

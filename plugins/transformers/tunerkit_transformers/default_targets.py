@@ -1,9 +1,8 @@
 """The default targets of each known architecture, by transformers' ``config.model_type``.
 
 Each entry names the attention and MLP matrices of the repeated blocks: no embedding, no pooler, no output head.
-For other architectures, the kinds of layers in the blocks decide. So they do for
-multi-modal models, whose towers differ too much for one tuple of names. An entry may name layers that only some
-versions or variants of the architecture have.
+For other architectures, targets are chosen by layer type. Multi-modal models have no entry, since their towers differ
+too much for one tuple of names. An entry may name layers that only some versions or variants of the architecture have.
 """
 
 from tunerkit.plugin import DefaultTargets

@@ -1,4 +1,4 @@
-"""What a Trainer draws, logs and evaluates after it was resumed: what one that was not interrupted does."""
+"""Make a resumed Trainer draw, log and evaluate the same as an uninterrupted one."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ from tunerkit_transformers import transformers_private
 
 
 def resume_exactly_(trainer: Any) -> None:
-    """Let a Trainer, and what it resumes from, be exact in what `Resumable` names."""
+    """Add `Resumable` to a Trainer, and wrap the Trainer's methods that draw batches and log."""
     resumable = Resumable(trainer)
     trainer.add_callback(resumable)
     trainer.args.restore_callback_states_from_checkpoint = False  # it would build another one
@@ -23,21 +23,21 @@ def resume_exactly_(trainer: Any) -> None:
 
 
 def _batches(trainer: Any, draw: Callable[..., Any], *arguments: Any) -> Any:
-    """The batches of the next step; none after the last one.
+    """Return the batches of the next step; none after the last step.
 
-    A training that ends inside an epoch, and that is resumed from its last step, goes through the rest of that epoch:
-    the epoch's evaluation is still due. Without this, the trainer would take one more step first.
+    A training that ended inside an epoch still has that epoch's evaluation to do. If it is resumed from its last step,
+    the Trainer enters the epoch again, and would take one more step before the evaluation.
     """
     return ([], None) if trainer.state.global_step >= trainer.state.max_steps else draw(*arguments)
 
 
 class Resumable(TrainerCallback, ExportableState):
-    """Lets a resumed training see the batches, the random numbers and the logs of one that was not interrupted.
+    """Gives a resumed training the batches, random numbers and logs of an uninterrupted one.
 
-    Batches by length are drawn by the seed and the epoch alone. By themselves they depend on all random numbers drawn
-    before the epoch, dropout's too. And a checkpoint at the end of an epoch is written after the epoch's evaluation,
-    which it would lack otherwise. An epoch that is resumed after its evaluation is not evaluated again. A checkpoint
-    keeps the sum of the losses, so that the means that are logged are those of the whole run.
+    - Batches grouped by length depend only on the seed and the epoch. The Trainer's own also depend on all random
+      numbers drawn before the epoch, such as dropout's.
+    - A checkpoint at an epoch's end is written after the evaluation and contains it, so it is not repeated.
+    - A checkpoint stores the sum of the losses, so that logged means cover the whole run.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -46,7 +46,7 @@ class Resumable(TrainerCallback, ExportableState):
         self._is_due = False  # whether a checkpoint waits for the end of the epoch
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Return the values that a checkpoint stores."""
         return {"args": {}, "attributes": {}, "losses": transformers_private.losses(self.trainer)}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -58,7 +58,7 @@ class Resumable(TrainerCallback, ExportableState):
             self._has_losses = transformers_private.set_losses_(self.trainer, losses)
 
     def log(self, call: Callable[..., None], logs: dict[str, float], *arguments: Any) -> None:
-        """Log with ``call``. The trainer's own mean loss at the end is of the steps since it was resumed."""
+        """Log with ``call``; replace the Trainer's final mean loss, which covers only the steps since resuming."""
         if "train_loss" in logs and self._has_losses:
             added = transformers_private.losses(self.trainer)["logged"]
             logs = {**logs, "train_loss": added / max(self.trainer.state.global_step, 1)}

@@ -1,4 +1,4 @@
-"""Load an adapter of another program together with the base that its files name."""
+"""Load an adapter of another program, together with the base named in its files."""
 
 import os
 from typing import Any
@@ -15,17 +15,17 @@ _TOKENIZER = "tokenizer_config.json"
 
 
 def load_foreign(path: str, base: str | None) -> tuple[nn.Module, object]:
-    """Load the base that an adapter's files name, the adapter, and its tokenizer, or the base's or image processor.
+    """Load the base named in an adapter's files, the adapter, and the processor: the adapter's tokenizer or the base's.
 
     Args:
         path: A folder or a file in an installed format, or a name on the hub.
-        base: Where the base is, if it is elsewhere by now.
+        base: The base's folder or name on the hub, if it has moved.
 
     Returns:
-        The model in eval mode and in the dtype of its files, and the processor; None if there is none.
+        The model in eval mode and in the dtype of its files, and the tokenizer or image processor, or None.
 
     Raises:
-        ModelError: The files name no base, or it cannot be loaded.
+        ModelError: The files name no base, or the base cannot be loaded.
         BaseMismatchError: The base has other modules or shapes.
         FileError: The adapter's files are missing or damaged.
     """
@@ -43,15 +43,15 @@ def load_foreign(path: str, base: str | None) -> tuple[nn.Module, object]:
 
 
 def _in_python(problem: Exception, path: str) -> str:
-    """The text of an error of the command, extended by the call in Python that replaces ``--base``."""
+    """Return a command's error text, extended by the Python call that is equivalent to ``--base``."""
     return f"{problem}; in Python, that is tunerkit.from_folder({path!r}, base=...)"
 
 
 def _processor(path: str, base: Base, model: Any) -> object:
-    """The tokenizer beside the adapter, to which the model's embeddings are resized; else the base's processor.
+    """Return the tokenizer in the adapter's folder, and enlarge the embeddings to fit; else the base's processor.
 
     Raises:
-        ModelError: There is a tokenizer beside the adapter, and it cannot be loaded: the base's may be another one.
+        ModelError: The adapter's tokenizer cannot be loaded. The base's is no substitute, since it may differ.
     """
     import transformers
 
@@ -69,8 +69,8 @@ def _processor(path: str, base: Base, model: Any) -> object:
         found = transformers.AutoTokenizer.from_pretrained(place, **OWN_CODE)
     except LOADING as problem:
         raise ModelError(
-            f"cannot load the tokenizer beside the adapter, from {_TOKENIZER} in {place}: {reason_of(problem)}; mend "
-            "it, or delete the tokenizer's files if it is the base's"
+            f"cannot load the tokenizer beside the adapter, from {_TOKENIZER} in {place}: {reason_of(problem)}; fix "
+            "it, or delete its files if the base has the same tokenizer"
         ) from problem
     if len(found) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(found))
@@ -78,7 +78,7 @@ def _processor(path: str, base: Base, model: Any) -> object:
 
 
 def _tokenizer_beside(path: str) -> str | None:
-    """The folder or the name on the hub where a tokenizer lies beside the adapter; None if there is none."""
+    """Return the adapter's folder or name on the hub if it contains a tokenizer, else None."""
     from transformers.utils.hub import cached_file
 
     if os.path.exists(path):

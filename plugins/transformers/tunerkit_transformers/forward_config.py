@@ -13,11 +13,11 @@ _DEEPEST = 4  # configs inside configs: a multi-modal model has two or three lev
 
 
 def forward_config(model: nn.Module) -> dict[str, Any]:
-    """Return the settings by their dotted name, such as ``text_config.rms_norm_eps``; empty without a known config.
+    """Return the settings by dotted name, such as ``text_config.rms_norm_eps``; empty without a known config.
 
     Args:
-        model: The model. If it has no config itself, the outermost modules that have one are asked; their paths then
-            precede the names.
+        model: The model. If it has no config itself, the configs of its outermost modules with one are read, and each
+            name begins with the module's path.
     """
     found: dict[str, Any] = {}
     owner: str | None = None  # the last module with a config; the modules inside it follow
@@ -48,7 +48,7 @@ def _settings(config: Mapping[str, Any], depth: int) -> Iterator[tuple[str, Any]
 
 
 def _flat(name: str, value: object) -> Iterator[tuple[str, Any]]:
-    """One pair for each plain value; dicts are taken apart, since releases nest the same settings differently."""
+    """Yield (name, plain value); dicts are flattened, since releases nest the same settings differently."""
     name = FORWARD_ALIASES.get(name, name)
     if isinstance(value, Mapping):
         for key, inner in value.items():
@@ -58,7 +58,7 @@ def _flat(name: str, value: object) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: object) -> Any:
-    """A value that JSON can hold and that is equal after a round trip."""
+    """Convert a value to one that JSON restores exactly."""
     if isinstance(value, list | tuple):
         return [_plain(member) for member in value]
     if isinstance(value, str):

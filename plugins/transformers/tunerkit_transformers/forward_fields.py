@@ -1,7 +1,7 @@
 """The fields of transformers' configs that change a model's output and leave no trace in its weights.
 
-Fields that change the names or shapes of weights are not needed here: the fingerprint has those. Missing on purpose are
-fields that users change without meaning another model, such as dropouts, token ids and `max_position_embeddings`.
+Fields that change the names or shapes of weights are not needed here: the fingerprint covers them. Fields that users
+change in the same model are left out on purpose, such as dropouts, token ids and `max_position_embeddings`.
 """
 
 _NORMS = {

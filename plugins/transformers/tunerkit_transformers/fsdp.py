@@ -51,14 +51,14 @@ def leave_out_(trainer: Trainer, tuners: Sequence[Tuner]) -> None:
 
 
 def _modules(ignored: str | Iterable[nn.Module] | None, model: nn.Module) -> list[nn.Module]:
-    """The modules that accelerate does not shard; its setting may be a pattern of paths."""
+    """Return the modules of accelerate's setting ``ignored_modules``, which may be a regular expression of paths."""
     if isinstance(ignored, str):
         return [module for path, module in model.named_modules() if re.fullmatch(ignored, path)]
     return [] if ignored is None else list(ignored)
 
 
 def refuse_other_shards(trainer: Trainer) -> None:
-    """Raise `StepError` if the optimizer trains sharded parameters too: a checkpoint would hold one rank's shards."""
+    """Raise `StepError` if the optimizer trains sharded parameters: a checkpoint would have only one rank's shards."""
     if not trainer.is_fsdp_enabled or trainer.optimizer is None:
         return
     trained = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]

@@ -1,4 +1,4 @@
-"""Batches of rows of similar length, in a random order that a resumed training sees again."""
+"""Batches of rows of similar length, in a random order that is the same after resuming."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -10,15 +10,15 @@ _AMONG: Final = 50  # batches: rows are sorted among as many as fill these
 
 
 class GroupedByLength(Sampler[int]):
-    """The rows of an epoch, where each group of consecutive ones has similar lengths.
+    """Samples rows in groups of similar length, in random order.
 
-    The order depends on the seed and the epoch alone. The longest whole group comes first, so that a training that
-    runs out of memory does so at once. The other groups are shuffled.
+    The order depends only on the seed and the epoch. The group with the longest row comes first, so that a training
+    that runs out of memory does so at once. The other full groups are shuffled.
 
     Attributes:
         lengths: The length of each row.
-        size: The rows of a group: those of an optimizer step.
-        seed: The seed.
+        size: The number of rows in a group: the rows of one optimizer step.
+        seed: The random seed.
         epoch: The number of the epoch, from 0; accelerate sets it.
     """
 
@@ -26,7 +26,7 @@ class GroupedByLength(Sampler[int]):
         self.lengths, self.size, self.seed, self.epoch = lengths, size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the order of another epoch."""
+        """Use the order of this epoch from now on."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -50,13 +50,13 @@ class GroupedByLength(Sampler[int]):
 
 
 def padding(lengths: Sequence[int], rows: Sequence[int], size: int) -> float:
-    """The tokens that are computed for each real one, if consecutive ``rows`` share a batch of ``size``."""
+    """Return the computed tokens, padding included, per real token, for batches of ``size`` consecutive ``rows``."""
     batches = [[lengths[row] for row in rows[start : start + size]] for start in range(0, len(rows), size)]
     return sum(max(batch) * len(batch) for batch in batches) / max(1, sum(lengths))
 
 
 def lengths_in(dataset: Any) -> list[int] | None:
-    """The tokens of each row, with its longer answer if it has two; None if they are not known."""
+    """Return the tokens of each row, with the longer of two answers; None if unknown, packed or a stream."""
     if isinstance(dataset, list):
         tokens = [row.get("input_ids") if isinstance(row, Mapping) else None for row in dataset]
         return None if any(ids is None for ids in tokens) else [len(ids) for ids in tokens if ids is not None]

@@ -1,4 +1,4 @@
-"""Losses that multiply by an output head's weight themselves, as TRL's do: they read it with its adapters applied."""
+"""Apply adapters of output heads in losses that multiply by the head's weight directly, as TRL's do."""
 
 import functools
 import inspect
@@ -25,9 +25,9 @@ _REDIRECTION = "_forward_redirection"  # with which TRL runs a loss of its own i
 
 
 def refuse_heads(trainer: Any, tuners: list[Tuner]) -> None:
-    """Raise `StepError` if a loss reads the weight of an adapted head that cannot be shown with its adapters applied.
+    """Raise `StepError` if a loss reads an adapted head's weight, and the adapted weight cannot take its place.
 
-    The loss would ignore them, and train none of them. Nothing is changed.
+    The loss would ignore the head's adapters and not train them. Nothing is changed.
     """
     models = _read_models(trainer, tuners)
     for model in models:
@@ -38,10 +38,10 @@ def refuse_heads(trainer: Any, tuners: list[Tuner]) -> None:
 
 
 def settle_heads_(trainer: Any, tuners: list[Tuner]) -> None:
-    """Let a loss that reads the weights of adapted output heads see them with the adapters applied.
+    """Override the weights of adapted output heads by the adapted weights while a loss reads them.
 
-    This covers the trained model, a reference and a teacher. Nothing changes without such a head, or if the trainer
-    calls the head, as `CPOTrainer` does.
+    This covers the trained model, a reference and a teacher. Nothing changes without an adapted head, or if the
+    trainer calls the head, as `CPOTrainer` does.
     """
     models = _read_models(trainer, tuners)
     for model in filter(forward_of_trl, models):
@@ -54,7 +54,7 @@ def settle_heads_(trainer: Any, tuners: list[Tuner]) -> None:
 
 
 def _read_models(trainer: Any, tuners: list[Tuner]) -> list[nn.Module]:
-    """The models with adapted output heads whose weights the trainer's loss reads itself."""
+    """Return the models with adapted output heads whose weights the trainer's loss reads directly."""
     others = [vars(trainer).get(name) for name in ("ref_model", "teacher_model")]
     every = (tuners[0].model, *map(inside, filter(None, others)))
     redirects = vars(trainer).get(_REDIRECTION) is not None
@@ -62,7 +62,7 @@ def _read_models(trainer: Any, tuners: list[Tuner]) -> list[nn.Module]:
 
 
 def refuse_liger(trainer: "Trainer", model: nn.Module) -> None:
-    """Raise `StepError` if a Liger kernel, which replaces the forward as training starts, would bypass an adapter."""
+    """Raise `StepError` if a Liger kernel, which replaces the forward once training starts, would bypass an adapter."""
     options = trainer.args.liger_kernel_config or {}
     if trainer.args.use_liger_kernel and options.get("fused_linear_cross_entropy", True):
         for path, _, _ in _adapted_heads(model):
@@ -85,7 +85,7 @@ def _refuse_unfit(trainer: "Trainer", model: nn.Module) -> None:
         elif deltas and slots.base is not None and slots.base.packing is not None:
             reason = f"that weight is stored as {slots.base.packing.name}"
         elif lacking := [method for method in deltas if not has_delta(method)]:
-            reason = f"method {lacking[0]!r} does not say what it adds to a weight"
+            reason = f"method {lacking[0]!r} implements neither tunerkit_delta nor tunerkit_factors"
         if reason is not None:
             raise StepError(
                 f"the loss of {type(trainer).__name__} multiplies by the weight of {path!r} itself, and {reason}, so "
@@ -106,7 +106,7 @@ def _warn_of_dropout(trainer: "Trainer", tuners: list[Tuner]) -> None:
 
 
 def _refuse_computed(reference: nn.Module) -> None:
-    """Raise `StepError` if TRL ran a reference with an adapted head in its constructor, before the override."""
+    """Raise `StepError` if the trainer's constructor ran a reference with an adapted head, before the override."""
     heads = _adapted_heads(reference)
     if heads and not all(map(adds_nothing, tunerkit.adapters(reference).values())):
         raise StepError(
@@ -117,7 +117,7 @@ def _refuse_computed(reference: nn.Module) -> None:
 
 @contextmanager
 def heads_shown(model: nn.Module) -> Iterator[None]:
-    """Inside the block, adapted output heads have weights with the active adapters applied, and their hooks rest."""
+    """Inside the block, output heads have the adapted weights, and their forward hooks add nothing."""
     with ExitStack() as undo:
         torch.compiler.disable(_show_)(model, undo)
         yield
@@ -138,7 +138,7 @@ def _show_(model: nn.Module, undo: ExitStack) -> None:
 
 
 def _shown(head: nn.Module, slots: Slots) -> dict[str, Any]:
-    """The head's tensors with its active adapters applied, with gradients to trained parameters."""
+    """Return the head's tensors with its active adapters applied; gradients reach the trained parameters."""
     for slot in slots.applied:
         if slot.copy is not None:  # it replaces the head, which nothing else adapts then
             return dict(slot.copy.named_parameters())
@@ -152,13 +152,13 @@ def _remove_(attributes: dict[str, Any], names: dict[str, Any]) -> None:
 
 
 def _adapted_heads(model: nn.Module) -> list[tuple[str, nn.Module, Slots]]:
-    """The adapted output heads of a model, with their paths and slots."""
+    """Return (path, head, slots) of a model's adapted output heads."""
     heads = set(map(id, named_heads(model)))
     return [found for found in walk(model) if id(found[1]) in heads] if heads else []
 
 
 def forward_of_trl(model: nn.Module) -> Any:
-    """TRL's replacement of the model's forward, which reads the weights of output heads; None if there is none."""
+    """Return TRL's replacement of the model's forward, which reads output heads' weights; None if there is none."""
     run = vars(model).get("forward")
     while run is not None and not str(getattr(run, "__globals__", {}).get("__name__")).startswith("trl."):
         run = getattr(run, "__wrapped__", None)  # below other wrappers
@@ -166,9 +166,9 @@ def forward_of_trl(model: nn.Module) -> Any:
 
 
 def around_forward_(model: nn.Module, mark: str, call: Callable[..., Any]) -> None:
-    """Answer calls of a ``model.forward`` that was replaced on the instance by ``call(run, model, args, kwargs)``.
+    """Replace ``model.forward`` by a wrapper that returns ``call(run, model, args, kwargs)``.
 
-    ``run`` is the forward as it was, with the model bound. A ``mark`` is set once.
+    ``run`` is the earlier forward, bound to the model. The attribute ``mark`` prevents a second wrapper.
     """
     run: Any = model.forward
     if hasattr(run, mark):
@@ -188,9 +188,9 @@ def around_forward_(model: nn.Module, mark: str, call: Callable[..., Any]) -> No
 
 
 def _show_in_forward_(model: nn.Module) -> None:
-    """Let a ``model.forward`` that TRL has replaced on the instance show the heads where it reads their weights.
+    """Wrap TRL's replacement of ``model.forward`` in `heads_shown`, in calls that read output heads' weights.
 
-    Each other call, such as the steps of a generation, calls the head: a dense weight would be slow there.
+    Other calls, such as the steps of a generation, call the head: computing its adapted weight would be slower.
     """
     has_switch = _FUSED in inspect.signature(forward_of_trl(model), follow_wrapped=False).parameters
 
@@ -204,7 +204,7 @@ def _show_in_forward_(model: nn.Module) -> None:
 
 
 def _trains(inputs: Mapping[str, Any]) -> bool:
-    """Whether a call is no step of a generation: then earlier versions of TRL read the weight, without an argument."""
+    """Whether a call is not a generation step: in all such calls, earlier versions of TRL read the head's weight."""
     generates = inputs.get("use_cache") or inputs.get("past_key_values") is not None
     return inputs.get("labels") is not None or not generates
 
@@ -218,7 +218,7 @@ def _redirect(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run ``loss`` in place of the forward of ``original``, as TRL's ``redirect`` does, with the heads shown."""
+    """Call TRL's ``redirect``, which runs ``loss`` as the forward of ``original``, inside `heads_shown`."""
 
     def shown(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:

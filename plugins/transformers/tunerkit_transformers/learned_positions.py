@@ -1,4 +1,4 @@
-"""Losses of TRL's trainers on a CPU: logits are computed at the positions that are learned, and nowhere else."""
+"""Losses of TRL's trainers on a CPU: logits are computed only at positions with a label."""
 
 import inspect
 from typing import Any, Final
@@ -21,7 +21,7 @@ _TRAINERS: Final = ("SFTTrainer", "DPOTrainer")  # their losses take log-probabi
 
 
 def obstacle(trainer: Any) -> str | None:
-    """Why a trainer's loss is left as it is, as the end of a sentence; None if `score_learned_` can replace it."""
+    """Return why `score_learned_` cannot replace a trainer's loss (a sentence fragment); None if it can."""
     if not any(kind.__name__ in _TRAINERS and kind.__module__.startswith("trl.") for kind in type(trainer).__mro__):
         return f"{type(trainer).__name__} is neither TRL's SFTTrainer nor its DPOTrainer"
     if (device := trainer.args.device.type) != "cpu":
@@ -35,9 +35,9 @@ def obstacle(trainer: Any) -> str | None:
 
 
 def score_learned_(trainer: Any) -> None:
-    """Let the losses of one of TRL's trainers compute logits at the learned positions alone. `obstacle` comes before.
+    """Make a TRL trainer's loss compute logits only at positions with a label; call `obstacle` first.
 
-    The model's own forward computes them, so its head is called, with its adapters. A reference gets it too.
+    The forward of the model's class computes them, so the head's adapters apply. The reference model is changed too.
     """
     models = (trainer.model, vars(trainer).get("ref_model"))
     for inner in [inside(model) for model in models if model is not None]:
@@ -52,20 +52,20 @@ def is_scored(trainer: Any) -> bool:
 
 
 def takes_positions(kind: type[nn.Module]) -> bool:
-    """Whether the forward of a class computes logits at the positions in a mask, as transformers' own do."""
+    """Whether the class's forward accepts a mask as ``logits_to_keep``, like the models of transformers."""
     function = inspect.unwrap(kind.forward)
     return "logits_to_keep" in inspect.signature(function).parameters and "slice_logits_to_keep" in function.__globals__
 
 
 def _output() -> Any:
-    """What a forward of TRL's returns to its losses; None if this version has no such class."""
+    """Return the class of TRL's forward outputs; None if this version of TRL does not have it."""
     import trl.trainer.utils
 
     return vars(trl.trainer.utils).get("FusedCausalLMOutput")
 
 
 def _scored_or_run(run: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Answer a call of a forward of TRL's: a loss by the learned positions alone, and other calls as before."""
+    """Replaces TRL's forward: compute a loss from the labeled positions; pass any other call on to ``run``."""
     labels = kwargs.get("labels")
     if not kwargs.get("fused_lm_head") or labels is None or labels.device.type != "cpu":
         return run(*args, **kwargs)
@@ -91,11 +91,11 @@ _FIELDS: Final = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is
 
 
 class _Scores(torch.autograd.Function):
-    """The log-probability of each label, with its gradient, and what TRL logs of each distribution."""
+    """Computes the log-probability of each label, with gradient, and the statistics that TRL logs."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """Logits (n, vocabulary) and labels (n,) to five tensors (n,), at least in fp32, as `_FIELDS` names them."""
+        """Return the tensors (n,) named in `_FIELDS`, in fp32 or wider, for logits (n, vocabulary), labels (n,)."""
         count, size = logits.shape
         dtype = torch.promote_types(logits.dtype, torch.float32)
         found = [torch.empty(count, dtype=dtype) for _ in _FIELDS[:-1]]
@@ -125,7 +125,7 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
-        """The gradient by the logits: that of log p is the label's unit vector less p. It takes p's place."""
+        """Return the gradient of the logits, ``grad`` · (one-hot label − p), which overwrites p."""
         p, labels = ctx.saved_tensors
         p.mul_(-grad[:, None]).scatter_add_(1, labels[:, None], grad[:, None])
         return p.to(ctx.dtype), None

@@ -15,11 +15,11 @@ _LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory
 
 
 def free_bytes(device: torch.device, limit: float | None = None) -> int | None:
-    """Return how much memory a training may still take on a device; None if that is not known.
+    """Return the bytes that a training may still allocate on a device; None if unknown.
 
     Args:
         device: The device.
-        limit: The bytes that the training may take in all, with what it has taken already; None for what there is.
+        limit: The most bytes that the process may use, including those in use now; None for no limit.
     """
     free: int | None
     if device.type == "cpu":
@@ -41,7 +41,7 @@ def _number_in(file: Path) -> int | None:
 
 
 def fits(needed: int, free: int | None) -> bool:
-    """Whether a step that needs so many bytes fits into what is free; True if that is not known."""
+    """Whether a step of ``needed`` bytes fits into `_SHARE` of the ``free`` bytes; True if these are unknown."""
     return free is None or needed <= _SHARE * free
 
 

@@ -8,7 +8,7 @@ _TIED = "tie_word_embeddings"
 
 
 def tied_flags(module: nn.Module) -> Sequence[str]:
-    """The config's settings that tie embeddings: transformers reads them when it loads and saves."""
+    """Return the names of the config's settings that tie embeddings, which transformers reads at loading and saving."""
     match module:
         case nn.Module(config=object() as config):
             return [*_flags(config, "config"), *_flags(getattr(config, "text_config", None), "config.text_config")]
@@ -21,11 +21,11 @@ def _flags(config: object, name: str) -> Iterator[str]:
 
 
 def labels_hint(model: nn.Module, resized: Sequence[tuple[Sequence[int], Sequence[int]]]) -> str:
-    """Return a hint for an error if a head has another number of labels than it needs; otherwise an empty string.
+    """Return a hint for an error if the model's head has another number of labels than the adapter needs, else "".
 
     Args:
         model: The model.
-        resized: Pairs of the shape that a weight needs and the shape that it has.
+        resized: (needed shape, actual shape) of each weight that does not fit.
     """
     match model:
         case nn.Module(config=object(num_labels=int(labels))):

@@ -1,4 +1,4 @@
-"""Which modules ``from_pretrained`` did not load, read from the marks that transformers sets; added tokens; heads."""
+"""Find modules that ``from_pretrained`` did not load, by transformers' marks; embeddings of added tokens; and heads."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -43,7 +43,7 @@ _Paths = tuple[str, ...]
 
 
 def _resized_heads(places: Mapping[str, nn.Module]) -> _Paths:
-    """The heads of a timm model with another number of classes than its checkpoint has: timm draws them anew."""
+    """Return the heads of a timm model whose checkpoint has another number of classes: timm initialized them."""
     match places[""]:
         case nn.Module(num_classes=int(classes), pretrained_cfg={"num_classes": int(loaded)}) if classes != loaded:
             heads = {id(head) for head in named_heads(places[""])}
@@ -54,7 +54,7 @@ def _resized_heads(places: Mapping[str, nn.Module]) -> _Paths:
 def _unloaded(
     places: Mapping[str, nn.Module], blocks: Collection[str], heads: Collection[str]
 ) -> tuple[_Paths, _Paths, _Paths, _Paths]:
-    """The modules that are new as a whole and in part, the heads that may be new, and modules with replaced weights."""
+    """Return the modules that are entirely new, those partly new, heads that may be new, and `_replaced` modules."""
     owned = {path: (module, _own(module)) for path, module in places.items()}
     marks = {path: [is_loaded(parameter) for parameter in own] for path, (_, own) in owned.items()}
     if not any(map(any, marks.values())):
@@ -67,11 +67,11 @@ def _unloaded(
 
 
 def _replaced(owned: _Owned, blocks: Collection[str]) -> _Paths:
-    """The modules in numbered blocks with parameters that lost their mark, after which marks prove nothing.
+    """Return the modules in numbered blocks with parameters that lost their mark; if any, no mark can be trusted.
 
-    Copying, moving or replacing a parameter drops its mark too. A parameter that ``from_pretrained`` did not find is
-    recognized otherwise: its module was built by ``from_pretrained``, its first values were written in place, and
-    loaded parameters were never written to.
+    Copying, moving or replacing a parameter drops its mark. A parameter that ``from_pretrained`` did not find has no
+    mark either, and is recognized by three signs: transformers initialized its module, its values were written in
+    place, and no loaded parameter was.
     """
     inside = {path: owned[path] for path in owned if path in blocks}
     new = {path: (module, [p for p in own if not is_loaded(p)]) for path, (module, own) in inside.items()}
@@ -87,7 +87,7 @@ def _replaced(owned: _Owned, blocks: Collection[str]) -> _Paths:
 
 
 def _unmarked(places: Mapping[str, nn.Module], marks: Mapping[str, list[bool]]) -> tuple[_Paths, _Paths]:
-    """The outermost modules without any mark, and modules with some unmarked parameters, if all marks are valid."""
+    """Return the outermost modules without any mark, and modules with some unmarked parameters."""
     known = [path for path, own in marks.items() if any(own) or _is_away(places[path])]
     mixed = {above for path in known for above in _upwards(path)}
     partly = tuple(path for path, own in marks.items() if path in mixed and not all(own))
@@ -97,7 +97,7 @@ def _unmarked(places: Mapping[str, nn.Module], marks: Mapping[str, list[bool]]) 
 
 
 def _upwards(path: str) -> Iterator[str]:
-    """The path, its parent, and so on up to the model itself."""
+    """Yield the path, its parent, and so on, up to the model's own path ""."""
     yield path
     while path:
         path = path.rpartition(".")[0]
@@ -105,7 +105,7 @@ def _upwards(path: str) -> Iterator[str]:
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
-    """The module's own parameters that can have a mark: offloading and packing replace parameters."""
+    """Return the module's own parameters that can have a mark: not those that offloading or packing replaced."""
     if _is_away(module) or _is_computed(module):
         return []
     return [p for p in module.parameters(recurse=False) if type(p) is nn.Parameter and p.is_floating_point()]
@@ -117,12 +117,12 @@ def _is_away(module: nn.Module) -> bool:
 
 
 def _is_computed(module: nn.Module) -> bool:
-    """Whether a module of transformers computes its weight when it is built: no checkpoint has its values."""
+    """Whether a module of transformers computes its weight at construction, so that no checkpoint contains it."""
     return isinstance(module, nn.Embedding) and type(module).__name__.endswith("SinusoidalPositionalEmbedding")
 
 
 def _task_heads(places: Mapping[str, nn.Module], heads: Collection[str]) -> _Paths:
-    """The outermost heads of a transformers model, without output embeddings: those are in its checkpoint."""
+    """Return the outermost heads of a transformers model, except output embeddings, which checkpoints contain."""
     if not any(is_named(type(module), _PRETRAINED_MODEL) for module in places.values()):
         return ()
     known = {id(head) for head in named_heads(places[""])}
@@ -132,7 +132,7 @@ def _task_heads(places: Mapping[str, nn.Module], heads: Collection[str]) -> _Pat
 
 
 def _longer(places: Mapping[str, nn.Module]) -> Iterator[str]:
-    """The embeddings to which tokens were added, and the output embeddings of the same length."""
+    """Return the paths of embeddings to which tokens were added, and of output embeddings with as many rows."""
     grown = list(_grown_embeddings(places.values()))
     rows = {embedding.num_embeddings for embedding in grown}
     heads = [head for head in named_heads(places[""]) if _rows(head) in rows] if grown else []
@@ -149,11 +149,11 @@ def _rows(head: nn.Module) -> int | None:
 
 
 def _grown_embeddings(modules: Collection[nn.Module]) -> Iterator[nn.Embedding]:
-    """The token embeddings that ``resize_token_embeddings`` has made longer since the model was built.
+    """Yield the token embeddings that ``resize_token_embeddings`` enlarged after the model was built.
 
-    It updates the config and the model it was called on, but not the ``vocab_size`` that a body inside it keeps, as
-    Llama's does. Where there is no such body, as in BERT, nothing shows it. A class that builds more rows than its
-    vocabulary has, as Mllama does, leaves the config as it is.
+    The call updates the config and the outer model, but not the ``vocab_size`` attribute of an inner model, such as
+    `LlamaModel`. Without such an attribute, as in BERT, an enlargement cannot be detected. Classes that always build
+    more rows than the vocabulary has, such as Mllama's, do not change the config, so they are not reported.
     """
     for module in modules:
         built = vars(module).get("vocab_size")
@@ -165,7 +165,7 @@ def _grown_embeddings(modules: Collection[nn.Module]) -> Iterator[nn.Embedding]:
 
 
 def named_heads(model: nn.Module) -> list[nn.Module]:
-    """The output heads that a model of transformers or timm names by methods of its own."""
+    """Return the output heads from ``get_output_embeddings`` (transformers) and ``get_classifier`` (timm)."""
     questions: list[object] = []
     match model:
         case nn.Module(get_output_embeddings=question):  # transformers

@@ -28,9 +28,9 @@ class Run:
         folder: The folder.
         task: The task, one of `tunerkit_transformers.task_classes.TASKS`.
         source: The base model: the folder or the hub name that it was loaded from.
-        revision: The commit of the hub; None for a folder.
+        revision: The commit on the hub; None for a folder.
         dtype: The dtype of the base's weights, such as ``"float32"``.
-        quantisation: How the base was quantized as it was loaded; None if it was not.
+        quantisation: The quantization of the base at loading, one of `QUANTISATIONS`; None without quantization.
         labels: The names of the classes, in the order of the logits.
         seed: The seed of modules that the base's checkpoint lacks.
         record: The whole record.
@@ -51,8 +51,8 @@ def read_run(folder: str | Path) -> Run:
     """Read the record of a folder that ``tunerkit train`` wrote.
 
     Raises:
-        RunError: It is no such folder, its training has not ended, or its record cannot be read.
-        FileError: The record is of another version, or lacks something.
+        RunError: It is not such a folder, its training is not finished, or its record cannot be read.
+        FileError: The record has another version, or lacks a field.
     """
     folder = Path(os.path.expanduser(folder))
     path, record = folder / RECORD, read_record(folder)
@@ -87,11 +87,11 @@ def load_run(run: Run, base: str | Path | None = None) -> "Pretrained":
 
     Args:
         run: The run.
-        base: Where the base model is now, if it has moved.
+        base: The base model's folder or name on the hub, if it has moved.
 
     Raises:
-        ModelError: The base cannot be loaded from there.
-        BaseMismatchError: It is another base.
+        ModelError: The base cannot be loaded.
+        BaseMismatchError: The adapter was trained on another base.
         FileError: The adapter's file is missing or damaged.
     """
     import tunerkit

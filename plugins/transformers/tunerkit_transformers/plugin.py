@@ -55,13 +55,13 @@ def tunerkit_model_libraries() -> Iterable[ModelLibrary]:
 
 @hookimpl
 def tunerkit_default_targets() -> Iterable[DefaultTargets]:
-    """Name the matrices of known architectures."""
+    """Return the default targets of known architectures."""
     return DEFAULT_TARGETS
 
 
 @hookimpl
 def tunerkit_weight_readers() -> Iterable[WeightReader]:
-    """Name the classes that use a child's weight without calling the child."""
+    """Return the classes that use a child's weight without calling the child."""
     return WEIGHT_READERS
 
 
@@ -75,7 +75,7 @@ def tunerkit_wrapped(model: nn.Module) -> None:
 
 @hookimpl
 def tunerkit_unwrapped(model: nn.Module) -> None:
-    """Undo that, and invalidate the model's references."""
+    """Undo `tunerkit_wrapped`, and invalidate the model's references."""
     unwatch_saving_(model)
     unwatch_calls_(model)
     end_generation_(model)
@@ -85,7 +85,7 @@ def tunerkit_unwrapped(model: nn.Module) -> None:
 def tunerkit_attach(
     tuners: Sequence[Tuner], candidate: Any, total_steps: int | None, data_parallel: bool | None
 ) -> bool | None:
-    """Attach to a Trainer, and to those that derive from it, as TRL's do."""
+    """Attach to a Trainer or a derived class, such as TRL's."""
     if not is_named(type(candidate), _TRAINER):
         return None
     from tunerkit_transformers.attaching import attach_trainer  # importing transformers takes seconds

@@ -1,4 +1,4 @@
-"""A Trainer's precision: accelerate's autocast is around the model's forward while it trains, and only then."""
+"""A Trainer's precision: accelerate's autocast wraps the model's forward only during training and evaluation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ _FORWARD, _REPLACED, _PREPARED = "forward", "_original_forward", "_is_accelerate
 
 
 class Precision:
-    """The precision of a trainer: accelerate's wrapper around the model's forward is removed after training.
+    """Removes accelerate's wrapper around the model's forward after training.
 
-    Accelerate never removes its autocast and its conversion of outputs to fp32. A trained model would then compute in
-    bf16, and the same adapter in a newly loaded model in fp32. The next trainer would also keep this one's precision,
-    because a model is prepared only once.
+    Accelerate itself never removes the wrapper, which adds autocast and converts outputs to fp32. So a trained model
+    would compute in bf16, but the same adapter in a newly loaded model in fp32. The next trainer would also keep this
+    one's precision, because accelerate prepares a model only once.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -24,7 +24,7 @@ class Precision:
 
     @contextmanager
     def around_training(self) -> Iterator[None]:
-        """At the end of the block, remove accelerate's wrapper from the model, also one from before."""
+        """At the end of the block, remove accelerate's wrapper from the model, even one that was there before."""
         model: Any = self.trainer.model
         state = vars(model)
         before = {name: state[name] for name in (_FORWARD, _REPLACED, _PREPARED) if name in state}
@@ -47,8 +47,8 @@ class Precision:
     def evaluate(self, loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the trainer's evaluation ``loop`` in the trainer's precision, and restore the model.
 
-        During training, accelerate's autocast is in place. Before training, the loop adds it. After training, it was
-        removed, so it is added again for the loop.
+        During training, accelerate's wrapper is in place. Before training, the loop adds it. After training, it is
+        restored for the loop.
         """
         state = vars(self.trainer.model)
         if _REPLACED in state:
@@ -59,7 +59,7 @@ class Precision:
 
 
 def _exchanged(state: dict[str, Any], before: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Set names in ``state`` to their values ``before``, or remove them; return their current values."""
+    """Restore ``names`` in ``state`` to their values in ``before``, or remove them; return the replaced values."""
     taken = {name: state.pop(name) for name in names if name in state}
     state.update({name: before[name] for name in names if name in before})
     return taken

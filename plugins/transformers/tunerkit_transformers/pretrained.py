@@ -35,11 +35,11 @@ class Pretrained:
     Attributes:
         model: The model.
         processor: Its tokenizer or image processor.
-        source: The folder or hub name that was asked for.
-        revision: The commit of the hub that was loaded; None for a folder.
-        heads: The paths of a classifier's head, if the checkpoint had it: it may be for other classes, so a training
-            must name it. Empty if the head is new, which `tunerkit.wrap` sees, and for language models.
-        quantisation: How the model was quantized as it was loaded; None if it was not.
+        source: The requested folder or hub name.
+        revision: The loaded commit of the hub; None for a folder.
+        heads: The paths of a classifier's head that the checkpoint contains. It may be for other classes, so name it in
+            ``train_modules``. Empty for a new head, which `tunerkit.wrap` finds, and for language models.
+        quantisation: The quantization at loading, one of `QUANTISATIONS`; None without quantization.
     """
 
     model: Any
@@ -51,7 +51,7 @@ class Pretrained:
 
 
 def classes_of(task: str) -> TaskClasses:
-    """The classes of a task. Raises `ModelError` with the closest name if there is no such task."""
+    """Return the classes of a task. Raises `ModelError` with the closest name if there is no such task."""
     if task not in TASKS:
         raise ModelError(f"there is no task {task!r}{closest(task, TASKS)}; the tasks are {', '.join(TASKS)}")
     return TASKS[task]
@@ -76,8 +76,8 @@ def load_pretrained(
         task: One of `TASKS`.
         source: A local folder, or a name on the hub.
         labels: The names of the classes, in the order of the logits; none for language models.
-        ordered: Whether the classes must have this order. If not, a checkpoint with the same classes keeps its own, for
-            which its head was trained.
+        ordered: Whether the classes must have this order. If not, a checkpoint with the same classes keeps the order
+            for which its head was trained.
         revision: The commit, branch or tag of the hub.
         dtype: The dtype of the base's weights; ``"auto"`` keeps the checkpoint's.
         seed: The seed of new modules.
@@ -86,8 +86,8 @@ def load_pretrained(
         attn_implementation: How it computes attention; None lets transformers choose.
 
     Raises:
-        QuantisationError: It cannot be quantized so here.
-        ModelError: There is no such folder, it is a model of another kind, or transformers cannot load it.
+        QuantisationError: The quantization is unknown, or bitsandbytes is not installed.
+        ModelError: There is no such folder, the model is of another kind, or transformers cannot load it.
     """
     import torch
 
@@ -156,7 +156,7 @@ def _head_settings(task_classes: TaskClasses, labels: Sequence[str], config: Any
 
 
 def _in_order_of(config: Any, labels: Sequence[str]) -> Sequence[str]:
-    """The labels in the order of the checkpoint's classes, if they are the same ones."""
+    """Return the labels in the checkpoint's order if it has the same classes, else unchanged."""
     own = [str(name) for _, name in sorted(config.id2label.items())]
     return own if sorted(own) == sorted(labels) else labels
 
@@ -170,7 +170,7 @@ def _settle_padding(source: str, tokenizer: Any, model: Any) -> None:
 
 
 def check_kind(task: str, source: str, config: Any) -> None:
-    """Raise `ModelError` if a model of this config cannot be trained for ``task``; the message names its purpose."""
+    """Raise `ModelError` if a model of this config cannot be trained for ``task``; the error lists possible tasks."""
     wanted = classes_of(task)
     if _fits(wanted, config):
         return
@@ -184,7 +184,7 @@ def check_kind(task: str, source: str, config: Any) -> None:
 
 
 def _fits(classes: TaskClasses, config: Any) -> bool:
-    """Whether transformers has a model of the class for this config, which for generation is a decoder."""
+    """Whether transformers has a model of the task's class for this config; for generation, it must be a decoder."""
     import transformers
 
     if type(config) not in getattr(transformers, classes.mapping):
@@ -212,7 +212,7 @@ def _config_of(source: str, revised: Mapping[str, str]) -> Any:
 
 
 def loaded_heads(model: Any) -> tuple[str, ...]:
-    """The modules outside the pretrained part, if the checkpoint had one of them: `tunerkit.wrap` finds new ones."""
+    """Return the paths of the model's heads if the checkpoint contains one; else (), since `wrap` finds new heads."""
     from tunerkit_transformers import transformers_private
 
     heads = _heads(model)
@@ -221,7 +221,7 @@ def loaded_heads(model: Any) -> tuple[str, ...]:
 
 
 def _heads(model: Any) -> dict[str, list[Any]]:
-    """The parameters of each module outside the pretrained part, by name."""
+    """Return the parameters of each head, by the head's path: modules outside the pretrained part, or timm's heads."""
     from tunerkit_transformers.new_modules import named_heads
 
     heads = {name: child for name, child in model.named_children() if name != model.base_model_prefix}
@@ -234,7 +234,7 @@ def _heads(model: Any) -> dict[str, list[Any]]:
 
 
 def _heads_of_class(task_classes: TaskClasses, config: Any) -> tuple[str, ...]:
-    """The modules outside the pretrained part of the models that the task has for a config."""
+    """Return the paths of the heads of the task's model for a config; the model is built on the meta device."""
     import torch
     import transformers
 
@@ -244,7 +244,7 @@ def _heads_of_class(task_classes: TaskClasses, config: Any) -> tuple[str, ...]:
 
 @contextmanager
 def _quietly() -> Iterator[Any]:
-    """Inside the block, transformers prints only errors: it would report that the head is new."""
+    """Inside the block, transformers logs only errors, without its warning that the head is new."""
     import transformers
 
     before = transformers.logging.get_verbosity()
@@ -256,7 +256,7 @@ def _quietly() -> Iterator[Any]:
 
 
 def quiet() -> None:
-    """Let transformers and datasets print only errors, and no progress bars of their own."""
+    """Let transformers log only errors, and turn off the progress bars of transformers and datasets."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -269,7 +269,7 @@ def quiet() -> None:
 
 
 def _commit_of(source: str, revision: str | None) -> str | None:
-    """The commit of the hub that was read; None for a folder."""
+    """Return the commit of the files read from the hub; None for a folder."""
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     if Path(source).is_dir():
@@ -278,7 +278,7 @@ def _commit_of(source: str, revision: str | None) -> str | None:
 
 
 def refuse_missing(source: str, revision: str | None = None) -> None:
-    """Raise `ModelError` if a base model's name can only be that of a folder, and there is none with a model."""
+    """Raise `ModelError` if a base model's name must be a folder's, and there is no such folder with a model."""
     folder = Path(source).expanduser()
     if not folder.exists() and is_path(source, revision):
         hint = closest_folder(source)
@@ -296,15 +296,15 @@ def refuse_missing(source: str, revision: str | None = None) -> None:
 
 
 def looks_local(source: str) -> bool:
-    """Whether a base model's name can only be a path: names on the hub are ``name`` or ``org/name``."""
+    """Whether a base model's name must be a local path: names on the hub are ``name`` or ``org/name``."""
     return source.startswith((".", "~", os.sep)) or source.count("/") > 1 or "\\" in source
 
 
 def is_path(source: str, revision: str | None = None) -> bool:
-    """Whether a name that is no folder is a mistyped path: asking the hub for it may take half a minute.
+    """Whether the name of a missing folder is a mistyped path and not a name on the hub, which may be slow to query.
 
-    So is one whose first part is a folder here, or nearly one with such a second part; unless the hub's cache has it,
-    or it has a revision.
+    This includes a name ``a/b`` if ``a`` is a folder here, or resembles one with a model in ``b``; unless the hub's
+    cache has the name, or a revision is given.
     """
     if looks_local(source):
         return True
@@ -316,7 +316,7 @@ def is_path(source: str, revision: str | None = None) -> bool:
 
 
 def _is_cached(source: str) -> bool:
-    """Whether the hub's cache on this machine has the config of a model."""
+    """Whether the local cache of the hub has the model's config."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -327,7 +327,7 @@ def _is_cached(source: str) -> bool:
 
 
 def closest_folder(source: str) -> str:
-    """A hint with the folder whose path is closest to a mistyped one, part by part; or an empty text."""
+    """Return a hint with the model folder closest to a mistyped path, compared part by part; "" if none is close."""
     place, *parts = Path(os.path.abspath(os.path.expanduser(source))).parents[::-1]
     last = os.path.basename(os.path.abspath(source))
     for part in (each.name for each in parts):
@@ -352,7 +352,7 @@ def _folders(place: Path) -> list[str]:
 
 
 def tried(source: str) -> str:
-    """A remark on the search for a model whose name is no local folder; empty for a folder."""
+    """Return a remark on the search for a model that is not a local folder; "" for a folder."""
     if Path(source).expanduser().is_dir():
         return ""
     cache = "the hub's cache has it" if _is_cached(source) else "the hub's cache on this machine does not have it"
@@ -364,11 +364,11 @@ LOADING = (*_LIBRARIES, UnpicklingError, EOFError)  # the exceptions of loading 
 
 
 def reason_of(problem: BaseException) -> str:
-    """The reason why a model cannot be loaded, in one line."""
+    """Return the reason why a model cannot be loaded, in one line."""
     if isinstance(problem, UnpicklingError | EOFError):
         return (
-            "its weights are a pickle that is damaged or holds more than tensors, which may run any code when it is "
-            "read, so it is not; save them as safetensors with the program that wrote them"
+            "its weights are a pickle that is damaged or holds more than tensors; it is not read, since that may run "
+            "any code; save them as safetensors with the program that wrote them"
         )
     if "trust_remote_code" in str(problem):
         return (

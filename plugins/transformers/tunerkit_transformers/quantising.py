@@ -1,4 +1,4 @@
-"""Base models of transformers that are quantized as they are loaded, by name: with bitsandbytes, to int8 or nf4."""
+"""Quantize base models of transformers at loading, with bitsandbytes, to int8 or nf4."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ QUANTISATIONS: Final = ("nf4", "int8")
 
 
 class QuantisationError(TunerkitError):
-    """A base model cannot be quantized as asked."""
+    """A quantization is unknown, or bitsandbytes is not installed."""
 
 
 def quantising(name: str, dtype: torch.dtype | str, heads: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the arguments with which ``from_pretrained`` quantizes a model.
+    """Return the arguments of ``from_pretrained`` that quantize a model.
 
     Args:
         name: One of `QUANTISATIONS`.
         dtype: The dtype of the base's other weights, in which 4-bit layers multiply.
-        heads: The paths of a classifier's head, which stays as it is: it is trained in full. For language models there
-            are none, and transformers leaves out the layer that writes tokens.
+        heads: The paths of a classifier's head, which is not quantized, since it is trained in full. None for language
+            models: transformers itself leaves out their output embeddings.
 
     Raises:
         QuantisationError: There is no such name, or bitsandbytes is not installed.
@@ -51,7 +51,7 @@ def quantising(name: str, dtype: torch.dtype | str, heads: Sequence[str] = ()) -
 
 
 def bytes_of(model: nn.Module) -> tuple[int, int]:
-    """Return the bytes of a model's tensors as they are, and as they would be with dense weights in its dtype."""
+    """Return the bytes of a model's tensors, and the bytes if its quantized weights were dense, in its dtype."""
     own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     width = next((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), 4)
     dense = own

@@ -1,4 +1,4 @@
-"""The reference of a wrapped model: a module that runs the model as it stood when the reference was made."""
+"""The reference of a wrapped model: a module that runs the model with the adapters' earlier values."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -21,11 +21,11 @@ _GENERATION: Final = "_tunerkit_generation"
 
 @attrs.define(eq=False)
 class _Snapshot:
-    """The state that a reference shows.
+    """The adapters of a model at the time when its reference was made.
 
     Attributes:
         model: The wrapped model.
-        generation: The model's token: a model that was unwrapped has none, and one that was wrapped again another one.
+        generation: The model's token at that time. Unwrapping removes the token; wrapping again makes another one.
         frozen: Frozen copies of the slots of adapters that changed the output, by module path and adapter name.
         running: The number of calls of the reference in progress.
     """
@@ -37,9 +37,9 @@ class _Snapshot:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the snapshot in the model, in eval mode and without gradients.
+        """Inside the block, the model has the snapshot's slots, in eval mode and without gradients.
 
-        Slots are exchanged, not values: a pending backward pass needs the live parameters untouched.
+        Slots are exchanged and values are not overwritten, since a pending backward needs the live parameters.
         """
         places = self._places()
         before = [(slots, slots.enabled, slots.active, _by_name(slots)) for slots in places]
@@ -59,10 +59,13 @@ class _Snapshot:
                     slots.enabled, slots.active = enabled, active
 
     def _places(self) -> dict[Slots, Mapping[str, Slot]]:
-        """Return the frozen slots of each adapted module. Raises `AdapterError` if the model was changed too much."""
+        """Return the frozen slots of each adapted module.
+
+        Raises `AdapterError` if the model was unwrapped, is merged, or lost an adapted module.
+        """
         if vars(self.model).get(_GENERATION) is not self.generation:
             raise AdapterError(
-                "the model was unwrapped after its reference was made, so its weights may be others; call "
+                "the model was unwrapped after its reference was made, so its weights may have changed; call "
                 "tunerkit.reference again on the model that is trained now"
             )
         adapted = {path: slots for path, _, slots in walk(self.model)}
@@ -77,9 +80,9 @@ class _Snapshot:
 
 
 class Reference(nn.Module):
-    """A view of a wrapped model as it stood when `reference` was called. It has no parameters and no children.
+    """Runs a wrapped model with the adapters' values from the call of `reference`; has no parameters or children.
 
-    While it runs, it has the model's attributes and submodules, which a trainer's forward may use. At other times it
+    During a call, it has the model's attributes and submodules, which a trainer's forward may use. At other times it
     has only plain attributes, such as ``config``: methods and submodules would use the trained adapters.
     """
 
@@ -89,7 +92,7 @@ class Reference(nn.Module):
         self.eval()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model as it stood: in eval mode, and without gradients."""
+        """Run the model with the snapshot's adapters, in eval mode and without gradients."""
         # A forward that TRL has put here reads the weights of output heads itself.
         heads = heads_shown(self._snapshot.model) if "forward" in vars(self) else nullcontext()
         with self._snapshot.shown(), heads:
@@ -99,7 +102,7 @@ class Reference(nn.Module):
         return self._snapshot.model(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the tensors of the model as it stood. As a child of another module it adds none to that one's."""
+        """Return the tensors of the base and the snapshot's adapters; none within a parent's ``state_dict()``."""
         if args or kwargs:
             return super().state_dict(*args, **kwargs)
         own = self._snapshot.model.state_dict()
@@ -156,7 +159,7 @@ def _by_name(slots: Slots) -> dict[str, Slot]:
 
 
 def _show_(slots: Slots, frozen: Mapping[str, Slot]) -> None:
-    """Apply exactly the frozen slots."""
+    """Put the frozen slots into one module, and activate only these."""
     for name, slot in frozen.items():
         live = slots.get(name)
         if live is not None:
@@ -167,9 +170,9 @@ def _show_(slots: Slots, frozen: Mapping[str, Slot]) -> None:
 
 
 def _follow_(slot: Slot, live: Slot) -> None:
-    """Move a frozen slot to the devices of its live one.
+    """Move a frozen slot to the devices of the live slot.
 
-    An adapter keeps its dtype, which may differ from the base's. Trained copies and biases take the base's dtype.
+    The adapter keeps its dtype. Copies and biases take the live slot's dtype, which is the base's.
     """
     moved = dict(live.named_parameters())
     for name, parameter in slot.named_parameters():

@@ -1,4 +1,4 @@
-"""Choose a complete checkpoint to resume from, so that the result equals that of the uninterrupted training."""
+"""Choose a complete checkpoint to resume from, so that the result equals an uninterrupted training's."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tunerkit_transformers import zero_checkpoints
 from tunerkit_transformers.agreement import gathered, union
 from tunerkit_transformers.zero_checkpoints import runs_deepspeed
 
-_WEIGHTS = "go on with the weights alone: tunerkit.load(base, checkpoint, trainable=True) starts a new training run"
+_WEIGHTS = "continue with the weights alone: tunerkit.load(base, checkpoint, trainable=True) starts a new training run"
 _SHOWN = 5
 _LOGGED = ("loss", "eval_loss", "learning_rate")  # the values in the log that a resumed training reads
 _CHECKED = ("log_history", "stateful_callbacks")  # whose contents are checked, and not only the type
@@ -40,15 +40,15 @@ def choose_checkpoint(trainer: Trainer, tuners: Sequence[Tuner], wanted: Any) ->
     Args:
         trainer: The trainer that is about to train.
         tuners: The adapters that it drives.
-        wanted: The argument of train: a checkpoint, True for the newest one, or nothing.
+        wanted: The argument of ``trainer.train``: a checkpoint, True for the newest one, or None.
 
     Returns:
-        ``wanted`` itself, if it is a complete checkpoint or nothing; for True, the newest complete one. A warning names
-        newer ones that are incomplete.
+        ``wanted`` itself, if it is a complete checkpoint or None; for True, the newest complete checkpoint. A warning
+        names newer, incomplete ones.
 
     Raises:
-        FileError: The checkpoint, or for True every one, is incomplete; the error lists the reasons. Or ranks were
-            given different checkpoints.
+        FileError: The checkpoint, or for True every checkpoint, is incomplete; the error lists the reasons. Or ranks
+            were given different checkpoints.
     """
     _refuse_disagreement(wanted)
     if isinstance(wanted, str | os.PathLike):
@@ -71,8 +71,8 @@ def choose_checkpoint(trainer: Trainer, tuners: Sequence[Tuner], wanted: Any) ->
 def _refuse_disagreement(wanted: Any) -> None:
     """Raise `FileError` on every rank if they were given different checkpoints.
 
-    A script that searches for the newest checkpoint itself finds none if the folder is on another machine. The folders
-    above a checkpoint may differ between machines.
+    This happens if each machine's script searches for the newest checkpoint, and only one machine has the folder. Only
+    the checkpoints' names are compared: parent folders may differ between machines.
     """
     own = Path(wanted).name if isinstance(wanted, str | os.PathLike) else "the newest" if wanted is True else "nothing"
     asked = gathered(own)
@@ -85,13 +85,13 @@ def _refuse_disagreement(wanted: Any) -> None:
 
 
 def _newest_whole(trainer: Trainer, tuners: Sequence[Tuner], found: Sequence[Path]) -> tuple[Path, list[str]]:
-    """Return the first complete checkpoint of ``found``, and the texts of warnings."""
+    """Return the first complete checkpoint of ``found``, and warnings. Raises `FileError` if there is none."""
     passed: list[str] = []
     for checkpoint in found:
         seen = _examined(trainer, tuners, checkpoint)
         if not seen.problems:
             listed = "\n- ".join(passed)
-            skipped = f"training resumes from {checkpoint}, the newest whole checkpoint, because:\n- {listed}"
+            skipped = f"training resumes from {checkpoint}, the newest complete checkpoint, because:\n- {listed}"
             return checkpoint, [*([skipped] if passed else []), *(f"{checkpoint} {note}" for note in seen.notes)]
         passed.append(f"{checkpoint} {'; '.join(seen.problems)}")
     listed = "\n- ".join(passed[:_SHOWN])
@@ -119,11 +119,11 @@ def _newest_first(folder: Path) -> list[Path]:
 
 @attrs.frozen
 class _Examined:
-    """The findings of all ranks about one checkpoint, as the ends of sentences about it.
+    """The findings of all ranks about one checkpoint, as sentence fragments that follow its path.
 
     Attributes:
-        problems: The reasons why it cannot be resumed exactly on all ranks; none for a complete checkpoint.
-        notes: The reasons why the result will differ from an uninterrupted training's, although it is complete.
+        problems: The reasons why not all ranks can resume from it exactly; empty for a complete checkpoint.
+        notes: The reasons why resuming works, but the result will differ from an uninterrupted training's.
     """
 
     problems: list[str]
@@ -145,7 +145,7 @@ def _examined(trainer: Trainer, tuners: Sequence[Tuner], checkpoint: Path) -> _E
 
 
 def _problems(trainer: Trainer, tuners: Sequence[Tuner], checkpoint: Path) -> Iterator[str]:
-    """Yield the reasons why ``checkpoint`` cannot be resumed exactly, as the ends of sentences about it."""
+    """Yield the reasons why ``checkpoint`` cannot be resumed exactly, as fragments that follow its path."""
     if not checkpoint.is_dir():
         yield "is not a folder"
         return
@@ -171,7 +171,7 @@ def _problems(trainer: Trainer, tuners: Sequence[Tuner], checkpoint: Path) -> It
 
 
 def _trainer_files(trainer: Trainer, checkpoint: Path) -> list[str]:
-    """Return the names of the Trainer's own files for an exact resume, which it ignores if they are missing."""
+    """Return the names of the Trainer's files that exact resuming needs; the Trainer itself does not require them."""
     scaler = [SCALER_NAME] if trainer.accelerator.scaler is not None else []
     states = [] if _has_other_processes(trainer, checkpoint) else [_random_state_of(trainer)]
     if runs_deepspeed(trainer):
@@ -185,7 +185,7 @@ def _random_state_of(trainer: Trainer) -> str:
 
 
 def _has_other_processes(trainer: Trainer, checkpoint: Path) -> bool:
-    """Whether the checkpoint has random states for another number of ranks."""
+    """Whether the random states are from several ranks and this is one process, or the reverse."""
     names = {path.name for path in checkpoint.glob("rng_state*.pth")}
     alone = trainer.args.world_size <= 1
     return bool(names) and ("rng_state.pth" in names) != alone
@@ -224,7 +224,7 @@ def _problems_of_file(folder: Path, content: str) -> Iterator[str]:
 
 
 def _is_state(path: Path) -> bool:
-    """Whether a file is a valid state of a Trainer: all fields, with values of their types."""
+    """Whether a file is a valid `TrainerState`: required fields are present, and values have their types."""
     try:
         found = json.loads(path.read_bytes())
         state: Any = TrainerState(**found)  # Any: its values are unchecked
@@ -244,7 +244,7 @@ def _is_state(path: Path) -> bool:
 
 
 def _is_of(hint: Any, value: object) -> bool:
-    """Whether a value of JSON is of a type in an annotation. A whole number may be written with a point."""
+    """Whether a JSON value has a type in an annotation; int and float are interchangeable."""
     kinds = {typing.get_origin(each) or each for each in typing.get_args(hint) or (hint,)}
     return type(value) in kinds or (_is_number(value) and not kinds.isdisjoint((int, float)))
 
@@ -254,7 +254,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_whole_archive(path: Path) -> bool:
-    """Whether a file of `torch.save` is whole: a zip archive with a checksum for each part, or of the older format."""
+    """Whether a file of `torch.save` is undamaged: a zip archive with valid checksums, or the older format."""
     if not zipfile.is_zipfile(path):
         return _is_of_older_format(path)
     try:
@@ -273,14 +273,14 @@ def _is_of_older_format(path: Path) -> bool:
 
 
 def _notes(trainer: Trainer, checkpoint: Path) -> Iterator[str]:
-    """Yield the reasons why the result will differ from an uninterrupted training's, for a complete checkpoint."""
+    """Yield the reasons why resuming works, but the result will differ from an uninterrupted training's."""
     if _has_other_processes(trainer, checkpoint):
         yield (
-            "was written by another number of processes: the random state starts anew, so the end is not that of an "
-            "uninterrupted training"
+            "was written by another number of processes: the random state restarts, so the result will differ from an "
+            "uninterrupted training's"
         )
     if checkpoint.is_dir() and not runs_deepspeed(trainer) and not (checkpoint / OPTIMIZER_NAME).exists():
         yield (
             "has the weights alone (save_only_model): the optimizer, the learning rate's schedule and the random state "
-            "start anew, so the end is not that of an uninterrupted training"
+            "restart, so the result will differ from an uninterrupted training's"
         )

@@ -1,4 +1,4 @@
-"""The records of runs, read from their output folders, and the paths that are stated there."""
+"""Read the record of a run from its output folder, and convert the paths in it."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def read_record(folder: Path) -> Mapping[str, Any]:
     """Return the JSON record in ``folder``. Its values are checked where they are used.
 
     Raises:
-        RunError: There is no such folder, it has no record, or the record is no JSON.
+        RunError: There is no such folder, it has no record, or the record is not a JSON object.
     """
     path = folder / NAME
     if (what := irregular(path)) is not None:
@@ -42,10 +42,10 @@ def read_record(folder: Path) -> Mapping[str, Any]:
 
 
 def stated(path: str, folder: Path) -> str:
-    """A path as the files of a run in ``folder`` state it, which may be published: without the name of the user.
+    """Return a path as a run's files record it: without the user's name, since the files may be published.
 
-    Below the folder it is relative, and begins with ``./``; else below the home folder it begins with ``~/``. After
-    these, it has slashes on every system.
+    A path below ``folder`` begins with ``./``, another path below the home folder with ``~/``; both then have slashes
+    on every system. Any other path is unchanged.
     """
     alike = os.path.normcase(path)  # on Windows, capitals and the slash are no matter
     for top, short in ((os.path.abspath(folder), "."), (os.path.expanduser("~"), "~")):
@@ -56,7 +56,7 @@ def stated(path: str, folder: Path) -> str:
 
 
 def placed(path: str, folder: Path) -> str:
-    """Where the path is that the files of a run in ``folder`` state so; the folder may have been moved since."""
+    """Return the path on this machine for a path from `stated`; ``folder`` is where the run's folder is now."""
     if path.startswith((".\\", "~\\")):  # as an earlier version wrote it on Windows
         path = path.replace("\\", "/")
     if path.startswith("./"):
@@ -65,9 +65,9 @@ def placed(path: str, folder: Path) -> str:
 
 
 def irregular(path: Path) -> str | None:
-    """The kind of a path that is no regular file, in words; None for a file, and if nothing is there.
+    """Describe a path that is not a regular file, such as ``"a pipe"``; None for a file or a missing path.
 
-    Opening a pipe would block until somebody writes into it.
+    Check this before opening: opening a pipe blocks until another program writes to it.
     """
     try:
         mode = os.stat(path).st_mode
@@ -84,7 +84,7 @@ def _absent(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder}: is a file; pass the folder that `tunerkit train --out` has written"
     if (folder / RECIPE).is_file():
-        return f"{folder}: the training has not ended; go on with `tunerkit train --out {folder} --resume`"
+        return f"{folder}: the training has not ended; continue it with `tunerkit train --out {folder} --resume`"
     if (folder / "adapter.safetensors").is_file():
         return f"{folder} has an adapter but no {NAME}: load it with tunerkit.load(base, {str(folder)!r})"
     if (folder / "config.json").is_file():

@@ -1,8 +1,8 @@
-"""A model's own ``save_pretrained`` while it has adapters: it warns, and writes no adapter keys with merged weights.
+"""Wrap ``save_pretrained`` of a model with adapters: it warns, and writes no adapter keys with merged weights.
 
 The method is replaced on the instance by a `functools.partial` of a function of this file with the module as its
-argument, so a deep copy and a pickle of the model have their own. Beside it stands the mark of quantized models that
-transformers' Trainer accepts: it recognizes its own adapters, peft's, by an attribute of the model.
+argument, so a deep copy and a pickle of the model have their own. Quantized models are also marked as adapted by peft,
+with an attribute: without it, transformers' Trainer rejects them.
 """
 
 import functools
@@ -26,7 +26,7 @@ _RUN = "_tunerkit_run"
 
 
 def watch_saving_(model: nn.Module) -> None:
-    """Replace the method on ``model`` and on the modules in it that have one, once each, and mark quantized models."""
+    """Replace ``save_pretrained`` on ``model`` and the modules inside it, once each, and mark quantized models."""
     for _, module in base_modules(model):
         # A model with peft's own adapters has the mark already.
         if getattr(module, IS_QUANTISED, False) is True and getattr(module, HAS_ADAPTERS, None) is False:
@@ -57,7 +57,7 @@ def _is_marked(module: nn.Module) -> bool:
 
 @contextmanager
 def _unmarked(module: nn.Module) -> Iterator[None]:
-    """Remove the mark of ``module`` inside the block: with it, ``save_pretrained`` would look for peft's adapters."""
+    """Inside the block, ``module`` has no peft mark: with it, ``save_pretrained`` searches for peft's adapters."""
     if not _is_marked(module):
         yield
         return
@@ -76,7 +76,7 @@ def _is_watched(module: nn.Module) -> bool:
 def save_pretrained(module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     """Call the original method, ``own`` or the class's, and warn if adapters will be lost.
 
-    If the module's own weights are to be saved, merged or inside `disabled`, the adapters' keys are left out.
+    If adapters are merged or `disabled`, only the module's own weights are saved, without the adapters' keys.
     """
     method: Callable[..., Any] = own or functools.partial(getattr(type(module), _NAME), module)
     slots = [slots for _, _, slots in walk(module)]
@@ -91,7 +91,7 @@ def save_pretrained(module: nn.Module, own: Callable[..., Any] | None, *args: An
 
 
 def _is_first_of_run(module: nn.Module, folder: object) -> bool:
-    """Whether ``folder`` is not a later checkpoint of the same run: one warning a run is enough."""
+    """Whether to warn at ``folder``: not for later checkpoints of the same run."""
     run = checkpoints_of(folder)
     if run is None:
         return True
@@ -100,7 +100,7 @@ def _is_first_of_run(module: nn.Module, folder: object) -> bool:
 
 
 def checkpoints_of(folder: object) -> str | None:
-    """The folder of a Trainer's run, if ``folder`` is one of its checkpoints."""
+    """Return the folder of a Trainer's run if ``folder`` is named like one of its checkpoints, else None."""
     if not isinstance(folder, str | os.PathLike):
         return None
     run, name = os.path.split(os.path.normpath(os.fspath(folder)))
@@ -118,7 +118,7 @@ def _drop_adapters(module: nn.Module, state_dict: dict[str, Any], prefix: str, l
 
 
 def _without_adapters(value: Any) -> Any:
-    """Return an argument; if it is a ``state_dict`` with keys of adapters, a copy without them."""
+    """Return a copy without the adapters' keys if ``value`` is a state dict with such keys, else ``value``."""
     if not isinstance(value, Mapping) or not any(isinstance(key, str) and is_adapter_path(key) for key in value):
         return value
     return {key: tensor for key, tensor in value.items() if not is_adapter_path(key)}

@@ -1,4 +1,4 @@
-"""What a Trainer's defaults waste, and switching it off: recomputed activations, padding, and unused logits."""
+"""Avoid unneeded work in a Trainer's defaults: recomputed activations, padding and unused logits."""
 
 from collections.abc import Collection
 from functools import partial
@@ -17,13 +17,13 @@ from tunerkit_transformers.planning import CHECKPOINTING, Plan, plan_of
 
 @attrs.frozen
 class Saving:
-    """What `speed_up` chose.
+    """One choice of `speed_up`.
 
     Attributes:
-        name: ``"gradient checkpointing"``, ``"batches"`` or ``"loss"``.
-        chosen: What it is now.
-        changed: Whether it was something else before.
-        why: The reason.
+        name: The setting: ``"gradient checkpointing"``, ``"batches"`` or ``"loss"``.
+        chosen: The setting's value now.
+        changed: Whether `speed_up` changed the value.
+        why: The reason for the value.
     """
 
     name: str
@@ -36,22 +36,22 @@ class Saving:
 
 
 def speed_up(trainer: Any, *, keep: Collection[str] = (), memory: float | None = None) -> tuple[Saving, ...]:
-    """Let a Trainer compute no more than its training needs. The loss and its gradients stay the same.
+    """Remove unneeded work from a Trainer's steps. The loss and its gradients stay the same.
 
     - Activations are recomputed only where they would not fit into memory (estimated).
     - Batches are made of rows of similar length, in a random order that a resumed training sees again.
     - On a CPU, TRL's `SFTTrainer` and `DPOTrainer` compute logits at the positions that are learned, and nowhere else.
     - If memory runs out while it trains, the error gets a note with the parts of the plan and what would take less.
 
-    Call it before ``trainer.train()``, and also before one that is resumed.
+    Call it before each ``trainer.train()``, also one that resumes from a checkpoint.
 
     Args:
         trainer: A transformers Trainer, such as TRL's.
-        keep: What stays as it is: ``"gradient_checkpointing"``, ``"train_sampling_strategy"`` or ``"loss"``.
-        memory: The bytes that the training may take, with the model; by default what is free.
+        keep: Settings to leave unchanged: ``"gradient_checkpointing"``, ``"train_sampling_strategy"`` or ``"loss"``.
+        memory: The most bytes that the process may use, including the model; by default all free memory.
 
     Returns:
-        What was chosen, and why.
+        The choices, with their reasons.
     """
     lengths, most = lengths_in(trainer.train_dataset), getattr(trainer.args, "max_length", None)
     if lengths and most is not None:  # to which TRL cuts pairs as it makes a batch
@@ -96,7 +96,7 @@ def _checkpointing_(
 
 
 def _is_language_model(model: Any) -> bool:
-    """Whether a model is one of transformers with an output head, so that its forward takes tokens alone."""
+    """Whether the model is a transformers model with output embeddings, so that token ids suffice as input."""
     ask = getattr(model, "get_output_embeddings", None)
     return ask is not None and ask() is not None
 
@@ -120,12 +120,12 @@ def _batches_(trainer: Any, lengths: list[int] | None, *, keep: bool) -> Saving:
 
 
 def _rows(lengths: list[int], size: int, seed: int, dataset: object = None) -> GroupedByLength:
-    """The sampler of a trainer, which asks for a new one whenever it trains."""
+    """Return a new sampler; the Trainer calls this whenever it trains."""
     return GroupedByLength(lengths, size, seed)
 
 
 def _loss_(trainer: Any, *, keep: bool) -> Saving:
-    """Compute logits at the learned positions alone."""
+    """Compute logits only at positions with a label, if `obstacle` permits."""
     if (reason := "as asked" if keep else obstacle(trainer)) is not None:
         return Saving("loss", "the trainer's own", False, reason)
     score_learned_(trainer)

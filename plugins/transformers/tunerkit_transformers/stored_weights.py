@@ -1,4 +1,4 @@
-"""Whether a transformers model has the weights of the checkpoint from which it was loaded, by samples."""
+"""Compare samples of a transformers model's weights with its checkpoint's."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,13 +21,13 @@ _PLACES = frozenset({"cache_dir", "revision", "token"})
 def differs_from_stored(model: PreTrainedModel, loaded: torch.dtype, options: Mapping[str, Any]) -> bool:
     """Whether a sampled value of ``model`` differs from its checkpoint's. Nothing is downloaded.
 
-    False also if they cannot be compared: there is no local safetensors file, or the options change the values.
-    Vectors and matrices of the same name and shape are compared. Loading may rename, merge, cut or transpose others.
+    False also without a local safetensors file, or if the options may change the values. Only vectors and matrices
+    with the same name and shape in both are compared, since loading may rename, merge, split or transpose others.
 
     Args:
         model: A model with a ``name_or_path``.
-        loaded: The dtype in which the checkpoint would be loaded. Parameters may have been cast again since.
-        options: Further arguments with which ``from_pretrained`` would load it.
+        loaded: The dtype in which the checkpoint would be loaded; the model's parameters may have another dtype.
+        options: Further arguments with which ``from_pretrained`` would load the checkpoint.
     """
     if not set(options) <= _HARMLESS | _PLACES:
         return False
@@ -41,7 +41,7 @@ def differs_from_stored(model: PreTrainedModel, loaded: torch.dtype, options: Ma
 
 
 def _files(name: str, places: Mapping[str, Any]) -> list[Path]:
-    """Return the safetensors files of a checkpoint. Raises `OSError` if it has none on this machine."""
+    """Return the local safetensors files of a checkpoint. Raises `OSError` if there are none."""
     try:
         return [_local(name, SAFE_WEIGHTS_NAME, places)]
     except OSError:
@@ -57,7 +57,7 @@ def _local(name: str, file: str, places: Mapping[str, Any]) -> Path:
 
 
 def _corners(files: Iterable[Path], own: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield one corner of each stored vector and matrix that ``own`` has too, by the same name and shape."""
+    """Yield (name, first values) of each stored vector and matrix with the name and shape of a tensor in ``own``."""
     for file in files:
         with safe_open(file, framework="pt") as stored:
             for name in own.keys() & stored.keys():

@@ -1,4 +1,4 @@
-"""Temporarily disable a Trainer's behavior for an engine."""
+"""Temporarily switch off a Trainer's special cases for FSDP and DeepSpeed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ FSDP, DEEPSPEED = "is_fsdp_enabled", "is_deepspeed_enabled"
 
 @contextmanager
 def without(trainer: Trainer, *flags: str) -> Iterator[None]:
-    """Inside the block, the trainer writes and reads checkpoints as without these engines.
+    """Inside the block, the trainer writes and reads checkpoints as if it did not run these engines.
 
-    With FSDP it would write the whole base each time, and nothing at all with sharded state dicts. With DeepSpeed it
-    would gather the whole base first, or have DeepSpeed write another checkpoint.
+    With FSDP, it would write the whole base each time, or nothing with sharded state dicts. With DeepSpeed, it
+    would gather the whole base first, or make DeepSpeed write a second checkpoint.
 
     Args:
         trainer: The trainer.

@@ -11,7 +11,7 @@ class TaskClasses:
 
     Attributes:
         model: The auto class of the model.
-        mapping: The mapping whose keys are the classes of the configs for which there is such a model.
+        mapping: The name of transformers' mapping whose keys are the config classes that the auto class supports.
         processor: The auto class of the tokenizer or image processor.
         problem: The value of a classifier's ``problem_type``, which chooses the loss; None if it has none.
         pipeline: The name of transformers' pipeline for such models; None if there is none.

@@ -1,6 +1,6 @@
 """The private names of transformers: a Trainer's methods for weights and states, and marks of parameters and models.
 
-Beside them stands the one name of torch's that those marks need. Nothing here imports transformers. If a release
+The file also has the one private name of torch that the marks need. Nothing here imports transformers. If a release
 renames one, test_transformers_private.py reports it.
 """
 
@@ -22,7 +22,7 @@ ADAPTER_CALLS = "transformers.integrations.peft"
 def replace_(
     trainer: Any, *, save: Method, save_states: Method, load: Method, load_best: Method, load_states: Method
 ) -> None:
-    """Replace methods on the instance. Each function gets the trainer's own method first, then that one's arguments."""
+    """Replace methods on the instance. Each function gets the trainer's own method, then the method's arguments."""
     trainer._save = partial(save, trainer._save)
     trainer._save_optimizer_and_scheduler = partial(save_states, trainer._save_optimizer_and_scheduler)
     trainer._load_from_checkpoint = partial(load, trainer._load_from_checkpoint)
@@ -31,14 +31,14 @@ def replace_(
 
 
 def overridden(kind: Any, base: Any) -> list[str]:
-    """The names of the weight methods that ``kind``, a class of trainers, does not inherit from ``base``."""
+    """Return the names of the methods on weights that the Trainer class ``kind`` overrides from ``base``."""
     own = (kind._save, kind._load_from_checkpoint, kind._load_best_model)
     originals = (base._save, base._load_from_checkpoint, base._load_best_model)
     return [original.__name__ for method, original in zip(own, originals, strict=True) if method is not original]
 
 
 def losses(trainer: Any) -> dict[str, float]:
-    """A Trainer's sums of its losses, up to its last log entry and since then; empty before it trains."""
+    """Return a Trainer's sums of losses, up to the last log entry and after it; empty before training."""
     if "_tr_loss" not in vars(trainer or object):
         return {}
     logged, since, last = trainer._total_loss_scalar, float(trainer._tr_loss), trainer._globalstep_last_logged
@@ -66,10 +66,10 @@ def is_built(module: nn.Module) -> bool:
 
 
 def version(parameter: nn.Parameter) -> int | None:
-    """Torch's counter of in-place changes of a parameter; None for one of inference mode, which has none."""
+    """Return torch's counter of in-place changes of a parameter; None for an inference tensor, which has none."""
     return None if parameter.is_inference() else parameter._version
 
 
 def sample_by_(trainer: Any, sampler: Callable[[Any], Any]) -> None:
-    """Let a Trainer draw its training rows by what ``sampler`` returns for the data set."""
+    """Make a Trainer draw its training rows with the sampler that ``sampler`` returns for the data set."""
     trainer._get_train_sampler = sampler

@@ -1,4 +1,4 @@
-"""Repairs of what TRL's trainers do to a wrapped model: a second base as reference, casts, and bypassed heads."""
+"""Undo changes of TRL's trainers to a wrapped model: a second base as the reference, casts, and bypassed heads."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from tunerkit_transformers.stored_weights import differs_from_stored
 
 
 def refuse_unfit(trainer: Trainer, tuners: list[Tuner]) -> None:
-    """Raise `StepError` if one of TRL's trainers cannot train the adapters as it stands. Nothing is changed."""
+    """Raise `StepError` if one of TRL's trainers cannot train the adapters with its settings. Nothing is changed."""
     if _is_of_trl(trainer):
         _refuse_options(trainer)
         _refuse_other_reference(trainer, tuners[0].model)
@@ -23,9 +23,9 @@ def refuse_unfit(trainer: Trainer, tuners: list[Tuner]) -> None:
 
 
 def settle_(trainer: Trainer, tuners: list[Tuner]) -> None:
-    """Give one of TRL's trainers the reference of the model that it trains, and the adapters the dtype they had.
+    """Restore the adapters' dtypes, replace the reference that TRL loaded, and apply adapters of output heads.
 
-    Other trainers are left as they are. `refuse_unfit` comes before it.
+    Trainers of other libraries are not changed. Call `refuse_unfit` first.
     """
     if not _is_of_trl(trainer):
         return
@@ -44,14 +44,14 @@ def _refuse_options(trainer: Trainer) -> None:
         )
     if options.get("use_vllm"):
         raise StepError(
-            "use_vllm sends the parameters to vLLM by name, and it knows none of an adapter's: completions would come "
-            "from the base. Set use_vllm=False"
+            "use_vllm sends the parameters to vLLM by name. vLLM does not know the adapters' names, so completions "
+            "would come from the base. Set use_vllm=False"
         )
     paged = [name for name in _PAGED if options.get(name)]
     if paged and (trainer.args.bf16 or trainer.args.fp16):
         raise StepError(
-            f"{paged[0]} casts the whole model to half precision for each generation, adapters included, and they "
-            f"would be trained so; set {paged[0]}=False, or bf16=False and fp16=False"
+            f"{paged[0]} casts the whole model to half precision for each generation, so adapters would be trained "
+            f"in half precision too; set {paged[0]}=False, or bf16=False and fp16=False"
         )
 
 
@@ -60,7 +60,7 @@ _PAGED = ("use_transformers_paged", "use_transformers_continuous_batching")
 
 
 def _restore_dtypes_(trainer: Trainer, tuners: list[Tuner]) -> None:
-    """Undo TRL's cast of everything trainable to bf16, which it makes if the base is quantized in 4 or 8 bits."""
+    """Undo TRL's cast of all trainable parameters to bf16, which TRL does for a base quantized to 4 or 8 bits."""
     own: Any = trainer.model
     if not any(getattr(own, mark, False) for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit")):
         return
@@ -91,7 +91,7 @@ def _refuse_other_reference(trainer: Any, model: nn.Module) -> None:
 
 
 def _settle_reference_(trainer: Any, model: nn.Module) -> None:
-    """Replace a reference model that TRL has loaded. One that somebody chose stays."""
+    """Replace a reference model that TRL loaded; keep one that the user chose."""
     held = vars(trainer).get("ref_model")
     if held is None:
         return
@@ -112,10 +112,10 @@ def _settle_reference_(trainer: Any, model: nn.Module) -> None:
 def _may_be_loaded_by_trl(held: nn.Module, model: nn.Module, trainer: Any) -> bool:
     """Whether ``held`` looks like the reference that TRL loads if it gets no ``ref_model``.
 
-    A trainer keeps neither its arguments nor a trace of who loaded the model. But TRL loads the checkpoint unchanged
-    and unfrozen, so a frozen model, or one with other weights than the checkpoint, is the user's. The weights of the
-    trained model are no evidence: after a merged fine-tuning, TRL's load differs from them. An unfrozen model with the
-    weights of the checkpoint counts as TRL's: a warning says how to keep it, but a wrong reference would go unnoticed.
+    A trainer does not record who loaded the model. But TRL loads the checkpoint unchanged and unfrozen, so a model that
+    is frozen or differs from the checkpoint is the user's. A comparison with the trained model's weights would prove
+    nothing: they may contain a merged adapter. An unfrozen model equal to the checkpoint counts as TRL's: if that is
+    wrong, the warning says how to keep it, but a wrong reference would go unnoticed.
     """
     checkpoint = _checkpoint_of(held)
     if type(held) is not type(model) or not checkpoint or checkpoint != _checkpoint_of(model):

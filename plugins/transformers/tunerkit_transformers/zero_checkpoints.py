@@ -15,13 +15,13 @@ _LATEST = "latest"  # names the folder, global_step and a number
 
 
 def runs_deepspeed(trainer: Trainer) -> bool:
-    """Whether DeepSpeed trains the trainer's model, also while that flag is switched off."""
+    """Whether DeepSpeed trains the trainer's model, even inside `without`, which clears the Trainer's own flag."""
     return getattr(trainer.accelerator.state, "deepspeed_plugin", None) is not None
 
 
 @contextmanager
 def without_base(trainer: Trainer) -> Iterator[None]:
-    """Inside the block, DeepSpeed writes no frozen parameters. The Trainer asks for this with peft's adapters only."""
+    """Inside the block, DeepSpeed writes no frozen parameters; the Trainer requests this only for peft's adapters."""
     if not runs_deepspeed(trainer):
         yield
         return
@@ -35,7 +35,7 @@ def without_base(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def base_may_be_missing(model: nn.Module) -> Iterator[None]:
-    """Inside the block, ``model.load_state_dict`` accepts files of `without_base`, without frozen parameters."""
+    """Inside the block, ``model.load_state_dict`` accepts a state without the frozen parameters: see `without_base`."""
     handle = model.register_load_state_dict_post_hook(_forgive)
     try:
         yield
@@ -49,12 +49,12 @@ def _forgive(model: nn.Module, keys: Any) -> None:
 
 
 def trainer_files(trainer: Trainer) -> list[str]:
-    """The names of the Trainer's files beside DeepSpeed's, which hold the schedule if the config names one."""
+    """Return the names of the Trainer's own files. DeepSpeed's contain the scheduler if its config names one."""
     return [] if "scheduler" in trainer.accelerator.state.deepspeed_plugin.deepspeed_config else [SCHEDULER_NAME]
 
 
 def parts(trainer: Trainer, checkpoint: Path) -> tuple[list[str], list[Path]]:
-    """DeepSpeed's missing files, as the ends of sentences; and the files that this rank reads.
+    """Return the problems of DeepSpeed's files, as sentence fragments about the checkpoint; and this rank's files.
 
     Args:
         trainer: The trainer that is about to resume.
@@ -64,7 +64,7 @@ def parts(trainer: Trainer, checkpoint: Path) -> tuple[list[str], list[Path]]:
     if not latest.is_file():
         return [
             "has no files of DeepSpeed's (save_only_model, or trained without it), and a Trainer that runs DeepSpeed "
-            "cannot go on without them"
+            "cannot resume without them"
         ], []
     folder = checkpoint / latest.read_text().strip()
     found = {path: _rank(path) for path in sorted(folder.glob("*_states.pt"))}
@@ -74,7 +74,7 @@ def parts(trainer: Trainer, checkpoint: Path) -> tuple[list[str], list[Path]]:
     problems = []
     if any(rank is not None and rank >= of for rank in ranks):
         problems.append(
-            f"was written by another number of processes than {of}, and DeepSpeed cannot divide its parts anew"
+            f"was written by another number of processes than {of}, and DeepSpeed cannot redistribute its shards"
         )
     for kind, what in (("model_states.pt", "the model"), ("optim_states.pt", "the optimizer")):
         if not any(path.name.endswith(kind) for path in own):
