@@ -314,7 +314,7 @@ def _located(error: Exception, path: str) -> Iterator[str]:
 
 
 def large_in(config: Mapping[str, object], sizes: Iterable[int] = ()) -> list[str]:
-    """Return the paths of the numbers in a config that ask for an unusual size, larger than all ``sizes``."""
+    """Return the paths of a config's numbers that are larger than usual settings and than all ``sizes``."""
     usual = max([_USUAL, *sizes])
     inside = (found for name, value in config.items() if value for found in numbers_in(value, f"$.{name}"))
     return [path for path, number in inside if number > usual]

@@ -181,7 +181,7 @@ def factors(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Factor
 def from_factors(
     method: str, targets: Sequence[Target], products: Mapping[str, Factors]
 ) -> tuple[AdapterConfig, Mapping[str, Adapter]]:
-    """Build a method's config and its adapters, by target path, from products that fit their targets."""
+    """Build a method's config, and its adapters by target path, from ``products`` by target path."""
     paths = [target.path for target in targets]
     if not paths or products.keys() != set(paths):
         raise AdapterError(

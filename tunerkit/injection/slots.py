@@ -90,7 +90,7 @@ class Slots(nn.Module):
     active: tuple[str, ...]  # the adapters that forward applies, in order, unless disabled or merged
     enabled: bool  # False inside `tunerkit.disabled`
     merged: tuple[str, ...]  # the adapters that are merged into the module
-    permanent: bool  # whether the merge kept no originals
+    permanent: bool  # whether the merge discarded the originals
     rounding: Rounding | None  # the rounding errors of a merge into a packed weight
     whole: dict[str, Any]  # the originals of a packed weight, by attribute: Parameter objects, quantization state
     parting: Any  # the untying of a merged module, see `tunerkit.serialization.untying`

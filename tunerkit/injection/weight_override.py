@@ -38,7 +38,7 @@ def override_in_(owners: Iterable[nn.Module]) -> None:
 
 
 def drop_overrides_(model: nn.Module) -> None:
-    """Remove the override hooks of owners without anything left to override."""
+    """Remove the override hooks from owners with nothing left to override."""
     for owner in _owners(module for _, module in base_modules(model)):
         if not _may_override(owner):
             while _CALLS in vars(owner):

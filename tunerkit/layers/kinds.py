@@ -271,7 +271,7 @@ class Knowledge:
     kinds: tuple[type[BaseLayer], ...]
     weight_readers: tuple[WeightReader, ...]
     default_targets: tuple[DefaultTargets, ...]
-    # Called with a kind whose `matches` raised, and with the exception. If this returns, the kind is left out.
+    # Called with a kind whose `matches` raised, and with the exception. If it returns, the kind is not used again.
     leave_out: Callable[[type[BaseLayer], BaseException], None] = _raise
     libraries: tuple[ModelLibrary, ...] = ()
     # Returns how to install the plugin for the library of an object; "" if it is installed.

@@ -154,7 +154,7 @@ def in_group() -> bool:
 
 
 def may_be_sharded_later() -> bool:
-    """Whether there is a process group, or a launcher, which sets a variable before the group exists."""
+    """Whether there is a process group, or a launcher has set ``WORLD_SIZE``, which it does before the group exists."""
     return in_group() or "WORLD_SIZE" in os.environ
 
 

@@ -67,7 +67,7 @@ def fingerprint(tuner: Tuner, scanned: Scan | None = None) -> dict[str, dict[str
 
 
 def note_base(tuner: Tuner, scanned: Scan) -> None:
-    """Store the fingerprint of a base that may be sharded later."""
+    """Compute and store the base's fingerprint; call it before the base is sharded."""
     tuner.progress.noted = fingerprint(tuner, scanned)
 
 
@@ -263,7 +263,7 @@ def described(tuner: Tuner) -> dict[str, Any]:
 
 
 def _settings_of(model: nn.Module) -> dict[str, Any]:
-    """Return the model's settings that change its output but not its weights, by name, as plugins read them."""
+    """Return the settings, by name, that change the model's output but not its weights; plugins read them."""
     found = (library.settings(model) for library in hooks.libraries_of(model))
     return {name: value for settings in found for name, value in settings.items()}
 

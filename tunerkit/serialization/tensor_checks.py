@@ -156,10 +156,9 @@ def _load_slot(path: str, slot: Slot, tensors: Mapping[str, Tensor]) -> list[str
 def limit_for(
     large: Sequence[str], targets: Sequence[Target], tensors: Mapping[str, Tensor] = _NOTHING, source: str = ""
 ) -> Callable[[Target], "AllocationLimit"]:
-    """Return a function from target to the limit under which to build its adapter; ``large`` are paths of settings.
+    """Return a function that maps a target to the limit for building its adapter; ``large`` are paths of settings.
 
-    The limit slows each call of torch, and a config without large numbers needs none. A new adapter has an empty
-    ``source``.
+    Only a config with large numbers needs it, and it slows each call of torch. Pass no ``source`` for a new adapter.
     """
     held: Counter[str] = Counter()
     for name, tensor in tensors.items():

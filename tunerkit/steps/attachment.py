@@ -236,7 +236,7 @@ class LastGradient:
 
 
 def watch_(tuner: Tuner) -> LastGradient:
-    """Register the hooks that detect undriven steps of a method that acts on steps."""
+    """Register hooks that detect steps of an unattached optimizer; for a method with step hooks."""
     last: LastGradient = tuner.progress.last or LastGradient()
     last.version = None
     tuner.progress.last, model = last, tuner.model

@@ -196,7 +196,7 @@ class AdaLoraConfig(AdapterConfig):
         return self.resolved().exact_svd
 
     def request(self) -> StatisticsRequest | None:
-        """Return the statistics that the start needs, or None."""
+        """Return the statistics that the initialization needs, or None."""
         if self.start not in ("eva", "gradients"):
             return None
         most = max(_DIRECTIONS * self.initial_rank, _LEAST_DIRECTIONS)

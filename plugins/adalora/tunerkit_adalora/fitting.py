@@ -11,7 +11,7 @@ from tunerkit_adalora.svd_layer import SvdLayer
 
 
 def refuse_unfitted(tuner: Tuner) -> None:
-    """Raise `StepError` before training if `tunerkit.calibrate` was not called, for a start that needs data."""
+    """Raise `StepError` if the adapter was neither calibrated nor loaded. Call it if the initialization needs data."""
     config, progress = tuner.config, tuner.progress
     assert isinstance(config, AdaLoraConfig)
     if progress.calibration is None and not progress.loaded:

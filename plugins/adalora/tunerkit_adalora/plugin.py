@@ -55,7 +55,7 @@ def tunerkit_calibrate(tuner: Tuner, statistics: Mapping[str, Statistics]) -> No
 
 @hookimpl
 def tunerkit_start(tuner: Tuner, total_steps: int, optimizer: Optimizer | None) -> training.Training:
-    """Check the start, the optimizer and the schedule; prepare the averages."""
+    """Check the calibration, the optimizer and the schedule; create the training state."""
     if training.config_of(tuner).request() is not None:
         fitting.refuse_unfitted(tuner)
     if not tuner.engine.is_shared:

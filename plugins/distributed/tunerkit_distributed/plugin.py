@@ -12,7 +12,7 @@ from tunerkit_distributed.unsynchronised import check_at_next_forward_, remove_c
 
 
 def _in_group() -> bool:
-    """Whether there is a process group, also one of a single process, which may have a DDP around the model."""
+    """Whether there is a process group. One of a single process counts too, since DDP may wrap the model there."""
     return distributed.is_available() and distributed.is_initialized()
 
 
@@ -41,7 +41,7 @@ def tunerkit_restrictions() -> Iterable[Restriction]:
 
 @hookimpl
 def tunerkit_adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
-    """Check, at the next forward inside DDP, that it synchronizes the adapters."""
+    """Register a check, at the next forward inside DDP, that DDP synchronizes the adapters."""
     if _in_group():
         check_at_next_forward_(model, modules)
 

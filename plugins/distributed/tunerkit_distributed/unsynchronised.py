@@ -16,7 +16,7 @@ _ADAPTER: Final = re.compile(r"(?:^|\.)tunerkit\.([^.]+)\.")  # the adapter's na
 
 
 def check_at_next_forward_(model: nn.Module, adapted: Collection[nn.Module]) -> None:
-    """Check the adapters when DDP next runs ``model`` or one of its adapted modules, in place of earlier checks."""
+    """Register a check for when DDP next runs ``model`` or one of its adapted modules; it replaces earlier checks."""
     remove_check_(model)
     for module in (model, *adapted) if adapted else ():
         module.register_forward_pre_hook(refuse_unsynchronised)

@@ -74,7 +74,7 @@ class LoraConfig(AdapterConfig):
         return self.rho or (2.0 if self.start == "eva" else 1.0)
 
     def request(self) -> StatisticsRequest | None:
-        """Return the statistics that the start needs, or None."""
+        """Return the statistics that the initialization needs, or None."""
         if self.start not in ("eva", "gradients"):
             return None
         most = math.ceil(self.most * max(self.rank, *self.rank_pattern.values(), 1))

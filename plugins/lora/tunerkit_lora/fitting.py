@@ -15,7 +15,7 @@ _GAMMA = 64.0  # γ of LoRA-One's stable scale, as its authors ran it
 
 
 def refuse_unfitted(tuner: Tuner) -> None:
-    """Raise `StepError` before training if `tunerkit.calibrate` was not called, for a start that needs data."""
+    """Raise `StepError` if the adapter was neither calibrated nor loaded. Call it if the initialization needs data."""
     config, progress = _config(tuner), tuner.progress
     if progress.calibration is None and not progress.loaded:
         raise StepError(

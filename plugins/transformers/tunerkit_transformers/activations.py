@@ -1,4 +1,4 @@
-"""What a forward of transformers' models keeps for its backward: measured on few rows, and scaled to a batch."""
+"""Measure the bytes that a forward saves for backward on a few rows, and extrapolate them to a batch."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,27 +21,27 @@ _ENOUGH: Final = 2**17
 
 @attrs.frozen
 class Kept:
-    """Bytes that a forward keeps, as linear functions of the rows of a batch.
+    """The bytes that a forward saves for backward, as linear functions of the number of rows.
 
-    Each is a tensor (4,): what is kept outside of the layers that can be recomputed, inside of all of them, their
-    inputs, and inside of the largest one.
+    Each attribute is a tensor (4,): the bytes outside the layers that checkpointing recomputes, inside all of these
+    layers, of their inputs, and inside the largest of them.
 
     Attributes:
-        fixed: What any batch keeps once, such as weights that autocast has cast.
-        each: What each row adds.
+        fixed: The bytes that do not depend on the batch, such as weights cast by autocast.
+        each: The bytes per row.
     """
 
     fixed: Tensor
     each: Tensor
 
     def at(self, rows: int, logits: int, *, checkpointing: bool) -> int:
-        """The bytes of ``rows`` rows and of ``logits``, which are gone before a layer is recomputed."""
+        """Return the bytes for ``rows`` rows and ``logits`` bytes of logits, freed before layers are recomputed."""
         outside, layers, inputs, largest = (self.fixed + rows * self.each).tolist()
         return int(outside + (inputs + max(largest, logits) if checkpointing else layers + logits))
 
 
 def kept_by(model: Any, rows: int, shape: tuple[int, ...], precision: torch.dtype | None = None) -> Kept:
-    """Measure what a forward in training keeps for its backward beside parameters and logits, with few rows.
+    """Measure the bytes that a forward in training saves for backward, without parameters and logits, on a few rows.
 
     Args:
         model: A model of transformers. Its mode and torch's random numbers stay as they are.
@@ -65,7 +65,7 @@ def kept_by(model: Any, rows: int, shape: tuple[int, ...], precision: torch.dtyp
 
 
 def _measured(model: Any, rows: int, shape: tuple[int, ...], precision: torch.dtype | None) -> Tensor:
-    """The four numbers of `Kept` for a forward of so many rows. Each storage counts once."""
+    """Run a forward of ``rows`` rows, and return its four numbers of `Kept`. Each storage counts once."""
     device = next(model.parameters()).device
     own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
     seen: dict[int, int] = {}
@@ -96,7 +96,7 @@ def _measured(model: Any, rows: int, shape: tuple[int, ...], precision: torch.dt
 
 @contextmanager
 def _in_training(model: Any, begin: Any, end: Any) -> Iterator[None]:
-    """Inside the block, the model trains without checkpointing and cache, and its layers call ``begin`` and ``end``."""
+    """Inside the block, the model is in train mode without checkpointing and cache; its layers have the two hooks."""
     found = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
     outer = [each for each in found if not any(each in {*other.modules()} for other in found if other is not each)]
     was_training, were = model.training, [each.gradient_checkpointing for each in found]
@@ -120,7 +120,7 @@ def _in_training(model: Any, begin: Any, end: Any) -> Iterator[None]:
 
 
 def _batch(model: Any, rows: int, shape: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-    """A batch of images, or of texts, each with a place of padding, as attention may keep more with a mask."""
+    """Return a batch of images, or of texts with one padding token each: attention may save more with a mask."""
     if len(shape) > 1:
         return {"pixel_values": torch.zeros((rows, *shape), device=device)}
     ids = torch.ones((rows, *shape), dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""How much memory is free for a training."""
+"""Measure how much memory is free for training."""
 
 import ctypes
 import sys
@@ -46,7 +46,7 @@ def fits(needed: int, free: int | None) -> bool:
 
 
 def give_back() -> None:
-    """Give memory that has been freed back to the system. glibc would keep it, and larger blocks could not use it."""
+    """Return freed memory to the system. glibc would keep it in fragments that larger blocks cannot use."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

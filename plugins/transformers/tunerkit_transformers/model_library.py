@@ -1,4 +1,4 @@
-"""What the configs of transformers' models say of ties and sizes."""
+"""Find settings of transformers' configs that tie embeddings or set the number of labels."""
 
 from collections.abc import Iterator, Sequence
 

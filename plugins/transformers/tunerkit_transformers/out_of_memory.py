@@ -1,4 +1,4 @@
-"""Errors of a training that ran out of memory, and what they say to do."""
+"""Recognize out-of-memory errors of a training, and add advice to them."""
 
 import functools
 from collections.abc import Callable
@@ -14,28 +14,28 @@ _MARK: Final = "_tunerkit_plan"
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on an accelerator or on a CPU."""
+    """Whether an exception is an out-of-memory error, of an accelerator or a CPU."""
     if isinstance(problem, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(problem, RuntimeError) and any(words in str(problem).lower() for words in _OF_A_CPU)
 
 
 def advice_on(plan: Plan | None) -> str:
-    """What the training needs, and what would take less, in one sentence."""
+    """Return one sentence with the memory that a training takes, and with settings that save memory."""
     if plan is None:
         return "gradient checkpointing, smaller batches or a 4-bit base take less"
     return f"the training takes {plan.parts()}{f': {found}' if (found := plan.advice()) else ''}"
 
 
 def note_memory_(trainer: Any, plan: Plan | None) -> None:
-    """Let an error of memory in ``trainer.train`` have a note with what would take less."""
+    """Replace ``trainer.train`` by a function that adds a note with advice to out-of-memory errors."""
     if not hasattr(trainer, _MARK):
         trainer.train = functools.partial(_train, trainer, trainer.train)
     setattr(trainer, _MARK, plan)
 
 
 def noted_plan(trainer: Any) -> Plan | None:
-    """The plan of a trainer that `note_memory_` has had, or None."""
+    """Return the plan that `note_memory_` stored in a trainer, or None."""
     return getattr(trainer, _MARK, None)
 
 

@@ -1,4 +1,4 @@
-"""The memory of a training before its first step, part by part, and what would take less."""
+"""Plan the memory of a training before its first step, part by part, and list settings that save memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -66,16 +66,16 @@ class Plan:
 
     @property
     def step(self) -> int:
-        """What a step takes beside the model and its adapters."""
+        """The bytes that a step takes in addition to the model and its adapters."""
         return self.gradients + self.optimizer + self.averages + self.activations + self.overhead
 
     @property
     def total(self) -> int:
-        """All parts. What the process takes before it loads the model is not among them."""
+        """The sum of all parts, without the memory that the process takes before it loads the model."""
         return self.base + self.adapter + self.step
 
     def advice(self) -> str:
-        """What would take less, and by how much, in words; empty if nothing would."""
+        """Return a phrase with the settings that save memory, and how much each saves; "" if none does."""
         ways = {
             "gradient checkpointing": self.checkpointing,
             "a 4-bit base": self.four_bit,
@@ -85,7 +85,7 @@ class Plan:
         return f"would save about: {', '.join(found)}" if found else ""
 
     def parts(self) -> str:
-        """The total and its parts, in one line."""
+        """Return one line with the total and its parts."""
         parts = ", ".join(f"{name} {_shown(getattr(self, name))}" for name in _PARTS if getattr(self, name))
         return f"about {_shown(self.total)} ({parts}; activations and overhead are estimated)"
 
@@ -170,7 +170,7 @@ def plan(
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """The bytes of tensors; each storage that they share counts once."""
+    """Return the bytes of tensors; tensors with the same storage count once."""
     return sum({each.untyped_storage().data_ptr() or id(each): each.nbytes for each in tensors}.values())
 
 
@@ -184,9 +184,9 @@ def _vocabulary(model: Any) -> int:
 
 
 def _averages(tuner: Tuner) -> int:
-    """The bytes of a method's own training state: as it is, or before `attach` an estimate.
+    """Return the bytes of a method's own training state; before `attach`, an estimate.
 
-    A method that must be called at every step is taken to keep two numbers of each weight, in fp32 or wider.
+    A method that needs steps is assumed to keep two numbers for each trained weight, in fp32 or wider.
     """
     if tuner.state is not None:
         return _bytes(_tensors_in(tuner.state, set()))
@@ -197,7 +197,7 @@ def _averages(tuner: Tuner) -> int:
 
 
 def _tensors_in(value: object, seen: set[int]) -> Iterator[Tensor]:
-    """The tensors in a record, with those of its lists and records, but not modules, which are the adapters."""
+    """Yield the tensors in nested records, mappings and sequences, without parameters and tensors of modules."""
     if id(value) in seen or isinstance(value, nn.Module | nn.Parameter):
         return
     seen.add(id(value))
@@ -216,7 +216,7 @@ def _tensors_in(value: object, seen: set[int]) -> Iterator[Tensor]:
 
 
 def _state_bytes(optimizer: str | Callable[..., Optimizer] | Optimizer, trained: Sequence[Tensor]) -> int:
-    """The bytes of an optimizer's state: what it holds, or what it would make of tensors of these shapes."""
+    """Return the bytes of an optimizer's state; if it is empty, those after a step on meta tensors of these shapes."""
     if isinstance(optimizer, Optimizer):
         if held := [*_tensors_in([*optimizer.state.values()], set())]:
             return _bytes(held)
@@ -234,7 +234,7 @@ def _state_bytes(optimizer: str | Callable[..., Optimizer] | Optimizer, trained:
 
 
 def _named(name: str) -> Callable[..., Optimizer]:
-    """What makes the optimizer that the Trainer knows by a name."""
+    """Return a function that builds the optimizer with this name in the Trainer's ``optim``."""
     names = [each.value for each in OptimizerNames]
     if name not in names:
         raise ConfigError([f"plan: there is no optimizer {shown(name)}{closest(name, names)}; pass one of {names}"])
@@ -243,7 +243,7 @@ def _named(name: str) -> Callable[..., Optimizer]:
 
 
 def _saved_by_nf4(model: Any) -> int:
-    """What the weights of linear layers would take less in nf4. Output heads and trained layers stay as they are."""
+    """Return the bytes that nf4 would save in linear layers, except in the output head and in trained layers."""
     head = model.get_output_embeddings() if _writes_tokens(model) else None
     linear = [each for each in model.modules() if isinstance(each, nn.Linear | Conv1D) and each is not head]
     weights = [each.weight for each in linear if each.weight.is_floating_point() and not each.weight.requires_grad]
@@ -287,7 +287,7 @@ def plan_of(trainer: Any) -> Plan | None:
 
 
 def _image_in(dataset: Any, model: Any) -> tuple[int, int, int] | None:
-    """The shape of the first row's image, if the model takes images. A row may be made by random numbers."""
+    """Return the shape of the first row's image, or None. Random augmentation of it leaves torch's RNG unchanged."""
     if model.main_input_name != "pixel_values" or not hasattr(dataset, "__len__") or not len(dataset):
         return None
     with torch.random.fork_rng([]):

@@ -26,7 +26,7 @@ _MARKS = ("config", "save_pretrained", "get_output_embeddings", "get_classifier"
 
 
 def may_be_known(model: nn.Module) -> bool:
-    """Whether a model may be of transformers or a library like it, or have parameters that ``from_pretrained`` read."""
+    """Whether a model has attributes that transformers or a similar library sets on modules or parameters."""
     marked = (module for module in model.modules() for name in _MARKS if hasattr(module, name))
     loaded = (parameter for parameter in model.parameters() if hasattr(parameter, LOADED))
     return any(True for _ in chain(marked, loaded))

@@ -38,10 +38,10 @@ class Saving:
 def speed_up(trainer: Any, *, keep: Collection[str] = (), memory: float | None = None) -> tuple[Saving, ...]:
     """Remove unneeded work from a Trainer's steps. The loss and its gradients stay the same.
 
-    - Activations are recomputed only where they would not fit into memory (estimated).
-    - Batches are made of rows of similar length, in a random order that a resumed training sees again.
-    - On a CPU, TRL's `SFTTrainer` and `DPOTrainer` compute logits at the positions that are learned, and nowhere else.
-    - If memory runs out while it trains, the error gets a note with the parts of the plan and what would take less.
+    - Activations are recomputed only if they would not fit into memory (estimated).
+    - Batches contain rows of similar length, in a random order that is the same after resuming.
+    - On a CPU, TRL's `SFTTrainer` and `DPOTrainer` compute logits only at positions with a label.
+    - An out-of-memory error gets a note with the parts of the plan and the settings that save memory.
 
     Call it before each ``trainer.train()``, also one that resumes from a checkpoint.
 
@@ -65,7 +65,7 @@ def speed_up(trainer: Any, *, keep: Collection[str] = (), memory: float | None =
 def _checkpointing_(
     trainer: Any, lengths: list[int] | None, memory: float | None, *, keep: bool
 ) -> tuple[Saving, Plan | None]:
-    """Recompute activations where a step would not fit without; return the plan of the training too."""
+    """Turn gradient checkpointing on if a step would not fit into memory without it, else off; return the plan too."""
     arguments, name = trainer.args, "gradient checkpointing"
     names = [each for each in CHECKPOINTING if hasattr(arguments, each)]
     before = any(getattr(arguments, each) for each in names)

@@ -61,7 +61,7 @@ def is_loaded(parameter: nn.Parameter) -> bool:
 
 
 def is_built(module: nn.Module) -> bool:
-    """Whether transformers has marked the module as initialized: it drew or computed its values, or loaded them."""
+    """Whether transformers has marked the module as initialized: its values were drawn, computed or loaded."""
     return bool(vars(module).get(LOADED, False))
 
 
