@@ -85,6 +85,19 @@ def test_rows_count_as_long_as_they_are_cut(tmp_path: Path, monkeypatch: pytest.
     assert seen[0] == 8 < seen[-1]
 
 
+def test_a_step_that_cannot_be_estimated_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as of a forward that needs other inputs: no training ends by its estimate."""
+
+    def failing(*arguments: Any) -> Any:
+        raise TypeError("forward() needs an image")
+
+    monkeypatch.setattr(planning, "kept_by", failing)
+    trainer, found = sped_up(tmp_path, monkeypatch)
+    assert str(found["gradient checkpointing"]) == "gradient checkpointing: on (a step cannot be estimated)"
+    assert trainer.args.gradient_checkpointing
+    trainer.train()
+
+
 def test_logits_are_planned_where_they_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At learned positions two copies of three that other losses keep; at all of them if the loss stays."""
     rows = {"input_ids": [[2] * 12] * 8, "labels": [[-100] * 9 + [2] * 3] * 8}

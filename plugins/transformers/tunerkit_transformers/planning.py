@@ -116,7 +116,7 @@ def plan(
 
     Args:
         model: A model of transformers with adapters, on its device.
-        rows: The rows of a batch, for which one forward and backward is made.
+        rows: The rows of a batch, for which one forward and backward is made. A pair of answers counts as two.
         tokens: The tokens of its longest row, for a model of texts.
         image: The shape of a row for a model of images: channels, height, width.
         logits: The positions of a batch at which a language model computes logits; by default all.
