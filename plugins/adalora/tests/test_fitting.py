@@ -1,7 +1,7 @@
 """AdaLoRA's starts by data: Q has the main directions, ΔW is 0, and training prunes as ever."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tunerkit_adalora.fitting import request, unit_rows
 from tunerkit_adalora.svd_layer import SvdLayer
 
 X = torch.randn(60, 12, generator=torch.Generator().manual_seed(1)) * 0.8 ** torch.arange(12) + 0.5
-STARTS = ("eva", "gradients")
+STARTS: tuple[Literal["eva", "gradients"], ...] = ("eva", "gradients")
 
 
 def network() -> nn.Sequential:
