@@ -38,8 +38,7 @@ def add_low_rank(
 ) -> Tensor:
     """Add a low-rank product to a base layer's output: y + scale · P diag(λ) Q x.
 
-    ``y`` may be overwritten in place; do not reuse it. This happens to the large output of a linear layer, and saves
-    memory. ``x`` is never written to.
+    The large output ``y`` of a linear layer may be overwritten, which saves memory; do not reuse it. ``x`` never is.
 
     The product is computed on the device of ``q`` and in its dtype, or in autocast's dtype if autocast is on. Only the
     sum is computed in the dtype of ``y``. If P or λ is 0, the result equals ``y`` bit for bit; in a compiled model on a
@@ -47,8 +46,7 @@ def add_low_rank(
 
     Args:
         base: The base layer.
-        x: The base layer's input, of any shape that it takes, such as an embedding's ids, an unbatched image or an
-            empty batch.
+        x: The base layer's input, of any shape that it takes; also ids, an unbatched image or an empty batch.
         y: The base layer's output for ``x``.
         q: Q, (r, in).
         p: P, (out, r).
