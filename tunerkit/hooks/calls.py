@@ -325,7 +325,7 @@ def _check_tensor(tensor: object, what: str, adapter: Adapter) -> None:
 
 
 def check_converted(answer: Any, given: Given) -> Any:
-    """Require a config of the method's class, and one adapter for each product."""
+    """Return a conversion's answer if its config has the method's class, and each target an adapter."""
     settings, adapters = answer
     if not isinstance(settings, config := registry.get(given["method"]).config):
         raise Unfit(f"{in_short(settings)} as the config", f"a {config.__name__}")

@@ -64,7 +64,7 @@ def copies_of(tuner: Tuner) -> dict[str, dict[str, Tensor]]:
 
 
 def biases_of(tuner: Tuner) -> dict[str, Tensor]:
-    """Return the biases (out,) that an adapter trains in modules not trained in full, on the CPU, by module path."""
+    """Return the biases (out,) that an adapter trains as CPU tensors by module, without modules trained in full."""
     return {path: slot.bias.detach().cpu() for path, slot in slots_in(tuner) if slot.bias is not None}
 
 

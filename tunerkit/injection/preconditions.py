@@ -98,9 +98,9 @@ def refuse_idle_patterns(tuner: Tuner) -> None:
 
 
 def refuse_overlap(model: nn.Module, paths: Collection[str], copies: Collection[str]) -> None:
-    """Reject a module trained in full that is, contains or is inside a module of another adapter.
+    """Reject a module to be trained in full if another adapter uses this module, one inside it or one around it.
 
-    Several adapters may train a copy of the same module if only one of them is active.
+    Exception: several adapters may each train a copy of the same module, if only one of them is active.
     """
     starts = [(path, f"{path}.") for path in paths]
     for path, _, slots in walk(model):

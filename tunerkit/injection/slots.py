@@ -317,7 +317,7 @@ def places_in(model: nn.Module) -> list[tuple[str, nn.Module, Slots | None]]:
 
 
 def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return `places_in` without the slots."""
+    """Return the path and the module of each entry of `places_in`."""
     return [(path, module) for path, module, _ in places_in(model)]
 
 

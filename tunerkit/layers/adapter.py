@@ -26,8 +26,8 @@ class Adapter(nn.Module):
             the base layer's own output, even if other adapters share the target, so that each can be merged alone. If
             `forward` only adds to ``y``, set it to False, which is faster.
         reads_weight: Whether the initialization, `forward` or the delta reads the base layer's weight, as in DoRA.
-            This is always the base's own weight, without other adapters. A class must declare both attributes. In
-            plugins for version 1 of the API, None counts as True.
+            This is always the base's own weight, without other adapters. A class must set this and ``reads_output``;
+            in plugins for version 1 of the API, None counts as True.
         rank_dims: The dimension that is the rank, by the name of the parameter or persistent buffer, such as
             ``{"p": 1, "q": 0}``. Core then resizes them before it loads a file with another rank.
     """

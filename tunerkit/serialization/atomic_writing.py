@@ -35,8 +35,8 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     Concurrent writers do not interfere: each locks its own temporary file. The kernel releases the lock of a killed
     writer, so the next writer finds its file unlocked and removes it.
 
-    Raises `FileError` if the write fails, and an older file is unchanged; or if only the flush of the folder fails,
-    and the new file is in place.
+    Raises `FileError`. If the write failed, an older file is unchanged. If only the flush of the folder failed, the new
+    file is in place.
     """
     try:
         missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
