@@ -207,8 +207,8 @@ class AttentionLayer(BaseLayer):
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> NoReturn:
         """Raise `AdapterError`: the projections are computed inside forward, so nothing can be added to them."""
         raise AdapterError(
-            "an adapter's forward() cannot add to the projections of nn.MultiheadAttention, which it computes in its own "
-            "forward(); implement tunerkit_delta for this method, or exclude the module"
+            "an adapter's forward() cannot add to what nn.MultiheadAttention computes in its own forward(); implement "
+            "tunerkit_delta for this method, or exclude the module"
         )
 
     def project_out(self, h: Tensor, p: Tensor) -> NoReturn:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import tunerkit
 from tunerkit.errors import ConfigError, StepError
 from tunerkit_adalora.config import AdaLoraConfig
-from tunerkit_adalora.fitting import request, unit_rows
+from tunerkit_adalora.fitting import unit_rows
 from tunerkit_adalora.svd_layer import SvdLayer
 
 X = torch.randn(60, 12, generator=torch.Generator().manual_seed(1)) * 0.8 ** torch.arange(12) + 0.5
@@ -44,7 +44,7 @@ def train(model: nn.Module, steps: int = 20) -> nn.Module:
 @pytest.mark.parametrize(("rank", "directions"), [(4, 64), (50, 200)])
 def test_a_start_asks_for_more_directions_than_it_has_triplets(rank: int, directions: int) -> None:
     """Four per triplet and at least 64 of the inputs, or half as many of the gradient: the last ones are inexact."""
-    inputs, gradients = (request(AdaLoraConfig(init_rank=rank, target_rank=rank, start=start)) for start in STARTS)
+    inputs, gradients = (AdaLoraConfig(init_rank=rank, target_rank=rank, start=start).request() for start in STARTS)
     assert inputs is not None
     assert gradients is not None
     assert (inputs.inputs, gradients.gradients) == (directions, directions // 2)
