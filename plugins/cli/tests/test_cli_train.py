@@ -740,17 +740,6 @@ def test_the_home_folder_may_be_written_as_a_tilde(
     assert tunerkit.from_folder("~/out")[0].name_or_path == str(tmp_path / "tiny")
 
 
-def test_one_of_several_processes_is_refused(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each would write the same folder."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    done = command(*arguments, "--out", tmp_path / "out")
-    assert done.exit_code == 2
-    assert "WORLD_SIZE is 2, and the command trains in one process" in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_checkpoint_for_the_same_classes_keeps_its_order(folder: Path, tmp_path: Path) -> None:
     """Its head is trained for it; the record, the predictions and the loaded model have that order too."""
     shutil.copytree(folder / "tiny", tmp_path / "tiny")

@@ -26,6 +26,7 @@ from tunerkit_cli.plugin_commands import additions, commands_of
 from tunerkit_cli.recipes.elsewhere import key_for
 from tunerkit_cli.recipes.reading import keys_of
 from tunerkit_cli.recipes.setting import FLAGS
+from tunerkit_cli.running import processes
 from tunerkit_cli.running.telling import telling_warnings
 
 # Their warnings at import are of builds and releases, not of what the user does: transformers imports torchao wherever
@@ -38,6 +39,8 @@ _ELSEWHERE: Mapping[str, str] = {"check": "testing", "new": "testing", "check-se
 
 def run() -> None:
     """Run the command ``tunerkit``."""
+    if processes.count() > 1:  # DDP warns in each process that it looks for parameters without a gradient
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name in _LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
@@ -106,7 +109,7 @@ def with_one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run_command(*arguments: Any, **options: Any) -> Any:
-        with one_line_errors(), telling_warnings(Console(stderr=True)):
+        with one_line_errors(), telling_warnings(Console(stderr=True, quiet=not processes.is_first())):
             return command(*arguments, **options)
 
     return run_command
@@ -144,7 +147,8 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _end(code: int, line: str) -> NoReturn:
-    print(f"tunerkit: {line}", file=sys.stderr)
+    if processes.is_first() if code == 130 else processes.reports_error():
+        print(f"tunerkit: {line}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -66,7 +66,9 @@ class Resumable(TrainerCallback, ExportableState):
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         batches = kwargs["train_dataloader"].batch_sampler
+        batches = getattr(batches, "batch_sampler", batches)  # of all processes
         if isinstance(batches, BatchSampler) and isinstance(batches.sampler, LengthGroupedSampler):
+            batches.sampler.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             seed = args.seed if args.data_seed is None else args.data_seed
             batches.sampler.lengths = batches.sampler.lengths[:]  # a column is read from its table for each row
             batches.sampler.generator = torch.Generator().manual_seed(seed + int(state.epoch or 0))

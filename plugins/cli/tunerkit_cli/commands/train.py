@@ -10,6 +10,7 @@ from rich.console import Console
 from tunerkit import TunerkitError
 from tunerkit_cli.recipes import reading, setting
 from tunerkit_cli.recipes.recipe import TASKS
+from tunerkit_cli.running import processes
 
 _Recipe = Annotated[
     Path | None, typer.Argument(help="A recipe, as `tunerkit init` writes it. Options replace its values.")
@@ -115,12 +116,13 @@ def train(
     try:
         from tunerkit_cli.running.run import run
 
-        run(chosen, Console(), resume=resume, overwrite=overwrite, dry_run=dry_run)
+        run(chosen, Console(quiet=not processes.is_first()), resume=resume, overwrite=overwrite, dry_run=dry_run)
     except KeyboardInterrupt:
         from tunerkit_cli.running.folder import RunFolder
 
         said = RunFolder(Path(chosen.out).expanduser()).after_interrupt()
-        print(f"tunerkit: interrupted{said}", file=sys.stderr)
+        if processes.is_first():
+            print(f"tunerkit: interrupted{said}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

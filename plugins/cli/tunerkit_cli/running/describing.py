@@ -42,8 +42,9 @@ def described(session: Session) -> Iterator[str]:
     )
     capped = arguments.max_steps > 0
     epochs = f"{float(f'{steps / of_an_epoch:.3g}') if capped else arguments.num_train_epochs:g}"
+    each = f" in each of {arguments.world_size} processes" if arguments.world_size > 1 else ""
     how = f"{steps} step{'' if steps == 1 else 's'}{' (max_steps)' if capped else ''}"
-    yield f"{how}, {epochs} epoch{'' if epochs == '1' else 's'}, batches of {arguments.train_batch_size}"
+    yield f"{how}, {epochs} epoch{'' if epochs == '1' else 's'}, batches of {arguments.train_batch_size}{each}"
     for saving in session.savings:
         yield str(saving)
     if session.savings:

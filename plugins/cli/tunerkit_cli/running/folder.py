@@ -20,6 +20,7 @@ from tunerkit_cli.outputs import OutputError, publishing
 from tunerkit_cli.recipes import writing
 from tunerkit_cli.recipes.reading import read_recipe
 from tunerkit_cli.recipes.recipe import ADALORA, Recipe, as_placed, files_of, with_precision
+from tunerkit_cli.running.processes import by_the_first
 from tunerkit_transformers.output_folder import RECORD
 from tunerkit_transformers.pretrained import Pretrained
 from tunerkit_transformers.run_folder import LIST, RECIPE, stated
@@ -107,6 +108,7 @@ class RunFolder:
 
     # --- what a run changes in it ---
 
+    @by_the_first
     def note(self, paths: Iterable[str], *, earlier: Collection[str] | None = None) -> None:
         """Add files to the list; the end ``/`` is for a checkpoint that is being written.
 
@@ -123,6 +125,7 @@ class RunFolder:
         text = json.dumps({**listed, **({"earlier": older} if older else {})}, indent=1, ensure_ascii=False)
         serialization.replace(self / LIST, [text.encode()])
 
+    @by_the_first
     def write(self, name: str, content: str | Mapping[str, Any]) -> None:
         """Write one of the run's files, a text or JSON, in one step, once it is listed."""
         from tunerkit import serialization
@@ -130,6 +133,7 @@ class RunFolder:
         self.note([name])
         serialization.replace(self / name, [(content if isinstance(content, str) else as_json(content)).encode()])
 
+    @by_the_first
     def remove(self, paths: Iterable[str]) -> None:
         """Remove files of a run, and the folders of a run that are empty then; the list stays.
 
@@ -142,6 +146,7 @@ class RunFolder:
             with suppress(OSError):  # it has other files, or is a link
                 place.rmdir()
 
+    @by_the_first
     def begin(self, recipe: Recipe, earlier: Collection[str] = (), *, resume: bool) -> None:
         """Write the recipe and digests of data; an earlier run's adapter and record stay until there is a new one."""
         if resume:
@@ -157,6 +162,7 @@ class RunFolder:
         self.write(DIGESTS, "".join(f"{digest}  {stated(path, self.path)}\n" for path, digest in digests))
         self.write(RECIPE, writing.dump(recipe))
 
+    @by_the_first
     def save(self, loaded: Pretrained) -> None:
         """Write a trained adapter and its processor, in place of those of an earlier run."""
         earlier = self.earlier

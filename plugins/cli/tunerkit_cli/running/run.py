@@ -13,12 +13,11 @@ import attrs
 from rich.console import Console
 
 import tunerkit
-from tunerkit import TunerkitError
 from tunerkit.errors import shown
 from tunerkit_cli import outputs
 from tunerkit_cli.recipes.recipe import Recipe, as_stated, files_of, to_mapping
 from tunerkit_cli.report.html import render
-from tunerkit_cli.running import hardware, resuming
+from tunerkit_cli.running import hardware, processes, resuming
 from tunerkit_cli.running.baseline import NoBaselineError, head_alone
 from tunerkit_cli.running.data import prepare_data
 from tunerkit_cli.running.describing import conclude, described, tell
@@ -48,15 +47,16 @@ def run(
     recipe: Recipe, console: Console, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False
 ) -> None:
     """Run a recipe, as `checking.completed` returns it, print the results, and write the output folder."""
-    _refuse_processes(os.environ)
+    processes.require_group(os.environ)
     folder = RunFolder(Path(recipe.out))
-    with nullcontext() if dry_run else outputs.claimed(folder.path):
+    is_writer = processes.is_first() and not dry_run
+    with processes.leaving(), outputs.claimed(folder.path) if is_writer else nullcontext():
         resuming.check(folder, recipe, resume=resume, overwrite=overwrite)
         if resume and folder.has_ended:
             _finish_report(folder, console, dry_run=dry_run)
             return
         recipe = settled(recipe, folder, resume=resume)
-        if dry_run:
+        if dry_run and processes.is_first():
             outputs.require_writable(folder.path)
         quiet()
         with telling_warnings(console), refusing_memory(folder):
@@ -127,16 +127,6 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
     has_text = any(each.name in ("text", "prompt", "source") for each in task.columns)
     say(console, f"written to {folder}; try: tunerkit predict {folder} --{'text TEXT' if has_text else 'data FILE'}")
     say(console, f"report: {folder / REPORT}")
-
-
-def _refuse_processes(environment: Mapping[str, str]) -> None:
-    """Raise `TunerkitError` if the command was started as one of several processes, such as by torchrun."""
-    count = environment.get("WORLD_SIZE", "1")
-    if count.isdecimal() and int(count) > 1:
-        raise TunerkitError(
-            f"WORLD_SIZE is {count}, and the command trains in one process; call it without torchrun, or train in a "
-            "script with tunerkit.attach"
-        )
 
 
 def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dict[str, str]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from tunerkit_cli.running.checking import refuse_absent
 from tunerkit_cli.running.data import Data
 from tunerkit_cli.running.folder import ADAPTER, START, START_FACTS, RunFolder, as_json
 from tunerkit_cli.running.hardware import choose_device, obstacle
+from tunerkit_cli.running.processes import by_the_first
 from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.texts import labels_of
 from tunerkit_transformers import transformers_private
@@ -153,6 +154,7 @@ def start_of(recipe: Recipe, *, resume: bool) -> Start | None:
         ) from problem
 
 
+@by_the_first
 def keep_start(start: Start, model: nn.Module, scratch: Path, folder: RunFolder) -> None:
     """Copy the loaded adapter into a scratch folder, before training: the original may be gone at resuming."""
     (scratch / START).mkdir(parents=True)

@@ -23,6 +23,7 @@ from tunerkit_cli.recipes.trainer_arguments import name_problem
 from tunerkit_cli.report.scores import is_better_high
 from tunerkit_cli.running import hardware
 from tunerkit_cli.running.folder import CHECKPOINTS, LOGS
+from tunerkit_cli.running.processes import count
 from tunerkit_cli.tasks.base import Task
 from tunerkit_transformers.exact_resuming import resume_exactly_
 
@@ -100,6 +101,8 @@ def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, pre
     if problems:
         raise ConfigError(problems)
     ours = {**_DEFAULTS, **hardware.trainer_settings(hardware.choose_device(), precision)}
+    if count() > 1:  # losses of other tasks are means over a batch, which must not be multiplied by the processes
+        ours["average_tokens_across_devices"] = task.name == "causal-lm"
     settings = {**ours, **task.defaults, **training, "output_dir": str(out / CHECKPOINTS)}
     if not has_eval:
         settings["eval_strategy"] = "no"

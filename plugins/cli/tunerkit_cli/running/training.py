@@ -22,6 +22,7 @@ from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.running.folder import CARD, CHECKPOINTS, LOGS, RunFolder
 from tunerkit_cli.running.learning import Reached, judged, reached
 from tunerkit_cli.running.preparing import Session, prepare
+from tunerkit_cli.running.processes import wait
 from tunerkit_cli.running.record import Trained
 from tunerkit_cli.running.starting import explaining, keep_start, place_start
 from tunerkit_cli.running.telling import say, telling_warnings
@@ -47,6 +48,7 @@ class Listing(TrainerCallback):
         """Replace an earlier run, if that has not been done yet."""
         if not self.has_begun:
             self._begin()
+            wait()  # for the files of the earlier run to be gone
             self.has_begun = True
             self._note()
 
@@ -59,10 +61,12 @@ class Listing(TrainerCallback):
         if control.should_save:
             self.is_saving = True
             self._note(f"{CHECKPOINTS}/checkpoint-{state.global_step}/")
+            wait()  # until it is listed: each process writes a file into it
 
     on_epoch_end = on_step_end  # which asks for checkpoints too
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        wait()  # for all files
         self.is_saving = False
         self._note(*self._folder.inside(f"{CHECKPOINTS}/checkpoint-{state.global_step}"))
 

@@ -22,7 +22,9 @@ from tunerkit.plugin import Tuner
 from tunerkit_cli.report.record import Problem, Restart
 from tunerkit_cli.running.folder import CHECKPOINTS, RESTARTS, RunFolder
 from tunerkit_cli.running.learning import Learning
+from tunerkit_cli.running.processes import wait
 from tunerkit_cli.running.telling import say
+from tunerkit_transformers.agreement import gathered
 from tunerkit_transformers.exact_resuming import is_whole
 
 # A quarter of the rate is as far as the rate alone is likely to be the reason.
@@ -93,12 +95,13 @@ class Watching(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
-        if self.interrupted:
+        if any(gathered(self.interrupted)):  # the processes stop at the same step
+            self.interrupted = True
             say(self.console, "interrupted: writing a checkpoint (Ctrl-C again stops at once)")
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.interrupted and not is_whole(state.epoch):
+        if any(gathered(self.interrupted)) and not is_whole(state.epoch):
             control.should_evaluate = False  # the epoch's evaluation comes when it is resumed
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -200,12 +203,14 @@ def roll_back(folder: RunFolder, lost: LostError, rate: float) -> Restart:
     before = {restart.from_step for restart in read_restarts(folder)}  # never twice from the same checkpoint
     good = max((step for step in steps if step <= lost.good and step not in before), default=0)
     ours = folder.files or ()
+    wait()  # all go back to the same step
     for step in sorted(steps, reverse=True):
         if step > good:
             folder.remove(path for path in ours if path.startswith(f"{CHECKPOINTS}/{steps[step]}/"))
     restart = Restart(lost.problem.text, lost.problem.step, good, SLOWER * rate)
     noted = {"restarts": [attrs.asdict(each) for each in (*read_restarts(folder), restart)]}
     folder.write(RESTARTS, noted)  # last: a run that is killed before collapses again
+    wait()
     return restart
 
 
