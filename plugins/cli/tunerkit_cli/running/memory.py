@@ -3,10 +3,9 @@
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from tunerkit import TunerkitError
-from tunerkit_cli.running import output
+from tunerkit_cli.running.folder import RunFolder
 from tunerkit_transformers.out_of_memory import advice_on, is_out_of_memory
 from tunerkit_transformers.planning import Plan
 
@@ -17,7 +16,7 @@ class OutOfMemoryError(TunerkitError):
 
 @contextmanager
 def refusing_memory(
-    folder: Path, plan: Plan | None = None, *, has_begun: Callable[[], bool] = lambda: False
+    folder: RunFolder, plan: Plan | None = None, *, has_begun: Callable[[], bool] = lambda: False
 ) -> Iterator[None]:
     """Inside the block, an error of memory is an `OutOfMemoryError` that says what to change, and how to go on.
 
@@ -30,7 +29,7 @@ def refusing_memory(
             raise
         ways = "--set gradient_checkpointing=true, a smaller --batch-size or --set quantisation=nf4"
         do = f"train with {ways}"
-        if has_begun() and output.has_checkpoint(folder):
+        if has_begun() and folder.has_checkpoint:
             saves = plan is not None and plan.checkpointing > 0
             how = " --set gradient_checkpointing=true" if saves else ", where there is more memory"
             do = f"go on with: tunerkit train --out {shlex.quote(str(folder))} --resume{how}"
