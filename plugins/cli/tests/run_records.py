@@ -172,7 +172,7 @@ def language_model(method: str = "lora") -> Record:
 
 
 def regression() -> Record:
-    """A regression with few keys: no baseline, no logs but the evaluations, errors by bucket."""
+    """A regression with few keys: no baseline, no logs but the evaluations."""
     return minimal(
         "regression",
         "lora",
@@ -182,12 +182,6 @@ def regression() -> Record:
         main_metric="mse",
         greater_is_better=False,
         steps=75,
-        errors={
-            "0 to 1": {"rows": 40, "errors": 11},
-            "1 to 2": {"rows": 61, "errors": 9},
-            "2 to 3": {"rows": 58, "errors": 12},
-            "3 to 4": {"rows": 41, "errors": 17},
-        },
     )
 
 

@@ -1,4 +1,4 @@
-"""Errors by label and confused labels, compared with counting row by row."""
+"""Scores by label and confused labels, compared with counting row by row."""
 
 from collections import Counter
 
@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from plugins.cli.tests import run_records
-from tunerkit_cli.report.record import LabelErrors, read
-from tunerkit_cli.report.scores import errors_by_label, label_scores, most_confused
+from tunerkit_cli.report.record import read
+from tunerkit_cli.report.scores import label_names, label_scores, most_confused
 
 NAMES = ("a", "b", "c")
 predictions = st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(NAMES)), max_size=40)
@@ -15,14 +15,12 @@ predictions = st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(NAMES))
 
 @given(predictions)
 def test_the_matrix_is_counted_as_its_rows_would_be(pairs: list[tuple[str, str]]) -> None:
-    """Errors, recall, precision, F1 and confused pairs are those of the single predictions."""
+    """Recall, precision, F1 and confused pairs are those of the single predictions."""
     counts = Counter(pairs)
     run = read(run_records.minimal(labels=list(NAMES), confusion=[[counts[t, p] for p in NAMES] for t in NAMES]))
-    errors = errors_by_label(run)
     for name, found in zip(NAMES, label_scores(run), strict=True):
         of = [predicted for true, predicted in pairs if true == name]
         named = [true for true, predicted in pairs if predicted == name]
-        assert errors[name] == LabelErrors(len(of), sum(predicted != name for predicted in of))
         assert found.rows == len(of)
         assert found.recall == (of.count(name) / len(of) if of else None)
         assert found.precision == (named.count(name) / len(named) if named else None)
@@ -36,13 +34,6 @@ def test_the_matrix_is_counted_as_its_rows_would_be(pairs: list[tuple[str, str]]
     assert most_confused(run, 2) == shown[:2]
 
 
-def test_the_record_s_own_errors_count() -> None:
-    """A regression has buckets and no matrix."""
-    run = read(run_records.regression())
-    assert errors_by_label(run)["3 to 4"] == LabelErrors(41, 17)
-    assert errors_by_label(read(run_records.minimal())) == {}
-
-
 def test_labels_without_names_are_numbered() -> None:
     """In the order of the matrix."""
-    assert list(errors_by_label(read(run_records.minimal(confusion=[[1, 2], [3, 4]])))) == ["0", "1"]
+    assert label_names(read(run_records.minimal(confusion=[[1, 2], [3, 4]]))) == ("0", "1")

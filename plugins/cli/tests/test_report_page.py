@@ -82,7 +82,6 @@ def test_what_is_wrong_with_a_run_is_the_first_line() -> None:
         ({"sizes": {"a.0.q": 10, "a.1.q": 20}}, "parameters"),
         ({"spectrum": {"a": [2.0, 1.0]}}, "spectrum"),
         ({"confusion": [[2, 1], [0, 3]]}, "mistakes"),
-        ({"errors": {"0 to 1": {"rows": 4, "errors": 1}}}, "mistakes"),
         ({"samples": [{"prompt": "p", "after": "a"}]}, "samples"),
         ({"config": {"rank": 8}}, "details"),
     ],
@@ -245,7 +244,6 @@ def test_names_of_targets_and_settings_are_escaped() -> None:
         sizes=dict(zip(paths, (1, 2), strict=True)),
         spectrum={key: [2.0, 1.0] for key in paths},
         logs=[{"step": 1, f"eval_{HOSTILE}": 1.0}, {"step": 2, f"eval_{HOSTILE}": 2.0}],
-        errors={HOSTILE: {"rows": 2, "errors": 1}},
         baseline={"what": HOSTILE, "metrics": {HOSTILE: 0.25}},
         config={HOSTILE: {HOSTILE: HOSTILE}},
     )

@@ -59,6 +59,7 @@ def describe_adapter(source: str) -> Shown:
             f"{source} is an adapter in format {format.name!r}, which can only be read with its base model: tunerkit "
             f"convert {source} --to tunerkit --base DIR --out NEW, then show NEW"
         )
+    files = Path(source).iterdir() if os.path.isdir(source) else [Path(source)]
     return Shown(
         source=source,
         format=format.name,
@@ -68,7 +69,7 @@ def describe_adapter(source: str) -> Shown:
         labels=found.labels,
         ranks=dict(found.ranks),
         copies=tuple(found.copies),
-        size=_size(Path(source)),
+        size=sum(file.stat().st_size for file in files if file.is_file()),
         settings=dict(found.settings),
     )
 
@@ -136,9 +137,3 @@ def _ranks(found: object, targets: Sequence[str]) -> dict[str, int]:
     """The ranks that a header states, by target; none in files of versions that did not write them."""
     known = found if isinstance(found, Mapping) else {}
     return {path: known[path] for path in targets if type(known.get(path)) is int}
-
-
-def _size(place: Path) -> int:
-    """The bytes of a file, or of the files in a folder."""
-    files = place.iterdir() if place.is_dir() else [place]
-    return sum(file.stat().st_size for file in files if file.is_file())

@@ -27,14 +27,11 @@ def print_converted(found: "Converted", *, as_json: bool) -> None:
         "base": "" if found.format in (OWN, "lora") else found.base,  # our own file does not hold it
         "ranks": ranks_in_words(found.ranks) + (f", padded to {found.padded}" if found.padded else ""),
         "size": size_in_words(found.size),
-        **({} if found.error is None else {"error": _error_in_words(found.error, found.errors)}),
     }
+    if found.error is not None:
+        path, largest = next(iter(found.errors.items()))
+        facts["error"] = f"{found.error:.2e} of what it adds (Frobenius norm); the largest is {largest:.2e}, at {path}"
     _print(attrs.asdict(found), facts, as_json=as_json)
-
-
-def _error_in_words(error: float, errors: Mapping[str, float]) -> str:
-    path, largest = next(iter(errors.items()))
-    return f"{error:.2e} of what it adds (Frobenius norm); the largest is {largest:.2e}, at {path}"
 
 
 def print_verified(found: "Verified", *, as_json: bool) -> None:

@@ -51,14 +51,6 @@ class Change:
 
 
 @attrs.frozen
-class LabelErrors:
-    """The evaluated rows with one label, or in one bucket of labels, and those that were predicted wrongly."""
-
-    rows: int
-    errors: int
-
-
-@attrs.frozen
 class Baseline:
     """A simpler run that this one is compared with."""
 
@@ -131,7 +123,6 @@ class Run:
     spectrum: Mapping[str, tuple[float, ...]] = attrs.field(factory=dict)  # what each adapter adds, greatest first
     sizes: Mapping[str, int] = attrs.field(factory=dict)  # the live parameters of each adapter
     confusion: tuple[tuple[int, ...], ...] = ()  # true labels by predicted ones, in the order of ``labels``
-    errors: Mapping[str, LabelErrors] = attrs.field(factory=dict)
     baseline: Baseline | None = None
     samples: tuple[Sample, ...] = ()
     problems: tuple[Problem, ...] = ()
@@ -220,11 +211,6 @@ def _exact(value: object, kind: Any) -> Any:
     return value
 
 
-def _is_container(kind: Any) -> bool:
-    origin: Any = get_origin(kind)
-    return origin in (tuple, Mapping)
-
-
 def _container(kind: Any) -> Callable[[object, Any], Any]:
     """Make the hook of a tuple or mapping: it checks the kind, and cattrs' own hook reads the elements."""
     members = get_args(kind)
@@ -246,4 +232,4 @@ _SCALARS: Final = Converter()
 for _kind in (int, float, str, bool):
     _SCALARS.register_structure_hook(_kind, _exact)
 _CONVERTER: Final = _SCALARS.copy()
-_CONVERTER.register_structure_hook_factory(_is_container, _container)
+_CONVERTER.register_structure_hook_factory(lambda kind: get_origin(kind) in (tuple, Mapping), _container)

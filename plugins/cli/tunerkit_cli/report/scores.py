@@ -7,7 +7,7 @@ from typing import Final
 import attrs
 
 from tunerkit_cli.report import wording
-from tunerkit_cli.report.record import LabelErrors, Run
+from tunerkit_cli.report.record import Run
 
 _LOWER: Final = frozenset({"loss", "perplexity", "ppl", "error", "errors", "mse", "rmse", "mae", "wer", "cer", "nll"})
 # A share of rows: two of them differ by points, hundredths of 1.
@@ -96,14 +96,6 @@ def label_scores(run: Run) -> tuple[LabelScores, ...]:
 def label_names(run: Run) -> tuple[str, ...]:
     """Return the names of the confusion matrix's rows and columns; numbers if the record has no labels."""
     return run.labels or tuple(str(number) for number in range(len(run.confusion)))
-
-
-def errors_by_label(run: Run) -> Mapping[str, LabelErrors]:
-    """Return the errors of each label: those that the record has, else those that its confusion matrix shows."""
-    if run.errors or not run.confusion:
-        return run.errors
-    names = label_names(run)
-    return {names[n]: LabelErrors(sum(row), sum(row) - row[n]) for n, row in enumerate(run.confusion)}
 
 
 def most_confused(run: Run, count: int) -> tuple[Confused, ...]:

@@ -11,13 +11,6 @@ from tunerkit_cli.report.record import Run
 from tunerkit_cli.report.verdict import baseline_name
 
 
-def default_title(run: Run) -> str:
-    """Return the method, and the model by its name or by its path without the folders above it, if it is known."""
-    model = run.model.get("name") or str(run.model.get("path") or "").rstrip("/").rpartition("/")[2]
-    method = wording.method_title(run.method)
-    return f"{method} on {model}" if model else method
-
-
 def about(run: Run) -> tuple[str, ...]:
     """Return the task and the data, for the line below the heading."""
     train, held_out = run.data.get("train"), run.data.get("eval")

@@ -39,8 +39,11 @@ def render(record: Mapping[str, Any], *, title: str | None = None) -> str:
     matrices, layers = by_matrix(run.sizes), by_layer(run.sizes)
     out = run.recipe.get("out")
     folder = out if isinstance(out, str) and out else "OUT"
+    # By its path in records of earlier versions.
+    model = run.model.get("name") or str(run.model.get("path") or "").rstrip("/").rpartition("/")[2]
+    method = wording.method_title(run.method)
     values = {
-        "title": title or facts.default_title(run),
+        "title": title or (f"{method} on {model}" if model else method),
         "run": run,
         "about": facts.about(run),
         "failure": wording.capitalised(failure(run.problems)),
@@ -83,16 +86,15 @@ def filled(name: str, values: dict[str, Any]) -> str:
 
 
 def _mistakes(run: Run) -> dict[str, Any]:
-    """Draw the confusion matrix; errors by label where it is too large, or where the record has errors of its own."""
-    is_large = len(run.confusion) > MOST_LABELS
-    errors = scores.errors_by_label(run) if run.errors or is_large else {}
-    rates = {name: found.errors / found.rows if found.rows else 0.0 for name, found in errors.items()}
+    """Draw the confusion matrix, or errors by label where it is too large."""
+    names, is_large = scores.label_names(run), len(run.confusion) > MOST_LABELS
+    lines = [*zip(names, run.confusion, strict=True)] if is_large else []
+    errors = {name: sum(line) - line[n] for n, (name, line) in enumerate(lines)}
+    rates = {name: errors[name] / sum(line) if any(line) else 0.0 for name, line in lines}
     ordered = list(rates) if len(rates) <= _MOST_ERRORS else sorted(rates, key=lambda name: -rates[name])
     return {
-        "confusion": confusion_matrix(run.confusion, scores.label_names(run))
-        if len(run.confusion) > 1 and not is_large
-        else None,
-        "errors": bars({name: errors[name].errors for name in ordered[:_MOST_ERRORS]}, rates),
+        "confusion": confusion_matrix(run.confusion, names) if len(run.confusion) > 1 and not is_large else None,
+        "errors": bars({name: errors[name] for name in ordered[:_MOST_ERRORS]}, rates),
         "errors_left_out": max(len(ordered) - _MOST_ERRORS, 0),
         "confused": scores.most_confused(run, _MOST_PAIRS) if len(run.confusion) > 2 else (),
     }
