@@ -1,101 +1,82 @@
-"""``tunerkit train``."""
+"""``tunerkit train``. Its flags are read from `FLAGS`, and described as the recipe's keys that they set."""
 
+import inspect
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
+import attrs
 import typer
 from rich.console import Console
 
 from tunerkit import TunerkitError
 from tunerkit_cli.recipes import reading, setting
-from tunerkit_cli.recipes.recipe import TASKS
+from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.running import processes
 
-_Recipe = Annotated[
-    Path | None, typer.Argument(help="A recipe, as `tunerkit init` writes it. Options replace its values.")
-]
-_Task = Annotated[str | None, typer.Option(help=f"One of {', '.join(TASKS)}. Default: what the data asks for.")]
-_Method = Annotated[
-    str | None,
-    typer.Option(
-        help="The method. `tunerkit methods` lists the installed ones. Default: lora, and adalora without --data."
+# The flags that set no key of a recipe itself, or in another form: their types, and what typer says of them.
+_OTHERS: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
+    "data": (
+        list[str],
+        {
+            "help": "A .csv, .tsv, .json, .jsonl or .parquet file, or a folder of images; may be given several times. "
+            "Default: movie sentences."
+        },
     ),
-]
-_From = Annotated[
-    str | None,
-    typer.Option(
-        "--from",
-        help="Go on training an adapter: an output folder, a file of tunerkit's, or a PEFT folder. Its method and "
-        "settings stay. Default: train a new one.",
-    ),
-]
-_Model = Annotated[str | None, typer.Option(help="A local folder or a hub name. Default: all-MiniLM-L6-v2.")]
-_Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="A .csv, .tsv, .json, .jsonl or .parquet file, or a folder of images; may be given several times. "
-        "Default: movie sentences."
-    ),
-]
-_EvalData = Annotated[
-    list[str] | None,
-    typer.Option(help="The held-out data; may be given several times. Default: a fifth of --data."),
-]
-_TextColumn = Annotated[str | None, typer.Option(help="The name of the text column. Default: text.")]
-_LabelColumn = Annotated[str | None, typer.Option(help="The name of the label column. Default: label.")]
-_Config = Annotated[str | None, typer.Option(help="The method's settings, as YAML or JSON: a file, or written out.")]
-_Out = Annotated[str | None, typer.Option(help="The output folder. Default: out.")]
-_Epochs = Annotated[float | None, typer.Option(help="Default: 3; for language models 1.")]
-_Lr = Annotated[float | None, typer.Option(help="The peak learning rate. Default: as the task needs.")]
-_BatchSize = Annotated[int | None, typer.Option(min=1, help="Default: 32; for language models 8.")]
-_MaxLength = Annotated[int | None, typer.Option(min=4, help="Longer texts are truncated to this many tokens.")]
-_Precision = Annotated[
-    str | None,
-    typer.Option(
-        help="What matrix products are computed in: fp32, bf16 or fp16. Default: fp32 on a CPU, bf16 on an "
-        "accelerator that has it."
-    ),
-]
-_Seed = Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Default: 0.")]
-_Baseline = Annotated[
-    bool | None, typer.Option(help="Also train the head alone, for comparison. Default: only without --data.")
-]
-_Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Any key of a recipe, as in --set training.warmup_steps=10.")
-]
-_Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="Show data, lengths, steps and parameters, and stop.")]
+    "eval_data": (list[str], {"help": "The held-out data; may be given several times. Default: a fifth of --data."}),
+    "config": (str, {"help": "The method's settings, as YAML or JSON: a file, or written out."}),
+    "epochs": (float, {"help": "Default: 3; for language models 1."}),
+    "lr": (float, {"help": "The peak learning rate. Default: as the task needs."}),
+    "batch_size": (int, {"min": 1, "help": "Default: 32; for language models 8."}),
+    "seed": (int, {"min": 0, "max": 2**32 - 1, "help": "Default: 0."}),
+    "text_column": (str, {"help": "The name of the text column. Default: text."}),
+    "label_column": (str, {"help": "The name of the label column. Default: label."}),
+}
 
 
+def _flags() -> Iterator[inspect.Parameter]:
+    """The parameters of all flags, as typer reads them, with the default None."""
+    keys = attrs.fields_dict(Recipe)
+    for name, key in setting.FLAGS.items():
+        kind, said = _OTHERS.get(name, (None, {}))
+        if key in keys:
+            metadata = keys[key].metadata
+            allowed = f" One of {', '.join(metadata['enum'])}." if "enum" in metadata else ""
+            said = {"help": metadata["doc"] + allowed, "min": metadata.get("ge"), **said}
+            kind = kind or keys[key].type
+        dashed = f"--{name.replace('_', '-')}"
+        option = typer.Option(None, f"{dashed}/--no-{name}" if kind is bool else dashed, **said)
+        yield inspect.Parameter(f"{name}_", inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+
+
+def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command a parameter for each flag in place of its ``flags``."""
+    own = inspect.signature(command)
+    first, *rest, _ = own.parameters.values()
+    signature = own.replace(parameters=[first, *_flags(), *rest])
+    command.__signature__ = signature  # type: ignore[attr-defined]  # which inspect reads, and typer by it
+    return command
+
+
+@_with_flags
 def train(
-    recipe: _Recipe = None,
-    task: _Task = None,
-    method: _Method = None,
-    from_: _From = None,
-    model: _Model = None,
-    data: _Data = None,
-    eval_data: _EvalData = None,
-    text_column: _TextColumn = None,
-    label_column: _LabelColumn = None,
-    config: _Config = None,
-    out: _Out = None,
-    epochs: _Epochs = None,
-    lr: _Lr = None,
-    batch_size: _BatchSize = None,
-    max_length: _MaxLength = None,
-    precision: _Precision = None,
-    seed: _Seed = None,
-    baseline: _Baseline = None,
-    set_: _Settings = None,
-    resume: _Resume = False,
-    overwrite: _Overwrite = False,
-    dry_run: _DryRun = False,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe, as `tunerkit init` writes it. Options replace its values.")
+    ] = None,
+    *,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any key of a recipe, as in --set training.warmup_steps=10.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show data, lengths, steps and parameters, and stop.")
+    ] = False,
+    **flags: Any,
 ) -> None:
     """Train an adapter, by default with LoRA. Without options: all-MiniLM-L6-v2 on movie sentences, with AdaLoRA."""
-    options: dict[str, Any] = {**locals(), "from": from_}  # the parameters that are flags have their names in FLAGS
-    given = {name: options[name] for name in setting.FLAGS if options[name] not in (None, [])}
+    given = {name.removesuffix("_"): value for name, value in flags.items() if value not in (None, [])}
     is_bare = recipe is None and {*given} <= {"out", "precision"}
     mapping = reading.mapping_at(recipe) if recipe is not None else {}
     if resume and is_bare:  # the run's own recipe, but for its `out`: the folder may have been moved
