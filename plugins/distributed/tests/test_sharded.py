@@ -70,7 +70,7 @@ def test_parameters_are_whole_inside_a_block_and_shards_outside_of_it(tmp_path: 
         texts = {name: str(answers.pop(name)) for name in refused}
         assert answers
         assert all(answer is True for answer in answers.values()), answers
-        assert texts["mixed"].startswith("StepError: 1 of the adapter's 6 parameters are whole")
+        assert texts["mixed"].startswith("StepError: FSDP2 has sharded only some of the adapter's 6 parameters")
         assert texts["resized"].startswith("StepError: a parameter of shape (5, 3) has become one of (2, 3)")
         assert texts["other seeds"].startswith("StepError: the processes of this training did not wrap alike")
         assert "seed: 0 in process 0; 1 in process 1" in texts["other seeds"]

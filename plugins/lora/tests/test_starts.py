@@ -145,7 +145,7 @@ def test_a_saved_adapter_loads_without_a_decomposition(
 @pytest.mark.parametrize(
     ("start", "settings", "words"),
     [
-        ("pissa", {"rank": 11}, "rank 11 is above 10, and start 'pissa' finds no more"),
+        ("pissa", {"rank": 11}, "rank 11 is above 10, the most directions that start 'pissa' finds"),
         ("olora", {"rank_pattern": {"head": 5}}, r"rank 5 is above 4, .*rank_pattern=\{'head': 4\}"),
         ("eva", {"rank": 13}, "rank 13 is above 12"),
         ("gradients", {"rank": 5}, "rank 5 is above 4"),
