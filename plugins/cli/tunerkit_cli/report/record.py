@@ -232,4 +232,6 @@ _SCALARS: Final = Converter()
 for _kind in (int, float, str, bool):
     _SCALARS.register_structure_hook(_kind, _exact)
 _CONVERTER: Final = _SCALARS.copy()
-_CONVERTER.register_structure_hook_factory(lambda kind: get_origin(kind) in (tuple, Mapping), _container)
+_CONVERTER.register_structure_hook_factory(
+    lambda kind: get_origin(kind) is tuple or get_origin(kind) is Mapping, _container
+)

@@ -1,7 +1,10 @@
 """The record of a run: plain values from which the report is drawn, and from which the folder is loaded again."""
 
+import json
 import math
+import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +17,12 @@ import torch
 import tunerkit
 from tunerkit import hooks, injection
 from tunerkit.plugin import RankChange, Tuner
+from tunerkit_cli.recipes.recipe import Recipe, files_of, to_mapping
 from tunerkit_cli.report.record import Problem
+from tunerkit_cli.running.preparing import Session
+from tunerkit_cli.running.watching import read_restarts
+from tunerkit_cli.tasks.language import are_conversations
+from tunerkit_transformers.output_folder import VERSION
 from tunerkit_transformers.pretrained import Pretrained
 from tunerkit_transformers.run_folder import stated
 
@@ -33,7 +41,61 @@ class Trained:
     problems: Sequence[Problem] = ()
 
 
-def adapter_facts(tuner: Tuner, trained: Trained) -> dict[str, Any]:
+def record_of(
+    session: Session,
+    trained: Trained,
+    kept: Recipe,
+    before: Sequence[Mapping[str, str]],
+    after: Sequence[Mapping[str, str]],
+) -> dict[str, Any]:
+    """The record of a run. ``kept`` is the recipe with full paths; ``before`` and ``after`` are samples."""
+    task, data, loaded = session.task, session.data, session.loaded
+    record: dict[str, Any] = {
+        "version": VERSION,
+        "task": task.name,
+        "model": model_facts(loaded, session.trainer.args.seed, session.folder.path),
+        "data": {"train": sources_of(session, data.source), "eval": sources_of(session, data.held_out_source)},
+        "rows": {part: session.rows(part) for part in data.parts},
+        "held_out": {
+            name: {**found, "source": sources_of(session, found["source"])} if name == "also_trained_example" else found
+            for name, found in data.findings.items()
+        },
+        "columns": list(data.train[0]),
+        "labels": list(data.labels),
+        "metrics": dict(trained.metrics),
+        "main_metric": task.main_metric_of(data.labels),
+        "greater_is_better": task.greater_is_better,
+        "logs": [dict(entry) for entry in trained.logs],
+        "seconds": dict(trained.seconds),
+        "device": str(loaded.model.device),
+        "precision": session.precision,
+        "max_length": task.limit,
+        **_adapter_facts(session.tuner, trained),
+        "recipe": to_mapping(kept),
+        "environment": _environment(session.tuner.method),
+    }
+    if session.start is not None:  # as in the copy of the adapter, from which a resumed run starts
+        record["config"] = tunerkit.unstructure(session.tuner.config.settled())
+    samples = [{"prompt": each["prompt"], "after": each["answer"]} for each in after]
+    for sample, old in zip(samples, before, strict=False):  # a run of an earlier version answered before too
+        sample["before"] = old["answer"]
+    further = {
+        "conversations": are_conversations(task, data.train),
+        "bad_rows": len(data.left_out) or None,
+        "left_out": {part: dict(fit.left_out) for part, fit in session.fits.items() if fit.missing},
+        "restarts": [attrs.asdict(restart) for restart in read_restarts(session.folder)],
+        "problems": [attrs.asdict(problem) for problem in trained.problems],
+        "confusion": trained.confusion,
+        "samples": samples,
+        "savings": [attrs.asdict(saving) for saving in session.savings],
+        "memory": None if session.plan is None else {**attrs.asdict(session.plan), "total": session.plan.total},
+    }
+    record |= {name: value for name, value in further.items() if value not in (None, {}, [])}
+    plain: dict[str, Any] = finite(record)
+    return plain
+
+
+def _adapter_facts(tuner: Tuner, trained: Trained) -> dict[str, Any]:
     """What a run's record says of its adapter: method, config, parameters, budget, ranks, sizes and spectrum."""
     ranks, counts = tuner.ranks(), tunerkit.trainable_parameters(tuner.model)
     slots = [slot for _, slot in injection.slots_in(tuner)]
@@ -69,7 +131,7 @@ def adapter_facts(tuner: Tuner, trained: Trained) -> dict[str, Any]:
     return facts
 
 
-def environment(method: str) -> dict[str, str]:
+def _environment(method: str) -> dict[str, str]:
     """The versions that a run depends on."""
     owner = tunerkit.methods()[method]
     found = {"python": platform.python_version(), "platform": platform.platform(), "tunerkit": tunerkit.__version__}
@@ -91,6 +153,20 @@ def model_facts(loaded: Pretrained, seed: int, run: Path) -> dict[str, Any]:
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "quantisation": loaded.quantisation,
     }
+
+
+def sources_of(session: Session, text: str) -> str:
+    """A text about the files of data, with their paths as the recipe states them."""
+    given = [str(Path(each)) for each in (*files_of(session.recipe.data), *files_of(session.recipe.eval_data))]
+    for path in sorted(given, key=len, reverse=True):
+        text = text.replace(path, stated(path, session.folder.path))
+    return text
+
+
+def without_home(text: str) -> str:
+    """A text in JSON with ``~/`` for the path of the home folder."""
+    home = json.dumps(os.path.expanduser("~") + os.sep, ensure_ascii=False)[1:-1]
+    return re.sub(rf"(?<![\w.-]){re.escape(home)}", "~/", text)
 
 
 def finite(value: Any) -> Any:

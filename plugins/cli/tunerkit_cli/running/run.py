@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ from rich.console import Console
 import tunerkit
 from tunerkit.errors import shown
 from tunerkit_cli import outputs
-from tunerkit_cli.recipes.recipe import Recipe, as_stated, files_of, to_mapping
+from tunerkit_cli.recipes.recipe import Recipe, as_stated
 from tunerkit_cli.report.html import render
 from tunerkit_cli.running import hardware, processes, resuming
 from tunerkit_cli.running.baseline import NoBaselineError, head_alone
@@ -25,7 +24,7 @@ from tunerkit_cli.running.folder import ENVIRONMENT, LEFT_OUT, REPORT, RunFolder
 from tunerkit_cli.running.learning import below_baseline
 from tunerkit_cli.running.memory import refusing_memory
 from tunerkit_cli.running.preparing import Session, is_of_earlier_version, prepare, settled
-from tunerkit_cli.running.record import Trained, adapter_facts, environment, finite, model_facts
+from tunerkit_cli.running.record import Trained, finite, record_of, sources_of, without_home
 from tunerkit_cli.running.telling import say, telling_warnings
 from tunerkit_cli.running.trainer import arguments_of
 from tunerkit_cli.running.training import (
@@ -36,11 +35,9 @@ from tunerkit_cli.running.training import (
     replacing,
     train_with_restarts,
 )
-from tunerkit_cli.running.watching import read_restarts
-from tunerkit_cli.tasks.language import are_conversations
-from tunerkit_transformers.output_folder import RECORD, VERSION
+from tunerkit_transformers.output_folder import RECORD
 from tunerkit_transformers.pretrained import quiet
-from tunerkit_transformers.run_folder import read_record, stated
+from tunerkit_transformers.run_folder import read_record
 
 
 def run(
@@ -100,9 +97,9 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
         trained = evaluate(session, trained)
     except Exception as problem:  # of a library, of a metric, of the data: whatever it is, the adapter is trained
         failed = problem
-    record = record_of(session, trained, kept, before)
+    record = record_of(session, trained, kept, before, _samples(session))
     lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in session.data.left_out)
-    listed = without_home(_sources(session, "".join(lines)))
+    listed = without_home(sources_of(session, "".join(lines)))
     if listed:
         folder.write(LEFT_OUT, listed)
     folder.write(ENVIRONMENT, record["environment"])
@@ -129,72 +126,10 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
     say(console, f"report: {folder / REPORT}")
 
 
-def record_of(session: Session, trained: Trained, kept: Recipe, before: list[dict[str, str]]) -> dict[str, Any]:
-    """The record of a run. ``kept`` is the recipe with full paths, and ``before`` the samples before training."""
-    task, data, loaded = session.task, session.data, session.loaded
-    record: dict[str, Any] = {
-        "version": VERSION,
-        "task": task.name,
-        "model": model_facts(loaded, session.trainer.args.seed, session.folder.path),
-        "data": {"train": _sources(session, data.source), "eval": _sources(session, data.held_out_source)},
-        "rows": {part: session.rows(part) for part in data.parts},
-        "held_out": {
-            name: {**found, "source": _sources(session, found["source"])} if name == "also_trained_example" else found
-            for name, found in data.findings.items()
-        },
-        "columns": list(data.train[0]),
-        "labels": list(data.labels),
-        "metrics": dict(trained.metrics),
-        "main_metric": task.main_metric_of(data.labels),
-        "greater_is_better": task.greater_is_better,
-        "logs": [dict(entry) for entry in trained.logs],
-        "seconds": dict(trained.seconds),
-        "device": str(loaded.model.device),
-        "precision": session.precision,
-        "max_length": task.limit,
-        **adapter_facts(session.tuner, trained),
-        "recipe": to_mapping(kept),
-        "environment": environment(session.tuner.method),
-    }
-    if session.start is not None:  # as in the copy of the adapter, from which a resumed run starts
-        record["config"] = tunerkit.unstructure(session.tuner.config.settled())
-    samples = [{"prompt": each["prompt"], "after": each["answer"]} for each in _samples(session)]
-    for sample, old in zip(samples, before, strict=False):  # a run of an earlier version answered before too
-        sample["before"] = old["answer"]
-    further = {
-        "conversations": are_conversations(task, data.train),
-        "bad_rows": len(data.left_out) or None,
-        "left_out": {part: dict(fit.left_out) for part, fit in session.fits.items() if fit.missing},
-        "restarts": [attrs.asdict(restart) for restart in read_restarts(session.folder)],
-        "problems": [attrs.asdict(problem) for problem in trained.problems],
-        "confusion": trained.confusion,
-        "samples": samples,
-        "savings": [attrs.asdict(saving) for saving in session.savings],
-        "memory": None if session.plan is None else {**attrs.asdict(session.plan), "total": session.plan.total},
-    }
-    record |= {name: value for name, value in further.items() if value not in (None, {}, [])}
-    plain: dict[str, Any] = finite(record)
-    return plain
-
-
 def _samples(session: Session) -> list[dict[str, str]]:
     """What the model answers now."""
     with hardware.computing_in(session.precision, session.loaded.model.device):
         return session.task.samples(session.loaded, session.data.held_out, session.recipe.samples)
-
-
-def _sources(session: Session, text: str) -> str:
-    """A text about the files of data, with their paths as the recipe states them."""
-    given = [str(Path(each)) for each in (*files_of(session.recipe.data), *files_of(session.recipe.eval_data))]
-    for path in sorted(given, key=len, reverse=True):
-        text = text.replace(path, stated(path, session.folder.path))
-    return text
-
-
-def without_home(text: str) -> str:
-    """A text in JSON with ``~/`` for the path of the home folder."""
-    home = json.dumps(os.path.expanduser("~") + os.sep, ensure_ascii=False)[1:-1]
-    return re.sub(rf"(?<![\w.-]){re.escape(home)}", "~/", text)
 
 
 def _beside(session: Session, trained: Trained, baseline: Mapping[str, Any]) -> dict[str, Any]:
