@@ -1,7 +1,7 @@
 """The record of a run, ``run.json``, checked and structured."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from types import NoneType
 from typing import Any, Final, get_args, get_origin
@@ -232,6 +232,5 @@ _SCALARS: Final = Converter()
 for _kind in (int, float, str, bool):
     _SCALARS.register_structure_hook(_kind, _exact)
 _CONVERTER: Final = _SCALARS.copy()
-_CONVERTER.register_structure_hook_factory(
-    lambda kind: get_origin(kind) is tuple or get_origin(kind) is Mapping, _container
-)
+_CONTAINERS: Final[Collection[Any]] = (tuple, Mapping)
+_CONVERTER.register_structure_hook_factory(lambda kind: get_origin(kind) in _CONTAINERS, _container)
