@@ -76,18 +76,17 @@ def train(
     **flags: Any,
 ) -> None:
     """Train an adapter, by default with LoRA. Without options: all-MiniLM-L6-v2 on movie sentences, with AdaLoRA."""
+    from tunerkit_cli.running import checking  # imports no torch; what is imported after its first check does
+    from tunerkit_cli.running.folder import RunFolder
+
     given = {name.removesuffix("_"): value for name, value in flags.items() if value not in (None, [])}
     is_bare = recipe is None and {*given} <= {"out", "precision"}
     mapping = reading.mapping_at(recipe) if recipe is not None else {}
     if resume and is_bare:  # the run's own recipe, but for its `out`: the folder may have been moved
-        from tunerkit_cli.running.folder import RunFolder
-
         mapping = reading.mapping_at(RunFolder(Path(given.setdefault("out", "out")).expanduser()).recipe_file)
     source = str(recipe or "the recipe")
     merged = _merged(mapping, given, set_ or [])
     chosen = reading.structure(merged, source)
-    from tunerkit_cli.running import checking  # imports no torch; what is imported after its first check does
-
     checking.check(chosen, resume=resume, overwrite=overwrite)
     if chosen.from_adapter is not None:
         from tunerkit_cli.running.starting import completed
@@ -99,8 +98,6 @@ def train(
 
         run(chosen, Console(quiet=not processes.is_first()), resume=resume, overwrite=overwrite, dry_run=dry_run)
     except KeyboardInterrupt:
-        from tunerkit_cli.running.folder import RunFolder
-
         said = RunFolder(Path(chosen.out).expanduser()).after_interrupt()
         if processes.is_first():
             print(f"tunerkit: interrupted{said}", file=sys.stderr)

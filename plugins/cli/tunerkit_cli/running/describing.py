@@ -11,6 +11,7 @@ from tunerkit import injection
 from tunerkit.paths import few
 from tunerkit_cli.demo import demo_of
 from tunerkit_cli.recipes.recipe import Recipe
+from tunerkit_cli.report.rank_map import rank_map, rank_table
 from tunerkit_cli.report.record import Problem, Restart
 from tunerkit_cli.report.verdict import failure
 from tunerkit_cli.running.fitting import NO_ROOM, Fit
@@ -99,8 +100,6 @@ def _described_lengths(session: Session, lengths: Sequence[int]) -> str:
 
 def tell(session: Session, trained: Trained, console: Console) -> None:
     """Print the ranks and the metrics."""
-    from tunerkit_cli.report.rank_map import rank_map, rank_table
-
     tuner = session.tuner
     if (ranks := tuner.ranks()) and injection.needs_steps(tuner):
         highest = max(trained.start.ranks.values(), default=None)
