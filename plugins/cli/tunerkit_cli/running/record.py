@@ -41,14 +41,8 @@ class Trained:
     problems: Sequence[Problem] = ()
 
 
-def record_of(
-    session: Session,
-    trained: Trained,
-    kept: Recipe,
-    before: Sequence[Mapping[str, str]],
-    after: Sequence[Mapping[str, str]],
-) -> dict[str, Any]:
-    """The record of a run. ``kept`` is the recipe with full paths; ``before`` and ``after`` are samples."""
+def record_of(session: Session, trained: Trained, kept: Recipe, samples: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """The record of a run. ``kept`` is the recipe with full paths."""
     task, data, loaded = session.task, session.data, session.loaded
     record: dict[str, Any] = {
         "version": VERSION,
@@ -76,9 +70,6 @@ def record_of(
     }
     if session.start is not None:  # as in the copy of the adapter, from which a resumed run starts
         record["config"] = tunerkit.unstructure(session.tuner.config.settled())
-    samples = [{"prompt": each["prompt"], "after": each["answer"]} for each in after]
-    for sample, old in zip(samples, before, strict=False):  # a run of an earlier version answered before too
-        sample["before"] = old["answer"]
     further = {
         "conversations": are_conversations(task, data.train),
         "bad_rows": len(data.left_out) or None,
@@ -86,7 +77,7 @@ def record_of(
         "restarts": [attrs.asdict(restart) for restart in read_restarts(session.folder)],
         "problems": [attrs.asdict(problem) for problem in trained.problems],
         "confusion": trained.confusion,
-        "samples": samples,
+        "samples": [*samples],
         "savings": [attrs.asdict(saving) for saving in session.savings],
         "memory": None if session.plan is None else {**attrs.asdict(session.plan), "total": session.plan.total},
     }

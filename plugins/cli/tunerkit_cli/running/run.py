@@ -3,7 +3,7 @@
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
         trained = evaluate(session, trained)
     except Exception as problem:  # of a library, of a metric, of the data: whatever it is, the adapter is trained
         failed = problem
-    record = record_of(session, trained, kept, before, _samples(session))
+    record = record_of(session, trained, kept, _samples(session, before))
     lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in session.data.left_out)
     listed = without_home(sources_of(session, "".join(lines)))
     if listed:
@@ -126,10 +126,14 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
     say(console, f"report: {folder / REPORT}")
 
 
-def _samples(session: Session) -> list[dict[str, str]]:
-    """What the model answers now."""
+def _samples(session: Session, before: Iterable[Mapping[str, str]] = ()) -> list[dict[str, str]]:
+    """What the model answers now, and what it answered before: a run of an earlier version did that too."""
     with hardware.computing_in(session.precision, session.loaded.model.device):
-        return session.task.samples(session.loaded, session.data.held_out, session.recipe.samples)
+        found = session.task.samples(session.loaded, session.data.held_out, session.recipe.samples)
+    samples = [{"prompt": each["prompt"], "after": each["answer"]} for each in found]
+    for sample, old in zip(samples, before, strict=False):
+        sample["before"] = old["after"]
+    return samples
 
 
 def _beside(session: Session, trained: Trained, baseline: Mapping[str, Any]) -> dict[str, Any]:
