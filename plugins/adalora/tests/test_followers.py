@@ -132,7 +132,7 @@ def test_lambda_in_a_second_optimizer_is_refused_at_attach() -> None:
     first, *rest = tunerkit.tuner(model).adapters().values()
     one = adamw(first.parameters())
     other = adamw([p for adapter in rest for p in adapter.parameters()])
-    refused = pytest.raises(tunerkit.errors.StepError, match=r"another optimizer .* trains λ of adapter 'default' at '.*'")
+    refused = pytest.raises(tunerkit.errors.StepError, match=r"another optimizer .* λ of adapter 'default' at '.*'")
     with refused, pytest.warns(tunerkit.TunerkitWarning, match="lacks parameters"):
         tunerkit.attach(model, one, total_steps=TOTAL)
     other.itself = other  # type: ignore[attr-defined]  # as a scheduler holds its optimizer
