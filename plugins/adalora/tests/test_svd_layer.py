@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import tunerkit
 from tests.support import between
@@ -45,3 +46,11 @@ def test_gradients_after_an_allocation_are_those_of_the_plain_form() -> None:
         expected = gradients()
     for own, other in zip(found, expected, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-13)
+
+
+def test_a_weight_that_torch_prunes_is_read_where_torch_keeps_it() -> None:
+    """`torch.nn.utils.prune` renames a parameter, and keeps as many as before."""
+    model, x = tunerkit.wrap(nn.Sequential(nn.Linear(8, 8)), "adalora", {"targets": ["0"]}, seed=0), torch.randn(3, 8)
+    (adapter,) = tunerkit.tuner(model).adapters().values()
+    prune.l1_unstructured(adapter, "p", 0.3)  # type: ignore[no-untyped-call]
+    assert torch.equal(model(x), model(x))

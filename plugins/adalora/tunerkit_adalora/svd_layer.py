@@ -96,7 +96,10 @@ class SvdLayer(Adapter):
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         own: dict[str, Any] = self._parameters
-        p, lam, q = (own["p"], own["lam"], own["q"]) if len(own) == 3 else self.weights  # faster than `weights` alone
+        try:
+            p, lam, q = own["p"], own["lam"], own["q"]  # faster than `weights`
+        except KeyError:
+            p, lam, q = self.weights
         return add_low_rank(base, x, y, q=q, p=p, lam=lam, scale=self.scale, dropout=dropout)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SvdLayer":

@@ -1,11 +1,13 @@
 """`plan`: its parts against a training's tensors, its activations against what autograd keeps, and its words."""
 
 import gc
+import random
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -26,7 +30,7 @@ from transformers import (
 
 import tunerkit
 from tunerkit.errors import ConfigError
-from tunerkit_transformers import activations, plan
+from tunerkit_transformers import activations, plan, planning
 from tunerkit_transformers.activations import kept_by
 from tunerkit_transformers.out_of_memory import advice_on, is_out_of_memory, note_memory_
 from tunerkit_transformers.planning import MIB, Plan, plan_of
@@ -35,6 +39,7 @@ pytestmark = [
     pytest.mark.usefixtures("toys"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:classifier may be newly initialized"),
+    pytest.mark.filterwarnings("ignore:.*update their running statistics:tunerkit.TunerkitWarning"),
 ]
 SHAPES: dict[str, Any] = {"vocab_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8}
 LLAMA: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 688, "num_key_value_heads": 2, **SHAPES}
@@ -42,6 +47,16 @@ LLAMA: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 688, "num_key_
 
 def bert(**more: Any) -> Any:
     return BertForSequenceClassification(BertConfig(hidden_size=64, intermediate_size=128, **SHAPES, **more))
+
+
+def vit() -> Any:
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    return ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, **sizes))
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -215,6 +230,54 @@ def test_it_reads_as_a_small_table() -> None:
     )
 
 
+@pytest.mark.parametrize("is_training", [True, False])
+def test_the_model_stays_as_it_was(is_training: bool) -> None:
+    """Its statistics and each module's mode: batch norm in training counts what it sees; and gradients may be off."""
+    sizes: dict[str, Any] = {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8, "layer_type": "basic"}
+    model = adapted(ResNetForImageClassification(ResNetConfig(**sizes)), targets=["classifier.1"]).train(is_training)
+    model.resnet.embedder.eval()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    modes = [module.training for module in model.modules()]
+    with torch.no_grad():
+        found = plan(model, rows=2, image=(3, 32, 32), precision=torch.bfloat16)
+    assert found.activations > 0
+    assert before
+    assert all(torch.equal(before[name], value) for name, value in model.named_buffers())
+    assert [module.training for module in model.modules()] == modes
+
+
+class Augmented:
+    """Rows that draw from three generators."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"pixel_values": torch.rand(3, 32, 32) + random.random() + float(np.random.rand()), "labels": 0}
+
+
+def test_a_plan_draws_no_random_number(tmp_path: Path) -> None:
+    """Else a seeded training would differ with and without it."""
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    rows: Any = Augmented()
+    trainer = Trainer(adapted(vit()), arguments, train_dataset=rows)
+    states = random.getstate(), float(np.random.get_state()[1].sum()), torch.get_rng_state().tolist()  # type: ignore[union-attr,index]
+    assert plan_of(trainer) is not None
+    now = random.getstate(), float(np.random.get_state()[1].sum()), torch.get_rng_state().tolist()  # type: ignore[union-attr,index]
+    assert now == states
+
+
+def test_only_the_losses_of_trl_compute_logits_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain Trainer's loss keeps all of them at once."""
+    monkeypatch.setattr(planning, "_LOGITS", 1)
+    rows: Any = [{"input_ids": [1] * 16, "labels": [1] * 16} for _ in range(4)]
+    model = adapted(MODELS["llama"]())
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, per_device_train_batch_size=4)
+    found = plan_of(Trainer(model, arguments, train_dataset=rows))
+    assert found is not None
+    assert found.activations == plan(model, rows=4, tokens=16).activations
+
+
 def test_wrong_arguments_are_named() -> None:
     """Each with what is allowed, and the closest name."""
     model = adapted(bert())
@@ -229,17 +292,13 @@ def test_wrong_arguments_are_named() -> None:
             plan(model, **arguments)
     with pytest.raises(ConfigError, match="expected a model of transformers, got Linear"):
         plan(nn.Linear(2, 2), rows=1, tokens=8)
+    with pytest.raises(ConfigError, match="meta device; load them"):
+        plan(model.to("meta"), rows=1, tokens=8)
 
 
 def test_a_trainer_of_images_is_planned(tmp_path: Path) -> None:
     """By the first row's image; what has rows of unknown shape is not."""
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    model = adapted(ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, **sizes)))
+    model = adapted(vit())
     arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, per_device_train_batch_size=6)
     rows: Any = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0}]
     found = plan_of(Trainer(model, arguments, train_dataset=rows))

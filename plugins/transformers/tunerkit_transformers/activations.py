@@ -44,7 +44,7 @@ def kept_by(model: Any, rows: int, shape: tuple[int, ...], precision: torch.dtyp
     """Measure the bytes that a forward in training saves for backward, without parameters and logits, on a few rows.
 
     Args:
-        model: A model of transformers. Its mode and torch's random numbers stay as they are.
+        model: A model of transformers. Its modules' modes, its buffers and torch's random numbers stay as they are.
         rows: The rows of a batch.
         shape: The shape of a row: ``(tokens,)``, or ``(channels, height, width)`` of an image.
         precision: What matrix products are computed in under autocast; None without.
@@ -67,13 +67,13 @@ def kept_by(model: Any, rows: int, shape: tuple[int, ...], precision: torch.dtyp
 def _measured(model: Any, rows: int, shape: tuple[int, ...], precision: torch.dtype | None) -> Tensor:
     """Run a forward of ``rows`` rows, and return its four numbers of `Kept`. Each storage counts once."""
     device = next(model.parameters()).device
-    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+    own = {address(each) for each in (*model.parameters(), *model.buffers())}
     seen: dict[int, int] = {}
     layers, inputs = [0], [0]
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = 0 if storage.data_ptr() in own else storage.nbytes()
+        place = address(tensor)
+        seen[place] = 0 if place in own else _size(tensor)
         return tensor.detach()  # the output of a node that its own node keeps would never be freed
 
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -85,8 +85,9 @@ def _measured(model: Any, rows: int, shape: tuple[int, ...], precision: torch.dt
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     autocast = nullcontext() if precision is None else torch.autocast(device.type, dtype=precision)
-    random = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with _in_training(model, begin, end), random, hooks, autocast:
+    has_state = device.type not in ("cpu", "mps")  # torch keeps no state by device of mps
+    random = torch.random.fork_rng([device], device_type=device.type) if has_state else torch.random.fork_rng([])
+    with _in_training(model, begin, end), random, torch.enable_grad(), hooks, autocast:
         output = model(**_batch(model, rows, shape, device))  # as long as it lives, no storage is given to others
     del output
     give_back()
@@ -94,12 +95,31 @@ def _measured(model: Any, rows: int, shape: tuple[int, ...], precision: torch.dt
     return torch.tensor([whole - inside, inside, sum(inputs), max(layers)], dtype=torch.float64)
 
 
+def address(tensor: Tensor) -> int:
+    """Return the address of a tensor's storage; the identity of a tensor without one, such as a wrapper subclass."""
+    try:
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+    except RuntimeError:
+        return id(tensor)
+
+
+def _size(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().nbytes()
+    except RuntimeError:
+        return tensor.nbytes
+
+
 @contextmanager
 def _in_training(model: Any, begin: Any, end: Any) -> Iterator[None]:
     """Inside the block, the model is in train mode without checkpointing and cache; its layers have the two hooks."""
     found = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
     outer = [each for each in found if not any(each in {*other.modules()} for other in found if other is not each)]
-    was_training, were = model.training, [each.gradient_checkpointing for each in found]
+    modes, were = [(each, each.training) for each in model.modules()], [each.gradient_checkpointing for each in found]
+    # A forward in training changes statistics, as of batch norms, and tables of positions.
+    buffers = [
+        (m._buffers, name, t, t.clone()) for m in model.modules() for name, t in m._buffers.items() if t is not None
+    ]
     cached = getattr(model.config, "use_cache", None)  # a Trainer switches it off
     with ExitStack() as stack:
         for layer in outer:
@@ -116,7 +136,10 @@ def _in_training(model: Any, begin: Any, end: Any) -> Iterator[None]:
                 layer.gradient_checkpointing = was
             if cached is not None:
                 model.config.use_cache = cached
-            model.train(was_training)
+            for module, mode in modes:
+                module.training = mode
+            for own, name, buffer, value in buffers:
+                own[name] = buffer.copy_(value)
 
 
 def _batch(model: Any, rows: int, shape: tuple[int, ...], device: torch.device) -> dict[str, Any]:
@@ -124,6 +147,9 @@ def _batch(model: Any, rows: int, shape: tuple[int, ...], device: torch.device) 
     if len(shape) > 1:
         return {"pixel_values": torch.zeros((rows, *shape), device=device)}
     ids = torch.ones((rows, *shape), dtype=torch.int64, device=device)
+    end = getattr(model.config, "eos_token_id", None)
+    if isinstance(end, int) and end < getattr(model.config.get_text_config(), "vocab_size", 0):
+        ids[:, -1] = end  # some classifiers read their features there
     mask = torch.ones_like(ids)
     mask[:, 1:][:, -1:] = 0
     more: dict[str, Any] = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}

@@ -1,10 +1,12 @@
 """Plan the memory of a training before its first step, part by part, and list settings that save memory."""
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,8 +17,9 @@ from transformers.training_args import OptimizerNames
 import tunerkit
 from tunerkit.errors import ConfigError, closest, shown
 from tunerkit.plugin import Tuner, method_record
-from tunerkit_transformers.activations import kept_by
+from tunerkit_transformers.activations import address, kept_by
 from tunerkit_transformers.grouping import lengths_in
+from tunerkit_transformers.head_weights import forward_of_trl
 from tunerkit_transformers.learned_positions import is_scored
 
 MIB: Final = 2**20
@@ -27,7 +30,7 @@ _FP32: Final = 4  # bytes
 _NOT_LEARNED: Final = -100
 _COPIES: Final = 3  # of the logits in fp32: themselves, their logarithms or probabilities, and a gradient
 _LEARNED_COPIES: Final = 2  # of the logits at learned positions alone: the probabilities' gradient takes their place
-_LOGITS: Final = 2**30  # bytes; no loss keeps more at once: it computes those of larger batches in parts
+_LOGITS: Final = 2**30  # bytes; TRL's loss keeps no more at once: it computes those of larger batches in parts
 # nf4 with nested constants: 4 bits, an 8-bit constant for 64 weights, and an fp32 one for 256 of those.
 _NF4: Final = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 # Beside tensors a CPU's process takes pages of the libraries that it first uses in a step, and freed blocks that lie
@@ -135,6 +138,8 @@ def plan(
         raise ConfigError([f"plan: expected a model of transformers, got {type(model).__name__}"])
     if (tokens is None) == (image is None):
         raise ConfigError(["plan: pass the shape of a row: either tokens, or image=(channels, height, width)"])
+    if any(each.is_meta for each in model.parameters()):
+        raise ConfigError(["plan: the model has weights on the meta device; load them first"])
     shape: tuple[int, ...] = (tokens,) if tokens is not None else image or ()
     for name, value in {"rows": rows, "tokens or image": min(shape)}.items():
         if value < 1:
@@ -171,7 +176,7 @@ def plan(
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of tensors; tensors with the same storage count once."""
-    return sum({each.untyped_storage().data_ptr() or id(each): each.nbytes for each in tensors}.values())
+    return sum({address(each): each.nbytes for each in tensors}.values())
 
 
 def _writes_tokens(model: Any) -> bool:
@@ -258,8 +263,13 @@ def plan_of(trainer: Any) -> Plan | None:
 
     A batch is planned as if all its rows were as long as the longest one.
     """
-    if not isinstance(trainer.model, PreTrainedModel):
+    try:
+        return _planned(trainer) if isinstance(trainer.model, PreTrainedModel) else None
+    except Exception:  # of a forward that needs other inputs, or of memory: no training ends by its estimate
         return None
+
+
+def _planned(trainer: Any) -> Plan | None:
     model, arguments, dataset = trainer.model, trainer.args, trainer.train_dataset
     rows = arguments.per_device_train_batch_size * (2 if "DPO" in type(trainer).__name__ else 1)
     lengths, most = lengths_in(dataset), getattr(arguments, "max_length", None)
@@ -273,25 +283,27 @@ def plan_of(trainer: Any) -> Plan | None:
         return None
     kind, settings = trainer.get_optimizer_cls_and_kwargs(arguments, model)
     precision = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    try:
-        return plan(
-            model,
-            rows=rows,
-            optimizer=trainer.optimizer or partial(kind, **settings),
-            precision=precision,
-            checkpointing=any(getattr(arguments, name, False) for name in CHECKPOINTING),
-            **shape,
-        )
-    except Exception:  # of a forward that needs other inputs, or of memory: no training ends by its estimate
-        return None
+    return plan(
+        model,
+        rows=rows,
+        optimizer=trainer.optimizer or partial(kind, **settings),
+        precision=precision,
+        checkpointing=any(getattr(arguments, name, False) for name in CHECKPOINTING),
+        **shape,
+    )
 
 
 def _image_in(dataset: Any, model: Any) -> tuple[int, int, int] | None:
-    """Return the shape of the first row's image, or None. Random augmentation of it leaves torch's RNG unchanged."""
+    """Return the shape of the first row's image, or None. Random augmentation of it leaves all RNGs unchanged."""
     if model.main_input_name != "pixel_values" or not hasattr(dataset, "__len__") or not len(dataset):
         return None
-    with torch.random.fork_rng([]):
-        row = dataset[0]
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([]):
+            row = dataset[0]
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
     pixels = row.get("pixel_values") if isinstance(row, Mapping) else None
     return tuple(pixels.shape) if isinstance(pixels, Tensor) and pixels.ndim == 3 else None  # type: ignore[return-value]
 
@@ -302,4 +314,6 @@ def _scored(trainer: Any, rows: int, longest: int) -> int:
     if is_scored(trainer) and "labels" in names:
         learned = (sum(label != _NOT_LEARNED for label in row) for row in trainer.train_dataset["labels"])
         positions = rows * min(longest, max(learned)) * _LEARNED_COPIES // _COPIES
-    return min(positions, _LOGITS // (_COPIES * _FP32 * max(1, _vocabulary(trainer.model))))
+    in_parts = is_scored(trainer) or forward_of_trl(trainer.model) is not None
+    most = _LOGITS // (_COPIES * _FP32 * max(1, _vocabulary(trainer.model)))
+    return min(positions, most) if in_parts else positions

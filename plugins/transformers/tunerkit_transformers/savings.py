@@ -8,6 +8,7 @@ import attrs
 import torch
 
 from tunerkit_transformers import transformers_private
+from tunerkit_transformers.agreement import gathered
 from tunerkit_transformers.grouping import GroupedByLength, lengths_in, padding
 from tunerkit_transformers.learned_positions import obstacle, score_learned_
 from tunerkit_transformers.memory import GIB, fits, free_bytes
@@ -68,19 +69,25 @@ def _checkpointing_(
     """Turn gradient checkpointing on if a step would not fit into memory without it, else off; return the plan too."""
     arguments, name = trainer.args, "gradient checkpointing"
     names = [each for each in CHECKPOINTING if hasattr(arguments, each)]
-    before = any(getattr(arguments, each) for each in names)
+    were = {each: getattr(arguments, each) for each in names}
+    before = any(were.values())
     if keep or not lengths or not _is_language_model(trainer.model):
         why = "as asked" if keep else "the rows' lengths are not known" if not lengths else "not a language model"
         return Saving(name, "on" if before else "off", False, why), plan_of(trainer)
-    for each in names:
-        setattr(arguments, each, False)
-    planned = plan_of(trainer)
-    if planned is None:
+    planned = None
+    try:
         for each in names:
-            setattr(arguments, each, before)
-        return Saving(name, "on" if before else "off", False, "a step cannot be estimated"), None
+            setattr(arguments, each, False)
+        planned = plan_of(trainer)
+    finally:
+        if planned is None:
+            for each, was in were.items():
+                setattr(arguments, each, was)
     free = free_bytes(arguments.device, memory)
-    needs = not fits(planned.step, free)
+    # The processes of a training decide alike.
+    needs = any(gathered(planned is not None and not fits(planned.step, free)))
+    if planned is None:
+        return Saving(name, "on" if before else "off", False, "a step cannot be estimated"), None
     known = "an unknown amount is" if free is None else f"{max(free, 0) / GIB:.2f} GiB are"
     why = f"a step takes about {planned.step / GIB:.2f} GiB beside the model, and {known} free"
     now = needs and bool(getattr(trainer.model, "supports_gradient_checkpointing", False))
