@@ -542,7 +542,7 @@ def test_the_kind_has_no_input_to_project() -> None:
     assert (base.in_features, base.out_features, base.scale) == (WIDTH, 3 * WIDTH, 1.0)
     assert torch.equal(base.dense(), base.module.in_proj_weight)
     for call in (lambda: base.project_in(batch(), batch()), lambda: base.project_out(batch(), batch())):
-        with pytest.raises(AdapterError, match="inside forward"):
+        with pytest.raises(AdapterError, match="in its own forward"):
             call()
 
 

@@ -376,7 +376,7 @@ def test_a_part_of_a_pipeline_of_diffusers_is_a_base_too(folder: Path) -> None:
     assert told("verify", "latent-toy", "latent-merged")["is_equal"]
     done = command("convert", "latent", "--to", "toy", "--out", "none", "--base", "pipe")
     assert done.exit_code == 2
-    assert "pass that of the part that is adapted, such as pipe/unet" in done.output
+    assert "pass the folder of the adapted part, such as pipe/unet" in done.output
 
 
 def test_merge_takes_the_dtype_of_the_base_and_no_more_than_it_has(folder: Path) -> None:
