@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from tunerkit.config import AdapterConfig
-from tunerkit.layers import Adapter, weights
+from tunerkit.layers import Adapter
 from tunerkit.records import Target
 
 _FIXED = "torch.distributed is initialized, and DDP and FSDP do not allow shapes to change"
@@ -93,7 +93,7 @@ class Engine:
 
     @property
     def fixed_shapes(self) -> str | None:
-        return _FIXED if weights.in_group() else None
+        return _FIXED if distributed.is_available() and distributed.is_initialized() else None
 
     @property
     def splits(self) -> bool:

@@ -271,8 +271,7 @@ def _asked(catalog: Catalog, hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plu
 
 def gather_holdings() -> list[Holding]:
     """Return the holdings of all plugins whose library is imported."""
-    known = _records(specs.tunerkit_holdings)
-    return [each for each in known if not each.package or each.package in sys.modules]
+    return [each for each in _records(specs.tunerkit_holdings) if not each.package or each.package in sys.modules]
 
 
 def libraries_of(model: nn.Module) -> list[ModelLibrary]:

@@ -85,6 +85,7 @@ def shrink_(cuts: Sequence[Cut], optimizer: Optimizer | None) -> str | None:
     reason = resize_obstacle([cut.parameter for cut in cuts], optimizer) if cuts else None
     if not cuts or reason is not None:
         return reason
+    engine = _engine_of(optimizer)
     with torch.no_grad():
         for cut in cuts:
             parameter, dim, kept = cut.parameter, cut.dim, cut.kept.to(cut.parameter.device)
@@ -95,7 +96,7 @@ def shrink_(cuts: Sequence[Cut], optimizer: Optimizer | None) -> str | None:
                     state[key] = value.index_select(dim, kept.to(value.device))
             resize_(parameter, parameter.data.index_select(dim, kept))
             parameter.grad = grad
-    _engine_of(optimizer).resized_()
+    engine.resized_()
     return None
 
 
@@ -123,7 +124,7 @@ def grow_(growths: Sequence[Growth], optimizer: Optimizer | None) -> str | None:
     reason = resize_obstacle([growth.parameter for growth in growths], optimizer) if growths else None
     if not growths or reason is not None:
         return reason
-    groups = [] if optimizer is None else optimizer.param_groups
+    engine, groups = _engine_of(optimizer), [] if optimizer is None else optimizer.param_groups
     with torch.no_grad():
         for growth in growths:
             parameter, dim, new, grad = growth.parameter, growth.dim, growth.values, growth.parameter.grad
@@ -135,7 +136,7 @@ def grow_(growths: Sequence[Growth], optimizer: Optimizer | None) -> str | None:
                     state[key] = torch.cat([value, _fresh(key, new.to(value), settings)], dim)
             resize_(parameter, torch.cat([parameter.data, new.to(parameter.data)], dim))
             parameter.grad = grad
-    _engine_of(optimizer).resized_()
+    engine.resized_()
     return None
 
 
@@ -147,9 +148,8 @@ def resize_obstacle(parameters: Iterable[nn.Parameter], optimizer: Optimizer | N
         optimizer: The optimizer that has the parameters, if there is one.
 
     Returns:
-        None if they can be resized, equally in all processes. Otherwise the reason: the engine needs fixed shapes, as
-        with a DistributedDataParallel that cannot be rebuilt; a parameter is sharded; or ``optimizer`` is not known to
-        update each element independently.
+        None if they can be resized, equally in all processes. Otherwise the reason: the engine needs fixed shapes, a
+        parameter is sharded, or ``optimizer`` is not known to update each element independently.
     """
     parameters = list(parameters)
     if (reason := _engine_of(optimizer).fixed_shapes) is not None:

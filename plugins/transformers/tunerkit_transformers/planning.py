@@ -134,22 +134,13 @@ def plan(
         ConfigError: The model is not one of transformers, a number is not positive, both or neither of tokens and image
             are given, or no optimizer has the name.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ConfigError([f"plan: expected a model of transformers, got {type(model).__name__}"])
-    if (tokens is None) == (image is None):
-        raise ConfigError(["plan: pass the shape of a row: either tokens, or image=(channels, height, width)"])
-    if any(each.is_meta for each in model.parameters()):
-        raise ConfigError(["plan: the model has weights on the meta device; load them first"])
-    shape: tuple[int, ...] = (tokens,) if tokens is not None else image or ()
-    for name, value in {"rows": rows, "tokens or image": min(shape)}.items():
-        if value < 1:
-            raise ConfigError([f"plan: {name}: expected 1 or more, got {shown(value)}"])
+    shape = _checked_shape(model, rows, tokens, image)
     device = next(model.parameters()).device.type
     trained = [each for each in model.parameters() if each.requires_grad]
     tuners = tunerkit.adapters(model).values()
     adapter = _bytes({id(each): each for each in (*trained, *(p for t in tuners for p in t.parameters()))}.values())
     kept = kept_by(model, rows, shape, precision)
-    positions = (rows * shape[0] if logits is None else logits) if _writes_tokens(model) and len(shape) == 1 else 0
+    positions = (rows * shape[0] if logits is None else logits) if writes_tokens(model) and len(shape) == 1 else 0
     of_logits = positions * _vocabulary(model) * _COPIES * _FP32
 
     def activations(count: int, *, recomputed: bool) -> int:
@@ -174,12 +165,28 @@ def plan(
     )
 
 
+def _checked_shape(model: Any, rows: int, tokens: int | None, image: tuple[int, int, int] | None) -> tuple[int, ...]:
+    """Return the shape of a row. Raises `ConfigError` if an argument of `plan` is wrong."""
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError([f"plan: expected a model of transformers, got {type(model).__name__}"])
+    if (tokens is None) == (image is None):
+        raise ConfigError(["plan: pass the shape of a row: either tokens, or image=(channels, height, width)"])
+    if any(each.is_meta for each in model.parameters()):
+        raise ConfigError(["plan: the model has weights on the meta device; load them first"])
+    shape: tuple[int, ...] = (tokens,) if tokens is not None else image or ()
+    for name, value in {"rows": rows, "tokens or image": min(shape)}.items():
+        if value < 1:
+            raise ConfigError([f"plan: {name}: expected 1 or more, got {shown(value)}"])
+    return shape
+
+
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of tensors; tensors with the same storage count once."""
     return sum({address(each): each.nbytes for each in tensors}.values())
 
 
-def _writes_tokens(model: Any) -> bool:
+def writes_tokens(model: Any) -> bool:
+    """Whether the model is a transformers model with output embeddings, so that token ids suffice as input."""
     ask = getattr(model, "get_output_embeddings", None)
     return ask is not None and ask() is not None
 
@@ -249,7 +256,7 @@ def _named(name: str) -> Callable[..., Optimizer]:
 
 def _saved_by_nf4(model: Any) -> int:
     """Return the bytes that nf4 would save in linear layers, except in the output head and in trained layers."""
-    head = model.get_output_embeddings() if _writes_tokens(model) else None
+    head = model.get_output_embeddings() if writes_tokens(model) else None
     linear = [each for each in model.modules() if isinstance(each, nn.Linear | Conv1D) and each is not head]
     weights = [each.weight for each in linear if each.weight.is_floating_point() and not each.weight.requires_grad]
     return int(sum(each.nbytes - _NF4 * each.numel() for each in weights))

@@ -13,7 +13,7 @@ from tunerkit_transformers.grouping import GroupedByLength, lengths_in, padding
 from tunerkit_transformers.learned_positions import obstacle, score_learned_
 from tunerkit_transformers.memory import GIB, fits, free_bytes
 from tunerkit_transformers.out_of_memory import note_memory_
-from tunerkit_transformers.planning import CHECKPOINTING, Plan, plan_of
+from tunerkit_transformers.planning import CHECKPOINTING, Plan, plan_of, writes_tokens
 
 
 @attrs.frozen
@@ -71,7 +71,7 @@ def _checkpointing_(
     names = [each for each in CHECKPOINTING if hasattr(arguments, each)]
     were = {each: getattr(arguments, each) for each in names}
     before = any(were.values())
-    if keep or not lengths or not _is_language_model(trainer.model):
+    if keep or not lengths or not writes_tokens(trainer.model):
         why = "as asked" if keep else "the rows' lengths are not known" if not lengths else "not a language model"
         return Saving(name, "on" if before else "off", False, why), plan_of(trainer)
     planned = None
@@ -100,12 +100,6 @@ def _checkpointing_(
                 setattr(arguments, f"{each}_kwargs", {"use_reentrant": False})
         planned = plan_of(trainer)
     return Saving(name, "on" if now else "off", now != before, why), planned
-
-
-def _is_language_model(model: Any) -> bool:
-    """Whether the model is a transformers model with output embeddings, so that token ids suffice as input."""
-    ask = getattr(model, "get_output_embeddings", None)
-    return ask is not None and ask() is not None
 
 
 def _batches_(trainer: Any, lengths: list[int] | None, *, keep: bool) -> Saving:

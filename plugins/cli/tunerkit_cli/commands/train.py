@@ -83,7 +83,7 @@ def train(
     is_bare = recipe is None and {*given} <= {"out", "precision"}
     mapping = reading.mapping_at(recipe) if recipe is not None else {}
     if resume and is_bare:  # the run's own recipe, but for its `out`: the folder may have been moved
-        mapping = reading.mapping_at(RunFolder(Path(given.setdefault("out", "out")).expanduser()).recipe_file)
+        mapping = reading.mapping_at(RunFolder(Path(given.setdefault("out", "out")).expanduser()).recipe_file())
     source = str(recipe or "the recipe")
     merged = _merged(mapping, given, set_ or [])
     chosen = reading.structure(merged, source)

@@ -36,7 +36,7 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     recipe = with_home(recipe)
     folder = RunFolder(Path(recipe.out))
     if resume:
-        folder.recipe_file  # noqa: B018  # raises if there is none
+        folder.recipe_file()  # raises if there is none
         return
     resuming.check(folder, recipe, resume=False, overwrite=overwrite)
     if recipe.from_adapter is not None:

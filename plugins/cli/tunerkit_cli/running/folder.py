@@ -177,7 +177,6 @@ class RunFolder:
 
     # --- what it says of the run ---
 
-    @property
     def recipe_file(self) -> Path:
         """The recipe of the run. Raises `OutputError` if there is none."""
         if not (self / RECIPE).is_file():
@@ -191,7 +190,7 @@ class RunFolder:
     @property
     def recipe(self) -> Recipe:
         """The recipe of the run, with its method: without one, it is from before LoRA was the default."""
-        kept = as_placed(with_precision(read_recipe(self.recipe_file)), self.path)
+        kept = as_placed(with_precision(read_recipe(self.recipe_file())), self.path)
         is_silent = kept.method is None and kept.from_adapter is None
         return attrs.evolve(kept, method=ADALORA) if is_silent else kept
 

@@ -85,7 +85,7 @@ class Session:
 
 def is_of_earlier_version(folder: RunFolder) -> bool:
     """Whether a run was begun before recipes said the precision: its rows were split in another way."""
-    return read_recipe(folder.recipe_file).precision is None
+    return read_recipe(folder.recipe_file()).precision is None
 
 
 def settled(recipe: Recipe, folder: RunFolder, *, resume: bool) -> Recipe:
@@ -97,7 +97,7 @@ def settled(recipe: Recipe, folder: RunFolder, *, resume: bool) -> Recipe:
     device = hardware.choose_device(use_cpu=recipe.training.get("use_cpu") is True)
     if not resume:
         return attrs.evolve(recipe, precision=hardware.choose_precision(device, recipe.precision))
-    kept = with_precision(read_recipe(folder.recipe_file))
+    kept = with_precision(read_recipe(folder.recipe_file()))
     precision = hardware.choose_precision(device, kept.precision, resumed=str(folder))
     changed = {name: recipe.training[name] for name in (DECIDED,) if name in recipe.training}  # which changes no number
     training = {**earlier_defaults(kept.task), **kept.training, **changed}
