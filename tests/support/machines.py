@@ -24,7 +24,7 @@ def _cpu(answer: bool) -> None:
 def _accelerator() -> None:
     """Train in bf16 unless a test asks for something else, as on a GPU; the device stays the CPU."""
     try:
-        from tunerkit_cli.running import hardware
+        from tunerkit_cli.machine import hardware
     except ImportError:  # without the extra [cli], nothing chooses a precision
         return
     own: Any = hardware.choose_precision

@@ -20,7 +20,7 @@ from tests.support.tiny_classifier import WORDS, save_tiny_classifier
 from tests.support.two_processes import PRELOADED
 from tunerkit_cli.app import build
 from tunerkit_cli.running import run as _run  # noqa: F401  # a server that has it imported forks in milliseconds
-from tunerkit_cli.running.watching import Watching
+from tunerkit_cli.watching.callback import Watching
 from tunerkit_testing.registering import registered
 
 machines.believe_()  # in forks of the server too, which see no conftest.py

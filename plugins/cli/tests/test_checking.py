@@ -11,8 +11,8 @@ import attrs
 import pytest
 
 from tunerkit.errors import TunerkitError
+from tunerkit_cli.preparing import checking
 from tunerkit_cli.recipes.recipe import Recipe
-from tunerkit_cli.running import checking
 
 ROWS = "text,label\ngood film,good\nbad plot,bad\n"
 RUN = {"version": 1, "task": "text-classification", "model": {"source": "hub/name"}, "recipe": {}}

@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks.quality.collapse import AFTER
 from tunerkit.errors import ConfigError
+from tunerkit_cli.preparing.trainer import build_trainer, trainer_arguments
 from tunerkit_cli.recipes import trainer_arguments as trainer_arguments_of
 from tunerkit_cli.recipes.trainer_arguments import argument_types, text_alone
-from tunerkit_cli.running.trainer import build_trainer, trainer_arguments
 from tunerkit_cli.tasks import TASKS, task_of
 from tunerkit_cli.tasks.base import MissingPackageError
 

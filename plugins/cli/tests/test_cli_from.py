@@ -23,9 +23,9 @@ from tests.support.train_command import (
     succeeded,
 )
 from tunerkit.plugin import Description, Foreign, Format
+from tunerkit_cli.folder import RunFolder
+from tunerkit_cli.preparing import starting
 from tunerkit_cli.recipes.recipe import Recipe
-from tunerkit_cli.running import starting
-from tunerkit_cli.running.folder import RunFolder
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import SCALE
 from tunerkit_testing.toy_methods import LowRankPlugin

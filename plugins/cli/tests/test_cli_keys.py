@@ -11,8 +11,8 @@ import torch
 from tests.support.toy_growing import GrowingPlugin
 from tests.support.train_command import arguments_of, command, record_of, signalled, succeeded
 from tunerkit.errors import ConfigError
+from tunerkit_cli.preparing.trainer import asked_of
 from tunerkit_cli.recipes.recipe import Recipe
-from tunerkit_cli.running.trainer import asked_of
 from tunerkit_cli.tasks import task_of
 from tunerkit_cli.tasks.weights import class_weights, weighted_loss
 from tunerkit_testing.registering import registered

@@ -23,11 +23,11 @@ from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.tiny_models import TEMPLATE, save_tiny_llama, save_tiny_t5
 from tests.support.toy_growing import GrowingPlugin
 from tests.support.train_command import collapsing, command, record_of, signalled, succeeded, write_rows
+from tunerkit_cli.folder import RunFolder
 from tunerkit_cli.outputs import OutputError
+from tunerkit_cli.preparing import resuming, session as preparing, starting
 from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.rows import DataError
-from tunerkit_cli.running import preparing, resuming, starting
-from tunerkit_cli.running.folder import RunFolder
 from tunerkit_cli.tasks.turns import NOT_LEARNED, dataset_of, encode_turns
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin

@@ -96,7 +96,7 @@ def test_without_a_step_nothing_is_written(call: list[object], tmp_path: Path, p
         done = command(*call, "--out", tmp_path / "out")
     assert (done.exit_code, done.stderr[-len(ways) :]) == (2, ways)
     assert not (tmp_path / "out").exists()
-    with mock.patch("tunerkit_cli.running.preparing.load_pretrained", side_effect=problem):
+    with mock.patch("tunerkit_cli.preparing.session.load_pretrained", side_effect=problem):
         done = command(*call, "--out", tmp_path / "out")
     assert done.stderr == (
         f"tunerkit: out of memory: gradient checkpointing, smaller batches or a 4-bit base take less; {ways}"

@@ -24,13 +24,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 import tunerkit
 from tests.support.tiny_classifier import WORDS, save_tiny_classifier
 from tests.support.tiny_models import SIDE, save_tiny_llama, save_tiny_roberta, save_tiny_t5, save_tiny_vit
+from tunerkit_cli.folder import as_json
+from tunerkit_cli.machine.hardware import computing_in
+from tunerkit_cli.preparing.data import prepare_data, read_rows
+from tunerkit_cli.preparing.session import prepare
 from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.report.record import GREATEST
 from tunerkit_cli.rows import DataError, Table, read_table
-from tunerkit_cli.running.data import prepare_data, read_rows
-from tunerkit_cli.running.folder import as_json
-from tunerkit_cli.running.hardware import computing_in
-from tunerkit_cli.running.preparing import prepare
 from tunerkit_cli.running.record import model_facts
 from tunerkit_cli.running.training import evaluate, train
 from tunerkit_cli.tasks import TASKS, TaskError, task_of

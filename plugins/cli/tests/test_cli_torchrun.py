@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.tiny_models import save_tiny_llama
 from tests.support.train_command import command, record_of, succeeded, write_rows
-from tunerkit_cli.running import processes
+from tunerkit_cli.machine import processes
 
 for _name in ("lora", "adalora", "distributed"):
     pytest.importorskip(f"tunerkit_{_name}", reason=f"two processes train LoRA and AdaLoRA with tunerkit-{_name}")

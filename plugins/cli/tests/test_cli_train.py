@@ -37,27 +37,20 @@ from tests.support.train_command import (
     write_rows,
 )
 from tunerkit.plugin import MethodInfo
+from tunerkit_cli.folder import DIGESTS, RunFolder
+from tunerkit_cli.machine.hardware import computing_in
 from tunerkit_cli.outputs import OutputError
 from tunerkit_cli.plugin_commands import Addition
+from tunerkit_cli.preparing import data as running_data, resuming, session as preparing
+from tunerkit_cli.preparing.session import settled
 from tunerkit_cli.recipes import reading
 from tunerkit_cli.recipes.recipe import Recipe, to_mapping
 from tunerkit_cli.rows import read_table
-from tunerkit_cli.running import (
-    baseline,
-    data as running_data,
-    describing,
-    preparing,
-    resuming,
-    run as running,
-    using,
-)
-from tunerkit_cli.running.folder import DIGESTS, RunFolder
-from tunerkit_cli.running.hardware import computing_in
-from tunerkit_cli.running.preparing import settled
+from tunerkit_cli.running import baseline, describing, run as running, using
 from tunerkit_cli.running.training import train
-from tunerkit_cli.running.watching import LostError, Watching
 from tunerkit_cli.tasks import task_of
 from tunerkit_cli.tasks.texts import TextClassification
+from tunerkit_cli.watching.callback import LostError, Watching
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
 from tunerkit_transformers.exact_resuming import Resumable

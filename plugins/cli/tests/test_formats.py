@@ -9,8 +9,8 @@ import pytest
 
 from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.train_command import command, record_of, succeeded
+from tunerkit_cli.preparing.data import read_rows
 from tunerkit_cli.rows import BadRowsError, Table
-from tunerkit_cli.running.data import read_rows
 from tunerkit_cli.running.record import without_home
 from tunerkit_cli.tasks import TaskError, task_of
 from tunerkit_cli.tasks.formats import FORMS, standard

@@ -10,7 +10,7 @@ import torch
 from transformers.utils import import_utils
 
 from tunerkit.errors import ConfigError
-from tunerkit_cli.running import hardware
+from tunerkit_cli.machine import hardware
 
 CPU, CUDA, MPS, XPU = (torch.device(name) for name in ("cpu", "cuda", "mps", "xpu"))
 # What a processor or an accelerator answers: with and without instructions for bf16.

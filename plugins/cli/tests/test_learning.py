@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings, strategies as st
 from torch.nn import functional
 
 from tunerkit_cli.report.record import Problem
-from tunerkit_cli.running.learning import (
+from tunerkit_cli.tasks import task_of
+from tunerkit_cli.watching.learning import (
     FEW,
     FEWEST,
     FEWEST_OTHERS,
@@ -26,7 +27,6 @@ from tunerkit_cli.running.learning import (
     judged,
     reached,
 )
-from tunerkit_cli.tasks import task_of
 
 seeds = st.integers(0, 2**32 - 1)
 lengths = st.integers(3, 120)

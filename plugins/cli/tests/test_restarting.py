@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, strategies as st
 
 from tunerkit.errors import FileError
+from tunerkit_cli.folder import RunFolder
 from tunerkit_cli.report.record import Problem, Restart
-from tunerkit_cli.running.folder import RunFolder
-from tunerkit_cli.running.watching import LostError, read_restarts, roll_back, slow_down_, slower
+from tunerkit_cli.watching.callback import LostError, read_restarts, roll_back, slow_down_, slower
 
 
 def lost(good: int) -> LostError:

@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 from tests.support.train_command import command, signalled
-from tunerkit_cli.running import processes
+from tunerkit_cli.machine import processes
 
 
 def main(file: Path) -> None:

@@ -22,12 +22,12 @@ import tunerkit
 from tunerkit.errors import TunerkitError, cut, half_character
 from tunerkit.extras import install
 from tunerkit_cli.commands import COMMANDS
+from tunerkit_cli.machine import processes
 from tunerkit_cli.plugin_commands import additions, commands_of
 from tunerkit_cli.recipes.elsewhere import key_for
 from tunerkit_cli.recipes.reading import keys_of
 from tunerkit_cli.recipes.setting import FLAGS
-from tunerkit_cli.running import processes
-from tunerkit_cli.running.telling import telling_warnings
+from tunerkit_cli.telling import telling_warnings
 
 # Their warnings at import are of builds and releases, not of what the user does: transformers imports torchao wherever
 # it is installed.

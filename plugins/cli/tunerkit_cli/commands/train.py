@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from tunerkit import TunerkitError
+from tunerkit_cli.machine import processes
 from tunerkit_cli.recipes import reading, setting
 from tunerkit_cli.recipes.recipe import Recipe
-from tunerkit_cli.running import processes
 
 # The flags that set no key of a recipe itself, or in another form: their types, and what typer says of them.
 _OTHERS: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
@@ -76,8 +76,8 @@ def train(
     **flags: Any,
 ) -> None:
     """Train an adapter, by default with LoRA. Without options: all-MiniLM-L6-v2 on movie sentences, with AdaLoRA."""
-    from tunerkit_cli.running import checking  # imports no torch; what is imported after its first check does
-    from tunerkit_cli.running.folder import RunFolder
+    from tunerkit_cli.folder import RunFolder
+    from tunerkit_cli.preparing import checking  # imports no torch; what is imported after its first check does
 
     given = {name.removesuffix("_"): value for name, value in flags.items() if value not in (None, [])}
     is_bare = recipe is None and {*given} <= {"out", "precision"}
@@ -89,7 +89,7 @@ def train(
     chosen = reading.structure(merged, source)
     checking.check(chosen, resume=resume, overwrite=overwrite)
     if chosen.from_adapter is not None:
-        from tunerkit_cli.running.starting import completed
+        from tunerkit_cli.preparing.starting import completed
 
         chosen = reading.structure(completed(merged, chosen, resume=resume), source)
     chosen = checking.completed(chosen, resume=resume)

@@ -74,7 +74,7 @@ def predict(
         raise TunerkitError(f"--out {out}: predictions are written into files that end in {allowed}; rename it")
     if out is not None and out.exists():
         raise TunerkitError(f"--out {out}: there is such a file; pass a new one")
-    from tunerkit_cli.running.checking import check_rows
+    from tunerkit_cli.preparing.checking import check_rows
     from tunerkit_cli.tasks.answering import Answering
 
     answering = Answering(new_tokens, system, temperature, top_p, top_k, seed)
@@ -126,7 +126,7 @@ def evaluate(
     batch_size: _BatchSize = 32,
 ) -> None:
     """Evaluate a trained adapter on labelled rows: the metrics as JSON."""
-    from tunerkit_cli.running.checking import check_rows
+    from tunerkit_cli.preparing.checking import check_rows
 
     named = _named(columns)
     check_rows(folder, data, named, predicting=False)

@@ -9,7 +9,7 @@ import tunerkit
 from tunerkit import serialization
 from tunerkit.errors import BaseMismatchError
 from tunerkit.plugin import Tuner
-from tunerkit_cli.running.telling import own_warnings
+from tunerkit_cli.telling import own_warnings
 from tunerkit_transformers.base_choice import choose_base, with_base
 from tunerkit_transformers.bases import Base, skeleton, whole
 from tunerkit_transformers.pretrained import quiet

@@ -17,8 +17,8 @@ from tunerkit_cli.converting.printing import ranks_in_words, size_in_words
 from tunerkit_cli.report.rank_map import rank_map, rank_table
 from tunerkit_cli.report.record import VERSION, read
 from tunerkit_cli.report.verdict import failure
-from tunerkit_cli.running.telling import say
 from tunerkit_cli.settings import write_settings
+from tunerkit_cli.telling import say
 from tunerkit_transformers.output_folder import read_run
 from tunerkit_transformers.run_folder import NAME as RECORD, RECIPE
 

@@ -10,10 +10,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from tunerkit import TunerkitError
-from tunerkit_cli.running.trainer import build_trainer, trainer_arguments
-from tunerkit_cli.running.watching import Watching
+from tunerkit_cli.preparing.trainer import build_trainer, trainer_arguments
 from tunerkit_cli.tasks.base import Row, Task
 from tunerkit_cli.tasks.texts import short_to_long
+from tunerkit_cli.watching.callback import Watching
 from tunerkit_transformers.pretrained import Pretrained
 
 # A head trained alone needs a much higher learning rate than adapters. On the demo, lower rates than these are worse.

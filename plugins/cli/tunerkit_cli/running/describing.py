@@ -10,15 +10,15 @@ import tunerkit
 from tunerkit import injection
 from tunerkit.paths import few
 from tunerkit_cli.demo import demo_of
+from tunerkit_cli.preparing.fitting import NO_ROOM, Fit
+from tunerkit_cli.preparing.session import Session
 from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.report.rank_map import rank_map, rank_table
 from tunerkit_cli.report.record import Problem, Restart
 from tunerkit_cli.report.verdict import failure
-from tunerkit_cli.running.fitting import NO_ROOM, Fit
-from tunerkit_cli.running.preparing import Session
 from tunerkit_cli.running.record import Trained
-from tunerkit_cli.running.telling import say
 from tunerkit_cli.tasks.texts import positions_of, token_limit
+from tunerkit_cli.telling import say
 
 
 def described(session: Session) -> Iterator[str]:

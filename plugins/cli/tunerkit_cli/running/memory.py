@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tunerkit import TunerkitError
-from tunerkit_cli.running.folder import RunFolder
+from tunerkit_cli.folder import RunFolder
 from tunerkit_transformers.out_of_memory import advice_on, is_out_of_memory
 from tunerkit_transformers.planning import Plan
 

@@ -17,11 +17,11 @@ import torch
 import tunerkit
 from tunerkit import hooks, injection
 from tunerkit.plugin import RankChange, Tuner
+from tunerkit_cli.preparing.session import Session
 from tunerkit_cli.recipes.recipe import Recipe, files_of, to_mapping
 from tunerkit_cli.report.record import Problem
-from tunerkit_cli.running.preparing import Session
-from tunerkit_cli.running.watching import read_restarts
 from tunerkit_cli.tasks.language import are_conversations
+from tunerkit_cli.watching.callback import read_restarts
 from tunerkit_transformers.output_folder import VERSION
 from tunerkit_transformers.pretrained import Pretrained
 from tunerkit_transformers.run_folder import stated

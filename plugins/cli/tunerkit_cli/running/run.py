@@ -14,19 +14,18 @@ from rich.console import Console
 import tunerkit
 from tunerkit.errors import shown
 from tunerkit_cli import outputs
+from tunerkit_cli.folder import ENVIRONMENT, LEFT_OUT, REPORT, RunFolder
+from tunerkit_cli.machine import hardware, processes
+from tunerkit_cli.preparing import resuming
+from tunerkit_cli.preparing.data import prepare_data
+from tunerkit_cli.preparing.session import Session, is_of_earlier_version, prepare, settled
+from tunerkit_cli.preparing.trainer import arguments_of
 from tunerkit_cli.recipes.recipe import Recipe, as_stated
 from tunerkit_cli.report.html import render
-from tunerkit_cli.running import hardware, processes, resuming
 from tunerkit_cli.running.baseline import NoBaselineError, head_alone
-from tunerkit_cli.running.data import prepare_data
 from tunerkit_cli.running.describing import conclude, described, tell
-from tunerkit_cli.running.folder import ENVIRONMENT, LEFT_OUT, REPORT, RunFolder
-from tunerkit_cli.running.learning import below_baseline
 from tunerkit_cli.running.memory import refusing_memory
-from tunerkit_cli.running.preparing import Session, is_of_earlier_version, prepare, settled
 from tunerkit_cli.running.record import Trained, finite, record_of, sources_of, without_home
-from tunerkit_cli.running.telling import say, telling_warnings
-from tunerkit_cli.running.trainer import arguments_of
 from tunerkit_cli.running.training import (
     EvaluationError,
     evaluate,
@@ -35,6 +34,8 @@ from tunerkit_cli.running.training import (
     replacing,
     train_with_restarts,
 )
+from tunerkit_cli.telling import say, telling_warnings
+from tunerkit_cli.watching.learning import below_baseline
 from tunerkit_transformers.output_folder import RECORD
 from tunerkit_transformers.pretrained import quiet
 from tunerkit_transformers.run_folder import read_record

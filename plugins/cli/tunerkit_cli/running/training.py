@@ -18,15 +18,15 @@ import tunerkit
 from tunerkit import TunerkitError
 from tunerkit.plugin import RankChange
 from tunerkit_cli import outputs
+from tunerkit_cli.folder import CARD, CHECKPOINTS, LOGS, RunFolder
+from tunerkit_cli.machine.processes import wait
+from tunerkit_cli.preparing.session import Session, prepare
+from tunerkit_cli.preparing.starting import explaining, keep_start, place_start
 from tunerkit_cli.recipes.recipe import Recipe
-from tunerkit_cli.running.folder import CARD, CHECKPOINTS, LOGS, RunFolder
-from tunerkit_cli.running.learning import Reached, judged, reached
-from tunerkit_cli.running.preparing import Session, prepare
-from tunerkit_cli.running.processes import wait
 from tunerkit_cli.running.record import Trained
-from tunerkit_cli.running.starting import explaining, keep_start, place_start
-from tunerkit_cli.running.telling import say, telling_warnings
-from tunerkit_cli.running.watching import DivergedError, LostError, roll_back
+from tunerkit_cli.telling import say, telling_warnings
+from tunerkit_cli.watching.callback import DivergedError, LostError, roll_back
+from tunerkit_cli.watching.learning import Reached, judged, reached
 
 
 class EvaluationError(TunerkitError):

@@ -8,19 +8,19 @@ from rich.console import Console
 
 from tunerkit import TunerkitError
 from tunerkit.errors import FileError, shown
+from tunerkit_cli.machine import hardware
+from tunerkit_cli.preparing.data import Rows, read_rows
+from tunerkit_cli.preparing.fitting import build_fitted, cut_at_positions_
+from tunerkit_cli.preparing.trainer import trainer_arguments
 from tunerkit_cli.recipes.recipe import PRECISIONS
 from tunerkit_cli.rows import DataError, Table, read_table
-from tunerkit_cli.running import hardware
-from tunerkit_cli.running.data import Rows, read_rows
-from tunerkit_cli.running.fitting import build_fitted, cut_at_positions_
-from tunerkit_cli.running.telling import say
-from tunerkit_cli.running.trainer import trainer_arguments
 from tunerkit_cli.tasks import task_of
 from tunerkit_cli.tasks.answering import Answering
 from tunerkit_cli.tasks.base import Row, Task, require_text
 from tunerkit_cli.tasks.generating import GREEDY, generate, require_system
 from tunerkit_cli.tasks.language import GenerationTask, settle_prompts_
 from tunerkit_cli.tasks.texts import token_limit
+from tunerkit_cli.telling import say
 from tunerkit_transformers.learned_positions import obstacle, score_learned_
 from tunerkit_transformers.output_folder import RECORD, Run, load_run, read_run
 from tunerkit_transformers.pretrained import Pretrained, quiet

@@ -16,11 +16,11 @@ import attrs
 
 import tunerkit
 from tunerkit.errors import FileError
+from tunerkit_cli.machine.processes import by_the_first
 from tunerkit_cli.outputs import OutputError, publishing
 from tunerkit_cli.recipes import writing
 from tunerkit_cli.recipes.reading import read_recipe
 from tunerkit_cli.recipes.recipe import ADALORA, Recipe, as_placed, files_of, with_precision
-from tunerkit_cli.running.processes import by_the_first
 from tunerkit_transformers.output_folder import RECORD
 from tunerkit_transformers.pretrained import Pretrained
 from tunerkit_transformers.run_folder import LIST, RECIPE, stated

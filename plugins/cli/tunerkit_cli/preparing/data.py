@@ -25,12 +25,12 @@ from tunerkit_cli.rows import (
     split,
     split_by_class,
 )
-from tunerkit_cli.running.telling import say
 from tunerkit_cli.tasks import task_of
 from tunerkit_cli.tasks.base import Row, Task
 from tunerkit_cli.tasks.formats import refuse_other, standard
 from tunerkit_cli.tasks.infer import infer
 from tunerkit_cli.tasks.turns import read_template
+from tunerkit_cli.telling import say
 
 HELD_OUT_EVERY = 5  # one of five rows
 # The split is fixed: the seed changes the training, never the rows it is evaluated on.

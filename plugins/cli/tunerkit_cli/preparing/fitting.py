@@ -5,8 +5,8 @@ from typing import Any
 
 import attrs
 
+from tunerkit_cli.preparing.trainer import build_trainer
 from tunerkit_cli.rows import DataError
-from tunerkit_cli.running.trainer import build_trainer
 from tunerkit_cli.tasks.base import NOT_LEARNED, Task
 from tunerkit_cli.tasks.generating import prompt_length, refusing_template
 from tunerkit_cli.tasks.language import CausalLm, GenerationTask

@@ -19,11 +19,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from tunerkit import TunerkitError
 from tunerkit.errors import FileError, shown
 from tunerkit.plugin import Tuner
+from tunerkit_cli.folder import CHECKPOINTS, RESTARTS, RunFolder
+from tunerkit_cli.machine.processes import wait
 from tunerkit_cli.report.record import Problem, Restart
-from tunerkit_cli.running.folder import CHECKPOINTS, RESTARTS, RunFolder
-from tunerkit_cli.running.learning import Learning
-from tunerkit_cli.running.processes import wait
-from tunerkit_cli.running.telling import say
+from tunerkit_cli.telling import say
+from tunerkit_cli.watching.learning import Learning
 from tunerkit_transformers.agreement import gathered
 from tunerkit_transformers.exact_resuming import is_whole
 

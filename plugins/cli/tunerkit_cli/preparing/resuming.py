@@ -10,9 +10,9 @@ from typing import Any
 import attrs
 
 from tunerkit.errors import shown
+from tunerkit_cli.folder import CHECKPOINTS, DIGESTS, LIST, LOGS, REPORT, WRITTEN, RunFolder, digests_of
 from tunerkit_cli.outputs import OutputError, writing
 from tunerkit_cli.recipes.recipe import Recipe, as_stated, to_mapping
-from tunerkit_cli.running.folder import CHECKPOINTS, DIGESTS, LIST, LOGS, REPORT, WRITTEN, RunFolder, digests_of
 from tunerkit_cli.tasks import task_of
 from tunerkit_transformers.output_folder import RECORD
 from tunerkit_transformers.run_folder import placed
@@ -84,7 +84,7 @@ def _check_resume(folder: RunFolder, recipe: Recipe) -> None:
             raise OutputError(f"--out {folder}: this run has ended; pass --overwrite to run it again")
         return  # it was killed before it had its report
     # It imports transformers, which a folder that is refused spares.
-    from tunerkit_cli.running.trainer import DECIDED, arguments_of, asked_of
+    from tunerkit_cli.preparing.trainer import DECIDED, arguments_of, asked_of
 
     left = ("task", "precision", "train_on_prompts", "samples", "loss")
     recipe = attrs.evolve(recipe, **{name: getattr(kept, name) for name in left if getattr(recipe, name) is None})

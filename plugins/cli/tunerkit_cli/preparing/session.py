@@ -13,25 +13,25 @@ from tunerkit.errors import ConfigError
 from tunerkit.plugin import Tuner
 from tunerkit_cli import assets
 from tunerkit_cli.demo import demo_of
+from tunerkit_cli.folder import RunFolder
+from tunerkit_cli.machine import hardware
+from tunerkit_cli.preparing.data import Data
+from tunerkit_cli.preparing.fitting import Fit, build_fitted, cut_at_positions_
+from tunerkit_cli.preparing.resuming import earlier_defaults
+from tunerkit_cli.preparing.starting import Start, continued, head_labels, order_note, start_of, wrapped
+from tunerkit_cli.preparing.trainer import DECIDED, asked_of, refuse_untrainable, stopping, trainer_arguments
 from tunerkit_cli.recipes.reading import read_recipe
 from tunerkit_cli.recipes.recipe import Recipe, as_placed, files_of, with_precision
 from tunerkit_cli.report.record import Restart
 from tunerkit_cli.rows import read_table
-from tunerkit_cli.running import hardware
-from tunerkit_cli.running.data import Data
-from tunerkit_cli.running.fitting import Fit, build_fitted, cut_at_positions_
-from tunerkit_cli.running.folder import RunFolder
-from tunerkit_cli.running.learning import Learning, advice
-from tunerkit_cli.running.resuming import earlier_defaults
-from tunerkit_cli.running.starting import Start, continued, head_labels, order_note, start_of, wrapped
-from tunerkit_cli.running.telling import say
-from tunerkit_cli.running.trainer import DECIDED, asked_of, refuse_untrainable, stopping, trainer_arguments
-from tunerkit_cli.running.watching import MOST, SLOWER, Watching, read_restarts, slower
 from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.language import SAMPLES, CausalLm, GenerationTask, settle_prompts_
 from tunerkit_cli.tasks.texts import labels_of, short_to_long
 from tunerkit_cli.tasks.turns import read_template
 from tunerkit_cli.tasks.weights import class_weights, weighted_loss
+from tunerkit_cli.telling import say
+from tunerkit_cli.watching.callback import MOST, SLOWER, Watching, read_restarts, slower
+from tunerkit_cli.watching.learning import Learning, advice
 from tunerkit_transformers.learned_positions import is_scored
 from tunerkit_transformers.memory import GIB
 from tunerkit_transformers.out_of_memory import noted_plan

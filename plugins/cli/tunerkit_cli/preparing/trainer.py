@@ -18,12 +18,12 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from tunerkit import TunerkitError
 from tunerkit.errors import ConfigError, shown, warn
 from tunerkit_cli.demo import demo_of
+from tunerkit_cli.folder import CHECKPOINTS, LOGS
+from tunerkit_cli.machine import hardware
+from tunerkit_cli.machine.processes import count
 from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.recipes.trainer_arguments import name_problem
 from tunerkit_cli.report.scores import is_better_high
-from tunerkit_cli.running import hardware
-from tunerkit_cli.running.folder import CHECKPOINTS, LOGS
-from tunerkit_cli.running.processes import count
 from tunerkit_cli.tasks.base import Task
 from tunerkit_transformers.exact_resuming import resume_exactly_
 

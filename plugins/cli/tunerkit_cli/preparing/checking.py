@@ -10,11 +10,11 @@ import attrs
 import tunerkit
 from tunerkit.errors import ConfigError, FileError
 from tunerkit_cli.demo import demo_of
+from tunerkit_cli.folder import RunFolder
+from tunerkit_cli.preparing import resuming
 from tunerkit_cli.recipes.recipe import Recipe, default_method, files_of, with_home, with_precision
 from tunerkit_cli.recipes.trainer_arguments import name_problem
 from tunerkit_cli.rows import DataError, Table, read_table, require_column
-from tunerkit_cli.running import resuming
-from tunerkit_cli.running.folder import RunFolder
 from tunerkit_cli.tasks import TaskError, task_of
 from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.formats import refuse_other, standard

@@ -15,14 +15,14 @@ from tunerkit import TunerkitError, TunerkitWarning, serialization
 from tunerkit.errors import BaseMismatchError, ConfigError, FileError, StepError, shown
 from tunerkit.paths import few
 from tunerkit.plugin import Description, Tuner
+from tunerkit_cli.folder import ADAPTER, START, START_FACTS, RunFolder, as_json
+from tunerkit_cli.machine.hardware import choose_device, obstacle
+from tunerkit_cli.machine.processes import by_the_first
+from tunerkit_cli.preparing.checking import refuse_absent
+from tunerkit_cli.preparing.data import Data
 from tunerkit_cli.recipes.reading import mapping_at
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, DTYPES, PRECISIONS, Recipe
 from tunerkit_cli.rows import DataError, tidy
-from tunerkit_cli.running.checking import refuse_absent
-from tunerkit_cli.running.data import Data
-from tunerkit_cli.running.folder import ADAPTER, START, START_FACTS, RunFolder, as_json
-from tunerkit_cli.running.hardware import choose_device, obstacle
-from tunerkit_cli.running.processes import by_the_first
 from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.texts import labels_of
 from tunerkit_transformers import transformers_private

@@ -1,0 +1,1 @@
+"""What follows a training: progress, Ctrl-C, and whether it learns."""
