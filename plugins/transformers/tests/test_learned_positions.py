@@ -12,9 +12,17 @@ from torch import Tensor
 pytest.importorskip("trl", reason="the trainers are TRL's")
 pytest.importorskip("datasets", reason="TRL takes its data from it")
 
-from plugins.transformers.tests.test_head_weights import ROWS, adapted, gradients, llama, own_forward, trainer_of
+from plugins.transformers.tests.test_head_weights import (
+    PLACES,
+    ROWS,
+    adapted,
+    gradients,
+    llama,
+    own_forward,
+    trainer_of,
+)
 from tunerkit_transformers import learned_positions
-from tunerkit_transformers.learned_positions import is_scored, obstacle, score_learned_
+from tunerkit_transformers.learned_positions import is_scored, may_overwrite, obstacle, score_learned_
 
 pytestmark = [
     pytest.mark.usefixtures("toys"),
@@ -58,6 +66,30 @@ def test_losses_and_gradients_are_those_of_all_logits(
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert (found[name] - value).abs().max() <= within * max(1e-3, float(value.abs().max())), name
+
+
+def test_probabilities_take_the_place_of_a_plain_heads_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same bits of loss and gradients as in a tensor beside them."""
+    monkeypatch.setitem(PLACES, "elsewhere", ("toy-low-rank", {"targets": ["q_proj"]}))
+    model, trainer, inputs = prepared("SFT", "elsewhere", tmp_path, monkeypatch, torch.float32)
+    score_learned_(trainer)
+    seen: list[bool] = []
+    monkeypatch.setattr(learned_positions, "may_overwrite", lambda logits: seen.append(may_overwrite(logits)) or True)
+    found = gradients(trainer, model, inputs)
+    assert seen == [True]
+    monkeypatch.setattr(learned_positions, "may_overwrite", lambda logits: False)
+    assert all(torch.equal(found[name], each) for name, each in gradients(trainer, model, inputs).items())
+
+
+def test_logits_that_a_backward_reads_are_not_overwritten() -> None:
+    """As of a cap by tanh, and as of a head with an adapter."""
+    hidden, weight = torch.ones(3, 4, requires_grad=True), torch.ones(5, 4)
+    assert may_overwrite(hidden @ weight.T)
+    assert may_overwrite(torch.nn.functional.linear(hidden[None], weight))
+    assert not may_overwrite(torch.tanh(hidden @ weight.T))
+    assert not may_overwrite((hidden @ weight.T).exp())
+    assert not may_overwrite(hidden.bfloat16() @ weight.T.bfloat16())
+    assert not may_overwrite(hidden.detach() @ weight.T)
 
 
 def test_logits_are_computed_where_a_token_is_learned_and_nowhere_else(

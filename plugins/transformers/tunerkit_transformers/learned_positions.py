@@ -16,6 +16,9 @@ _NOT_LEARNED: Final = -100
 # The logits of a larger batch, beyond 512 MiB in fp32, are left to TRL, which computes them in parts.
 _MOST: Final = 2**27
 _AT_ONCE: Final = 2**18  # logits that fit a core's cache
+# Nodes whose backward does not read the values that they returned, and views of those.
+_PRODUCTS: Final = ("MmBackward0", "AddmmBackward0")
+_VIEWS: Final = ("UnsafeViewBackward0", "ViewBackward0")
 _TRITON: Final = ("cuda", "xpu")  # where TRL leaves out the positions that are not learned
 _TRAINERS: Final = ("SFTTrainer", "DPOTrainer")  # their losses take log-probabilities at temperature 1
 
@@ -81,10 +84,18 @@ def _scored_or_run(run: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str
     logits = type(model).forward(model, *args, **inputs).logits  # (learned, vocabulary)
     scores: Any = _Scores
     with torch.autocast("cpu", enabled=False):  # which would round their sums
-        found = dict(zip(_FIELDS, scores.apply(logits, labels[:, 1:][learned]), strict=True))
+        found = dict(zip(_FIELDS, scores.apply(logits, labels[:, 1:][learned], may_overwrite(logits)), strict=True))
     placed = {name: each.new_zeros(learned.shape).masked_scatter(learned, each) for name, each in found.items()}
     loss = -found["log_probs"].sum() / (learned.sum().clamp(min=1) if items is None else items)
     return _output()(loss=loss, label_mask=learned, **placed)
+
+
+def may_overwrite(logits: Tensor) -> bool:
+    """Whether the probabilities may take the place of the logits: of a plain head in fp32, no backward reads them."""
+    node = logits.grad_fn
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    return node is not None and node.name() in _PRODUCTS and logits.dtype in (torch.float32, torch.float64)
 
 
 _FIELDS: Final = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -94,17 +105,21 @@ class _Scores(torch.autograd.Function):
     """Computes the log-probability of each label, with gradient, and the statistics that TRL logs."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """Return the tensors (n,) named in `_FIELDS`, in fp32 or wider, for logits (n, vocabulary), labels (n,)."""
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, overwrite: bool) -> tuple[Tensor, ...]:
+        """Return the tensors (n,) named in `_FIELDS`, in fp32 or wider, for logits (n, vocabulary), labels (n,).
+
+        With ``overwrite``, the probabilities take the place of the logits, which are the largest tensor of a step.
+        """
         count, size = logits.shape
         dtype = torch.promote_types(logits.dtype, torch.float32)
         found = [torch.empty(count, dtype=dtype) for _ in _FIELDS[:-1]]
         found.append(torch.empty(count, dtype=torch.bool))
         rows = max(1, _AT_ONCE // size)
-        kept = torch.empty((count if ctx.needs_input_grad[0] else min(rows, count), size), dtype=dtype)
+        more = count if ctx.needs_input_grad[0] else min(rows, count)
+        kept = logits.detach() if overwrite else torch.empty((more, size), dtype=dtype)
         for start in range(0, count, rows):
             part = slice(start, start + rows)
-            z, own = logits[part].to(dtype), labels[part]
+            z, own = logits[part].to(dtype, copy=overwrite), labels[part]
             p = kept[part if ctx.needs_input_grad[0] else slice(len(z))]
             greatest, best = z.max(-1)
             torch.exp(torch.sub(z, greatest[:, None], out=p), out=p)
@@ -124,8 +139,8 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient of the logits, ``grad`` · (one-hot label − p), which overwrites p."""
         p, labels = ctx.saved_tensors
         p.mul_(-grad[:, None]).scatter_add_(1, labels[:, None], grad[:, None])
-        return p.to(ctx.dtype), None
+        return p.to(ctx.dtype), None, None

@@ -20,7 +20,7 @@ from tunerkit.plugin import Tuner, method_record
 from tunerkit_transformers.activations import address, kept_by
 from tunerkit_transformers.grouping import lengths_in
 from tunerkit_transformers.head_weights import forward_of_trl
-from tunerkit_transformers.learned_positions import is_scored
+from tunerkit_transformers.learned_positions import is_scored, may_overwrite
 
 MIB: Final = 2**20
 CHECKPOINTING: Final = ("activation_checkpointing", "gradient_checkpointing")  # the name, and that of earlier versions
@@ -29,7 +29,9 @@ _ESTIMATED: Final = ("activations", "overhead")
 _FP32: Final = 4  # bytes
 _NOT_LEARNED: Final = -100
 _COPIES: Final = 3  # of the logits in fp32: themselves, their logarithms or probabilities, and a gradient
-_LEARNED_COPIES: Final = 2  # of the logits at learned positions alone: the probabilities' gradient takes their place
+# Of the logits at learned positions alone: themselves, and probabilities whose gradient takes their place. A plain
+# head's logits give up their own.
+_LEARNED_COPIES, _OF_PLAIN_HEAD = 2, 1
 _LOGITS: Final = 2**30  # bytes; TRL's loss keeps no more at once: it computes those of larger batches in parts
 # nf4 with nested constants: 4 bits, an 8-bit constant for 64 weights, and an fp32 one for 256 of those.
 _NF4: Final = 1 / 2 + 1 / 64 + 4 / (64 * 256)
@@ -315,12 +317,21 @@ def _image_in(dataset: Any, model: Any) -> tuple[int, int, int] | None:
     return tuple(pixels.shape) if isinstance(pixels, Tensor) and pixels.ndim == 3 else None  # type: ignore[return-value]
 
 
+def _has_plain_head(model: Any) -> bool:
+    """Whether `may_overwrite` the logits of the model's head."""
+    head = model.get_output_embeddings()
+    with torch.enable_grad():
+        return may_overwrite(head(head.weight.new_zeros((1, head.weight.shape[-1]), requires_grad=True)))
+
+
 def _scored(trainer: Any, rows: int, longest: int) -> int:
     """The positions of a batch at which a language model's loss keeps as many copies of the logits as others do."""
     positions, names = rows * longest, {*(getattr(trainer.train_dataset, "column_names", None) or ())}
     if is_scored(trainer) and "labels" in names:
         learned = (sum(label != _NOT_LEARNED for label in row) for row in trainer.train_dataset["labels"])
-        positions = rows * min(longest, max(learned)) * _LEARNED_COPIES // _COPIES
+        is_plain = not trainer.args.bf16 and not trainer.args.fp16 and _has_plain_head(trainer.model)
+        copies = _OF_PLAIN_HEAD if is_plain else _LEARNED_COPIES
+        positions = rows * min(longest, max(learned)) * copies // _COPIES
     in_parts = is_scored(trainer) or forward_of_trl(trainer.model) is not None
     most = _LOGITS // (_COPIES * _FP32 * max(1, _vocabulary(trainer.model)))
     return min(positions, most) if in_parts else positions
