@@ -9,7 +9,7 @@ from torch import nn
 
 from tunerkit import hooks
 from tunerkit.errors import AdapterError, PluginError, TargetError, first as first_of, warn
-from tunerkit.injection.integrity import note_call, shapes_of, watch
+from tunerkit.injection.adapter_checks import note_call, shapes_of, watch
 from tunerkit.injection.preconditions import refuse_mixed_dtypes, refuse_overlap, refuse_rows, refuse_running
 from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, is_called, slots_of, walk
 from tunerkit.injection.state_dicts import mark_merged, refuse_state
