@@ -126,7 +126,7 @@ def train(shape: Shape, folder: Path) -> Any:
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     import tunerkit
-    from tunerkit_transformers.planning import plan_of
+    from tunerkit_transformers.memory_plan import plan_of
 
     model = tunerkit.wrap(shape.make(), shape.method, seed=0)
     own: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "seed": 0}

@@ -230,7 +230,7 @@ def options_from(cls: Any, given: object) -> Any:
 
 
 def _arguments(fields: Fields, mapping: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the class's keyword arguments. Raises `ConfigError` for unknown, missing and invalid settings."""
+    """Convert a mapping to keyword arguments. Raises `ConfigError` for unknown, missing and invalid fields."""
     unknown = [key for key in mapping if key not in fields]
     problems = [_unknown(key, fields) for key in unknown[:_NAMED]]  # the search for the closest names takes time
     problems += [f"and {len(unknown) - _NAMED} more unknown keys @ $"] if len(unknown) > _NAMED else []

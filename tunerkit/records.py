@@ -382,7 +382,7 @@ class ParamGroup:
     Attributes:
         parameters: Some of the adapter's parameters.
         lr_scale: The factor of the learning rate, as in LoRA+.
-        weight_decay: Their weight decay; None for the weight decay of all other parameters.
+        weight_decay: Their weight decay; None for the optimizer's own.
     """
 
     parameters: Sequence[nn.Parameter] = attrs.field(converter=tuple[nn.Parameter, ...])  # a generator is read once

@@ -50,6 +50,7 @@ def test_a_folder_that_no_plugin_opens_is_refused_with_the_extra_that_does(
     plugin = Opening()
     with registered(plugin):
         assert tunerkit.from_folder(tmp_path, "mine")[1] == f"mine of {tmp_path}"
+        assert tunerkit.from_folder(tmp_path, "~")[1] == f"{Path.home()} of {tmp_path}"
         plugin.answer = "a model"
         words = r"plugin 'Opening' .*returned 'a model'; it must return tuple\[torch\.nn\.Module, object\] \| None"
         with pytest.raises(tunerkit.errors.PluginError, match=words):

@@ -19,7 +19,7 @@ from tunerkit.hooks.calls import (
     watches_steps,
 )
 from tunerkit.hooks.engines import Engine, Pieces, Removable, same, whole_pieces
-from tunerkit.hooks.gather import (
+from tunerkit.hooks.knowledge import (
     adapted,
     because_of,
     configure,

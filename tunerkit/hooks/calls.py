@@ -195,7 +195,7 @@ def from_factors(
 
 
 class Check(Protocol):
-    """Converts a hook's answer, or raises `Unfit`. ``given`` has the hook's arguments by name, and the method."""
+    """Converts a hook's answer to core's type, or raises `Unfit`. ``given``: the hook's arguments, and ``method``."""
 
     def __call__(self, answer: Any, given: Given) -> Any: ...
 

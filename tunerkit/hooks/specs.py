@@ -159,7 +159,7 @@ def tunerkit_build_adapter(
     Fires once per target in ``wrap`` and in ``load``, with core's seed set, before anything is injected. ``base`` has
     the number of features and the weights, which must not be changed; ``shared`` is what `tunerkit_shared` built. Core
     then moves the adapter to the base layer's device and the config's dtype. If ``loading``, values from a file replace
-    the initial ones: do not compute these from the weight, which may be missing.
+    the initial ones: do not compute initial values from the weight, which may be missing.
     """
 
 

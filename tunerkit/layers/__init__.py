@@ -5,7 +5,7 @@ Other packages read a module's weights and forward, and torch's private names, t
 
 from tunerkit.layers import torch_private, weights
 from tunerkit.layers.adapter import Adapter, resize_
-from tunerkit.layers.base import BaseLayer, bias_name, has_trainable_bias, view_bias
+from tunerkit.layers.base_layer import BaseLayer, bias_name, has_trainable_bias, view_bias
 from tunerkit.layers.kinds import (
     CORE,
     KINDS,

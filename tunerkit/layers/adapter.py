@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tunerkit.layers.base import BaseLayer
+from tunerkit.layers.base_layer import BaseLayer
 
 _SHARED = "_shared"
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from tunerkit.layers import products, torch_private
-from tunerkit.layers.base import BaseLayer
+from tunerkit.layers.base_layer import BaseLayer
 from tunerkit.layers.compiled import add_traced
 from tunerkit.layers.kinds import drop
 from tunerkit.layers.products import autocast_off, fold, product_dtype

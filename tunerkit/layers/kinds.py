@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from tunerkit.errors import AdapterError
 from tunerkit.layers import torch_private
-from tunerkit.layers.base import BaseLayer
+from tunerkit.layers.base_layer import BaseLayer
 from tunerkit.layers.torch_private import is_packed
 from tunerkit.layers.weights import forward_name, forward_owner, is_listed, weight_of, whole_shape
 from tunerkit.records import DefaultTargets, ModelLibrary, WeightReader

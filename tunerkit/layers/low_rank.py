@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tunerkit.errors import AdapterError
 from tunerkit.layers import torch_private
-from tunerkit.layers.base import BaseLayer
+from tunerkit.layers.base_layer import BaseLayer
 from tunerkit.layers.fused import MARK, Mark, add_fused
 from tunerkit.layers.products import autocast_off, fold, product_dtype
 from tunerkit.layers.weights import code_owner, is_listed

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tunerkit.errors import AdapterError
 from tunerkit.layers import torch_private
-from tunerkit.layers.base import BaseLayer
+from tunerkit.layers.base_layer import BaseLayer
 from tunerkit.layers.kinds import OutputLayer
 from tunerkit.layers.weights import forward_owner, weight_of, whole_shape
 from tunerkit.paths import CHILD

@@ -22,7 +22,7 @@ from tunerkit.serialization.merge import (
     restore_originals_,
     unmerge,
 )
-from tunerkit.serialization.packed import dense_layers, replace_by_dense_, rounding
+from tunerkit.serialization.packed_layers import dense_layers, replace_by_dense_, rounding
 from tunerkit.serialization.safetensors_file import checked_path, file_at, folder_of
 from tunerkit.serialization.tensor_checks import limit_for
 from tunerkit.serialization.training_state import carry, load_state, restore_, save_state

@@ -190,7 +190,7 @@ def refuse_other_base(
 ) -> None:
     """Raise `BaseMismatchError` if the base model of ``tuner`` differs from the base recorded in the file's header.
 
-    Warn if the two bases are quantized differently. Settings are compared if the file records them.
+    Warn if the two bases are quantized differently. The base's settings are compared if the file records them.
     """
     found = fingerprint(tuner, scanned)
     lines = differences(header.base, found)

@@ -15,7 +15,7 @@ from tunerkit.layers import bias_name, torch_private, weights
 from tunerkit.paths import few, join
 from tunerkit.records import Rounding
 from tunerkit.serialization.fingerprint import fingerprint
-from tunerkit.serialization.packed import requiring_effect, warn_of_rounding
+from tunerkit.serialization.packed_layers import requiring_effect, warn_of_rounding
 from tunerkit.serialization.tensor_checks import nonfinite
 from tunerkit.serialization.untying import Parting, Places, plan_parting
 

@@ -120,8 +120,8 @@ def _tied_flags(
     """Yield (object, attribute) of the flags for tied weights, in modules inside which all ties are cut."""
     if unserved := hooks.unserved(model, described=True):
         warn(
-            f"tied weights of this {type(model).__name__} get different values, but its config still marks them as "
-            f"tied: {unserved}"
+            f"the merge gives tied weights of this {type(model).__name__} different values, but its config still marks "
+            f"them as tied: {unserved}"
         )
     libraries = hooks.libraries_of(model)
     for path, module in injection.base_modules(model):

@@ -300,8 +300,8 @@ def _note(watched: "ref[Tuner]", parameter: Tensor) -> None:
 def report_undriven(tuner: Tuner, *, saving: bool = False) -> None:
     """Raise `StepError`, or warn, if an optimizer has updated an adapter without being attached to it.
 
-    It raises for a method that needs steps, since the adapter could never be saved. It only warns while saving, or if
-    an adapter is attached: the user chose which adapters to attach, and may attach this one later.
+    It raises if the method needs steps, because such an adapter cannot be saved; otherwise it warns. While saving, or
+    if another adapter is attached, it always warns: the user may attach this one later.
     """
     last: LastGradient | None = tuner.progress.last
     if last is None or last.is_reported or not last.was_used():

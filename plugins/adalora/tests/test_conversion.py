@@ -14,6 +14,7 @@ from tunerkit import hooks, injection, targets
 from tunerkit.injection import Slot
 from tunerkit.plugin import Factors
 from tunerkit.serialization.adapter_file import save
+from tunerkit_adalora.conversion import from_products
 from tunerkit_testing.small import X, net, train, trainable
 
 METHODS = ("lora", "adalora")
@@ -171,3 +172,9 @@ def test_products_for_other_targets_are_refused(
     given = {path: Factors(*pair) for path, pair in products.items()}
     with pytest.raises(tunerkit.errors.AdapterError, match=words):
         hooks.from_factors(method, targets.from_paths(scanned, ["a"]), given)
+
+
+def test_products_of_rank_0_give_the_smallest_config() -> None:
+    """A rank is at least 1 in a config, and the layers stay empty."""
+    config, layers = from_products({"layer": Factors(q=torch.empty(0, 4), p=torch.empty(3, 0))})
+    assert (config.init_rank, config.target_rank, layers["layer"].rank) == (1, 1, 0)

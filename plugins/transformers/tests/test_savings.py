@@ -14,7 +14,7 @@ from transformers import Trainer
 import tunerkit
 from plugins.transformers.tests.test_head_weights import ROWS, adapted, trainer_of
 from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
-from tunerkit_transformers import planning
+from tunerkit_transformers import memory_plan
 from tunerkit_transformers.savings import Saving, speed_up
 
 pytestmark = [
@@ -79,7 +79,7 @@ def test_rows_count_as_long_as_they_are_cut(tmp_path: Path, monkeypatch: pytest.
     def planned(model: Any, *, tokens: int, **more: Any) -> None:
         seen.append(tokens)
 
-    monkeypatch.setattr(planning, "plan", planned)
+    monkeypatch.setattr(memory_plan, "plan", planned)
     for most in (8, None):
         speed_up(trainer_of("DPO", adapted("adapter"), tmp_path, max_length=most))
     assert seen[0] == 8 < seen[-1]
@@ -91,7 +91,7 @@ def test_a_step_that_cannot_be_estimated_changes_nothing(tmp_path: Path, monkeyp
     def failing(*arguments: Any) -> Any:
         raise TypeError("forward() needs an image")
 
-    monkeypatch.setattr(planning, "kept_by", failing)
+    monkeypatch.setattr(memory_plan, "kept_by", failing)
     trainer, found = sped_up(tmp_path, monkeypatch)
     assert str(found["gradient checkpointing"]) == "gradient checkpointing: on (a step cannot be estimated)"
     assert trainer.args.gradient_checkpointing
@@ -103,7 +103,7 @@ def test_logits_are_planned_where_they_are_computed(tmp_path: Path, monkeypatch:
     rows = {"input_ids": [[2] * 12] * 8, "labels": [[-100] * 9 + [2] * 3] * 8}
     monkeypatch.setitem(ROWS, "SFT", rows)
     seen: list[int] = []
-    monkeypatch.setattr(planning, "plan", lambda model, *, logits, **more: seen.append(logits))
+    monkeypatch.setattr(memory_plan, "plan", lambda model, *, logits, **more: seen.append(logits))
     for keep in ((), ("loss",)):
         trainer = trainer_of("SFT", adapted("adapter"), tmp_path, dataset_kwargs={"skip_prepare_dataset": True})
         speed_up(trainer, keep=keep)

@@ -5,7 +5,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     if name == "plan":
-        from tunerkit_transformers.planning import plan  # importing transformers takes seconds
+        from tunerkit_transformers.memory_plan import plan  # importing transformers takes seconds
 
         return plan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tunerkit_transformers.free_memory import give_back
 from tunerkit_transformers.learned_positions import takes_positions
-from tunerkit_transformers.memory import give_back
 
 _LONGEST: Final = 256  # tokens of a row that is measured; what longer rows keep is extrapolated
 _IMAGES: Final = 4  # that are measured at most

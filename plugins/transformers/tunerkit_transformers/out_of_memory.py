@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 
-from tunerkit_transformers.planning import Plan
+from tunerkit_transformers.memory_plan import Plan
 
 # Torch has no class of its own for a CPU that has no memory left.
 _OF_A_CPU: Final = ("defaultcpuallocator", "can't allocate memory", "not enough memory")

@@ -9,11 +9,11 @@ import torch
 
 from tunerkit_transformers import transformers_private
 from tunerkit_transformers.agreement import gathered
+from tunerkit_transformers.free_memory import GIB, fits, free_bytes
 from tunerkit_transformers.grouping import GroupedByLength, lengths_in, padding
 from tunerkit_transformers.learned_positions import obstacle, score_learned_
-from tunerkit_transformers.memory import GIB, fits, free_bytes
+from tunerkit_transformers.memory_plan import CHECKPOINTING, Plan, plan_of, writes_tokens
 from tunerkit_transformers.out_of_memory import note_memory_
-from tunerkit_transformers.planning import CHECKPOINTING, Plan, plan_of, writes_tokens
 
 
 @attrs.frozen

@@ -32,10 +32,10 @@ from tunerkit_cli.tasks.weights import class_weights, weighted_loss
 from tunerkit_cli.telling import say
 from tunerkit_cli.watching.callback import MOST, SLOWER, Watching, read_restarts, slower
 from tunerkit_cli.watching.learning import Learning, advice
+from tunerkit_transformers.free_memory import GIB
 from tunerkit_transformers.learned_positions import is_scored
-from tunerkit_transformers.memory import GIB
+from tunerkit_transformers.memory_plan import Plan, plan_of
 from tunerkit_transformers.out_of_memory import noted_plan
-from tunerkit_transformers.planning import Plan, plan_of
 from tunerkit_transformers.pretrained import Pretrained, load_pretrained
 from tunerkit_transformers.quantising import bytes_of
 from tunerkit_transformers.savings import Saving, speed_up

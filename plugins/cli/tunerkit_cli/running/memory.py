@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 from tunerkit import TunerkitError
 from tunerkit_cli.folder import RunFolder
+from tunerkit_transformers.memory_plan import Plan
 from tunerkit_transformers.out_of_memory import advice_on, is_out_of_memory
-from tunerkit_transformers.planning import Plan
 
 
 class OutOfMemoryError(TunerkitError):

@@ -30,10 +30,10 @@ from transformers import (
 
 import tunerkit
 from tunerkit.errors import ConfigError
-from tunerkit_transformers import activations, plan, planning
+from tunerkit_transformers import activations, memory_plan, plan
 from tunerkit_transformers.activations import kept_by
+from tunerkit_transformers.memory_plan import MIB, Plan, plan_of
 from tunerkit_transformers.out_of_memory import advice_on, is_out_of_memory, note_memory_
-from tunerkit_transformers.planning import MIB, Plan, plan_of
 
 pytestmark = [
     pytest.mark.usefixtures("toys"),
@@ -269,7 +269,7 @@ def test_a_plan_draws_no_random_number(tmp_path: Path) -> None:
 
 def test_only_the_losses_of_trl_compute_logits_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plain Trainer's loss keeps all of them at once."""
-    monkeypatch.setattr(planning, "_LOGITS", 1)
+    monkeypatch.setattr(memory_plan, "_LOGITS", 1)
     rows: Any = [{"input_ids": [1] * 16, "labels": [1] * 16} for _ in range(4)]
     model = adapted(MODELS["llama"]())
     arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, per_device_train_batch_size=4)

@@ -15,7 +15,7 @@ import tunerkit
 from tests.support.toys import answering, registering
 from tunerkit.plugin import BaseLayer, Packing, Rounding
 from tunerkit.serialization.fingerprint import fingerprint
-from tunerkit.serialization.packed import warn_of_rounding
+from tunerkit.serialization.packed_layers import warn_of_rounding
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, trainable
 from tunerkit_testing.toy_methods import LowRankPlugin, ShiftPlugin

@@ -219,7 +219,7 @@ def bias_name(base: BaseLayer | None) -> str:
 
 
 def has_trainable_bias(module: nn.Module, base: BaseLayer | None) -> bool:
-    """Whether ``module`` has a bias and `view_bias` can shape it."""
+    """Whether ``module`` has a bias that can be trained: `view_bias` can broadcast it over the output."""
     # As strict as base-layer kinds: a norm with its own forward may have its channels in any dimension.
     known = base is not None or forward_owner(module) in (nn.LayerNorm, *torch_private.channel_norms())
     return known and torch_private.own_parameters(module).get(bias_name(base)) is not None

@@ -7,8 +7,8 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from tunerkit_transformers import memory
-from tunerkit_transformers.memory import GIB, fits, free_bytes
+from tunerkit_transformers import free_memory
+from tunerkit_transformers.free_memory import GIB, fits, free_bytes
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ def test_a_cpu_has_what_is_available_within_the_limits(tmp_path: Path, monkeypat
     taken = psutil.Process().memory_info().rss
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB))
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "_LIMITS", (limit, tmp_path / "none"))
+    monkeypatch.setattr(free_memory, "_LIMITS", (limit, tmp_path / "none"))
     assert free_bytes(CPU) == 64 * GIB
     limit.write_text("max\n")
     assert free_bytes(CPU) == 64 * GIB
