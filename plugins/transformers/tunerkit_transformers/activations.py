@@ -1,6 +1,6 @@
 """Measure the bytes that a forward saves for backward on a few rows, and extrapolate them to a batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from math import ceil
 from typing import Any, Final
@@ -68,22 +68,34 @@ def _measured(model: Any, rows: int, shape: tuple[int, ...], precision: torch.dt
     """Run a forward of ``rows`` rows, and return its four numbers of `Kept`. Each storage counts once."""
     device = next(model.parameters()).device
     own = {address(each) for each in (*model.parameters(), *model.buffers())}
-    seen: dict[int, int] = {}
-    layers, inputs = [0], [0]
+    seen: set[int] = set()
+    held: list[tuple[int, list[Tensor]]] = []
+    layers, inputs, whole, shared = [0], [0], [0], set[int]()
 
-    def keep(tensor: Tensor) -> Tensor:
-        place = address(tensor)
-        seen[place] = 0 if place in own else _size(tensor)
-        return tensor.detach()  # the output of a node that its own node keeps would never be freed
+    def keep(tensor: Tensor) -> list[Tensor]:
+        if (place := address(tensor)) not in seen:
+            seen.add(place)
+            whole[0] += 0 if place in own else _size(tensor)
+        held.append((place, [tensor.detach()]))  # the output of a node that its own node keeps would never be freed
+        return held[-1][1]
 
-    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.append(next((each.nbytes for each in args if isinstance(each, Tensor)), 0))
-        layers.append(-sum(seen.values()))
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        held.clear()
+        given = [*tensors_in((args, kwargs), set())]
+        shared.update(map(address, given))
+        inputs.append(next((each.nbytes for each in given), 0))
+        layers.append(-whole[0])
 
-    def end(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        layers[-1] += sum(seen.values())
+    def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        layers[-1] += whole[0]
+        shared.update(map(address, tensors_in(output, set())))
+        # What only this layer keeps is counted now, and would add up over all layers.
+        for place, tensors in held:
+            if place not in shared | own:
+                tensors.clear()
+                seen.discard(place)
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensors: tensors[0])
     autocast = nullcontext() if precision is None else torch.autocast(device.type, dtype=precision)
     has_state = device.type not in ("cpu", "mps")  # torch keeps no state by device of mps
     random = torch.random.fork_rng([device], device_type=device.type) if has_state else torch.random.fork_rng([])
@@ -91,8 +103,27 @@ def _measured(model: Any, rows: int, shape: tuple[int, ...], precision: torch.dt
         output = model(**_batch(model, rows, shape, device))  # as long as it lives, no storage is given to others
     del output
     give_back()
-    whole, inside = sum(seen.values()), sum(layers)
-    return torch.tensor([whole - inside, inside, sum(inputs), max(layers)], dtype=torch.float64)
+    inside = sum(layers)
+    return torch.tensor([whole[0] - inside, inside, sum(inputs), max(layers)], dtype=torch.float64)
+
+
+def tensors_in(value: object, seen: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors in nested records, mappings and sequences, without parameters and tensors of modules."""
+    if id(value) in seen or isinstance(value, nn.Module | nn.Parameter):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        return
+    inner: Iterable[object] = ()
+    if isinstance(value, Mapping):
+        inner = value.values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        inner = value
+    elif (kind := type(value)) and attrs.has(kind):
+        inner = [getattr(value, field.name) for field in attrs.fields(kind)]
+    for each in inner:
+        yield from tensors_in(each, seen)
 
 
 def address(tensor: Tensor) -> int:
@@ -123,8 +154,8 @@ def _in_training(model: Any, begin: Any, end: Any) -> Iterator[None]:
     cached = getattr(model.config, "use_cache", None)  # a Trainer switches it off
     with ExitStack() as stack:
         for layer in outer:
-            stack.callback(layer.register_forward_pre_hook(begin).remove)
-            stack.callback(layer.register_forward_hook(end).remove)
+            stack.callback(layer.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            stack.callback(layer.register_forward_hook(end, with_kwargs=True).remove)
         try:
             for layer in found:
                 layer.gradient_checkpointing = False

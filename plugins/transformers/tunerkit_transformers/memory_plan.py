@@ -1,7 +1,7 @@
 """Plan the memory of a training before its first step, part by part, and list settings that save memory."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from transformers.training_args import OptimizerNames
 import tunerkit
 from tunerkit.errors import ConfigError, closest, shown
 from tunerkit.plugin import Tuner, method_record
-from tunerkit_transformers.activations import address, kept_by
+from tunerkit_transformers.activations import address, kept_by, tensors_in
 from tunerkit_transformers.grouping import lengths_in
 from tunerkit_transformers.head_weights import forward_of_trl
 from tunerkit_transformers.learned_positions import is_scored, may_overwrite
@@ -203,36 +203,17 @@ def _averages(tuner: Tuner) -> int:
     A method that needs steps is assumed to keep two numbers for each trained weight, in fp32 or wider.
     """
     if tuner.state is not None:
-        return _bytes(_tensors_in(tuner.state, set()))
+        return _bytes(tensors_in(tuner.state, set()))
     if not method_record(tuner.method).needs_steps:
         return 0
     weights = [each for adapter in tuner.adapters().values() for each in adapter.parameters() if each.requires_grad]
     return sum(2 * each.numel() * max(_FP32, each.element_size()) for each in weights)
 
 
-def _tensors_in(value: object, seen: set[int]) -> Iterator[Tensor]:
-    """Yield the tensors in nested records, mappings and sequences, without parameters and tensors of modules."""
-    if id(value) in seen or isinstance(value, nn.Module | nn.Parameter):
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        yield value
-        return
-    inner: Iterable[object] = ()
-    if isinstance(value, Mapping):
-        inner = value.values()
-    elif isinstance(value, list | tuple | set | frozenset):
-        inner = value
-    elif (kind := type(value)) and attrs.has(kind):
-        inner = [getattr(value, field.name) for field in attrs.fields(kind)]
-    for each in inner:
-        yield from _tensors_in(each, seen)
-
-
 def _state_bytes(optimizer: str | Callable[..., Optimizer] | Optimizer, trained: Sequence[Tensor]) -> int:
     """Return the bytes of an optimizer's state; if it is empty, those after a step on meta tensors of these shapes."""
     if isinstance(optimizer, Optimizer):
-        if held := [*_tensors_in([*optimizer.state.values()], set())]:
+        if held := [*tensors_in([*optimizer.state.values()], set())]:
             return _bytes(held)
         optimizer = partial(type(optimizer), **optimizer.defaults)
     make = _named(optimizer) if isinstance(optimizer, str) else optimizer
@@ -244,7 +225,7 @@ def _state_bytes(optimizer: str | Callable[..., Optimizer] | Optimizer, trained:
         made.step()
     except Exception:  # whatever one raises that needs values, a device, or the model
         return 2 * _bytes(trained)  # as Adam's
-    return sum(each.nbytes for each in _tensors_in([*made.state.values()], set()))
+    return sum(each.nbytes for each in tensors_in([*made.state.values()], set()))
 
 
 def _named(name: str) -> Callable[..., Optimizer]:
