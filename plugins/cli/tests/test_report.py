@@ -1,11 +1,8 @@
-"""Rank maps: layout and table."""
-
-import io
+"""Rank maps: their layout."""
 
 from hypothesis import given, strategies as st
-from rich.console import Console
 
-from tunerkit_cli.report.rank_map import rank_map, rank_table, shortened
+from tunerkit_cli.report.rank_map import rank_map, shortened
 
 MATRICES = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
 ranks_of_layers = st.dictionaries(
@@ -53,17 +50,3 @@ def test_layers_of_two_stacks_and_targets_without_a_number_have_separate_rows() 
 def test_one_stack_is_named_by_numbers_alone() -> None:
     """If only one stack has numbers, its name would be redundant."""
     assert rank_map({"a.layer.0.q": 1, "a.layer.1.q": 1, "embed": 2}).layers == ("0", "1", "-")
-
-
-@given(ranks_of_layers)
-def test_the_terminal_table_shows_every_rank_and_the_sums(ranks: dict[tuple[int, str], int]) -> None:
-    """The printed table has each layer's ranks in order with their sum, and the total below."""
-    map_ = rank_map(by_path(ranks))
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(rank_table(map_, initial=12))
-    lines = console.export_text().splitlines()
-    numbers = [[int(part) for part in line.split("│") if part.strip().isdigit()] for line in lines]
-    for layer, row in zip(map_.layers, map_.cells, strict=True):
-        cells = [cell for cell in row if cell is not None]
-        assert [int(layer), *cells, sum(cells)] in numbers
-    assert numbers[-2][-1] == map_.total

@@ -96,7 +96,7 @@ def test_the_command_shows_both(tmp_path: Path) -> None:
     for format, file in files.items():
         lines = succeeded("show", file).output
         assert format in lines
-        assert "live ranks, 2 in total" in lines
+        assert "2 at each of 1 targets" in lines
         told = json.loads(succeeded("show", file, "--json").output)
         assert (told["format"], told["method"], list(told["ranks"].values())) == (format, "lora", [2])
         assert told["size"] == file.stat().st_size

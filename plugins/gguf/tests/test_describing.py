@@ -53,7 +53,7 @@ def test_the_command_shows_it(tmp_path: Path) -> None:
     file = file_of(tmp_path / "a.gguf")
     lines = succeeded("show", file).output
     assert "gguf" in lines
-    assert "live ranks, 2 in total" in lines
+    assert "2 at each of 1 targets" in lines
     told = json.loads(succeeded("show", file, "--json").output)
     assert (told["format"], told["method"], told["ranks"]) == ("gguf", "lora", {"blk.0.ffn_up": 2})
     assert told["size"] == file.stat().st_size

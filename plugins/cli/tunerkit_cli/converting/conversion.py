@@ -15,8 +15,8 @@ from tunerkit.extras import READERS
 from tunerkit.paths import few
 from tunerkit.plugin import Format
 from tunerkit_cli.converting.closest_lora import LORA, Closest, open_closest
-from tunerkit_cli.converting.description import OWN
 from tunerkit_cli.converting.opening import collected, load_adapter, open_adapter
+from tunerkit_cli.converting.printing import OWN
 from tunerkit_cli.outputs import OutputError, new_folder
 from tunerkit_cli.settings import given_value
 from tunerkit_transformers.adapter_files import description_at, has_no_record

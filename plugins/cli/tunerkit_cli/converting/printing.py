@@ -8,13 +8,13 @@ import attrs
 import typer
 
 from tunerkit.paths import few
-from tunerkit_cli.converting.description import OWN
 
 if TYPE_CHECKING:  # they import torch, and `tunerkit show` does not
     from tunerkit_cli.converting.comparison import Compared
     from tunerkit_cli.converting.conversion import Converted
     from tunerkit_cli.converting.verification import Verified
 
+OWN = "tunerkit"  # the name of our own format
 _SHOWN = 10  # targets in a list
 
 

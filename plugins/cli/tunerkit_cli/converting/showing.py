@@ -1,4 +1,4 @@
-"""What ``tunerkit show`` prints of an adapter: an output folder, or files of any format."""
+"""What ``tunerkit show`` prints of an adapter: an output folder, or files of any format, which need no base model."""
 
 import json
 import os
@@ -11,32 +11,39 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tunerkit.errors import cut
-from tunerkit_cli.converting.description import Shown, describe_adapter
-from tunerkit_cli.converting.printing import ranks_in_words, size_in_words
-from tunerkit_cli.report.rank_map import rank_map, rank_table
-from tunerkit_cli.report.record import VERSION, read
+from tunerkit.errors import FileError, cut
+from tunerkit_cli.converting.printing import OWN, ranks_in_words, size_in_words
+from tunerkit_cli.report.record import read
 from tunerkit_cli.report.verdict import failure
 from tunerkit_cli.settings import write_settings
 from tunerkit_cli.telling import say
 from tunerkit_transformers.output_folder import read_run
 from tunerkit_transformers.run_folder import NAME as RECORD, RECIPE
 
-_LONGEST = 20_000  # characters of settings that are printed as YAML, which takes a second for a megabyte
-_WIDEST = 16  # columns of a table; a UNet has a hundred
+_LONGEST = 20_000  # characters that are printed as YAML, which takes a second for a megabyte
 
 
 def show_adapter(source: str, console: Console, *, as_json: bool = False) -> None:
     """Print method, base, ranks, size and config; of an output folder also its metrics and its training."""
-    if not os.path.isfile(os.path.join(source, RECORD)) and not _has_only_begun(source):
+    if os.path.isfile(os.path.join(source, RECORD)) or _has_only_begun(source):
+        run = read_run(source)
+        found = dict(run.record)
+        facts = {} if as_json else _facts_of_run(run.folder, run.source, found)
+        settings = found.get("config", {})
+    else:
         found = describe_adapter(source)
-        _print(console, _facts(found), found.ranks, found.settings, attrs.asdict(found) if as_json else None)
+        facts, settings = _facts(found), found["settings"]
+    if as_json:
+        say(console, json.dumps(found, indent=2, ensure_ascii=False, default=str))
         return
-    run = read_run(source)
-    record = run.record
-    facts = _facts_of_run(Path(source), run.source, record)
-    full = max(record.get("caps", record.get("ranks", {})).values(), default=None)
-    _print(console, facts, record.get("ranks", {}), record.get("config", {}), record if as_json else None, full=full)
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        if value:
+            table.add_row(name, escape(cut(value)))
+    console.print(table)
+    ranks = found.get("ranks", {})
+    _print(console, "ranks", ranks if len({*ranks.values()}) > 1 else {})
+    _print(console, "config", settings)
 
 
 def _has_only_begun(source: str) -> bool:
@@ -48,70 +55,82 @@ def _has_only_begun(source: str) -> bool:
     return not has_no_record(source)
 
 
-def _print(
-    console: Console,
-    facts: Mapping[str, str],
-    ranks: Mapping[str, int],
-    settings: Mapping[str, Any],
-    record: Mapping[str, Any] | None,
-    *,
-    full: int | None = None,
-) -> None:
-    """Print JSON if there is a ``record``, else lines. A rank of ``full`` has the full colour."""
-    if record is not None:
-        say(console, json.dumps(record, indent=2, ensure_ascii=False, default=str))
-        return
-    table = Table(show_header=False, box=None)
-    for name, value in facts.items():
-        table.add_row(name, escape(cut(value)))
-    console.print(table)
-    if ranks and len((drawn := rank_map(ranks)).matrices) <= _WIDEST:
-        console.print(rank_table(drawn, initial=full))
-    say(console, "config:")
-    text = json.dumps(settings, ensure_ascii=False, default=str)
-    say(console, text if len(text) > _LONGEST else write_settings(dict(settings)))
+def _print(console: Console, title: str, values: Mapping[str, Any]) -> None:
+    if values:
+        text = json.dumps(values, ensure_ascii=False, default=str)
+        say(console, f"{title}:")
+        say(console, text if len(text) > _LONGEST else write_settings(dict(values)))
 
 
-def _facts(found: Shown) -> dict[str, str]:
-    facts = {
-        "format": found.format,
-        "method": found.method,
-        "base": found.base,
-        "class": found.model_class,
-        "labels": str(found.labels or ""),
-        "ranks": ranks_in_words(found.ranks) if found.ranks else "",
-        "copies": ", ".join(found.copies),
-        "parameters": "" if found.parameters is None else f"{found.parameters:,}",
-        "size": size_in_words(found.size) if found.size else "",
-        "steps": "" if found.steps is None else str(found.steps),
+def describe_adapter(source: str) -> dict[str, Any]:
+    """What an adapter's files say without its base model; what they do not state is empty, 0 or None.
+
+    Raises `FileError` if there is no adapter, or if it cannot be read without its base.
+    """
+    from tunerkit import serialization  # imports torch, which the record of a run does not need
+    from tunerkit.plugin import Description
+    from tunerkit_transformers.adapter_files import description_at, refuse_absent
+
+    format = serialization.format_at(source)
+    if format is not None:
+        found, own = description_at(format, source), None
+        if found is None:
+            raise FileError(
+                f"{source} is an adapter in format {format.name!r}, which can only be read with its base model: "
+                f"tunerkit convert {source} --to tunerkit --base DIR --out NEW, then show NEW"
+            )
+        files = [*Path(source).iterdir()] if os.path.isdir(source) else [Path(source)]
+    else:
+        refuse_absent(source)
+        file, tensors, own = serialization.read(source, content="adapter")
+        stated: Any = own.values.get("ranks")  # which earlier versions did not write
+        known = stated if isinstance(stated, Mapping) else {}
+        ranks = {path: known[path] for path in own.targets if type(known.get(path)) is int}
+        found = Description(own.method, ranks=ranks, copies=own.copies, settings=own.config)
+        files = [Path(file)]
+    return {
+        "source": source,
+        "format": OWN if format is None else format.name,
+        **attrs.asdict(found),
+        "steps": None if own is None else own.steps,
+        "parameters": None if own is None else sum(tensor.numel() for tensor in tensors.values()),
+        "size": sum(each.stat().st_size for each in files if each.is_file()),
     }
-    return {name: value for name, value in facts.items() if value}
 
 
-def _facts_of_run(folder: Path, source: str, record: Any) -> dict[str, str]:
-    parameters, recipe = record.get("parameters", {}), record.get("recipe", {})
-    size = (folder / "adapter.safetensors").stat().st_size if (folder / "adapter.safetensors").is_file() else 0
-    known = {name: record[name] for name in ("problems", "restarts") if record.get(name)}
-    wrong = read({"version": VERSION, "task": "", "method": "", **known})
-    facts = {
-        "problems": failure(wrong.problems),
-        "restarts": "; ".join(map(str, wrong.restarts)),
-        "task": str(record["task"]),
-        "method": str(record.get("method")),
+def _facts(found: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "format": found["format"],
+        "method": found["method"],
+        "base": found["base"],
+        "class": found["model_class"],
+        "labels": str(found["labels"] or ""),
+        "ranks": ranks_in_words(found["ranks"]) if found["ranks"] else "",
+        "copies": ", ".join(found["copies"]),
+        "parameters": "" if found["parameters"] is None else f"{found['parameters']:,}",
+        "size": size_in_words(found["size"]) if found["size"] else "",
+        "steps": "" if found["steps"] is None else str(found["steps"]),
+    }
+
+
+def _facts_of_run(folder: Path, source: str, record: Mapping[str, Any]) -> dict[str, str]:
+    run, file = read(record), folder / "adapter.safetensors"
+    left_out = (f"{count} {part}: {why}" for part, found in run.left_out.items() for why, count in found.items())
+    return {
+        "problems": failure(run.problems),
+        "restarts": "; ".join(map(str, run.restarts)),
+        "task": run.task,
+        "method": run.method,
         "base": source,
-        "quantisation": str(record.get("model", {}).get("quantisation") or ""),
-        "labels": ", ".join(record.get("labels", [])[:20]),
-        "rows": ", ".join(f"{count} {name}" for name, count in record.get("rows", {}).items()),
-        "left out": "; ".join(
-            f"{count} {name}: {why}"
-            for name, reasons in record.get("left_out", {}).items()
-            for why, count in reasons.items()
-        ),
-        "metrics": ", ".join(f"{name} {value:.4f}" for name, value in record.get("metrics", {}).items()),
-        "parameters": f"{parameters.get('trained', 0):,} of {parameters.get('all', 0):,} trained",
-        "file": f"{size / 2**20:.2f} MiB",
-        "steps": str(record.get("steps")),
-        "precision": str(record.get("precision") or ""),
-        "training": ", ".join(f"{name}={value}" for name, value in recipe.get("training", {}).items()),
+        "quantisation": str(run.model.get("quantisation") or ""),
+        "labels": ", ".join(run.labels[:20]),
+        "rows": ", ".join(f"{count} {part}" for part, count in run.rows.items()),
+        "left out": "; ".join(left_out),
+        "metrics": ", ".join(f"{name} {value:.4f}" for name, value in run.metrics.items()),
+        "ranks": ranks_in_words(run.ranks) if run.ranks else "",
+        "parameters": f"{run.parameters.trained or 0:,} of {run.parameters.all or 0:,} trained",
+        "file": size_in_words(file.stat().st_size if file.is_file() else 0),
+        "steps": str(run.steps),
+        "precision": run.precision or "",
+        "training": ", ".join(f"{name}={value}" for name, value in dict(run.recipe.get("training") or {}).items()),
     }
-    return {name: value for name, value in facts.items() if value}

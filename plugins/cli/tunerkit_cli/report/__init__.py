@@ -1,1 +1,1 @@
-"""Reports: rank tables for the terminal, and HTML pages."""
+"""Reports: HTML pages, and the record that they are drawn from."""

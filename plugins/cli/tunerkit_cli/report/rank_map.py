@@ -1,13 +1,10 @@
-"""Ranks and sizes by target path, arranged as a table, layer by matrix: for the terminal, and as sums."""
+"""Ranks and sizes by target path, arranged as a table, layer by matrix, and as sums."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Final
 
 import attrs
-from rich.table import Table
 
-_SHADES: Final = ("grey50", "steel_blue", "cyan", "green", "bold yellow")
 Cells = Iterable[int | None]
 
 
@@ -64,23 +61,6 @@ def _place(path: str) -> tuple[str, str, str]:
     """Split a path into stack, layer number and matrix: ("bert.encoder.layer", "0", "attention.self.query")."""
     match = re.fullmatch(r"(.*?)\.?\b(\d+)\.(.+)", path)
     return (match[1], match[2], match[3]) if match else ("", "", path)
-
-
-def rank_table(map_: RankMap, *, initial: int | None = None) -> Table:
-    """Build a table with a row per layer, a column per matrix, and sums. A rank of ``initial`` has the full colour."""
-    full = initial or max((cell or 0 for row in map_.cells for cell in row), default=1) or 1
-    table = Table(title=f"live ranks, {map_.total} in total", title_justify="left", show_footer=True)
-    table.add_column("layer", footer="sum")
-    for name, column in zip(map_.matrices, map_.columns, strict=True):
-        # Break long names at their dots, so that the columns stay narrow.
-        table.add_column(name.replace(".", ".\n"), footer=str(_sum(column)), justify="right")
-    table.add_column("sum", footer=str(map_.total), justify="right")
-    last = len(_SHADES) - 1
-    for layer, row in zip(map_.layers, map_.cells, strict=True):
-        shades = ["" if rank is None else _SHADES[min(rank * last // full, last)] for rank in row]
-        texts = (f"[{shade}]{rank}[/]" if shade else "" for shade, rank in zip(shades, row, strict=True))
-        table.add_row(layer, *texts, str(_sum(row)))
-    return table
 
 
 def by_matrix(sizes: Mapping[str, int]) -> Mapping[str, int]:

@@ -13,7 +13,6 @@ from tunerkit_cli.demo import demo_of
 from tunerkit_cli.preparing.fitting import NO_ROOM, Fit
 from tunerkit_cli.preparing.session import Session
 from tunerkit_cli.recipes.recipe import Recipe
-from tunerkit_cli.report.rank_map import rank_map, rank_table
 from tunerkit_cli.report.record import Problem, Restart
 from tunerkit_cli.report.verdict import failure
 from tunerkit_cli.running.record import Trained
@@ -102,8 +101,6 @@ def tell(session: Session, trained: Trained, console: Console) -> None:
     """Print the ranks and the metrics."""
     tuner = session.tuner
     if (ranks := tuner.ranks()) and injection.needs_steps(tuner):
-        highest = max(trained.start.ranks.values(), default=None)
-        console.print(rank_table(rank_map(ranks), initial=highest))
         say(console, f"budget {tuner.budget()}, live triplets {sum(ranks.values())}")
     if trained.metrics:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in trained.metrics.items())
