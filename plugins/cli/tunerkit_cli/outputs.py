@@ -27,53 +27,35 @@ def prepare(folder: Path) -> None:
         raise OutputError(f"--out {folder}: cannot write to this folder: {problem.strerror}") from problem
 
 
-def require_writable(folder: Path) -> None:
-    """Check that `claimed` would succeed, without creating anything. Raises `OutputError`."""
-    from tunerkit import serialization
-
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    problem = None if nearest.is_dir() else errno.EEXIST if nearest == folder else errno.ENOTDIR
-    if problem is None and not os.access(nearest, os.W_OK | os.X_OK):
-        problem = errno.EACCES
-    if problem is not None:
-        raise OutputError(f"--out {folder}: cannot write to this folder: {os.strerror(problem)}")
-    if folder.is_dir():
-        with serialization.locked(folder) as is_mine:
-            if is_mine is False:
-                raise _busy(folder)
-
-
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Create ``folder``, check that it is writable, and lock it; what is empty is removed if the block fails."""
+def claimed(folder: Path, *, keep: bool = True) -> Iterator[None]:
+    """Create ``folder``, check that it is writable, and lock it; what is empty is removed if the block fails.
+
+    Without ``keep``, it is removed after any block.
+    """
     from tunerkit import serialization  # imports torch, which `tunerkit --help` does not need
 
-    with _removing_empty(folder):
+    with _removing_empty(folder, keep=keep):
         prepare(folder)
         # It leaves no file, and the kernel releases that of a process that was killed. Some network systems have none.
         with serialization.locked(folder) as is_mine:
             if is_mine is False:
-                raise _busy(folder)
+                do = "wait until it has ended, or pass another folder"
+                raise OutputError(f"--out {folder}: another process is training into this folder; {do}")
             yield
 
 
-def _busy(folder: Path) -> OutputError:
-    return OutputError(
-        f"--out {folder}: another process is training into this folder; wait until it has ended, or pass another folder"
-    )
-
-
 @contextmanager
-def _removing_empty(folder: Path) -> Iterator[None]:
+def _removing_empty(folder: Path, *, keep: bool = True) -> Iterator[None]:
     """If the block fails, remove the folder and those above it that it created, where they are empty."""
-    created = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    created, has_ended = [each for each in (folder, *folder.parents) if not os.path.lexists(each)], False
     try:
         yield
-    except BaseException:
-        for each in created:
+        has_ended = True
+    finally:
+        for each in () if has_ended and keep else created:
             with suppress(OSError):  # it is not empty, or was never created
                 each.rmdir()
-        raise
 
 
 @contextmanager

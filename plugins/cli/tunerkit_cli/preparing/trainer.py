@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import tempfile
 import types
 import typing
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, get_scheduler
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
 from tunerkit import TunerkitError
 from tunerkit.errors import ConfigError, shown, warn
@@ -168,11 +167,14 @@ def _wanted(name: str, value: Any, allowed: set[Any]) -> str | None:
 def build_trainer(kind: type[Any], arguments: Any, *, callbacks: Sequence[Any] = (), **settings: Any) -> Any:
     """Build a trainer. It would create its folder at once: nothing may be left of a run that is refused."""
     wanted = Path(arguments.output_dir)
-    with tempfile.TemporaryDirectory() as scratch, _tensorboard_in(wanted.parent / LOGS), _refusing():
+    with tempfile.TemporaryDirectory() as scratch, _refusing():
         arguments.output_dir = scratch
         trainer = kind(args=arguments, callbacks=[*callbacks], **settings)
     arguments.output_dir = trainer.args.output_dir = str(wanted)  # a trainer may copy its arguments
     trainer.remove_callback(PrinterCallback)
+    for each in trainer.callback_handler.callbacks:
+        if isinstance(each, TensorBoardCallback):  # unless the environment names a folder
+            each.logging_dir = each.logging_dir or str(wanted.parent / LOGS)
     resume_exactly_(trainer)
     return trainer
 
@@ -204,16 +206,3 @@ def refuse_untrainable(trainer: Any) -> None:
             num_training_steps=steps,
             scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
         )
-
-
-@contextmanager
-def _tensorboard_in(folder: Path) -> Iterator[None]:
-    """Inside the block, TensorBoard's callback is built to write into ``folder``, unless the environment names one."""
-    name = "TENSORBOARD_LOGGING_DIR"
-    given = name in os.environ
-    os.environ.setdefault(name, str(folder))
-    try:
-        yield
-    finally:
-        if not given:
-            del os.environ[name]

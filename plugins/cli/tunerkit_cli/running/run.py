@@ -47,15 +47,13 @@ def run(
     """Run a recipe, as `checking.completed` returns it, print the results, and write the output folder."""
     processes.require_group(os.environ)
     folder = RunFolder(Path(recipe.out))
-    is_writer = processes.is_first() and not dry_run
-    with processes.leaving(), outputs.claimed(folder.path) if is_writer else nullcontext():
+    claim = outputs.claimed(folder.path, keep=not dry_run) if processes.is_first() else nullcontext()
+    with processes.leaving(), claim:
         resuming.check(folder, recipe, resume=resume, overwrite=overwrite)
         if resume and folder.has_ended:
             _finish_report(folder, console, dry_run=dry_run)
             return
         recipe = settled(recipe, folder, resume=resume)
-        if dry_run and processes.is_first():
-            outputs.require_writable(folder.path)
         quiet()
         with telling_warnings(console), refusing_memory(folder):
             task, data = prepare_data(recipe, console, by_class=not (resume and is_of_earlier_version(folder)))
