@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 import tunerkit
+from tunerkit_cli.plugin_commands import Addition
+from tunerkit_cli.recipes import reading
 from tunerkit_cli.recipes.reading import read_recipe, structure
 from tunerkit_cli.recipes.recipe import Recipe
 
@@ -14,9 +16,9 @@ DOCS = Path(__file__).parents[3] / "docs"
 ACME = {"acme": {"type": "object", "description": "Acme's options.", "additionalProperties": {"type": "integer"}}}
 
 
-def read(text: str, folder: Path, name: str = "r.yaml", plugin_keys: Any = None) -> Recipe:
+def read(text: str, folder: Path, name: str = "r.yaml") -> Recipe:
     (folder / name).write_text(text, encoding="utf-8")
-    return read_recipe(folder / name, plugin_keys or {})
+    return read_recipe(folder / name)
 
 
 FULL = """
@@ -163,15 +165,16 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_recipe(tmp_path / "gone.yaml")
 
 
-def test_keys_of_plugins_are_checked_and_kept(tmp_path: Path) -> None:
+def test_keys_of_plugins_are_checked_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They arrive in ``extra``, with a default where they are left out; each recipe has its own copy of it."""
     keys = {**ACME, "tags": {"type": "array", "description": "Tags.", "default": []}}
-    recipe = read("acme: {level: 3}\n", tmp_path, plugin_keys=keys)
+    monkeypatch.setattr(reading, "additions", lambda: (Addition("acme", recipe_keys=keys),))
+    recipe = read("acme: {level: 3}\n", tmp_path)
     assert recipe == Recipe(extra={"acme": {"level": 3}, "tags": []})
     recipe.extra["tags"].append("x")
-    assert read("", tmp_path, plugin_keys=keys).extra == {"tags": []}
+    assert read("", tmp_path).extra == {"tags": []}
     with pytest.raises(tunerkit.errors.ConfigError, match=r"acme\.level: expected a whole number, got 'high'"):
-        read("acme: {level: high}\n", tmp_path, plugin_keys=keys)
+        read("acme: {level: high}\n", tmp_path)
 
 
 def test_a_recipe_shares_nothing_with_its_mapping() -> None:

@@ -1,6 +1,7 @@
 """The JSON schema of recipes: complete, in the standard's form, and true of what is read."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 import tunerkit
 from tests.support.config_checks import Kinds, KindsPlugin
 from tunerkit_cli import app, settings
+from tunerkit_cli.plugin_commands import Addition
+from tunerkit_cli.recipes import reading
 from tunerkit_cli.recipes.reading import schema, structure
 from tunerkit_cli.recipes.recipe import TASKS, Recipe
 from tunerkit_cli.recipes.schema import settings_schema
@@ -26,6 +29,14 @@ TYPES: dict[str, Any] = {
     **{"string": str, "integer": int, "number": int | float, "boolean": bool, "array": list, "object": dict},
     "null": type(None),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_plugins() -> Iterator[None]:
+    """Reading what is installed takes a moment, and the schema is asked for hundreds of times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "additions", lambda: ())
+        yield
 
 
 def valid(value: Any, fragment: dict[str, Any]) -> bool:
@@ -54,24 +65,24 @@ def valid(value: Any, fragment: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("task", TASKS)
 def test_every_starter_conforms(task: str) -> None:
     """An editor marks nothing in a recipe to start from."""
-    assert valid(settings.given_value(starter(task), "starter"), schema({}))
+    assert valid(settings.given_value(starter(task), "starter"), schema())
 
 
 def test_every_key_is_described() -> None:
     """The fields of `Recipe`, and no other, with a description and the default of the field."""
-    properties = schema({})["properties"]
+    properties = schema()["properties"]
     assert list(properties) == [field.name for field in attrs.fields(Recipe) if field.name != "extra"]
     assert all(fragment["description"].endswith(".") for fragment in properties.values())
     defaults = {name: fragment.get("default") for name, fragment in properties.items()}
     assert {**defaults, "extra": {}} == attrs.asdict(Recipe())
     assert properties["task"]["enum"] == [*TASKS, None]
-    assert schema({})["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert schema({})["additionalProperties"] is False
+    assert schema()["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert schema()["additionalProperties"] is False
 
 
 def test_the_keywords_are_those_of_the_test_above() -> None:
     """A keyword that `valid` does not know would be ignored by it."""
-    properties = schema({})["properties"]
+    properties = schema()["properties"]
     within = [properties["columns"]["additionalProperties"], properties["data"]["items"]]
     fragments = [*properties.values(), *within]
     known = {"type", "enum", "minLength", "minimum", "properties", "additionalProperties", "description", "default"}
@@ -94,20 +105,21 @@ values = (
 def test_what_conforms_is_read_and_nothing_else(mapping: dict[str, Any]) -> None:
     """Law: the schema and the reader agree about every mapping."""
     try:
-        structure(mapping, plugin_keys={})
+        structure(mapping)
     except tunerkit.errors.ConfigError:
-        assert not valid(mapping, schema({}))
+        assert not valid(mapping, schema())
     else:
-        assert valid(mapping, schema({}))
+        assert valid(mapping, schema())
 
 
-def test_keys_of_plugins_are_in_the_schema() -> None:
+def test_keys_of_plugins_are_in_the_schema(monkeypatch: pytest.MonkeyPatch) -> None:
     """As their plugin declares them, and like core's they may be left without a value."""
-    properties = schema(ACME)["properties"]
+    monkeypatch.setattr(reading, "additions", lambda: (Addition("acme", recipe_keys=ACME),))
+    properties = schema()["properties"]
     assert properties["acme"] == {"type": ["object", "null"], "description": "Acme's options."}
     assert properties["colour"] == {"enum": ["red", "green", None], "description": "A colour.", "default": "red"}
     assert ACME["colour"]["enum"] == ["red", "green"]
-    assert structure({"acme": None, "colour": None}, plugin_keys=ACME).extra == {"colour": "red"}
+    assert structure({"acme": None, "colour": None}).extra == {"colour": "red"}
 
 
 def test_the_command_prints_the_schema() -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,10 @@ from hypothesis import given, strategies as st
 
 import tunerkit
 from tunerkit.plugin import AdapterConfig, setting
+from tunerkit_cli.plugin_commands import Addition
+from tunerkit_cli.recipes import reading, setting as setting_
 from tunerkit_cli.recipes.reading import structure
-from tunerkit_cli.recipes.setting import FLAGS, apply, merge
+from tunerkit_cli.recipes.setting import FLAGS, merge
 
 TRAINER = {
     **{"learning_rate": "float", "num_train_epochs": "float", "seed": "int", "max_length": "int | None"},
@@ -37,8 +39,18 @@ class MethodConfig(AdapterConfig):
 FIELDS = {name: field for name, field in attrs.fields_dict(MethodConfig).items() if name in METHOD}
 
 
-def applied(mapping: dict[str, Any], *settings: str, plugin_keys: Any = None) -> dict[str, Any]:
-    return apply(mapping, settings, TRAINER, lambda: FIELDS, plugin_keys or {})
+@pytest.fixture(autouse=True, scope="module")
+def _names() -> Iterator[None]:
+    """The trainer and the method of all tests here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "additions", lambda: ())  # it reads what is installed each time
+        patch.setattr(setting_, "argument_types", lambda task: TRAINER)
+        patch.setattr(setting_, "_method_settings", lambda *_: FIELDS)
+        yield
+
+
+def applied(mapping: dict[str, Any], *settings: str) -> dict[str, Any]:
+    return setting_.from_command_line(mapping, settings)
 
 
 @pytest.mark.parametrize(
@@ -200,12 +212,13 @@ def test_any_text_is_a_setting_or_an_error_of_ours(path: list[str], text: str) -
         assert isinstance(applied({"training": {"seed": 1}, "columns": None}, f"{'.'.join(path)}={text}"), dict)
 
 
-def test_keys_of_plugins_are_set_too() -> None:
+def test_keys_of_plugins_are_set_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are keys of the recipe like any other."""
     keys = {"acme": {"type": "object", "description": "Acme's options."}}
-    assert applied({}, "acme.level=3", plugin_keys=keys) == {"acme": {"level": 3}}
+    monkeypatch.setattr(reading, "additions", lambda: (Addition("acme", recipe_keys=keys),))
+    assert applied({}, "acme.level=3") == {"acme": {"level": 3}}
     with pytest.raises(tunerkit.errors.ConfigError, match="there is no key 'acmee'; did you mean 'acme'"):
-        applied({}, "acmee.level=3", plugin_keys=keys)
+        applied({}, "acmee.level=3")
 
 
 def test_flags_set_the_same_keys_as_a_recipe(tmp_path: Path) -> None:

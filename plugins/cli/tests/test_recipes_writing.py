@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import attrs
 import pytest
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 
 import tunerkit
 from tunerkit_cli import app
+from tunerkit_cli.plugin_commands import Addition
+from tunerkit_cli.recipes import reading
 from tunerkit_cli.recipes.reading import read_recipe, structure
 from tunerkit_cli.recipes.recipe import TASKS, Recipe
 from tunerkit_cli.recipes.writing import RecipeFileError, dump, starter, write_starter
@@ -61,7 +64,9 @@ def test_what_was_dumped_is_read_back(recipe: Recipe, tmp_path_factory: pytest.T
     """Law: reading a dumped recipe gives an equal one, types included."""
     path = tmp_path_factory.mktemp("recipe") / "r.yaml"
     path.write_text(dump(recipe), encoding="utf-8", newline="\n")
-    found = read_recipe(path, {"acme": {"type": "object", "description": "Acme's options."}})
+    keys = {"acme": {"type": "object", "description": "Acme's options."}}
+    with mock.patch.object(reading, "additions", return_value=(Addition("acme", recipe_keys=keys),)):
+        found = read_recipe(path)
     assert found == recipe
     assert repr(found) == repr(recipe)
 
@@ -77,7 +82,7 @@ def test_a_starter_is_a_recipe_for_its_task(task: str, tmp_path: Path) -> None:
     """It reads back as it is, names the columns of the task's data, and has what a first run needs."""
     path = tmp_path / "r.yaml"
     write_starter(task, path)
-    recipe = read_recipe(path, {})
+    recipe = read_recipe(path)
     assert recipe.task == task
     assert recipe.model
     assert recipe.data

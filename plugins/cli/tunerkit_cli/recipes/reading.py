@@ -45,12 +45,12 @@ def _objection(name: str, fragment: Schema, others: Mapping[str, Schema]) -> str
     return objection(fragment) or (None if fragment.get("description") else "it has no description")
 
 
-def schema(plugin_keys: Mapping[str, Schema] | None = None) -> dict[str, Any]:
-    """Return the JSON schema (draft 2020-12) of recipes, with which an editor completes and checks them.
+def _declared() -> dict[str, Schema]:
+    return keys_of(additions())[0]
 
-    ``plugin_keys`` are further keys with their fragments; by default those that the installed plugins declare.
-    """
-    declared = keys_of(additions())[0] if plugin_keys is None else plugin_keys
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of recipes, with which an editor completes and checks them."""
     own = class_schema(Recipe)["properties"]
     for name, default in attrs.asdict(Recipe()).items():
         own[name] |= {} if default is None else {"default": default}
@@ -61,27 +61,27 @@ def schema(plugin_keys: Mapping[str, Schema] | None = None) -> dict[str, Any]:
         "description": "Arguments of the trainer stand in `training`, and the method's settings in `config`. "
         "Plugins may add keys.",
         "type": "object",
-        "properties": {name: or_null(each) for name, each in {**own, **declared}.items()},
+        "properties": {name: or_null(each) for name, each in {**own, **_declared()}.items()},
         "additionalProperties": False,
     }
 
 
-def read_recipe(path: Path, plugin_keys: Mapping[str, Schema] | None = None) -> Recipe:
+def read_recipe(path: Path) -> Recipe:
     """Read a recipe from a YAML or JSON file. A key without a value has its default.
 
     Raises `ConfigError` if the file cannot be read, or the recipe has an unknown key, a value of another type, or
-    another version. ``plugin_keys`` is as for `schema`.
+    another version.
     """
-    return structure(read_settings(path, _typed(plugin_keys)), str(path), plugin_keys)
+    return structure(read_settings(path, _typed()), str(path))
 
 
-def _typed(plugin_keys: Mapping[str, Schema] | None = None) -> Schema:
+def _typed() -> Schema:
     """The schema of recipes, in which those arguments of trainers that are texts are told from others."""
 
     def training() -> Schema:
         return {"properties": {name: text_alone(kind) for name, kind in argument_types().items()}}
 
-    return {"properties": {**schema(plugin_keys)["properties"], "training": training}}
+    return {"properties": {**schema()["properties"], "training": training}}
 
 
 def mapping_at(path: Path) -> dict[str, Any]:
@@ -100,15 +100,13 @@ def mapping_at(path: Path) -> dict[str, Any]:
     return found
 
 
-def structure(
-    mapping: Mapping[str, Any], source: str = "the recipe", plugin_keys: Mapping[str, Schema] | None = None
-) -> Recipe:
+def structure(mapping: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     """Convert a mapping to a recipe. ``source`` names it in errors; the rest is as for `read_recipe`."""
-    declared = keys_of(additions())[0] if plugin_keys is None else plugin_keys
+    declared = _declared()
     if mapping.get("on_collapse") == "tell":  # as version 0.1 wrote it
         mapping = {**mapping, "on_collapse": "warn"}
     # Another version has other keys, and a mapping of other types cannot be searched for half characters.
-    for find in (_version_problems, partial(_key_problems, schema(declared)), _unwritable):
+    for find in (_version_problems, partial(_key_problems, schema()), _unwritable):
         if found := [f"{source}: {problem}" for problem in find(mapping)]:
             raise ConfigError(found)
     given = {name: copy.deepcopy(value) for name, value in mapping.items() if value is not None}

@@ -49,22 +49,16 @@ def merge(mapping: Mapping[str, Any], flags: Mapping[str, object]) -> dict[str, 
     return merged
 
 
-def apply(
-    mapping: Mapping[str, Any],
-    settings: Iterable[str],
-    trainer_arguments: Mapping[str, str],
-    method_settings: Callable[[], Fields],
-    plugin_keys: Mapping[str, Schema] | None = None,
-) -> dict[str, Any]:
+def from_command_line(mapping: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """Return a recipe's mapping with settings as ``--set`` takes them; of two with the same key, the later one wins.
 
-    Each is ``key=value``, and the value is YAML. The key is one of the recipe, one of ``trainer_arguments``, which come
-    with their annotations, or one of ``method_settings``, which are called for only where they matter: they take
-    seconds to import. With its section before it, as in ``config.rank``, a key is never ambiguous. Raises
-    `ConfigError` for all settings that are malformed, whose key is unknown or ambiguous, or whose value is not YAML.
+    Each is ``key=value``, and the value is YAML. The key is one of the recipe, of the trainer of its task, or of its
+    method, whose import takes seconds. With its section before it, as in ``config.rank``, a key is never ambiguous.
+    Raises `ConfigError` for all settings that are malformed, whose key is unknown or ambiguous, or whose value is not
+    YAML, and `UnknownMethodError` if the method is needed, and not installed.
     """
-    changed = copy.deepcopy(dict(mapping))
-    names = _Names(schema(plugin_keys)["properties"], trainer_arguments, cache(method_settings))
+    changed, types = copy.deepcopy(dict(mapping)), argument_types(_given("task", mapping, settings))
+    names = _Names(schema()["properties"], types, cache(partial(_method_settings, mapping, settings)))
     problems: list[str] = []
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -150,15 +144,6 @@ def _unknown(key: str, name: str, close: Iterable[str], names: _Names, where: st
         hint = known or meant(name, names.config().values()) or closest(name, sorted(close))
     hint = hint or "; `tunerkit schema` lists a recipe's keys, `tunerkit config` a method's"
     return ConfigError([f"--set {shown(key)[1:-1]}: there is no key {shown(name)}{where}{hint}"])
-
-
-def from_command_line(mapping: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """Return a recipe's mapping with settings as ``--set`` takes them, for the trainer of its task and its method.
-
-    Raises `UnknownMethodError` if the method is needed, and not installed.
-    """
-    types = argument_types(_given("task", mapping, settings))
-    return apply(mapping, settings, types, partial(_method_settings, mapping, settings))
 
 
 def _method_settings(mapping: Mapping[str, Any], settings: Iterable[str]) -> Fields:
