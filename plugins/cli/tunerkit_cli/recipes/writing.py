@@ -9,7 +9,7 @@ from typing import Final
 from tunerkit import TunerkitError
 from tunerkit.errors import ConfigError, closest, shown
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, TASKS, VERSION, Recipe, to_mapping
-from tunerkit_cli.recipes.schema import class_schema
+from tunerkit_cli.recipes.schema import properties_of
 from tunerkit_cli.settings import write_settings
 from tunerkit_cli.tasks import task_of
 
@@ -90,7 +90,7 @@ def starter(task: str) -> str:
     given |= {} if first == "image" else {"max_length": kind.max_length}
     left_out = _OF_LANGUAGE if kind.label_column else {"label_map", "class_weights"}
     lines = ["# A recipe for: tunerkit train", "# Every key may be left out."]
-    for name, schema in class_schema(Recipe)["properties"].items():
+    for name, schema in properties_of(Recipe).items():
         if name in left_out or not (name in given or name in _EXAMPLES):
             continue
         lines += ["", *wrap(schema["description"], 98, initial_indent="# ", subsequent_indent="# ")]
