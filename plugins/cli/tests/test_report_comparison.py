@@ -119,17 +119,6 @@ def test_what_was_measured_in_other_ways_is_not_ranked_together(other: dict[str,
     assert ("Loss, training sft other" in found) is (differing != "task")
 
 
-def test_among_other_runs_those_that_compare_are_ranked() -> None:
-    """In a table of their own, and in a sentence that names them."""
-    found = text(a=language(0.5), dpo=language(0.2, "preference"), b=language(0.4))
-    assert "Of a, b: b has the lowest loss, 0.400, 0.100 below a." in found
-    assert "so their metrics are not comparable, except within one table." in found
-    assert "loss 0.5000 0.4000 ★" in found
-    assert found.count("★") == 1
-    assert "Loss, training, causal-lm a b" in found
-    assert "method AdaLoRA AdaLoRA AdaLoRA" in found
-
-
 def test_a_run_that_did_not_learn_is_named_first() -> None:
     """Before the heading, and the others are not."""
     lost = scored(0.5, problems=[{"kind": "one_class", "text": "all rows are predicted as 'b'", "advice": "less"}])

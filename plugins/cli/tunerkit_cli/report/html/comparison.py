@@ -1,6 +1,6 @@
 """The comparison of several runs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -23,16 +23,17 @@ def compare(records: Mapping[str, Mapping[str, Any]], *, title: str | None = Non
     if len(records) < 2:
         raise RecordError(f"expected two runs or more to compare, got {len(records)}; `render` shows a single one")
     runs = {name: _read(name, record) for name, record in records.items()}
-    groups = _groups(runs)
+    warning, metrics = _warning(runs), _metrics(runs)
+    table = Table(metrics.columns, (*metrics.rows, *_costs(runs)), frozenset() if warning else metrics.best)
     highest = max(map(highest_rank, runs.values()))
     values = {
         "title": title or f"{len(runs)} runs compared",
         "runs": runs,
         "failures": {name: text for name, run in runs.items() if (text := failure(run.problems))},
         "verdicts": {name: verdict(run) for name, run in runs.items()},
-        "best": _best(groups),
-        "warning": _warning(groups),
-        "results": [(title, table) for title, table in _results(runs, groups) if table.rows],
+        "best": "" if warning else _best(runs),
+        "warning": warning,
+        "results": table if table.rows else None,
         "curves": drawn(_panels(runs)),
         "differences": _differences(runs),
         "ranks": {
@@ -64,23 +65,7 @@ def _conditions(run: Run) -> dict[str, str]:
     return found
 
 
-def _groups(runs: Mapping[str, Run]) -> list[dict[str, Run]]:
-    """Return the runs in groups whose metrics compare."""
-    groups: dict[tuple[str, ...], dict[str, Run]] = {}
-    for name, run in runs.items():
-        groups.setdefault((*_conditions(run).values(),), {})[name] = run
-    return [*groups.values()]
-
-
-def _best(groups: Sequence[Mapping[str, Run]]) -> str:
-    """Say which run is the best of each group; empty if nothing compares."""
-    found = {", ".join(runs): _best_of(runs) for runs in groups}
-    if len(groups) == 1:
-        return "".join(found.values())
-    return " ".join(f"Of {names}: {text}" for names, text in found.items() if text)
-
-
-def _best_of(runs: Mapping[str, Run]) -> str:
+def _best(runs: Mapping[str, Run]) -> str:
     """Say which run is the best by the metric that most have as their main one; empty if fewer than two have it."""
     mains = [scores.main_metric(run.metrics, run.main_metric) for run in runs.values()]
     metric = max((name for name in mains if name is not None), key=mains.count, default=None)
@@ -98,28 +83,16 @@ def _best_of(runs: Mapping[str, Run]) -> str:
     return f"{first} has the {what} {scores.title(metric)}, {value}, {scores.distance(metric, gap)} {side} {second}."
 
 
-def _warning(groups: Sequence[Mapping[str, Run]]) -> str:
+def _warning(runs: Mapping[str, Run]) -> str:
     """Say what makes the metrics incomparable; empty if nothing does."""
-    if len(groups) == 1:
-        return ""
-    known = [_conditions(run) for runs in groups for run in runs.values()]
+    known = [_conditions(run) for run in runs.values()]
     names = dict.fromkeys(name for each in known for name in each)
-    differing = [name for name in names if len({each[name] for each in known if name in each}) > 1]
-    some = ", except within one table" if any(len(runs) > 1 for runs in groups) else ""
-    return f"The runs differ in their {' and '.join(differing)}, so their metrics are not comparable{some}."
-
-
-def _results(runs: Mapping[str, Run], groups: Sequence[Mapping[str, Run]]) -> list[tuple[str, Table]]:
-    """Return tables of metrics and costs, each with its heading: one table where all compare, else one per group."""
-    if len(groups) == 1:
-        metrics = _metrics(runs)
-        return [("", attrs.evolve(metrics, rows=(*metrics.rows, *_costs(runs))))]
-    found = [("; ".join(_conditions(next(iter(each.values()))).values()), _metrics(each)) for each in groups]
-    return [*found, ("costs", Table(("", *runs), (*_costs(runs),)))]
+    differing = " and ".join(name for name in names if len({each[name] for each in known if name in each}) > 1)
+    return f"The runs differ in their {differing}, so their metrics are not comparable." if differing else ""
 
 
 def _metrics(runs: Mapping[str, Run]) -> Table:
-    """Return the metrics of runs that compare, a row for each and a column per run, with the best values marked."""
+    """Return the metrics, a row for each and a column per run, with the best values marked."""
     names = list(dict.fromkeys(name for run in runs.values() for name in run.metrics))
     rows: list[tuple[str, ...]] = []
     best: set[tuple[int, int]] = set()
