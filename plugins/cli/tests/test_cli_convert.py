@@ -335,7 +335,7 @@ def test_show_describes_what_a_format_knows_without_a_model(folder: Path) -> Non
 
 
 def test_a_part_of_a_pipeline_of_diffusers_is_a_base_too(folder: Path) -> None:
-    """Its config names its class; convolutions are adapted, and random latents are its inputs."""
+    """Its config names its class; convolutions are adapted. Its inputs are none that `verify` could draw."""
     diffusers = pytest.importorskip("diffusers", reason="the base is one of its UNets")
     torch.manual_seed(0)
     model = diffusers.UNet2DConditionModel(
@@ -352,11 +352,13 @@ def test_a_part_of_a_pipeline_of_diffusers_is_a_base_too(folder: Path) -> None:
     Path("pipe/model_index.json").write_text("{}")
     tunerkit.save(trained(model, targets=["to_q", "conv1"]), "latent")
     told("convert", "latent", "--to", "toy", "--out", "latent-toy", "--base", "pipe/unet", "--set", "base=pipe/unet")
-    assert told("verify", "latent", "latent-toy", "--base", "pipe/unet")["is_equal"]
+    assert "UNet2DConditionModel takes inputs of its own" in command("verify", "latent", "latent-toy").stderr
     assert told("diff", "latent-toy", "latent", "--base", "pipe/unet")["is_equal"]
     assert "targets" in succeeded("show", "latent").output
     succeeded("merge", "latent-toy", "--out", "latent-merged")
-    assert told("verify", "latent-toy", "latent-merged")["is_equal"]
+    merged = diffusers.UNet2DConditionModel.from_pretrained("latent-merged").state_dict()
+    own = tunerkit.unwrap(model, keep_merged=True).state_dict()
+    assert all(torch.allclose(merged[name], value, atol=1e-6) for name, value in own.items())
     done = command("convert", "latent", "--to", "toy", "--out", "none", "--base", "pipe")
     assert done.exit_code == 2
     assert "pass the folder of the adapted part, such as pipe/unet" in done.output

@@ -68,11 +68,7 @@ def open_closest(source: str, rank: int, *, base: str | None, task: str | None) 
 
 @torch.no_grad()
 def closest(tuner: Tuner, rank: int) -> Closest:
-    """Return the closest products of a rank to what an adapter adds: its largest singular triplets (Eckart and Young).
-
-    Where the method adds a product, they come from the triangles of two QR decompositions; else from the matrix
-    itself.
-    """
+    """The closest products of a rank to what an adapter adds: its largest singular triplets (Eckart and Young)."""
     low = factors_of(tuner) if hooks.adds_products(tuner.method) else {}
     products, biases, left_out, sizes = {}, biases_of(tuner), {}, {}
     for path, adapter in tuner.adapters().items():

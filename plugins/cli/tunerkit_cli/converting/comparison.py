@@ -1,7 +1,4 @@
-"""Compare what two adapters hold: settings, places, ranks and products. No model runs.
-
-Products of small matrices are compared without the large matrices that they stand for.
-"""
+"""Compare what two adapters hold: settings, places, ranks and products. No model runs, no product is multiplied."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar

@@ -19,7 +19,7 @@ from tunerkit_cli.converting.opening import collected, load_adapter, open_adapte
 from tunerkit_cli.converting.printing import OWN
 from tunerkit_cli.outputs import OutputError, new_folder
 from tunerkit_cli.settings import given_value
-from tunerkit_transformers.adapter_files import description_at, has_no_record
+from tunerkit_transformers.adapter_files import has_no_record
 from tunerkit_transformers.base_choice import choose_base
 from tunerkit_transformers.bases import whole
 from tunerkit_transformers.output_folder import load_run, read_run
@@ -32,7 +32,6 @@ _OTHERS: Final = (
     "training_args.bin",
     *(name for each in READERS for name in each.files),
 )
-_PROCESSORS: Final = ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor")
 _SHAPES_ONLY: Final = (
     "no weights of the base were read, so the file lists its parameters and shapes alone: a base with other values in "
     "the same shapes will not be refused. To store a sample of the values, load the adapter onto its base and save it"
@@ -48,7 +47,6 @@ class Converted:
     method: str
     base: str
     ranks: Mapping[str, int]
-    padded: int  # the rank to which the format fills up all targets, or 0
     files: tuple[str, ...]
     size: int
     remarks: tuple[str, ...]
@@ -87,7 +85,6 @@ def convert_adapter(
         method=tuner.method,
         base=opened.source,
         ranks=tuner.ranks(),
-        padded=0 if ours else _padded(to, written, tuner.ranks()),
         files=tuple(sorted(file.name for file in files)),
         size=sum(file.stat().st_size for file in files),
         remarks=(*remarks, _SHAPES_ONLY) if ours else tuple(remarks),
@@ -131,13 +128,6 @@ def _format(name: str) -> Format:
     )
 
 
-def _padded(to: str, written: Path, ranks: Mapping[str, int]) -> int:
-    """The one rank of all targets in a file, if that of some target is lower. Only the file's header is read."""
-    found = None if to == OWN else description_at(serialization.find_format(to), str(written))
-    stored = set() if found is None else set(found.ranks.values())
-    return max(stored) if len(stored) == 1 and min(ranks.values(), default=0) < max(stored) else 0
-
-
 def _inodes(place: Path) -> dict[Path, int]:
     """The files at or in ``place``, each with the number that a replaced file changes."""
     if place.is_dir():
@@ -146,11 +136,7 @@ def _inodes(place: Path) -> dict[Path, int]:
 
 
 def _refuse_occupied(out: Path, *, overwrite: bool) -> None:
-    """Raise `TunerkitError` if ``out`` holds something that the adapter must not be mixed with.
-
-    ``overwrite`` replaces an older adapter, and never a model: transformers applies an adapter that lies in its folder,
-    so all who load the model would get another one.
-    """
+    """Refuse an ``out`` with other files; and a model, to whose weights transformers would apply the adapter."""
     try:
         # What a writer that was killed has left is removed by the next one.
         names = sorted(name for name in os.listdir(out) if not name.startswith(serialization.SCRATCH))
@@ -206,13 +192,11 @@ def _merge_adapter(source: str, out: Path, *, base: str | None, task: str | None
 
 
 def _copy_processor(source: str, folder: Path) -> None:
-    """Save the first kind of processor that the base has; a base of hidden states alone may have none."""
-    import transformers
+    """Save the base's processor; a base of hidden states alone may have none."""
+    from transformers import AutoProcessor
 
-    for name in _PROCESSORS:
-        try:
-            processor = getattr(transformers, name).from_pretrained(source, **OWN_CODE)
-        except Exception:  # what a library raises where a folder has no such file differs between its classes
-            continue
-        processor.save_pretrained(folder)
+    try:
+        processor = AutoProcessor.from_pretrained(source, **OWN_CODE)
+    except Exception:  # what a library raises where a folder has no such file differs between its classes
         return
+    processor.save_pretrained(folder)

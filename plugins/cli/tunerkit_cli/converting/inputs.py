@@ -12,12 +12,10 @@ from tunerkit import TunerkitError
 Inputs = dict[str, Any]
 _LENGTHS = (16, 9, 12)  # tokens of the three inputs
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_source_positions")
-_SAMPLES = 8000  # of sound: half a second
-_LATENTS = 32  # the side of a picture that a diffusion model gets, at most
 
 
 def random_inputs(model: nn.Module) -> list[Inputs]:
-    """Return three inputs for a model of transformers or diffusers, each a batch of one: some take no padding."""
+    """Return three inputs for a model of transformers, each a batch of one: some take no padding."""
     taken = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(0)
     try:
@@ -28,22 +26,13 @@ def random_inputs(model: nn.Module) -> list[Inputs]:
 
 def _inputs(model: Any, taken: Mapping[str, object], length: int, generator: torch.Generator) -> Inputs:
     config: Any = getattr(model, "config", None)
-    if {"sample", "timestep", "encoder_hidden_states"} <= taken.keys():
-        return _diffusion(config, generator)
     match getattr(model, "main_input_name", None):
         case "input_ids":
-            found = _texts(config, taken, length, generator)
-            if "pixel_values" in taken and not hasattr(config, "image_token_id") and hasattr(config, "vision_config"):
-                found["pixel_values"] = _picture(config.vision_config, generator)  # a pair of encoders, as CLIP
-            return found
+            limits = [getattr(config, name, None) for name in _POSITIONS]
+            length = min([length, *(limit - 4 for limit in limits if isinstance(limit, int) and limit > 5)])
+            found = {"input_ids": _ids(config, length, generator)}
         case "pixel_values":
             found = {"pixel_values": _picture(config, generator)}
-        case "input_values":
-            found = {"input_values": torch.randn(1, _SAMPLES, generator=generator)}
-        case "input_features":
-            frames = 2 * int(getattr(config, "max_source_positions", 50))
-            shape = (1, int(getattr(config, "num_mel_bins", 80)), frames)
-            found = {"input_features": torch.randn(shape, generator=generator)}
         case name:
             raise _unknown(model, name or "inputs of its own")
     if "decoder_input_ids" in taken:
@@ -56,17 +45,6 @@ def _unknown(model: nn.Module, what: object) -> TunerkitError:
         f"{type(model).__name__} takes {what}, for which tunerkit makes no random values; load both adapters in "
         "Python, and compare the outputs there"
     )
-
-
-def _texts(config: Any, taken: Mapping[str, object], length: int, generator: torch.Generator) -> dict[str, Tensor]:
-    limits = [getattr(config, name, None) for name in _POSITIONS]
-    length = min([length, *(limit - 4 for limit in limits if isinstance(limit, int) and limit > 5)])
-    found = {"input_ids": _ids(config, length, generator)}
-    if "attention_mask" in taken:
-        found["attention_mask"] = torch.ones_like(found["input_ids"])
-    if "decoder_input_ids" in taken:
-        found["decoder_input_ids"] = _ids(config, length, generator)
-    return found
 
 
 def _ids(config: Any, length: int, generator: torch.Generator) -> Tensor:
@@ -88,21 +66,3 @@ def _picture(config: Any, generator: torch.Generator) -> Tensor:
     side = getattr(config, "image_size", None) or 224
     height, width = side if isinstance(side, list | tuple) else (side, side)
     return torch.randn(1, int(getattr(config, "num_channels", 3)), int(height), int(width), generator=generator)
-
-
-def _diffusion(config: Any, generator: torch.Generator) -> Inputs:
-    side = min(int(config.sample_size or _LATENTS), _LATENTS)
-    width = config.cross_attention_dim
-    width = width[0] if isinstance(width, list | tuple) else width
-    found: Inputs = {
-        "sample": torch.randn(1, config.in_channels, side, side, generator=generator),
-        "timestep": torch.randint(1000, (1,), generator=generator),
-        "encoder_hidden_states": torch.randn(1, 8, int(width or 1), generator=generator),
-    }
-    if getattr(config, "addition_embed_type", None) == "text_time":  # SDXL
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        found["added_cond_kwargs"] = {
-            "text_embeds": torch.randn(1, pooled, generator=generator),
-            "time_ids": torch.rand(1, 6, generator=generator),
-        }
-    return found

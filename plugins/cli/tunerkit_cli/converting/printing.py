@@ -25,7 +25,7 @@ def print_converted(found: "Converted", *, as_json: bool) -> None:
         "written": f"{found.out} ({', '.join(found.files)})" if found.files != (found.out,) else found.out,
         "method": found.method,
         "base": "" if found.format in (OWN, "lora") else found.base,  # our own file does not hold it
-        "ranks": ranks_in_words(found.ranks) + (f", padded to {found.padded}" if found.padded else ""),
+        "ranks": ranks_in_words(found.ranks),
         "size": size_in_words(found.size),
     }
     if found.error is not None:

@@ -63,10 +63,7 @@ def _print(console: Console, title: str, values: Mapping[str, Any]) -> None:
 
 
 def describe_adapter(source: str) -> dict[str, Any]:
-    """What an adapter's files say without its base model; what they do not state is empty, 0 or None.
-
-    Raises `FileError` if there is no adapter, or if it cannot be read without its base.
-    """
+    """What an adapter's files say without its base model; what they do not state is empty, 0 or None."""
     from tunerkit import serialization  # imports torch, which the record of a run does not need
     from tunerkit.plugin import Description
     from tunerkit_transformers.adapter_files import description_at, refuse_absent
