@@ -599,7 +599,7 @@ def test_a_chat_template_is_the_one_that_the_run_began_with(tmp_path: Path) -> N
 
 
 def test_a_run_that_an_earlier_version_began_computes_as_it_did(llama: Path, tmp_path: Path) -> None:
-    """TRL's own loss with checkpointing, batches at random, an evaluation each epoch, and answers before and after.
+    """TRL's own loss with checkpointing, batches at random, and an evaluation each epoch.
 
     Its recipe has no key for any of it. The adapter is the same to the last bit.
     """
@@ -618,7 +618,7 @@ def test_a_run_that_an_earlier_version_began_computes_as_it_did(llama: Path, tmp
     assert "grouped by length" not in succeeded("train", "--out", parts, "--resume").output
     assert (parts / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
     record = record_of(parts)
-    assert [{*sample} for sample in record["samples"]] == [{"prompt", "before", "after"}] * 3
+    assert [{*sample} for sample in record["samples"]] == [{"prompt", "after"}] * 2
     assert [entry["step"] for entry in record["logs"] if "eval_loss" in entry] == [10, 20]
     assert "savings" not in record
 

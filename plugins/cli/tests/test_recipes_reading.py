@@ -154,7 +154,7 @@ def test_all_mistakes_are_in_one_error(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     assert caught.value.problems == (
         f"{file}: unknown key 'modle'; did you mean 'model'?",
-        f"{file}: baseline: expected true or false, got 3. Whether to train the head alone too, for comparison",
+        f"{file}: baseline: expected true or false, got 3. Whether to fit the head alone too, for comparison",
         f"{file}: max_length: expected a whole number, got 'none'. Longer texts are cut to this many tokens",
     )
 

@@ -19,7 +19,7 @@ from tunerkit_cli.preparing.data import Data
 from tunerkit_cli.preparing.fitting import Fit, build_fitted, cut_at_positions_
 from tunerkit_cli.preparing.resuming import earlier_defaults
 from tunerkit_cli.preparing.starting import Start, continued, head_labels, order_note, start_of, wrapped
-from tunerkit_cli.preparing.trainer import DECIDED, asked_of, refuse_untrainable, stopping, trainer_arguments
+from tunerkit_cli.preparing.trainer import DECIDED, Stopping, asked_of, refuse_untrainable, trainer_arguments
 from tunerkit_cli.recipes.reading import read_recipe
 from tunerkit_cli.recipes.recipe import Recipe, as_placed, files_of, with_precision
 from tunerkit_cli.report.record import Restart
@@ -30,7 +30,7 @@ from tunerkit_cli.tasks.texts import labels_of, short_to_long
 from tunerkit_cli.tasks.turns import read_template
 from tunerkit_cli.tasks.weights import class_weights, weighted_loss
 from tunerkit_cli.telling import say
-from tunerkit_cli.watching.callback import MOST, SLOWER, Watching, read_restarts, slower
+from tunerkit_cli.watching.callback import MOST, SLOWER, Watching, read_restarts
 from tunerkit_cli.watching.learning import Learning, advice
 from tunerkit_transformers.free_memory import GIB
 from tunerkit_transformers.learned_positions import is_scored
@@ -71,29 +71,14 @@ class Session:
         return RunFolder(Path(self.recipe.out))
 
     @property
-    def learning(self) -> Learning:
-        """What judges the losses, once the training has begun."""
-        assert self.watching.learning is not None
-        return self.watching.learning
-
-    @property
     def precision(self) -> str:
         """What matrix products are computed in."""
         arguments = self.trainer.args
         return "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
 
 
-def is_of_earlier_version(folder: RunFolder) -> bool:
-    """Whether a run was begun before recipes said the precision: its rows were split in another way."""
-    return read_recipe(folder.recipe_file()).precision is None
-
-
 def settled(recipe: Recipe, folder: RunFolder, *, resume: bool) -> Recipe:
-    """Return the recipe with its precision; a resumed run has the settings that it began with.
-
-    Recipes of earlier versions lack keys. Such a run takes the machine's precision, learns prompts, has the values for
-    the trainer that were the defaults then, and recomputes activations if TRL does.
-    """
+    """Return the recipe with its precision; a resumed run has the settings that it began with, or those of then."""
     device = hardware.choose_device(use_cpu=recipe.training.get("use_cpu") is True)
     if not resume:
         return attrs.evolve(recipe, precision=hardware.choose_precision(device, recipe.precision))
@@ -145,7 +130,9 @@ def prepare(
     watching = _watching(recipe, task, data, arguments, tuner, restarts, console)
     parts = {"train": (data.source, task.encode(data.train, loaded))}
     parts["eval"] = (data.held_out_source, _held_out(task, data, loaded))
-    trainer, fits = build_fitted(task, arguments, loaded, parts, [watching, *stopping(recipe)])
+    patience = recipe.early_stopping_patience
+    callbacks = [watching, *([] if patience is None else [Stopping(patience)])]
+    trainer, fits = build_fitted(task, arguments, loaded, parts, callbacks)
     if recipe.class_weights is not None:
         weights = class_weights(recipe.class_weights, task, data.train, data.labels)
         trainer.compute_loss_func = weighted_loss(weights, smoothing=arguments.label_smoothing_factor)
@@ -204,14 +191,8 @@ def _watching(
     guess = None if arguments.label_smoothing_factor or recipe.class_weights else task.guess_loss(data.train)
     usual = task.defaults["learning_rate"]
     tried = advice(arguments.learning_rate, arguments.warmup_steps, usual=usual)
-    return Watching(
-        console,
-        tuner,
-        tuner.method,
-        follow=partial(Learning, guess, tried, usual),
-        slower=partial(slower, restarts),
-        may_restart=recipe.on_collapse == "restart" and len(restarts) < MOST,
-    )
+    may_restart = recipe.on_collapse == "restart" and len(restarts) < MOST
+    return Watching(console, tuner, partial(Learning, guess, tried, usual), restarts, may_restart=may_restart)
 
 
 def _sped_up(recipe: Recipe, trainer: Any, *, resume: bool) -> tuple[Recipe, Sequence[Saving]]:

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import EarlyStoppingCallback, PrinterCallback, get_scheduler
+from transformers import EarlyStoppingCallback, PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
 from tunerkit import TunerkitError
@@ -73,11 +72,6 @@ class Stopping(EarlyStoppingCallback):
         self.early_stopping_patience_counter = sum(
             "eval_loss" in entry and entry["step"] > best for entry in state.log_history
         )
-
-
-def stopping(recipe: Recipe) -> list[Stopping]:
-    """What ends a training early, if a recipe asks for it."""
-    return [] if recipe.early_stopping_patience is None else [Stopping(recipe.early_stopping_patience)]
 
 
 def arguments_of(recipe: Recipe, task: Task) -> dict[str, Any]:
@@ -194,15 +188,5 @@ def refuse_untrainable(trainer: Any) -> None:
                 ]
             )
     with _refusing():
-        kind, settings = trainer.get_optimizer_cls_and_kwargs(arguments, trainer.model)
-        if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & settings.keys():
-            return  # it needs the model's own parameters
-        optimizer = kind([torch.nn.Parameter(torch.zeros(1, 1))], **settings)
-        steps = 100  # any number: the schedule is thrown away
-        get_scheduler(
-            arguments.lr_scheduler_type,
-            optimizer=optimizer,
-            num_warmup_steps=arguments.get_warmup_steps(steps),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
-        )
+        trainer.create_optimizer_and_scheduler(num_training_steps=100)  # any number: both are thrown away
+    trainer.optimizer = trainer.lr_scheduler = None

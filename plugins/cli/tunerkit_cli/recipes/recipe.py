@@ -136,7 +136,7 @@ class Recipe:
         "checkpoint. A run is then evaluated after each epoch, or as `training` says.",
         ge=1,
     )
-    baseline: bool = _key(False, "Whether to train the head alone too, for comparison.")
+    baseline: bool = _key(False, "Whether to fit the head alone too, for comparison.")
     on_collapse: str = _key(
         "warn",
         "What to do when the training diverges: warn, or restart from the last good checkpoint at half the rate.",

@@ -18,10 +18,7 @@ class OutOfMemoryError(TunerkitError):
 def refusing_memory(
     folder: RunFolder, plan: Plan | None = None, *, has_begun: Callable[[], bool] = lambda: False
 ) -> Iterator[None]:
-    """Inside the block, an error of memory is an `OutOfMemoryError` that says what to change, and how to go on.
-
-    ``has_begun`` says whether the files in the folder are of this run.
-    """
+    """Turn an error of memory into one that says what to change, and how to go on with a run that has begun."""
     try:
         yield
     except (RuntimeError, MemoryError) as problem:

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from tunerkit_cli.folder import ENVIRONMENT, LEFT_OUT, REPORT, RunFolder
 from tunerkit_cli.machine import hardware, processes
 from tunerkit_cli.preparing import resuming
 from tunerkit_cli.preparing.data import prepare_data
-from tunerkit_cli.preparing.session import Session, is_of_earlier_version, prepare, settled
+from tunerkit_cli.preparing.session import Session, prepare, settled
 from tunerkit_cli.preparing.trainer import arguments_of
+from tunerkit_cli.recipes.reading import read_recipe
 from tunerkit_cli.recipes.recipe import Recipe, as_stated
 from tunerkit_cli.report.html import render
 from tunerkit_cli.running.baseline import NoBaselineError, head_alone
@@ -34,6 +34,7 @@ from tunerkit_cli.running.training import (
     replacing,
     train_with_restarts,
 )
+from tunerkit_cli.tasks.language import SAMPLES
 from tunerkit_cli.telling import say, telling_warnings
 from tunerkit_cli.watching.learning import below_baseline
 from tunerkit_transformers.output_folder import RECORD
@@ -56,7 +57,9 @@ def run(
         recipe = settled(recipe, folder, resume=resume)
         quiet()
         with telling_warnings(console), refusing_memory(folder):
-            task, data = prepare_data(recipe, console, by_class=not (resume and is_of_earlier_version(folder)))
+            # Before recipes said the precision, rows were split in another way.
+            by_class = not resume or read_recipe(folder.recipe_file()).precision is not None
+            task, data = prepare_data(recipe, console, by_class=by_class)
             session = prepare(recipe, task, data, console, resume=resume, dry_run=dry_run)
         for line in described(session):
             say(console, line)
@@ -70,14 +73,13 @@ def run(
         known |= {"training": arguments_of(session.recipe, task), "train_on_prompts": task.trains_on_prompts}
         kept = as_stated(attrs.evolve(session.recipe, **known), folder.path)
         resuming.refuse_processor(folder, session.loaded.processor)
-        before = _samples(session) if session.recipe.samples is None else []
         with (
             replacing(session, kept, resume=resume) as listing,
             refusing_memory(folder, session.plan, has_begun=lambda: resume or listing.has_begun),
         ):
             session, trained = train_with_restarts(session, listing, console, resume=resume)
         folder.save(session.loaded)  # at once: what follows only describes it
-        _finish(session, trained, kept, before, console)
+        _finish(session, trained, kept, console)
 
 
 def _finish_report(folder: RunFolder, console: Console, *, dry_run: bool) -> None:
@@ -88,7 +90,7 @@ def _finish_report(folder: RunFolder, console: Console, *, dry_run: bool) -> Non
     say(console, f"the run in {folder} has ended, and had no report: {do} {folder / REPORT}")
 
 
-def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[str, str]], console: Console) -> None:
+def _finish(session: Session, trained: Trained, kept: Recipe, console: Console) -> None:
     """Evaluate a trained adapter, and write and print what there is to say of it. Raises `EvaluationError`."""
     recipe, task, folder = session.recipe, session.task, session.folder
     failed: Exception | None = None
@@ -96,7 +98,7 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
         trained = evaluate(session, trained)
     except Exception as problem:  # of a library, of a metric, of the data: whatever it is, the adapter is trained
         failed = problem
-    record = record_of(session, trained, kept, _samples(session, before))
+    record = record_of(session, trained, kept, _samples(session))
     lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in session.data.left_out)
     listed = without_home(sources_of(session, "".join(lines)))
     if listed:
@@ -114,8 +116,8 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
         for name, text in sample.items():
             say(console, f"{name}: {shown(text)}")
     try:
-        if recipe.baseline and (baseline := compare(session, trained, console)) is not None:
-            record |= _beside(session, trained, baseline)
+        if recipe.baseline and (found := compare(session, trained, console)):
+            record |= found
             folder.write(RECORD, record)
     finally:  # Ctrl-C stops the baseline, and the report is then without it
         conclude(recipe, record, console)
@@ -125,42 +127,31 @@ def _finish(session: Session, trained: Trained, kept: Recipe, before: list[dict[
     say(console, f"report: {folder / REPORT}")
 
 
-def _samples(session: Session, before: Iterable[Mapping[str, str]] = ()) -> list[dict[str, str]]:
-    """What the model answers now, and what it answered before: a run of an earlier version did that too."""
+def _samples(session: Session) -> list[dict[str, str]]:
+    """What the model answers; a run that an earlier version began does not say how often."""
+    count = SAMPLES if session.recipe.samples is None else session.recipe.samples
     with hardware.computing_in(session.precision, session.loaded.model.device):
-        found = session.task.samples(session.loaded, session.data.held_out, session.recipe.samples)
-    samples = [{"prompt": each["prompt"], "after": each["answer"]} for each in found]
-    for sample, old in zip(samples, before, strict=False):
-        sample["before"] = old["after"]
-    return samples
+        found = session.task.samples(session.loaded, session.data.held_out, count)
+    return [{"prompt": each["prompt"], "after": each["answer"]} for each in found]
 
 
-def _beside(session: Session, trained: Trained, baseline: Mapping[str, Any]) -> dict[str, Any]:
-    """What a baseline adds to the record: itself, and that it is better, if it is."""
-    task = session.task
-    own, other = trained.metrics[task.main_metric], baseline["metrics"][task.main_metric]
-    tried, is_better_high = session.learning.advice, task.greater_is_better
-    worse = below_baseline(task.main_metric, own, other, is_better_high=is_better_high, advice=tried)
-    found: dict[str, Any] = {"baseline": finite(baseline)}
-    if worse is not None:
-        found["problems"] = [attrs.asdict(problem) for problem in (*trained.problems, worse)]
-    return found
-
-
-def compare(session: Session, trained: Trained, console: Console) -> dict[str, Any] | None:
-    """Train the head alone, and print how far the adapter is from it."""
+def compare(session: Session, trained: Trained, console: Console) -> dict[str, Any]:
+    """Fit the head alone, print how far the adapter is from it, and return what that adds to the record."""
     task, heads = session.task, [place.path for place in session.tuner.copies]
     if not task.has_baseline or len(heads) != 1 or not session.data.held_out:
         say(console, "no baseline: it is for classifiers of which one module, the head, is trained in full")
-        return None
+        return {}
     tunerkit.unwrap(session.loaded.model)
-    rows, training = (session.data.train, session.data.held_out), dict(session.recipe.training)
     try:
-        baseline = head_alone(task, session.loaded, heads, rows, training, console, session.folder.path)
+        baseline = head_alone(task, session.loaded, heads[0], (session.data.train, session.data.held_out))
     except NoBaselineError as problem:  # the adapter is written already
         say(console, str(problem))
-        return None
-    own, other = trained.metrics[task.main_metric], baseline["metrics"][task.main_metric]
-    say(console, f"head alone: {task.main_metric} {other:.4f} (best of {', '.join(baseline['by_learning_rate'])})")
+        return {}
+    metric, is_better_high = task.main_metric, task.greater_is_better
+    own, other = trained.metrics[metric], baseline["metrics"][metric]
+    say(console, f"head alone: {metric} {other:.4f}")
     say(console, f"{session.tuner.method} is {100 * (own - other):+.1f} points from the head alone")
-    return baseline
+    tried = session.watching.learning.advice
+    worse = below_baseline(metric, own, other, is_better_high=is_better_high, advice=tried)
+    problems = [attrs.asdict(problem) for problem in (*trained.problems, *([] if worse is None else [worse]))]
+    return {"baseline": finite(baseline), **({"problems": problems} if problems else {})}

@@ -183,7 +183,7 @@ def train(session: Session, console: Console, *, resume: bool) -> Trained:
     if patience is not None and state.global_step < state.max_steps:
         best = f"the best is step {state.best_global_step}, whose checkpoint is kept"
         say(console, f"stopped early, after step {state.global_step} of {state.max_steps}: {best}")
-    problems = judged(session.learning, Reached(), None, continued=session.start is not None)
+    problems = judged(session.watching.learning, Reached(), None, continued=session.start is not None)
     return Trained(trainer.state.log_history, start, {"train": time.perf_counter() - began}, {}, None, problems)
 
 
@@ -226,11 +226,11 @@ def evaluate(session: Session, trained: Trained) -> Trained:
             f"--lr than {session.trainer.args.learning_rate:g}, or check the data and the model"
         )
     rows = session.rows("eval")
-    found = reached(metrics, results.confusion, session.data.labels, rows=rows, advice=session.learning.advice)
+    found = reached(metrics, results.confusion, session.data.labels, rows=rows, advice=session.watching.learning.advice)
     return attrs.evolve(
         trained,
         seconds={**trained.seconds, "evaluate": took},
         metrics=metrics,
         confusion=results.confusion,
-        problems=judged(session.learning, found, metrics["loss"], continued=session.start is not None),
+        problems=judged(session.watching.learning, found, metrics["loss"], continued=session.start is not None),
     )

@@ -49,25 +49,24 @@ class Watching(TrainerCallback):
     """Shows the progress, in a terminal as a bar and elsewhere as a line for each log entry, and stops at NaN.
 
     Ctrl-C ends the training at the end of the step, with a checkpoint; ``interrupted`` says so afterwards. A second one
-    stops at once. What ``follow`` returns, given the number of steps, is ``learning``, which judges the losses. Without
-    it, any losses are fine, and they are not printed. ``slower``, given the step from which a training is resumed, says
-    by how much the checkpoint's learning rate is multiplied. If the run may be restarted (``may_restart``), a loss that
-    is lost raises `LostError`.
+    stops at once. What ``follow`` returns, given the number of steps, is ``learning``, which judges the losses. The
+    earlier ``restarts`` of the run slow it down. If it may be restarted (``may_restart``), a loss that is lost raises
+    `LostError`.
     """
+
+    learning: Learning  # once the training has begun
 
     def __init__(
         self,
         console: Console,
-        tuner: Tuner | None,
-        title: str,
+        tuner: Tuner,
+        follow: Callable[[int], Learning],
+        restarts: Sequence[Restart],
         *,
-        follow: Callable[[int], Learning] | None = None,
-        slower: Callable[[int], float] = lambda step: 1.0,
-        may_restart: bool = False,
+        may_restart: bool,
     ) -> None:
-        self.console, self.tuner, self.title, self.follow = console, tuner, title, follow
-        self.slower, self.may_restart = slower, may_restart
-        self.learning: Learning | None = None
+        self.console, self.tuner, self.follow = console, tuner, follow
+        self.restarts, self.may_restart = restarts, may_restart
         self.interrupted = False
         self._printed = 0  # tenths of the training for which a line was printed
         self._bar: Progress | None = None
@@ -79,15 +78,16 @@ class Watching(TrainerCallback):
             times = TimeElapsedColumn(), TimeRemainingColumn()
             self._bar = Progress(title, BarColumn(), MofNCompleteColumn(), facts, *times, console=self.console)
             self._bar.start()
-            self._task = self._bar.add_task(self.title, total=state.max_steps, completed=state.global_step, facts="")
-        self.learning = None if self.follow is None else self.follow(state.max_steps)
+            name, steps = self.tuner.method, state.max_steps
+            self._task = self._bar.add_task(name, total=steps, completed=state.global_step, facts="")
+        self.learning = self.follow(state.max_steps)
         for entry in state.log_history:  # of a run that is resumed
             self._judge(entry)
-        if (factor := self.slower(state.global_step)) != 1:
+        if (factor := slower(self.restarts, state.global_step)) != 1:
             slow_down_(kwargs["optimizer"], kwargs["lr_scheduler"], factor)
 
     def _judge(self, entry: dict[str, Any]) -> None:
-        if self.learning is not None and (sentence := self.learning.add(entry)) is not None:
+        if (sentence := self.learning.add(entry)) is not None:
             say(self.console, f"note: {sentence}")
             if self.may_restart and self.learning.problem is not None:
                 raise LostError(self.learning.problem, self.learning.good)
@@ -107,7 +107,7 @@ class Watching(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         entry = kwargs.get("logs") or {}
         lost = [entry[name] for name in ("loss", "eval_loss") if name in entry and not math.isfinite(entry[name])]
-        if lost and self.learning is not None:
+        if lost:
             rates = [each["learning_rate"] for each in state.log_history if "learning_rate" in each]
             rate = f" (learning rate {rates[-1]:.3g})" if rates else ""
             text = f"the loss is {lost[0]} at step {state.global_step} of {state.max_steps}{rate}"
@@ -119,13 +119,13 @@ class Watching(TrainerCallback):
                 f"{args.learning_rate:g}, or check the data and the model"
             )
         self._judge({**entry, "step": state.global_step})
-        facts = _facts(entry, self.tuner)
+        facts = _facts(entry)
         if not facts:
             return
         if self._bar is not None:
             self._bar.update(self._task, facts=facts)
-        elif self.follow is not None and ("eval_loss" in entry or self._is_due(state)):
-            say(self.console, f"{self.title}: step {state.global_step}/{state.max_steps}  {facts}")
+        elif "eval_loss" in entry or self._is_due(state):
+            say(self.console, f"{self.tuner.method}: step {state.global_step}/{state.max_steps}  {facts}")
 
     def _is_due(self, state: TrainerState) -> bool:
         """Whether another tenth of the training has passed since the last line: logs in a pipe stay short."""
@@ -173,10 +173,10 @@ def slow_down_(optimizer: torch.optim.Optimizer, scheduler: Any, factor: float) 
         scheduler._last_lr = [factor * rate for rate in scheduler._last_lr]
 
 
-def _facts(entry: dict[str, Any], tuner: Tuner | None) -> str:
+def _facts(entry: dict[str, Any]) -> str:
     names = ("loss", "eval_loss", "eval_accuracy")
     shown = [f"{name} {entry[name]:.3g}" for name in names if isinstance(entry.get(name), float)]
-    if shown and "budget" in entry and tuner is not None:
+    if shown and "budget" in entry:
         shown.append(f"budget {entry['budget']:g}  rank {entry['rank_mean']:.1f}")
     return "  ".join(shown)
 
