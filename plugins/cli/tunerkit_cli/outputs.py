@@ -29,10 +29,7 @@ def prepare(folder: Path) -> None:
 
 @contextmanager
 def claimed(folder: Path, *, keep: bool = True) -> Iterator[None]:
-    """Create ``folder``, check that it is writable, and lock it; what is empty is removed if the block fails.
-
-    Without ``keep``, it is removed after any block.
-    """
+    """Create a writable folder and lock it; if the block fails, or without ``keep``, it is removed if it is empty."""
     from tunerkit import serialization  # imports torch, which `tunerkit --help` does not need
 
     with _removing_empty(folder, keep=keep):

@@ -54,10 +54,7 @@ def given_settings(given: str) -> dict[str, object]:
 
 
 def given_value(given: str, name: str, schema: Mapping[str, Any] = _ANYTHING, suffix: str = ".yaml") -> Any:
-    """Read one value that is given on the command line, as YAML: ``2e-3``, ``[query, value]`` or ``{a: 1}``.
-
-    ``name`` names it in errors, and ``schema`` is as for `read_settings`, which raises the same `ConfigError`.
-    """
+    """Read one value on the command line as YAML. ``name`` is for errors, and ``schema`` is as for `read_settings`."""
     if len(given) > _MAX_BYTES:
         raise ConfigError([f"{name}: has {len(given)} characters; use at most {_MAX_BYTES}, or a file"])
     try:
@@ -131,10 +128,7 @@ def _from_yaml(text: str, schema: Mapping[str, Any]) -> Any:
 
 
 def _settle_(node: yaml.Node, schema: Mapping[str, Any], seen: set[int]) -> None:
-    """Let words be texts where the schema takes text alone, and refuse numbers that another YAML reads differently.
-
-    ``seen`` has the nodes that aliases lead to again.
-    """
+    """Let words be texts where the schema takes text alone, and refuse numbers that another YAML reads differently."""
     if id(node) in seen:
         return
     seen.add(id(node))

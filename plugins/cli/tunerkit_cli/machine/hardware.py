@@ -30,12 +30,10 @@ def choose_device(*, use_cpu: bool = False) -> torch.device:
 def choose_workers(asked: int) -> tuple[int, str]:
     """Return how many processes read the data, at most one for each core, and a note if more were asked for."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if asked <= cores:
-        return asked, ""
-    note = (
+    said = (
         f"training.dataloader_num_workers is {asked}: as many are started as there are cores for this process, {cores}"
     )
-    return cores, note
+    return min(asked, cores), said if asked > cores else ""
 
 
 def obstacle(device: torch.device, precision: str) -> str | None:

@@ -35,10 +35,7 @@ _KEYS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def key_for(name: str, known: Iterable[str] = ()) -> str | None:
-    """Return the key that another command calls so, as ``--set`` takes it, if need be with its value; else None.
-
-    Arguments of the trainer, which take a moment to read, are left out where the name is close to a ``known`` one.
-    """
+    """The key that another command calls so, as ``--set`` takes it; None if none is, or a ``known`` name is close."""
     named = next((key for key, others in _KEYS.items() if name in others), None)
     if named is not None or closest(name, known):
         return named

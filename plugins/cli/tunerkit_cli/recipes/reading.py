@@ -67,11 +67,7 @@ def schema() -> dict[str, Any]:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe from a YAML or JSON file. A key without a value has its default.
-
-    Raises `ConfigError` if the file cannot be read, or the recipe has an unknown key, a value of another type, or
-    another version.
-    """
+    """Read a recipe from a YAML or JSON file; a key without a value has its default. Raises `ConfigError`."""
     return structure(read_settings(path, _typed()), str(path))
 
 
@@ -85,10 +81,7 @@ def _typed() -> Schema:
 
 
 def mapping_at(path: Path) -> dict[str, Any]:
-    """Read a recipe's mapping from a file, unchecked. In that of a run, paths are relative to the folder of the run.
-
-    Raises `ConfigError` as `read_settings` does.
-    """
+    """Read a recipe's mapping, unchecked; in that of a run, paths are relative to its folder. Raises `ConfigError`."""
     found = read_settings(path, _typed())
     if path.name == RECIPE and (path.parent / LIST).is_file():
         for name in PATHS:

@@ -36,10 +36,7 @@ _LIMITS: Final[Mapping[str, Mapping[str, str]]] = {
 
 
 def properties_of(cls: Any) -> dict[str, Any]:
-    """Return the JSON schema of each field of an attrs class, by its annotation and its metadata.
-
-    That is a ``doc``, and the limits in `_LIMITS`, which are those of plain values and of lists.
-    """
+    """The JSON schema of each field of an attrs class, by its annotation, ``doc`` and limits (see `_LIMITS`)."""
     fields = attrs.fields(attrs.resolve_types(cls))
     return {
         each.name: {**_of(each.type, each.metadata), "description": each.metadata.get("doc", "")} for each in fields
@@ -80,10 +77,7 @@ def or_null(schema: Schema) -> dict[str, Any]:
 
 
 def problems(value: object, schema: Schema, where: str = "") -> Iterator[str]:
-    """Yield one line for everything in a value at ``where`` that its schema does not allow.
-
-    What the schema leaves open must be plain: what JSON can express.
-    """
+    """Yield one line for everything in a value at ``where`` that its schema does not allow, or JSON has not."""
     at = f"{where}: " if where else ""
     kinds = _kinds(schema)
     if not any(_is(value, kind) for kind in kinds):

@@ -34,11 +34,7 @@ Fields = Mapping[str, "attrs.Attribute[Any]"]
 
 
 def merge(mapping: Mapping[str, Any], flags: Mapping[str, object]) -> dict[str, Any]:
-    """Return a recipe's mapping with the values of flags, by the names in `FLAGS`, which replace its own.
-
-    None means that a flag was not given. ``config`` is a mapping, a mapping written out, or the path of a file. Raises
-    `ConfigError` if it cannot be read, or if the recipe has a plain value where a flag needs a mapping.
-    """
+    """Return a recipe's mapping with the values of flags, by the names in `FLAGS`; None if one was not given."""
     merged = copy.deepcopy(dict(mapping))
     for flag, given in flags.items():
         value = str(given) if isinstance(given, PurePath) else copy.deepcopy(given)
@@ -52,10 +48,9 @@ def merge(mapping: Mapping[str, Any], flags: Mapping[str, object]) -> dict[str, 
 def from_command_line(mapping: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """Return a recipe's mapping with settings as ``--set`` takes them; of two with the same key, the later one wins.
 
-    Each is ``key=value``, and the value is YAML. The key is one of the recipe, of the trainer of its task, or of its
-    method, whose import takes seconds. With its section before it, as in ``config.rank``, a key is never ambiguous.
-    Raises `ConfigError` for all settings that are malformed, whose key is unknown or ambiguous, or whose value is not
-    YAML, and `UnknownMethodError` if the method is needed, and not installed.
+    The key is one of the recipe, of its task's trainer, or of its method, which takes seconds to import; with its
+    section, as in ``config.rank``, it is never ambiguous. Raises `ConfigError` with all problems, and
+    `UnknownMethodError`.
     """
     changed, types = copy.deepcopy(dict(mapping)), argument_types(_given("task", mapping, settings))
     names = _Names(schema()["properties"], types, cache(partial(_method_settings, mapping, settings)))
@@ -129,10 +124,7 @@ def _place_of(key: str, names: _Names) -> tuple[list[str], Schema]:
 
 
 def _unknown(key: str, name: str, close: Iterable[str], names: _Names, where: str = "") -> ConfigError:
-    """Return the error for a key without a name such as ``name``.
-
-    It may be a name that another command or library has for a key, stand in another section, or be close to some.
-    """
+    """Return the error for a key without a name such as ``name``, which may be known elsewhere, or close to some."""
     full = key_for(name) or ""
     section, _, setting = full.partition(".")
     full = "" if section == "config" and setting not in names.config() else full
@@ -166,10 +158,7 @@ def _given(key: str, mapping: Mapping[str, Any], settings: Iterable[str]) -> Any
 
 
 def _place(mapping: dict[str, Any], path: list[str], value: object, where: str) -> None:
-    """Set the value at a path of keys in nested mappings, in place. Missing mappings are made.
-
-    Mappings on the way are copied: with YAML's aliases, one mapping may stand in several places.
-    """
+    """Set the value at a path of keys, in place; mappings on the way are copied, as YAML's aliases share them."""
     for depth, name in enumerate(path[:-1]):
         inner = {} if mapping.get(name) is None else mapping[name]
         if not isinstance(inner, dict):

@@ -50,10 +50,7 @@ def name_problem(name: str, task: str) -> str | None:
 
 
 def argument_types(task: str | None = None) -> dict[str, str]:
-    """The arguments of a task's trainer by name, each with its annotation; without a task, those of any task's.
-
-    A trainer whose package is missing has none; that it is missing is reported later.
-    """
+    """The arguments of a task's trainer, or of all, with their annotations; none of one whose package is missing."""
     return {name: kind for each in ([task] if task in TASKS else TASKS) for name, kind in _fields(str(each)).items()}
 
 

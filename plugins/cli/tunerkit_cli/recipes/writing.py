@@ -102,11 +102,7 @@ def starter(task: str) -> str:
 
 
 def write_starter(task: str, path: Path) -> None:
-    """Write the recipe to start from into a new file.
-
-    Raises `ConfigError` if there is no such task, and `RecipeFileError` if the file exists, cannot be written, or has
-    an ending that no commented recipe has.
-    """
+    """Write the recipe to start from into a new YAML file. Raises `ConfigError` or `RecipeFileError`."""
     text = starter(task)
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise RecipeFileError(f"--out {path}: a commented recipe is YAML; choose a name that ends in .yaml")
