@@ -81,7 +81,7 @@ def test_json_is_read_too(tmp_path: Path) -> None:
         ("task: chess\n", "task: expected text-classification, regression, .* or image-classification, got 'chess'"),
         ("task: [regression]\n", "task: expected text, got .* The task"),
         ("model: ''\n", "model: expected 1 or more characters, got ''"),
-        ("data: {train: a.csv}\n", "data: expected text or a list, got {'train': 'a.csv'}. The path of the training"),
+        ("data: {train: a.csv}\n", "data: unknown key 'train'; the keys are path, name, split, .*. The training data"),
         ("data: [a.csv, '']\n", r"data\[1\]: expected 1 or more characters, got ''"),
         ("data: []\n", r"data: expected 1 or more values in the list, got \[\]"),
         ("baseline: 010\n", "010 is octal in YAML 1.1 and decimal in YAML 1.2"),

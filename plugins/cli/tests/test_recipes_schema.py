@@ -53,6 +53,8 @@ def valid(value: Any, fragment: dict[str, Any]) -> bool:
         return len(value) >= fragment.get("minItems", 0) and all(within)
     if not isinstance(value, dict):
         return True
+    if not {*fragment.get("required", ())} <= {*value}:
+        return False
     known, others = fragment.get("properties", {}), fragment.get("additionalProperties", {})
     parts = ((each, known.get(key, others)) for key, each in value.items())
     return all(part if isinstance(part, bool) else valid(each, part) for each, part in parts)
@@ -82,7 +84,7 @@ def test_the_keywords_are_those_of_the_test_above() -> None:
     within = [properties["columns"]["additionalProperties"], properties["data"]["items"]]
     fragments = [*properties.values(), *within]
     known = {"type", "enum", "minLength", "minimum", "properties", "additionalProperties", "description", "default"}
-    known |= {"items", "minItems", "maximum"}
+    known |= {"items", "minItems", "maximum", "required"}
     assert {keyword for fragment in fragments for keyword in fragment} <= known
 
 

@@ -16,7 +16,7 @@ from tunerkit_cli import app
 from tunerkit_cli.plugin_commands import Addition
 from tunerkit_cli.recipes import reading
 from tunerkit_cli.recipes.reading import read_recipe, structure
-from tunerkit_cli.recipes.recipe import TASKS, Recipe
+from tunerkit_cli.recipes.recipe import TASKS, Recipe, Source
 from tunerkit_cli.recipes.writing import RecipeFileError, dump, starter, write_starter
 from tunerkit_cli.settings import given_value
 from tunerkit_cli.tasks import task_of
@@ -39,7 +39,8 @@ plain = st.recursive(
 )
 mappings = st.dictionaries(words, plain, max_size=3)
 paths = words.filter(lambda path: "\0" not in path)
-files = st.none() | paths | st.lists(paths, min_size=1, max_size=3)
+sources = paths | st.builds(Source, paths, name=st.none() | words, split=st.none() | words)
+files = st.none() | sources | st.lists(sources, min_size=1, max_size=3)
 recipes = st.builds(
     Recipe,
     task=st.none() | st.sampled_from(TASKS),

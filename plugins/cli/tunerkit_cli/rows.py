@@ -1,7 +1,9 @@
 """The rows of data files: csv, tsv, json, parquet, or folders of images; their classes, and the held-out rows."""
 
 import csv
+import difflib
 import json
+import os
 import random
 import re
 import sys
@@ -110,9 +112,9 @@ def read_table(path: Path, *, predicting: bool = False, most: int | None = None)
         return _read_images(path, predicting=predicting)
     if (what := irregular(path)) is not None:
         raise DataError(f"{path}: is {what}, not a file; write the rows into a file, and pass that")
-    reader = _READERS.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
-        allowed = ", ".join(_READERS)
+        allowed = ", ".join(READERS)
         raise DataError(
             f"{path}: data files end in {allowed}, got {path.suffix or 'no ending'!r}; for images, pass a folder with "
             "a subfolder per class"
@@ -120,7 +122,7 @@ def read_table(path: Path, *, predicting: bool = False, most: int | None = None)
     try:
         rows = list(islice(reader(path), most))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise DataError(f"{path}: no such file{nearest(path)}") from None
     except DataError:
         raise
     except UnicodeDecodeError as problem:
@@ -144,6 +146,20 @@ def read_table(path: Path, *, predicting: bool = False, most: int | None = None)
         )
     names = tuple(str(name) for name in columns)
     return Table(str(path), names, tuple(rows), path.parent)  # type: ignore[arg-type]
+
+
+def nearest(path: Path) -> str:
+    """A hint with the closest path that exists, compared part by part; empty if none is close."""
+    place = Path(path.anchor)
+    for part in path.relative_to(path.anchor).parts:
+        if not os.path.exists(place / part):
+            there = os.listdir(place) if os.access(place, os.R_OK) and place.is_dir() else []
+            close = difflib.get_close_matches(part, there, n=1, cutoff=0.7)
+            if not close:
+                return ""
+            part = close[0]
+        place /= part
+    return f"; did you mean {str(place)!r}?"
 
 
 def require_column(table: Table, name: str, task: str, option: str | None = None, *, renaming: bool = True) -> str:
@@ -265,7 +281,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _read_csv,
     ".tsv": partial(_read_csv, delimiter="\t"),
     ".json": _read_json,
@@ -349,6 +365,13 @@ def split_by_class(rows: Sequence[T], labels: Sequence[str], *, every: int, seed
     by_class = sorted((row for row in order if counts[labels[row]] > 1), key=labels.__getitem__)
     held = {*by_class[every // 2 :: every]}
     return [rows[row] for row in order if row not in held], [rows[row] for row in order if row in held]
+
+
+def drawn(parts: Sequence[Sequence[T]], weights: Sequence[float], *, seed: int) -> list[list[T]]:
+    """Draw rows of each part by ``seed``, none twice, until one part has no more: their numbers are as the weights."""
+    weighted = [*zip(parts, weights, strict=True)]
+    most = min(len(part) / weight for part, weight in weighted)
+    return [split(part, train_rows=round(most * weight), seed=seed)[0] for part, weight in weighted]
 
 
 def _shuffled(count: int, seed: int) -> list[int]:

@@ -20,8 +20,8 @@ _OTHERS: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "data": (
         list[str],
         {
-            "help": "A .csv, .tsv, .json, .jsonl or .parquet file, or a folder of images; may be given several times. "
-            "Default: movie sentences."
+            "help": "A .csv, .tsv, .json, .jsonl or .parquet file, a folder of images, or a data set of the hub "
+            "(org/name); may be given several times. Default: movie sentences."
         },
     ),
     "eval_data": (list[str], {"help": "The held-out data; may be given several times. Default: a fifth of --data."}),

@@ -12,7 +12,8 @@ from tunerkit.errors import ConfigError, FileError
 from tunerkit_cli.demo import demo_of
 from tunerkit_cli.folder import RunFolder
 from tunerkit_cli.preparing import resuming
-from tunerkit_cli.recipes.recipe import Recipe, default_method, files_of, with_home, with_precision
+from tunerkit_cli.preparing.sources import pinned, read_source
+from tunerkit_cli.recipes.recipe import Recipe, default_method, sources_in, with_home, with_precision
 from tunerkit_cli.recipes.trainer_arguments import name_problem
 from tunerkit_cli.rows import DataError, Table, read_table, require_column
 from tunerkit_cli.tasks import TaskError, task_of
@@ -24,7 +25,7 @@ from tunerkit_transformers.output_folder import read_run
 from tunerkit_transformers.pretrained import refuse_missing
 from tunerkit_transformers.run_folder import irregular
 
-_HEAD: Final = 100  # rows
+_HEAD: Final = 100  # rows of each source, which show its form
 
 
 def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -43,23 +44,21 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         refuse_absent(recipe.from_adapter)
     if recipe.data is None and recipe.eval_data is not None:
         raise DataError("eval_data needs data: the demo has its own held-out sentences; pass --data too")
+    if recipe.model is not None:
+        refuse_missing(recipe.model)
     if (template := recipe.chat_template) is not None:
         if (what := irregular(Path(template))) is not None:
             raise FileError(f"chat_template: {template} is {what}; pass a file with a template")
         read_template(template)
-    tables, others = _heads(files_of(recipe.data)), _heads(files_of(recipe.eval_data))
+    recipe = pinned(recipe)
+    tables, others = (
+        [read_source(each, most=_HEAD) for each in sources_in(data)] for data in (recipe.data, recipe.eval_data)
+    )
     if (task := _task_of(recipe, tables)) is not None:
         if found := [*filter(None, (name_problem(name, task.name) for name in recipe.training))]:
             raise ConfigError(found)
         whole = [each for each in (*tables, *others) if not (recipe.drop_bad_rows and _is_cut(each))]
         _refuse_columns(task, whole, recipe.columns)
-    if recipe.model is not None:
-        refuse_missing(recipe.model)
-
-
-def _heads(files: Iterable[str | Path], *, predicting: bool = False) -> list[Table]:
-    """The first rows of each file, which show its form, with the names of all columns."""
-    return [read_table(Path(path), predicting=predicting, most=_HEAD) for path in files]
 
 
 def _is_cut(table: Table) -> bool:
@@ -115,12 +114,12 @@ def check_rows(folder: Path, files: Sequence[Path], columns: Mapping[str, str], 
     """
     run = read_run(folder)
     names = {**run.record.get("recipe", {}).get("columns", {}), **columns}
-    tables = _heads(files, predicting=predicting)
+    tables = [read_table(path, predicting=predicting, most=_HEAD) for path in files]
     _refuse_columns(task_of(run.task), tables, names, predicting=predicting, renaming=False)
 
 
 def completed(recipe: Recipe, *, resume: bool) -> Recipe:
-    """Return the recipe as it is run: with full paths for ``~``, its precision in one key, and its method.
+    """Return the recipe as it is run: with full paths for ``~``, one key of precision, commits, and its method.
 
     This imports torch and the methods, but not transformers.
 
@@ -128,12 +127,13 @@ def completed(recipe: Recipe, *, resume: bool) -> Recipe:
         UnknownMethodError: There is no such method.
         ConfigError: A setting is not one of the method's, or has a wrong value.
     """
+    recipe = with_precision(with_home(recipe))
+    begun = RunFolder(Path(recipe.out)).recipe if resume else None
+    recipe = pinned(recipe, begun)
     from tunerkit import hooks
 
-    recipe = with_precision(with_home(recipe))
     method = recipe.method
     if method is None and recipe.from_adapter is None:
-        begun = RunFolder(Path(recipe.out)).recipe if resume else None
         method = default_method(has_data=recipe.data is not None) if begun is None else begun.method
     if method is not None:
         recipe = attrs.evolve(recipe, method=hooks.registry.named(method))

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -14,14 +13,15 @@ from tunerkit.errors import cut, shown
 from tunerkit.paths import few
 from tunerkit_cli import assets
 from tunerkit_cli.demo import demo_of
-from tunerkit_cli.recipes.recipe import Recipe, files_of
+from tunerkit_cli.preparing.sources import read_source
+from tunerkit_cli.recipes.recipe import Recipe, sources_in, weights_of
 from tunerkit_cli.rows import (
     BadRowsError,
     DataError,
     Table,
     class_numbers,
+    drawn,
     look_alikes,
-    read_table,
     split,
     split_by_class,
 )
@@ -100,10 +100,10 @@ def prepare_data(recipe: Recipe, console: Console, *, by_class: bool = True) -> 
         task, read, parts = _demo(recipe, console)
         source, notes, left_out = "others of them", read.notes, read.left_out
     else:
-        tables = [read_table(Path(path)) for path in files_of(recipe.data)]
+        tables = [read_source(each) for each in sources_in(recipe.data)]
         task = task_of(recipe.task or infer(tables[0], recipe.columns), recipe.max_length)
         options: Any = {"drop": recipe.drop_bad_rows, "label_map": recipe.label_map}
-        read = read_rows(task, tables, recipe.columns, **options)
+        read = read_rows(task, tables, recipe.columns, weights=weights_of(recipe.data), **options)
         if idle := [old for old in recipe.label_map if old not in read.classes]:
             there = few([shown(name) for name in sorted(read.classes)], shown=10) or "none"
             raise DataError(f"label_map: no row has the label {shown(idle[0])}; the labels are {there}")
@@ -114,8 +114,8 @@ def prepare_data(recipe: Recipe, console: Console, *, by_class: bool = True) -> 
             share = "a fifth of each class of" if by_class else "a fifth of"
             parts, source, notes = _split(read, by_class=by_class), f"{share} {read.source}", read.notes
         else:
-            held = [read_table(Path(path)) for path in files_of(recipe.eval_data)]
-            other = read_rows(task, held, recipe.columns, **options)
+            held = [read_source(each) for each in sources_in(recipe.eval_data)]
+            other = read_rows(task, held, recipe.columns, weights=weights_of(recipe.eval_data), **options)
             parts, source = (read.placed, other.placed), other.source
             left_out = read.left_out + other.left_out
             notes = list(dict.fromkeys((*read.notes, *other.notes)))
@@ -147,13 +147,15 @@ def read_rows(
     renaming: bool = True,
     drop: bool = False,
     label_map: Mapping[str, str] = MappingProxyType({}),
+    weights: Sequence[float] = (),
 ) -> Rows:
     """Return the rows of one or several files, in their order; ``names`` and the next two are those of `Task.rows`.
 
     Rows in forms of others become ours (`standard`), labels are tidied and renamed by ``label_map``, and with ``drop``
-    rows that do not fit are left out. Raises `DataError` if they do not fit, or if files have different columns.
+    rows that do not fit are left out. With ``weights``, rows of each file are `drawn`. Raises `DataError` if rows do
+    not fit, or if files have different columns.
     """
-    placed: list[Placed] = []
+    parts: list[list[Placed]] = []
     shapes: list[dict[str, tuple[str, bool]]] = []  # for each of our columns: its name, and whether it has lists
     changed: Counter[tuple[str, str]] = Counter()
     problems: list[BadRowsError] = []
@@ -176,7 +178,7 @@ def read_rows(
         if label_map and (column := task.label_column) in rows[0]:
             rows = [{**row, column: _renamed(row[column], label_map)} for row in rows]
         shapes.append({each.name: (name, isinstance(rows[0].get(each.name), list)) for each, name in read})
-        placed += [Placed(row, table.source, table.number(place)) for place, row in enumerate(rows)]
+        parts.append([Placed(row, table.source, table.number(place)) for place, row in enumerate(rows)])
     _refuse_unlike(tables, shapes)
     notes += [f"left out {len(problem.bad)} rows: {problem.said}" for problem in problems]
     notes += [f"{table.source}: left out {table.left_out}" for table in tables if table.left_out]
@@ -186,10 +188,15 @@ def read_rows(
             f"labels are read without white space around them and in the Unicode form NFC, which changes "
             f"{changed.total()} of them: {such}"
         )
+    if weights:
+        whole, parts = parts, drawn(parts, weights, seed=SPLIT_SEED)
+        counts = [f"{len(some)} of {len(own)} rows of {own[0].source}" for some, own in zip(parts, whole, strict=True)]
+        notes.append(f"drawn by weight: {', '.join(counts)}")
     there = dict.fromkeys(name for table in tables for name in table.columns)
     used = {part for name in columns.values() for part in (name, *name.split(" + "))}
     unused = tuple(name for name in there if name not in used)
     source, left_out = " and ".join(table.source for table in tables), [row for each in problems for row in each.listed]
+    placed = [each for part in parts for each in part]
     return Rows(source, placed, notes, columns, unused, left_out, frozenset(classes))
 
 

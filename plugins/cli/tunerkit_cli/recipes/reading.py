@@ -14,7 +14,7 @@ import tunerkit
 from tunerkit.errors import ConfigError, half_character, shown
 from tunerkit_cli.plugin_commands import Addition, additions
 from tunerkit_cli.recipes.elsewhere import key_for
-from tunerkit_cli.recipes.recipe import PATHS, VERSION, Recipe, files_of
+from tunerkit_cli.recipes.recipe import DATA, PATHS, VERSION, Recipe, files_of, sources_in, weights_of, with_paths
 from tunerkit_cli.recipes.schema import Schema, objection, or_null, problems, properties_of
 from tunerkit_cli.recipes.trainer_arguments import argument_types, text_alone
 from tunerkit_cli.settings import read_settings
@@ -84,12 +84,8 @@ def mapping_at(path: Path) -> dict[str, Any]:
     """Read a recipe's mapping, unchecked; in that of a run, paths are relative to its folder. Raises `ConfigError`."""
     found = read_settings(path, _typed())
     if path.name == RECIPE and (path.parent / LIST).is_file():
-        for name in PATHS:
-            match found.get(name):
-                case str() as one:
-                    found[name] = placed(one, path.parent)
-                case list() as several:
-                    found[name] = [placed(each, path.parent) if isinstance(each, str) else each for each in several]
+        given = {name: found[name] for name in PATHS if name in found}
+        found |= {name: with_paths(value, lambda each: placed(each, path.parent)) for name, value in given.items()}
     return found
 
 
@@ -99,7 +95,7 @@ def structure(mapping: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     if mapping.get("on_collapse") == "tell":  # as version 0.1 wrote it
         mapping = {**mapping, "on_collapse": "warn"}
     # Another version has other keys, and a mapping of other types cannot be searched for half characters.
-    for find in (_version_problems, partial(_key_problems, schema()), _unwritable):
+    for find in (_version_problems, partial(_key_problems, schema()), _unusable):
         if found := [f"{source}: {problem}" for problem in find(mapping)]:
             raise ConfigError(found)
     given = {name: copy.deepcopy(value) for name, value in mapping.items() if value is not None}
@@ -127,9 +123,12 @@ def _key_problems(schema: Schema, mapping: Mapping[str, Any]) -> Iterator[str]:
     yield from problems({name: value for name, value in mapping.items() if elsewhere.get(name) is None}, schema)
 
 
-def _unwritable(mapping: Mapping[str, Any]) -> Iterator[str]:
-    """Texts that no file of the run could state, and paths that no system has."""
+def _unusable(mapping: Mapping[str, Any]) -> Iterator[str]:
+    """Texts that no file of the run could state, paths that no system has, and weights for some sources alone."""
     for name, value in mapping.items():
+        without = [each.path for each in sources_in(value) if each.weight is None] if name in DATA else []
+        if without and weights_of(value):
+            yield f"{name}: {without[0]} has no weight, and others have one; give a weight to each, or to none"
         if name in PATHS and any("\0" in path for path in files_of(value)):
             yield f"{name}: a path cannot contain the character NUL, got {shown(value)}"
         if (problem := half_character(json.dumps(value, ensure_ascii=False, default=str))) is not None:

@@ -4,6 +4,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,13 +33,35 @@ def _key(default: Any, doc: str, *, converter: Callable[[Any], Any] | None = Non
     return attrs.field(default=default, converter=converter, metadata=metadata)
 
 
-def _alone(paths: str | list[str] | None) -> str | list[str] | None:
-    """A list of one path means the same as that path."""
-    return paths[0] if isinstance(paths, list) and len(paths) == 1 else paths
+@attrs.frozen
+class Source:
+    """Where rows are from. With ``name``, ``split`` or ``revision`` it is a data set of the hub, whatever its path."""
+
+    path: str = _key(attrs.NOTHING, "A file, a folder of images, or the name of a data set on the hub (org/name).")
+    name: str | None = _key(None, "The config of a data set of the hub that has several.")
+    split: str | None = _key(None, "The split of a data set of the hub, such as test or train[:99]. Without it: train.")
+    revision: str | None = _key(None, "A branch, a tag or a commit of a data set of the hub. Without it: the newest.")
+    weight: float | None = _key(
+        None,
+        "The share of rows from here, relative to the other weights: rows are drawn until one source has no more.",
+        gt=0,
+        le=2**31 - 1,
+    )
+
+
+_Sources = str | Source | list[str | Source] | None
+
+
+def _read_sources(given: Any) -> Any:
+    """Sources that are written as mappings; a list of one means the same as that one."""
+    if isinstance(given, list):
+        return _read_sources(given[0]) if len(given) == 1 else [*map(_read_sources, given)]
+    return Source(**given) if isinstance(given, dict) else given
 
 
 # The keys that name files and folders.
-PATHS: Final = ("data", "eval_data", "out", "model", "from_adapter", "chat_template")
+DATA: Final = ("data", "eval_data")
+PATHS: Final = (*DATA, "out", "model", "from_adapter", "chat_template")
 
 
 @attrs.frozen
@@ -51,15 +74,14 @@ class Recipe:
     version: int = _key(VERSION, "The form of this file; others are refused.", enum=(VERSION,))
     task: str | None = _key(None, "The task. Without it, the task is inferred from model and labels.", enum=TASKS)
     model: str | None = _key(None, "The base model: a local folder, or a name on the hub.")
-    data: str | list[str] | None = _key(
+    data: _Sources = _key(
         None,
-        "The path of the training data, or a list of paths: .csv, .tsv, .json, .jsonl, .parquet, or folders of images.",
-        converter=_alone,
+        "The training data: a .csv, .tsv, .json, .jsonl or .parquet file, a folder of images, or a data set of the hub "
+        "(org/name); a mapping such as `{path: org/name, split: train}`; or a list of these.",
+        converter=_read_sources,
     )
-    eval_data: str | list[str] | None = _key(
-        None,
-        "The path of the held-out data, or a list of paths. Without it, a part of `data` is held out.",
-        converter=_alone,
+    eval_data: _Sources = _key(
+        None, "The held-out data, as in `data`. Without it, a part of `data` is held out.", converter=_read_sources
     )
     from_adapter: str | None = _key(
         None,
@@ -153,7 +175,7 @@ def default_method(*, has_data: bool) -> str:
 
 def to_mapping(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as it stands in a file: without keys that are None, and with those of plugins beside core's."""
-    values = attrs.asdict(recipe)
+    values = attrs.asdict(recipe, filter=lambda field, value: value is not None)
     extra = values.pop("extra")
     return {name: value for name, value in {**values, **extra}.items() if value is not None}
 
@@ -199,17 +221,37 @@ def _full(name: str, path: str) -> str:
     return path if is_on_hub else full
 
 
-def files_of(data: str | list[str] | None) -> list[str]:
-    """The paths in a recipe's ``data`` or ``eval_data``; none without it."""
-    return data if isinstance(data, list) else [] if data is None else [data]
+def sources_in(data: Any) -> list[Source]:
+    """The sources in a recipe's ``data`` or ``eval_data``, or in a mapping's; none without it."""
+    several = data if isinstance(data, list) else [] if data is None else [data]
+    return [Source(each) if isinstance(each, str) else _read_sources(each) for each in several]
+
+
+def files_of(data: Any) -> list[str]:
+    """The paths in a recipe's ``data`` or ``eval_data``, or in a mapping's; none without it."""
+    return [each.path for each in sources_in(data)]
+
+
+def weights_of(data: Any) -> list[float]:
+    """The weights of the sources in a recipe's ``data`` or ``eval_data``; none where they have none."""
+    return [each.weight for each in sources_in(data) if each.weight is not None]
+
+
+def with_paths(given: Any, change: Callable[[str], str]) -> Any:
+    """Return a key's value with each path in it changed; a data set of the hub at a revision stays."""
+    match given:
+        case list():
+            return [with_paths(each, change) for each in given]
+        case dict():
+            return {**given, "path": with_paths(given.get("path"), change)}
+        case Source(revision=None):
+            return attrs.evolve(given, path=change(given.path))
+        case str():
+            return change(given)
+    return given
 
 
 def _with_paths(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
     """Return the recipe with each path changed, by its key, those in lists too."""
-    paths = {name: getattr(recipe, name) for name in PATHS}
-    changed: dict[str, Any] = {
-        name: [change(name, each) for each in path] if isinstance(path, list) else change(name, path)
-        for name, path in paths.items()
-        if path is not None
-    }
+    changed: Any = {name: with_paths(getattr(recipe, name), partial(change, name)) for name in PATHS}
     return attrs.evolve(recipe, **changed)

@@ -103,6 +103,8 @@ def problems(value: object, schema: Schema, where: str = "") -> Iterator[str]:
     elif isinstance(value, int | float) and not isinstance(value, bool):
         if "minimum" in schema and not value >= schema["minimum"]:
             yield f"{at}expected at least {schema['minimum']}, got {shown(value)}"
+        if "exclusiveMinimum" in schema and not value > schema["exclusiveMinimum"]:
+            yield f"{at}expected more than {schema['exclusiveMinimum']}, got {shown(value)}"
         if "maximum" in schema and not value <= schema["maximum"]:
             yield f"{at}expected at most {schema['maximum']}, got {shown(value)}"
 
@@ -110,6 +112,9 @@ def problems(value: object, schema: Schema, where: str = "") -> Iterator[str]:
 def _in_mapping(value: dict[Any, Any], schema: Schema, where: str, at: str) -> Iterator[str]:
     known = schema.get("properties", {})
     others = schema.get("additionalProperties", True)
+    missing = [key for key in schema.get("required", ()) if key not in value]
+    if missing and {*value} <= {*known}:
+        yield f"{at}there is no {missing[0]!r}. {_described(known[missing[0]])}"
     for key, each in value.items():
         if not isinstance(key, str):
             yield f"{at}expected text as a key, got {shown(key)}; put it in quotes"

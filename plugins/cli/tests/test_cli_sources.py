@@ -1,0 +1,223 @@
+"""Data sets of the hub by name, from a stub of the hub, and several sources with weights."""
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import pytest
+import yaml
+from huggingface_hub import constants
+from hypothesis import given, strategies as st
+
+from tests.support.train_command import arguments_of, assert_same_end, command, signalled, succeeded
+from tunerkit import TunerkitError
+from tunerkit_cli.preparing import sources
+from tunerkit_cli.preparing.sources import pinned, read_source
+from tunerkit_cli.recipes.reading import structure
+from tunerkit_cli.recipes.recipe import Recipe, Source
+from tunerkit_cli.rows import drawn
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import LowRankPlugin
+
+CARD = b"""---
+configs:
+- {config_name: default, data_files: [{split: train, path: train.jsonl}, {split: test, path: test.jsonl}]}
+dataset_info:
+  features: [{name: text, dtype: string}, {name: label, dtype: {class_label: {names: {'0': bad, '1': good}}}}]
+---
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub with one data set, acme/films: its files by commit, the newest one last."""
+
+    commits: ClassVar[dict[str, dict[str, bytes]]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        """Answer as the hub does, as far as ``datasets`` asks."""
+        self.asked.append(self.path)
+        commit = next((each for each in self.commits if each in self.path), [*self.commits][-1])
+        files, name = self.commits[commit], self.path.rpartition("/")[2]
+        digests = {each: sha1(text).hexdigest() for each, text in files.items()}
+        status, error, body = 200, "", b"{}"
+        if "/acme/films" not in self.path:
+            status, error = 401, "RepoNotFound"
+        elif "/tree/" in self.path:
+            listed = [{"type": "file", "path": each, "size": len(files[each]), "oid": digests[each]} for each in files]
+            body = json.dumps(listed).encode()
+        elif self.path.startswith("/api/"):
+            body = json.dumps({"id": "acme/films", "sha": commit}).encode()
+        elif name in files:
+            body = files[name]
+        else:
+            status, error = 404, "EntryNotFound"
+        self.send_response(status)
+        tag = digests.get(name, "none")
+        for key, value in (("X-Error-Code", error), ("X-Repo-Commit", commit), ("ETag", f'"{tag}"')):
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+def push(commit: str, count: int) -> None:
+    """Add a commit with so many rows to train on, and four to test; the label is the first word."""
+    rows = [{"text": ["bad", "good"][n % 2] + n % 7 * " film", "label": n % 2} for n in range(count)]
+    lines = [f"{json.dumps(row)}\n".encode() for row in rows]
+    files = {"README.md": CARD, "train.jsonl": b"".join(lines), "test.jsonl": b"".join(lines[:4])}
+    Hub.commits[commit * 40] = files
+    sources._commit.cache_clear()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The hub is a stub at the commit a, with 24 rows to train on, and its caches are empty."""
+    monkeypatch.chdir(tmp_path)
+    Hub.commits.clear()
+    Hub.asked.clear()
+    push("a", 24)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    set_offline(monkeypatch, on=False)
+    yield monkeypatch
+    server.shutdown()
+    server.server_close()
+
+
+def set_offline(patch: pytest.MonkeyPatch, *, on: bool) -> None:
+    """As HF_HUB_OFFLINE does in a new process."""
+    sources._commit.cache_clear()
+    patch.setattr(datasets.config, "HF_HUB_OFFLINE", on)
+    patch.setattr(constants, "HF_HUB_OFFLINE", on)
+
+
+def pinned_of(data: Any, begun: Recipe | None = None) -> Source:
+    """The one source of a recipe's data, at a commit."""
+    found = pinned(Recipe(data=data), begun).data
+    assert isinstance(found, Source)
+    return found
+
+
+def test_a_data_set_is_read_at_the_commit_that_the_recipe_keeps(hub: pytest.MonkeyPatch) -> None:
+    """Law: its classes have names, its split is train if none is named, and a later commit changes no begun run."""
+    begun = Recipe(data=pinned_of("acme/films"))
+    assert begun.data == Source("acme/films", split="train", revision="a" * 40)
+    test = read_source(pinned_of({"path": "acme/films", "split": "test[:3]"}))
+    assert (test.source, test.columns) == ("acme/films (test[:3], aaaaaaa)", ("text", "label"))
+    assert [row["label"] for row in test.rows] == ["bad", "good", "bad"]
+    push("b", 30)
+    assert (len(read_source(pinned_of("acme/films"))), len(read_source(pinned_of(begun.data)))) == (30, 24)
+    for asked in ("acme/films", {"path": "acme/films", "revision": "main"}):
+        assert pinned_of(asked, begun) == begun.data
+    assert pinned_of({"path": "acme/films", "revision": "b" * 40}, begun) != begun.data
+
+
+def test_offline_the_cache_is_read_and_no_other_commit(hub: pytest.MonkeyPatch) -> None:
+    """Law: what the cache has is read without a request, and one commit is never taken for another."""
+    assert len(read_source(pinned_of("acme/films"))) == 24
+    set_offline(hub, on=True)
+    Hub.asked.clear()
+    assert len(read_source(pinned_of("acme/films"))) == 24
+    with pytest.raises(TunerkitError, match=r"the cache has the commit a+, and b+ is asked for"):
+        read_source(Source("acme/films", revision="b" * 40))
+    with pytest.raises(TunerkitError, match=r"acme/plays: .* no such data set in the cache; HF_HUB_OFFLINE or"):
+        pinned_of("acme/plays")
+    assert Hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (Source("acme/plays"), "there is no such file or folder here, and no data set of this name on the hub"),
+        (Source("acme/films", split="trian"), "Unknown split \"trian\". Should be one of ['train', 'test']"),
+        (Source("acme/films", name="big"), "BuilderConfig 'big' not found. Available: ['default']"),
+        (Source("acme/films"), "has the splits train, test; say which one it is, as in {path: acme/films, split"),
+        (
+            Source("row.csv", split="test"),
+            "name, split and revision are for data sets of the hub (org/name), and this is no such",
+        ),
+        (Source("here/films", split="test"), "(org/name), and this is a path that exists here"),
+        (Source("here/flims"), "here/flims: no such file or folder; did you mean 'here/films'?; for a data set of the"),
+        (Source("hre/films"), "hre/films: no such file or folder; did you mean 'here/films'"),
+        (Source("here/row.csv"), "here/row.csv: no such file; did you mean 'here/rows.csv'"),
+        (Source("films"), "films: no such file or folder; for a data set of the hub, write its name, as in `data: {p"),
+    ],
+    ids=str,
+)
+def test_a_mistyped_name_or_path_is_one_error(source: Source, words: str, hub: pytest.MonkeyPatch) -> None:
+    """Law: what may be a path is never looked for on the hub, and each message says what there is."""
+    Path("here/films").mkdir(parents=True)
+    Path("here/rows.csv").touch()
+    with pytest.raises(TunerkitError) as caught:
+        read_source(source)
+    assert words in str(caught.value)
+    assert bool(Hub.asked) == source.path.startswith("acme")
+
+
+@given(st.lists(st.tuples(st.integers(1, 200), st.floats(0.01, 100)), min_size=1, max_size=4), st.integers(0, 3))
+def test_the_rows_drawn_are_as_the_weights_to_a_row(parts: list[tuple[int, float]], seed: int) -> None:
+    """Law: none is drawn twice, one part is drawn whole, and each share is exact but for rounding."""
+    rows, weights = [[*range(count)] for count, _ in parts], [weight for _, weight in parts]
+    found = drawn(rows, weights, seed=seed)
+    scale = min(count / weight for count, weight in parts)
+    assert [len(part) for part in found] == [len({*part}) for part in found] == [round(scale * w) for w in weights]
+    assert all({*part} <= {*whole} for part, whole in zip(found, rows, strict=True))
+    assert any(len(part) == count for part, (count, _) in zip(found, parts, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ([{"path": "a.csv", "weight": 1}, "b.csv"], "data: b.csv has no weight, and others have one"),
+        ([{"path": "a.csv", "weight": 0}], "data[0].weight: expected more than 0, got 0"),
+        ({"split": "test"}, "data: there is no 'path'"),
+        ({"path": "org/name", "spilt": "test"}, "data: unknown key 'spilt'; did you mean 'split'?"),
+    ],
+    ids=str,
+)
+def test_a_wrong_source_in_a_recipe_is_an_error(data: Any, words: str) -> None:
+    """As all keys of a recipe."""
+    with pytest.raises(TunerkitError) as caught:
+        structure({"data": data}, plugin_keys={})
+    assert words in str(caught.value)
+
+
+def test_a_run_on_weighted_sources_is_resumed_bit_for_bit(hub: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Law: a resumed run has the rows that it began with, though the hub has others now; its folder is used as any."""
+    train, *options = arguments_of(tmp_path, "toy-low-rank", "{rank: 2}")
+    place = options.index("--data")
+    del options[place : place + 2]
+    weighted = [{"path": "acme/films", "weight": 3}, {"path": "data.csv", "weight": 1}]
+    recipe = {"data": weighted, "eval_data": {"path": "acme/films", "split": "test"}}
+    Path("r.yaml").write_text(yaml.safe_dump(recipe))
+    with registered(LowRankPlugin()):
+        told = succeeded(train, "r.yaml", *options, "--dry-run").output
+        assert "drawn by weight: 24 of 24 rows of acme/films (train, aaaaaaa), 8 of 40 rows of data.csv" in told
+        assert "32 training rows of acme/films (train, aaaaaaa) and data.csv, 4 held out" in told
+        succeeded(train, "r.yaml", *options, "--out", "whole")
+        with signalled(5, signal.SIGINT):
+            assert command(train, "r.yaml", *options, "--out", "parts").exit_code == 130
+        push("b", 30)
+        succeeded(train, "r.yaml", *options, "--out", "parts", "--resume")
+        assert_same_end(tmp_path / "whole", tmp_path / "parts")
+        kept = yaml.safe_load(Path("parts/recipe.yaml").read_text())["data"]
+        assert kept[0] == {"path": "acme/films", "split": "train", "revision": "a" * 40, "weight": 3}
+        assert (Path(kept[1]["path"]), kept[1]["weight"]) == (tmp_path / "data.csv", 1)
+        assert len(succeeded("predict", "parts", "--data", "data.csv").output.splitlines()) == 40
+        assert json.loads(succeeded("eval", "parts", "--data", "data.csv").stdout)["rows"] == 40
