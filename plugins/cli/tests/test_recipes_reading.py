@@ -82,6 +82,12 @@ def test_json_is_read_too(tmp_path: Path) -> None:
         ("task: [regression]\n", "task: expected text, got .* The task"),
         ("model: ''\n", "model: expected 1 or more characters, got ''"),
         ("data: {train: a.csv}\n", "data: unknown key 'train'; the keys are path, name, split, .*. The training data"),
+        (
+            "data: [{path: a.csv, weight: 1}, b.csv]\n",
+            "data: b.csv has no weight, and others have one; give",
+        ),
+        ("data: [{path: a.csv, weight: 0}, b.csv]\n", r"data\[0\].weight: expected more than 0, got 0"),
+        ("data: {split: test}\n", "data: there is no 'path'. A file, a folder of images, or the name of a data set"),
         ("data: [a.csv, '']\n", r"data\[1\]: expected 1 or more characters, got ''"),
         ("data: []\n", r"data: expected 1 or more values in the list, got \[\]"),
         ("baseline: 010\n", "010 is octal in YAML 1.1 and decimal in YAML 1.2"),

@@ -1,9 +1,7 @@
 """The rows of data files: csv, tsv, json, parquet, or folders of images; their classes, and the held-out rows."""
 
 import csv
-import difflib
 import json
-import os
 import random
 import re
 import sys
@@ -20,6 +18,7 @@ import attrs
 from tunerkit import TunerkitError
 from tunerkit.errors import closest, cut, half_character, shown
 from tunerkit.paths import few
+from tunerkit_transformers.pretrained import closest_path
 from tunerkit_transformers.run_folder import irregular
 
 T = TypeVar("T")
@@ -49,7 +48,7 @@ class Table:
 
     ``folder`` is the file's own, to which paths in its rows are relative; None if the rows come from no file.
     ``left_out`` says what of a folder of images is in no row, ``made`` of which columns of the file a column is made,
-    and ``numbers`` which rows of the file these are, where some are left out.
+    and ``numbers`` which rows of the file these are, where some are left out. ``weight`` is the share of rows `drawn`.
     """
 
     source: str
@@ -59,6 +58,7 @@ class Table:
     left_out: str = ""
     made: Mapping[str, str] = attrs.field(factory=dict)
     numbers: Sequence[int] | None = None
+    weight: float | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -122,7 +122,7 @@ def read_table(path: Path, *, predicting: bool = False, most: int | None = None)
     try:
         rows = list(islice(reader(path), most))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file{nearest(path)}") from None
+        raise DataError(f"{path}: no such file{closest_path(str(path))}") from None
     except DataError:
         raise
     except UnicodeDecodeError as problem:
@@ -146,20 +146,6 @@ def read_table(path: Path, *, predicting: bool = False, most: int | None = None)
         )
     names = tuple(str(name) for name in columns)
     return Table(str(path), names, tuple(rows), path.parent)  # type: ignore[arg-type]
-
-
-def nearest(path: Path) -> str:
-    """A hint with the closest path that exists, compared part by part; empty if none is close."""
-    place = Path(path.anchor)
-    for part in path.relative_to(path.anchor).parts:
-        if not os.path.exists(place / part):
-            there = os.listdir(place) if os.access(place, os.R_OK) and place.is_dir() else []
-            close = difflib.get_close_matches(part, there, n=1, cutoff=0.7)
-            if not close:
-                return ""
-            part = close[0]
-        place /= part
-    return f"; did you mean {str(place)!r}?"
 
 
 def require_column(table: Table, name: str, task: str, option: str | None = None, *, renaming: bool = True) -> str:

@@ -311,7 +311,7 @@ def is_path(source: str, revision: str | None = None) -> bool:
     first, _, second = source.partition("/")
     if not second or revision is not None or _is_cached(source):
         return False
-    near = difflib.get_close_matches(first, _folders(Path()), n=3, cutoff=_CLOSE)
+    near = difflib.get_close_matches(first, _inside(Path()), n=3, cutoff=_CLOSE)
     return Path(first).is_dir() or any(Path(each, second, "config.json").is_file() for each in near)
 
 
@@ -327,26 +327,28 @@ def _is_cached(source: str) -> bool:
 
 
 def closest_folder(source: str) -> str:
-    """Return a hint with the model folder closest to a mistyped path, compared part by part; "" if none is close."""
+    """Return a hint with the model folder that is closest to a mistyped path; "" if none is close."""
+    return closest_path(source, lambda place: os.path.isfile(place / "config.json"))
+
+
+def closest_path(source: str, wanted: Callable[[Path], bool] = os.path.exists) -> str:
+    """Return a hint with the wanted path that is closest to a mistyped one, compared part by part; "" if none is."""
     place, *parts = Path(os.path.abspath(os.path.expanduser(source))).parents[::-1]
-    last = os.path.basename(os.path.abspath(source))
-    for part in (each.name for each in parts):
-        close = [part] if (place / part).is_dir() else difflib.get_close_matches(part, _folders(place), 1, _CLOSE)
+    folders = [(each.name, os.path.isdir) for each in parts]
+    for part, fits in (*folders, (os.path.basename(os.path.abspath(source)), wanted)):
+        known = fits(place / part)
+        close = [part] if known else difflib.get_close_matches(part, _inside(place, fits), 1, _CLOSE)
         if not close:
             return ""
         place /= close[0]
-    models = [name for name in _folders(place) if (place / name / "config.json").is_file()]
-    close = difflib.get_close_matches(last, models, 1, _CLOSE)
-    if not close:
-        return ""
-    place /= close[0]
     here = Path.cwd()
     return f"; did you mean {str(place.relative_to(here) if place.is_relative_to(here) else place)!r}?"
 
 
-def _folders(place: Path) -> list[str]:
+def _inside(place: Path, fits: Callable[[Path], bool] = os.path.isdir) -> list[str]:
+    """The names in a folder that fit, such as those of folders; none if it cannot be read."""
     try:
-        return [each.name for each in os.scandir(place) if each.is_dir()]
+        return [name for name in os.listdir(place) if fits(place / name)]
     except OSError:
         return []
 

@@ -14,7 +14,7 @@ from tunerkit.paths import few
 from tunerkit_cli import assets
 from tunerkit_cli.demo import demo_of
 from tunerkit_cli.preparing.sources import read_source
-from tunerkit_cli.recipes.recipe import Recipe, sources_in, weights_of
+from tunerkit_cli.recipes.recipe import Recipe, sources_in
 from tunerkit_cli.rows import (
     BadRowsError,
     DataError,
@@ -103,7 +103,7 @@ def prepare_data(recipe: Recipe, console: Console, *, by_class: bool = True) -> 
         tables = [read_source(each) for each in sources_in(recipe.data)]
         task = task_of(recipe.task or infer(tables[0], recipe.columns), recipe.max_length)
         options: Any = {"drop": recipe.drop_bad_rows, "label_map": recipe.label_map}
-        read = read_rows(task, tables, recipe.columns, weights=weights_of(recipe.data), **options)
+        read = read_rows(task, tables, recipe.columns, **options)
         if idle := [old for old in recipe.label_map if old not in read.classes]:
             there = few([shown(name) for name in sorted(read.classes)], shown=10) or "none"
             raise DataError(f"label_map: no row has the label {shown(idle[0])}; the labels are {there}")
@@ -115,7 +115,7 @@ def prepare_data(recipe: Recipe, console: Console, *, by_class: bool = True) -> 
             parts, source, notes = _split(read, by_class=by_class), f"{share} {read.source}", read.notes
         else:
             held = [read_source(each) for each in sources_in(recipe.eval_data)]
-            other = read_rows(task, held, recipe.columns, weights=weights_of(recipe.eval_data), **options)
+            other = read_rows(task, held, recipe.columns, **options)
             parts, source = (read.placed, other.placed), other.source
             left_out = read.left_out + other.left_out
             notes = list(dict.fromkeys((*read.notes, *other.notes)))
@@ -147,13 +147,12 @@ def read_rows(
     renaming: bool = True,
     drop: bool = False,
     label_map: Mapping[str, str] = MappingProxyType({}),
-    weights: Sequence[float] = (),
 ) -> Rows:
     """Return the rows of one or several files, in their order; ``names`` and the next two are those of `Task.rows`.
 
     Rows in forms of others become ours (`standard`), labels are tidied and renamed by ``label_map``, and with ``drop``
-    rows that do not fit are left out. With ``weights``, rows of each file are `drawn`. Raises `DataError` if rows do
-    not fit, or if files have different columns.
+    rows that do not fit are left out. Of files with weights, rows are `drawn`. Raises `DataError` if rows do not fit,
+    or if files have different columns.
     """
     parts: list[list[Placed]] = []
     shapes: list[dict[str, tuple[str, bool]]] = []  # for each of our columns: its name, and whether it has lists
@@ -188,7 +187,7 @@ def read_rows(
             f"labels are read without white space around them and in the Unicode form NFC, which changes "
             f"{changed.total()} of them: {such}"
         )
-    if weights:
+    if weights := [table.weight for table in tables if table.weight is not None]:
         whole, parts = parts, drawn(parts, weights, seed=SPLIT_SEED)
         counts = [f"{len(some)} of {len(own)} rows of {own[0].source}" for some, own in zip(parts, whole, strict=True)]
         notes.append(f"drawn by weight: {', '.join(counts)}")

@@ -13,8 +13,8 @@ import attrs
 
 from tunerkit.errors import cut
 from tunerkit_cli.recipes.recipe import Recipe, Source, sources_in
-from tunerkit_cli.rows import READERS, DataError, Table, nearest, read_table
-from tunerkit_transformers.pretrained import looks_local
+from tunerkit_cli.rows import READERS, DataError, Table, read_table
+from tunerkit_transformers.pretrained import closest_path, looks_local
 
 _NAME: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -53,7 +53,7 @@ def _is_on_hub(source: Source) -> bool:
     path, is_name = source.path, _NAME.fullmatch(source.path) is not None
     if not (source.name or source.split or source.revision):
         is_path = looks_local(path) or Path(path).suffix.lower() in READERS or Path(path).parent.is_dir()
-        return is_name and not is_path and not nearest(Path(path))
+        return is_name and not is_path and not closest_path(path)
     if not is_name or os.path.exists(path):
         raise DataError(
             f"{path}: name, split and revision are for data sets of the hub (org/name), and this is "
@@ -64,15 +64,14 @@ def _is_on_hub(source: Source) -> bool:
 
 def read_source(source: Source, *, most: int | None = None) -> Table:
     """Read a file or a folder as `read_table` does, or the rows of a split of a data set of the hub."""
-    if _is_on_hub(source):
-        return _read_split(source, most)
-    path = Path(source.path)
-    if not path.suffix and not os.path.exists(path):
+    path, is_on_hub = Path(source.path), _is_on_hub(source)
+    if not (is_on_hub or path.suffix or os.path.exists(path)):
         raise DataError(
-            f"{path}: no such file or folder{nearest(path)}; for a data set of the hub, write its name, as in "
-            "`data: {path: org/name, split: train}`"
+            f"{path}: no such file or folder{closest_path(source.path)}; for a data set of the hub, write its name, "
+            "as in `data: {path: org/name, split: train}`"
         )
-    return read_table(path, most=most)
+    table = _read_split(source, most) if is_on_hub else read_table(path, most=most)
+    return attrs.evolve(table, weight=source.weight)
 
 
 def _read_split(source: Source, most: int | None) -> Table:

@@ -14,7 +14,7 @@ import tunerkit
 from tunerkit.errors import ConfigError, half_character, shown
 from tunerkit_cli.plugin_commands import Addition, additions
 from tunerkit_cli.recipes.elsewhere import key_for
-from tunerkit_cli.recipes.recipe import DATA, PATHS, VERSION, Recipe, files_of, sources_in, weights_of, with_paths
+from tunerkit_cli.recipes.recipe import DATA, PATHS, VERSION, Recipe, files_of, sources_in, with_paths
 from tunerkit_cli.recipes.schema import Schema, objection, or_null, problems, properties_of
 from tunerkit_cli.recipes.trainer_arguments import argument_types, text_alone
 from tunerkit_cli.settings import read_settings
@@ -126,8 +126,9 @@ def _key_problems(schema: Schema, mapping: Mapping[str, Any]) -> Iterator[str]:
 def _unusable(mapping: Mapping[str, Any]) -> Iterator[str]:
     """Texts that no file of the run could state, paths that no system has, and weights for some sources alone."""
     for name, value in mapping.items():
-        without = [each.path for each in sources_in(value) if each.weight is None] if name in DATA else []
-        if without and weights_of(value):
+        sources = sources_in(value) if name in DATA else []
+        without = [each.path for each in sources if each.weight is None]
+        if 0 < len(without) < len(sources):
             yield f"{name}: {without[0]} has no weight, and others have one; give a weight to each, or to none"
         if name in PATHS and any("\0" in path for path in files_of(value)):
             yield f"{name}: a path cannot contain the character NUL, got {shown(value)}"

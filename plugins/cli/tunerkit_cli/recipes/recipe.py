@@ -232,11 +232,6 @@ def files_of(data: Any) -> list[str]:
     return [each.path for each in sources_in(data)]
 
 
-def weights_of(data: Any) -> list[float]:
-    """The weights of the sources in a recipe's ``data`` or ``eval_data``; none where they have none."""
-    return [each.weight for each in sources_in(data) if each.weight is not None]
-
-
 def with_paths(given: Any, change: Callable[[str], str]) -> Any:
     """Return a key's value with each path in it changed; a data set of the hub at a revision stays."""
     match given:
