@@ -121,6 +121,15 @@ def test_a_data_set_is_read_at_the_commit_that_the_recipe_keeps(hub: pytest.Monk
     assert pinned_of({"path": "acme/films", "revision": "b" * 40}, begun) != begun.data
 
 
+def test_no_label_is_none_and_images_are_refused_by_name(hub: pytest.MonkeyPatch) -> None:
+    """Also in lists of tags, where -1 is the number of no class."""
+    assert sources._named([1, -1, 0], datasets.ClassLabel(names=["O", "B"])) == ["B", None, "O"]
+    push("c", 8)
+    Hub.commits["c" * 40]["README.md"] = CARD.replace(b"dtype: string", b"dtype: image")
+    with pytest.raises(TunerkitError, match=r"acme/films \(train, ccccccc\): column 'text' has images or sound"):
+        read_source(pinned_of("acme/films"))
+
+
 def test_offline_the_cache_is_read_and_no_other_commit(hub: pytest.MonkeyPatch) -> None:
     """Law: what the cache has is read without a request, and one commit is never taken for another."""
     assert len(read_source(pinned_of("acme/films"))) == 24
