@@ -99,11 +99,34 @@ settings = SFTConfig("sft", max_steps=20, bf16=False, report_to=[])
 SFTTrainer = functools.partial(SFTTrainer, args=settings)
 rows = Dataset.from_list([{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in texts.flatten(0, 1)])
 """
+# Trained and merged by the command.
+_MERGED = """
+import json
+
+from transformers import BertConfig, BertModel, ByT5Tokenizer
+from typer.testing import CliRunner
+
+from tunerkit_cli.app import build
+
+sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+BertModel(BertConfig(vocab_size=384, **sizes)).save_pretrained("base")
+ByT5Tokenizer().save_pretrained("base")
+rows = [{"anchor": f"question {n}", "positive": f"answer {n}"} for n in range(10)]
+open("pairs.jsonl", "w").write("\\n".join(map(json.dumps, rows)))
+for line in ("train --model base --data pairs.jsonl --out out/pairs --epochs 1", "merge out/pairs --out merged"):
+    done = CliRunner().invoke(build(), line.split())
+    assert done.exit_code == 0, done.output
+"""
 _ZERO = '"zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": true}'
 _BATCH_OF_TWO, _ANY_BATCH = (f'{{"train_micro_batch_size_per_gpu": {size}, {_ZERO}' for size in ("2", '"auto"'))
 
 # The setting of each block, by a line that no other block has: pages are renamed more often than examples.
 SETTINGS = {
+    'questions = model.encode_query(["How do I reset my password?"])': Setting(
+        needs=("sentence_transformers", "datasets", "tunerkit_cli"),
+        before=_MERGED,
+        after="assert model.similarity(questions, answers).shape == (1, 2)",
+    ),
     'packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")': Setting(
         needs=("bitsandbytes", "tunerkit_quant", "trl", "datasets", "tunerkit_gguf", "tunerkit_peft"),
         after_the_page=True,

@@ -128,6 +128,7 @@ DATA = (
     ),
     _jsonl("grpo.jsonl", [{"prompt": "1 + 1", "answer": "2"}] * 8, "prompts with answers to check"),
     _jsonl("both.jsonl", [{"text": "good", "label": "a", "source": "b", "target": "c"}] * 8, "columns of two tasks"),
+    _jsonl("scored.jsonl", [{"anchor": "film", "positive": "plot", "score": 0.2}] * 8, "pairs with a score"),
     _jsonl("seen.jsonl", [{"image": "a.png", "text": "a film"}] * 8, "images beside texts"),
     _jsonl("same.jsonl", [{name: [_ASKED] for name in ("chosen", "rejected")}] * 8, "answers that are the same"),
     _csv("three.csv", _GOOD + " ,good\n,good\nfilm,\n", "rows with mistakes of two kinds"),

@@ -117,6 +117,12 @@ def translated(number: int, rng: random.Random) -> dict[str, Any]:
     return {"source": ("the film", "a plot")[number % 2], "target": ("very good", "not bad")[number % 2]}
 
 
+def near(number: int, rng: random.Random) -> dict[str, Any]:
+    first, second = WORDS[number % 8], WORDS[number // 8]
+    following = dict(zip(WORDS, WORDS[1:] + WORDS[:1], strict=True))
+    return {"anchor": f"{first} {second}", "positive": f"{following[first]} {following[second]}"}
+
+
 EPOCH = 4  # steps, each of which logs its loss: 32 of 40 rows in batches of 8
 CASES = {
     "text-classification": Case("text-classification", "bert", classified),
@@ -130,6 +136,7 @@ CASES = {
     "preference": Case("preference", "llama", preferred, "trl"),
     "seq2seq": Case("seq2seq", "t5", translated),
     "image-classification": Case("image-classification", "vit", classified, "PIL"),
+    "embedding": Case("embedding", "bert", near, "sentence_transformers"),
 }
 SAVERS = {
     "bert": save_tiny_classifier,

@@ -78,7 +78,7 @@ def test_json_is_read_too(tmp_path: Path) -> None:
         ("extra: {}\n", "unknown key 'extra'"),
         ("acme: {}\n", "unknown key 'acme'"),
         ("task: text-clasification\n", "task: expected .* did you mean 'text-classification'"),
-        ("task: chess\n", "task: expected text-classification, regression, .* or image-classification, got 'chess'"),
+        ("task: chess\n", "task: expected text-classification, regression, .* or embedding, got 'chess'"),
         ("task: [regression]\n", "task: expected text, got .* The task"),
         ("model: ''\n", "model: expected 1 or more characters, got ''"),
         ("data: {train: a.csv}\n", "data: unknown key 'train'; the keys are path, name, split, .*. The training data"),

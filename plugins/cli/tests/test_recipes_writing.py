@@ -30,6 +30,7 @@ COLUMNS = {
     "preference": ("prompt", "chosen", "rejected"),
     "seq2seq": ("source", "target"),
     "image-classification": ("image", "label"),
+    "embedding": ("anchor", "positive", "negative"),
 }
 words = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
 plain = st.recursive(

@@ -205,6 +205,7 @@ def test_samples_stand_before_and_after() -> None:
         ),
         ("causal-lm", "my out", ['from_folder("my out")', "model.generate(", "tunerkit predict 'my out' --text"]),
         ("image-classification", "out", ["processor(image", "tunerkit predict out --data rows.csv"]),
+        ("embedding", "my out", ["SentenceTransformer(", "tunerkit merge 'my out' --out", "predict 'my out' --text"]),
     ],
 )
 def test_three_lines_load_the_result(task: str, out: str, lines: list[str]) -> None:

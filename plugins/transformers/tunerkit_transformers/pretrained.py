@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from tunerkit.errors import TunerkitError, closest, cut, shown
 from tunerkit_transformers.run_folder import irregular
-from tunerkit_transformers.task_classes import CAUSAL, TASKS, TEXT, TaskClasses
+from tunerkit_transformers.task_classes import CAUSAL, EMBEDDING, TASKS, TEXT, TaskClasses
 
 if TYPE_CHECKING:  # torch is imported where a model is loaded: what a task is, and that a folder is missing, needs none
     import torch
@@ -190,6 +190,8 @@ def _fits(classes: TaskClasses, config: Any) -> bool:
     if type(config) not in getattr(transformers, classes.mapping):
         return False
     encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
+    if classes is TASKS[EMBEDDING]:  # whose mapping has models of images too
+        return not config.is_encoder_decoder and (encoder or _fits(TASKS["causal-lm"], config))
     # Each token of an encoder sees those after it; transformers loads one as a causal model all the same.
     return not (classes.mapping == CAUSAL and encoder and not config.to_dict().get("is_decoder"))
 

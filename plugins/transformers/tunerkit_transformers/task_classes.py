@@ -30,6 +30,7 @@ _SEQUENCES = "AutoModelForSequenceClassification"
 _OF_SEQUENCES = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"
 CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING"
 TEXT = "AutoTokenizer"
+EMBEDDING = "embedding"
 TASKS: Mapping[str, TaskClasses] = {
     "text-classification": TaskClasses(
         _SEQUENCES, _OF_SEQUENCES, TEXT, "single_label_classification", "text-classification", "a classifier of texts"
@@ -66,4 +67,5 @@ TASKS: Mapping[str, TaskClasses] = {
         "image-classification",
         "a classifier of images",
     ),
+    EMBEDDING: TaskClasses("AutoModel", "MODEL_MAPPING", TEXT, None, "feature-extraction", "an encoder of texts"),
 }

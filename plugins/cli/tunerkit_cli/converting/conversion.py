@@ -19,6 +19,7 @@ from tunerkit_cli.converting.opening import collected, load_adapter, open_adapte
 from tunerkit_cli.converting.printing import OWN
 from tunerkit_cli.outputs import OutputError, new_folder
 from tunerkit_cli.settings import given_value
+from tunerkit_cli.tasks import task_of
 from tunerkit_transformers.adapter_files import has_no_record
 from tunerkit_transformers.base_choice import choose_base
 from tunerkit_transformers.bases import whole
@@ -173,8 +174,7 @@ def merge(source: str, out: Path, *, base: str | None, task: str | None) -> tupl
         # Quantising the sums again would round them, and the folder would need the library.
         dense = None if run.quantisation is None else loaded.model.dtype
         tunerkit.unwrap(loaded.model, keep_merged=True, dtype=dense)
-        loaded.model.save_pretrained(scratch)
-        loaded.processor.save_pretrained(scratch)
+        task_of(run.task, run.record.get("max_length")).save_merged(loaded, scratch)
     return ()
 
 

@@ -59,6 +59,12 @@ _STARTS: Final[Mapping[str, tuple[str, ...]]] = {
         "image: the path of an image file, such as: images/1.png",
         "label: the name of its class, such as: cat",
     ),
+    "embedding": (
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "anchor: a text, such as: How do I reset my password?",
+        "positive: a text that belongs to it, such as: Open the settings, and choose a new password.",
+        "negative: a text that does not, such as: Passwords have eight characters or more.",
+    ),
 }
 # For each key that a first run may leave out, a value other than its default.
 _EXAMPLES: Final[Mapping[str, str]] = {
@@ -88,7 +94,8 @@ def starter(task: str) -> str:
     given = {"version": VERSION, "task": task, "model": model, "data": f"train.{ending}", "method": DEFAULT_METHOD}
     given |= {"config": "{}", "training": _TRAINING.format(**kind.defaults), "out": "out"}
     given |= {} if first == "image" else {"max_length": kind.max_length}
-    left_out = _OF_LANGUAGE if kind.label_column else {"label_map", "class_weights"}
+    left_out = set() if kind.label_column else {"label_map", "class_weights"}
+    left_out |= set() if task in ("causal-lm", "preference", "seq2seq") else _OF_LANGUAGE
     lines = ["# A recipe for: tunerkit train", "# Every key may be left out."]
     for name, schema in properties_of(Recipe).items():
         if name in left_out or not (name in given or name in _EXAMPLES):

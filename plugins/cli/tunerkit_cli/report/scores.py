@@ -17,7 +17,7 @@ _SHARES: Final = frozenset(
 _TITLES: Final = {
     **{"f1": "F1", "mse": "MSE", "rmse": "RMSE", "mae": "MAE", "auc": "AUC", "wer": "WER", "cer": "CER", "r2": "R²"},
     **{"pearson": "Pearson", "spearman": "Spearman", "matthews": "Matthews"},
-    **{"bleu": "BLEU", "nll": "NLL", "kl": "KL"},
+    **{"bleu": "BLEU", "nll": "NLL", "kl": "KL", "mrr": "MRR"},
 }
 
 

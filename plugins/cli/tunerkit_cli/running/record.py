@@ -26,7 +26,7 @@ from tunerkit_transformers.output_folder import VERSION
 from tunerkit_transformers.pretrained import Pretrained
 from tunerkit_transformers.run_folder import stated
 
-_PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "scikit-learn")
+_PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "scikit-learn", "sentence-transformers")
 
 
 @attrs.frozen(eq=False)

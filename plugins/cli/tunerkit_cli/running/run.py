@@ -116,13 +116,13 @@ def _finish(session: Session, trained: Trained, kept: Recipe, console: Console) 
         for name, text in sample.items():
             say(console, f"{name}: {shown(text)}")
     try:
-        if recipe.baseline and (found := compare(session, trained, console)):
+        if (recipe.baseline or task.base_can) and (found := compare(session, trained, console)):
             record |= found
             folder.write(RECORD, record)
     finally:  # Ctrl-C stops the baseline, and the report is then without it
         conclude(recipe, record, console)
         folder.write(REPORT, render(record))
-    has_text = any(each.name in ("text", "prompt", "source") for each in task.columns)
+    has_text = any(each.name in ("text", "prompt", "source", "anchor") for each in task.columns)
     say(console, f"written to {folder}; try: tunerkit predict {folder} --{'text TEXT' if has_text else 'data FILE'}")
     say(console, f"report: {folder / REPORT}")
 
@@ -136,22 +136,38 @@ def _samples(session: Session) -> list[dict[str, str]]:
 
 
 def compare(session: Session, trained: Trained, console: Console) -> dict[str, Any]:
-    """Fit the head alone, print how far the adapter is from it, and return what that adds to the record."""
-    task, heads = session.task, [place.path for place in session.tuner.copies]
-    if not task.has_baseline or len(heads) != 1 or not session.data.held_out:
-        say(console, "no baseline: it is for classifiers of which one module, the head, is trained in full")
-        return {}
-    tunerkit.unwrap(session.loaded.model)
-    try:
-        baseline = head_alone(task, session.loaded, heads[0], (session.data.train, session.data.held_out))
-    except NoBaselineError as problem:  # the adapter is written already
-        say(console, str(problem))
+    """Evaluate a baseline, print how far the adapter is from it, and return what that adds to the record."""
+    task, name = session.task, "base" if session.task.base_can else "head"
+    if (baseline := (_base_alone if task.base_can else _head_alone)(session, console)) is None:
         return {}
     metric, is_better_high = task.main_metric, task.greater_is_better
     own, other = trained.metrics[metric], baseline["metrics"][metric]
-    say(console, f"head alone: {metric} {other:.4f}")
-    say(console, f"{session.tuner.method} is {100 * (own - other):+.1f} points from the head alone")
+    say(console, f"{name} alone: {metric} {other:.4f}")
+    say(console, f"{session.tuner.method} is {100 * (own - other):+.1f} points from the {name} alone")
     tried = session.watching.learning.advice
-    worse = below_baseline(metric, own, other, is_better_high=is_better_high, advice=tried)
+    worse = below_baseline(metric, own, other, name=name, is_better_high=is_better_high, advice=tried)
     problems = [attrs.asdict(problem) for problem in (*trained.problems, *([] if worse is None else [worse]))]
     return {"baseline": finite(baseline), **({"problems": problems} if problems else {})}
+
+
+def _head_alone(session: Session, console: Console) -> dict[str, Any] | None:
+    """Fit the head on what the base computes without the adapter; None if there is no head alone, which is said."""
+    task, heads = session.task, [place.path for place in session.tuner.copies]
+    if not task.has_baseline or len(heads) != 1 or not session.data.held_out:
+        say(console, "no baseline: it is for classifiers of which one module, the head, is trained in full")
+        return None
+    tunerkit.unwrap(session.loaded.model)
+    try:
+        return head_alone(task, session.loaded, heads[0], (session.data.train, session.data.held_out))
+    except NoBaselineError as problem:  # the adapter is written already
+        say(console, str(problem))
+        return None
+
+
+def _base_alone(session: Session, console: Console) -> dict[str, Any] | None:
+    """Evaluate a base that can do the task, without the adapter; None without held-out rows."""
+    if not session.data.held_out:
+        return None
+    with tunerkit.disabled(session.loaded.model):
+        metrics = session.task.evaluate(session.trainer, session.trainer.eval_dataset).metrics
+    return {"what": "the base alone, without the adapter", "metrics": metrics}

@@ -203,7 +203,7 @@ def _as_trained(run: Run, read: Rows) -> list[Row]:
 def _table(run: Run, task: Task, texts: Sequence[str], system: str | None) -> Table:
     """Texts from the command line, as rows with the task's first column: in words of a user, if those were trained."""
     inputs = [each for each in task.columns if not each.predicted]
-    name = next((each.name for each in inputs if each.name in ("text", "prompt", "source")), None)
+    name = next((each.name for each in inputs if each.name in ("text", "prompt", "source", "anchor")), None)
     if name is None:
         raise DataError(f"--text is for tasks with texts; {task.name} needs --data with {inputs[0].name!r}")
     values: Sequence[object] = texts

@@ -25,6 +25,7 @@ TASKS: Mapping[str, tuple[str, str]] = {
     "preference": ("language", "Preference"),
     "seq2seq": ("language", "Seq2Seq"),
     "image-classification": ("images", "ImageClassification"),
+    "embedding": ("embedding", "Embedding"),
 }
 
 

@@ -7,6 +7,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import attrs
@@ -72,6 +73,8 @@ class Task(ABC):
     max_length: ClassVar[int] = 128  # in tokens, if the recipe sets none
     # Whether the same head can be trained alone, for comparison.
     has_baseline: ClassVar[bool] = False
+    # Whether the base does the task without a training, so that each run is compared with it.
+    base_can: ClassVar[bool] = False
     # Whether a language model learns the tokens of prompts too; None if the rows have no prompts that it could learn.
     trains_on_prompts: bool | None = None
     # Our name of the column with a row's class, classes or number; empty for language models.
@@ -227,6 +230,11 @@ class Task(ABC):
     @abstractmethod
     def predict(self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int) -> list[dict[str, Any]]:
         """Predict each row, in their order, as values that JSON can hold."""
+
+    def save_merged(self, loaded: Pretrained, folder: Path) -> None:
+        """Write a model without adapters, and its processor."""
+        loaded.model.save_pretrained(folder)
+        loaded.processor.save_pretrained(folder)
 
 
 def first_output(predictions: Any) -> Any:

@@ -18,6 +18,7 @@ _BY_COLUMNS = (
     ("causal-lm", {"prompt", "completion"}),
     ("token-classification", {"tokens", "tags"}),
     ("seq2seq", {"source", "target"}),
+    ("embedding", {"anchor", "positive"}),
     ("image-classification", {"image", "label"}),
     ("text-classification", {"text", "label"}),  # or another task with labels
 )

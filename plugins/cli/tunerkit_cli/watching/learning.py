@@ -290,12 +290,14 @@ def _label(labels: Sequence[str], number: int) -> str:
     return repr(labels[number]) if number < len(labels) else f"class {number}"
 
 
-def below_baseline(metric: str, own: float, other: float, *, is_better_high: bool, advice: str) -> Problem | None:
-    """What is wrong if a run is worse than the head alone; None if it is not."""
+def below_baseline(
+    metric: str, own: float, other: float, *, is_better_high: bool, advice: str, name: str = "head"
+) -> Problem | None:
+    """What is wrong if a run is worse than its "head" or its "base" alone; None if it is not."""
     if own == other or (own > other) == is_better_high:
         return None
-    text = f"{metric} is {own:.4f}, and the head alone reaches {other:.4f}"
-    return Problem("head_alone", text, advice=advice, fatal=False)
+    text = f"{metric} is {own:.4f}, and the {name} alone reaches {other:.4f}"
+    return Problem(f"{name}_alone", text, advice=advice, fatal=False)
 
 
 def judged(
