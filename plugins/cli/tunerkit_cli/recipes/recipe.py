@@ -41,12 +41,7 @@ class Source:
     name: str | None = _key(None, "The config of a data set of the hub that has several.")
     split: str | None = _key(None, "The split of a data set of the hub, such as test or train[:99]. Without it: train.")
     revision: str | None = _key(None, "A branch, a tag or a commit of a data set of the hub. Without it: the newest.")
-    weight: float | None = _key(
-        None,
-        "The share of rows from here, relative to the other weights: rows are drawn until one source has no more.",
-        gt=0,
-        le=2**31 - 1,
-    )
+    weight: float | None = _key(None, "The share of rows, relative to the other weights.", gt=0, le=2**31 - 1)
 
 
 _Sources = str | Source | list[str | Source] | None
