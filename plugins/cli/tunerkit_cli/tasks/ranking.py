@@ -53,10 +53,13 @@ class RankingTrainer(Trainer):
         super().__init__(data_collator=self.collated, **settings)
         self.label_names = ["labels"]
         self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch
-        self.embedder, self.ranking = embedder, MultipleNegativesRankingLoss(embedder)
+        self.embedder, processes = embedder, self.args.world_size
+        # In several processes the other rows of a batch are those of all; an evaluation is as in one process.
+        self.ranking = MultipleNegativesRankingLoss(embedder, gather_across_devices=processes > 1)
+        self.measuring = MultipleNegativesRankingLoss(embedder)
         self.pooling = nn.Sequential(*list(embedder)[1:]).to(self.args.device)
         rows: Any = self.train_dataset
-        if self.args.train_batch_size < 2 and "negative" not in rows.column_names:
+        if self.args.train_batch_size * processes < 2 and "negative" not in rows.column_names:
             raise ConfigError(
                 [
                     "training.per_device_train_batch_size: pairs need at least 2, got 1; the other rows of a batch are "
@@ -68,7 +71,8 @@ class RankingTrainer(Trainer):
     def _distinct(self, rows: Any = None) -> "Distinct":
         arguments = self.args
         seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-        return Distinct(self.train_dataset if rows is None else rows, arguments.train_batch_size, seed)
+        size = arguments.train_batch_size * arguments.world_size
+        return Distinct(self.train_dataset if rows is None else rows, size, seed)
 
     def collated(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Tokenize a batch: its anchors, and its documents one column after the other."""
@@ -85,7 +89,12 @@ class RankingTrainer(Trainer):
         """The loss of a batch, and the embeddings (rows, columns, size) if they are asked for."""
         anchors, documents = (self._embeddings(model, inputs[side]) for side in SIDES)
         columns = [anchors, *documents.split(len(anchors))]
-        loss = self.ranking.compute_loss_from_embeddings(columns, inputs["labels"])
+        if model.training:
+            loss = self.ranking.compute_loss_from_embeddings(columns, inputs["labels"])
+        else:
+            rows = inputs["labels"].tolist()
+            first = [n for n, row in enumerate(rows) if row not in rows[:n]]  # the others may only fill the batch up
+            loss = self.measuring.compute_loss_from_embeddings([each[first] for each in columns], inputs["labels"])
         return (loss, {"embeddings": torch.stack(columns, dim=1)}) if return_outputs else loss
 
     def _embeddings(self, model: Any, features: Mapping[str, Any]) -> Tensor:
