@@ -24,7 +24,7 @@ _TYPES: Final[Mapping[str, tuple[tuple[type, ...], str]]] = {
     "null": ((NoneType,), ""),
 }
 _NAMES: Final[Mapping[object, str]] = {bool: "boolean", int: "integer", float: "number", str: "string"}
-_RANGE: Final = {"ge": "minimum", "le": "maximum"}
+_RANGE: Final = {"gt": "exclusiveMinimum", "ge": "minimum", "le": "maximum"}
 # For each type, the keywords that limit it, by their names in the metadata of a field.
 _LIMITS: Final[Mapping[str, Mapping[str, str]]] = {
     **{"integer": {**_RANGE, "enum": "enum"}, "number": _RANGE, "array": {"min_items": "minItems"}},
@@ -55,6 +55,10 @@ def _of(cls: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
         return {"type": "array", "items": _of(members[0], metadata), **_limits("array", metadata)}
     if origin is dict:
         return {"type": "object", "additionalProperties": _of(members[1], metadata)}
+    if attrs.has(cls):
+        required = [field.name for field in attrs.fields(cls) if field.default is attrs.NOTHING]
+        own = {"properties": properties_of(cls), "required": required, "additionalProperties": False}
+        return {"type": "object", **own}
     return {} if cls is Any else {"type": _NAMES[cls], **_limits(_NAMES[cls], metadata)}
 
 
