@@ -77,16 +77,11 @@ def given_value(given: str, name: str, schema: Mapping[str, Any] = _ANYTHING, su
 
 
 def read_settings(path: Path, schema: Mapping[str, Any] = _ANYTHING) -> dict[str, object]:
-    """Read the mapping in ``path`` (.yaml, .yml or .json); `tunerkit.structure` converts it to a config.
+    """Read the mapping in ``path`` (.yaml, .yml or .json). Raises `ConfigError`, also if it takes seconds to read.
 
     ``schema`` is the JSON schema of the mapping, as far as it is known; that of a key may be a function, which is
     called where the key has a value. Where it takes text and no number or boolean, ``no``, ``010`` and ``2024`` are
-    texts in YAML. Where it takes numbers, two forms are rejected that YAML 1.1 reads by other rules than 1.2 and JSON:
-    those that begin with a zero, as ``010`` is octal, and those with colons, as ``1:30`` is to base 60. ``1_000`` and
-    ``0b11`` are the numbers of 1.1.
-
-    Raises `ConfigError` if there is no such file, or if it is malformed, is not a mapping or has a duplicate key; also
-    if it is too large or too deep, so that reading it takes a few seconds at most.
+    texts. Numbers that YAML 1.1 and 1.2 read differently are refused: ``010`` is octal, and ``1:30`` is to base 60.
     """
     suffix = path.suffix.lower()
     if suffix not in (".yaml", ".yml", ".json"):

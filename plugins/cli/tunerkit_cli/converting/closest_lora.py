@@ -21,24 +21,12 @@ LORA = "lora"
 
 @attrs.frozen(eq=False)
 class Closest:
-    """A LoRA's products and biases, what is left out, ‖ΔW − P Q‖_F, at each target, and ``sizes``, ‖ΔW‖_F."""
+    """A LoRA's products and biases, and what it leaves out, ‖ΔW − P Q‖_F / ‖ΔW‖_F: of all, and by target."""
 
     products: Mapping[str, Factors]
     biases: Mapping[str, Tensor]
-    left_out: Mapping[str, float]
-    sizes: Mapping[str, float]
-
-    @property
-    def error(self) -> float:
-        """What is left out of all targets together, relative to what was added to them."""
-        size = math.hypot(*self.sizes.values())
-        return math.hypot(*self.left_out.values()) / size if size > 0 else 0.0
-
-    @property
-    def errors(self) -> dict[str, float]:
-        """The same for each target, the largest first."""
-        found = {path: gap / self.sizes[path] if self.sizes[path] > 0 else 0.0 for path, gap in self.left_out.items()}
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+    error: float
+    errors: Mapping[str, float]  # the largest first
 
 
 def open_closest(source: str, rank: int, *, base: str | None, task: str | None) -> tuple[Tuner, Base, Closest]:
@@ -90,4 +78,6 @@ def closest(tuner: Tuner, rank: int) -> Closest:
         root = s[:rank][kept].sqrt()
         products[path] = Factors(q=(root[:, None] * vh[:rank][kept]).float(), p=(u[:, :rank][:, kept] * root).float())
         sizes[path], left_out[path] = float(s.double().norm()), float(s[rank:].double().norm())
-    return Closest(products, biases, left_out, sizes)
+    errors = {path: gap / sizes[path] if sizes[path] > 0 else 0.0 for path, gap in left_out.items()}
+    error = math.hypot(*left_out.values()) / (math.hypot(*sizes.values()) or 1.0)
+    return Closest(products, biases, error, dict(sorted(errors.items(), key=lambda item: -item[1])))

@@ -1,7 +1,4 @@
-"""What the command chooses by the machine: the device, the precision of training, and what a device asks of a trainer.
-
-Nothing else in the command looks at the hardware, so that a run on another machine differs in what is said here.
-"""
+"""What the command chooses by the machine, here alone: device, precision, and what a device asks of a trainer."""
 
 import os
 from collections.abc import Mapping
