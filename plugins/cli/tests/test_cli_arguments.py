@@ -57,6 +57,8 @@ def test_values_of_the_wrong_kind_are_all_named() -> None:
         "training.dataloader_num_workers: expected at least 0, got -1",
         "training.eval_accumulation_steps: expected at least 1, got 0",
     )
+    (many,) = problems_of(dataloader_num_workers=9999)
+    assert many == "training.dataloader_num_workers: expected at most 256, got 9999"
     assert problems_of(seed=2**32, data_seed=-1, max_grad_norm=float("nan"), neftune_noise_alpha=-1.0) == (
         "training.seed: expected a whole number from 0 to 4294967295, got 4294967296",
         "training.data_seed: expected a whole number from 0 to 4294967295, got -1",

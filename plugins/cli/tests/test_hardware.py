@@ -1,7 +1,6 @@
 """What the command chooses by the machine: each branch, on machines that are made up."""
 
 import inspect
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -127,13 +126,3 @@ def test_products_are_computed_in_the_precision_inside_the_block(precision: str)
     with hardware.computing_in(precision, CPU):
         assert layer(torch.ones(1, 4)).dtype == hardware.DTYPES[precision]
     assert layer(torch.ones(1, 4)).dtype == torch.float32
-
-
-def test_there_are_no_more_reading_processes_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thousands of them would start one after another, and each is a copy of the process. It is said."""
-    for owner, name, answer in ((os, "sched_getaffinity", lambda _: {3, 5}), (os, "cpu_count", lambda: 2)):
-        monkeypatch.setattr(owner, name, answer, raising=False)
-        assert [hardware.choose_workers(asked) for asked in (0, 2)] == [(0, ""), (2, "")]
-        used, note = hardware.choose_workers(9999)
-        assert (used, "training.dataloader_num_workers is 9999" in note, note[-1]) == (2, True, "2")
-        monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on other systems

@@ -1,6 +1,5 @@
 """What the command chooses by the machine, here alone: device, precision, and what a device asks of a trainer."""
 
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
@@ -22,15 +21,6 @@ def choose_device(*, use_cpu: bool = False) -> torch.device:
     if use_cpu:
         return torch.device("cpu")
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def choose_workers(asked: int) -> tuple[int, str]:
-    """Return how many processes read the data, at most one for each core, and a note if more were asked for."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    said = (
-        f"training.dataloader_num_workers is {asked}: as many are started as there are cores for this process, {cores}"
-    )
-    return min(asked, cores), said if asked > cores else ""
 
 
 def obstacle(device: torch.device, precision: str) -> str | None:

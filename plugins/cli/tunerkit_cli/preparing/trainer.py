@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
 from tunerkit import TunerkitError
-from tunerkit.errors import ConfigError, shown, warn
+from tunerkit.errors import ConfigError, shown
 from tunerkit_cli.demo import demo_of
 from tunerkit_cli.folder import CHECKPOINTS, LOGS
 from tunerkit_cli.machine import hardware
@@ -41,6 +41,7 @@ _LEAST = {
     **{"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1},
     **{"dataloader_num_workers": 0, "eval_accumulation_steps": 1},
 }
+_MOST_WORKERS = 256  # thousands of processes would start one after another
 _POSITIVE = ("learning_rate", "num_train_epochs")
 DECIDED = "gradient_checkpointing"  # by the memory of the machine on which a run begins
 _SEEDS = ("seed", "data_seed")  # numpy takes no greater ones than 32 bits hold
@@ -108,9 +109,6 @@ def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, pre
         settings.setdefault("greater_is_better", is_better_high(best))
     with _refusing():
         arguments = kind(**settings)
-        arguments.dataloader_num_workers, note = hardware.choose_workers(arguments.dataloader_num_workers)
-        if note:
-            warn(note)
         # Where it is fp32, transformers would take what the environment says, as `accelerate config` may leave it.
         arguments.mixed_precision = "no" if precision == "fp32" else precision
         for callback in get_reporting_integration_callbacks(arguments.report_to):
@@ -152,6 +150,8 @@ def _wanted(name: str, value: Any, allowed: set[Any]) -> str | None:
         return "a number from 0 up"
     if name in _LEAST and value is not None and value < _LEAST[name]:
         return f"at least {_LEAST[name]}"
+    if name == "dataloader_num_workers" and value > _MOST_WORKERS:
+        return f"at most {_MOST_WORKERS}"
     return "a number above 0" if name in _POSITIVE and not 0 < value < math.inf else None
 
 
