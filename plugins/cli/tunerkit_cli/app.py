@@ -19,7 +19,7 @@ import typer.core
 from rich.console import Console
 
 import tunerkit
-from tunerkit.errors import TunerkitError, cut, half_character
+from tunerkit.errors import TunerkitError, half_character
 from tunerkit.extras import install
 from tunerkit_cli.commands import COMMANDS
 from tunerkit_cli.machine import processes
@@ -27,7 +27,7 @@ from tunerkit_cli.plugin_commands import additions, commands_of
 from tunerkit_cli.recipes.elsewhere import key_for
 from tunerkit_cli.recipes.reading import keys_of
 from tunerkit_cli.recipes.setting import FLAGS
-from tunerkit_cli.telling import telling_warnings
+from tunerkit_cli.telling import one_line, telling_warnings
 
 # Their warnings at import are of builds and releases, not of what the user does: transformers imports torchao wherever
 # it is installed.
@@ -184,12 +184,6 @@ def _where_the_trace_is(problem: Exception) -> str:
     except OSError as full:
         return f"the full trace cannot be written ({full.strerror}): set {_IN_FULL}=1 to print it; please report it"
     return f"the full trace is in {path}; please report it"
-
-
-def one_line(text: str) -> str:
-    """Return a message of several lines as one, of at most 2,500 characters; a list's items are divided by ``;``."""
-    whole = text.replace(":\n- ", ": ").replace("\n- ", "\n")
-    return cut("; ".join(line.strip() for line in whole.splitlines()), 2500)
 
 
 def _show_version(asked: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from tunerkit import TunerkitWarning
+from tunerkit.errors import cut
 
 
 @contextmanager
@@ -34,3 +35,9 @@ def telling_warnings(console: Console) -> AbstractContextManager[None]:
 def say(console: Console, text: str) -> None:
     """Print a line as it is, without wrapping it at 80 columns and without reading names as markup."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def one_line(text: str) -> str:
+    """Return a message of several lines as one, of at most 2,500 characters; a list's items are divided by ``;``."""
+    whole = text.replace(":\n- ", ": ").replace("\n- ", "\n")
+    return cut("; ".join(line.strip() for line in whole.splitlines()), 2500)

@@ -1,7 +1,4 @@
-"""The commands of ``tunerkit``: functions whose parameters typer reads as options and arguments.
-
-Every call of the command imports them, ``--help`` included, so torch and transformers are imported inside them.
-"""
+"""The commands of ``tunerkit``, which typer reads. Each call imports all: torch and transformers inside them."""
 
 from collections.abc import Callable, Mapping
 from typing import Final

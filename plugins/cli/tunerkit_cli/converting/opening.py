@@ -9,7 +9,7 @@ import tunerkit
 from tunerkit import serialization
 from tunerkit.errors import BaseMismatchError
 from tunerkit.plugin import Tuner
-from tunerkit_cli.telling import own_warnings
+from tunerkit_cli.telling import one_line, own_warnings
 from tunerkit_transformers.base_choice import choose_base, with_base
 from tunerkit_transformers.bases import Base, skeleton, whole
 from tunerkit_transformers.pretrained import quiet
@@ -44,11 +44,6 @@ def load_adapter(model: nn.Module, source: str, base: Base) -> nn.Module:
 def collected() -> Iterator[list[str]]:
     """Yield a list that gets each of our own warnings inside the block, once and as one line; libraries are quiet."""
     found: list[str] = []
-
-    def note(message: str) -> None:
-        lines = message.replace(":\n- ", ": ").splitlines()
-        found.append("; ".join(line.removeprefix("- ").strip() for line in lines))
-
     quiet()
-    with own_warnings(note):
+    with own_warnings(lambda message: found.append(one_line(message))):
         yield found

@@ -215,9 +215,6 @@ def roll_back(folder: RunFolder, lost: LostError, rate: float) -> Restart:
 
 
 def slower(restarts: Sequence[Restart], step: int) -> float:
-    """By how much the learning rate of a checkpoint is to be multiplied: once for each restart since it was written.
-
-    A restart removes what is later than the step that it goes back to, so a later checkpoint was written after it.
-    """
+    """By how much a checkpoint's rate is multiplied: once for each restart since, as those remove what is later."""
     since = takewhile(lambda restart: step <= restart.from_step, reversed(restarts))
     return float(SLOWER ** len([*since])) if step else 1.0

@@ -121,10 +121,7 @@ def _start(losses: Sequence[float]) -> float:
 
 
 def _noise(losses: Sequence[float]) -> float:
-    """The standard deviation of a point, from the differences of neighbours: a trend and outliers hardly count.
-
-    It is that of the later half where that is noisier: a classifier's losses are quiet before it learns.
-    """
+    """The standard deviation of a point, by the differences of neighbours: of the later half, where that is noisier."""
     steps = [abs(after - before) for before, after in pairwise(losses)]
     return 1.4826 * max(median(steps), median(steps[len(steps) // 2 :])) / math.sqrt(2)
 
