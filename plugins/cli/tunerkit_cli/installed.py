@@ -1,7 +1,7 @@
 """What is installed, what is missing, and which plugins do not work."""
 
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 
 import attrs
@@ -51,7 +51,11 @@ def show(console: Console, problems: Sequence[str] = ()) -> bool:
     console.print(f"devices: {', '.join(devices())}")
     console.print(methods_table("Plugins"))
     found = list(parts())
-    console.print(_table(found))
+    table = Table("part", "distribution", "version", "", title="Libraries", title_justify="left")
+    for part in found:
+        extra = part.extra or "tunerkit itself"
+        table.add_row(extra, escape(part.requirement.name), part.version or "-", escape(part.problem))
+    console.print(table)
     # Below the table, where no command is cut or broken into lines.
     for cure in dict.fromkeys(part.cure for part in found if part.problem):
         console.print(cure, soft_wrap=True, markup=False, highlight=False)
@@ -116,12 +120,4 @@ def methods_table(title: str | None = None) -> Table:
     table = Table("method", "distribution", "version", "error", title=title, title_justify="left")
     for name, info in tunerkit.methods().items():
         table.add_row(*map(escape, (name, info.distribution, info.version, info.error or "")))
-    return table
-
-
-def _table(parts: Iterable[Part]) -> Table:
-    table = Table("part", "distribution", "version", "", title="Libraries", title_justify="left")
-    for part in parts:
-        extra = part.extra or "tunerkit itself"
-        table.add_row(extra, escape(part.requirement.name), part.version or "-", escape(part.problem))
     return table

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -180,6 +181,8 @@ def merge(source: str, out: Path, *, base: str | None, task: str | None) -> tupl
 
 def _merge_adapter(source: str, out: Path, *, base: str | None, task: str | None) -> tuple[str, ...]:
     """Write the merged model, in the dtype of the base's files, and the base's processor; return what to tell."""
+    from transformers import AutoProcessor
+
     with collected() as remarks:
         chosen = choose_base(source, base=base, task=task)
         with new_folder(out) as scratch:
@@ -187,16 +190,9 @@ def _merge_adapter(source: str, out: Path, *, base: str | None, task: str | None
             load_adapter(model, source, chosen)
             tunerkit.unwrap(model, keep_merged=True)
             model.save_pretrained(scratch)
-            _copy_processor(chosen.source, scratch)
+            processor: Any = None
+            with suppress(Exception):  # a base of hidden states may have none; what is raised then differs
+                processor = AutoProcessor.from_pretrained(chosen.source, **OWN_CODE)
+            if processor is not None:
+                processor.save_pretrained(scratch)
     return tuple(remarks)
-
-
-def _copy_processor(source: str, folder: Path) -> None:
-    """Save the base's processor; a base of hidden states alone may have none."""
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(source, **OWN_CODE)
-    except Exception:  # what a library raises where a folder has no such file differs between its classes
-        return
-    processor.save_pretrained(folder)

@@ -51,8 +51,11 @@ def run(
     claim = outputs.claimed(folder.path, keep=not dry_run) if processes.is_first() else nullcontext()
     with processes.leaving(), claim:
         resuming.check(folder, recipe, resume=resume, overwrite=overwrite)
-        if resume and folder.has_ended:
-            _finish_report(folder, console, dry_run=dry_run)
+        if resume and folder.has_ended:  # it was killed before it had its report
+            if not dry_run:
+                folder.write(REPORT, render(read_record(folder.path)))
+            do = "it would get" if dry_run else "it has got"
+            say(console, f"the run in {folder} has ended, and had no report: {do} {folder / REPORT}")
             return
         recipe = settled(recipe, folder, resume=resume)
         quiet()
@@ -80,14 +83,6 @@ def run(
             session, trained = train_with_restarts(session, listing, console, resume=resume)
         folder.save(session.loaded)  # at once: what follows only describes it
         _finish(session, trained, kept, console)
-
-
-def _finish_report(folder: RunFolder, console: Console, *, dry_run: bool) -> None:
-    """Write the report of a run that has ended, and that was killed before it had one."""
-    if not dry_run:
-        folder.write(REPORT, render(read_record(folder.path)))
-    do = "it would get" if dry_run else "it has got"
-    say(console, f"the run in {folder} has ended, and had no report: {do} {folder / REPORT}")
 
 
 def _finish(session: Session, trained: Trained, kept: Recipe, console: Console) -> None:
