@@ -18,8 +18,8 @@ from tunerkit_transformers.pretrained import quiet
 def open_adapter(source: str, *, base: str | None, task: str | None, beside: str | None = None) -> tuple[Tuner, Base]:
     """Open an adapter over its base on the meta device; its own tensors are on the CPU. No weight of the base is read.
 
-    Only for a method whose adapters start from the base's weights, the base is loaded with them. ``base`` and ``task``
-    are for what its files do not say; those of ``beside``, another adapter of the same base, may name it too.
+    Only for a method that starts from the base's weights, these are loaded. ``base``, ``task`` and ``beside``, another
+    adapter of the same base, are for what its files do not say.
     """
     chosen = choose_base(source, base=base, task=task, beside=beside)
     model = skeleton(chosen)

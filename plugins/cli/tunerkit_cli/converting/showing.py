@@ -18,18 +18,23 @@ from tunerkit_cli.report.verdict import failure
 from tunerkit_cli.settings import write_settings
 from tunerkit_cli.telling import say
 from tunerkit_transformers.output_folder import read_run
-from tunerkit_transformers.run_folder import NAME as RECORD, RECIPE
+from tunerkit_transformers.run_folder import NAME as RECORD
 
 _LONGEST = 20_000  # characters that are printed as YAML, which takes a second for a megabyte
 
 
 def show_adapter(source: str, console: Console, *, as_json: bool = False) -> None:
     """Print method, base, ranks, size and config; of an output folder also its metrics and its training."""
-    if os.path.isfile(os.path.join(source, RECORD)) or _has_only_begun(source):
+    is_run = os.path.isfile(os.path.join(source, RECORD))
+    if not is_run:  # or has only begun
+        from tunerkit_transformers.adapter_files import has_no_record  # imports torch
+
+        is_run = not has_no_record(source)
+    if is_run:
         run = read_run(source)
         found = dict(run.record)
         facts = {} if as_json else _facts_of_run(run.folder, run.source, found)
-        settings = found.get("config", {})
+        settings = found.get("config") or {}
     else:
         found = describe_adapter(source)
         facts, settings = _facts(found), found["settings"]
@@ -41,18 +46,9 @@ def show_adapter(source: str, console: Console, *, as_json: bool = False) -> Non
         if value:
             table.add_row(name, escape(cut(value)))
     console.print(table)
-    ranks = found.get("ranks", {})
+    ranks = found.get("ranks") or {}
     _print(console, "ranks", ranks if len({*ranks.values()}) > 1 else {})
     _print(console, "config", settings)
-
-
-def _has_only_begun(source: str) -> bool:
-    """Whether it is the folder of a run that has not ended: it has a recipe, and no adapter yet."""
-    if not os.path.isfile(os.path.join(source, RECIPE)):
-        return False
-    from tunerkit_transformers.adapter_files import has_no_record  # imports torch
-
-    return not has_no_record(source)
 
 
 def _print(console: Console, title: str, values: Mapping[str, Any]) -> None:
