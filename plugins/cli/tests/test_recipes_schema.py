@@ -10,12 +10,16 @@ from hypothesis import given, strategies as st
 from typer.testing import CliRunner
 
 import tunerkit
+from tests.support.config_checks import Kinds, KindsPlugin
 from tunerkit_cli import app, settings
 from tunerkit_cli.plugin_commands import Addition
 from tunerkit_cli.recipes import reading
 from tunerkit_cli.recipes.reading import schema, structure
 from tunerkit_cli.recipes.recipe import TASKS, Recipe
+from tunerkit_cli.recipes.schema import settings_schema
 from tunerkit_cli.recipes.writing import starter
+from tunerkit_testing.registering import registered
+from tunerkit_testing.strategies import configs_of
 
 ACME: dict[str, Any] = {
     "acme": {"type": "object", "description": "Acme's options."},
@@ -94,3 +98,54 @@ def test_the_command_prints_the_schema() -> None:
     told = CliRunner().invoke(app.build(), ["schema"])
     assert told.exit_code == 0
     assert json.loads(told.stdout) == json.loads(json.dumps(schema()))
+
+
+def test_settings_conform_to_the_settings_schema_their_method() -> None:
+    """Law: what a config holds, of every kind of field, is what the schema allows."""
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(settings_schema(Kinds))
+
+    @given(configs_of(Kinds))
+    def check(config: Kinds) -> None:
+        validator.validate(tunerkit.unstructure(config))
+
+    check()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"whole": "3"}, {"whole": 0}, {"number": None}, {"choice": "three"}, {"unit": "shares"}, {"size": 2}),
+        *({"folder": 3}, {"pair": [1]}, {"pair": [1, "x"]}, {"several": [-1.0]}, {"sizes": [9, 9]}, {"names": "qv"}),
+        *({"ranks": {"q": "3"}}, {"schedule": {}}, {"schedule": {"stpes": 1, "steps": 1}}, {"warm_up": {"steps": 0}}),
+        *({"shape": {"steps": 5}}, {"ending": {"type": "Cosin"}}, {"parts": [3]}, {"stages": {"q": 1}}, {"x": 1}),
+    ],
+    ids=str,
+)
+def test_the_schema_marks_wrong_settings(wrong: dict[str, Any]) -> None:
+    """Law: what it does not allow is refused, too."""
+    jsonschema = pytest.importorskip("jsonschema")
+    assert not jsonschema.Draft202012Validator(settings_schema(Kinds)).is_valid(wrong)
+    with registered(KindsPlugin()), pytest.raises(tunerkit.errors.ConfigError):
+        tunerkit.structure("toy-kinds", wrong)
+
+
+def test_the_command_prints_the_settings_of_a_method() -> None:
+    """Under ``config`` of a recipe, with descriptions, defaults and ranges; the rest stays."""
+    with registered(KindsPlugin()):
+        printed = CliRunner().invoke(app.build(), ["schema", "toy-kinds"])
+    found = json.loads(printed.stdout)
+    own = found["properties"].pop("config")
+    assert {**found["properties"], "config": schema()["properties"]["config"]} == schema()["properties"]
+    assert own["type"] == ["object", "null"]
+    assert own["properties"]["whole"] == {"type": "integer", "minimum": 1, "description": "An int.", "default": 2}
+    assert own["properties"]["unit"]["enum"] == ["steps", "share"]
+    assert own["properties"]["shape"]["default"] == {"type": "Linear", "steps": 1, "unit": "steps"}
+    assert own["properties"]["shape"]["anyOf"][1]["properties"]["type"] == {"const": "Cosine"}
+
+
+def test_the_settings_of_an_unknown_method_are_an_error_with_the_closest_name() -> None:
+    """As everywhere else."""
+    printed = CliRunner().invoke(app.build(), ["schema", "adalor"])
+    assert printed.exit_code == 2
+    assert "did you mean 'adalora'" in printed.output

@@ -11,6 +11,7 @@ import tunerkit
 from tunerkit_cli import settings
 from tunerkit_cli.recipes import reading, writing
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, TASKS
+from tunerkit_cli.recipes.schema import settings_schema
 
 
 def init(
@@ -25,9 +26,18 @@ def init(
         typer.echo(f"written to {out}; set model and data in it")
 
 
-def schema() -> None:
+def schema(
+    method: Annotated[str | None, typer.Argument(help="A method, whose settings `config` then has.")] = None,
+) -> None:
     """Print the JSON schema of recipes, with which an editor completes and checks them."""
-    typer.echo(json.dumps(reading.schema(), indent=2))
+    found = reading.schema()
+    if method is not None:
+        config = found["properties"]["config"]
+        from tunerkit import hooks  # imports torch
+
+        own = settings_schema(hooks.registry.get(hooks.registry.named(method)).config)
+        config |= {**own, "type": config["type"], "description": config["description"], "default": config["default"]}
+    typer.echo(json.dumps(found, indent=2))
 
 
 def config(

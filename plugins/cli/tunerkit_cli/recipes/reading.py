@@ -15,7 +15,7 @@ from tunerkit.errors import ConfigError, half_character, shown
 from tunerkit_cli.plugin_commands import Addition, additions
 from tunerkit_cli.recipes.elsewhere import key_for
 from tunerkit_cli.recipes.recipe import DATA, PATHS, VERSION, Recipe, files_of, sources_in, with_paths
-from tunerkit_cli.recipes.schema import Schema, objection, or_null, problems, properties_of
+from tunerkit_cli.recipes.schema import Schema, class_schema, objection, or_null, problems
 from tunerkit_cli.recipes.trainer_arguments import argument_types, text_alone
 from tunerkit_cli.settings import read_settings
 from tunerkit_transformers.run_folder import LIST, RECIPE, placed
@@ -51,7 +51,7 @@ def _declared() -> dict[str, Schema]:
 
 def schema() -> dict[str, Any]:
     """Return the JSON schema (draft 2020-12) of recipes, with which an editor completes and checks them."""
-    own = properties_of(Recipe)
+    own = class_schema(Recipe)["properties"]
     for name, default in attrs.asdict(Recipe()).items():
         own[name] |= {} if default is None else {"default": default}
     del own["extra"]

@@ -24,7 +24,7 @@ TASKS: Final = tuple(tasks.TASKS)
 
 
 def _key(default: Any, doc: str, *, converter: Callable[[Any], Any] | None = None, **limits: Any) -> Any:
-    """Define a key of recipes: its default, its description, and the limits of its values, as `properties_of` has them.
+    """Define a key of recipes: its default, its description, and the limits of its values, as `class_schema` has them.
 
     A text that is no word of an ``enum`` has a character or more, a list a value or more.
     """

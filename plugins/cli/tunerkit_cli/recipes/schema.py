@@ -1,14 +1,17 @@
-"""JSON schema: of the keys of recipes; and what in a value it does not allow."""
+"""JSON schema: of attrs classes, such as recipes and the settings of methods; and what in a value it does not allow."""
 
 import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from enum import Enum, EnumMeta
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Final, get_args, get_origin
+from typing import Any, Final, Literal, Union, get_args, get_origin
 
 import attrs
 
-from tunerkit.errors import closest, shown
+from tunerkit.errors import ConfigError, closest, shown
 from tunerkit.paths import few, join
 
 Schema = Mapping[str, Any]
@@ -23,48 +26,86 @@ _TYPES: Final[Mapping[str, tuple[tuple[type, ...], str]]] = {
     "object": ((dict,), "a mapping"),
     "null": ((NoneType,), ""),
 }
-_NAMES: Final[Mapping[object, str]] = {bool: "boolean", int: "integer", float: "number", str: "string"}
-_RANGE: Final = {"gt": "exclusiveMinimum", "ge": "minimum", "le": "maximum"}
+_NAMES: Final[Mapping[object, str]] = {
+    **{bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", NoneType: "null"}
+}
+_RANGE: Final = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 # For each type, the keywords that limit it, by their names in the metadata of a field.
 _LIMITS: Final[Mapping[str, Mapping[str, str]]] = {
     **{"integer": {**_RANGE, "enum": "enum"}, "number": _RANGE, "array": {"min_items": "minItems"}},
     "string": {"min_length": "minLength", "enum": "enum"},
 }
+_TAG: Final = "type"  # the key that names the class of a mapping, where several are allowed
 
 
 # --- of a class -------------------------------------------------------------------------------------------------------
 
 
-def properties_of(cls: Any) -> dict[str, Any]:
-    """The JSON schema of each field of an attrs class, by its annotation, ``doc`` and limits (see `_LIMITS`)."""
-    fields = attrs.fields(attrs.resolve_types(cls))
+def settings_schema(cls: Any) -> dict[str, Any]:
+    """Return the JSON schema of a mapping of a method's settings, by its config class."""
+    import tunerkit
+
+    found = class_schema(cls)
+    with suppress(ConfigError):  # a setting without a default
+        for name, default in tunerkit.unstructure(cls()).items():
+            found["properties"][name]["default"] = default
+    return found
+
+
+def class_schema(cls: Any, *, tagged: bool = False) -> dict[str, Any]:
+    """Return the JSON schema of an attrs class, by the annotations of its fields and their metadata.
+
+    That is a ``doc``, and the limits in `_LIMITS`. A tagged class has a key with its name.
+    """
+    fields = [field for field in attrs.fields(attrs.resolve_types(cls)) if field.init]
+    required = [field.name for field in fields if field.default is attrs.NOTHING]
+    described = {field.name: _of(field.type, field.metadata) for field in fields}
+    for field in fields:
+        if "doc" in field.metadata:
+            described[field.name]["description"] = field.metadata["doc"]
     return {
-        each.name: {**_of(each.type, each.metadata), "description": each.metadata.get("doc", "")} for each in fields
+        "type": "object",
+        "properties": {**({_TAG: {"const": cls.__name__}} if tagged else {}), **described},
+        "required": [*([_TAG] if tagged else []), *required],
+        "additionalProperties": False,
     }
 
 
-def _of(cls: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _of(cls: Any, metadata: Mapping[str, Any], *, tagged: bool = False) -> dict[str, Any]:
+    """Return the schema of an annotation, whose plain values and lists have the limits in a field's metadata."""
     origin, members = get_origin(cls), get_args(cls)
-    if origin is UnionType:
-        found = [_of(member, metadata) for member in members if member is not NoneType]
-        kinds = [each["type"] for each in found]
-        merged = {word: value for each in found for word, value in each.items()}
-        merged["type"] = kinds[0] if len(kinds) == 1 else kinds
-        return or_null(merged) if NoneType in members else merged
-    if origin is list:
-        return {"type": "array", "items": _of(members[0], metadata), **_limits("array", metadata)}
-    if origin is dict:
+    if origin in (Union, UnionType):
+        several = sum(map(attrs.has, members)) > 1
+        return _any([_of(member, metadata, tagged=several) for member in members])
+    if origin is Literal or isinstance(cls, EnumMeta):
+        return {"enum": [each.value if isinstance(each, Enum) else each for each in members or cls]}
+    if origin is tuple and Ellipsis not in members:
+        items = [_of(member, metadata) for member in members]
+        return {"type": "array", "prefixItems": items, "items": False, "minItems": len(items)}
+    if origin in (tuple, list, set, frozenset):
+        unique = {"uniqueItems": True} if origin in (set, frozenset) else {}
+        return {"type": "array", "items": _of(members[0], metadata), **_limits("array", metadata), **unique}
+    if origin is not None:
         return {"type": "object", "additionalProperties": _of(members[1], metadata)}
     if attrs.has(cls):
-        required = [field.name for field in attrs.fields(cls) if field.default is attrs.NOTHING]
-        own = {"properties": properties_of(cls), "required": required, "additionalProperties": False}
-        return {"type": "object", **own}
+        return class_schema(cls, tagged=tagged)
     return {} if cls is Any else {"type": _NAMES[cls], **_limits(_NAMES[cls], metadata)}
 
 
 def _limits(kind: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
     limits = _LIMITS.get(kind, {})
     return {word: metadata[name] for name, word in limits.items() if metadata.get(name) is not None}
+
+
+def _any(members: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the schema of a union: in one mapping, where the types of its members differ."""
+    kinds = [each.get("type") for each in members]
+    if None in kinds or len({*kinds}) < len(kinds):
+        return {"anyOf": members}
+    merged = {word: value for each in members for word, value in each.items()}
+    others = [kind for kind in kinds if kind != "null"]
+    merged["type"] = others[0] if len(others) == 1 else others
+    return or_null(merged) if "null" in kinds else merged
 
 
 def or_null(schema: Schema) -> dict[str, Any]:
@@ -81,7 +122,10 @@ def or_null(schema: Schema) -> dict[str, Any]:
 
 
 def problems(value: object, schema: Schema, where: str = "") -> Iterator[str]:
-    """Yield one line for everything in a value at ``where`` that its schema does not allow, or JSON has not."""
+    """Yield one line for everything in a value at ``where`` that its schema does not allow.
+
+    What the schema leaves open must be plain: what JSON can express.
+    """
     at = f"{where}: " if where else ""
     kinds = _kinds(schema)
     if not any(_is(value, kind) for kind in kinds):

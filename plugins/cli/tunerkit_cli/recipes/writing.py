@@ -9,7 +9,7 @@ from typing import Final
 from tunerkit import TunerkitError
 from tunerkit.errors import ConfigError, closest, shown
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, TASKS, VERSION, Recipe, to_mapping
-from tunerkit_cli.recipes.schema import properties_of
+from tunerkit_cli.recipes.schema import class_schema
 from tunerkit_cli.settings import write_settings
 from tunerkit_cli.tasks import task_of
 
@@ -97,7 +97,7 @@ def starter(task: str) -> str:
     left_out = set() if kind.label_column else {"label_map", "class_weights"}
     left_out |= set() if task in ("causal-lm", "preference", "seq2seq") else _OF_LANGUAGE
     lines = ["# A recipe for: tunerkit train", "# Every key may be left out."]
-    for name, schema in properties_of(Recipe).items():
+    for name, schema in class_schema(Recipe)["properties"].items():
         if name in left_out or not (name in given or name in _EXAMPLES):
             continue
         lines += ["", *wrap(schema["description"], 98, initial_indent="# ", subsequent_indent="# ")]
