@@ -139,19 +139,20 @@ def test_a_block_that_needs_more_runs_in_its_setting(page: Path, number: int, tm
     before = script(text[: text.index(block.text)]) if setting.after_the_page else ""
     example = tmp_path / f"{page.stem}.py"
     example.write_text(f"{before}{setting.before}\n{block.text}{setting.after}\n", encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.processes)]
-    arguments = [*launcher, str(example)] if setting.processes > 1 else [str(example)]
-    done = run_in(tmp_path, *arguments, **setting.environment)
+    done = run_in(tmp_path, str(example), processes=setting.processes, **setting.environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "TunerkitWarning" not in done.stderr
 
 
-def run_in(folder: Path, *arguments: str, **variables: str) -> Any:
-    """Run Python in a folder, offline, with the variables added to the environment."""
-    if sys.platform == "linux" and "torch.distributed.run" not in arguments:
+def run_in(folder: Path, *arguments: str, processes: int = 1, **variables: str) -> Any:
+    """Run Python in a folder, offline, with the variables added to the environment, in some processes of one group."""
+    if sys.platform == "linux" and processes > 1:
+        return warm_python.run_together(folder, *arguments, processes=processes, **variables)
+    if sys.platform == "linux":
         return warm_python.run(folder, *arguments, **variables)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
-    command = [sys.executable, *arguments]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
 
 

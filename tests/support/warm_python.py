@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,16 +41,42 @@ class Done:
 
 def run(folder: Path, *arguments: str, **variables: str) -> Done:
     """Run a script, or ``-m`` and a module, as a new process with these variables would; libraries are imported."""
+    return _run_each(folder, arguments, [variables])
+
+
+def run_together(folder: Path, *arguments: str, processes: int, **variables: str) -> Done:
+    """Run a script in several processes with the variables that torchrun gives them."""
+    from torch.distributed import TCPStore
+
+    # The store is here, as it is in torchrun's own process.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    group = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    ranks = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return _run_each(folder, arguments, [{**variables, **own} for own in ranks])
+
+
+def _run_each(folder: Path, arguments: Sequence[str], variables: Sequence[Mapping[str, str]]) -> Done:
+    """Run one process for each mapping of variables at the same time; if one fails, the others are killed."""
     server = _server()
     assert server.stdin is not None
     assert server.stdout is not None
     with tempfile.TemporaryDirectory() as outputs:
-        out, err = Path(outputs, "out"), Path(outputs, "err")
-        server.stdin.write(json.dumps([str(folder), arguments, variables, str(out), str(err)]) + "\n")
+        files = [(f"{outputs}/{number}.out", f"{outputs}/{number}.err") for number in range(len(variables))]
+        runs = [(own, *written) for own, written in zip(variables, files, strict=True)]
+        server.stdin.write(json.dumps([str(folder), arguments, runs]) + "\n")
         server.stdin.flush()
         answer = server.stdout.readline()
         assert answer, "the process that runs the scripts has ended"
-        return Done(int(answer), out.read_text(errors="replace"), err.read_text(errors="replace"))
+        out, err = (
+            "".join(Path(each).read_text(errors="replace") for each in kind) for kind in zip(*files, strict=True)
+        )
+        return Done(int(answer), out, err)
 
 
 @functools.cache
@@ -70,12 +97,20 @@ def _serve() -> None:
     sys.stdout.flush()
     gc.freeze()
     for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            answers.close()
-            _run(*json.loads(line))
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+        folder, arguments, runs = json.loads(line)
+        running, code = set[int](), 0
+        for variables, out, err in runs:
+            if not (pid := os.fork()):
+                answers.close()
+                _run(folder, arguments, variables, out, err)
+            running.add(pid)
+        while running:
+            pid, status = os.wait()
+            running.discard(pid)
+            if not code and (code := os.waitstatus_to_exitcode(status)):
+                for other in running:  # it would wait for the one that has failed
+                    os.kill(other, signal.SIGKILL)
+        print(code, file=answers, flush=True)
 
 
 def _run(folder: str, arguments: list[str], variables: dict[str, str], out: str, err: str) -> NoReturn:
