@@ -1,18 +1,23 @@
 """A test with all checks of a method: one for each check and case, which fails, skips or xfails as the kit says."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import attrs
 import pytest
+from torch import Tensor, nn
 
 import tunerkit
 from plugins.testing.tests import bad_methods
 from plugins.testing.tests.bad_methods import CASE, LoopsInAStep, NoRoomIn, plugin_of
 from tunerkit import TunerkitError
 from tunerkit_testing import matrix, parametrize_with_checks
+from tunerkit_testing.cases import STEPS, Case
 from tunerkit_testing.checks.order import CHECKS
 from tunerkit_testing.known_cases import NETWORK
 from tunerkit_testing.parametrizing import BoundCheck
 from tunerkit_testing.registering import registered
+from tunerkit_testing.remembering import Shared, remembered
 
 
 def parameters_of(**options: Any) -> dict[str, Any]:
@@ -112,6 +117,44 @@ def test_advice_is_a_warning() -> None:
     """Law: the test passes, and pytest shows the sentence at its end."""
     with registered(LoopsInAStep()), pytest.warns(tunerkit.TunerkitWarning, match="operations on square: .* LoRA's"):
         bound("operations")()
+
+
+def test_the_checks_of_a_case_share_a_training() -> None:
+    """Law: the second check that needs a trained model takes no step, and finds the model as it was trained."""
+    steps: list[int] = []
+
+    def loss(model: nn.Module) -> Tensor:
+        steps.append(len(steps))
+        return CASE.loss(model)
+
+    with registered(bad_methods.Plugin()):
+        found = parameters_of(cases=[attrs.evolve(CASE, loss=loss)], checks=["only_the_adapter_trains", "merges"])
+        for parameter in found.values():
+            parameter.values[0]()
+    assert len(steps) == STEPS
+
+
+def test_what_checks_share_ends_with_a_failure_and_with_another_case_or_plugin() -> None:
+    """Law: a model that a failed check may have changed is built again, and nothing of another plugin is used."""
+
+    def computed(case: Case) -> object:
+        with shared.on(case):
+            return remembered(anything, case, "bad", {})
+
+    shared, found = Shared(), list[object]()
+    for _ in range(2):
+        with registered(bad_methods.Plugin()):
+            found.append(computed(CASE))
+            assert computed(CASE) is found[-1]
+            with pytest.raises(AssertionError), shared.on(CASE):
+                raise AssertionError
+            found += [computed(CASE), computed(NETWORK), computed(CASE)]
+    assert len(set(map(id, found))) == 8
+
+
+def anything(case: Case, method: str, config: Mapping[str, object]) -> object:
+    """What is remembered: another object at each call."""
+    return object()
 
 
 def test_a_mistyped_check_is_refused_when_tests_are_collected() -> None:

@@ -20,7 +20,7 @@ from tunerkit_testing.cases import Advice, Case, Check, name_of, wrapped
 from tunerkit_testing.checks.order import BY_NAME, CHECKS, NEEDS
 from tunerkit_testing.known_cases import default_cases, named
 from tunerkit_testing.registering import method_of
-from tunerkit_testing.remembering import remembering
+from tunerkit_testing.remembering import forget, remembering
 
 Status = Literal["passed", "advice", "failed", "error", "skipped", "expected failure"]
 _BAD: tuple[Status, ...] = ("failed", "error")
@@ -256,6 +256,8 @@ def run_check(check: Check, case: Case, method: str, config: Mapping[str, object
             status, reason = "failed", str(error) or f"an assertion of {name_of(check)} failed: {check.__doc__}"
         except Exception as error:
             status, reason = "error", _explained(check, error)
+    if status in _BAD:
+        forget()
     return CheckResult(name_of(check), case.name, status, bounded(reason))
 
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import pytest
 
 from tunerkit_testing.conformance import CHECKS, Case, name_of
+from tunerkit_testing.remembering import Shared
 
 Test = TypeVar("Test", bound=Callable[..., None])
 
@@ -19,16 +20,19 @@ def each_check(cases: Iterable[Any], configs: Mapping[str, Mapping[str, object]]
         def test_conforms(check, case, config, tmp_path):
             check(case, "my-method", config, tmp_path)
 
+    The checks of a case are trained once for all of them, as in `tunerkit_testing.check_method`, unless one fails.
+
     Args:
         cases: cases, or pytest parameters such as those of `matrix.cases`.
         configs: a method's settings, by the name that stands in the test's id.
     """
+    shared = Shared()
     given = [pytest.param(case, id=name_of(case)) if isinstance(case, Case) else case for case in cases]
 
     def parametrized(test: Test) -> Test:
         for mark in (
             pytest.mark.parametrize("case", given),
-            pytest.mark.parametrize("check", CHECKS, ids=name_of),
+            pytest.mark.parametrize("check", [*map(shared.check, CHECKS)], ids=name_of),
             pytest.mark.parametrize("config", configs.values(), ids=configs.keys()),
         ):
             test = mark(test)

@@ -21,6 +21,7 @@ from tunerkit_testing.kit import (
 )
 from tunerkit_testing.known_cases import default_cases, named
 from tunerkit_testing.registering import method_of
+from tunerkit_testing.remembering import Shared
 
 Test = TypeVar("Test", bound=Callable[..., None])
 
@@ -37,6 +38,7 @@ class BoundCheck:
         given: All cases of the test.
         expected: Reasons why checks fail, by name. If this one passes all the same, its test fails. It does not if the
             reason stands in the method's record.
+        shared: What it has in common with the other checks of its test.
     """
 
     check: Check
@@ -45,6 +47,7 @@ class BoundCheck:
     config: AdapterConfig | Mapping[str, object] | None
     given: Sequence[Case]
     expected: Mapping[str, str]
+    shared: Shared = attrs.field(factory=Shared, repr=False)
 
     def __call__(self) -> None:
         """Run the check. If it fails, those that it needs are run too, since their failure would explain it.
@@ -73,7 +76,7 @@ class BoundCheck:
             pytest.fail(f"{where}: {beside_expected(self.check, expected)}{result.reason}", pytrace=False)
 
     def _run(self, check: Check) -> CheckResult:
-        with method_of(self.method) as name:
+        with method_of(self.method) as name, self.shared.on(self.case):
             return run_check(check, self.case, name, settings_of(name, self.config))
 
     def _unsuited(self) -> str | None:
@@ -136,10 +139,12 @@ def parametrize_with_checks(
         for each in (named([one]) if isinstance(one, str) else [one])
     ]
     models = [case for case, _, _ in given if case is not None]
-    found = []
+    found, shared = [], Shared()
     for case, label, marks in given:
         found += [
-            pytest.param(BoundCheck(check, case, method, config, models, expected), id=f"{label}-{each}", marks=marks)
+            pytest.param(
+                BoundCheck(check, case, method, config, models, expected, shared), id=f"{label}-{each}", marks=marks
+            )
             for check in wanted
             for each in (name_of(check),)
         ]

@@ -13,7 +13,7 @@ from tunerkit import hooks, injection
 from tunerkit.layers import low_rank_delta, torch_private
 from tunerkit.plugin import Factors
 from tunerkit_testing import tolerances
-from tunerkit_testing.cases import Case, assert_base_untouched, assert_same, trained, wrapped
+from tunerkit_testing.cases import Case, assert_base_untouched, assert_same, wrapped
 from tunerkit_testing.checks.probing import (
     Call,
     adapter_dtypes,
@@ -181,7 +181,7 @@ def check_unwraps(case: Case, method: str, config: Mapping[str, object], tmp_pat
     """`unwrap` restores the base model and its ``requires_grad`` flags."""
     original = case.build()
     case.output(original.eval())  # a library may leave something in a model at its first forward
-    model = trained(case, method, config)
+    model = copy.deepcopy(ended(case, method, config))
     tunerkit.unwrap(model)
     assert list(model.state_dict()) == list(original.state_dict()), "unwrap left something in the model; " + _OWN
     for (path, module), own in zip(model.named_modules(), original.modules(), strict=True):

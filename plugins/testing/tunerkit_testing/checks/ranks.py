@@ -10,9 +10,11 @@ from torch import nn
 import tunerkit
 from tunerkit import hooks, injection
 from tunerkit_testing.blaming import told
-from tunerkit_testing.cases import STEPS, Case, train, trained, wrapped
+from tunerkit_testing.cases import STEPS, Case, trained
 from tunerkit_testing.checks.files import cut, cut_beside, rank_of
 from tunerkit_testing.checks.probing import fill_, filled, in_dtype, require_delta
+from tunerkit_testing.checks.training import full_training
+from tunerkit_testing.remembering import remembered
 
 # A singular value below this share of the largest is rounding for the upper bound: a delta may be computed in fp32. For
 # the lower bound it counts: a square matrix of random numbers, as VeRA's, has a full rank and may have a small one.
@@ -92,17 +94,14 @@ def _assert_true_ranks(
 
 def check_budget(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """After training, the budget is the schedule's final one. If it counts ranks, the live ranks sum to it exactly."""
-    model = wrapped(case, method, config)
-    tuner = tunerkit.tuner(model)
-    # If the budget counts something else, such as parameters, the ranks do not sum to it at the start.
-    counts_ranks = sum(tuner.ranks().values()) == tuner.budget()
-    train(model, case)
+    ended = remembered(full_training, case, method, config)
+    tuner = tunerkit.tuner(ended.model)
     now, planned = tuner.budget(), tuner.budget(STEPS)
     assert now == planned, (
         f"after the last step the budget is {now}, planned were {planned}; let tunerkit_budget(step=None) be the one "
         "in force"
     )
-    if counts_ranks:
+    if ended.counts_ranks:
         live = sum(tuner.ranks().values())
         assert live == now, (
             f"the live ranks sum to {live}, the budget is {now}; keep exactly as many as the budget says, and let "

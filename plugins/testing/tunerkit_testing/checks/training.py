@@ -125,7 +125,7 @@ def check_steps_run(case: Case, method: str, config: Mapping[str, object], tmp_p
 
 def check_only_the_adapter_trains(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """Before and after a training, the parameters with ``requires_grad`` are the tuner's, and none of the base."""
-    ended = remembered(_trained, case, method, config)
+    ended = remembered(full_training, case, method, config)
     wrong = ended.wrong or _of_the_base(ended.model)
     assert not wrong, f"{', '.join(wrong[:3])} of the base would be trained; do not set requires_grad in a hook"
 
@@ -139,25 +139,29 @@ class Ended:
         losses: The loss before each step.
         wrong: Parameters of the base that required a gradient.
         fixed: The values of the method's parameters that are not trained.
+        counts_ranks: Whether the budget was the sum of the ranks: it may count something else, such as parameters.
     """
 
     model: nn.Module
     losses: list[float]
     wrong: list[str]
     fixed: dict[str, Tensor]
+    counts_ranks: bool
 
 
-def _trained(case: Case, method: str, config: Mapping[str, object]) -> Ended:
+def full_training(case: Case, method: str, config: Mapping[str, object]) -> Ended:
+    """Train all that the case trains. The result is for `remembered`."""
     model = wrapped(case, method, config)
-    own = own_parameters(tunerkit.tuner(model))
+    tuner = tunerkit.tuner(model)
+    own = own_parameters(tuner)
     fixed = _values({name: parameter for name, parameter in own.items() if not parameter.requires_grad})
-    wrong = _of_the_base(model)
-    return Ended(model, train(model, case), wrong, fixed)
+    wrong, counts_ranks = _of_the_base(model), sum(tuner.ranks().values()) == tuner.budget()
+    return Ended(model, train(model, case), wrong, fixed, counts_ranks)
 
 
 def ended(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
     """Return a model after a training with all that the case trains, in eval mode. Other checks use it too."""
-    return remembered(_trained, case, method, config).model.eval()
+    return remembered(full_training, case, method, config).model.eval()
 
 
 def _of_the_base(model: nn.Module) -> list[str]:
@@ -228,7 +232,7 @@ def check_trains_beside_copies(case: Case, method: str, config: Mapping[str, obj
             "tuner.adapters() and of what they share: tuner.parameters() has biases and trained modules too, and "
             "learning rates are the user's"
         )
-    losses = remembered(_trained, case, method, config).losses
+    losses = remembered(full_training, case, method, config).losses
     # Where the loss does not fall without the copies either, loss_falls says so.
     assert losses[-1] < losses[0] or not _falls(remembered(_observed, case, method, config)), (
         f"the loss goes from {losses[0]:.4g} to {losses[-1]:.4g}; leave modules that are trained in full to the "
@@ -295,13 +299,13 @@ def check_needs_steps(case: Case, method: str, config: Mapping[str, object], tmp
 
 def check_steps_keep_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """A training changes no tensor of the base."""
-    model = remembered(_trained, case, method, config).model
+    model = remembered(full_training, case, method, config).model
     assert_base_untouched(model, case, "change only parameters of the adapters in a step hook, none of the base layer")
 
 
 def check_fixed_stays_fixed(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
     """A parameter that is built with ``requires_grad=False`` gets no gradient and keeps its value."""
-    ended = remembered(_trained, case, method, config)
+    ended = remembered(full_training, case, method, config)
     if not ended.fixed:
         raise SkipTest("all parameters of the method are trained")
     own = own_parameters(tunerkit.tuner(ended.model))
