@@ -33,6 +33,7 @@ from tunerkit.plugin import (
     setting,
 )
 from tunerkit_testing import Case, CheckResult, check_method, known_cases, small
+from tunerkit_testing.checks.order import BY_NAME
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import Principal
 from tunerkit_testing.toy_methods import LowRankConfig
@@ -144,10 +145,11 @@ def plugin_of(found: type) -> type:
     return found
 
 
-def results(plugin: type, case: str = "") -> list[CheckResult]:
-    """Register a plugin, and run all checks of its method on a small model, or on a case of this name."""
+def results(plugin: type, case: str = "", *, last: str | None = None) -> list[CheckResult]:
+    """Register a plugin, and run all checks of its method, up to ``last``, on a small model, or a case of this name."""
+    checks = [*BY_NAME][: None if last is None else [*BY_NAME].index(last) + 1]
     with registered(plugin()):
-        return check_method(METHOD, cases=known_cases.named([case]) if case else [CASE])
+        return check_method(METHOD, cases=known_cases.named([case]) if case else [CASE], checks=checks)
 
 
 def first_failure(found: Iterable[CheckResult]) -> CheckResult:

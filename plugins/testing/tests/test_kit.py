@@ -54,7 +54,7 @@ def toys() -> Iterator[None]:
 @pytest.mark.parametrize("mistake", [each for each in MISTAKES if each.what], ids=lambda mistake: mistake.what)
 def test_each_mistake_is_named_by_its_check_first(mistake: Mistake) -> None:
     """Law: the first check that fails is the one about the mistake; it is a failure with a sentence, not an error."""
-    found = bad_methods.first_failure(bad_methods.results(mistake.plugin, mistake.case))
+    found = bad_methods.first_failure(bad_methods.results(mistake.plugin, mistake.case, last=mistake.check))
     assert (found.check, found.status) == (mistake.check, "failed"), found.reason
     assert len(found.reason.split()) > 8
     assert f"| {mistake.what} | `{mistake.check}` |" in PAGE
