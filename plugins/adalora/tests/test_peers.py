@@ -346,9 +346,10 @@ def test_missing_the_one_step_of_the_last_allocation_only_delays_it() -> None:
     assert live(model) == 6
 
 
+@pytest.mark.parametrize("exact_svd", [True], ids=["svd form"], indirect=True)
 @pytest.mark.parametrize("name", ["E", "model", "layers", "lin", "bert", "query", "lora_E", "weight"])
 def test_adapter_names_that_are_part_of_a_module_path_train_save_and_load(name: str, tmp_path: Path) -> None:
-    """Names are never matched against paths; test_adapters.py draws 300."""
+    """Names are never matched against paths; test_adapters.py draws 300. The form has no part in that."""
     model = tunerkit.wrap(bert(), "adalora", SETTINGS, adapter=name, seed=0)
     optimizer = attached(model)
     for _ in range(TOTAL):

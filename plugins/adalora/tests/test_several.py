@@ -1,5 +1,6 @@
 """Several AdaLoRA adapters in one model, each with a separate allocator and step count."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,6 +85,7 @@ def same(one: list[Any], other: list[Any]) -> bool:
     )
 
 
+@functools.cache
 def alone(name: str, make: Make, steps: int = TOTAL) -> list[Any]:
     model = wrapped(name)
     optimizer = attached(model, make, name)
