@@ -348,9 +348,12 @@ def test_a_chat_template_is_a_file_that_writes_messages(llama: Path, tmp_path: P
     """Otherwise one error before the model is loaded."""
     data = written(tmp_path / "data.jsonl", [{"messages": turns("the film", "good")}] * 8)
     (tmp_path / "empty.jinja").write_text("{{ bos_token }}")
+    model = tmp_path / "no-weights"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
     for name, message in (("gone", "cannot be read"), ("empty", "writes no messages")):
         options = ["--set", f"chat_template={tmp_path / name}.jinja", "--out", tmp_path / "out"]
-        done = command(*arguments_of(tmp_path / "no-model", data, *options))
+        done = command(*arguments_of(model, data, *options))
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
         assert message in done.stderr
 
