@@ -74,7 +74,12 @@ def test_probabilities_take_the_place_of_a_plain_heads_logits(tmp_path: Path, mo
     model, trainer, inputs = prepared("SFT", "elsewhere", tmp_path, monkeypatch, torch.float32)
     score_learned_(trainer)
     seen: list[bool] = []
-    monkeypatch.setattr(learned_positions, "may_overwrite", lambda logits: seen.append(may_overwrite(logits)) or True)
+
+    def noted(logits: Tensor) -> bool:
+        seen.append(may_overwrite(logits))
+        return seen[-1]
+
+    monkeypatch.setattr(learned_positions, "may_overwrite", noted)
     found = gradients(trainer, model, inputs)
     assert seen == [True]
     monkeypatch.setattr(learned_positions, "may_overwrite", lambda logits: False)
