@@ -185,7 +185,7 @@ def test_the_options_that_the_pages_name_exist(command: str, shown: set[str], tm
     lines = [line for line in shell_lines() if line.startswith(f"tunerkit {command}")]
     named = {option for line in lines for option in options_in(line)}
     # A wide and plain terminal, so that the help breaks no option's name.
-    plain = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    plain: dict[str, Any] = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
     told = run_in(tmp_path, "-m", "tunerkit_cli", command, "--help", **plain)
     assert told.returncode == 0, told.stderr[-3000:]
     assert shown <= named <= options_in(told.stdout)

@@ -46,7 +46,7 @@ def run(folder: Path, *arguments: str, **variables: str) -> Done:
 
 def run_together(folder: Path, *arguments: str, processes: int, **variables: str) -> Done:
     """Run a script in several processes with the variables that torchrun gives them."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     # The store is here, as it is in torchrun's own process.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -28,7 +28,7 @@ from tunerkit_cli.folder import as_json
 from tunerkit_cli.machine.hardware import computing_in
 from tunerkit_cli.preparing.data import prepare_data, read_rows
 from tunerkit_cli.preparing.session import prepare
-from tunerkit_cli.recipes.recipe import Recipe
+from tunerkit_cli.recipes.recipe import Recipe, Source
 from tunerkit_cli.report.record import GREATEST
 from tunerkit_cli.rows import DataError, Table, read_table
 from tunerkit_cli.running.record import model_facts
@@ -645,7 +645,7 @@ def test_files_of_one_run_have_the_same_columns(
     first: dict[str, object], second: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     """Otherwise one error names the file that differs."""
-    paths = []
+    paths: list[str | Source] = []
     for name, row in (("first", first), ("second", second)):
         (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 10)
         paths.append(str(tmp_path / f"{name}.jsonl"))
