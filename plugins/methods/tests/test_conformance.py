@@ -1,13 +1,15 @@
 """Each method passes the conformance tests, and needs no setting on small layers."""
 
 from pathlib import Path
+from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import nn
 
 import tunerkit
-from tunerkit_testing import check_method
+from tunerkit_testing import Case, check_method
 from tunerkit_testing.kit import declared_failures
 from tunerkit_testing.known_cases import named
 
@@ -38,10 +40,27 @@ METHODS: dict[str, dict[str, object]] = {
 }
 
 
+# Those that lower the loss of one block by less than the kit asks for.
+DEEPER = ("ia3", "tinylora")
+
+
+def one_block() -> Case:
+    """The kit's BERT without its second block: the same layers, in half of the time."""
+    (case,) = named(["bert"])
+
+    def build() -> nn.Module:
+        model: Any = case.build()
+        del model.bert.encoder.layer[1:]
+        result: nn.Module = model
+        return result
+
+    return attrs.evolve(case, build=build)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_passes_the_kit(name: str) -> None:
     """On a small model of BERT, those checks fail which the method's record names with a reason, and no others."""
-    results = check_method(name, METHODS[name], named(["bert"]))
+    results = check_method(name, METHODS[name], [one_block()] if name not in DEEPER else named(["bert"]))
     assert [each for each in results if each.status in ("failed", "error")] == []
     assert {each.check for each in results if each.status == "expected failure"} == declared_failures(name).keys()
 
