@@ -13,9 +13,10 @@ CONFIG = {"rank": 2, "dropout": 0.1, "train_modules": ["classifier"]}
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_stopped_after_every_step_and_resumed_the_end_is_bit_identical(accumulation: int, tmp_path: Path) -> None:
-    """Weights, optimizer state and random state, after 30 stops in 30 processes."""
-    resuming.check_stopped_after_every_step(resuming.Run("lora", CONFIG, tmp_path, accumulation=accumulation))
-    assert resuming.end_of(tmp_path / "parts")["steps"] == (30, 30)
+    """Weights, optimizer state and random state, after 10 stops in 10 processes: no step differs from the others."""
+    run = resuming.Run("lora", CONFIG, tmp_path, accumulation=accumulation, steps=10)
+    resuming.check_stopped_after_every_step(run)
+    assert resuming.end_of(tmp_path / "parts")["steps"] == (10, 10)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
