@@ -894,9 +894,10 @@ def test_samples_of_an_encoder_decoder_are_cut_as_its_predictions(models: Callab
     task = task_of("seq2seq", 6)
     loaded = load_pretrained(task.name, str(models("t5")))
     rows = [{"source": " ".join([*WORDS] * 3), "target": "x"}]
-    (sample,) = task.samples(loaded, rows, None)
-    assert sample["answer"] == task.predict(loaded, rows, batch_size=1)[0]["target"]
-    assert sample["answer"] == generate(loaded, [rows[0]["source"]], batch_size=1, max_length=6)[0]
+    (sample,) = task.samples(loaded, rows, 1)
+    short: Any = {"batch_size": 1, "answering": Answering(24)}
+    assert sample["answer"] == task.predict(loaded, rows, **short)[0]["target"]
+    assert sample["answer"] == generate(loaded, [rows[0]["source"]], max_length=6, **short)[0]
 
 
 def test_a_model_that_counts_its_positions_by_another_name_has_them_too(models: Callable[[str], Path]) -> None:

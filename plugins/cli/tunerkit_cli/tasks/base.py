@@ -223,8 +223,8 @@ class Task(ABC):
         metrics = {**self.scores(predictions, truth), "loss": found.metrics["test_loss"]}
         return Results(metrics, self.confusion(predictions, truth))
 
-    def samples(self, loaded: Pretrained, rows: Sequence[Row], count: int | None) -> list[dict[str, str]]:
-        """Prompts, and the answers to ``count`` of them, None as in earlier versions; classifiers give none."""
+    def samples(self, loaded: Pretrained, rows: Sequence[Row], count: int) -> list[dict[str, str]]:
+        """The first ``count`` prompts, and the answers to them; classifiers give none."""
         return []
 
     @abstractmethod

@@ -17,7 +17,6 @@ from tunerkit_cli.tasks.turns import dataset_of, encode_turns, refuse_lost
 from tunerkit_transformers.pretrained import Pretrained
 
 SAMPLES, _SHORT = 2, Answering(24)
-_SAMPLES_BEFORE = 3  # of a run that an earlier version began, each as long as a prediction
 _MOST = 230.0  # e to this power is within what a record may hold
 _FORMS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
 
@@ -53,12 +52,12 @@ class GenerationTask(Task):
             metrics["token_accuracy"] = float(found["eval_mean_token_accuracy"])
         return Results(metrics, seconds=found.get("eval_runtime"))
 
-    def samples(self, loaded: Pretrained, rows: Sequence[Row], count: int | None) -> list[dict[str, str]]:
+    def samples(self, loaded: Pretrained, rows: Sequence[Row], count: int) -> list[dict[str, str]]:
         """The beginnings of the answers to the first held-out prompts."""
-        chosen, how = (rows[:_SAMPLES_BEFORE], GREEDY) if count is None else (rows[:count], _SHORT)
+        chosen = rows[:count]
         prompts = [prompt_of(row) for row in chosen]
         texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
-        found = self.predict(loaded, chosen, batch_size=max(1, len(chosen)), answering=how)
+        found = self.predict(loaded, chosen, batch_size=max(1, len(chosen)), answering=_SHORT)
         return [{"prompt": text, "answer": each[self.answer]} for text, each in zip(texts, found, strict=True)]
 
     def predict(
