@@ -261,9 +261,9 @@ CANARIES: dict[str, tuple[str, Callable[[], bool]]] = {
     "_global_forward_hooks": ("has_single_hook (layers.low_rank)", hooks),
     "_ConvNd": ("is_convolution (targets)", classes),
     "_NormBase": ("has_statistics (injection.preconditions)", classes),
-    "_BatchNorm": ("is_batch_norm, channel_norms (injection.inject, layers.base)", classes),
-    "_InstanceNorm": ("channel_norms, is_batched (layers.base)", classes),
-    "_get_no_batch_dim": ("is_batched (layers.base)", batch_dimension),
+    "_BatchNorm": ("is_batch_norm, channel_norms (injection.inject, layers.base_layer)", classes),
+    "_InstanceNorm": ("channel_norms, is_batched (layers.base_layer)", classes),
+    "_get_no_batch_dim": ("is_batched (layers.base_layer)", batch_dimension),
     "_conv_forward": ("runs_convolution_of, convolve (layers.kinds)", convolutions),
     "_version": ("version (layers.low_rank, layers.fused)", versions),
     "_are_functorch_transforms_active": (

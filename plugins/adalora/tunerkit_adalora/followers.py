@@ -100,16 +100,16 @@ def _obstacle(tuner: Tuner, weights: Sequence[nn.Parameter]) -> str:
     return names and f"another optimizer ({names}) has state for them; use one optimizer for all weights"
 
 
-def _is_averaged(tuner: Tuner, alive: Iterable[object]) -> bool:
+def _is_averaged(tuner: Tuner, found: Iterable[object]) -> bool:
     """Whether an AveragedModel among the objects has an adapter with the same name and config."""
-    models = (each.module for each in alive if isinstance(each, AveragedModel))
+    models = (each.module for each in found if isinstance(each, AveragedModel))
     copies = (tunerkit.adapters(model).get(tuner.name) for model in models)
     return any(copied is not None and copied is not tuner and copied.config == tuner.config for copied in copies)
 
 
-def _kinds(alive: Iterable[object], does: Callable[[Optimizer], bool]) -> str:
+def _kinds(found: Iterable[object], does: Callable[[Optimizer], bool]) -> str:
     """Return the class names of the optimizers for which ``does`` is true."""
-    return ", ".join(sorted({type(each).__name__ for each in alive if isinstance(each, Optimizer) and does(each)}))
+    return ", ".join(sorted({type(each).__name__ for each in found if isinstance(each, Optimizer) and does(each)}))
 
 
 def _keeps(optimizer: Optimizer, weights: Iterable[Tensor]) -> bool:

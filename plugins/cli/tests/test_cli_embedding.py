@@ -21,7 +21,7 @@ from tunerkit_cli.rows import DataError, Table
 from tunerkit_cli.tasks import TaskError, task_of
 from tunerkit_cli.tasks.infer import infer
 from tunerkit_testing.registering import registered
-from tunerkit_transformers.pretrained import Pretrained
+from tunerkit_transformers.pretrained import Pretrained, load_pretrained
 
 pytest.importorskip("sentence_transformers", reason="the task needs the extra [embedding]")
 from sentence_transformers import SentenceTransformer
@@ -218,3 +218,13 @@ def test_what_cannot_be_trained_is_refused(options: list[str], message: str, fol
     done = command(*arguments_for(folder, "pairs", *given), "--out", tmp_path / "out")
     assert done.exit_code == 2, done.output
     assert message in done.stderr
+
+
+def test_a_pooler_without_weights_is_left_out(folder: Path, tmp_path: Path) -> None:
+    """Nothing reads it, so it would be saved as it was drawn; one of the checkpoint stays."""
+    loaded = load_pretrained("embedding", str(folder / "tiny"))
+    assert loaded.model.pooler is not None
+    loaded.model.pooler = None
+    loaded.model.save_pretrained(tmp_path)
+    loaded.processor.save_pretrained(tmp_path)
+    assert load_pretrained("embedding", str(tmp_path)).model.pooler is None

@@ -17,9 +17,11 @@ from hypothesis import given, strategies as st
 from tests.support.train_command import arguments_of, assert_same_end, command, signalled, succeeded
 from tunerkit import TunerkitError
 from tunerkit_cli.preparing import sources
+from tunerkit_cli.preparing.data import read_rows
 from tunerkit_cli.preparing.sources import pinned, read_source
 from tunerkit_cli.recipes.recipe import Recipe, Source
 from tunerkit_cli.rows import drawn
+from tunerkit_cli.tasks import task_of
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
 
@@ -128,6 +130,16 @@ def test_no_label_is_none_and_images_are_refused_by_name(hub: pytest.MonkeyPatch
     Hub.commits["c" * 40]["README.md"] = CARD.replace(b"dtype: string", b"dtype: image")
     with pytest.raises(TunerkitError, match=r"acme/films \(train, ccccccc\): column 'text' has images or sound"):
         read_source(pinned_of("acme/films"))
+
+
+def test_a_weight_that_draws_no_row_is_refused(tmp_path: Path) -> None:
+    """It would leave a file out in silence."""
+    for name, count in (("many", 400), ("few", 2)):
+        lines = (json.dumps({"text": f"{name} {row}", "label": "ab"[row % 2]}) + "\n" for row in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    tables = [read_source(Source(str(tmp_path / f"{n}.jsonl"), weight=w)) for n, w in (("many", 1000), ("few", 1))]
+    with pytest.raises(TunerkitError, match=r"few\.jsonl: its weight draws none of its 2 rows"):
+        read_rows(task_of("text-classification"), tables, {})
 
 
 def test_offline_the_cache_is_read_and_no_other_commit(hub: pytest.MonkeyPatch) -> None:

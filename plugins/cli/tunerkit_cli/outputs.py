@@ -1,7 +1,9 @@
 """The output folder: every file in it is complete or absent."""
 
+import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -102,10 +104,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
             whole.mkdir()
             with writing(folder):
                 yield whole
-            if not os.path.lexists(folder):
-                whole.rename(folder)  # in one step
-            elif not folder.is_dir() or any(folder.iterdir()):
-                raise OutputError(f"--out {folder}: is not empty any more; pass a new folder")
-            else:  # it may be the working folder, or another file system's
-                for file in sorted(whole.iterdir()):
+            if os.path.isdir(folder):
+                whole.chmod(stat.S_IMODE(folder.stat().st_mode))
+            try:
+                if folder.exists() and folder.samefile("."):
+                    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+                whole.rename(folder)  # in one step, also in place of an empty folder
+            except OSError:
+                if not folder.is_dir() or any(folder.iterdir()):
+                    raise OutputError(f"--out {folder}: is not empty any more; pass a new folder") from None
+                for file in sorted(whole.iterdir()):  # the working folder, or another file system's
                     shutil.move(file, folder / file.name)

@@ -87,7 +87,7 @@ def test_probabilities_take_the_place_of_a_plain_heads_logits(tmp_path: Path, mo
 
 
 def test_logits_that_a_backward_reads_are_not_overwritten() -> None:
-    """As of a cap by tanh, and as of a head with an adapter."""
+    """As of a cap by tanh, or those that have no gradient, or are rounded."""
     hidden, weight = torch.ones(3, 4, requires_grad=True), torch.ones(5, 4)
     assert may_overwrite(hidden @ weight.T)
     assert may_overwrite(torch.nn.functional.linear(hidden[None], weight))

@@ -119,12 +119,21 @@ def load_pretrained(
             f"{source!r} as {task_classes.what}",
             lambda: getattr(transformers, task_classes.model).from_pretrained(source, **settings),
         )
+    if task == EMBEDDING and _is_new(getattr(model, "pooler", None)):  # nothing reads it, so nothing would train it
+        model.pooler = None
     if task_classes.problem is not None:
         model.config.problem_type = task_classes.problem
     if task_classes.processor == TEXT:
         _settle_padding(source, processor, model)
     heads = loaded_heads(model) if labels or task_classes.problem else ()
     return Pretrained(model, processor, source, _commit_of(source, revision), heads, quantisation)
+
+
+def _is_new(module: Any) -> bool:
+    """Whether ``from_pretrained`` found no weight of a module."""
+    from tunerkit_transformers.transformers_private import is_loaded  # imports torch
+
+    return module is not None and not any(map(is_loaded, module.parameters()))
 
 
 def _load_processor(task_classes: TaskClasses, source: str | Path, settings: Mapping[str, Any]) -> Any:

@@ -105,4 +105,5 @@ def merge(
 
     for remark in conversion.merge(source, out, base=base, task=task):
         typer.echo(f"note: {remark}")
-    typer.echo(f"written to {out}: load it with from_pretrained or pipeline")
+    reader = "SentenceTransformer" if (out / "modules.json").is_file() else "from_pretrained or pipeline"
+    typer.echo(f"written to {out}: load it with {reader}")

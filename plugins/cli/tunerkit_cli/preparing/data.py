@@ -138,6 +138,20 @@ def _demo(recipe: Recipe, console: Console) -> tuple[Task, Rows, tuple[list[Plac
     return task, read, (train, rest[: demo.held_out_rows])
 
 
+def _drawn(tables: Sequence[Table], parts: list[list[Placed]]) -> tuple[list[list[Placed]], str]:
+    """The rows that are drawn of files with weights, and how many. Raises `DataError` if a file would give none."""
+    found = drawn(parts, [table.weight for table in tables if table.weight is not None], seed=SPLIT_SEED)
+    told = []
+    for some, own in zip(found, parts, strict=True):
+        if not some:
+            raise DataError(
+                f"{own[0].source}: its weight draws none of its {len(own)} rows, as the others have too few; raise its "
+                "weight, or leave it out"
+            )
+        told.append(f"{len(some)} of {len(own)} rows of {own[0].source}")
+    return found, f"drawn by weight: {', '.join(told)}"
+
+
 def read_rows(
     task: Task,
     tables: Sequence[Table],
@@ -187,10 +201,9 @@ def read_rows(
             f"labels are read without white space around them and in the Unicode form NFC, which changes "
             f"{changed.total()} of them: {such}"
         )
-    if weights := [table.weight for table in tables if table.weight is not None]:
-        whole, parts = parts, drawn(parts, weights, seed=SPLIT_SEED)
-        counts = [f"{len(some)} of {len(own)} rows of {own[0].source}" for some, own in zip(parts, whole, strict=True)]
-        notes.append(f"drawn by weight: {', '.join(counts)}")
+    if any(table.weight is not None for table in tables):
+        parts, told = _drawn(tables, parts)
+        notes.append(told)
     there = dict.fromkeys(name for table in tables for name in table.columns)
     used = {part for name in columns.values() for part in (name, *name.split(" + "))}
     unused = tuple(name for name in there if name not in used)

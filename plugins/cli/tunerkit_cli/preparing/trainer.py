@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, PrinterCallback
+import torch
+from transformers import EarlyStoppingCallback, PrinterCallback, get_scheduler
 from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
 from tunerkit import TunerkitError
@@ -188,5 +189,15 @@ def refuse_untrainable(trainer: Any) -> None:
                 ]
             )
     with _refusing():
-        trainer.create_optimizer_and_scheduler(num_training_steps=100)  # any number: both are thrown away
-    trainer.optimizer = trainer.lr_scheduler = None
+        kind, settings = trainer.get_optimizer_cls_and_kwargs(arguments, trainer.model)
+        if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & settings.keys():
+            return  # it needs the model's own parameters, or hooks them
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1, 1))], **settings)
+        steps = 100  # any number: the schedule is thrown away
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+        )

@@ -29,6 +29,8 @@ def head_alone(task: Task, loaded: Pretrained, path: str, rows: tuple[Sequence[R
     began = time.perf_counter()
     head = loaded.model.get_submodule(path)
     (features, labels), (held_out, truth) = (_features(task, loaded, head, part) for part in rows)
+    if not (numpy.isfinite(features).all() and numpy.isfinite(held_out).all()):
+        raise NoBaselineError("no baseline: what the base computes is not finite everywhere")
     fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(features, labels)
     logits = numpy.full((len(truth), loaded.model.config.num_labels), -numpy.inf)
     logits[:, fitted.classes_] = fitted.predict_log_proba(held_out)  # a class may be in the held-out rows alone

@@ -32,7 +32,7 @@ class Embedding(Task):
     base_can: ClassVar[bool] = True
     max_length: ClassVar[int] = 512
     trainer: ClassVar[tuple[str, str]] = ("tunerkit_cli.tasks.ranking:RankingTrainer", Task.trainer[1])
-    # The loss depends on the size of a batch: that of held-out rows is then like that of training rows. The trainer
+    # The loss depends on the size of a batch, so that of held-out rows is by default that of training rows. The trainer
     # keeps the columns, which are tokenized batch by batch.
     defaults: ClassVar[Mapping[str, Any]] = {
         **Task.defaults,
