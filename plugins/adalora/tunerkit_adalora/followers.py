@@ -53,7 +53,7 @@ def refuse_split(tuner: Tuner, optimizer: Optimizer | None) -> None:
     left = {path: lam for path, lam in lams.items() if lam not in held}
     if not left:
         return
-    names = _found(lambda: _kinds(alive(Optimizer), lambda other: not _held(other).isdisjoint(left.values())))
+    names = _found(lambda: _kinds(_alive(Optimizer), lambda other: not _held(other).isdisjoint(left.values())))
     if names:
         raise StepError(
             f"another optimizer ({names}) trains λ of adapter {tuner.name!r} at {next(iter(left))!r}: masks are set "
@@ -83,7 +83,7 @@ def follower(tuner: Tuner, weights: Sequence[nn.Parameter], like: Tensor) -> str
 
 def warn_of_average(tuner: Tuner, final_step: int) -> None:
     """Warn if an `AveragedModel` averages the weights: re-parametrising the triplets makes its average meaningless."""
-    if _found(lambda: _is_averaged(tuner, alive(AveragedModel))):
+    if _found(lambda: _is_averaged(tuner, _alive(AveragedModel))):
         warn(
             f"adapter {tuner.name!r}: an AveragedModel averages it, but each allocation re-parametrises P, Λ and Q, so "
             f"the average is meaningless. Set exact_svd=False, or begin to average after step {final_step}, the last "
@@ -92,7 +92,7 @@ def warn_of_average(tuner: Tuner, final_step: int) -> None:
 
 
 def _obstacle(tuner: Tuner, weights: Sequence[nn.Parameter]) -> str:
-    found, own = alive(AveragedModel, Optimizer), optimizer_of(tuner)
+    found, own = _alive(AveragedModel, Optimizer), optimizer_of(tuner)
     if _is_averaged(tuner, found):
         return "an AveragedModel averages them, and its copy keeps their shapes"
     shrinks = None if own is None else own.state  # a wrapper may share its optimizer's state object
@@ -132,7 +132,7 @@ def _found(look: Callable[[], F]) -> F:
     return found
 
 
-def alive(*kinds: type) -> list[object]:
+def _alive(*kinds: type) -> list[object]:
     """Return all living objects of some classes, by a search, since torch has no list of them.
 
     There are half a million objects once transformers is imported: a Python loop over them takes a tenth of a second.
