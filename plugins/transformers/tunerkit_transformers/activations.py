@@ -89,9 +89,10 @@ def _measured(model: Any, rows: int, shape: tuple[int, ...], precision: torch.dt
     def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         layers[-1] += whole[0]
         shared.update(map(address, tensors_in(output, set())))
+        others = shared | own
         # What only this layer keeps is counted now, and would add up over all layers.
         for place, tensors in held:
-            if place not in shared | own:
+            if place not in others:
                 tensors.clear()
                 seen.discard(place)
 
@@ -100,7 +101,8 @@ def _measured(model: Any, rows: int, shape: tuple[int, ...], precision: torch.dt
     has_state = device.type not in ("cpu", "mps")  # torch keeps no state by device of mps
     random = torch.random.fork_rng([device], device_type=device.type) if has_state else torch.random.fork_rng([])
     with _in_training(model, begin, end), random, torch.enable_grad(), hooks, autocast:
-        output = model(**_batch(model, rows, shape, device))  # as long as it lives, no storage is given to others
+        # As long as the output lives, what is kept outside layers is not given to others.
+        output = model(**_batch(model, rows, shape, device))
     del output
     give_back()
     inside = sum(layers)
