@@ -183,7 +183,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="How many; contenders of one seed run after each other.")] = 3,
     contender: Annotated[str, typer.Option(help="Which, between commas.")] = ",".join((*OURS, "theirs", "tuned")),
     only: Annotated[str | None, typer.Option(hidden=True)] = None,
-    seed: Annotated[int, typer.Option(hidden=True)] = 0,
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
 ) -> None:
     """Print a line for each training, then each contender's medians as ratios to those of ``theirs``."""
     from tunerkit_cli.assets import cache_folder, demo_language_model, demo_model
@@ -193,18 +193,18 @@ def main(
         return print("RESULT", json.dumps(one(only, model, folder / data, seed)))
     (folder / data).mkdir(parents=True, exist_ok=True)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in contender.split(",")}
-    for seed in range(seeds):
-        rows = make_rows(data, steps * BATCH + HELD_OUT, seed)
+    for each_seed in range(seed, seed + seeds):
+        rows = make_rows(data, steps * BATCH + HELD_OUT, each_seed)
         for part, chosen in (("train", rows[HELD_OUT:]), ("eval", rows[:HELD_OUT])):
             (folder / data / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
         for name, results in found.items():
-            own = [sys.executable, "-m", "benchmarks.whole", str(folder), "--data", data, "--seed", str(seed)]
+            own = [sys.executable, "-m", "benchmarks.whole", str(folder), "--data", data, "--seed", str(each_seed)]
             done = subprocess.run([*own, "--only", name], capture_output=True, text=True)
             lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
             if not lines:
                 raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
             results.append(json.loads(lines[-1][7:]))
-            print(f"{seed} {name:18}", lines[-1][7:], flush=True)
+            print(f"{each_seed} {name:18}", lines[-1][7:], flush=True)
     for name, results in found.items() if "theirs" in found else ():
         pairs = [(each, other) for each, other in zip(results, found["theirs"], strict=True)]
         ratios = {
