@@ -60,7 +60,7 @@ _FACES: Final = ([__name__], [__name__, "plugin"])  # the modules whose `__getat
 
 
 def find(name: str) -> Any:
-    """Import a name at its first use, since torch takes seconds to import and the command's help does not need it."""
+    """Return a public name. Its module is imported only at the first use, since importing torch takes seconds."""
     if name not in _PLACES:
         return _brought(name)
     place = _PLACES[name]
@@ -69,7 +69,7 @@ def find(name: str) -> Any:
 
 
 def _brought(name: str) -> Any:
-    """Load a name that another distribution provides. Raises `VerbError`, or `AttributeError` for an unknown name."""
+    """Return a name that another distribution provides. Raises `VerbError`, or `AttributeError` for an unknown name."""
     # Python and notebooks look up names with underscores; `from tunerkit import hooks` calls this before it imports.
     if name.startswith("_") or any(each.name == name for each in pkgutil.iter_modules(__path__)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -99,7 +99,7 @@ def _brought(name: str) -> Any:
 
 @functools.cache
 def _points() -> dict[str, list["EntryPoint"]]:
-    """Return the group's entry points by name; of a distribution that is installed twice, the first on the path."""
+    """Return the entry points of `_GROUP` by name, from the first installation on the path of each distribution."""
     from importlib.metadata import distributions  # `import tunerkit` alone does without it
 
     found: dict[str, list[EntryPoint]] = {}
@@ -117,7 +117,7 @@ def _points() -> dict[str, list["EntryPoint"]]:
 
 
 def _error(text: str, kind: type[AttributeError]) -> Exception:
-    """Return an error of ``kind``; within ``from tunerkit import name``, an `ImportError`, whose text Python keeps."""
+    """Return an error of ``kind``; in ``from tunerkit import name`` an `ImportError`, as Python hides other texts."""
     frame = sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[:2] in _FACES:
         frame = frame.f_back

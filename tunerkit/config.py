@@ -126,12 +126,12 @@ class AdapterConfig:
 
     @property
     def total_steps(self) -> int | None:
-        """The length of training in optimizer steps. A method may define such a setting."""
+        """The length of training in optimizer steps; None if the method has no such setting."""
         return None
 
     @property
     def dropout(self) -> float:
-        """The share of the adapter's input that is dropped in training. A method may define such a setting."""
+        """The share of the adapter's input that is dropped in training; 0 if the method has no such setting."""
         return 0.0
 
     @classmethod
@@ -171,7 +171,7 @@ class AdapterConfig:
         return ()
 
     def problems(self) -> Iterable[str]:
-        """Override this to check fields against each other. It is called once each field is valid by itself.
+        """Override this to check fields against each other. It is called after each field was found valid by itself.
 
         Returns:
             One line per problem, which ends in the path: ``"expected init_rank <= 8, got 12 @ $.init_rank"``.
@@ -203,7 +203,7 @@ class AdapterConfig:
 
 
 def from_mapping(cls: type[Config], mapping: object) -> Config:
-    """Build the config that ``mapping`` describes. Raises `ConfigError` with every problem and its path."""
+    """Build a config of class ``cls`` from ``mapping``. Raises `ConfigError` with every problem and its path."""
     fields = _settings(cls)
     if not isinstance(mapping, Mapping):
         raise ConfigError([f"expected a mapping of settings, {_got(mapping)} @ $"])
@@ -212,7 +212,7 @@ def from_mapping(cls: type[Config], mapping: object) -> Config:
 
 # Any: a plugin defines the class of a format's options.
 def options_from(cls: Any, given: object) -> Any:
-    """Build an object of any attrs class, with a config's checks, from a mapping or from an object of that class.
+    """Build an object of an attrs class from a mapping, or from an object of that class, with the checks of a config.
 
     Raises `ConfigError` with every problem.
     """
@@ -230,7 +230,7 @@ def options_from(cls: Any, given: object) -> Any:
 
 
 def _arguments(fields: Fields, mapping: Mapping[Any, Any]) -> dict[str, Any]:
-    """Convert a mapping to keyword arguments. Raises `ConfigError` for unknown, missing and invalid fields."""
+    """Convert a mapping to a class's keyword arguments. Raises `ConfigError` for unknown, missing or invalid fields."""
     unknown = [key for key in mapping if key not in fields]
     problems = [_unknown(key, fields) for key in unknown[:_NAMED]]  # the search for the closest names takes time
     problems += [f"and {len(unknown) - _NAMED} more unknown keys @ $"] if len(unknown) > _NAMED else []
@@ -274,14 +274,14 @@ def _unknown(key: object, fields: Fields) -> str:
 
 
 def meant(key: str, fields: Iterable["attrs.Attribute[Any]"]) -> str:
-    """Return a hint on another library's setting: the equivalent in ``fields``, or an alternative; "" if unknown."""
+    """Return a hint on another library's setting ``key``: the equivalent field, or other advice; "" if unknown."""
     ours = [repr(field.name) for field in fields if key in field.metadata.get("aka", ())]
     instead = hints("settings").get(key)
     return f"; did you mean {' or '.join(ours)}?" if ours else f"; {instead}" if instead else ""
 
 
 def _read(fields: Fields, mapping: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
-    """Return the valid settings of ``mapping``, converted, and the problems of the invalid ones."""
+    """Return the converted values of the valid settings in ``mapping``, and one line for each invalid setting."""
     values: dict[str, object] = {}
     problems: list[str] = []
     for name, field in fields.items():
@@ -302,7 +302,7 @@ def _read(fields: Fields, mapping: Mapping[str, Any]) -> tuple[dict[str, object]
 
 
 def _located(error: Exception, path: str) -> Iterator[str]:
-    """Yield one line per problem in an error, with its path; includes errors of list elements and nested classes."""
+    """Yield one line with its path for each problem in an error, also in list elements and nested classes."""
     if isinstance(error, IterableValidationError):
         for problem, note in error.group_exceptions()[0]:
             yield from _located(problem, f"{path}[{note.index!r}]")
@@ -314,14 +314,14 @@ def _located(error: Exception, path: str) -> Iterator[str]:
 
 
 def large_in(config: Mapping[str, object], sizes: Iterable[int] = ()) -> list[str]:
-    """Return the paths of a config's numbers that are larger than usual settings and than all ``sizes``."""
+    """Return the paths of the numbers in a config that exceed both the usual settings and all ``sizes``."""
     usual = max([_USUAL, *sizes])
     inside = (found for name, value in config.items() if value for found in numbers_in(value, f"$.{name}"))
     return [path for path, number in inside if number > usual]
 
 
 def numbers_in(value: object, path: str) -> list[tuple[str, float]]:
-    """Return (path, number) for the numbers in a setting, except in attrs classes, which have their own ranges."""
+    """Return (path, number) for each number in a setting; skip attrs classes, whose fields are checked separately."""
     if isinstance(value, (int, float)):
         return [] if isinstance(value, bool) else [(path, value)]
     if not isinstance(value, (*_LISTS, dict)):
@@ -335,7 +335,7 @@ def numbers_in(value: object, path: str) -> list[tuple[str, float]]:
 
 
 class _WrongKindError(ValueError):
-    """The value's type is not the annotation's. In a union, another member may still accept the value."""
+    """A value does not have the annotated type. In a union, another member may still accept the value."""
 
     def __str__(self) -> str:
         value, cls = self.args
@@ -349,7 +349,7 @@ def _got(value: object) -> str:
 
 
 def _hint(text: str, kinds: tuple[object, ...]) -> str:
-    """Return a hint on a rejected text: a float in the notation of YAML 1.1, or the closest allowed values."""
+    """Return a hint on a rejected text: how to write a float in YAML, or the closest allowed values; "" if unknown."""
     found = _SCIENTIFIC.fullmatch(text)
     if found and float in kinds:
         whole, fraction, sign, exponent = found.groups()
@@ -358,7 +358,7 @@ def _hint(text: str, kinds: tuple[object, ...]) -> str:
 
 
 def _described(cls: Any) -> str:
-    """Describe an annotation for an error, such as ``list of str``; tuples too, since JSON and YAML have only lists."""
+    """Describe an annotation for an error, such as ``list of str``. A tuple is called a list, as in JSON and YAML."""
     origin, members = get_origin(cls), get_args(cls)
     if origin in _UNIONS:
         return " or ".join(map(_described, members))
@@ -376,7 +376,7 @@ def _described(cls: Any) -> str:
 
 
 def _choices(cls: Any) -> list[tuple[Any, Any]]:
-    """Return (value in JSON, member) for a Literal or an Enum; empty for other annotations."""
+    """Return (value in JSON, member) for each member of a Literal or an Enum; empty for other annotations."""
     members = get_args(cls) if get_origin(cls) is Literal else cls if isinstance(cls, EnumMeta) else ()
     return [(member.value if isinstance(member, Enum) else member, member) for member in members]
 
@@ -386,7 +386,7 @@ def _is_class(cls: Any) -> bool:
 
 
 def _check_annotations(cls: Any, outer: tuple[object, ...]) -> None:
-    """Raise `TypeError` if a field has an unsupported annotation; ``outer`` are the classes around an attrs class."""
+    """Raise `TypeError` if a field of ``cls`` has an unsupported annotation; the classes ``outer`` contain ``cls``."""
     for field in attrs.fields(attrs.resolve_types(cls)):
         if not _forms(field.type, (*outer, cls)):
             given = inspect.formatannotation(field.type)
@@ -399,7 +399,7 @@ def _check_annotations(cls: Any, outer: tuple[object, ...]) -> None:
 
 
 def _forms(cls: Any, outer: tuple[object, ...]) -> set[tuple[object, object]]:
-    """Return (JSON type, type that it is read as) for an annotation; empty if unsupported, as are ambiguous unions."""
+    """Return (JSON type, Python type) for each kind of value that an annotation allows; empty if it is unsupported."""
     if cls in _PLAIN:
         return {(float, float), (int, int)} if cls is float else {(cls, cls)}
     if cls is Path:
@@ -481,7 +481,7 @@ def _union(value: object, cls: Any) -> object:
 
 
 def _container(cls: Any) -> Callable[[object, Any], object]:
-    """Return the hook that reads a list or mapping: it checks type and length, then calls cattrs' own hook."""
+    """Return cattrs' hook that reads a list, set or mapping: it checks type and length, then calls cattrs' own hook."""
     origin, members = get_origin(cls), get_args(cls)
     kinds: Any = Mapping if origin in _MAPPINGS else (list, tuple, *_SETS) if origin in _SETS else (list, tuple)
     # In this converter, cattrs reads the container and the strict converter reads its elements.
@@ -502,7 +502,7 @@ def _container(cls: Any) -> Callable[[object, Any], object]:
 
 
 def _written(union: Any) -> Callable[[Any], object]:
-    """Return the hook that writes a union's value as its member does, with a class's name if there are several."""
+    """Return the hook that writes a union's value like its member type; if several are classes, with the class name."""
     hooks: dict[Any, Callable[[Any], Any]] = {}
     for member in get_args(union):
         kind = dict if get_origin(member) is Mapping else get_origin(member) or member

@@ -84,7 +84,7 @@ class BaseMismatchError(FileError):
 
 
 class TunerkitWarning(UserWarning):
-    """Something was left out or looks unintended, but training can continue. Its text is bounded like an error's."""
+    """Something was left out or looks unintended, but training can continue. The text is shortened like an error's."""
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*(bounded(each) if isinstance(each, str) else each for each in arguments))
@@ -99,7 +99,7 @@ def warn(text: str) -> None:
 
 
 def cut(text: str, width: int = WIDTH) -> str:
-    """Shorten ``text`` to ``width`` characters by cutting its middle; the end of a message has the advice."""
+    """Shorten ``text`` to ``width`` characters by cutting its middle, since the end of a message has the advice."""
     if len(text) <= width:
         return text
     gap = f" ...({len(text) - width} characters)... "
@@ -108,7 +108,7 @@ def cut(text: str, width: int = WIDTH) -> str:
 
 
 def first(lines: Sequence[str], shown: int = _PROBLEMS) -> list[str]:
-    """Return the first ``shown`` lines, and one more line with the number of the others."""
+    """Return the first ``shown`` lines; if there are more, also a line that counts the others."""
     return [*lines[:shown], *([f"and {len(lines) - shown} more problems"] if len(lines) > shown else [])]
 
 
@@ -122,7 +122,7 @@ def bounded(text: str) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a short repr of any value in one line, even if its own ``repr`` is long or raises."""
+    """Return a short repr of any value in one line, even if ``repr(value)`` is long or raises."""
     try:
         text = _SHORT.repr(value)
     except BaseException:  # a plugin's object may raise anything; Python refuses to print integers of 5,000 digits
@@ -131,7 +131,7 @@ def shown(value: object) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """Return an exception's class and message in one short line; of a `PluginError`, only the message."""
+    """Return an exception's class and message in one short line; for a `PluginError`, only the message."""
     try:
         text = " ".join(str(error).split())
     except BaseException as second:  # the exception of a plugin may raise another when it is printed
@@ -140,7 +140,7 @@ def error_text(error: BaseException) -> str:
 
 
 def is_of_user(error: BaseException) -> bool:
-    """Whether the user raised an exception, by Ctrl-C or in a signal handler, and not the running code."""
+    """Whether an exception was raised by Ctrl-C or inside a Python signal handler, rather than by the running code."""
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     codes = {handler.__code__ for handler in handlers if isfunction(handler)}
     frames = traceback.walk_tb(error.__traceback__)
@@ -148,7 +148,7 @@ def is_of_user(error: BaseException) -> bool:
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """Return a hint on a mistyped name, such as ``; did you mean 'adalora'?``, or ""."""
+    """Return a hint on a mistyped name, such as ``; did you mean 'adalora'?``; "" if no name is similar."""
     if len(name) > _LONGEST_NAME:
         return ""
     found = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=3, cutoff=0.6)
@@ -158,7 +158,7 @@ def closest(name: str, names: Iterable[str]) -> str:
 
 
 def half_character(text: str) -> str | None:
-    """Return a message on the first character that UTF-8 cannot encode; None if there is none."""
+    """Return a message about the first character of ``text`` that UTF-8 cannot encode; None if it can encode all."""
     try:
         text.encode()
     except UnicodeEncodeError as problem:

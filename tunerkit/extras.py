@@ -1,4 +1,4 @@
-"""The extras of tunerkit that support other libraries, for messages; no other file of core names distributions."""
+"""Tables of the extras that support other libraries, for messages. No other file of core names distributions."""
 
 import functools
 import pkgutil
@@ -24,7 +24,7 @@ _OF_TRANSFORMERS: Final = ("transformers", "trl", "accelerate", "timm", "torchvi
 
 
 class Reader(NamedTuple):
-    """An extra that reads adapters of other programs, and how to recognize their files without it."""
+    """An extra that reads other programs' adapters, and the file and tensor names that identify these adapters."""
 
     extra: str
     formats: tuple[str, ...]  # the names of the formats, see `tunerkit.export`
@@ -56,7 +56,7 @@ READERS: Final = (
 
 
 def reader_of(files: Collection[str], tensors: Iterable[str] = ()) -> Reader | None:
-    """Return the extra that reads a file or folder, by its file names and, if known, its tensor names; or None."""
+    """Return the reader for an adapter with these file names or, if known, tensor names; None if no reader matches."""
     names = [name for name in tensors if "lora" in name]  # as in all of these formats
     for reader in READERS:
         if any(file.endswith(reader.files) for file in files) or any(name.startswith(reader.tensors) for name in names):
@@ -108,7 +108,7 @@ ROWS: Final = "adapter_names"  # the argument of a forward that names an adapter
 
 @functools.cache
 def hints(kind: str) -> Mapping[str, str]:
-    """Return hints for names in other libraries, by name; ``kind`` is "calls", "settings" or "methods"."""
+    """Return {name in another library: hint for messages}; ``kind`` is "calls", "settings" or "methods"."""
     import tomllib  # only errors need it
 
     lines = tomllib.loads((pkgutil.get_data("tunerkit", "elsewhere.toml") or b"").decode())[kind]
@@ -117,13 +117,13 @@ def hints(kind: str) -> Mapping[str, str]:
 
 
 def elsewhere(name: str) -> str:
-    """Return the replacement for another library's call, as the end of a message; "" if there is none."""
+    """Return the end of a message with tunerkit's replacement for another library's call; "" if there is none."""
     found = hints("calls").get(name)
     return f": write {found}" if found else ""
 
 
 def serving(thing: object, *, described: bool = False) -> str | None:
-    """Return the extra that supports the library of an object's class or base classes; None if there is none.
+    """Return the extra for the library that defines an object's class or a base class; None if there is none.
 
     With ``described``, consider only extras that also find a model's settings and newly initialized modules.
     """

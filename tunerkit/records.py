@@ -56,7 +56,7 @@ def mistyped(value: Any, declared: Any, path: str = "") -> tuple[str, object, An
 
 
 def _is_of(value: Any, kind: Any, parts: tuple[Any, ...]) -> bool:
-    """Whether a value has a type; items of containers are not checked."""
+    """Whether a value has the type ``kind`` with the type arguments ``parts``; items of containers are not checked."""
     if kind is Literal:
         return value in parts
     if kind is Callable:
@@ -73,7 +73,7 @@ def _is_of(value: Any, kind: Any, parts: tuple[Any, ...]) -> bool:
 
 
 def _inside(value: Any, kind: Any, parts: tuple[Any, ...]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (step of the path, part, declared type) for the parts of a container."""
+    """Yield (step of the path, item, declared type) for each item of a container, and for the keys of a mapping."""
     if kind is Mapping:
         for key in value:
             yield f"[{key!r}]", key, parts[0]
@@ -85,7 +85,7 @@ def _inside(value: Any, kind: Any, parts: tuple[Any, ...]) -> Iterator[tuple[str
 
 
 def type_name(declared: Any) -> str:
-    """Return a type's name for messages; tunerkit's classes get the module from which plugins import them."""
+    """Return a type's short name for messages; tunerkit's classes are named as in `tunerkit.plugin`."""
     if get_origin(declared) is Literal:
         return f"one of {get_args(declared)}"
     is_class = isinstance(declared, type) and not get_args(declared)
@@ -109,12 +109,12 @@ Field: TypeAlias = "attrs.Attribute[Any]"
 
 
 def checked(cls: type, fields: list[Field]) -> list[Field]:
-    """Transformer for attrs: give each field without a validator the validator `typed`."""
+    """Field transformer of attrs: give each field without a validator the validator `typed`."""
     return [field if field.validator else field.evolve(validator=typed) for field in fields]
 
 
 def typed(record: Any, field: Field, value: Any) -> None:
-    """Validate a value against the field's annotation."""
+    """Validator of attrs: raise `RecordError` if a value does not have the field's annotated type."""
     try:
         conform(value, field.type)
     except Unfit as wrong:
@@ -491,18 +491,18 @@ class Holding:
     """Access to weights that a library offloads or shards.
 
     A plugin yields it from ``tunerkit_holdings``, with the functions that its library needs. Core needs values, shapes
-    and ties only of parameters that are empty or on the meta device. All processes call a function that gathers.
+    and ties only of parameters that are empty or on the meta device. All processes must call a function that gathers.
 
     Attributes:
         name: The library's name, as the subject of messages: "accelerate" offloads, "FSDP2" shards.
-        package: The library's package: until something imports it, no function is called. Empty if that proves nothing.
+        package: The library's package: no function is called before it is imported. Empty: always call them.
         way_out: The alternative to an operation that such weights do not support, as a sentence fragment.
         one_dtype: Why trained parameters must share one dtype (a sentence fragment), or "".
         offloads: Whether a module's own weights are on the meta device, and loaded during its forward only.
         load: Returns an offloaded weight or buffer, by its module and name, detached, on the module's execution device.
         device: The execution device, to which the library moves a module and its input; None if it does not move them.
-        forward: The instance-level forward that the library's wrapper calls; None if there is no wrapper, or if it
-            does more than move tensors.
+        forward: The instance-level forward that the library's wrapper calls; None if there is no wrapper, or if the
+            wrapper does more than move tensors.
         identity: Returns a number that is equal for tied weights, by the module, name and tensor of an offloaded
             weight; None if the library does not offload it.
         duplicate: Returns a deep copy of a module with its weights on the execution device. The second argument maps
@@ -514,8 +514,8 @@ class Holding:
             changes to them are lost. It yields a function (parameter name, full tensor) -> this process's shard of the
             tensor, as a copy.
         reshard_: Shards the weights of a model again that a forward has left gathered.
-        lent: Reason why in-place writes to a module's weights are currently discarded (a sentence without its end);
-            None if they persist.
+        lent: The reason why in-place writes to a module's weights are currently discarded (a sentence fragment); None
+            if they persist.
         outside: Returns a context manager in which new modules are not sharded.
     """
 
@@ -573,7 +573,7 @@ class NewModules:
         whole: The paths of modules in which all parameters are newly initialized.
         partly: The paths of modules with some newly initialized parameters.
         heads: The paths of output heads for which it cannot be determined whether they are new.
-        replaced: The paths of modules in numbered blocks that were replaced, which is why it cannot be determined.
+        replaced: The paths of replaced modules in numbered blocks, because of which ``heads`` may be new.
     """
 
     loader: str
@@ -590,7 +590,7 @@ Resized = tuple[Sequence[int], Sequence[int]]  # the shape that a weight needs, 
 class ModelLibrary:
     """A library's knowledge of its models, as a plugin yields it from ``tunerkit_model_libraries``.
 
-    For a model of another library, each function returns nothing, like the defaults.
+    For a model of another library, each function returns an empty answer, like the defaults.
 
     Attributes:
         applies: Whether a model, or a module in it, may be the library's. Otherwise no other function is called.

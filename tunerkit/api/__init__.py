@@ -1,4 +1,4 @@
-"""The verbs that users call. Each combines the packages below."""
+"""The verbs that users call. Each combines functions of the other packages."""
 
 from tunerkit.api.adapters import activate, active, adapters, delete, freeze, reference, rename, thaw
 from tunerkit.api.export import export, from_folder

@@ -92,7 +92,7 @@ class Callers:
 
 
 def callers_of(tuner: TunerView) -> Callers:
-    """Resolve the hooks that each step calls for an adapter."""
+    """Return the hooks that each step calls for an adapter, resolved once before training."""
     whose = registry.plugin_of(tuner.method)
 
     def caller(hook: Callable[..., object]) -> Caller | None:
@@ -151,7 +151,7 @@ def adds_products(method: str) -> bool:
 
 
 def statistics(tuner: TunerView) -> StatisticsRequest | None:
-    """Return the statistics that the method requests with the adapter's settings, or None."""
+    """Return the statistics that the method requests for the adapter's settings; None if it requests none."""
     asked = registry.get(tuner.method).statistics
     if not callable(asked):
         return asked
@@ -181,7 +181,7 @@ def factors(path: str, method: str, adapter: Adapter, base: BaseLayer) -> Factor
 def from_factors(
     method: str, targets: Sequence[Target], products: Mapping[str, Factors]
 ) -> tuple[AdapterConfig, Mapping[str, Adapter]]:
-    """Build a method's config, and its adapters by target path, from ``products`` by target path."""
+    """Build a method's config and adapters, by target path, from low-rank ``products`` by target path."""
     paths = [target.path for target in targets]
     if not paths or products.keys() != set(paths):
         raise AdapterError(
@@ -195,20 +195,20 @@ def from_factors(
 
 
 class Check(Protocol):
-    """Converts a hook's answer to core's type, or raises `Unfit`. ``given``: the hook's arguments, and ``method``."""
+    """Converts or rejects a hook's answer. ``given`` has the hook's arguments by name, and the name of the method."""
 
     def __call__(self, answer: Any, given: Given) -> Any: ...
 
 
 def check_shared(answer: Any, given: Given) -> Any:
-    """Reject a shared module that contains a base layer: the base layer would become a part of the adapter."""
+    """Return a shared module. Raises `Unfit` if it contains a base layer, which would become a part of the adapter."""
     if not {target.module for target in given["targets"]}.isdisjoint(answer.modules()):
         raise Unfit("a module that holds a base layer", "one with tensors of its own")
     return answer
 
 
 def check_adapter(answer: Adapter, given: Given) -> Adapter:
-    """Require an adapter to contain only its own tensors, and to declare its reads and valid ``rank_dims``."""
+    """Raise `Unfit` if an adapter contains the base or shared module, or declares invalid reads or ``rank_dims``."""
     inside, shared = set(answer.modules()), given["shared"]
     if given["target"].module in inside:
         does = "does not store it: forward receives the base layer as an argument"
@@ -231,7 +231,7 @@ def check_adapter(answer: Adapter, given: Given) -> Adapter:
 
 
 def _check_reads(answer: Adapter, method: str) -> None:
-    """Reject a class without ``reads_output`` or ``reads_weight``; for a plugin of API version 1, warn once."""
+    """Raise `Unfit` if a class does not declare ``reads_output`` and ``reads_weight``; for API version 1, only warn."""
     flags: dict[str, object] = {"reads_output": answer.reads_output, "reads_weight": answer.reads_weight}
     if all(isinstance(flag, bool) for flag in flags.values()):
         return
@@ -249,7 +249,7 @@ def _check_reads(answer: Adapter, method: str) -> None:
 
 
 def read_ranks(answer: Any, given: Given) -> dict[str, int]:
-    """Convert ranks, one for each target in any order, to ints in the order of the targets."""
+    """Return the rank of every target as an int, by path, in the order of the targets."""
     paths = [target.path for target in given["tuner"].targets]
     if not isinstance(answer, Mapping) or answer.keys() != set(paths):
         raise Unfit(shown(answer), "None, or a mapping with one rank for each target path")
@@ -257,12 +257,12 @@ def read_ranks(answer: Any, given: Given) -> dict[str, int]:
 
 
 def read_budget(answer: Any, given: Given) -> int:
-    """Convert a budget, in the method's unit, to an int."""
+    """Return a budget, in the method's unit, as an int."""
     return read_count(answer, "", "an int >= 0, or None")
 
 
 def read_count(value: Any, where: str, expected: str) -> int:
-    """Convert a plugin's count to an int; numpy's integers are accepted too."""
+    """Return a plugin's count as an int; numpy's integers are accepted. Raises `Unfit` if it is not an int >= 0."""
     try:
         count = -1 if isinstance(value, bool) else operator.index(value)
     except Exception:
@@ -273,7 +273,7 @@ def read_count(value: Any, where: str, expected: str) -> int:
 
 
 def read_parameters(answer: Any, given: Given) -> list[Tensor]:
-    """Convert the parameters that a step must not update to a list; reject a single tensor, an iterable of its rows."""
+    """Return a list of the parameters that a step must not update. Raises `Unfit` for a single tensor."""
     expected = "a list of the adapter's parameters, or None"
     if isinstance(answer, Tensor) or not isinstance(answer, Iterable):
         raise Unfit(in_short(answer), expected)
@@ -285,7 +285,7 @@ def read_parameters(answer: Any, given: Given) -> list[Tensor]:
 
 
 def check_groups(answer: Any, given: Given) -> Any:
-    """Require each parameter to be the adapter's own, and in one group only."""
+    """Raise `Unfit` if groups contain a parameter that is not the adapter's, or a parameter twice."""
     own, seen = {id(parameter) for parameter in given["tuner"].parameters()}, set[int]()
     for parameter in (parameter for group in answer for parameter in group.parameters):
         if id(parameter) not in own:
@@ -297,7 +297,7 @@ def check_groups(answer: Any, given: Given) -> Any:
 
 
 def check_delta(answer: Delta, given: Given) -> Delta:
-    """Check types, devices and shapes of a delta, since broadcasting could hide a wrong shape."""
+    """Raise `Unfit` for a delta of a wrong type, device or shape; broadcasting could hide a wrong shape."""
     shape = (given["base"].out_features, given["base"].in_features)
     for what, tensor, expected in (("weight", answer.weight, shape), ("bias", answer.bias, shape[:1])):
         if tensor is not None:
@@ -308,7 +308,7 @@ def check_delta(answer: Delta, given: Given) -> Delta:
 
 
 def check_factors(answer: Factors, given: Given) -> Factors:
-    """Check types, devices and shapes of factors."""
+    """Raise `Unfit` for factors of a wrong type, device or shape."""
     _check_tensor(answer.q, "q", given["adapter"])
     _check_tensor(answer.p, "p", given["adapter"])
     if (shapes := misfit(given["base"], answer)) is not None:
@@ -325,7 +325,7 @@ def _check_tensor(tensor: object, what: str, adapter: Adapter) -> None:
 
 
 def check_converted(answer: Any, given: Given) -> Any:
-    """Return a conversion's answer if its config has the method's class, and each target an adapter."""
+    """Raise `Unfit` if the config is not of the method's class, or the adapters are not one for each target."""
     settings, adapters = answer
     if not isinstance(settings, config := registry.get(given["method"]).config):
         raise Unfit(f"{in_short(settings)} as the config", f"a {config.__name__}")
@@ -335,7 +335,7 @@ def check_converted(answer: Any, given: Given) -> Any:
 
 
 def check_state(answer: Any, given: Given) -> Any:
-    """Require values that JSON can hold, since files store them as JSON."""
+    """Raise `Unfit` for values that JSON cannot hold, since files store them as JSON."""
     for name, value in answer.values.items():
         if not is_json(value):
             expected = "one that JSON can hold: text, bools, finite numbers, None, and lists and mappings of these"
@@ -344,7 +344,7 @@ def check_state(answer: Any, given: Given) -> Any:
 
 
 def check_restored(answer: Any, given: Given) -> None:
-    """Reject an answer other than None, which would be lost."""
+    """Raise `Unfit`: core ignores any answer other than None, so that a returned state would be lost."""
     raise Unfit(in_short(answer), "None; set tuner.state to what was restored")
 
 

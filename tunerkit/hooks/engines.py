@@ -50,7 +50,7 @@ class Pieces:
         return list(tensors)
 
     def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return this process's shards of full tensors, one for each parameter, as views. No collective."""
+        """Return this process's shard of each full tensor, one tensor for each parameter, as a view. No collective."""
         return list(tensors)
 
 
@@ -75,12 +75,12 @@ class Engine:
     Attributes:
         name: The engine's name in messages.
         is_shared: Whether the processes train one adapter together, so that one process writes for all. Such an engine
-            should reject optimizers whose steps depend on the loss, since each process has its own.
+            should reject optimizers whose steps depend on the loss, since each process has another loss.
         is_writer: Whether this process writes files. The other processes wait until the files exist.
         withholds: Whether the optimizer's step skips parameters without a gradient.
         splits: Whether adapters are sharded, so that all processes must take part in reading one.
         gives_pieces: Whether a method with ``Method.pieces`` gets shards and not gathered parameters.
-        fixed_shapes: Why parameters cannot be resized; None if they can. It must be equal in all processes.
+        fixed_shapes: The reason why parameters cannot be resized, equal in all processes; None if they can be resized.
     """
 
     is_shared = False
@@ -122,7 +122,7 @@ class Engine:
         """Called before each optimizer step. Raises `StepError` if the processes are not at the same step."""
 
     def no_sync(self) -> AbstractContextManager[object]:
-        """Inside the block, backwards accumulate this process's gradients only, if the engine averages gradients."""
+        """Inside the block, backwards accumulate this process's gradients and do not average them over processes."""
         return nullcontext()
 
     def whole(
@@ -142,7 +142,7 @@ class Engine:
         return nullcontext(same)
 
     def reshard_(self) -> None:
-        """Shard the adapters again if a forward has left them gathered, as `pieces` requires. No collective."""
+        """Shard adapters again that a forward has left gathered, since `pieces` needs shards. No collective."""
 
     def pieces(self, parameters: Sequence[nn.Parameter]) -> Pieces:
         """Return this process's shards of parameters; inside `whole`, the full parameters. No collective."""
@@ -165,7 +165,7 @@ class Engine:
         Args:
             place: The file's path in this process.
             content: A key of the content, equal in all processes if they write the same.
-            write: Writes the file, and returns its path. It is called only in the process with `is_writer`.
+            write: Writes the file, and returns its path. It is called only in the process where `is_writer` is True.
         """
         return write()
 
@@ -205,5 +205,5 @@ class TunerView(Protocol):
 
 
 def same(parameter: Tensor) -> Tensor:
-    """Return the parameter itself: without sharding, no gathered one replaces it."""
+    """Return ``parameter`` itself: without sharding, a gathered parameter is the parameter that the optimizer has."""
     return parameter

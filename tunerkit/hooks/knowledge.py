@@ -32,7 +32,7 @@ E = TypeVar("E", bound=Exception)
 
 
 def first(hook: Callable[P, R], /, *args: P.args, **given: P.kwargs) -> R | None:
-    """Return the first answer that is not None or False, else None. Raises `PluginError` for an invalid answer."""
+    """Return the first plugin's answer that is neither None nor False, else None. Raises `PluginError` if invalid."""
     for plugin, answer in registry.ask(hook, *args, **given):
         if answer is None:
             continue
@@ -44,13 +44,13 @@ def first(hook: Callable[P, R], /, *args: P.args, **given: P.kwargs) -> R | None
 
 
 def tell(hook: Callable[P, None], /, *args: P.args, **given: P.kwargs) -> None:
-    """Call a hook of every plugin, for its effects."""
+    """Call a hook of every plugin; the answers are ignored."""
     for _ in registry.ask(hook, *args, **given):
         pass
 
 
 def per_catalog(make: Callable[[], R]) -> Callable[[], R]:
-    """Cache the result of a function without arguments until plugins are added or removed."""
+    """Decorate a function without arguments: its result is cached until plugins are added or removed."""
 
     @functools.wraps(make)
     def made() -> R:
@@ -65,7 +65,7 @@ def per_catalog(make: Callable[[], R]) -> Callable[[], R]:
 
 @per_catalog
 def gather_knowledge() -> Knowledge:
-    """Return core's records, then every plugin's, so that a plugin cannot override core."""
+    """Return all records about layers and models. Core's come first, so that a plugin cannot override them."""
     kinds = _known(specs.tunerkit_base_layers)
 
     def leave_out(kind: type[BaseLayer], error: BaseException) -> None:
@@ -86,7 +86,7 @@ def gather_knowledge() -> Knowledge:
 
 @per_catalog
 def gather_formats() -> dict[str, Format]:
-    """Return the formats of all plugins by name; of two with the same name, the first."""
+    """Return the formats of all plugins by name. If two have the same name, the first plugin's is returned."""
     found: dict[str, Format] = {}
     for each in _records(specs.tunerkit_formats):
         found.setdefault(each.name, each)
@@ -95,7 +95,7 @@ def gather_formats() -> dict[str, Format]:
 
 @contextmanager
 def naming(format: Format, function: str) -> Iterator[None]:
-    """Inside the block, add a note with the format and its plugin to exceptions of the format's function."""
+    """If the block raises, add a note to the exception that names the format, its function and its plugin."""
     try:
         with Asking(function, f"format {format.name!r}"):
             yield
@@ -106,7 +106,7 @@ def naming(format: Format, function: str) -> Iterator[None]:
 
 
 def configure(method: str, config: object, model: nn.Module) -> AdapterConfig:
-    """Convert ``config`` to the method's config: a mapping, None, such a config, or another library's config object."""
+    """Return the method's config for a mapping, None (the defaults), a config, or another library's config object."""
     if config is None or isinstance(config, Mapping):
         return structure(method, config or {})
     expected, got = registry.get(method).config, type(config)
@@ -128,7 +128,7 @@ def configure(method: str, config: object, model: nn.Module) -> AdapterConfig:
 
 
 def because_of(record: R | None, hook: Callable[[], Iterable[R]], error: E) -> E:
-    """Return ``error`` with a note that names the plugin that returned ``record`` from ``hook``."""
+    """Add a note to ``error`` with the plugin whose ``hook`` returned ``record``; return ``error``."""
     for plugin, known in _known(hook):
         if known is record:
             error.add_note(f"because of {hook.__name__} of {plugin}; {plugin.way_out}")
@@ -148,7 +148,7 @@ def gather_restrictions() -> tuple[Restriction, ...]:
 
 
 def restrictions_of(kind: type) -> tuple[Restriction, ...]:
-    """Return the restrictions on a class or its base classes; cached by class."""
+    """Return the restrictions that name a class or one of its base classes; cached by class."""
     known: WeakKeyDictionary[type, tuple[Restriction, ...]]
     known = registry.loaded().known.setdefault(restrictions_of, WeakKeyDictionary())
     if kind not in known:
@@ -177,9 +177,9 @@ def adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
 def ranks_changed(
     tuner: TunerView, history: list[RankChange], step: int, budget: int, ranks: Mapping[str, int]
 ) -> None:
-    """Add an allocation to the history, and notify every plugin. If one raises, a warning names it.
+    """Add an allocation to the history, and notify every plugin. If a plugin raises, only warn.
 
-    The plugin is notified again next time, since a logger may fail once with the network.
+    After the next allocation that plugin is notified again, since a logger's failure may be temporary.
     """
     change = RankChange(step, budget, dict(ranks))
     history.append(change)
@@ -216,7 +216,7 @@ def _called(plugin: Plugin, what: str, declared: Any, function: Callable[..., An
 
 
 def _named(plugin: Plugin, record: R) -> R:
-    """Return the record with its functions wrapped: they check their answers, and name the plugin in exceptions."""
+    """Return a copy of the record whose functions check their answers and name the plugin in exceptions."""
     if not isinstance(record, Holding | ModelLibrary):
         return record
     kind, values = type(record), attrs.asdict(record, recurse=False)
@@ -241,7 +241,7 @@ def _records(hook: Callable[[], Iterable[R]]) -> tuple[R, ...]:
 
 
 def _known(hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plugin, R], ...]:
-    """Return (plugin, record) for all records from ``hook``, cached by catalog; plugins that fail are left out."""
+    """Return (plugin, record) for each record from ``hook``, cached in the catalog; plugins that fail are left out."""
     catalog = registry.loaded()  # before plugins are called, which may register others
     if hook not in catalog.known:
         catalog.known[hook] = _asked(catalog, hook)
@@ -275,5 +275,5 @@ def gather_holdings() -> list[Holding]:
 
 
 def libraries_of(model: nn.Module) -> list[ModelLibrary]:
-    """Return the records of all plugins that apply to a model."""
+    """Return the `ModelLibrary` records, of all plugins, that apply to a model."""
     return [each for each in _records(specs.tunerkit_model_libraries) if each.applies(model)]

@@ -51,17 +51,17 @@ class Plugin:
 
     @property
     def way_out(self) -> str:
-        """How to run without the plugin, for messages about its effects on others."""
+        """Advice on how to run without the plugin, for the end of a message."""
         if self.info.distribution == IN_PROCESS:
             return "to run without it, pass it to tunerkit.unregister"
         return f"to run without it, list the plugins that may load in the environment variable {VARIABLE}"
 
 
 def blame(error: BaseException, what: str, whose: object, place: str = "") -> None:
-    """Add a note to an exception of a plugin: its function ``what``, the plugin ``whose``, and the subject ``place``.
+    """Add a note to a plugin's exception, with the function ``what``, the plugin ``whose`` and the subject ``place``.
 
-    Raises `PluginError` for an invalid answer, and in place of SystemExit and the like, which would end the program
-    silently. ``whose`` is a `Plugin` or a description of one.
+    Raises `PluginError` instead if the exception reports an invalid answer, or would end the program, like SystemExit.
+    ``whose`` is a `Plugin` or a description of one.
     """
     if is_of_user(error):
         return
@@ -80,7 +80,7 @@ def blame(error: BaseException, what: str, whose: object, place: str = "") -> No
 
 @attrs.frozen
 class Asking(AbstractContextManager[object]):
-    """Context manager around a call of a plugin: passes an exception to `blame`, with these fields as arguments."""
+    """Context manager for a call of a plugin: if the call raises, `blame` gets the exception and these fields."""
 
     what: str
     whose: object
@@ -93,7 +93,7 @@ class Asking(AbstractContextManager[object]):
 
 @attrs.frozen
 class Isolated(AbstractContextManager[object]):
-    """Context manager: passes any exception to ``failed``, even SystemExit; only the user's own Ctrl-C is raised."""
+    """Context manager that suppresses exceptions, even SystemExit, and passes them to ``failed``; Ctrl-C is raised."""
 
     failed: Callable[[BaseException], None]
 
@@ -110,8 +110,9 @@ class Catalog:
 
     ``failures`` are plugins that could not be loaded or are not used. ``left_out`` maps (plugin, hook) to the reason
     why the plugin's answers are ignored. ``limit`` has the entry points that may load; None allows all. ``owners`` maps
-    a method to the distribution named after it, else to the first plugin with it. ``hooks`` maps each hook to pluggy's
-    callers of single plugins, in call order: by distribution, then in-process, ``trylast`` last. ``known`` is a cache.
+    a method to the plugin of its namesake distribution, else to the first plugin with it. ``hooks`` maps each hook to
+    pluggy's callers of single plugins, in call order: by distribution, then in-process, ``trylast`` last. ``known`` is
+    a cache.
     """
 
     plugins: tuple[Plugin, ...]
@@ -152,7 +153,7 @@ class Catalog:
         return [plugin for plugin in self.hooks[name] if (plugin, name) not in self.left_out]
 
     def call(self, plugin: Plugin, hook: Callable[..., object], given: Mapping[str, object]) -> Any:
-        """Call a plugin's implementation through pluggy; None if it has none. A generator becomes a tuple."""
+        """Return a plugin's answer to a hook; None if it does not implement the hook. A generator becomes a tuple."""
         if (caller := self.hooks[hook.__name__].get(plugin)) is None:
             return None
         answer: Any = caller(**given)
@@ -162,13 +163,13 @@ class Catalog:
         return tuple(answer) if isinstance(answer, Iterator) and hook is not specs.tunerkit_start else answer
 
     def owner_of(self, method: str, hook: Callable[..., object]) -> Plugin:
-        """Return the plugin that owns a method. Raises `PluginError`, with the hook's name, if it is gone."""
+        """Return the plugin that owns a method. Raises `PluginError`, which names ``hook``, if no plugin owns it."""
         if method not in self.owners:
             raise PluginError(f"{hook.__name__} needs the plugin of method {method!r}: {self.missing(method)}")
         return self.owners[method]
 
     def listed(self) -> dict[str, MethodInfo]:
-        """Return a record for each method by its name, and one for each failure by the name of its entry point."""
+        """Return a record for each method, by name, and for each failure, by the name of its entry point."""
         found = {name: owner.info for name, owner in self.owners.items()}
         in_part = [(key[0].entry, attrs.evolve(key[0].info, error=text)) for key, text in self.left_out.items()]
         for name, info in (*self.failures, *in_part):
@@ -178,7 +179,7 @@ class Catalog:
         return dict(sorted(found.items()))
 
     def missing(self, name: object) -> str:
-        """Return a message on a missing method: installed and similar methods, failed plugins, the limit on loading."""
+        """Return a message on a missing method: similar and installed methods, failed plugins, the limit on loading."""
         installed = (
             few(sorted(self.owners), shown=40) or "none (each is a separate distribution, such as tunerkit-lora)"
         )
@@ -211,8 +212,8 @@ class Catalog:
 def load(distributions: Iterable[metadata.Distribution] | None) -> Catalog:
     """Load each plugin separately, then decide which plugin owns each method.
 
-    An exception at a plugin's import, even SystemExit, is recorded as its failure. Only the user's own Ctrl-C is
-    raised. A plugin is not used if all of its methods belong to other plugins.
+    An exception at a plugin's import, even SystemExit, is recorded as the plugin's failure. Only the user's own Ctrl-C
+    is raised. A plugin is not used if all of its methods belong to other plugins.
     """
     sources, unreadable = _discover(metadata.distributions() if distributions is None else distributions)
     limit = _read_limit(point.name for point, _ in sources)
@@ -248,10 +249,10 @@ def load(distributions: Iterable[metadata.Distribution] | None) -> Catalog:
 def _discover(
     distributions: Iterable[metadata.Distribution],
 ) -> tuple[list[tuple[metadata.EntryPoint, MethodInfo]], list[Failure]]:
-    """Return the entry points of the group, sorted by distribution, and the distributions that cannot be read.
+    """Return the entry points of `GROUP`, sorted by distribution, and the distributions that cannot be read.
 
-    If a distribution is installed twice, only the first one on the path counts, as for Python's imports. A second one
-    of another version is listed as a failure.
+    If a distribution is installed twice, only the first one on the path counts, as for Python's imports. A second
+    installation of another version is listed as a failure.
     """
     sources: dict[str, list[tuple[metadata.EntryPoint, MethodInfo]]] = {}
     failures = []
@@ -283,7 +284,7 @@ def _canonical(name: str) -> str:
 def _read_limit(installed: Iterable[str]) -> frozenset[str] | None:
     """Return the entry points that the environment variable allows; None allows all.
 
-    Raises `PluginError` if one of them is not installed.
+    Raises `PluginError` if an allowed entry point is not installed.
     """
     value = os.environ.get(VARIABLE)
     if value is None:
@@ -315,7 +316,7 @@ def _register(manager: pluggy.PluginManager, plugin: object, entry: str) -> None
 
 
 def admit(manager: pluggy.PluginManager, plugin: object, entry: str, info: MethodInfo) -> Plugin:
-    """Check a plugin, register it in the manager, and read its methods. Raises `PluginError` if it is broken."""
+    """Check a plugin, register it in the manager, and return its record. Raises `PluginError` if it is broken."""
     api = _read_api(plugin)
     _check_hooks(manager, plugin)
     try:
@@ -373,7 +374,7 @@ def _check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
 
 
 def _methods_of(hooks: Mapping[str, Callable[..., Any]]) -> dict[str, Method]:
-    """Read the plugin's `Method` records by name. Raises `PluginError` if one is invalid or lacks its hooks."""
+    """Return the plugin's `Method` records by name. Raises `PluginError` for an invalid record or a missing hook."""
     methods: dict[str, Method] = {}
     for method in hooks.get("tunerkit_methods", tuple)() or ():
         if not isinstance(method, Method):

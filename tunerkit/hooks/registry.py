@@ -33,22 +33,22 @@ class Registry:
         self.catalog: Catalog | None = None
 
     def named(self, name: str) -> str:
-        """Return a method's name in its own spelling, from any case. Raises `UnknownMethodError`, as `get` does."""
+        """Return a method's name as its plugin spells it, given in any case. Raises `UnknownMethodError`."""
         owners = self.loaded().owners
         alike = [own for own in owners if own.casefold() == str(name).casefold()]
         return alike[0] if name not in tuple(owners) and len(alike) == 1 else self.get(name).name
 
     def get(self, name: str) -> Method:
-        """Return the method with this name. Raises `UnknownMethodError` with close matches and failed plugins."""
+        """Return the method with this name. Raises `UnknownMethodError`, which lists similar names and failures."""
         return self._owner(name).methods[name]
 
     def methods(self) -> dict[str, MethodInfo]:
         """List the installed methods and the plugins that failed to load.
 
         Returns:
-            A record for each method, by its name. A plugin that failed to load is listed by its entry point's name,
-            with its error; so is a plugin with working methods of which other records, such as base layers, were left
-            out. If two distributions provide the same method, the rejected one is ``"name (distribution)"``.
+            A record for each method, by its name. A plugin that failed to load is listed with its error, by its entry
+            point's name; so is a plugin whose methods work but whose other records, such as base layers, were left out.
+            If two distributions provide the same method, the rejected one is ``"name (distribution)"``.
 
         Raises:
             PluginError: ``TUNERKIT_PLUGINS`` names a plugin that is not installed.
@@ -56,7 +56,7 @@ class Registry:
         return self.loaded().listed()
 
     def warn_of_rivals(self, method: str) -> None:
-        """Warn of each other distribution that provides ``method`` and is not used for it."""
+        """Warn of each distribution whose ``method`` is not used because another distribution provides it too."""
         for name, info in self.loaded().failures:
             if name == f"{method} ({info.distribution})":
                 warn(str(info.error))
@@ -70,14 +70,14 @@ class Registry:
         return f"the plugin of method {method!r} ({self.owner_of(method).distribution})"
 
     def lacking(self, what: str, extra: str | None = None) -> str | None:
-        """Return a message that ``what`` needs an extra, and how to install the extra; None if it is loaded."""
+        """Return a message that the extra for ``what`` (a verb phrase) is missing; None if the extra is loaded."""
         extra = extra or extras.DOES[what]
         distribution = extras.distribution(extra)
         absent = self.loaded().absence(distribution)
         return None if absent is None else f"{distribution} {what}, but {absent} ({extras.install(extra)})"
 
     def unserved(self, thing: object, *, described: bool = False) -> str:
-        """Return how to install the plugin for an object's library; "" if it is loaded, or there is none."""
+        """Return how to install the plugin for an object's library; "" if it is loaded or there is no such plugin."""
         extra = extras.serving(thing, described=described)
         return "" if extra is None else self.lacking("knows its library", extra) or ""
 
@@ -87,14 +87,14 @@ class Registry:
         return catalog.owners.get(method) in catalog.hooks[hook.__name__]
 
     def implementation(self, hook: Callable[..., object], method: str) -> pluggy.HookImpl | None:
-        """Return a hook's implementation by the plugin that owns the method, or None. Callers may keep the result."""
+        """Return the hook implementation of the method's plugin; None if there is none. Callers may keep the result."""
         catalog = self.loaded()
         owner = catalog.owners.get(method)
         caller = None if owner is None else catalog.hooks[hook.__name__].get(owner)
         return None if caller is None else caller.get_hookimpls()[0]
 
     def ask(self, hook: Callable[P, object], /, *args: P.args, **given: P.kwargs) -> Iterator[tuple[Plugin, Any]]:
-        """Call a hook of one plugin after another, as the caller iterates; yield (plugin, answer)."""
+        """Yield (plugin, answer) for each plugin with the hook; a plugin is called when the caller reaches it."""
         catalog = self.loaded()
         for plugin in catalog.asked(hook):
             with Asking(hook.__name__, plugin):
@@ -165,7 +165,7 @@ class Registry:
         return catalog.owners[name]
 
     def loaded(self) -> Catalog:
-        """Return the catalog. The first use loads the plugins, under the lock."""
+        """Return the catalog. The first call loads the plugins, while it holds the lock."""
         if (catalog := self.catalog) is not None:
             return catalog
         with self._lock:

@@ -95,7 +95,7 @@ def tunerkit_methods() -> Iterable[Method]:
     """Yield the methods that this plugin provides.
 
     Fires once, when the plugin is loaded: at the first use of any method, or in ``tunerkit.register``. Other plugins
-    may not be loaded yet. A plugin without methods leaves it out.
+    may not be loaded yet. A plugin without methods omits this hook.
     """
 
 
@@ -132,7 +132,7 @@ def tunerkit_default_targets() -> Iterable[DefaultTargets]:
 
 @hookspec
 def tunerkit_model_libraries() -> Iterable[ModelLibrary]:
-    """Return a library's knowledge of its models: output heads, new modules, settings and ties.
+    """Return records about a library's models: output heads, new modules, settings and tied weights.
 
     Fires when a model is wrapped, merged or made dense, and when an adapter is saved or loaded. An exception in a
     function of the record reaches the user; a wrong answer is a `PluginError`.
@@ -156,10 +156,10 @@ def tunerkit_build_adapter(
 ) -> Adapter:
     """Build the adapter of one target. Every plugin with a method must implement this hook.
 
-    Fires once per target in ``wrap`` and in ``load``, with core's seed set, before anything is injected. ``base`` has
-    the number of features and the weights, which must not be changed; ``shared`` is what `tunerkit_shared` built. Core
-    then moves the adapter to the base layer's device and the config's dtype. If ``loading``, values from a file replace
-    the initial ones: do not compute initial values from the weight, which may be missing.
+    Fires once per target in ``wrap`` and in ``load``, with core's seed set, before anything is injected. ``base`` gives
+    sizes and weights of the base layer; do not change it. ``shared`` is the module from `tunerkit_shared`. Core then
+    moves the adapter to the base layer's device and the config's dtype. If ``loading``, values from a file replace the
+    initial values later: do not read the base layer's weight then, since it may be missing.
     """
 
 
@@ -167,14 +167,14 @@ def tunerkit_build_adapter(
 def tunerkit_wrapped(model: nn.Module) -> None:
     """Prepare a model for use by another library, after the model's first adapter was injected.
 
-    Fires in ``wrap`` and ``load``; `tunerkit_unwrapped` undoes it. If it raises or changes weights, nothing is
+    Fires in ``wrap`` and ``load``; `tunerkit_unwrapped` undoes it. If the hook raises or changes weights, nothing is
     injected.
     """
 
 
 @hookspec
 def tunerkit_unwrapped(model: nn.Module) -> None:
-    """Undo what `tunerkit_wrapped` did.
+    """Undo the changes that `tunerkit_wrapped` made to a model.
 
     Fires when the last adapter was removed from a model, and for a copy of a submodule without adapters. It fires again
     after ``unwrap`` replaced layers by dense ones, and after an interrupted call.
@@ -192,7 +192,7 @@ def tunerkit_adapted(model: nn.Module, modules: Sequence[nn.Module]) -> None:
 
 @hookspec
 def tunerkit_holdings() -> Iterable[Holding]:
-    """Return how to access weights that a library offloads or shards.
+    """Return records with functions that read weights which a library offloads or shards.
 
     Fires when core finds weights that are empty or on the meta device, and in verbs that copy, merge or write. A
     forward with ordinary weights never calls it.
@@ -201,7 +201,7 @@ def tunerkit_holdings() -> Iterable[Holding]:
 
 @hookspec
 def tunerkit_restrictions() -> Iterable[Restriction]:
-    """Return the verbs that do not work with a library that manages weights or adds modules, and the alternatives.
+    """Return the verbs that fail with a library that manages weights or adds modules, with reasons and alternatives.
 
     Fires when a model is wrapped, attached, saved or merged. The first restriction that applies raises an error.
     """
@@ -214,7 +214,7 @@ def tunerkit_restrictions() -> Iterable[Restriction]:
 def tunerkit_calibrate(
     tuner: TunerView, statistics: Mapping[str, Statistics], bases: Mapping[str, BaseLayer]
 ) -> Mapping[str, int] | None:
-    """Initialize adapters and set ranks from statistics of the data; return the rank by target path if they changed.
+    """Initialize adapters and ranks from statistics of the data; return the rank by target path if ranks changed.
 
     Fires in ``tunerkit.calibrate``, before training, for a method with ``statistics`` in its record. ``statistics`` and
     ``bases`` have one entry for each target's path; do not change the base layers. Afterwards, the adapters must still
@@ -227,13 +227,13 @@ def tunerkit_calibrate(
 def tunerkit_reference(model: nn.Module) -> nn.Module | None:
     """Return a module that computes the wrapped model's present output, unaffected by later training.
 
-    Fires in ``tunerkit.reference``, until a plugin returns a module. Return None to leave it to another plugin.
+    Fires in ``tunerkit.reference``, until a plugin returns a module. Return None to leave the model to another plugin.
     """
 
 
 @hookspec(firstresult=True)
 def tunerkit_param_groups(tuner: TunerView) -> Iterable[ParamGroup] | None:
-    """Return parameters with their own learning rate or weight decay; all others are trained as usual.
+    """Return the parameters that need another learning rate or weight decay; all others keep the optimizer's.
 
     Fires in ``tunerkit.param_groups``, and when an attached Trainer builds its optimizer.
     """
@@ -256,10 +256,10 @@ def tunerkit_engine(
 ) -> tuple[Engine, object] | None:
     """Return the engine that shards or synchronizes the adapters of a training with several processes.
 
-    Fires when adapters are attached to an optimizer, until a plugin returns an engine. Return None to leave it to
-    another plugin; if none returns an engine, the process trains alone. tunerkit-distributed supports every training,
-    and is called last (``tunerkit.hookimpl(trylast=True)``). Return the engine, see `tunerkit.plugin.Engine`, and the
-    object that gets the step hooks: ``candidate``, or an optimizer of torch in its place.
+    Fires when adapters are attached to an optimizer, until a plugin returns an engine. Return None to leave the
+    training to another plugin; if none returns an engine, the process trains alone. tunerkit-distributed supports every
+    training, and is called last (``tunerkit.hookimpl(trylast=True)``). Return the engine, see `tunerkit.plugin.Engine`,
+    and the object that gets the step hooks: ``candidate``, or an optimizer of torch in its place.
     """
 
 
@@ -268,8 +268,8 @@ def tunerkit_start(tuner: TunerView, total_steps: int | None, optimizer: Optimiz
     """Check the schedule, and return the method's own training state. Core stores it as ``tuner.state``.
 
     Fires when the model is attached, before the first step. ``total_steps`` is None if the length of training is
-    unknown: a method that needs it must raise here, not during training. A method that grows must raise here if
-    `tunerkit.plugin.resize_obstacle` returns a reason. ``optimizer`` is an optimizer of torch; None if it does not
+    unknown: a method that needs it must raise here, not during training. A method that grows parameters must raise here
+    if `tunerkit.plugin.resize_obstacle` returns a reason. ``optimizer`` is an optimizer of torch; None if it does not
     support hooks.
     """
 
@@ -301,13 +301,13 @@ def tunerkit_finish(tuner: TunerView) -> Mapping[str, int] | None:
     """Make the final allocation now, regardless of the schedule; return the rank by target path.
 
     Fires in ``tuner.finish()``, when training ends earlier than planned. Gradients may be missing. A method without a
-    schedule leaves it out.
+    schedule omits this hook.
     """
 
 
 @hookspec(firstresult=True)
 def tunerkit_budget(tuner: TunerView, step: int | None) -> int | None:
-    """Return the budget in force after ``step`` optimizer steps; None means now.
+    """Return the budget in force after ``step`` optimizer steps; if ``step`` is None, the current budget.
 
     Fires in ``tuner.budget(step)``, possibly before the tuner is attached, and must not change anything. Without this
     hook, the budget is the sum of the live ranks.
@@ -332,8 +332,8 @@ def tunerkit_delta(adapter: Adapter, base: BaseLayer) -> Delta:
 
     Fires once per target in ``merge``, with gradients disabled, before anything is merged. ``weight`` is always (out,
     in), as in ``nn.Linear``, and ``bias`` is (out,). Core converts the weight to the base layer's own layout. It also
-    fires in every forward of a module that uses a layer's weight directly, as attention does. The adapter's own forward
-    is never called there, so do not detach the result: its gradients train the adapter.
+    fires in every forward of a module that uses a layer's weight directly, as attention does. In such a module the
+    adapter's forward is never called, so do not detach the result: its gradients train the adapter.
     """
 
 
@@ -342,7 +342,7 @@ def tunerkit_factors(adapter: Adapter, base: BaseLayer) -> Factors:
     """Return one adapter's current ΔW as a product of two small matrices.
 
     Fires wherever a product is sufficient, or better than a dense matrix. A method with this hook needs
-    `tunerkit_delta` only if it also adds to the bias. Multiply all factors into the two matrices, as
+    `tunerkit_delta` only if it also adds to the bias. Multiply the scale, λ and masks into the two matrices, as
     `tunerkit.plugin.low_rank_factors` does. Leave out triplets that add nothing. Do not detach the matrices.
     """
 
@@ -382,7 +382,7 @@ def tunerkit_state(tuner: TunerView) -> State | None:
     """Return the method's training state, such as averages and masks, without the adapter's weights.
 
     Fires in ``save_state``, between two steps, for an attached tuner. Core saves weights, config and step count itself.
-    ``tensors`` and ``values`` are by name; values must be representable in JSON.
+    ``tensors`` maps names to tensors, ``values`` names to values that JSON can hold.
     """
 
 
@@ -392,6 +392,6 @@ def tunerkit_restore(tuner: TunerView, state: State) -> None:
 
     Fires in ``load_state``, after `tunerkit_start` and before the first step. The adapters have the saved run's weights
     already, and ``tuner.steps`` and ``tuner.history`` are set from the file. Core has verified that the state is
-    undamaged and that method and targets match. Raise an error if names or shapes do not fit: core then rolls back the
-    adapters and ``tuner.state``.
+    undamaged and that method and targets match. Raise an error if names or shapes in the state do not fit: core then
+    rolls back the adapters and ``tuner.state``.
     """

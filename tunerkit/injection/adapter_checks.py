@@ -26,7 +26,7 @@ _SAVE_BASE = "save the base too, inside tunerkit.disabled(model), and load the a
 
 
 def refuse_lost(tuners: Iterable[Tuner]) -> None:
-    """Raise `AdapterError` naming the modules that were replaced, resized or stripped of their hook after wrapping."""
+    """Raise `AdapterError` if an adapted module was replaced, resized or quantized after wrapping, or lost its hook."""
     lost = dict.fromkeys(found for tuner in tuners for found in _lost(tuner))  # several adapters may lose one module
     if lost:
         grouped = {reason: [path for path, other in lost if other == reason] for _, reason in lost}
@@ -62,7 +62,7 @@ def _lost(tuner: Tuner) -> Iterator[tuple[str, str]]:
 
 
 class _Watch(NamedTuple):
-    """The state of `watch` for one model, until `report`; modules are named by their paths."""
+    """The state of `watch` for one model, until `report`. Modules are given by their paths."""
 
     ran: set[str]  # modules that ran in eager mode
     owners: dict[str, tuple[str, nn.Module]]  # the owner of each adapted module, from before any change of the model
@@ -95,27 +95,27 @@ def _unwatch(model: nn.Module) -> None:
 
 
 def _owner(model: nn.Module, path: str) -> tuple[str, nn.Module]:
-    """Return (path, module) at ``path``, or of the closest ancestor that is not a ModuleList or ModuleDict."""
+    """Return (path, module) at ``path``; for a ModuleList or ModuleDict, of its closest ancestor that is neither."""
     found = model.get_submodule(path)
     return _owner(model, parent(path)) if path and isinstance(found, _LISTS) else (path, found)
 
 
 def note_call(ran: set[str], path: str, module: nn.Module, args: Any) -> None:
-    """Forward pre-hook of watched modules, with ``ran`` and ``path`` bound: add ``path`` to ``ran``."""
+    """Forward pre-hook of the watched module at ``path``: add ``path`` to ``ran``, the modules that ran."""
     # Not under compile: compiled code must not have a Python side effect in each call.
     if not torch.compiler.is_compiling():
         ran.add(path)
 
 
 def note_used(model: nn.Module, paths: Iterable[str]) -> None:
-    """Count the modules at ``paths`` as run, since their weights were used directly."""
+    """Mark the modules at ``paths`` as run, since their owner used their weights directly."""
     watched: _Watch | None = vars(model).get(WATCHED)
     if watched is not None:
         watched.ran.update(paths)
 
 
 def report(model: nn.Module, *call: Any) -> None:
-    """Forward hook of the model, also called by a step: warn once about adapters that never ran.
+    """Warn once about adapters that never ran. A forward hook of the model, also called by an optimizer step.
 
     Compiled calls are ignored. Raises `AdapterError` if adapted modules were replaced after wrapping.
     """
@@ -150,9 +150,9 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def warn_of_base_changes(tuners: Sequence[Tuner], *, again: bool = True) -> None:
-    """Warn if the base of ``tuners`` (of one model) is trained, and if it was resized.
+    """Warn if parameters of the tuners' common base are trained, and if some were resized.
 
-    With ``again=False``, parameters that an earlier warning named are left out.
+    With ``again=False``, a warning is omitted if earlier warnings have named all of its parameters.
     """
     base, told = list(_base_parameters(tuners[0].model)), wrapped_of(tuners[0].model).told
     thawed = [name for name, parameter, is_covered in base if parameter.requires_grad and not is_covered]
@@ -171,7 +171,7 @@ def warn_of_base_changes(tuners: Sequence[Tuner], *, again: bool = True) -> None
 
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """Yield (name, parameter, whether its module has a trained copy) for the base's own parameters."""
+    """Yield (name, parameter, is_covered) for each parameter of the base; True if an adapter trains a copy of it."""
     copied: set[str] = set()
     for path, module, slots in places_in(model):
         if slots is not None and slots.copies:

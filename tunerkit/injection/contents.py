@@ -64,7 +64,7 @@ def copies_of(tuner: Tuner) -> dict[str, dict[str, Tensor]]:
 
 
 def biases_of(tuner: Tuner) -> dict[str, Tensor]:
-    """Return the biases (out,) that an adapter trains as CPU tensors by module, without modules trained in full."""
+    """Return the biases (out,) that an adapter trains by module path, on the CPU, except in modules trained in full."""
     return {path: slot.bias.detach().cpu() for path, slot in slots_in(tuner) if slot.bias is not None}
 
 
@@ -91,7 +91,7 @@ def trainable_parameters(model: nn.Module) -> Summary:
 
 
 def regrouped(groups: Iterable[dict[str, Any]], tuners: Iterable[Tuner]) -> list[dict[str, Any]]:
-    """Split an optimizer's ``groups``: parameters with settings from a method are moved to new groups at the end.
+    """Return an optimizer's ``groups``, with parameters that have a method's settings moved to new groups at the end.
 
     The old groups stay, even if empty. If no method has settings, the groups are unchanged, so that an optimizer's
     saved state still fits.

@@ -18,7 +18,7 @@ from tunerkit.records import Delta
 
 
 def adapted_tensors(path: str, module: nn.Module, slots: Slots, base: BaseLayer | None = None) -> dict[str, Any]:
-    """Return new values of the parameters and buffers of ``module`` that active slots change, by their local name.
+    """Return new values of the parameters and buffers of ``module`` that active slots change, by local name.
 
     The dtypes are the module's own. A missing bias counts as zeros. With gradients on, gradients reach the adapters'
     parameters. For a packed weight, the values are the attributes that store it. For a dense copy of a packed
@@ -71,7 +71,7 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _refuse_untrainable(method: str, adapter: Adapter, delta: Delta) -> None:
-    """Raise `PluginError` for a delta that is detached from the adapter's parameters, which would not be trained."""
+    """Raise `PluginError` if a delta has no gradient, since the adapter's parameters would not be trained."""
     trained = any(parameter.requires_grad and parameter.numel() for parameter in adapter.parameters())
     has_gradient = any(part is not None and part.requires_grad for part in (delta.weight, delta.bias))
     if torch.is_grad_enabled() and trained and not has_gradient:
@@ -87,7 +87,7 @@ def _refuse_untrainable(method: str, adapter: Adapter, delta: Delta) -> None:
 
 @torch.no_grad()
 def adds_nothing(tuner: Tuner) -> bool:
-    """Whether the adapter leaves the model's output unchanged, judged by its values: not all loops count steps."""
+    """Whether the adapter leaves the model's output unchanged. Its values decide, since not all loops count steps."""
     modules = modules_in(tuner)
     return all(
         _keeps_base(slot, modules[path]) and (slot.adapter is None or _has_no_delta(path, slot, modules[path]))
@@ -97,7 +97,7 @@ def adds_nothing(tuner: Tuner) -> bool:
 
 @torch.no_grad()
 def is_untrained(tuner: Tuner) -> bool:
-    """Whether each of the method's adapters has a parameter that is all zeros, and ΔW = 0."""
+    """Whether each adapter of the method has ΔW = 0 and a parameter that is all zeros; False if there is none."""
     adapted = [(path, slot, slot.adapter) for path, slot in slots_in(tuner) if slot.adapter is not None]
     if not all(any(not parameter.any() for parameter in adapter.parameters()) for _, _, adapter in adapted):
         return False
@@ -126,7 +126,7 @@ def _has_no_delta(path: str, slot: Slot, module: nn.Module) -> bool:
 
 
 def _keeps_base(slot: Slot, module: nn.Module) -> bool:
-    """Whether the slot's copy or bias equals the base's original values, or the slot has neither."""
+    """Whether the slot's copy or bias still equals the base's original values; True if the slot has neither."""
     slots = slots_of(module)
     assert slots is not None
     copied = {} if slot.bias is None else {bias_name(slots.base): slot.bias.data}

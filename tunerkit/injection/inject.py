@@ -105,7 +105,7 @@ def _adapter(tuner: Tuner, target: Target, base: BaseLayer, shared: nn.Module | 
 
 
 def _refuse_unfit(tuner: Tuner, target: Target, base: BaseLayer, built: Adapter, *, is_read: bool) -> None:
-    """Raise `TargetError` if the adapter reads an unknown weight, or if an owner reads the weight and no delta fits."""
+    """Raise `TargetError` if the adapter reads an unknown weight, or an owner reads a weight that can get no delta."""
     if built.reads_weight and not base.has_weight:
         raise TargetError(
             f"{target.path!r} is a {type(target.module).__name__}, whose weight tunerkit does not know, and method "
@@ -132,7 +132,7 @@ def _refuse_unfit(tuner: Tuner, target: Target, base: BaseLayer, built: Adapter,
 
 
 def _place_(built: nn.Module, module: nn.Module, tuner: Tuner) -> None:
-    """Move a new module to the execution device of ``module``, even if that is offloaded, and to the config's dtype."""
+    """Move a new module to the config's dtype, and to the device where ``module`` runs, even if that is offloaded."""
     for parameter in built.parameters():  # FSDP2 shards only contiguous parameters
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
@@ -165,7 +165,7 @@ def _bias_of(biased: Target, scanned: Scan) -> nn.Parameter:
 
 
 def _comes_from_file(place: Target, parameters: Iterable[nn.Parameter], scanned: Scan) -> bool:
-    """Whether parameters are on the meta device and a file will set them. Raises `TargetError` if no file will."""
+    """Whether parameters are on the meta device until a file fills them. Raises `TargetError` if no file will."""
     if not any(parameter.is_meta for parameter in parameters):
         return False
     if not scanned.unloaded:
@@ -187,7 +187,7 @@ def completed(function: Callable[..., object], *args: object) -> None:
 def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, undo: ExitStack, *, trainable: bool) -> None:
     """Freeze the base, and add the slots in ``built`` (by path) to their modules, each with one forward hook.
 
-    ``undo`` gets the rollback, before the first change.
+    The rollback is added to ``undo`` before the first change.
     """
     model = tuner.model
     refuse_running(model, "adding an adapter")
@@ -216,7 +216,7 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, undo: ExitSt
 
 
 def _prepare_(model: nn.Module) -> None:
-    """Freeze the base and register the model's hooks. Not repeated, since users may unfreeze parameters afterwards."""
+    """Freeze the base and register the model's hooks, only for the first adapter: users may unfreeze the base later."""
     own = {  # tied parameters under all of their names, since merging may untie them
         join(path, name): parameter
         for path, module in base_modules(model)
@@ -259,7 +259,7 @@ def _watch_states_(module: nn.Module) -> None:
 
 
 def eject_(tuners: Sequence[Tuner]) -> None:
-    """Remove adapters from their common model; modules without other adapters lose the child and the hook.
+    """Remove adapters from their common model; modules without other adapters lose their slots and hooks.
 
     This also completes an interrupted call, and undoes a partial `inject_`.
     """
@@ -294,7 +294,7 @@ def eject_(tuners: Sequence[Tuner]) -> None:
 
 
 def activate_(model: nn.Module, names: Sequence[str]) -> None:
-    """Apply exactly the named adapters, in this order. Compiled code follows, since its guards check `Slots.active`."""
+    """Apply exactly the named adapters, in this order. Compiled code stays valid: its guards check `Slots.active`."""
     refuse_running(model, "activating adapters")
     adapted = walk(model)
     for path, _, slots in adapted:
@@ -348,7 +348,7 @@ def train_(tuner: Tuner, *, trained: bool) -> None:
 
 
 def _prepare_next_forward_(model: nn.Module) -> None:
-    """Restart the checks of the next forward for the current adapted modules, and discard compiled code."""
+    """Watch the next forward of the adapted modules, notify plugins of the change, and discard compiled code."""
     adapted = {
         path: module for tuner in wrapped_of(model).tuners.values() for path, module in modules_in(tuner).items()
     }
@@ -359,7 +359,7 @@ def _prepare_next_forward_(model: nn.Module) -> None:
 
 
 def copy_base(module: nn.Module) -> nn.Module:
-    """Return a copy of the base's own module, without the slots and hooks of other adapters."""
+    """Return a copy of a module of the base, without the slots and hooks of adapters."""
     slots = slots_of(module)
     # The slots are replaced before copying, since the other adapters' copies may be large.
     twin = weights.duplicate(module, {id(slots): nn.Module()} if slots is not None else {})

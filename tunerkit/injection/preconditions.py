@@ -62,7 +62,7 @@ def ready_model(model: object, adapter: str, *, trainable: bool) -> nn.Module:
 
 
 def refuse_restricted(modules: Iterable[tuple[str, nn.Module]], verb: str) -> None:
-    """Raise the error of the first restriction of ``verb`` on (path, module) pairs; children are not checked."""
+    """Raise an error if a restriction forbids ``verb`` for one of ``modules`` (path, module), children not included."""
     restrictions = [each for each in hooks.gather_restrictions() if verb in each.refused]
     marks = {name for each in restrictions for name in each.marks}
     of_class: dict[type, tuple[Restriction, ...]] = {}  # a model has many layers of few classes
@@ -85,7 +85,7 @@ def refuse_restricted(modules: Iterable[tuple[str, nn.Module]], verb: str) -> No
 
 
 def refuse_idle_patterns(tuner: Tuner) -> None:
-    """Raise `ConfigError` for per-target patterns that match no target, since they are most often mistyped."""
+    """Raise `ConfigError` for per-target patterns that match no target, since such patterns are mostly mistyped."""
     paths = [target.path for target in tuner.targets]
     names = {path.rpartition(".")[2] for path in paths}
     problems = [
@@ -98,7 +98,7 @@ def refuse_idle_patterns(tuner: Tuner) -> None:
 
 
 def refuse_overlap(model: nn.Module, paths: Collection[str], copies: Collection[str]) -> None:
-    """Reject a module to be trained in full if another adapter uses this module, one inside it or one around it.
+    """Raise `AdapterError` if a module trained in full is, contains or is inside a module of another adapter.
 
     Exception: several adapters may each train a copy of the same module, if only one of them is active.
     """
@@ -120,7 +120,7 @@ def refuse_overlap(model: nn.Module, paths: Collection[str], copies: Collection[
 
 
 def refuse_mixed_dtypes(tuner: Tuner, built: Mapping[str, Slot]) -> None:
-    """Raise `AdapterError` for trained parameters of several dtypes if a library partitioned the base and needs one."""
+    """Raise `AdapterError` if trained parameters have several dtypes and a library that shards the base needs one."""
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for slot in built.values() for p in slot.parameters()})
     holder = weights.emptied(tuner.model.parameters()) if len(dtypes) > 1 else None
     if holder is not None and holder.one_dtype:

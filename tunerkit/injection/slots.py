@@ -1,4 +1,4 @@
-"""The child ``tunerkit`` of an adapted module, with one slot per adapter; its forward hook; the search for slots."""
+"""The slots of an adapted module (its child ``tunerkit``, one slot per adapter), their forward hook and search."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
@@ -50,7 +50,7 @@ class Slot(nn.Module):
     def forward(
         self, module: nn.Module, base: BaseLayer | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any
     ) -> Any:
-        """Return the output ``y`` of ``module`` with this slot's change."""
+        """Return ``y``, the output of ``module``, with this slot's change applied."""
         if self.copy is not None:
             return self.copy(*args, **kwargs)
         adapter = self.adapter
@@ -142,7 +142,7 @@ class Slots(nn.Module):
 
     @property
     def _by_name(self) -> dict[str, Slot]:
-        """Torch's own dict of children, which accepts every adapter name; `add_module` rejects "forward"."""
+        """The slots by adapter name: torch's dict of children, since `add_module` rejects names such as "forward"."""
         slots: Any = torch_private.own_children(self)
         return slots  # type: ignore[no-any-return]
 
@@ -158,7 +158,7 @@ class Slots(nn.Module):
         self.active = tuple(sorted(ours, key=lambda name: not own[name].reads_output))
 
     def get(self, name: str) -> Slot | None:
-        """Return the slot of one adapter."""
+        """Return the slot of one adapter; None if the adapter has no slot here."""
         return cast("Slot | None", torch_private.own_children(self).get(name))
 
     def drop(self, name: str) -> None:
@@ -196,7 +196,7 @@ class Slots(nn.Module):
         return self.whole | {name.removeprefix(_ORIGINAL).replace(_DOT, "."): tensor for name, tensor in buffers}
 
     def set_aside(self, originals: Mapping[str, Any]) -> None:
-        """Keep ``originals`` outside ``state_dict``. Tensors become buffers, so that `model.to(...)` moves them."""
+        """Store the originals outside ``state_dict``. Tensors become buffers, so that `model.to(...)` moves them."""
         self.whole = {}
         for name, value in originals.items():
             if isinstance(value, nn.Parameter) or not isinstance(value, Tensor):
@@ -205,7 +205,7 @@ class Slots(nn.Module):
                 self.register_buffer(_ORIGINAL + name.replace(".", _DOT), value, persistent=False)
 
     def forget_merge(self) -> None:
-        """Mark nothing as merged, and free the originals."""
+        """Reset everything that a merge recorded in this module, and free the originals."""
         for name, _ in list(self.named_buffers(recurse=False, remove_duplicate=False)):
             delattr(self, name)
         self.whole, self.rounding, self.parting = {}, None, None
@@ -219,9 +219,9 @@ class Slots(nn.Module):
 
 
 def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
-    """Forward hook of every adapted module: apply the active slots. It has no state, to avoid recompilation.
+    """Forward hook of every adapted module: apply the active slots. The function has no state, to avoid recompilation.
 
-    Raises `AdapterError` in a module to which torch's quantization copied the hook, since that has no slots.
+    Raises `AdapterError` if torch's quantization has copied the hook to a module without slots.
     """
     slots = torch_private.own_children(module).get(CHILD)
     if not isinstance(slots, Slots):
@@ -246,7 +246,7 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: A
 
 
 def _add(slots: Slots, module: nn.Module, args: Any, kwargs: Any, own: Any, traced: bool) -> Any:
-    """Return the output with a single adapter on a layer with a known weight, the most frequent case."""
+    """Return the output of a layer with a known weight and a single active adapter, the most frequent case."""
     if type(own) is tuple:  # (output, bias), from Megatron's linear layers
         return _apply_each(slots, module, args, kwargs, own, traced)
     adapter, base, x = slots.applied[0].adapter, slots.base, input_of(args, kwargs)
@@ -276,7 +276,7 @@ def _apply_each(slots: Slots, module: nn.Module, args: Any, kwargs: Any, own: An
 
 
 def _with_change(output: Any, own: Any, changed: Any) -> Any:
-    """Add an adapter's change of the base layer's output, ``changed - own``, to ``output``."""
+    """Return ``output`` plus an adapter's change to the base layer's own output, ``changed - own``."""
     if type(output) is tuple:
         return (_with_change(output[0], own[0], changed[0]), *output[1:])
     if own.is_floating_point():
@@ -304,12 +304,12 @@ def slots_of(module: nn.Module) -> Slots | None:
 
 
 def is_called(module: nn.Module) -> bool:
-    """Whether a forward hook applies the module's adapters; otherwise the owner reads an overridden weight."""
+    """Whether a forward hook applies the module's adapters; False if the module's owner reads an overridden weight."""
     return torch_private.has_hook(module, apply_slots)
 
 
 def places_in(model: nn.Module) -> list[tuple[str, nn.Module, Slots | None]]:
-    """Return (path, module, slots) in the order of ``model``, each module once, without the modules of adapters.
+    """Return (path, module, slots) for each module of ``model`` once, in model order, without the modules of adapters.
 
     ``named_modules`` would also visit the adapters, which have most of a wrapped model's modules.
     """
@@ -317,7 +317,7 @@ def places_in(model: nn.Module) -> list[tuple[str, nn.Module, Slots | None]]:
 
 
 def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the path and the module of each entry of `places_in`."""
+    """Return (path, module) for each module in `places_in`."""
     return [(path, module) for path, module, _ in places_in(model)]
 
 

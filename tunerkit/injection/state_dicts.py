@@ -22,7 +22,7 @@ _SAMPLES = 16
 
 
 def mark_merged(module: nn.Module, state: object, prefix: str, metadata: dict[str, Any]) -> None:
-    """Post-hook of ``state_dict``: mark the metadata if weights are merged (and not `disabled`); keys are unchanged."""
+    """Hook after ``state_dict()``: mark the metadata if weights are merged and not `disabled`; keys do not change."""
     if any(slots.merged and slots.enabled for _, _, slots in walk(module)):
         metadata[_MERGED] = True
 

@@ -66,7 +66,7 @@ class Progress:
 
 @attrs.define(eq=False, repr=False, on_setattr=attrs.setters.frozen)
 class Tuner:
-    """The handle on one adapter of a wrapped model. It is part of the model, so a deep copy of the model has its own.
+    """The handle on one adapter of a wrapped model, and part of the model: a deep copy of the model has its own tuner.
 
     Attributes:
         name: The adapter's name.
@@ -151,7 +151,7 @@ class Tuner:
         return iter([(join(path, name), each) for path, slot in own for name, each in slot.named_parameters()])
 
     def ranks(self) -> dict[str, int]:
-        """Return the live rank by target path: AdaLoRA's last mask, LoRA's constant."""
+        """Return the live rank by target path: for AdaLoRA the rank of the last mask, for LoRA a constant."""
         return {path: adapter.rank for path, adapter in self.adapters().items()}
 
     def groups(self) -> dict[str, int]:
@@ -265,7 +265,7 @@ def outline(tuner: Tuner) -> str:
 
 
 class Adapters(dict[str, Tuner]):
-    """The tuners of a model by adapter name; printed in one line each, for the first nine."""
+    """The tuners of a model by adapter name. Printed, it shows one line for each of the first nine tuners."""
 
     def __repr__(self) -> str:
         # Each outline counts the model's parameters, so their number is limited.
@@ -274,7 +274,7 @@ class Adapters(dict[str, Tuner]):
 
 
 def table_of(ranks: Mapping[str, int]) -> str:
-    """Return ranks by path as an HTML table: a row per layer, a column per matrix; empty above 10,000 cells."""
+    """Return ranks by path as an HTML table: a row per layer, a column per matrix; "" if too large or without ranks."""
     rows: dict[str, dict[str, int]] = {}
     for path, rank in ranks.items():
         parts = path.split(".")
@@ -353,7 +353,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def record(tuner: Tuner, ranks: Mapping[str, int] | None) -> None:
-    """Add an allocation to an adapter's history, and notify every plugin; None means that no mask changed."""
+    """Add an allocation to an adapter's history, and notify every plugin; do nothing if ``ranks`` is None."""
     if ranks is not None:
         hooks.ranks_changed(tuner, tuner.history, tuner.steps, tuner.budget(), ranks)
 
@@ -376,7 +376,7 @@ class Wrapped:
 
 
 def wrapped_of(model: nn.Module) -> Wrapped:
-    """Return the record of ``model`` itself, not of modules around or inside it; an empty record if not wrapped."""
+    """Return the record of ``model`` itself, not of modules around or inside it; an empty record if there is none."""
     found: Wrapped | None = vars(model).get(WRAPPED)
     return Wrapped() if found is None else found
 
@@ -399,7 +399,7 @@ def tuners_of(model: nn.Module) -> dict[str, Tuner]:
 
 
 def require_tuners(model: nn.Module) -> dict[str, Tuner]:
-    """Return `tuners_of`, or raise `AdapterError` if the model has no adapter."""
+    """Return all tuners of ``model`` by adapter name. Raises `AdapterError` if the model has no adapter."""
     if not (tuners := tuners_of(model)):
         raise AdapterError(f"this {type(model).__name__} has no adapter; call tunerkit.wrap or tunerkit.load first")
     return tuners

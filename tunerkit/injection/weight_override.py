@@ -30,7 +30,7 @@ class _Calls:
 
 
 def override_in_(owners: Iterable[nn.Module]) -> None:
-    """Register the override hooks of owners with adapted modules: direct users of weights, transformer encoders."""
+    """Register override hooks on each owner that uses an adapted weight directly, or is an encoder with adapters."""
     for owner in filter(_may_override, owners):
         if not torch_private.has_hook(owner, override):
             owner.register_forward_pre_hook(override)
@@ -38,7 +38,7 @@ def override_in_(owners: Iterable[nn.Module]) -> None:
 
 
 def drop_overrides_(model: nn.Module) -> None:
-    """Remove the override hooks from owners with nothing left to override."""
+    """Remove the override hooks from owners that have no weights left to override."""
     for owner in _owners(module for _, module in base_modules(model)):
         if not _may_override(owner):
             while _CALLS in vars(owner):
@@ -59,7 +59,7 @@ def override(owner: nn.Module, args: Any) -> None:
     """Forward pre-hook of an owner: override the weights that it uses directly.
 
     The adapted weight becomes an instance attribute of the module, which hides the parameter. ``parameters()`` and
-    ``state_dict()`` do not change. Without the attribute, the parameter is visible again.
+    ``state_dict()`` do not change. Removing the attribute makes the parameter visible again.
     """
     if _overrides_now(owner) or _CALLS in vars(owner):
         torch_private.uncompiled(_override)(owner)
@@ -68,7 +68,7 @@ def override(owner: nn.Module, args: Any) -> None:
 def restore(owner: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of an owner, also called after an exception: undo `override`.
 
-    If another thread runs the owner, this thread's call was rejected and has overridden nothing.
+    Does nothing if another thread runs the owner: this thread's call was rejected before it overrode anything.
     """
     calls: _Calls | None = vars(owner).get(_CALLS)
     if calls is not None and calls.thread == threading.get_ident():
@@ -92,7 +92,7 @@ def _override(owner: nn.Module) -> None:
 
 
 def _has_abandoned(owner: nn.Module, calls: _Calls) -> bool:
-    """Whether an earlier call was interrupted before `restore`: a KeyboardInterrupt skips forward hooks."""
+    """Whether an earlier call ended without `restore`, as after a KeyboardInterrupt, which skips forward hooks."""
     if not calls.replaced:
         return False
     running = sum(module is owner for module in torch_private.called_in(sys._getframe()))
@@ -100,7 +100,7 @@ def _has_abandoned(owner: nn.Module, calls: _Calls) -> bool:
 
 
 def _undo_(owner: nn.Module) -> None:
-    """Undo the overrides of the innermost call of ``owner``. It may be repeated after an interrupt."""
+    """Undo the overrides of the innermost call of ``owner``. After an interrupt, it may be called again."""
     calls: _Calls | None = vars(owner).get(_CALLS)
     if calls is not None:
         for module, name, value in reversed(calls.replaced[-1] if calls.replaced else []):
@@ -112,7 +112,7 @@ def _undo_(owner: nn.Module) -> None:
 
 
 def _set_(module: nn.Module, name: str, value: object) -> None:
-    """Set an instance attribute of ``module``; None removes it."""
+    """Set an instance attribute of ``module``; a value of None removes the attribute."""
     if value is None:
         vars(module).pop(name, None)
     else:
@@ -120,9 +120,9 @@ def _set_(module: nn.Module, name: str, value: object) -> None:
 
 
 def _read_modules(owner: nn.Module) -> Iterator[tuple[nn.Module, Slots]]:
-    """Yield the adapted modules whose weights ``owner`` uses directly: those without the forward hook.
+    """Yield (module, slots) for the adapted modules whose weights ``owner`` uses directly: they have no forward hook.
 
-    The hook is checked and not the forward, which a library such as accelerate may replace after wrapping.
+    The hook is checked rather than the forward, since a library such as accelerate may replace the forward later.
     """
     for module in (owner, *owner.children()):
         slots = slots_of(module)

@@ -91,7 +91,7 @@ class Adapter(nn.Module):
 
 
 def _resize_for(adapter: Adapter, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
-    """Hook before ``load_state_dict``: resize an adapter to the state's rank, if it fits in all other dimensions."""
+    """Hook before ``load_state_dict``: resize an adapter to the state's rank, if all other dimensions agree."""
     own = {**dict(adapter.named_buffers()), **dict(adapter.named_parameters())}
     dims, saved = adapter.rank_dims, {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
     if not dims.keys() <= saved.keys() or not all(

@@ -21,7 +21,7 @@ MARK = "_tunerkit_straight"
 
 
 class Mark(NamedTuple):
-    """An attribute of a linear layer's output: the layer, its input, and the output's version counter."""
+    """The mark on the output y of a linear layer: the layer, its input, and y's version counter at that time."""
 
     base: BaseLayer
     x: Tensor
@@ -66,7 +66,7 @@ def _frozen_weight(base: BaseLayer, y: Tensor) -> Tensor | None:
 
 
 class _FusedLowRank(Function):
-    """out = y + s · P diag(λ) Q x, with x (n, in). With ``w`` = W, backward includes the base layer's part."""
+    """out = y + s · P diag(λ) Q x, with x (n, in). If ``w`` is W, backward also goes through the base layer."""
 
     @staticmethod
     def forward(
@@ -123,7 +123,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 def _differentiable(
     narrow_q: Tensor, narrow_pt: Tensor, seen_pt: Tensor, seen_lam: Tensor | None, q: Tensor, p: Tensor, lam: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return forward's factors as functions of the parameters, but with the values that forward used."""
+    """Return forward's factors as differentiable functions of the parameters, with the values that forward used."""
     pt, lam = _as_seen(p.t(), seen_pt), None if lam is None else _as_seen(lam.unsqueeze(1), seen_lam)
     return _as_seen(q.to(narrow_q.dtype), narrow_q), _folded(pt, lam, narrow_pt), pt, lam
 

@@ -252,7 +252,7 @@ def drop(x: Tensor, dropout: float) -> Tensor:
 
 
 def _has_numbers(module: nn.Module) -> bool:
-    """Whether the module's weight is neither lazy nor packed."""
+    """Whether the module's weight is an ordinary tensor: not lazy and not packed."""
     weight = cast(Tensor, module.weight)
     return not is_lazy(weight) and not is_packed(weight)
 
@@ -293,7 +293,7 @@ CORE = Knowledge(KINDS, _READERS, ())
 
 
 def as_base_layers(modules: Iterable[nn.Module], knowledge: Knowledge) -> dict[nn.Module, BaseLayer]:
-    """Return base layers by module, each of the first kind that matches; modules that match no kind are left out.
+    """Return the base layer of each module that matches a kind, by module; the first matching kind is used.
 
     A kind whose `matches` raises for one module is used for none, so that equal modules do not get different kinds.
     """

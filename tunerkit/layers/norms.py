@@ -22,7 +22,7 @@ class NormLayer(BaseLayer):
     Here the law of `BaseLayer` is: output with w + Δ == output + Δ ⊙ `normalised` (x), for any Δ (out,).
 
     Attributes:
-        offset: w minus the module's weight: 1 in Gemma's norms, which multiply by 1 + their weight; else 0.
+        offset: w minus the module's weight: 1 in Gemma's norms, which multiply by 1 + weight; else 0.
     """
 
     offset: float = attrs.field(init=False)
@@ -35,7 +35,7 @@ class NormLayer(BaseLayer):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Test the law numerically, on random inputs, since libraries have hundreds of norm classes."""
+        """Whether the law holds for ``module`` on random inputs, since libraries have hundreds of norm classes."""
         return _offset_of(module) is not None
 
     @property

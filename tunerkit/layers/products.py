@@ -43,7 +43,7 @@ def autocast_off(device: torch.device) -> AbstractContextManager[object]:
 
 
 def fold(q: Tensor, p: Tensor, lam: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return Q and P with λ multiplied into the smaller one, so that one as large as a vocabulary is not copied."""
+    """Return Q and P with λ multiplied into the smaller of them, since the other may be as large as a vocabulary."""
     if lam is None:
         return q, p
     # Views: a product saves its factors for backward, and the ``data`` of a parameter may be replaced before that.
@@ -100,16 +100,15 @@ def is_thin(rank: int, factor: Tensor) -> bool:
 def _parts(activation: Tensor, rank: int) -> int:
     """Return the number of row blocks for a product with the thin factor on the left; 0 to put it on the right.
 
-    There is one block per thread, since BLAS hardly parallelizes such a product; oneDNN parallelizes narrow dtypes
-    itself. Without equal blocks, or if rows are too few to repay the sum over a gradient's blocks, the result is 1 for
-    at most two threads, else 0.
+    One block per thread, since BLAS hardly parallelizes such a product; one block for 16-bit dtypes, which oneDNN
+    parallelizes. If the rows are too few, or cannot be cut into equal blocks: 1 for at most two threads, else 0.
     """
     threads = torch.get_num_threads() if activation.dtype.itemsize >= 4 else 1
     return threads if len(activation) % threads == 0 and len(activation) >= 4 * rank * threads else int(threads <= 2)
 
 
 def _onednn(activation: Tensor) -> Any:
-    """Return oneDNN's operation if it is faster for ``activation``, else None. It is only used without gradients."""
+    """Return oneDNN's operation if gradients are off and it is faster for ``activation``, else None."""
     if activation.numel() < LEAST_NUMBERS or activation.dtype is not torch.float32 or activation.device.type != "cpu":
         return None
     if torch.is_grad_enabled() or not (prefers_onednn() and activation.is_contiguous()):
@@ -119,7 +118,7 @@ def _onednn(activation: Tensor) -> Any:
 
 @functools.cache
 def prefers_onednn() -> bool:
-    """Whether fp32 products are faster in oneDNN: on AMD with AVX-512, which MKL, torch's BLAS, does not use there.
+    """Whether fp32 products are faster in oneDNN: on AMD with AVX-512, which torch's BLAS (MKL) does not use there.
 
     The environment variable ATEN_CPU_CAPABILITY can disable AVX-512 in torch.
     """

@@ -25,7 +25,7 @@ H = TypeVar("H", bound=nn.Module)
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """Return the live dict of the module's own parameters, even those hidden by an attribute of the same name."""
+    """Return the live dict of the module's own parameters, with those that an attribute of the same name hides."""
     return module._parameters
 
 
@@ -61,7 +61,7 @@ def modules_outside(model: nn.Module, hidden: type[H], key: str) -> list[tuple[s
 
 
 def compiled_from(module: nn.Module) -> nn.Module | None:
-    """The module that was passed to `torch.compile`, if ``module`` is its result; None otherwise."""
+    """Return the module from which `torch.compile` made ``module``; None if ``module`` is not compiled."""
     return module._modules.get("_orig_mod")
 
 
@@ -69,7 +69,7 @@ def compiled_from(module: nn.Module) -> nn.Module | None:
 
 
 def is_packed(weight: object) -> bool:
-    """Whether a weight is a tensor subclass built from others, such as integers and scales; False for a DTensor."""
+    """Whether a weight is a tensor subclass made of other tensors, such as integers and scales; False for a DTensor."""
     kind = type(weight)
     if kind in (nn.Parameter, Tensor):
         return False
@@ -113,7 +113,7 @@ def remove_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> None:
 
 
 def hooks_before(module: nn.Module, function: Callable[..., Any]) -> list[Callable[..., Any]]:
-    """Return the forward hooks of ``module`` that run before the hook ``function``; empty if that is not registered."""
+    """Return the forward hooks of ``module`` that run before ``function``; empty if ``function`` is not among them."""
     hooks = [*module._forward_hooks.values()]
     return hooks[: hooks.index(function)] if function in hooks else []
 
@@ -149,7 +149,7 @@ def remove_state_hooks_(module: nn.Module, *functions: Callable[..., Any]) -> No
 
 
 def called_in(frame: FrameType) -> Iterator[nn.Module]:
-    """Yield the modules whose calls run in a stack, the innermost first."""
+    """Yield the modules that are being called in the stack of ``frame``, the innermost first."""
     call: Any = nn.Module._wrapped_call_impl  # a library may have replaced `__call__`
     for each, _ in traceback.walk_stack(frame):
         # A frame of another thread that has finished has no variables any more.
@@ -196,7 +196,7 @@ def convolve(module: Any, x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def version(tensor: Tensor) -> int | None:
-    """Return the counter that in-place changes of ``tensor`` increment; None for inference tensors, without one."""
+    """Return the counter that in-place changes of ``tensor`` increment; None for inference tensors, which have none."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -227,7 +227,7 @@ def is_observed() -> bool:
 
 
 def is_transformed_or_exported() -> bool:
-    """Whether a transform of ``torch.func`` or an export is active. Even dynamo of torch 2.9 can trace this."""
+    """Whether a transform of ``torch.func`` or an export is active. Dynamo of every supported torch can trace this."""
     return torch.compiler._is_exporting_flag or torch._C._are_functorch_transforms_active()
 
 
@@ -289,7 +289,7 @@ _DYNAMO = "torch._dynamo"
 
 
 def uncompiled(function: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-    """Return ``function`` such that dynamo does not trace it, since dynamo cannot trace the calls of hooks."""
+    """Return a form of ``function`` that dynamo does not trace, since dynamo cannot trace the calls of hooks."""
     # Loading dynamo takes seconds. Where it is not loaded, nothing is compiled.
     return torch.compiler.disable(function) if _DYNAMO in sys.modules else function
 

@@ -100,7 +100,7 @@ def duplicate(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module
 
 
 def lender(module: nn.Module) -> Holding | None:
-    """Return the holding of a library that currently discards in-place writes to the module's weights, else None."""
+    """Return the holding whose library currently discards in-place writes to the module's weights; None without one."""
     return next((each for each in plugins.holdings() if each.lent(module) is not None), None)
 
 
@@ -108,7 +108,7 @@ def lender(module: nn.Module) -> Holding | None:
 
 
 def sharding(tensors: Iterable[Tensor]) -> Holding | None:
-    """Return the holding of the library that shards one of the tensors, even while gathered; None without shards."""
+    """Return the holding of the library that shards one of the tensors, even while gathered; None if there is none."""
     holdings = plugins.holdings()
     return next((each for tensor in tensors for each in holdings if each.shards(tensor)), None)
 
@@ -119,7 +119,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def emptied(tensors: Iterable[Tensor]) -> Holding | None:
-    """Return the holding of the library that partitioned one of the tensors and left it empty; None if none is."""
+    """Return the holding of the library that sharded and emptied one of the tensors; None if there is none."""
     empty = [tensor for tensor in tensors if not tensor.numel()]
     return sharding(empty) if empty else None
 
@@ -154,7 +154,7 @@ def in_group() -> bool:
 
 
 def may_be_sharded_later() -> bool:
-    """Whether there is a process group, or a launcher has set ``WORLD_SIZE``, which it does before the group exists."""
+    """Whether a process group exists, or will: a launcher sets ``WORLD_SIZE`` before the group exists."""
     return in_group() or "WORLD_SIZE" in os.environ
 
 
@@ -194,7 +194,7 @@ def forward_name(module: nn.Module) -> str:
 
 
 def code_owner(module: nn.Module) -> str:
-    """Return the qualified name of the class in whose body the forward was written, even if another class reuses it."""
+    """Return the qualified name of the class whose code defines the forward, even if another class reuses this code."""
     forward = type(module).forward
     if not isinstance(forward, FunctionType):
         return ""

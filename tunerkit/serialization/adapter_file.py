@@ -82,7 +82,7 @@ def save(
 
 
 def write_trained(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
-    """Check an adapter as after training, then call ``write`` in one process; return the path."""
+    """Check that an adapter is trained and can be saved, call ``write`` in one process, and return the path."""
     if injection.needs_steps(tuner) and _is_fresh(tuner):
         raise AdapterError(
             f"adapter {tuner.name!r} was trained for 0 steps: method {tuner.method!r} must run at every optimizer "
@@ -97,7 +97,7 @@ def write_trained(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
 
 
 def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Path:
-    """Write an adapter for a checkpoint, without the checks that apply after training."""
+    """Write an adapter to a checkpoint, which may be before the end of training, and return the file's path."""
     _refuse_unsavable(tuner)
     place = file_at(path, "adapter")
     with tuner.whole():
@@ -164,7 +164,7 @@ def write_own(tuner: Tuner, place: Path, header: Header, tensors: Mapping[str, T
 
 
 def tensors_of(tuner: Tuner, *, allow_nonfinite: bool = False) -> dict[str, Tensor]:
-    """Return tensors by ``<module path>.<name in the slot>``; `AdapterError` if some are offloaded or not finite."""
+    """Return an adapter's tensors by ``<path>.<name>``. Raises `AdapterError` if some are offloaded or not finite."""
     tensors = {join(path, name): tensor for path, slot in slots_in(tuner) for name, tensor in slot.state_dict().items()}
     away = [name for name, tensor in tensors.items() if tensor.is_meta]
     if away:
@@ -207,7 +207,7 @@ def warn_of_unspent_schedule(tuner: Tuner) -> None:
 
 
 def _warn_of_untrained(tuner: Tuner) -> None:
-    """Warn of untrained parameters; not for a method that needs steps, where saving after 0 steps is an error."""
+    """Warn of untrained parameters, except for methods that need steps, where saving after 0 steps is an error."""
     if tuner.progress.loaded or injection.needs_steps(tuner) or (tuner.steps == 0 and not _is_fresh(tuner)):
         return
     saved, has_idle_matrices = f"adapter {tuner.name!r} was saved", injection.is_untrained(tuner)
@@ -231,7 +231,7 @@ def _warn_of_untrained(tuner: Tuner) -> None:
 
 
 def _is_fresh(tuner: Tuner) -> bool:
-    """Whether the adapter is unchanged since its method built it: no file, no step and no calibration."""
+    """Whether the adapter is unchanged since its method built it: not loaded, not trained, not calibrated."""
     return not tuner.progress.loaded and tuner.steps == 0 and tuner.progress.calibration is None
 
 

@@ -98,7 +98,7 @@ def adopt(
 
 
 def _read(format: Format, path: Path, model: nn.Module) -> Foreign:
-    """Read the files with the format's plugin, and check the result."""
+    """Return the adapter that the format's plugin reads at ``path``, after a check of the plugin's answer."""
     if (holder := weights.emptied(model.parameters())) is not None:
         raise AdapterError(
             f"{path} is in format {format.name!r}, whose reader needs the base's full weights, but {holder.name} has "
@@ -117,7 +117,7 @@ def _is_matrix(value: object) -> bool:
 
 
 def _in_full(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of copies and biases, and the copies' paths; a copied container is split into its modules."""
+    """Return the tensors of copies and biases by name, and the paths of copies, with containers split into modules."""
     tensors = {join(path, "bias"): bias for path, bias in found.biases.items()}
     copies: list[str] = []
     for path, own in found.copies.items():
@@ -130,7 +130,7 @@ def _in_full(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str
 
 
 def _targets_of(paths: Collection[str], scanned: Scan, source: str) -> tuple[Target, ...]:
-    """Return the targets in the order of the model's modules, on which allocations and files rely."""
+    """Return the targets at ``paths`` in the model's order. Raises `TargetError` for a module with several paths."""
     for path in paths:
         if others := [repr(each) for each in scanned.by_path[path].paths if each != path]:
             raise TargetError(

@@ -119,7 +119,7 @@ def _prefix(path: Path) -> str:
 
 
 def move(moves: Mapping[Path, Path], scratch: Path) -> None:
-    """Move files from a scratch folder to their destinations, all or none; each takes the mode of the replaced file.
+    """Move files from a scratch folder to their destinations, all or none; each gets the mode of the file it replaces.
 
     A single file is replaced atomically. For several, the older files are set aside first: see `put_back`.
     """
@@ -151,7 +151,7 @@ def put_back(left: Path) -> None:
 def scratch_in(
     folder: Path, prefix: str, *, recover: Callable[[Path], None] = lambda left: None, refuse: Exception | None = None
 ) -> Iterator[Path]:
-    """Yield a temporary scratch folder, after removing those that killed processes left behind.
+    """Yield a temporary scratch folder, after removing the scratch folders that killed processes left behind.
 
     ``prefix`` begins with a dot; only folders with this prefix are examined. ``recover`` is called with each leftover
     folder before its removal. ``refuse`` is raised if another process is using a scratch folder now.
@@ -187,7 +187,7 @@ def locked(path: Path, flags: int = os.O_RDONLY) -> Iterator[bool | None]:
 
 
 def try_lock(number: int) -> bool | None:
-    """Lock an open descriptor without waiting; return True, False or None, as `locked` yields."""
+    """Lock an open descriptor without waiting; return True, False if it is locked already, or None if that fails."""
     try:
         if fcntl is not None:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -79,7 +79,7 @@ def packed_layers(tuner: Tuner) -> dict[str, BaseLayer]:
 
 
 def _bases(tuner: Tuner, scanned: Scan | None = None) -> dict[nn.Module, BaseLayer]:
-    """Return a model's base layers by module: from the scan; or from the slots, and newly built for other modules."""
+    """Return a model's base layers by module: from the scan, if it is given; else from the slots, or newly built."""
     if scanned is not None:
         return {found.module: found.base for found in scanned.by_path.values() if found.base is not None}
     places = places_in(tuner.model)
@@ -159,7 +159,7 @@ def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
 
 
 def _reshaped(saved: Fingerprint, found: Fingerprint) -> dict[str, tuple[Any, Any]]:
-    """Return (saved, found) of shapes that differ, by name. Quantizers store a Conv1D's (in, out) as (out, in)."""
+    """Return (saved, found) shapes that differ, by name. A quantizer may store a Conv1D's (in, out) as (out, in)."""
     resized = {}
     for name, there in saved.items():
         here = found.get(name, there)
@@ -232,7 +232,7 @@ def _warn_of_storage(saved: Fingerprint, found: Fingerprint, source: str) -> Non
 
 
 def base_values(tuner: Tuner) -> dict[str, Tensor]:
-    """Return the base's original values of modules trained in full, by the names of their copies' tensors."""
+    """Return the base's original values of modules trained in full, by the names of their copies in the file."""
     found = {}
     for place in tuner.copies:
         for path, module, slots in places_in(place.module):
@@ -263,7 +263,7 @@ def described(tuner: Tuner) -> dict[str, Any]:
 
 
 def _settings_of(model: nn.Module) -> dict[str, Any]:
-    """Return the settings, by name, that change the model's output but not its weights; plugins read them."""
+    """Return the settings that change the model's output but not its weights, by name, as plugins read them."""
     found = (library.settings(model) for library in hooks.libraries_of(model))
     return {name: value for settings in found for name, value in settings.items()}
 
@@ -293,7 +293,7 @@ def _other_settings(tuner: Tuner, header: Header, source: str) -> list[str]:
 
 
 def beside_of(header: Header, source: str) -> tuple[str, ...]:
-    """Return the paths of modules that another active adapter trained. Raises `FileError` for an invalid header."""
+    """Return the recorded paths of modules that another adapter trained. Raises `FileError` for an invalid header."""
     match header.values.get(_BESIDE, []):
         case list(paths) if all(isinstance(path, str) for path in paths):
             return tuple(paths)

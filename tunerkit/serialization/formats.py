@@ -122,7 +122,7 @@ def _remove(folder: Path) -> None:
 
 
 def _written(format: Format, tuner: Tuner, folder: Path, options: object) -> list[Path]:
-    """Write with the plugin; return the written files. Raises `PluginError` if the plugin's list of files is wrong."""
+    """Return the files that the format's plugin writes into ``folder``. Raises `PluginError` for a wrong answer."""
     with hooks.naming(format, "write"):
         answer: Any = format.write(tuner, folder, options)
     try:
@@ -139,7 +139,7 @@ def _written(format: Format, tuner: Tuner, folder: Path, options: object) -> lis
 
 
 def _publish(written: Sequence[Path], whole: Path, place: Path, format: Format) -> None:
-    """Move the files to ``place``: a file if it has the suffix of one of them, else a folder."""
+    """Move the written files to ``place``: to a file if it has the suffix of one of them, else into a folder."""
     if place.is_dir():
         moves = {file: place / file.name for file in written}
         kept = place / CARD

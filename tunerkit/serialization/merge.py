@@ -158,7 +158,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def _enable_(places: Places, enabled: bool) -> None:
     """Enable or disable adapters; in merged modules, swap the merged and the original values and ties.
 
-    A KeyboardInterrupt is raised only after the swap, during which only local variables have the replaced values.
+    A KeyboardInterrupt is raised only after the swap: until then, only local variables have the replaced values.
     """
     turned = [(module, slots, slots.originals) for _, module, slots in places if slots.enabled is not enabled]
     exchanged = [(module, slots, shown, _values(module, slots, shown)) for module, slots, shown in turned]
@@ -302,8 +302,8 @@ def _put_back_(module: nn.Module, slots: Slots, originals: dict[str, Any], parti
 def _write_(module: nn.Module, slots: Slots, values: dict[str, Any], *, apart: bool) -> None:
     """Untie a module's parameters (``apart``) or tie them again, then write values to its parameters and buffers.
 
-    The Parameter objects stay the same, except for those with packed weights, which are replaced. Ties come first,
-    since the originals belong in the shared parameters.
+    The Parameter objects stay the same, except for those with packed weights, which are replaced. Ties are restored
+    before the values, since the originals belong in the shared parameters.
     """
     if slots.parting is not None:
         slots.parting.set_(apart=apart)
@@ -319,7 +319,7 @@ def _write_(module: nn.Module, slots: Slots, values: dict[str, Any], *, apart: b
 
 
 def _values(module: nn.Module, slots: Slots, names: Iterable[str]) -> dict[str, Any]:
-    """Return the current values of ``names``, which `_write_` replaces; shards are copied, since it overwrites them."""
+    """Return the current values of ``names``, to restore them later; shards are copied, as merging overwrites them."""
     own = _own_tensors(module)
     found: dict[str, Any] = {}
     for name in names:

@@ -42,7 +42,7 @@ def file_at(path: str | os.PathLike[str], content: str) -> Path:
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:
-    """Convert to a Path; raise `FileError` for another type, or if it contains NUL."""
+    """Return ``path`` as a Path. Raises `FileError` for another type, or if the path contains NUL."""
     try:
         place = Path(path)
     except TypeError:
@@ -54,7 +54,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU and contiguous, without copying those that already are."""
+    """Return the tensors as contiguous tensors on the CPU, without copying tensors that are so already."""
 
     def is_plain(tensor: Tensor) -> bool:  # faster than a conversion, and a file may have many small tensors
         return not tensor.requires_grad and tensor.device.type == "cpu" and tensor.is_contiguous()
@@ -158,7 +158,7 @@ def folder_of(checkpoint: Path, tuners: Sequence[Tuner], tuner: Tuner) -> Path:
     """Return the folder of an adapter's files: the checkpoint itself if it has only one adapter, else a subfolder.
 
     The subfolder has the adapter's name; or ``name.<digest>``, if a file system might not support or distinguish the
-    name. These cannot collide, since no adapter's name contains a dot.
+    name. The two forms cannot collide, since no adapter's name contains a dot.
     """
     digest = hashlib.sha256(tuner.name.encode()).hexdigest()[:16]
     named = checkpoint / (tuner.name if re.fullmatch(r"[a-z0-9_-]+", tuner.name) else f"name.{digest}")

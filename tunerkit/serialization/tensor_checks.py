@@ -1,4 +1,4 @@
-"""Check a file's tensors: they must be finite and fit their slots, and the config must not allocate far more memory."""
+"""Check a file's tensors, which must be finite and fit their slots, and limit the memory that a config allocates."""
 
 import math
 from collections import Counter, defaultdict
@@ -128,7 +128,7 @@ def fill(
 def _misfits(
     path: str, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, _Shapes | None]]:
-    """Yield (message, shapes) per misfit: (saved, here) for copies and biases, else None; loading checks adapters."""
+    """Yield (message, shapes) for each misfit. Shapes are (saved, here) for copies and biases, else None."""
     for name, built in state.items():
         if name not in tensors:
             yield f"missing: {name}", None
@@ -156,9 +156,9 @@ def _load_slot(path: str, slot: Slot, tensors: Mapping[str, Tensor]) -> list[str
 def limit_for(
     large: Sequence[str], targets: Sequence[Target], tensors: Mapping[str, Tensor] = _NOTHING, source: str = ""
 ) -> Callable[[Target], "AllocationLimit"]:
-    """Return a function that maps a target to the limit for building its adapter; ``large`` are paths of settings.
+    """Return a function from a target to the limit on its adapter's tensors; ``large`` are paths of large settings.
 
-    Only a config with large numbers needs it, and it slows each call of torch. Pass no ``source`` for a new adapter.
+    Only a config with large numbers needs a limit, which slows each call of torch. A new adapter has no ``source``.
     """
     held: Counter[str] = Counter()
     for name, tensor in tensors.items():
@@ -184,7 +184,7 @@ def limit_for(
 
 
 class AllocationLimit(TorchFunctionMode):
-    """While active, raises ``refusal(elements)`` for a call of torch that makes a tensor above ``most`` elements."""
+    """While active, raises ``refusal(elements)`` if a call of torch makes a tensor with more than ``most`` elements."""
 
     def __init__(self, most: int, refusal: Callable[[int], TunerkitError]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Resume training: save and load training states, put them into the optimizer's, and restore weights in place."""
+"""Resume training: save and load training states, also in an optimizer's state_dict, and restore weights in place."""
 
 import copy
 import functools

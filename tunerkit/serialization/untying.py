@@ -22,7 +22,7 @@ Places = Sequence[tuple[str, nn.Module, Slots]]  # as `injection.walk` returns t
 
 @attrs.frozen(eq=False)
 class _Holder:
-    """A module with a shared parameter, and the replacement, which all modules inside one target share."""
+    """A module with a shared parameter, and a new parameter in its place for all modules inside one target."""
 
     module: nn.Module
     name: str
@@ -74,7 +74,7 @@ def plan_parting(model: nn.Module, places: Places, merged: Sequence[dict[str, An
 def _refuse_left_out(
     places: Places, merged: Sequence[Mapping[str, Any]], shared: Mapping[int, tuple[str, ...]]
 ) -> None:
-    """Raise `AdapterError` if a tensor to merge became tied after wrapping and cannot be untied."""
+    """Raise `AdapterError` if a tensor to merge became tied after wrapping, or if its class cannot be untied."""
     active = {path for path, _, slots in places if slots.active}
     for (path, module, _), tensors in zip(places, merged, strict=True):
         own = dict(module.named_parameters(remove_duplicate=False))
@@ -93,7 +93,7 @@ def _refuse_left_out(
 
 
 def _holders(module: nn.Module, tensors: dict[str, Any], shared: Mapping[int, tuple[str, ...]]) -> tuple[_Holder, ...]:
-    """Return the holders of parameters that ``module`` shares with modules outside; empty if none of them is merged."""
+    """Return a holder for each parameter that ``module`` shares with other modules; empty if none of them is merged."""
     held: dict[int, dict[str, tuple[nn.Module, str]]] = defaultdict(dict)
     parameters = {}
     for path, part in injection.base_modules(module):
@@ -117,7 +117,7 @@ def _holders(module: nn.Module, tensors: dict[str, Any], shared: Mapping[int, tu
 def _tied_flags(
     model: nn.Module, parted: set[tuple[str, ...]], left: set[tuple[str, ...]]
 ) -> Iterator[tuple[object, str]]:
-    """Yield (object, attribute) of the flags for tied weights, in modules inside which all ties are cut."""
+    """Yield (object, attribute) for each flag that weights are tied, of modules inside which all ties are cut."""
     if unserved := hooks.unserved(model, described=True):
         warn(
             f"the merge gives tied weights of this {type(model).__name__} different values, but its config still marks "

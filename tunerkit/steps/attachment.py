@@ -123,7 +123,7 @@ def check_attachable(tuner: Tuner, optimizer: Optimizer | None) -> None:
 
 
 def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
-    """Reject an optimizer with none of the adapter's parameters; warn if some are missing."""
+    """Raise `StepError` if the optimizer has none of the adapter's parameters; warn of missing ones and of eps = 0."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = {path: {n: p for n, p in slot.named_parameters() if p.requires_grad} for path, slot in slots_in(tuner)}
     # Allocations need gradients of the adapters themselves, so a head that is trained in full does not count.
@@ -155,7 +155,7 @@ def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
 
 
 def agree_on_total(tuner: Tuner, total_steps: SupportsIndex | None) -> int | None:
-    """Return the total steps of the call or config. Raises `StepError` if they differ or are needed and missing."""
+    """Return the total steps of the call or config, or None. Raises `StepError` if both differ or a total is needed."""
     configured = tuner.config.total_steps
     total = configured if total_steps is None else total_steps
     if configured is not None and total != configured:
@@ -248,7 +248,7 @@ def watch_(tuner: Tuner) -> LastGradient:
 
 
 def unwatch_(model: nn.Module) -> None:
-    """Remove the model's hooks of `watch_` if no adapter is watched any more."""
+    """Remove the hooks that `watch_` registered on the model, if no adapter is watched any more."""
     if all(tuner.progress.last is None for tuner in injection.wrapped_of(model).tuners.values()):
         torch_private.remove_hooks_(model, look)
         torch_private.remove_state_hooks_(model, forget)
@@ -286,7 +286,7 @@ def _follow_(tuner: Tuner, last: LastGradient) -> None:
 
 
 def _note(watched: "ref[Tuner]", parameter: Tensor) -> None:
-    """Gradient hook of ``parameter``: report an undriven step that no forward has reported; record the new gradient."""
+    """Gradient hook of ``parameter``: report an earlier step of an unattached optimizer; record the new gradient."""
     tuner = watched()
     if tuner is None or injection.wrapped_of(tuner.model).tuners.get(tuner.name) is not tuner:
         return  # the adapter was removed

@@ -35,7 +35,7 @@ from tunerkit.steps.resizing import ENGINE, complete_, optimizer_of
 
 @attrs.frozen(eq=False)
 class Place:
-    """One adapted module: its slots, one adapter's slot, and torch's live dicts of children of module and slots."""
+    """One adapted module: its slots, one adapter's slot, and the live dicts that contain the slots and the slot."""
 
     children: Mapping[str, nn.Module | None]
     slots: Slots
@@ -63,7 +63,7 @@ class Withheld:
 
     @torch.no_grad()
     def put_back_(self, *, stepped: bool) -> None:
-        """Put back every withheld gradient, after a step or because it failed. Calling this again does nothing."""
+        """Put back every withheld gradient; ``stepped`` is False if the step failed. A second call does nothing."""
         held, self.gradients = self.gradients, []
         # A fused optimizer has divided the other gradients by the scale, so these are divided too.
         if stepped and self.grad_scale is not None:
@@ -80,7 +80,7 @@ class Withheld:
 
 @attrs.define(eq=False)
 class Drive:
-    """The connection of a tuner to its optimizer: what steps need, resolved once, and the state between steps."""
+    """The connection of a tuner to its optimizer: objects that every step uses, and the state between steps."""
 
     tuner: Tuner
     wrapped: Wrapped
@@ -158,7 +158,7 @@ def _restore_(tuner: Tuner, before: injection.Progress, state: object | None, en
 
 
 def _register_(tuner: Tuner, optimizer: Optimizer, clock: Callable[[], int] | None) -> None:
-    """Resolve what steps need, and register the optimizer's hooks."""
+    """Build the `Drive` that an adapter's steps use, and register the optimizer's hooks."""
     modules = modules_in(tuner)
     places = [
         Place(torch_private.own_children(modules[path]), slots, torch_private.own_children(slots), slot)
@@ -179,9 +179,9 @@ def _register_(tuner: Tuner, optimizer: Optimizer, clock: Callable[[], int] | No
 def _before(
     drive: Drive, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Step pre-hook of the optimizer; ``args`` begins with the optimizer.
+    """Step pre-hook of the optimizer: call the method's hook. ``args`` begins with the optimizer.
 
-    If the step has a closure, which computes the gradients, the method's hook is called at the closure's end.
+    If the step has a closure, which computes the gradients, the method's hook is called at its end.
     """
     # Torch's distributed checkpoint steps an optimizer only if it has no state yet, so that it creates one.
     drive.is_idle = not optimizer.state and torch_private.in_distributed_checkpoint()
@@ -204,7 +204,7 @@ def _before(
 
 
 def _refuse_misplaced(drive: Drive) -> None:
-    """Reject a step while the model is merged, or after the adapter was removed by hand from one of its modules."""
+    """Raise an error if the model is merged at a step, or if the adapter was removed by hand from a module."""
     name, is_merged = drive.tuner.name, False
     is_there = drive.wrapped.tuners.get(name) is drive.tuner
     for place in drive.places:  # no generator, for speed: this runs in every step
@@ -217,7 +217,7 @@ def _refuse_misplaced(drive: Drive) -> None:
 
 
 def _run_closure(drive: Drive, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
-    """Call the closure, then the method's hook. One step may call this several times."""
+    """Run a step's closure, then the method's hook; return the loss. One step may call this several times."""
     drive.withheld.put_back_(stepped=False)
     loss = closure()
     drive.last.version = None
@@ -282,7 +282,7 @@ def _takes_part(drive: Drive) -> bool:
 
 
 def _after(drive: Drive, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Step post-hook of the optimizer; ignores a step that a fused optimizer skipped because gradients overflowed."""
+    """Step post-hook of the optimizer: count the step and call the method's hook, unless gradients overflowed."""
     if drive.is_idle:
         return
     tuner, callers = drive.tuner, drive.callers

@@ -203,7 +203,7 @@ def _fresh(name: str, values: Tensor, settings: Mapping[str, Any]) -> Tensor:
 
 
 def complete_(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """In torch's distributed checkpoint, add initial states for parameters that were withheld from every step.
+    """In torch's distributed checkpoint, add initial optimizer states for parameters withheld from every step.
 
     Without these, `set_optimizer_state_dict` rejects the result of `get_optimizer_state_dict`. Nothing is added for
     optimizers with states that do not have their parameter's shape.

@@ -25,7 +25,7 @@ _is_meta = operator.attrgetter("is_meta")
 
 
 def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *, adapts: str) -> str | None:
-    """Return why a module cannot be adapted together with ``others`` (a sentence fragment after its path), or None."""
+    """Return why a module cannot be adapted together with ``others`` (a fragment that follows its path), or None."""
     if adapts != "weights":
         return _output_obstacle(found) or (_NO_NORM if adapts == "norms" and not is_norm(found) else None)
     module, base = found.module, found.base
@@ -95,7 +95,7 @@ def warn_of_unknown_packed(scanned: Scan) -> None:
 
 
 def quantiser_of(module: nn.Module) -> str | None:
-    """Return the name of the library that quantized ``module``; None for no library, or an unknown one."""
+    """Return the name of the library that quantized ``module``; None if there is none, or if it is unknown."""
     packed = (type(own) for own in torch_private.parameters_of(module).values() if is_packed(own))
     # Base classes too, since a forward on the instance or in a subclass hides the library's.
     owners = (forward_owner(module), *packed, *type(module).__mro__)
@@ -120,7 +120,7 @@ def _output_obstacle(found: ScannedModule) -> str | None:
 def left_out(names: Sequence[str], sides: Collection[str]) -> list[str]:
     """Return a tied parameter's names outside ``sides``, the adapted or trained paths; empty if no name is inside.
 
-    An alias is left out: a parent's name for its layer's bias, as in BERT's masked head.
+    An alias is omitted: a parent's name for its layer's bias, as in BERT's masked head.
     """
 
     def is_alias(name: str) -> bool:
@@ -191,7 +191,7 @@ def refuse_tied(scanned: Scan, paths: Collection[str]) -> None:
 
 
 def refuse_impassable(scanned: Scan) -> None:
-    """Raise `TargetError` with all packed layers, targets or not, that gradients cannot pass."""
+    """Raise `TargetError` that lists all packed layers, targets or not, through which gradients cannot flow."""
     bases = {each.path: each.base for each in (scanned.root, *scanned.modules) if each.base is not None}
     packed = {path: (base, base.packing) for path, base in bases.items() if base.packing is not None}
     refuse(lines({path or "the model": base.obstacle() for path, (base, _) in packed.items()}))

@@ -59,7 +59,7 @@ class Scan:
 
 
 class _Registration(NamedTuple):
-    """A module at one of its paths; ``read`` has the names of children whose weights the owner uses directly."""
+    """A module at one of its paths; ``read`` names the owner's children whose weights the owner uses directly."""
 
     path: str
     module: nn.Module
@@ -71,7 +71,7 @@ class _Registration(NamedTuple):
 
 
 def scan(model: nn.Module, knowledge: Knowledge, *, unloaded: bool = False) -> Scan:
-    """Scan ``model``; see `Scan` for ``unloaded``."""
+    """Return the scan of ``model``; with ``unloaded``, weights may be on the meta device."""
     places: dict[int, list[_Registration]] = defaultdict(list)
     libraries = [each for each in knowledge.libraries if each.applies(model)]
     for registration in _registrations(model, knowledge, libraries):

@@ -98,7 +98,7 @@ def select(
 
 
 def _insists(pattern: str | None) -> bool:
-    """Whether modules that match the pattern must be adapted: it is a plain name, or matches a single path exactly."""
+    """Whether it is an error if a matching module cannot be adapted: for plain names and patterns of a single path."""
     return pattern not in (None, ALL_LINEAR) and (not is_broad(pattern) or is_exact(pattern))
 
 
@@ -128,7 +128,7 @@ _Choices = Iterator[tuple[str, str | None]]
 
 
 def _choose(scope: _Scope, pattern: str | None, problems: list[str]) -> _Choices:
-    """Yield the choices of a pattern; add to ``problems`` if it matches nothing."""
+    """Yield (path, obstacle or None) for each module that a pattern chooses; add to ``problems`` if it matches none."""
     if pattern is None:
         return _choose_default(scope)
     return _choose_linear(scope) if pattern == ALL_LINEAR else _choose_matching(scope, pattern, problems)
@@ -185,7 +185,7 @@ def _choose_matching(scope: _Scope, pattern: str, problems: list[str]) -> _Choic
 
 
 def _choose_broadly(scope: _Scope, modules: Iterable[ScannedModule]) -> _Choices:
-    """Choose those of ``modules`` that can be adapted; yield others with their obstacles if they have parameters."""
+    """Yield (path, None) for the modules that can be adapted, and (path, obstacle) for others with parameters."""
     chosen = set(modules)
     for each in scope.free:
         if each in chosen:

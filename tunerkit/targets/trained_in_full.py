@@ -53,7 +53,7 @@ def resolve_modules(scanned: Scan, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _parts(scanned: Scan, path: str) -> Iterator[tuple[str, bool]]:
-    """Yield (path to copy, whether that module has parameters besides its layers) for a module.
+    """Yield (path to copy, whether that module has parameters besides its layers) for the module at ``path``.
 
     The module itself is copied; or its layers, if it is in a block or contains one: a copy runs after its original, so
     a copied attention would add its keys to the cache twice.
@@ -187,14 +187,14 @@ def choose_new(
 
 
 def trained_elsewhere(new: NewModules, copied: Collection[str]) -> tuple[str, ...]:
-    """Return those of the modules ``copied``, trained in full by another adapter, whose initial values may be new."""
+    """Return the paths of modules that may be new, among the modules ``copied`` that another adapter trains in full."""
     return tuple(path for path in copied if is_under(path, {*new.whole, *new.heads}))
 
 
 def _named(
     scanned: Scan, targets: str | Sequence[str] | None, exclude: Sequence[str], new: Collection[str]
 ) -> Iterator[str]:
-    """Yield the matches of ``exclude``, and of plain names in ``targets`` that match only modules in ``new``."""
+    """Yield the paths that match ``exclude``, or a plain name in ``targets`` that matches only modules in ``new``."""
     for pattern in exclude:
         yield from filter(matcher(pattern), scanned.by_path)
     for name in (targets,) if isinstance(targets, str) else targets or ():
@@ -224,7 +224,7 @@ def _warn_of_trained(scanned: Scan, loader: str, trained: Mapping[str, Sequence[
 
 
 def _warn_of_unknown(loader: str, heads: Sequence[str], replaced: Sequence[str]) -> None:
-    """Warn that ``heads`` may be new; without heads, that the ``replaced`` modules in blocks may be."""
+    """Warn that the modules ``heads`` may be new; if there are none, warn of the ``replaced`` modules in blocks."""
     if heads or replaced:
         lost = f" (in the blocks, the marks of {few(replaced, shown=_SHOWN)} are missing)" if heads and replaced else ""
         advice = f"train_modules={list(heads[:_SHOWN])}. Otherwise name it in exclude"
@@ -272,5 +272,5 @@ def choose_biases(scanned: Scan, bias: str, chosen: tuple[Target, ...], copies: 
 
 
 def takes_bias(each: ScannedModule) -> bool:
-    """Whether core knows how the module adds its bias, so that a trained copy can replace it."""
+    """Whether core knows how the module adds its bias, so that a trained copy can replace the bias."""
     return not (each.inside_attention or each.read_and_called) and has_trainable_bias(each.module, each.base)

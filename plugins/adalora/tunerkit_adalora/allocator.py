@@ -179,7 +179,7 @@ class Readback:
     """The results of an allocation, copied to the host.
 
     Attributes:
-        left_out: The number of gradients that the averages left out since the last allocation.
+        left_out: The number of gradients left out of the averages since the last allocation.
         any_score: Whether any score is above 0.
         ranks: The number of live triplets in each mask.
     """

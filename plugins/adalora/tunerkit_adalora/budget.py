@@ -54,7 +54,7 @@ def schedule_of(
 
 
 def live_budget(layers: Sequence[SvdLayer], costs: Sequence[int]) -> int:
-    """Return the total cost of the live triplets, with the cost of one triplet of each layer in ``costs``."""
+    """Return the total cost of the live triplets; ``costs`` has the cost of one triplet of each layer."""
     return sum(map(mul, map(_RANK, layers), costs))
 
 
@@ -66,7 +66,7 @@ def costs_of(config: AdaLoraConfig, layers: Sequence[SvdLayer]) -> list[int]:
         layers: The layers.
 
     Returns:
-        1 for each layer, or the number of parameters of one triplet of each layer.
+        1 for each layer if the unit is a rank, else the number of parameters of one triplet.
     """
     if config.budget_unit == "rank":
         return [1] * len(layers)

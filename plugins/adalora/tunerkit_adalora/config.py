@@ -22,7 +22,7 @@ _SVD_ABOVE = 2.0
 
 @attrs.frozen
 class Resolved:
-    """The config's optional settings with their defaults applied, under the same names; none is None.
+    """The config's optional settings with all defaults filled in, under the same names.
 
     Attributes:
         target_rank: Average rank per target at the end of training. A total budget replaces it.
@@ -142,7 +142,7 @@ class AdaLoraConfig(AdapterConfig):
     def peft(cls, **settings: Any) -> Self:
         """Return the default settings of `peft.AdaLoraConfig`.
 
-        It starts as the paper does. α = 8 over an initial rank of 12, γ = 0.5, and an allocation at every step.
+        Initial values are as in the paper. α = 8 over an initial rank of 12, γ = 0.5, and an allocation at every step.
 
         Args:
             **settings: Fields of the config; they take precedence.
@@ -159,7 +159,7 @@ class AdaLoraConfig(AdapterConfig):
         Returns:
             The effective settings, with all defaults filled in. A ``target_rank`` is 8. ``exact_svd`` is on if more
             than half of the triplets are pruned, unless the config asks for the paper's own means: the penalty, or a
-            start at Λ = 0. With a ``budget`` it is off: how many are pruned is not known before the targets are.
+            start at Λ = 0. With a ``budget`` it is off, since the share of pruned triplets depends on the targets.
             ``init_rank`` is 1.5 target_rank, rounded up, and at least 8 in SVD form. ``alpha`` is twice the final
             average rank, as in LoRA; with a ``budget``, init_rank / 1.5 stands for that rank. Without SVD form it is at
             least 4/3 of init_rank, since the remaining triplets keep their scale. ``train_lambda`` is on, unless SVD
@@ -196,14 +196,14 @@ class AdaLoraConfig(AdapterConfig):
         return self.resolved().exact_svd
 
     def request(self) -> StatisticsRequest | None:
-        """Return the statistics that the initialization needs, or None."""
+        """Return the statistics that the initialization needs; None if it needs no data."""
         if self.start not in ("eva", "gradients"):
             return None
         most = max(_DIRECTIONS * self.initial_rank, _LEAST_DIRECTIONS)
         return StatisticsRequest(inputs=most) if self.start == "eva" else StatisticsRequest(gradients=most // 2)
 
     def settled(self) -> Self:
-        """Write out the resolved settings: files store them, so that later defaults change nothing.
+        """Make the resolved settings explicit: files store them, so that new defaults do not change an adapter.
 
         Returns:
             A config that resolves to the same settings.

@@ -37,7 +37,7 @@ def copies_in(optimizer: Optimizer | None, weights: Iterable[Tensor]) -> list[st
 
 
 def refuse_split(tuner: Tuner, optimizer: Optimizer | None) -> None:
-    """Reject another optimizer that trains some λ: it would update a masked λ after the mask was applied.
+    """Raise an error if another optimizer trains a λ: it would change a masked λ after the mask was applied.
 
     Args:
         tuner: The adapter's handle. With a shared engine, optimizers may have other tensors than the model.
@@ -70,7 +70,7 @@ def follower(tuner: Tuner, weights: Sequence[nn.Parameter], like: Tensor) -> str
         like: Any tensor on the device to use for the broadcast.
 
     Returns:
-        The object that relies on the weights' shapes, as a reason; None if they may change.
+        The reason, an object that relies on the weights' shapes; None if the weights may shrink.
     """
     found = _found(lambda: _obstacle(tuner, weights))
     if tuner.engine.is_shared:
@@ -107,7 +107,7 @@ def _is_averaged(tuner: Tuner, found: Iterable[object]) -> bool:
 
 
 def _kinds(found: Iterable[object], does: Callable[[Optimizer], bool]) -> str:
-    """Return the class names of the optimizers for which ``does`` is true."""
+    """Return the class names of the optimizers in ``found`` for which ``does`` is true, separated by commas."""
     return ", ".join(sorted({type(each).__name__ for each in found if isinstance(each, Optimizer) and does(each)}))
 
 
@@ -124,7 +124,7 @@ def _held(optimizer: Optimizer) -> set[int]:
 
 
 def _found(look: Callable[[], F]) -> F:
-    """Return the result of ``look``, a search of objects; after a hit, collect garbage and search again."""
+    """Return the result of the search ``look``; if it finds an object, collect garbage first and search again."""
     if found := look():
         gc.collect()
         found = look()

@@ -9,7 +9,7 @@ from tunerkit.plugin import StepError
 
 @attrs.define(eq=False)
 class GradientCount:
-    """Counts since the last allocation.
+    """Counts of gradients and steps since the last allocation.
 
     Attributes:
         left_out: The number of non-finite gradients; 0-d int64 on the device, so that the host need not wait.

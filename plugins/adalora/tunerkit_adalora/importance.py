@@ -25,7 +25,7 @@ _ROW = 64
 
 
 class Part(IntEnum):
-    """Which of a layer's three weights; the value is its position among them."""
+    """P, λ or Q of a layer; the value is the position among the three."""
 
     P = 0
     LAM = 1
@@ -279,9 +279,9 @@ def _with_gradient(grads: Sequence[Tensor | None], averages: Averages) -> Tensor
 def _are_bad(importance: Tensor, owners: Tensor, has_gradient: Tensor | None, averages: Averages) -> Tensor:
     """Return which weights have a gradient and an I with non-finite values: bool (weights,).
 
-    ``owners`` is the weight of each row; int64 (rows,).
+    ``owners`` maps each row to its weight; int64 (rows,).
 
-    I is tested and not the gradient: a non-finite gradient makes I non-finite (0·∞ is NaN), and the product may
+    I is tested rather than the gradient: a non-finite gradient makes I non-finite (0·∞ is NaN), and the product may
     overflow. I is never negative, so its maximum is enough: NaN propagates, and is not below infinity.
     """
     largest = importance.new_zeros(len(averages.places))
@@ -293,7 +293,7 @@ def _are_bad(importance: Tensor, owners: Tensor, has_gradient: Tensor | None, av
 def _in_any(
     bad: Sequence[Tensor], averages: Sequence[Averages], weights: Sequence[Tensor], total_: Callable[[Tensor], None]
 ) -> list[Tensor]:
-    """Return which weights are bad in any process, for each of ``averages``; their order differs between processes."""
+    """Return, for each of ``averages``, which weights are bad in any process; their order may differ by process."""
     device = weights[0].device
     together = torch.zeros(len(weights), device=device)
     for each, own in zip(averages, bad, strict=True):
@@ -318,5 +318,5 @@ def _average_(averages: Averages, current: Tensor, used: Tensor, beta1: float, b
 
 
 def _pace(used: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
-    """Return 1 − β for each ``used`` row, else 0; one operation in the default dtype."""
+    """Return 1 − β for ``used`` rows and 0 for the others, (rows, 1), in ``dtype``."""
     return used * (1 - beta) if dtype == torch.get_default_dtype() else used.to(dtype) * (1 - beta)

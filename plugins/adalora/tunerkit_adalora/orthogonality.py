@@ -74,7 +74,7 @@ def add_gradient_(pairs: Sequence[Pair], *, gamma: float, form: Form, grad_scale
 
 @attrs.frozen(eq=False)
 class _Group:
-    """Matrices of one shape, dtype and device, which are processed together in as many operations as one."""
+    """Matrices of one shape, dtype and device, which are processed together, in as many operations as a single one."""
 
     columns: bool  # P, orthonormal by columns; else Q, by rows
     matrices: list[Tensor]

@@ -50,7 +50,7 @@ def placed(piece: Tensor, size: int, start: int) -> Tensor:
 def placed_lams(
     lams: Sequence[Tensor], shapes: Sequence[Sequence[int]], starts: Sequence[tuple[int, int]]
 ) -> list[Tensor]:
-    """Return vectors of zeros with this process's shards of λ; over all processes they sum to λ."""
+    """Return λ of each layer, with zeros outside this process's shards; over all processes they sum to λ."""
     return [placed(lam, shape[0], _start(start, 0)) for lam, shape, start in zip(lams, shapes, starts, strict=True)]
 
 

@@ -95,7 +95,7 @@ def tunerkit_delta(adapter: SvdLayer, base: BaseLayer) -> Delta:
 
 @hookimpl
 def tunerkit_factors(adapter: SvdLayer) -> Factors:
-    """Return ΔW as low-rank factors, to convert. Merging uses `tunerkit_delta`, which does not wait for the device."""
+    """Return ΔW as low-rank factors, to convert it. Merging uses `tunerkit_delta`, which need not wait for a device."""
     return adapter.factors()
 
 
@@ -113,5 +113,5 @@ def tunerkit_state(tuner: Tuner) -> State:
 
 @hookimpl
 def tunerkit_restore(tuner: Tuner, state: State) -> None:
-    """Continue from a saved state."""
+    """Restore the training state from a file."""
     saved_state.restore(tuner, state)

@@ -48,7 +48,7 @@ def refuse_other_ranks(adapter: str) -> None:
 
 
 def refuse_revived(adapter: str, live: int, in_force: int, step: int) -> NoReturn:
-    """Raise an error for masks that keep more than the last allocation did, and so are from another step.
+    """Raise an error: the masks keep more triplets than the last allocation, so they are from another step.
 
     Args:
         adapter: The adapter's name, for the message.

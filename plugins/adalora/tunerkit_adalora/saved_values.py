@@ -23,7 +23,7 @@ class SavedValues:
         last_step: The last step's number; 0 before the first.
         in_force: The budget of the last allocation.
         final: Whether the ranks are final.
-        shrunk: Whether, in addition, no dead triplet is left in memory.
+        shrunk: Whether the ranks are final and no dead triplet is left in memory.
         blank: Whether no step has been averaged yet.
         anew: Whether the triplets were just rotated, so that the next gradients replace the averages.
         averaged: The number of steps averaged since the last allocation.

@@ -94,7 +94,7 @@ class Schedule:
 
 
 def is_short(schedule: Schedule) -> bool:
-    """Whether a training prunes, and has too few steps to choose which triplets."""
+    """Whether a training prunes triplets, but has too few steps to choose them by their scores."""
     return schedule.target < schedule.initial and schedule.total_steps < LEAST_STEPS
 
 
@@ -200,7 +200,7 @@ def _budget_problems(initial: int, target: int, initial_field: str, target_field
 def _length_problems(
     total_steps: int, t_init: int | float, t_final: int | float, delta_t: int, *, prunes: bool
 ) -> list[str]:
-    """Return the problems of each length, then whether t_i and t_f leave no steps for pruning."""
+    """Return the problems of each length; without any, the problem that t_i and t_f leave no steps for pruning."""
     total = _size_problems("total_steps", total_steps, "set total_steps to the number of optimizer steps")
     between = _size_problems("delta_t", delta_t, "set the number of steps between two allocations")
     spans = [*_span_problems("t_init", t_init), *_span_problems("t_final", t_final)]

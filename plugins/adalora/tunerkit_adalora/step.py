@@ -145,7 +145,7 @@ def _make_all_live_(training: Training) -> None:
 def _warn_if_nothing_is_left(tuner: Tuner, training: Training) -> None:
     """Warn at the first step if an earlier training has removed all prunable triplets from memory.
 
-    At attaching it is too early: the state of a resumed training, which may have shrunk itself, is not loaded yet.
+    Attaching is too early for this: the state of a resumed training, which may have removed them itself, comes later.
     """
     schedule = training.schedule
     whole = training.resolved.init_rank * sum(training.costs)
@@ -158,7 +158,7 @@ def _warn_if_nothing_is_left(tuner: Tuner, training: Training) -> None:
 
 
 def _scores_and_lams(tuner: Tuner, training: Training) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the scores (r,) and the λ (r,) of each layer; in each process, those of the full weights."""
+    """Return the scores (r,) and the λ (r,) of each layer, for the full weights even if they are sharded."""
     weights = weights_of(training.layers)
     pieces = tuner.pieces(weights)
     if not pieces.are_cut:

@@ -47,7 +47,7 @@ class _Factors:
     """The QR of P Λ and of Qᵀ of n layers of one shape, without the dead triplets.
 
     ``left`` (n, out, k) and ``right`` (n, in, k') have orthonormal columns, k = min(out, r) and k' = min(in, r). The
-    small factors are filled up with zero rows to (n, r, r).
+    small factors are padded with zero rows to (n, r, r).
     """
 
     left: Tensor
@@ -58,7 +58,7 @@ class _Factors:
 
 @attrs.frozen(eq=False)
 class _Rotation:
-    """New values from the SVD of small_left small_rightᵀ, which are valid only if ``rotated`` is True.
+    """New values from the SVD of small_left small_rightᵀ, which are valid only where ``rotated`` is True.
 
     ``rotated`` (n, r): the triplets with new values. ``lam`` (n, r): the new λ. ``to_p`` and ``to_q`` (n, r, r): the
     matrices from ``left`` to P, and from ``right`` to Q.
@@ -97,7 +97,7 @@ def _rotate_(batch: Sequence[tuple[SvdLayer, Tensor]], total: float) -> None:
 
 
 def _factor(layers: Sequence[SvdLayer], lam: Tensor, live: Tensor) -> _Factors:
-    """Return the QR of each layer; ``lam`` (n, r) is 0 for dead triplets."""
+    """Return the QR of P Λ and of Qᵀ of each layer; ``lam`` (n, r) is 0 for dead triplets."""
     left, small_left = torch.linalg.qr(_wide([layer.p for layer in layers]).mul_(lam.unsqueeze(1)))
     right, small_right = torch.linalg.qr(_wide([layer.q for layer in layers]).mul_(live.unsqueeze(2)).mT)
     return _Factors(left, right, _filled(small_left), _filled(small_right))

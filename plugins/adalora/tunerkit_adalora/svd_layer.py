@@ -153,7 +153,7 @@ class SvdLayer(Adapter):
         return len(self.mask) if self._is_emptied else len(self.lam)
 
     def _contradiction(self, state: Mapping[str, Any], prefix: str, mask: Tensor | None) -> str | None:
-        """Return a contradiction between a state's weights and its mask, or None."""
+        """Return how a state's mask contradicts its weights or this layer; None if it does not."""
         own, found = self.weights._asdict(), {name: state.get(prefix + name) for name in self.rank_dims}
         saved = {name: w for name, w in found.items() if isinstance(w, Tensor) and w.ndim == own[name].ndim}
         sizes = {weight.shape[self.rank_dims[name]] for name, weight in saved.items() if not self._is_emptied}
@@ -227,7 +227,7 @@ def apply_masks_(lams: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
 
     Args:
         lams: λ (r,) of each layer, or its shards, on any devices.
-        masks: Their masks, bool (r,).
+        masks: The mask of each layer, bool (r,).
     """
     # In one tensor: layers may be on several devices, and their masks on the device of the allocation.
     kept = torch.cat([lam.to(lams[0].device) for lam in lams])

@@ -63,7 +63,7 @@ def start(tuner: Tuner, total_steps: int) -> Training:
 
     A loaded, pruned adapter keeps its masks until the first step, so that it can still be saved unchanged. At the first
     step, every triplet in memory becomes live. Triplets removed from memory do not return, so the budget starts at the
-    remaining ones. A training too short to prune may continue a finished one, whose masks then stay.
+    cost of the remaining triplets. A training too short to prune may continue a finished one, whose masks then stay.
 
     Args:
         tuner: The tuner that is attached.
@@ -146,7 +146,7 @@ def budget(tuner: Tuner, step: int | None) -> int:
 
 
 def config_of(tuner: Tuner) -> AdaLoraConfig:
-    """Return the tuner's config, typed."""
+    """Return the tuner's config as an `AdaLoraConfig`."""
     assert isinstance(tuner.config, AdaLoraConfig)
     return tuner.config
 
@@ -157,7 +157,7 @@ def layers_of(tuner: Tuner) -> list[SvdLayer]:
 
 
 def training_of(tuner: Tuner) -> Training:
-    """Return the tuner's training state; `StepError` if it is not attached."""
+    """Return the tuner's training state. Raises `StepError` if the adapter is not attached."""
     if not isinstance(tuner.state, Training):
         raise StepError(
             f"adapter {tuner.name!r} is not attached; call tunerkit.attach(model, optimizer, total_steps=...)"
