@@ -99,7 +99,7 @@ def _brought(name: str) -> Any:
 
 @functools.cache
 def _points() -> dict[str, list["EntryPoint"]]:
-    """Return the entry points of `_GROUP` by name, from the first installation on the path of each distribution."""
+    """Return `_GROUP`'s entry points by name; if a distribution is installed twice, the first on the path counts."""
     from importlib.metadata import distributions  # `import tunerkit` alone does without it
 
     found: dict[str, list[EntryPoint]] = {}
@@ -117,7 +117,7 @@ def _points() -> dict[str, list["EntryPoint"]]:
 
 
 def _error(text: str, kind: type[AttributeError]) -> Exception:
-    """Return an error of ``kind``; in ``from tunerkit import name`` an `ImportError`, as Python hides other texts."""
+    """Return ``kind(text)``; during ``from tunerkit import x`` an `ImportError`, whose text Python does not replace."""
     frame = sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[:2] in _FACES:
         frame = frame.f_back

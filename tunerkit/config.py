@@ -349,7 +349,7 @@ def _got(value: object) -> str:
 
 
 def _hint(text: str, kinds: tuple[object, ...]) -> str:
-    """Return a hint on a rejected text: how to write a float in YAML, or the closest allowed values; "" if unknown."""
+    """Return a hint on a rejected text: how to write a float in YAML, or the closest allowed values; "" without one."""
     found = _SCIENTIFIC.fullmatch(text)
     if found and float in kinds:
         whole, fraction, sign, exponent = found.groups()
@@ -481,7 +481,7 @@ def _union(value: object, cls: Any) -> object:
 
 
 def _container(cls: Any) -> Callable[[object, Any], object]:
-    """Return cattrs' hook that reads a list, set or mapping: it checks type and length, then calls cattrs' own hook."""
+    """Return a hook that reads a list, set or mapping: it checks the type and length, then calls cattrs' own hook."""
     origin, members = get_origin(cls), get_args(cls)
     kinds: Any = Mapping if origin in _MAPPINGS else (list, tuple, *_SETS) if origin in _SETS else (list, tuple)
     # In this converter, cattrs reads the container and the strict converter reads its elements.
@@ -502,7 +502,7 @@ def _container(cls: Any) -> Callable[[object, Any], object]:
 
 
 def _written(union: Any) -> Callable[[Any], object]:
-    """Return the hook that writes a union's value like its member type; if several are classes, with the class name."""
+    """Return a hook that writes a union's value by the value's type, with the class's name if several are classes."""
     hooks: dict[Any, Callable[[Any], Any]] = {}
     for member in get_args(union):
         kind = dict if get_origin(member) is Mapping else get_origin(member) or member

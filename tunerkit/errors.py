@@ -1,4 +1,4 @@
-"""The exceptions that tunerkit raises: one class per mistake that a caller may want to catch. Texts are bounded."""
+"""The exceptions that tunerkit raises: one class per mistake that a caller may want to catch. Texts have a limit."""
 
 import difflib
 import re

@@ -20,21 +20,21 @@ def is_under(path: str, roots: Collection[str]) -> bool:
 
 
 def parent(path: str) -> str:
-    """The path of the parent module; empty if the parent is the model itself."""
+    """Return the path of the parent module; "" if the parent is the model itself."""
     return path.rpartition(".")[0]
 
 
 def join(path: str, name: str) -> str:
-    """The path of the child ``name`` of ``path``."""
+    """Return the path of the child ``name`` of the module at ``path``."""
     return f"{path}.{name}" if path else name
 
 
 def few(paths: Sequence[str], *, shown: int) -> str:
-    """Return the first paths, each cut, and how many more there are, for a message: ``a, b and 3 more``."""
+    """Return the first paths, each shortened, and the number of the others, for a message: ``a, b and 3 more``."""
     more = f" and {len(paths) - shown} more" if len(paths) > shown else ""
     return ", ".join(path if len(path) <= 200 else f"{path[:200]}..." for path in paths[:shown]) + more
 
 
 def is_number(part: str) -> bool:
-    """Whether ``part``, one part of a path, is an index."""
+    """Whether ``part``, one part of a path, is a number, such as ``0`` in ``layers.0``."""
     return part.isascii() and part.isdigit()

@@ -40,7 +40,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def lookup(table: Mapping[str, Value], path: str, default: Value) -> Value:
-    """Look up a per-target setting.
+    """Return the value of a per-target setting for one target.
 
     Args:
         table: Maps target patterns to values. The first match counts.
@@ -70,7 +70,7 @@ def is_exact(pattern: str) -> bool:
 
 @functools.lru_cache(maxsize=_COMPILED)
 def matcher(pattern: str) -> Matcher:
-    """Compile a pattern to a function that checks whether a path matches.
+    """Return a function that checks whether a path matches a pattern.
 
     Raises:
         TargetError: A regular expression is malformed.
@@ -100,7 +100,7 @@ def _malformed(pattern: str, error: Exception) -> TargetError:
 
 
 def at_paths(config: Mapping[str, Any], paths: Collection[str], *, of_file: bool = False) -> dict[str, Any]:
-    """Replace regular expressions in a config's tables by exact patterns of the matching paths, as files store them.
+    """Return a config in which exact patterns of matching paths replace regular expressions, as files store it.
 
     Files of earlier versions may contain regular expressions: with ``of_file``, they are matched in bounded time.
     Raises `TargetError` if an expression is malformed or, with ``of_file``, not supported or too slow.

@@ -495,7 +495,7 @@ class Holding:
 
     Attributes:
         name: The library's name, as the subject of messages: "accelerate" offloads, "FSDP2" shards.
-        package: The library's package: no function is called before it is imported. Empty: always call them.
+        package: The library's package; before it is imported, no function is called. "" to call them always.
         way_out: The alternative to an operation that such weights do not support, as a sentence fragment.
         one_dtype: Why trained parameters must share one dtype (a sentence fragment), or "".
         offloads: Whether a module's own weights are on the meta device, and loaded during its forward only.

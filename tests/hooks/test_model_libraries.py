@@ -101,7 +101,7 @@ def test_settings_survive_a_save_where_no_plugin_knows_them(toys: "Toys", tmp_pa
     with library(settings=lambda model: {"epsilon": 2.0}):
         with pytest.raises(BaseMismatchError, match=r"epsilon 1\.0 -> 2\.0"):
             tunerkit.load(toys.net(), again)
-        with pytest.warns(TunerkitWarning, match="without a plugin that reads the base's settings, such as epsilon"):
+        with pytest.warns(TunerkitWarning, match="records no settings of its base, such as epsilon"):
             tunerkit.load(toys.net(), bare)
 
 

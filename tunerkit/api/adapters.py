@@ -80,7 +80,7 @@ def thaw(model: nn.Module, adapter: str) -> None:
     """Make an adapter trainable that was frozen or loaded for inference.
 
     An attached adapter resumes training at its own step count. All its parameters become trainable, except integer ones
-    and those that its method keeps fixed.
+    and parameters that its method keeps fixed.
 
     Args:
         model: The wrapped model.

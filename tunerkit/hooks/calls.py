@@ -40,7 +40,7 @@ def ask(hook: Callable[P, R], method: str, place: str = "", /, *args: P.args, **
     """Call a hook of the plugin that owns a method, and return the checked answer. Pass the hook's arguments by name.
 
     ``place`` names the subject in messages: by default the tuner's adapter, the target, or the targets. Raises
-    `PluginError` if the answer is invalid, the plugin was removed, or it tried to end the program.
+    `PluginError` if the answer is invalid, the plugin was removed, or the hook tried to end the program.
     """
     catalog = registry.loaded()
     owner = catalog.owner_of(method, hook)
@@ -325,7 +325,7 @@ def _check_tensor(tensor: object, what: str, adapter: Adapter) -> None:
 
 
 def check_converted(answer: Any, given: Given) -> Any:
-    """Raise `Unfit` if the config is not of the method's class, or the adapters are not one for each target."""
+    """Raise `Unfit` for a config of a class other than the method's, or adapters at paths other than the targets'."""
     settings, adapters = answer
     if not isinstance(settings, config := registry.get(given["method"]).config):
         raise Unfit(f"{in_short(settings)} as the config", f"a {config.__name__}")
@@ -345,7 +345,7 @@ def check_state(answer: Any, given: Given) -> Any:
 
 def check_restored(answer: Any, given: Given) -> None:
     """Raise `Unfit`: core ignores any answer other than None, so that a returned state would be lost."""
-    raise Unfit(in_short(answer), "None; set tuner.state to what was restored")
+    raise Unfit(in_short(answer), "None; set tuner.state to the restored state")
 
 
 def is_json(value: object, depth: int = 0) -> bool:

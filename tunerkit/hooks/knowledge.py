@@ -32,7 +32,7 @@ E = TypeVar("E", bound=Exception)
 
 
 def first(hook: Callable[P, R], /, *args: P.args, **given: P.kwargs) -> R | None:
-    """Return the first plugin's answer that is neither None nor False, else None. Raises `PluginError` if invalid."""
+    """Return the first plugin's answer that is not None or False, else None. Raises `PluginError` if it is invalid."""
     for plugin, answer in registry.ask(hook, *args, **given):
         if answer is None:
             continue
@@ -179,7 +179,7 @@ def ranks_changed(
 ) -> None:
     """Add an allocation to the history, and notify every plugin. If a plugin raises, only warn.
 
-    After the next allocation that plugin is notified again, since a logger's failure may be temporary.
+    After the next allocation, that plugin is notified again, since a logger's failure may be temporary.
     """
     change = RankChange(step, budget, dict(ranks))
     history.append(change)
@@ -257,7 +257,7 @@ def _asked(catalog: Catalog, hook: Callable[[], Iterable[R]]) -> tuple[tuple[Plu
                 continue
             answer = conform(answer, declared(hook))
             if hook is specs.tunerkit_base_layers and not all(map(_is_complete, answer)):
-                each = "each with a tuple forwards or matches(), all methods, matrix() if linear"
+                each = "each with forwards (a tuple) or matches(), with all methods, and with matrix() if linear"
                 raise Unfit(shown(answer), f"{type_name(declared(hook))}, {each}")
             found += [(plugin, _named(plugin, record)) for record in answer]
     firsts: dict[str, Plugin] = {}
@@ -275,5 +275,5 @@ def gather_holdings() -> list[Holding]:
 
 
 def libraries_of(model: nn.Module) -> list[ModelLibrary]:
-    """Return the `ModelLibrary` records, of all plugins, that apply to a model."""
+    """Return the plugins' `ModelLibrary` records that apply to a model."""
     return [each for each in _records(specs.tunerkit_model_libraries) if each.applies(model)]

@@ -80,7 +80,7 @@ def blame(error: BaseException, what: str, whose: object, place: str = "") -> No
 
 @attrs.frozen
 class Asking(AbstractContextManager[object]):
-    """Context manager for a call of a plugin: if the call raises, `blame` gets the exception and these fields."""
+    """Context manager for a call of a plugin: if the call raises, call `blame` with the exception and these fields."""
 
     what: str
     whose: object
@@ -93,7 +93,7 @@ class Asking(AbstractContextManager[object]):
 
 @attrs.frozen
 class Isolated(AbstractContextManager[object]):
-    """Context manager that suppresses exceptions, even SystemExit, and passes them to ``failed``; Ctrl-C is raised."""
+    """Context manager that passes any exception except Ctrl-C to ``failed`` and suppresses it, even SystemExit."""
 
     failed: Callable[[BaseException], None]
 

@@ -33,7 +33,7 @@ class Registry:
         self.catalog: Catalog | None = None
 
     def named(self, name: str) -> str:
-        """Return a method's name as its plugin spells it, given in any case. Raises `UnknownMethodError`."""
+        """Return a method's name as its plugin spells it, for a name in any case. Raises `UnknownMethodError`."""
         owners = self.loaded().owners
         alike = [own for own in owners if own.casefold() == str(name).casefold()]
         return alike[0] if name not in tuple(owners) and len(alike) == 1 else self.get(name).name
@@ -94,7 +94,7 @@ class Registry:
         return None if caller is None else caller.get_hookimpls()[0]
 
     def ask(self, hook: Callable[P, object], /, *args: P.args, **given: P.kwargs) -> Iterator[tuple[Plugin, Any]]:
-        """Yield (plugin, answer) for each plugin with the hook; a plugin is called when the caller reaches it."""
+        """Yield (plugin, answer) for each plugin with the hook; a plugin is called only when its answer is needed."""
         catalog = self.loaded()
         for plugin in catalog.asked(hook):
             with Asking(hook.__name__, plugin):

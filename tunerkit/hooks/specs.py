@@ -245,8 +245,9 @@ def tunerkit_attach(
 ) -> bool | None:
     """Attach adapters to a trainer that this plugin supports, and return True.
 
-    Fires in ``tunerkit.attach``, until a plugin returns True. Return None for any other object. It does not fire for an
-    optimizer of torch, which core attaches itself. If the trainer has no optimizer yet, wait until it builds one.
+    Fires in ``tunerkit.attach``, until a plugin returns True. Return None for any other object. The hook does not fire
+    for an optimizer of torch, which core attaches itself. If the trainer has no optimizer yet, wait until it builds
+    one.
     """
 
 
@@ -279,8 +280,8 @@ def tunerkit_before_step(tuner: TunerView, step: int, grad_scale: Tensor | None)
     """Add gradients that are not part of the loss; return the parameters that this step must not update, or None.
 
     Fires once per optimizer step, independent of gradient accumulation, with complete gradients and before any update;
-    with ``optimizer.step(closure)``, after each run of the closure. ``step`` counts from 1. It does not fire for frozen
-    adapters, nor for inactive adapters without gradients. ``grad_scale``, a scalar tensor, is the scale of the
+    with ``optimizer.step(closure)``, after each run of the closure. ``step`` counts from 1. The hook does not fire for
+    frozen adapters, nor for inactive adapters without gradients. ``grad_scale``, a scalar tensor, is the scale of the
     gradients under a fused optimizer with a GradScaler: multiply the gradients that you add by it. Core withholds the
     gradients of the returned parameters, and restores them, unscaled, before `tunerkit_after_step`.
     """
@@ -291,8 +292,8 @@ def tunerkit_after_step(tuner: TunerView, step: int) -> Mapping[str, int] | None
     """Measure importance and allocate ranks; return the rank by target path after an allocation, else None.
 
     Fires right after the optimizer updated the weights. This step's gradients still exist, unscaled, and clipped if the
-    user clips them. It does not fire for a step that was skipped because its gradients overflowed. ``step`` is the same
-    number as in `tunerkit_before_step`.
+    user clips them. The hook does not fire for a step that was skipped because its gradients overflowed. ``step`` is
+    the same number as in `tunerkit_before_step`.
     """
 
 
@@ -331,8 +332,8 @@ def tunerkit_delta(adapter: Adapter, base: BaseLayer) -> Delta:
     """Return one adapter's current change to its base layer, as dense tensors.
 
     Fires once per target in ``merge``, with gradients disabled, before anything is merged. ``weight`` is always (out,
-    in), as in ``nn.Linear``, and ``bias`` is (out,). Core converts the weight to the base layer's own layout. It also
-    fires in every forward of a module that uses a layer's weight directly, as attention does. In such a module the
+    in), as in ``nn.Linear``, and ``bias`` is (out,). Core converts the weight to the base layer's own layout. The hook
+    also fires in every forward of a module that uses a layer's weight directly, as attention does. In such a module the
     adapter's forward is never called, so do not detach the result: its gradients train the adapter.
     """
 

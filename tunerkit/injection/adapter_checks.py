@@ -19,7 +19,7 @@ from tunerkit.paths import few, is_under, join, parent
 WATCHED = "_tunerkit_calls"
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 _SHOWN = 3
-_SAVE_BASE = "save the base too, inside tunerkit.disabled(model), and load the adapter onto that"
+_SAVE_BASE = "save the base too, inside tunerkit.disabled(model), and load the adapter onto the saved base"
 
 
 # --- Modules that were replaced or changed ----------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def warn_of_base_changes(tuners: Sequence[Tuner], *, again: bool = True) -> None
 
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """Yield (name, parameter, is_covered) for each parameter of the base; True if an adapter trains a copy of it."""
+    """Yield (name, parameter, is_covered) for each parameter of the base; covered: an adapter trains a copy of it."""
     copied: set[str] = set()
     for path, module, slots in places_in(model):
         if slots is not None and slots.copies:
@@ -185,7 +185,7 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool
 _THAWED = (
     "parameters of the base require gradients: {listed}. Adapter files do not contain them, so if they are trained, "
     "the adapter fits only this base. To train them as part of the adapter, name their modules in tunerkit.wrap, as in "
-    "train_modules={modules}, or set bias for biases. Otherwise freeze them, or " + _SAVE_BASE
+    "train_modules={modules}, or set bias='adapters' or 'all' for biases. Otherwise freeze them, or " + _SAVE_BASE
 )
 _RESIZED = (
     "parameters of the base were resized after wrapping: {listed}. Adapter files do not contain new rows, so the "

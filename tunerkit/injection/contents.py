@@ -64,7 +64,7 @@ def copies_of(tuner: Tuner) -> dict[str, dict[str, Tensor]]:
 
 
 def biases_of(tuner: Tuner) -> dict[str, Tensor]:
-    """Return the biases (out,) that an adapter trains by module path, on the CPU, except in modules trained in full."""
+    """Return an adapter's trained biases (out,) by module path, on the CPU; modules trained in full are left out."""
     return {path: slot.bias.detach().cpu() for path, slot in slots_in(tuner) if slot.bias is not None}
 
 

@@ -87,7 +87,7 @@ def _refuse_untrainable(method: str, adapter: Adapter, delta: Delta) -> None:
 
 @torch.no_grad()
 def adds_nothing(tuner: Tuner) -> bool:
-    """Whether the adapter leaves the model's output unchanged. Its values decide, since not all loops count steps."""
+    """Whether the adapter leaves the model's output unchanged; checks values, since some loops do not count steps."""
     modules = modules_in(tuner)
     return all(
         _keeps_base(slot, modules[path]) and (slot.adapter is None or _has_no_delta(path, slot, modules[path]))
@@ -97,7 +97,7 @@ def adds_nothing(tuner: Tuner) -> bool:
 
 @torch.no_grad()
 def is_untrained(tuner: Tuner) -> bool:
-    """Whether each adapter of the method has ΔW = 0 and a parameter that is all zeros; False if there is none."""
+    """Whether each adapter of the method has ΔW = 0 and a parameter of zeros; False if there are no adapters."""
     adapted = [(path, slot, slot.adapter) for path, slot in slots_in(tuner) if slot.adapter is not None]
     if not all(any(not parameter.any() for parameter in adapter.parameters()) for _, _, adapter in adapted):
         return False

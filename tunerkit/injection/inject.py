@@ -105,7 +105,7 @@ def _adapter(tuner: Tuner, target: Target, base: BaseLayer, shared: nn.Module | 
 
 
 def _refuse_unfit(tuner: Tuner, target: Target, base: BaseLayer, built: Adapter, *, is_read: bool) -> None:
-    """Raise `TargetError` if the adapter reads an unknown weight, or an owner reads a weight that can get no delta."""
+    """Raise `TargetError` if the adapter reads an unknown weight, or a weight used directly cannot have a delta."""
     if built.reads_weight and not base.has_weight:
         raise TargetError(
             f"{target.path!r} is a {type(target.module).__name__}, whose weight tunerkit does not know, and method "

@@ -164,7 +164,7 @@ def refuse_rows(model: nn.Module, args: object, kwargs: Mapping[str, object]) ->
 
 
 def refuse_running(model: nn.Module, what: str) -> None:
-    """Raise `AdapterError` if another thread runs ``model``: the output would mix old and new state.
+    """Raise `AdapterError` if another thread runs ``model``: its output would mix old and new state.
 
     The check misses calls that start later, calls of submodules, and calls inside compiled code: callers need a lock.
     """

@@ -1,4 +1,4 @@
-"""The slots of an adapted module (its child ``tunerkit``, one slot per adapter), their forward hook and search."""
+"""The child ``tunerkit`` of an adapted module, with one slot per adapter; the forward hook; the search for slots."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
@@ -317,7 +317,7 @@ def places_in(model: nn.Module) -> list[tuple[str, nn.Module, Slots | None]]:
 
 
 def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return (path, module) for each module in `places_in`."""
+    """Return (path, module) for each module of ``model`` once, in model order, without the modules of adapters."""
     return [(path, module) for path, module, _ in places_in(model)]
 
 
@@ -339,7 +339,7 @@ def refuse_disabled(model: nn.Module) -> None:
 
 
 def refuse_fixed(model: nn.Module, what: str) -> None:
-    """Raise `AdapterError` if ``model`` is disabled or merged, so that ``what`` would have no effect."""
+    """Raise `AdapterError` if ``model`` is disabled or merged, and so does not allow the operation ``what``."""
     refuse_disabled(model)
     if is_merged(model):
         raise AdapterError(f"the model is merged; call tunerkit.unmerge before {what}")

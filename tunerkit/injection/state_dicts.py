@@ -102,7 +102,7 @@ _UNKNOWN = (
     "original object from state_dict() is marked. If it has the base's weights, the adapters have no effect from now on"
 )
 _TWICE = (
-    "this state_dict was taken while adapters were merged into the weights, and here they would be applied twice. Take "
-    "it after tunerkit.unmerge(model); or take the merged weights after tunerkit.unwrap(model, keep_merged=True), and "
-    "load them into a model without adapters"
+    "this state_dict was taken while adapters were merged into the weights, so the adapters would be applied twice "
+    "here. Take the state_dict after tunerkit.unmerge(model); or take the merged weights after tunerkit.unwrap(model, "
+    "keep_merged=True), and load them into a model without adapters"
 )

@@ -121,7 +121,7 @@ class Tuner:
 
     @property
     def steps(self) -> int:
-        """The number of optimizer steps since `attach`, or of the training of the loaded file."""
+        """The number of optimizer steps since `attach`; a resumed training continues the count in its file."""
         return self.progress.steps
 
     @property
@@ -297,7 +297,7 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def modules_in(tuner: Tuner) -> dict[str, nn.Module]:
-    """Return the adapted modules by path: targets, copies, then other trained biases."""
+    """Return the adapted modules by path: targets, modules trained in full, then others with a trained bias."""
     return {place.path: place.module for place in (*tuner.targets, *tuner.copies, *tuner.biases)}
 
 

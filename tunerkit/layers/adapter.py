@@ -66,7 +66,7 @@ class Adapter(nn.Module):
         return _SHARED in vars(self)
 
     def share(self, module: nn.Module) -> None:
-        """Set `shared` to what `tunerkit_shared` returned. Core calls this after it built the adapter."""
+        """Set `shared` to the module from `tunerkit_shared`. Core calls this after it has built the adapter."""
         vars(self)[_SHARED] = module  # not by assignment, which would make it a child of every adapter
 
     def forward(self, base: "BaseLayer", x: Tensor, y: Tensor) -> Tensor:

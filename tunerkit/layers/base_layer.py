@@ -165,7 +165,7 @@ class BaseLayer(abc.ABC):
         return {self.weight_name: (own.to(wide) + packed.to(wide)).to(own.dtype)}
 
     def put_(self, stored: Mapping[str, Any]) -> None:
-        """Replace attributes of the module by those from `merged`, or by the originals.
+        """Replace attributes of the module by the values from `merged`, or by the original values.
 
         Only kinds with a `packing` define this method and the two below.
         """

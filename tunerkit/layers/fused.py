@@ -21,7 +21,7 @@ MARK = "_tunerkit_straight"
 
 
 class Mark(NamedTuple):
-    """The mark on the output y of a linear layer: the layer, its input, and y's version counter at that time."""
+    """The mark on the output y of a linear layer: the layer, its input, and y's version counter when it was marked."""
 
     base: BaseLayer
     x: Tensor

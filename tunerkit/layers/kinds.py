@@ -1,7 +1,4 @@
-"""The base-layer kinds of torch's own layers and of modules without a known weight, and the search for a kind.
-
-Docstrings of methods give only the shapes; see `BaseLayer` for the methods' purpose.
-"""
+"""The base-layer kinds of torch's own layers and of modules without a known weight, and the search for a kind."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -30,18 +27,18 @@ class DenseLinear(BaseLayer):
     linear: ClassVar[bool] = True
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
-        """(..., in) to (..., r)."""
+        """Compute Q x: (..., in) to (..., r)."""
         return F.linear(drop(x, dropout), q)
 
     def project_out(self, h: Tensor, p: Tensor) -> Tensor:
-        """(..., r) to (..., out)."""
+        """Compute P h: (..., r) to (..., out)."""
         return F.linear(h, p)
 
     def dense(self) -> Tensor:
         return self.matrix().detach()
 
     def pack(self, weight: Tensor) -> Tensor:
-        """(out, in), unchanged."""
+        """Return the matrix (out, in) unchanged, since the module's weight has this layout."""
         return weight
 
     def matrix(self) -> Tensor:
@@ -99,7 +96,7 @@ class ConvLayer(BaseLayer):
         return self.module.out_channels
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
-        """(N, C_in, *size) to (N, groups · r, *size out); N may be missing."""
+        """Convolve x with Q: (N, C_in, *size) to (N, groups · r, *size out); N may be missing."""
         kernel = self.pack(q)  # (r, C_in/groups, *kernel)
         if self.module.groups > 1:
             # Each group applies the same Q to its own channels, just as p @ q has the same Q in each group's rows.
@@ -107,20 +104,20 @@ class ConvLayer(BaseLayer):
         return torch_private.convolve(self.module, drop(x, dropout), kernel)
 
     def project_out(self, h: Tensor, p: Tensor) -> Tensor:
-        """(N, groups · r, *size out) to (N, C_out, *size out); N may be missing."""
+        """Convolve h with P, 1×1: (N, groups · r, *size out) to (N, C_out, *size out); N may be missing."""
         dimensions = len(self.module.kernel_size)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
         return convolve(h, p.reshape(*p.shape, *[1] * dimensions), groups=self.module.groups)
 
     def shape_bias(self, b: Tensor) -> Tensor:
-        """(out,) to (out, 1, ...), which broadcasts over batched and unbatched outputs."""
+        """Reshape a bias (out,) to (out, 1, ...), which broadcasts over batched and unbatched outputs."""
         return b.reshape(-1, *[1] * len(self.module.kernel_size))
 
     def dense(self) -> Tensor:
         return weight_of(self.module).detach().flatten(1)
 
     def pack(self, weight: Tensor) -> Tensor:
-        """(out, in) to (C_out, C_in/groups, *kernel)."""
+        """Reshape a matrix (out, in) like the module's weight, (C_out, C_in/groups, *kernel)."""
         return weight.reshape(weight.shape[0], -1, *self.module.kernel_size)
 
 
@@ -151,7 +148,7 @@ class EmbeddingLayer(BaseLayer):
         return whole_shape(self.module.weight)[1]
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
-        """Ids (...) to (..., r). ``dropout`` drops whole ids, which is dropout on their one-hot rows."""
+        """Look up columns of Q: ids (...) to (..., r). ``dropout`` drops whole ids, like dropout on one-hot rows."""
         h = F.embedding(x, q.t())
         if dropout > 0:
             h = h * F.dropout(h.new_ones((*x.shape, 1)), dropout)
@@ -160,14 +157,14 @@ class EmbeddingLayer(BaseLayer):
         return h.masked_fill((x == self.module.padding_idx).unsqueeze(-1), 0)
 
     def project_out(self, h: Tensor, p: Tensor) -> Tensor:
-        """(..., r) to (..., out)."""
+        """Compute P h: (..., r) to (..., out)."""
         return F.linear(h, p)
 
     def dense(self) -> Tensor:
         return weight_of(self.module).detach().t()  # with the row of padding_idx unchanged
 
     def pack(self, weight: Tensor) -> Tensor:
-        """(out, in) to (in, out), with the row of ``padding_idx`` zeroed, so that a delta does not change that row."""
+        """Transpose a matrix (out, in) to (in, out), and zero the row of ``padding_idx``, which no delta changes."""
         if self.module.padding_idx is None:
             return weight.t()
         packed = weight.t().clone()
@@ -181,7 +178,7 @@ class AttentionLayer(BaseLayer):
     """``nn.MultiheadAttention`` with one width E of q, k and v: W is ``in_proj_weight``, (3·E, E).
 
     The output projection, ``out_proj``, is a linear layer of its own. With ``kdim`` or ``vdim`` there are three weights
-    instead of one; this kind does not match those.
+    instead of one; this kind does not match such modules.
     """
 
     forwards: ClassVar[tuple[str, ...]] = ("torch.nn.modules.activation.MultiheadAttention",)
@@ -207,8 +204,8 @@ class AttentionLayer(BaseLayer):
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> NoReturn:
         """Raise `AdapterError`: the projections are computed inside forward, so nothing can be added to them."""
         raise AdapterError(
-            "an adapter's forward() cannot add to what nn.MultiheadAttention computes in its own forward(); implement "
-            "tunerkit_delta for this method, or exclude the module"
+            "an adapter's forward() cannot add to the projections that nn.MultiheadAttention computes in its own "
+            "forward(); implement tunerkit_delta for this method, or exclude the module"
         )
 
     def project_out(self, h: Tensor, p: Tensor) -> NoReturn:
@@ -218,7 +215,7 @@ class AttentionLayer(BaseLayer):
         return weight_of(self.module, self.weight_name).detach()
 
     def pack(self, weight: Tensor) -> Tensor:
-        """(3·E, E), unchanged."""
+        """Return the matrix (3·E, E) unchanged, since the module's weight has this layout."""
         return weight
 
 
@@ -232,8 +229,8 @@ class OutputLayer(BaseLayer):
     def dense(self) -> NoReturn:
         """Raise `AdapterError`, like all methods that need a weight."""
         raise AdapterError(
-            f"the base layer is a {type(self.module).__name__}, whose weight tunerkit does not know, so it has no "
-            "in_features, project_in or the like; read the sizes from target.module in tunerkit_build_adapter"
+            f"the base layer is a {type(self.module).__name__}, whose weight tunerkit does not know, so it has "
+            "no in_features, project_in and the like; read the sizes from target.module in tunerkit_build_adapter"
         )
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> NoReturn:

@@ -35,7 +35,7 @@ class NormLayer(BaseLayer):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether the law holds for ``module`` on random inputs, since libraries have hundreds of norm classes."""
+        """Whether the law of `NormLayer` holds for ``module`` on random inputs: libraries have hundreds of norms."""
         return _offset_of(module) is not None
 
     @property
@@ -72,7 +72,7 @@ class NormLayer(BaseLayer):
         return (weight + self.offset if self.offset else weight)[:, None]
 
     def pack(self, weight: Tensor) -> Tensor:
-        """(out, 1) to (out,)."""
+        """Reshape a column (out, 1) to a vector (out,), like the module's weight."""
         return weight[:, 0]
 
 

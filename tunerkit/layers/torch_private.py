@@ -40,7 +40,7 @@ def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
 
 
 def modules_outside(model: nn.Module, hidden: type[H], key: str) -> list[tuple[str, nn.Module, H | None]]:
-    """Return (path, module, its child named ``key`` of class ``hidden`` or None) in model order, each module once.
+    """Return (path, module, child) for each module once; the child has name ``key`` and class ``hidden``, or is None.
 
     Modules of class ``hidden``, and all modules inside them, are left out.
     """
@@ -227,7 +227,7 @@ def is_observed() -> bool:
 
 
 def is_transformed_or_exported() -> bool:
-    """Whether a transform of ``torch.func`` or an export is active. Dynamo of every supported torch can trace this."""
+    """Whether a transform of ``torch.func`` or an export is active. Dynamo can trace this check, even in torch 2.9."""
     return torch.compiler._is_exporting_flag or torch._C._are_functorch_transforms_active()
 
 
@@ -295,7 +295,7 @@ def uncompiled(function: Callable[[nn.Module], None]) -> Callable[[nn.Module], N
 
 
 def forget_compiled() -> None:
-    """Make compiled code respect hooks and shapes: discard what was compiled before, and let dynamo guard on both.
+    """Make compiled code respect hooks and shapes: discard earlier compiled code, and let dynamo guard on both.
 
     By default, dynamo does not guard on hooks: code compiled for a bare model would also run, without adapters, for a
     wrapped model of the same class. Before torch 2.12, code compiled for one rank would also run after the rank changed

@@ -100,7 +100,7 @@ def duplicate(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module
 
 
 def lender(module: nn.Module) -> Holding | None:
-    """Return the holding whose library currently discards in-place writes to the module's weights; None without one."""
+    """Return the holding of a library that currently discards in-place writes to the module's weights, else None."""
     return next((each for each in plugins.holdings() if each.lent(module) is not None), None)
 
 
@@ -188,7 +188,7 @@ def forward_owner(module: nn.Module) -> type:
 
 
 def forward_name(module: nn.Module) -> str:
-    """Return the qualified name of `forward_owner`."""
+    """Return the qualified name of the class that defines the forward of ``module``, see `forward_owner`."""
     owner = forward_owner(module)
     return f"{owner.__module__}.{owner.__qualname__}"
 

@@ -39,7 +39,7 @@ from tunerkit.targets import Scan
 _RANKS, _CALIBRATION = "ranks", "calibration"
 _REBUILD = (
     "wrap first, then build the optimizer from the parameters with requires_grad. tunerkit.attach(model, optimizer) "
-    "finds this before training"
+    "detects this mistake before training"
 )
 _DIVERGED = (
     "Nothing was written, and an older file is unchanged. The training has diverged: lower the learning rate, check "

@@ -135,8 +135,8 @@ def _targets_of(paths: Collection[str], scanned: Scan, source: str) -> tuple[Tar
         if others := [repr(each) for each in scanned.by_path[path].paths if each != path]:
             raise TargetError(
                 f"{source} adapts {path!r}, which is the same module as {' and '.join(others)}: tunerkit would adapt "
-                "it at all of these paths, other programs only at those they name. Give each path a module of its "
-                "own (copy.deepcopy)"
+                "it at all of these paths, other programs only at the paths in their files. Give each path a module "
+                "of its own (copy.deepcopy)"
             )
     return targets.from_paths(scanned, [each.path for each in scanned.modules if each.path in paths])
 

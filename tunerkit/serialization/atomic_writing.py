@@ -187,7 +187,7 @@ def locked(path: Path, flags: int = os.O_RDONLY) -> Iterator[bool | None]:
 
 
 def try_lock(number: int) -> bool | None:
-    """Lock an open descriptor without waiting; return True, False if it is locked already, or None if that fails."""
+    """Try to lock an open descriptor; return True, False if it is locked already, or None if locks do not work."""
     try:
         if fcntl is not None:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)

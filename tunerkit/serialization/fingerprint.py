@@ -232,7 +232,7 @@ def _warn_of_storage(saved: Fingerprint, found: Fingerprint, source: str) -> Non
 
 
 def base_values(tuner: Tuner) -> dict[str, Tensor]:
-    """Return the base's original values of modules trained in full, by the names of their copies in the file."""
+    """Return the base's original values of modules trained in full, by the names of the copies' tensors in the file."""
     found = {}
     for place in tuner.copies:
         for path, module, slots in places_in(place.module):
@@ -277,8 +277,8 @@ def _other_settings(tuner: Tuner, header: Header, source: str) -> list[str]:
     tuner.progress.settings.update(saved)
     if found and not saved and _SETTINGS in header.values:
         warn(
-            f"{source} was saved without a plugin that reads the base's settings, such as "
-            f"{few(list(found), shown=3)}, so they cannot be compared with this model's"
+            f"{source} records no settings of its base, such as {few(list(found), shown=3)}: no plugin read them when "
+            "the file was saved. So they cannot be compared with this model's settings"
         )
     if saved and not found and (lacking := hooks.registry.lacking("compares them")):
         warn(

@@ -117,7 +117,7 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def decode(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], *, source: str, content: str) -> Header:
-    """Verify the digest, then return the header. Raises `FileError` if the file is damaged or not ours."""
+    """Verify the digest, and return the header. Raises `FileError` if the file is damaged or another program's."""
     if not is_ours(metadata):
         raise _not_ours(source)
     text = metadata[KEY]

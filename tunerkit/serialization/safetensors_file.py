@@ -147,7 +147,7 @@ def _parsed(text: str | bytes) -> tuple[Collection[str], dict[str, str]]:
     entries = json.loads(text)
     metadata = entries.pop(_METADATA, {}) if isinstance(entries, dict) else None
     if not isinstance(metadata, dict):
-        raise ValueError("its header is not a JSON object, or its metadata is not one")
+        raise ValueError("its header, or the metadata in it, is not a JSON object")
     return entries.keys(), metadata
 
 

@@ -125,8 +125,8 @@ def _take_out(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) ->
         case None:
             text = (
                 f"the optimizer's state_dict has no training state of {name}, since the adapter was not attached when "
-                f"it was saved: the schedule restarts at step {tuner.steps}. To resume instead, load the state with "
-                "tunerkit.load_state"
+                f"the state_dict was saved: the schedule restarts at step {tuner.steps}. To resume instead, load the "
+                "training state with tunerkit.load_state"
             )
             is_lost = bool(state_dict["state"])
         case _:

@@ -22,7 +22,7 @@ Places = Sequence[tuple[str, nn.Module, Slots]]  # as `injection.walk` returns t
 
 @attrs.frozen(eq=False)
 class _Holder:
-    """A module with a shared parameter, and a new parameter in its place for all modules inside one target."""
+    """A module's shared parameter, and the new parameter that replaces it in all modules inside one target."""
 
     module: nn.Module
     name: str
@@ -117,7 +117,7 @@ def _holders(module: nn.Module, tensors: dict[str, Any], shared: Mapping[int, tu
 def _tied_flags(
     model: nn.Module, parted: set[tuple[str, ...]], left: set[tuple[str, ...]]
 ) -> Iterator[tuple[object, str]]:
-    """Yield (object, attribute) for each flag that weights are tied, of modules inside which all ties are cut."""
+    """Yield (object, attribute) of each flag that marks weights as tied, for modules in which all ties are cut."""
     if unserved := hooks.unserved(model, described=True):
         warn(
             f"the merge gives tied weights of this {type(model).__name__} different values, but its config still marks "

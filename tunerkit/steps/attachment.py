@@ -123,7 +123,7 @@ def check_attachable(tuner: Tuner, optimizer: Optimizer | None) -> None:
 
 
 def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
-    """Raise `StepError` if the optimizer has none of the adapter's parameters; warn of missing ones and of eps = 0."""
+    """Raise `StepError` if the optimizer has none of the adapter's parameters; warn of missing ones or a tiny eps."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = {path: {n: p for n, p in slot.named_parameters() if p.requires_grad} for path, slot in slots_in(tuner)}
     # Allocations need gradients of the adapters themselves, so a head that is trained in full does not count.
@@ -155,7 +155,7 @@ def _check_held(tuner: Tuner, optimizer: Optimizer) -> None:
 
 
 def agree_on_total(tuner: Tuner, total_steps: SupportsIndex | None) -> int | None:
-    """Return the total steps of the call or config, or None. Raises `StepError` if both differ or a total is needed."""
+    """Return the total steps of the call or config. Raises `StepError` if they differ, or none is given but needed."""
     configured = tuner.config.total_steps
     total = configured if total_steps is None else total_steps
     if configured is not None and total != configured:

@@ -181,7 +181,7 @@ def _before(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Step pre-hook of the optimizer: call the method's hook. ``args`` begins with the optimizer.
 
-    If the step has a closure, which computes the gradients, the method's hook is called at its end.
+    If the step has a closure, which computes the gradients, the method's hook is called at the closure's end.
     """
     # Torch's distributed checkpoint steps an optimizer only if it has no state yet, so that it creates one.
     drive.is_idle = not optimizer.state and torch_private.in_distributed_checkpoint()

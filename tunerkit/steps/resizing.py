@@ -223,7 +223,7 @@ def complete_(tuner: Tuner, optimizer: Optimizer, state_dict: dict[str, Any]) ->
 
 
 def _untouched(name: str, value: Any, parameter: nn.Parameter, settings: Mapping[str, Any]) -> Any:
-    """Return the initial state ``name`` of ``parameter``; ``value`` is the same state of another parameter."""
+    """Return the initial state ``name`` of ``parameter``; ``value`` is this state of another parameter."""
     if isinstance(value, Tensor) and value.ndim:
         return _fresh(name, parameter.detach().to(value.dtype, copy=True), settings)
     if name != "step":

@@ -18,7 +18,7 @@ from tunerkit.targets.scan import Scan, ScannedModule
 _ATTENTION = "nn.MultiheadAttention with its own forward may use its weights in other ways, so it cannot be adapted"
 _SEPARATE = "nn.MultiheadAttention with kdim or vdim has three weights instead of one, which cannot be adapted yet"
 _NOT_CALLED = "is used directly by its owner, bypassing its forward(), so it has no output to adapt"
-_READ_AND_CALLED = "is a child of several modules, one of which bypasses its forward(): an adapter would not reach all"
+_READ_AND_CALLED = "is a child of several modules, one of which bypasses its forward(), where an adapter has no effect"
 _NO_NORM = "is not a norm over the last dimension with its own weight, and the method adapts only such norms"
 _READ_AND_OFFLOADED = "is offloaded, and its weight is used directly, bypassing its forward(): it cannot be overridden"
 _is_meta = operator.attrgetter("is_meta")
@@ -138,7 +138,7 @@ def _way_out(scanned: Scan, name: str, names: Sequence[str], *, setting: str) ->
     found = [scanned.by_path.get(owner) for owner in owners]
     nameable = all(each is not None and (setting != "targets" or each.base is not None) for each in found)
     listed = ", ".join(f'"{owner}"' for owner in owners)
-    each_own = f"Name all of them by plain names, and each gets its own: {setting}=({listed}). "
+    each_own = f"Name all modules by plain names, and each gets its own adapter or copy: {setting}=({listed}). "
     owner, leaf = parent(name), name.rpartition(".")[2]
     dotted = all(part.isidentifier() for part in owner.split("."))
     place = f"model.{owner}" if dotted else f'model.get_submodule("{owner}")'

@@ -135,7 +135,7 @@ def find_new(scanned: Scan) -> NewModules:
     found = next((answer for answer in answers if answer is not None), NewModules(loader=""))
     paths = {*found.whole, *found.partly, *found.heads, *found.replaced}
     if missing := sorted(paths - scanned.by_path.keys()):
-        raise PluginError(f"a ModelLibrary finds new modules where the model has none: {few(missing, shown=_SHOWN)}")
+        raise PluginError(f"a ModelLibrary reports new modules that the model lacks: {few(missing, shown=_SHOWN)}")
     return found
 
 
@@ -219,14 +219,14 @@ def _warn_of_trained(scanned: Scan, loader: str, trained: Mapping[str, Sequence[
         listed += f", {sum(sizes.values()):,} parameters in all" if len(sizes) > 1 else ""
         warn(
             f"trained in full, as copies, because {loader} did not load their values: {listed}. To freeze one, name it "
-            "in exclude, and save the base too, since no other file has these values. To choose, set train_modules"
+            "in exclude, and save the base too, since no other file has these values. To choose, use train_modules"
         )
 
 
 def _warn_of_unknown(loader: str, heads: Sequence[str], replaced: Sequence[str]) -> None:
     """Warn that the modules ``heads`` may be new; if there are none, warn of the ``replaced`` modules in blocks."""
     if heads or replaced:
-        lost = f" (in the blocks, the marks of {few(replaced, shown=_SHOWN)} are missing)" if heads and replaced else ""
+        lost = f" ({few(replaced, shown=_SHOWN)} in blocks lost the marks of loading)" if heads and replaced else ""
         advice = f"train_modules={list(heads[:_SHOWN])}. Otherwise name it in exclude"
         if not heads:
             advice = f"train_modules, or wrap the model as {loader} returns it. Otherwise ignore this"

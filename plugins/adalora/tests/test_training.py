@@ -388,8 +388,8 @@ def test_minimum_and_maximum_ranks_hold_at_the_end(
 @pytest.mark.parametrize(
     ("bounds", "words"),
     [
-        ({"min_rank": 3}, "minimum ranks need 9, the final budget is 6"),
-        ({"max_rank": 1}, "maximum ranks admit 3, the final budget is 6"),
+        ({"min_rank": 3}, "minimum ranks need 9, but the final budget is 6"),
+        ({"max_rank": 1}, "maximum ranks admit 3, but the final budget is 6"),
         ({"min_rank": {"2": 3}, "max_rank": 2}, "minimum 3 is above maximum 2 at 2"),
         ({"min_rank": {"2": 5}}, "minimum 5 is above maximum 4 at 2"),
         ({"min_rank": {"2": 5}, "max_rank": 9}, "minimum 5 is above maximum 4 at 2"),

@@ -126,15 +126,18 @@ def check_bounds(
     ]
     if target_budget < min(costs):
         problems.append(
-            f"{target_budget} parameters buy no triplet, the cheapest costs {min(costs)}; raise it @ $.budget"
+            f"a budget of {target_budget} parameters buys no triplet: the cheapest costs {min(costs)}; raise it "
+            "@ $.budget"
         )
     if least > target_budget:
         problems.append(
-            f"the minimum ranks need {least}, the final budget is {target_budget}; lower them or raise it @ $.min_rank"
+            f"the minimum ranks need {least}, but the final budget is {target_budget}; lower min_rank or raise the "
+            "budget @ $.min_rank"
         )
     if config.budget_unit == "rank" and most < target_budget:
         problems.append(
-            f"the maximum ranks admit {most}, the final budget is {target_budget}; raise them or lower it @ $.max_rank"
+            f"the maximum ranks admit {most}, but the final budget is {target_budget}; raise max_rank or lower the "
+            "budget @ $.max_rank"
         )
     if problems:
         raise ConfigError(problems)

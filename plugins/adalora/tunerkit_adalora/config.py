@@ -157,13 +157,13 @@ class AdaLoraConfig(AdapterConfig):
         """Apply the defaults that depend on other settings.
 
         Returns:
-            The effective settings, with all defaults filled in. A ``target_rank`` is 8. ``exact_svd`` is on if more
-            than half of the triplets are pruned, unless the config asks for the paper's own means: the penalty, or a
-            start at Λ = 0. With a ``budget`` it is off, since the share of pruned triplets depends on the targets.
+            The effective settings, with all defaults filled in. ``target_rank`` is 8. ``exact_svd`` is on if more than
+            half of the triplets are pruned, unless the config asks for the paper's own means: the penalty, or a start
+            at Λ = 0. With a ``budget`` it is off, since the share of pruned triplets depends on the targets.
             ``init_rank`` is 1.5 target_rank, rounded up, and at least 8 in SVD form. ``alpha`` is twice the final
             average rank, as in LoRA; with a ``budget``, init_rank / 1.5 stands for that rank. Without SVD form it is at
-            least 4/3 of init_rank, since the remaining triplets keep their scale. ``train_lambda`` is on, unless SVD
-            form sets Λ and Λ does not start at 0.
+            least 4/3 of init_rank, since the remaining triplets keep their scale. ``train_lambda`` is off if SVD form
+            sets Λ and Λ starts at 1, else on.
         """
         average = _DEFAULT_TARGET_RANK if self.target_rank is None else self.target_rank
         init_rank, alpha, exact_svd, train_lambda = self.init_rank, self.alpha, self.exact_svd, self.train_lambda

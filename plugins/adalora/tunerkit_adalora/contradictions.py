@@ -17,7 +17,7 @@ from tunerkit_adalora.training import Training, config_of
 def contradictions(
     tuner: Tuner, training: Training, values: SavedValues, layers: Sequence[SvdLayer], masks: Sequence[Tensor]
 ) -> Iterator[str]:
-    """Find contradictions between a state and the adapter.
+    """Find contradictions between a saved training state and the adapter.
 
     Args:
         tuner: The tuner.
@@ -40,7 +40,7 @@ def contradictions(
     if values.shrunk and live < there:
         yield f"'shrunk' is true, but the masks keep {live} of {there}"
     if there > values.initial:
-        yield f"the adapter has {there}, above 'initial' {values.initial}"
+        yield f"the adapter's triplets cost {there}, above 'initial' {values.initial}"
     planned = schedule_of(config_of(tuner), training.resolved, layers, costs, training.schedule.total_steps)
     if values.initial > planned.initial:
         yield f"'initial' {values.initial} is above {planned.initial}, which init_rank allows"

@@ -48,7 +48,7 @@ class Stack:
 
     @property
     def part(self) -> Part:
-        """Whether the weights are P, λ or Q."""
+        """Which part of their layers the weights are: P, λ or Q."""
         return Part(self.members[0] % len(Part))
 
 

@@ -26,7 +26,7 @@ from tunerkit_adalora.svd_layer import SvdLayer
 
 @hookimpl
 def tunerkit_methods() -> Iterable[Method]:
-    """Register the method. It needs steps, since without allocations it would be LoRA with more parameters."""
+    """Yield the method. It needs steps, since without allocations it would be LoRA with more parameters."""
     return [
         Method(name="adalora", config=AdaLoraConfig, needs_steps=True, pieces=True, statistics=AdaLoraConfig.request),
     ]
@@ -49,13 +49,13 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdaLoraConfi
 
 @hookimpl
 def tunerkit_calibrate(tuner: Tuner, statistics: Mapping[str, Statistics]) -> None:
-    """Initialize Q from data."""
+    """Initialize Q of each layer from statistics of the data."""
     fitting.fit_(tuner, statistics)
 
 
 @hookimpl
 def tunerkit_start(tuner: Tuner, total_steps: int, optimizer: Optimizer | None) -> training.Training:
-    """Check the calibration, the optimizer and the schedule; create the training state."""
+    """Check the calibration, the optimizer and the schedule; return the training state."""
     if training.config_of(tuner).request() is not None:
         fitting.refuse_unfitted(tuner)
     if not tuner.engine.is_shared:
@@ -65,25 +65,25 @@ def tunerkit_start(tuner: Tuner, total_steps: int, optimizer: Optimizer | None) 
 
 @hookimpl
 def tunerkit_before_step(tuner: Tuner, grad_scale: Tensor | None) -> Iterable[nn.Parameter] | None:
-    """Add the regularizer's gradient; return the λ if the optimizer must not update them."""
+    """Add the regularizer's gradient; return all λ if the optimizer must not update them, else None."""
     return steps.before_step(tuner, grad_scale)
 
 
 @hookimpl
 def tunerkit_after_step(tuner: Tuner, step: int) -> Mapping[str, int] | None:
-    """Update importance and budget; allocate ranks and apply masks."""
+    """Update the importance averages; if an allocation is due, make it and return the new ranks by target path."""
     return steps.after_step(tuner, step)
 
 
 @hookimpl
 def tunerkit_finish(tuner: Tuner) -> Mapping[str, int] | None:
-    """Make the final allocation now."""
+    """Make the final allocation now, and return the ranks by target path; None if it was made already."""
     return steps.finish(tuner)
 
 
 @hookimpl
 def tunerkit_budget(tuner: Tuner, step: int | None) -> int:
-    """Return the schedule's budget after ``step``, or for None the current budget."""
+    """Return the schedule's budget after ``step``; if ``step`` is None, the current budget."""
     return training.budget(tuner, step)
 
 
@@ -107,7 +107,7 @@ def tunerkit_from_factors(factors: Mapping[str, Factors]) -> tuple[AdaLoraConfig
 
 @hookimpl
 def tunerkit_state(tuner: Tuner) -> State:
-    """Collect the importance averages, the masks, and the position in the schedule."""
+    """Return the importance averages, the masks, and the position in the schedule."""
     return saved_state.state(tuner)
 
 

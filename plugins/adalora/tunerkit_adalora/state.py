@@ -19,7 +19,7 @@ _SHOWN = 12  # problems in an error: there may be one for each weight
 
 
 def state(tuner: Tuner) -> State:
-    """Collect the averages, the masks, and the position in the schedule.
+    """Return the averages, the masks, and the position in the schedule.
 
     Args:
         tuner: The tuner.

@@ -145,7 +145,7 @@ def _make_all_live_(training: Training) -> None:
 def _warn_if_nothing_is_left(tuner: Tuner, training: Training) -> None:
     """Warn at the first step if an earlier training has removed all prunable triplets from memory.
 
-    Attaching is too early for this: the state of a resumed training, which may have removed them itself, comes later.
+    It cannot warn at attaching: a resumed training, which may have removed them itself, loads its state later.
     """
     schedule = training.schedule
     whole = training.resolved.init_rank * sum(training.costs)
