@@ -195,7 +195,7 @@ def from_factors(
 
 
 class Check(Protocol):
-    """Converts or rejects a hook's answer. ``given`` has the hook's arguments by name, and the name of the method."""
+    """Converts a hook's answer, or raises `Unfit`. ``given`` has the hook's arguments, and the method's name."""
 
     def __call__(self, answer: Any, given: Given) -> Any: ...
 

@@ -246,8 +246,7 @@ def tunerkit_attach(
     """Attach adapters to a trainer that this plugin supports, and return True.
 
     Fires in ``tunerkit.attach``, until a plugin returns True. Return None for any other object. The hook does not fire
-    for an optimizer of torch, which core attaches itself. If the trainer has no optimizer yet, wait until it builds
-    one.
+    for an optimizer of torch, which core attaches itself. If the trainer has no optimizer yet, wait for one.
     """
 
 

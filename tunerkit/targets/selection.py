@@ -195,7 +195,7 @@ def _choose_broadly(scope: _Scope, modules: Iterable[ScannedModule]) -> _Choices
 
 
 def _is_linear(each: ScannedModule) -> bool:
-    """Whether ``"all-linear"`` includes the module: a linear base layer, attention, or in_features and out_features."""
+    """Whether ``"all-linear"`` includes a module: linear layers, attention, any with in_features and out_features."""
     match each.module:
         case nn.MultiheadAttention() | nn.Module(in_features=int(), out_features=int()):
             return True

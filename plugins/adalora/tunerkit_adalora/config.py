@@ -54,8 +54,8 @@ class Resolved:
 class AdaLoraConfig(AdapterConfig):
     """ΔW = (alpha/init_rank) · P Λ Q, pruned from ``init_rank`` at each target to one global budget.
 
-    The budget is ``target_rank`` per target on average, or ``budget`` in total. ``budget_unit`` says what it counts. In
-    parameters, ``target_rank`` stands for the size of that many triplets at each target: LoRA's size at that rank.
+    The budget is ``target_rank`` per target on average, or ``budget`` in total. ``budget_unit`` is its unit: ranks or
+    parameters. In parameters, a ``target_rank`` of r is the size of r triplets at each target, as in LoRA of rank r.
     ``t_init`` and ``t_final`` are optimizer steps (int) or shares of training (float below 1).
     """
 

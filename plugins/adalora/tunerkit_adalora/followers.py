@@ -124,7 +124,7 @@ def _held(optimizer: Optimizer) -> set[int]:
 
 
 def _found(look: Callable[[], F]) -> F:
-    """Return the result of the search ``look``; if it finds an object, collect garbage first and search again."""
+    """Return the result of the search ``look``; if it finds something, collect garbage and search again."""
     if found := look():
         gc.collect()
         found = look()
