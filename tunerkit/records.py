@@ -381,8 +381,8 @@ class ParamGroup:
 
     Attributes:
         parameters: Some of the adapter's parameters.
-        lr_scale: The factor of the learning rate, as in LoRA+.
-        weight_decay: Their weight decay; None for the optimizer's own.
+        lr_scale: The factor by which the learning rate is multiplied, as in LoRA+.
+        weight_decay: The weight decay of these parameters; None for the optimizer's weight decay.
     """
 
     parameters: Sequence[nn.Parameter] = attrs.field(converter=tuple[nn.Parameter, ...])  # a generator is read once

@@ -72,8 +72,8 @@ def attach(
         is_new = not (tuner.progress.calibration or tuner.progress.loaded or tuner.steps)
         if is_new and hooks.statistics(tuner) is not None:
             warn(
-                f"method {tuner.method!r} is initialized from data, but adapter {tuner.name!r} was not, so it trains "
-                "from its initial values; call tunerkit.calibrate(model, batches) before attach"
+                f"method {tuner.method!r} is initialized from data, but adapter {tuner.name!r} was not calibrated, so "
+                "it trains from other initial values; call tunerkit.calibrate(model, batches) before attach"
             )
     injection.warn_of_base_changes(tuners)
 

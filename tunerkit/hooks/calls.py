@@ -231,7 +231,7 @@ def check_adapter(answer: Adapter, given: Given) -> Adapter:
 
 
 def _check_reads(answer: Adapter, method: str) -> None:
-    """Raise `Unfit` if a class does not declare ``reads_output`` and ``reads_weight``; for API version 1, only warn."""
+    """Raise `Unfit` if an adapter's class lacks ``reads_output`` or ``reads_weight``; for API version 1, only warn."""
     flags: dict[str, object] = {"reads_output": answer.reads_output, "reads_weight": answer.reads_weight}
     if all(isinstance(flag, bool) for flag in flags.values()):
         return
@@ -291,7 +291,7 @@ def check_groups(answer: Any, given: Given) -> Any:
         if id(parameter) not in own:
             raise Unfit("a group with a parameter that is not the adapter's", "parameters of tuner.parameters()")
         if id(parameter) in seen:
-            raise Unfit("a parameter in two groups, or twice in one", "each in one group")
+            raise Unfit("a parameter in two groups, or twice in one", "each parameter in one group only")
         seen.add(id(parameter))
     return answer
 

@@ -119,7 +119,7 @@ class Engine:
         return {}
 
     def before_step_(self, optimizer: Optimizer) -> None:
-        """Called before each optimizer step. Raises `StepError` if the processes are not at the same step."""
+        """Check before each optimizer step that the processes are at the same step; raise `StepError` otherwise."""
 
     def no_sync(self) -> AbstractContextManager[object]:
         """Inside the block, backwards accumulate this process's gradients and do not average them over processes."""
@@ -149,7 +149,7 @@ class Engine:
         return whole_pieces(parameters)
 
     def resized_(self) -> None:
-        """Called after parameters were resized, equally in all processes, between two backwards."""
+        """React to a resize of parameters, equal in all processes. Called between two backwards."""
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Broadcast the values of tensors from process 0 to all processes.

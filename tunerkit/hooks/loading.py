@@ -148,7 +148,7 @@ class Catalog:
         return found
 
     def asked(self, hook: Callable[..., object]) -> list[Plugin]:
-        """Return the plugins to call for a hook, in order."""
+        """Return the plugins that implement a hook, in call order, without plugins that were left out."""
         name = hook.__name__
         return [plugin for plugin in self.hooks[name] if (plugin, name) not in self.left_out]
 

@@ -70,7 +70,7 @@ class Registry:
         return f"the plugin of method {method!r} ({self.owner_of(method).distribution})"
 
     def lacking(self, what: str, extra: str | None = None) -> str | None:
-        """Return a message that the extra for ``what`` (a verb phrase) is missing; None if the extra is loaded."""
+        """Return a message that the extra that does ``what`` ("compares them") is missing; None if it is loaded."""
         extra = extra or extras.DOES[what]
         distribution = extras.distribution(extra)
         absent = self.loaded().absence(distribution)
@@ -165,7 +165,7 @@ class Registry:
         return catalog.owners[name]
 
     def loaded(self) -> Catalog:
-        """Return the catalog. The first call loads the plugins, while it holds the lock."""
+        """Return the catalog of plugins. The first call loads the plugins, while it holds the lock."""
         if (catalog := self.catalog) is not None:
             return catalog
         with self._lock:

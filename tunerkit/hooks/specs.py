@@ -176,8 +176,8 @@ def tunerkit_wrapped(model: nn.Module) -> None:
 def tunerkit_unwrapped(model: nn.Module) -> None:
     """Undo the changes that `tunerkit_wrapped` made to a model.
 
-    Fires when the last adapter was removed from a model, and for a copy of a submodule without adapters. It fires again
-    after ``unwrap`` replaced layers by dense ones, and after an interrupted call.
+    Fires when the last adapter was removed from a model, and for each copy of a module that is trained in full. It
+    fires again after ``unwrap`` replaced layers by dense ones, and after an interrupted call.
     """
 
 
@@ -195,7 +195,7 @@ def tunerkit_holdings() -> Iterable[Holding]:
     """Return records with functions that read weights which a library offloads or shards.
 
     Fires when core finds weights that are empty or on the meta device, and in verbs that copy, merge or write. A
-    forward with ordinary weights never calls it.
+    forward with ordinary weights never calls this hook.
     """
 
 

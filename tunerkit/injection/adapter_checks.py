@@ -115,7 +115,7 @@ def note_used(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def report(model: nn.Module, *call: Any) -> None:
-    """Warn once about adapters that never ran. A forward hook of the model, also called by an optimizer step.
+    """Warn once about adapters that never ran: a forward hook of the model, also called by an optimizer step.
 
     Compiled calls are ignored. Raises `AdapterError` if adapted modules were replaced after wrapping.
     """

@@ -83,7 +83,7 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 class Slots(nn.Module):
-    """All slots of one module, by adapter name."""
+    """The slots of all adapters at one module, by adapter name."""
 
     base: BaseLayer | None  # the module as a base layer; None if no kind matches it
     features: tuple[int, int] | None  # the base layer's (out, in) when it was adapted
@@ -103,7 +103,7 @@ class Slots(nn.Module):
         self.see_as(base)
 
     def see_as(self, base: BaseLayer | None) -> None:
-        """Set ``base``, and record its current sizes in ``features``."""
+        """Set the module's base layer, and record its current sizes in ``features``."""
         self.base = base
         self.features = None if base is None or not base.has_weight else (base.out_features, base.in_features)
 
@@ -147,27 +147,27 @@ class Slots(nn.Module):
         return slots  # type: ignore[no-any-return]
 
     def put(self, name: str, slot: Slot) -> None:
-        """Add a slot, and activate it after the active ones."""
+        """Add an adapter's slot to this module, and activate it after the active ones."""
         self._by_name[name] = slot
         self.activate((*self.active, name))
 
     def activate(self, names: Iterable[str]) -> None:
-        """Activate exactly these adapters if they have a slot here; adapters that read the base's output come first."""
+        """Activate exactly the named adapters with a slot at this module; readers of the base's output come first."""
         own = self._by_name
         ours = (name for name in names if name in own)
         self.active = tuple(sorted(ours, key=lambda name: not own[name].reads_output))
 
     def get(self, name: str) -> Slot | None:
-        """Return the slot of one adapter; None if the adapter has no slot here."""
+        """Return an adapter's slot at this module; None if there is none."""
         return cast("Slot | None", torch_private.own_children(self).get(name))
 
     def drop(self, name: str) -> None:
-        """Remove a slot, if the adapter has one here."""
+        """Remove an adapter's slot from this module, if there is one."""
         self.active = tuple(other for other in self.active if other != name)
         self._by_name.pop(name, None)
 
     def rename(self, old: str, new: str) -> None:
-        """Rename a slot, if the adapter has one here; keep the order in ``state_dict``."""
+        """Rename an adapter's slot at this module, if there is one; keep the order in ``state_dict``."""
         slots = [(new if name == old else name, slot) for name, slot in self._by_name.items()]
         self._by_name.clear()
         self._by_name.update(slots)
@@ -176,12 +176,12 @@ class Slots(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters that have a slot here, the oldest first."""
+        """The names of the adapters with a slot at this module, the oldest first."""
         return tuple(self._by_name)
 
     @property
     def applied(self) -> list[Slot]:
-        """The slots of the active adapters, in order."""
+        """The slots of this module's active adapters, in order."""
         return [self._by_name[name] for name in self.active]
 
     @property
@@ -191,12 +191,12 @@ class Slots(nn.Module):
 
     @property
     def originals(self) -> dict[str, Any]:
-        """The values that a merge replaced, by local name: tensors, and the attributes in ``whole``."""
+        """The module's values that a merge replaced, by local name: tensors, and attributes of a packed weight."""
         buffers = self.named_buffers(recurse=False, remove_duplicate=False)
         return self.whole | {name.removeprefix(_ORIGINAL).replace(_DOT, "."): tensor for name, tensor in buffers}
 
     def set_aside(self, originals: Mapping[str, Any]) -> None:
-        """Store the originals outside ``state_dict``. Tensors become buffers, so that `model.to(...)` moves them."""
+        """Store values that a merge replaced, outside ``state_dict``: tensors as buffers, which `model.to()` moves."""
         self.whole = {}
         for name, value in originals.items():
             if isinstance(value, nn.Parameter) or not isinstance(value, Tensor):
@@ -226,8 +226,8 @@ def apply_slots(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: A
     slots = torch_private.own_children(module).get(CHILD)
     if not isinstance(slots, Slots):
         raise AdapterError(
-            f"this {type(module).__name__} replaced a module with adapters and lost them, as happens when a wrapped "
-            "model is quantized. Quantize the base before tunerkit.wrap, or call tunerkit.unwrap(model, "
+            f"this {type(module).__name__} replaced an adapted module and lost its adapters, as happens when a "
+            "wrapped model is quantized. Quantize the base before tunerkit.wrap, or call tunerkit.unwrap(model, "
             "keep_merged=True) before you quantize"
         )
     if slots.effect is None:
@@ -298,7 +298,7 @@ def inside(model: object) -> nn.Module:
 
 
 def slots_of(module: nn.Module) -> Slots | None:
-    """Return the slots at ``module`` itself, or None."""
+    """Return the slots at ``module`` itself; None if it has none."""
     slots = torch_private.own_children(module).get(CHILD)
     return slots if isinstance(slots, Slots) else None
 

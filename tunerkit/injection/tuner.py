@@ -367,7 +367,7 @@ def training_state(tuner: Tuner) -> State:
 
 @attrs.define(eq=False)
 class Wrapped:
-    """A model's record of its adapters."""
+    """A wrapped model's record: its adapters, the active ones, and the base parameters that wrapping froze."""
 
     tuners: dict[str, Tuner] = attrs.field(factory=dict)  # by name, the oldest first
     active: tuple[str, ...] = ()  # the adapters that forward applies, in order

@@ -62,7 +62,7 @@ class Adapter(nn.Module):
 
     @property
     def has_shared(self) -> bool:
-        """Whether there is a `shared` module."""
+        """Whether the method has a `shared` module."""
         return _SHARED in vars(self)
 
     def share(self, module: nn.Module) -> None:

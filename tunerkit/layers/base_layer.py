@@ -206,7 +206,7 @@ class BaseLayer(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} has linear = True and no matrix: define matrix()")
 
     def normalised(self, x: Tensor) -> Tensor:
-        """Compute a norm's normalized input, before its weight, in the shape and dtype of ``x``; for norms only."""
+        """Normalize ``x`` like the norm, without weight and bias, in the shape and dtype of ``x``. For norms only."""
         raise NotImplementedError(f"a {type(self.module).__name__} is not a norm")
 
 

@@ -66,7 +66,7 @@ def _frozen_weight(base: BaseLayer, y: Tensor) -> Tensor | None:
 
 
 class _FusedLowRank(Function):
-    """out = y + s · P diag(λ) Q x, with x (n, in). If ``w`` is W, backward also goes through the base layer."""
+    """Autograd function for y + s · P diag(λ) Q x, x (n, in). If ``w`` is W, backward includes the base layer."""
 
     @staticmethod
     def forward(

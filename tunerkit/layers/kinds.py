@@ -83,7 +83,7 @@ class ConvLayer(BaseLayer):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether ``forward`` and ``_conv_forward`` are torch's own."""
+        """Whether the module's ``forward`` and ``_conv_forward`` are torch's own."""
         numbers = super().matches(module) and _has_numbers(module)
         return numbers and torch_private.runs_convolution_of(module, forward_owner(module))
 
@@ -227,7 +227,7 @@ class OutputLayer(BaseLayer):
     has_weight: ClassVar[bool] = False
 
     def dense(self) -> NoReturn:
-        """Raise `AdapterError`, like all methods that need a weight."""
+        """Raise `AdapterError`, since the weight is unknown. The other methods that need a weight call this."""
         raise AdapterError(
             f"the base layer is a {type(self.module).__name__}, whose weight tunerkit does not know, so it has "
             "no in_features, project_in and the like; read the sizes from target.module in tunerkit_build_adapter"
@@ -276,7 +276,7 @@ class Knowledge:
     _asked: dict[str, frozenset[type[BaseLayer]]] = attrs.field(init=False, factory=dict, repr=False)
 
     def asked(self, forward: str) -> frozenset[type[BaseLayer]]:
-        """Return the kinds that may match a module whose forward has this name; cached."""
+        """Return the base-layer kinds that may match a module whose forward has this qualified name; cached."""
         if forward not in self._asked:
             kinds = (kind for kind in self.kinds if not kind.forwards or is_listed(forward, kind.forwards))
             self._asked[forward] = frozenset(kinds)

@@ -35,7 +35,7 @@ class NormLayer(BaseLayer):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether the law of `NormLayer` holds for ``module`` on random inputs: libraries have hundreds of norms."""
+        """Whether ``module`` is a norm by the law of `NormLayer`: a test on random inputs, not a list of classes."""
         return _offset_of(module) is not None
 
     @property

@@ -207,7 +207,7 @@ def versions(module: nn.Module) -> dict[str, tuple[int, int | None]]:
 
 
 def is_intercepted() -> bool:
-    """Whether ``F.linear`` was replaced, or a torch function mode other than a default device may change it."""
+    """Whether ``F.linear`` was replaced, or is intercepted by a torch function mode other than a default device."""
     modes = overrides._get_current_function_mode_stack()
     return not isinstance(F.linear, BuiltinFunctionType) or any(type(mode) is not DeviceContext for mode in modes)
 

@@ -154,7 +154,7 @@ def in_group() -> bool:
 
 
 def may_be_sharded_later() -> bool:
-    """Whether a process group exists, or will: a launcher sets ``WORLD_SIZE`` before the group exists."""
+    """Whether a process group exists, or a launcher has set ``WORLD_SIZE``, so that a group will exist."""
     return in_group() or "WORLD_SIZE" in os.environ
 
 

@@ -97,7 +97,7 @@ def write_trained(tuner: Tuner, place: Path, write: Callable[[], Path]) -> Path:
 
 
 def save_tuner(tuner: Tuner, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> Path:
-    """Write an adapter to a checkpoint, which may be before the end of training, and return the file's path."""
+    """Write an adapter to a checkpoint, even before the end of training, and return the file's path."""
     _refuse_unsavable(tuner)
     place = file_at(path, "adapter")
     with tuner.whole():

@@ -71,7 +71,7 @@ class Header:
 
     @property
     def places(self) -> dict[str, tuple[str, ...]]:
-        """The paths of the adapted modules, by the field that lists them."""
+        """The paths of the adapted modules, by the header's field that lists them."""
         return {"targets": self.targets, "copies": self.copies, "biases": self.biases}
 
 
@@ -184,7 +184,7 @@ def read(path: str | os.PathLike[str], *, content: str) -> tuple[str, dict[str, 
         refuse_foreign(place.parent, [place.parent.name, *names], ())
         raise FileError(
             f"there is no file {source}; tunerkit.{_WRITERS[content]} writes {content}.safetensors into the folder "
-            "it is given"
+            "that you pass"
         )
 
     def accept(metadata: Mapping[str, str], names: Collection[str]) -> None:

@@ -184,8 +184,8 @@ def engine_for(
 ) -> tuple[Engine, object]:
     """Return the engine of a training, and the optimizer for the step hooks: ``candidate``, or a wrapper around it.
 
-    ``model`` is the model that is called, which may contain the wrapped one. Raises `StepError` if no installed plugin
-    has an engine, and ``data_parallel`` is True, or None in one of several processes.
+    ``model`` is the model that is called, which may contain the wrapped one. Raises `StepError` if no plugin provides
+    an engine although one is needed: ``data_parallel`` is True, or it is None in one of several processes.
     """
     if data_parallel not in (None, False, True):
         raise StepError(f"data_parallel: expected True, False or None, got {shown(data_parallel)}")
@@ -236,7 +236,7 @@ class LastGradient:
 
 
 def watch_(tuner: Tuner) -> LastGradient:
-    """Register hooks that detect steps of an unattached optimizer; for a method with step hooks."""
+    """Register hooks that detect steps of an unattached optimizer; return the gradient record that they update."""
     last: LastGradient = tuner.progress.last or LastGradient()
     last.version = None
     tuner.progress.last, model = last, tuner.model

@@ -35,7 +35,7 @@ from tunerkit.steps.resizing import ENGINE, complete_, optimizer_of
 
 @attrs.frozen(eq=False)
 class Place:
-    """One adapted module: its slots, one adapter's slot, and the live dicts that contain the slots and the slot."""
+    """One adapted module: its slots, one adapter's slot among them, and the live dicts of torch that contain both."""
 
     children: Mapping[str, nn.Module | None]
     slots: Slots

@@ -24,7 +24,7 @@ _ENDINGS = ("_head", "_heads", "_classifier", "_predictions")
 
 @attrs.frozen(eq=False)
 class ScannedModule:
-    """A module of the model."""
+    """A module of a scanned model: its paths, its base layer, its parents, and its position in blocks and heads."""
 
     path: str  # the first at which it is registered, for results and messages
     paths: tuple[str, ...]  # all paths at which it is registered

@@ -39,7 +39,7 @@ class _Scope:
     named: Collection[str] = ()  # paths in `free` that plain names match: only these may have tied weights
 
     def obstacle_at(self, each: ScannedModule) -> str | None:
-        """Return why the module cannot be a target, or None."""
+        """Return why the module cannot be a target; None if it can."""
         return obstacle_at(each, self.scanned, self.named, adapts=self.adapts)
 
 
