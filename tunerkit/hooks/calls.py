@@ -161,7 +161,7 @@ def statistics(tuner: TunerView) -> StatisticsRequest | None:
 
 
 def budget(tuner: TunerView, step: int | None) -> int | None:
-    """Return the budget in force after optimizer step ``step`` (None: now); None if the method has no budget."""
+    """Return the budget in force after step ``step``, or now if ``step`` is None; None if the method has no budget."""
     return ask(specs.tunerkit_budget, tuner.method, tuner=tuner, step=step)
 
 
@@ -208,7 +208,7 @@ def check_shared(answer: Any, given: Given) -> Any:
 
 
 def check_adapter(answer: Adapter, given: Given) -> Adapter:
-    """Raise `Unfit` if an adapter contains the base or shared module, or declares invalid reads or ``rank_dims``."""
+    """Raise `Unfit` if an adapter contains the base or shared module, or declares invalid flags or ``rank_dims``."""
     inside, shared = set(answer.modules()), given["shared"]
     if given["target"].module in inside:
         does = "does not store it: forward receives the base layer as an argument"

@@ -149,7 +149,7 @@ class Engine:
         return whole_pieces(parameters)
 
     def resized_(self) -> None:
-        """React to a resize of parameters, equal in all processes. Called between two backwards."""
+        """React to resized parameters. Called in all processes, with equal shapes, between two backwards."""
 
     def agree_(self, tensors: Sequence[Tensor], what: str) -> None:
         """Broadcast the values of tensors from process 0 to all processes.
@@ -205,5 +205,5 @@ class TunerView(Protocol):
 
 
 def same(parameter: Tensor) -> Tensor:
-    """Return ``parameter`` itself: without sharding, a gathered parameter is the parameter that the optimizer has."""
+    """Return ``parameter`` unchanged: the function that `Engine.whole` yields if nothing is sharded."""
     return parameter

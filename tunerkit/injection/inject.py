@@ -216,7 +216,7 @@ def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, undo: ExitSt
 
 
 def _prepare_(model: nn.Module) -> None:
-    """Freeze the base and register the model's hooks, only for the first adapter: users may unfreeze the base later."""
+    """Freeze the base and register the model's hooks; only once per model, since users may unfreeze the base later."""
     own = {  # tied parameters under all of their names, since merging may untie them
         join(path, name): parameter
         for path, module in base_modules(model)

@@ -16,7 +16,7 @@ from tunerkit.records import Packing, Rounding
 
 @attrs.frozen(eq=False)
 class BaseLayer(abc.ABC):
-    """Abstract. A view of ``module`` as a matrix W: (out, in), independent of its own layout and arithmetic.
+    """Abstract. A view of ``module`` as a matrix W: (out, in), independent of the module's own layout and arithmetic.
 
     Every kind obeys this law, for q (r, in) and p (out, r)::
 
@@ -48,7 +48,7 @@ class BaseLayer(abc.ABC):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Check whether the law above holds for ``module``: by default, whether its forward is one of `forwards`.
+        """Check whether the law of `BaseLayer` holds for ``module``; by default, if its forward is one of `forwards`.
 
         Be strict: a subclass or an instance with its own ``forward`` may use its weight in another way. The adapter's
         output would then be silently wrong.

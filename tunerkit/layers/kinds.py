@@ -48,7 +48,7 @@ class DenseLinear(BaseLayer):
 @final
 @attrs.frozen(eq=False)
 class LinearLayer(DenseLinear):
-    """``nn.Linear``, and subclasses that keep its forward."""
+    """The base-layer kind of ``nn.Linear``, and of subclasses that keep its forward."""
 
     forwards: ClassVar[tuple[str, ...]] = ("torch.nn.modules.linear.Linear",)
 
@@ -70,7 +70,7 @@ class LinearLayer(DenseLinear):
 @final
 @attrs.frozen(eq=False)
 class ConvLayer(BaseLayer):
-    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` with any groups, stride, dilation and padding.
+    """The kind of ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, with any groups, stride, dilation and padding.
 
     W is the weight (C_out, C_in/groups, *kernel), flattened after its first dimension, so in = C_in/groups · the number
     of kernel positions. Q is a convolution to r channels per group, with the layer's stride, dilation and padding mode.
@@ -124,7 +124,7 @@ class ConvLayer(BaseLayer):
 @final
 @attrs.frozen(eq=False)
 class EmbeddingLayer(BaseLayer):
-    """``nn.Embedding``, and subclasses that keep its forward.
+    """The base-layer kind of ``nn.Embedding``, and of subclasses that keep its forward.
 
     The input is a one-hot row, so in = num_embeddings and W is the weight transposed. At ``padding_idx`` the delta is
     exactly 0 and has no gradient, like the layer's own weight: `project_in` drops that column of Q, and `pack` zeroes
@@ -175,7 +175,7 @@ class EmbeddingLayer(BaseLayer):
 @final
 @attrs.frozen(eq=False)
 class AttentionLayer(BaseLayer):
-    """``nn.MultiheadAttention`` with one width E of q, k and v: W is ``in_proj_weight``, (3·E, E).
+    """The kind of ``nn.MultiheadAttention`` with one width E of q, k and v: W is ``in_proj_weight``, (3·E, E).
 
     The output projection, ``out_proj``, is a linear layer of its own. With ``kdim`` or ``vdim`` there are three weights
     instead of one; this kind does not match such modules.

@@ -25,7 +25,7 @@ H = TypeVar("H", bound=nn.Module)
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """Return the live dict of the module's own parameters, with those that an attribute of the same name hides."""
+    """Return the live dict of the module's own parameters, including any hidden by an attribute of the same name."""
     return module._parameters
 
 

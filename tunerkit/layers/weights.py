@@ -160,7 +160,7 @@ def may_be_sharded_later() -> bool:
 
 @contextmanager
 def new_modules_whole() -> Iterator[None]:
-    """Inside the block, new modules are on the CPU and not partitioned, whatever the default device or library."""
+    """Inside the block, new modules are on the CPU and not sharded, even if a default device or library differs."""
     with ExitStack() as entered:
         if torch.get_default_device().type != "cpu":  # a device context slows every call of torch
             entered.enter_context(torch.device("cpu"))

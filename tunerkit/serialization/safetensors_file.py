@@ -54,7 +54,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors as contiguous tensors on the CPU, without copying tensors that are so already."""
+    """Return the tensors as contiguous tensors on the CPU; a tensor that already is one is not copied."""
 
     def is_plain(tensor: Tensor) -> bool:  # faster than a conversion, and a file may have many small tensors
         return not tensor.requires_grad and tensor.device.type == "cpu" and tensor.is_contiguous()

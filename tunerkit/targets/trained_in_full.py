@@ -148,7 +148,7 @@ def choose_new(
     exclude: Sequence[str],
     adapted: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Return the new modules to train in full; none if ``train_modules`` has chosen ``copies``. Warn of the others.
+    """Return the new modules to train in full; none if ``train_modules`` names ``copies``. Warn of all others.
 
     Modules are skipped if they match ``exclude``, are in ``adapted`` (active adapters have changed them already), or
     match a plain name in ``targets`` whose matches are all new.
