@@ -98,7 +98,7 @@ def prepared(folder: Path) -> None:
         (["deep"], "deep/run.json: is not the JSON that `tunerkit train` writes: maximum recursion depth"),
         (["list"], "list/run.json: expected a JSON object, got a list"),
         (["unreadable"], "unreadable/run.json: is a folder, not a file; restore"),
-        (["damaged"], "damaged/run.json: expected a whole number, got str 'x' @ run.steps"),
+        (["damaged"], "damaged/run.json: run.steps: expected a whole number, got 'x'"),
         (["newer"], "newer/run.json: expected a record of version 1, got version 2"),
         (["good", "damaged"], "damaged: expected a whole number"),
         (["good", "./good"], "good: is given twice; name each run once"),

@@ -140,5 +140,5 @@ def test_one_run_is_no_comparison_and_errors_name_their_run() -> None:
     """So that one of many can be repaired."""
     with pytest.raises(RecordError, match="expected two runs or more to compare, got 1"):
         compare({"a": minimal()})
-    with pytest.raises(RecordError, match=r"^b: expected a whole number, got str 'x' @ run\.steps"):
+    with pytest.raises(RecordError, match=r"^b: run\.steps: expected a whole number, got 'x'"):
         compare({"a": minimal(), "b": minimal(steps="x")})

@@ -112,7 +112,7 @@ def or_null(schema: Schema) -> dict[str, Any]:
     """Return a copy that also allows no value."""
     widened = copy.deepcopy(dict(schema))
     if "type" in widened:
-        widened["type"] = list(dict.fromkeys([*_kinds(widened), "null"]))
+        widened["type"] = list(dict.fromkeys([*kinds_of(widened), "null"]))
     if "enum" in widened:
         widened["enum"] = [*widened["enum"], *([] if None in widened["enum"] else [None])]
     return widened
@@ -127,11 +127,11 @@ def problems(value: object, schema: Schema, where: str = "") -> Iterator[str]:
     What the schema leaves open must be plain: what JSON can express.
     """
     at = f"{where}: " if where else ""
-    kinds = _kinds(schema)
+    kinds = kinds_of(schema)
     if not any(_is(value, kind) for kind in kinds):
         is_plain = any(_is(value, kind) for kind in _TYPES)
         got = shown(value) if is_plain else f"the {type(value).__name__} {value}"[:200]  # the date 2024-01-31
-        do = f". {_described(schema)}".removesuffix(". ")
+        do = _described(schema)
         if "string" in kinds and not isinstance(value, dict | list):  # a scalar that was meant as text
             do = "; put it in quotes"
         words = [_TYPES[kind][1] for kind in kinds if kind != "null"]
@@ -161,13 +161,13 @@ def _in_mapping(value: dict[Any, Any], schema: Schema, where: str, at: str) -> I
     known = schema.get("properties", {})
     others = schema.get("additionalProperties", True)
     missing = [key for key in schema.get("required", ()) if key not in value]
-    if missing and {*value} <= {*known}:
-        yield f"{at}there is no {missing[0]!r}. {_described(known[missing[0]])}"
+    if missing and (others is not False or {*value} <= {*known}):
+        yield f"{at}there is no {missing[0]!r}{_described(known[missing[0]])}"
     for key, each in value.items():
         if not isinstance(key, str):
             yield f"{at}expected text as a key, got {shown(key)}; put it in quotes"
         elif key not in known and others is False:
-            keys = f"; the keys are {few(list(known), shown=30) or 'none'}. {_described(schema)}".removesuffix(". ")
+            keys = f"; the keys are {few(list(known), shown=30) or 'none'}{_described(schema)}"
             yield f"{at}unknown key {shown(key)}{closest(key, known) or keys}"
         else:
             yield from problems(each, known.get(key, {} if others is True else others), join(where, key))
@@ -189,7 +189,8 @@ def _with_list(schema: dict[str, Any]) -> dict[str, Any]:
     return {**schema, "type": [schema["type"]]} if isinstance(schema.get("type"), str) else schema
 
 
-def _kinds(schema: Schema) -> tuple[str, ...]:
+def kinds_of(schema: Schema) -> tuple[str, ...]:
+    """The names of the types that a schema allows."""
     kinds = schema.get("type", tuple(_TYPES))
     return (kinds,) if isinstance(kinds, str) else tuple(kinds)
 
@@ -199,7 +200,7 @@ def _is(value: object, kind: str) -> bool:
 
 
 def _described(schema: Schema) -> str:
-    return str(schema.get("description", "")).removesuffix(".")
+    return f". {schema['description']}".removesuffix(".") if schema.get("description") else ""
 
 
 def _listed(names: Iterable[str]) -> str:

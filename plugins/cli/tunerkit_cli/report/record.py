@@ -1,15 +1,15 @@
 """The record of a run, ``run.json``, checked and structured."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from functools import cached_property
-from types import NoneType
-from typing import Any, Final, get_args, get_origin
+from typing import Any, Final
 
 import attrs
-from cattrs import Converter, transform_error
+from cattrs import Converter
 
 from tunerkit.errors import TunerkitError, first, shown
+from tunerkit_cli.recipes.schema import class_schema, kinds_of, problems
 
 Points = tuple[tuple[float, float], ...]
 VERSION: Final = 1
@@ -153,22 +153,20 @@ def _is_number(value: Any) -> bool:
 def read(record: Mapping[str, Any]) -> Run:
     """Check a record and structure it, without unknown keys. Raises `RecordError` with the first problems."""
     if not isinstance(record, Mapping):
-        raise RecordError(f"expected a record of a run, which is a mapping, got {_got(record)}")
+        raise RecordError(f"expected a record of a run, which is a mapping, got {shown(record)}")
     version = record.get("version")
     if version != VERSION:
-        found = f"version {shown(version)}" if "version" in record else "no version"
+        got = f"version {shown(version)}" if "version" in record else "no version"
         raise RecordError(
-            f"expected a record of version {VERSION}, got {found}; "
+            f"expected a record of version {VERSION}, got {got}; "
             "use the tunerkit that wrote it, or write it again with `tunerkit train`"
         )
-    try:
-        run = _CONVERTER.structure({key: value for key, value in record.items() if value is not None}, Run)
-    except Exception as problem:
-        problems = transform_error(problem, path="run", format_exception=_described)
-    else:
-        problems = _misfits(run)
-    if problems:
-        listed = "; ".join(first(problems, 5))
+    given = {name: value for name, value in record.items() if value is not None}
+    if not (found := [*problems(given, _SCHEMA, "run")]):
+        run = _CONVERTER.structure(given, Run)
+        found = _misfits(run)
+    if found:
+        listed = "; ".join(first(found, 5))
         raise RecordError(f"{listed}; restore the file as `tunerkit train` wrote it, or train again")
     return run
 
@@ -177,60 +175,24 @@ def _misfits(run: Run) -> list[str]:
     """Parts of a record that have the right types, but contradict each other."""
     count, width = len(run.ranks), len(run.confusion)
     odd = [change.step for change in run.history if len(change.ranks) != count]
-    problems = [f"run.history has other ranks than the {count} of run.ranks at step {odd[0]}"] if odd else []
+    found = [f"run.history has other ranks than the {count} of run.ranks at step {odd[0]}"] if odd else []
     if any(len(row) != width for row in run.confusion):
-        problems.append(f"run.confusion is not square: it has {width} rows")
+        found.append(f"run.confusion is not square: it has {width} rows")
     elif width and run.labels and len(run.labels) != width:
-        problems.append(f"run.confusion has {width} rows, and run.labels has {len(run.labels)} names")
-    return problems
+        found.append(f"run.confusion has {width} rows, and run.labels has {len(run.labels)} names")
+    return found
 
 
-def _described(problem: BaseException, kind: type | None) -> str:
-    if isinstance(problem, KeyError):
-        return "a required key is missing"
-    return str(problem) if isinstance(problem, ValueError) else f"expected {_name(kind)}"
+def _opened(schema: Any) -> Any:
+    """The schema of a class as records need it: others may have added keys, and a float holds each number."""
+    if not isinstance(schema, dict):
+        return schema
+    opened = {name: _opened(each) for name, each in schema.items()}
+    if "type" in schema and {"number", "integer"} & {*kinds_of(schema)}:
+        opened |= {"minimum": -GREATEST, "maximum": GREATEST}
+    return {**opened, "additionalProperties": True} if schema.get("additionalProperties") is False else opened
 
 
-def _name(kind: Any) -> str:
-    kind = get_args(kind)[0] if NoneType in get_args(kind) else kind
-    names = {tuple: "a list", int: "a whole number", float: "a number", str: "text", bool: "a bool"}
-    return names.get(get_origin(kind) or kind, "a mapping")
-
-
-def _got(value: object) -> str:
-    return "None" if value is None else f"{type(value).__name__} {shown(value)}"
-
-
-def _exact(value: object, kind: Any) -> Any:
-    """Return a value of the annotated type as it is, where cattrs would convert others. A number may be an int."""
-    kinds = (int, float) if kind is float else kind
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"expected {_name(kind)}, got {_got(value)}")
-    if isinstance(value, int | float) and not abs(value) <= GREATEST:  # also if it is NaN
-        raise ValueError(f"expected a finite number of at most {GREATEST:g}, got {shown(value)}")
-    return value
-
-
-def _container(kind: Any) -> Callable[[object, Any], Any]:
-    """Make the hook of a tuple or mapping: it checks the kind, and cattrs' own hook reads the elements."""
-    members = get_args(kind)
-    elements = _SCALARS.copy()
-    elements.register_structure_hook_func(lambda member: member in members, _CONVERTER.structure)
-    wanted = Mapping if get_origin(kind) is Mapping else (list, tuple)
-
-    def structure(value: Any, _: object) -> Any:
-        if not isinstance(value, wanted):
-            raise ValueError(f"expected {_name(kind)}, got {_got(value)}")
-        if members == (str, Any) and {*map(type, value)} <= {str}:
-            return value  # which it would also be key by key, for each row of the logs
-        return elements.structure(value, kind)
-
-    return structure
-
-
-_SCALARS: Final = Converter()
-for _kind in (int, float, str, bool):
-    _SCALARS.register_structure_hook(_kind, _exact)
-_CONVERTER: Final = _SCALARS.copy()
-_CONTAINERS: Final[Collection[Any]] = (tuple, Mapping)
-_CONVERTER.register_structure_hook_factory(lambda kind: get_origin(kind) in _CONTAINERS, _container)
+_SCHEMA: Final = _opened(class_schema(Run))
+_CONVERTER: Final = Converter()
+_CONVERTER.register_structure_hook(float, lambda value, _: value)  # a whole number stays one
