@@ -18,19 +18,18 @@ def test_the_matrix_is_counted_as_its_rows_would_be(pairs: list[tuple[str, str]]
     """Recall, precision, F1 and confused pairs are those of the single predictions."""
     counts = Counter(pairs)
     run = read(run_records.minimal(labels=list(NAMES), confusion=[[counts[t, p] for p in NAMES] for t in NAMES]))
-    for name, found in zip(NAMES, label_scores(run), strict=True):
+    for name, (rows, recall, precision, f1) in zip(NAMES, label_scores(run), strict=True):
         of = [predicted for true, predicted in pairs if true == name]
         named = [true for true, predicted in pairs if predicted == name]
-        assert found.rows == len(of)
-        assert found.recall == (of.count(name) / len(of) if of else None)
-        assert found.precision == (named.count(name) / len(named) if named else None)
-        if found.recall and found.precision:
-            expected = 2 * found.recall * found.precision / (found.recall + found.precision)
-            assert found.f1 == pytest.approx(expected)
+        assert rows == len(of)
+        assert recall == (of.count(name) / len(of) if of else None)
+        assert precision == (named.count(name) / len(named) if named else None)
+        if recall and precision:
+            assert f1 == pytest.approx(2 * recall * precision / (recall + precision))
     wrong = Counter({pair: count for pair, count in counts.items() if pair[0] != pair[1]})
     shown = most_confused(run, 100)
-    assert {(pair.true, pair.predicted): pair.rows for pair in shown} == wrong
-    assert [pair.rows for pair in shown] == sorted(wrong.values(), reverse=True)
+    assert {(true, predicted): rows for true, predicted, rows, _ in shown} == wrong
+    assert [rows for _, _, rows, _ in shown] == sorted(wrong.values(), reverse=True)
     assert most_confused(run, 2) == shown[:2]
 
 

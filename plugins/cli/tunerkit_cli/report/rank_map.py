@@ -2,33 +2,22 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import attrs
-
-Cells = Iterable[int | None]
 
 
 @attrs.frozen
 class RankMap:
-    """``cells[row][column]`` is the live rank of one matrix in one layer, or None if the layer has no such target."""
+    """``cells[row][column]`` is the value of one matrix in one layer, or None if the layer has no such target."""
 
     layers: tuple[str, ...]
     matrices: tuple[str, ...]
-    cells: tuple[tuple[int | None, ...], ...]
-
-    @property
-    def total(self) -> int:
-        """The number of live triplets in all targets: the budget, if it counts ranks."""
-        return sum(map(_sum, self.cells))
-
-    @property
-    def columns(self) -> tuple[tuple[int | None, ...], ...]:
-        """The cells of each matrix."""
-        return tuple(zip(*self.cells, strict=True))
+    cells: tuple[tuple[Any, ...], ...]
 
 
-def rank_map(ranks: Mapping[str, int]) -> RankMap:
-    """Arrange ``tuner.ranks()``. The first number in a path is its layer; the rest of the path names the matrix.
+def rank_map(ranks: Mapping[str, Any]) -> RankMap:
+    """Arrange values by path, as ``tuner.ranks()``. The first number is the layer; the rest names the matrix.
 
     Rows and columns keep the model's order. Paths without a number share a row named "-".
     """
@@ -66,7 +55,7 @@ def _place(path: str) -> tuple[str, str, str]:
 def by_matrix(sizes: Mapping[str, int]) -> Mapping[str, int]:
     """Return the sum of each kind of matrix over all layers, the greatest first; empty if all have the same."""
     map_ = rank_map(sizes)
-    return dict(sorted(_sums(map_.matrices, map_.columns).items(), key=lambda item: -item[1]))
+    return dict(sorted(_sums(map_.matrices, zip(*map_.cells, strict=True)).items(), key=lambda item: -item[1]))
 
 
 def by_layer(sizes: Mapping[str, int]) -> Mapping[str, int]:
@@ -81,10 +70,6 @@ def parts_of(amounts: Mapping[str, int]) -> Mapping[str, float]:
     return {name: amount / total for name, amount in amounts.items()}
 
 
-def _sums(names: Sequence[str], lines: Iterable[Cells]) -> dict[str, int]:
-    sums = dict(zip(names, map(_sum, lines), strict=True))
+def _sums(names: Sequence[str], lines: Iterable[Iterable[int | None]]) -> dict[str, int]:
+    sums = {name: sum(filter(None, line)) for name, line in zip(names, lines, strict=True)}
     return sums if len(set(sums.values())) > 1 else {}
-
-
-def _sum(cells: Cells) -> int:
-    return sum(filter(None, cells))

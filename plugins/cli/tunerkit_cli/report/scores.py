@@ -1,10 +1,8 @@
 """Scores: which metric counts, which direction is better, how two values compare, and where a classifier is wrong."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
-
-import attrs
 
 from tunerkit_cli.report import wording
 from tunerkit_cli.report.record import Run
@@ -62,35 +60,12 @@ def _words(name: str) -> set[str]:
     return set(re.split(r"[^a-z0-9]+", name.lower()))
 
 
-@attrs.frozen
-class Confused:
-    """Rows of one label that were predicted as another, and their share of the label's rows."""
-
-    true: str
-    predicted: str
-    rows: int
-    share: float
-
-
-@attrs.frozen
-class LabelScores:
-    """How well a label was predicted: its rows, and recall, precision and F1 where they are defined."""
-
-    rows: int
-    recall: float | None
-    precision: float | None
-    f1: float | None
-
-
-def label_scores(run: Run) -> tuple[LabelScores, ...]:
-    """Return the scores of each label of the confusion matrix, in its order."""
-    found = []
-    for number, line in enumerate(run.confusion):
-        right, rows, predicted = line[number], sum(line), sum(row[number] for row in run.confusion)
-        ratios = [right / of if of else None for of in (rows, predicted)]
-        f1 = 2 * right / (rows + predicted) if rows + predicted else None
-        found.append(LabelScores(rows, ratios[0], ratios[1], f1))
-    return tuple(found)
+def label_scores(run: Run) -> Iterator[tuple[int, float | None, float | None, float | None]]:
+    """Yield rows, recall, precision and F1 of each label of the confusion matrix; None where one is not defined."""
+    for number, (line, column) in enumerate(zip(run.confusion, zip(*run.confusion, strict=True), strict=True)):
+        right, rows, predicted = line[number], sum(line), sum(column)
+        recall, precision = (right / of if of else None for of in (rows, predicted))
+        yield rows, recall, precision, 2 * right / (rows + predicted) if rows + predicted else None
 
 
 def label_names(run: Run) -> tuple[str, ...]:
@@ -98,13 +73,16 @@ def label_names(run: Run) -> tuple[str, ...]:
     return run.labels or tuple(str(number) for number in range(len(run.confusion)))
 
 
-def most_confused(run: Run, count: int) -> tuple[Confused, ...]:
-    """Return the ``count`` pairs of labels that are most often confused, the most frequent first."""
+def most_confused(run: Run, count: int) -> list[tuple[str, str, int, float]]:
+    """Return the ``count`` pairs of labels that are most often confused, with the rows and their share of the first's.
+
+    The first is the true one.
+    """
     names = label_names(run)
     found = [
-        Confused(names[n], names[k], rows, rows / sum(row))
-        for n, row in enumerate(run.confusion)
-        for k, rows in enumerate(row)
+        (names[n], names[k], rows, rows / sum(line))
+        for n, line in enumerate(run.confusion)
+        for k, rows in enumerate(line)
         if n != k and rows > 0
     ]
-    return tuple(sorted(found, key=lambda pair: -pair.rows)[:count])
+    return sorted(found, key=lambda pair: -pair[2])[:count]

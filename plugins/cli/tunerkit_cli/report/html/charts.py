@@ -6,7 +6,7 @@ The drawing has no text, as that would be stretched too: ticks and legend are HT
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
@@ -18,14 +18,6 @@ _TICKS: Final = 5
 _TINY: Final = 1e-100
 _MOST_STRIPS: Final = 80  # stretches of the x-axis with a hover text of their own
 _COLOURS: Final = 8
-
-
-@attrs.frozen
-class Tick:
-    """A labelled place on an axis, in percent of its length."""
-
-    place: float
-    text: str
 
 
 @attrs.frozen
@@ -41,10 +33,10 @@ class Axis:
         low, high, at = (math.log(v) if self.is_log else v for v in (self.low, self.high, value))
         return 100 * (at - low) / (high - low)
 
-    def ticks(self) -> tuple[Tick, ...]:
-        """Return about `_TICKS` ticks at round values."""
+    def ticks(self) -> list[tuple[float, str]]:
+        """Return about `_TICKS` ticks at round values, each with its place and its label."""
         values = (_decades if self.is_log else _round_values)(self.low, self.high)
-        return tuple(Tick(self.place(value), wording.number(float(f"{value:.6g}"))) for value in values)
+        return [(self.place(value), wording.number(float(f"{value:.6g}"))) for value in values]
 
 
 def fitted(values: Iterable[float], *, is_log: bool = False, from_zero: bool = False, room: float = 0.06) -> Axis:
@@ -82,42 +74,29 @@ def _decades(low: float, high: float) -> Sequence[float]:
     return inside if len(inside) > 1 else [low, high]
 
 
-@attrs.frozen
-class Chart:
-    """A drawing with what stands around it, and ``label`` for those who cannot see it.
+def chart(panel: Panel, *, x_values: Sequence[float] = ()) -> dict[str, Any]:
+    """Draw a panel, for the template. Its x-axis also shows ``x_values``, which charts side by side have in common.
 
     ``lines`` are paths with their classes, and ``legend`` has texts with the same. ``strips`` are invisible stretches
     of the x-axis over the whole height: start, width, and what hovering shows.
     """
-
-    panel: Panel
-    label: str
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    lines: tuple[tuple[str, str], ...]
-    strips: tuple[tuple[int, int, str], ...]
-    legend: tuple[tuple[str, str], ...]
-
-
-def chart(panel: Panel, *, x_values: Sequence[float] = ()) -> Chart:
-    """Draw a panel. Its x-axis also shows ``x_values``, so that charts side by side can have the same one."""
     points = [point for curve in panel.curves for point in curve.points]
     x_axis = fitted([*x_values, *(x for x, _ in points)], room=0.02)
     y_axis = fitted((y for _, y in points), is_log=panel.is_log, from_zero=panel.unit != "" and not panel.is_log)
     x_ticks, y_ticks = x_axis.ticks(), y_axis.ticks()
-    at_ticks = [f"M{_units(tick.place)} 0V{_SIZE}" for tick in x_ticks]
-    at_ticks += [f"M0 {_units(100 - tick.place)}H{_SIZE}" for tick in y_ticks]
+    at_ticks = [f"M{_units(place)} 0V{_SIZE}" for place, _ in x_ticks]
+    at_ticks += [f"M0 {_units(100 - place)}H{_SIZE}" for place, _ in y_ticks]
     styles = _styles(panel.curves)
     curves = [line for pair in zip(panel.curves, styles, strict=True) for line in _lines(*pair, x_axis, y_axis)]
-    return Chart(
-        panel=panel,
-        label=_described(panel),
-        x_ticks=x_ticks,
-        y_ticks=y_ticks,
-        lines=(("".join(at_ticks), "grid-line"), *curves),
-        strips=tuple(_strips(panel, x_axis)),
-        legend=_legend(panel, styles),
-    )
+    return {
+        "panel": panel,
+        "label": _described(panel),
+        "x_ticks": x_ticks,
+        "y_ticks": y_ticks,
+        "lines": (("".join(at_ticks), "grid-line"), *curves),
+        "strips": _strips(panel, x_axis),
+        "legend": _legend(panel, styles),
+    }
 
 
 def _styles(curves: Sequence[Curve]) -> list[str]:

@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Mapping
 from statistics import fmean
 
-import attrs
-
 from tunerkit_cli.report import scores, wording
 from tunerkit_cli.report.html.grids import MOST_CELLS, Grid, heatmap
 from tunerkit_cli.report.record import Run
@@ -18,62 +16,53 @@ def about(run: Run) -> tuple[str, ...]:
     return tuple(text for text in found if text)
 
 
-@attrs.frozen
-class Fact:
-    """A figure with its name, and a note below it."""
-
-    name: str
-    value: str
-    note: str = ""
+def facts(run: Run) -> list[tuple[str, str, str]]:
+    """Return the key figures that the record has, each with its name and a note."""
+    return [*_scores(run), *_sizes(run), *_effort(run)]
 
 
-def facts(run: Run) -> tuple[Fact, ...]:
-    """Return the key figures that the record has."""
-    return (*_scores(run), *_sizes(run), *_effort(run))
-
-
-def _scores(run: Run) -> Iterator[Fact]:
+def _scores(run: Run) -> Iterator[tuple[str, str, str]]:
     metric = scores.main_metric(run.metrics, run.main_metric)
     if metric is not None:
         note, value = "", run.metrics[metric]
         if run.baseline is not None and metric in run.baseline.metrics:
             difference = scores.signed(metric, value - run.baseline.metrics[metric])
             note = f"{difference} vs. {baseline_name(run.baseline.what)}"
-        yield Fact(wording.capitalised(scores.title(metric)), wording.decimals(value), note)
+        yield wording.capitalised(scores.title(metric)), wording.decimals(value), note
 
 
-def _sizes(run: Run) -> Iterator[Fact]:
+def _sizes(run: Run) -> Iterator[tuple[str, str, str]]:
     found, budget = run.parameters, run.budget
     if found.trained is not None:
         of = "" if not found.all else f"{wording.percent(found.trained / found.all)} of {wording.count(found.all)}"
-        yield Fact("Trained parameters", wording.count(found.trained), of)
+        yield "Trained parameters", wording.count(found.trained), of
     if budget is not None and budget.end is not None and budget.end != budget.start:
         notes = [f"{wording.number(budget.start)} at the start"] if budget.start is not None else []
         if budget.live is not None and budget.live != budget.end:
             notes.append(f"{wording.number(budget.live)} live")
-        yield Fact(f"Budget ({budget.unit})", wording.number(budget.end), ", ".join(notes))
+        yield f"Budget ({budget.unit})", wording.number(budget.end), ", ".join(notes)
     elif run.ranks:
         low, high = min(run.ranks.values()), max(run.ranks.values())
-        yield Fact("Rank", str(low) if low == high else f"{low} to {high}", f"in {len(run.ranks):,} matrices")
+        yield "Rank", str(low) if low == high else f"{low} to {high}", f"in {len(run.ranks):,} matrices"
 
 
-def _effort(run: Run) -> Iterator[Fact]:
+def _effort(run: Run) -> Iterator[tuple[str, str, str]]:
     if "train" in run.rows:
         held_out = run.rows.get("eval")
         notes = [f"{held_out:,} held out" if held_out else "none held out"]
         if missing := sum(count for reasons in run.left_out.values() for count in reasons.values()):
             notes.append(f"{missing:,} left out")
-        yield Fact("Training rows", f"{run.rows['train']:,}", ", ".join(notes))
+        yield "Training rows", f"{run.rows['train']:,}", ", ".join(notes)
     if run.steps is not None:
         epochs = max((row["epoch"] for row in run.logs if isinstance(row.get("epoch"), int | float)), default=None)
         note = f"{wording.number(epochs)} {'epoch' if epochs == 1 else 'epochs'}" if epochs else ""
-        yield Fact("Optimizer steps", f"{run.steps:,}", note)
+        yield "Optimizer steps", f"{run.steps:,}", note
     if "train" in run.seconds:
         evaluated = run.seconds.get("evaluate")
         notes = [f"on {run.device}"] if run.device else []
         notes += [f"in {run.precision}"] if run.precision else []
         notes += [f"{wording.duration(evaluated)} to evaluate"] if evaluated is not None else []
-        yield Fact("Training time", wording.duration(run.seconds["train"]), ", ".join(notes))
+        yield "Training time", wording.duration(run.seconds["train"]), ", ".join(notes)
 
 
 def parts(run: Run) -> str:

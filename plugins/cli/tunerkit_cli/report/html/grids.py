@@ -1,4 +1,4 @@
-"""Tables that draw: the rank heatmap, the confusion matrix, and bars beside names."""
+"""Tables that draw: the rank heatmap, and the confusion matrix."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -8,13 +8,11 @@ import attrs
 from tunerkit_cli.report import wording
 from tunerkit_cli.report.rank_map import rank_map
 
-MOST_BARS: Final = 128
 MOST_CELLS: Final = 2000
 MOST_LABELS: Final = 20
 LONGEST_NAME: Final = 26
 _ROOM: Final = 960  # pixels for the cells, on a wide screen
 _LETTER: Final = 8  # pixels that a letter takes at most, or nearly so
-_NO_CAP: Final = -1
 
 
 @attrs.frozen
@@ -60,23 +58,23 @@ def _width(names: Sequence[str]) -> int:
 def heatmap(ranks: Mapping[str, int], caps: Mapping[str, int], *, highest: int) -> Grid:
     """Draw the first live ranks, layers side by side: there are often more of them than matrices, with short names."""
     shown = dict(list(ranks.items())[:MOST_CELLS])
-    map_, limits = rank_map(shown), rank_map({path: caps.get(path, _NO_CAP) for path in shown})
+    map_ = rank_map({path: (rank, caps.get(path)) for path, rank in shown.items()})
     cells = [
         [
-            None if rank is None or cap is None else _rank_cell(rank, cap, f"layer {layer}, {matrix}", highest)
-            for layer, rank, cap in zip(map_.layers, line, line_limits, strict=True)
+            None if found is None else _rank_cell(*found, f"layer {layer}, {matrix}", highest)
+            for layer, found in zip(map_.layers, column, strict=True)
         ]
-        for matrix, line, line_limits in zip(map_.matrices, map_.columns, limits.columns, strict=True)
+        for matrix, column in zip(map_.matrices, zip(*map_.cells, strict=True), strict=True)
     ]
     width = min(50, max(30, _ROOM // len(map_.layers)))
-    label = f"Live rank by matrix and layer, {map_.total:,} in total: "
-    label += f"from {min(shown.values())} to {max(shown.values())}"
+    total, low, high = sum(shown.values()), min(shown.values()), max(shown.values())
+    label = f"Live rank by matrix and layer, {total:,} in total: from {low} to {high}"
     return Grid(map_.matrices, map_.layers, cells, width, 40 if width > 36 else 28, "layer", "matrix", label)
 
 
-def _rank_cell(rank: int, cap: int, place: str, highest: int) -> Cell:
-    is_capped = 0 < cap <= rank
-    limit = f" of at most {cap}" if cap != _NO_CAP else ""
+def _rank_cell(rank: int, cap: int | None, place: str, highest: int) -> Cell:
+    is_capped = cap is not None and 0 < cap <= rank
+    limit = "" if cap is None else f" of at most {cap}"
     title = f"{place}: rank {rank}{limit}{', at its cap' if is_capped else ''}"
     return Cell(str(rank), title, min(rank / highest, 1.0), is_marked=is_capped)
 
@@ -97,22 +95,3 @@ def _share_cell(rows: int, of: int, true: str, predicted: str, is_right: bool) -
     title = f"{true} predicted as {predicted}: {rows:,} of {of:,} rows, {wording.percent(share)}"
     text = f"{100 * share:.1f}{wording.SPACE}%" if of else "–"
     return Cell(text, title, share, kind="right" if is_right else "wrong", detail=f"{rows:,}")
-
-
-@attrs.frozen
-class Bar:
-    """A row of a table: a name, the bar's length in percent, the amount and its share."""
-
-    name: str
-    length: float
-    amount: str
-    share: str
-
-
-def bars(amounts: Mapping[str, float], shares: Mapping[str, float], most: int = MOST_BARS) -> tuple[Bar, ...]:
-    """Draw a bar for each amount, the first ``most`` of them. Its length is its part of the greatest share."""
-    longest = max(shares.values(), default=0.0) or 1.0
-    return tuple(
-        Bar(name, 100 * shares[name] / longest, wording.number(amount), wording.percent(shares[name]))
-        for name, amount in list(amounts.items())[:most]
-    )

@@ -11,8 +11,8 @@ import jinja2
 from tunerkit_cli.report import curves, scores, wording
 from tunerkit_cli.report.curves import Panel
 from tunerkit_cli.report.html import facts, tables
-from tunerkit_cli.report.html.charts import Chart, chart
-from tunerkit_cli.report.html.grids import MOST_LABELS, bars, confusion_matrix
+from tunerkit_cli.report.html.charts import chart
+from tunerkit_cli.report.html.grids import MOST_LABELS, confusion_matrix
 from tunerkit_cli.report.rank_map import by_layer, by_matrix, parts_of
 from tunerkit_cli.report.record import Run, read
 from tunerkit_cli.report.verdict import failure, verdict
@@ -27,7 +27,8 @@ _TEMPLATES: Final = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.filters["short"] = wording.short_text
+_TEMPLATES.filters |= {"short": wording.short_text, "number": wording.number, "percent": wording.percent}
+_TEMPLATES.filters["parts_of"] = parts_of
 _CONTROLS: Final = {*range(0x20), *range(0x7F, 0xA0), 0xFFFE, 0xFFFF} - {0x9, 0xA, 0xD}
 _UNPRINTABLE: Final = dict.fromkeys(_CONTROLS, "\N{REPLACEMENT CHARACTER}")
 
@@ -36,7 +37,6 @@ def render(record: Mapping[str, Any], *, title: str | None = None) -> str:
     """Return the report of a run as one HTML file, which needs no network and has no script. Raises `RecordError`."""
     run = read(record)
     panels, spectrum = curves.panels(run), curves.spectrum(run)
-    matrices, layers = by_matrix(run.sizes), by_layer(run.sizes)
     out = run.recipe.get("out")
     folder = out if isinstance(out, str) and out else "OUT"
     # By its path in records of earlier versions.
@@ -58,8 +58,8 @@ def render(record: Mapping[str, Any], *, title: str | None = None) -> str:
         "highest": facts.highest_rank(run),
         "capped": facts.capped(run),
         "parts": facts.parts(run),
-        "matrix_bars": bars(matrices, parts_of(matrices)),
-        "layer_bars": bars(layers, parts_of(layers), most=len(layers)),
+        "matrices": by_matrix(run.sizes),
+        "layers": by_layer(run.sizes),
         "spectrum": None if spectrum is None else chart(spectrum),
         **_mistakes(run),
         "labels": tables.labels(run),
@@ -71,7 +71,7 @@ def render(record: Mapping[str, Any], *, title: str | None = None) -> str:
     return filled("run.html.j2", values)
 
 
-def drawn(panels: Iterable[Panel]) -> list[Chart]:
+def drawn(panels: Iterable[Panel]) -> list[dict[str, Any]]:
     """Draw panels with the same x-axis."""
     shown = list(panels)
     steps = [x for panel in shown for curve in panel.curves for x, _ in curve.points]
@@ -94,7 +94,8 @@ def _mistakes(run: Run) -> dict[str, Any]:
     ordered = list(rates) if len(rates) <= _MOST_ERRORS else sorted(rates, key=lambda name: -rates[name])
     return {
         "confusion": confusion_matrix(run.confusion, names) if len(run.confusion) > 1 and not is_large else None,
-        "errors": bars({name: errors[name] for name in ordered[:_MOST_ERRORS]}, rates),
+        "errors": {name: errors[name] for name in ordered[:_MOST_ERRORS]},
+        "error_rates": rates,
         "errors_left_out": max(len(ordered) - _MOST_ERRORS, 0),
         "confused": scores.most_confused(run, _MOST_PAIRS) if len(run.confusion) > 2 else (),
     }

@@ -82,9 +82,9 @@ def labels(run: Run) -> Table | None:
     if not 1 < len(run.confusion) <= _MOST_LABELS:
         return None
     rows = []
-    for name, found in zip(names, scores.label_scores(run), strict=True):
-        ratios = (_NONE if ratio is None else f"{ratio:.3f}" for ratio in (found.recall, found.precision, found.f1))
-        rows.append((name, wording.number(found.rows), *ratios))
+    for name, (count, *ratios) in zip(names, scores.label_scores(run), strict=True):
+        texts = (_NONE if ratio is None else f"{ratio:.3f}" for ratio in ratios)
+        rows.append((name, wording.number(count), *texts))
     return Table(("label", "rows", "recall", "precision", "F1"), tuple(rows))
 
 
