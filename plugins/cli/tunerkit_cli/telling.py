@@ -34,7 +34,7 @@ def telling_warnings(console: Console) -> AbstractContextManager[None]:
 
 def say(console: Console, text: str) -> None:
     """Print a line as it is, without wrapping it at 80 columns and without reading names as markup."""
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
+    console.print(text, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def one_line(text: str) -> str:

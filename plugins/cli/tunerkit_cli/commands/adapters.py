@@ -16,11 +16,9 @@ _Source = Annotated[
 
 def show(source: _Source, json: _Json = False) -> None:
     """Show what an adapter is: method, base, ranks, size and config; of an output folder also its training."""
-    from rich.console import Console
-
     from tunerkit_cli.converting.showing import show_adapter
 
-    show_adapter(source, Console(), as_json=json)
+    show_adapter(source, as_json=json)
 
 
 def convert(

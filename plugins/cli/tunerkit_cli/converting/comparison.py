@@ -33,16 +33,8 @@ class Compared:
     copies: Mapping[str, float]
     biases: Mapping[str, float]
     remarks: tuple[str, ...]
-
-    @property
-    def largest(self) -> float:
-        """The largest relative difference of what the adapters do to the model."""
-        return max([0.0, *self.products.values(), *self.copies.values(), *self.biases.values()])
-
-    @property
-    def is_equal(self) -> bool:
-        """Whether they do the same to the model, however they hold it."""
-        return self.largest <= EQUAL
+    largest: float  # of what they do to the model
+    is_equal: bool  # in that, however they hold it
 
 
 def compare_adapters(one: str, other: str, *, base: str | None, task: str | None) -> Compared:
@@ -58,6 +50,10 @@ def compare_adapters(one: str, other: str, *, base: str | None, task: str | None
         settings = _changed(unstructure(first.config), unstructure(second.config))
         mine, theirs = factors_of(first), factors_of(second)
         only = [path for path in mine if path not in theirs], [path for path in theirs if path not in mine]
+        products = _differences(relative, mine, theirs)
+        copies = _differences(relative_tensor, _flat(copies_of(first)), _flat(copies_of(second)))
+        biases = _differences(relative_tensor, biases_of(first), biases_of(second))
+        largest = max([0.0, *products.values(), *copies.values(), *biases.values()])
         return Compared(
             one=one,
             other=other,
@@ -65,10 +61,12 @@ def compare_adapters(one: str, other: str, *, base: str | None, task: str | None
             settings={name: pair for name, pair in settings.items() if name not in _PLACES},
             only=(tuple(only[0]), tuple(only[1])),
             ranks=_changed(first.ranks(), second.ranks()),
-            products=_differences(relative, mine, theirs),
-            copies=_differences(relative_tensor, _flat(copies_of(first)), _flat(copies_of(second))),
-            biases=_differences(relative_tensor, biases_of(first), biases_of(second)),
+            products=products,
+            copies=copies,
+            biases=biases,
             remarks=tuple(remarks),
+            largest=largest,
+            is_equal=largest <= EQUAL,
         )
 
 

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import typer
+from rich.console import Console
 
 from tunerkit.paths import few
+from tunerkit_cli.telling import say
 
 if TYPE_CHECKING:  # they import torch, and `tunerkit show` does not
     from tunerkit_cli.converting.comparison import Compared
@@ -31,7 +32,7 @@ def print_converted(found: "Converted", *, as_json: bool) -> None:
     if found.error is not None:
         path, largest = next(iter(found.errors.items()))
         facts["error"] = f"{found.error:.2e} of what it adds (Frobenius norm); the largest is {largest:.2e}, at {path}"
-    _print(attrs.asdict(found), facts, as_json=as_json)
+    print_facts(attrs.asdict(found), facts, as_json=as_json)
 
 
 def print_verified(found: "Verified", *, as_json: bool) -> None:
@@ -43,7 +44,7 @@ def print_verified(found: "Verified", *, as_json: bool) -> None:
         "relative": f"{found.relative:.2e} of the largest output, {effect}",
         "verdict": f"{'equal within' if found.is_equal else 'differ by more than'} {found.tolerance:g}",
     }
-    _print({**attrs.asdict(found), "is_equal": found.is_equal}, facts, as_json=as_json)
+    print_facts(attrs.asdict(found), facts, as_json=as_json)
 
 
 def print_compared(found: "Compared", *, as_json: bool) -> None:
@@ -59,8 +60,7 @@ def print_compared(found: "Compared", *, as_json: bool) -> None:
         "biases": _differences(found.biases),
         "verdict": f"{'equal' if found.is_equal else 'different'}: at most {found.largest:.2e} apart",
     }
-    values = {**attrs.asdict(found), "largest": found.largest, "is_equal": found.is_equal}
-    _print(values, facts, as_json=as_json)
+    print_facts(attrs.asdict(found), facts, as_json=as_json)
 
 
 def ranks_in_words(ranks: Mapping[str, int]) -> str:
@@ -81,13 +81,14 @@ def _differences(found: Mapping[str, float]) -> str:
     return few([f"{name} {value:.2e}" for name, value in found.items()], shown=_SHOWN)
 
 
-def _print(found: Mapping[str, Any], facts: Mapping[str, str], *, as_json: bool) -> None:
+def print_facts(found: Mapping[str, Any], facts: Mapping[str, str], *, as_json: bool) -> None:
     """Print everything that was found as JSON, or the facts that say something, and the remarks below them."""
+    console = Console()
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        say(console, json.dumps(found, indent=2, ensure_ascii=False, default=str))
         return
     for name, value in facts.items():
         if value:
-            typer.echo(f"{name:<12}{value}")
-    for remark in found["remarks"]:
-        typer.echo(f"note: {remark}")
+            say(console, f"{name:<11} {value}")
+    for remark in found.get("remarks", ()):
+        say(console, f"note: {remark}")

@@ -8,11 +8,9 @@ from typing import Any
 
 import attrs
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from tunerkit.errors import FileError, cut
-from tunerkit_cli.converting.printing import OWN, ranks_in_words, size_in_words
+from tunerkit_cli.converting.printing import OWN, print_facts, ranks_in_words, size_in_words
 from tunerkit_cli.report.record import read
 from tunerkit_cli.report.verdict import failure
 from tunerkit_cli.settings import write_settings
@@ -23,7 +21,7 @@ from tunerkit_transformers.run_folder import NAME as RECORD
 _LONGEST = 20_000  # characters that are printed as YAML, which takes a second for a megabyte
 
 
-def show_adapter(source: str, console: Console, *, as_json: bool = False) -> None:
+def show_adapter(source: str, *, as_json: bool = False) -> None:
     """Print method, base, ranks, size and config; of an output folder also its metrics and its training."""
     is_run = os.path.isfile(os.path.join(source, RECORD))
     if not is_run:  # or has only begun
@@ -38,24 +36,12 @@ def show_adapter(source: str, console: Console, *, as_json: bool = False) -> Non
     else:
         found = describe_adapter(source)
         facts, settings = _facts(found), found["settings"]
-    if as_json:
-        say(console, json.dumps(found, indent=2, ensure_ascii=False, default=str))
-        return
-    table = Table(show_header=False, box=None)
-    for name, value in facts.items():
-        if value:
-            table.add_row(name, escape(cut(value)))
-    console.print(table)
+    print_facts(found, {name: cut(fact) for name, fact in facts.items()}, as_json=as_json)
     ranks = found.get("ranks") or {}
-    _print(console, "ranks", ranks if len({*ranks.values()}) > 1 else {})
-    _print(console, "config", settings)
-
-
-def _print(console: Console, title: str, values: Mapping[str, Any]) -> None:
-    if values:
-        text = json.dumps(values, ensure_ascii=False, default=str)
-        say(console, f"{title}:")
-        say(console, text if len(text) > _LONGEST else write_settings(dict(values)))
+    for title, values in (("ranks", ranks if len({*ranks.values()}) > 1 else {}), ("config", settings)):
+        if values and not as_json:
+            text = json.dumps(values, ensure_ascii=False, default=str)
+            say(Console(), f"{title}:\n{text if len(text) > _LONGEST else write_settings(dict(values))}")
 
 
 def describe_adapter(source: str) -> dict[str, Any]:

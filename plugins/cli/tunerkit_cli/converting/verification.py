@@ -35,11 +35,7 @@ class Verified:
     outputs: int
     tolerance: float
     remarks: tuple[str, ...]
-
-    @property
-    def is_equal(self) -> bool:
-        """Whether the outputs are equal within the tolerance."""
-        return self.relative <= self.tolerance
+    is_equal: bool  # within the tolerance
 
 
 def verify_adapters(one: str, other: str, *, base: str | None, task: str | None, tolerance: float) -> Verified:
@@ -67,18 +63,20 @@ def verify_adapters(one: str, other: str, *, base: str | None, task: str | None,
             f"{tuple(second[0].shape)}: they are not of one model and task"
         )
     largest, gap = max(float(each.abs().max()) for each in first), _gap(first, second)
+    relative = gap / largest if largest else float(gap > 0)
     comparable = [each.shape for each in first] == [each.shape for each in plain]
     effect = _gap(first, plain) if comparable else None  # a head with more classes has no counterpart in the base
     return Verified(
         one=one,
         other=other,
         difference=gap,
-        relative=gap / largest if largest else float(gap > 0),
+        relative=relative,
         of_effect=gap / effect if effect else None,
         largest=largest,
         outputs=sum(each.numel() for each in first),
         tolerance=tolerance,
         remarks=(*remarks, *([_NO_EFFECT.format(one)] if effect == 0 else [])),
+        is_equal=relative <= tolerance,
     )
 
 
