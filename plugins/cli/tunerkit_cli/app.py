@@ -1,7 +1,6 @@
 """The command line: its own commands, and those of plugins."""
 
 import errno
-import functools
 import io
 import logging
 import os
@@ -10,7 +9,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
@@ -77,10 +76,10 @@ def build() -> typer.Typer:
     )
     app.callback()(_options)
     for name, command in {**COMMANDS, **commands}.items():
-        app.command(name, cls=_Train if name == "train" else None)(with_one_line_errors(command))
+        app.command(name, cls=_Train if name == "train" else None)(one_line_errors()(command))
     for name in _ELSEWHERE.keys() - commands.keys():
         anything = {"ignore_unknown_options": True, "allow_extra_args": True}
-        app.command(name, hidden=True, context_settings=anything)(with_one_line_errors(_refuse_absent))
+        app.command(name, hidden=True, context_settings=anything)(one_line_errors()(_refuse_absent))
     return app
 
 
@@ -104,27 +103,17 @@ def _refuse_absent(context: typer.Context) -> None:
     raise TunerkitError(f"{context.info_name} comes with tunerkit-{extra}, which is not installed: {install(extra)}")
 
 
-def with_one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Let no exception of a command pass (`one_line_errors`), and print warnings as `telling_warnings` does."""
-
-    @functools.wraps(command)
-    def run_command(*arguments: Any, **options: Any) -> Any:
-        with one_line_errors(), telling_warnings(Console(stderr=True, quiet=not processes.is_first())):
-            return command(*arguments, **options)
-
-    return run_command
-
-
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn an exception inside the block into one line on stderr, without a traceback, and an exit code.
+    """Turn an exception inside the block into one line on stderr and an exit code; our warnings are lines there too.
 
     The code is 2 for what a user can change: a `TunerkitError`, or what the system refused, such as a write to a full
     disk. It is 1 for any other exception, whose full trace is written to a file that the line names. It is 130 for
     Ctrl-C, and 141 if nobody reads the output any more, both as shells have them.
     """
     try:
-        yield
+        with telling_warnings(Console(stderr=True, quiet=not processes.is_first())):
+            yield
     except (typer.Exit, typer.Abort, typer.BadParameter):  # typer's own
         raise
     except TunerkitError as problem:
