@@ -19,8 +19,8 @@ from tests.support.tiny_models import save_tiny_llama, save_tiny_t5, save_tiny_v
 from tests.support.train_command import command, succeeded
 from tunerkit.plugin import Factors
 from tunerkit_cli.converting.comparison import difference, norm, relative, relative_tensor
-from tunerkit_cli.converting.inputs import random_inputs
 from tunerkit_cli.converting.opening import collected
+from tunerkit_cli.converting.verification import random_inputs
 from tunerkit_testing.registering import registered
 from tunerkit_transformers.base_choice import choose_base
 from tunerkit_transformers.bases import Base, skeleton, whole

@@ -16,7 +16,7 @@ _Source = Annotated[
 
 def show(source: _Source, json: _Json = False) -> None:
     """Show what an adapter is: method, base, ranks, size and config; of an output folder also its training."""
-    from tunerkit_cli.converting.showing import show_adapter
+    from tunerkit_cli.converting.printing import show_adapter
 
     show_adapter(source, as_json=json)
 
