@@ -74,7 +74,7 @@ class RunFolder:
     @property
     def earlier(self) -> frozenset[str]:
         """The files of the run that is replaced, its adapter and record, which stay until there is a new adapter."""
-        return _texts(_json(self / LIST).get("earlier")) & (self.files or frozenset())
+        return self._listed("earlier") & (self.files or frozenset())
 
     @property
     def has_ended(self) -> bool:
@@ -96,10 +96,13 @@ class RunFolder:
             for file in files
         )
 
-    def _listed(self) -> frozenset[str]:
-        found = _json(self / LIST)
-        paths = _texts(found.get("files")) if isinstance(found.get("tunerkit"), str) else ()
-        return frozenset(filter(_is_inside, paths))
+    def _listed(self, key: str = "files") -> frozenset[str]:
+        """The paths in the folder's list; none without one, or if it is damaged or another program's."""
+        with suppress(OSError, ValueError, RecursionError, AttributeError):
+            found = json.loads((self / LIST).read_text(encoding="utf-8")) if (self / LIST).is_file() else {}
+            paths = found.get(key) if isinstance(found.get("tunerkit"), str) else None
+            return frozenset(filter(_is_inside, paths if isinstance(paths, list) else ()))
+        return frozenset()
 
     def _is_plain(self, path: str) -> bool:
         """Whether neither the path nor what is above it in the folder is a link, behind which anything may lie."""
@@ -232,22 +235,7 @@ def digests_of(recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def _is_inside(path: str) -> bool:
+def _is_inside(path: object) -> bool:
     """Whether a path of a list leads to a file in the folder."""
-    parts = PurePosixPath(path).parts
-    return bool(parts) and parts[0] != "/" and ".." not in parts and not {"\0", "\\", ":"} & {*path}
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    """The JSON object in a file; empty without one."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _texts(values: object) -> frozenset[str]:
-    return frozenset(each for each in values if isinstance(each, str)) if isinstance(values, list) else frozenset()
+    parts = PurePosixPath(path).parts if isinstance(path, str) else ()
+    return bool(parts) and parts[0] != "/" and ".." not in parts and not {"\0", "\\", ":"} & {*str(path)}

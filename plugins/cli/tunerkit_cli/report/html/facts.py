@@ -16,12 +16,8 @@ def about(run: Run) -> tuple[str, ...]:
     return tuple(text for text in found if text)
 
 
-def facts(run: Run) -> list[tuple[str, str, str]]:
-    """Return the key figures that the record has, each with its name and a note."""
-    return [*_scores(run), *_sizes(run), *_effort(run)]
-
-
-def _scores(run: Run) -> Iterator[tuple[str, str, str]]:
+def facts(run: Run) -> Iterator[tuple[str, str, str]]:
+    """Yield the key figures that the record has, each with its name and a note."""
     metric = scores.main_metric(run.metrics, run.main_metric)
     if metric is not None:
         note, value = "", run.metrics[metric]
@@ -29,9 +25,6 @@ def _scores(run: Run) -> Iterator[tuple[str, str, str]]:
             difference = scores.signed(metric, value - run.baseline.metrics[metric])
             note = f"{difference} vs. {baseline_name(run.baseline.what)}"
         yield wording.capitalised(scores.title(metric)), wording.decimals(value), note
-
-
-def _sizes(run: Run) -> Iterator[tuple[str, str, str]]:
     found, budget = run.parameters, run.budget
     if found.trained is not None:
         of = "" if not found.all else f"{wording.percent(found.trained / found.all)} of {wording.count(found.all)}"
@@ -44,9 +37,6 @@ def _sizes(run: Run) -> Iterator[tuple[str, str, str]]:
     elif run.ranks:
         low, high = min(run.ranks.values()), max(run.ranks.values())
         yield "Rank", str(low) if low == high else f"{low} to {high}", f"in {len(run.ranks):,} matrices"
-
-
-def _effort(run: Run) -> Iterator[tuple[str, str, str]]:
     if "train" in run.rows:
         held_out = run.rows.get("eval")
         notes = [f"{held_out:,} held out" if held_out else "none held out"]

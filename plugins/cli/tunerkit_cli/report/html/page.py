@@ -48,7 +48,7 @@ def render(record: Mapping[str, Any], *, title: str | None = None) -> str:
         "about": facts.about(run),
         "failure": wording.capitalised(failure(run.problems)),
         "verdict": verdict(run),
-        "facts": facts.facts(run),
+        "facts": [*facts.facts(run)],
         "results": tables.results(run),
         "curves": drawn(panel for panel in panels if panel.name not in _OF_RANKS),
         "evaluations": tables.evaluations(run),
