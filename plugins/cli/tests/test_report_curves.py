@@ -126,11 +126,3 @@ def test_ten_thousand_rows_are_thinned() -> None:
     """No curve has more points than a page shows."""
     found = curves.panels(read(run_records.large()))
     assert max(len(curve.points) for panel in found for curve in panel.curves) == curves.MOST_POINTS
-
-
-def test_a_long_curve_is_smoothed_where_it_is_drawn() -> None:
-    """The means are those of all points, and the last point is there: only what is not drawn is left out."""
-    whole = points([float(value % 7) for value in range(1000)])
-    some = curves.smoothed(whole, 30)
-    assert set(some) <= set(curves.smoothed(whole))
-    assert [step for step, _ in some] == [*range(0, 1000, 30), 999]

@@ -74,7 +74,7 @@ def build() -> typer.Typer:
         no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
-    app.callback()(_options)
+    app.callback(invoke_without_command=True)(_options)
     for name, command in {**COMMANDS, **commands}.items():
         app.command(name, cls=_Train if name == "train" else None)(one_line_errors()(command))
     for name in _ELSEWHERE.keys() - commands.keys():
@@ -175,15 +175,9 @@ def _where_the_trace_is(problem: Exception) -> str:
     return f"the full trace is in {path}; please report it"
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
         typer.echo(f"tunerkit {tunerkit.__version__}")
         raise typer.Exit
-
-
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    pass

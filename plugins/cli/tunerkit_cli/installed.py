@@ -59,19 +59,15 @@ def show(console: Console, problems: Sequence[str] = ()) -> bool:
     # Below the table, where no command is cut or broken into lines.
     for cure in dict.fromkeys(part.cure for part in found if part.problem):
         console.print(cure, soft_wrap=True, markup=False, highlight=False)
-    problems = [*problems, *broken_verbs()]
-    for problem in problems:
-        console.print(f"[bold red]{escape(problem)}[/]", soft_wrap=True)
-    return not problems and all(info.error is None for info in tunerkit.methods().values())
-
-
-def broken_verbs() -> Iterator[str]:
-    """Say of each verb of another distribution that cannot be loaded what is wrong."""
+    problems = [*problems]
     for name in dir(tunerkit):
         try:
             getattr(tunerkit, name)
-        except VerbError as error:
-            yield str(error)
+        except VerbError as error:  # of another distribution
+            problems.append(str(error))
+    for problem in problems:
+        console.print(f"[bold red]{escape(problem)}[/]", soft_wrap=True)
+    return not problems and all(info.error is None for info in tunerkit.methods().values())
 
 
 def devices() -> list[str]:

@@ -6,22 +6,9 @@ from typing import Final
 from tunerkit_cli.commands.adapters import convert, diff, merge, show, verify
 from tunerkit_cli.commands.installation import config, doctor, init, methods, schema
 from tunerkit_cli.commands.train import train
-from tunerkit_cli.commands.trained import chat, evaluate, predict, report
+from tunerkit_cli.commands.trained import chat, eval_, predict, report
 
-COMMANDS: Final[Mapping[str, Callable[..., object]]] = {
-    "init": init,
-    "train": train,
-    "predict": predict,
-    "eval": evaluate,
-    "chat": chat,
-    "merge": merge,
-    "show": show,
-    "convert": convert,
-    "verify": verify,
-    "diff": diff,
-    "report": report,
-    "methods": methods,
-    "config": config,
-    "schema": schema,
-    "doctor": doctor,
-}
+_COMMANDS: Final = (
+    *(init, train, predict, eval_, chat, merge, show, convert, verify, diff, report, methods, config, schema, doctor),
+)
+COMMANDS: Final[Mapping[str, Callable[..., object]]] = {each.__name__.rstrip("_"): each for each in _COMMANDS}

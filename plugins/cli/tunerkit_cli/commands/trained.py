@@ -116,7 +116,7 @@ def _cells(answers: Sequence[Mapping[str, Any]], delimiter: str) -> str:
     return out.getvalue()
 
 
-def evaluate(
+def eval_(
     folder: _Folder,
     data: Annotated[
         list[Path], typer.Option(help="Rows with the columns of training, labels included; may be given several times.")

@@ -112,17 +112,15 @@ def thinned(points: Points, limit: int = MOST_POINTS) -> Points:
     return (*kept, points[-1])
 
 
-def smoothed(points: Points, every: int = 1) -> Points:
+def smoothed(points: Points) -> Points:
     """Return the mean of the points around each one, a tenth of all, and fewer towards the ends.
 
-    A one-sided mean over that many would flatten the steep start of a loss, and a single point would be noise. With
-    ``every``, only each so many-th point is in the result, and the last one: where a curve is thinned anyway.
+    A one-sided mean over that many would flatten the steep start of a loss, and a single point would be noise.
     """
     sums = [0.0, *itertools.accumulate(value for _, value in points)]
     reach = max(1, len(points) // 20)
     means = []
-    for number in dict.fromkeys((*range(0, len(points), every), len(points) - 1)):
-        step = points[number][0]
+    for number, (step, _) in enumerate(points):
         near = min(reach, max(number, reach // 4), max(len(points) - 1 - number, reach // 4))
         first, end = max(0, number - near), min(len(points), number + near + 1)
         means.append((step, (sums[end] - sums[first]) / (end - first)))
@@ -137,8 +135,7 @@ def _measured(run: Run, name: str) -> tuple[Curve, ...]:
     curves = [Curve("training", train)] if train else []
     if len(train) >= _AT_LEAST_SMOOTHED:
         each = Curve("training, each log", thinned(train), "faint")
-        every = max(1, len(train) // (10 * MOST_POINTS))
-        curves = [each, Curve("training, smoothed", thinned(smoothed(train, every)))]
+        curves = [each, Curve("training, smoothed", thinned(smoothed(train)))]
     return (*curves, *([Curve("held-out", thinned(held_out), "dots")] if held_out else []))
 
 
