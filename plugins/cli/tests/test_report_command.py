@@ -100,7 +100,7 @@ def prepared(folder: Path) -> None:
         (["unreadable"], "unreadable/run.json: is a folder, not a file; restore"),
         (["damaged"], "damaged/run.json: run.steps: expected a whole number, got 'x'"),
         (["newer"], "newer/run.json: expected a record of version 1, got version 2"),
-        (["good", "damaged"], "damaged: expected a whole number"),
+        (["good", "damaged"], "damaged: run.steps: expected a whole number"),
         (["good", "./good"], "good: is given twice; name each run once"),
         (["good", "--out", "empty"], "--out empty: is a folder; name a file in it, such as empty/report.html"),
         (["good", "--out", "pipe"], "--out pipe: is no file but a device or a pipe, which would be replaced"),

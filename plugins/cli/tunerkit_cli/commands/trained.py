@@ -186,6 +186,9 @@ def report(
     ] = None,
 ) -> None:
     """Write the report of a run as one HTML file, or compare several runs."""
+    from tunerkit_cli.report.html import compare, render
+    from tunerkit_cli.report.record import read
+
     folders = [out, *(others or [])]
     names = [str(folder) for folder in folders]
     places = [os.path.realpath(folder) for folder in folders]  # pathlib's raises in a loop of links
@@ -197,7 +200,9 @@ def report(
     if file is not None and os.path.isdir(file):  # Path.is_dir raises where a name is too long
         raise RunError(f"--out {file}: is a folder; name a file in it, such as {file / 'report.html'}")
     records = {name: read_record(folder) for name, folder in zip(names, folders, strict=True)}
-    page = _page(records)
+    if not others:
+        read(records[str(out)], str(out / NAME))  # its errors name the file
+    page = compare(records) if others else render(records[str(out)])
     path = file or out / ("report-comparison.html" if others else "report.html")
     outputs.prepare(path.parent)
     try:
@@ -209,16 +214,3 @@ def report(
     except OSError as problem:
         raise RunError(f"{path}: cannot be written: {problem.strerror}; choose another file with --out") from problem
     typer.echo(path)
-
-
-def _page(records: Mapping[str, Mapping[str, Any]]) -> str:
-    from tunerkit_cli.report.html import compare, render
-    from tunerkit_cli.report.record import RecordError
-
-    if len(records) > 1:
-        return compare(records)
-    ((name, record),) = records.items()
-    try:
-        return render(record)
-    except RecordError as problem:
-        raise RecordError(f"{Path(name, NAME)}: {problem}") from problem

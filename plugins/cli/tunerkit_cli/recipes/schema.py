@@ -2,6 +2,7 @@
 
 import copy
 import json
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from enum import Enum, EnumMeta
@@ -26,10 +27,13 @@ _TYPES: Final[Mapping[str, tuple[tuple[type, ...], str]]] = {
     "object": ((dict,), "a mapping"),
     "null": ((NoneType,), ""),
 }
-_NAMES: Final[Mapping[object, str]] = {
-    **{bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", NoneType: "null"}
-}
+_NAMES: Final[Mapping[object, str]] = {Path: "string", **{kinds[-1]: name for name, (kinds, _) in _TYPES.items()}}
 _RANGE: Final = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+_BOUNDS: Final = {
+    "minimum": ("at least", operator.ge),
+    "exclusiveMinimum": ("more than", operator.gt),
+    "maximum": ("at most", operator.le),
+}
 # For each type, the keywords that limit it, by their names in the metadata of a field.
 _LIMITS: Final[Mapping[str, Mapping[str, str]]] = {
     **{"integer": {**_RANGE, "enum": "enum"}, "number": _RANGE, "array": {"min_items": "minItems"}},
@@ -149,12 +153,9 @@ def problems(value: object, schema: Schema, where: str = "") -> Iterator[str]:
     elif isinstance(value, str) and len(value) < schema.get("minLength", 0):
         yield f"{at}expected {schema['minLength']} or more characters, got {shown(value)}"
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        if "minimum" in schema and not value >= schema["minimum"]:
-            yield f"{at}expected at least {schema['minimum']}, got {shown(value)}"
-        if "exclusiveMinimum" in schema and not value > schema["exclusiveMinimum"]:
-            yield f"{at}expected more than {schema['exclusiveMinimum']}, got {shown(value)}"
-        if "maximum" in schema and not value <= schema["maximum"]:
-            yield f"{at}expected at most {schema['maximum']}, got {shown(value)}"
+        for limit, (words, holds) in _BOUNDS.items():
+            if limit in schema and not holds(value, schema[limit]):
+                yield f"{at}expected {words} {schema[limit]}, got {shown(value)}"
 
 
 def _in_mapping(value: dict[Any, Any], schema: Schema, where: str, at: str) -> Iterator[str]:

@@ -150,15 +150,16 @@ def _is_number(value: Any) -> bool:
     return type(value) in (float, int) and abs(value) <= GREATEST
 
 
-def read(record: Mapping[str, Any]) -> Run:
-    """Check a record and structure it, without unknown keys. Raises `RecordError` with the first problems."""
+def read(record: Mapping[str, Any], source: str = "") -> Run:
+    """Check a record and structure it, without unknown keys. `RecordError` has the first problems, and the source."""
+    at = f"{source}: " if source else ""
     if not isinstance(record, Mapping):
-        raise RecordError(f"expected a record of a run, which is a mapping, got {shown(record)}")
+        raise RecordError(f"{at}expected a record of a run, which is a mapping, got {shown(record)}")
     version = record.get("version")
     if version != VERSION:
         got = f"version {shown(version)}" if "version" in record else "no version"
         raise RecordError(
-            f"expected a record of version {VERSION}, got {got}; "
+            f"{at}expected a record of version {VERSION}, got {got}; "
             "use the tunerkit that wrote it, or write it again with `tunerkit train`"
         )
     given = {name: value for name, value in record.items() if value is not None}
@@ -167,7 +168,7 @@ def read(record: Mapping[str, Any]) -> Run:
         found = _misfits(run)
     if found:
         listed = "; ".join(first(found, 5))
-        raise RecordError(f"{listed}; restore the file as `tunerkit train` wrote it, or train again")
+        raise RecordError(f"{at}{listed}; restore the file as `tunerkit train` wrote it, or train again")
     return run
 
 

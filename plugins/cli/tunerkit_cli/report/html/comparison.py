@@ -22,7 +22,7 @@ def compare(records: Mapping[str, Mapping[str, Any]], *, title: str | None = Non
     """Return a comparison of runs, by the names to show, as one HTML file. Raises `RecordError` for fewer than two."""
     if len(records) < 2:
         raise RecordError(f"expected two runs or more to compare, got {len(records)}; `render` shows a single one")
-    runs = {name: _read(name, record) for name, record in records.items()}
+    runs = {name: read(record, cut(name, 200)) for name, record in records.items()}
     warning, metrics = _warning(runs), _metrics(runs)
     table = Table(metrics.columns, (*metrics.rows, *_costs(runs)), frozenset() if warning else metrics.best)
     highest = max(map(highest_rank, runs.values()))
@@ -44,13 +44,6 @@ def compare(records: Mapping[str, Mapping[str, Any]], *, title: str | None = Non
         "highest": highest,
     }
     return filled("comparison.html.j2", values)
-
-
-def _read(name: str, record: Mapping[str, Any]) -> Run:
-    try:
-        return read(record)
-    except RecordError as problem:
-        raise RecordError(f"{cut(name, 200)}: {problem}") from problem
 
 
 def _conditions(run: Run) -> dict[str, str]:
