@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -50,16 +50,6 @@ def _flags() -> Iterator[inspect.Parameter]:
         yield inspect.Parameter(f"{name}_", inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
 
 
-def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a parameter for each flag in place of its ``flags``."""
-    own = inspect.signature(command)
-    first, *rest, _ = own.parameters.values()
-    signature = own.replace(parameters=[first, *_flags(), *rest])
-    command.__signature__ = signature  # type: ignore[attr-defined]  # which inspect reads, and typer by it
-    return command
-
-
-@_with_flags
 def train(
     recipe: Annotated[
         Path | None, typer.Argument(help="A recipe, as `tunerkit init` writes it. Options replace its values.")
@@ -102,6 +92,11 @@ def train(
         if processes.is_first():
             print(f"tunerkit: interrupted{said}", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+# Typer reads a parameter for each flag in place of ``flags``.
+_FIRST, *_REST, _ = inspect.signature(train).parameters.values()
+train.__signature__ = inspect.Signature([_FIRST, *_flags(), *_REST])  # type: ignore[attr-defined]
 
 
 def _merged(mapping: dict[str, Any], given: dict[str, Any], settings: list[str]) -> dict[str, Any]:

@@ -68,7 +68,11 @@ def convert_adapter(
     overwrite: bool = False,
 ) -> Converted:
     """Convert an adapter to a format, ``tunerkit`` or ``lora`` too; if it fails, nothing is written."""
-    given = dict(_option(each) for each in options)
+    given: dict[str, Any] = {}  # Any: the format checks it
+    for name, sign, value in (each.partition("=") for each in options):
+        if not sign or not name.strip():
+            raise ConfigError([f"--set: expected key=value, as in --set form=compact, got {name + sign + value!r}"])
+        given[name.strip()] = given_value(value, f"--set {name.strip()}")
     _check(source, to, out, given, rank)
     _refuse_occupied(out, overwrite=overwrite)
     before = _inodes(out)
@@ -93,13 +97,6 @@ def convert_adapter(
         error=None if found is None else found.error,
         errors={} if found is None else found.errors,
     )
-
-
-def _option(text: str) -> tuple[str, Any]:  # Any: the format checks it
-    name, sign, value = text.partition("=")
-    if not sign or not name.strip():
-        raise ConfigError([f"--set: expected key=value, as in --set form=compact, got {text!r}"])
-    return name.strip(), given_value(value, f"--set {name.strip()}")
 
 
 def _check(source: str, to: str, out: Path, options: Mapping[str, object], rank: int | None) -> None:

@@ -138,7 +138,10 @@ def _inputs(model: Any, taken: Mapping[str, object], length: int, generator: tor
             length = min([length, *(limit - 4 for limit in limits if isinstance(limit, int) and limit > 5)])
             found = {"input_ids": _ids(config, length, generator)}
         case "pixel_values":
-            found = {"pixel_values": _picture(config, generator)}
+            side = getattr(config, "image_size", None) or 224
+            height, width = side if isinstance(side, list | tuple) else (side, side)
+            size = 1, int(getattr(config, "num_channels", 3)), int(height), int(width)
+            found = {"pixel_values": torch.randn(size, generator=generator)}
         case name:
             raise _unknown(model, name or "inputs of its own")
     if "decoder_input_ids" in taken:
@@ -166,9 +169,3 @@ def _ids(config: Any, length: int, generator: torch.Generator) -> Tensor:
     if isinstance(end, int) and 0 <= end < size:
         ids[:, -1] = end
     return ids
-
-
-def _picture(config: Any, generator: torch.Generator) -> Tensor:
-    side = getattr(config, "image_size", None) or 224
-    height, width = side if isinstance(side, list | tuple) else (side, side)
-    return torch.randn(1, int(getattr(config, "num_channels", 3)), int(height), int(width), generator=generator)
