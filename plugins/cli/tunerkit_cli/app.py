@@ -105,12 +105,7 @@ def _refuse_absent(context: typer.Context) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn an exception inside the block into one line on stderr and an exit code; our warnings are lines there too.
-
-    The code is 2 for what a user can change: a `TunerkitError`, or what the system refused, such as a write to a full
-    disk. It is 1 for any other exception, whose full trace is written to a file that the line names. It is 130 for
-    Ctrl-C, and 141 if nobody reads the output any more, both as shells have them.
-    """
+    """Turn an exception into a line on stderr and an exit code, 2 if a user can help it; our warnings are lines too."""
     try:
         with telling_warnings(Console(stderr=True, quiet=not processes.is_first())):
             yield
@@ -119,7 +114,7 @@ def one_line_errors() -> Iterator[None]:
     except TunerkitError as problem:
         _end(2, one_line(str(problem)))
     except BrokenPipeError:
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(128 + signal.SIGPIPE)  # as shells have it
     except KeyboardInterrupt:
         _end(130, "interrupted")
     except UnicodeEncodeError as problem:

@@ -16,18 +16,14 @@ from tunerkit_transformers.pretrained import quiet
 
 
 def open_adapter(source: str, *, base: str | None, task: str | None, beside: str | None = None) -> tuple[Tuner, Base]:
-    """Open an adapter over its base on the meta device; its own tensors are on the CPU. No weight of the base is read.
-
-    Only for a method that starts from the base's weights, these are loaded. ``base``, ``task`` and ``beside``, another
-    adapter of the same base, are for what its files do not say.
-    """
+    """Open an adapter over its base on the meta device; ``beside`` is another of the same base, which may name it."""
     chosen = choose_base(source, base=base, task=task, beside=beside)
     model = skeleton(chosen)
     try:
         serialization.open_unloaded(model, source)
     except BaseMismatchError as problem:
         raise with_base(problem, chosen, model, source) from problem
-    except NotImplementedError:  # torch's answer to a method that reads values on the meta device
+    except NotImplementedError:  # torch's answer to a method that reads the base's values, which are not loaded
         model = load_adapter(whole(chosen, dtype="auto"), source, chosen)
     return tunerkit.tuner(model), chosen
 

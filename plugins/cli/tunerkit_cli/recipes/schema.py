@@ -57,10 +57,7 @@ def settings_schema(cls: Any) -> dict[str, Any]:
 
 
 def class_schema(cls: Any, *, tagged: bool = False) -> dict[str, Any]:
-    """Return the JSON schema of an attrs class, by the annotations of its fields and their metadata.
-
-    That is a ``doc``, and the limits in `_LIMITS`. A tagged class has a key with its name.
-    """
+    """Return the JSON schema of an attrs class, by its fields' annotations and metadata; a tagged one names itself."""
     fields = [field for field in attrs.fields(attrs.resolve_types(cls)) if field.init]
     required = [field.name for field in fields if field.default is attrs.NOTHING]
     described = {field.name: _of(field.type, field.metadata) for field in fields}
@@ -126,10 +123,7 @@ def or_null(schema: Schema) -> dict[str, Any]:
 
 
 def problems(value: object, schema: Schema, where: str = "") -> Iterator[str]:
-    """Yield one line for everything in a value at ``where`` that its schema does not allow.
-
-    What the schema leaves open must be plain: what JSON can express.
-    """
+    """Yield one line for everything in a value at ``where`` that its schema, or JSON, does not allow."""
     at = f"{where}: " if where else ""
     kinds = kinds_of(schema)
     if not any(_is(value, kind) for kind in kinds):

@@ -46,12 +46,7 @@ def merge(mapping: Mapping[str, Any], flags: Mapping[str, object]) -> dict[str, 
 
 
 def from_command_line(mapping: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """Return a recipe's mapping with settings as ``--set`` takes them; of two with the same key, the later one wins.
-
-    The key is one of the recipe, of its task's trainer, or of its method, which takes seconds to import; with its
-    section, as in ``config.rank``, it is never ambiguous. Raises `ConfigError` with all problems, and
-    `UnknownMethodError`.
-    """
+    """Return a recipe's mapping with settings as ``--set`` takes them. Raises `ConfigError` with all problems."""
     changed, types = copy.deepcopy(dict(mapping)), argument_types(_given("task", mapping, settings))
     names = _Names(schema()["properties"], types, cache(partial(_method_settings, mapping, settings)))
     problems: list[str] = []
