@@ -1,4 +1,4 @@
-"""What a page says of a run in few words: its title, the key figures at the top, and its ranks."""
+"""What a page says of a run in few words: the key figures at the top, and its ranks."""
 
 from collections.abc import Iterator, Mapping
 from statistics import fmean
@@ -7,13 +7,6 @@ from tunerkit_cli.report import scores, wording
 from tunerkit_cli.report.html.grids import MOST_CELLS, Grid, heatmap
 from tunerkit_cli.report.record import Run
 from tunerkit_cli.report.verdict import baseline_name
-
-
-def about(run: Run) -> tuple[str, ...]:
-    """Return the task and the data, for the line below the heading."""
-    train, held_out = run.data.get("train"), run.data.get("eval")
-    found = [run.task, f"trained on {train}" if train else "", f"held out: {held_out}" if held_out else ""]
-    return tuple(text for text in found if text)
 
 
 def facts(run: Run) -> Iterator[tuple[str, str, str]]:

@@ -45,7 +45,6 @@ def render(record: Mapping[str, Any], *, title: str | None = None) -> str:
     values = {
         "title": title or (f"{method} on {model}" if model else method),
         "run": run,
-        "about": facts.about(run),
         "failure": wording.capitalised(failure(run.problems)),
         "verdict": verdict(run),
         "facts": [*facts.facts(run)],
