@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import NoReturn
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import tunerkit
 from tunerkit import TunerkitError, hooks, serialization
@@ -42,15 +40,9 @@ def open_closest(source: str, rank: int, *, base: str | None, task: str | None) 
     if is_empty and any(each.reads_weight is not False for each in tuner.adapters().values()):
         tuner = tunerkit.tuner(load_adapter(whole(chosen, dtype="auto"), source, chosen))
     found, copies = closest(tuner, rank), copies_of(tuner)
-    bare = skeleton(chosen)
-
-    def read(path: Path, model: nn.Module) -> Foreign:
-        return Foreign(found.products, LORA, copies=copies, biases=found.biases)
-
-    def write(*_: object) -> NoReturn:
-        raise AssertionError("it is only read")
-
-    serialization.open_unloaded(bare, source, format=Format(LORA, sniff=lambda path: True, read=read, write=write))
+    bare, foreign = skeleton(chosen), Foreign(found.products, LORA, copies=copies, biases=found.biases)
+    only_read = Format(LORA, sniff=lambda path: True, read=lambda path, model: foreign, write=lambda *_: ())
+    serialization.open_unloaded(bare, source, format=only_read)
     return tunerkit.tuner(bare), chosen, found
 
 
