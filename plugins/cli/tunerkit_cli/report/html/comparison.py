@@ -9,7 +9,7 @@ from tunerkit.errors import cut
 from tunerkit_cli.report import curves, scores, wording
 from tunerkit_cli.report.curves import Curve, Panel
 from tunerkit_cli.report.html import tables
-from tunerkit_cli.report.html.facts import capped, highest_rank, rank_heatmap, rank_summary
+from tunerkit_cli.report.html.grids import capped, heatmap, highest_rank, rank_summary
 from tunerkit_cli.report.html.page import drawn, filled
 from tunerkit_cli.report.html.tables import Table
 from tunerkit_cli.report.record import RecordError, Run, read
@@ -37,9 +37,7 @@ def compare(records: Mapping[str, Mapping[str, Any]], *, title: str | None = Non
         "curves": drawn(_panels(runs)),
         "differences": _differences(runs),
         "ranks": {
-            name: (rank_heatmap(run, highest), rank_summary(run), capped(run))
-            for name, run in runs.items()
-            if run.ranks
+            name: (heatmap(run, highest), rank_summary(run), capped(run)) for name, run in runs.items() if run.ranks
         },
         "highest": highest,
     }

@@ -1,12 +1,14 @@
-"""Tables that draw: the rank heatmap, and the confusion matrix."""
+"""Tables that draw: the heatmap of ranks, which are also summarised here, and the confusion matrix."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Final
 
 import attrs
 
 from tunerkit_cli.report import wording
 from tunerkit_cli.report.rank_map import rank_map
+from tunerkit_cli.report.record import Run
 
 MOST_CELLS: Final = 2000
 MOST_LABELS: Final = 20
@@ -55,9 +57,12 @@ def _width(names: Sequence[str]) -> int:
     return _LETTER * min(max(map(len, names), default=0), LONGEST_NAME)
 
 
-def heatmap(ranks: Mapping[str, int], caps: Mapping[str, int], *, highest: int) -> Grid:
-    """Draw the first live ranks, layers side by side: there are often more of them than matrices, with short names."""
-    shown = dict(list(ranks.items())[:MOST_CELLS])
+def heatmap(run: Run, highest: int | None = None) -> Grid | None:
+    """Draw the first live ranks if they differ, layers side by side: they are often more than matrices, and short."""
+    if len(set(run.ranks.values())) < 2:
+        return None
+    caps, highest = _telling_caps(run), highest or highest_rank(run)
+    shown = dict(list(run.ranks.items())[:MOST_CELLS])
     map_ = rank_map({path: (rank, caps.get(path)) for path, rank in shown.items()})
     cells = [
         [
@@ -95,3 +100,38 @@ def _share_cell(rows: int, of: int, true: str, predicted: str, is_right: bool) -
     title = f"{true} predicted as {predicted}: {rows:,} of {of:,} rows, {wording.percent(share)}"
     text = f"{100 * share:.1f}{wording.SPACE}%" if of else "–"
     return Cell(text, title, share, kind="right" if is_right else "wrong", detail=f"{rows:,}")
+
+
+# --- ranks in words and numbers ---
+
+
+def rank_summary(run: Run) -> str:
+    """Say in a sentence how the ranks are distributed; empty without ranks."""
+    if not run.ranks:
+        return ""
+    ranks = list(run.ranks.values())
+    gone, full = ranks.count(0), capped(run)
+    low, high = min(ranks), max(ranks)
+    spread = f"{low} each" if low == high else f"{fmean(ranks):.1f} on average, from {low} to {high}"
+    said = [f"{sum(ranks):,} live ranks in {len(ranks):,} matrices: {spread}"]
+    said += [f"{full} at their cap"] if full else []
+    said += [f"{gone} without any"] if gone else []
+    said += [f"the first {MOST_CELLS:,} matrices are shown"] if len(ranks) > MOST_CELLS else []
+    return f"{'; '.join(said)}."
+
+
+def highest_rank(run: Run) -> int:
+    """Return the rank with the full colour: the greatest that a target has, had or may have."""
+    had = (max(change.ranks, default=0) for change in run.history)
+    return max((*run.ranks.values(), *(run.caps.get(path, 0) for path in run.ranks), *had), default=1) or 1
+
+
+def capped(run: Run) -> int:
+    """Return how many targets have the greatest rank that they may have."""
+    return sum(0 < cap <= run.ranks[path] for path, cap in _telling_caps(run).items())
+
+
+def _telling_caps(run: Run) -> Mapping[str, int]:
+    """Return the caps of the targets; none if all have their greatest rank, as without a budget."""
+    caps = {path: cap for path, cap in run.caps.items() if path in run.ranks}
+    return {} if caps == run.ranks else caps

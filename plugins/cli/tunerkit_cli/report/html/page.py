@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,12 +10,11 @@ import jinja2
 
 from tunerkit_cli.report import curves, scores, wording
 from tunerkit_cli.report.curves import Panel
-from tunerkit_cli.report.html import facts, tables
+from tunerkit_cli.report.html import grids, tables
 from tunerkit_cli.report.html.charts import chart
-from tunerkit_cli.report.html.grids import MOST_LABELS, confusion_matrix
 from tunerkit_cli.report.rank_map import by_layer, by_matrix, parts_of
 from tunerkit_cli.report.record import Run, read
-from tunerkit_cli.report.verdict import failure, verdict
+from tunerkit_cli.report.verdict import baseline_name, failure, verdict
 
 _OF_RANKS: Final = ("rank", "budget")
 _MOST_PAIRS: Final = 10
@@ -47,16 +46,16 @@ def render(record: Mapping[str, Any], *, title: str | None = None) -> str:
         "run": run,
         "failure": wording.capitalised(failure(run.problems)),
         "verdict": verdict(run),
-        "facts": [*facts.facts(run)],
+        "facts": [*_facts(run)],
         "results": tables.results(run),
         "curves": drawn(panel for panel in panels if panel.name not in _OF_RANKS),
         "evaluations": tables.evaluations(run),
         "rank_curves": drawn(panel for panel in panels if panel.name in _OF_RANKS),
-        "heatmap": facts.rank_heatmap(run),
-        "rank_summary": facts.rank_summary(run),
-        "highest": facts.highest_rank(run),
-        "capped": facts.capped(run),
-        "parts": facts.parts(run),
+        "heatmap": grids.heatmap(run),
+        "rank_summary": grids.rank_summary(run),
+        "highest": grids.highest_rank(run),
+        "capped": grids.capped(run),
+        "parts": _parts(run),
         "matrices": by_matrix(run.sizes),
         "layers": by_layer(run.sizes),
         "spectrum": None if spectrum is None else chart(spectrum),
@@ -84,15 +83,62 @@ def filled(name: str, values: dict[str, Any]) -> str:
     return page.encode("utf-8", "replace").decode("utf-8").translate(_UNPRINTABLE)
 
 
+def _facts(run: Run) -> Iterator[tuple[str, str, str]]:
+    """Yield the key figures that the record has, each with its name and a note."""
+    metric = scores.main_metric(run.metrics, run.main_metric)
+    if metric is not None:
+        note, value = "", run.metrics[metric]
+        if run.baseline is not None and metric in run.baseline.metrics:
+            difference = scores.signed(metric, value - run.baseline.metrics[metric])
+            note = f"{difference} vs. {baseline_name(run.baseline.what)}"
+        yield wording.capitalised(scores.title(metric)), wording.decimals(value), note
+    found, budget = run.parameters, run.budget
+    if found.trained is not None:
+        of = "" if not found.all else f"{wording.percent(found.trained / found.all)} of {wording.count(found.all)}"
+        yield "Trained parameters", wording.count(found.trained), of
+    if budget is not None and budget.end is not None and budget.end != budget.start:
+        notes = [f"{wording.number(budget.start)} at the start"] if budget.start is not None else []
+        if budget.live is not None and budget.live != budget.end:
+            notes.append(f"{wording.number(budget.live)} live")
+        yield f"Budget ({budget.unit})", wording.number(budget.end), ", ".join(notes)
+    elif run.ranks:
+        low, high = min(run.ranks.values()), max(run.ranks.values())
+        yield "Rank", str(low) if low == high else f"{low} to {high}", f"in {len(run.ranks):,} matrices"
+    if "train" in run.rows:
+        held_out = run.rows.get("eval")
+        notes = [f"{held_out:,} held out" if held_out else "none held out"]
+        if missing := sum(count for reasons in run.left_out.values() for count in reasons.values()):
+            notes.append(f"{missing:,} left out")
+        yield "Training rows", f"{run.rows['train']:,}", ", ".join(notes)
+    if run.steps is not None:
+        epochs = max((row["epoch"] for row in run.logs if isinstance(row.get("epoch"), int | float)), default=None)
+        note = f"{wording.number(epochs)} {'epoch' if epochs == 1 else 'epochs'}" if epochs else ""
+        yield "Optimizer steps", f"{run.steps:,}", note
+    if "train" in run.seconds:
+        evaluated = run.seconds.get("evaluate")
+        notes = [f"on {run.device}"] if run.device else []
+        notes += [f"in {run.precision}"] if run.precision else []
+        notes += [f"{wording.duration(evaluated)} to evaluate"] if evaluated is not None else []
+        yield "Training time", wording.duration(run.seconds["train"]), ", ".join(notes)
+
+
+def _parts(run: Run) -> str:
+    """Say what the trained parameters belong to; empty if the record doesn't."""
+    found = run.parameters
+    named = {"adapters": found.adapters, "copies of modules": found.copies, "biases": found.biases}
+    known = [f"{count:,} in {name}" for name, count in named.items() if count]
+    return f"Trained parameters: {', '.join(known)}." if known else ""
+
+
 def _mistakes(run: Run) -> dict[str, Any]:
     """Draw the confusion matrix, or errors by label where it is too large."""
-    names, is_large = scores.label_names(run), len(run.confusion) > MOST_LABELS
+    names, is_large = scores.label_names(run), len(run.confusion) > grids.MOST_LABELS
     lines = [*zip(names, run.confusion, strict=True)] if is_large else []
     errors = {name: sum(line) - line[n] for n, (name, line) in enumerate(lines)}
     rates = {name: errors[name] / sum(line) if any(line) else 0.0 for name, line in lines}
     ordered = list(rates) if len(rates) <= _MOST_ERRORS else sorted(rates, key=lambda name: -rates[name])
     return {
-        "confusion": confusion_matrix(run.confusion, names) if len(run.confusion) > 1 and not is_large else None,
+        "confusion": grids.confusion_matrix(run.confusion, names) if len(run.confusion) > 1 and not is_large else None,
         "errors": {name: errors[name] for name in ordered[:_MOST_ERRORS]},
         "error_rates": rates,
         "errors_left_out": max(len(ordered) - _MOST_ERRORS, 0),
