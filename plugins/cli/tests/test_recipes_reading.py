@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 import tunerkit
@@ -11,6 +12,9 @@ from tunerkit_cli.plugin_commands import Addition
 from tunerkit_cli.recipes import reading
 from tunerkit_cli.recipes.reading import read_recipe, structure
 from tunerkit_cli.recipes.recipe import Recipe
+from tunerkit_cli.recipes.setting import FLAGS
+from tunerkit_cli.recipes.trainer_arguments import argument_types
+from tunerkit_lora import LoraConfig
 
 DOCS = Path(__file__).parents[3] / "docs"
 ACME = {"acme": {"type": "object", "description": "Acme's options.", "additionalProperties": {"type": "integer"}}}
@@ -197,3 +201,24 @@ def test_the_example_in_the_documentation_is_a_recipe(tmp_path: Path) -> None:
     blocks = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert blocks
     assert all(read(block, tmp_path).model for block in blocks)
+
+
+# --- names that other commands have for keys ---
+
+
+def test_each_name_leads_to_one_key_that_exists() -> None:
+    """Law: a hint is a key of the recipe, an argument of the trainer or a setting of LoRA."""
+    settings = {f"config.{field.name}" for field in attrs.fields(LoraConfig)}
+    keys = {field.name for field in attrs.fields(Recipe)}
+    known = {*keys, *settings, *(f"training.{name}" for name in argument_types()), *FLAGS.values()}
+    assert {key.partition("=")[0] for key in reading._KEYS} <= known
+    names = [name for others in reading._KEYS.values() for name in others]
+    assert len({*names}) == len(names)
+    assert not keys & {*names}
+
+
+def test_an_argument_of_the_trainer_leads_to_its_section() -> None:
+    """It is the mistake of those who know transformers."""
+    assert reading.key_for("weight_decay") == "training.weight_decay"
+    assert reading.key_for("load_in_4bit") == "quantisation=nf4"
+    assert reading.key_for("zzz") is None

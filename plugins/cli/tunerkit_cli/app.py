@@ -23,8 +23,7 @@ from tunerkit.extras import install
 from tunerkit_cli.commands import COMMANDS
 from tunerkit_cli.machine import processes
 from tunerkit_cli.plugin_commands import additions, commands_of
-from tunerkit_cli.recipes.elsewhere import key_for
-from tunerkit_cli.recipes.reading import keys_of
+from tunerkit_cli.recipes.reading import key_for, keys_of
 from tunerkit_cli.recipes.setting import FLAGS
 from tunerkit_cli.telling import one_line, telling_warnings
 

@@ -6,19 +6,46 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
 import tunerkit
-from tunerkit.errors import ConfigError, half_character, shown
+from tunerkit.errors import ConfigError, closest, half_character, shown
 from tunerkit_cli.plugin_commands import Addition, additions
-from tunerkit_cli.recipes.elsewhere import key_for
 from tunerkit_cli.recipes.recipe import DATA, PATHS, VERSION, Recipe, files_of, sources_in, with_paths
 from tunerkit_cli.recipes.schema import Schema, class_schema, objection, or_null, problems
 from tunerkit_cli.recipes.trainer_arguments import argument_types, text_alone
 from tunerkit_cli.settings import read_settings
 from tunerkit_transformers.run_folder import LIST, RECIPE, placed
+
+# Names that other commands have for keys: PEFT's and TRL's scripts, axolotl, LLaMA-Factory, unsloth.
+_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
+    "model": ("model_name_or_path", "model_name", "base_model", "model_id", "pretrained_model_name_or_path"),
+    "data": ("dataset", "datasets", "dataset_name", "dataset_path", "train_data", "train_dataset", "train_file"),
+    "eval_data": ("eval_dataset", "test_datasets", "val_data", "validation_file"),
+    "out": ("output_dir",),
+    "from_adapter": ("adapter_name_or_path", "lora_model_dir", "resume_adapter"),
+    "method": ("adapter", "finetuning_type", "peft_method", "peft_type"),
+    "max_length": ("block_size", "cutoff_len", "max_seq_len", "max_seq_length", "sequence_len"),
+    "dtype": ("torch_dtype",),
+    "quantisation=nf4": ("load_in_4bit", "qlora", "use_4bit"),
+    "quantisation=int8": ("load_in_8bit", "use_8bit"),
+    "attn_implementation": ("attention", "attn_impl", "flash_attention", "flash_attn", "use_flash_attention"),
+    "train_on_prompts": ("train_on_inputs", "train_on_prompt", "train_on_source"),
+    "early_stopping_patience": ("early_stopping", "patience"),
+    "config.rank": ("lora_r", "lora_rank", "r", "rank"),
+    "config.alpha": ("alpha", "lora_alpha"),
+    "config.dropout": ("lora_dropout",),
+    "config.targets": ("lora_modules", "lora_target", "lora_target_modules", "target_modules", "targets"),
+    "config.train_modules": ("additional_target", "modules_to_save"),
+    "training.learning_rate": ("lr",),
+    "training.num_train_epochs": ("epochs", "n_epochs", "num_epochs"),
+    "training.per_device_train_batch_size": ("batch_size", "micro_batch_size", "train_batch_size"),
+    "training.gradient_accumulation_steps": ("grad_accum_steps", "gradient_accumulation"),
+    "training.lr_scheduler_type": ("lr_scheduler", "scheduler"),
+    "training.warmup_steps": ("warmup", "warmup_ratio"),
+}
 
 
 def keys_of(added: Iterable[Addition]) -> tuple[dict[str, Schema], tuple[str, ...]]:
@@ -121,6 +148,14 @@ def _key_problems(schema: Schema, mapping: Mapping[str, Any]) -> Iterator[str]:
         if key is not None:
             yield f"unknown key {shown(name)}; did you mean {key.replace('=', ': ')!r}?"
     yield from problems({name: value for name, value in mapping.items() if elsewhere.get(name) is None}, schema)
+
+
+def key_for(name: str, known: Iterable[str] = ()) -> str | None:
+    """The key that another command calls so, as ``--set`` takes it; None if none is, or a ``known`` name is close."""
+    named = next((key for key, others in _KEYS.items() if name in others), None)
+    if named is not None or closest(name, known):
+        return named
+    return f"training.{name}" if name in argument_types() else None
 
 
 def _unusable(mapping: Mapping[str, Any]) -> Iterator[str]:

@@ -9,8 +9,7 @@ from typing import Any, Final
 import attrs
 
 from tunerkit.errors import ConfigError, closest, shown
-from tunerkit_cli.recipes.elsewhere import key_for
-from tunerkit_cli.recipes.reading import schema
+from tunerkit_cli.recipes.reading import key_for, schema
 from tunerkit_cli.recipes.recipe import default_method
 from tunerkit_cli.recipes.schema import Schema
 from tunerkit_cli.recipes.trainer_arguments import argument_types, text_alone
