@@ -113,16 +113,15 @@ def _styles(curves: Sequence[Curve]) -> list[str]:
 
 def _legend(panel: Panel, styles: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Name each curve; many faint ones are named together, and a single curve is named by the panel's title."""
-    are_many = _faint(panel) > 2
     keys = {
-        "each of them" if curve.style == "faint" and are_many else curve.name: style
+        "each of them" if curve.style == "faint" and _are_many(panel) else curve.name: style
         for curve, style in zip(panel.curves, styles, strict=True)
     }
     return tuple(keys.items()) if len(keys) > 1 else ()
 
 
-def _faint(panel: Panel) -> int:
-    return sum(curve.style == "faint" for curve in panel.curves)
+def _are_many(panel: Panel) -> bool:
+    return sum(curve.style == "faint" for curve in panel.curves) > 2
 
 
 def _lines(curve: Curve, style: str, x_axis: Axis, y_axis: Axis) -> Iterator[tuple[str, str]]:
@@ -150,14 +149,13 @@ def _strips(panel: Panel, x_axis: Axis) -> Iterator[tuple[int, int, str]]:
 
 
 def _values(panel: Panel, step: float) -> Iterator[str]:
-    are_many = _faint(panel) > 2
     for curve in panel.curves:
-        if curve.style != "faint" or not are_many:
+        if curve.style != "faint" or not _are_many(panel):
             x, y = _at(curve, step)
             holds = x == step or curve.style in ("steps", "mark")
             yield f"{curve.name}: {wording.number(y)}" + ("" if holds else f" (at {wording.number(int(x))})")
     there = [y for curve in panel.curves if curve.style == "faint" for x, y in curve.points if x == step]
-    if are_many and there:
+    if there and _are_many(panel):
         yield f"from {wording.number(min(there))} to {wording.number(max(there))} in {len(there)} targets"
 
 
