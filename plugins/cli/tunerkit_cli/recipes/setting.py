@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
-from pathlib import PurePath
 from typing import Any, Final
 
 import attrs
@@ -33,14 +32,11 @@ Fields = Mapping[str, "attrs.Attribute[Any]"]
 
 
 def merge(mapping: Mapping[str, Any], flags: Mapping[str, object]) -> dict[str, Any]:
-    """Return a recipe's mapping with the values of flags, by the names in `FLAGS`; None if one was not given."""
+    """Return a recipe's mapping with the values of flags, by the names in `FLAGS`."""
     merged = copy.deepcopy(dict(mapping))
     for flag, given in flags.items():
-        value = str(given) if isinstance(given, PurePath) else copy.deepcopy(given)
-        if flag == "config" and isinstance(value, str):
-            value = given_settings(value)
-        if value is not None:
-            _place(merged, FLAGS[flag].split("."), value, f"--{flag.replace('_', '-')}")
+        value = given_settings(str(given)) if flag == "config" else given
+        _place(merged, FLAGS[flag].split("."), value, f"--{flag.replace('_', '-')}")
     return merged
 
 
