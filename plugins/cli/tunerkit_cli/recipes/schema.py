@@ -147,9 +147,9 @@ def problems(value: object, schema: Schema, where: str = "") -> Iterator[str]:
     elif isinstance(value, str) and len(value) < schema.get("minLength", 0):
         yield f"{at}expected {schema['minLength']} or more characters, got {shown(value)}"
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        for limit, (words, holds) in _BOUNDS.items():
+        for limit, (said, holds) in _BOUNDS.items():
             if limit in schema and not holds(value, schema[limit]):
-                yield f"{at}expected {words} {schema[limit]}, got {shown(value)}"
+                yield f"{at}expected {said} {schema[limit]}, got {shown(value)}"
 
 
 def _in_mapping(value: dict[Any, Any], schema: Schema, where: str, at: str) -> Iterator[str]:

@@ -66,7 +66,7 @@ def heatmap(run: Run, highest: int | None = None) -> Grid | None:
     map_ = rank_map({path: (rank, caps.get(path)) for path, rank in shown.items()})
     cells = [
         [
-            None if found is None else _rank_cell(*found, f"layer {layer}, {matrix}", highest)
+            None if found is None else _rank_cell(f"layer {layer}, {matrix}", highest, *found)
             for layer, found in zip(map_.layers, column, strict=True)
         ]
         for matrix, column in zip(map_.matrices, zip(*map_.cells, strict=True), strict=True)
@@ -77,7 +77,7 @@ def heatmap(run: Run, highest: int | None = None) -> Grid | None:
     return Grid(map_.matrices, map_.layers, cells, width, 40 if width > 36 else 28, "layer", "matrix", label)
 
 
-def _rank_cell(rank: int, cap: int | None, place: str, highest: int) -> Cell:
+def _rank_cell(place: str, highest: int, rank: int, cap: int | None) -> Cell:
     is_capped = cap is not None and 0 < cap <= rank
     limit = "" if cap is None else f" of at most {cap}"
     title = f"{place}: rank {rank}{limit}{', at its cap' if is_capped else ''}"
