@@ -130,7 +130,7 @@ def test_a_verb_of_two_distributions_is_refused(bring: Bring) -> None:
     """Neither is chosen: both are named."""
     for name in ("acme_one", "acme_two"):
         bring(name, code="verb = 1", twice="acme_one:verb")
-    with pytest.raises(VerbError, match=r"comes with acme_(two|one) 1\.0 and with acme_(one|two) 1\.0; uninstall one"):
+    with pytest.raises(VerbError, match=r"comes from both acme_(two|one) 1\.0 and acme_(one|two) 1\.0; keep one"):
         getattr(tunerkit, "twice")  # noqa: B009 - a type checker sees it
 
 

@@ -82,7 +82,7 @@ def _brought(name: str) -> Any:
     whose = [f"{point.dist.name} {point.dist.version}" for point in points if point.dist is not None]
     known = next((entry for entry in entries if entry in VERBS), None)
     if len(points) > 1:
-        raise _error(f"tunerkit.{name} comes with {' and with '.join(whose)}; uninstall one of them", VerbError)
+        raise _error(f"tunerkit.{name} comes from both {' and '.join(whose)}; keep one of them", VerbError)
     if not points and known is not None:
         extra = VERBS[known]
         text = f"tunerkit.{known} comes with {distribution(extra)}, which is not installed: {install(extra)}"

@@ -386,7 +386,7 @@ def _is_class(cls: Any) -> bool:
 
 
 def _check_annotations(cls: Any, outer: tuple[object, ...]) -> None:
-    """Raise `TypeError` if a field of ``cls`` has an unsupported annotation; the classes ``outer`` contain ``cls``."""
+    """Raise `TypeError` if a field of ``cls``, which is nested in ``outer``, has an unsupported annotation."""
     for field in attrs.fields(attrs.resolve_types(cls)):
         if not _forms(field.type, (*outer, cls)):
             given = inspect.formatannotation(field.type)

@@ -158,7 +158,7 @@ def _bounded(expression: str, spend: _Spend) -> Matcher:
     try:
         parsed = _parser.parse(expression)
         if parsed.state.flags != re.UNICODE:
-            raise ValueError("flags are not supported in files")
+            raise ValueError("flags such as (?i) are not supported in files; write [Aa] instead")
         follow = _sequence(parsed, spend)
     except TargetError:
         raise

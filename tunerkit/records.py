@@ -85,7 +85,7 @@ def _inside(value: Any, kind: Any, parts: tuple[Any, ...]) -> Iterator[tuple[str
 
 
 def type_name(declared: Any) -> str:
-    """Return a type's short name for messages; tunerkit's classes are named as in `tunerkit.plugin`."""
+    """Return a type's short name for messages, such as ``"int"`` or ``"tunerkit.plugin.Adapter"``."""
     if get_origin(declared) is Literal:
         return f"one of {get_args(declared)}"
     is_class = isinstance(declared, type) and not get_args(declared)

@@ -166,5 +166,5 @@ def reference(model: nn.Module) -> Any:
     found = hooks.first(hooks.specs.tunerkit_reference, model=model)
     if found is None:
         lacking = hooks.registry.lacking("makes references")
-        raise AdapterError(lacking or "no installed plugin makes references of this model")
+        raise AdapterError(lacking or f"no plugin makes references of a {type(model).__name__}; use a frozen copy")
     return found

@@ -91,7 +91,7 @@ def trainable_parameters(model: nn.Module) -> Summary:
 
 
 def regrouped(groups: Iterable[dict[str, Any]], tuners: Iterable[Tuner]) -> list[dict[str, Any]]:
-    """Return an optimizer's ``groups``, with parameters that have a method's settings moved to new groups at the end.
+    """Return an optimizer's ``groups``; parameters with an own learning rate or the like move to new groups at the end.
 
     The old groups stay, even if empty. If no method has settings, the groups are unchanged, so that an optimizer's
     saved state still fits.

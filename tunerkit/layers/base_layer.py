@@ -48,7 +48,7 @@ class BaseLayer(abc.ABC):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Check whether the law of `BaseLayer` holds for ``module``; by default, if its forward is one of `forwards`.
+        """Return whether ``module`` computes what `BaseLayer` assumes: by default, if its forward is in `forwards`.
 
         Be strict: a subclass or an instance with its own ``forward`` may use its weight in another way. The adapter's
         output would then be silently wrong.
@@ -206,7 +206,7 @@ class BaseLayer(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} has linear = True and no matrix: define matrix()")
 
     def normalised(self, x: Tensor) -> Tensor:
-        """Normalize ``x`` like the norm, without weight and bias, in the shape and dtype of ``x``. For norms only."""
+        """For norm layers only: return ``x`` normalized, without weight and bias, in the shape and dtype of ``x``."""
         raise NotImplementedError(f"a {type(self.module).__name__} is not a norm")
 
 

@@ -207,7 +207,7 @@ def warn_of_unspent_schedule(tuner: Tuner) -> None:
 
 
 def _warn_of_untrained(tuner: Tuner) -> None:
-    """Warn of untrained parameters, except for methods that need steps, where saving after 0 steps is an error."""
+    """Warn of untrained parameters; not if the method needs steps, since saving it untrained is an error already."""
     if tuner.progress.loaded or injection.needs_steps(tuner) or (tuner.steps == 0 and not _is_fresh(tuner)):
         return
     saved, has_idle_matrices = f"adapter {tuner.name!r} was saved", injection.is_untrained(tuner)

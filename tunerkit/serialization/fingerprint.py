@@ -232,7 +232,7 @@ def _warn_of_storage(saved: Fingerprint, found: Fingerprint, source: str) -> Non
 
 
 def base_values(tuner: Tuner) -> dict[str, Tensor]:
-    """Return the base's original values of modules trained in full, by the names of the copies' tensors in the file."""
+    """Return the base's values of modules whose copies are trained in full, by the copies' names in an adapter file."""
     found = {}
     for place in tuner.copies:
         for path, module, slots in places_in(place.module):
