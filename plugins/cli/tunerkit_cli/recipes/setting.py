@@ -26,9 +26,9 @@ FLAGS: Final[Mapping[str, str]] = {
     "text_column": "columns.text",
     "label_column": "columns.label",
 }
-_SECTIONS: Final = ("training", "config")
 _EXAMPLE: Final = "expected key=value, as in --set learning_rate=1e-3"
-Fields = Mapping[str, "attrs.Attribute[Any]"]
+# The names in a section: arguments with their annotations, or a method's fields.
+_Sections = Mapping[str, Callable[[], Mapping[str, Any]]]
 
 
 def merge(mapping: Mapping[str, Any], flags: Mapping[str, object]) -> dict[str, Any]:
@@ -42,8 +42,11 @@ def merge(mapping: Mapping[str, Any], flags: Mapping[str, object]) -> dict[str, 
 
 def from_command_line(mapping: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """Return a recipe's mapping with settings as ``--set`` takes them. Raises `ConfigError` with all problems."""
-    changed, types = copy.deepcopy(dict(mapping)), argument_types(_given("task", mapping, settings))
-    names = _Names(schema()["properties"], types, cache(partial(_method_settings, mapping, settings)))
+    changed, keys = copy.deepcopy(dict(mapping)), schema()["properties"]
+    sections: _Sections = {
+        "training": cache(partial(argument_types, _given("task", mapping, settings))),
+        "config": cache(partial(_method_settings, mapping, settings)),  # imports torch
+    }
     problems: list[str] = []
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -51,28 +54,13 @@ def from_command_line(mapping: Mapping[str, Any], settings: Sequence[str]) -> di
         try:
             if not equals or not all(key.split(".")) or len(key.split(".")) > DEEPEST:
                 raise ConfigError([f"--set {shown(setting)}: {_EXAMPLE}"])
-            path, wanted = _place_of(key, names)
+            path, wanted = _place_of(key, keys, sections)
             _place(changed, path, _value(text, key, wanted), f"--set {key}")
         except ConfigError as problem:
             problems += problem.problems
     if problems:
         raise ConfigError(problems)
     return changed
-
-
-@attrs.frozen
-class _Names:
-    """The names that a key may begin with: those of the recipe, and those in its two sections."""
-
-    keys: Mapping[str, Schema]
-    training: Mapping[str, str]
-    config: Callable[[], Fields]
-
-    def within(self, section: str) -> Mapping[str, object]:
-        """The names in ``training`` or ``config``, with their annotations."""
-        if section == "training":
-            return self.training
-        return {name: field.type for name, field in self.config().items()}
 
 
 def _value(text: str, key: str, wanted: Schema) -> object:
@@ -88,47 +76,50 @@ def _value(text: str, key: str, wanted: Schema) -> object:
     return value
 
 
-def _place_of(key: str, names: _Names) -> tuple[list[str], Schema]:
+def _place_of(key: str, keys: Mapping[str, Schema], sections: _Sections) -> tuple[list[str], Schema]:
     """Return where in the recipe a key stands, and the JSON schema of its value, as far as it is known."""
     first, *rest = key.split(".")
-    if first in _SECTIONS and rest:
-        known = names.within(first)
+    if first in sections and rest:
+        known = sections[first]()
         if rest[0] not in known:
-            raise _unknown(key, rest[0], known, names, f" in {first!r}")
-        return [first, *rest], text_alone(known[rest[0]]) if len(rest) == 1 else {}
-    if first in names.keys:
-        found: Any = names.keys[first]
+            raise _unknown(key, rest[0], known, sections, f" in {first!r}")
+        annotation = getattr(known[rest[0]], "type", known[rest[0]])
+        return [first, *rest], text_alone(annotation) if len(rest) == 1 else {}
+    if first in keys:
+        found: Any = keys[first]
         for _ in rest:  # only in mappings whose values are all alike, such as `columns`
             found = found.get("additionalProperties")
             found = found if isinstance(found, Mapping) else {}
         return [first, *rest], found
     if rest:
-        raise _unknown(key, first, names.keys, names)
-    sections = [section for section in _SECTIONS if first in names.within(section)]
-    if len(sections) > 1:
-        forms = " or ".join(f"{section}.{first}" for section in sections)
+        raise _unknown(key, first, keys, sections)
+    having = [section for section, names in sections.items() if first in names()]
+    if len(having) > 1:
+        forms = " or ".join(f"{section}.{first}" for section in having)
         raise ConfigError([f"--set {key}: the trainer and the method both have {first!r}; write {forms}"])
-    if not sections:
-        raise _unknown(key, first, {*names.keys, *names.training, *names.config()}, names)
-    return _place_of(f"{sections[0]}.{first}", names)
+    if not having:
+        raise _unknown(key, first, {*keys, *(name for names in sections.values() for name in names())}, sections)
+    return _place_of(f"{having[0]}.{first}", keys, sections)
 
 
-def _unknown(key: str, name: str, close: Iterable[str], names: _Names, where: str = "") -> ConfigError:
+def _unknown(key: str, name: str, close: Iterable[str], sections: _Sections, where: str = "") -> ConfigError:
     """Return the error for a key without a name such as ``name``, which may be known elsewhere, or close to some."""
     full = key_for(name) or ""
     section, _, setting = full.partition(".")
-    full = "" if section == "config" and setting not in names.config() else full
-    hint = f"; did you mean {full!r}?" if full else closest(name, sorted(close)) if close is names.training else ""
+    full = "" if section == "config" and setting not in sections["config"]() else full
+    in_training = closest(name, sorted(close)) if close is sections["training"]() else ""
+    hint = f"; did you mean {full!r}?" if full else in_training
     if not hint:  # which the method may have
         from tunerkit.config import meant  # imports torch
 
-        known = f"; did you mean 'config.{name}'?" if name in names.config() else ""
-        hint = known or meant(name, names.config().values()) or closest(name, sorted(close))
+        fields = sections["config"]()
+        known = f"; did you mean 'config.{name}'?" if name in fields else ""
+        hint = known or meant(name, fields.values()) or closest(name, sorted(close))
     hint = hint or "; `tunerkit schema` lists a recipe's keys, `tunerkit config` a method's"
     return ConfigError([f"--set {shown(key)[1:-1]}: there is no key {shown(name)}{where}{hint}"])
 
 
-def _method_settings(mapping: Mapping[str, Any], settings: Iterable[str]) -> Fields:
+def _method_settings(mapping: Mapping[str, Any], settings: Iterable[str]) -> Mapping[str, "attrs.Attribute[Any]"]:
     """The method's settings by name; of any installed method's if an adapter decides it."""
     from tunerkit import hooks  # imports torch
 
