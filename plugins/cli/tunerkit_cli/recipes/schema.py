@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, Union, get_args, get_origin
 
 import attrs
 
+import tunerkit
 from tunerkit.errors import ConfigError, closest, shown
 from tunerkit.paths import few, join
 
@@ -47,8 +48,6 @@ _TAG: Final = "type"  # the key that names the class of a mapping, where several
 
 def settings_schema(cls: Any) -> dict[str, Any]:
     """Return the JSON schema of a mapping of a method's settings, by its config class."""
-    import tunerkit
-
     found = class_schema(cls)
     with suppress(ConfigError):  # a setting without a default
         for name, default in tunerkit.unstructure(cls()).items():
