@@ -5,7 +5,7 @@ from hypothesis import given, strategies as st
 from plugins.cli.tests import run_records
 from plugins.cli.tests.pages import Page
 from tunerkit_cli.report.html.page import render
-from tunerkit_cli.report.rank_map import by_layer, by_matrix, parts_of
+from tunerkit_cli.report.rank_map import by_matrix_and_layer, parts_of
 
 sizes = st.dictionaries(st.tuples(st.integers(0, 5), st.sampled_from("qkvo")), st.integers(0, 99))
 
@@ -14,12 +14,13 @@ sizes = st.dictionaries(st.tuples(st.integers(0, 5), st.sampled_from("qkvo")), s
 def test_sums_by_matrix_and_by_layer_leave_nothing_out(sizes: dict[tuple[int, str], int]) -> None:
     """Each is the sum over all targets of that kind; where all are equal, there is nothing to show."""
     paths = {f"model.layers.{layer}.{matrix}": size for (layer, matrix), size in sizes.items()}
-    for place, found in ((0, by_layer(paths)), (1, by_matrix(paths))):
+    matrices, layers = by_matrix_and_layer(paths)
+    for place, found in ((0, layers), (1, matrices)):
         expected: dict[str, int] = {}
         for key, size in sizes.items():
             expected[str(key[place])] = expected.get(str(key[place]), 0) + size
         assert dict(found) == (expected if len(set(expected.values())) > 1 else {})
-    assert list(by_matrix(paths).values()) == sorted(by_matrix(paths).values(), reverse=True)
+    assert list(matrices.values()) == sorted(matrices.values(), reverse=True)
 
 
 @given(st.dictionaries(st.text(max_size=3), st.integers(0, 99)))

@@ -141,9 +141,8 @@ def _measured(run: Run, name: str) -> tuple[Curve, ...]:
 
 def _metrics(run: Run) -> Iterator[Panel]:
     """Yield a panel per metric with two points or more, the main one first; those on held-out rows before others."""
-    names = [key for key in run.measured if _is_metric(key)]
-    held_out = [name.removeprefix(_EVAL) for name in names if name.startswith(_EVAL)]
-    ordered = dict.fromkeys([*held_out, *(name for name in names if not name.startswith(_EVAL))])
+    names = sorted(filter(_is_metric, run.measured), key=lambda name: not name.startswith(_EVAL))
+    ordered = dict.fromkeys(name.removeprefix(_EVAL) for name in names)
     main = scores.main_metric(run.metrics, run.main_metric)
     measured = ((name, _measured(run, name)) for name in sorted(ordered, key=lambda name: name != main))
     for name, curves in itertools.islice(((name, curves) for name, curves in measured if curves), _MOST_METRICS):

@@ -52,16 +52,11 @@ def _place(path: str) -> tuple[str, str, str]:
     return (match[1], match[2], match[3]) if match else ("", "", path)
 
 
-def by_matrix(sizes: Mapping[str, int]) -> Mapping[str, int]:
-    """Return the sum of each kind of matrix over all layers, the greatest first; empty if all have the same."""
+def by_matrix_and_layer(sizes: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the sums by kind of matrix, the greatest first, and by layer; empty where all have the same."""
     map_ = rank_map(sizes)
-    return dict(sorted(_sums(map_.matrices, zip(*map_.cells, strict=True)).items(), key=lambda item: -item[1]))
-
-
-def by_layer(sizes: Mapping[str, int]) -> Mapping[str, int]:
-    """Return the sum of each layer over its matrices, in the model's order; empty if all have the same."""
-    map_ = rank_map(sizes)
-    return _sums(map_.layers, map_.cells)
+    matrices = _sums(map_.matrices, zip(*map_.cells, strict=True))
+    return dict(sorted(matrices.items(), key=lambda item: -item[1])), _sums(map_.layers, map_.cells)
 
 
 def parts_of(amounts: Mapping[str, int]) -> Mapping[str, float]:

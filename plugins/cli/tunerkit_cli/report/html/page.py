@@ -12,7 +12,7 @@ from tunerkit_cli.report import curves, scores, wording
 from tunerkit_cli.report.curves import Panel
 from tunerkit_cli.report.html import grids, tables
 from tunerkit_cli.report.html.charts import chart
-from tunerkit_cli.report.rank_map import by_layer, by_matrix, parts_of
+from tunerkit_cli.report.rank_map import by_matrix_and_layer, parts_of
 from tunerkit_cli.report.record import Run, read
 from tunerkit_cli.report.verdict import baseline_name, failure, verdict
 
@@ -36,6 +36,7 @@ def render(record: Mapping[str, Any], *, title: str | None = None) -> str:
     """Return the report of a run as one HTML file, which needs no network and has no script. Raises `RecordError`."""
     run = read(record)
     panels, spectrum = curves.panels(run), curves.spectrum(run)
+    matrices, layers = by_matrix_and_layer(run.sizes)
     out = run.recipe.get("out")
     folder = out if isinstance(out, str) and out else "OUT"
     # By its path in records of earlier versions.
@@ -56,8 +57,8 @@ def render(record: Mapping[str, Any], *, title: str | None = None) -> str:
         "highest": grids.highest_rank(run),
         "capped": grids.capped(run),
         "parts": _parts(run),
-        "matrices": by_matrix(run.sizes),
-        "layers": by_layer(run.sizes),
+        "matrices": matrices,
+        "layers": layers,
         "spectrum": None if spectrum is None else chart(spectrum),
         **_mistakes(run),
         "labels": tables.labels(run),
