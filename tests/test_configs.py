@@ -17,7 +17,7 @@ import torch
 import yaml
 from hypothesis import Phase, example, find, given, settings, strategies as st
 
-from tests.support.config_checks import Kinds, problems_of
+from tests.support.config_checks import Kinds, Size, problems_of
 from tunerkit.config import AdapterConfig, from_mapping, setting, unstructure
 from tunerkit.errors import ConfigError
 from tunerkit_testing.strategies import configs_of
@@ -51,10 +51,6 @@ FIELDS = {field.name: field for field in attrs.fields(Sample)}
 
 class Colour(enum.StrEnum):
     RED = "red"
-
-
-class Size(enum.IntEnum):
-    BIG = 9
 
 
 @pytest.mark.parametrize("kind", [Sample, Kinds])

@@ -1,7 +1,7 @@
 """A process group without the plugin that keeps its adapters alike: refused, never trained apart in silence."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,6 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Catalog, "absence", lambda self, name: f"{name} is not installed")
 
 
-@pytest.fixture
-def _group() -> Iterator[None]:
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def attached(toys: "Toys", **options: Any) -> Any:
     model = tunerkit.wrap(toys.net(), "toy-low-rank", TARGETS)
     tunerkit.attach(model, torch.optim.SGD(trainable(model), lr=0.1), total_steps=3, **options)
@@ -54,7 +44,7 @@ def calls(model: nn.Module, base: nn.Module, path: Path) -> dict[str, Callable[[
     }
 
 
-@pytest.mark.usefixtures("_group")
+@pytest.mark.usefixtures("group_of_one")
 def test_a_process_of_a_group_is_refused_with_the_extra(toys: "Toys") -> None:
     """Also one of one process: DDP may be around it. Meant to be apart, it trains, and its shapes stay."""
     said = re.escape(f"tunerkit-distributed is not installed ({install('distributed')})")
@@ -83,7 +73,7 @@ def test_a_launcher_is_believed_and_one_process_trains(toys: "Toys", monkeypatch
         attached(toys, data_parallel=wrong)
 
 
-@pytest.mark.usefixtures("_group")
+@pytest.mark.usefixtures("group_of_one")
 def test_weights_that_are_cut_are_refused_with_the_extra(toys: "Toys", tmp_path: Path) -> None:
     """Taken for whole ones, a merge would write into parts of them, and a file would hold parts."""
     from torch.distributed.fsdp import fully_shard

@@ -1,7 +1,5 @@
 """A module that all adapters of a method share: built, moved, saved, loaded and copied once."""
 
-import copy
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from torch import nn
 
 import tunerkit
 from tests.support.adapter_files import rewritten
-from tests.support.model_checks import check_common
+from tests.support.model_checks import check_common, each_copy
 from tests.support.toy_shared import SharedPlugin
 from tests.support.toys import registering
 from tunerkit.plugin import BaseLayer, Method, Target
@@ -100,12 +98,12 @@ def test_it_is_saved_once_and_loaded_once(tmp_path: Path) -> None:
     assert {name.rpartition(".")[2] for name, p in again.named_parameters() if p.requires_grad} == {"v", "d"}
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_of_the_model_has_one_of_its_own(copied: Any) -> None:
+@each_copy
+def test_a_copy_of_the_model_has_one_of_its_own(way: Any) -> None:
     """All adapters of the copy share the copy's module, and changing it does not reach the original."""
     model = trained()
     before = model(X)
-    twin = copied(model)
+    twin = way(model)
     shared = shared_in(tunerkit.tuner(twin))
     assert shared is not None
     assert shared_by(twin) == {id(shared)} != shared_by(model)

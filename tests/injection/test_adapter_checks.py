@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tunerkit
+from tests.support.model_checks import sgd
 from tests.support.toys import Toys
 from tunerkit.errors import AdapterError
 
@@ -35,7 +36,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
 
 
 def calls(model: nn.Module, folder: Path) -> list[Callable[[], object]]:
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = sgd(model)
     return [
         lambda: tunerkit.attach(model, optimizer),
         lambda: tunerkit.save(model, folder),

@@ -1,7 +1,6 @@
 """What no adapter's file holds: base parameters that are trained too, and embeddings resized after wrapping."""
 
 import copy
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,26 +10,17 @@ import torch
 from torch import nn
 
 import tunerkit
+from tests.support.model_checks import fit, sgd, told
 from tests.support.toys import Toys
-from tunerkit.errors import TunerkitWarning
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
 
 
-def told(call: Callable[[], object]) -> list[str]:
+def lines(call: Callable[[], object]) -> list[str]:
     """The warnings of a call, each of one line, which name the caller's line."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    assert all(each.category is TunerkitWarning and each.filename == __file__ for each in caught)
-    assert not any("\n" in str(each.message) for each in caught)
-    return [str(each.message) for each in caught]
-
-
-def attach(model: Any) -> torch.optim.Optimizer:
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    tunerkit.attach(model, optimizer)
-    return optimizer
+    texts = told(call, __file__)
+    assert not any("\n" in text for text in texts)
+    return texts
 
 
 def thaw_norm(model: Any) -> None:
@@ -52,11 +42,10 @@ def test_what_is_trained_beside_an_adapter_is_named_at_attach_and_at_save(
     """The file fits no other base. Each warning says how the adapter would hold it; saving the base too works."""
     model = tunerkit.wrap(toys.net(), "toy-low-rank", {"targets": ["layers.0"]})
     change(model)
-    optimizer: list[torch.optim.Optimizer] = []
-    texts = [told(lambda: optimizer.append(attach(model)))]
-    model(toys.x()).square().sum().backward()
-    optimizer[0].step()
-    texts.append(told(lambda: tunerkit.save(model, tmp_path / "out")))
+    optimizer = sgd(model)
+    texts = [lines(lambda: tunerkit.attach(model, optimizer))]
+    fit(model, optimizer, toys.x())
+    texts.append(lines(lambda: tunerkit.save(model, tmp_path / "out")))
     for found in texts:
         assert len(found) == 1
         assert ("and 11 more" if change is thaw_all else "gradients: norm.weight, norm.bias.") in found[0]
@@ -78,10 +67,10 @@ def test_what_follows_the_advice_is_silent(toys: "Toys", tmp_path: Path) -> None
     thaw_all(model.head)
     model.conv.requires_grad_(True)
     model.conv.requires_grad_(False)
-    assert told(lambda: attach(model)) == []
+    assert lines(lambda: tunerkit.attach(model, sgd(model))) == []
     toys.fill_(model)
-    assert told(lambda: tunerkit.save(model, tmp_path / "out")) == []
-    assert told(lambda: tunerkit.load(toys.net(), tmp_path / "out")) == []
+    assert lines(lambda: tunerkit.save(model, tmp_path / "out")) == []
+    assert lines(lambda: tunerkit.load(toys.net(), tmp_path / "out")) == []
 
 
 def llama(folder: Path) -> Any:
@@ -98,12 +87,12 @@ def test_embeddings_that_were_resized_after_wrapping_are_named(toys: "Toys", way
     model = tunerkit.wrap(llama(tmp_path), "toy-low-rank", {"targets": ["q_proj"]})
     if way == "load":
         toys.fill_(model)
-        assert told(lambda: tunerkit.save(model, tmp_path / "before")) == []
+        assert lines(lambda: tunerkit.save(model, tmp_path / "before")) == []
         model = tunerkit.load(llama(tmp_path), tmp_path / "before", trainable=True)
     model.resize_token_embeddings(24)
-    texts = [told(lambda: attach(model))]
+    texts = [lines(lambda: tunerkit.attach(model, sgd(model)))]
     toys.fill_(model)
-    texts.append(told(lambda: tunerkit.save(model, tmp_path / "out")))
+    texts.append(lines(lambda: tunerkit.save(model, tmp_path / "out")))
     for found in texts:
         assert len(found) == 1
         assert "embed_tokens.weight [20, 16] -> [24, 16], lm_head.weight [20, 16] -> [24, 16]" in found[0]
@@ -116,5 +105,5 @@ def test_a_model_that_was_resized_before_the_adapter_was_put_in_is_silent(toys: 
     model.resize_token_embeddings(24)
     tunerkit.wrap(model, "toy-low-rank", {"targets": ["q_proj"], "exclude": ["embed_tokens", "lm_head"]}, adapter="new")
     toys.fill_(model.to(torch.bfloat16))
-    assert told(lambda: tunerkit.save(model, tmp_path / "new", adapter="new")) == []
-    assert len(told(lambda: tunerkit.save(copy.deepcopy(model), tmp_path / "old", adapter="default"))) == 1
+    assert lines(lambda: tunerkit.save(model, tmp_path / "new", adapter="new")) == []
+    assert len(lines(lambda: tunerkit.save(copy.deepcopy(model), tmp_path / "old", adapter="default"))) == 1

@@ -1,6 +1,5 @@
 """Adapters that nothing trained: `save` says so, and says it of no other adapter."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tests.support.model_checks import silent
+from tests.support.model_checks import fit, sgd, silent, told
 from tests.support.toys import OneMethod, Toys
 from tunerkit import hooks, serialization
-from tunerkit.errors import TunerkitWarning
 from tunerkit.plugin import BaseLayer, Method
 from tunerkit_testing.registering import registered
+from tunerkit_testing.small import trainable
 from tunerkit_testing.toy_adapters import LowRank
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
@@ -40,19 +39,7 @@ class StartedPlugin(OneMethod, LowRankPlugin):
 
 def warned(model: nn.Module, folder: Path) -> list[str]:
     """What `save` warns of; each warning names the caller's line."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        path = tunerkit.save(model, folder)
-    assert path.is_file()
-    assert all(each.category is TunerkitWarning and each.filename == __file__ for each in caught)
-    return [str(each.message) for each in caught]
-
-
-def train(toys: "Toys", model: Any, optimizer: torch.optim.Optimizer) -> None:
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(toys.x()).square().sum().backward()
-        optimizer.step()
+    return told(lambda: tunerkit.save(model, folder), __file__)
 
 
 def fresh(toys: "Toys", method: str = "toy-low-rank", **config: object) -> Any:
@@ -68,7 +55,7 @@ def test_an_optimizer_that_was_built_before_wrap_trains_nothing_and_save_says_so
     model = toys.net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     tunerkit.wrap(model, method, dict(toys.full))
-    train(toys, model, optimizer)
+    fit(model, optimizer, toys.x(), 2)
     if merged:
         tunerkit.merge(model)
     (text,) = warned(model, tmp_path)
@@ -81,7 +68,7 @@ def test_an_optimizer_that_was_built_before_wrap_trains_nothing_and_save_says_so
 def test_an_adapter_that_an_optimizer_trained_is_saved_in_silence(toys: "Toys", method: str, tmp_path: Path) -> None:
     """Without `attach` no step is counted, so its values are the only sign."""
     model = fresh(toys, method)
-    train(toys, model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    fit(model, sgd(model), toys.x(), 2)
     assert tunerkit.tuner(model).steps == 0
     assert warned(model, tmp_path) == []
     tunerkit.merge(model)
@@ -116,11 +103,11 @@ def test_a_head_that_the_optimizer_lacks_is_told(toys: "Toys", tmp_path: Path) -
     """The adapter is trained beside a head that stays random, and the file looks whole. Attach refuses such a one."""
     model = fresh(toys, targets=["layers.0", "layers.1"], train_modules=["head"])
     own = [p for adapter in tunerkit.tuner(model).adapters().values() for p in adapter.parameters()]
-    train(toys, model, torch.optim.SGD(own, lr=0.1))
+    fit(model, torch.optim.SGD(own, lr=0.1), toys.x(), 2)
     (text,) = warned(model, tmp_path)
     assert "modules trained in full have not changed: head.0, head.2" in text
     assert "the optimizer was built without these modules" in text
-    train(toys, model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    fit(model, sgd(model), toys.x(), 2)
     assert warned(model, tmp_path) == []
 
 
@@ -128,8 +115,8 @@ def test_an_adapter_from_a_file_is_saved_in_silence(toys: "Toys", tmp_path: Path
     """Even an untrained one: the file's author was warned."""
     model = fresh(toys)
     assert len(warned(model, tmp_path)) == 1
-    for trainable in (False, True):
-        assert warned(tunerkit.load(toys.net(), tmp_path, trainable=trainable), tmp_path) == []
+    for thawed in (False, True):
+        assert warned(tunerkit.load(toys.net(), tmp_path, trainable=thawed), tmp_path) == []
 
 
 @pytest.mark.parametrize("way", ["learning rate 0", "frozen by hand", "gradients cleared too early"])
@@ -140,7 +127,7 @@ def test_steps_that_train_no_matrix_are_told(toys: "Toys", way: str, tmp_path: P
         for adapter in tunerkit.tuner(model).adapters().values():
             adapter.requires_grad_(False)
     rate = 0.0 if way == "learning rate 0" else 0.1
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+    optimizer = torch.optim.SGD(trainable(model), lr=rate)
     tunerkit.attach(model, optimizer)
     for _ in range(2):
         model(toys.x()).square().sum().backward()

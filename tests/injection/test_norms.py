@@ -1,7 +1,6 @@
 """Methods that adapt norms: the weight is a vector, to which a delta is merged as to any weight."""
 
 import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tests.support.model_checks import check_common, nudge_
+from tests.support.model_checks import check_common, nudge_, pickled
 from tests.support.toy_norms import NormPlugin
 from tests.support.toy_outputs import OutputPlugin
 from tests.support.toy_readers import ScaleConfig, ScalePlugin
@@ -122,7 +121,7 @@ def test_it_computes_and_learns_what_the_norm_itself_would(kind: str) -> None:
 def test_a_copy_and_a_pickle_compute_the_same() -> None:
     """The kind is a part of the model."""
     for model in (tunerkit.wrap(Model("as Gemma's"), "toy-norms"), tunerkit.wrap(Model(), "toy-outputs")):
-        for twin in (copy.deepcopy(nudge_(model)), pickle.loads(pickle.dumps(model))):
+        for twin in (copy.deepcopy(nudge_(model)), pickled(model)):
             assert torch.equal(twin(X), model(X))
 
 

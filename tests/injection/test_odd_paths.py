@@ -3,7 +3,6 @@
 import copy
 import importlib
 import io
-import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,33 +11,18 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
+from tests.support.model_checks import attached, fit, pickled
 from tests.support.toys import Toys
 from tunerkit.errors import StepError
 from tunerkit.injection import walk
 from tunerkit.plugin import Adapter
+from tunerkit_testing.small import trainable
 
 METHODS = ["toy-low-rank", "toy-shift"]
 
 
 def wrapped(toys: "Toys", method: str, **changes: Any) -> Any:
     return tunerkit.wrap(toys.net(), method, {**toys.full, **changes}, seed=3)
-
-
-def own(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def attached(model: nn.Module) -> torch.optim.Optimizer:
-    optimizer = torch.optim.SGD(own(model), lr=0.1)
-    tunerkit.attach(model, optimizer, total_steps=20)
-    return optimizer
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, steps: int = 1) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
@@ -64,14 +48,14 @@ def through_a_file(model: nn.Module) -> Any:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), through_a_file])
+@pytest.mark.parametrize("way", [copy.deepcopy, pickled, through_a_file])
 @pytest.mark.parametrize("before", [0, 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_copy_of_a_half_trained_model_trains_independently(toys: "Toys", method: str, before: int, way: Any) -> None:
     """The copy's tuner refers only to the copy; each of the two trains as it would alone, also from its start."""
     model = wrapped(toys, method)
     optimizer = attached(model)
-    train(model, optimizer, toys.x(), before)
+    fit(model, optimizer, toys.x(), before)
     twin = way(model)
     tuner, modules = tunerkit.tuner(twin), set(twin.modules())
     assert tuner.model is twin
@@ -81,15 +65,15 @@ def test_a_copy_of_a_half_trained_model_trains_independently(toys: "Toys", metho
     assert not {id(p) for p in tuner.parameters()} & {id(p) for p in model.parameters()}
     unchanged = values(model)
     assert same(values(twin), unchanged)
-    train(twin, attached(twin), -toys.x(), 4)
+    fit(twin, attached(twin), -toys.x(), 4)
     assert same(values(model), unchanged)
     assert (tunerkit.tuner(model).steps, tuner.steps) == (before, 4)
     apart = values(twin)
-    train(model, optimizer, toys.x(), 2)
+    fit(model, optimizer, toys.x(), 2)
     assert same(values(twin), apart)
     assert (tunerkit.tuner(model).steps, tuner.steps) == (before + 2, 4)
     alone = wrapped(toys, method)
-    train(alone, attached(alone), toys.x(), before + 2)
+    fit(alone, attached(alone), toys.x(), before + 2)
     assert same(values(model), values(alone))
     output = model(toys.x())
     with tunerkit.disabled(twin):
@@ -124,10 +108,10 @@ def test_a_replica_of_data_parallel_does_what_the_model_does(toys: "Toys", metho
     replica = replica_of(model)
     assert torch.equal(replica(toys.x()), model(toys.x()))
     replica(toys.x()).square().mean().backward()
-    found = [p.grad for p in own(model)]
+    found = [p.grad for p in trainable(model)]
     model.zero_grad()
     model(toys.x()).square().mean().backward()
-    assert all_equal(found, [p.grad for p in own(model)])
+    assert all_equal(found, [p.grad for p in trainable(model)])
 
 
 # --- Moves and reloads -----------------------------------------------------------------------------------------------
@@ -139,12 +123,12 @@ def test_training_continues_after_a_change_of_dtype(toys: "Toys", method: str, d
     """`model.to(dtype)` during training converts base and adapters, and keeps the optimizer's parameters."""
     model = wrapped(toys, method)
     optimizer = attached(model)
-    train(model, optimizer, toys.x(), 2)
+    fit(model, optimizer, toys.x(), 2)
     output = model(toys.x())
     model.to(dtype)
     before = values(model)
     assert (model(toys.x().to(dtype)) - output).abs().max() <= (0.1 if dtype == torch.bfloat16 else 1e-5) * output.max()
-    train(model, optimizer, toys.x().to(dtype), 2)
+    fit(model, optimizer, toys.x().to(dtype), 2)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert tunerkit.tuner(model).steps == 4
     moved = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
@@ -163,7 +147,7 @@ def test_weights_come_back_from_meta(toys: "Toys", method: str, assign: bool) ->
     assert not list(model.load_state_dict(source.state_dict(), strict=True, assign=assign).missing_keys)
     assert same(values(model), values(source))
     assert torch.equal(model.eval()(toys.x()), source(toys.x()))
-    train(model, attached(model), toys.x())
+    fit(model, attached(model), toys.x())
     assert tunerkit.tuner(model).steps == 1
 
 
@@ -188,7 +172,7 @@ def test_attaching_a_model_frozen_by_hand_is_refused(toys: "Toys") -> None:
     model.requires_grad_(True)
     tunerkit.attach(model, optimizer, total_steps=3)
     before = values(model)
-    train(model, optimizer, toys.x())
+    fit(model, optimizer, toys.x())
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     assert {"conv.weight", "conv.tunerkit.default.adapter.v"} <= set(moved)
 
@@ -227,7 +211,7 @@ def test_a_functional_call_uses_the_parameters_it_is_given(toys: "Toys", method:
     grads = torch.func.grad(loss)(given)
     other(toys.x()).square().mean().backward()
     trained = {name: p.grad for name, p in other.named_parameters() if p.grad is not None}
-    assert len(trained) == len(own(model))
+    assert len(trained) == len(trainable(model))
     assert all(torch.allclose(grads[name], grad, rtol=1e-5, atol=1e-7) for name, grad in trained.items())
 
 
@@ -242,8 +226,8 @@ def test_evaluation_without_gradients_changes_nothing(toys: "Toys", method: str,
         found = model(toys.x())
     assert not found.requires_grad
     assert torch.equal(found, expected)
-    train(model, optimizer, toys.x(), 2)
-    train(alone, attached(alone), toys.x(), 2)
+    fit(model, optimizer, toys.x(), 2)
+    fit(alone, attached(alone), toys.x(), 2)
     assert same(values(model), values(alone))
 
 

@@ -1,8 +1,6 @@
 """The detector: one warning if an adapter has no effect because the owner bypasses the layer's forward()."""
 
 import copy
-import pickle
-import warnings
 from typing import Any
 
 import pytest
@@ -11,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tunerkit
-from tests.support.model_checks import silent
+from tests.support.model_checks import attached, each_copy, silent, told
 from tests.support.toys import PastForward, Running, Toys
 from tunerkit.errors import TunerkitWarning
 from tunerkit.injection.preconditions import refuse_rows
@@ -34,14 +32,6 @@ class Dropped(nn.Module):
         return result
 
 
-def warnings_of(model: nn.Module, x: Tensor) -> list[str]:
-    """The warnings of a forward pass."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model(x)
-    return [str(warning.message) for warning in caught if issubclass(warning.category, TunerkitWarning)]
-
-
 def hooks(model: nn.Module) -> int:
     """Forward hooks and pre-hooks, without those that look at the model's arguments and at what nobody drives."""
     found = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
@@ -51,11 +41,11 @@ def hooks(model: nn.Module) -> int:
 def test_a_layer_whose_forward_is_bypassed_is_named_once(toys: "Toys") -> None:
     """The first forward names the path of each such layer and of no other; the second triggers no warning."""
     model = tunerkit.wrap(nn.Sequential(PastForward(), PastForward()), "toy-shift", {"targets": ["inner", "out"]})
-    first = warnings_of(model, torch.ones(2, 3))
+    first = told(lambda: model(torch.ones(2, 3)))
     assert len(first) == 1
     assert "0.out, 1.out." in first[0]
     assert "inner" not in first[0]
-    assert warnings_of(model, torch.ones(2, 3)) == []
+    assert told(lambda: model(torch.ones(2, 3))) == []
 
 
 def test_copies_and_biases_are_watched_too(toys: "Toys") -> None:
@@ -64,21 +54,21 @@ def test_copies_and_biases_are_watched_too(toys: "Toys") -> None:
         model = tunerkit.wrap(
             nn.Sequential(PastForward(), nn.Linear(3, 3)), "toy-shift", {"targets": ["inner"], **config}
         )
-        assert "0.out." in warnings_of(model, torch.ones(2, 3))[0]
+        assert "0.out." in told(lambda: model(torch.ones(2, 3)))[0]  # noqa: B023  # called at once
 
 
 def test_a_second_adapter_does_not_hide_the_first(toys: "Toys") -> None:
     """After a second wrap before the first forward, the first adapter is still watched."""
     model = tunerkit.wrap(nn.Sequential(PastForward()), "toy-shift", {"targets": ["out"]})
     tunerkit.wrap(model, "toy-shift", {"targets": ["inner"]}, adapter="second")
-    assert "0.out." in warnings_of(model, torch.ones(2, 3))[0]
+    assert "0.out." in told(lambda: model(torch.ones(2, 3)))[0]
 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_what_a_choice_leaves_out_is_no_alarm(toys: "Toys", plain: bool) -> None:
     """Blocks skipped as a whole, and skipped layers of a list of which others ran, trigger no warning."""
     model = tunerkit.wrap(Dropped(plain=plain), "toy-shift", {"targets": "all-linear"})
-    assert warnings_of(model, torch.ones(2, 3)) == []
+    assert told(lambda: model(torch.ones(2, 3))) == []
 
 
 def test_a_list_of_which_no_layer_runs_is_an_alarm(toys: "Toys") -> None:
@@ -91,7 +81,7 @@ def test_a_list_of_which_no_layer_runs_is_an_alarm(toys: "Toys") -> None:
 
     lists = Running(run, layers=nn.ModuleList(nn.Linear(3, 3) for _ in range(2)))
     model = tunerkit.wrap(nn.Sequential(lists), "toy-shift", {"targets": ["layers.0", "layers.1"]})
-    assert "0.layers.0, 0.layers.1." in warnings_of(model, torch.ones(2, 3))[0]
+    assert "0.layers.0, 0.layers.1." in told(lambda: model(torch.ones(2, 3)))[0]
 
 
 class Loop(nn.Module):
@@ -109,8 +99,7 @@ class Loop(nn.Module):
 def test_a_loop_that_calls_parts_of_the_model_triggers_a_warning_at_the_first_step(toys: "Toys") -> None:
     """If the whole model is never called, the warning comes at the first optimizer step, and only once."""
     model = tunerkit.wrap(Loop(), "toy-shift", {"targets": "all-linear"})
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    tunerkit.attach(model, optimizer)
+    optimizer = attached(model)
     model.training_step(torch.ones(2, 3)).backward()
     with pytest.warns(TunerkitWarning, match=r"owns their base layer did: net\.0\.out\."):
         optimizer.step()
@@ -123,12 +112,11 @@ def test_a_loop_that_calls_parts_of_the_model_triggers_a_warning_at_the_first_st
 def test_a_step_before_anything_ran_leaves_the_watch(toys: "Toys") -> None:
     """Gradients may have another source, or come from compiled code that cannot be watched."""
     model = tunerkit.wrap(nn.Sequential(PastForward()), "toy-shift", {"targets": ["out"]})
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    tunerkit.attach(model, optimizer)
+    optimizer = attached(model)
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert "0.out." in warnings_of(model, torch.ones(2, 3))[0]
+    assert "0.out." in told(lambda: model(torch.ones(2, 3)))[0]
 
 
 @pytest.mark.parametrize("end", ["forward", "unwrap"])
@@ -147,15 +135,15 @@ def test_its_hooks_are_gone_after_the_first_forward_and_after_unwrap(toys: "Toys
     assert "_tunerkit_calls" not in vars(model)
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@each_copy
 def test_a_copy_is_watched_on_its_own(toys: "Toys", way: Any) -> None:
     """The copy's first forward warns about the copy; the original is still watched."""
     model = tunerkit.wrap(nn.Sequential(PastForward()), "toy-shift", {"targets": ["out", "inner"]})
     twin = way(model)
-    assert len(warnings_of(twin, torch.ones(2, 3))) == 1
+    assert len(told(lambda: twin(torch.ones(2, 3)))) == 1
     assert hooks(twin) == 2
     assert hooks(model) > 2
-    assert len(warnings_of(model, torch.ones(2, 3))) == 1
+    assert len(told(lambda: model(torch.ones(2, 3)))) == 1
     assert hooks(model) == 2
 
 
@@ -164,7 +152,7 @@ def test_loading_watches_too(toys: "Toys", tmp_path: Any) -> None:
     torch.manual_seed(0)
     base = nn.Sequential(PastForward())
     path = tunerkit.save(tunerkit.wrap(copy.deepcopy(base), "toy-shift", {"targets": ["out"]}), tmp_path)
-    assert "0.out." in warnings_of(tunerkit.load(base, path), torch.ones(2, 3))[0]
+    assert "0.out." in told(lambda: tunerkit.load(base, path)(torch.ones(2, 3)))[0]
 
 
 def test_a_model_that_was_changed_before_its_first_forward_is_warned_about(toys: "Toys") -> None:

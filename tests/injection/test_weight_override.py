@@ -1,7 +1,6 @@
 """Temporary weight overrides, compared with attention written out by hand."""
 
 import copy
-import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tunerkit
-from tests.support.model_checks import check_common, silent
+from tests.support.model_checks import check_common, each_copy, silent
 from tests.support.toys import OneMethod, Running, Toys
 from tunerkit.errors import AdapterError, PluginError, TargetError, TunerkitWarning
 from tunerkit.injection import eject_
@@ -509,7 +508,7 @@ def test_a_saved_adapter_loads(toys: "Toys", tmp_path: Any) -> None:
     assert tunerkit.load(other, path) is other
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@each_copy
 def test_a_copy_overrides_its_own(toys: "Toys", way: Any) -> None:
     """The copy computes the same, and trains and unwraps independently."""
     model = adapted(toys)

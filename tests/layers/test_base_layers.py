@@ -1,8 +1,6 @@
 """Base-layer kinds compared with float64 layers with merged weights, over shapes, groups, strides and paddings."""
 
-import copy
 import inspect
-import pickle
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from tests.support.layer_law import built, check_law, described, random_
+from tests.support.model_checks import each_copy
 from tunerkit.layers import KINDS, BaseLayer, Knowledge, as_base_layer, as_base_layers
 from tunerkit.layers.kinds import AttentionLayer, ConvLayer, EmbeddingLayer, LinearLayer, OutputLayer
 
@@ -331,21 +330,16 @@ def test_kinds_are_final_and_frozen() -> None:
 # --- Copies ----------------------------------------------------------------------------------------------------------
 
 
-def pickled(value: Any) -> Any:
-    """A copy through pickle, as a spawned worker gets it."""
-    return pickle.loads(pickle.dumps(value))
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+@each_copy
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_copied_layer_holds_a_kind_that_points_at_the_copy(name: str, duplicate: Callable[[Any], Any]) -> None:
+def test_a_copied_layer_holds_a_kind_that_points_at_the_copy(name: str, way: Callable[[Any], Any]) -> None:
     """A kind stored in a child of its own layer, as injection does, is copied with the layer."""
     module, _ = built(name)
     base: Any = described(module)
     child: Any = nn.Module()
     child.base = base
     module.tunerkit = child
-    other: Any = duplicate(module)
+    other: Any = way(module)
     copied: Any = other.tunerkit.base
     assert type(copied) is type(base)
     assert copied.module is other

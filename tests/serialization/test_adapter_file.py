@@ -10,7 +10,7 @@ import torch
 
 import tunerkit
 from tests.support.adapter_files import assert_refused
-from tests.support.model_checks import silent
+from tests.support.model_checks import attached, fit, silent
 from tests.support.toys import Toys
 from tunerkit.errors import AdapterError, FileError, TunerkitWarning
 from tunerkit.serialization.adapter_file import header_of, save_tuner
@@ -99,10 +99,7 @@ def test_a_method_that_needs_steps_is_not_saved_untrained(toys: "Toys", tmp_path
     with pytest.raises(AdapterError, match=r"0 steps.*tunerkit\.attach"):
         tunerkit.save(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    tunerkit.attach(model, optimizer, total_steps=3)
-    model(toys.x()).sum().backward()
-    optimizer.step()
+    fit(model, attached(model, total_steps=3), toys.x())
     path = tunerkit.save(model, tmp_path)
     tunerkit.save(tunerkit.load(toys.net(), path), tmp_path / "again")
 

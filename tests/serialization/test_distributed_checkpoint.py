@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict, state_dict_loader, state_dict_saver
 
 import tunerkit
+from tests.support.model_checks import fit, nudge_, told
 from tests.support.toys import OneMethod, Toys
 from tunerkit.plugin import Method, State, Tuner
 from tunerkit_testing.registering import registered
@@ -64,27 +65,10 @@ def wrapped(toys: "Toys") -> Any:
 
 
 def attached(toys: "Toys", kind: Callable[..., Any] = Adam) -> tuple[Any, Any]:
-    model = wrapped(toys)
-    with torch.no_grad():
-        for parameter in tunerkit.tuner(model).parameters():
-            parameter.add_(0.1)
+    model = nudge_(wrapped(toys))
     optimizer = kind(list(tunerkit.tuner(model).parameters()), lr=0.1)
     tunerkit.attach(model, optimizer, total_steps=9)
     return model, optimizer
-
-
-def train(toys: "Toys", model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
-    for _ in range(count):
-        optimizer.zero_grad()
-        model(toys.x()).square().mean().backward()
-        optimizer.step()
-
-
-def told(call: Callable[[], object]) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    return [str(each.message) for each in caught if issubclass(each.category, tunerkit.TunerkitWarning)]
 
 
 @pytest.mark.parametrize("kind", [Adam, torch.optim.SGD])
@@ -100,7 +84,7 @@ def test_that_step_is_not_a_step_of_the_training(
     assert all(torch.equal(a, b) for a, b in zip(before, tunerkit.tuner(model).parameters(), strict=True))
     for number, rate in enumerate((0.1, 0.0), 1):
         optimizer.param_groups[0]["lr"] = rate
-        train(toys, model, optimizer, 1)
+        fit(model, optimizer, toys.x(), 1)
         assert holding.fired == ["before", "after"] * number
         assert tunerkit.tuner(model).steps == number
 
@@ -111,7 +95,7 @@ def test_an_adapter_that_is_not_attached_yet_does_not_stop_it(toys: "Toys", hold
     optimizer = Adam(list(tunerkit.tuner(model).parameters()))
     assert told(lambda: state_dict.get_optimizer_state_dict(model, optimizer)) == []
     with pytest.raises(tunerkit.errors.StepError, match="is not attached to it"):
-        train(toys, model, optimizer, 2)
+        fit(model, optimizer, toys.x(), 2)
 
 
 @pytest.mark.parametrize("flatten", [False, True])
@@ -122,7 +106,7 @@ def test_a_withheld_parameter_has_a_state_in_the_checkpoint_and_training_goes_on
     """Torch rejects a checkpoint without one. The files of tunerkit and the checkpoint together resume bit for bit."""
     options = state_dict.StateDictOptions(flatten_optimizer_state_dict=flatten)
     model, optimizer = attached(toys, kind)
-    train(toys, model, optimizer, 3)
+    fit(model, optimizer, toys.x(), 3)
     assert len(optimizer.state) == 2
     tunerkit.save_state(model, tmp_path)
     saved = state_dict.get_state_dict(model, optimizer, options=options)
@@ -134,17 +118,11 @@ def test_a_withheld_parameter_has_a_state_in_the_checkpoint_and_training_goes_on
         state_dict_loader.load(kept, checkpoint_id=tmp_path / "checkpoint")
     tunerkit.load_state(again, tmp_path)
     weights, states = kept["both"]  # Any: torch's types of what it returns and takes do not fit
-    assert (
-        told(
-            lambda: state_dict.set_state_dict(
-                again, other, model_state_dict=weights, optim_state_dict=states, options=options
-            )
-        )
-        == []
-    )
+    given: Any = {"model_state_dict": weights, "optim_state_dict": states, "options": options}
+    assert told(lambda: state_dict.set_state_dict(again, other, **given)) == []
     assert tunerkit.tuner(again).steps == 3
     for each in ((model, optimizer), (again, other)):
-        train(toys, *each, 3)
+        fit(*each, toys.x(), 3)
     pairs = zip(model.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(one, two) for one, two in pairs)
 
@@ -153,7 +131,7 @@ def test_a_withheld_parameter_has_a_state_in_the_checkpoint_and_training_goes_on
 def test_states_of_other_shapes_are_left_to_torch(toys: "Toys", holding: HoldingPlugin) -> None:
     """Adafactor keeps rows and columns: nothing is made up for it, and torch says what to do."""
     model, optimizer = attached(toys, torch.optim.Adafactor)
-    train(toys, model, optimizer, 1)
+    fit(model, optimizer, toys.x(), 1)
     kept = state_dict.get_optimizer_state_dict(model, optimizer)
     again, other = attached(toys, torch.optim.Adafactor)
     with pytest.raises(RuntimeError, match="strict=False"):
@@ -166,7 +144,7 @@ def test_states_of_other_shapes_are_left_to_torch(toys: "Toys", holding: Holding
 def test_a_state_dict_outside_of_it_is_torch_s_own(toys: "Toys", holding: HoldingPlugin) -> None:
     """Nothing is added to what other loops save."""
     model, optimizer = attached(toys)
-    train(toys, model, optimizer, 1)
+    fit(model, optimizer, toys.x(), 1)
     assert set(optimizer.state_dict()["state"]) == {0, 2}
 
 
@@ -194,7 +172,7 @@ BEGUN: dict[Any, dict[str, float]] = {
 def test_an_added_state_is_that_of_a_parameter_without_steps(toys: "Toys", holding: HoldingPlugin, kind: Any) -> None:
     """0 everywhere, the count of steps too, also for an optimizer of another library; Rprop begins at its rate."""
     model, optimizer = attached(toys, kind)
-    train(toys, model, optimizer, 3)
+    fit(model, optimizer, toys.x(), 3)
     states: Any = state_dict.get_optimizer_state_dict(model, optimizer)["state"]
     added = [state for name, state in states.items() if name.endswith(".b")]
     found = [{name: value.unique().tolist() for name, value in state.items()} for state in added]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tunerkit
-from tests.support.model_checks import silent
+from tests.support.model_checks import fit, silent
 from tests.support.toys import Toys
 
 TOTAL = 9
@@ -22,13 +22,6 @@ def attached(toys: "Toys", *names: str, method: str = "toy-stepper", total: int 
     return model, optimizer
 
 
-def train(toys: "Toys", model: Any, optimizer: Any, count: int) -> None:
-    for _ in range(count):
-        model(toys.x()).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def stored(optimizer: Any) -> dict[str, Any]:
     """The optimizer's state_dict after a round trip through a file, loaded with weights_only."""
     file = io.BytesIO()
@@ -41,9 +34,9 @@ def stored(optimizer: Any) -> dict[str, Any]:
 def test_loading_the_optimizer_s_state_brings_back_the_training_state(toys: "Toys") -> None:
     """Each adapter gets its own state by name, and steps continue from there."""
     model, optimizer = attached(toys, "a", "b")
-    train(toys, model, optimizer, 2)
+    fit(model, optimizer, toys.x(), 2)
     tunerkit.activate(model, ["a"])
-    train(toys, model, optimizer, 1)
+    fit(model, optimizer, toys.x(), 1)
     again, other = attached(toys, "a", "b")
     other.load_state_dict(stored(optimizer))
     assert [tunerkit.tuner(again, name).steps for name in "ab"] == [3, 2]
@@ -63,7 +56,7 @@ def test_a_method_that_needs_no_steps_leaves_the_optimizer_s_state_as_torch_has_
 def test_another_run_s_state_is_refused_before_the_optimizer_s_is_touched(toys: "Toys") -> None:
     """The error names the differences, as for a file."""
     model, optimizer = attached(toys)
-    train(toys, model, optimizer, 2)
+    fit(model, optimizer, toys.x(), 2)
     _, longer = attached(toys, total=TOTAL + 1)
     with pytest.raises(tunerkit.errors.FileError, match=r"state_dict belongs to another run.*\n- total_steps 9 -> 10"):
         longer.load_state_dict(stored(optimizer))
@@ -74,7 +67,7 @@ def test_another_run_s_state_is_refused_before_the_optimizer_s_is_touched(toys: 
 def test_a_damaged_training_state_is_named(toys: "Toys", lost: str) -> None:
     """The error says where it is, and nothing was resumed."""
     model, optimizer = attached(toys)
-    train(toys, model, optimizer, 2)
+    fit(model, optimizer, toys.x(), 2)
     state = stored(optimizer)
     state["tunerkit"]["default"] = (
         [] if lost == "both" else {key: value for key, value in state["tunerkit"]["default"].items() if key != lost}
@@ -88,7 +81,7 @@ def test_a_damaged_training_state_is_named(toys: "Toys", lost: str) -> None:
 def test_a_state_taken_without_the_adapter_attached_triggers_a_warning(toys: "Toys") -> None:
     """Otherwise the schedule would silently restart in the middle of training; an empty state triggers none."""
     model, optimizer = attached(toys)
-    train(toys, model, optimizer, 2)
+    fit(model, optimizer, toys.x(), 2)
     plain = {key: value for key, value in stored(optimizer).items() if key != "tunerkit"}
     _, again = attached(toys)
     with pytest.warns(tunerkit.TunerkitWarning, match="restarts at step 0.*load_state"):

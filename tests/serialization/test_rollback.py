@@ -8,6 +8,7 @@ import torch
 
 import tunerkit
 from tests.support.adapter_files import rewritten
+from tests.support.model_checks import attached, fit
 from tests.support.toys import FULL, OneMethod, Toys
 from tunerkit.errors import BaseMismatchError, FileError
 from tunerkit.plugin import Method, State, Tuner
@@ -45,12 +46,9 @@ def test_a_state_that_cannot_be_restored_changes_nothing(toys: "Toys", tmp_path:
     with registered(CarelessPlugin()):
         model = toys.trained("toy-careless", targets=["conv", "layers.0"])
         tuner = tunerkit.tuner(model)
-        optimizer = torch.optim.SGD(list(tuner.parameters()), lr=0.1)
-        tunerkit.attach(model, optimizer)
+        optimizer = attached(model)
         path = tunerkit.save_state(model, tmp_path)
-        for _ in range(2):
-            model(toys.x()).sum().backward()
-            optimizer.step()
+        fit(model, optimizer, toys.x(), 2)
         weights = [parameter.detach().clone() for parameter in tuner.parameters()]
         objects = [id(parameter) for parameter in tuner.parameters()]
         history = list(tuner.history)

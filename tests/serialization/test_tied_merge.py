@@ -10,7 +10,8 @@ from torch import nn
 
 import tunerkit
 from tests.support.interrupting import interrupt
-from tests.support.tied_models import COPIES, HOW, MODELS, logits, sharing, tied, trained, untie_
+from tests.support.model_checks import each_copy
+from tests.support.tied_models import HOW, MODELS, logits, sharing, tied, trained, untie_
 from tests.support.toys import Running, Toys
 from tunerkit.errors import AdapterError
 from tunerkit.hooks.loading import Catalog
@@ -94,7 +95,7 @@ def test_the_unwrapped_model_is_untied_and_trains_each_side(toys: "Toys", perman
 
 
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("way", COPIES)
+@each_copy
 def test_a_copy_of_a_merged_model_has_a_tie_of_its_own(toys: "Toys", way: Any, inside: bool) -> None:
     """It unmerges to one shared object, without changing the model. A copy made inside disabled is not merged."""
     model = trained(toys, "toy")

@@ -9,7 +9,7 @@ import torch
 
 import tunerkit
 from tests.support.adapter_files import LONG, assert_refused, rewritten, wrong
-from tests.support.model_checks import silent
+from tests.support.model_checks import attached, fit, silent
 from tests.support.toys import Toys
 from tunerkit import injection
 from tunerkit.errors import AdapterError, FileError, TunerkitWarning
@@ -21,15 +21,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
 def test_training_state_goes_into_a_separate_file(toys: "Toys", tmp_path: Path) -> None:
     """save_state and load_state restore the method's tensors and values, and the step count."""
     model = toys.trained("toy-shift", targets=["conv"])
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    tunerkit.attach(model, optimizer, total_steps=9)
-    for _ in range(3):
-        model(toys.x()).sum().backward()
-        optimizer.step()
+    fit(model, attached(model, total_steps=9), toys.x(), 3)
     path = tunerkit.save_state(model, tmp_path)
     assert path == tmp_path / "state.safetensors"
     other = toys.trained("toy-shift", targets=["conv"])
-    tunerkit.attach(other, torch.optim.SGD(tunerkit.tuner(other).parameters(), lr=0.1), total_steps=9)
+    attached(other, total_steps=9)
     tunerkit.load_state(other, tmp_path)
     seen, steps = cast(tuple[torch.Tensor, int], tunerkit.tuner(other).state)
     assert (int(seen), steps, tunerkit.tuner(other).steps) == (3, 3, 3)
@@ -60,9 +56,9 @@ def test_the_state_of_another_run_is_refused(toys: "Toys", tmp_path: Path, saved
         with pytest.raises(FileError, match="another run"):
             tunerkit.load_state(other, path)
     planned = toys.trained("toy-stepper", targets=["conv"])
-    tunerkit.attach(planned, torch.optim.SGD(tunerkit.tuner(planned).parameters(), lr=0.1), total_steps=9)
+    attached(planned, total_steps=9)
     longer = toys.trained("toy-stepper", targets=["conv"])
-    tunerkit.attach(longer, torch.optim.SGD(tunerkit.tuner(longer).parameters(), lr=0.1), total_steps=12)
+    attached(longer, total_steps=12)
     with pytest.raises(FileError, match="total_steps 9 -> 12"):
         tunerkit.load_state(longer, tunerkit.save_state(planned, tmp_path / "planned"))
     with pytest.raises(FileError, match="is a file of kind 'adapter': pass the file of kind 'state'"):
@@ -113,23 +109,12 @@ def test_a_state_of_another_run_is_refused_shortly(toys: "Toys", tmp_path: Path)
     assert len(str(caught.value)) < 25_000
 
 
-def attached(model: Any, adapter: str = "default") -> torch.optim.Optimizer:
-    """An optimizer of one adapter, which drives it."""
-    tuner = tunerkit.tuner(model, adapter)
-    optimizer = torch.optim.SGD([p for p in tuner.parameters() if p.requires_grad], lr=0.1)
-    tunerkit.attach(model, optimizer, adapter=adapter)
-    return optimizer
-
-
 @pytest.mark.parametrize("method", ["toy-low-rank", "toy-shift"])
 def test_a_state_without_its_weights_is_told(toys: "Toys", method: str, tmp_path: Path) -> None:
     """The adapter is new, and the schedule would go on as if it were trained."""
     config = {"targets": ["layers.0"]}
     model = tunerkit.wrap(toys.net(), method, config)
-    optimizer = attached(model)
-    for _ in range(2):
-        model(toys.x()).square().sum().backward()
-        optimizer.step()
+    fit(model, attached(model), toys.x(), 2)
     tunerkit.save(model, tmp_path)
     tunerkit.save_state(model, tmp_path)
     forgotten = tunerkit.wrap(toys.net(), method, config)
@@ -147,8 +132,7 @@ def test_saving_over_the_only_state_of_another_adapter_is_told(toys: "Toys", tmp
     """The first adapter's state would be gone; one that was saved elsewhere too is not."""
     model = tunerkit.wrap(toys.net(), "toy-low-rank", {"targets": ["layers.1"]})
     tunerkit.wrap(model, "toy-shift", {"targets": ["layers.0"]}, adapter="b")
-    for name in ("default", "b"):
-        attached(model, name)
+    attached(model)
     tunerkit.save(model, tmp_path, adapter="default")  # another file, which does not count
     tunerkit.save_state(model, tmp_path, adapter="default")
     with pytest.warns(TunerkitWarning, match="overwritten the training state .*'default'.*save 'default' ag") as told:

@@ -1,7 +1,6 @@
 """Resizing parameters in place, and the optimizers that allow it."""
 
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -109,17 +108,7 @@ def test_what_may_look_at_whole_tensors_keeps_every_shape(
     assert (plain.shape, parameter.shape) == ((4,), (4, 3))
 
 
-@pytest.fixture
-def _process_group() -> Iterator[None]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_process_group")
+@pytest.mark.usefixtures("group_of_one")
 def test_in_a_process_group_shapes_stay() -> None:
     """DDP's reducer and FSDP's shards rely on the initial shapes."""
     parameter, optimizer = stepped(adamw)

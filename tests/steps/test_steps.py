@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +13,13 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 import tunerkit
-from tests.support.model_checks import silent
+from tests.support.model_checks import sgd, silent, told
 from tests.support.noting import Call, NotingPlugin, calls_of, hooks_of, per_step
 from tests.support.toys import OneMethod, registering
 from tunerkit.injection import tuners_of
-from tunerkit.plugin import Method, Tuner
+from tunerkit.plugin import Method
 from tunerkit.steps import drive, is_attached, optimizer_of
+from tunerkit_testing.small import trainable
 from tunerkit_testing.toy_methods import ShiftConfig, Shifting
 
 
@@ -46,10 +46,6 @@ def wrapped(
     return tunerkit.wrap(model, method, {"targets": ["0"], **config}, adapter=adapter)
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def backward(model: nn.Module, factor: float = 1.0) -> Tensor:
     loss: Tensor = model(X).sum(1).mean() * factor
     loss.backward()
@@ -62,10 +58,6 @@ def calls(model: nn.Module) -> list[Call]:
 
 def names(model: nn.Module) -> list[tuple[str, int]]:
     return hooks_of(tunerkit.tuner(model))
-
-
-def sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(trained(model), lr=0.1, **options)
 
 
 def attached(
@@ -81,9 +73,9 @@ def attached(
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "sgd": sgd,
     "sgd fused": lambda model: sgd(model, fused=True),
-    "adamw loop": lambda model: torch.optim.AdamW(trained(model), lr=0.1, foreach=False),
-    "adamw foreach": lambda model: torch.optim.AdamW(trained(model), lr=0.1, foreach=True),
-    "adamw fused": lambda model: torch.optim.AdamW(trained(model), lr=0.1, fused=True),
+    "adamw loop": lambda model: torch.optim.AdamW(trainable(model), lr=0.1, foreach=False),
+    "adamw foreach": lambda model: torch.optim.AdamW(trainable(model), lr=0.1, foreach=True),
+    "adamw fused": lambda model: torch.optim.AdamW(trainable(model), lr=0.1, fused=True),
 }
 each_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 AS_KEYWORD = pytest.mark.parametrize("as_keyword", [False, True], ids=["positional", "keyword"])
@@ -116,7 +108,7 @@ def test_with_a_closure_before_fires_when_the_closure_has_made_the_gradients(
 def test_lbfgs_calls_before_for_each_run_of_the_closure_and_after_once(as_keyword: bool) -> None:
     """LBFGS evaluates several times per step: each gradient gets its regulariser, and the step is counted once."""
     model = wrapped()
-    optimizer = torch.optim.LBFGS(trained(model), lr=0.1, max_iter=4)
+    optimizer = torch.optim.LBFGS(trainable(model), lr=0.1, max_iter=4)
     tunerkit.attach(model, optimizer, total_steps=9)
     runs = 0
 
@@ -323,15 +315,11 @@ def test_steps_count_optimizer_steps_for_any_accumulation(micro: list[int], name
 
 def refusal(model: nn.Module, *args: Any, **kwargs: Any) -> str:
     """The message of a rejected attachment; also checks that the model is still unattached."""
-    before = {name: (t.state, t.steps, t.total_steps, is_attached(t)) for name, t in tuners(model).items()}
+    before = {name: (t.state, t.steps, t.total_steps, is_attached(t)) for name, t in tuners_of(model).items()}
     with pytest.raises(tunerkit.errors.StepError) as caught:
         tunerkit.attach(model, *args, **kwargs)
-    assert {n: (t.state, t.steps, t.total_steps, is_attached(t)) for n, t in tuners(model).items()} == before
+    assert {n: (t.state, t.steps, t.total_steps, is_attached(t)) for n, t in tuners_of(model).items()} == before
     return str(caught.value)
-
-
-def tuners(model: nn.Module) -> dict[str, Tuner]:
-    return tuners_of(model)
 
 
 def test_unknown_total_steps_are_refused() -> None:
@@ -417,15 +405,13 @@ def test_an_epsilon_that_is_0_in_float16_is_told_before_it_breaks_the_weights(
 ) -> None:
     """Adam divides by a root that is 0 for small gradients in float16; what the warning advises keeps them finite."""
     model = wrapped("plain", adapter_dtype=dtype)
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-2, **options)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, **options)
     expected = is_told and dtype == "float16"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        tunerkit.attach(model, optimizer)
-    assert ["eps=1e-08 rounds to 0: steps divide by 0" in str(each.message) for each in caught] == [True] * expected
+    texts = told(lambda: tunerkit.attach(model, optimizer))
+    assert ["eps=1e-08 rounds to 0: steps divide by 0" in text for text in texts] == [True] * expected
     backward(model, 1e-4)
     optimizer.step()
-    assert all(bool(p.isfinite().all()) for p in trained(model)) is not expected
+    assert all(bool(p.isfinite().all()) for p in trainable(model)) is not expected
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -456,13 +442,13 @@ def test_stepping_while_merged_raises_and_moves_nothing() -> None:
     """Training a merged model has no effect; after unmerge training continues."""
     model, optimizer = attached(total_steps=5)
     backward(model)
-    before = [p.detach().clone() for p in trained(model)]
+    before = [p.detach().clone() for p in trainable(model)]
     tunerkit.merge(model)
     with pytest.raises(tunerkit.errors.StepError, match=r"tunerkit\.unmerge"):
         optimizer.step()
     with pytest.raises(tunerkit.errors.StepError, match="merged"):
         optimizer.step(lambda: 0.0)
-    assert all(torch.equal(p, old) for p, old in zip(trained(model), before, strict=True))
+    assert all(torch.equal(p, old) for p, old in zip(trainable(model), before, strict=True))
     assert names(model) == []
     tunerkit.unmerge(model)
     optimizer.step()
@@ -495,7 +481,7 @@ def test_a_method_that_needs_no_steps_attaches_as_a_no_op() -> None:
             optimizer.zero_grad()
             backward(model)
             optimizer.step()
-        weights.append(trained(model)[0].detach())
+        weights.append(trainable(model)[0].detach())
         assert tunerkit.tuner(model).steps == (5 if attached else 0)
     assert torch.equal(*weights)
     assert weights[0].abs().min() > 0
@@ -506,14 +492,14 @@ def test_one_call_attaches_all_adapters_and_a_name_only_one() -> None:
     model = wrapped("plain", "other", wrapped())
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=5, adapter="other")
-    assert [is_attached(tuner) for tuner in tuners(model).values()] == [False, True]
+    assert [is_attached(tuner) for tuner in tuners_of(model).values()] == [False, True]
     tunerkit.attach(model, optimizer, total_steps=5, adapter="default")
     both = wrapped("plain", "other", wrapped())
     optimizer = sgd(both)
     tunerkit.attach(both, optimizer, total_steps=5)
     backward(both)
     optimizer.step()
-    assert [tuner.steps for tuner in tuners(both).values()] == [1, 1]
+    assert [tuner.steps for tuner in tuners_of(both).values()] == [1, 1]
 
 
 @pytest.mark.parametrize("reason", ["attached", "missing", "total", "start"])
@@ -522,7 +508,7 @@ def test_attach_changes_nothing_when_one_of_several_adapters_is_refused(reason: 
     settings_of: dict[str, dict[str, Any]] = {"total": {"total_steps": 7}, "start": {"refuses": True}}
     second = settings_of.get(reason, {})
     model = wrapped("noting-stepper", "second", wrapped(), **second)
-    first, other = tuners(model).values()
+    first, other = tuners_of(model).values()
     optimizer = torch.optim.SGD([*first.parameters(), *(() if reason == "missing" else other.parameters())], lr=0.1)
     another = sgd(model)
     if reason == "attached":
@@ -531,7 +517,7 @@ def test_attach_changes_nothing_when_one_of_several_adapters_is_refused(reason: 
         tunerkit.attach(model, optimizer, total_steps=5)
     assert not is_attached(first)
     assert (first.state, first.total_steps) == (None, None)
-    for parameter in trained(model):
+    for parameter in trainable(model):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert (first.steps, other.steps) == (0, 0)
@@ -560,19 +546,16 @@ def test_a_restarted_schedule_triggers_a_warning() -> None:
         backward(model)
         optimizer.step()
         twin = copy.deepcopy(model)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            tunerkit.attach(twin, sgd(twin), total_steps=5)
-        told = [str(warning.message) for warning in caught]
-        assert len(told) == (method == "noting-stepper")
+        texts = told(lambda: tunerkit.attach(twin, sgd(twin), total_steps=5))  # noqa: B023  # called at once
+        assert len(texts) == (method == "noting-stepper")
         restart = "restarts at step 0 for adapter 'default' after 1 steps"
-        assert all(restart in one and "load_state" in one for one in told)
+        assert all(restart in text and "load_state" in text for text in texts)
 
 
 def test_a_frozen_adapter_is_left_alone_and_refused_by_name() -> None:
     """An adapter that was loaded only for inference, along with a trained one, must not be driven."""
     model = wrapped("noting-stepper", "second", wrapped())
-    frozen, training = tuners(model).values()
+    frozen, training = tuners_of(model).values()
     for parameter in frozen.parameters():
         parameter.requires_grad_(False)
     optimizer = sgd(model)

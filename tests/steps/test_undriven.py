@@ -1,13 +1,11 @@
 """What is found at the next forward, or at saving, if an optimizer stepped an adapter that it does not drive."""
 
-import copy
 import functools
 import io
 import os
 import pickle
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +15,24 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 import tunerkit
-from tests.support.model_checks import silent
+from tests.support.model_checks import attached, each_copy, fit, sgd, silent, told
 from tests.support.toys import OneMethod, Toys
 from tunerkit.plugin import Method, optimizer_of
 from tunerkit_testing.registering import registered
+from tunerkit_testing.small import trainable
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
 
 
 def step(toys: "Toys", model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """A step, and the forward of the next one."""
-    optimizer.zero_grad()
-    model(toys.x()).square().mean().backward()
-    optimizer.step()
+    fit(model, optimizer, toys.x())
     model(toys.x())
 
 
-def told(toys: "Toys", model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 2) -> list[str]:
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        for _ in range(count):
-            step(toys, model, optimizer)
-    return [str(w.message) for w in found if "updates adapter" in str(w.message)]
+def said(toys: "Toys", model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """What is said of that in two steps."""
+    texts = [text for _ in range(2) for text in told(lambda: step(toys, model, optimizer))]
+    return [text for text in texts if "updates adapter" in text]
 
 
 def wrapped(toys: "Toys", method: str = "toy-stepper", **options: Any) -> nn.Module:
@@ -53,7 +44,7 @@ NOTHING = r"is not attached to it: .* call tunerkit\.attach\(model, optimizer, t
 
 
 def adamw(model: nn.Module, *, fused: bool = False) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=fused)
+    return torch.optim.AdamW(trainable(model), fused=fused)
 
 
 # Torch does not count the changes that a fused optimizer makes.
@@ -64,7 +55,7 @@ def test_training_without_attach_stops_after_the_first_step_of_any_optimizer(toy
     with pytest.raises(tunerkit.errors.StepError, match=NOTHING):
         step(toys, model, make(model))
     plain = wrapped(toys, "toy-low-rank")
-    assert told(toys, plain, make(plain)) == []
+    assert said(toys, plain, make(plain)) == []
 
 
 class PenaltyPlugin(OneMethod, LowRankPlugin):
@@ -90,8 +81,8 @@ def test_the_optimizer_that_drives_triggers_no_warning(toys: "Toys") -> None:
     model = wrapped(toys)
     optimizer, second = sgd(model), sgd(model)
     tunerkit.attach(model, optimizer, total_steps=9)
-    assert told(toys, model, optimizer) == []
-    (text,) = told(toys, model, second)
+    assert said(toys, model, optimizer) == []
+    (text,) = said(toys, model, second)
     assert "not attached to it: another optimizer is" in text
 
 
@@ -101,27 +92,24 @@ def test_an_adapter_that_was_left_out_on_purpose_triggers_a_warning(toys: "Toys"
     tunerkit.wrap(model, "toy-stepper", {"targets": ["layers.1"]}, adapter="b")
     optimizer = sgd(model)
     tunerkit.attach(model, optimizer, total_steps=9, adapter="a")
-    (text,) = told(toys, model, optimizer)
+    (text,) = said(toys, model, optimizer)
     assert "updates adapter 'b', but is not attached to it" in text
     tunerkit.attach(model, optimizer, total_steps=9, adapter="b")
-    assert told(toys, model, optimizer) == []
+    assert said(toys, model, optimizer) == []
     assert [tunerkit.tuner(model, name).steps for name in "ab"] == [4, 2]
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
-)
-def test_a_copied_optimizer_that_lost_its_hooks_stops_after_its_first_step(toys: "Toys", copied: Any) -> None:
+@each_copy
+def test_a_copied_optimizer_that_lost_its_hooks_stops_after_its_first_step(toys: "Toys", way: Any) -> None:
     """Model and optimizer copied together do not train on until the copy is attached: nothing drives it."""
     model = wrapped(toys)
-    optimizer = sgd(model)
-    tunerkit.attach(model, optimizer, total_steps=9)
-    twin, twin_optimizer = copied((model, optimizer))
+    optimizer = attached(model, total_steps=9)
+    twin, twin_optimizer = way((model, optimizer))
     with pytest.raises(tunerkit.errors.StepError, match="loses its hooks"):
         step(toys, twin, twin_optimizer)
     assert tunerkit.tuner(twin).steps == 0
     tunerkit.attach(twin, twin_optimizer, total_steps=9)
-    assert told(toys, twin, twin_optimizer) == []
+    assert said(toys, twin, twin_optimizer) == []
     assert tunerkit.tuner(twin).steps == 2
     assert tunerkit.tuner(model).steps == 0
 
@@ -162,8 +150,7 @@ def test_saving_tells_of_the_last_step(toys: "Toys", tmp_path: Path) -> None:
     with registered(QuietPlugin()):
         model = wrapped(toys, "quiet")
         optimizer = sgd(model)
-        model(toys.x()).square().mean().backward()
-        optimizer.step()
+        fit(model, optimizer, toys.x())
         with pytest.warns(tunerkit.TunerkitWarning, match="updates adapter 'default', but is not attached to it"):
             tunerkit.save(model, tmp_path)
 
@@ -189,7 +176,7 @@ def test_nothing_is_registered_for_all_optimizers_and_unwrapping_leaves_no_hook(
 def test_closures_and_skipped_steps_of_the_own_optimizer_trigger_nothing(toys: "Toys") -> None:
     """LBFGS moves the weights between the forwards of one step."""
     model = wrapped(toys)
-    optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], lr=0.1, max_iter=3)
+    optimizer = torch.optim.LBFGS(trainable(model), lr=0.1, max_iter=3)
     tunerkit.attach(model, optimizer, total_steps=9)
 
     def closure() -> torch.Tensor:
@@ -207,17 +194,12 @@ def test_closures_and_skipped_steps_of_the_own_optimizer_trigger_nothing(toys: "
 def test_a_loaded_adapter_is_watched_too(toys: "Toys", tmp_path: Path) -> None:
     """A process may load an adapter that another process wrapped, and resume training it."""
     model = wrapped(toys)
-    tunerkit.attach(model, sgd(model), total_steps=9)
+    attached(model, total_steps=9)
     tunerkit.tuner(model).progress.steps = 1
     path = tunerkit.save(model, tmp_path)
     loaded = tunerkit.load(toys.net(), path, trainable=True)
     with pytest.raises(tunerkit.errors.StepError, match="is not attached to it"):
         step(toys, loaded, sgd(loaded))
-
-
-def environment() -> dict[str, str]:
-    """The environment of a process that finds what this one can import."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 UNPICKLE = """
@@ -242,8 +224,9 @@ def test_a_process_that_only_unpickles_a_model_is_watched(toys: "Toys") -> None:
     model = tunerkit.wrap(nn.Sequential(nn.Linear(4, 4)), "toy-stepper", {"targets": ["0"]})
     file = io.BytesIO()
     torch.save(model, file)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", UNPICKLE]
-    done = subprocess.run(command, input=file.getvalue(), capture_output=True, env=environment(), check=False)
+    done = subprocess.run(command, input=file.getvalue(), capture_output=True, env=environment, check=False)
     assert done.stdout.strip() == b"1", done.stderr.decode()
 
 

@@ -1,17 +1,23 @@
 """Checks of a wrapped model that several test files use."""
 
+import copy
+import pickle
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import tunerkit
 from tests.support.toys import Toys
 from tunerkit.errors import TunerkitWarning
 from tunerkit_testing import check_method
 from tunerkit_testing.cases import Case
+from tunerkit_testing.small import trainable
 
 
 @contextmanager
@@ -28,6 +34,44 @@ def silent(kind: type[Warning] = TunerkitWarning) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", kind)
         yield
+
+
+def told(call: Callable[[], object], file: str | None = None) -> list[str]:
+    """The texts of our warnings in a call, each of which points into ``file``, if one is named."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    ours = [each for each in caught if issubclass(each.category, TunerkitWarning)]
+    assert file is None or all(each.filename == file for each in ours)
+    return [str(each.message) for each in ours]
+
+
+def pickled(value: Any) -> Any:
+    """A copy through pickle, as a spawned worker gets it."""
+    return pickle.loads(pickle.dumps(value))
+
+
+each_copy = pytest.mark.parametrize("way", [copy.deepcopy, pickled])
+
+
+def sgd(model: nn.Module, **options: Any) -> Optimizer:
+    """A plain optimizer of all that is trained."""
+    return torch.optim.SGD(trainable(model), lr=0.1, **options)
+
+
+def attached(model: nn.Module, **options: Any) -> Optimizer:
+    """The same, which drives the adapters."""
+    optimizer = sgd(model)
+    tunerkit.attach(model, optimizer, **options)
+    return optimizer
+
+
+def fit(model: nn.Module, optimizer: Optimizer, x: Tensor, steps: int = 1) -> None:
+    """Take steps towards outputs of 0."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
 
 
 def nudge_(model: nn.Module, *adapters: str) -> nn.Module:
@@ -53,5 +97,5 @@ def check_common(method: str, case: Case, *more: str, skipped: Collection[str] =
     assert {each.check: each.status for each in results} == expected, results
 
 
-def losing(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def losing(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).square().sum()  # type: ignore[no-any-return]

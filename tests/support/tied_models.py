@@ -1,8 +1,6 @@
 """Models whose embedding and output head share a weight: a toy, and tiny ones of transformers."""
 
-import copy
 import importlib
-import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +14,6 @@ from tests.support.toys import Toys
 
 HOW = ["targets", "train_modules"]
 MODELS = ["toy", "llama", "gpt2", "bert", "t5"]
-COPIES: list[Any] = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 IDS = torch.arange(8).reshape(2, 4)
 _SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 _GPT2: dict[str, Any] = {"n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}

@@ -198,6 +198,17 @@ def toys() -> Iterator[Toys]:
         yield Toys()
 
 
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A process group in which this process is alone."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def saved(toys: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of an adapter with everything in it."""

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import tunerkit
-from tests.support.model_checks import silent
-from tests.support.tied_models import COPIES, HOW, MODELS, SIDES, Toy, logits, settings, sharing, tied, trained, untie_
+from tests.support.model_checks import each_copy, silent
+from tests.support.tied_models import HOW, MODELS, SIDES, Toy, logits, settings, sharing, tied, trained, untie_
 from tests.support.toys import Toys
 from tunerkit.errors import TargetError, TunerkitWarning
 
@@ -43,7 +43,7 @@ def test_each_side_changes_on_its_own(toys: "Toys", tmp_path: Path, name: str, h
     assert [n for n, p in model.named_parameters() if p.requires_grad] == [n for n, _ in plain.named_parameters()]
 
 
-@pytest.mark.parametrize("way", COPIES)
+@each_copy
 def test_a_copy_of_the_model_is_tied_and_adapted_too(toys: "Toys", way: Any) -> None:
     """The copy computes the same and shares nothing with the model."""
     model = trained(toys, "toy")
