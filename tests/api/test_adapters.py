@@ -1,7 +1,6 @@
 """Several adapters in one model: any number, any name, together or alone, each trained by its own steps."""
 
 import copy
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import tunerkit
+from tests.support.model_checks import each_copy, fit, pickled
 from tests.support.noting import NotingPlugin, hooks_of, per_step
 from tests.support.toys import Building, Toys, registering
 from tunerkit.errors import AdapterError, StepError
@@ -22,6 +22,7 @@ from tunerkit.injection.slots import apply_slots
 from tunerkit.plugin import Adapter, BaseLayer, Tuner
 from tunerkit.steps import detach, drive
 from tunerkit_testing.matrix import is_long
+from tunerkit_testing.small import trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")
 LAYERS = {"targets": ["layers.0", "layers.1"]}
@@ -80,13 +81,6 @@ def alone(toys: "Toys", model: nn.Module, name: str, folder: Path) -> Tensor:
 
 def trained_by(model: nn.Module, name: str) -> list[nn.Parameter]:
     return [p for p in tunerkit.tuner(model, name).parameters() if p.requires_grad]
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, times: int = 1) -> None:
-    for _ in range(times):
-        optimizer.zero_grad()
-        model(x).square().sum().backward()
-        optimizer.step()
 
 
 def values(model: nn.Module, name: str) -> list[Tensor]:
@@ -295,6 +289,7 @@ def test_two_that_train_one_module_are_not_active_together(toys: "Toys", heads: 
 def test_a_place_of_another_kind_stays_refused(toys: "Toys") -> None:
     """A copy shares its module only with other copies: not with a target, a bias, or anything above or below it."""
     model = several(toys, {"a": WITH_HEAD})
+    before = toys.snapshot(model)
     for config in (
         {"targets": ["head.0"]},
         {"targets": ["layers.0"], "bias": "all"},
@@ -302,7 +297,7 @@ def test_a_place_of_another_kind_stays_refused(toys: "Toys") -> None:
     ):
         with pytest.raises(AdapterError, match=r"'a' trains 'head\.0' in full|cannot train 'layers\.0' in full"):
             tunerkit.wrap(model, "toy-shift", config, adapter="b")
-    assert list(tunerkit.adapters(model)) == ["a"]
+    assert toys.same(toys.snapshot(model), before)
 
 
 def test_statistics_are_held_until_the_last_copy_leaves(toys: "Toys", heads: Any) -> None:
@@ -338,18 +333,18 @@ def test_a_frozen_adapter_keeps_its_values_and_its_output_counts(toys: "Toys") -
     model = two(toys)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
     tunerkit.attach(model, optimizer)
-    train(model, optimizer, toys.x(), 2)
+    fit(model, optimizer, toys.x(), 2)
     model(toys.x()).sum().backward()
     output, frozen = model(toys.x()), values(model, "a")
     tunerkit.freeze(model, "a")
     assert torch.equal(model(toys.x()), output)
     assert all(p.grad is None and not p.requires_grad for p in tunerkit.tuner(model, "a").parameters())
     optimizer.step()
-    train(model, optimizer, toys.x(), 2)
+    fit(model, optimizer, toys.x(), 2)
     assert equal(values(model, "a"), frozen)
     assert [tuner.steps for tuner in tunerkit.adapters(model).values()] == [2, 5]
     tunerkit.thaw(model, "a")
-    train(model, optimizer, toys.x())
+    fit(model, optimizer, toys.x())
     assert not equal(values(model, "a"), frozen)
     assert [tuner.steps for tuner in tunerkit.adapters(model).values()] == [3, 6]
 
@@ -384,7 +379,7 @@ def test_renaming_moves_the_name_alone(toys: "Toys", heads: Any) -> None:
     assert all(p is q for p, q in zip(parameters, tuner.parameters(), strict=True))
     assert list(heads.state_dict()) == [key.replace(".tunerkit.a.", ".tunerkit.forward.") for key in keys]
     assert torch.equal(heads(toys.x()), output)
-    train(heads, optimizer, toys.x())
+    fit(heads, optimizer, toys.x())
     assert tuner.steps == 1
     tunerkit.wrap(tunerkit.unwrap(heads), "toy-shift", LAYERS, adapter="a")
     assert tunerkit.active(heads) == ("a",)
@@ -414,14 +409,14 @@ def test_a_deleted_adapter_is_trained_no_more(toys: "Toys") -> None:
     model = two(toys)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     tunerkit.attach(model, optimizer)
-    train(model, optimizer, toys.x())
+    fit(model, optimizer, toys.x())
     gone = tunerkit.tuner(model, "a")
     parameters = list(gone.parameters())
     model(toys.x()).sum().backward()
     tunerkit.delete(model, "a")
     before = [p.detach().clone() for p in parameters]
     optimizer.step()
-    train(model, optimizer, toys.x())
+    fit(model, optimizer, toys.x())
     assert equal(before, parameters)  # type: ignore[arg-type]
     assert gone.steps == 1
     assert tunerkit.tuner(model).steps == 3
@@ -455,13 +450,13 @@ def test_all_adapters_are_counted_and_saved_active_or_not(toys: "Toys", tmp_path
     assert tunerkit.trainable_parameters(model).adapters == {"a": 0, "b": counts.trainable // 2}
 
 
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_of_the_model_has_independent_adapters(toys: "Toys", twin_of: Any) -> None:
+@each_copy
+def test_a_copy_of_the_model_has_independent_adapters(toys: "Toys", way: Any) -> None:
     """Changes to the copy's adapters, or to which are active, don't affect the original."""
     model = two(toys)
     tunerkit.activate(model, ["b", "a"])
     output = model(toys.x())
-    twin = twin_of(model)
+    twin = way(model)
     assert tunerkit.active(twin) == ("b", "a")
     assert torch.equal(twin(toys.x()), output)
     tunerkit.rename(twin, "a", "new")
@@ -479,7 +474,7 @@ def noting(toys: "Toys") -> tuple[Any, list[Tuner], torch.optim.Optimizer]:
     model = toys.net()
     for name in ("a", "b"):
         tunerkit.wrap(model, "noting", LAYERS, adapter=name)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.01)
     tunerkit.attach(model, optimizer)
     tunerkit.activate(model, "a")
     return model, list(tunerkit.adapters(model).values()), optimizer
@@ -574,7 +569,7 @@ def add(model: nn.Module, optimizer: torch.optim.Optimizer, name: str) -> None:
     optimizer.add_param_group({"params": trained_by(model, name)})
     tunerkit.attach(model, optimizer, adapter=name)
     tunerkit.activate(model, name)
-    train(model, optimizer, torch.ones(1, 3, 5, 5))
+    fit(model, optimizer, torch.ones(1, 3, 5, 5))
     tunerkit.activate(model, before)
 
 
@@ -590,13 +585,13 @@ def test_what_is_done_to_one_adapter_leaves_the_others_training_alone(toys: "Toy
     for disturbed in (False, True):
         model = two(toys)
         options = {"momentum": 0.9} if make is torch.optim.SGD else {"weight_decay": 0.1}
-        optimizer = make([p for p in model.parameters() if p.requires_grad], lr=0.01, **options)
+        optimizer = make(trainable(model), lr=0.01, **options)
         tunerkit.attach(model, optimizer)
         for step in range(6):
             if disturbed:
                 change(toys, model, optimizer, step)
             tunerkit.activate(model, "a")
-            train(model, optimizer, toys.x() + step)
+            fit(model, optimizer, toys.x() + step)
         states = [t for p in trained_by(model, "a") for t in optimizer.state[p].values() if isinstance(t, Tensor)]
         ends.append([*values(model, "a"), *states])
         assert tunerkit.tuner(model, "a").steps == 6
@@ -629,9 +624,9 @@ def test_an_adapter_of_any_name_can_be_trained_beside_another(
     before = toys.snapshot(model)
     model = several(toys, {other: LAYERS, name: WITH_HEAD}, model)
     tunerkit.activate(model, [name, other])
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-3)
     tunerkit.attach(model, optimizer)
-    train(model, optimizer, toys.x(), 2)
+    fit(model, optimizer, toys.x(), 2)
     tunerkit.activate(model, name)
     output = model(toys.x())
     loaded = tunerkit.load(toys.net(), tunerkit.save(model, tmp_path, adapter=name), adapter=name)
@@ -646,7 +641,7 @@ def test_an_adapter_of_any_name_can_be_trained_beside_another(
     tunerkit.rename(twin, name, other)
     assert tunerkit.active(twin) == (other,)
     assert torch.equal(twin(toys.x()), output)
-    for copied in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin))):
+    for copied in (copy.deepcopy(twin), pickled(twin)):
         assert torch.equal(copied(toys.x()), output)
     assert toys.close(copied.double()(toys.x().double()).float(), output)
     assert toys.same(toys.snapshot(tunerkit.unwrap(model)), before)

@@ -1,7 +1,6 @@
 """Parameter groups: the learning rates and weight decays that a method asks for. Starts that are fitted to data."""
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 import tunerkit
+from tests.support.model_checks import attached, sgd, told
 from tests.support.resumed_loop import assert_resumes
 from tests.support.toy_plus import PlusPlugin, ids, named
 from tests.support.toy_starts import FittedPlugin
@@ -103,20 +103,15 @@ class Answering(OneMethod, LowRankPlugin):
         return self.answer(list(tuner.parameters()))
 
 
-Group: Any = ParamGroup
-
-
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (lambda own: [Group(own, weight_decay=float("inf"))], ".*weight_decay of a ParamGroup is inf; expected a fin"),
-        (lambda own: [Group([nn.Parameter(torch.ones(1))])], "not the adapter's"),
-        (lambda own: [Group(own[:1]), Group(own)], "in two groups, or twice"),
-        (lambda own: [Group(own[0])], r".*parameters of a ParamGroup is .* at \[0\]; expected Seq"),
+        (lambda own: [ParamGroup([nn.Parameter(torch.ones(1))])], "not the adapter's"),
+        (lambda own: [ParamGroup(own[:1]), ParamGroup(own)], "in two groups, or twice"),
     ],
 )
 def test_a_wrong_answer_of_the_hook_names_the_plugin(answer: Any, words: str) -> None:
-    """And the adapter, and what it has to return."""
+    """And the adapter. Answers of other forms are tested in tests/hooks/test_answers.py."""
     with registered(Answering(answer)):
         model = wrapped("toy-answering")
         with pytest.raises(tunerkit.errors.PluginError, match=f"tunerkit_param_groups.*'toy-answering'.*{words}") as e:
@@ -181,18 +176,15 @@ def test_while_it_is_fitted_the_model_evaluates_with_gradients_and_draws_stay_it
 def test_a_start_that_needs_data_and_got_none_is_told_when_training_begins() -> None:
     """The warning names the method, the adapter and the call; a calibrated and a loaded adapter get none."""
 
-    def told(model: nn.Module) -> list[str]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            tunerkit.attach(model, torch.optim.AdamW(trainable(model), lr=0.05))
-        return [str(each.message) for each in caught if "is initialized from data" in str(each.message)]
+    def said(model: nn.Module) -> list[str]:
+        return [text for text in told(lambda: attached(model)) if "is initialized from data" in text]
 
-    (text,) = told(wrapped("toy-inputs"))
+    (text,) = said(wrapped("toy-inputs"))
     assert "'toy-inputs'" in text
     assert "adapter 'default' was not" in text
     assert "tunerkit.calibrate(model, batches) before attach" in text
-    assert told(fitted(wrapped("toy-inputs"))) == []
-    assert told(wrapped("toy-low-rank")) == []
+    assert said(fitted(wrapped("toy-inputs"))) == []
+    assert said(wrapped("toy-low-rank")) == []
 
 
 @pytest.mark.filterwarnings("ignore:.*saved untrained")
@@ -209,17 +201,12 @@ def test_it_is_recorded_and_saved_and_a_loaded_adapter_knows_it(tmp_path: Path) 
     assert tunerkit.tuner(tunerkit.load(net(), tmp_path / "never")).progress.calibration is None
 
 
-def attached(model: nn.Module) -> nn.Module:
-    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
-    tunerkit.attach(model, optimizer)
-    vars(model)["optimizer"] = optimizer  # it must live as long as the model
+def driven(model: nn.Module) -> nn.Module:
+    vars(model)["optimizer"] = attached(model)  # it must live as long as the model
     return model
 
 
-def trained(model: nn.Module, *, attach: bool) -> nn.Module:
-    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
-    if attach:
-        tunerkit.attach(model, optimizer)
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
     step(model, optimizer)
     return model
 
@@ -229,9 +216,9 @@ def reloaded(folder: Path) -> nn.Module:
 
 
 STARTED: dict[str, tuple[Callable[[Path], nn.Module], str]] = {
-    "attached": (lambda folder: attached(wrapped("toy-inputs")), "already attached to an optimizer.*right after"),
-    "trained": (lambda folder: trained(wrapped("toy-inputs"), attach=True), "already trained.*right after"),
-    "trained without attach": (lambda folder: trained(wrapped("toy-inputs"), attach=False), "already trained"),
+    "attached": (lambda folder: driven(wrapped("toy-inputs")), "already attached to an optimizer.*right after"),
+    "trained": (lambda folder: trained(m := wrapped("toy-inputs"), attached(m)), "already trained.*right after"),
+    "trained without attach": (lambda folder: trained(m := wrapped("toy-inputs"), sgd(m)), "already trained"),
     "loaded": (reloaded, "already loaded from a file"),
     "merged": (lambda folder: tunerkit.merge(wrapped("toy-inputs")), "merged"),
     "needs none": (lambda folder: wrapped("toy-low-rank"), "'toy-low-rank' needs no data with its settings"),

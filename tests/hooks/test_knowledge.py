@@ -5,7 +5,7 @@ import copy
 import re
 import types
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from tests.support.toys import PastForward, Toys, answering
 from tunerkit import injection
 from tunerkit.errors import PluginError, TunerkitWarning
 from tunerkit.hooks import gather_formats, gather_knowledge, registry
-from tunerkit.layers import as_base_layer
+from tunerkit.layers import as_base_layer, weights
 from tunerkit.layers.kinds import DenseLinear, LinearLayer
-from tunerkit.plugin import BaseLayer, DefaultTargets, WeightReader
+from tunerkit.plugin import BaseLayer, DefaultTargets, Format, Holding, WeightReader
 from tunerkit.records import in_short
 from tunerkit_testing.registering import registered
 
@@ -85,33 +85,37 @@ def test_good_kinds_come_after_cores_own(toys: "Toys") -> None:
     assert gather_knowledge().kinds == kinds
 
 
-WRONG = [
-    ("tunerkit_weight_readers", "no list"),
-    ("tunerkit_weight_readers", [("package.Owner", ("out",))]),
-    ("tunerkit_default_targets", DefaultTargets(("decoder",), ("out",))),
+Reader: Any = WeightReader  # Any: what the records hold here is wrong on purpose
+Written: Any = Format
+Held: Any = Holding
+# By hooks: answers of a wrong form, and answers whose record cannot be made; with what must be or is expected.
+WRONG: list[tuple[str, Any, str]] = [
+    ("tunerkit_weight_readers", "no list", "must return .*WeightReader"),
+    ("tunerkit_weight_readers", [("package.Owner", ("out",))], "must return .*WeightReader"),
+    ("tunerkit_weight_readers", lambda: [Reader("a.B", "out")], "children of a WeightReader is 'out'; expected tup"),
+    ("tunerkit_default_targets", DefaultTargets(("decoder",), ("out",)), "must return .*DefaultTargets"),
+    ("tunerkit_model_libraries", [1], r"must return .*tunerkit\.plugin\.ModelLibrary"),
+    ("tunerkit_formats", "toy", "must return .*Format"),
+    ("tunerkit_formats", [("toy", len)], r"at \[0\]; it must return .*Format"),
+    ("tunerkit_formats", lambda: [Written("toy", len, None, len)], "read of format 'toy' is None; expected Callable"),
+    ("tunerkit_holdings", "a holding", r"must return Iterable\[tunerkit\.plugin\.Holding\]"),
+    ("tunerkit_holdings", lambda: [Held(load=None)], "load of holding 'an engine' is None; expected Callable"),
 ]
+# What asks a hook, where wrapping does not; it goes on.
+ASKING: dict[str, Callable[[], bool]] = {
+    "tunerkit_formats": lambda: "toy" not in gather_formats(),
+    "tunerkit_holdings": lambda: weights.offloading(nn.Linear(2, 2).to("meta")) is None,
+}
 
 
-@pytest.mark.parametrize(("hook", "answer"), WRONG)
-def test_records_of_a_wrong_form_are_left_out_by_name(toys: "Toys", hook: str, answer: Any) -> None:
-    """A warning says what was returned, what is expected and by which plugin; wrapping goes on."""
-    expected = "WeightReader" if "readers" in hook else "DefaultTargets"
-    with (
-        registered(answering(hook, answer)),
-        pytest.warns(TunerkitWarning, match=rf"{hook} of plugin 'answering' \(in-process\).*must .*{expected}") as told,
-    ):
-        tunerkit.wrap(toys.net(), "toy-shift")
-    assert f"returned {in_short(answer)}" in str(told[0].message)
-
-
-def test_a_plugin_that_makes_a_wrong_record_is_left_out_by_name(toys: "Toys") -> None:
-    """The reason says the field, its value and what is allowed."""
-    plugin = answering("tunerkit_weight_readers", lambda: [WeightReader("package.Owner", "out")])  # type: ignore[arg-type]
-    words = (
-        r"tunerkit_weight_readers of plugin 'answering' .*left out: children of a WeightReader is 'out'; expected tup"
-    )
-    with registered(plugin), pytest.warns(TunerkitWarning, match=words):
-        tunerkit.wrap(toys.net(), "toy-shift")
+@pytest.mark.parametrize(("hook", "answer", "words"), WRONG)
+def test_records_of_a_wrong_form_are_left_out_by_name(toys: "Toys", hook: str, answer: Any, words: str) -> None:
+    """A warning says what was returned, what is expected and by which plugin; the call that asked goes on."""
+    ask = ASKING.get(hook, lambda: bool(tunerkit.wrap(toys.net(), "toy-shift")))
+    words = rf"{hook} of plugin 'answering' \(in-process\).*{words}"
+    with registered(answering(hook, answer)), pytest.warns(TunerkitWarning, match=words) as told:
+        assert ask()
+    assert isinstance(answer, types.FunctionType) or f"returned {in_short(answer)}" in str(told[0].message)
 
 
 def read(error: BaseException) -> Iterator[object]:

@@ -71,16 +71,6 @@ def test_hooks_of_the_users_stay_and_run(toys: "Toys") -> None:
     assert seen == [0, 0]
 
 
-@pytest.mark.parametrize("second", [{"targets": ["head.0"]}, {"targets": ["conv"], "train_modules": ["head"]}])
-def test_what_is_trained_in_full_is_not_adapted_too(toys: "Toys", second: dict[str, Any]) -> None:
-    """A copy replaces its module's output, so no other adapter can be at or below it."""
-    model = toys.trained()
-    before = toys.snapshot(model)
-    with pytest.raises(AdapterError, match=r"'default'.*head\.0|'head\.0'.*'default'"):
-        tunerkit.wrap(model, "toy-shift", second, adapter="second")
-    assert toys.same(toys.snapshot(model), before)
-
-
 def test_what_holds_an_adapter_is_not_trained_in_full(toys: "Toys") -> None:
     """The copy would include the adapter: the error names the adapter and its place."""
     block = nn.Module()

@@ -1,7 +1,6 @@
 """Models that cannot be wrapped are refused in words and stay as they were."""
 
 import copy
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tests.support.model_checks import silent, untouched
+from tests.support.model_checks import pickled, silent, untouched
 from tests.support.toys import Toys
 from tunerkit.errors import AdapterError, TargetError, TunerkitWarning, UnknownMethodError
 
@@ -72,7 +71,7 @@ def test_a_model_with_an_attribute_where_adapters_go_is_refused(toys: "Toys") ->
             tunerkit.wrap(model, "toy-shift")
 
 
-def test_wrapping_while_disabled_or_merged_is_refused(toys: "Toys") -> None:
+def test_wrapping_while_disabled_or_merged_is_refused(toys: "Toys", saved: Path) -> None:
     """While a model is disabled or merged, no adapter can be added, and none is removed by mistake."""
     model = toys.trained()
     with tunerkit.disabled(model), untouched(toys, model):
@@ -81,8 +80,11 @@ def test_wrapping_while_disabled_or_merged_is_refused(toys: "Toys") -> None:
         with pytest.raises(AdapterError, match="disabled"):
             tunerkit.unwrap(model)
     tunerkit.merge(model)
-    with untouched(toys, model), pytest.raises(AdapterError, match="unmerge"):
-        tunerkit.wrap(model, "toy-shift", adapter="other")
+    with untouched(toys, model):
+        with pytest.raises(AdapterError, match="unmerge"):
+            tunerkit.wrap(model, "toy-shift", adapter="other")
+        with pytest.raises(AdapterError, match="unmerge"):
+            tunerkit.load(model, saved, adapter="other")
 
 
 def test_what_is_no_model_or_has_no_shape_yet_is_refused_in_words(toys: "Toys") -> None:
@@ -165,7 +167,7 @@ def test_an_adapter_for_each_row_is_never_ignored(toys: "Toys") -> None:
     """The forward would drop it in silence. It is refused whatever is active, and in copies; not after unwrapping."""
     x = torch.ones(2, 3)
     model = tunerkit.wrap(Open(), "toy-low-rank", {"targets": ["layer"]})
-    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), nn.Sequential(model)[0]):
+    for each in (model, copy.deepcopy(model), pickled(model), nn.Sequential(model)[0]):
         with pytest.raises(AdapterError, match=r"adapter_names= would be ignored.*: write tunerkit\.activate\("):
             each(x, adapter_names=["a", "b"])
         assert torch.equal(each(x, adapter_names=None), each(x, other=1))

@@ -29,8 +29,9 @@ def test_a_tuner_is_found_by_name_or_alone(toys: "Toys") -> None:
     for wrong in ("frist", 3, ["first"]):
         with pytest.raises(AdapterError, match=r"no adapter named .*there are: first, second"):
             tunerkit.tuner(model, wrong)  # type: ignore[arg-type]
-    with pytest.raises(AdapterError, match="did you mean 'first'"):
-        tunerkit.tuner(model, "frist")
+    for ask in (tunerkit.tuner, lambda model, name: tunerkit.save(model, "never", adapter=name)):
+        with pytest.raises(AdapterError, match="did you mean 'first'"):
+            ask(model, "frist")
 
 
 def test_wrappers_around_the_model_are_seen_through(toys: "Toys") -> None:
@@ -121,6 +122,7 @@ def test_a_part_wrapped_after_the_whole_is_named(toys: "Toys") -> None:
         lambda model: tunerkit.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=5),
         lambda model: tunerkit.activate(model, []),
         lambda model: tunerkit.freeze(model, "a"),
+        lambda model: tunerkit.save(model, "never"),
         lambda model: tunerkit.param_groups(model, lr=1.0),
     ],
 )

@@ -1,8 +1,6 @@
 """What an adapter's class may say: parameters and buffers that stay fixed, and the dimensions that are its rank."""
 
 import copy
-import pickle
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +11,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import tunerkit
-from tests.support.model_checks import silent
+from tests.support.model_checks import pickled, silent, told
+from tests.support.resumed_loop import assert_resumes
 from tests.support.toy_growing import Growing, GrowingPlugin
 from tests.support.toys import Building, registering
 from tunerkit.plugin import Adapter, BaseLayer, add_low_rank
@@ -66,7 +65,7 @@ def test_a_parameter_that_was_built_fixed_is_trained_by_nothing(tmp_path: Path) 
     tunerkit.activate(model, [])
     tunerkit.activate(model, ["other"])
     loaded = tunerkit.load(net(), tunerkit.save(model, tmp_path), trainable=True)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
+    for other in (copy.deepcopy(model), pickled(model), loaded):
         tunerkit.freeze(other, tunerkit.tuner(other).name)
         tunerkit.thaw(other, tunerkit.tuner(other).name)
         assert trained_names(other) == {"d"}
@@ -126,16 +125,39 @@ def test_an_adapter_with_nothing_to_train_counts_as_frozen() -> None:
 # Ranks
 
 
+def growing(rank: int, every: int = 1) -> nn.Module:
+    return tunerkit.wrap(net(), "toy-growing", {**TARGETS, "every": every, "max_rank": rank}, seed=0)
+
+
 def grown(rank: int) -> nn.Module:
-    model = tunerkit.wrap(net(), "toy-growing", {**TARGETS, "every": 1, "max_rank": rank}, seed=0)
-    train(model, attached(model), 6)
+    model = growing(rank)
+    train(model, driven(model), 6)
     return model
 
 
-def attached(model: nn.Module) -> torch.optim.Optimizer:
-    optimizer = torch.optim.Adam(trainable(model), lr=0.1)
+def driven(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.1)
     tunerkit.attach(model, optimizer, total_steps=9)
     return optimizer
+
+
+def test_ranks_grow_on_the_schedule_and_are_recorded() -> None:
+    """Each adapter starts at rank 1 and gets one more at steps 2 and 4; the loss falls, and parameters stay objects."""
+    model = growing(3, every=2)
+    before = {id(parameter) for parameter in trainable(model)}
+    losses = train(model, driven(model), 8)
+    tuner = tunerkit.tuner(model)
+    history = [(change.step, change.ranks) for change in tuner.history]
+    assert history == [(step, dict.fromkeys(("0", "2"), rank)) for step, rank in ((2, 2), (4, 3))]
+    assert tuner.budget() == 6
+    assert {id(parameter) for parameter in trainable(model)} == before
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("stopped", [1, 2, 3, 5])
+def test_a_resumed_loop_ends_bit_for_bit_as_without_the_stop(stopped: int, tmp_path: Path) -> None:
+    """The file has the rank of that moment, the optimizer's state fits it, and the schedule goes on."""
+    assert_resumes(lambda: growing(3, every=2), driven, tmp_path, steps=8, stopped=stopped)
 
 
 @pytest.mark.filterwarnings("ignore:the schedule restarts")
@@ -152,7 +174,7 @@ def test_a_file_with_another_rank_resizes_what_the_class_declares(rank: int, tmp
     live.load_state_dict(model.state_dict())
     assert {id(parameter) for parameter in live.parameters()} == before
     assert torch.equal(live(X), model(X))
-    losses = train(live, attached(live), 3)
+    losses = train(live, driven(live), 3)
     assert losses[-1] < losses[0]
 
 
@@ -259,11 +281,9 @@ def test_a_class_that_leaves_out_what_it_reads_is_refused_with_the_meaning_of_bo
 @pytest.mark.parametrize("number", [1, None])
 def test_under_the_first_number_leaving_it_out_warns_once_and_works(number: int | None) -> None:
     """A plugin without a number is of the first; the warning names it, and what to write."""
-    with registered(silent_plugin(number)), warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            tunerkit.wrap(net(), "toy-silent", TARGETS)
-    words = [str(each.message) for each in told if "reads_output" in str(each.message)]
+    with registered(silent_plugin(number)):
+        texts = told(lambda: [tunerkit.wrap(net(), "toy-silent", TARGETS) for _ in range(2)])
+    words = [text for text in texts if "reads_output" in text]
     assert len(words) == 1
     for part in ("'toy-silent' (in-process)", "TUNERKIT_API 1", "class Silent", "TUNERKIT_API = 2", "None counts as"):
         assert part in words[0]

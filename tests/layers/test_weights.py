@@ -140,20 +140,6 @@ def test_offloaded_weights_that_are_tied_are_seen(cellar: Cellar) -> None:
         tunerkit.wrap(model, "toy-low-rank", {"targets": ["one"]})
 
 
-@pytest.mark.parametrize(
-    ("answer", "words"),
-    [
-        (lambda: "a holding", r"must return Iterable\[tunerkit\.plugin\.Holding\]"),
-        (lambda: [Holding(load=None)], "load of holding 'an engine' is None; expected Callable"),  # type: ignore[arg-type]
-    ],
-)
-def test_a_wrong_answer_is_left_out(answer: Any, words: str) -> None:
-    """It must not stop the user's call, and what other plugins say still holds."""
-    layer = nn.Linear(2, 2).to("meta")
-    with registered(answering("tunerkit_holdings", answer)), pytest.warns(tunerkit.TunerkitWarning, match=words):
-        assert weights.offloading(layer) is None
-
-
 def claiming(**fields: Any) -> Any:
     """A plugin that says of every weight what ``fields`` do."""
     return answering("tunerkit_holdings", lambda: [Holding(**fields)])

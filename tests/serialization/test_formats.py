@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import tunerkit
 from tests.support import toy_formats
-from tests.support.model_checks import silent
-from tests.support.toys import OneMethod, Toys, answering, registering
+from tests.support.model_checks import attached, fit, silent
+from tests.support.toys import OneMethod, Toys, registering
 from tunerkit import hooks, serialization
 from tunerkit.errors import (
     AdapterError,
@@ -164,10 +164,7 @@ def test_a_loaded_adapter_is_saved_as_ours_and_trains_on(toys: "Toys", exported:
     before = model(toys.x()).detach()
     again = tunerkit.load(toys.net(), tunerkit.save(model, tmp_path / "ours"))
     assert torch.equal(again(toys.x()), before)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    tunerkit.attach(model, optimizer)
-    model(toys.x()).square().mean().backward()
-    optimizer.step()
+    fit(model, attached(model), toys.x())
     assert not torch.equal(model(toys.x()), before)
 
 
@@ -637,22 +634,6 @@ def test_a_writer_that_fails_leaves_nothing(
             tunerkit.export(toys.fill_(trained(toys)), place, format="toy")
     assert (older / "toy.json").read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["older"]
-
-
-WRONG_FORMATS: dict[str, Callable[[], object]] = {
-    r"must return": lambda: "toy",
-    r"at \[0\]; it must return": lambda: [("toy", toy_formats.read)],
-    "read of format 'toy' is None; expected Callable": lambda: [FormatPlugin(read=None).format],
-}
-
-
-@pytest.mark.parametrize("words", WRONG_FORMATS)
-def test_records_of_a_wrong_form_are_left_out_by_name(toys: "Toys", exported: Path, words: str) -> None:
-    """One warning names the plugin and the reason, and the other formats are used."""
-    wrong = answering("tunerkit_formats", WRONG_FORMATS[words])
-    with registered(wrong), pytest.warns(TunerkitWarning, match=f"tunerkit_formats of plugin 'answering'.*{words}"):
-        model = load(toys, exported)
-    assert torch.equal(model(toys.x()), trained(toys)(toys.x()))
 
 
 def test_of_two_formats_with_one_name_the_first_counts(toys: "Toys", tmp_path: Path) -> None:

@@ -19,12 +19,6 @@ from tunerkit.errors import FileError
 from tunerkit.serialization.header import read
 
 
-@pytest.fixture(scope="module")
-def saved(toys: "Toys", tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter's file."""
-    return tunerkit.save(toys.trained(targets=["conv"]), tmp_path_factory.mktemp("saved"))
-
-
 def watched(monkeypatch: pytest.MonkeyPatch, path: Path, act: Callable[[], object]) -> list[str]:
     """Call ``act`` when ``path`` has been opened; what was opened is listed, however it was."""
     opened: list[str] = []
@@ -56,7 +50,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_whole(
     _, expected, _ = read(saved, content="adapter")
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
-    assert header.targets == ("conv",)
+    assert header.targets == ("conv", "layers.0", "layers.1")
 
 
 def test_tensors_do_not_change_with_the_file(saved: Path, tmp_path: Path) -> None:
@@ -128,7 +122,7 @@ def test_our_file_in_a_peft_folder_is_loaded(toys: "Toys", saved: Path, tmp_path
     """Only a folder without our file is taken for another library's."""
     folder = peft_folder(tmp_path / "both")
     (folder / "adapter.safetensors").write_bytes(saved.read_bytes())
-    assert torch.equal(tunerkit.load(toys.net(), folder)(toys.x()), toys.trained(targets=["conv"])(toys.x()))
+    assert torch.equal(tunerkit.load(toys.net(), folder)(toys.x()), toys.trained()(toys.x()))
 
 
 def test_the_data_of_another_program_s_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -400,19 +400,12 @@ def test_a_default_reports_convolutions_that_cannot_be_adapted() -> None:
         assert len(chosen(ConvNet(lambda: nn.ConvTranspose2d(4, 4, 3)), None)) == 4
 
 
-def test_a_known_model_type_with_other_modules_falls_back_to_all_linear() -> None:
-    """Law: a default that matches nothing is ignored."""
-    model = Net()
-    model.config = type("Config", (), {"model_type": "llama"})()  # type: ignore[assignment]
-    assert chosen(model, None) == ALL
-
-
 def test_a_shared_layer_has_a_default_name_by_its_first_path_only() -> None:
     """Law: the architecture's names apply if a first path has one; else all linear layers are chosen."""
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"foo": shared, "layers": nn.ModuleDict({"q_proj": shared, "y": nn.Linear(4, 4)})})
     model.config = types.SimpleNamespace(model_type="llama")  # type: ignore[assignment]
-    assert chosen(model, None) == ["foo", "layers.y"]
+    assert chosen(model, None, defaults=[DefaultTargets(("llama",), ("q_proj",))]) == ["foo", "layers.y"]
 
 
 def test_the_model_itself_is_excluded_by_no_pattern() -> None:
