@@ -275,7 +275,8 @@ def test_a_hidden_folder_is_no_class_of_images(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     found = read_table(tmp_path)
     assert [row["label"] for row in found.rows] == ["a", "b"]
-    assert found.left_out == "the hidden folders '.ipynb_checkpoints' and 1 images in no subfolder, such as 0.png"
+    said = "left out the hidden folders '.ipynb_checkpoints' and 1 images in no subfolder, such as 0.png"
+    assert found.note == said
     asked = read_table(tmp_path, predicting=True)
     names = [str(Path(str(row["image"])).relative_to(tmp_path)) for row in asked.rows]
     assert names == ["0.png", "a/1.png", "b/1.png"]

@@ -118,18 +118,35 @@ def test_a_data_set_is_read_at_the_commit_that_the_recipe_keeps(hub: pytest.Monk
     assert [row["label"] for row in test.rows] == ["bad", "good", "bad"]
     push("b", 30)
     assert (len(read_source(pinned_of("acme/films"))), len(read_source(pinned_of(begun.data)))) == (30, 24)
-    for asked in ("acme/films", {"path": "acme/films", "revision": "main"}):
-        assert pinned_of(asked, begun) == begun.data
-    assert pinned_of({"path": "acme/films", "revision": "b" * 40}, begun) != begun.data
+    assert pinned_of("acme/films", begun) == begun.data
+    for named in ("main", "b" * 40):  # which a resumed run refuses
+        assert pinned_of({"path": "acme/films", "revision": named}, begun).revision == "b" * 40
 
 
 def test_no_label_is_none_and_images_are_refused_by_name(hub: pytest.MonkeyPatch) -> None:
     """Also in lists of tags, where -1 is the number of no class."""
     assert sources._named([1, -1, 0], datasets.ClassLabel(names=["O", "B"])) == ["B", None, "O"]
     push("c", 8)
-    Hub.commits["c" * 40]["README.md"] = CARD.replace(b"dtype: string", b"dtype: image")
-    with pytest.raises(TunerkitError, match=r"acme/films \(train, ccccccc\): column 'text' has images or sound"):
-        read_source(pinned_of("acme/films"))
+    for kind in (b"dtype: image", b"list: audio"):
+        Hub.commits["c" * 40]["README.md"] = CARD.replace(b"dtype: string", kind)
+        with pytest.raises(TunerkitError, match=r"acme/films \(train, ccccccc\): column 'text' has images or sound"):
+            read_source(pinned_of({"path": "acme/films", "rows": 3}))
+
+
+def test_the_first_rows_are_a_stream_and_no_file_beyond_them_is_read(hub: pytest.MonkeyPatch) -> None:
+    """Law: they are those of the whole split, and it is said how many there are. Of a local file too."""
+    whole = read_source(pinned_of("acme/films"))
+    Hub.asked.clear()
+    for rows, note in ((24, "the first 24 rows are read"), (99, "has 28 of the 99 rows asked for")):
+        assert not any("test.jsonl" in path for path in Hub.asked)
+        found = read_source(pinned_of({"path": "acme/films", "split": "train+test", "rows": rows}))
+        assert (found.rows[:24], found.columns, found.note) == (whole.rows, whole.columns, note)
+    Path("rows.jsonl").write_text('{"text": "x"}\n' * 3 + "no JSON")
+    datasets.Dataset.from_dict({"text": ["x"] * 9}).to_parquet("rows.parquet")
+    for name in ("rows.jsonl", "rows.parquet"):
+        table = read_source(Source(name, rows=3))
+        assert (len(table), table.note) == (3, "the first 3 rows are read")
+        assert len(read_source(Source(name, rows=3), most=2)) == 2
 
 
 def test_a_weight_that_draws_no_row_is_refused(tmp_path: Path) -> None:
@@ -166,6 +183,9 @@ def test_offline_the_cache_is_read_and_no_other_commit(hub: pytest.MonkeyPatch) 
             Source("row.csv", split="test"),
             "name, split and revision are for data sets of the hub (org/name), and this is no such",
         ),
+        (Source("acme/films", split="train[:3]", rows=2), "Bad split: train[:3]. Available splits: ['train', 'test']"),
+        (Source("acme/films", rows=2), "has the splits train, test; say which one it is, as in {path: acme/films, spl"),
+        (Source("here", rows=2), "here: rows: 2 would read the first class of a folder alone; leave rows out"),
         (Source("here/films", split="test"), "(org/name), and this is a path that exists here"),
         (Source("here/flims"), "here/flims: no such file or folder; did you mean 'here/films'?; for a data set of the"),
         (Source("hre/films"), "hre/films: no such file or folder; did you mean 'here/films'"),
@@ -200,21 +220,27 @@ def test_a_run_on_weighted_sources_is_resumed_bit_for_bit(hub: pytest.MonkeyPatc
     train, *options = arguments_of(tmp_path, "toy-low-rank", "{rank: 2}")
     place = options.index("--data")
     del options[place : place + 2]
-    weighted = [{"path": "acme/films", "weight": 3}, {"path": "data.csv", "weight": 1}]
-    recipe = {"data": weighted, "eval_data": {"path": "acme/films", "split": "test"}}
+    push("a", 30)
+    weighted = [{"path": "acme/films", "rows": 24, "weight": 3}, {"path": "data.csv", "weight": 1}]
+    recipe: dict[str, Any] = {"data": weighted, "eval_data": {"path": "acme/films", "split": "test"}}
     Path("r.yaml").write_text(yaml.safe_dump(recipe))
+    Path("other.yaml").write_text(yaml.safe_dump({**recipe, "eval_data": {**recipe["eval_data"], "revision": "main"}}))
     with registered(LowRankPlugin()):
         told = succeeded(train, "r.yaml", *options, "--dry-run").output
+        assert "note: acme/films (train, aaaaaaa): the first 24 rows are read" in told
         assert "drawn by weight: 24 of 24 rows of acme/films (train, aaaaaaa), 8 of 40 rows of data.csv" in told
         assert "32 training rows of acme/films (train, aaaaaaa) and data.csv, 4 held out" in told
         succeeded(train, "r.yaml", *options, "--out", "whole")
         with signalled(5, signal.SIGINT):
             assert command(train, "r.yaml", *options, "--out", "parts").exit_code == 130
         push("b", 30)
+        refused = command(train, "other.yaml", *options, "--out", "parts", "--resume")
+        assert refused.exit_code == 2
+        assert f"eval_data.revision was '{'a' * 40}' and is '{'b' * 40}' now" in refused.stderr
         succeeded(train, "r.yaml", *options, "--out", "parts", "--resume")
         assert_same_end(tmp_path / "whole", tmp_path / "parts")
         kept = yaml.safe_load(Path("parts/recipe.yaml").read_text())["data"]
-        assert kept[0] == {"path": "acme/films", "split": "train", "revision": "a" * 40, "weight": 3}
+        assert kept[0] == {"path": "acme/films", "split": "train", "revision": "a" * 40, "rows": 24, "weight": 3}
         assert (Path(kept[1]["path"]), kept[1]["weight"]) == (tmp_path / "data.csv", 1)
         assert len(succeeded("predict", "parts", "--data", "data.csv").output.splitlines()) == 40
         assert json.loads(succeeded("eval", "parts", "--data", "data.csv").stdout)["rows"] == 40

@@ -91,6 +91,12 @@ def test_json_is_read_too(tmp_path: Path) -> None:
             "data: b.csv has no weight, and others have one; give",
         ),
         ("data: [{path: a.csv, weight: 0}, b.csv]\n", r"data\[0\].weight: expected more than 0, got 0"),
+        ("data: {path: org/name, rows: 0}\n", "data.rows: expected at least 1, got 0"),
+        (
+            "data: {path: org/name, streaming: true}\n",
+            "data: unknown key 'streaming'; .* with `rows: 1000` for a stream",
+        ),
+        ("streaming: true\n", "unknown key 'streaming'; did you mean 'data: {path: org/name, rows: 1000}'"),
         ("data: {split: test}\n", "data: there is no 'path'. A file, a folder of images, or the name of a data set"),
         ("data: [a.csv, '']\n", r"data\[1\]: expected 1 or more characters, got ''"),
         ("data: []\n", r"data: expected 1 or more values in the list, got \[\]"),

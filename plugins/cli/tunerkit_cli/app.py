@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -91,7 +92,7 @@ class _Train(typer.core.TyperCommand):
         except Exception as problem:  # click's, which typer has under a private name
             if (key := key_for(getattr(problem, "option_name", "").lstrip("-").replace("-", "_"))) is not None:
                 flags = [f"--{name.replace('_', '-')}" for name, sets in FLAGS.items() if sets == key]
-                do = flags[0] if flags else f"--set {key}{'' if '=' in key else '=VALUE'}"
+                do = flags[0] if flags else f"--set {shlex.quote(key) if '=' in key else f'{key}=VALUE'}"
                 problem.message += f"; did you mean {do}?"  # type: ignore[attr-defined]
                 problem.possibilities = ()  # type: ignore[attr-defined]
             raise

@@ -47,15 +47,15 @@ class Table:
     """The rows of a file, in its order, each with the file's columns.
 
     ``folder`` is the file's own, to which paths in its rows are relative; None if the rows come from no file.
-    ``left_out`` says what of a folder of images is in no row, ``made`` of which columns of the file a column is made,
-    and ``numbers`` which rows of the file these are, where some are left out. ``weight`` is the share of rows `drawn`.
+    ``note`` says what of the source is not read, ``made`` of which columns of the file a column is made, and
+    ``numbers`` which rows of the file these are, where some are left out. ``weight`` is the share of rows `drawn`.
     """
 
     source: str
     columns: tuple[str, ...]
     rows: tuple[Mapping[str, object], ...]
     folder: Path | None = None
-    left_out: str = ""
+    note: str = ""
     made: Mapping[str, str] = attrs.field(factory=dict)
     numbers: Sequence[int] | None = None
     weight: float | None = None
@@ -190,12 +190,13 @@ def _read_images(folder: Path, *, predicting: bool) -> Table:
     if not labelled and not (predicting and flat):
         raise DataError(f"{folder}: expected a subfolder per class with images ({', '.join(sorted(IMAGES))})")
     left_out = [f"the hidden folders {few([shown(name) for name in hidden], shown=5)}"] if hidden else []
+    left_out += [f"{len(flat)} images in no subfolder, such as {flat[0].name}"] if flat and not predicting else []
+    note = f"left out {' and '.join(left_out)}" if left_out else ""
     if predicting:
         rows = [{"image": str(file)} for file in (*flat, *(file for file, _ in labelled))]
-        return Table(str(folder), ("image",), tuple(rows), left_out="".join(left_out))
-    left_out += [f"{len(flat)} images in no subfolder, such as {flat[0].name}"] if flat else []
+        return Table(str(folder), ("image",), tuple(rows), note=note)
     pairs = tuple({"image": str(file), "label": name} for file, name in labelled)
-    return Table(str(folder), ("image", "label"), pairs, left_out=" and ".join(left_out))
+    return Table(str(folder), ("image", "label"), pairs, note=note)
 
 
 def _is_image(file: Path) -> bool:

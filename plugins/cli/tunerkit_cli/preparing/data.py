@@ -119,11 +119,13 @@ def prepare_data(recipe: Recipe, console: Console, *, by_class: bool = True) -> 
             parts, source = (read.placed, other.placed), other.source
             left_out = read.left_out + other.left_out
             notes = list(dict.fromkeys((*read.notes, *other.notes)))
+    for note in notes:  # at once: they say what is wrong with the classes of a part of the rows
+        say(console, f"note: {note}")
     labels = task.labels(read.rows)
     train, held_out = ([each.row for each in part] for part in parts)
     class_numbers((name for row in held_out for name in task.classes_of(row)), labels)  # refuses unknown ones
     findings, more = _compared(task, *parts)
-    for note in (*notes, *_alike(task, read.rows), *more):
+    for note in (*_alike(task, read.rows), *more):
         say(console, f"note: {note}")
     return task, Data(train, held_out, read.source, source, labels, read.columns, read.unused, findings, left_out)
 
@@ -194,7 +196,7 @@ def read_rows(
         parts.append([Placed(row, table.source, table.number(place)) for place, row in enumerate(rows)])
     _refuse_unlike(tables, shapes)
     notes += [f"left out {len(problem.bad)} rows: {problem.said}" for problem in problems]
-    notes += [f"{table.source}: left out {table.left_out}" for table in tables if table.left_out]
+    notes += [f"{table.source}: {table.note}" for table in tables if table.note]
     if changed:
         such = few([f"{shown(old)} as {shown(new)}" for old, new in changed], shown=3)
         notes.append(

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +24,8 @@ _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 def pinned(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
     """Return the recipe with the commit of each data set of the hub, at which its rows stay the same.
 
-    A run that is resumed keeps the commits that it began with. Raises `DataError` if there is no such data set.
+    A run that is resumed keeps the commits that it began with, where the recipe names no revision. Raises `DataError`
+    if there is no such data set.
     """
     before = [] if begun is None else [*sources_in(begun.data), *sources_in(begun.eval_data)]
     data, eval_data = _pinned(recipe.data, before, "train"), _pinned(recipe.eval_data, before)
@@ -39,8 +41,9 @@ def _pinned(given: Any, before: list[Source], split: str | None = None) -> Any:
     source = attrs.evolve(source, split=source.split or split)
     if _COMMIT.fullmatch(source.revision or ""):
         return source
-    kept = (each for each in before if attrs.evolve(each, revision=source.revision) == source)
-    return next(kept, None) or attrs.evolve(source, revision=_commit(source.path, source.name, source.revision))
+    place = (source.path, source.name, source.split)
+    kept = [each.revision for each in before if (each.path, each.name, each.split) == place and not source.revision]
+    return attrs.evolve(source, revision=kept[0] if kept else _commit(source.path, source.name, source.revision))
 
 
 @cache  # within a command the newest commit stays the same
@@ -63,42 +66,64 @@ def _is_on_hub(source: Source) -> bool:
 
 
 def read_source(source: Source, *, most: int | None = None) -> Table:
-    """Read a file or a folder as `read_table` does, or the rows of a split of a data set of the hub."""
-    path, is_on_hub = Path(source.path), _is_on_hub(source)
+    """Read a file or a folder as `read_table` does, or the rows of a split of a data set of the hub.
+
+    The rows are the first ``source.rows``, and at most ``most``. A note of the table says how many of them there are.
+    """
+    path, is_on_hub, wanted = Path(source.path), _is_on_hub(source), source.rows
     if not (is_on_hub or path.suffix or os.path.exists(path)):
         raise DataError(
             f"{path}: no such file or folder{closest_path(source.path)}; for a data set of the hub, write its name, "
             "as in `data: {path: org/name, split: train}`"
         )
+    if wanted is not None and path.is_dir():
+        raise DataError(f"{path}: rows: {wanted} would read the first class of a folder alone; leave rows out")
+    most = min(filter(None, (most, wanted)), default=None)
     table = _read_split(source, most) if is_on_hub else read_table(path, most=most)
-    return attrs.evolve(table, weight=source.weight)
+    found, note = len(table), table.note
+    if wanted is not None:
+        note = f"the first {found} rows are read" if found == wanted else f"has {found} of the {wanted} rows asked for"
+    return attrs.evolve(table, weight=source.weight, note=note)
 
 
 def _read_split(source: Source, most: int | None) -> Table:
     from datasets import ClassLabel
 
-    builder = _builder(source)
+    builder, is_stream = _builder(source), source.rows is not None
     with _explained(source.path):
-        builder.download_and_prepare()
-        splits = [*builder.info.splits]
+        if not is_stream:
+            builder.download_and_prepare()
+        opened = builder.as_streaming_dataset if is_stream else builder.as_dataset
+        splits = [] if source.split else [*opened()]
         split = source.split or (splits[0] if len(splits) == 1 else None)
         if split is None:
             such = f"{{path: {source.path}, split: {splits[-1]}}}"
             raise DataError(f"{source.path}: has the splits {', '.join(splits)}; say which one it is, as in {such}")
-        found = builder.as_dataset(split=split)
-        found = found if most is None else found.select(range(min(most, len(found))))
-        rows = found.to_list()
-    label = f"{source.path} ({', '.join(filter(None, (source.name, split, builder.hash[:7])))})"
-    for name, feature in found.features.items():
-        if hasattr(feature, "decode_example") and type(feature).__name__ != "Json":  # a value of any form, as in a file
-            do = "save images into a folder with a subfolder per class"
-            raise DataError(f"{label}: column {name!r} has images or sound, which are read from files alone; {do}")
+        label = f"{source.path} ({', '.join(filter(None, (source.name, split, builder.hash[:7])))})"
+        found = opened(split=split)
+        features = found.features or {}  # a stream may not know them
+        for name, feature in features.items():
+            if _is_medium(feature):
+                do = "to classify images, save them into a folder with a subfolder per class"
+                raise DataError(f"{label}: column {name!r} has images or sound, which no task reads from the hub; {do}")
+        # A stream's own `take` reads on into the next file.
+        rows = list(islice(found, most)) if is_stream else found.select(range(len(found))[:most]).to_list()
+    for name, feature in features.items():
         if isinstance(classes := getattr(feature, "feature", feature), ClassLabel):
             for row in rows:
                 row[name] = _named(row[name], classes)
     if not rows:
         raise DataError(f"{label}: there are no rows in this split; is it the right one?")
-    return Table(label, tuple(found.column_names), tuple(rows))
+    return Table(label, tuple(rows[0]), tuple(rows))
+
+
+def _is_medium(feature: Any) -> bool:
+    """Whether a feature has images, sound or the like, in lists or mappings too."""
+    if isinstance(feature, dict):
+        return any(map(_is_medium, feature.values()))
+    if (inner := getattr(feature, "feature", None)) is not None:
+        return _is_medium(inner)
+    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"  # a value of any form, as in a file
 
 
 def _named(value: Any, classes: Any) -> Any:

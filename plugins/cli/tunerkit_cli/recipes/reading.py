@@ -23,6 +23,7 @@ from tunerkit_transformers.run_folder import LIST, RECIPE, placed
 _KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "model": ("model_name_or_path", "model_name", "base_model", "model_id", "pretrained_model_name_or_path"),
     "data": ("dataset", "datasets", "dataset_name", "dataset_path", "train_data", "train_dataset", "train_file"),
+    "data={path: org/name, rows: 1000}": ("dataset_streaming", "max_samples", "max_train_samples", "streaming"),
     "eval_data": ("eval_dataset", "test_datasets", "val_data", "validation_file"),
     "out": ("output_dir",),
     "from_adapter": ("adapter_name_or_path", "lora_model_dir", "resume_adapter"),

@@ -41,6 +41,7 @@ class Source:
     name: str | None = _key(None, "The config of a data set of the hub that has several.")
     split: str | None = _key(None, "The split of a data set of the hub, such as test or train[:99]. Without it: train.")
     revision: str | None = _key(None, "A branch, a tag or a commit of a data set of the hub. Without it: the newest.")
+    rows: int | None = _key(None, "How many of the first rows are read, as a stream.", ge=1, le=2**31 - 1)
     weight: float | None = _key(None, "The share of rows, relative to the other weights.", gt=0, le=2**31 - 1)
 
 
@@ -72,7 +73,8 @@ class Recipe:
     data: _Sources = _key(
         None,
         "The training data: a .csv, .tsv, .json, .jsonl or .parquet file, a folder of images, or a data set of the hub "
-        "(org/name); a mapping such as `{path: org/name, split: train}`; or a list of these.",
+        "(org/name); a mapping such as `{path: org/name, split: train}`, with `rows: 1000` for a stream; or a list of "
+        "these.",
         converter=_read_sources,
     )
     eval_data: _Sources = _key(
