@@ -142,6 +142,11 @@ def test_what_a_recipe_names_is_read_as_it_is() -> None:
         ({"prompt": [ASKED], "solution": "y"}, None, "no completions, as for GRPO"),
         ({"image": "x.png", "text": "y"}, None, "has images in 'image' beside the text in 'text', which no task reads"),
         ({"messages": [ASKED, GOOD], "images": ["x.png"]}, "causal-lm", "has images in 'images' beside .*'messages'"),
+        (
+            {"photo": [{"bytes": b"x", "path": None}], "text": "y"},
+            None,
+            "has images or sound in 'photo' beside the text",
+        ),
         ({"audio": {"bytes": b""}, "label": "a"}, None, "has sound in 'audio', which no task"),
         (
             {"prompt": "x", "chosen": "y", "rejected": "z", "messages": [ASKED]},

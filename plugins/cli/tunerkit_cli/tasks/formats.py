@@ -142,7 +142,8 @@ def refuse_other(table: Table, names: Mapping[str, str], task: str | None = None
     there = {*table.columns} - {*names.values()} | {*names}
     label = next((each for each in ("kto_tag", "label") if each in there), "")
     answered = ({*_ASKED} & there and {*_ANSWERED} & there) or {"messages", "conversations", "kto_tag"} & there
-    media = next((each for each in _MEDIA if any(_is_medium(row.get(each)) for row in table.rows)), "")
+    media = next((each for each in (*_MEDIA, *table.columns) if _has_media(table, each)), "")
+    what = _MEDIA.get(media, "images or sound")
     is_open = task is None and not ("label" in there and {"text", "image"} & there)  # else for a classification
     beside = next((each for each in _BESIDE if each in there), None)
     said, values = "", {str(row.get(label)).lower() for row in table.rows}
@@ -159,15 +160,21 @@ def refuse_other(table: Table, names: Mapping[str, str], task: str | None = None
             "its prompts have no completions, as for GRPO, which no task trains; if there is a column of completions "
             "to learn, name it with --set columns.completion=NAME, or pass --task causal-lm if it is 'answer'"
         )
-    elif media and (beside in _BESIDE[:2] or (is_open and (beside or _MEDIA[media] != "images"))):
+    elif media and (beside in _BESIDE[:2] or (is_open and (beside or not what.startswith("images")))):
         where = f" beside the text in {shown(beside)}" if beside else ""
         do = ", or say with --task what is trained without it" if task is None else ""
-        said = f"has {_MEDIA[media]} in {shown(media)}{where}, which no task reads; leave the column out{do}"
+        said = f"has {what} in {shown(media)}{where}, which no task reads; leave the column out{do}"
     if said:
         raise TaskError(f"{table.source}: {said}")
     is_silent = not is_kto or task == "preference"
     return "" if is_silent else f"{table.source}: {shown(label)} is not read, so good and bad answers are learned alike"
 
 
-def _is_medium(value: object) -> bool:
-    return isinstance(value, str | bytes | list | dict) and bool(value)
+def _has_media(table: Table, name: str) -> bool:
+    """Whether a column has images or sound, by its name, or by its first value: ``datasets`` writes them as bytes."""
+    values = (row.get(name) for row in table.rows)
+    if name in _MEDIA:
+        return any(isinstance(value, str | bytes | list | dict) and value for value in values)
+    first = next(filter(None, values), None)
+    each = first[0] if isinstance(first, list) else first
+    return isinstance(each, bytes) or (isinstance(each, dict) and each.keys() == {"bytes", "path"})
