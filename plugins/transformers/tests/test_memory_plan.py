@@ -172,6 +172,35 @@ def test_an_optimizer_may_be_made_or_have_stepped() -> None:
     assert plan(model, rows=1, tokens=8, optimizer=torch.optim.Adam).optimizer > held
 
 
+class Unknown(torch.optim.SGD):
+    """An optimizer whose steps need values."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.param_groups[0]["params"][0].item()
+
+
+def test_a_trainer_is_planned_with_its_own_optimizer(tmp_path: Path) -> None:
+    """Law: the class and settings it was given, or the optimizer, which may hold a part; what is not known is said."""
+    model = adapted(bert())
+    trained = [each for each in model.parameters() if each.requires_grad]
+    held, arguments = sum(each.nbytes for each in trained), TrainingArguments(str(tmp_path), report_to="none")
+    rows: Any = [{"input_ids": [2] * 8, "labels": 0}] * 8
+    momentum: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    half = torch.optim.SGD([{"params": trained[:2], **momentum}, {"params": trained[2:], "lr": 0.1}])
+    given: list[tuple[dict[str, Any], int, tuple[str, ...]]] = [
+        ({"optimizer_cls_and_kwargs": (torch.optim.SGD, momentum)}, held, ()),
+        ({"optimizers": (half, None)}, sum(each.nbytes for each in trained[:2]), ()),
+        ({"optimizers": (Unknown(trained, 0.1), None)}, 2 * held, ("optimizer",)),
+    ]
+    for options, size, assumed in given:
+        found = plan_of(Trainer(model, arguments, train_dataset=rows, **options))
+        assert found is not None
+        assert (found.optimizer, found.assumed) == (size, assumed)
+        assert ("state is not known, and taken to be Adam's" in found.parts()) == bool(assumed)
+        assert ("  (not known: as Adam's)" in str(found)) == bool(assumed)
+    assert not half.state
+
+
 def test_averages_are_known_before_attach_and_counted_after() -> None:
     """Law: an estimate within a fifth of what the method's state then holds."""
     pytest.importorskip("tunerkit_adalora", reason="it is the method with averages")
@@ -202,7 +231,7 @@ def test_other_settings_save_what_they_take_away() -> None:
 
 def test_it_reads_as_a_small_table() -> None:
     """A line for each part, the total, and what would take less."""
-    parts = {
+    parts: dict[str, Any] = {
         "base": 512,
         "adapter": 2,
         "gradients": 2,

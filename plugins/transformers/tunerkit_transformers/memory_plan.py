@@ -1,6 +1,8 @@
 """Plan the memory of a training before its first step, part by part, and list settings that save memory."""
 
+import copy
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
@@ -49,13 +51,14 @@ class Plan:
         base: The base model, as it is loaded, with its buffers.
         adapter: Adapters, and what is trained in full.
         gradients: The gradients of what is trained.
-        optimizer: The optimizer's state.
+        optimizer: The optimizer's state. If it is not known, it is taken to be Adam's: see ``assumed``.
         averages: What the method keeps of each step beside that, such as AdaLoRA's averages of importance.
         activations: What the forward keeps for the backward, and the logits with their gradient.
         overhead: What a CPU's allocator and the libraries take beside tensors; 0 on an accelerator.
         checkpointing: What gradient checkpointing would save; 0 if it is on, or if the model has none.
         four_bit: What a 4-bit base (nf4) would save; 0 if it is quantized.
         half_batch: What batches of half of the rows would save.
+        assumed: The parts that are not known, and assumed to be as usual: none, or ``("optimizer",)``.
     """
 
     base: int
@@ -68,6 +71,7 @@ class Plan:
     checkpointing: int
     four_bit: int
     half_batch: int
+    assumed: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
@@ -92,11 +96,14 @@ class Plan:
     def parts(self) -> str:
         """Return one line with the total and its parts."""
         parts = ", ".join(f"{name} {_shown(getattr(self, name))}" for name in _PARTS if getattr(self, name))
-        return f"about {_shown(self.total)} ({parts}; activations and overhead are estimated)"
+        assumed = "; the optimizer's state is not known, and taken to be Adam's" if self.assumed else ""
+        return f"about {_shown(self.total)} ({parts}; activations and overhead are estimated{assumed})"
 
     def __str__(self) -> str:
         rows = {**{name: getattr(self, name) for name in _PARTS}, "total": self.total}
-        lines = [f"{name:<12}{_shown(size):>12}{'  (estimated)' * (name in _ESTIMATED)}" for name, size in rows.items()]
+        notes = {**dict.fromkeys(_ESTIMATED, "estimated"), **dict.fromkeys(self.assumed, "not known: as Adam's")}
+        notes = {name: f"  ({note})" for name, note in notes.items()}
+        lines = [f"{name:<12}{_shown(size):>12}{notes.get(name, '')}" for name, size in rows.items()]
         return "\n".join([*lines, *filter(None, [self.advice()])])
 
 
@@ -152,18 +159,20 @@ def plan(
         return max(0, int((now - other) * (1 + holes)))
 
     holes, process = (_HOLES, _PROCESS) if device == "cpu" else (0.0, 0)
+    state = _state_bytes(optimizer, trained)
     now, can = activations(rows, recomputed=checkpointing), getattr(model, "supports_gradient_checkpointing", False)
     return Plan(
         base=_bytes((*model.parameters(), *model.buffers())) - adapter,
         adapter=adapter,
         gradients=_bytes(trained),
-        optimizer=_state_bytes(optimizer, trained),
+        optimizer=2 * _bytes(trained) if state is None else state,
         averages=sum(map(_averages, tuners)),
         activations=now,
         overhead=process + int(holes * now),
         checkpointing=saved(activations(rows, recomputed=True)) if can and not checkpointing else 0,
         four_bit=_saved_by_nf4(model),
         half_batch=saved(activations(rows // 2, recomputed=checkpointing)) if rows > 1 else 0,
+        assumed=("optimizer",) if state is None else (),
     )
 
 
@@ -210,22 +219,32 @@ def _averages(tuner: Tuner) -> int:
     return sum(2 * each.numel() * max(_FP32, each.element_size()) for each in weights)
 
 
-def _state_bytes(optimizer: str | Callable[..., Optimizer] | Optimizer, trained: Sequence[Tensor]) -> int:
-    """Return the bytes of an optimizer's state; if it is empty, those after a step on meta tensors of these shapes."""
-    if isinstance(optimizer, Optimizer):
-        if held := [*tensors_in([*optimizer.state.values()], set())]:
-            return _bytes(held)
-        optimizer = partial(type(optimizer), **optimizer.defaults)
-    make = _named(optimizer) if isinstance(optimizer, str) else optimizer
-    shapes = [nn.Parameter(torch.empty_like(each, device="meta")) for each in trained]
+def _state_bytes(optimizer: str | Callable[..., Optimizer] | Optimizer, trained: Sequence[Tensor]) -> int | None:
+    """Return the bytes of an optimizer's state; if it is empty, those after a step on meta tensors; None if that fails.
+
+    A given optimizer has its own parameters and settings, others have what is trained.
+    """
+    if isinstance(optimizer, Optimizer) and (held := [*tensors_in([*optimizer.state.values()], set())]):
+        return _bytes(held)
+    if isinstance(optimizer, str):
+        optimizer = _named(optimizer)
     try:
-        made = make(shapes)
-        for each in shapes:
-            each.grad = torch.empty_like(each)
+        if isinstance(optimizer, Optimizer):
+            made = copy.copy(optimizer)  # without its hooks
+            made.state = defaultdict(dict)
+            made.param_groups = [{**each, "params": _on_meta(each["params"])} for each in optimizer.param_groups]
+        else:
+            made = optimizer(_on_meta(trained))
+        for each in (each for group in made.param_groups for each in group["params"]):
+            each.grad = torch.empty_like(each) if each.requires_grad else None
         made.step()
     except Exception:  # whatever one raises that needs values, a device, or the model
-        return 2 * _bytes(trained)  # as Adam's
+        return None
     return sum(each.nbytes for each in tensors_in([*made.state.values()], set()))
+
+
+def _on_meta(parameters: Iterable[Tensor]) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.empty_like(each, device="meta"), each.requires_grad) for each in parameters]
 
 
 def _named(name: str) -> Callable[..., Optimizer]:
@@ -271,7 +290,7 @@ def _planned(trainer: Any) -> Plan | None:
         shape = {"image": image}
     else:
         return None
-    kind, settings = trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    kind, settings = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(arguments, model)
     precision = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     return plan(
         model,
