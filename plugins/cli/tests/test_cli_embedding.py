@@ -135,6 +135,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(folder: Path, tm
     whole = tmp_path / "whole"
     succeeded(*arguments, "--out", whole)
     check_resumed_after_ctrl_c(arguments, whole, tmp_path / "out", at=(7, 10))
+    assert record_of(whole)["recipe"]["training"]["per_device_eval_batch_size"] == 4  # as that of training
     found = json.loads(succeeded("eval", whole, "--data", held).stdout)
     assert found == pytest.approx({"rows": 24, **record_of(whole)["metrics"]}, abs=1e-6)
 
@@ -158,13 +159,28 @@ def test_no_batch_has_a_text_twice() -> None:
     given = datasets.Dataset.from_list([{"anchor": f"q{n % 4}", "positive": f"a{n}", "labels": [n]} for n in range(16)])
     orders = []
     for epoch in (0, 1, 1):
-        sampler = Distinct(given, 4, 0)
+        sampler = Distinct(given, 4, 0, of_pairs=True)
         sampler.set_epoch(epoch)
         orders.append([*sampler])
     assert orders[0] != orders[1] == orders[2]
     assert sorted(orders[0]) == [*range(16)]
     for start in range(0, 16, 4):
         assert len({n % 4 for n in orders[0][start : start + 4]}) == 4
+
+
+def test_a_pair_is_never_alone_in_a_batch() -> None:
+    """It would teach nothing. Rows that share a text with the others come last, so that they are not with them."""
+    import datasets
+
+    texts = [("a", "b"), ("a", "c"), ("d", "b")]  # the first one goes with none of the others
+    rows = [{"anchor": anchor, "positive": positive, "labels": [0]} for anchor, positive in texts]
+    pairs, triplets = (Distinct(datasets.Dataset.from_list(rows), 2, 0, of_pairs=each) for each in (True, False))
+    for epoch in range(4):
+        pairs.set_epoch(epoch)
+        triplets.set_epoch(epoch)
+        assert (len(pairs), {*pairs}) == (2, {1, 2})
+        assert (len(triplets), [*triplets][2:]) == (3, [0])
+    assert len(Distinct(datasets.Dataset.from_list(rows), 4, 0, of_pairs=True)) == 3
 
 
 def table(*rows: dict[str, Any]) -> Table:

@@ -123,7 +123,7 @@ def eval_(
     ],
     columns: _Columns = None,
     base: _Base = None,
-    batch_size: _BatchSize = 32,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: as the run was evaluated.")] = None,
 ) -> None:
     """Evaluate a trained adapter on labelled rows: the metrics as JSON."""
     from tunerkit_cli.preparing.checking import check_rows

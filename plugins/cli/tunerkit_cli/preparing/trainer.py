@@ -52,6 +52,9 @@ def asked_of(recipe: Recipe, task: Task) -> dict[str, Any]:
     """What a recipe asks of the trainer, itself or because it trains on the demo's data."""
     demo = demo_of(task.name, "data").training if recipe.data is None else {}
     asked = {**demo, **recipe.training}
+    if task.batch_counts:  # held-out rows come in batches of as many rows, so that both losses compare
+        size = asked.get("per_device_train_batch_size", task.defaults["per_device_train_batch_size"])
+        asked.setdefault("per_device_eval_batch_size", size * count() if isinstance(size, int) else size)
     if recipe.early_stopping_patience is not None:
         asked = {"load_best_model_at_end": True, **asked}
         if not asked["load_best_model_at_end"]:

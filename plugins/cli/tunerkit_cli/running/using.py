@@ -73,9 +73,17 @@ def predict_rows(
 
 
 def evaluate_rows(
-    folder: Path, data: Sequence[Path], *, base: str | None, batch_size: int, columns: Mapping[str, str] | None = None
+    folder: Path,
+    data: Sequence[Path],
+    *,
+    base: str | None,
+    batch_size: int | None,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate on the rows of files, by the loss of the run, and return the metrics; ``columns`` as above."""
+    """Evaluate on the rows of files, by the loss of the run, and return the metrics; ``columns`` as above.
+
+    Without a size, batches are as in the run's own evaluation, as some losses depend on it.
+    """
     run, task = _run_in(folder)
     recipe = run.record.get("recipe", {})
     options: Any = {"drop": recipe.get("drop_bad_rows", False), "label_map": recipe.get("label_map", {})}
@@ -83,12 +91,12 @@ def evaluate_rows(
     rows = _as_trained(run, read)
     loaded, precision = _load(run, base)
     left_out = (*_OF_TRAINING, *_HALF, *(_OF_GPUS if loaded.model.device.type == "cpu" else ()))
+    trained = recipe.get("training", {})
     training = {
-        name: value
-        for name, value in recipe.get("training", {}).items()
-        if name not in task.defaults and not name.startswith(left_out)
+        name: value for name, value in trained.items() if name not in task.defaults and not name.startswith(left_out)
     }
-    training |= {"per_device_eval_batch_size": batch_size, "save_strategy": "no"}
+    size = batch_size or trained.get("per_device_eval_batch_size", 32)
+    training |= {"per_device_eval_batch_size": size, "save_strategy": "no"}
     arguments = trainer_arguments(task, training, folder, precision=precision, has_eval=True)
     settle_prompts_(task, rows[0], recipe.get("train_on_prompts"), training, arguments, earlier=True)
     cut_at_positions_(arguments, loaded)

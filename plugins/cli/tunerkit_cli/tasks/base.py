@@ -81,6 +81,7 @@ class Task(ABC):
     label_column: ClassVar[str] = ""
     one_class: ClassVar[bool] = False  # whether each row has exactly one
     labelled: ClassVar[str] = "training row has the label"  # for messages
+    batch_counts: ClassVar[bool] = False  # whether a row's loss depends on the size of its batch
     # The classes of the trainer and of its arguments, which are imported when they are needed.
     trainer: ClassVar[tuple[str, str]] = ("transformers:Trainer", "transformers:TrainingArguments")
     # The trainer's arguments, where a recipe does not set them.

@@ -32,13 +32,9 @@ class Embedding(Task):
     base_can: ClassVar[bool] = True
     max_length: ClassVar[int] = 512
     trainer: ClassVar[tuple[str, str]] = ("tunerkit_cli.tasks.ranking:RankingTrainer", Task.trainer[1])
-    # The loss depends on the size of a batch, so that of held-out rows is by default that of training rows. The trainer
-    # keeps the columns, which are tokenized batch by batch.
-    defaults: ClassVar[Mapping[str, Any]] = {
-        **Task.defaults,
-        "per_device_eval_batch_size": Task.defaults["per_device_train_batch_size"],
-        "remove_unused_columns": False,
-    }
+    batch_counts: ClassVar[bool] = True
+    # The trainer keeps the columns, which are tokenized batch by batch.
+    defaults: ClassVar[Mapping[str, Any]] = {**Task.defaults, "remove_unused_columns": False}
 
     def columns_for(self, table: Table, names: Mapping[str, str], *, predicting: bool) -> Sequence[Column]:
         """All of them; to predict, those that are there. Raises `DataError` for pairs that may not belong together."""

@@ -1,7 +1,7 @@
 """How embeddings are made and trained: sentence-transformers' pooling and loss, around a model of transformers."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,7 +59,8 @@ class RankingTrainer(Trainer):
         self.measuring = MultipleNegativesRankingLoss(embedder)
         self.pooling = nn.Sequential(*list(embedder)[1:]).to(self.args.device)
         rows: Any = self.train_dataset
-        if self.args.train_batch_size * processes < 2 and "negative" not in rows.column_names:
+        self.of_pairs = "negative" not in rows.column_names
+        if self.args.train_batch_size * processes < 2 and self.of_pairs:
             raise ConfigError(
                 [
                     "training.per_device_train_batch_size: pairs need at least 2, got 1; the other rows of a batch are "
@@ -72,7 +73,7 @@ class RankingTrainer(Trainer):
         arguments = self.args
         seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
         size = arguments.train_batch_size * arguments.world_size
-        return Distinct(self.train_dataset if rows is None else rows, size, seed)
+        return Distinct(self.train_dataset if rows is None else rows, size, seed, of_pairs=self.of_pairs)
 
     def collated(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Tokenize a batch: its anchors, and its documents one column after the other."""
@@ -108,11 +109,13 @@ class RankingTrainer(Trainer):
 class Distinct(Sampler[int]):
     """Draws rows such that no text is twice in a batch, as far as possible: it would be a wrong answer beside itself.
 
-    The order depends on the seed and on the epoch, which accelerate sets.
+    Rows that fill no batch without such a text come last. A pair that would be alone in the last batch is left out, as
+    there is nothing to learn without other rows. The order depends on the seed and the epoch, which accelerate sets.
     """
 
-    def __init__(self, rows: Any, size: int, seed: int) -> None:
-        self.count = len(rows)
+    def __init__(self, rows: Any, size: int, seed: int, *, of_pairs: bool) -> None:
+        self.size, count = size, len(rows)
+        self.count = count - (of_pairs and count > size and count % size == 1)
         self.batches = NoDuplicatesBatchSampler(
             rows, size, drop_last=False, valid_label_columns=["labels"], generator=torch.Generator(), seed=seed
         )
@@ -125,4 +128,6 @@ class Distinct(Sampler[int]):
         return self.count
 
     def __iter__(self) -> Iterator[int]:
-        return chain.from_iterable(self.batches)
+        # The trainer makes batches of the rows one after the other: a smaller one would move the borders of the others.
+        batches = sorted(self.batches, key=lambda batch: len(batch) < self.size)
+        return islice(chain.from_iterable(batches), self.count)
