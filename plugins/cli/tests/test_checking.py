@@ -50,6 +50,22 @@ MISTAKES = {
     "train --data rows.csv --from gone": "--from gone: no such file or folder",
     "train --model model --data rows.csv --out run": "--out run: holds an ended run (run.json); pass --overwrite",
     "train --model model --data rows.csv --out model": "--out model: the folder holds other files, such as config.json",
+    **{
+        f"train --model model --data {rest}": line
+        for rest, line in {
+            "rows.csv --set metric=Rouge": "metric: there is none named 'Rouge'; did you mean 'rouge_l'?",
+            "rows.csv --set metric=bleu": "named 'bleu'; pass one of exact_match, rouge_l, chrf, or FILE.py:FUNCTION",
+            "rows.csv --set metric=chrf": "metric: chrf needs sacrebleu: pip install ",
+            "rows.csv --set metric=exact_match": "is for causal-lm and seq2seq, and the task is text-classification",
+            "texts.jsonl --set training.metric_for_best_model=rouge_l": "rouge_l is not measured; set metric: rouge_l",
+            "rows.csv --set metric=onw.py:one": "metric: onw.py: no such file; did you mean 'own.py'?",
+            "rows.csv --set metric=own.py:one": "own.py:one is code; read it, and pass --allow-code to run it",
+            "rows.csv --set metric=own.py:on --allow-code": "own.py has no function 'on'; did you mean 'one'?",
+            "rows.csv --set metric=rows.csv:one --allow-code": "metric: rows.csv cannot be run: SyntaxError: invalid",
+            "rows.csv --set training.report_to=[tensorboard]": "training.report_to: tensorboard needs tensorboard: pip",
+        }.items()
+    },
+    "train --out begun --resume": "begun/own.py:one is code; read it, and pass --allow-code to run it",
     "train --out nowhere --resume": "--out nowhere: there is no run to resume in this folder",
     "predict gone --text good": "gone: no such folder",
     "predict run --data gone.csv": "gone.csv: no such file",
@@ -63,6 +79,7 @@ MISTAKES = {
 _ANSWERS = """
 import json, shlex, sys
 sys.modules["torch"] = None
+sys.modules |= dict.fromkeys(("rouge_score", "sacrebleu", "tensorboard", "tensorboardX"))
 from typer.testing import CliRunner
 from tunerkit_cli.app import build
 for line in sys.stdin:
@@ -87,6 +104,10 @@ def write_files(folder: Path) -> None:
         "modle.yaml": "modle: x\n",
         "rate.yaml": "training: {learning_rte: 1e-3}\n",
         "here.yaml": "training: {output_dir: here}\n",
+        "own.py": "def one(predictions, references):\n    return 1\n",
+        "begun/own.py": "",
+        "begun/recipe.yaml": "metric: ./own.py:one\n",
+        "begun/written.json": json.dumps({"tunerkit": "0.1.0", "files": ["recipe.yaml", "written.json"]}),
         "model/config.json": "{}",
         "run/run.json": json.dumps({**RUN, "labels": ["bad", "good"]}),
         "run/written.json": json.dumps({"tunerkit": "0.1.0", "files": ["run.json", "written.json"]}),

@@ -932,4 +932,4 @@ def test_a_task_whose_package_is_missing_says_how_to_get_it(monkeypatch: pytest.
     """With the extra that has it."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"preference needs trl: pip install .*\[lm\]"):
-        require_package("trl", "preference", "lm")
+        require_package("trl", "the task preference", "lm")

@@ -17,7 +17,8 @@ from tunerkit.extras import install
 # The extras that users choose; the others are for those who work on tunerkit itself.
 EXTRAS = (
     *("verbs", "adalora", "lora", "methods", "peft", "gguf", "diffusers", "serving", "quant", "quantisers"),
-    *("deepspeed", "transformers", "distributed", "cli", "lm", "vision", "embedding", "plot", "testing"),
+    *("deepspeed", "transformers", "distributed", "cli", "lm", "vision", "embedding", "metrics", "tensorboard"),
+    *("plot", "testing"),
 )
 
 

@@ -63,6 +63,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show data, lengths, steps and parameters, and stop.")
     ] = False,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run the Python files that the recipe's `metric` names.")
+    ] = False,
     **flags: Any,
 ) -> None:
     """Train an adapter, by default with LoRA. Without options: all-MiniLM-L6-v2 on movie sentences, with AdaLoRA."""
@@ -77,7 +80,7 @@ def train(
     source = str(recipe or "the recipe")
     merged = _merged(mapping, given, set_ or [])
     chosen = reading.structure(merged, source)
-    checking.check(chosen, resume=resume, overwrite=overwrite)
+    checking.check(chosen, resume=resume, overwrite=overwrite, allow_code=allow_code)
     if chosen.from_adapter is not None:
         from tunerkit_cli.preparing.starting import completed
 

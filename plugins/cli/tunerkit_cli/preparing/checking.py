@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -17,9 +18,10 @@ from tunerkit_cli.recipes.recipe import Recipe, default_method, sources_in, with
 from tunerkit_cli.recipes.trainer_arguments import name_problem
 from tunerkit_cli.rows import DataError, Table, read_table, require_column
 from tunerkit_cli.tasks import TaskError, task_of
-from tunerkit_cli.tasks.base import Task
+from tunerkit_cli.tasks.base import Task, require_package
 from tunerkit_cli.tasks.formats import refuse_other, standard
 from tunerkit_cli.tasks.infer import infer
+from tunerkit_cli.tasks.metrics import refuse_unfit, refuse_unusable
 from tunerkit_cli.tasks.turns import read_template
 from tunerkit_transformers.output_folder import read_run
 from tunerkit_transformers.pretrained import refuse_missing
@@ -28,13 +30,16 @@ from tunerkit_transformers.run_folder import irregular
 _HEAD: Final = 100  # rows of each source, which show its form
 
 
-def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+def check(recipe: Recipe, *, resume: bool, overwrite: bool, allow_code: bool = False) -> None:
     """Raise `TunerkitError` if a run is refused whatever torch and the method say.
 
-    Its output folder cannot be used; or a file, a column, the model's folder or the adapter is missing, or the trainer
-    has no argument of such a name. Of a run that is resumed, the files are compared with those it began with, later.
+    Its output folder cannot be used; or a file, a column, the model's folder, the adapter or a metric is missing; or
+    the trainer has no argument of such a name. Files of a run that is resumed are compared with those of then, later.
     """
     recipe = with_home(recipe)
+    refuse_unusable(recipe.metric or (), recipe.training.get("metric_for_best_model"), allow_code=allow_code)
+    if "tensorboard" in str(recipe.training.get("report_to")) and find_spec("tensorboardX") is None:
+        require_package("tensorboard", "training.report_to: tensorboard", "tensorboard")
     folder = RunFolder(Path(recipe.out))
     if resume:
         folder.recipe_file()  # raises if there is none
@@ -57,6 +62,7 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     if (task := _task_of(recipe, tables)) is not None:
         if found := [*filter(None, (name_problem(name, task.name) for name in recipe.training))]:
             raise ConfigError(found)
+        refuse_unfit(recipe.metric or (), task.name)
         whole = [each for each in (*tables, *others) if not (recipe.drop_bad_rows and _is_cut(each))]
         _refuse_columns(task, whole, recipe.columns)
 

@@ -26,6 +26,7 @@ from tunerkit_cli.report.record import Restart
 from tunerkit_cli.rows import read_table
 from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.language import SAMPLES, CausalLm, GenerationTask, settle_prompts_
+from tunerkit_cli.tasks.metrics import Measure, measure_of
 from tunerkit_cli.tasks.texts import labels_of, short_to_long
 from tunerkit_cli.tasks.turns import read_template
 from tunerkit_cli.tasks.weights import class_weights, weighted_loss
@@ -59,6 +60,7 @@ class Session:
     fits: Mapping[str, Fit]  # how the rows of ``train`` and ``eval`` fit a language model
     savings: Sequence[Saving] = ()  # what was chosen for speed
     plan: Plan | None = None  # the memory
+    measure: Measure = attrs.field(factory=Measure)  # the recipe's metrics
 
     def rows(self, part: str) -> int:
         """How many rows of ``"train"`` or ``"eval"`` count: those that leave something to learn."""
@@ -109,6 +111,7 @@ def prepare(
         raise ConfigError([f"{idle[0]}: is for language models, and {task.name} trains none; leave the key out"])
     folder = RunFolder(Path(recipe.out))
     restarts = read_restarts(folder) if resume else ()
+    measure = measure_of(recipe.metric or (), task, data.held_out, recipe.metric_rows)
     start = start_of(recipe, resume=resume)
     labels, ordered = head_labels(start, task, data)
     arguments = _arguments(recipe, task, data, resume=resume)
@@ -142,7 +145,7 @@ def prepare(
         recipe, savings = _sped_up(recipe, trainer, resume=resume)
     plan = noted_plan(trainer) or plan_of(trainer)
     tunerkit.attach(loaded.model, trainer)
-    return Session(recipe, task, data, loaded, tuner, trainer, watching, start, fits, savings, plan)
+    return Session(recipe, task, data, loaded, tuner, trainer, watching, start, fits, savings, plan, measure)
 
 
 def _arguments(recipe: Recipe, task: Task, data: Data, *, resume: bool) -> Any:

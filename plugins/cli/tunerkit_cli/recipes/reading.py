@@ -34,6 +34,7 @@ _KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "quantisation=int8": ("load_in_8bit", "use_8bit"),
     "attn_implementation": ("attention", "attn_impl", "flash_attention", "flash_attn", "use_flash_attention"),
     "train_on_prompts": ("train_on_inputs", "train_on_prompt", "train_on_source"),
+    "metric": ("compute_metrics", "eval_metrics", "metrics"),
     "early_stopping_patience": ("early_stopping", "patience"),
     "config.rank": ("lora_r", "lora_rank", "r", "rank"),
     "config.alpha": ("alpha", "lora_alpha"),

@@ -57,7 +57,7 @@ def _read_sources(given: Any) -> Any:
 
 # The keys that name files and folders.
 DATA: Final = ("data", "eval_data")
-PATHS: Final = (*DATA, "out", "model", "from_adapter", "chat_template")
+PATHS: Final = (*DATA, "out", "model", "from_adapter", "chat_template", "metric")
 
 
 @attrs.frozen
@@ -155,6 +155,15 @@ class Recipe:
         "checkpoint. A run is then evaluated after each epoch, or as `training` says.",
         ge=1,
     )
+    metric: str | list[str] | None = _key(
+        None,
+        "What is measured on held-out rows beside the task's own metrics: of generated texts exact_match, rouge_l or "
+        "chrf, or a function, `FILE.py:FUNCTION`, with --allow-code; or a list of these.",
+        converter=lambda given: [given] if isinstance(given, str) else given,
+    )
+    metric_rows: int | None = _key(
+        None, "How many held-out rows `metric` is measured on. Without it: 100 of a language model's, else all.", ge=1
+    )
     baseline: bool = _key(False, "Whether to fit the head alone too, for comparison.")
     on_collapse: str = _key(
         "warn",
@@ -214,8 +223,8 @@ def with_home(recipe: Recipe) -> Recipe:
 
 def _full(name: str, path: str) -> str:
     full = os.path.abspath(os.path.expanduser(path))
-    is_on_hub = name in ("model", "from_adapter") and not os.path.exists(full)
-    return path if is_on_hub else full
+    is_name = name in ("model", "from_adapter") and not os.path.exists(full)
+    return path if is_name or (name == "metric" and ":" not in path) else full
 
 
 def sources_in(data: Any) -> list[Source]:

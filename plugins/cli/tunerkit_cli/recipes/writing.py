@@ -11,7 +11,7 @@ from tunerkit.errors import ConfigError, closest, shown
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, TASKS, VERSION, Recipe, to_mapping
 from tunerkit_cli.recipes.schema import class_schema
 from tunerkit_cli.settings import write_settings
-from tunerkit_cli.tasks import task_of
+from tunerkit_cli.tasks import GENERATED, task_of
 
 
 class RecipeFileError(TunerkitError):
@@ -73,6 +73,7 @@ _EXAMPLES: Final[Mapping[str, str]] = {
     **{"train_on_prompts": "true", "dtype": "bfloat16", "precision": "bf16", "quantisation": "nf4", "samples": "4"},
     **{"attn_implementation": "sdpa", "early_stopping_patience": "3", "class_weights": "balanced"},
     **{"loss": "trl", "memory": "8", "baseline": "true", "on_collapse": "restart"},
+    **{"metric": "[chrf, rouge_l]", "metric_rows": "500"},
 }
 _OF_LANGUAGE: Final = {"chat_template", "train_on_prompts", "samples", "loss", "memory"}  # language models' keys
 _TRAINING: Final = """ # among others:
@@ -96,6 +97,7 @@ def starter(task: str) -> str:
     given |= {} if first == "image" else {"max_length": kind.max_length}
     left_out = set() if kind.label_column else {"label_map", "class_weights"}
     left_out |= set() if task in ("causal-lm", "preference", "seq2seq") else _OF_LANGUAGE
+    left_out |= set() if task in GENERATED else {"metric", "metric_rows"}
     lines = ["# A recipe for: tunerkit train", "# Every key may be left out."]
     for name, schema in class_schema(Recipe)["properties"].items():
         if name in left_out or not (name in given or name in _EXAMPLES):

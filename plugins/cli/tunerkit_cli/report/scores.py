@@ -15,7 +15,7 @@ _SHARES: Final = frozenset(
 _TITLES: Final = {
     **{"f1": "F1", "mse": "MSE", "rmse": "RMSE", "mae": "MAE", "auc": "AUC", "wer": "WER", "cer": "CER", "r2": "R²"},
     **{"pearson": "Pearson", "spearman": "Spearman", "matthews": "Matthews"},
-    **{"bleu": "BLEU", "nll": "NLL", "kl": "KL", "mrr": "MRR"},
+    **{"rouge_l": "ROUGE-L", "chrf": "chrF", "bleu": "BLEU", "nll": "NLL", "kl": "KL", "mrr": "MRR"},
 }
 
 
@@ -40,7 +40,7 @@ def is_share(name: str) -> bool:
 
 def title(name: str) -> str:
     """Write a metric's name for readers: ``macro_f1`` is "macro F1"."""
-    return " ".join(_TITLES.get(word, word) for word in re.split(r"[_\s]+", name)) or name
+    return _TITLES.get(name) or " ".join(_TITLES.get(word, word) for word in re.split(r"[_\s]+", name)) or name
 
 
 def distance(name: str, difference: float) -> str:

@@ -49,6 +49,8 @@ def described(session: Session) -> Iterator[str]:
         yield str(saving)
     if session.savings:
         yield from _described_end(session)
+    if session.measure.functions:
+        yield f"metric: {session.measure}"
     precision, device = session.precision, arguments.device.type
     other = "" if precision == "fp32" or device == "cpu" else "; --precision fp32 is slower and rounds less"
     yield f"precision: {precision} on {device}{other}"
@@ -104,7 +106,8 @@ def tell(session: Session, trained: Trained, console: Console) -> None:
         say(console, f"budget {tuner.budget()}, live triplets {sum(ranks.values())}")
     if trained.metrics:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in trained.metrics.items())
-        say(console, f"{tuner.method}: {shown} on {session.rows('eval')} held-out rows")
+        fewer = f" ({session.measure})" if 0 < len(session.measure.rows) < session.rows("eval") else ""
+        say(console, f"{tuner.method}: {shown} on {session.rows('eval')} held-out rows{fewer}")
 
 
 def conclude(recipe: Recipe, record: Mapping[str, Any], console: Console) -> None:

@@ -78,6 +78,7 @@ def record_of(session: Session, trained: Trained, kept: Recipe, samples: Sequenc
         "problems": [attrs.asdict(problem) for problem in trained.problems],
         "confusion": trained.confusion,
         "samples": [*samples],
+        "metric_rows": len(session.measure.rows) or None,
         "savings": [attrs.asdict(saving) for saving in session.savings],
         "memory": None if session.plan is None else {**attrs.asdict(session.plan), "total": session.plan.total},
     }

@@ -29,6 +29,7 @@ from tunerkit_cli.running.record import Trained, finite, record_of, sources_of, 
 from tunerkit_cli.running.training import (
     EvaluationError,
     evaluate,
+    measured,
     reason_of,
     rehearse,
     replacing,
@@ -91,6 +92,7 @@ def _finish(session: Session, trained: Trained, kept: Recipe, console: Console) 
     failed: Exception | None = None
     try:
         trained = evaluate(session, trained)
+        trained = attrs.evolve(trained, metrics={**trained.metrics, **measured(session)})
     except Exception as problem:  # of a library, of a metric, of the data: whatever it is, the adapter is trained
         failed = problem
     record = record_of(session, trained, kept, _samples(session))

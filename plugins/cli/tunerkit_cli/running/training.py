@@ -16,9 +16,12 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 import tunerkit
 from tunerkit import TunerkitError
+from tunerkit.errors import ConfigError, closest, shown
+from tunerkit.paths import few
 from tunerkit.plugin import RankChange
 from tunerkit_cli import outputs
 from tunerkit_cli.folder import CARD, CHECKPOINTS, LOGS, RunFolder
+from tunerkit_cli.machine import hardware
 from tunerkit_cli.machine.processes import wait
 from tunerkit_cli.preparing.session import Session, prepare
 from tunerkit_cli.preparing.starting import explaining, keep_start, place_start
@@ -175,8 +178,12 @@ def train(session: Session, console: Console, *, resume: bool) -> Trained:
     tuner, trainer = session.tuner, session.trainer
     start = RankChange(step=0, budget=tuner.budget() if tuner.ranks() else 0, ranks=tuner.ranks())
     began = time.perf_counter()
-    trainer.evaluate = partial(_evaluate_meanwhile, session, console, trainer.evaluate)
+    whole, loop = trainer.evaluate, trainer.evaluation_loop
+    trainer.evaluate = partial(_evaluate_meanwhile, session, console, whole)
+    if str(trainer.args.metric_for_best_model).removeprefix("eval_") in session.measure.functions:
+        trainer.evaluation_loop = partial(_measure_meanwhile, session, loop)
     _train(session, console, resume=resume)
+    trainer.evaluate, trainer.evaluation_loop = whole, loop
     if session.watching.interrupted:
         raise KeyboardInterrupt
     state, patience = trainer.state, session.recipe.early_stopping_patience
@@ -191,14 +198,19 @@ def _evaluate_meanwhile(
     session: Session, console: Console, call: Callable[..., dict[str, float]], *arguments: Any, **options: Any
 ) -> dict[str, float]:
     """Evaluate in a training, which goes on if that fails, unless it chooses the best checkpoint by the result."""
-    state, folder = session.trainer.state, session.folder
+    state, folder, best = session.trainer.state, session.folder, session.trainer.args.metric_for_best_model
     try:
-        return call(*arguments, **options)
+        found = call(*arguments, **options)
+        names = [*session.measure.functions, *(name.removeprefix("eval_") for name in found)]
+        if best is not None and best.removeprefix("eval_") not in names:
+            said = closest(best, names) or f"; there are {few(names, shown=20)}"
+            raise ConfigError([f"training.metric_for_best_model: no evaluation has {shown(best)}{said}"])
+        return found
     except TunerkitError:
         raise
     except Exception as problem:  # of a library, of a metric: whatever it is, the training is worth more
         reason = f"the evaluation after step {state.global_step} of {state.max_steps} failed: {reason_of(problem)}"
-        if session.trainer.args.metric_for_best_model is None:
+        if best is None:
             say(console, f"{reason}; the training goes on")
             return {}
         folder.save(session.loaded)
@@ -206,6 +218,20 @@ def _evaluate_meanwhile(
             f"{reason}; the training needs its result (metric_for_best_model), so it has stopped. The adapter as it is "
             f"now is in {folder}, for tunerkit.load; leave metric_for_best_model out to train to the end"
         ) from problem
+
+
+def _measure_meanwhile(session: Session, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Evaluate, and add the recipe's metrics, which the trainer then logs, and chooses the best checkpoint by."""
+    found = call(*arguments, **options)
+    found.metrics.update({f"eval_{name}": value for name, value in measured(session).items()})
+    return found
+
+
+def measured(session: Session) -> dict[str, float]:
+    """The recipe's metrics of the model as it is."""
+    size = session.trainer.args.per_device_eval_batch_size
+    with hardware.computing_in(session.precision, session.loaded.model.device):
+        return session.measure.of(session.task, session.loaded, batch_size=size)
 
 
 def reason_of(problem: Exception) -> str:

@@ -19,6 +19,7 @@ from tunerkit_cli.tasks.answering import Answering
 from tunerkit_cli.tasks.base import Row, Task, require_text
 from tunerkit_cli.tasks.generating import GREEDY, generate, require_system
 from tunerkit_cli.tasks.language import GenerationTask, settle_prompts_
+from tunerkit_cli.tasks.metrics import measure_of, refuse_unusable
 from tunerkit_cli.tasks.texts import token_limit
 from tunerkit_cli.telling import say
 from tunerkit_transformers.learned_positions import obstacle, score_learned_
@@ -86,9 +87,12 @@ def evaluate_rows(
     """
     run, task = _run_in(folder)
     recipe = run.record.get("recipe", {})
+    metrics = [name for name in recipe.get("metric") or () if ":" not in name]  # no code runs here
+    refuse_unusable(metrics)
     options: Any = {"drop": recipe.get("drop_bad_rows", False), "label_map": recipe.get("label_map", {})}
     read = _read(task, [read_table(path) for path in data], _names(run, columns), **options)
     rows = _as_trained(run, read)
+    measure = measure_of(metrics, task, rows, recipe.get("metric_rows"))
     loaded, precision = _load(run, base)
     left_out = (*_OF_TRAINING, *_HALF, *(_OF_GPUS if loaded.model.device.type == "cpu" else ()))
     trained = recipe.get("training", {})
@@ -110,7 +114,9 @@ def evaluate_rows(
         found["left_out"] = dict(fit.left_out)
     # Where TRL has prepared a reference, the trainer does not put autocast around the model itself.
     with hardware.computing_in(precision, loaded.model.device):
-        return {**found, **task.evaluate(trainer, trainer.eval_dataset).metrics}
+        found |= {"metric_rows": len(measure.rows)} if metrics else {}
+        found |= task.evaluate(trainer, trainer.eval_dataset).metrics
+        return {**found, **measure.of(task, loaded, batch_size=batch_size)}
 
 
 def conversation(folder: Path, *, base: str | None, answering: Answering) -> Callable[[str], None]:

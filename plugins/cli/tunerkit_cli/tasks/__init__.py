@@ -27,6 +27,7 @@ TASKS: Mapping[str, tuple[str, str]] = {
     "image-classification": ("images", "ImageClassification"),
     "embedding": ("embedding", "Embedding"),
 }
+GENERATED = ("causal-lm", "seq2seq")  # whose answers metrics by name compare
 
 
 def task_of(name: str, max_length: int | None = None) -> "Task":

@@ -182,7 +182,7 @@ class Task(ABC):
         """The classes of the trainer and of its arguments."""
         kind, arguments = self.trainer
         if kind.startswith("trl."):
-            require_package("trl", self.name, "lm")
+            require_package("trl", f"the task {self.name}", "lm")
         return pkgutil.resolve_name(kind), pkgutil.resolve_name(arguments)
 
     def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
@@ -253,10 +253,10 @@ def pipeline_of(task: str, loaded: Pretrained) -> Callable[..., Any]:
     return transformers.pipeline(name, model=loaded.model, **settings)  # type: ignore[no-any-return]
 
 
-def require_package(name: str, task: str, extra: str) -> None:
-    """Raise `MissingPackageError` if a module that a task needs cannot be found."""
+def require_package(name: str, what: str, extra: str) -> None:
+    """Raise `MissingPackageError` if a module cannot be found that something needs, such as "the task preference"."""
     if importlib.util.find_spec(name) is None:
-        raise MissingPackageError(f"the task {task} needs {name}: {install(extra)}")
+        raise MissingPackageError(f"{what} needs {name}: {install(extra)}")
 
 
 def require_text(row: Row, name: str) -> str:

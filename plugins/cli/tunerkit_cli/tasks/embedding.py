@@ -58,7 +58,7 @@ class Embedding(Task):
         return datasets.Dataset.from_dict({**{name: [row[name] for row in rows] for name in rows[0]}, "labels": labels})
 
     def trainer_classes(self) -> tuple[type[Any], type[Any]]:
-        require_package("sentence_transformers", self.name, self.name)
+        require_package("sentence_transformers", f"the task {self.name}", self.name)
         return super().trainer_classes()
 
     def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Embedding(Task):
         return {"embedder": self._embedder(loaded), "compute_metrics": self.compute_metrics}
 
     def _embedder(self, loaded: Pretrained) -> Any:
-        require_package("sentence_transformers", self.name, self.name)
+        require_package("sentence_transformers", f"the task {self.name}", self.name)
         from tunerkit_cli.tasks.ranking import embedder_of
 
         return embedder_of(loaded, token_limit(loaded, self.limit))

@@ -41,7 +41,7 @@ class ImageClassification(Task):
         if not isinstance(path, str) or not os.path.isfile(path):  # Path.is_file raises where a name is too long
             do = "write the paths of image files, relative to the folder of the data"
             raise BadValue("image", f"there is no file %s; {do}", path)
-        require_package("PIL", self.name, "vision")
+        require_package("PIL", f"the task {self.name}", "vision")
         with opened(path):
             pass
         return {"image": path, **({"label": class_label(row["label"])} if "label" in row else {})}
