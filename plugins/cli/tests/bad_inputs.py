@@ -236,6 +236,8 @@ RECIPES = (
     _recipe("an argument that the trainer itself refuses", "training: {batch_eval_metrics: true}\n", until="training:"),
     _recipe("an unknown schedule", "training: {lr_scheduler_type: cosin}\n", until="is not a valid SchedulerType"),
     _recipe("a logger that is not installed", "training: {report_to: nowhere}\n", until="nowhere is not supported"),
+    _recipe("a metric that does not exist", "metric: rouge\n"),
+    _train("a metric in code", "--set metric=own.py:score", **{"own.py": "def score(given, right): return 1\n"}),
     BadInput("a recipe that is not there", "train recipes.yaml"),
     _train("prompts to learn, for a task without prompts", "--set train_on_prompts=true"),
     _train("a mistyped setting of the method", "--config '{rnk: 2}'"),
