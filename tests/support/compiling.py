@@ -23,9 +23,8 @@ TARGETS: Mapping[str, tuple[str, ...]] = {
     "tiny": ("embed", "layers.0", "layers.2"),
 }
 # Models with backends of `torch.compile`: each architecture, and each backend that needs no accelerator, once at least.
-each_model = pytest.mark.parametrize(
-    ("name", "backend"), [("gpt2", "eager"), ("llama", "eager"), ("bert", "aot_eager"), ("tiny", "inductor")]
-)
+MODELS = (("gpt2", "eager"), ("llama", "eager"), ("bert", "aot_eager"), ("tiny", "inductor"))
+each_model = pytest.mark.parametrize(("name", "backend"), MODELS)
 _IDS = torch.randint(0, 61, (4, 7), generator=torch.Generator().manual_seed(1))
 
 

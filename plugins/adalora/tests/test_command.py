@@ -96,20 +96,30 @@ def test_after_kill_9_the_end_is_that_of_an_uninterrupted_run(arguments: list[st
     check_resumed_after_kill(arguments, (), out, tmp_path / "parts", at=(1, 11, 23))
 
 
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """The arguments of a run that may be restarted, and the folder of that run, ended as it is."""
+    folder = tmp_path_factory.mktemp("longer")
+    options = arguments_of(folder, "adalora", "{target_rank: 2, init_rank: 3, t_init: 20, t_final: 100, delta_t: 10}")
+    write_rows(folder / "more.csv", 400)
+    options[options.index("--data") + 1] = str(folder / "more.csv")
+    options += ["--precision", "fp32", "--batch-size", "8", "--epochs", "5", "--max-length", "16"]
+    succeeded(*options, "--out", folder / "plain")
+    return options, folder / "plain"
+
+
 @pytest.mark.parametrize("lost", [61, 121])
-def test_a_restarted_run_goes_on_with_the_ranks_and_the_schedule_of_its_checkpoint(lost: int, tmp_path: Path) -> None:
+def test_a_restarted_run_goes_on_with_the_ranks_and_the_schedule_of_its_checkpoint(
+    longer: tuple[list[str], Path], lost: int, tmp_path: Path
+) -> None:
     """While it prunes, and after it: budget and steps are those of a run that was not restarted.
 
     Up to the checkpoint the record is that run's too, and the file can be loaded.
     """
-    options = arguments_of(tmp_path, "adalora", "{target_rank: 2, init_rank: 3, t_init: 20, t_final: 100, delta_t: 10}")
-    write_rows(tmp_path / "more.csv", 400)
-    options[options.index("--data") + 1] = str(tmp_path / "more.csv")
-    options += ["--precision", "fp32", "--batch-size", "8", "--epochs", "5", "--max-length", "16"]
-    succeeded(*options, "--out", tmp_path / "plain")
+    options, ended = longer
     with collapsing(lost):
         done = succeeded(*options, "--out", tmp_path / "out", "--set", "on_collapse=restart")
-    plain, record = record_of(tmp_path / "plain"), record_of(tmp_path / "out")
+    plain, record = record_of(ended), record_of(tmp_path / "out")
     assert "problems" not in plain
     (restart,) = record["restarts"]
     assert restart["from_step"] == lost - 1

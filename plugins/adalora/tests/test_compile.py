@@ -1,5 +1,6 @@
 """AdaLoRA in compiled models."""
 
+import os
 from typing import Any
 
 import pytest
@@ -14,8 +15,12 @@ TOTAL, FINAL = 14, 10
 # Allocations after steps 4, 6, 8 and 10, where the distribution is final.
 SETTINGS = {"target_rank": 2, "init_rank": 4, "exact_svd": True, "t_init": 2, "t_final": TOTAL - FINAL, "delta_t": 2}
 
+LONG = pytest.mark.skipif(os.environ.get("TUNERKIT_LONG") != "1", reason="linear layers as in bert; TUNERKIT_LONG=1")
 
-@compiling.each_model
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [pytest.param(*model, marks=LONG if model[0] == "llama" else ()) for model in compiling.MODELS]
+)
 def test_masks_change_without_recompiling(name: str, backend: str) -> None:
     """One graph without a break is compiled once until ranks are final, then at most once more."""
     training = compiling.check_trains_in_one_graph(name, "adalora", SETTINGS, backend=backend, steps=TOTAL)
