@@ -1,7 +1,7 @@
 """Adding, training, renaming, freezing, activating, merging and deleting in any order keeps adapters independent."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 import tunerkit
+from tests.support.model_checks import fit
 from tests.support.toys import Toys
 from tunerkit.errors import AdapterError
 
@@ -50,11 +51,13 @@ class Several(RuleBasedStateMachine):
         self.frozen: set[str] = set()
         self.merged = False
 
-    def output(self, *names: str) -> Tensor:
-        """The model's output with exactly these active."""
+    def alone(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The model's output with each of these alone active."""
         before = tunerkit.active(self.model)
-        tunerkit.activate(self.model, names)
-        found: Tensor = self.model(self.x).detach()
+        found = {}
+        for name in names:
+            tunerkit.activate(self.model, name)
+            found[name] = self.model(self.x).detach()
         tunerkit.activate(self.model, before)
         return found
 
@@ -68,7 +71,7 @@ class Several(RuleBasedStateMachine):
         parameters = [p for p in tunerkit.tuner(self.model, name).parameters() if p.requires_grad]
         self.optimizer.add_param_group({"params": parameters})
         tunerkit.attach(self.model, self.optimizer, adapter=name)
-        self.outputs[name] = self.output(name)
+        self.outputs.update(self.alone([name]))
 
     @precondition(lambda self: not self.merged and len(self.outputs) < len(NAMES))
     @rule(config=st.integers(0, 3), method=st.sampled_from(["toy-low-rank", "toy-shift"]), data=st.data())
@@ -151,14 +154,13 @@ class Several(RuleBasedStateMachine):
     @rule(count=st.integers(1, 3))
     def step(self, count: int) -> None:
         trained = [name for name in self.active if name not in self.frozen]
-        for _ in range(count if trained else 0):
-            self.optimizer.zero_grad()
-            self.model(self.x).square().mean().backward()
-            self.optimizer.step()
+        if not trained:
+            return
+        fit(self.model, self.optimizer, self.x, count)
+        self.seen.add("trained")
         for name in trained:
-            self.seen.add("trained")
             self.steps[name] += count
-            self.outputs[name] = self.output(name)
+        self.outputs.update(self.alone(trained))
 
     @precondition(lambda self: self.outputs)
     @rule()
@@ -186,7 +188,8 @@ class Several(RuleBasedStateMachine):
     @invariant()
     def each_alone_is_what_it_was(self) -> None:
         if not self.merged and self.outputs:
-            assert all(torch.equal(self.output(name), expected) for name, expected in self.outputs.items())
+            found = self.alone(self.outputs)
+            assert all(torch.equal(found[name], expected) for name, expected in self.outputs.items())
 
     @invariant()
     def the_base_is_untouched(self) -> None:
