@@ -116,7 +116,7 @@ def evaluate_rows(
     with hardware.computing_in(precision, loaded.model.device):
         found |= {"metric_rows": len(measure.rows)} if metrics else {}
         found |= task.evaluate(trainer, trainer.eval_dataset).metrics
-        return {**found, **measure.of(task, loaded, batch_size=batch_size)}
+        return {**found, **measure.of(task, loaded, batch_size=size)}
 
 
 def conversation(folder: Path, *, base: str | None, answering: Answering) -> Callable[[str], None]:
