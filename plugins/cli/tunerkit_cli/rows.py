@@ -253,6 +253,14 @@ def _parsed(text: str, where: str, hint: str = "") -> Any:
     return found
 
 
+def from_json(cell: object) -> object:
+    """The value that a text in a cell writes as JSON, None if it is not JSON; other values as they are."""
+    try:
+        return json.loads(cell) if isinstance(cell, str) else cell
+    except (ValueError, RecursionError):
+        return None
+
+
 def _object(row: object, where: str) -> Row:
     if not isinstance(row, dict):
         raise DataError(f'{where}: expected a JSON object such as {{"text": "..."}}, got {shown(row)}')

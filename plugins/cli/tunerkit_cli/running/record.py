@@ -20,6 +20,7 @@ from tunerkit.plugin import RankChange, Tuner
 from tunerkit_cli.preparing.session import Session
 from tunerkit_cli.recipes.recipe import Recipe, files_of, to_mapping
 from tunerkit_cli.report.record import Problem
+from tunerkit_cli.report.scores import is_better_high
 from tunerkit_cli.tasks.language import are_conversations
 from tunerkit_cli.watching.callback import read_restarts
 from tunerkit_transformers.output_folder import VERSION
@@ -58,7 +59,7 @@ def record_of(session: Session, trained: Trained, kept: Recipe, samples: Sequenc
         "labels": list(data.labels),
         "metrics": dict(trained.metrics),
         "main_metric": task.main_metric_of(data.labels),
-        "greater_is_better": task.greater_is_better,
+        "greater_is_better": is_better_high(task.main_metric),
         "logs": [dict(entry) for entry in trained.logs],
         "seconds": dict(trained.seconds),
         "device": str(loaded.model.device),

@@ -22,6 +22,7 @@ from tunerkit_cli.preparing.trainer import arguments_of
 from tunerkit_cli.recipes.reading import read_recipe
 from tunerkit_cli.recipes.recipe import Recipe, as_stated
 from tunerkit_cli.report.html import render
+from tunerkit_cli.report.scores import is_better_high
 from tunerkit_cli.running.baseline import NoBaselineError, head_alone
 from tunerkit_cli.running.describing import conclude, described, tell
 from tunerkit_cli.running.memory import refusing_memory
@@ -137,12 +138,12 @@ def compare(session: Session, trained: Trained, console: Console) -> dict[str, A
     task, name = session.task, "base" if session.task.base_can else "head"
     if (baseline := (_base_alone if task.base_can else _head_alone)(session, console)) is None:
         return {}
-    metric, is_better_high = task.main_metric, task.greater_is_better
+    metric = task.main_metric
     own, other = trained.metrics[metric], baseline["metrics"][metric]
     say(console, f"{name} alone: {metric} {other:.4f}")
     say(console, f"{session.tuner.method} is {100 * (own - other):+.1f} points from the {name} alone")
     tried = session.watching.learning.advice
-    worse = below_baseline(metric, own, other, name=name, is_better_high=is_better_high, advice=tried)
+    worse = below_baseline(metric, own, other, name=name, is_better_high=is_better_high(metric), advice=tried)
     problems = [attrs.asdict(problem) for problem in (*trained.problems, *([] if worse is None else [worse]))]
     return {"baseline": finite(baseline), **({"problems": problems} if problems else {})}
 

@@ -15,6 +15,7 @@ import attrs
 from tunerkit.errors import TunerkitError, closest
 from tunerkit.extras import install
 from tunerkit_cli.rows import BadValue, DataError, Table, checked_rows, class_names, require_column, tidy
+from tunerkit_cli.tasks.formats import refuse_mixed
 from tunerkit_transformers.pretrained import Pretrained
 from tunerkit_transformers.task_classes import TASKS
 
@@ -69,7 +70,6 @@ class Task(ABC):
     name: ClassVar[str]
     columns: ClassVar[tuple[Column, ...]]
     main_metric: ClassVar[str] = "loss"
-    greater_is_better: ClassVar[bool] = False
     max_length: ClassVar[int] = 128  # in tokens, if the recipe sets none
     # Whether the same head can be trained alone, for comparison.
     has_baseline: ClassVar[bool] = False
@@ -79,7 +79,7 @@ class Task(ABC):
     trains_on_prompts: bool | None = None
     # Our name of the column with a row's class, classes or number; empty for language models.
     label_column: ClassVar[str] = ""
-    one_class: ClassVar[bool] = False  # whether each row has exactly one
+    one_class: ClassVar[bool] = False  # whether each row has exactly one, so that there is a confusion matrix
     labelled: ClassVar[str] = "training row has the label"  # for messages
     batch_counts: ClassVar[bool] = False  # whether a row's loss depends on the size of its batch
     # The classes of the trainer and of its arguments, which are imported when they are needed.
@@ -103,12 +103,17 @@ class Task(ABC):
     def rows(
         self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
     ) -> list[Row]:
-        """Return the table's rows under our names of the columns, with checked values. Raises `DataError`."""
+        """Return the table's rows under our names of the columns, with checked values. Raises `DataError`.
+
+        Values of a column are lists, such as messages, in all rows or in none.
+        """
         read = {
             each.name: require_column(table, name, self.name, each.option, renaming=renaming)
             for each, name in self.columns_read(table, names, predicting=predicting)
         }
-        return checked_rows(table, read, self.checked)
+        rows = checked_rows(table, read, self.checked)
+        refuse_mixed(rows, table, read)
+        return rows
 
     def columns_read(
         self, table: Table, names: Mapping[str, str], *, predicting: bool = False
@@ -204,8 +209,8 @@ class Task(ABC):
         accuracy, f1 = accuracy_score(truth, predicted), f1_score(truth, predicted, average="macro", zero_division=0)
         return {"accuracy": float(accuracy), "f1": float(f1)}
 
-    def confusion(self, predictions: Any, truth: Any) -> list[list[int]] | None:
-        """The confusion matrix of the same, rows by true class; None if there are no single classes."""
+    def confusion(self, predictions: Any, truth: Any) -> list[list[int]]:
+        """The confusion matrix of the same, rows by true class."""
         from sklearn.metrics import confusion_matrix
 
         kept, classes = truth != NOT_LEARNED, list(range(predictions.shape[-1]))
@@ -222,7 +227,7 @@ class Task(ABC):
         found = trainer.predict(dataset)
         predictions, truth = first_output(found.predictions), found.label_ids
         metrics = {**self.scores(predictions, truth), "loss": found.metrics["test_loss"]}
-        return Results(metrics, self.confusion(predictions, truth))
+        return Results(metrics, self.confusion(predictions, truth) if self.one_class else None)
 
     def samples(self, loaded: Pretrained, rows: Sequence[Row], count: int) -> list[dict[str, str]]:
         """The first ``count`` prompts, and the answers to them; classifiers give none."""

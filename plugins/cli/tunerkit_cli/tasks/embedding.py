@@ -28,7 +28,6 @@ class Embedding(Task):
         Column("negative", needed=False),
     )
     main_metric: ClassVar[str] = "accuracy"
-    greater_is_better: ClassVar[bool] = True
     base_can: ClassVar[bool] = True
     max_length: ClassVar[int] = 512
     trainer: ClassVar[tuple[str, str]] = ("tunerkit_cli.tasks.ranking:RankingTrainer", Task.trainer[1])
@@ -99,9 +98,6 @@ class Embedding(Task):
             near, far = (pairwise_cos_sim(vectors[:, 0], vectors[:, column]) for column in (1, 2))
             scores["triplet_accuracy"] = float((near > far).float().mean())
         return scores
-
-    def confusion(self, predictions: Any, truth: Any) -> None:
-        return None
 
     def predict(self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int) -> list[dict[str, Any]]:
         """The embedding of each text, under the name of its column."""

@@ -20,20 +20,16 @@ class ImageClassification(Task):
     name: ClassVar[str] = "image-classification"
     columns: ClassVar[tuple[Column, ...]] = (Column("image", ("image_path", "file_name", "path")), LABEL)
     main_metric: ClassVar[str] = "accuracy"
-    greater_is_better: ClassVar[bool] = True
     label_column: ClassVar[str] = LABEL.name
     one_class: ClassVar[bool] = True
     # Images bear a higher rate than texts. The trainer keeps their column, which the transform reads.
     defaults: ClassVar[Mapping[str, Any]] = {**Task.defaults, "learning_rate": 2e-3, "remove_unused_columns": False}
 
-    def rows(
-        self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
-    ) -> list[Row]:
+    def rows(self, table: Table, names: Mapping[str, str], **options: bool) -> list[Row]:
         """The rows, with paths that are relative to the working folder."""
         name = name_in(table, self.columns[0], names)
         placed = tuple({**row, name: _placed(table.folder, row.get(name))} for row in table.rows)
-        table = attrs.evolve(table, rows=placed)
-        return super().rows(table, names, predicting=predicting, renaming=renaming)
+        return super().rows(attrs.evolve(table, rows=placed), names, **options)
 
     def checked(self, row: Row) -> Row:
         """The file exists, and begins as an image."""

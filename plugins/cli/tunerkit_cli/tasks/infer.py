@@ -1,11 +1,10 @@
 """Which task a table is for, if the user does not say."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from tunerkit.errors import shown
 from tunerkit.paths import few
-from tunerkit_cli.rows import Table
+from tunerkit_cli.rows import Table, from_json
 from tunerkit_cli.tasks import TASKS, TaskError, task_of
 from tunerkit_cli.tasks.base import LABEL, TEXT, name_in
 from tunerkit_cli.tasks.formats import refuse_other, standard
@@ -65,7 +64,7 @@ def _only(fitting: Sequence[str], seen: str, names: Mapping[str, str]) -> str | 
 
 def _by_labels(values: Iterable[object], source: str, name: str) -> str:
     values = [value for value in values if value is not None]
-    if any(isinstance(value, list) or _is_json_list(value) for value in values):
+    if any(isinstance(from_json(value), list) for value in values):
         return "multi-label"
     broken = next((value for value in values if _is_fraction(value)), None)
     if broken is not None:
@@ -74,15 +73,6 @@ def _by_labels(values: Iterable[object], source: str, name: str) -> str:
             "regression, or --task text-classification if they are names of classes"
         )
     return "text-classification"
-
-
-def _is_json_list(value: object) -> bool:
-    if not isinstance(value, str) or not value.startswith("["):
-        return False
-    try:
-        return isinstance(json.loads(value), list)
-    except (ValueError, RecursionError):
-        return False
 
 
 def _is_fraction(value: object) -> bool:

@@ -10,8 +10,8 @@ from tunerkit.paths import few
 from tunerkit_cli.rows import BadValue, DataError, Table
 from tunerkit_cli.tasks.answering import Answering
 from tunerkit_cli.tasks.base import USUAL, Column, Results, Row, Task, name_in, require_text
+from tunerkit_cli.tasks.formats import messages_of, one_kind
 from tunerkit_cli.tasks.generating import GREEDY, generate, require_tokens
-from tunerkit_cli.tasks.messages import messages_of, one_kind, refuse_mixed
 from tunerkit_cli.tasks.texts import token_limit
 from tunerkit_cli.tasks.turns import dataset_of, encode_turns, refuse_lost
 from tunerkit_transformers.pretrained import Pretrained
@@ -34,14 +34,22 @@ class GenerationTask(Task):
         **USUAL,
     }
 
-    def rows(
-        self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
-    ) -> list[Row]:
-        """The rows: all of texts, or all of lists of messages."""
-        read = {each.name: name for each, name in self.columns_read(table, names, predicting=predicting)}
-        rows = super().rows(table, names, predicting=predicting, renaming=renaming)
-        refuse_mixed(rows, table, read)
-        return rows
+    def checked(self, row: Row) -> Row:
+        """Texts are not empty, or all values are messages with roles, which ask something."""
+        if not ("messages" in row or (not {"text", "source"} & row.keys() and one_kind(row))):
+            return {name: require_text(row, name) for name in row}
+        found = {name: messages_of(row[name], name) for name in row}
+        if not prompt_of(found):
+            raise BadValue("messages", "the only message is the assistant's; add what it answers")
+        return found
+
+    def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
+        """The rows as they are: the trainer tokenizes them. Of conversations, the tokens with their labels."""
+        require_tokens(loaded, chat=isinstance(prompt_of(rows[0]), list))
+        refuse_lost([prompt_of(row) for row in rows], loaded)
+        if "messages" in rows[0] and not self.trains_on_prompts:
+            return encode_turns([row["messages"] for row in rows], loaded)
+        return dataset_of(rows)
 
     def evaluate(self, trainer: Any, dataset: Any) -> Results:
         """The loss and the perplexity."""
@@ -100,23 +108,6 @@ class CausalLm(GenerationTask):
             "the recipe)"
         )
 
-    def checked(self, row: Row) -> Row:
-        """Texts are not empty, and messages have roles, and an answer has something that it answers."""
-        if "text" in row or not ("messages" in row or one_kind(row)):
-            return {name: require_text(row, name) for name in row}
-        found = {name: messages_of(row[name], name) for name in row}
-        if not prompt_of(found):
-            raise BadValue("messages", "the only message is the assistant's; add what it answers")
-        return found
-
-    def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
-        """The rows as they are: the trainer tokenizes them. Of conversations, the tokens with their labels."""
-        require_tokens(loaded, chat=isinstance(prompt_of(rows[0]), list))
-        refuse_lost([prompt_of(row) for row in rows], loaded)
-        if "messages" in rows[0] and not self.trains_on_prompts:
-            return encode_turns([row["messages"] for row in rows], loaded)
-        return dataset_of(rows)
-
 
 def settle_prompts_(
     task: Task, row: Row, asked: bool | None, training: Mapping[str, Any], arguments: Any, *, earlier: bool = False
@@ -162,21 +153,8 @@ class Preference(GenerationTask):
         Column("rejected", predicted=True),
     )
     main_metric: ClassVar[str] = "reward_accuracy"
-    greater_is_better: ClassVar[bool] = True
     # A lower learning rate than for supervised training, as is usual for DPO.
     defaults: ClassVar[Mapping[str, Any]] = {**GenerationTask.defaults, "learning_rate": 5e-5}
-
-    def checked(self, row: Row) -> Row:
-        """All three are texts, or all three are lists of messages."""
-        if one_kind(row):
-            return {name: messages_of(row[name], name) for name in row}
-        return {name: require_text(row, name) for name in row}
-
-    def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
-        """The rows as they are: the trainer tokenizes them."""
-        require_tokens(loaded, chat=isinstance(rows[0]["prompt"], list))
-        refuse_lost([row["prompt"] for row in rows], loaded)
-        return dataset_of(rows)
 
     def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
         """The reference is the model without its adapter, which may be trained already; no second model is loaded."""
@@ -212,10 +190,6 @@ class Seq2Seq(GenerationTask):
     answer: ClassVar[str] = "target"
     # Encoder-decoder models are trained longer than other language models, at a higher rate.
     defaults: ClassVar[Mapping[str, Any]] = {**GenerationTask.defaults, "num_train_epochs": 3, "learning_rate": 1e-3}
-
-    def checked(self, row: Row) -> Row:
-        """Both are texts."""
-        return {name: require_text(row, name) for name in row}
 
     def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
         """Tokenize sources and targets, each truncated."""

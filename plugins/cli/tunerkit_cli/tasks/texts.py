@@ -1,13 +1,11 @@
 """The tasks on single texts, or pairs of texts: one class, a number, or any number of labels."""
 
-import json
 import math
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from tunerkit_cli.rows import BadValue, DataError, class_names, class_numbers
+from tunerkit_cli.rows import BadValue, DataError, class_names, class_numbers, from_json
 from tunerkit_cli.tasks.base import LABEL, TEXT, Column, Row, Task, pipeline_of, require_text
 from tunerkit_transformers.pretrained import Pretrained
 
@@ -16,11 +14,11 @@ THRESHOLD = 0.5
 
 
 class TextTask(Task):
-    """A task whose rows are a text, or a pair of texts, and a label."""
+    """A task whose rows are a text, or a pair of texts, and a label: a class, where the task has no other one."""
 
     columns: ClassVar[tuple[Column, ...]] = (TEXT, PAIR, LABEL)
     label_column: ClassVar[str] = LABEL.name
-    pipeline_options: ClassVar[Mapping[str, Any]]  # of its call
+    pipeline_options: ClassVar[Mapping[str, Any]] = {"top_k": None}  # a probability for each class
     # Texts of similar length share a batch, which saves padding.
     defaults: ClassVar[Mapping[str, Any]] = {**Task.defaults, "train_sampling_strategy": "group_by_length"}
 
@@ -28,13 +26,13 @@ class TextTask(Task):
         texts: Row = {name: require_text(row, name) for name in ("text", "text_pair") if name in row}
         return {**texts, **({"label": self.label(row["label"])} if "label" in row else {})}
 
-    @abstractmethod
     def label(self, value: object) -> Any:
         """Return a label of the task's type. Raises `BadValue`."""
+        return class_label(value)
 
-    @abstractmethod
     def targets(self, rows: Sequence[Row], labels: Sequence[str]) -> list[Any]:
         """The labels as the model's loss takes them."""
+        return class_numbers((row["label"] for row in rows), labels)
 
     def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
         """Tokenize, truncate to `limit` tokens or the model's limit, and number the labels."""
@@ -60,9 +58,9 @@ class TextTask(Task):
         found = pipeline(inputs, batch_size=batch_size, truncation=True, max_length=limit, **self.pipeline_options)
         return [self.prediction(each, labels_of(loaded)) for each in found]
 
-    @abstractmethod
     def prediction(self, found: Any, labels: Sequence[str]) -> dict[str, Any]:
         """One row's prediction, from the pipeline's answer."""
+        return chosen_class(found, labels)
 
 
 class TextClassification(TextTask):
@@ -70,19 +68,8 @@ class TextClassification(TextTask):
 
     name: ClassVar[str] = "text-classification"
     main_metric: ClassVar[str] = "accuracy"
-    greater_is_better: ClassVar[bool] = True
     has_baseline: ClassVar[bool] = True
     one_class: ClassVar[bool] = True
-    pipeline_options: ClassVar[Mapping[str, Any]] = {"top_k": None}  # a probability for each class
-
-    def label(self, value: object) -> str:
-        return class_label(value)
-
-    def targets(self, rows: Sequence[Row], labels: Sequence[str]) -> list[int]:
-        return class_numbers((row["label"] for row in rows), labels)
-
-    def prediction(self, found: Any, labels: Sequence[str]) -> dict[str, Any]:
-        return chosen_class(found, labels)
 
 
 class Regression(TextTask):
@@ -119,9 +106,6 @@ class Regression(TextTask):
         scores = {"mae": float(mean_absolute_error(truth, predicted))}
         return {**scores, **({"r2": float(r2_score(truth, predicted))} if len(truth) > 1 else {})}
 
-    def confusion(self, predictions: Any, truth: Any) -> None:
-        return None
-
     def prediction(self, found: Any, labels: Sequence[str]) -> dict[str, Any]:
         return {"value": float(found["score"])}
 
@@ -136,7 +120,6 @@ class MultiLabel(TextTask):
         Column("label", ("labels", "classes", "tags"), predicted=True, option=LABEL.option),
     )
     main_metric: ClassVar[str] = "f1"
-    greater_is_better: ClassVar[bool] = True
     pipeline_options: ClassVar[Mapping[str, Any]] = {"function_to_apply": "sigmoid", "top_k": None}
 
     def label(self, value: object) -> list[str]:
@@ -172,9 +155,6 @@ class MultiLabel(TextTask):
             "exact": float(accuracy_score(wanted, predicted)),
         }
 
-    def confusion(self, predictions: Any, truth: Any) -> None:
-        return None
-
     def prediction(self, found: Any, labels: Sequence[str]) -> dict[str, Any]:
         """The labels above the threshold, and all probabilities."""
         scores = _probabilities(found, labels)
@@ -208,12 +188,7 @@ def tag_list(value: object, name: str) -> list[str]:
 
 def label_list(value: object, name: str) -> list[str]:
     """Return a list of names, also from JSON in a cell. Raises `BadValue`."""
-    found = value
-    if isinstance(value, str):
-        try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
-            found = None
+    found = from_json(value)
     if not isinstance(found, list) or not all(isinstance(each, str | int) and each != "" for each in found):
         raise BadValue(name, 'expected a list of texts such as ["a", "b"], got %s', value)
     return [str(each) for each in found]

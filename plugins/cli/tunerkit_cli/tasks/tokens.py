@@ -28,7 +28,6 @@ class TokenClassification(Task):
         Column("tags", ("ner_tags", "labels", "label"), predicted=True),
     )
     main_metric: ClassVar[str] = "f1"
-    greater_is_better: ClassVar[bool] = True
     label_column: ClassVar[str] = "tags"
     labelled: ClassVar[str] = "token has the tag"
     # Tags bear a higher rate than whole texts: see brown-tags in docs/evidence/quality-record.md.
