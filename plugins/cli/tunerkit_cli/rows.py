@@ -162,8 +162,12 @@ def require_column(table: Table, name: str, task: str, option: str | None = None
 def checked_rows(
     table: Table, names: Mapping[str, str], check: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The rows under our names of the columns, as ``check`` returns them. Raises `BadRowsError` for the others."""
-    rows, bad = [], {}
+    """The rows under our names of the columns, as ``check`` returns them. Raises `BadRowsError` for the others.
+
+    Those too that have a list, such as one of messages, where most rows have a text, or the other way round.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    bad: dict[int, BadValue] = {}
     for place, given in enumerate(table.rows):
         row = {ours: given.get(name) for ours, name in names.items()}
         try:
@@ -173,12 +177,25 @@ def checked_rows(
                     raise value
                 if value is None:
                     raise BadValue(ours, "has no value; fill it in, or remove the row")
-            rows.append(check(row))
+            rows[place] = check(row)
         except BadValue as problem:
             bad[place] = problem
+    for ours in names:
+        kinds = {place: kind_of(row[ours]) for place, row in rows.items()}
+        found = [*kinds.values()]
+        usual = max(dict.fromkeys(found), key=found.count, default="")  # of as many, the first row's
+        for place in (place for place, kind in kinds.items() if kind != usual):
+            first = table.number(next(each for each, kind in kinds.items() if kind == usual))
+            said = f"is a {kinds[place]}, and row {first} has a {usual}"
+            bad.setdefault(place, BadValue(ours, f"{said}; write all rows as texts, or all as lists of messages"))
     if bad:
         raise BadRowsError(table, names, bad)
-    return rows
+    return [*rows.values()]
+
+
+def kind_of(value: object) -> str:
+    """The word for a value in a message on texts and lists."""
+    return "list" if isinstance(value, list) else "text"
 
 
 def _read_images(folder: Path, *, predicting: bool) -> Table:

@@ -75,7 +75,7 @@ def predict(
     if out is not None and out.exists():
         raise TunerkitError(f"--out {out}: there is such a file; pass a new one")
     from tunerkit_cli.preparing.checking import check_rows
-    from tunerkit_cli.tasks.answering import Answering
+    from tunerkit_cli.tasks.generating import Answering
 
     answering = Answering(new_tokens, system, temperature, top_p, top_k, seed)
     named = _named(columns)
@@ -155,7 +155,7 @@ def chat(
     seed: _Seed = None,
 ) -> None:
     """Talk to a trained language model, a line for each message; an empty line or Ctrl-D ends it."""
-    from tunerkit_cli.tasks.answering import Answering
+    from tunerkit_cli.tasks.generating import Answering
 
     answering = Answering(new_tokens, system, temperature, top_p, top_k, seed)
     read_run(folder)  # whether it is a run, before what takes seconds to import

@@ -10,7 +10,7 @@ import attrs
 
 import tunerkit
 from tunerkit.errors import ConfigError, FileError
-from tunerkit_cli.demo import demo_of
+from tunerkit_cli.assets import demo_of
 from tunerkit_cli.folder import RunFolder
 from tunerkit_cli.preparing import resuming
 from tunerkit_cli.preparing.sources import pinned, read_source
@@ -110,13 +110,9 @@ def refuse_absent(source: str) -> None:
 
 
 def check_rows(folder: Path, files: Sequence[Path], columns: Mapping[str, str], *, predicting: bool) -> None:
-    """Raise `TunerkitError` if a folder has no run, or files have no rows for it with the columns that it needs.
+    """Raise `TunerkitError` if a folder has no run, or files lack a column for it; ``columns`` has other names of some.
 
-    Args:
-        folder: The output folder of a run.
-        files: Files with rows.
-        columns: Names of columns in these files, by ours, where they are others than in the training data.
-        predicting: Whether the columns that are predicted may be missing.
+    Where the run is ``predicting``, the columns that are predicted may be missing.
     """
     run = read_run(folder)
     names = {**run.record.get("recipe", {}).get("columns", {}), **columns}
@@ -127,11 +123,7 @@ def check_rows(folder: Path, files: Sequence[Path], columns: Mapping[str, str], 
 def completed(recipe: Recipe, *, resume: bool) -> Recipe:
     """Return the recipe as it is run: with full paths for ``~``, one key of precision, commits, and its method.
 
-    This imports torch and the methods, but not transformers.
-
-    Raises:
-        UnknownMethodError: There is no such method.
-        ConfigError: A setting is not one of the method's, or has a wrong value.
+    This imports torch and the methods, but not transformers. Raises `UnknownMethodError` and `ConfigError`.
     """
     recipe = with_precision(with_home(recipe))
     begun = RunFolder(Path(recipe.out)).recipe if resume else None

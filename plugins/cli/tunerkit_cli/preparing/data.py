@@ -11,8 +11,7 @@ from rich.console import Console
 
 from tunerkit.errors import cut, shown
 from tunerkit.paths import few
-from tunerkit_cli import assets
-from tunerkit_cli.demo import demo_of
+from tunerkit_cli.assets import cache_folder, demo_of
 from tunerkit_cli.preparing.sources import read_source
 from tunerkit_cli.recipes.recipe import Recipe, sources_in
 from tunerkit_cli.rows import (
@@ -134,7 +133,7 @@ def _demo(recipe: Recipe, console: Console) -> tuple[Task, Rows, tuple[list[Plac
     """The task's demo, of which published results have this split."""
     task = task_of(recipe.task or "text-classification", recipe.max_length)
     demo = demo_of(task.name, "data")
-    table = demo.rows(assets.cache_folder(), lambda text: say(console, text))
+    table = demo.rows(cache_folder(), lambda text: say(console, text))
     read = read_rows(task, [table], {})
     train, rest = split(read.placed, train_rows=demo.train_rows, seed=SPLIT_SEED)
     return task, read, (train, rest[: demo.held_out_rows])
@@ -218,15 +217,13 @@ def _fitting(
     rows_of: Callable[[Table], list[Row]], table: Table, *, drop: bool
 ) -> tuple[Table, list[Row], list[BadRowsError]]:
     """A table and its rows; with ``drop``, without those that do not fit, and what is wrong with them."""
-    problems: list[BadRowsError] = []
-    while True:
-        try:
-            return table, rows_of(table), problems
-        except BadRowsError as problem:
-            if not drop or len(problem.bad) == len(table):
-                raise
-            problems.append(problem)
-            table = table.without(problem.bad)
+    try:
+        return table, rows_of(table), []
+    except BadRowsError as problem:
+        if not drop or len(problem.bad) == len(table):
+            raise
+        kept = table.without(problem.bad)
+        return kept, rows_of(kept), [problem]
 
 
 def _renamed(label: Any, label_map: Mapping[str, str]) -> Any:

@@ -11,8 +11,7 @@ from rich.console import Console
 import tunerkit
 from tunerkit.errors import ConfigError
 from tunerkit.plugin import Tuner
-from tunerkit_cli import assets
-from tunerkit_cli.demo import demo_of
+from tunerkit_cli.assets import cache_folder, demo_of
 from tunerkit_cli.folder import RunFolder
 from tunerkit_cli.machine import hardware
 from tunerkit_cli.preparing.data import Data
@@ -162,7 +161,7 @@ def _base(recipe: Recipe, task: Task, start: Start | None, console: Console, **h
     """Load the base model, without adapters; ``head`` has its labels, whether they are ordered, and the seed."""
     source = recipe.model
     if source is None:
-        source = str(demo_of(task.name, "model").model(assets.cache_folder(), lambda text: say(console, text)))
+        source = str(demo_of(task.name, "model").model(cache_folder(), lambda text: say(console, text)))
     revision = start.revision if start is not None and start.model == source else None
     loaded = load_pretrained(
         task.name,

@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback, get
 
 from tunerkit import TunerkitError
 from tunerkit.errors import ConfigError, shown
-from tunerkit_cli.demo import demo_of
+from tunerkit_cli.assets import demo_of
 from tunerkit_cli.folder import CHECKPOINTS, LOGS
 from tunerkit_cli.machine import hardware
 from tunerkit_cli.machine.processes import count

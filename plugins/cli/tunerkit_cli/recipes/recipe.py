@@ -189,8 +189,7 @@ def to_mapping(recipe: Recipe) -> dict[str, Any]:
 def with_precision(recipe: Recipe) -> Recipe:
     """Return the recipe with ``precision`` in place of the trainer's ``bf16`` and ``fp16``, which mean the same.
 
-    Raises:
-        ConfigError: Both are given, or both of the trainer's are true.
+    Raises `ConfigError` if both are given, or both of the trainer's are true.
     """
     given = {name: recipe.training[name] for name in ("bf16", "fp16") if name in recipe.training}
     if wrong := [name for name, value in given.items() if value not in (True, False)]:

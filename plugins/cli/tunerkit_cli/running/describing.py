@@ -9,7 +9,7 @@ from rich.console import Console
 import tunerkit
 from tunerkit import injection
 from tunerkit.paths import few
-from tunerkit_cli.demo import demo_of
+from tunerkit_cli.assets import demo_of
 from tunerkit_cli.preparing.fitting import NO_ROOM, Fit
 from tunerkit_cli.preparing.session import Session
 from tunerkit_cli.recipes.recipe import Recipe

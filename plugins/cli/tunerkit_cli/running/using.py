@@ -15,9 +15,8 @@ from tunerkit_cli.preparing.trainer import trainer_arguments
 from tunerkit_cli.recipes.recipe import PRECISIONS
 from tunerkit_cli.rows import DataError, Table, read_table
 from tunerkit_cli.tasks import task_of
-from tunerkit_cli.tasks.answering import Answering
 from tunerkit_cli.tasks.base import Row, Task, require_text
-from tunerkit_cli.tasks.generating import GREEDY, generate, require_system
+from tunerkit_cli.tasks.generating import GREEDY, Answering, generate, require_system
 from tunerkit_cli.tasks.language import GenerationTask, settle_prompts_
 from tunerkit_cli.tasks.metrics import measure_of, refuse_unusable
 from tunerkit_cli.tasks.texts import token_limit

@@ -15,7 +15,6 @@ import attrs
 from tunerkit.errors import TunerkitError, closest
 from tunerkit.extras import install
 from tunerkit_cli.rows import BadValue, DataError, Table, checked_rows, class_names, require_column, tidy
-from tunerkit_cli.tasks.formats import refuse_mixed
 from tunerkit_transformers.pretrained import Pretrained
 from tunerkit_transformers.task_classes import TASKS
 
@@ -103,17 +102,12 @@ class Task(ABC):
     def rows(
         self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
     ) -> list[Row]:
-        """Return the table's rows under our names of the columns, with checked values. Raises `DataError`.
-
-        Values of a column are lists, such as messages, in all rows or in none.
-        """
+        """Return the table's rows under our names of the columns, with checked values. Raises `DataError`."""
         read = {
             each.name: require_column(table, name, self.name, each.option, renaming=renaming)
             for each, name in self.columns_read(table, names, predicting=predicting)
         }
-        rows = checked_rows(table, read, self.checked)
-        refuse_mixed(rows, table, read)
-        return rows
+        return checked_rows(table, read, self.checked)
 
     def columns_read(
         self, table: Table, names: Mapping[str, str], *, predicting: bool = False

@@ -11,7 +11,7 @@ from typing import Any, Final
 import attrs
 
 from tunerkit.errors import shown
-from tunerkit_cli.rows import BadRowsError, BadValue, Table, from_json
+from tunerkit_cli.rows import BadValue, Table, from_json, kind_of
 from tunerkit_cli.tasks import TaskError
 
 Messages = list[dict[str, Any]]
@@ -245,25 +245,6 @@ def one_kind(row: _Row) -> bool:
     """Return whether the values of a row are lists of messages. Raises `BadValue` if only some of them are lists."""
     kinds = {isinstance(value, list) for value in row.values()}
     if len(kinds) > 1:
-        seen = ", ".join(f"{name} is a {_kind(value)}" for name, value in row.items())
+        seen = ", ".join(f"{name} is a {kind_of(value)}" for name, value in row.items())
         raise BadValue(None, f"{seen}; write all of them as texts, or all of them as lists of messages")
     return kinds == {True}
-
-
-def refuse_mixed(rows: Sequence[_Row], table: Table, names: Mapping[str, str]) -> None:
-    """Raise `BadRowsError` for rows with texts where most rows have lists of messages, or the other way round."""
-    bad: dict[int, BadValue] = {}
-    for name in rows[0]:
-        kinds = [_kind(row[name]) for row in rows]
-        usual = max(dict.fromkeys(kinds), key=kinds.count)  # of as many, the first row's
-        said = f", and row {table.number(kinds.index(usual))} has a {usual}"
-        do = "write all rows as texts, or all as lists of messages"
-        for place, kind in enumerate(kinds):
-            if kind != usual:
-                bad.setdefault(place, BadValue(name, f"is a {kind}{said}; {do}"))
-    if bad:
-        raise BadRowsError(table, names, bad)
-
-
-def _kind(value: object) -> str:
-    return "list" if isinstance(value, list) else "text"

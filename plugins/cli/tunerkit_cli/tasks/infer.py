@@ -1,5 +1,6 @@
 """Which task a table is for, if the user does not say."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from tunerkit.errors import shown
@@ -9,6 +10,7 @@ from tunerkit_cli.tasks import TASKS, TaskError, task_of
 from tunerkit_cli.tasks.base import LABEL, TEXT, name_in
 from tunerkit_cli.tasks.formats import refuse_other, standard
 
+_FRACTION = re.compile(r"[-+]?(\d+\.\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 # The columns that tell each task. Their other names count only where nothing else fits: many tables have a column
 # "text", "label" or "path".
 _BY_COLUMNS = (
@@ -77,12 +79,4 @@ def _by_labels(values: Iterable[object], source: str, name: str) -> str:
 
 def _is_fraction(value: object) -> bool:
     """Whether a label is a number with a point, such as 3.5, which no one names a class."""
-    if isinstance(value, float):
-        return True
-    if not isinstance(value, str) or "." not in value:
-        return False
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
+    return isinstance(value, float) or (isinstance(value, str) and _FRACTION.fullmatch(value.strip()) is not None)

@@ -8,10 +8,9 @@ import tunerkit
 from tunerkit.errors import ConfigError, shown
 from tunerkit.paths import few
 from tunerkit_cli.rows import BadValue, DataError, Table
-from tunerkit_cli.tasks.answering import Answering
 from tunerkit_cli.tasks.base import USUAL, Column, Results, Row, Task, name_in, require_text
 from tunerkit_cli.tasks.formats import messages_of, one_kind
-from tunerkit_cli.tasks.generating import GREEDY, generate, require_tokens
+from tunerkit_cli.tasks.generating import GREEDY, Answering, generate, require_tokens
 from tunerkit_cli.tasks.texts import token_limit
 from tunerkit_cli.tasks.turns import dataset_of, encode_turns, refuse_lost
 from tunerkit_transformers.pretrained import Pretrained

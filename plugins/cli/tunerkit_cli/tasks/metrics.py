@@ -14,9 +14,8 @@ from tunerkit.errors import ConfigError, FileError, closest, shown
 from tunerkit_cli.report.record import GREATEST
 from tunerkit_cli.rows import split
 from tunerkit_cli.tasks import GENERATED
-from tunerkit_cli.tasks.answering import Answering
 from tunerkit_cli.tasks.base import Row, Task, require_package
-from tunerkit_cli.tasks.generating import NEW_TOKENS
+from tunerkit_cli.tasks.generating import NEW_TOKENS, Answering
 from tunerkit_cli.tasks.language import GenerationTask
 from tunerkit_transformers.pretrained import Pretrained, closest_path
 
