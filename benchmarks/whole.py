@@ -32,6 +32,7 @@ OURS: dict[str, dict[str, Any]] = {
     "but checkpointing": {"training": {"gradient_checkpointing": True}},
     "but grouping": {"training": {"train_sampling_strategy": "random"}},
     "but loss": {"loss": "trl"},
+    "but checkpoints": {"training": {"save_steps": 0.1}},
 }
 LABELS = ("negative", "positive")
 
@@ -155,7 +156,10 @@ def one(name: str, model: Path, folder: Path, seed: int) -> dict[str, float]:
     import trl.trainer.sft_trainer  # noqa: F401
     from transformers import AutoTokenizer
 
+    import tunerkit
     import tunerkit_cli.running.run  # noqa: F401
+
+    tunerkit.methods()  # imports the plugins, as importing peft imports its methods
 
     began = time.process_time()
     training = (train_ours if name in OURS else train_theirs)(name, model, folder, seed)

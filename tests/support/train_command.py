@@ -20,6 +20,7 @@ from tests.support.tiny_classifier import WORDS, save_tiny_classifier
 from tests.support.two_processes import PRELOADED
 from tunerkit_cli.app import build
 from tunerkit_cli.running import run as _run  # noqa: F401  # a server that has it imported forks in milliseconds
+from tunerkit_cli.watching import callback
 from tunerkit_cli.watching.callback import Watching
 from tunerkit_testing.registering import registered
 
@@ -51,7 +52,7 @@ def write_rows(path: Path, count: int = 40) -> Path:
 
 
 def arguments_of(folder: Path, method: str, config: str) -> list[str]:
-    """The arguments, but ``--out``, of a run of 24 steps on 32 rows in ``folder``; a checkpoint each third step."""
+    """The arguments, but ``--out``, of a run of 24 steps on 32 rows in ``folder``."""
     if not (folder / "tiny").exists():
         save_tiny_classifier(folder / "tiny")
         write_rows(folder / "data.csv")
@@ -104,9 +105,10 @@ def in_process(function: Callable[..., object], *arguments: object) -> int:
 
 
 def killed(arguments: Sequence[object], plugins: Plugins, step: int) -> None:
-    """Run the command, and kill its process (kill -9) at the end of a step."""
+    """Run the command with a checkpoint at each tenth, and kill its process (kill -9) at the end of a step."""
     torch.set_num_threads(1)
-    with registered(*(plugin() for plugin in plugins)), signalled(step, signal.SIGKILL):
+    spaced = mock.patch.object(callback, "SPACING", 0.0)
+    with registered(*(plugin() for plugin in plugins)), signalled(step, signal.SIGKILL), spaced:
         command(*arguments)
 
 

@@ -28,6 +28,7 @@ from tunerkit_cli.outputs import OutputError
 from tunerkit_cli.preparing import resuming, session as preparing, starting
 from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.rows import DataError
+from tunerkit_cli.tasks import task_of
 from tunerkit_cli.tasks.turns import NOT_LEARNED, dataset_of, encode_turns
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
@@ -569,7 +570,7 @@ def test_keys_of_language_models_are_for_language_models(tmp_path: Path) -> None
     rows = write_rows(tmp_path / "rows.csv")
     call = ("train", "--model", tmp_path / "tiny", "--data", rows, "--out", tmp_path / "out")
     (tmp_path / "own.jinja").write_text(TEMPLATE)
-    for name, value in (("samples", 0), ("loss", "trl"), ("memory", 2), ("chat_template", tmp_path / "own.jinja")):
+    for name, value in (("samples", 0), ("memory", 2), ("chat_template", tmp_path / "own.jinja")):
         done = command(*call, "--set", f"{name}={value}")
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
         assert f"{name}: is for language models, and text-classification trains none" in done.stderr
@@ -580,7 +581,7 @@ def test_a_loss_that_was_asked_for_is_recorded_where_it_cannot_be_computed(monke
     monkeypatch.setattr(preparing, "speed_up", lambda *given, **more: ())
     trainer = SimpleNamespace(args=SimpleNamespace(), model=SimpleNamespace(forward=None))
     for asked, kept in (("learned", "learned"), ("trl", "trl"), (None, "trl")):
-        assert preparing._sped_up(Recipe(loss=asked), trainer, resume=False)[0].loss == kept
+        assert preparing._sped_up(Recipe(loss=asked), task_of("causal-lm"), trainer, resume=False)[0].loss == kept
 
 
 def test_a_chat_template_is_the_one_that_the_run_began_with(tmp_path: Path) -> None:

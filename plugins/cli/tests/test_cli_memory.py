@@ -74,6 +74,7 @@ def test_memory_is_said_before_training_and_recorded(call: list[object], tmp_pat
 def test_a_run_that_runs_out_of_memory_goes_on_with_less(call: list[object], tmp_path: Path) -> None:
     """It ends in one sentence with the command that goes on, which ends with the adapter of a run with enough."""
     whole, out = tmp_path / "whole", tmp_path / "out"
+    call = [*call, "--set", "save_steps=3"]
     succeeded(*call, "--out", whole)
     with exhausted(6, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")):
         done = command(*call, "--out", out)

@@ -107,6 +107,8 @@ def test_the_record_tells_the_truth(out: Path, folder: Path) -> None:
         file.name for file in out.iterdir()
     }
     record, held_out = record_of(out), data_of(folder).held_out
+    assert {file.name for file in (out / "checkpoints").iterdir()} == {"checkpoint-24"}  # it took no minute
+    assert [each["chosen"] for each in record["savings"]] == ["from the first token"]
     assert record["rows"] == {"train": 32, "eval": 8}
     predicted = logits(out, [row["text"] for row in held_out]).argmax(-1).tolist()
     truth = [record["labels"].index(row["label"]) for row in held_out]
@@ -184,7 +186,7 @@ def test_a_run_that_an_earlier_version_began_keeps_the_defaults_of_then(argument
     call = [
         *arguments[:rate],
         *arguments[rate + 2 :],
-        *(part for name, value in then.items() for part in ("--set", f"{name}={value}")),
+        *(part for name, value in {**then, "loss": "trl"}.items() for part in ("--set", f"{name}={value}")),
     ]
     succeeded(*call, "--out", whole)
     with signalled(12, signal.SIGINT):
@@ -192,6 +194,7 @@ def test_a_run_that_an_earlier_version_began_keeps_the_defaults_of_then(argument
     recipe = yaml.safe_load((parts / "recipe.yaml").read_text())
     recipe["training"] = {name: value for name, value in recipe["training"].items() if name not in then}
     del recipe["config"]["max_rank"]  # the method's own default is another one than this run's
+    del recipe["loss"]  # it computed all tokens
     (parts / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     succeeded("train", "--out", parts, "--resume")
     assert (parts / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
@@ -1269,7 +1272,8 @@ def test_the_baseline_is_the_head_alone_at_its_best(folder: Path) -> None:
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     modes: list[bool] = []
     loaded.model.bert.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    found = baseline.head_alone(task, loaded, "classifier", (data.train, data.train))
+    rows = task.encode(data.train, loaded)
+    found = baseline.head_alone(task, loaded, "classifier", (rows, rows))
     assert modes == [False, False]  # one batch for each part; dropout is off
     assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
     assert found["parameters"] == 2 * 16 + 2
@@ -1285,7 +1289,8 @@ def test_a_class_that_is_held_out_alone_is_never_the_answer(folder: Path) -> Non
     task, data = running_data.prepare_data(Recipe(data=str(folder / "data.csv")), Console(quiet=True))
     loaded = load_pretrained(task.name, str(folder / "tiny"), labels=("ugly", "bad", "good"))
     held_out = [{**row, "label": "ugly"} for row in data.held_out]
-    metrics = baseline.head_alone(task, loaded, "classifier", (data.train, held_out))["metrics"]
+    rows = (task.encode(data.train, loaded), task.encode(held_out, loaded))
+    metrics = baseline.head_alone(task, loaded, "classifier", rows)["metrics"]
     assert (metrics["accuracy"], metrics["loss"]) == (0.0, float("inf"))
 
 
@@ -1294,8 +1299,9 @@ def test_a_head_that_takes_whole_sequences_has_no_baseline(folder: Path) -> None
     task, data = running_data.prepare_data(Recipe(data=str(folder / "data.csv")), Console(quiet=True))
     loaded = load_pretrained(task.name, str(folder / "tiny"), labels=("bad", "good"))
     loaded.model.dropout.register_forward_hook(lambda module, args, out: out.unsqueeze(1))
-    with pytest.raises(baseline.NoBaselineError, match="more than one vector for each row"):
-        baseline.head_alone(task, loaded, "classifier", (data.train, data.held_out))
+    rows = (task.encode(data.train, loaded), task.encode(data.held_out, loaded))
+    with pytest.raises(tunerkit.TunerkitError, match="more than one vector for each row"):
+        baseline.head_alone(task, loaded, "classifier", rows)
 
 
 def test_a_run_with_its_baseline(arguments: list[str], tmp_path: Path) -> None:

@@ -1,16 +1,21 @@
-"""Restarts of a run: which checkpoints go, from which one it goes on, and at which learning rate."""
+"""Checkpoints of a run: when they are written, which ones a restart removes, and at which rate it goes on."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import attrs
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from rich.console import Console
+from transformers import TrainerControl, TrainerState
 
 from tunerkit.errors import FileError
 from tunerkit_cli.folder import RunFolder
 from tunerkit_cli.report.record import Problem, Restart
-from tunerkit_cli.watching.callback import LostError, read_restarts, roll_back, slow_down_, slower
+from tunerkit_cli.watching import callback
+from tunerkit_cli.watching.callback import LostError, Watching, read_restarts, roll_back, slow_down_, slower
 
 
 def lost(good: int) -> LostError:
@@ -49,6 +54,23 @@ def test_no_checkpoint_is_gone_back_to_twice(tmp_path: Path) -> None:
     assert names(folder) == {"checkpoint-mine", "notes.txt", "restarts.json"}
     assert read_restarts(RunFolder(folder)) == tuple(found)
     assert "from the beginning" in str(found[-1])
+
+
+def test_checkpoints_are_a_minute_apart_and_the_last_one_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock since the training began, or since the last one; Ctrl-C does not wait for it."""
+    now, written = [0.0], []
+    monkeypatch.setattr(callback, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    unused: Any = None
+    watching = Watching(Console(quiet=True), unused, lambda steps: unused, (), may_restart=False, spaces=True)
+    for step in range(11):
+        state, control = TrainerState(global_step=step, max_steps=10), TrainerControl(should_save=True)
+        control.should_training_stop, watching.interrupted = step == 10, step == 5
+        (watching.on_step_end if step else watching.on_train_begin)(unused, state, control)
+        if step and control.should_save:
+            written.append(step)
+            watching.on_save(unused, state, control)
+        now[0] += 25
+    assert written == [3, 5, 8, 10]
 
 
 def test_a_run_without_restarts_has_none_and_a_damaged_note_is_an_error(tmp_path: Path) -> None:

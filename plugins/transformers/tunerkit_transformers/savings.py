@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 import torch
 
-from tunerkit_transformers import transformers_private
+from tunerkit_transformers import first_token, transformers_private
 from tunerkit_transformers.agreement import gathered
 from tunerkit_transformers.free_memory import GIB, fits, free_bytes
 from tunerkit_transformers.grouping import GroupedByLength, lengths_in, padding
@@ -42,6 +42,7 @@ def speed_up(trainer: Any, *, keep: Collection[str] = (), memory: float | None =
     - Activations are recomputed only if they would not fit into memory (estimated).
     - Batches contain rows of similar length, in a random order that is the same after resuming.
     - On a CPU, TRL's `SFTTrainer` and `DPOTrainer` compute logits only at positions with a label.
+    - Classifiers of BERT's kind compute their last layer, behind its attention, only for the token that they read.
     - An out-of-memory error gets a note with the parts of the plan and the settings that save memory.
 
     Call it before each ``trainer.train()``, also one that resumes from a checkpoint.
@@ -126,7 +127,10 @@ def _rows(lengths: list[int], size: int, seed: int, dataset: object = None) -> G
 
 
 def _loss_(trainer: Any, *, keep: bool) -> Saving:
-    """Compute logits only at positions with a label, if `obstacle` permits."""
+    """Compute logits only at positions with a label, or from the first token alone, if the loss needs no other."""
+    if not keep and first_token.obstacle(trainer) is None:
+        first_token.read_first_(trainer)
+        return Saving("loss", "from the first token", True, "the classifier reads no other token of its last layer")
     if (reason := "as asked" if keep else obstacle(trainer)) is not None:
         return Saving("loss", "the trainer's own", False, reason)
     score_learned_(trainer)

@@ -70,9 +70,10 @@ def _refuse_theirs(folder: RunFolder, ours: Collection[str], wanted: Collection[
 
 def earlier_defaults(task: str | None) -> dict[str, Any]:
     """The arguments of the trainer whose defaults were others in earlier versions, with these defaults."""
-    evaluated = {"eval_strategy": "epoch"}
+    evaluated: dict[str, Any] = {"eval_strategy": "epoch"}
     if task in ("causal-lm", "preference", "seq2seq"):
         return evaluated
+    evaluated["per_device_eval_batch_size"] = 64
     return {**evaluated, "learning_rate": 1e-3, "warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}
 
 

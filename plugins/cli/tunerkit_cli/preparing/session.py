@@ -26,7 +26,7 @@ from tunerkit_cli.rows import read_table
 from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.language import SAMPLES, CausalLm, GenerationTask, settle_prompts_
 from tunerkit_cli.tasks.metrics import Measure, measure_of
-from tunerkit_cli.tasks.texts import labels_of, short_to_long
+from tunerkit_cli.tasks.texts import TextTask, labels_of, short_to_long
 from tunerkit_cli.tasks.turns import read_template
 from tunerkit_cli.tasks.weights import class_weights, weighted_loss
 from tunerkit_cli.telling import say
@@ -105,7 +105,8 @@ def prepare(
     recipe: Recipe, task: Task, data: Data, console: Console, *, resume: bool = False, dry_run: bool = False
 ) -> Session:
     """Load the model, put the adapter into it, encode the rows, and build the trainer."""
-    idle = [name for name in ("samples", "loss", "memory", "chat_template") if getattr(recipe, name) is not None]
+    theirs = ("samples", "memory", "chat_template", *(() if isinstance(task, TextTask) else ("loss",)))
+    idle = [name for name in theirs if getattr(recipe, name) is not None]
     if idle and not resume and not isinstance(task, GenerationTask):
         raise ConfigError([f"{idle[0]}: is for language models, and {task.name} trains none; leave the key out"])
     folder = RunFolder(Path(recipe.out))
@@ -140,8 +141,9 @@ def prepare(
         trainer.compute_loss_func = weighted_loss(weights, smoothing=arguments.label_smoothing_factor)
     refuse_untrainable(trainer)
     savings: Sequence[Saving] = ()
-    if isinstance(task, GenerationTask) and (not resume or recipe.samples is not None):
-        recipe, savings = _sped_up(recipe, trainer, resume=resume)
+    # A run that an earlier version began goes on as it did: its recipe lacks the key.
+    if isinstance(task, GenerationTask | TextTask) and not (resume and recipe.loss is None):
+        recipe, savings = _sped_up(recipe, task, trainer, resume=resume)
     plan = noted_plan(trainer) or plan_of(trainer)
     tunerkit.attach(loaded.model, trainer)
     return Session(recipe, task, data, loaded, tuner, trainer, watching, start, fits, savings, plan, measure)
@@ -194,13 +196,19 @@ def _watching(
     usual = task.defaults["learning_rate"]
     tried = advice(arguments.learning_rate, arguments.warmup_steps, usual=usual)
     may_restart = recipe.on_collapse == "restart" and len(restarts) < MOST
-    return Watching(console, tuner, partial(Learning, guess, tried, usual), restarts, may_restart=may_restart)
+    # A restart goes back to a checkpoint, and must not depend on the speed of the machine.
+    spaces = recipe.on_collapse != "restart" and {"save_steps", "save_strategy"}.isdisjoint(asked_of(recipe, task))
+    follow = partial(Learning, guess, tried, usual)
+    return Watching(console, tuner, follow, restarts, may_restart=may_restart, spaces=spaces)
 
 
-def _sped_up(recipe: Recipe, trainer: Any, *, resume: bool) -> tuple[Recipe, Sequence[Saving]]:
-    """Let a language model's trainer compute what its training needs, and return the recipe with what was chosen."""
+def _sped_up(recipe: Recipe, task: Task, trainer: Any, *, resume: bool) -> tuple[Recipe, Sequence[Saving]]:
+    """Let a trainer compute what its training needs, and return the recipe with what was chosen."""
     keep = {*recipe.training, *(["loss"] if recipe.loss == "trl" else [])}
     savings = speed_up(trainer, keep=keep, memory=None if recipe.memory is None else recipe.memory * GIB)
+    if isinstance(task, TextTask):
+        savings = tuple(each for each in savings if each.changed)
+        return attrs.evolve(recipe, loss="learned" if savings else recipe.loss), savings
     if resume:  # its recipe asks for what was asked or decided then
         savings = tuple(
             attrs.evolve(each, why="as the run began") if each.why == "as asked" else each for each in savings

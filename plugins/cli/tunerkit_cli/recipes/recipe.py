@@ -139,8 +139,8 @@ class Recipe:
     )
     loss: str | None = _key(
         None,
-        "Where a language model's loss computes logits: learned, at the learned positions alone; or trl, as TRL does. "
-        "Without it: learned on a CPU.",
+        "What a loss computes: learned, logits at the learned positions alone, or for classifiers of texts from the "
+        "first token; or trl, all that the trainer does. Without it: learned, for language models on a CPU.",
         enum=("learned", "trl"),
     )
     memory: float | None = _key(

@@ -1,26 +1,21 @@
 """The baseline: the head alone, on what the frozen base computes for it. scikit-learn fits it."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunerkit import TunerkitError
-from tunerkit_cli.tasks.base import Row, Task
+from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.texts import short_to_long
 from tunerkit_transformers.pretrained import Pretrained
 
 _BATCH = 64
 
 
-class NoBaselineError(TunerkitError):
-    """The head of this model cannot be trained on features that are computed once."""
-
-
-def head_alone(task: Task, loaded: Pretrained, path: str, rows: tuple[Sequence[Row], Sequence[Row]]) -> dict[str, Any]:
-    """Fit the head at a path on the frozen base, by the first rows, and measure it on the others."""
+def head_alone(task: Task, loaded: Pretrained, path: str, rows: tuple[Any, Any]) -> dict[str, Any]:
+    """Fit the head at a path on the frozen base, by the first encoded rows, and measure it on the others."""
     import numpy
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -30,7 +25,7 @@ def head_alone(task: Task, loaded: Pretrained, path: str, rows: tuple[Sequence[R
     head = loaded.model.get_submodule(path)
     (features, labels), (held_out, truth) = (_features(task, loaded, head, part) for part in rows)
     if not (numpy.isfinite(features).all() and numpy.isfinite(held_out).all()):
-        raise NoBaselineError("no baseline: what the base computes is not finite everywhere")
+        raise TunerkitError("no baseline: what the base computes is not finite everywhere")
     fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(features, labels)
     logits = numpy.full((len(truth), loaded.model.config.num_labels), -numpy.inf)
     logits[:, fitted.classes_] = fitted.predict_log_proba(held_out)  # a class may be in the held-out rows alone
@@ -45,16 +40,15 @@ def head_alone(task: Task, loaded: Pretrained, path: str, rows: tuple[Sequence[R
 
 
 @torch.inference_mode()
-def _features(task: Task, loaded: Pretrained, head: nn.Module, rows: Sequence[Row]) -> tuple[Any, Any]:
+def _features(task: Task, loaded: Pretrained, head: nn.Module, rows: Any) -> tuple[Any, Any]:
     """What the base computes as the head's input, without dropout (rows, width), and the class numbers (rows,)."""
     import numpy
     from torch.utils.data import DataLoader
 
     kept: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, args: kept.append(args[0].float().cpu()))
-    dataset = task.encode(rows, loaded)
-    order = short_to_long(dataset)
-    inputs = dataset.remove_columns("labels").select(order)
+    order = short_to_long(rows)
+    inputs = rows.remove_columns("labels").select(order)
     loaded.model.eval()
     try:
         for batch in DataLoader(inputs, _BATCH, collate_fn=task.trainer_settings(loaded)["data_collator"]):
@@ -62,5 +56,5 @@ def _features(task: Task, loaded: Pretrained, head: nn.Module, rows: Sequence[Ro
     finally:
         hook.remove()
     if any(features.dim() != 2 for features in kept):
-        raise NoBaselineError("no baseline: the head takes more than one vector for each row")
-    return torch.cat(kept).numpy(), numpy.array(list(dataset["labels"]))[order]
+        raise TunerkitError("no baseline: the head takes more than one vector for each row")
+    return torch.cat(kept).numpy(), numpy.array(list(rows["labels"]))[order]

@@ -47,8 +47,10 @@ def described(session: Session) -> Iterator[str]:
     yield f"{how}, {epochs} epoch{'' if epochs == '1' else 's'}, batches of {arguments.train_batch_size}{each}"
     for saving in session.savings:
         yield str(saving)
-    if session.savings:
+    if session.recipe.samples is not None:  # it is a language model's
         yield from _described_end(session)
+    if session.watching.spaces:
+        yield "checkpoints: at each tenth of the training, at most one a minute, and at the end (--set save_steps=N)"
     if session.measure.functions:
         yield f"metric: {session.measure}"
     precision, device = session.precision, arguments.device.type

@@ -11,7 +11,7 @@ import attrs
 from rich.console import Console
 
 import tunerkit
-from tunerkit.errors import shown
+from tunerkit.errors import TunerkitError, shown
 from tunerkit_cli import outputs
 from tunerkit_cli.folder import ENVIRONMENT, LEFT_OUT, REPORT, RunFolder
 from tunerkit_cli.machine import hardware, processes
@@ -23,15 +23,15 @@ from tunerkit_cli.recipes.reading import read_recipe
 from tunerkit_cli.recipes.recipe import Recipe, as_stated
 from tunerkit_cli.report.html import render
 from tunerkit_cli.report.scores import is_better_high
-from tunerkit_cli.running.baseline import NoBaselineError, head_alone
+from tunerkit_cli.running.baseline import head_alone
 from tunerkit_cli.running.describing import conclude, described, tell
-from tunerkit_cli.running.memory import refusing_memory
 from tunerkit_cli.running.record import Trained, finite, record_of, sources_of, without_home
 from tunerkit_cli.running.training import (
     EvaluationError,
     evaluate,
     measured,
     reason_of,
+    refusing_memory,
     rehearse,
     replacing,
     train_with_restarts,
@@ -150,14 +150,14 @@ def compare(session: Session, trained: Trained, console: Console) -> dict[str, A
 
 def _head_alone(session: Session, console: Console) -> dict[str, Any] | None:
     """Fit the head on what the base computes without the adapter; None if there is no head alone, which is said."""
-    task, heads = session.task, [place.path for place in session.tuner.copies]
+    task, trainer, heads = session.task, session.trainer, [place.path for place in session.tuner.copies]
     if not task.has_baseline or len(heads) != 1 or not session.data.held_out:
         say(console, "no baseline: it is for classifiers of which one module, the head, is trained in full")
         return None
     tunerkit.unwrap(session.loaded.model)
     try:
-        return head_alone(task, session.loaded, heads[0], (session.data.train, session.data.held_out))
-    except NoBaselineError as problem:  # the adapter is written already
+        return head_alone(task, session.loaded, heads[0], (trainer.train_dataset, trainer.eval_dataset))
+    except TunerkitError as problem:  # the adapter is written already
         say(console, str(problem))
         return None
 

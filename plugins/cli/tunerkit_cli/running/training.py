@@ -5,7 +5,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -30,10 +30,16 @@ from tunerkit_cli.running.record import Trained
 from tunerkit_cli.telling import say, telling_warnings
 from tunerkit_cli.watching.callback import DivergedError, LostError, roll_back
 from tunerkit_cli.watching.learning import Reached, judged, reached
+from tunerkit_transformers.memory_plan import Plan
+from tunerkit_transformers.out_of_memory import advice_on, is_out_of_memory
 
 
 class EvaluationError(TunerkitError):
     """An adapter that has been trained and written could not be evaluated."""
+
+
+class OutOfMemoryError(TunerkitError):
+    """There is not enough memory for a run."""
 
 
 class Listing(TrainerCallback):
@@ -111,6 +117,25 @@ def replacing(session: Session, kept: Recipe, *, resume: bool) -> Iterator[Listi
             raise
 
 
+@contextmanager
+def refusing_memory(
+    folder: RunFolder, plan: Plan | None = None, *, has_begun: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Turn an error of memory into one that says what to change, and how to go on with a run that has begun."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        ways = "--set gradient_checkpointing=true, a smaller --batch-size or --set quantisation=nf4"
+        do = f"train with {ways}"
+        if has_begun() and folder.has_checkpoint:
+            saves = plan is not None and plan.checkpointing > 0
+            how = " --set gradient_checkpointing=true" if saves else ", where there is more memory"
+            do = f"go on with: tunerkit train --out {shlex.quote(str(folder))} --resume{how}"
+        raise OutOfMemoryError(f"out of memory: {advice_on(plan)}; {do}") from problem
+
+
 class RehearsedError(Exception):
     """A training could have begun."""
 
@@ -131,8 +156,14 @@ def rehearse(session: Session, console: Console, *, resume: bool) -> None:
 
 
 def _train(session: Session, console: Console, *, resume: bool) -> None:
-    with session.watching.interruptible(), telling_warnings(console), explaining(session.start):
-        session.trainer.train(resume_from_checkpoint=True if resume and session.folder.has_checkpoint else None)
+    trainer, watching = session.trainer, session.watching
+    with closing(watching), watching.interruptible(), telling_warnings(console), explaining(session.start):
+        try:
+            trainer.train(resume_from_checkpoint=True if resume and session.folder.has_checkpoint else None)
+        finally:
+            for each in trainer.callback_handler.callbacks:
+                if isinstance(each, TensorBoardCallback) and each.tb_writer is not None:
+                    each.tb_writer.close()  # of a training that has ended early: its thread would write on
 
 
 def train_with_restarts(
@@ -144,12 +175,8 @@ def train_with_restarts(
         try:
             return session, train(session, console, resume=resume)
         except LostError as lost:
-            _stop(session)
             listing.is_saving = False
             restart = roll_back(folder, lost, session.trainer.args.learning_rate)
-        except BaseException:
-            _stop(session)
-            raise
         if session.watching.interrupted:
             raise KeyboardInterrupt
         say(console, f"note: {restart}")
@@ -163,14 +190,6 @@ def train_with_restarts(
         with warnings.catch_warnings(action="ignore"):  # which were printed before
             session = prepare(recipe, session.task, session.data, console, resume=True)
         session.trainer.add_callback(listing)
-
-
-def _stop(session: Session) -> None:
-    """Stop what draws and writes beside a training that has ended early."""
-    session.watching.close()
-    for each in session.trainer.callback_handler.callbacks:
-        if isinstance(each, TensorBoardCallback) and each.tb_writer is not None:
-            each.tb_writer.close()  # its thread would write on
 
 
 def train(session: Session, console: Console, *, resume: bool) -> Trained:

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -30,6 +31,7 @@ from tunerkit_transformers.exact_resuming import is_whole
 # A quarter of the rate is as far as the rate alone is likely to be the reason.
 MOST: Final = 2
 SLOWER: Final = 0.5
+SPACING: Final = 60.0  # seconds of training between two checkpoints, each of which takes about as long as a step
 _CHECKPOINT: Final = "checkpoint-"
 
 
@@ -51,7 +53,7 @@ class Watching(TrainerCallback):
     Ctrl-C ends the training at the end of the step, with a checkpoint; ``interrupted`` says so afterwards. A second one
     stops at once. What ``follow`` returns, given the number of steps, is ``learning``, which judges the losses. The
     earlier ``restarts`` of the run slow it down. If it may be restarted (``may_restart``), a loss that is lost raises
-    `LostError`.
+    `LostError`. If it ``spaces`` checkpoints, those sooner than `SPACING` after another are left out, but for the last.
     """
 
     learning: Learning  # once the training has begun
@@ -64,9 +66,10 @@ class Watching(TrainerCallback):
         restarts: Sequence[Restart],
         *,
         may_restart: bool,
+        spaces: bool,
     ) -> None:
         self.console, self.tuner, self.follow = console, tuner, follow
-        self.restarts, self.may_restart = restarts, may_restart
+        self.restarts, self.may_restart, self.spaces = restarts, may_restart, spaces
         self.interrupted = False
         self._printed = 0  # tenths of the training for which a line was printed
         self._bar: Progress | None = None
@@ -80,6 +83,7 @@ class Watching(TrainerCallback):
             self._bar.start()
             name, steps = self.tuner.method, state.max_steps
             self._task = self._bar.add_task(name, total=steps, completed=state.global_step, facts="")
+        self._saved = time.monotonic()
         self.learning = self.follow(state.max_steps)
         for entry in state.log_history:  # of a run that is resumed
             self._judge(entry)
@@ -95,10 +99,15 @@ class Watching(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
+        if self.spaces and control.should_save and not control.should_training_stop:
+            control.should_save = gathered(time.monotonic() - self._saved >= SPACING)[0]  # by the first one's clock
         if any(gathered(self.interrupted)):  # the processes stop at the same step
             self.interrupted = True
             say(self.console, "interrupted: writing a checkpoint (Ctrl-C again stops at once)")
             control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._saved = time.monotonic()
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if any(gathered(self.interrupted)) and not is_whole(state.epoch):
@@ -133,9 +142,6 @@ class Watching(TrainerCallback):
         due, self._printed = tenth > self._printed, max(tenth, self._printed)
         return due
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.close()
-
     def close(self) -> None:
         """Stop drawing the bar, which must not outlive an error."""
         if self._bar is not None:
@@ -159,7 +165,6 @@ class Watching(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-            self.close()
 
 
 def slow_down_(optimizer: torch.optim.Optimizer, scheduler: Any, factor: float) -> None:
