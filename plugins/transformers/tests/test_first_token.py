@@ -27,7 +27,7 @@ def made(kind: str, make: Any = AutoModelForSequenceClassification, **more: Any)
 
 
 def trainer_of(model: Any) -> Any:
-    return SimpleNamespace(model=model)
+    return SimpleNamespace(model=model, evaluation_loop=lambda: computed(model))
 
 
 def computed(model: Any) -> tuple[Any, dict[str, torch.Tensor], int]:
@@ -48,14 +48,18 @@ def computed(model: Any) -> tuple[Any, dict[str, torch.Tensor], int]:
 
 @pytest.mark.parametrize("kind", _KINDS)
 def test_losses_and_gradients_are_those_of_all_tokens(kind: str) -> None:
-    """In training the last layer computes one token; elsewhere it computes all, as somebody may read them."""
+    """In training and in the trainer's evaluations the last layer computes one token.
+
+    Elsewhere it computes all, as somebody may read them.
+    """
     model = made(kind)
     loss, gradients, tokens = computed(model)
     assert tokens == 9
-    assert obstacle(trainer_of(model)) is None
+    trainer = trainer_of(model)
+    assert obstacle(trainer) is None
     assert model.training
-    read_first_(trainer_of(model))
-    read_first_(trainer_of(model))  # once is enough
+    read_first_(trainer)
+    read_first_(trainer)  # once is enough
     assert [len(each._forward_pre_hooks) for each in model.modules() if each._forward_pre_hooks] == [1]
     found, others, tokens = computed(model)
     assert tokens == 1
@@ -63,7 +67,9 @@ def test_losses_and_gradients_are_those_of_all_tokens(kind: str) -> None:
     assert others.keys() == gradients.keys()
     for name, value in gradients.items():
         assert (others[name] - value).abs().max() <= 1e-9 * max(1e-3, float(value.abs().max())), name
-    assert computed(model.eval())[2] == 9
+    whole, evaluated = computed(model.eval()), trainer.evaluation_loop()
+    assert (whole[2], evaluated[2]) == (9, 1)
+    assert torch.allclose(evaluated[0], whole[0], rtol=1e-12)
 
 
 def test_models_that_read_other_tokens_stay_as_they_are() -> None:

@@ -1,5 +1,7 @@
 """Classifiers that read the first token alone: behind its attention, their last layer computes no other token."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -27,11 +29,21 @@ def obstacle(trainer: Any) -> str | None:
 
 
 def read_first_(trainer: Any) -> None:
-    """Leave out what no logit depends on while the model is in training mode; call `obstacle` first."""
+    """Leave out what no logit depends on, in training mode and in the trainer's evaluations; call `obstacle` first."""
     place = _attended(inside(trainer.model))
     if not hasattr(place, _MARK):
         setattr(place, _MARK, True)
         place.register_forward_pre_hook(_first_in_training)
+        trainer.evaluation_loop = partial(_with_first, place, trainer.evaluation_loop)
+
+
+def _with_first(place: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function with the first token alone at ``place``."""
+    hook = place.register_forward_pre_hook(_first)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        hook.remove()
 
 
 def _first(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -56,11 +68,7 @@ def _reads_first(model: Any) -> bool:
     modes = [(each, each.training) for each in model.modules()]
     try:
         own = model.eval()(input_ids=ids).logits
-        hook = _attended(model).register_forward_pre_hook(_first)
-        try:
-            found = model(input_ids=ids).logits
-        finally:
-            hook.remove()
+        found = _with_first(_attended(model), model, input_ids=ids).logits
     except Exception:  # whatever a forward raises that needs other inputs, or other shapes
         return False
     finally:

@@ -1,5 +1,6 @@
 """``tunerkit train``: read, load, wrap, train, evaluate, and write the output folder."""
 
+import gc
 import json
 import os
 import shlex
@@ -49,6 +50,8 @@ def run(
 ) -> None:
     """Run a recipe, as `checking.completed` returns it, print the results, and write the output folder."""
     processes.require_group(os.environ)
+    if not gc.get_freeze_count():  # a Trainer collects garbage as it begins, and would search all that was imported
+        gc.freeze()
     folder = RunFolder(Path(recipe.out))
     claim = outputs.claimed(folder.path, keep=not dry_run) if processes.is_first() else nullcontext()
     with processes.leaving(), claim:
