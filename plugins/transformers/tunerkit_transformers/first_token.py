@@ -57,7 +57,8 @@ def _first_in_training(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Te
 
 def _attended(model: nn.Module) -> nn.Module:
     """Return what follows the attention of the last layer."""
-    return [module for path, module in model.named_modules() if path.endswith(_ATTENDED)][-1]
+    places: list[nn.Module] = [module for path, module in model.named_modules() if path.endswith(_ATTENDED)]
+    return places[-1]
 
 
 @torch.no_grad()
