@@ -14,12 +14,16 @@ from tunerkit_transformers.pretrained import LOADING, OWN_CODE, ModelError, reas
 _TOKENIZER = "tokenizer_config.json"
 
 
-def load_foreign(path: str, base: str | None) -> tuple[nn.Module, object]:
+def load_foreign(
+    path: str, base: str | None, *, task: str | None = None, in_python: bool = True
+) -> tuple[nn.Module, object]:
     """Load the base named in an adapter's files, the adapter, and the processor: the adapter's tokenizer or the base's.
 
     Args:
         path: A folder or a file in an installed format, or a name on the hub.
         base: The base's folder or name on the hub, if it has moved.
+        task: The task of the adapter, if its files do not say it.
+        in_python: Whether an error names the Python call, beside the command's options.
 
     Returns:
         The model in eval mode and in the dtype of its files, and the tokenizer or image processor, or None.
@@ -30,15 +34,16 @@ def load_foreign(path: str, base: str | None) -> tuple[nn.Module, object]:
         FileError: The adapter's files are missing or damaged.
     """
     try:
-        chosen = choose_base(path, base=base, task=None)
+        chosen = choose_base(path, base=base, task=task)
         model = whole(chosen, dtype="auto")
     except ModelError as problem:
-        raise ModelError(_in_python(problem, path)) from problem
+        raise ModelError(_in_python(problem, path) if in_python else str(problem)) from problem
     processor = _processor(path, chosen, model)
     try:
         tunerkit.load(model, path)
     except BaseMismatchError as problem:
-        raise BaseMismatchError(_in_python(with_base(problem, chosen, model, path), path)) from problem
+        explained = with_base(problem, chosen, model, path)
+        raise BaseMismatchError(_in_python(explained, path) if in_python else str(explained)) from problem
     return model.eval(), processor
 
 

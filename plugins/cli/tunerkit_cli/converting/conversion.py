@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,16 +15,15 @@ from tunerkit.extras import READERS
 from tunerkit.paths import few
 from tunerkit.plugin import Format
 from tunerkit_cli.converting.closest_lora import LORA, Closest, open_closest
-from tunerkit_cli.converting.opening import collected, load_adapter, open_adapter
+from tunerkit_cli.converting.opening import collected, open_adapter
 from tunerkit_cli.converting.printing import OWN
 from tunerkit_cli.outputs import OutputError, new_folder
 from tunerkit_cli.settings import given_value
 from tunerkit_cli.tasks import task_of
 from tunerkit_transformers.adapter_files import has_no_record
-from tunerkit_transformers.base_choice import choose_base
-from tunerkit_transformers.bases import whole
+from tunerkit_transformers.foreign_folder import load_foreign
 from tunerkit_transformers.output_folder import load_run, read_run
-from tunerkit_transformers.pretrained import OWN_CODE, quiet
+from tunerkit_transformers.pretrained import quiet
 
 _WEIGHTS: Final = (".safetensors", ".bin")
 # Files with such endings that are no weights of a model.
@@ -158,11 +156,18 @@ def _refuse_occupied(out: Path, *, overwrite: bool) -> None:
 
 
 def merge(source: str, out: Path, *, base: str | None, task: str | None) -> tuple[str, ...]:
-    """Write the base with the adapter of a run or of any format in its weights, and the processor, to a new folder."""
+    """Write the base with an adapter in its weights, and the processor, to a new folder; return what to tell."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"--out {out}: is not empty; pass a new folder")
     if has_no_record(source):
-        return _merge_adapter(source, out, base=base, task=task)
+        with collected() as remarks, new_folder(out) as scratch:
+            model, processor = load_foreign(source, base, task=task, in_python=False)
+            tunerkit.unwrap(model, keep_merged=True)
+            each: Any  # of transformers or diffusers
+            for each in (model, processor):
+                if each is not None:
+                    each.save_pretrained(scratch)
+        return tuple(remarks)
     run = read_run(source)
     if task not in (None, run.task):
         raise TunerkitError(f"--task {task}: {source} was trained for {run.task}, as its record says; leave --task out")
@@ -174,22 +179,3 @@ def merge(source: str, out: Path, *, base: str | None, task: str | None) -> tupl
         tunerkit.unwrap(loaded.model, keep_merged=True, dtype=dense)
         task_of(run.task, run.record.get("max_length")).save_merged(loaded, scratch)
     return ()
-
-
-def _merge_adapter(source: str, out: Path, *, base: str | None, task: str | None) -> tuple[str, ...]:
-    """Write the merged model, in the dtype of the base's files, and the base's processor; return what to tell."""
-    from transformers import AutoProcessor
-
-    with collected() as remarks:
-        chosen = choose_base(source, base=base, task=task)
-        with new_folder(out) as scratch:
-            model: Any = whole(chosen, dtype="auto")  # Any: of transformers or diffusers
-            load_adapter(model, source, chosen)
-            tunerkit.unwrap(model, keep_merged=True)
-            model.save_pretrained(scratch)
-            processor: Any = None
-            with suppress(Exception):  # a base of hidden states may have none; what is raised then differs
-                processor = AutoProcessor.from_pretrained(chosen.source, **OWN_CODE)
-            if processor is not None:
-                processor.save_pretrained(scratch)
-    return tuple(remarks)
