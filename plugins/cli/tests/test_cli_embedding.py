@@ -19,7 +19,7 @@ from tunerkit.extras import install
 from tunerkit_cli.folder import RunFolder
 from tunerkit_cli.rows import DataError, Table
 from tunerkit_cli.tasks import TaskError, task_of
-from tunerkit_cli.tasks.infer import infer
+from tunerkit_cli.tasks.formats import infer
 from tunerkit_testing.registering import registered
 from tunerkit_transformers.pretrained import Pretrained, load_pretrained
 

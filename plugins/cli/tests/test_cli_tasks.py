@@ -35,8 +35,8 @@ from tunerkit_cli.running.record import model_facts
 from tunerkit_cli.running.training import evaluate, train
 from tunerkit_cli.tasks import TASKS, TaskError, task_of
 from tunerkit_cli.tasks.base import MissingPackageError, require_package
+from tunerkit_cli.tasks.formats import infer
 from tunerkit_cli.tasks.generating import Answering, generate
-from tunerkit_cli.tasks.infer import infer
 from tunerkit_cli.tasks.language import GenerationTask
 from tunerkit_cli.tasks.texts import short_to_long, token_limit
 from tunerkit_cli.tasks.tokens import entities

@@ -13,8 +13,7 @@ from tunerkit_cli.preparing.data import read_rows
 from tunerkit_cli.rows import BadRowsError, Table
 from tunerkit_cli.running.record import without_home
 from tunerkit_cli.tasks import TaskError, task_of
-from tunerkit_cli.tasks.formats import FORMS, standard
-from tunerkit_cli.tasks.infer import infer
+from tunerkit_cli.tasks.formats import FORMS, infer, standard
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
 

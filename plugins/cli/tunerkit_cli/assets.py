@@ -8,7 +8,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -193,7 +193,6 @@ class Demo:
     rows: Callable[[Path, Callable[[str], None]], Table]
     train_rows: int
     held_out_rows: int
-    training: Mapping[str, object] = attrs.field(factory=dict)  # below those of the recipe
     good: str = ""
 
 
@@ -222,7 +221,6 @@ _DEMOS = {
         rows=demo_sentences,
         train_rows=4000,
         held_out_rows=3000,
-        training={"eval_strategy": "no"},  # once at the end: 3,000 rows cost as much as 40 steps
         # AdaLoRA at the default rate, one thread: 0.8497, 0.8490, 0.8497 in fp32 (seeds 0 to 2), 0.8453 in bf16 (seed
         # 0). On fewer of the same sentences, movie-2 in docs/evidence/quality-record.md has 0.839 (LoRA) and 0.841
         # (AdaLoRA).

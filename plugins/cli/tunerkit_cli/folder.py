@@ -17,10 +17,10 @@ import attrs
 import tunerkit
 from tunerkit.errors import FileError
 from tunerkit_cli.machine.processes import by_the_first
-from tunerkit_cli.outputs import OutputError, publishing
-from tunerkit_cli.recipes import writing
+from tunerkit_cli.outputs import OutputError, scratch_beside, writing
 from tunerkit_cli.recipes.reading import read_recipe
 from tunerkit_cli.recipes.recipe import ADALORA, Recipe, as_placed, files_of, with_precision
+from tunerkit_cli.recipes.writing import dump
 from tunerkit_transformers.output_folder import RECORD
 from tunerkit_transformers.pretrained import Pretrained
 from tunerkit_transformers.run_folder import LIST, RECIPE, stated
@@ -163,18 +163,21 @@ class RunFolder:
             self.remove(gone)
         digests = digests_of(as_placed(recipe, self.path)).items()
         self.write(DIGESTS, "".join(f"{digest}  {stated(path, self.path)}\n" for path, digest in digests))
-        self.write(RECIPE, writing.dump(recipe))
+        self.write(RECIPE, dump(recipe))
 
     @by_the_first
     def save(self, loaded: Pretrained) -> None:
         """Write a trained adapter and its processor, in place of those of an earlier run."""
         earlier = self.earlier
-        with publishing(self.path) as scratch:
+        with scratch_beside(self.path, self.path.name) as scratch, writing(self.path):
             tunerkit.save(loaded.model, scratch)
             loaded.processor.save_pretrained(scratch)
             new = RunFolder(scratch).inside(".")
             self.note(new)
             self.remove(earlier - new)  # the record first: it is not the new adapter's
+            for name in sorted(new):
+                (self / name).parent.mkdir(parents=True, exist_ok=True)
+                (scratch / name).replace(self / name)
         if earlier:
             self.note((), earlier=())
 

@@ -82,17 +82,6 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def publishing(folder: Path) -> Iterator[Path]:
-    """Yield a scratch folder. At the end its files move into ``folder``; if the block fails, they are deleted."""
-    with scratch_beside(folder, folder.name) as scratch, writing(folder):
-        yield scratch
-        for file in sorted(each for each in scratch.rglob("*") if each.is_file()):
-            place = folder / file.relative_to(scratch)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(place)
-
-
-@contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a scratch folder, which becomes the new ``folder`` at the end; if the block fails, nothing is left."""
     with _removing_empty(folder.parent):

@@ -22,8 +22,7 @@ from tunerkit_transformers.pretrained import closest_path
 from tunerkit_transformers.run_folder import irregular
 
 T = TypeVar("T")
-# The csv reader keeps values beyond the header under the key None.
-Row = Mapping[str | None, object]
+Row = Mapping[str, object]
 _LONGEST_VALUE = 2**31 - 1  # the greatest limit that csv takes on every system
 _AS_NUMBERS = {"true": "1", "false": "0"}
 _WHOLE = re.compile(r"\+?(-?)(?=\d)0*+(\d*)(?:\.0*)?")  # whole numbers as some programs write them: 01 and 1.0
@@ -44,21 +43,16 @@ class BadValue(DataError):
 
 @attrs.frozen
 class Table:
-    """The rows of a file, in its order, each with the file's columns.
-
-    ``folder`` is the file's own, to which paths in its rows are relative; None if the rows come from no file.
-    ``note`` says what of the source is not read, ``made`` of which columns of the file a column is made, and
-    ``numbers`` which rows of the file these are, where some are left out. ``weight`` is the share of rows `drawn`.
-    """
+    """The rows of a file, in its order, each with the file's columns."""
 
     source: str
     columns: tuple[str, ...]
-    rows: tuple[Mapping[str, object], ...]
-    folder: Path | None = None
-    note: str = ""
-    made: Mapping[str, str] = attrs.field(factory=dict)
-    numbers: Sequence[int] | None = None
-    weight: float | None = None
+    rows: tuple[Row, ...]
+    folder: Path | None = None  # the file's, to which paths in its rows are relative; None if there is no file
+    note: str = ""  # what of the source is not read
+    made: Mapping[str, str] = attrs.field(factory=dict)  # of which columns of the file a column is made
+    numbers: Sequence[int] | None = None  # which rows of the file these are, where some are left out
+    weight: float | None = None  # the share of rows that are `drawn`
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,10 +60,6 @@ class Table:
     def number(self, place: int) -> int:
         """The number of a row in the file, from 1, by its place in the table, from 0."""
         return place + 1 if self.numbers is None else self.numbers[place]
-
-    def source_of(self, column: str) -> str:
-        """The file's own name of a column, or those of the columns that it is made of."""
-        return self.made.get(column, column)
 
     def without(self, places: Collection[int]) -> "Table":
         """The table without the rows at these places."""
@@ -81,23 +71,21 @@ class BadRowsError(DataError):
     """Rows of a table do not fit: ``bad`` says why, by their places. Those with the same mistake are one sentence."""
 
     def __init__(self, table: Table, names: Mapping[str, str], bad: Mapping[int, BadValue]) -> None:
+        self.bad, self.listed = bad, []
         alike = defaultdict(list)
         for place, each in bad.items():
-            alike[each.column, each.problem].append(place)
+            name = names.get(each.column, each.column) if each.column else None
+            column = None if name is None else table.made.get(name, name)
+            row = {"file": table.source, "row": table.number(place), "problem": str(each), "column": column}
+            self.listed.append(row)
+            alike[column, each.problem].append(row)
         said = []
-        for (ours, _), places in alike.items():
-            numbers = few([str(table.number(place)) for place in places], shown=3)
-            where = "" if ours is None else f", column {shown(table.source_of(names.get(ours, ours)))}"
-            said.append(f"row{'s' * (len(places) > 1)} {numbers}{where}: {bad[places[0]]}")
+        for (column, _), rows in alike.items():
+            numbers = few([str(row["row"]) for row in rows], shown=3)
+            where = "" if column is None else f", column {shown(column)}"
+            said.append(f"row{'s' * (len(rows) > 1)} {numbers}{where}: {rows[0]['problem']}")
         count = f" ({len(bad)} of {len(table)} rows; drop_bad_rows: true in a recipe leaves them out)"
-        self.bad, self.said = bad, f"{table.source}: {'; and '.join(said)}"
-        self.listed = [
-            {
-                **{"file": table.source, "row": table.number(place), "problem": str(each)},
-                "column": each.column and table.source_of(names.get(each.column, each.column)),
-            }
-            for place, each in bad.items()
-        ]
+        self.said = f"{table.source}: {'; and '.join(said)}"
         super().__init__(f"{self.said}{count if len(bad) < len(table) else ''}")
 
 
@@ -139,13 +127,7 @@ def read_table(path: Path, *, predicting: bool = False, most: int | None = None)
     if not rows:
         raise DataError(f"{path}: there are no rows in this file; is it the right one?")
     columns = dict.fromkeys(name for row in rows for name in row)
-    if None in columns:
-        number = next(number for number, row in enumerate(rows, start=1) if None in row)
-        raise DataError(
-            f"{path}: row {number} has more values than the header has columns; put texts with the delimiter in quotes"
-        )
-    names = tuple(str(name) for name in columns)
-    return Table(str(path), names, tuple(rows), path.parent)  # type: ignore[arg-type]
+    return Table(str(path), tuple(columns), tuple(rows), path.parent)
 
 
 def require_column(table: Table, name: str, task: str, option: str | None = None, *, renaming: bool = True) -> str:
@@ -228,7 +210,11 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True, delimiter=delimiter)
             _check_header(path, reader.fieldnames or (), delimiter)
-            yield from reader
+            for number, row in enumerate(reader, start=1):
+                if None in row:  # values beyond the header
+                    said = f"row {number} has more values than the header has columns"
+                    raise DataError(f"{path}: {said}; put texts with the delimiter in quotes")
+                yield row
     finally:
         csv.field_size_limit(before)
 

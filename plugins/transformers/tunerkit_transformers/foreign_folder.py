@@ -23,7 +23,7 @@ def load_foreign(
         path: A folder or a file in an installed format, or a name on the hub.
         base: The base's folder or name on the hub, if it has moved.
         task: The task of the adapter, if its files do not say it.
-        in_python: Whether an error names the Python call, beside the command's options.
+        in_python: Whether errors name the Python call beside the command's option, and a missing processor is told.
 
     Returns:
         The model in eval mode and in the dtype of its files, and the tokenizer or image processor, or None.
@@ -38,7 +38,7 @@ def load_foreign(
         model = whole(chosen, dtype="auto")
     except ModelError as problem:
         raise ModelError(_in_python(problem, path) if in_python else str(problem)) from problem
-    processor = _processor(path, chosen, model)
+    processor = _processor(path, chosen, model, in_python=in_python)
     try:
         tunerkit.load(model, path)
     except BaseMismatchError as problem:
@@ -52,7 +52,7 @@ def _in_python(problem: Exception, path: str) -> str:
     return f"{problem}; in Python, that is tunerkit.from_folder({path!r}, base=...)"
 
 
-def _processor(path: str, base: Base, model: Any) -> object:
+def _processor(path: str, base: Base, model: Any, *, in_python: bool) -> object:
     """Return the tokenizer in the adapter's folder, and enlarge the embeddings to fit; else the base's processor.
 
     Raises:
@@ -65,10 +65,11 @@ def _processor(path: str, base: Base, model: Any) -> object:
         try:
             return transformers.AutoProcessor.from_pretrained(base.source, **OWN_CODE, **revised)
         except LOADING as problem:
-            warn(
-                f"{base.source} has no tokenizer or image processor that transformers can load, so None is in its "
-                f"place: {reason_of(problem)}"
-            )
+            if in_python:
+                warn(
+                    f"{base.source} has no tokenizer or image processor that transformers can load, so None is in its "
+                    f"place: {reason_of(problem)}"
+                )
             return None
     try:
         found = transformers.AutoTokenizer.from_pretrained(place, **OWN_CODE)

@@ -16,16 +16,14 @@ from tunerkit_cli.preparing import resuming
 from tunerkit_cli.preparing.sources import pinned, read_source
 from tunerkit_cli.recipes.recipe import Recipe, default_method, sources_in, with_home, with_precision
 from tunerkit_cli.recipes.trainer_arguments import name_problem
-from tunerkit_cli.rows import DataError, Table, read_table, require_column
+from tunerkit_cli.rows import DataError, Table, read_table
 from tunerkit_cli.tasks import TaskError, task_of
 from tunerkit_cli.tasks.base import Task, require_package
-from tunerkit_cli.tasks.formats import refuse_other, standard
-from tunerkit_cli.tasks.infer import infer
+from tunerkit_cli.tasks.formats import infer, refuse_other, standard
 from tunerkit_cli.tasks.metrics import refuse_unfit, refuse_unusable
 from tunerkit_cli.tasks.turns import read_template
 from tunerkit_transformers.output_folder import read_run
 from tunerkit_transformers.pretrained import refuse_missing
-from tunerkit_transformers.run_folder import irregular
 
 _HEAD: Final = 100  # rows of each source, which show its form
 
@@ -52,8 +50,6 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool, allow_code: bool = F
     if recipe.model is not None:
         refuse_missing(recipe.model)
     if (template := recipe.chat_template) is not None:
-        if (what := irregular(Path(template))) is not None:
-            raise FileError(f"chat_template: {template} is {what}; pass a file with a template")
         read_template(template)
     recipe = pinned(recipe)
     tables, others = (
@@ -63,12 +59,8 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool, allow_code: bool = F
         if found := [*filter(None, (name_problem(name, task.name) for name in recipe.training))]:
             raise ConfigError(found)
         refuse_unfit(recipe.metric or (), task.name)
-        whole = [each for each in (*tables, *others) if not (recipe.drop_bad_rows and _is_cut(each))]
+        whole = [each for each in (*tables, *others) if not (recipe.drop_bad_rows and len(each) == _HEAD)]
         _refuse_columns(task, whole, recipe.columns)
-
-
-def _is_cut(table: Table) -> bool:
-    return len(table) == _HEAD
 
 
 def _task_of(recipe: Recipe, tables: Sequence[Table]) -> Task | None:
@@ -78,7 +70,7 @@ def _task_of(recipe: Recipe, tables: Sequence[Table]) -> Task | None:
     try:
         name = recipe.task or (infer(tables[0], recipe.columns) if tables else "text-classification")
     except TaskError:
-        if tables and _is_cut(tables[0]):
+        if tables and len(tables[0]) == _HEAD:  # there may be more
             return None
         raise
     if not tables:
@@ -95,9 +87,7 @@ def _refuse_columns(
     for given in tables:
         if not predicting:
             refuse_other(given, names, task.name)
-        table = standard(given, names, task.name)
-        for ours, name in task.columns_read(table, names, predicting=predicting):
-            require_column(table, name, task.name, ours.option, renaming=renaming)
+        task.columns_read(standard(given, names, task.name), names, predicting=predicting, renaming=renaming)
 
 
 def refuse_absent(source: str) -> None:

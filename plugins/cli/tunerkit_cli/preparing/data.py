@@ -23,11 +23,11 @@ from tunerkit_cli.rows import (
     look_alikes,
     split,
     split_by_class,
+    tidy,
 )
 from tunerkit_cli.tasks import task_of
 from tunerkit_cli.tasks.base import Row, Task
-from tunerkit_cli.tasks.formats import refuse_other, standard
-from tunerkit_cli.tasks.infer import infer
+from tunerkit_cli.tasks.formats import infer, refuse_other, standard
 from tunerkit_cli.tasks.turns import read_template
 from tunerkit_cli.telling import say
 
@@ -38,20 +38,16 @@ SPLIT_SEED = 0
 
 @attrs.frozen
 class Data:
-    """The rows of a run, and the names of their classes.
-
-    Where a part of the training data is held out, a class may have rows in that part alone. ``columns``, ``unused`` and
-    ``left_out`` are as in `Rows`. ``findings`` are what the record says of the held-out rows.
-    """
+    """The rows of a run, and the names of their classes; what is not said here is as in `Rows`."""
 
     train: list[Row]
     held_out: list[Row]
     source: str
     held_out_source: str
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # where a part of the training data is held out, a class may have rows in it alone
     columns: Mapping[str, str]
     unused: tuple[str, ...]
-    findings: Mapping[str, Any]
+    findings: Mapping[str, Any]  # what the record says of the held-out rows
     left_out: Sequence[Mapping[str, Any]] = ()
 
     @property
@@ -71,19 +67,15 @@ class Placed:
 
 @attrs.frozen
 class Rows:
-    """The checked rows of one or several files, and what the user should know of them.
-
-    ``columns`` are the names in the files of the columns that are used, by ours, and ``unused`` are the other columns.
-    ``left_out`` says of each row that does not fit its file, its number, and why. ``classes`` are as in the files.
-    """
+    """The checked rows of one or several files, and what the user should know of them."""
 
     source: str
     placed: list[Placed]
     notes: list[str]
-    columns: Mapping[str, str]
-    unused: tuple[str, ...]
-    left_out: list[dict[str, Any]]
-    classes: frozenset[str]
+    columns: Mapping[str, str]  # the names in the files of the columns that are used, by ours
+    unused: tuple[str, ...]  # the other columns
+    left_out: list[dict[str, Any]]  # of each row that does not fit: its file, its number, and why
+    classes: frozenset[str]  # as in the files
 
     @property
     def rows(self) -> list[Row]:
@@ -170,7 +162,7 @@ def read_rows(
     or if files have different columns.
     """
     parts: list[list[Placed]] = []
-    shapes: list[dict[str, tuple[str, bool]]] = []  # for each of our columns: its name, and whether it has lists
+    shapes: list[str] = []  # in words: for each of our columns its name, and whether it has lists
     changed: Counter[tuple[str, str]] = Counter()
     problems: list[BadRowsError] = []
     classes: set[str] = set()
@@ -186,12 +178,13 @@ def read_rows(
         )
         problems += more
         read = task.columns_read(table, names, predicting=predicting)
-        columns = columns or {each.name: table.source_of(name) for each, name in read}
-        rows = [task.tidied(row, changed) for row in found]
-        classes |= {name for row in rows for name in task.classes_of(row)}
-        if label_map and (column := task.label_column) in rows[0]:
-            rows = [{**row, column: _renamed(row[column], label_map)} for row in rows]
-        shapes.append({each.name: (name, isinstance(rows[0].get(each.name), list)) for each, name in read})
+        columns = columns or {ours: table.made.get(name, name) for ours, name in read.items()}
+        names_in = [name for row in found for name in task.classes_of(row)]
+        changed.update((name, tidy(name)) for name in names_in if name != tidy(name))
+        classes |= {*map(tidy, names_in)}
+        rows = [task.renamed(row, lambda name: label_map.get(tidy(name), tidy(name))) for row in found]
+        kinds = {ours: ", lists" if isinstance(rows[0].get(ours), list) else "" for ours in read}
+        shapes.append(", ".join(f"{ours} (column {shown(name)}{kinds[ours]})" for ours, name in read.items()))
         parts.append([Placed(row, table.source, table.number(place)) for place, row in enumerate(rows)])
     _refuse_unlike(tables, shapes)
     notes += [f"left out {len(problem.bad)} rows: {problem.said}" for problem in problems]
@@ -226,24 +219,14 @@ def _fitting(
         return kept, rows_of(kept), [problem]
 
 
-def _renamed(label: Any, label_map: Mapping[str, str]) -> Any:
-    """A label, or a list of them, under other names."""
-    return [label_map.get(each, each) for each in label] if isinstance(label, list) else label_map.get(label, label)
-
-
-def _refuse_unlike(tables: Sequence[Table], shapes: Sequence[Mapping[str, tuple[str, bool]]]) -> None:
+def _refuse_unlike(tables: Sequence[Table], shapes: Sequence[str]) -> None:
     """Raise `DataError` if files have different columns, or lists in some of them alone."""
     for table, shape in zip(tables, shapes, strict=True):
         if shape != shapes[0]:
             raise DataError(
-                f"{table.source}: has {_described(shape)}, and {tables[0].source} has {_described(shapes[0])}; give "
-                "all files of one run the same columns with values of the same kind"
+                f"{table.source}: has {shape}, and {tables[0].source} has {shapes[0]}; give all files of one run the "
+                "same columns with values of the same kind"
             )
-
-
-def _described(shape: Mapping[str, tuple[str, bool]]) -> str:
-    kinds = {ours: f"column {shown(name)}{', lists' if has_lists else ''}" for ours, (name, has_lists) in shape.items()}
-    return ", ".join(f"{ours} ({kind})" for ours, kind in kinds.items())
 
 
 def _split(read: Rows, *, by_class: bool) -> tuple[list[Placed], list[Placed]]:

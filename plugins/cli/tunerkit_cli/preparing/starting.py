@@ -13,7 +13,7 @@ from torch import nn
 import tunerkit
 from tunerkit import TunerkitError, TunerkitWarning, serialization
 from tunerkit.errors import BaseMismatchError, ConfigError, FileError, StepError, shown
-from tunerkit.paths import few
+from tunerkit.paths import few, is_under
 from tunerkit.plugin import Description, Tuner
 from tunerkit_cli.folder import ADAPTER, START, START_FACTS, RunFolder, as_json
 from tunerkit_cli.machine.hardware import choose_device, obstacle
@@ -241,8 +241,7 @@ def continued(loaded: Pretrained, recipe: Recipe, task: Task, start: Start) -> T
 
 def _refuse_new_heads(new: Sequence[str], tuner: Tuner, loaded: Pretrained, start: Start) -> None:
     """Raise `TunerkitError` if the adapter trains no part of a new head; warn of parts that it does not train."""
-    trained = [place.path for place in tuner.copies]
-    left = [head for head in new if not any(path == head or path.startswith(f"{head}.") for path in trained)]
+    left = [head for head in new if not any(is_under(place.path, [head]) for place in tuner.copies)]
     if left and len(left) == len(new):
         raise TunerkitError(
             f"--from {start.source}: the adapter trains no head, and {shown(loaded.source)} has none for this task, so "

@@ -16,7 +16,6 @@ from transformers.integrations.integration_utils import TensorBoardCallback, get
 
 from tunerkit import TunerkitError
 from tunerkit.errors import ConfigError, shown
-from tunerkit_cli.assets import demo_of
 from tunerkit_cli.folder import CHECKPOINTS, LOGS
 from tunerkit_cli.machine import hardware
 from tunerkit_cli.machine.processes import count
@@ -49,9 +48,8 @@ _SEEDS = ("seed", "data_seed")  # numpy takes no greater ones than 32 bits hold
 
 
 def asked_of(recipe: Recipe, task: Task) -> dict[str, Any]:
-    """What a recipe asks of the trainer, itself or because it trains on the demo's data."""
-    demo = demo_of(task.name, "data").training if recipe.data is None else {}
-    asked = {**demo, **recipe.training}
+    """What a recipe asks of the trainer."""
+    asked = dict(recipe.training)
     if task.batch_counts:  # held-out rows come in batches of as many rows, so that both losses compare
         size = asked.get("per_device_train_batch_size", task.defaults["per_device_train_batch_size"])
         asked.setdefault("per_device_eval_batch_size", size * count() if isinstance(size, int) else size)

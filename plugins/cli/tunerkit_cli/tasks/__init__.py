@@ -35,5 +35,5 @@ def task_of(name: str, max_length: int | None = None) -> "Task":
     if name not in TASKS:
         raise TaskError(f"there is no task {name!r}{closest(name, TASKS)}; the tasks are {', '.join(TASKS)}")
     module, kind = TASKS[name]
-    task: Task = getattr(importlib.import_module(f"tunerkit_cli.tasks.{module}"), kind)(max_length)
+    task: Task = getattr(importlib.import_module(f"tunerkit_cli.tasks.{module}"), kind)(name, max_length)
     return task

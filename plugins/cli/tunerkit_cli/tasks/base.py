@@ -14,7 +14,7 @@ import attrs
 
 from tunerkit.errors import TunerkitError, closest
 from tunerkit.extras import install
-from tunerkit_cli.rows import BadValue, DataError, Table, checked_rows, class_names, require_column, tidy
+from tunerkit_cli.rows import BadValue, DataError, Table, checked_rows, class_names, require_column
 from tunerkit_transformers.pretrained import Pretrained
 from tunerkit_transformers.task_classes import TASKS
 
@@ -29,17 +29,13 @@ Row = dict[str, Any]
 
 @attrs.frozen
 class Column:
-    """A column of a task's data, by our name of it, as in the recipe's ``columns``.
-
-    It is found by ``other_names`` too, if exactly one of them is there. Training needs it if it is ``needed``, and
-    prediction does without it if it is ``predicted``. ``option`` is that of ``tunerkit train`` for its name.
-    """
+    """A column of a task's data, by our name of it, as in the recipe's ``columns``."""
 
     name: str
-    other_names: tuple[str, ...] = ()
-    needed: bool = True
-    predicted: bool = False
-    option: str | None = None
+    other_names: tuple[str, ...] = ()  # by which it is found too, if exactly one of them is there
+    needed: bool = True  # by training
+    predicted: bool = False  # so that prediction does without it
+    option: str | None = None  # of ``tunerkit train``, for its name
 
 
 @attrs.frozen
@@ -66,7 +62,6 @@ NOT_LEARNED = -100  # a label that the loss leaves out, in torch and transformer
 class Task(ABC):
     """One kind of training. A run calls the methods in this order: rows, labels, encode, evaluate."""
 
-    name: ClassVar[str]
     columns: ClassVar[tuple[Column, ...]]
     main_metric: ClassVar[str] = "loss"
     max_length: ClassVar[int] = 128  # in tokens, if the recipe sets none
@@ -94,7 +89,8 @@ class Task(ABC):
         **STEADY,
     }
 
-    def __init__(self, max_length: int | None = None) -> None:
+    def __init__(self, name: str, max_length: int | None = None) -> None:
+        self.name = name  # in `TASKS`
         self.limit = self.max_length if max_length is None else max_length
 
     # --- rows ---
@@ -103,16 +99,13 @@ class Task(ABC):
         self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
     ) -> list[Row]:
         """Return the table's rows under our names of the columns, with checked values. Raises `DataError`."""
-        read = {
-            each.name: require_column(table, name, self.name, each.option, renaming=renaming)
-            for each, name in self.columns_read(table, names, predicting=predicting)
-        }
+        read = self.columns_read(table, names, predicting=predicting, renaming=renaming)
         return checked_rows(table, read, self.checked)
 
     def columns_read(
-        self, table: Table, names: Mapping[str, str], *, predicting: bool = False
-    ) -> list[tuple[Column, str]]:
-        """The columns that `rows` reads, each with its name in the table. The arguments are as there."""
+        self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True
+    ) -> dict[str, str]:
+        """The columns that `rows` reads by our names, all of which the table has. Raises `DataError` as it does."""
         ours = [each.name for each in self.columns]
         if unknown := [name for name in names if name not in ours]:
             raise DataError(
@@ -121,15 +114,19 @@ class Task(ABC):
             )
         wanted = self.columns_for(table, names, predicting=predicting)
         read = [(each, name_in(table, each, names)) for each in wanted if not (predicting and each.predicted)]
-        return [(each, name) for each, name in read if each.needed or each.name in names or name in table.columns]
+        return {
+            each.name: require_column(table, name, self.name, each.option, renaming=renaming)
+            for each, name in read
+            if each.needed or each.name in names or name in table.columns
+        }
 
     def columns_for(self, table: Table, names: Mapping[str, str], *, predicting: bool) -> Sequence[Column]:
         """The columns to read from a table: all of the task's, or one form of them if it has several."""
         return self.columns
 
-    @abstractmethod
     def checked(self, row: Row) -> Row:
-        """Return a row with values of the task's types. Raises `BadValue`."""
+        """Return a row with values of the task's types: texts, where it has no others. Raises `BadValue`."""
+        return {name: require_text(row, name) for name in row}
 
     def main_metric_of(self, labels: Sequence[str]) -> str:
         """The metric that a verdict names, for a run with these classes."""
@@ -147,15 +144,10 @@ class Task(ABC):
         value = row.get(self.label_column)
         return [value] if isinstance(value, str) else value if isinstance(value, list) else ()
 
-    def tidied(self, row: Row, changed: Counter[tuple[str, str]]) -> Row:
-        """Return a row with `tidy` names of its classes, and count in ``changed`` which names became which."""
-        names = self.classes_of(row)
-        new = [tidy(name) for name in names]
-        different = [pair for pair in zip(names, new, strict=True) if pair[0] != pair[1]]
-        if not different:
-            return row
-        changed.update(different)
-        return {**row, self.label_column: new if isinstance(row[self.label_column], list) else new[0]}
+    def renamed(self, row: Row, rename: Callable[[str], str]) -> Row:
+        """Return a row with other names of its classes."""
+        new = [*map(rename, self.classes_of(row))]
+        return {**row, self.label_column: new if isinstance(row[self.label_column], list) else new[0]} if new else row
 
     def identity(self, row: Row) -> Hashable:
         """What makes two rows the same input, whatever their labels."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from tunerkit.errors import shown
 from tunerkit_cli.rows import DataError, Table
-from tunerkit_cli.tasks.base import Column, Row, Task, name_in, require_package, require_text
+from tunerkit_cli.tasks.base import Column, Row, Task, name_in, require_package
 from tunerkit_cli.tasks.texts import token_limit
 from tunerkit_transformers.pretrained import Pretrained
 
@@ -21,7 +21,6 @@ class Embedding(Task):
     The positives and negatives of the other rows of a batch are negatives too.
     """
 
-    name: ClassVar[str] = "embedding"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("anchor", ("query",)),
         Column("positive"),
@@ -44,9 +43,6 @@ class Embedding(Task):
             )
         there = [each for each in self.columns if name_in(table, each, names) in table.columns]
         return there if predicting and there else self.columns[: 1 if predicting else None]
-
-    def checked(self, row: Row) -> Row:
-        return {name: require_text(row, name) for name in row}
 
     def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
         """The texts, which the trainer tokenizes, and as labels a number for each, the same for the same text."""

@@ -1,20 +1,20 @@
-"""The forms that files of rows for language models have elsewhere, and how they become ours. It imports no torch.
+"""Which task rows are for, and the forms of rows for language models elsewhere, which become ours. No torch here.
 
-Names are those of TRL, LLaMA-Factory and axolotl. Conversations are lists of messages in TRL's form: a role and a
-content, and perhaps tool calls. The first message of a conversation also holds its ``tools``.
+Names are those of TRL, LLaMA-Factory and axolotl.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
 
 from tunerkit.errors import shown
-from tunerkit_cli.rows import BadValue, Table, from_json, kind_of
-from tunerkit_cli.tasks import TaskError
+from tunerkit.paths import few
+from tunerkit_cli.rows import BadValue, Table, from_json
+from tunerkit_cli.tasks import TASKS, TaskError, task_of
+from tunerkit_cli.tasks.base import LABEL, TEXT, name_in
 
-Messages = list[dict[str, Any]]
 _Row = Mapping[str, Any]
 _LANGUAGE: Final = (None, "causal-lm", "preference", "seq2seq")  # None: the task is still to be found
 
@@ -179,72 +179,71 @@ def _has_media(table: Table, name: str) -> bool:
     return isinstance(each, bytes) or (isinstance(each, dict) and each.keys() == {"bytes", "path"})
 
 
-# --- conversations ---
+# --- the task of rows ---
+
+_FRACTION = re.compile(r"\s*[-+]?(\d+\.\d*|\.\d+)(e[-+]?\d+)?\s*", re.IGNORECASE)
+# The columns that tell each task. Their other names count only where nothing else fits: many tables have a column
+# "text", "label" or "path".
+_BY_COLUMNS = (
+    ("preference", {"chosen", "rejected"}),
+    ("causal-lm", {"messages"}),
+    ("causal-lm", {"prompt", "completion"}),
+    ("token-classification", {"tokens", "tags"}),
+    ("seq2seq", {"source", "target"}),
+    ("embedding", {"anchor", "positive"}),
+    ("image-classification", {"image", "label"}),
+    ("text-classification", {"text", "label"}),  # or another task with labels
+)
 
 
-_ROLES: Final = ("system", "user", "assistant", "tool")
-_OUR_ROLE: Final = {name: name for name in _ROLES} | {
-    **{"developer": "system", "human": "user", "gpt": "assistant", "function_call": "assistant"},
-    **{"observation": "tool", "function_response": "tool"},
-}
-_KEPT: Final = ("name", "tool_call_id", "reasoning_content", "thinking", "tools")
+def infer(table: Table, names: dict[str, str]) -> str:
+    """Return the task that the training data asks for. Raises `TaskError` if more than one task fits, or none does."""
+    refuse_other(table, names)
+    seen = f"{table.source}: its columns are {few([shown(each) for each in table.columns], shown=10)}, which fit"
+    table = standard(table, names)
+    fitting = [task for task, needed in _BY_COLUMNS if {names.get(each, each) for each in needed} <= {*table.columns}]
+    if (task := _only(fitting, seen, names)) and task != "text-classification":
+        return task
+    label, has_text = name_in(table, LABEL, names), name_in(table, TEXT, names) in table.columns
+    labels = [row.get(label) for row in table.rows] if label in table.columns else None
+    if labels is not None and has_text:
+        return _by_labels(labels, table.source, label)
+    fitting = []
+    for task, needed in _BY_COLUMNS[:-1]:
+        ours = [each for each in task_of(task).columns if each.name in needed]
+        if all(name_in(table, each, names) in table.columns for each in ours):
+            fitting.append(task)
+    if "prompt" in table.made and "causal-lm" in fitting and not names:
+        return "causal-lm"  # as Alpaca has a column "text" too
+    if task := _only(fitting, seen, names):
+        return task
+    if names.get("text", "text") in table.columns:
+        return "causal-lm"
+    if labels is not None:  # the missing column of texts is named next
+        return _by_labels(labels, table.source, label)
+    raise TaskError(
+        f"{seen} no task; say which one it is with --task ({', '.join(TASKS)}) and name its columns in the recipe"
+    )
 
 
-def messages_of(value: object, column: str) -> Messages:
-    """Return a conversation whose messages have a role and a content, from ShareGPT's form too. Raises `BadValue`."""
-    if not isinstance(value, list) or not value:
-        raise BadValue(column, "expected a list of messages, got %s", value)
-    return [_message(each, column) for each in value]
+def _only(fitting: Sequence[str], seen: str, names: Mapping[str, str]) -> str | None:
+    """The one task that fits; of several, the one with all columns that the recipe names. Raises `TaskError`."""
+    named = [task for task in fitting if {*names} <= {each.name for each in task_of(task).columns}]
+    found = list(dict.fromkeys(named if names and named else fitting))
+    if len(found) > 1:
+        raise TaskError(f"{seen} {' and '.join(found)}; say which one it is with --task")
+    return found[0] if found else None
 
 
-def _message(value: object, column: str) -> dict[str, Any]:
-    given = {key: each for key, each in value.items() if each is not None} if isinstance(value, dict) else {}
-    role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
-    calls = given.get("tool_calls")
-    if role == "function_call":  # in ShareGPT's form, the content is the call
-        calls, content = content, ""
-    content = "" if content is None and calls else content
-    if role is None or content is None:
-        raise BadValue(column, "a message has a role and a content, got %s", value)
-    if isinstance(content, list):
-        content = _text_of(content, column)
-    if not isinstance(role, str) or role not in _OUR_ROLE or not isinstance(content, str):
-        raise BadValue(column, f"expected a role of {', '.join(_ROLES)} and a text, got %s", value)
-    found = {"role": _OUR_ROLE[role], "content": content, **{key: given[key] for key in _KEPT if key in given}}
-    return {**found, "tool_calls": _calls(calls, column)} if calls else found
-
-
-def _text_of(parts: Sequence[object], column: str) -> str:
-    """The text of a content in parts."""
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise BadValue(column, "has images or sound beside text, which no task reads, in %s; remove the row", parts)
-    return "".join(map(str, texts))
-
-
-def _calls(value: Any, column: str) -> list[dict[str, Any]]:
-    """Tool calls in the form that templates read, whose arguments are mappings."""
-    try:
-        calls = json.loads(value) if isinstance(value, str) else value
-        found = []
-        for call in calls if isinstance(calls, list) else [calls]:
-            function = call.get("function") or call
-            arguments = function.get("arguments") or {}
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            if not isinstance(function["name"], str) or not isinstance(arguments, dict):
-                raise TypeError
-            known = {"id": call["id"]} if call.get("id") else {}
-            found.append({**known, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        wanted = 'expected tool calls such as {"name": "search", "arguments": {"title": "Alien"}}'
-        raise BadValue(column, f"{wanted}, got %s", value) from None
-    return found
-
-
-def one_kind(row: _Row) -> bool:
-    """Return whether the values of a row are lists of messages. Raises `BadValue` if only some of them are lists."""
-    kinds = {isinstance(value, list) for value in row.values()}
-    if len(kinds) > 1:
-        seen = ", ".join(f"{name} is a {kind_of(value)}" for name, value in row.items())
-        raise BadValue(None, f"{seen}; write all of them as texts, or all of them as lists of messages")
-    return kinds == {True}
+def _by_labels(values: Iterable[object], source: str, name: str) -> str:
+    values = [value for value in values if value is not None]
+    if any(isinstance(from_json(value), list) for value in values):
+        return "multi-label"
+    # No one names a class by a number with a point, such as 3.5.
+    broken = next((each for each in values if isinstance(each, float) or _FRACTION.fullmatch(str(each))), None)
+    if broken is not None:
+        raise TaskError(
+            f"{source}: column {name!r} has numbers such as {shown(broken)}. Is this regression? Pass --task "
+            "regression, or --task text-classification if they are names of classes"
+        )
+    return "text-classification"

@@ -17,7 +17,6 @@ from tunerkit_transformers.pretrained import Pretrained
 class ImageClassification(Task):
     """Image files with one of several classes: a folder with a subfolder per class, or a file with their paths."""
 
-    name: ClassVar[str] = "image-classification"
     columns: ClassVar[tuple[Column, ...]] = (Column("image", ("image_path", "file_name", "path")), LABEL)
     main_metric: ClassVar[str] = "accuracy"
     label_column: ClassVar[str] = LABEL.name

@@ -8,11 +8,10 @@ import tunerkit
 from tunerkit.errors import ConfigError, shown
 from tunerkit.paths import few
 from tunerkit_cli.rows import BadValue, DataError, Table
-from tunerkit_cli.tasks.base import USUAL, Column, Results, Row, Task, name_in, require_text
-from tunerkit_cli.tasks.formats import messages_of, one_kind
+from tunerkit_cli.tasks.base import USUAL, Column, Results, Row, Task, name_in
 from tunerkit_cli.tasks.generating import GREEDY, Answering, generate, require_tokens
 from tunerkit_cli.tasks.texts import token_limit
-from tunerkit_cli.tasks.turns import dataset_of, encode_turns, refuse_lost
+from tunerkit_cli.tasks.turns import dataset_of, encode_turns, messages_of, one_kind, refuse_lost
 from tunerkit_transformers.pretrained import Pretrained
 
 SAMPLES, _SHORT = 2, Answering(24)
@@ -36,7 +35,7 @@ class GenerationTask(Task):
     def checked(self, row: Row) -> Row:
         """Texts are not empty, or all values are messages with roles, which ask something."""
         if not ("messages" in row or (not {"text", "source"} & row.keys() and one_kind(row))):
-            return {name: require_text(row, name) for name in row}
+            return super().checked(row)
         found = {name: messages_of(row[name], name) for name in row}
         if not prompt_of(found):
             raise BadValue("messages", "the only message is the assistant's; add what it answers")
@@ -51,13 +50,15 @@ class GenerationTask(Task):
         return dataset_of(rows)
 
     def evaluate(self, trainer: Any, dataset: Any) -> Results:
-        """The loss and the perplexity."""
+        """The metrics by the trainer's loss."""
         found = measured(trainer, dataset)
-        loss = float(found["eval_loss"])
+        return Results(self.metrics_of(found), seconds=found.get("eval_runtime"))
+
+    def metrics_of(self, found: Mapping[str, Any]) -> dict[str, float]:
+        """The loss and the perplexity, from an evaluation of the trainer."""
+        loss, accuracy = float(found["eval_loss"]), found.get("eval_mean_token_accuracy")
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, _MOST))}
-        if "eval_mean_token_accuracy" in found:
-            metrics["token_accuracy"] = float(found["eval_mean_token_accuracy"])
-        return Results(metrics, seconds=found.get("eval_runtime"))
+        return metrics if accuracy is None else {**metrics, "token_accuracy": float(accuracy)}
 
     def samples(self, loaded: Pretrained, rows: Sequence[Row], count: int) -> list[dict[str, str]]:
         """The beginnings of the answers to the first held-out prompts."""
@@ -79,7 +80,6 @@ class GenerationTask(Task):
 class CausalLm(GenerationTask):
     """Rows with ``messages``, with ``prompt`` and ``completion``, or with ``text``; TRL's `SFTTrainer`."""
 
-    name: ClassVar[str] = "causal-lm"
     trainer: ClassVar[tuple[str, str]] = ("trl.trainer.sft_trainer:SFTTrainer", "trl.trainer.sft_config:SFTConfig")
     columns: ClassVar[tuple[Column, ...]] = (
         Column("messages", ("conversations",)),
@@ -130,12 +130,8 @@ def settle_prompts_(
     task.trains_on_prompts = asked if asked is not None else default if only is None else not only
     late = [each for each in ("chat_template_path", "eos_token") if getattr(arguments, each) is not None]
     if late and "messages" in row and not task.trains_on_prompts:
-        raise ConfigError(
-            [
-                f"training.{late[0]}: is read after the assistant's turns are found; write it into the files of the "
-                "model's tokenizer, or set train_on_prompts: true"
-            ]
-        )
+        do = "write it into the files of the model's tokenizer, or set train_on_prompts: true"
+        raise ConfigError([f"training.{late[0]}: is read after the assistant's turns are found; {do}"])
     # The labels of conversations come from `encode`; TRL's own masks need templates that mark the turns.
     arguments.assistant_only_loss = False
     arguments.completion_only_loss = None if "messages" in row else not task.trains_on_prompts
@@ -144,7 +140,6 @@ def settle_prompts_(
 class Preference(GenerationTask):
     """Rows with ``prompt``, ``chosen`` and ``rejected``, texts or conversations; TRL's `DPOTrainer`."""
 
-    name: ClassVar[str] = "preference"
     trainer: ClassVar[tuple[str, str]] = ("trl.trainer.dpo_trainer:DPOTrainer", "trl.trainer.dpo_config:DPOConfig")
     columns: ClassVar[tuple[Column, ...]] = (
         Column("prompt", ("question", "instruction")),
@@ -164,22 +159,15 @@ class Preference(GenerationTask):
         finally:
             tunerkit.activate(loaded.model, name)
 
-    def evaluate(self, trainer: Any, dataset: Any) -> Results:
+    def metrics_of(self, found: Mapping[str, Any]) -> dict[str, float]:
         """The loss, and how often the chosen answer has the greater reward."""
-        found = measured(trainer, dataset)
-        accuracy, margin = found["eval_rewards/accuracies"], found["eval_rewards/margins"]
-        metrics = {
-            "reward_accuracy": float(accuracy),
-            "reward_margin": float(margin),
-            "loss": float(found["eval_loss"]),
-        }
-        return Results(metrics, seconds=found.get("eval_runtime"))
+        names = {"reward_accuracy": "rewards/accuracies", "reward_margin": "rewards/margins", "loss": "loss"}
+        return {ours: float(found[f"eval_{name}"]) for ours, name in names.items()}
 
 
 class Seq2Seq(GenerationTask):
     """Rows with ``source`` and ``target``."""
 
-    name: ClassVar[str] = "seq2seq"
     trainer: ClassVar[tuple[str, str]] = ("transformers:Seq2SeqTrainer", "transformers:Seq2SeqTrainingArguments")
     columns: ClassVar[tuple[Column, ...]] = (
         Column("source", ("input", "text", "document")),

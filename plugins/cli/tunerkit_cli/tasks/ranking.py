@@ -61,12 +61,8 @@ class RankingTrainer(Trainer):
         rows: Any = self.train_dataset
         self.of_pairs = "negative" not in rows.column_names
         if self.args.train_batch_size * processes < 2 and self.of_pairs:
-            raise ConfigError(
-                [
-                    "training.per_device_train_batch_size: pairs need at least 2, got 1; the other rows of a batch are "
-                    "the negatives of each"
-                ]
-            )
+            why = "the other rows of a batch are the negatives of each"
+            raise ConfigError([f"training.per_device_train_batch_size: pairs need at least 2, got 1; {why}"])
         transformers_private.sample_by_(self, self._distinct)
 
     def _distinct(self, rows: Any = None) -> "Distinct":

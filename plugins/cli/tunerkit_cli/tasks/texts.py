@@ -23,8 +23,7 @@ class TextTask(Task):
     defaults: ClassVar[Mapping[str, Any]] = {**Task.defaults, "train_sampling_strategy": "group_by_length"}
 
     def checked(self, row: Row) -> Row:
-        texts: Row = {name: require_text(row, name) for name in ("text", "text_pair") if name in row}
-        return {**texts, **({"label": self.label(row["label"])} if "label" in row else {})}
+        return {name: self.label(row[name]) if name == "label" else require_text(row, name) for name in row}
 
     def label(self, value: object) -> Any:
         """Return a label of the task's type. Raises `BadValue`."""
@@ -66,7 +65,6 @@ class TextTask(Task):
 class TextClassification(TextTask):
     """Texts with one of several classes."""
 
-    name: ClassVar[str] = "text-classification"
     main_metric: ClassVar[str] = "accuracy"
     has_baseline: ClassVar[bool] = True
     one_class: ClassVar[bool] = True
@@ -75,7 +73,6 @@ class TextClassification(TextTask):
 class Regression(TextTask):
     """Texts with a number."""
 
-    name: ClassVar[str] = "regression"
     pipeline_options: ClassVar[Mapping[str, Any]] = {"function_to_apply": "none"}
 
     def label(self, value: object) -> float:
@@ -113,7 +110,6 @@ class Regression(TextTask):
 class MultiLabel(TextTask):
     """Texts with a list of labels, which may be empty."""
 
-    name: ClassVar[str] = "multi-label"
     columns: ClassVar[tuple[Column, ...]] = (
         TEXT,
         PAIR,

@@ -22,7 +22,6 @@ class TokenClassification(Task):
     word that is in two windows counts in the one with more tokens around it.
     """
 
-    name: ClassVar[str] = "token-classification"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("tokens", ("words",)),
         Column("tags", ("ner_tags", "labels", "label"), predicted=True),
@@ -105,12 +104,11 @@ class TokenClassification(Task):
         encoded, samples = self._windows(rows, loaded)
         carried = _carried(encoded, samples)
         for start in range(0, len(samples), batch_size):
-            batch = range(start, min(start + batch_size, len(samples)))
-            windows = {name: [values[window] for window in batch] for name, values in encoded.items()}
+            windows = {name: values[start : start + batch_size] for name, values in encoded.items()}
             inputs = loaded.processor.pad(windows, return_tensors="pt", padding_side="right").to(loaded.model.device)
             with torch.inference_mode():
                 chosen = loaded.model(**inputs).logits.argmax(-1).tolist()
-            for window, numbers in zip(batch, chosen, strict=True):
+            for window, numbers in enumerate(chosen, start=start):
                 tags: list[str | None] = answers[samples[window]]["tags"]
                 for word, number in zip(carried[window], numbers, strict=False):  # the numbers of padding are over
                     if word is not None:

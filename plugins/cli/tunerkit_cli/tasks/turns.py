@@ -1,18 +1,28 @@
-"""Conversations as tokens, of which a model learns the assistant's turns alone."""
+"""Conversations: as lists of messages, and as tokens, of which a model learns the assistant's turns alone.
+
+A message has TRL's form: a role and a content, and perhaps tool calls. The first one also holds the ``tools``.
+"""
 
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jinja2
 
-from tunerkit.errors import shown
-from tunerkit_cli.rows import DataError
+from tunerkit.errors import FileError, shown
+from tunerkit_cli.rows import BadValue, DataError, kind_of
 from tunerkit_cli.tasks.base import NOT_LEARNED
 from tunerkit_transformers.pretrained import Pretrained
+from tunerkit_transformers.run_folder import irregular
 
+_ROLES: Final = ("system", "user", "assistant", "tool")
+_OUR_ROLE: Final = {name: name for name in _ROLES} | {
+    **{"developer": "system", "human": "user", "gpt": "assistant", "function_call": "assistant"},
+    **{"observation": "tool", "function_response": "tool"},
+}
+_KEPT: Final = ("name", "tool_call_id", "reasoning_content", "thinking", "tools")
 # Stands for an answer, to see where a template puts it. No template cuts or changes a word.
 _PLACE = "tunerkitanswer"
 
@@ -20,8 +30,73 @@ Messages = Sequence[Mapping[str, Any]]
 Render = Callable[..., str]
 
 
+def messages_of(value: object, column: str) -> list[dict[str, Any]]:
+    """Return a conversation whose messages have a role and a content, from ShareGPT's form too. Raises `BadValue`."""
+    if not isinstance(value, list) or not value:
+        raise BadValue(column, "expected a list of messages, got %s", value)
+    return [_message(each, column) for each in value]
+
+
+def _message(value: object, column: str) -> dict[str, Any]:
+    given = {key: each for key, each in value.items() if each is not None} if isinstance(value, dict) else {}
+    role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
+    calls = given.get("tool_calls")
+    if role == "function_call":  # in ShareGPT's form, the content is the call
+        calls, content = content, ""
+    content = "" if content is None and calls else content
+    if role is None or content is None:
+        raise BadValue(column, "a message has a role and a content, got %s", value)
+    if isinstance(content, list):
+        content = _text_of(content, column)
+    if not isinstance(role, str) or role not in _OUR_ROLE or not isinstance(content, str):
+        raise BadValue(column, f"expected a role of {', '.join(_ROLES)} and a text, got %s", value)
+    found = {"role": _OUR_ROLE[role], "content": content, **{key: given[key] for key in _KEPT if key in given}}
+    return {**found, "tool_calls": _calls(calls, column)} if calls else found
+
+
+def _text_of(parts: Sequence[object], column: str) -> str:
+    """The text of a content in parts."""
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadValue(column, "has images or sound beside text, which no task reads, in %s; remove the row", parts)
+    return "".join(map(str, texts))
+
+
+def _calls(value: Any, column: str) -> list[dict[str, Any]]:
+    """Tool calls in the form that templates read, whose arguments are mappings."""
+    try:
+        calls = json.loads(value) if isinstance(value, str) else value
+        found = []
+        for call in calls if isinstance(calls, list) else [calls]:
+            function = call.get("function") or call
+            arguments = function.get("arguments") or {}
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            if not isinstance(function["name"], str) or not isinstance(arguments, dict):
+                raise TypeError
+            known = {"id": call["id"]} if call.get("id") else {}
+            found.append({**known, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        wanted = 'expected tool calls such as {"name": "search", "arguments": {"title": "Alien"}}'
+        raise BadValue(column, f"{wanted}, got %s", value) from None
+    return found
+
+
+def one_kind(row: Mapping[str, Any]) -> bool:
+    """Return whether the values of a row are lists of messages. Raises `BadValue` if only some of them are lists."""
+    kinds = {isinstance(value, list) for value in row.values()}
+    if len(kinds) > 1:
+        seen = ", ".join(f"{name} is a {kind_of(value)}" for name, value in row.items())
+        raise BadValue(None, f"{seen}; write all of them as texts, or all of them as lists of messages")
+    return kinds == {True}
+
+
+# --- as tokens ---
+
+
 def read_template(path: str) -> str:
     """The chat template in a file. Raises `DataError`."""
+    if (what := irregular(Path(path))) is not None:
+        raise FileError(f"chat_template: {path} is {what}; pass a file with a template")
     try:
         found = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
@@ -101,7 +176,7 @@ def encode_turns(conversations: Sequence[Messages], loaded: Pretrained) -> Any:
     for messages in conversations:
         try:
             ids, learned = encode(messages, tokenizer)
-        except (jinja2.TemplateError, _HiddenAnswerError) as problem:
+        except jinja2.TemplateError as problem:
             raise DataError(
                 f"the chat template of {loaded.source!r} does not take the conversation that begins with "
                 f"{shown(messages[0]['content'])}: {problem}; change it, or pass --set train_on_prompts=true to learn "
@@ -112,10 +187,6 @@ def encode_turns(conversations: Sequence[Messages], loaded: Pretrained) -> Any:
             [each if is_learned else NOT_LEARNED for each, is_learned in zip(ids, learned, strict=True)]
         )
     return datasets.Dataset.from_dict(columns)
-
-
-class _HiddenAnswerError(Exception):
-    """A template does not show an answer, or changes what stands around it."""
 
 
 def _by_marks(messages: Messages, tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -169,7 +240,7 @@ def assistant_spans(messages: Messages, text: str, render: Render) -> Iterator[t
         is_whole = prompt and text.startswith(prompt)
         start = len(prompt) if is_whole else _same_start(prompt if what else before, text)
         if len(after) != 1 or not text.endswith(after[0]):
-            raise _HiddenAnswerError(f"it does not show {what}message {number + 1} as one text")
+            raise jinja2.TemplateError(f"it does not show {what}message {number + 1} as one text")
         # What ends a turn is what stands behind a last one; some templates write more between turns.
         closing = render([*messages[:number], placed]).partition(_PLACE)[2]
         yield start, len(text) - len(after[0]) + _same_start(closing, after[0])
