@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import attrs
+
 from tunerkit_cli.rows import BadValue, DataError, class_names, class_numbers, from_json
 from tunerkit_cli.tasks.base import LABEL, TEXT, Column, Row, Task, pipeline_of, require_text
 from tunerkit_transformers.pretrained import Pretrained
@@ -110,11 +112,7 @@ class Regression(TextTask):
 class MultiLabel(TextTask):
     """Texts with a list of labels, which may be empty."""
 
-    columns: ClassVar[tuple[Column, ...]] = (
-        TEXT,
-        PAIR,
-        Column("label", ("labels", "classes", "tags"), predicted=True, option=LABEL.option),
-    )
+    columns: ClassVar[tuple[Column, ...]] = (TEXT, PAIR, attrs.evolve(LABEL, other_names=("labels", "classes", "tags")))
     main_metric: ClassVar[str] = "f1"
     pipeline_options: ClassVar[Mapping[str, Any]] = {"function_to_apply": "sigmoid", "top_k": None}
 
