@@ -372,3 +372,20 @@ def test_merge_takes_the_dtype_of_the_base_and_no_more_than_it_has(folder: Path)
     merged = transformers.AutoModelForCausalLM.from_pretrained("half-merged", dtype="auto")
     assert merged.dtype == torch.bfloat16
     assert not Path("half-merged/tokenizer.json").exists()
+
+
+def test_merge_takes_the_tokenizer_beside_the_adapter_and_grows_the_embeddings(folder: Path) -> None:
+    """The adapter learned its tokens, which the base's tokenizer may not have; nothing of Python is told."""
+    shutil.copytree("toy", "grown")
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained("llama")
+    tokenizer.add_tokens([f"new{number}" for number in range(300)])
+    tokenizer.save_pretrained("grown")
+    assert "note:" not in succeeded("merge", "grown", "--out", "grown-merged").output
+    merged: Any = transformers.AutoModelForCausalLM.from_pretrained("grown-merged")
+    words = transformers.AutoTokenizer.from_pretrained("grown-merged")
+    assert len(words) == len(tokenizer) == merged.get_input_embeddings().num_embeddings
+    (Path("grown") / "tokenizer_config.json").write_text("{")
+    done = command("merge", "grown", "--out", "damaged")
+    assert done.exit_code == 2
+    assert "cannot load the tokenizer beside the adapter" in done.output
+    assert not Path("damaged").exists()
