@@ -69,7 +69,7 @@ print("imported", [name for name in {SLOW!r} if name in sys.modules], code or 0)
         (["train", "--epoch", "2"], 2, "--epochs"),
         (["train", "--learning-rate", "1e-3"], 2, "did you mean --lr?"),
         (["train", "--lora-r", "8"], 2, "did you mean --set config.rank=VALUE?"),
-        (["train", "--streaming"], 2, "did you mean --set 'data={path: org/name, rows: 1000}'?"),
+        (["train", "--streaming"], 2, "did you mean --set 'data={path: org/name"),
         (["train", "--load-in-4bit"], 2, "did you mean --set quantisation=nf4?"),
         (["train", "--lr", "0"], 2, "--lr: expected a number above 0, got 0.0"),
         (["train", "--config", "gone.yaml"], 2, "gone.yaml: no such file"),

@@ -127,7 +127,7 @@ CASES = {
     "text-classification": Case("text-classification", "bert", classified),
     "text pairs": Case("text-classification", "bert", paired, epochs=20, rate=0.02),
     "regression": Case("regression", "bert", rated, inferred=False, epochs=25, rate=0.02),
-    "multi-label": Case("multi-label", "bert", labelled),
+    "multi-label": Case("multi-label", "bert", labelled, epochs=20, rate=0.025),
     "token-classification": Case("token-classification", "bert", tagged),
     "causal-lm, completions": Case("causal-lm", "llama", answered, "trl"),
     "causal-lm, messages": Case("causal-lm", "llama", said, "trl"),
