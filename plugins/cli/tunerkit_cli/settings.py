@@ -44,10 +44,7 @@ for _side in (_Loader, _Dumper):
 
 
 def given_settings(given: str) -> dict[str, object]:
-    """Read a mapping that is given on the command line: written out, ``{"rank": 2}``, or the path of a file.
-
-    Raises `ConfigError` as `read_settings` does.
-    """
+    """Read a mapping from the command line, written out or a file's path. Raises `ConfigError` as `read_settings`."""
     if not given.lstrip().startswith("{"):
         return read_settings(Path(given))
     return _mapping(given_value(given, "--config"), "--config")

@@ -17,13 +17,7 @@ from tunerkit_cli.recipes.recipe import Recipe
 
 # The flags that set no key of a recipe itself, or in another form: their types, and what typer says of them.
 _OTHERS: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
-    "data": (
-        list[str],
-        {
-            "help": "A .csv, .tsv, .json, .jsonl or .parquet file, a folder of images, or a data set of the hub "
-            "(org/name); may be given several times. Default: movie sentences."
-        },
-    ),
+    "data": (list[str], {}),
     "eval_data": (list[str], {"help": "The held-out data; may be given several times. Default: a fifth of --data."}),
     "config": (str, {"help": "The method's settings, as YAML or JSON: a file, or written out."}),
     "epochs": (float, {"help": "Default: 3; for language models 1."}),
@@ -43,6 +37,7 @@ def _flags() -> Iterator[inspect.Parameter]:
         if key in keys:
             metadata = keys[key].metadata
             allowed = f" One of {', '.join(metadata['enum'])}." if "enum" in metadata else ""
+            allowed += " May be given several times. Default: movie sentences." if key == "data" else ""
             said = {"help": metadata["doc"] + allowed, "min": metadata.get("ge"), **said}
             kind = kind or keys[key].type
         dashed = f"--{name.replace('_', '-')}"
@@ -98,8 +93,8 @@ def train(
 
 
 # Typer reads a parameter for each flag in place of ``flags``.
-_FIRST, *_REST, _ = inspect.signature(train).parameters.values()
-train.__signature__ = inspect.Signature([_FIRST, *_flags(), *_REST])  # type: ignore[attr-defined]
+_OWN = [*inspect.signature(train).parameters.values()]
+train.__signature__ = inspect.Signature([_OWN[0], *_flags(), *_OWN[1:-1]])  # type: ignore[attr-defined]
 
 
 def _merged(mapping: dict[str, Any], given: dict[str, Any], settings: list[str]) -> dict[str, Any]:

@@ -22,11 +22,7 @@ _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
 def pinned(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
-    """Return the recipe with the commit of each data set of the hub, at which its rows stay the same.
-
-    A run that is resumed keeps the commits that it began with, where the recipe names no revision. Raises `DataError`
-    if there is no such data set.
-    """
+    """The recipe with a commit of each data set of the hub: its own, that of the run it resumes, or the newest."""
     before = [] if begun is None else [*sources_in(begun.data), *sources_in(begun.eval_data)]
     data, eval_data = _pinned(recipe.data, before, "train"), _pinned(recipe.eval_data, before)
     return attrs.evolve(recipe, data=data, eval_data=eval_data)
@@ -55,7 +51,7 @@ def _is_on_hub(source: Source) -> bool:
     """Whether a source is a data set of the hub, and not a path, which may be mistyped. Raises `DataError`."""
     path, is_name = source.path, _NAME.fullmatch(source.path) is not None
     if not (source.name or source.split or source.revision):
-        is_path = looks_local(path) or Path(path).suffix.lower() in READERS or Path(path).parent.is_dir()
+        is_path = looks_local(path) or Path(path).suffix.lower() in READERS or os.path.isdir(Path(path).parent)
         return is_name and not is_path and not closest_path(path)
     if not is_name or os.path.exists(path):
         raise DataError(
@@ -66,17 +62,14 @@ def _is_on_hub(source: Source) -> bool:
 
 
 def read_source(source: Source, *, most: int | None = None) -> Table:
-    """Read a file or a folder as `read_table` does, or the rows of a split of a data set of the hub.
-
-    The rows are the first ``source.rows``, and at most ``most``. A note of the table says how many of them there are.
-    """
+    """Read as `read_table` does, or from the hub, the first ``source.rows``, at most ``most``; a note counts them."""
     path, is_on_hub, wanted = Path(source.path), _is_on_hub(source), source.rows
     if not (is_on_hub or path.suffix or os.path.exists(path)):
         raise DataError(
             f"{path}: no such file or folder{closest_path(source.path)}; for a data set of the hub, write its name, "
             "as in `data: {path: org/name, split: train}`"
         )
-    if wanted is not None and path.is_dir():
+    if wanted is not None and os.path.isdir(path):
         raise DataError(f"{path}: rows: {wanted} would read the first class of a folder alone; leave rows out")
     most = min(filter(None, (most, wanted)), default=None)
     table = _read_split(source, most) if is_on_hub else read_table(path, most=most)

@@ -187,10 +187,7 @@ def to_mapping(recipe: Recipe) -> dict[str, Any]:
 
 
 def with_precision(recipe: Recipe) -> Recipe:
-    """Return the recipe with ``precision`` in place of the trainer's ``bf16`` and ``fp16``, which mean the same.
-
-    Raises `ConfigError` if both are given, or both of the trainer's are true.
-    """
+    """Put ``precision`` in place of the trainer's ``bf16`` and ``fp16``. Raises `ConfigError` if two are given."""
     given = {name: recipe.training[name] for name in ("bf16", "fp16") if name in recipe.training}
     if wrong := [name for name, value in given.items() if value not in (True, False)]:
         raise ConfigError([f"training.{wrong[0]}: expected true or false, got {shown(given[wrong[0]])}"])

@@ -113,10 +113,7 @@ def thinned(points: Points, limit: int = MOST_POINTS) -> Points:
 
 
 def smoothed(points: Points) -> Points:
-    """Return the mean of the points around each one, a tenth of all, and fewer towards the ends.
-
-    A one-sided mean over that many would flatten the steep start of a loss, and a single point would be noise.
-    """
+    """The mean of the points around each, a tenth of all, and fewer at the ends: a loss's start is steep."""
     sums = [0.0, *itertools.accumulate(value for _, value in points)]
     reach = max(1, len(points) // 20)
     means = []

@@ -17,10 +17,7 @@ class RankMap:
 
 
 def rank_map(ranks: Mapping[str, Any]) -> RankMap:
-    """Arrange values by path, as ``tuner.ranks()``. The first number is the layer; the rest names the matrix.
-
-    Rows and columns keep the model's order. Paths without a number share a row named "-".
-    """
+    """Arrange values by path in the model's order: by layer, the first number, and by the rest, the matrix, or "-"."""
     places = {path: _place(path) for path in ranks}
     stacks = {stack for stack, number, _ in places.values() if number}
     rows = dict.fromkeys(place[:2] for place in places.values())

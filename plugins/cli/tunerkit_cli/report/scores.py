@@ -74,10 +74,7 @@ def label_names(run: Run) -> tuple[str, ...]:
 
 
 def most_confused(run: Run, count: int) -> list[tuple[str, str, int, float]]:
-    """Return the ``count`` pairs of labels that are most often confused, with the rows and their share of the first's.
-
-    The first is the true one.
-    """
+    """The ``count`` pairs that are confused most often, the true label first, with the rows and their share of its."""
     names = label_names(run)
     found = [
         (names[n], names[k], rows, rows / sum(line))

@@ -15,10 +15,7 @@ Weights = str | Sequence[float] | Mapping[str, float]
 
 
 def class_weights(given: Weights, task: Task, rows: Sequence[Row], labels: Sequence[str]) -> list[float]:
-    """Return the weight of each class, in the order of ``labels``, such that the mean over the training rows is 1.
-
-    Raises `ConfigError` if the task has no such weights, or they are not of these classes.
-    """
+    """The weights of ``labels``, with a mean of 1 over the training rows. Raises `ConfigError` if they do not fit."""
     counts = Counter(name for row in rows for name in task.classes_of(row))
     classes = f"the classes are {few(list(labels), shown=30)}"
     if task.name not in TASKS:
