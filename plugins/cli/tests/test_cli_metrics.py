@@ -5,19 +5,25 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.support.tiny_models import save_tiny_llama, save_tiny_t5
 from tests.support.train_command import arguments_of as classifier, command, record_of, signalled, succeeded
-from tunerkit_cli.tasks import task_of
-from tunerkit_cli.tasks.metrics import _NAMED, Measure, measure_of
+from tunerkit.errors import ConfigError
+from tunerkit_cli.tasks import metrics, task_of
+from tunerkit_cli.tasks.metrics import _NAMED, Measure, _functions, measure_of, refuse_unusable
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
+from tunerkit_transformers import agreement
 
 PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "command.md"
 CODE = """
+import beside
+
+print(beside.SAID)
 calls = 0
 
 def words(predictions, references):
@@ -35,13 +41,30 @@ def nan(predictions, references):
 def text(predictions, references):
     return "good"
 """
-TEXTS = ["the film is good", "a good film", "für die Überraschung", "the the plot", "", "bad"]
+TEXTS = [
+    "the film is good",
+    "a good film",
+    "für die Überraschung",
+    "the the plot",
+    "",
+    "bad",
+    "!!!",
+    "🎉 ❤️",
+    "☀️",
+    "नमस्ते दुनिया",
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _toys() -> Iterator[None]:
     with registered(LowRankPlugin()):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _afresh() -> None:
+    """As in another process."""
+    _functions.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_llama(folder / "llama")
     save_tiny_t5(folder / "t5")
     (folder / "own.py").write_text(CODE, encoding="utf-8")
+    (folder / "beside.py").write_text("SAID = 'own.py is run'", encoding="utf-8")
     chats = [[{"role": role, "content": "good film"} for role in ("user", "assistant")[:n]] for n in (2, 2, 2, 1)]
     rows: dict[str, list[dict[str, Any]]] = {
         "pairs": [{"prompt": "the film ", "completion": "very good"}] * 8,
@@ -107,11 +131,13 @@ def test_a_metric_that_chooses_is_measured_at_each_evaluation(
     arguments = [*arguments_of(folder, "chats", *settings), "--out", out, "--allow-code"]
     with signalled(3, signal.SIGINT):
         assert command(*arguments).exit_code == 130
+    _functions.cache_clear()
     monkeypatch.chdir(tmp_path)
     asked = command("train", "--out", out, "--resume")
     assert (asked.exit_code, asked.stderr.count("\n"), "--allow-code" in asked.stderr) == (2, 1, True)
     said = succeeded("train", "--out", out, "--resume", "--allow-code").output
     assert "metric: words, exact_match on 3 held-out rows\n" in said
+    assert said.count("own.py is run") == 1
     assert "(words, exact_match on 3 held-out rows)\n" in said
     record = record_of(out)
     assert record["metric_rows"] == 3
@@ -122,6 +148,12 @@ def test_a_metric_that_chooses_is_measured_at_each_evaluation(
     found = json.loads(succeeded("eval", out, "--data", folder / "chats.jsonl").output)
     assert {"metric_rows": 3, "exact_match": record["metrics"]["exact_match"]}.items() <= found.items()
     assert "words" not in found
+    monkeypatch.setattr(metrics, "_PACKAGES", {"chrf": "not_installed"})
+    record["recipe"]["metric"].append("chrf")
+    (out / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    done = succeeded("eval", out, "--data", folder / "chats.jsonl")
+    assert "note: chrf is not measured: metric: chrf needs not_installed" in done.stderr
+    assert json.loads(done.stdout)["exact_match"] == found["exact_match"]
 
 
 def test_a_metric_is_measured_once_where_it_does_not_choose(folder: Path, tmp_path: Path) -> None:
@@ -154,17 +186,20 @@ def test_a_metric_that_fails_loses_nothing(name: str, message: str, folder: Path
     assert {*record_of(tmp_path / "end")["metrics"]} >= {"loss", "perplexity"}
 
 
-def test_a_metric_that_is_not_measured_cannot_choose(folder: Path, tmp_path: Path) -> None:
-    """One line at the first evaluation, with the closest name: a trainer's metrics are known then."""
+@pytest.mark.parametrize(("name", "hint"), [("word", "did you mean "), ("eval_bleu", "there are words, loss, ")])
+def test_a_metric_that_is_not_measured_cannot_choose(name: str, hint: str, folder: Path, tmp_path: Path) -> None:
+    """One line at the first evaluation, with the closest name, as metrics are known then; the adapter is written."""
     settings = (
         f"metric={folder / 'own.py'}:words",
-        "metric_for_best_model=word",
+        f"metric_for_best_model={name}",
         "eval_strategy=steps",
         "eval_steps=1",
     )
     done = command(*arguments_of(folder, "pairs", *settings), "--out", tmp_path / "out", "--allow-code")
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
-    assert "training.metric_for_best_model: no evaluation has 'word'; did you mean " in done.stderr
+    assert f"training.metric_for_best_model: no evaluation has {name!r}; {hint}" in done.stderr
+    assert "runtime" not in done.stderr
+    assert (tmp_path / "out" / "adapter.safetensors").is_file()
 
 
 def test_rows_without_answers_have_no_metric(folder: Path, tmp_path: Path) -> None:
@@ -172,6 +207,55 @@ def test_rows_without_answers_have_no_metric(folder: Path, tmp_path: Path) -> No
     done = command(*arguments_of(folder, "texts", "metric=exact_match"), "--out", tmp_path / "out")
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
     assert "metric: no held-out row has an answer that could be compared; leave metric out" in done.stderr
+    with pytest.raises(ConfigError, match="there are no held-out rows; leave metric out"):
+        measure_of(["exact_match"], task_of("seq2seq"), [], None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["metric=[rouge_l, own.py:rouge_l]"],
+            "metric: rouge_l and {}own.py:rouge_l have the same name; rename a function",
+        ),
+        (["metric=own.py:loss"], "metric: {}own.py:loss: causal-lm has a metric loss already; rename the function"),
+        (["metric=own.py:perplexity"], "own.py:perplexity: causal-lm has a metric perplexity already"),
+        (["metric_rows=5"], "metric_rows: no metric is measured on them; set metric too, or leave metric_rows out"),
+        ([f"metric={'a' * 5000}.py:words"], "aaa.py: no such file"),
+    ],
+)
+def test_what_would_be_lost_is_refused(settings: list[str], message: str, folder: Path, tmp_path: Path) -> None:
+    """One line before the training; a metric of the user's may be called as one with a name, and choose."""
+    pytest.importorskip("rouge_score", reason="needs the extra [metrics]")
+    (tmp_path / "own.py").write_text("rouge_l = loss = perplexity = lambda given, right: 0.5", encoding="utf-8")
+    settings = [each.replace("own.py", f"{tmp_path / 'own.py'}") for each in settings]
+    done = command(*arguments_of(folder, "pairs", *settings), "--out", tmp_path / "out", "--allow-code")
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert message.format(f"{tmp_path}/") in done.stderr
+    refuse_unusable([f"{tmp_path / 'own.py'}:rouge_l"], "rouge_l", allow_code=True)
+
+
+@pytest.mark.parametrize("is_failure", [False, True])
+def test_processes_decide_by_the_values_of_the_first(is_failure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: a function that differs by process, or fails in one, does not make the processes differ."""
+    task, sent, first = task_of("seq2seq"), [], ({"own": 3.0}, ["metric own failed"] if is_failure else [])
+
+    def gathered(given: object) -> list[object]:
+        sent.append(given)
+        return [first, given]
+
+    monkeypatch.setattr(agreement, "gathered", gathered)
+    monkeypatch.setattr(type(task), "predict", lambda *given, **options: [{"target": "b"}])
+    loaded: Any = SimpleNamespace(processor=lambda texts: {"input_ids": [[1] for _ in texts]})
+    for own in (lambda given, right: 1.0, lambda given, right: 1 / 0):
+        measure = Measure({"own": own}, [{"source": "a", "target": "b"}])
+        assert str(measure) == "own on 1 held-out row"
+        if is_failure:
+            with pytest.raises(ValueError, match="metric own failed"):
+                measure.of(task, loaded, batch_size=1)
+        else:
+            assert measure.of(task, loaded, batch_size=1) == {"own": 3.0}
+    assert sent == [({"own": 1.0}, []), ({}, ["metric own failed: ZeroDivisionError: division by zero"])]
 
 
 def test_a_function_measures_classes_too(tmp_path: Path) -> None:

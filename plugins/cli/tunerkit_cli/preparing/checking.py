@@ -29,11 +29,7 @@ _HEAD: Final = 100  # rows of each source, which show its form
 
 
 def check(recipe: Recipe, *, resume: bool, overwrite: bool, allow_code: bool = False) -> None:
-    """Raise `TunerkitError` if a run is refused whatever torch and the method say.
-
-    Its output folder cannot be used; or a file, a column, the model's folder, the adapter or a metric is missing; or
-    the trainer has no argument of such a name. Files of a run that is resumed are compared with those of then, later.
-    """
+    """Raise `TunerkitError` if a run is refused without torch: by its folder, files, columns, metrics or arguments."""
     recipe = with_home(recipe)
     refuse_unusable(recipe.metric or (), recipe.training.get("metric_for_best_model"), allow_code=allow_code)
     if "tensorboard" in str(recipe.training.get("report_to")) and find_spec("tensorboardX") is None:
@@ -42,6 +38,8 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool, allow_code: bool = F
     if resume:
         folder.recipe_file()  # raises if there is none
         return
+    if recipe.metric_rows is not None and not recipe.metric:
+        raise ConfigError(["metric_rows: no metric is measured on them; set metric too, or leave metric_rows out"])
     resuming.check(folder, recipe, resume=False, overwrite=overwrite)
     if recipe.from_adapter is not None:
         refuse_absent(recipe.from_adapter)
@@ -58,7 +56,7 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool, allow_code: bool = F
     if (task := _task_of(recipe, tables)) is not None:
         if found := [*filter(None, (name_problem(name, task.name) for name in recipe.training))]:
             raise ConfigError(found)
-        refuse_unfit(recipe.metric or (), task.name)
+        refuse_unfit(recipe.metric or (), task)
         whole = [each for each in (*tables, *others) if not (recipe.drop_bad_rows and len(each) == _HEAD)]
         _refuse_columns(task, whole, recipe.columns)
 
@@ -100,10 +98,7 @@ def refuse_absent(source: str) -> None:
 
 
 def check_rows(folder: Path, files: Sequence[Path], columns: Mapping[str, str], *, predicting: bool) -> None:
-    """Raise `TunerkitError` if a folder has no run, or files lack a column for it; ``columns`` has other names of some.
-
-    Where the run is ``predicting``, the columns that are predicted may be missing.
-    """
+    """Raise `TunerkitError` if there is no run, or files lack a column for it; ``columns`` has other names of some."""
     run = read_run(folder)
     names = {**run.record.get("recipe", {}).get("columns", {}), **columns}
     tables = [read_table(path, predicting=predicting, most=_HEAD) for path in files]
@@ -111,10 +106,7 @@ def check_rows(folder: Path, files: Sequence[Path], columns: Mapping[str, str], 
 
 
 def completed(recipe: Recipe, *, resume: bool) -> Recipe:
-    """Return the recipe as it is run: with full paths for ``~``, one key of precision, commits, and its method.
-
-    This imports torch and the methods, but not transformers. Raises `UnknownMethodError` and `ConfigError`.
-    """
+    """The recipe as it is run, with full paths, one precision, commits and method; imports torch, not transformers."""
     recipe = with_precision(with_home(recipe))
     begun = RunFolder(Path(recipe.out)).recipe if resume else None
     recipe = pinned(recipe, begun)

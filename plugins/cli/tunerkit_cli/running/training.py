@@ -222,7 +222,10 @@ def _evaluate_meanwhile(
         found = call(*arguments, **options)
         names = [*session.measure.functions, *(name.removeprefix("eval_") for name in found)]
         if best is not None and best.removeprefix("eval_") not in names:
-            said = closest(best, names) or f"; there are {few(names, shown=20)}"
+            if state.global_step:
+                folder.save(session.loaded)  # what has been trained is kept
+            names = [name for name in names if not name.endswith(("runtime", "per_second", "_time", "epoch"))]
+            said = closest(best.removeprefix("eval_"), names) or f"; there are {few(names, shown=20)}"
             raise ConfigError([f"training.metric_for_best_model: no evaluation has {shown(best)}{said}"])
         return found
     except TunerkitError:

@@ -18,7 +18,7 @@ from tunerkit_cli.tasks import task_of
 from tunerkit_cli.tasks.base import Row, Task, require_text
 from tunerkit_cli.tasks.generating import GREEDY, Answering, generate, require_system
 from tunerkit_cli.tasks.language import GenerationTask, settle_prompts_
-from tunerkit_cli.tasks.metrics import measure_of, refuse_unusable
+from tunerkit_cli.tasks.metrics import Measure, measure_of, refuse_unusable
 from tunerkit_cli.tasks.texts import token_limit
 from tunerkit_cli.telling import say
 from tunerkit_transformers.learned_positions import obstacle, score_learned_
@@ -80,18 +80,20 @@ def evaluate_rows(
     batch_size: int | None,
     columns: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate on the rows of files, by the loss of the run, and return the metrics; ``columns`` as above.
-
-    Without a size, batches are as in the run's own evaluation, as some losses depend on it.
-    """
+    """The metrics on rows of files, by the run's loss, in batches as it was evaluated: some losses depend on them."""
     run, task = _run_in(folder)
     recipe = run.record.get("recipe", {})
-    metrics = [name for name in recipe.get("metric") or () if ":" not in name]  # no code runs here
-    refuse_unusable(metrics)
     options: Any = {"drop": recipe.get("drop_bad_rows", False), "label_map": recipe.get("label_map", {})}
     read = _read(task, [read_table(path) for path in data], _names(run, columns), **options)
     rows = _as_trained(run, read)
-    measure = measure_of(metrics, task, rows, recipe.get("metric_rows"))
+    measure = Measure()
+    for name in (each for each in recipe.get("metric") or () if ":" not in each):  # no code runs here
+        try:
+            refuse_unusable([name])
+            one = measure_of([name], task, rows, recipe.get("metric_rows"))
+            measure = Measure({**measure.functions, **one.functions}, one.rows)
+        except TunerkitError as problem:
+            say(Console(stderr=True), f"note: {name} is not measured: {problem}")
     loaded, precision = _load(run, base)
     left_out = (*_OF_TRAINING, *_HALF, *(_OF_GPUS if loaded.model.device.type == "cpu" else ()))
     trained = recipe.get("training", {})
@@ -113,7 +115,7 @@ def evaluate_rows(
         found["left_out"] = dict(fit.left_out)
     # Where TRL has prepared a reference, the trainer does not put autocast around the model itself.
     with hardware.computing_in(precision, loaded.model.device):
-        found |= {"metric_rows": len(measure.rows)} if metrics else {}
+        found |= {"metric_rows": len(measure.rows)} if measure.functions else {}
         found |= task.evaluate(trainer, trainer.eval_dataset).metrics
         return {**found, **measure.of(task, loaded, batch_size=size)}
 

@@ -64,6 +64,7 @@ class Task(ABC):
 
     columns: ClassVar[tuple[Column, ...]]
     main_metric: ClassVar[str] = "loss"
+    measures: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "f1")  # the names of its metrics
     max_length: ClassVar[int] = 128  # in tokens, if the recipe sets none
     # Whether the same head can be trained alone, for comparison.
     has_baseline: ClassVar[bool] = False

@@ -27,6 +27,7 @@ class Embedding(Task):
         Column("negative", needed=False),
     )
     main_metric: ClassVar[str] = "accuracy"
+    measures: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "mrr", "triplet_accuracy")
     base_can: ClassVar[bool] = True
     max_length: ClassVar[int] = 512
     trainer: ClassVar[tuple[str, str]] = ("tunerkit_cli.tasks.ranking:RankingTrainer", Task.trainer[1])

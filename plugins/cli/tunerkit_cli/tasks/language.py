@@ -23,6 +23,7 @@ class GenerationTask(Task):
     """A task that trains a language model."""
 
     max_length: ClassVar[int] = 1024
+    measures: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy", "mean_token_accuracy")
     answer: ClassVar[str] = "completion"  # the name of what is predicted
     # Language models are larger, and their rows longer.
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -147,6 +148,7 @@ class Preference(GenerationTask):
         Column("rejected", predicted=True),
     )
     main_metric: ClassVar[str] = "reward_accuracy"
+    measures: ClassVar[tuple[str, ...]] = ("loss", "reward_accuracy", "reward_margin")
     # A lower learning rate than for supervised training, as is usual for DPO.
     defaults: ClassVar[Mapping[str, Any]] = {**GenerationTask.defaults, "learning_rate": 5e-5}
 

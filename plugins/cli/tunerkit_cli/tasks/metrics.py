@@ -1,12 +1,15 @@
 """Metrics of predictions that a recipe adds to its task's: of generated texts, by name, or functions in files."""
 
+import os
 import re
 import runpy
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from functools import cache
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Any, Final
+from unicodedata import category
 
 import attrs
 
@@ -29,11 +32,16 @@ def _exact_match(given: list[str], right: list[str]) -> float:
     return fmean(one.strip() == other.strip() for one, other in zip(given, right, strict=True))
 
 
+def _words(text: str) -> list[str]:
+    """Letters and digits, with the marks on them; of a text without them what is between spaces, as of emoji."""
+    spaced = "".join(each if each.isalnum() or category(each)[0] == "M" else " " for each in text.lower())
+    return re.findall(r"[^\W_]\S*", spaced) or text.split()
+
+
 def _rouge_l(given: list[str], right: list[str]) -> float:
     from rouge_score.rouge_scorer import RougeScorer
 
-    # Its own tokenizer knows the letters a to z alone.
-    words = SimpleNamespace(tokenize=lambda text: re.findall(r"[^\W_]+", text.lower()))
+    words = SimpleNamespace(tokenize=_words)  # its own tokenizer knows the letters a to z alone
     return fmean(each["rougeL"].fmeasure for each in map(RougeScorer(["rougeL"], tokenizer=words).score, right, given))
 
 
@@ -49,27 +57,29 @@ _PACKAGES: Final = {"rouge_l": "rouge_score", "chrf": "sacrebleu"}
 
 def refuse_unusable(metrics: Sequence[str], best: object = None, *, allow_code: bool = False) -> None:
     """Raise `TunerkitError` if a metric does not exist, may not run, or chooses the ``best`` and is not measured."""
-    wanted = str(best).removeprefix("eval_")
-    if wanted in _NAMED and wanted not in metrics:
+    wanted, names = str(best).removeprefix("eval_"), [metric.rpartition(":")[2] for metric in metrics]
+    if wanted in _NAMED and wanted not in names:
         raise ConfigError([f"training.metric_for_best_model: {wanted} is not measured; set metric: {wanted} too"])
-    for metric in metrics:
+    for metric, name in zip(metrics, names, strict=True):
         path = metric.rpartition(":")[0]
-        if path and not Path(path).is_file():
+        if (first := metrics[names.index(name)]) != metric:
+            raise ConfigError([f"metric: {first} and {metric} have the same name; rename a function"])
+        if path and not os.path.isfile(path):
             raise FileError(f"metric: {path}: no such file{closest_path(path)}")
         if path and not allow_code:
             raise ConfigError([f"metric: {metric} is code; read it, and pass --allow-code to run it"])
-        if not path and metric not in _NAMED:
-            hint = closest(metric.casefold(), _NAMED) or f"; pass one of {', '.join(_NAMED)}, or FILE.py:FUNCTION"
-            raise ConfigError([f"metric: there is none named {shown(metric)}{hint}"])
         if metric in _PACKAGES:
             require_package(_PACKAGES[metric], f"metric: {metric}", "metrics")
         _function(metric)
 
 
-def refuse_unfit(metrics: Sequence[str], task: str) -> None:
-    """Raise `ConfigError` if a metric is of generated texts, and the task generates none."""
-    if task not in GENERATED and (named := [metric for metric in metrics if metric in _NAMED]):
-        raise ConfigError([f"metric: {named[0]} is for {' and '.join(GENERATED)}, and the task is {task}"])
+def refuse_unfit(metrics: Sequence[str], task: Task) -> None:
+    """Raise `ConfigError` if a metric is of generated texts, and the task generates none, or is called as its own."""
+    for metric in metrics:
+        if metric in _NAMED and task.name not in GENERATED:
+            raise ConfigError([f"metric: {metric} is for {' and '.join(GENERATED)}, and the task is {task.name}"])
+        if (name := metric.rpartition(":")[2]) in task.measures:
+            raise ConfigError([f"metric: {metric}: {task.name} has a metric {name} already; rename the function"])
 
 
 @attrs.frozen(eq=False)
@@ -80,13 +90,15 @@ class Measure:
     rows: Sequence[Row] = ()
 
     def __str__(self) -> str:
-        return f"{', '.join(self.functions)} on {len(self.rows)} held-out rows"
+        return f"{', '.join(self.functions)} on {(n := len(self.rows))} held-out row{'' if n == 1 else 's'}"
 
     def of(self, task: Task, loaded: Pretrained, *, batch_size: int) -> dict[str, float]:
         """The metrics of a model, which is in evaluation mode then. Raises `ValueError` if one fails."""
+        from tunerkit_transformers.agreement import gathered  # imports torch
+
         if not self.functions:
             return {}
-        right, options, found = [*map(_answer, self.rows)], {}, {}
+        right, options, found, failures = [*map(_answer, self.rows)], {}, {}, []
         if isinstance(task, GenerationTask):  # an answer may be as long as the longest one
             longest = max(map(len, loaded.processor(right)["input_ids"]))
             options["answering"] = Answering(max(NEW_TOKENS, longest))
@@ -94,10 +106,13 @@ class Measure:
         for name, function in self.functions.items():
             try:
                 found[name] = float(function([*given], [*right]))
+                if not abs(found[name]) <= GREATEST:  # also if it is NaN
+                    failures.append(f"metric {name} returned {found[name]}, which is not finite")
             except (Exception, SystemExit) as problem:  # of code that is not ours
-                raise ValueError(f"metric {name} failed: {type(problem).__name__}: {problem}") from problem
-            if not abs(found[name]) <= GREATEST:  # also if it is NaN
-                raise ValueError(f"metric {name} returned {found[name]}, which is not finite")
+                failures.append(f"metric {name} failed: {type(problem).__name__}: {problem}")
+        found, failures = gathered((found, failures))[0]  # of the first process: all must decide the same
+        if failures:
+            raise ValueError("; ".join(failures))
         return found
 
 
@@ -105,23 +120,33 @@ def measure_of(metrics: Sequence[str], task: Task, rows: Sequence[Row], most: in
     """Read the functions of metrics, and draw up to ``most`` rows with an answer. Raises `ConfigError`."""
     if not metrics:
         return Measure()
-    refuse_unfit(metrics, task.name)
+    refuse_unfit(metrics, task)
     kept = [row for row in rows if _answer(row) not in (None, "")]
     if not kept:
-        raise ConfigError(["metric: no held-out row has an answer that could be compared; leave metric out"])
+        why = "no held-out row has an answer that could be compared" if rows else "there are no held-out rows"
+        raise ConfigError([f"metric: {why}; leave metric out"])
     count = most or (_ROWS if isinstance(task, GenerationTask) else len(kept))
     return Measure(dict(map(_function, metrics)), split(kept, train_rows=count, seed=0)[0])
+
+
+@cache  # so that a file is run once
+def _functions(path: str) -> dict[str, Function]:
+    """The functions of a file with a full path, which may import what is beside it, also when they are called."""
+    sys.path.append(os.path.dirname(path))
+    return {key: each for key, each in runpy.run_path(path).items() if callable(each)}
 
 
 def _function(metric: str) -> tuple[str, Function]:
     """The name of a metric, and its function, whose file is run for it."""
     path, _, name = metric.rpartition(":")
     try:
-        found = {key: each for key, each in runpy.run_path(path).items() if callable(each)} if path else _NAMED
+        found = _functions(os.path.realpath(path)) if path else _NAMED
     except (Exception, SystemExit) as problem:
         raise ConfigError([f"metric: {path} cannot be run: {type(problem).__name__}: {problem}"]) from problem
     if name not in found:
-        raise ConfigError([f"metric: {path} has no function {shown(name)}{closest(name, found)}"])
+        hint = closest(name.casefold(), found) or f"; pass one of {', '.join(_NAMED)}, or FILE.py:FUNCTION"
+        what = f"{path} has no function" if path else "there is none named"
+        raise ConfigError([f"metric: {what} {shown(name)}{hint}"])
     return name, found[name]
 
 

@@ -75,6 +75,7 @@ class TextClassification(TextTask):
 class Regression(TextTask):
     """Texts with a number."""
 
+    measures: ClassVar[tuple[str, ...]] = ("loss", "mae", "r2")
     pipeline_options: ClassVar[Mapping[str, Any]] = {"function_to_apply": "none"}
 
     def label(self, value: object) -> float:
@@ -114,6 +115,7 @@ class MultiLabel(TextTask):
 
     columns: ClassVar[tuple[Column, ...]] = (TEXT, PAIR, attrs.evolve(LABEL, other_names=("labels", "classes", "tags")))
     main_metric: ClassVar[str] = "f1"
+    measures: ClassVar[tuple[str, ...]] = ("loss", "f1", "exact")
     pipeline_options: ClassVar[Mapping[str, Any]] = {"function_to_apply": "sigmoid", "top_k": None}
 
     def label(self, value: object) -> list[str]:

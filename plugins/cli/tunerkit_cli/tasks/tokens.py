@@ -27,6 +27,7 @@ class TokenClassification(Task):
         Column("tags", ("ner_tags", "labels", "label"), predicted=True),
     )
     main_metric: ClassVar[str] = "f1"
+    measures: ClassVar[tuple[str, ...]] = (*Task.measures, "entity_f1")
     label_column: ClassVar[str] = "tags"
     labelled: ClassVar[str] = "token has the tag"
     # Tags bear a higher rate than whole texts: see brown-tags in docs/evidence/quality-record.md.
