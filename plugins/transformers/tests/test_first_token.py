@@ -9,6 +9,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+import tunerkit
+from tunerkit_testing.registering import registered
+from tunerkit_testing.toy_methods import LowRankPlugin
 from tunerkit_transformers.first_token import _KINDS, obstacle, read_first_
 
 SMALL: dict[str, Any] = {
@@ -30,7 +33,7 @@ def trainer_of(model: Any) -> Any:
     return SimpleNamespace(model=model, evaluation_loop=lambda: computed(model))
 
 
-def computed(model: Any) -> tuple[Any, dict[str, torch.Tensor], int]:
+def computed(model: Any, **more: Any) -> tuple[Any, dict[str, torch.Tensor], int]:
     """The loss of two rows of unlike length, the gradients, and how many tokens leave the last layer."""
     ids = torch.randint(2, 64, (2, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -38,7 +41,7 @@ def computed(model: Any) -> tuple[Any, dict[str, torch.Tensor], int]:
     norm = [module for module in model.modules() if type(module).__name__.endswith("LayerNorm")][-1]
     seen: list[int] = []
     hook = norm.register_forward_hook(lambda module, given, output: seen.append(output.shape[1]))
-    loss = model(input_ids=ids * mask, attention_mask=mask, labels=torch.tensor([0, 1])).loss
+    loss = model(input_ids=ids * mask, attention_mask=mask, labels=torch.tensor([0, 1]), **more).loss
     hook.remove()
     model.zero_grad()
     loss.backward()
@@ -46,30 +49,73 @@ def computed(model: Any) -> tuple[Any, dict[str, torch.Tensor], int]:
     return loss.detach(), found, seen[0]
 
 
-@pytest.mark.parametrize("kind", _KINDS)
-def test_losses_and_gradients_are_those_of_all_tokens(kind: str) -> None:
+def assert_same(found: Any, wanted: Any) -> None:
+    """The loss and the gradients."""
+    assert torch.allclose(found[0], wanted[0], rtol=1e-12)
+    assert found[1].keys() == wanted[1].keys()
+    for name, value in wanted[1].items():
+        assert (found[1][name] - value).abs().max() <= 1e-9 * max(1e-3, float(value.abs().max())), name
+
+
+KINDS = [
+    *((kind, False, None) for kind in _KINDS),
+    *((kind, True, reentrant) for kind in ("bert", "deberta", "distilbert") for reentrant in (False, True)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated", "ignore:pre_classifier may be new")
+@pytest.mark.parametrize(("kind", "adapted", "reentrant"), KINDS)
+def test_losses_and_gradients_are_those_of_all_tokens(kind: str, adapted: bool, reentrant: bool | None) -> None:
     """In training and in the trainer's evaluations the last layer computes one token.
 
-    Elsewhere it computes all, as somebody may read them.
+    Elsewhere it computes all, as somebody may read them. Gradient checkpointing runs the layer as the forward did.
     """
     model = made(kind)
-    loss, gradients, tokens = computed(model)
-    assert tokens == 9
+    if adapted:  # also the layers behind the attention
+        with registered(LowRankPlugin()):
+            tunerkit.wrap(model, "toy-low-rank", {"targets": "all-linear", "train_modules": ["classifier"]})
+        for each in model.double().parameters():
+            each.data += each.requires_grad * 0.1
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    whole = computed(model)
+    assert whole[2] == 9
     trainer = trainer_of(model)
+    hooks = hooks_of(model)
     assert obstacle(trainer) is None
     assert model.training
+    assert hooks_of(model) == hooks
     read_first_(trainer)
     read_first_(trainer)  # once is enough
-    assert [len(each._forward_pre_hooks) for each in model.modules() if each._forward_pre_hooks] == [1]
-    found, others, tokens = computed(model)
-    assert tokens == 1
-    assert torch.allclose(found, loss, rtol=1e-12)
-    assert others.keys() == gradients.keys()
-    for name, value in gradients.items():
-        assert (others[name] - value).abs().max() <= 1e-9 * max(1e-3, float(value.abs().max())), name
-    whole, evaluated = computed(model.eval()), trainer.evaluation_loop()
+    assert hooks_of(model) == hooks + 4
+    found = computed(model)
+    assert found[2] == 1
+    assert_same(found, whole)
+    model.eval()
+    evaluated, whole = trainer.evaluation_loop(), computed(model)
     assert (whole[2], evaluated[2]) == (9, 1)
-    assert torch.allclose(evaluated[0], whole[0], rtol=1e-12)
+    assert_same(evaluated, whole)
+
+
+def hooks_of(model: Any) -> int:
+    return sum(len(each._forward_pre_hooks) + len(each._forward_hooks) for each in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta", "distilbert"])
+def test_hidden_states_that_are_asked_for_are_those_of_all_tokens(kind: str) -> None:
+    """In a call, as a loss of one's own may pool them; also after a forward that has failed, and in the base alone."""
+    model = made(kind)
+    ids = torch.full((2, 7), 3)
+    wanted = model(ids, output_hidden_states=True).hidden_states[-1]
+    read_first_(trainer_of(model))
+    assert computed(model)[2] == 1
+    assert computed(model, output_attentions=True)[2] == 9
+    assert torch.equal(model(ids, output_hidden_states=True).hidden_states[-1], wanted)
+    with pytest.raises(IndexError):
+        model(ids + 64)
+    assert torch.equal(model.base_model(ids).last_hidden_state, wanted)
+    assert computed(model)[2] == 1
 
 
 def test_models_that_read_other_tokens_stay_as_they_are() -> None:

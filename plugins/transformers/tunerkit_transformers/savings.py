@@ -37,7 +37,9 @@ class Saving:
 
 
 def speed_up(trainer: Any, *, keep: Collection[str] = (), memory: float | None = None) -> tuple[Saving, ...]:
-    """Remove unneeded work from a Trainer's steps. The loss and its gradients stay the same.
+    """Remove unneeded work from a Trainer's steps.
+
+    The loss and its gradients stay the same, but for the draws of dropout.
 
     - Activations are recomputed only if they would not fit into memory (estimated).
     - Batches contain rows of similar length, in a random order that is the same after resuming.
