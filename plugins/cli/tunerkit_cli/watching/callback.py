@@ -31,7 +31,7 @@ from tunerkit_transformers.exact_resuming import is_whole
 # A quarter of the rate is as far as the rate alone is likely to be the reason.
 MOST: Final = 2
 SLOWER: Final = 0.5
-SPACING: Final = 60.0  # seconds of training between two checkpoints, each of which takes about as long as a step
+SPACING: Final = 60.0  # seconds of training between two checkpoints; to write one takes about as long as a step
 _CHECKPOINT: Final = "checkpoint-"
 
 
