@@ -512,6 +512,16 @@ def test_the_held_out_fifth_has_a_fifth_of_each_class(tmp_path: Path) -> None:
     assert data.held_out_source == f"a fifth of each class of {tmp_path / 'd.csv'}"
 
 
+def test_images_are_the_same_if_each_byte_is(tmp_path: Path) -> None:
+    """Also bytes far behind those that are compared first."""
+    start = b"x" * 9000
+    for name, content in {"one": start + b"1", "copy": start + b"1", "end": start + b"2", "short": start}.items():
+        (tmp_path / name).write_bytes(content)
+    task = task_of("image-classification")
+    names = {task.identity({"image": str(tmp_path / name)}): name for name in ("one", "copy", "end", "short")}
+    assert [*names.values()] == ["copy", "end", "short"]
+
+
 def test_held_out_rows_that_are_trained_too_are_counted_and_named(tmp_path: Path) -> None:
     """They stay; another label for the same text is counted too. With --eval-data equal to --data it is every row."""
     rows = [(f"text {number}", "ab"[number % 2]) for number in range(20)]
