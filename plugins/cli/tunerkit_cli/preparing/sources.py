@@ -18,6 +18,7 @@ from tunerkit_cli.rows import READERS, DataError, Table, read_table
 from tunerkit_transformers.pretrained import closest_path, looks_local
 
 _NAME: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_PART: Final = re.compile(r"\[.*?\]")  # of a split
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
@@ -58,6 +59,9 @@ def _is_on_hub(source: Source) -> bool:
             f"{path}: name, split and revision are for data sets of the hub (org/name), and this is "
             f"{'a path that exists here' if os.path.exists(path) else 'no such name'}"
         )
+    if source.rows is not None and source.split and source.split != (whole := _PART.sub("", source.split)):
+        do = f"exclude each other; write split: {whole}, rows: {source.rows}"
+        raise DataError(f"{path}: rows and a part of a split ({source.split}) {do}")
     return True
 
 
@@ -107,7 +111,8 @@ def _read_split(source: Source, most: int | None) -> Table:
                 row[name] = _named(row[name], classes)
     if not rows:
         raise DataError(f"{label}: there are no rows in this split; is it the right one?")
-    return Table(label, tuple(rows[0]), tuple(rows))
+    columns = found.column_names or dict.fromkeys(key for row in rows for key in row)  # a stream may not know them
+    return Table(label, tuple(columns), tuple(rows))
 
 
 def _is_medium(feature: Any) -> bool:
