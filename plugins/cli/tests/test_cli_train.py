@@ -217,6 +217,14 @@ def test_a_run_of_an_earlier_version_is_resumed_by_the_recipe_that_began_it(tmp_
     folder = RunFolder(out)
     folder.begin(attrs.evolve(asked, training={"eval_strategy": "epoch"}), resume=False)
     resuming.check(folder, asked, resume=True, overwrite=False)
+    for size in ({}, {"per_device_eval_batch_size": 32}, {"per_device_eval_batch_size": 64}):
+        pairs = attrs.evolve(asked, task="embedding", training={"per_device_train_batch_size": 8})
+        folder.begin(attrs.evolve(pairs, training={**pairs.training, **size}), resume=False)
+        resuming.check(folder, pairs, resume=True, overwrite=False)
+        assert {"per_device_eval_batch_size": 32, **size}.items() <= settled(
+            pairs, folder, resume=True
+        ).training.items()
+    folder.begin(attrs.evolve(asked, training={"eval_strategy": "epoch"}), resume=False)
     assert settled(asked, folder, resume=True).columns == {"source": "input"}
     folder.begin(attrs.evolve(asked, samples=2), resume=False)
     assert settled(asked, folder, resume=True).columns == {}

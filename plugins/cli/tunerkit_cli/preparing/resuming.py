@@ -73,7 +73,7 @@ def earlier_defaults(task: str | None) -> dict[str, Any]:
     evaluated: dict[str, Any] = {"eval_strategy": "epoch"}
     if task in ("causal-lm", "preference", "seq2seq"):
         return evaluated
-    evaluated["per_device_eval_batch_size"] = 64
+    evaluated["per_device_eval_batch_size"] = 32 if task == "embedding" else 64
     return {**evaluated, "learning_rate": 1e-3, "warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}
 
 
@@ -89,18 +89,18 @@ def _check_resume(folder: RunFolder, recipe: Recipe) -> None:
 
     left = ("task", "precision", "train_on_prompts", "samples", "loss")
     recipe = attrs.evolve(recipe, **{name: getattr(kept, name) for name in left if getattr(recipe, name) is None})
+    decided = {f"training.{DECIDED}"}  # changes no number
     if kept.task is not None:  # a recipe may leave defaults out, and what the machine decided
         task = task_of(kept.task)
         silent = arguments_of(attrs.evolve(kept, training={}), task)
         earlier = earlier_defaults(kept.task)
-        meant = {
-            n: value for n, value in kept.training.items() if n == DECIDED or value in (silent.get(n), earlier.get(n))
-        }
+        meant = {n: value for n, value in kept.training.items() if value in (silent.get(n), earlier.get(n))}
+        if task.batch_counts and "per_device_eval_batch_size" not in recipe.training:
+            decided.add("training.per_device_eval_batch_size")  # by the version
         recipe = attrs.evolve(recipe, training={**meant, **asked_of(recipe, task)})
     asked = attrs.evolve(recipe, out=kept.out)
     before, now = (_flat(to_mapping(as_stated(each, folder.path))) for each in (kept, asked))
-    names = {*before, *now} - {f"training.{DECIDED}"}  # which changes no number
-    different = sorted(name for name in names if before.get(name) != now.get(name))
+    different = sorted(name for name in {*before, *now} - decided if before.get(name) != now.get(name))
     if different:
         name = different[0]
         then, here = (shown(each[name]) if each.get(name) is not None else "not set" for each in (before, now))
