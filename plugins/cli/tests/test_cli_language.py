@@ -23,6 +23,7 @@ from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.tiny_models import TEMPLATE, save_tiny_llama, save_tiny_t5
 from tests.support.toy_growing import GrowingPlugin
 from tests.support.train_command import collapsing, command, record_of, signalled, succeeded, write_rows
+from tunerkit.errors import ConfigError
 from tunerkit_cli.folder import RunFolder
 from tunerkit_cli.outputs import OutputError
 from tunerkit_cli.preparing import resuming, session as preparing, starting
@@ -33,6 +34,7 @@ from tunerkit_cli.tasks.turns import NOT_LEARNED, dataset_of, encode_turns
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
 from tunerkit_transformers.pretrained import load_pretrained
+from tunerkit_transformers.savings import Saving
 
 LONG = "the film plot " * 5  # 16 tokens with the one that begins a text
 MARKED = (
@@ -574,6 +576,9 @@ def test_keys_of_language_models_are_for_language_models(tmp_path: Path) -> None
         done = command(*call, "--set", f"{name}={value}")
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
         assert f"{name}: is for language models, and text-classification trains none" in done.stderr
+    given: Any = (Recipe(loss="trl"), task_of("image-classification"), None, None)
+    with pytest.raises(ConfigError, match="loss: is for language models and classifiers of texts, and image-class"):
+        preparing.prepare(*given)
 
 
 def test_a_loss_that_was_asked_for_is_recorded_where_it_cannot_be_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -582,6 +587,11 @@ def test_a_loss_that_was_asked_for_is_recorded_where_it_cannot_be_computed(monke
     trainer = SimpleNamespace(args=SimpleNamespace(), model=SimpleNamespace(forward=None))
     for asked, kept in (("learned", "learned"), ("trl", "trl"), (None, "trl")):
         assert preparing._sped_up(Recipe(loss=asked), task_of("causal-lm"), trainer, resume=False)[0].loss == kept
+    own = Saving("loss", "the trainer's own", changed=False, why="GPT2ForSequenceClassification is no classifier")
+    monkeypatch.setattr(preparing, "speed_up", lambda *given, **more: (own,))
+    for loss, savings in (("learned", (own,)), ("trl", ()), (None, ())):
+        found = preparing._sped_up(Recipe(loss=loss), task_of("text-classification"), trainer, resume=False)
+        assert (found[0].loss, found[1]) == (loss, savings)
 
 
 def test_a_chat_template_is_the_one_that_the_run_began_with(tmp_path: Path) -> None:

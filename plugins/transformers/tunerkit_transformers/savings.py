@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 import torch
 
+from tunerkit.plugin.trainers import inside
 from tunerkit_transformers import first_token, transformers_private
 from tunerkit_transformers.agreement import gathered
 from tunerkit_transformers.free_memory import GIB, fits, free_bytes
@@ -130,10 +131,12 @@ def _rows(lengths: list[int], size: int, seed: int, dataset: object = None) -> G
 
 def _loss_(trainer: Any, *, keep: bool) -> Saving:
     """Compute logits only at positions with a label, or from the first token alone, if the loss needs no other."""
-    if not keep and first_token.obstacle(trainer) is None:
+    is_classifier = type(inside(trainer.model)).__name__.endswith("ForSequenceClassification")
+    reason = "as asked" if keep else first_token.obstacle(trainer) if is_classifier else obstacle(trainer)
+    if is_classifier and reason is None:
         first_token.read_first_(trainer)
         return Saving("loss", "from the first token", True, "the classifier reads no other token of its last layer")
-    if (reason := "as asked" if keep else obstacle(trainer)) is not None:
+    if reason is not None:
         return Saving("loss", "the trainer's own", False, reason)
     score_learned_(trainer)
     return Saving("loss", "at the learned positions", True, "on a CPU, TRL's own computes logits at every position")

@@ -108,7 +108,8 @@ def prepare(
     theirs = ("samples", "memory", "chat_template", *(() if isinstance(task, TextTask) else ("loss",)))
     idle = [name for name in theirs if getattr(recipe, name) is not None]
     if idle and not resume and not isinstance(task, GenerationTask):
-        raise ConfigError([f"{idle[0]}: is for language models, and {task.name} trains none; leave the key out"])
+        whose = "language models and classifiers of texts" if idle[0] == "loss" else "language models"
+        raise ConfigError([f"{idle[0]}: is for {whose}, and {task.name} trains none; leave the key out"])
     folder = RunFolder(Path(recipe.out))
     restarts = read_restarts(folder) if resume else ()
     measure = measure_of(recipe.metric or (), task, data.held_out, recipe.metric_rows)
@@ -207,7 +208,8 @@ def _sped_up(recipe: Recipe, task: Task, trainer: Any, *, resume: bool) -> tuple
     keep = {*recipe.training, *(["loss"] if recipe.loss == "trl" else [])}
     savings = speed_up(trainer, keep=keep, memory=None if recipe.memory is None else recipe.memory * GIB)
     if isinstance(task, TextTask):
-        savings = tuple(each for each in savings if each.changed)
+        asked = "loss" if recipe.loss == "learned" else None
+        savings = tuple(each for each in savings if each.changed or each.name == asked)
         return attrs.evolve(recipe, loss="learned" if savings else recipe.loss), savings
     if resume:  # its recipe asks for what was asked or decided then
         savings = tuple(
