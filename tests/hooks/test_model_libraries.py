@@ -131,7 +131,7 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "no module": (
         "new",
         lambda model, blocks, heads: NewModules("load", ("no.where",)),
-        "has none: no.where",
+        "that the model lacks: no.where",
     ),
     "values that are no JSON": ("settings", lambda model: {"epsilon": object()}, "a dict that JSON can hold"),
     "one name": ("tied_flags", lambda module: "config.tied", r"Sequence\[str\]"),

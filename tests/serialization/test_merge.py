@@ -395,7 +395,9 @@ def test_merged_weights_are_not_loaded_beside_the_adapters_again(
     state = copy.deepcopy(tunerkit.merge(toys.trained()).state_dict())
     model = COPIES[made](toys.trained())
     before = toys.snapshot(model)
-    with pytest.raises(AdapterError, match=r"twice\. Take it after tunerkit\.unmerge.*keep_merged=True"):
+    with pytest.raises(
+        AdapterError, match=r"twice here\. Take the state_dict after tunerkit\.unmerge.*keep_merged=True"
+    ):
         model.load_state_dict(state, assign=assign)
     with pytest.raises(AdapterError, match="twice"):  # a plain dict has no metadata
         nn.Sequential(model).load_state_dict({f"0.{name}": tensor.clone() for name, tensor in state.items()})
