@@ -122,7 +122,8 @@ def test_a_library_says_how_to_load_a_base_of_another_size(toys: "Toys", tmp_pat
 def test_none_is_no_answer(toys: "Toys") -> None:
     """Wrapping goes on. Answers of another form are tested in test_knowledge.py."""
     with registered(answering("tunerkit_model_libraries", None)), silent(Warning):
-        tunerkit.wrap(toys.net(), "toy-shift", LAYER)
+        model = tunerkit.wrap(toys.net(), "toy-shift", LAYER)
+    assert tunerkit.adapters(model)["default"].targets
 
 
 WRONG: dict[str, tuple[str, Any, str]] = {
