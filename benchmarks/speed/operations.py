@@ -11,7 +11,7 @@ from benchmarks.speed.marks import Marks
 from benchmarks.speed.models import Workload, encoder, small_llama
 from benchmarks.speed.settings import Settings, Size
 from benchmarks.speed.tables import Row
-from tunerkit_testing.forms import fused_form
+from tunerkit_testing.product_forms import fused_form
 
 PART = "operations"
 Counting = Callable[[], AbstractContextManager[Callable[[], float]]]

@@ -84,7 +84,7 @@ class Calibrating(Declaring):
 
 def test_statistics_without_the_hook_that_takes_them_are_refused() -> None:
     """The method could never be calibrated."""
-    words = r"method 'toy-declaring' requests statistics, but it has no tunerkit_calibrate"
+    words = r"method 'toy-declaring' requests statistics, but there is no hook tunerkit_calibrate"
     with pytest.raises(tunerkit.errors.PluginError, match=words):
         tunerkit.register(Declaring(statistics=StatisticsRequest(inputs=2)))
     with registered(Calibrating(statistics=StatisticsRequest(inputs=2))):

@@ -24,7 +24,7 @@ from tunerkit.injection.slots import apply_slots
 from tunerkit.layers import as_base_layer, low_rank, products
 from tunerkit.plugin import Adapter, BaseLayer
 from tunerkit_testing.counting import Counting
-from tunerkit_testing.forms import fused_form, plain_form
+from tunerkit_testing.product_forms import fused_form, plain_form
 
 NODE = "_FusedLowRankBackward"
 

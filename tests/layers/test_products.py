@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tunerkit
 from tests.support.toys import Toys
 from tunerkit.layers import products, torch_private
-from tunerkit_testing.forms import fused_form, plain_form
+from tunerkit_testing.product_forms import fused_form, plain_form
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import tunerkit
-from tunerkit_testing.forms import fused_form, plain_form
+from tunerkit_testing.product_forms import fused_form, plain_form
 
 SHAPES = ((64, 1024), (4, 256))
 DTYPES = (torch.float32, torch.float64)

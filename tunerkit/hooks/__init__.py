@@ -2,7 +2,7 @@
 
 from tunerkit.extras import ROWS, elsewhere
 from tunerkit.hooks import specs
-from tunerkit.hooks.calls import (
+from tunerkit.hooks.answers import (
     Caller,
     Callers,
     adds_products,

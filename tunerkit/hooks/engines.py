@@ -137,7 +137,7 @@ class Engine:
             gradients: Whether to gather gradients too, which costs a second exchange.
 
         Returns:
-            A context manager. It yields a function that maps a gathered parameter to the parameter outside the block.
+            A context manager. It yields a function that maps a gathered parameter to the original that it replaces.
         """
         return nullcontext(same)
 

@@ -19,7 +19,7 @@ from tunerkit import extras
 from tunerkit.config import AdapterConfig
 from tunerkit.errors import ConfigError, PluginError, TunerkitError, error_text, shown, warn
 from tunerkit.hooks import specs
-from tunerkit.hooks.calls import declared, is_json, structure
+from tunerkit.hooks.answers import declared, is_json, structure
 from tunerkit.hooks.engines import TunerView
 from tunerkit.hooks.loading import Asking, Catalog, Isolated, Plugin
 from tunerkit.hooks.registry import registry

@@ -179,7 +179,7 @@ class Catalog:
         return dict(sorted(found.items()))
 
     def missing(self, name: object) -> str:
-        """Return a message on a missing method: similar and installed methods, failed plugins, the limit on loading."""
+        """Return a message on a missing method: similar and installed methods, failed plugins, and which may load."""
         installed = (
             few(sorted(self.owners), shown=40) or "none (each is a separate distribution, such as tunerkit-lora)"
         )
@@ -393,5 +393,5 @@ def _methods_of(hooks: Mapping[str, Callable[..., Any]]) -> dict[str, Method]:
         raise PluginError(f"it provides the method {next(iter(methods))!r} but has no tunerkit_build_adapter for it")
     calibrated = [name for name, method in methods.items() if method.statistics is not None]
     if calibrated and "tunerkit_calibrate" not in hooks:
-        raise PluginError(f"its method {calibrated[0]!r} requests statistics, but it has no tunerkit_calibrate")
+        raise PluginError(f"its method {calibrated[0]!r} requests statistics, but there is no hook tunerkit_calibrate")
     return methods

@@ -19,11 +19,11 @@ P = ParamSpec("P")
 
 
 class Registry:
-    """The plugins of one process, loaded at the first call.
+    """The plugins of one process, loaded at first use.
 
-    ``distributions`` are searched for entry points of the group ``tunerkit``; None means all that are installed at the
-    first call. ``catalog`` is None until then. Every change replaces the catalog, so that readers need no lock: a
-    thread that is interrupted while it has a lock would block all others.
+    ``distributions`` are searched for entry points of the group ``tunerkit``; None means all that are installed at
+    that time. ``catalog`` is None until they are loaded. Every change replaces the catalog, so that readers need no
+    lock: a thread that is interrupted while it has a lock would block all others.
     """
 
     def __init__(self, distributions: Iterable[metadata.Distribution] | None = None) -> None:
@@ -47,7 +47,7 @@ class Registry:
 
         Returns:
             A record for each method, by its name. A plugin that failed to load is listed with its error, by its entry
-            point's name; so is a plugin whose methods work but whose other records, such as base layers, were left out.
+            point's name; likewise a plugin with working methods whose other parts, such as base layers, were rejected.
             If two distributions provide the same method, the rejected one is ``"name (distribution)"``.
 
         Raises:

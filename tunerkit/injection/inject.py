@@ -348,7 +348,7 @@ def train_(tuner: Tuner, *, trained: bool) -> None:
 
 
 def _prepare_next_forward_(model: nn.Module) -> None:
-    """Watch the next forward of the adapted modules, notify plugins of the change, and discard compiled code."""
+    """Watch the next forward of the adapted modules, tell plugins that the model changed, and discard compiled code."""
     adapted = {
         path: module for tuner in wrapped_of(model).tuners.values() for path, module in modules_in(tuner).items()
     }

@@ -151,8 +151,8 @@ def warn_of_limits(scanned: Scan, tuner: Tuner) -> None:
     if bypassed and tuner.config.dropout:
         warn(
             f"dropout is not applied at {len(bypassed)} targets ({bypassed[0]}, ...): their owner uses the weight "
-            "directly, bypassing the layer's forward(), so the adapter changes the weight and gets no input. If that "
-            "matters, set dropout to 0, or exclude these targets"
+            "directly, bypassing the layer's forward(), so the adapter changes the weight and gets no input. To treat "
+            "all targets alike, set dropout to 0, or exclude these"
         )
 
 

@@ -121,7 +121,7 @@ class Tuner:
 
     @property
     def steps(self) -> int:
-        """The number of optimizer steps since `attach`; a resumed training continues the count in its file."""
+        """The number of optimizer steps since `attach`; after a resume, counted on from the number in the file."""
         return self.progress.steps
 
     @property

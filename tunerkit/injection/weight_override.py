@@ -100,7 +100,7 @@ def _has_abandoned(owner: nn.Module, calls: _Calls) -> bool:
 
 
 def _undo_(owner: nn.Module) -> None:
-    """Undo the overrides of the innermost call of ``owner``. After an interrupt, it may be called again."""
+    """Undo the overrides of the innermost call of ``owner``. After an interrupt, this function may be repeated."""
     calls: _Calls | None = vars(owner).get(_CALLS)
     if calls is not None:
         for module, name, value in reversed(calls.replaced[-1] if calls.replaced else []):

@@ -302,7 +302,7 @@ def beside_of(header: Header, source: str) -> tuple[str, ...]:
 
 def _unwritten(header: Header, entry: str, source: str) -> FileError:
     found = shown(header.values[entry])
-    return FileError(f"{source}: its header has an invalid field, which tunerkit would not write: {entry} {found}")
+    return FileError(f"{source}: its header has an invalid field, which this release would not write: {entry} {found}")
 
 
 def warn_of_lone(tuner: Tuner) -> None:

@@ -137,8 +137,8 @@ def decode(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], *, source
     except ConfigError as error:
         why = cut("; ".join(error.problems), 400)
         raise FileError(
-            f"{source}: its header has an invalid field, which tunerkit would not write: {why}; if a later release of "
-            "tunerkit wrote the file, install that release"
+            f"{source}: its header has an invalid field, which this release would not write: {why}; if a later "
+            "release of tunerkit wrote the file, install that one"
         ) from error
     if header.kind != content:
         raise FileError(f"{source} is a file of kind {shown(header.kind)}: pass the file of kind {content!r}")

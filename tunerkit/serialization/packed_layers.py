@@ -44,10 +44,10 @@ def warn_of_rounding(found: Sequence[Rounding]) -> None:
         warn(
             f"merged into {len(coarse)} weight matrices of {coarse[0].bits:g} bits ({coarse[0].stored_as}). Relative "
             f"to the weights, on average: the adapters changed them by {fmean(each.change for each in coarse):.1%}, "
-            f"quantizing the merged weights added an error of {fmean(each.added for each in coarse):.1%}, and the base "
-            f"model had one of {fmean(each.own for each in coarse):.1%} before. tunerkit.unwrap(model, "
+            f"quantizing the merged weights added an error of {fmean(each.added for each in coarse):.1%}; the base "
+            f"model's own error was {fmean(each.own for each in coarse):.1%} before. tunerkit.unwrap(model, "
             "keep_merged=True, dtype=torch.bfloat16) merges into dense layers, without the added error. "
-            "tunerkit.rounding(model) lists each layer"
+            "tunerkit.rounding(model) gives these shares of each layer"
         )
 
 

@@ -167,8 +167,8 @@ def _resume_(tuner: Tuner, tensors: Mapping[str, Tensor], header: Header, source
         recorded, found = tuner.history[-1].ranks if tuner.history else {}, tuner.ranks()
         if wrong := [f"{path} {rank} -> {found[path]}" for path, rank in recorded.items() if found[path] != rank]:
             raise FileError(
-                f"{source} is inconsistent: the ranks of its last allocation differ from its state (history -> state): "
-                f"{few(wrong, shown=5)}; load an earlier state"
+                f"{source} is inconsistent: ranks of its last allocation differ from those in its state (allocation -> "
+                f"state): {few(wrong, shown=5)}; load an earlier file"
             )
 
 

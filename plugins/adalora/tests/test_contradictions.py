@@ -124,7 +124,7 @@ def values(**changes: object) -> Change:
 
 WRONG_STATES: dict[str, tuple[int, Change, str]] = {
     "a mask above the budget": (7, first_mask(True), "the masks keep 10, above the budget 'in_force' 9"),
-    "a mask below the history": (7, first_mask(False), r"is inconsistent.*history -> state\): 0 "),
+    "a mask below the history": (7, first_mask(False), r"is inconsistent.*allocation -> state\): 0 "),
     "an initial budget of nothing": (7, values(initial=10), "the adapter's triplets cost 12, above 'initial' 10"),
     "an initial budget beyond init_rank": (3, values(initial=10**9), "'initial' 1000000000 is above 12"),
     "a target beyond the config": (3, values(target=12), "'target' 12 is above 6, which the config asks for"),

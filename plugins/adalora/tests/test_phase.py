@@ -9,7 +9,7 @@ from torch import nn
 
 import tunerkit
 from tunerkit_adalora.phase import Phase
-from tunerkit_adalora.saved_values import SavedValues, flags_of
+from tunerkit_adalora.state_values import SavedValues, flags_of
 from tunerkit_adalora.training import training_of
 from tunerkit_testing.small import TARGETS, net, step, train, trainable
 

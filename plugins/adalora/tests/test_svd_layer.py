@@ -7,7 +7,7 @@ from torch.nn.utils import prune
 
 import tunerkit
 from tests.support import between
-from tunerkit_testing.forms import fused_form, plain_form
+from tunerkit_testing.product_forms import fused_form, plain_form
 from tunerkit_testing.small import trainable
 
 

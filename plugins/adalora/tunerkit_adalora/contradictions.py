@@ -9,7 +9,7 @@ from tunerkit.plugin import Tuner
 from tunerkit_adalora.budget import costs_of, schedule_of
 from tunerkit_adalora.importance import Part
 from tunerkit_adalora.phase import Phase
-from tunerkit_adalora.saved_values import SavedValues
+from tunerkit_adalora.state_values import SavedValues
 from tunerkit_adalora.svd_layer import SvdLayer
 from tunerkit_adalora.training import Training, config_of
 

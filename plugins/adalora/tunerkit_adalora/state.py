@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tunerkit.plugin import FileError, Pieces, State, StepError, Tuner
 from tunerkit_adalora.contradictions import contradictions, impossible_averages
-from tunerkit_adalora.gradients import GradientCount
+from tunerkit_adalora.gradient_counts import GradientCount
 from tunerkit_adalora.importance import average_dtype, new_averages, stacks_of, unstack
-from tunerkit_adalora.saved_values import WHAT_FITS, SavedValues, flags_of, read_values
+from tunerkit_adalora.state_values import WHAT_FITS, SavedValues, flags_of, read_values
 from tunerkit_adalora.svd_layer import SvdLayer, weights_of
 from tunerkit_adalora.training import Training, layers_of, training_of
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tunerkit.plugin import StepError, Tuner
 from tunerkit_adalora.budget import Bounds, bounds_of, check_bounds, costs_of, live_budget, schedule_of
 from tunerkit_adalora.config import AdaLoraConfig, Resolved
-from tunerkit_adalora.gradients import GradientCount
+from tunerkit_adalora.gradient_counts import GradientCount
 from tunerkit_adalora.importance import Averages, new_averages, stacks_of, unstack
 from tunerkit_adalora.phase import Phase
 from tunerkit_adalora.preconditions import refuse_revived, refuse_sharded

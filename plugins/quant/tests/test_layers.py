@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tunerkit
 from plugins.quant.tests.quantised import MODELS, OUT, TARGETS, X, dense, everything, skip_without_library
 from tunerkit.plugin import BaseLayer
-from tunerkit_testing.forms import fused_form, plain_form
+from tunerkit_testing.product_forms import fused_form, plain_form
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),

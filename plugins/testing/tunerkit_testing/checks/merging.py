@@ -30,7 +30,7 @@ from tunerkit_testing.checks.probing import (
     seeded,
 )
 from tunerkit_testing.checks.training import ended
-from tunerkit_testing.forms import fused_form, plain_form
+from tunerkit_testing.product_forms import fused_form, plain_form
 
 _HINT = "return from tunerkit_delta or tunerkit_factors exactly what forward adds, with its scale"
 

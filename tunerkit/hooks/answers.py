@@ -273,7 +273,7 @@ def read_count(value: Any, where: str, expected: str) -> int:
 
 
 def read_parameters(answer: Any, given: Given) -> list[Tensor]:
-    """Return a list of the parameters that a step must not update. Raises `Unfit` for a single tensor."""
+    """Return an answer, the parameters that a step must not update, as a list. Raises `Unfit` for a bare tensor."""
     expected = "a list of the adapter's parameters, or None"
     if isinstance(answer, Tensor) or not isinstance(answer, Iterable):
         raise Unfit(in_short(answer), expected)
