@@ -15,7 +15,7 @@ _MOST_METRICS: Final = 6
 _EVAL: Final = "eval_"
 # A logarithmic axis ends at this share of the greatest value: below it there are only rounding errors.
 _ROUNDING: Final = 1e-12
-_TINY: Final = 1e-100
+TINY: Final = 1e-100
 _AT_LEAST_SMOOTHED: Final = 20  # shorter curves are shown as they are
 # What a trainer logs besides metrics: times, counters, and the ranks, of which the record has the whole history.
 _NO_METRICS: Final = frozenset(
@@ -62,7 +62,7 @@ def is_logarithmic(curves: Sequence[Curve]) -> bool:
     """Whether curves of positive values differ so much that a linear axis would show only the greatest."""
     values = [y for curve in curves for _, y in curve.points]
     least, greatest = min(values), max(values)
-    return least > max(_ROUNDING * greatest, _TINY) and greatest > 30 * least
+    return least > max(_ROUNDING * greatest, TINY) and greatest > 30 * least
 
 
 def _rank_panels(run: Run) -> Iterator[Panel]:
@@ -83,7 +83,7 @@ def _rank_panels(run: Run) -> Iterator[Panel]:
 def spectrum(run: Run) -> Panel | None:
     """Return the sorted singular values of each target with their median; None if no target has two of them."""
     greatest = max((value for found in run.spectrum.values() for value in found), default=0.0)
-    least = max(_ROUNDING * greatest, _TINY)
+    least = max(_ROUNDING * greatest, TINY)
     values = {path: sorted((v for v in found if v > least), reverse=True) for path, found in run.spectrum.items()}
     if max(map(len, values.values()), default=0) < 2:
         return None

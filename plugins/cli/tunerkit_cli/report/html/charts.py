@@ -11,11 +11,10 @@ from typing import Any, Final
 import attrs
 
 from tunerkit_cli.report import wording
-from tunerkit_cli.report.curves import Curve, Panel
+from tunerkit_cli.report.curves import TINY, Curve, Panel
 
 _SIZE: Final = 1000  # the drawing's own units in both directions
 _TICKS: Final = 5
-_TINY: Final = 1e-100
 _MOST_STRIPS: Final = 80  # stretches of the x-axis with a hover text of their own
 _COLOURS: Final = 8
 
@@ -48,7 +47,7 @@ def fitted(values: Iterable[float], *, is_log: bool = False, from_zero: bool = F
         return Axis(low / factor, high * factor, is_log=True)
     low = min(low, 0.0) if from_zero else low
     scale = max(abs(low), abs(high))
-    scale = scale if scale > _TINY else 1.0
+    scale = scale if scale > TINY else 1.0
     # Values that differ by rounding alone get the room of equal ones.
     margin = room * (high - low if high - low > 1e-9 * scale else scale)
     return Axis(low - margin, high + margin)

@@ -11,11 +11,9 @@ from tunerkit_cli.report.curves import Curve, Panel
 from tunerkit_cli.report.html import tables
 from tunerkit_cli.report.html.grids import capped, heatmap, highest_rank, rank_summary
 from tunerkit_cli.report.html.page import drawn, filled
-from tunerkit_cli.report.html.tables import Table
+from tunerkit_cli.report.html.tables import NONE, Table
 from tunerkit_cli.report.record import RecordError, Run, read
 from tunerkit_cli.report.verdict import failure, verdict
-
-_NONE = "–"
 
 
 def compare(records: Mapping[str, Mapping[str, Any]], *, title: str | None = None) -> str:
@@ -23,7 +21,11 @@ def compare(records: Mapping[str, Mapping[str, Any]], *, title: str | None = Non
     if len(records) < 2:
         raise RecordError(f"expected two runs or more to compare, got {len(records)}; `render` shows a single one")
     runs = {name: read(record, cut(name, 200)) for name, record in records.items()}
-    warning, metrics = _warning(runs), _metrics(runs)
+    known = [_conditions(run) for run in runs.values()]
+    names = dict.fromkeys(name for each in known for name in each)
+    differing = " and ".join(name for name in names if len({each[name] for each in known if name in each}) > 1)
+    warning = f"The runs differ in their {differing}, so their metrics are not comparable." if differing else ""
+    metrics = _metrics(runs)
     table = Table(metrics.columns, (*metrics.rows, *_costs(runs)), frozenset() if warning else metrics.best)
     highest = max(map(highest_rank, runs.values()))
     values = {
@@ -47,9 +49,9 @@ def compare(records: Mapping[str, Mapping[str, Any]], *, title: str | None = Non
 def _conditions(run: Run) -> dict[str, str]:
     """Under which conditions metrics were measured: a loss by the token depends on what tokens are, and which count."""
     rows = run.rows.get("eval")
-    found = {"task": run.task, "held-out data": f"{run.data.get('eval', _NONE)}{f', {rows:,} rows' if rows else ''}"}
+    found = {"task": run.task, "held-out data": f"{run.data.get('eval', NONE)}{f', {rows:,} rows' if rows else ''}"}
     if run.task in ("causal-lm", "seq2seq"):
-        found["base model"] = str(run.model.get("name", _NONE))
+        found["base model"] = str(run.model.get("name", NONE))
     if run.task == "causal-lm":  # earlier versions learned whole conversations, and have no such key
         prompts = run.recipe.get("train_on_prompts", run.conversations)
         found["learned tokens"] = "prompts learned too" if prompts else "prompts not learned"
@@ -74,14 +76,6 @@ def _best(runs: Mapping[str, Run]) -> str:
     return f"{first} has the {what} {scores.title(metric)}, {value}, {scores.distance(metric, gap)} {side} {second}."
 
 
-def _warning(runs: Mapping[str, Run]) -> str:
-    """Say what makes the metrics incomparable; empty if nothing does."""
-    known = [_conditions(run) for run in runs.values()]
-    names = dict.fromkeys(name for each in known for name in each)
-    differing = " and ".join(name for name in names if len({each[name] for each in known if name in each}) > 1)
-    return f"The runs differ in their {differing}, so their metrics are not comparable." if differing else ""
-
-
 def _metrics(runs: Mapping[str, Run]) -> Table:
     """Return the metrics, a row for each and a column per run, with the best values marked."""
     names = list(dict.fromkeys(name for run in runs.values() for name in run.metrics))
@@ -89,7 +83,7 @@ def _metrics(runs: Mapping[str, Run]) -> Table:
     best: set[tuple[int, int]] = set()
     for number, name in enumerate(names):
         values = {column: run.metrics[name] for column, run in enumerate(runs.values(), 1) if name in run.metrics}
-        texts = (wording.decimals(values[k], 4) if k in values else _NONE for k in range(1, len(runs) + 1))
+        texts = (wording.decimals(values[k], 4) if k in values else NONE for k in range(1, len(runs) + 1))
         rows.append((scores.title(name), *texts))
         run = next(run for run in runs.values() if name in run.metrics)
         top = max(values.values()) if scores.is_better_high(name, run) else min(values.values())
@@ -100,7 +94,7 @@ def _metrics(runs: Mapping[str, Run]) -> Table:
 
 def _costs(runs: Mapping[str, Run]) -> Iterator[tuple[str, ...]]:
     def texts(value_of: Callable[[Run], Any], write: Callable[[Any], str] = str) -> list[str]:
-        return [_NONE if (value := value_of(run)) is None else write(value) for run in runs.values()]
+        return [NONE if (value := value_of(run)) is None else write(value) for run in runs.values()]
 
     costs = {
         "method": texts(lambda run: run.method, wording.method_title),
@@ -109,7 +103,7 @@ def _costs(runs: Mapping[str, Run]) -> Iterator[tuple[str, ...]]:
         "precision": texts(lambda run: run.precision or None),
         "training time": texts(lambda run: run.seconds.get("train"), wording.duration),
     }
-    return ((title, *found) for title, found in costs.items() if {*found} != {_NONE})
+    return ((title, *found) for title, found in costs.items() if {*found} != {NONE})
 
 
 def _panels(runs: Mapping[str, Run]) -> Iterator[Panel]:
@@ -141,5 +135,5 @@ def _differences(runs: Mapping[str, Run]) -> Table | None:
         for run in runs.values()
     ]
     names = dict.fromkeys(name for settings in found for name in settings)
-    rows = [(name, *(settings.get(name, _NONE) for settings in found)) for name in names]
+    rows = [(name, *(settings.get(name, NONE) for settings in found)) for name in names]
     return tables.shortened(("setting", *runs), [row for row in rows if len(set(row[1:])) > 1])

@@ -17,7 +17,7 @@ _MOST_LABELS: Final = 30
 _LONGEST_SETTING: Final = 500
 # Trainers take these, and a report is made to be passed on.
 _SECRETS: Final = frozenset({"token", "hub_token", "access_token", "auth_token", "api_key", "password", "secret"})
-_NONE: Final = "–"
+NONE: Final = "–"
 
 
 @attrs.frozen
@@ -43,7 +43,7 @@ def results(run: Run) -> Table | None:
     times = (("training time", run.seconds.get("train"), run.baseline.seconds, wording.duration),)
     for title, mine, its, written in (*costs, *times):
         if mine is not None and its is not None:
-            rows.append((title, written(mine), written(its), wording.times(mine / its) if its else _NONE))
+            rows.append((title, written(mine), written(its), wording.times(mine / its) if its else NONE))
     heads = ("metric", wording.method_title(run.method), wording.short_baseline(run.baseline.what), "difference")
     return Table(heads, tuple(rows))
 
@@ -72,7 +72,7 @@ def targets(run: Run) -> Table | None:
         "values for 90 %": {path: str(_needed(values, 0.9)) for path, values in run.spectrum.items() if any(values)},
     }
     known = {name: texts for name, texts in columns.items() if texts}
-    rows = [(path, *(texts.get(path, _NONE) for texts in known.values())) for path in paths if known]
+    rows = [(path, *(texts.get(path, NONE) for texts in known.values())) for path in paths if known]
     return shortened(("target", *known), rows)
 
 
@@ -83,7 +83,7 @@ def labels(run: Run) -> Table | None:
         return None
     rows = []
     for name, (count, *ratios) in zip(names, scores.label_scores(run), strict=True):
-        texts = (_NONE if ratio is None else f"{ratio:.3f}" for ratio in ratios)
+        texts = (NONE if ratio is None else f"{ratio:.3f}" for ratio in ratios)
         rows.append((name, wording.number(count), *texts))
     return Table(("label", "rows", "recall", "precision", "F1"), tuple(rows))
 
@@ -118,7 +118,7 @@ def _measured(value: object) -> str:
 
 def _text(value: object) -> str:
     if value is None or value == {} or value == []:
-        return _NONE
+        return NONE
     if isinstance(value, float):
         return wording.number(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
@@ -127,7 +127,7 @@ def _text(value: object) -> str:
 def _beside(run: Run, name: str, baseline: Baseline) -> tuple[str, str]:
     """Return a metric of the baseline, and how the run's differs from it."""
     if name not in baseline.metrics:
-        return _NONE, _NONE
+        return NONE, NONE
     value = wording.decimals(baseline.metrics[name], 4)
     difference = run.metrics[name] - baseline.metrics[name]
     if difference == 0:
