@@ -905,8 +905,8 @@ def test_samples_of_an_encoder_decoder_are_cut_as_its_predictions(models: Callab
     rows = [{"source": " ".join([*WORDS] * 3), "target": "x"}]
     (sample,) = task.samples(loaded, rows, 1)
     short: Any = {"batch_size": 1, "answering": Answering(24)}
-    assert sample["answer"] == task.predict(loaded, rows, **short)[0]["target"]
-    assert sample["answer"] == generate(loaded, [rows[0]["source"]], max_length=6, **short)[0]
+    assert sample["after"] == task.predict(loaded, rows, **short)[0]["target"]
+    assert sample["after"] == generate(loaded, [rows[0]["source"]], max_length=6, **short)[0]
 
 
 def test_a_model_that_counts_its_positions_by_another_name_has_them_too(models: Callable[[str], Path]) -> None:

@@ -116,15 +116,10 @@ def _said(recipe: Recipe) -> dict[str, Any]:
     # The method of another program's adapter is known for sure once it is loaded: its plugin may not be installed.
     if start.task is None:
         return {"model": start.model}
-    template = _template_of(Path(start.path)) if recipe.task in (None, start.task) else None
-    return {**attrs.asdict(start), "chat_template": template}
-
-
-def _template_of(folder: Path) -> str | None:
-    """The chat template of a run that had another one than its base's tokenizer; else None."""
-    file, recipe = folder / "chat_template.jinja", read_record(folder).get("recipe")
-    is_own = isinstance(recipe, dict) and recipe.get("chat_template") is not None
-    return str(file) if is_own and file.is_file() else None
+    # A template that the recipe named; the base's own comes with its tokenizer.
+    template, kept = Path(start.path, "chat_template.jinja"), read_record(Path(start.path)).get("recipe")
+    is_own = isinstance(kept, dict) and kept.get("chat_template") is not None and recipe.task in (None, start.task)
+    return {**attrs.asdict(start), "chat_template": str(template) if is_own and template.is_file() else None}
 
 
 def _refuse_method(recipe: Recipe, start: Start, method: str | None) -> None:

@@ -91,7 +91,7 @@ def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, pre
     for name, value in training.items():
         if (problem := name_problem(name, task.name)) is not None:
             problems.append(problem)
-        elif (wanted := _wanted(name, value, _kinds(hints[name]))) is not None:
+        elif (wanted := _wanted(name, value, hints[name])) is not None:
             given = "null" if value is None else shown(value)
             problems.append(f"training.{name}: expected {wanted}, got {given}")
     if problems:
@@ -129,14 +129,10 @@ def _refusing() -> Iterator[None]:
         raise ConfigError([f"training: {' '.join(str(problem).split()) or type(problem).__name__}"]) from problem
 
 
-def _kinds(hint: Any) -> set[Any]:
-    """The types in an annotation: those of a union, else its only one."""
-    return {*typing.get_args(hint)} if typing.get_origin(hint) in (types.UnionType, typing.Union) else {hint}
-
-
-def _wanted(name: str, value: Any, allowed: set[Any]) -> str | None:
+def _wanted(name: str, value: Any, hint: Any) -> str | None:
     """What a number or boolean should be that would fail late, or train nothing; None if it is all right."""
-    kind = type(value)
+    is_union, kind = typing.get_origin(hint) in (types.UnionType, typing.Union), type(value)
+    allowed = {*typing.get_args(hint)} if is_union else {hint}
     if not allowed <= {int, float, bool, type(None)}:
         return None
     if kind not in allowed and not (kind is int and (float in allowed or (bool in allowed and value in (0, 1)))):

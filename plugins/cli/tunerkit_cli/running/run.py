@@ -99,7 +99,10 @@ def _finish(session: Session, trained: Trained, kept: Recipe, console: Console) 
         trained = attrs.evolve(trained, metrics={**trained.metrics, **measured(session)})
     except Exception as problem:  # of a library, of a metric, of the data: whatever it is, the adapter is trained
         failed = problem
-    record = record_of(session, trained, kept, _samples(session))
+    count = SAMPLES if recipe.samples is None else recipe.samples  # a run that an earlier version began says nothing
+    with hardware.computing_in(session.precision, session.loaded.model.device):
+        samples = task.samples(session.loaded, session.data.held_out, count)
+    record = record_of(session, trained, kept, samples)
     lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in session.data.left_out)
     listed = without_home(sources_of(session, "".join(lines)))
     if listed:
@@ -126,14 +129,6 @@ def _finish(session: Session, trained: Trained, kept: Recipe, console: Console) 
     has_text = any(each.name in ("text", "prompt", "source", "anchor") for each in task.columns)
     say(console, f"written to {folder}; try: tunerkit predict {folder} --{'text TEXT' if has_text else 'data FILE'}")
     say(console, f"report: {folder / REPORT}")
-
-
-def _samples(session: Session) -> list[dict[str, str]]:
-    """What the model answers; a run that an earlier version began does not say how often."""
-    count = SAMPLES if session.recipe.samples is None else session.recipe.samples
-    with hardware.computing_in(session.precision, session.loaded.model.device):
-        found = session.task.samples(session.loaded, session.data.held_out, count)
-    return [{"prompt": each["prompt"], "after": each["answer"]} for each in found]
 
 
 def compare(session: Session, trained: Trained, console: Console) -> dict[str, Any]:

@@ -217,7 +217,7 @@ class Task(ABC):
         return Results(metrics, self.confusion(predictions, truth) if self.one_class else None)
 
     def samples(self, loaded: Pretrained, rows: Sequence[Row], count: int) -> list[dict[str, str]]:
-        """The first ``count`` prompts, and the answers to them; classifiers give none."""
+        """The first ``count`` prompts, and the answers ``after`` training; classifiers give none."""
         return []
 
     @abstractmethod

@@ -87,9 +87,7 @@ class _Content:
 
 def _placed(folder: Path | None, path: object) -> object:
     """A path of a data file as seen from the working folder; one that is not in the file's folder stays as it is."""
-    if folder is None or not isinstance(path, str):
-        return path
-    inside = os.path.join(folder, path)
+    inside = os.path.join(folder or "", path) if isinstance(path, str) else ""
     return inside if os.path.isfile(inside) else path
 
 

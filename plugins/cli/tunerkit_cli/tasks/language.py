@@ -67,7 +67,7 @@ class GenerationTask(Task):
         prompts = [prompt_of(row) for row in chosen]
         texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
         found = self.predict(loaded, chosen, batch_size=max(1, len(chosen)), answering=_SHORT)
-        return [{"prompt": text, "answer": each[self.answer]} for text, each in zip(texts, found, strict=True)]
+        return [{"prompt": text, "after": each[self.answer]} for text, each in zip(texts, found, strict=True)]
 
     def predict(
         self, loaded: Pretrained, rows: Sequence[Row], *, batch_size: int, answering: Answering = GREEDY

@@ -47,19 +47,15 @@ def _message(value: object, column: str) -> dict[str, Any]:
     if role is None or content is None:
         raise BadValue(column, "a message has a role and a content, got %s", value)
     if isinstance(content, list):
-        content = _text_of(content, column)
+        parts = [each if isinstance(each, dict) else {} for each in content]
+        if not all(each.get("type") == "text" and isinstance(each.get("text"), str) for each in parts):
+            said = "has images or sound beside text, which no task reads, in %s; remove the row"
+            raise BadValue(column, said, content)
+        content = "".join(each["text"] for each in parts)
     if not isinstance(role, str) or role not in _OUR_ROLE or not isinstance(content, str):
         raise BadValue(column, f"expected a role of {', '.join(_ROLES)} and a text, got %s", value)
     found = {"role": _OUR_ROLE[role], "content": content, **{key: given[key] for key in _KEPT if key in given}}
     return {**found, "tool_calls": _calls(calls, column)} if calls else found
-
-
-def _text_of(parts: Sequence[object], column: str) -> str:
-    """The text of a content in parts."""
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise BadValue(column, "has images or sound beside text, which no task reads, in %s; remove the row", parts)
-    return "".join(map(str, texts))
 
 
 def _calls(value: Any, column: str) -> list[dict[str, Any]]:
