@@ -90,12 +90,7 @@ class BadRowsError(DataError):
 
 
 def read_table(path: Path, *, predicting: bool = False, most: int | None = None) -> Table:
-    """Read a file in the format of its suffix, or a folder of images with a subfolder per class.
-
-    Values in csv and tsv are texts, whatever they look like: "NA" is a text and no missing value. For prediction, a
-    folder's images may lie in no subfolder. Of a file, the first ``most`` rows alone are read. Raises `DataError`,
-    which names the file and the row (from 1), and guesses at encoding and delimiter.
-    """
+    """Read a file, or the first ``most`` rows of it, by its suffix, or a folder of images. Raises `DataError`."""
     if path.is_dir():
         return _read_images(path, predicting=predicting)
     if (what := irregular(path)) is not None:
@@ -144,10 +139,7 @@ def require_column(table: Table, name: str, task: str, option: str | None = None
 def checked_rows(
     table: Table, names: Mapping[str, str], check: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The rows under our names of the columns, as ``check`` returns them. Raises `BadRowsError` for the others.
-
-    Those too that have a list, such as one of messages, where most rows have a text, or the other way round.
-    """
+    """The rows under our names of the columns, as ``check`` returns them. Raises `BadRowsError` for the others."""
     rows: dict[int, dict[str, Any]] = {}
     bad: dict[int, BadValue] = {}
     for place, given in enumerate(table.rows):
@@ -208,7 +200,7 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
     try:
         # utf-8-sig: spreadsheets write a byte-order mark before the first column's name.
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True, delimiter=delimiter)
+            reader = csv.DictReader(file, strict=True, delimiter=delimiter)  # values stay texts: "NA" is one
             _check_header(path, reader.fieldnames or (), delimiter)
             for number, row in enumerate(reader, start=1):
                 if None in row:  # values beyond the header

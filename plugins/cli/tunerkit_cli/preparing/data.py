@@ -152,15 +152,10 @@ def read_rows(
     *,
     predicting: bool = False,
     renaming: bool = True,
-    drop: bool = False,
-    label_map: Mapping[str, str] = MappingProxyType({}),
+    drop: bool = False,  # rows that do not fit
+    label_map: Mapping[str, str] = MappingProxyType({}),  # other names of labels
 ) -> Rows:
-    """Return the rows of one or several files, in their order; ``names`` and the next two are those of `Task.rows`.
-
-    Rows in forms of others become ours (`standard`), labels are tidied and renamed by ``label_map``, and with ``drop``
-    rows that do not fit are left out. Of files with weights, rows are `drawn`. Raises `DataError` if rows do not fit,
-    or if files have different columns.
-    """
+    """Return the checked rows of files, in their order; ``names`` and the next two are those of `Task.rows`."""
     parts: list[list[Placed]] = []
     shapes: list[str] = []  # in words: for each of our columns its name, and whether it has lists
     changed: Counter[tuple[str, str]] = Counter()

@@ -58,11 +58,7 @@ def build_fitted(
     parts: Mapping[str, tuple[str, Any]],
     callbacks: Sequence[Any] = (),
 ) -> tuple[Any, Mapping[str, Fit]]:
-    """Build the trainer of a task, and for language models cut the rows and leave out those with nothing to learn.
-
-    TRL's trainers do the same in silence, and fail later if no row is left. For ``train`` and ``eval``, ``parts`` has
-    where the rows are from, and the encoded rows or None. Returns the trainer, and how the rows of each part fit.
-    """
+    """Build the trainer of a task on ``parts`` (source, encoded rows or None), and cut the rows of language models."""
     kind, _ = task.trainer_classes()
     settings = {f"{part}_dataset": rows for part, (_, rows) in parts.items()} | task.trainer_settings(loaded)
     settings |= {"model": loaded.model, "processing_class": loaded.processor, "callbacks": callbacks}
@@ -70,7 +66,7 @@ def build_fitted(
         return build_trainer(kind, arguments, **settings), {}
     limit, is_plain = arguments.max_length, isinstance(task, CausalLm)
     if is_plain:
-        arguments.max_length = None  # the trainer does not say what it cut
+        arguments.max_length = None  # the trainer does not say what it cut, and fails later if nothing is left
     with refusing_template(loaded, "a conversation"):
         trainer = build_trainer(kind, arguments, **settings)
     arguments.max_length = trainer.args.max_length = limit

@@ -24,10 +24,7 @@ TASKS: Final = tuple(tasks.TASKS)
 
 
 def _key(default: Any, doc: str, *, converter: Callable[[Any], Any] | None = None, **limits: Any) -> Any:
-    """Define a key of recipes: its default, its description, and the limits of its values, as `class_schema` has them.
-
-    A text that is no word of an ``enum`` has a character or more, a list a value or more.
-    """
+    """Define a key of recipes, with limits as in `class_schema`: 1 is the least length of texts and lists."""
     metadata = {"doc": doc, "min_items": 1, **({} if "enum" in limits else {"min_length": 1}), **limits}
     default = attrs.Factory(dict) if default == {} else default
     return attrs.field(default=default, converter=converter, metadata=metadata)
@@ -62,10 +59,7 @@ PATHS: Final = (*DATA, "out", "model", "from_adapter", "chat_template", "metric"
 
 @attrs.frozen
 class Recipe:
-    """A training run. Values are plain: text, numbers, booleans, None, lists and mappings with text as keys.
-
-    ``extra`` holds the values of the keys that plugins declare, by key.
-    """
+    """A training run. Values are plain: text, numbers, booleans, None, lists and mappings with text as keys."""
 
     version: int = _key(VERSION, "The form of this file; others are refused.", enum=(VERSION,))
     task: str | None = _key(None, "The task. Without it, the task is inferred from model and labels.", enum=TASKS)
@@ -171,7 +165,7 @@ class Recipe:
         enum=("warn", "restart"),
     )
     out: str = _key("out", "The path of the output folder.")
-    extra: dict[str, Any] = attrs.field(factory=dict)
+    extra: dict[str, Any] = attrs.field(factory=dict)  # by the keys that plugins declare
 
 
 def default_method(*, has_data: bool) -> str:

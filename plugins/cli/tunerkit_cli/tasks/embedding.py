@@ -16,10 +16,7 @@ _NEAREST = 10  # the documents that the mean reciprocal rank looks at
 
 
 class Embedding(Task):
-    """Anchors and their positives, which are near each other in the end, and perhaps a negative for each.
-
-    The positives and negatives of the other rows of a batch are negatives too.
-    """
+    """Anchors, their positives, and perhaps a negative each; the texts of a batch's other rows are negatives too."""
 
     columns: ClassVar[tuple[Column, ...]] = (
         Column("anchor", ("query",)),

@@ -21,11 +21,7 @@ SIDES: Final = ("query", "document")  # sentence-transformers' names of anchors,
 
 
 def embedder_of(loaded: Pretrained, limit: int) -> SentenceTransformer:
-    """Return the loaded model with the prompts, the pooling and the further layers that its base's files name.
-
-    Texts are cut at ``limit`` tokens, or before, where the files say so. Raises `ModelError` if sentence-transformers
-    cannot load the base, or makes another kind of model of it.
-    """
+    """Return the loaded model with the prompts, pooling and layers that its base's files name. Raises `ModelError`."""
     known: Any = {"revision": loaded.revision, "local_files_only": Path(loaded.source).is_dir()}
     try:
         found = SentenceTransformer(loaded.source, device="cpu", model_kwargs={"dtype": loaded.model.dtype}, **known)

@@ -71,11 +71,7 @@ class Change:
 
 
 def change(points: Sequence[Point], guess: float | None) -> Change | None:
-    """Return how the loss is lost at the latest of the points; None if it is not, or cannot be told from noise.
-
-    ``guess`` is the loss of answering by the classes' frequencies alone, where it is known: a classifier that collapses
-    goes there. Else the loss is compared with its start.
-    """
+    """Return how the loss is lost at the latest point: back at ``guess`` or its start; None if it is not, or noisy."""
     if not _are_enough(points, guess):
         return None
     losses = [point.loss for point in points]
@@ -272,11 +268,8 @@ def _of_classes(confusion: Sequence[Sequence[int]], labels: Sequence[str], advic
 
 
 def _agrees(right: float, truth: Sequence[float], answers: Sequence[float], rows: int) -> bool:
-    """Whether a share of right answers is clearly above that of answers drawn at random, from the classes' shares.
-
-    Its variance is the one for Cohen's kappa (Fleiss, Cohen and Everitt, 1969, equation 12): the obvious one, of a
-    share, hides five rare rows found among ten.
-    """
+    """Whether a share of right answers is clearly above that of answers drawn at random, from the classes' shares."""
+    # The variance for Cohen's kappa (Fleiss, Cohen and Everitt, 1969, equation 12): that of a share hides rare rows.
     both = [*zip(truth, answers, strict=True)]
     chance = sum(true * answered for true, answered in both)
     variance = chance + chance**2 - sum(true * answered * (true + answered) for true, answered in both)
@@ -300,15 +293,11 @@ def below_baseline(
 def judged(
     learning: Learning, found: Reached, held_out_loss: float | None, *, continued: bool = False
 ) -> tuple[Problem, ...]:
-    """All that is wrong with a run that has ended: by its losses, and by its held-out rows, which have the last word.
-
-    A run that is better than guessing has learned, whatever its last losses are: its best checkpoint may be loaded. The
-    loss of a run that goes on from an adapter (``continued``) may have nowhere left to fall.
-    """
+    """All that is wrong with a run that has ended: by its losses, and by held-out rows, which have the last word."""
     own = learning.at_the_end()
     if continued and learning.guess is None and own is not None and own.kind == "no_learning":
-        own = None
-    if own is not None and found.has_learned:
+        own = None  # the loss of an adapter that is trained on may have nowhere left to fall
+    if own is not None and found.has_learned:  # its best checkpoint may be loaded
         own = attrs.evolve(own, fatal=False) if own.kind == "collapse" else None
     problems = [*([own] if own is not None else []), *found.problems]
     if not problems and found.has_learned is None and held_out_loss is not None and learning.guess is None:
