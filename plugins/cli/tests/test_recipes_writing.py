@@ -16,9 +16,9 @@ from tunerkit_cli import app
 from tunerkit_cli.plugin_commands import Addition
 from tunerkit_cli.recipes import reading
 from tunerkit_cli.recipes.reading import read_recipe, structure
-from tunerkit_cli.recipes.recipe import TASKS, Recipe, Source
-from tunerkit_cli.recipes.writing import RecipeFileError, dump, starter, write_starter
-from tunerkit_cli.settings import given_value
+from tunerkit_cli.recipes.recipe import TASKS, Recipe, Source, to_mapping
+from tunerkit_cli.recipes.writing import RecipeFileError, starter, write_starter
+from tunerkit_cli.settings import given_value, write_settings
 from tunerkit_cli.tasks import task_of
 
 COLUMNS = {
@@ -65,7 +65,7 @@ recipes = st.builds(
 def test_what_was_dumped_is_read_back(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Law: reading a dumped recipe gives an equal one, types included."""
     path = tmp_path_factory.mktemp("recipe") / "r.yaml"
-    path.write_text(dump(recipe), encoding="utf-8", newline="\n")
+    path.write_text(write_settings(to_mapping(recipe)), encoding="utf-8", newline="\n")
     keys = {"acme": {"type": "object", "description": "Acme's options."}}
     with mock.patch.object(reading, "additions", return_value=(Addition("acme", recipe_keys=keys),)):
         found = read_recipe(path)
@@ -75,8 +75,9 @@ def test_what_was_dumped_is_read_back(recipe: Recipe, tmp_path_factory: pytest.T
 
 def test_a_dump_has_no_empty_keys() -> None:
     """A key without a value says nothing to a reader."""
-    assert "eval_data" not in dump(Recipe())
-    assert dump(Recipe()).startswith("version: 1\n")
+    written = write_settings(to_mapping(Recipe()))
+    assert "eval_data" not in written
+    assert written.startswith("version: 1\n")
 
 
 @pytest.mark.parametrize("task", TASKS)

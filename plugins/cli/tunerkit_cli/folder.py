@@ -19,8 +19,8 @@ from tunerkit.errors import FileError
 from tunerkit_cli.machine.processes import by_the_first
 from tunerkit_cli.outputs import OutputError, scratch_beside, writing
 from tunerkit_cli.recipes.reading import read_recipe
-from tunerkit_cli.recipes.recipe import ADALORA, Recipe, as_placed, files_of, with_precision
-from tunerkit_cli.recipes.writing import dump
+from tunerkit_cli.recipes.recipe import ADALORA, Recipe, as_placed, files_of, to_mapping, with_precision
+from tunerkit_cli.settings import write_settings
 from tunerkit_transformers.output_folder import RECORD
 from tunerkit_transformers.pretrained import Pretrained
 from tunerkit_transformers.run_folder import LIST, RECIPE, stated
@@ -113,10 +113,7 @@ class RunFolder:
 
     @by_the_first
     def note(self, paths: Iterable[str], *, earlier: Collection[str] | None = None) -> None:
-        """Add files to the list; the end ``/`` is for a checkpoint that is being written.
-
-        ``earlier`` are the files that stay of the run that this one replaces; None leaves them as they are.
-        """
+        """Add files to the list, or a checkpoint's folder with ``/``; ``earlier`` stay of the run that is replaced."""
         from tunerkit import serialization  # imports torch, which checking a folder does not need
 
         known = {path for path in self._listed() if os.path.lexists(self / path)}
@@ -138,10 +135,8 @@ class RunFolder:
 
     @by_the_first
     def remove(self, paths: Iterable[str]) -> None:
-        """Remove files of a run, and the folders of a run that are empty then; the list stays.
-
-        The record and the recipe go first: without them, what is left of a run can be neither used nor resumed.
-        """
+        """Remove files of a run, and the folders of a run that are empty then; the list stays."""
+        # The record and the recipe first: without them, what is left of a run can be neither used nor resumed.
         for path in sorted({*paths} - {LIST}, key=lambda path: (path != RECORD, path != RECIPE)):
             (self / path).unlink(missing_ok=True)
         checkpoints = (self / CHECKPOINTS).glob("checkpoint-*")
@@ -163,7 +158,7 @@ class RunFolder:
             self.remove(gone)
         digests = digests_of(as_placed(recipe, self.path)).items()
         self.write(DIGESTS, "".join(f"{digest}  {stated(path, self.path)}\n" for path, digest in digests))
-        self.write(RECIPE, dump(recipe))
+        self.write(RECIPE, write_settings(to_mapping(recipe)))
 
     @by_the_first
     def save(self, loaded: Pretrained) -> None:

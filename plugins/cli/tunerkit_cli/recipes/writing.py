@@ -1,4 +1,4 @@
-"""Write recipes: a commented one to start from, and one as it was run."""
+"""The commented recipes to start from, as texts and in new files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +8,8 @@ from typing import Final
 
 from tunerkit import TunerkitError
 from tunerkit.errors import ConfigError, closest, shown
-from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, TASKS, VERSION, Recipe, to_mapping
+from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, TASKS, VERSION, Recipe
 from tunerkit_cli.recipes.schema import class_schema
-from tunerkit_cli.settings import write_settings
 from tunerkit_cli.tasks import GENERATED, task_of
 
 
@@ -123,8 +122,3 @@ def write_starter(task: str, path: Path) -> None:
     except (OSError, ValueError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else problem
         raise RecipeFileError(f"--out {path}: cannot be written: {reason}; choose another folder") from problem
-
-
-def dump(recipe: Recipe) -> str:
-    """Return a recipe as YAML, which `read_recipe` reads back to an equal one."""
-    return write_settings(to_mapping(recipe))

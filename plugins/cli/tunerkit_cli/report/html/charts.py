@@ -1,7 +1,4 @@
-"""Charts of curves, as SVG that stretches to the width of its box.
-
-The drawing has no text, as that would be stretched too: ticks and legend are HTML beside it.
-"""
+"""Charts of curves, as SVG that stretches to its box; texts would be stretched too, so that they are HTML beside it."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -74,11 +71,7 @@ def _decades(low: float, high: float) -> Sequence[float]:
 
 
 def chart(panel: Panel, *, x_values: Sequence[float] = ()) -> dict[str, Any]:
-    """Draw a panel, for the template. Its x-axis also shows ``x_values``, which charts side by side have in common.
-
-    ``lines`` are paths with their classes, and ``legend`` has texts with the same. ``strips`` are invisible stretches
-    of the x-axis over the whole height: start, width, and what hovering shows.
-    """
+    """Draw a panel, for the template. Its x-axis also shows ``x_values``, which charts side by side have in common."""
     points = [point for curve in panel.curves for point in curve.points]
     x_axis = fitted([*x_values, *(x for x, _ in points)], room=0.02)
     y_axis = fitted((y for _, y in points), is_log=panel.is_log, from_zero=panel.unit != "" and not panel.is_log)
@@ -92,9 +85,9 @@ def chart(panel: Panel, *, x_values: Sequence[float] = ()) -> dict[str, Any]:
         "label": _described(panel),
         "x_ticks": x_ticks,
         "y_ticks": y_ticks,
-        "lines": (("".join(at_ticks), "grid-line"), *curves),
+        "lines": (("".join(at_ticks), "grid-line"), *curves),  # paths, with their classes
         "strips": _strips(panel, x_axis),
-        "legend": _legend(panel, styles),
+        "legend": _legend(panel, styles),  # texts, with the classes of their lines
     }
 
 
@@ -137,7 +130,7 @@ def _lines(curve: Curve, style: str, x_axis: Axis, y_axis: Axis) -> Iterator[tup
 
 
 def _strips(panel: Panel, x_axis: Axis) -> Iterator[tuple[int, int, str]]:
-    """Yield the strips, with the values of all curves there."""
+    """Yield invisible stretches of the x-axis: start, width, and what hovering shows, the values of all curves."""
     steps = sorted({x for curve in panel.curves if curve.style != "mark" for x, _ in curve.points})
     count = min(len(steps), _MOST_STRIPS)
     steps = [steps[number * len(steps) // count] for number in range(count)]
@@ -150,19 +143,14 @@ def _strips(panel: Panel, x_axis: Axis) -> Iterator[tuple[int, int, str]]:
 def _values(panel: Panel, step: float) -> Iterator[str]:
     for curve in panel.curves:
         if curve.style != "faint" or not _are_many(panel):
-            x, y = _at(curve, step)
+            x, y = min(curve.points, key=lambda point: abs(point[0] - step))
+            if curve.style == "steps":  # each value holds until the next one
+                x, y = next((point for point in reversed(curve.points) if point[0] <= step), curve.points[0])
             holds = x == step or curve.style in ("steps", "mark")
             yield f"{curve.name}: {wording.number(y)}" + ("" if holds else f" (at {wording.number(int(x))})")
     there = [y for curve in panel.curves if curve.style == "faint" for x, y in curve.points if x == step]
     if there and _are_many(panel):
         yield f"from {wording.number(min(there))} to {wording.number(max(there))} in {len(there)} targets"
-
-
-def _at(curve: Curve, step: float) -> tuple[float, float]:
-    """Return the point of a curve that counts at a step: the last one before it if values hold, else the nearest."""
-    if curve.style == "steps":
-        return next((point for point in reversed(curve.points) if point[0] <= step), curve.points[0])
-    return min(curve.points, key=lambda point: abs(point[0] - step))
 
 
 def _described(panel: Panel) -> str:
