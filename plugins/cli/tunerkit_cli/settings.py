@@ -56,7 +56,7 @@ def given_value(given: str, name: str, schema: Mapping[str, Any] = _ANYTHING, su
         raise ConfigError([f"{name}: has {len(given)} characters; use at most {_MAX_BYTES}, or a file"])
     try:
         if suffix == ".json":
-            found = json.loads(given, object_pairs_hook=_once, parse_int=lambda text: int(_short(text)))
+            found = json.loads(given, object_pairs_hook=_once, parse_int=lambda text: int(_of_allowed_length(text)))
         else:
             found = _from_yaml(given, schema)
     except RecursionError as problem:
@@ -138,7 +138,7 @@ def _settle_(node: yaml.Node, schema: Mapping[str, Any], seen: set[int]) -> None
         node.tag = "tag:yaml.org,2002:str"
     elif node.tag in _NUMBERS:
         if node.tag.endswith("int"):
-            _short(node.value)
+            _of_allowed_length(node.value)
         other = "a text" if ":" in node.value else "decimal" if _OCTAL.fullmatch(node.value) else None
         if other is not None:
             base = "a number to base 60" if ":" in node.value else "octal"
@@ -168,7 +168,7 @@ def write_settings(settings: dict[str, object]) -> str:
     return yaml.dump(settings, Dumper=_Dumper, sort_keys=False)
 
 
-def _short(number: str) -> str:
+def _of_allowed_length(number: str) -> str:
     if len(number) > _LONGEST_NUMBER:
         raise ValueError(f"a whole number of {len(number):,} characters; use at most {_LONGEST_NUMBER}")
     return number
