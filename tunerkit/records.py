@@ -199,6 +199,8 @@ class Method:
             layer are active, their changes are added, with a warning.
         statistics: The statistics that `tunerkit.calibrate` measures before training, or a function that returns them
             for a config; None for no statistics.
+        stacks: Whether the method builds adapters for stacks of matrices, such as experts; see
+            `tunerkit.plugin.BaseLayer.stack`.
         pieces: Whether the method's hooks work on this process's shards of an adapter, see
             `tunerkit.plugin.Tuner.pieces`. For hooks of other methods, whole weights are gathered.
         foreign: Declarations for other packages, by package: for ``"peft"`` PEFT's names of tensors and settings, for
@@ -214,6 +216,7 @@ class Method:
     statistics: StatisticsRequest | Callable[[Any], StatisticsRequest | None] | None = attrs.field(
         default=None, kw_only=True, validator=_REQUEST
     )
+    stacks: bool = attrs.field(default=False, kw_only=True)
     pieces: bool = attrs.field(default=False, kw_only=True)
     foreign: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict, kw_only=True, repr=False)
 
@@ -337,7 +340,7 @@ class Delta:
     """The change that an adapter makes to its base layer's parameters, as dense tensors.
 
     Attributes:
-        weight: Added to the weight, (out, in), for a norm (out, 1); None adds nothing.
+        weight: Added to the weight, (out, in), for a norm (out, 1), for a stack (E, out, in); None adds nothing.
         bias: Added to the bias, (out,); None adds nothing.
     """
 
@@ -351,8 +354,8 @@ class Factors(NamedTuple):
     A tuple, so that a method's forward may build one under `torch.compile`.
 
     Attributes:
-        q: Q, (r, in).
-        p: P, (out, r).
+        q: Q, (r, in); (E, r, in) for a stack of E matrices.
+        p: P, (out, r); (E, out, r) for a stack.
     """
 
     q: Tensor
@@ -361,18 +364,19 @@ class Factors(NamedTuple):
     @property
     def rank(self) -> int:
         """r, the number of columns of P and of rows of Q; it may be 0."""
-        return self.q.shape[0]
+        return self.q.shape[-2]
 
     def triplets(self) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the SVD P Q = U Σ Vᵀ in fp64, from QR decompositions of P and Qᵀ, without the product itself.
 
         Returns:
-            U (out, k), Σ (k,) in descending order, and Vᵀ (k, in), where k is the smallest of r, out and in.
+            U (out, k), Σ (k,) in descending order, and Vᵀ (k, in), where k is the smallest of r, out and in; for a
+            stack, each with E first.
         """
         left, small_left = torch.linalg.qr(self.p.double())
-        right, small_right = torch.linalg.qr(self.q.double().T)
-        u, sigma, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
-        return left @ u, sigma, vh @ right.T
+        right, small_right = torch.linalg.qr(self.q.double().mT)
+        u, sigma, vh = torch.linalg.svd(small_left @ small_right.mT, full_matrices=False)
+        return left @ u, sigma, vh @ right.mT
 
 
 @attrs.frozen(eq=False, field_transformer=checked)

@@ -17,7 +17,13 @@ HOOKS = sorted(vars(_manager.hook))
 ALL_ARE_ASKED = {"tunerkit_methods", "tunerkit_base_layers", "tunerkit_ranks_changed"}
 ALL_ARE_ASKED |= {"tunerkit_weight_readers", "tunerkit_default_targets", "tunerkit_formats"}
 ALL_ARE_ASKED |= {"tunerkit_attach", "tunerkit_open_run", "tunerkit_engine", "tunerkit_holdings"}
-ALL_ARE_ASKED |= {"tunerkit_wrapped", "tunerkit_adapted", "tunerkit_unwrapped", "tunerkit_restrictions"}
+ALL_ARE_ASKED |= {
+    "tunerkit_prepare",
+    "tunerkit_wrapped",
+    "tunerkit_adapted",
+    "tunerkit_unwrapped",
+    "tunerkit_restrictions",
+}
 ALL_ARE_ASKED |= {"tunerkit_model_libraries", "tunerkit_reference"}
 
 
@@ -52,7 +58,14 @@ def test_the_hooks_stand_under_their_groups_in_the_order_of_the_data() -> None:
     assert found["Layer injection"] == [
         *("tunerkit_base_layers", "tunerkit_weight_readers", "tunerkit_default_targets"),
         *("tunerkit_model_libraries", "tunerkit_shared", "tunerkit_build_adapter"),
-        *("tunerkit_wrapped", "tunerkit_unwrapped", "tunerkit_adapted", "tunerkit_holdings", "tunerkit_restrictions"),
+        *(
+            "tunerkit_prepare",
+            "tunerkit_wrapped",
+            "tunerkit_unwrapped",
+            "tunerkit_adapted",
+            "tunerkit_holdings",
+            "tunerkit_restrictions",
+        ),
     ]
     assert found["Serialization"] == [
         *("tunerkit_delta", "tunerkit_factors", "tunerkit_from_factors", "tunerkit_open_run", "tunerkit_formats"),

@@ -54,9 +54,9 @@ def wrap(
     """
     if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**64):
         raise ConfigError([f"expected an int of 64 bits or None, got {type(seed).__name__} {seed!r} @ seed"])
-    root = injection.ready_model(model, adapter, trainable=True)
+    ready = injection.prepared(model, adapter, trainable=True)
     # A parameter created in inference mode cannot be trained.
-    with layers.weights.new_modules_whole(), torch.inference_mode(False):
+    with layers.weights.new_modules_whole(), torch.inference_mode(False), ready as root:
         _wrap(root, hooks.registry.named(method), config, adapter, seed)
     return model
 
@@ -126,7 +126,7 @@ def _choose(scanned: Scan, method: str, config: AdapterConfig, adapter: str) -> 
         layers=config.layers,
         trained=named,
         new=added,
-        adapts=hooks.registry.get(method).targets,
+        method=hooks.registry.get(method),
     )
     copies = (*named, *added)
     copied = [path for path, slots in places if not slots.copies.keys().isdisjoint(slots.active)]

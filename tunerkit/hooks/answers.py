@@ -298,8 +298,8 @@ def check_groups(answer: Any, given: Given) -> Any:
 
 def check_delta(answer: Delta, given: Given) -> Delta:
     """Raise `Unfit` for a delta of a wrong type, device or shape; broadcasting could hide a wrong shape."""
-    shape = (given["base"].out_features, given["base"].in_features)
-    for what, tensor, expected in (("weight", answer.weight, shape), ("bias", answer.bias, shape[:1])):
+    shape = given["base"].shape
+    for what, tensor, expected in (("weight", answer.weight, shape), ("bias", answer.bias, shape[:-1])):
         if tensor is not None:
             _check_tensor(tensor, f"a delta {what}", given["adapter"])
             if tensor.shape != expected:

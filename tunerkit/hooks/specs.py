@@ -164,6 +164,15 @@ def tunerkit_build_adapter(
 
 
 @hookspec
+def tunerkit_prepare(model: nn.Module) -> None:
+    """Prepare a model for the search for targets, for example with a child module for a stack of weights.
+
+    Fires in ``wrap`` and ``load`` before anything else, for each adapter; `tunerkit_unwrapped` undoes it, also if the
+    call fails. Do not change the model's output, weights or ``state_dict`` keys.
+    """
+
+
+@hookspec
 def tunerkit_wrapped(model: nn.Module) -> None:
     """Prepare a model for use by another library, after the model's first adapter was injected.
 
@@ -174,7 +183,7 @@ def tunerkit_wrapped(model: nn.Module) -> None:
 
 @hookspec
 def tunerkit_unwrapped(model: nn.Module) -> None:
-    """Undo the changes that `tunerkit_wrapped` made to a model.
+    """Undo the changes that `tunerkit_prepare` and `tunerkit_wrapped` made to a model.
 
     Fires when the last adapter was removed from a model, and for each copy of a module that is trained in full. It
     fires again after ``unwrap`` replaced layers by dense ones, and after an interrupted call.

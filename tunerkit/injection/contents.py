@@ -41,7 +41,7 @@ def factors_of(tuner: Tuner) -> dict[str, Factors]:
         assert slots is not None
         assert slots.base is not None
         base, adapter = slots.base, adapters[path]
-        shape = (base.out_features, base.in_features)
+        shape = base.shape
         # Deltas are large, so biases are checked for one target of each shape.
         if not is_complete and shape not in shapes:
             shapes.add(shape)

@@ -86,7 +86,7 @@ class Slots(nn.Module):
     """The slots of all adapters at one module, by adapter name."""
 
     base: BaseLayer | None  # the module as a base layer; None if no kind matches it
-    features: tuple[int, int] | None  # the base layer's (out, in) when it was adapted
+    features: tuple[int, ...] | None  # the base layer's shape when it was adapted
     active: tuple[str, ...]  # the adapters that forward applies, in order, unless disabled or merged
     enabled: bool  # False inside `tunerkit.disabled`
     merged: tuple[str, ...]  # the adapters that are merged into the module
@@ -102,15 +102,19 @@ class Slots(nn.Module):
         vars(self).update(active=(), enabled=True, merged=(), permanent=False, rounding=None, whole={}, parting=None)
         self.see_as(base)
 
+    def holder(self, module: nn.Module) -> nn.Module:
+        """Return the module that has the tensors of ``module``, which has these slots: for a stack, its owner."""
+        return module if self.base is None else self.base.holder
+
     def see_as(self, base: BaseLayer | None) -> None:
         """Set the module's base layer, and record its current sizes in ``features``."""
         self.base = base
-        self.features = None if base is None or not base.has_weight else (base.out_features, base.in_features)
+        self.features = None if base is None or not base.has_weight else base.shape
 
     def is_resized(self, module: nn.Module) -> bool:
         """Whether the module was resized after it was adapted."""
         if self.base is not None and self.features is not None:
-            return (self.base.out_features, self.base.in_features) != self.features
+            return self.base.shape != self.features
         own = dict(module.named_parameters())
         copied = (named for copy in self.copies.values() for named in copy.named_parameters() if named[0] in own)
         return any(whole_shape(own[name]) != whole_shape(parameter) for name, parameter in copied)

@@ -18,6 +18,8 @@ from tunerkit.records import Packing, Rounding
 class BaseLayer(abc.ABC):
     """Abstract. A view of ``module`` as a matrix W: (out, in), independent of the module's own layout and arithmetic.
 
+    W may also be a `stack` of E matrices, (E, out, in), such as experts; then q is (E, r, in) and p (E, out, r).
+
     Every kind obeys this law, for q (r, in) and p (out, r)::
 
         output with module.weight + pack(p @ q)  ==  output + project_out(project_in(x, q), p)
@@ -64,6 +66,22 @@ class BaseLayer(abc.ABC):
     def out_features(self) -> int:
         """Number of rows of W. A kind overrides it to avoid calling `dense`."""
         return self.dense().shape[0]
+
+    @property
+    def stack(self) -> int:
+        """E, the number of matrices in a stack; 0, the default, if W is one matrix."""
+        return 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of W: (out, in), or (E, out, in) for a stack."""
+        one = (self.out_features, self.in_features)
+        return (self.stack, *one) if self.stack else one
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module that has W as its parameter; by default `module` itself."""
+        return self.module
 
     @property
     def scale(self) -> float | Tensor:
@@ -195,8 +213,8 @@ class BaseLayer(abc.ABC):
         Raises:
             AdapterError: The module has no tensor with that name.
         """
-        found: Tensor | None = torch_private.own_parameters(self.module).get(name)
-        found = dict(self.module.named_buffers(recurse=False)).get(name) if found is None else found
+        found: Tensor | None = torch_private.own_parameters(self.holder).get(name)
+        found = dict(self.holder.named_buffers(recurse=False)).get(name) if found is None else found
         if found is None:
             raise AdapterError(f"a {type(self.module).__name__} has no parameter or buffer named {name!r}")
         return found

@@ -57,7 +57,7 @@ def add_low_rank(
     Returns:
         The sum, in the shape and dtype of ``y``; ``y`` itself for rank 0.
     """
-    if q.shape[0] == 0:
+    if q.shape[-2] == 0:
         return y
     if hasattr(y, MARK):  # the large output of a linear layer: the same sum, with less memory
         fused = add_fused(base, x, y, q=q, p=p, lam=lam, scale=scale, dropout=dropout)
@@ -152,11 +152,10 @@ def low_rank_delta(base: BaseLayer, *, q: Tensor, p: Tensor, scale: float, lam: 
     Raises:
         AdapterError: The shapes do not fit ``base``. The product alone would not detect this.
     """
-    expected = (base.out_features, base.in_features)
-    if (p.shape[0], q.shape[1]) != expected:
+    if (found := (*p.shape[:-1], q.shape[-1])) != base.shape:
         raise AdapterError(
-            f"P and Q give a delta of shape {(p.shape[0], q.shape[1])}, but the base layer has {expected}; "
-            "build p as (base.out_features, r) and q as (r, base.in_features)"
+            f"P and Q give a delta of shape {found}, but the base layer has {base.shape}; "
+            "build p as (base.out_features, r) and q as (r, base.in_features), each after base.stack if it is not 0"
         )
     wide = torch.promote_types(torch.promote_types(q.dtype, p.dtype), torch.float32)
     # Autocast would multiply in half precision, and the result of merging must not depend on the context.
@@ -179,13 +178,14 @@ def low_rank_factors(q: Tensor, p: Tensor, *, scale: float, lam: Tensor | None =
     """
     wide = torch.promote_types(torch.promote_types(q.dtype, p.dtype), torch.float32)
     q, p = fold(q.to(wide), p.to(wide), None if lam is None else lam.to(wide))
-    return Factors(q=q, p=scale * p) if p.shape[0] < q.shape[1] else Factors(q=scale * q, p=p)
+    return Factors(q=q, p=scale * p) if p.shape[-2] < q.shape[-1] else Factors(q=scale * q, p=p)
 
 
 def misfit(base: BaseLayer, product: Factors) -> tuple[str, str] | None:
     """Return a product's shapes and the shapes that ``base`` needs, for a message; None if they fit."""
-    q, p, rank = tuple(product.q.shape), tuple(product.p.shape), product.q.shape[:1]
-    if (q, p) == ((*rank, base.in_features), (base.out_features, *rank)):
+    q, p, rank, first = tuple(product.q.shape), tuple(product.p.shape), product.q.shape[-2:-1], base.shape[:-2]
+    if (q, p) == ((*first, *rank, base.in_features), (*first, base.out_features, *rank)):
         return None
-    needed = f"q (r, {base.in_features}) and p ({base.out_features}, r), with one r"
+    stacked = f"{base.stack}, " if base.stack else ""
+    needed = f"q ({stacked}r, {base.in_features}) and p ({stacked}{base.out_features}, r), with one r"
     return f"q of shape {q} and p of shape {p}", needed

@@ -47,9 +47,9 @@ def fold(q: Tensor, p: Tensor, lam: Tensor | None) -> tuple[Tensor, Tensor]:
     if lam is None:
         return q, p
     # Views: a product saves its factors for backward, and the ``data`` of a parameter may be replaced before that.
-    if q.shape[1] <= p.shape[0]:
-        return lam.unsqueeze(1) * q.view_as(q), p
-    return q, p.view_as(p) * lam.view_as(lam)
+    if q.shape[-1] <= p.shape[-2]:
+        return lam.unsqueeze(-1) * q.view_as(q), p
+    return q, p.view_as(p) * lam.unsqueeze(-2)
 
 
 def multiply(x: Tensor, w: Tensor) -> Tensor:

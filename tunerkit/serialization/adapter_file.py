@@ -277,8 +277,10 @@ def load(
         ConfigError: The method rejects the config in the file.
     """
     # A parameter created in inference mode cannot be trained.
-    with layers.weights.new_modules_whole(), torch.inference_mode(False):
-        return _load(base, path, adapter, trainable=trainable, check_config=check_config)
+    ready = injection.prepared(base, adapter, trainable=trainable)
+    with layers.weights.new_modules_whole(), torch.inference_mode(False), ready as root:
+        _load(root, path, adapter, trainable=trainable, check_config=check_config)
+    return base
 
 
 def open_unloaded(skeleton: M, path: str | os.PathLike[str], *, format: Format | None = None) -> M:
@@ -287,11 +289,13 @@ def open_unloaded(skeleton: M, path: str | os.PathLike[str], *, format: Format |
     The adapter itself is on the CPU. Only names, shapes and settings of the base are compared. ``format`` overrides
     the format detected at ``path``.
     """
-    return _load(skeleton, path, "default", unloaded=True, format=format)
+    with injection.prepared(skeleton, "default", trainable=False) as root:
+        _load(root, path, "default", unloaded=True, format=format)
+    return skeleton
 
 
 def _load(
-    base: M,
+    root: nn.Module,
     path: str | os.PathLike[str],
     adapter: str,
     *,
@@ -299,8 +303,7 @@ def _load(
     check_config: bool = True,
     unloaded: bool = False,
     format: Format | None = None,
-) -> M:
-    root = injection.ready_model(base, adapter, trainable=trainable)
+) -> None:
     format = format or format_at(path)
     file = None if format is not None else read(path, content="adapter")
     scanned = targets.scan(root, hooks.gather_knowledge(), unloaded=unloaded)
@@ -331,7 +334,6 @@ def _load(
             steps.watch_(tuner)
         undo.pop_all()
     warn_of_lone(tuner)
-    return base
 
 
 def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tuner:
@@ -341,8 +343,7 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
     except TargetError as error:
         raise BaseMismatchError(f"{source} was trained on another base model: {error}") from error
     chosen, copies, biases = (targets.from_paths(scanned, paths) for paths in header.places.values())
-    adapts = hooks.registry.get(header.method).targets
-    refuse_places(scanned, chosen, header.copies, source, adapts=adapts)
+    refuse_places(scanned, chosen, header.copies, source, method=hooks.registry.get(header.method))
     if (owner := hooks.registry.owner_of(header.method).distribution) not in header.versions:
         others = few([*(header.versions.keys() - {"tunerkit", "torch"})], shown=2)
         if others and hooks.IN_PROCESS not in (owner, others):  # an in-process plugin may be a distribution later

@@ -57,7 +57,7 @@ def adopt(
     _refuse_biases(found, scanned, source)
     method, remarks = _method_of(found, source)
     chosen = _targets_of(places, scanned, source)
-    refuse_places(scanned, chosen, copies, source, adapts=hooks.registry.get(method).targets)
+    refuse_places(scanned, chosen, copies, source, method=hooks.registry.get(method))
     bases = {target.path: base for target in chosen if (base := scanned.by_path[target.path].base) is not None}
     products = _products(found, format, bases, other_base) if found.factors else {}
     factors = {f"{at} ({name})": each for at, own in products.items() for name, each in own._asdict().items()}

@@ -18,7 +18,7 @@ from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetEr
 from tunerkit.injection import Tuner, base_modules, places_in, walk
 from tunerkit.layers import BaseLayer, as_base_layers, is_packed, torch_private, weights, whole_shape
 from tunerkit.paths import few, is_adapter_path, is_under, join
-from tunerkit.records import Target
+from tunerkit.records import Method, Target
 from tunerkit.serialization.header import Header
 from tunerkit.serialization.tensor_checks import resize_hint
 from tunerkit.targets import Scan
@@ -100,13 +100,15 @@ def _base_weights(
     biased = {join(place.path, layers.bias_name(bases.get(place.module))) for place in tuner.biases}
     found: dict[str, Tensor] = {}
     packed: dict[str, dict[str, Any]] = {}
-    for path, module, slots in places_in(tuner.model):
+    places = places_in(tuner.model)
+    held = {(slots.base.holder, slots.base.weight_name): slots for _, _, slots in places if slots and slots.base}
+    for path, module, slots in places:
         if is_under(path, left_out):
             continue
         base = bases.get(module)
         if base is not None and base.packing is not None:
             own = {base.bias_name: base.bias()}
-            shape = [base.out_features, base.in_features]
+            shape = [*base.shape]
             packed[join(path, "weight")] = {"shape": shape, "dtype": base.packing.name, "sample": []}
         else:
             own, buffers = dict(torch_private.own_parameters(module)), dict(module.named_buffers(recurse=False))
@@ -119,6 +121,7 @@ def _base_weights(
             if not tensor.numel() and weights.emptied([tensor]) is not None:  # `gathered` needs the Parameter object
                 found[name] = tensor
             else:
+                slots = held.get((module, leaf), slots)
                 found[name] = tensor.detach() if slots is None else slots.original(leaf, tensor)
     return found, packed
 
@@ -243,11 +246,11 @@ def base_values(tuner: Tuner) -> dict[str, Tensor]:
 
 
 def refuse_places(
-    scanned: Scan, chosen: Sequence[Target], copies: Sequence[str], source: str, *, adapts: str = "weights"
+    scanned: Scan, chosen: Sequence[Target], copies: Sequence[str], source: str, *, method: Method
 ) -> None:
     """Raise `TargetError` if this model's modules cannot take the adapters and copies of the file ``source``."""
     try:
-        targets.refuse_unfit(scanned, chosen, adapts=adapts)
+        targets.refuse_unfit(scanned, chosen, method=method)
         targets.refuse_tied(scanned, copies)
     except TargetError as error:
         raise TargetError(f"{source} cannot be loaded onto this model: {error}") from error

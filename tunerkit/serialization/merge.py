@@ -199,8 +199,8 @@ def refuse_unmergeable(model: nn.Module) -> None:
 
 def _obstacles(module: nn.Module, slots: Slots) -> Iterator[str]:
     """Yield the reasons why nothing can be merged into a module now (sentence fragments)."""
-    kind = type(module).__name__
-    if (holder := weights.offloading(module)) is not None:
+    kind, held = type(module).__name__, slots.holder(module)
+    if (holder := weights.offloading(held)) is not None:
         yield f"{holder.name} offloads its weights; {holder.way_out}, which loads them, and then merge"
     for hook in torch_private.hooks_before(module, injection.apply_slots):
         yield (
@@ -208,11 +208,11 @@ def _obstacles(module: nn.Module, slots: Slots) -> Iterator[str]:
             "was registered with prepend=True after tunerkit.wrap, so a merge would change the output that it gets. "
             "Remove it, merge, and register it again; or register it without prepend"
         )
-    if slots.base is not None and any(own.is_meta for own in module.parameters(recurse=False)):
+    if slots.base is not None and any(own.is_meta for own in held.parameters(recurse=False)):
         yield "its weight is on the meta device; load the weights first"
-    if (holder := weights.lender(module)) is not None:
-        yield str(holder.lent(module))
-    if _is_packed(slots) and (holder := weights.sharding(module.parameters())) is not None:
+    if (holder := weights.lender(held)) is not None:
+        yield str(holder.lent(held))
+    if _is_packed(slots) and (holder := weights.sharding(held.parameters())) is not None:
         yield (
             f"its quantized weight is sharded by {holder.name}, and a single shard cannot be dequantized. Save the "
             "adapter, load it onto the base in one process, and merge there"
@@ -274,14 +274,14 @@ def _merged_tensors(places: Places) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     wrong: list[str] = []
     for path, module, slots in places:
-        with weights.gathered(module) as part:
+        with weights.gathered(slots.holder(module)) as part:
             tensors = injection.adapted_tensors(path, module, slots)
             bias = None if slots.base is None else slots.base.bias_name
             if bias in tensors and torch_private.own_parameters(module).get(bias) is None:
                 raise AdapterError(f"cannot merge into {path!r}: the adapter adds a bias and the base layer has none")
             # Packed ones were checked by `BaseLayer.merged` before they were packed.
             plain = {name: tensor for name, tensor in tensors.items() if not _is_stored(slots, name)}
-            wrong += [join(path, name) for name in nonfinite(plain, _own_tensors(module))]
+            wrong += [join(path, name) for name in nonfinite(plain, _own_tensors(slots.holder(module)))]
             found.append({name: part(name, tensor) for name, tensor in tensors.items()})
     if wrong:
         raise AdapterError(
@@ -307,7 +307,7 @@ def _write_(module: nn.Module, slots: Slots, values: dict[str, Any], *, apart: b
     """
     if slots.parting is not None:
         slots.parting.set_(apart=apart)
-    own = _own_tensors(module)
+    own = _own_tensors(slots.holder(module))
     for name, value in values.items():
         if _is_stored(slots, name):
             assert slots.base is not None
@@ -320,11 +320,11 @@ def _write_(module: nn.Module, slots: Slots, values: dict[str, Any], *, apart: b
 
 def _values(module: nn.Module, slots: Slots, names: Iterable[str]) -> dict[str, Any]:
     """Return the current values of ``names``, to restore them later; shards are copied, as merging overwrites them."""
-    own = _own_tensors(module)
+    own = _own_tensors(slots.holder(module))
     found: dict[str, Any] = {}
     for name in names:
         if _is_stored(slots, name):
-            found[name] = getattr(module, name)
+            found[name] = getattr(slots.holder(module), name)
         else:
             part = weights.part_of(own[name])
             found[name] = own[name].data if part is None else part.clone()

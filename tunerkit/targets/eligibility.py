@@ -12,7 +12,7 @@ from tunerkit.errors import PluginError, TargetError, warn
 from tunerkit.extras import QUANTISED, distribution, install, quantiser
 from tunerkit.layers import NormLayer, forward_owner, is_packed, torch_private, weights, whole_shape
 from tunerkit.paths import is_number, is_under, join, parent
-from tunerkit.records import Target
+from tunerkit.records import Method, Target
 from tunerkit.targets.scan import Scan, ScannedModule
 
 _ATTENTION = "nn.MultiheadAttention with its own forward may use its weights in other ways, so it cannot be adapted"
@@ -24,11 +24,13 @@ _READ_AND_OFFLOADED = "is offloaded, and its weight is used directly, bypassing 
 _is_meta = operator.attrgetter("is_meta")
 
 
-def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *, adapts: str) -> str | None:
+def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *, method: Method | None) -> str | None:
     """Return why a module cannot be adapted together with ``others`` (a fragment that follows its path), or None."""
-    if adapts != "weights":
-        return _output_obstacle(found) or (_NO_NORM if adapts == "norms" and not is_norm(found) else None)
     module, base = found.module, found.base
+    if base is not None and base.stack and method is not None and not method.stacks:
+        return f"is a stack of {base.stack} matrices, which method {method.name!r} does not adapt"
+    if method is not None and method.targets != "weights":
+        return _output_obstacle(found) or (_NO_NORM if method.targets == "norms" and not is_norm(found) else None)
     attends = isinstance(module, nn.MultiheadAttention)
     if base is None and attends:
         return _SEPARATE if forward_owner(module) is nn.MultiheadAttention else _ATTENTION
@@ -42,7 +44,7 @@ def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *,
         return obstacle
     if (found.reading_owner is not None or attends) and weights.offloading(module):
         return _READ_AND_OFFLOADED
-    own = torch_private.parameters_of(module)
+    own = torch_private.parameters_of(base.holder)
     usual = isinstance(module, nn.Linear | nn.Embedding) or torch_private.is_convolution(module)
     if usual and "weight" not in own:
         return "has a weight computed from others (a parametrization), which cannot be adapted yet"
@@ -171,11 +173,11 @@ def lines(reasons: Mapping[str, str | None]) -> list[str]:
     ]
 
 
-def refuse_unfit(scanned: Scan, targets: Iterable[Target], *, adapts: str = "weights") -> None:
+def refuse_unfit(scanned: Scan, targets: Iterable[Target], *, method: Method | None = None) -> None:
     """Raise `TargetError` with every target that a method cannot adapt. Tied modules are allowed if all are targets."""
     found = {target.path: scanned.by_path[target.path] for target in targets}
     paths = {each.path for each in found.values()}
-    refuse(lines({path: obstacle_at(each, scanned, paths, adapts=adapts) for path, each in found.items()}))
+    refuse(lines({path: obstacle_at(each, scanned, paths, method=method) for path, each in found.items()}))
 
 
 def refuse_tied(scanned: Scan, paths: Collection[str]) -> None:

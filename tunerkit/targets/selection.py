@@ -4,6 +4,7 @@ If a module that matches a plain name cannot be adapted, that is an error. Globs
 and the defaults leave such modules out, with one warning that lists them.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final
 
@@ -12,17 +13,21 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tunerkit.errors import TargetError, closest, shown, warn
+from tunerkit.extras import install
 from tunerkit.layers import torch_private, whole_shape
 from tunerkit.paths import few, is_under, join
 from tunerkit.patterns import Matcher, is_broad, is_exact, matcher
-from tunerkit.records import Target
+from tunerkit.records import Method, Target
 from tunerkit.targets.eligibility import is_norm, lines, obstacle_at, refuse
 from tunerkit.targets.scan import SEARCHED, Scan, ScannedModule
 
 ALL_LINEAR: Final = "all-linear"
 _HEAD = "nn.MultiheadAttention in an output head, which is adapted only by a plain name"
 _ROOT = "is the model itself, and only modules inside the model can be targets; put it into an nn.Sequential first"
-_STACK = "is a stack of matrices in one parameter (such as experts or attention heads), which cannot be adapted yet"
+_STACK = (
+    "is a stack of matrices in one parameter (such as experts or attention heads), and no installed plugin describes "
+    f"its class; tunerkit-experts describes most experts: {install('experts')}"
+)
 _TRAINED = "is trained in full (train_modules); exclude it from the targets, or remove it from train_modules"
 _NOTHING = 'there is nothing to adapt: no module is left (never output heads; never convolutions with "all-linear")'
 
@@ -35,12 +40,17 @@ class _Scope:
     free: Sequence[ScannedModule]  # possible targets
     trained: Sequence[ScannedModule]  # modules trained in full
     stacks: Sequence[str]  # full names of parameters with a stack of matrices
-    adapts: str  # see `Method.targets`
+    method: Method | None  # the method that adapts them; None for any method that adapts weights
     named: Collection[str] = ()  # paths in `free` that plain names match: only these may have tied weights
 
     def obstacle_at(self, each: ScannedModule) -> str | None:
         """Return why the module cannot be a target; None if it can."""
-        return obstacle_at(each, self.scanned, self.named, adapts=self.adapts)
+        return obstacle_at(each, self.scanned, self.named, method=self.method)
+
+    @property
+    def adapts(self) -> str:
+        """What the method adapts, see `Method.targets`."""
+        return "weights" if self.method is None else self.method.targets
 
 
 def select(
@@ -51,7 +61,7 @@ def select(
     layers: Sequence[int] | None = None,
     trained: Collection[str] = (),
     new: Collection[str] = (),
-    adapts: str = "weights",
+    method: Method | None = None,
 ) -> tuple[Target, ...]:
     """Select the targets, in the model's order. One warning lists the modules that broad patterns leave out.
 
@@ -76,7 +86,7 @@ def select(
         raise TargetError('targets is empty; name modules, use "all-linear", or leave it out for the default')
     plain = [matcher(name) for name in patterns if name is not None and _insists(name)]
     named = {each.path for match in plain for each in matching(free, match)} if scanned.sharers else ()
-    scope = _Scope(scanned, free, full, list(_stacks(free)) if adapts == "weights" else [], adapts, named)
+    scope = _Scope(scanned, free, full, list(_stacks(scanned, free)), method, named)
     found, refused, passed_over = set[str](), dict[str, str](), dict[str, str]()
     if scanned.root.base is not None and not {None, ALL_LINEAR}.isdisjoint(patterns):
         # If the model itself is a layer, it cannot be a target.
@@ -102,14 +112,16 @@ def _insists(pattern: str | None) -> bool:
     return pattern not in (None, ALL_LINEAR) and (not is_broad(pattern) or is_exact(pattern))
 
 
-def _stacks(modules: Iterable[ScannedModule]) -> Iterator[str]:
-    """Yield the full names of parameters that are stacks of matrices, in modules that are not base layers."""
+def _stacks(scanned: Scan, modules: Iterable[ScannedModule]) -> Iterator[str]:
+    """Yield the full names of parameters that are stacks of matrices and not the weight of a base layer."""
+    held = {(each.base.holder, each.base.weight_name) for each in scanned.modules if each.base is not None}
     for each in modules:
         unstacked = isinstance(each.module, ParametrizationList) or torch_private.is_convolution(each.module)
         if each.base is None and not unstacked:
             for name, tensor in torch_private.parameters_of(each.module).items():
                 shape = whole_shape(tensor)
-                if len(shape) >= 3 and min(shape) > 1 and "embed" not in name:  # not class tokens or positions
+                is_stack = len(shape) >= 3 and min(shape) > 1 and (each.module, name) not in held
+                if is_stack and "embed" not in name:  # not class tokens or positions
                     yield join(each.path, name)
 
 
@@ -162,12 +174,12 @@ def _choose_linear(scope: _Scope, match: Matcher = lambda path: True) -> _Choice
             obstacle = scope.obstacle_at(each)
             if _is_linear(each) if obstacle is None else _may_be_linear(each):
                 yield each.path, obstacle
-    yield from ((name, _STACK) for name in scope.stacks)
+    yield from ((name, _STACK) for name in scope.stacks if scope.adapts == "weights")
 
 
 def _choose_matching(scope: _Scope, pattern: str, problems: list[str]) -> _Choices:
     match = matcher(pattern)
-    matched = matching(scope.scanned.modules, match)
+    matched = _with_stacks(scope.scanned, matching(scope.scanned.modules, match))
     if not matched:
         candidates = (each for each in scope.scanned.modules if scope.adapts != "weights" or each.base is not None)
         problems.append(unknown(pattern, scope.scanned, candidates, told=len(problems), others=[ALL_LINEAR]))
@@ -181,7 +193,16 @@ def _choose_matching(scope: _Scope, pattern: str, problems: list[str]) -> _Choic
         if None not in obstacles.values():
             problems += [f"{pattern!r} matches nothing that can be adapted:", *lines(obstacles)]
         yield from _choose_broadly(scope, matched)
-    yield from ((name, _STACK) for name in scope.stacks if match(name))
+    yield from ((name, _STACK) for name in scope.stacks if scope.adapts == "weights" and match(name))
+
+
+def _with_stacks(scanned: Scan, matched: Sequence[ScannedModule]) -> list[ScannedModule]:
+    """Return the matched modules, with the stacks that one holds, such as experts, in its place."""
+    held: dict[nn.Module, list[ScannedModule]] = defaultdict(list)
+    for each in scanned.modules:
+        if each.base is not None and each.base.stack:
+            held[each.base.holder].append(each)
+    return [found for each in matched for found in held.get(each.module, [each])]
 
 
 def _choose_broadly(scope: _Scope, modules: Iterable[ScannedModule]) -> _Choices:
