@@ -17,7 +17,7 @@ DEMO_LM_OUT ?= out/demo-lm
 
 BIN := .venv/bin
 CORE := .venv-core$(TORCH)
-NAMES := lora adalora methods peft gguf diffusers quant cli testing serving transformers distributed verbs
+NAMES := lora adalora methods peft gguf diffusers quant cli testing serving transformers distributed experts verbs
 PROJECTS := pyproject.toml $(NAMES:%=plugins/%/pyproject.toml)
 PLUGINS := $(NAMES:%=-e plugins/%)
 PYTEST := -m pytest -n $(WORKERS) $(PYTEST_ARGS)

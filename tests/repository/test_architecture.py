@@ -52,7 +52,18 @@ DOORS = (f"{CORE}.plugin.engines", f"{CORE}.plugin.trainers")
 # The plugins that take nothing else; the command and what extends it are built on more.
 OUTSIDE = [
     f"tunerkit_{name}"
-    for name in ("lora", "adalora", "peft", "gguf", "diffusers", "quant", "transformers", "distributed", "verbs")
+    for name in (
+        "lora",
+        "adalora",
+        "peft",
+        "gguf",
+        "diffusers",
+        "quant",
+        "transformers",
+        "distributed",
+        "experts",
+        "verbs",
+    )
 ]
 LIBRARIES = frozenset(
     {"transformers", "accelerate", "timm", "diffusers", "torchvision", "peft", "trl", "bitsandbytes", "deepspeed"}

@@ -6,8 +6,9 @@ follow the data flow: *Layer injection* builds adapters, *Step callbacks* train 
 them. When they fire::
 
     tunerkit.wrap(model, "method", config)                # tunerkit_methods, once per process
-                                                          # tunerkit_base_layers, tunerkit_weight_readers,
-                                                          # tunerkit_default_targets, tunerkit_model_libraries:
+                                                          # tunerkit_prepare; tunerkit_base_layers,
+                                                          # tunerkit_weight_readers, tunerkit_default_targets,
+                                                          # tunerkit_model_libraries:
                                                           # the model is scanned once
                                                           # tunerkit_shared, once; tunerkit_build_adapter per target
                                                           # tunerkit_wrapped, for the first adapter

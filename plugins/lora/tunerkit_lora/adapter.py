@@ -11,17 +11,29 @@ from tunerkit.plugin import Adapter, BaseLayer, Factors, add_low_rank, low_rank_
 
 
 class LoraAdapter(Adapter):
-    """Adds scale · b a x to the base layer's output, with ``a`` (r, in) and ``b`` (out, r)."""
+    """Adds scale · b a x to the base layer's output, with ``a`` (r, in) and ``b`` (out, r).
+
+    For a ``stack`` of E matrices, each has its own: ``a`` (E, r, in) and ``b`` (E, out, r).
+    """
 
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
 
     def __init__(
-        self, *, in_features: int, out_features: int, rank: int, scale: float, dropout: float, start: str
+        self,
+        *,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        scale: float,
+        dropout: float,
+        start: str,
+        stack: int = 0,
     ) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.empty(rank, in_features))
-        self.b = nn.Parameter(torch.zeros(out_features, rank))
+        first = (stack,) if stack else ()
+        self.a = nn.Parameter(torch.empty(*first, rank, in_features))
+        self.b = nn.Parameter(torch.zeros(*first, out_features, rank))
         self.scale = scale
         self.dropout = dropout
         if rank == 0:
@@ -29,11 +41,12 @@ class LoraAdapter(Adapter):
         if start == "gaussian":
             nn.init.normal_(self.a, std=1 / rank)
         else:
-            nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+            for one in self.a.detach().view(-1, rank, in_features):  # torch would take a stack for a convolution
+                nn.init.kaiming_uniform_(one, a=math.sqrt(5))
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[-2]
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
@@ -44,7 +57,7 @@ class LoraAdapter(Adapter):
 
     @torch.no_grad()
     def set_(self, product: Factors) -> None:
-        """Set A to ``product.q`` (r, in) and B to ``product.p`` (out, r)."""
+        """Set A to ``product.q`` (r, in) and B to ``product.p`` (out, r), or those of a stack."""
         self.a.copy_(product.q)
         self.b.copy_(product.p)
 
@@ -56,14 +69,15 @@ class LoraAdapter(Adapter):
 class MovedLora(LoraAdapter):
     """A `LoraAdapter` whose rank `tunerkit.calibrate` may change."""
 
-    rank_dims: ClassVar[Mapping[str, int]] = {"a": 0, "b": 1}
+    rank_dims: ClassVar[Mapping[str, int]] = {"a": -2, "b": -1}
 
 
 def adapter_of(product: Factors, *, scale: float) -> LoraAdapter:
-    """Build the adapter whose ΔW is ``product``: q (r, in), p (out, r)."""
+    """Build the adapter whose ΔW is ``product``: q (r, in), p (out, r), or those of a stack."""
     adapter = LoraAdapter(
-        in_features=product.q.shape[1],
-        out_features=product.p.shape[0],
+        in_features=product.q.shape[-1],
+        out_features=product.p.shape[-2],
+        stack=len(product.q) if product.q.ndim == 3 else 0,
         rank=product.rank,
         scale=scale,
         dropout=0.0,

@@ -14,7 +14,7 @@ from tunerkit_lora.subtracted import SubtractedLora
 @hookimpl
 def tunerkit_methods() -> Iterable[Method]:
     """Register the method."""
-    return [Method(name="lora", config=LoraConfig, statistics=LoraConfig.request)]
+    return [Method(name="lora", config=LoraConfig, statistics=LoraConfig.request, stacks=True)]
 
 
 @hookimpl

@@ -62,8 +62,12 @@ def build(path: str, base: BaseLayer, config: LoraConfig, *, loading: bool) -> L
         loading: Whether a file's values replace the initial ones, which are then not computed.
 
     Raises:
-        TargetError: The rank is larger than the start supports.
+        TargetError: The rank is larger than the start supports, or the start does not support stacks.
     """
+    if base.stack and config.start not in RANDOM:
+        raise TargetError(
+            f"start {config.start!r} does not support a stack of matrices; set start='kaiming', or exclude the stack"
+        )
     rank, scale = config.rank_at(path), config.scale_at(path)
     sizes = {"in_features": base.in_features, "out_features": base.out_features}
     if config.start not in RANDOM and not loading:
@@ -71,7 +75,7 @@ def build(path: str, base: BaseLayer, config: LoraConfig, *, loading: bool) -> L
     moves = config.most > 1  # a file may have other ranks than the config
     if config.start in (*RANDOM, "eva", "loftq"):
         plain = (MovedLora if moves else LoraAdapter)(
-            **sizes, rank=rank, scale=scale, dropout=config.dropout, start=config.start
+            **sizes, rank=rank, scale=scale, dropout=config.dropout, start=config.start, stack=base.stack
         )
         if config.start == "loftq" and not loading:
             plain.set_(principal(lost(path, base, config.original), rank, scale))

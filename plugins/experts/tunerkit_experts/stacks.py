@@ -1,0 +1,124 @@
+"""Stacks: the child modules that stand for stacked weights of experts, and their base-layer kind."""
+
+from typing import ClassVar
+
+import attrs
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tunerkit.plugin import AdapterError, BaseLayer
+from tunerkit_experts.routes import Route, multiply
+from tunerkit_experts.transformers_private import grouped_linear
+
+NAME = "stacks"  # of the child of an experts module
+
+
+class Stack(nn.Module):
+    """A child without parameters that computes the product with one stacked weight of its owner.
+
+    Attributes:
+        name: The name of the owner's parameter, whose bias has the name ``f"{name}_bias"``.
+        is_transposed: Whether the parameter is (E, in, out) instead of (E, out, in).
+        in_features: The features of a row.
+        out_features: The features of its output.
+        count: E, the number of experts.
+        route: The route of the rows, while a forward runs; else None.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, *, is_transposed: bool) -> None:
+        super().__init__()
+        shape = owner.get_parameter(name).shape
+        self.count, self.out_features, self.in_features = shape if not is_transposed else (shape[0], *shape[:0:-1])
+        self.name, self.is_transposed = name, is_transposed
+        self.route: Route | None = None
+        vars(self)["owner"] = owner  # not a child, which would make a circle
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that has the parameter."""
+        found: nn.Module = vars(self)["owner"]
+        return found
+
+    def multiply(self, owner: nn.Module, rows: Tensor, route: Route) -> Tensor:
+        """Call this module for ``rows`` (N, in) of ``route``, with the weight that ``owner`` has now."""
+        self.route = route
+        try:
+            product: Tensor = self(rows, getattr(owner, self.name), getattr(owner, f"{self.name}_bias", None))
+        finally:
+            self.route = None
+        return product
+
+    def forward(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply the rows by their experts' matrices, and add the bias, as transformers does: (N, out)."""
+        route = self.route
+        assert route is not None
+        if route.form == "grouped_mm":
+            added = None if bias is None else bias[route.ids]
+            return grouped_linear(rows, weight, route.ends, added, is_transposed=self.is_transposed)
+        if route.form == "batched_mm":
+            chosen = weight[route.ids].mT if self.is_transposed else weight[route.ids]
+            product = (chosen @ rows.unsqueeze(-1)).squeeze(-1)
+            return product if bias is None else product + bias[route.ids]
+        product = multiply(rows, weight.mT if self.is_transposed else weight, route)
+        return product if bias is None else product + bias[route.ids]
+
+    def extra_repr(self) -> str:
+        return f"{self.count} x ({self.out_features}, {self.in_features})"
+
+
+@attrs.frozen(eq=False)
+class StackLayer(BaseLayer):
+    """The base-layer kind of a `Stack`: W (E, out, in) is the parameter of its owner."""
+
+    forwards: ClassVar[tuple[str, ...]] = (f"{Stack.__module__}.{Stack.__qualname__}",)
+
+    module: Stack
+
+    @property
+    def weight_name(self) -> str:  # type: ignore[override]  # the same name for all modules of other kinds
+        return self.module.name
+
+    @property
+    def holder(self) -> nn.Module:
+        return self.module.owner
+
+    @property
+    def stack(self) -> int:
+        return len(self.tensor(self.weight_name))
+
+    @property
+    def in_features(self) -> int:
+        return self.tensor(self.weight_name).shape[1 if self.module.is_transposed else 2]
+
+    @property
+    def out_features(self) -> int:
+        return self.tensor(self.weight_name).shape[2 if self.module.is_transposed else 1]
+
+    def obstacle(self) -> str | None:
+        owner = self.module.owner
+        if getattr(owner, "_is_expert_parallel", False):
+            return "is sharded by expert parallelism, which adapters do not support; load the model without it"
+        if not self.tensor(self.weight_name).is_floating_point():
+            return "is a stack of packed weights, which no installed plugin can adapt"
+        return None
+
+    def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
+        """Compute Q x with each row's own Q: (N, in) to (N, r)."""
+        return multiply(F.dropout(x, dropout) if dropout > 0 else x, q, self._route())
+
+    def project_out(self, h: Tensor, p: Tensor) -> Tensor:
+        """Compute P h with each row's own P: (N, r) to (N, out)."""
+        return multiply(h, p, self._route())
+
+    def dense(self) -> Tensor:
+        weight = self.tensor(self.weight_name).detach()
+        return weight.mT if self.module.is_transposed else weight
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """Transpose each matrix, if the parameter is (E, in, out)."""
+        return weight.mT if self.module.is_transposed else weight
+
+    def _route(self) -> Route:
+        if self.module.route is None:
+            raise AdapterError("a stack of experts has no rows outside a forward of its owner")
+        return self.module.route

@@ -1,0 +1,30 @@
+"""Names of transformers that its documentation does not promise, in one file."""
+
+from typing import Any
+
+from torch import Tensor
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None, *, is_transposed: bool) -> Tensor:
+    """Compute the products of transformers' implementation "grouped_mm", so that adapters change no bit of the base.
+
+    Args:
+        x: Rows, (N, in), sorted by expert.
+        weight: (E, out, in), or (E, in, out) if ``is_transposed``.
+        ends: The end of each expert's rows, (E,) int32.
+        bias: The bias of each row, (N, out), or None.
+        is_transposed: The layout of ``weight``.
+    """
+    from transformers.integrations.moe import _grouped_linear
+
+    product: Tensor = _grouped_linear(x, weight, ends, bias=bias, is_transposed=is_transposed)
+    return product
+
+
+def interface() -> Any:
+    """Return the register of experts functions; None if transformers is missing or older than 5.0."""
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError:
+        return None
+    return ALL_EXPERTS_FUNCTIONS
