@@ -10,8 +10,10 @@ _MAMBA = ("in_proj", "out_proj")
 
 DEFAULT_TARGETS = (
     DefaultTargets(
-        ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss", "llama4_text", "phimoe", "ernie4_5_moe")
-        + ("glm4_moe", "dots1", "minimax", "flex_olmo", "hunyuan_v1_moe"),
+        (
+            *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss", "llama4_text", "phimoe"),
+            *("ernie4_5_moe", "glm4_moe", "dots1", "minimax", "flex_olmo", "hunyuan_v1_moe"),
+        ),
         (*_ATTENTION, *_EXPERTS),
     ),
     DefaultTargets(("deepseek_v2", "deepseek_v3", "longcat_flash"), (*_ATTENTION, *_LATENT, *_EXPERTS)),

@@ -66,6 +66,7 @@ class Stacks(nn.Module):
 
 def put_stacks_(model: nn.Module) -> None:
     """Give each experts module in ``model`` its `Stacks`, and make it run them. Modules with them stay as they are."""
+    experts: Any  # their class is transformers' or an author's
     for experts in list(model.modules()):
         if isinstance(getattr(experts, NAME, None), Stacks):
             continue
@@ -94,7 +95,7 @@ def remove_stacks_(model: nn.Module, kept: Callable[[nn.Module], bool] = lambda 
             delattr(experts, NAME)
 
 
-def _stated(experts: nn.Module) -> dict[str, bool]:
+def _stated(experts: Any) -> dict[str, bool]:
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     return dict.fromkeys((first, "down_proj"), bool(experts.is_transposed))
 
@@ -106,7 +107,8 @@ def _run_described(experts: nn.Module, owner: str, /, *args: Any, **kwargs: Any)
         raise AdapterError(f"the layout of {owner} is not described in this process; import the plugin that does it")
 
     def multiply(name: str, rows: Tensor, route: Route) -> Tensor:
-        product: Tensor = stacks.get_submodule(name).multiply(experts, rows, route)
-        return product
+        stack = stacks.get_submodule(name)
+        assert isinstance(stack, Stack)
+        return stack.multiply(experts, rows, route)
 
     return _DESCRIBED[owner].forward(experts, multiply, *args, **kwargs)

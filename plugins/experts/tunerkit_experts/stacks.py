@@ -27,8 +27,8 @@ class Stack(nn.Module):
 
     def __init__(self, owner: nn.Module, name: str, *, is_transposed: bool) -> None:
         super().__init__()
-        shape = owner.get_parameter(name).shape
-        self.count, self.out_features, self.in_features = shape if not is_transposed else (shape[0], *shape[:0:-1])
+        self.count, *sizes = owner.get_parameter(name).shape
+        self.out_features, self.in_features = reversed(sizes) if is_transposed else sizes
         self.name, self.is_transposed = name, is_transposed
         self.route: Route | None = None
         vars(self)["owner"] = owner  # not a child, which would make a circle
