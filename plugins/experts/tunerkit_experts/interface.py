@@ -55,7 +55,9 @@ def _apply(experts: Any, rows: Tensor, route: Route) -> Tensor:
     """Run the two products of each row's expert, and what lies between and after them."""
     up, down = cast("list[Stack]", list(getattr(experts, NAME).children()))
     inner = up.multiply(experts, rows, route)
-    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    act = experts._apply_gate if experts.has_gate else experts.act_fn
+    # Its last bits depend on where a row stands in its tensor, and the loop has one tensor for each expert.
+    inner = torch.cat([act(part) for part in inner.split(route.counts)]) if route.form == "eager" else act(inner)
     out = down.multiply(experts, inner, route)
     return experts.post_expert_norm(out) if experts.has_post_expert_norm else out
 
