@@ -8,8 +8,11 @@ import torch
 from torch import nn
 
 from tunerkit import hooks, targets
-from tunerkit.records import DefaultTargets
+from tunerkit.config import AdapterConfig
+from tunerkit.records import DefaultTargets, Method
 from tunerkit.targets import Scan
+
+ANY = Method("any", AdapterConfig)
 
 
 def scanned(model: nn.Module, *defaults: DefaultTargets) -> Scan:
@@ -25,7 +28,7 @@ def chosen(
     **options: Any,
 ) -> list[str]:
     """The selected paths, each checked to lead to its module."""
-    selected = targets.select(scanned(model, *defaults), targets=wanted, **options)  # type: ignore[arg-type]
+    selected = targets.select(scanned(model, *defaults), targets=wanted, method=ANY, **options)  # type: ignore[arg-type]
     assert all(model.get_submodule(target.path) is target.module for target in selected)
     return [target.path for target in selected]
 

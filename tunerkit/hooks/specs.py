@@ -168,8 +168,7 @@ def tunerkit_build_adapter(
 def tunerkit_prepare(model: nn.Module) -> None:
     """Prepare a model for the search for targets, for example with a child module for a stack of weights.
 
-    Fires in ``wrap`` and ``load`` before anything else, for each adapter; `tunerkit_unwrapped` undoes it, also if the
-    call fails. Do not change the model's output, weights or ``state_dict`` keys.
+    Fires in ``wrap`` and ``load``, for each adapter. `tunerkit_unwrapped` undoes it, also if the call fails.
     """
 
 

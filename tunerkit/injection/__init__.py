@@ -3,9 +3,10 @@
 from tunerkit.injection.adapter_checks import WATCHED, note_used, refuse_lost, report, warn_of_base_changes
 from tunerkit.injection.contents import biases_of, copies_of, factors_of, regrouped, trainable_parameters
 from tunerkit.injection.delta import adapted_tensors, adds_nothing, is_untrained, untrained_copies
-from tunerkit.injection.inject import activate_, build_each, completed, eject_, inject_, prepared, rename_, train_
+from tunerkit.injection.inject import activate_, build_each, completed, eject_, inject_, rename_, train_
 from tunerkit.injection.preconditions import (
     check_name,
+    prepared,
     refuse_idle_patterns,
     refuse_restricted,
     refuse_running,

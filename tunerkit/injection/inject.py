@@ -1,7 +1,7 @@
 """Build an adapter's parts, inject them into a model and eject them: the only file that changes a model's structure."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import chain
 
 import torch
@@ -10,13 +10,7 @@ from torch import nn
 from tunerkit import hooks
 from tunerkit.errors import AdapterError, PluginError, TargetError, first as first_of, warn
 from tunerkit.injection.adapter_checks import note_call, shapes_of, watch
-from tunerkit.injection.preconditions import (
-    ready_model,
-    refuse_mixed_dtypes,
-    refuse_overlap,
-    refuse_rows,
-    refuse_running,
-)
+from tunerkit.injection.preconditions import refuse_mixed_dtypes, refuse_overlap, refuse_rows, refuse_running
 from tunerkit.injection.slots import Slot, Slots, apply_slots, base_modules, is_called, slots_of, walk
 from tunerkit.injection.state_dicts import mark_merged, refuse_state
 from tunerkit.injection.tuner import WRAPPED, Tuner, Wrapped, modules_in, slots_in, wrapped_of
@@ -188,21 +182,6 @@ def completed(function: Callable[..., object], *args: object) -> None:
         rest.callback(function, *args)
         function(*args)
         rest.pop_all()
-
-
-@contextmanager
-def prepared(model: nn.Module, adapter: str, *, trainable: bool) -> Iterator[nn.Module]:
-    """Check and prepare a model for a new adapter; yield the model inside wrappers.
-
-    If the block raises and the model has no other adapter, the plugins' preparation is undone.
-    """
-    root = ready_model(model, adapter, trainable=trainable)
-    with ExitStack() as undo:
-        if not wrapped_of(root).tuners:
-            undo.callback(hooks.tell, hooks.specs.tunerkit_unwrapped, model=root)
-        hooks.tell(hooks.specs.tunerkit_prepare, model=root)
-        yield root
-        undo.pop_all()
 
 
 def inject_(tuner: Tuner, built: Mapping[str, Slot], scanned: Scan, undo: ExitStack, *, trainable: bool) -> None:

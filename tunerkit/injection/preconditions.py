@@ -4,7 +4,8 @@ import inspect
 import re
 import sys
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -33,8 +34,12 @@ def check_name(adapter: object, taken: Collection[str]) -> None:
         raise AdapterError(f"the model has an adapter named {adapter!r} already; choose another, or delete that one")
 
 
-def ready_model(model: object, adapter: str, *, trainable: bool) -> nn.Module:
-    """Return the model inside wrappers such as `torch.compile`. Raise `AdapterError` if it cannot take an adapter."""
+@contextmanager
+def prepared(model: object, adapter: str, *, trainable: bool) -> Iterator[nn.Module]:
+    """Yield the model inside wrappers such as `torch.compile`, prepared by plugins; if the block raises, undo that.
+
+    Raises `AdapterError` if the model cannot take an adapter.
+    """
     root = inside(model)
     for name, parameter in root.named_parameters():
         if issubclass(type(parameter), UninitializedParameter):
@@ -58,7 +63,12 @@ def ready_model(model: object, adapter: str, *, trainable: bool) -> nn.Module:
             raise AdapterError(f"the model has its own attribute {CHILD!r} at {path!r}, which adapters need; rename it")
     check_name(adapter, tuners)
     refuse_fixed(root, "adding an adapter")
-    return root
+    with ExitStack() as undo:
+        if not tuners:
+            undo.callback(hooks.tell, hooks.specs.tunerkit_unwrapped, model=root)
+        hooks.tell(hooks.specs.tunerkit_prepare, model=root)
+        yield root
+        undo.pop_all()
 
 
 def refuse_restricted(modules: Iterable[tuple[str, nn.Module]], verb: str) -> None:

@@ -18,9 +18,7 @@ from tunerkit.records import Packing, Rounding
 class BaseLayer(abc.ABC):
     """Abstract. A view of ``module`` as a matrix W: (out, in), independent of the module's own layout and arithmetic.
 
-    W may also be a `stack` of E matrices, (E, out, in), such as experts; then q is (E, r, in) and p (E, out, r).
-
-    Every kind obeys this law, for q (r, in) and p (out, r)::
+    Every kind obeys this law, for q (r, in) and p (out, r), with E first in W, q and p of a `stack` of E matrices::
 
         output with module.weight + pack(p @ q)  ==  output + project_out(project_in(x, q), p)
 
@@ -75,8 +73,7 @@ class BaseLayer(abc.ABC):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of W: (out, in), or (E, out, in) for a stack."""
-        one = (self.out_features, self.in_features)
-        return (self.stack, *one) if self.stack else one
+        return (*((self.stack,) if self.stack else ()), self.out_features, self.in_features)
 
     @property
     def holder(self) -> nn.Module:

@@ -155,7 +155,7 @@ def low_rank_delta(base: BaseLayer, *, q: Tensor, p: Tensor, scale: float, lam: 
     if (found := (*p.shape[:-1], q.shape[-1])) != base.shape:
         raise AdapterError(
             f"P and Q give a delta of shape {found}, but the base layer has {base.shape}; "
-            "build p as (base.out_features, r) and q as (r, base.in_features), each after base.stack if it is not 0"
+            "build p as (base.out_features, r) and q as (r, base.in_features), in a stack with base.stack first"
         )
     wide = torch.promote_types(torch.promote_types(q.dtype, p.dtype), torch.float32)
     # Autocast would multiply in half precision, and the result of merging must not depend on the context.

@@ -121,8 +121,8 @@ def _base_weights(
             if not tensor.numel() and weights.emptied([tensor]) is not None:  # `gathered` needs the Parameter object
                 found[name] = tensor
             else:
-                slots = held.get((module, leaf), slots)
-                found[name] = tensor.detach() if slots is None else slots.original(leaf, tensor)
+                at = held.get((module, leaf), slots)
+                found[name] = tensor.detach() if at is None else at.original(leaf, tensor)
     return found, packed
 
 

@@ -24,12 +24,12 @@ _READ_AND_OFFLOADED = "is offloaded, and its weight is used directly, bypassing 
 _is_meta = operator.attrgetter("is_meta")
 
 
-def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *, method: Method | None) -> str | None:
+def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *, method: Method) -> str | None:
     """Return why a module cannot be adapted together with ``others`` (a fragment that follows its path), or None."""
     module, base = found.module, found.base
-    if base is not None and base.stack and method is not None and not method.stacks:
+    if base is not None and base.stack and not method.stacks:
         return f"is a stack of {base.stack} matrices, which method {method.name!r} does not adapt"
-    if method is not None and method.targets != "weights":
+    if method.targets != "weights":
         return _output_obstacle(found) or (_NO_NORM if method.targets == "norms" and not is_norm(found) else None)
     attends = isinstance(module, nn.MultiheadAttention)
     if base is None and attends:
@@ -173,7 +173,7 @@ def lines(reasons: Mapping[str, str | None]) -> list[str]:
     ]
 
 
-def refuse_unfit(scanned: Scan, targets: Iterable[Target], *, method: Method | None = None) -> None:
+def refuse_unfit(scanned: Scan, targets: Iterable[Target], *, method: Method) -> None:
     """Raise `TargetError` with every target that a method cannot adapt. Tied modules are allowed if all are targets."""
     found = {target.path: scanned.by_path[target.path] for target in targets}
     paths = {each.path for each in found.values()}

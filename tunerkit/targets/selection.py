@@ -4,7 +4,6 @@ If a module that matches a plain name cannot be adapted, that is an error. Globs
 and the defaults leave such modules out, with one warning that lists them.
 """
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final
 
@@ -25,8 +24,7 @@ ALL_LINEAR: Final = "all-linear"
 _HEAD = "nn.MultiheadAttention in an output head, which is adapted only by a plain name"
 _ROOT = "is the model itself, and only modules inside the model can be targets; put it into an nn.Sequential first"
 _STACK = (
-    "is a stack of matrices in one parameter (such as experts or attention heads), and no installed plugin describes "
-    f"its class; tunerkit-experts describes most experts: {install('experts')}"
+    f"is a stack of matrices in one parameter, and no plugin describes its class; for experts, {install('experts')}"
 )
 _TRAINED = "is trained in full (train_modules); exclude it from the targets, or remove it from train_modules"
 _NOTHING = 'there is nothing to adapt: no module is left (never output heads; never convolutions with "all-linear")'
@@ -40,17 +38,12 @@ class _Scope:
     free: Sequence[ScannedModule]  # possible targets
     trained: Sequence[ScannedModule]  # modules trained in full
     stacks: Sequence[str]  # full names of parameters with a stack of matrices
-    method: Method | None  # the method that adapts them; None for any method that adapts weights
+    method: Method  # the method that adapts them
     named: Collection[str] = ()  # paths in `free` that plain names match: only these may have tied weights
 
     def obstacle_at(self, each: ScannedModule) -> str | None:
         """Return why the module cannot be a target; None if it can."""
         return obstacle_at(each, self.scanned, self.named, method=self.method)
-
-    @property
-    def adapts(self) -> str:
-        """What the method adapts, see `Method.targets`."""
-        return "weights" if self.method is None else self.method.targets
 
 
 def select(
@@ -61,7 +54,7 @@ def select(
     layers: Sequence[int] | None = None,
     trained: Collection[str] = (),
     new: Collection[str] = (),
-    method: Method | None = None,
+    method: Method,
 ) -> tuple[Target, ...]:
     """Select the targets, in the model's order. One warning lists the modules that broad patterns leave out.
 
@@ -86,7 +79,8 @@ def select(
         raise TargetError('targets is empty; name modules, use "all-linear", or leave it out for the default')
     plain = [matcher(name) for name in patterns if name is not None and _insists(name)]
     named = {each.path for match in plain for each in matching(free, match)} if scanned.sharers else ()
-    scope = _Scope(scanned, free, full, list(_stacks(scanned, free)), method, named)
+    stacks = list(_stacks(scanned, free)) if method.targets == "weights" else []
+    scope = _Scope(scanned, free, full, stacks, method, named)
     found, refused, passed_over = set[str](), dict[str, str](), dict[str, str]()
     if scanned.root.base is not None and not {None, ALL_LINEAR}.isdisjoint(patterns):
         # If the model itself is a layer, it cannot be a target.
@@ -148,7 +142,7 @@ def _choose(scope: _Scope, pattern: str | None, problems: list[str]) -> _Choices
 
 def _choose_default(scope: _Scope) -> _Choices:
     """Choose the architecture's default targets; else convolutions if blocks have no linear layers; else all linear."""
-    if scope.adapts == "norms":
+    if scope.method.targets == "norms":
         return _choose_broadly(scope, (each for each in scope.free if not each.in_head and is_norm(each)))
     names: tuple[str, ...] = ()
     match scope.scanned.root.module:
@@ -174,14 +168,19 @@ def _choose_linear(scope: _Scope, match: Matcher = lambda path: True) -> _Choice
             obstacle = scope.obstacle_at(each)
             if _is_linear(each) if obstacle is None else _may_be_linear(each):
                 yield each.path, obstacle
-    yield from ((name, _STACK) for name in scope.stacks if scope.adapts == "weights")
+    yield from ((name, _STACK) for name in scope.stacks)
 
 
 def _choose_matching(scope: _Scope, pattern: str, problems: list[str]) -> _Choices:
     match = matcher(pattern)
-    matched = _with_stacks(scope.scanned, matching(scope.scanned.modules, match))
+    # A name of experts means the stacks that they hold.
+    stacks = [(each, each.base.holder) for each in scope.scanned.modules if each.base is not None and each.base.stack]
+    found = matching(scope.scanned.modules, match)
+    matched = [own for each in found for own in ([s for s, holder in stacks if holder is each.module] or [each])]
     if not matched:
-        candidates = (each for each in scope.scanned.modules if scope.adapts != "weights" or each.base is not None)
+        candidates = (
+            each for each in scope.scanned.modules if scope.method.targets != "weights" or each.base is not None
+        )
         problems.append(unknown(pattern, scope.scanned, candidates, told=len(problems), others=[ALL_LINEAR]))
         return
     obstacles = {each.path: scope.obstacle_at(each) for each in matched}
@@ -193,16 +192,7 @@ def _choose_matching(scope: _Scope, pattern: str, problems: list[str]) -> _Choic
         if None not in obstacles.values():
             problems += [f"{pattern!r} matches nothing that can be adapted:", *lines(obstacles)]
         yield from _choose_broadly(scope, matched)
-    yield from ((name, _STACK) for name in scope.stacks if scope.adapts == "weights" and match(name))
-
-
-def _with_stacks(scanned: Scan, matched: Sequence[ScannedModule]) -> list[ScannedModule]:
-    """Return the matched modules, with the stacks that one holds, such as experts, in its place."""
-    held: dict[nn.Module, list[ScannedModule]] = defaultdict(list)
-    for each in scanned.modules:
-        if each.base is not None and each.base.stack:
-            held[each.base.holder].append(each)
-    return [found for each in matched for found in held.get(each.module, [each])]
+    yield from ((name, _STACK) for name in scope.stacks if match(name))
 
 
 def _choose_broadly(scope: _Scope, modules: Iterable[ScannedModule]) -> _Choices:
