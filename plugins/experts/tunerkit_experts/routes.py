@@ -80,5 +80,5 @@ def _is_grouped(x: Tensor, w: Tensor) -> bool:
         or not hasattr(F, "grouped_mm")
     ):
         return False
-    strides = [*x.stride(), *w.stride()]
-    return all(stride == 1 or stride * x.element_size() % _ALIGNED == 0 for stride in strides)
+    rows = [*x.stride(), *w.stride(), w.shape[1]]  # the last is that of the output, and of its gradient
+    return all(row == 1 or row * x.element_size() % _ALIGNED == 0 for row in rows)
