@@ -16,7 +16,7 @@ from benchmarks.speed.settings import Settings
 from benchmarks.speed.statistics import Pairs, middle, one_kind, ratio
 from benchmarks.speed.tables import Row, estimated
 from benchmarks.speed.timing import Call, Times, interleave
-from tunerkit.hooks import gather_knowledge
+from tunerkit.hooks import gather_knowledge, registry
 from tunerkit.targets import scan, select
 
 PART = "start"
@@ -49,10 +49,10 @@ def measure(settings: Settings) -> list[Row]:
 
 def selection_row(shape: str, settings: Settings) -> Row:
     """The processor time of finding the default targets: the scan of the whole model and the selection."""
-    model, knowledge = hollow_llama(shape, settings.select_blocks), gather_knowledge()
+    model, knowledge, lora = hollow_llama(shape, settings.select_blocks), gather_knowledge(), registry.get("lora")
 
     def choose() -> None:
-        select(scan(model, knowledge), targets=None)
+        select(scan(model, knowledge), targets=None, method=lora)
 
     times = interleave(
         {who.LORA: choose}, rounds=settings.pairs, seed=settings.seed, warmup=1, clock=_processor_seconds

@@ -34,7 +34,7 @@ def _olmoe() -> nn.Module:
 
 def _qwen3() -> nn.Module:
     return hf.Qwen3MoeForCausalLM(
-        hf.Qwen3MoeConfig(**_TINY, **_FOUR, moe_intermediate_size=24, head_dim=8, mlp_only_layers=[])
+        hf.Qwen3MoeConfig(**{**_TINY, **_FOUR, "head_dim": 8}, moe_intermediate_size=24, mlp_only_layers=[])
     )
 
 

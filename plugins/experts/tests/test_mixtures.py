@@ -32,7 +32,8 @@ def outputs_and_gradients(model: Any) -> list[Tensor]:
     logits = model(input_ids=tokens()).logits
     model.zero_grad()
     loss_of(model).backward()
-    return [logits.detach(), *(parameter.grad.clone() for parameter in tunerkit.tuner(model).parameters())]
+    grads: list[Any] = [parameter.grad for parameter in tunerkit.tuner(model).parameters()]
+    return [logits.detach(), *(grad.clone() for grad in grads)]
 
 
 def farthest(found: list[Tensor], expected: list[Tensor]) -> float:
