@@ -25,6 +25,7 @@ EXAMPLES_NEED = ("tunerkit_adalora", "tunerkit_lora", "transformers", "accelerat
 MORE_NEEDED = {
     "README.md": ("tunerkit_peft", "tunerkit_gguf", "gguf", "datasets"),
     "docs/how-to/from-peft.md": ("tunerkit_peft", "peft"),
+    "docs/how-to/experts.md": ("tunerkit_experts",),
     "docs/how-to/memory.md": ("datasets",),
     "docs/how-to/preference-training.md": ("trl", "datasets", "tokenizers"),
     "plugins/diffusers/README.md": ("tunerkit_diffusers", "diffusers"),
