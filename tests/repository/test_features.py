@@ -6,7 +6,6 @@ import pytest
 from torch import nn
 
 import tunerkit
-from tunerkit.errors import TargetError
 
 
 @pytest.mark.parametrize("settings", [{"train_modules": ["1"]}, {"bias": "all"}], ids=["norms in full", "biases alone"])
@@ -18,18 +17,17 @@ def test_lora_of_rank_0_trains_what_is_beside_it(settings: dict[str, object]) ->
     assert tunerkit.trainable_parameters(model).trainable == (12 if "train_modules" in settings else 6 + 6 + 2)
 
 
-def test_experts_are_left_out_with_a_warning_and_can_be_trained_in_full() -> None:
-    """In a mixture of experts attention is adapted, a warning names the experts, and ``train_modules`` takes them."""
+def test_experts_are_adapted_and_can_be_trained_in_full() -> None:
+    """In a mixture of experts attention and stacks are adapted, and ``train_modules`` takes the experts as copies."""
     pytest.importorskip("tunerkit_lora")
+    pytest.importorskip("tunerkit_experts")
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.MixtralConfig(vocab_size=32, num_key_value_heads=2, num_local_experts=2, **sizes)
-    with pytest.warns(tunerkit.TunerkitWarning, match="experts"):
+    with pytest.warns(tunerkit.TunerkitWarning, match="Router"):
         model: Any = tunerkit.wrap(transformers.MixtralForCausalLM(config), "lora")
-    assert all("self_attn" in path for path in tunerkit.tuner(model).ranks())
+    assert {path.split(".")[3] for path in tunerkit.tuner(model).ranks()} == {"self_attn", "mlp"}
     full: Any = tunerkit.wrap(
         transformers.MixtralForCausalLM(config), "lora", {"targets": ["q_proj"], "train_modules": ["mlp.experts"]}
     )
     assert any("experts" in name for name, p in full.named_parameters() if p.requires_grad)
-    with pytest.raises(TargetError, match="only modules can be named yet"):
-        tunerkit.wrap(transformers.MixtralForCausalLM(config), "lora", {"targets": ["gate_up_proj"]})
