@@ -502,7 +502,7 @@ def _container(cls: Any) -> Callable[[object, Any], object]:
 
 
 def _written(union: Any) -> Callable[[Any], object]:
-    """Return a hook that writes a union's value by its own type, and adds the class's name if several are classes."""
+    """Return a hook that writes a value of a union; if the union has several classes, it adds the class's name."""
     hooks: dict[Any, Callable[[Any], Any]] = {}
     for member in get_args(union):
         kind = dict if get_origin(member) is Mapping else get_origin(member) or member

@@ -349,7 +349,7 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
         if others and hooks.IN_PROCESS not in (owner, others):  # an in-process plugin may be a distribution later
             warn(
                 f"{source} was saved with method {header.method!r} from {others}; the method here is from {owner} and "
-                f"may compute something else: install {others}, and list it in TUNERKIT_PLUGINS"
+                f"may compute something else: install {others}, and list only that in TUNERKIT_PLUGINS"
             )
     calibration = None
     match header.values.get(_CALIBRATION):

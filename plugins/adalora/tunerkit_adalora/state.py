@@ -97,7 +97,7 @@ def restore(tuner: Tuner, saved: State) -> None:
 
 
 def _pieces_of_averages(tuner: Tuner, layers: Sequence[SvdLayer]) -> Pieces:
-    """Return this process's shards of all weights, twice: Ī and Ū are each sharded like the weights."""
+    """Return this process's shards of the two running averages of each weight, which are sharded like the weight."""
     weights = weights_of(layers)
     return tuner.pieces([*weights, *weights])
 

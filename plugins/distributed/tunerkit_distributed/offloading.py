@@ -98,7 +98,7 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def _aligners(module: nn.Module) -> list[Any]:
-    """Return the hooks that move ``module`` and its input to one device (`CpuOffload` moves a whole model instead)."""
+    """Return accelerate's hooks that move this module and its input to one device, without those for whole models."""
     return [hook for hook in _hooks(module) if type(hook).__name__ == "AlignDevicesHook"]
 
 

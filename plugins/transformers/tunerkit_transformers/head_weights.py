@@ -218,7 +218,7 @@ def _redirect(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Call TRL's ``redirect``, which runs ``loss`` as the forward of ``original``, inside `heads_shown`."""
+    """Show the trained heads, and let TRL's ``redirect`` run ``loss`` as the forward of ``original``."""
 
     def shown(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:

@@ -122,7 +122,7 @@ def _is_computed(module: nn.Module) -> bool:
 
 
 def _task_heads(places: Mapping[str, nn.Module], heads: Collection[str]) -> _Paths:
-    """Return the outermost heads of a transformers model, except output embeddings, which checkpoints contain."""
+    """Return the outermost heads of a transformers model, except output embeddings: pretrained files have these."""
     if not any(is_named(type(module), _PRETRAINED_MODEL) for module in places.values()):
         return ()
     known = {id(head) for head in named_heads(places[""])}
@@ -132,7 +132,7 @@ def _task_heads(places: Mapping[str, nn.Module], heads: Collection[str]) -> _Pat
 
 
 def _longer(places: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Return the paths of embeddings to which tokens were added, and of output embeddings with as many rows."""
+    """Return the paths of embeddings to which tokens were added, and of output embeddings with one row for each token."""
     grown = list(_grown_embeddings(places.values()))
     rows = {embedding.num_embeddings for embedding in grown}
     heads = [head for head in named_heads(places[""]) if _rows(head) in rows] if grown else []
