@@ -77,7 +77,7 @@ class UnderDdp:
         return found
 
     def _before_forward(self, ddp: nn.parallel.DistributedDataParallel, args: Any) -> None:
-        """Before a forward of DDP: note that the next backward averages, and wait for all processes if DDP sends buffers."""
+        """Note that the next backward averages, and wait for all processes if DDP sends buffers."""
         if torch.is_grad_enabled() and ddp.require_backward_grad_sync and not torch_private.is_joining(ddp):
             self._is_due = True
             if ddp.will_sync_module_buffers() and not torch.compiler.is_compiling():
