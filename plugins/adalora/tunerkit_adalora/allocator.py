@@ -22,6 +22,7 @@ from tunerkit_adalora.svd_layer import SvdLayer, apply_masks_, weights_of
 from tunerkit_adalora.training import Training
 
 _MASK = attrgetter("mask")
+_STACKS = "stacks of experts keep masked triplets in memory, since each expert keeps others"
 
 
 def spend_(
@@ -34,13 +35,15 @@ def spend_(
 ) -> dict[str, int]:
     """Keep the triplets with the highest scores and mask the others.
 
+    Once the ranks are final, masked triplets leave memory. In an adapter with a stack of matrices none does.
+
     Args:
         tuner: The adapter's handle.
         training: The adapter's training state.
         due: The budget to spend, and whether the ranks are final afterwards.
         weights: P, λ and Q of each layer, one after the other.
-        scores: The score (r,) of each triplet, by layer.
-        lams: λ (r,) of each layer, if the layers are sharded.
+        scores: The score (r,), or (E, r), of each triplet, by layer.
+        lams: λ, in the same shapes, if the layers are sharded.
 
     Returns:
         The new ranks by target path.
@@ -67,7 +70,8 @@ def spend_(
             "too small for fp32 (scale the loss up)"
         )
     ranks = {target.path: rank for target, rank in zip(tuner.targets, found.ranks, strict=True)}
-    cuts = _cuts(weights, masks, found.ranks) if due.final and config.shrink else []
+    stacked = any(mask.ndim > 1 for mask in masks)
+    cuts = _cuts(weights, masks, found.ranks) if due.final and config.shrink and not stacked else []
     following = _following(weights) if cuts else []
     mask_(tuner, layers, weights, masks, found.ranks)
     training.in_force = due.keep
@@ -84,10 +88,12 @@ def spend_(
             # Shards keep their shapes anyway, so the processes need not agree on it.
             is_alone = not cuts or (engine.splits if engine.is_shared else following in ([], [optimizer]))
             following.clear()  # so that dead objects can be collected
-            reason = (None if is_alone else follower(tuner, weights, scores[0])) or shrink_(cuts, optimizer)
-            if reason is None:
+            reason = None if is_alone else follower(tuner, weights, scores[0])
+            if stacked:
+                reason = _STACKS if sum(found.ranks) < sum(training.sizes) else None
+            if (reason := reason or shrink_(cuts, optimizer)) is None:
                 for layer, mask, rank in zip(layers, masks, found.ranks, strict=True):
-                    layer.set_mask(mask.new_ones(rank), rank=rank)
+                    layer.set_mask(mask if stacked else mask.new_ones(rank), rank=rank)
                 training.phase, training.sizes = Phase.FINAL_SHRUNK, [*found.ranks]
             else:
                 _warn_of_kept(tuner, reason)
@@ -107,7 +113,7 @@ def mask_(
         tuner: The adapter's handle.
         layers: The adapter's layers.
         weights: P, λ and Q of each layer, one after the other.
-        masks: New masks, bool (r,); None for the current masks.
+        masks: New masks, bool (r,), or (E, r); None for the current masks.
         ranks: The number of triplets that each new mask keeps.
     """
     if masks is not None:
@@ -194,16 +200,16 @@ def read_back(left_out: Tensor, scores: Sequence[Tensor], masks: Sequence[Tensor
 
     Args:
         left_out: The number of gradients left out; 0-d int64.
-        scores: The scores (r_i,) of each target's triplets.
-        masks: The bool mask (r_i,) of each target.
+        scores: The scores of each target's triplets.
+        masks: The bool mask of each target, in the shape of the scores.
 
     Returns:
         The values on the host.
     """
-    kept = torch.cat(list(masks)).cumsum(0)
-    above = (torch.cat(list(scores)) > 0).any()
+    kept = torch.cat([mask.flatten() for mask in masks]).cumsum(0)
+    above = (torch.cat([score.flatten() for score in scores]) > 0).any()
     bad, above_zero, *counted = torch.cat([left_out.to(kept.device).view(1), above.view(1), kept]).tolist()
-    ends = accumulate(len(mask) for mask in masks)
+    ends = accumulate(mask.numel() for mask in masks)
     totals = [0, *(counted[end - 1] if end else 0 for end in ends)]
     return Readback(bad, bool(above_zero), tuple(after - before for before, after in pairwise(totals)))
 
@@ -220,36 +226,41 @@ def allocate(
 ) -> list[Tensor]:
     """Spend the budget ``keep`` on the triplets with the highest scores, over all targets together.
 
-    All triplets form one ranking in three tiers: the best ``minimum`` of each target, then triplets within its
+    All triplets form one ranking in three tiers: the best ``minimum`` of each matrix, then triplets within its
     ``maximum``, then the rest. So a maximum is exceeded only if the budget cannot be spent otherwise. In each tier the
-    higher score comes first; ties go to the earlier target, then to the lower index. −0.0 equals 0.0, and NaN is
-    lowest. The longest prefix of the ranking whose cost fits ``keep`` stays. The ranking does not depend on ``keep``,
-    so with the same scores, a lower budget keeps a subset. The host does not wait for the device.
+    higher score comes first; ties go to the earlier target, then to the earlier matrix of a stack, then to the lower
+    index. −0.0 equals 0.0, and NaN is lowest. The longest prefix of the ranking whose cost fits ``keep`` stays. The
+    ranking does not depend on ``keep``, so with the same scores, a lower budget keeps a subset. The host does not wait
+    for the device.
 
     Args:
-        scores: One tensor (r_i,) per target.
+        scores: One tensor (r_i,) per target; for a stack of matrices (E_i, r_i).
         keep: The budget, in the unit of ``costs``.
         costs: Cost of one triplet of each target, above 0; by default 1, so that exactly ``keep`` triplets stay.
-        minimum: The fewest triplets of each target, as long as the budget allows it; by default 0.
-        maximum: The most triplets of each target; by default all.
-        lams: λ (r_i,) of each target, if nothing updates λ, so that a λ of 0 stays 0. A triplet with λ = 0 ranks last
-            in its tier and is never kept, even if the budget allows it.
+        minimum: The fewest triplets of each target's matrix, or of each matrix of its stack, as long as the budget
+            allows it; by default 0.
+        maximum: The most triplets of each target's matrix, or of each matrix of its stack; by default all.
+        lams: λ of each target, in the shape of its scores, if nothing updates λ, so that a λ of 0 stays 0. A triplet
+            with λ = 0 ranks last in its tier and is never kept, even if the budget allows it.
 
     Returns:
-        One bool mask (r_i,) per target: views of one tensor, on the first score's device.
+        One bool mask per target, in the shape of its scores: views of one tensor, on the first score's device.
     """
     if not scores:
         return []
-    sizes = [score.numel() for score in scores]
-    nothing, one = [0] * len(sizes), [1] * len(sizes)
-    limits = torch.tensor([sizes, costs or one, minimum or nothing, maximum or sizes])
-    flat = torch.cat([score.to(scores[0].device) for score in scores])
-    alive = None if lams is None else torch.cat([lam.to(flat.device) for lam in lams]).ne(0)
-    return list(torch.split(_keep(flat, keep, limits, alive, total=sum(sizes)), sizes))
+    ranks, sizes = [score.shape[-1] for score in scores], [score.numel() for score in scores]
+    nothing, one = [0] * len(ranks), [1] * len(ranks)
+    limits = torch.tensor([ranks, costs or one, minimum or nothing, maximum or ranks])
+    if any(score.ndim > 1 for score in scores):
+        limits = limits.repeat_interleave(torch.tensor([score.shape[:-1].numel() for score in scores]), dim=1)
+    flat = torch.cat([score.to(scores[0].device).flatten() for score in scores])
+    alive = None if lams is None else torch.cat([lam.to(flat.device).flatten() for lam in lams]).ne(0)
+    masks = torch.split(_keep(flat, keep, limits, alive, total=sum(sizes)), sizes)
+    return [mask if own.ndim == 1 else mask.view(own.shape) for mask, own in zip(masks, scores, strict=True)]
 
 
 def _keep(scores: Tensor, keep: int, limits: Tensor, alive: Tensor | None, *, total: int) -> Tensor:
-    """Return the mask (n,) of all triplets; ``limits`` (4, targets): size, cost, minimum and maximum of each target."""
+    """Return the mask (n,) of all triplets; ``limits`` (4, matrices): size, cost, minimum and maximum of each."""
     flat = _sortable(scores)
     if alive is not None:
         flat = flat.where(alive, -torch.inf)
@@ -279,7 +290,7 @@ def _sortable(scores: Tensor) -> Tensor:
 
 
 def _standings(by_score: Tensor, owner: Tensor, size: Tensor) -> Tensor:
-    """Return the rank (n,) of each triplet within its target, from 0 for the best, given a best-first order (n,)."""
+    """Return the rank (n,) of each triplet within its matrix, from 0 for the best, given a best-first order (n,)."""
     grouped = by_score[torch.sort(owner[by_score], stable=True).indices]
     start = torch.cumsum(size, dim=0) - size
     standing = torch.empty_like(owner)

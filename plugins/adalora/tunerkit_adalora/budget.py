@@ -10,12 +10,15 @@ from tunerkit_adalora.config import AdaLoraConfig, Resolved
 from tunerkit_adalora.schedule import Schedule, plan
 from tunerkit_adalora.svd_layer import SvdLayer
 
-_RANK = attrgetter("rank")
+_RANK, _MATRICES = attrgetter("rank"), attrgetter("matrices")
 
 
 @attrs.frozen
 class Bounds:
-    """The minimum and maximum number of triplets of each target, in the order of the targets."""
+    """The minimum and maximum number of triplets of each target, in the order of the targets.
+
+    For a stack of matrices, of each of its matrices.
+    """
 
     minimum: tuple[int, ...]
     maximum: tuple[int, ...]
@@ -39,7 +42,7 @@ def schedule_of(
     Raises:
         ConfigError: If the schedule is impossible.
     """
-    per_rank = sum(costs)  # one triplet at each target
+    per_rank = sum(map(mul, map(_MATRICES, layers), costs))  # one triplet of each matrix
     target = resolved.target_rank * per_rank if config.budget is None else config.budget
     return plan(
         total_steps=total_steps,
@@ -70,7 +73,7 @@ def costs_of(config: AdaLoraConfig, layers: Sequence[SvdLayer]) -> list[int]:
     """
     if config.budget_unit == "rank":
         return [1] * len(layers)
-    return [layer.p.shape[0] + layer.q.shape[1] + 1 for layer in layers]
+    return [layer.p.shape[-2] + layer.q.shape[-1] + 1 for layer in layers]
 
 
 def bounds_of(config: AdaLoraConfig, resolved: Resolved, targets: Sequence[Target]) -> Bounds:
@@ -118,11 +121,12 @@ def check_bounds(
     Raises:
         ConfigError: With one line for each problem.
     """
-    least, most = sum(map(mul, bounds.minimum, costs)), sum(map(mul, bounds.maximum, costs))
+    of_each = list(map(mul, map(_MATRICES, layers), costs))
+    least, most = sum(map(mul, bounds.minimum, of_each)), sum(map(mul, bounds.maximum, of_each))
     problems = [
         f"minimum {low} is above maximum {high_at} at {target.path} @ $.min_rank"
         for target, layer, low, high in zip(targets, layers, bounds.minimum, bounds.maximum, strict=True)
-        if low > (high_at := min(high, len(layer.lam)))
+        if low > (high_at := min(high, layer.lam.shape[-1]))
     ]
     if target_budget < min(costs):
         problems.append(

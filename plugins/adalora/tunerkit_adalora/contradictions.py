@@ -7,7 +7,6 @@ from torch import Tensor
 
 from tunerkit.plugin import Tuner
 from tunerkit_adalora.budget import costs_of, schedule_of
-from tunerkit_adalora.importance import Part
 from tunerkit_adalora.phase import Phase
 from tunerkit_adalora.state_values import SavedValues
 from tunerkit_adalora.svd_layer import SvdLayer
@@ -24,14 +23,14 @@ def contradictions(
         training: The tuner's current training state, with the schedule.
         values: The saved values, which are consistent with each other.
         layers: The adapter's layers, whose shapes fit the state.
-        masks: The saved mask of each layer, bool (r,).
+        masks: The saved mask of each layer, bool (r,), or (E, r).
 
     Yields:
         One line for each contradiction.
     """
     costs = costs_of(config_of(tuner), layers)
     live = sum(int(mask.sum()) * cost for mask, cost in zip(masks, costs, strict=True))
-    there = sum(len(layer.lam) * cost for layer, cost in zip(layers, costs, strict=True))
+    there = sum(layer.lam.numel() * cost for layer, cost in zip(layers, costs, strict=True))
     if live > values.in_force:
         yield f"the masks keep {live}, above the budget 'in_force' {values.in_force}"
     revived = sum(int((mask & ~layer.mask).sum()) for mask, layer in zip(masks, layers, strict=True))
@@ -50,7 +49,7 @@ def contradictions(
         yield f"'final' is false after step {values.last_step}, but the ranks are final from {planned.final_step} on"
     if tuner.steps and values.last_step != tuner.steps:
         yield f"'last_step' is {values.last_step} after {tuner.steps} steps"
-    most = values.averaged * len(layers) * len(Part)
+    most = values.averaged * sum(training.matrices)
     if values.seen > most:
         yield f"'seen' is {values.seen}, above {most}: {values.averaged} averaged steps of {len(layers)} layers"
 

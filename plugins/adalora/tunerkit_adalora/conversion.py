@@ -19,7 +19,7 @@ def from_products(products: Mapping[str, Factors]) -> tuple[AdaLoraConfig, dict[
         is 1, because λ holds the singular values.
     """
     layers = {path: layer_of(product) for path, product in products.items()}
-    ranks = [layer.rank for layer in layers.values()]
+    ranks = [layer.lam.shape[-1] for layer in layers.values() for _ in range(layer.matrices)]
     initial = max(1, *ranks)
     for layer in layers.values():
         layer.initial_rank = initial

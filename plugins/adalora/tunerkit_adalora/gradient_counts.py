@@ -14,7 +14,8 @@ class GradientCount:
     Attributes:
         left_out: The number of non-finite gradients; 0-d int64 on the device, so that the host need not wait.
         averaged: The number of steps whose gradients were averaged.
-        seen: The number of gradients in these steps, one for each weight that had a gradient.
+        seen: The number of gradients in these steps: one for each weight that had a gradient, and E for a stack of E
+            matrices.
     """
 
     left_out: Tensor

@@ -21,6 +21,7 @@ from tunerkit_adalora import fitting, state as saved_state, step as steps, train
 from tunerkit_adalora.config import AdaLoraConfig
 from tunerkit_adalora.conversion import from_products
 from tunerkit_adalora.followers import refuse_split
+from tunerkit_adalora.preconditions import refuse_for_stack
 from tunerkit_adalora.svd_layer import SvdLayer
 
 
@@ -28,13 +29,22 @@ from tunerkit_adalora.svd_layer import SvdLayer
 def tunerkit_methods() -> Iterable[Method]:
     """Yield the method. It needs steps, since without allocations it would be LoRA with more parameters."""
     return [
-        Method(name="adalora", config=AdaLoraConfig, needs_steps=True, pieces=True, statistics=AdaLoraConfig.request),
+        Method(
+            name="adalora",
+            config=AdaLoraConfig,
+            needs_steps=True,
+            stacks=True,
+            pieces=True,
+            statistics=AdaLoraConfig.request,
+        ),
     ]
 
 
 @hookimpl
 def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdaLoraConfig) -> SvdLayer:
     """Build the SVD layer at one target."""
+    if base.stack:
+        refuse_for_stack(config)
     settings = config.resolved()
     return SvdLayer(
         in_features=base.in_features,
@@ -44,6 +54,7 @@ def tunerkit_build_adapter(target: Target, base: BaseLayer, config: AdaLoraConfi
         dropout=config.dropout,
         start=config.start,
         train_lambda=settings.train_lambda,
+        stack=base.stack,
     )
 
 

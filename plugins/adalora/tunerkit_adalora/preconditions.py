@@ -1,4 +1,4 @@
-"""Checks before each step for weights that AdaLoRA cannot train."""
+"""Checks for targets and weights that AdaLoRA cannot train."""
 
 import sys
 from collections.abc import Sequence
@@ -6,7 +6,9 @@ from typing import NoReturn
 
 from torch import nn
 
-from tunerkit.plugin import AdapterError, StepError, Tuner
+from tunerkit.plugin import AdapterError, StepError, TargetError, Tuner
+from tunerkit_adalora.config import AdaLoraConfig
+from tunerkit_adalora.svd_layer import SvdLayer
 
 
 def refuse_sharded(tuner: Tuner, weights: Sequence[nn.Parameter]) -> None:
@@ -29,6 +31,46 @@ def refuse_sharded(tuner: Tuner, weights: Sequence[nn.Parameter]) -> None:
         raise StepError(
             f"the weights of adapter {tuner.name!r} became DTensors after it was attached: call tunerkit.attach after "
             "fully_shard, in every process"
+        )
+
+
+def refuse_for_stack(config: AdaLoraConfig) -> None:
+    """Reject settings that stacks of matrices do not support.
+
+    Args:
+        config: The adapter's settings.
+
+    Raises:
+        TargetError: The start needs statistics, or the orthogonality regularizer is on.
+    """
+    if config.request() is not None:
+        raise TargetError(
+            f"start {config.start!r} needs statistics of each matrix, which tunerkit.calibrate does not measure for a "
+            "stack of experts; set start to 'lora'"
+        )
+    if config.gamma > 0:
+        raise TargetError(
+            f"gamma {config.gamma} would also change experts that got no tokens; set gamma to 0, and exact_svd to True "
+            "for orthonormal P and Q"
+        )
+
+
+def refuse_sharded_stacks(tuner: Tuner, layers: Sequence[SvdLayer]) -> None:
+    """Reject stacks of matrices whose weights are sharded.
+
+    Args:
+        tuner: The adapter's handle.
+        layers: The adapter's layers, in the order of the targets.
+
+    Raises:
+        StepError: There is a stack.
+    """
+    stacks = [target.path for target, layer in zip(tuner.targets, layers, strict=True) if layer.mask.ndim > 1]
+    if stacks:
+        raise StepError(
+            f"the weights of adapter {tuner.name!r} are sharded, and AdaLoRA cannot yet train shards of stacks of "
+            f"experts, such as at {stacks[0]!r}: train with DDP, leave out the experts with exclude, or use method "
+            "'lora' for them"
         )
 
 

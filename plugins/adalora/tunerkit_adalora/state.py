@@ -87,7 +87,7 @@ def restore(tuner: Tuner, saved: State) -> None:
         running=running,
         gradients=GradientCount(left_out, averaged=values.averaged, seen=values.seen),
         in_force=values.in_force,
-        sizes=[len(layer.lam) for layer in layers],
+        sizes=[layer.lam.numel() for layer in layers],
         last_step=values.last_step,
         phase=values.phase,
     )

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from operator import attrgetter, is_not
+from itertools import compress
+from operator import attrgetter, is_not, mul
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,8 @@ def after_step(tuner: Tuner, step: int) -> dict[str, int] | None:
     Between allocations, the optimizer may update a masked λ. Once the ranks are final, the mask is applied after every
     step.
 
-    The averages are updated for every weight with a gradient; an unused layer keeps its averages. Updates end at
-    T − t_f, as in both public implementations. The first step is always averaged, since scores would be 0 otherwise.
+    The averages are updated for every weight with a gradient; an unused layer or expert keeps its averages. Updates end
+    at T − t_f, as in both public implementations. The first step is always averaged, since scores would be 0 otherwise.
 
     Args:
         tuner: The tuner whose weights were just updated.
@@ -89,7 +90,8 @@ def after_step(tuner: Tuner, step: int) -> dict[str, int] | None:
             pieces = tuner.pieces(found)
             weights, grads = pieces.values, pieces.grads
         count = training.gradients
-        count.averaged, count.seen = count.averaged + 1, count.seen + sum(map(_IS_THERE, grads))
+        count.averaged += 1
+        count.seen += sum(compress(training.matrices, map(_IS_THERE, grads)))
         training.running = on_devices_of(weights, training.running)
         left_out = smooth_(
             weights,
@@ -138,7 +140,7 @@ def finish(tuner: Tuner) -> dict[str, int] | None:
 def _make_all_live_(training: Training) -> None:
     """Make every triplet live at the first step, since a loaded adapter may have masks."""
     for layer in training.layers:
-        layer.set_mask(torch.ones_like(layer.mask), rank=len(layer.mask))
+        layer.set_mask(torch.ones_like(layer.mask), rank=layer.mask.numel())
     training.in_force = training.schedule.initial
 
 
@@ -148,7 +150,7 @@ def _warn_if_nothing_is_left(tuner: Tuner, training: Training) -> None:
     It cannot warn at attaching: a resumed training, which may have removed them itself, loads its state later.
     """
     schedule = training.schedule
-    whole = training.resolved.init_rank * sum(training.costs)
+    whole = training.resolved.init_rank * sum(map(mul, training.costs, training.matrices[:: len(Part)]))
     if schedule.initial <= schedule.target < whole:
         warn(
             f"adapter {tuner.name!r}: nothing is left to prune, because an earlier training removed the other triplets "
@@ -158,7 +160,7 @@ def _warn_if_nothing_is_left(tuner: Tuner, training: Training) -> None:
 
 
 def _scores_and_lams(tuner: Tuner, training: Training) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the scores (r,) and the λ (r,) of each layer, for the full weights even if they are sharded."""
+    """Return the scores (r,), or (E, r), and the λ of each layer, for the full weights even if they are sharded."""
     weights = weights_of(training.layers)
     pieces = tuner.pieces(weights)
     if not pieces.are_cut:

@@ -25,26 +25,27 @@ def to_svd_form_(layers: Sequence[SvdLayer], scores: Sequence[Tensor], *, total:
     still fit the new triplet as well as possible.
 
     Dead triplets are not changed, nor are layers whose ΔW is 0 or not finite, or whose weights are frozen, shared or
-    parametrised. The number of operations scales with the number of distinct shapes, not of layers.
+    parametrised. Each matrix of a stack is treated like a layer. The number of operations scales with the number of
+    distinct shapes, not of layers.
 
     Args:
         layers: The layers, with masks and λ as the allocation left them.
-        scores: The score (r,) of each layer's triplets.
-        total: The sum of λ in each layer.
+        scores: The score (r,), or (E, r), of each layer's triplets.
+        total: The sum of λ of each matrix.
     """
     uses = Counter(id(weight) for layer in layers for weight in layer.weights)
     batches: dict[tuple[object, ...], list[tuple[SvdLayer, Tensor]]] = defaultdict(list)
     for layer, score in zip(layers, scores, strict=True):
         own = all(weight.is_leaf and weight.requires_grad and uses[id(weight)] == 1 for weight in layer.weights)
         if layer.rank and own:
-            batches[layer.lam.device, layer.lam.dtype, len(layer.lam)].append((layer, score))
+            batches[layer.lam.device, layer.lam.dtype, layer.lam.shape].append((layer, score))
     for batch in batches.values():
         _rotate_(batch, total)
 
 
 @attrs.frozen(eq=False)
 class _Factors:
-    """The QR of P Λ and of Qᵀ of n layers of one shape, without the dead triplets.
+    """The QR of P Λ and of Qᵀ of n matrices of one shape, without the dead triplets.
 
     ``left`` (n, out, k) and ``right`` (n, in, k') have orthonormal columns, k = min(out, r) and k' = min(in, r). The
     small factors are padded with zero rows to (n, r, r).
@@ -71,16 +72,16 @@ class _Rotation:
 
 
 def _rotate_(batch: Sequence[tuple[SvdLayer, Tensor]], total: float) -> None:
-    """Rotate layers of equal device, dtype and number of triplets: large tensors by shape, small ones all at once."""
+    """Rotate layers of equal device, dtype and shape of λ: large tensors by shape, small ones all at once."""
     shapes: dict[tuple[object, ...], list[tuple[SvdLayer, Tensor]]] = defaultdict(list)
     for layer, score in batch:
         shapes[layer.p.shape, layer.q.shape].append((layer, score))
     groups = [[layer for layer, _ in group] for group in shapes.values()]
     layers = [layer for group in groups for layer in group]
-    sizes = [len(group) for group in groups]
-    lam = _wide([layer.lam for layer in layers])
-    live = torch.stack([layer.mask.to(lam.device) for layer in layers])
-    score = torch.stack([score for group in shapes.values() for _, score in group]).to(lam.device)
+    sizes = [len(group) * layers[0].matrices for group in groups]
+    lam = _wide([layer.lam for layer in layers], dims=1)
+    live = _stacked([layer.mask.to(lam.device) for layer in layers], dims=1)
+    score = _stacked([score for group in shapes.values() for _, score in group], dims=1).to(lam.device)
     factors = [
         _factor(group, *parts)
         for group, *parts in zip(groups, torch.split(lam * live, sizes), torch.split(live, sizes), strict=True)
@@ -97,9 +98,9 @@ def _rotate_(batch: Sequence[tuple[SvdLayer, Tensor]], total: float) -> None:
 
 
 def _factor(layers: Sequence[SvdLayer], lam: Tensor, live: Tensor) -> _Factors:
-    """Return the QR of P Λ and of Qᵀ of each layer; ``lam`` (n, r) is 0 for dead triplets."""
-    left, small_left = torch.linalg.qr(_wide([layer.p for layer in layers]).mul_(lam.unsqueeze(1)))
-    right, small_right = torch.linalg.qr(_wide([layer.q for layer in layers]).mul_(live.unsqueeze(2)).mT)
+    """Return the QR of P Λ and of Qᵀ of each matrix; ``lam`` (n, r) is 0 for dead triplets."""
+    left, small_left = torch.linalg.qr(_wide([layer.p for layer in layers], dims=2).mul_(lam.unsqueeze(1)))
+    right, small_right = torch.linalg.qr(_wide([layer.q for layer in layers], dims=2).mul_(live.unsqueeze(2)).mT)
     return _Factors(left, right, _filled(small_left), _filled(small_right))
 
 
@@ -128,13 +129,20 @@ def _singular(small_left: Tensor, small_right: Tensor, live: Tensor, score: Tens
     return _Rotation(rotated, new_lam, to_p, to_q)
 
 
-def _wide(weights: Sequence[Tensor]) -> Tensor:
-    """Stack weights in fp64, which neither autocast nor TF32 rounds; in fp32 on MPS."""
-    stacked = torch.stack(list(weights))
+def _stacked(tensors: Sequence[Tensor], *, dims: int) -> Tensor:
+    """Stack tensors, whose last ``dims`` dimensions belong to one matrix: (n, …), with n matrices."""
+    stacked = torch.stack(list(tensors))
+    return stacked.flatten(0, -1 - dims)
+
+
+def _wide(weights: Sequence[Tensor], *, dims: int) -> Tensor:
+    """Return `_stacked` weights in fp64, which neither autocast nor TF32 rounds; in fp32 on MPS."""
+    stacked = _stacked(weights, dims=dims)
     return stacked.to(torch.float32 if stacked.device.type == "mps" else torch.float64)
 
 
 def _write_(weights: Sequence[Tensor], values: Tensor, where: Tensor) -> None:
     """Write ``values`` (n, …) into the weights where ``where`` is True."""
-    old = torch.stack(list(weights))
-    torch._foreach_copy_(list(weights), list(values.to(old.dtype).where(where, old).unbind()))
+    old = _stacked(weights, dims=values.ndim - 1)
+    new = values.to(old.dtype).where(where, old)
+    torch._foreach_copy_(list(weights), list(new.reshape(len(weights), *weights[0].shape).unbind()))

@@ -11,7 +11,7 @@ from tunerkit.plugin import Adapter, BaseLayer, Factors, add_low_rank, low_rank_
 
 
 class Weights(NamedTuple):
-    """P (out, r), λ (r,) and Q (r, in) of one layer."""
+    """P (out, r), λ (r,) and Q (r, in) of one layer; for a stack of E matrices, each with E first."""
 
     p: nn.Parameter
     lam: nn.Parameter
@@ -24,19 +24,23 @@ class SvdLayer(Adapter):
     ``mask`` (r,) is True for triplets that the last allocation left live. It is neither a parameter nor a buffer, which
     DDP would broadcast. It still follows the parameters to other devices and into ``state_dict``.
 
+    For a stack of E matrices, such as experts, all four have E as their first dimension. Each matrix has its own
+    triplets and its own mask.
+
     Args:
         in_features: Features of the base layer's input.
         out_features: Features of its output.
-        rank: r, the number of triplets.
+        rank: r, the number of triplets of each matrix.
         scale: The factor of P Λ Q.
         dropout: Share of the input that is dropped while training.
         start: "gaussian" or "orthonormal" (Λ = 0); all others are initialized like "lora" (P = 0, Λ = 1).
         train_lambda: Whether the optimizer updates Λ. If not, the λ of a masked triplet is 0.
+        stack: E, the number of matrices in a stack; 0 for one matrix.
     """
 
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
-    rank_dims: ClassVar[Mapping[str, int]] = {"p": 1, "lam": 0, "q": 0}
+    rank_dims: ClassVar[Mapping[str, int]] = {"p": -1, "lam": -1, "q": -2}
 
     def __init__(
         self,
@@ -48,14 +52,17 @@ class SvdLayer(Adapter):
         dropout: float,
         start: str,
         train_lambda: bool = True,
+        stack: int = 0,
     ) -> None:
         super().__init__()
         self.initial_rank = rank
         self.train_lambda = train_lambda
-        self.p = nn.Parameter(torch.zeros(out_features, rank))
-        self.lam = nn.Parameter(torch.zeros(rank) if start in ("gaussian", "orthonormal") else torch.ones(rank))
-        self.q = nn.Parameter(torch.empty(rank, in_features))
-        self.mask = torch.ones(rank, dtype=torch.bool)
+        first = (stack,) if stack else ()
+        fill = torch.zeros if start in ("gaussian", "orthonormal") else torch.ones
+        self.p = nn.Parameter(torch.zeros(*first, out_features, rank))
+        self.lam = nn.Parameter(fill(*first, rank))
+        self.q = nn.Parameter(torch.empty(*first, rank, in_features))
+        self.mask = torch.ones(*first, rank, dtype=torch.bool)
         self.scale = scale
         self.dropout = dropout
         _start(self, start)
@@ -71,7 +78,7 @@ class SvdLayer(Adapter):
 
     @property
     def mask(self) -> Tensor:
-        """The live triplets, bool (r,). Assign a new tensor; never write into it."""
+        """The live triplets, bool (r,), or (E, r). Assign a new tensor; never write into it."""
         return self._mask
 
     @mask.setter
@@ -82,13 +89,19 @@ class SvdLayer(Adapter):
         """Assign the mask.
 
         Args:
-            mask: Bool (r,).
+            mask: Bool (r,), or (E, r).
             rank: The number of triplets that it keeps, if known, so that `rank` need not wait for the device.
         """
         self._mask, self._rank = mask, rank
 
     @property
+    def matrices(self) -> int:
+        """The number of matrices: E for a stack, else 1."""
+        return self._mask.shape[0] if self._mask.ndim > 1 else 1
+
+    @property
     def rank(self) -> int:
+        """The number of live triplets; for a stack, of all its matrices together."""
         if self._rank is None:
             self._rank = int(self._mask.sum())
         return self._rank
@@ -111,7 +124,7 @@ class SvdLayer(Adapter):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # A copy: masks are views of one tensor, and accelerate keeps only one of several tensors that share memory.
         destination[prefix + "mask"] = self.mask.clone()
-        if not (len(self.mask) or keep_vars or self._is_emptied):
+        if not (self.mask.numel() or keep_vars or self._is_emptied):
             for name in (*self.rank_dims, "mask"):
                 destination[prefix + name] = _with_memory(destination[prefix + name])
 
@@ -135,7 +148,7 @@ class SvdLayer(Adapter):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if mask is not None and (problem := _misfit(mask, self._triplets)):
+        if mask is not None and (problem := self._misfit(mask, self._triplets)):
             error_msgs.append(f"{prefix}mask: {problem}")
         elif mask is not None:
             # With assign=True, weights keep their device, perhaps for a model on the meta device; so does the mask.
@@ -149,8 +162,14 @@ class SvdLayer(Adapter):
 
     @property
     def _triplets(self) -> int:
-        """The number of triplets in memory, including dead ones."""
-        return len(self.mask) if self._is_emptied else len(self.lam)
+        """The number of triplets of each matrix in memory, including dead ones."""
+        return (self.mask if self._is_emptied else self.lam).shape[-1]
+
+    def _misfit(self, mask: Tensor, rank: int) -> str | None:
+        shape = (*self.mask.shape[:-1], rank)
+        if mask.shape == shape and mask.dtype == torch.bool:
+            return None
+        return f"expected bool {shape}, got {mask.dtype} {tuple(mask.shape)}"
 
     def _contradiction(self, state: Mapping[str, Any], prefix: str, mask: Tensor | None) -> str | None:
         """Return how a state's mask contradicts its weights or this layer; None if it does not."""
@@ -160,9 +179,9 @@ class SvdLayer(Adapter):
         rank = sizes.pop() if len(sizes) == 1 else self._triplets  # torch reports weights that disagree
         if mask is None:
             return None if rank == self._triplets else f"missing, and the weights have {rank} triplets"
-        if mask.numel() > self.initial_rank:
-            return f"{mask.numel()} triplets, above the initial rank {self.initial_rank}"
-        if problem := _misfit(mask, rank):
+        if mask.numel() > (most := self.initial_rank * self.matrices):
+            return f"{mask.numel()} triplets, above the initial rank {most}"
+        if problem := self._misfit(mask, rank):
             return problem
         # If the optimizer trains λ, a masked λ may be nonzero between allocations.
         lam = saved.get("lam")
@@ -176,12 +195,13 @@ class SvdLayer(Adapter):
     def extra_repr(self) -> str:
         rank = "?" if self.mask.is_meta else self.rank  # a meta mask has no values
         dropout = f", dropout={self.dropout}" if self.dropout else ""
-        return f"rank={rank} of {self.initial_rank}, scale={self.scale:g}{dropout}"
+        return f"rank={rank} of {self.initial_rank * self.matrices}, scale={self.scale:g}{dropout}"
 
     def factors(self) -> Factors:
-        """Return ΔW as low-rank factors, without triplets that add nothing."""
-        kept = (self.mask.to(self.lam.device) | (self.lam.detach() != 0)).nonzero().squeeze(1)
-        q, p, lam = self.q.index_select(0, kept), self.p.index_select(1, kept), self.lam.index_select(0, kept)
+        """Return ΔW as low-rank factors, without triplets that add nothing; in a stack, to any matrix."""
+        adds = self.mask.to(self.lam.device) | (self.lam.detach() != 0)
+        kept = adds.reshape(self.matrices, -1).any(0).nonzero().squeeze(1)
+        p, lam, q = (weight.index_select(dim, kept) for weight, dim in zip(self.weights, (-1, -1, -2), strict=True))
         return low_rank_factors(q, p, scale=self.scale, lam=lam)
 
 
@@ -190,30 +210,25 @@ def _with_memory(empty: Tensor) -> Tensor:
     return empty.new_empty(1)[:0].view(empty.shape)
 
 
-def _misfit(mask: Tensor, rank: int) -> str | None:
-    if mask.shape == (rank,) and mask.dtype == torch.bool:
-        return None
-    return f"expected bool {(rank,)}, got {mask.dtype} {tuple(mask.shape)}"
-
-
 @torch.no_grad()
 def layer_of(product: Factors) -> SvdLayer:
     """Build the layer that adds ``product``, with scale 1: its triplets are the singular triplets of the product.
 
     Args:
-        product: q (r, in), p (out, r).
+        product: q (r, in), p (out, r); for a stack, each with E first.
 
     Returns:
-        The layer, with at most r triplets.
+        The layer, with at most r triplets for each matrix.
     """
     u, sigma, vh = product.triplets()
     layer = SvdLayer(
-        in_features=product.q.shape[1],
-        out_features=product.p.shape[0],
-        rank=len(sigma),
+        in_features=product.q.shape[-1],
+        out_features=product.p.shape[-2],
+        rank=sigma.shape[-1],
         scale=1.0,
         dropout=0.0,
         start="lora",
+        stack=len(sigma) if sigma.ndim > 1 else 0,
     )
     layer.p.copy_(u)
     layer.lam.copy_(sigma)
@@ -226,13 +241,15 @@ def apply_masks_(lams: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Zero the λ of masked triplets (Eq. 6); P and Q stay as they are, and trainable.
 
     Args:
-        lams: λ (r,) of each layer, or its shards, on any devices.
-        masks: The mask of each layer, bool (r,).
+        lams: λ (r,), or (E, r), of each layer, or its shards, on any devices.
+        masks: The mask of each layer, bool, in the shape of its λ.
     """
     # In one tensor: layers may be on several devices, and their masks on the device of the allocation.
-    kept = torch.cat([lam.to(lams[0].device) for lam in lams])
-    kept.masked_fill_(torch.cat([mask.to(kept.device) for mask in masks]).logical_not_(), 0)
-    torch._foreach_copy_(list(lams), list(torch.split(kept, [len(lam) for lam in lams])))
+    kept = torch.cat([lam.to(lams[0].device).flatten() for lam in lams])
+    kept.masked_fill_(torch.cat([mask.to(kept.device).flatten() for mask in masks]).logical_not_(), 0)
+    parts = torch.split(kept, [lam.numel() for lam in lams])
+    values = [part if lam.ndim == 1 else part.view(lam.shape) for part, lam in zip(parts, lams, strict=True)]
+    torch._foreach_copy_(list(lams), values)
 
 
 def weights_of(layers: Sequence[SvdLayer]) -> list[nn.Parameter]:
@@ -251,11 +268,12 @@ def _start(layer: SvdLayer, start: str) -> None:
     """Initialize P and Q. ΔW is 0, since Λ or P is 0."""
     if layer.lam.numel() == 0:
         return
+    p, q = layer.p.detach(), layer.q.detach()
     if start == "gaussian":
-        nn.init.normal_(layer.p, std=0.02)
-        nn.init.normal_(layer.q, std=0.02)
+        nn.init.normal_(p, std=0.02)
+        nn.init.normal_(q, std=0.02)
     elif start == "orthonormal":
-        nn.init.orthogonal_(layer.p)
-        nn.init.orthogonal_(layer.q)
+        for matrix in (*p.view(-1, *p.shape[-2:]), *q.view(-1, *q.shape[-2:])):
+            nn.init.orthogonal_(matrix)
     else:
-        nn.init.kaiming_uniform_(layer.q, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(q.view(-1, q.shape[-1]), a=math.sqrt(5))  # its bound depends on ``in`` alone

@@ -10,9 +10,9 @@ from tunerkit.plugin import StepError, Tuner
 from tunerkit_adalora.budget import Bounds, bounds_of, check_bounds, costs_of, live_budget, schedule_of
 from tunerkit_adalora.config import AdaLoraConfig, Resolved
 from tunerkit_adalora.gradient_counts import GradientCount
-from tunerkit_adalora.importance import Averages, new_averages, stacks_of, unstack
+from tunerkit_adalora.importance import Averages, Part, new_averages, stacks_of, unstack
 from tunerkit_adalora.phase import Phase
-from tunerkit_adalora.preconditions import refuse_revived, refuse_sharded
+from tunerkit_adalora.preconditions import refuse_revived, refuse_sharded, refuse_sharded_stacks
 from tunerkit_adalora.schedule import Schedule, is_short, refuse_short
 from tunerkit_adalora.svd_layer import SvdLayer, weights_of
 
@@ -26,11 +26,12 @@ class Training:
         layers: The SVD layers in the order of the targets, for the step hooks: a search for all layers in the model
             costs more than the rest of a step.
         resolved: The config's settings with their defaults applied.
-        bounds: The least and the greatest rank of each target.
+        bounds: The least and the greatest rank of each target, or of each matrix of its stack.
         schedule: b(t).
         running: The running averages of this process's shards of the weights; empty once the ranks are final.
         gradients: Counts of gradients since the last allocation.
         costs: The cost of a triplet of each layer, in the config's unit.
+        matrices: The number of matrices in each weight: three times E for a stack, three times 1 for another layer.
         in_force: The budget of the last allocation, in the same unit.
         sizes: The number of triplets of each layer in memory, including dead ones.
         weights: P, λ and Q of each layer, cached between the hooks before and after a step; empty with a shared engine.
@@ -46,6 +47,7 @@ class Training:
     running: list[Averages]
     gradients: GradientCount
     costs: list[int]
+    matrices: list[int]
     in_force: int
     sizes: list[int]
     weights: list[nn.Parameter] = attrs.field(factory=list)
@@ -74,34 +76,37 @@ def start(tuner: Tuner, total_steps: int) -> Training:
 
     Raises:
         ConfigError: Schedule, budget and bounds contradict each other, or training is too short to prune.
-        StepError: The weights are sharded.
+        StepError: The weights are sharded, and the engine returns no shards of them, or there is a stack of matrices.
     """
     config = config_of(tuner)
     layers = layers_of(tuner)
     weights = weights_of(layers)
     if set(map(type, weights)) - {nn.Parameter}:
         refuse_sharded(tuner, weights)
+    pieces = tuner.pieces(weights)
+    if pieces.are_cut:
+        refuse_sharded_stacks(tuner, layers)
     resolved, costs = config.resolved(), costs_of(config, layers)
     schedule = schedule_of(config, resolved, layers, costs, total_steps)
     bounds = bounds_of(config, resolved, tuner.targets)
     check_bounds(config, bounds, tuner.targets, layers, costs, schedule.target)
-    sizes = [len(layer.lam) for layer in layers]
+    sizes = [layer.lam.numel() for layer in layers]
     there = sum(map(mul, sizes, costs))
     schedule = attrs.evolve(schedule, initial=there, target=min(schedule.target, there))
     in_force = live_budget(layers, costs)
     masks_stay = is_short(schedule) and in_force <= schedule.target
     if not masks_stay:
         refuse_short(schedule)
-    averaged = [] if masks_stay else weights
     return Training(
         config=config,
         layers=layers,
         resolved=resolved,
         bounds=bounds,
         schedule=schedule,
-        running=new_averages(tuner.pieces(averaged).values),
+        running=new_averages([] if masks_stay else pieces.values),
         gradients=GradientCount(torch.zeros((), dtype=torch.int64, device=layers[0].lam.device)),
         costs=costs,
+        matrices=[layer.matrices for layer in layers for _ in Part],
         in_force=in_force,
         sizes=sizes,
         phase=Phase.FINAL_MASKED if masks_stay else Phase.WAITING,
@@ -129,7 +134,7 @@ def budget(tuner: Tuner, step: int | None) -> int:
     if isinstance(training, Training) and step is not None:
         return training.schedule.budget(step)
     if isinstance(training, Training):
-        there = sum(map(mul, [len(layer.lam) for layer in training.layers], training.costs))
+        there = sum(map(mul, [layer.lam.numel() for layer in training.layers], training.costs))
         if there > training.in_force and training.phase is not Phase.WAITING:  # else no mask could keep more
             live = live_budget(training.layers, training.costs)
             # A Trainer that loads its best weights sets their step too.
