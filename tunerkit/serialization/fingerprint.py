@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from tunerkit import hooks, layers, targets
 from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, cut, shown, warn
@@ -108,8 +109,9 @@ def _base_weights(
         base = bases.get(module)
         if base is not None and base.packing is not None:
             own = {base.bias_name: base.bias()}
-            shape = [*base.shape]
-            packed[join(path, "weight")] = {"shape": shape, "dtype": base.packing.name, "sample": []}
+            is_part = isinstance(module, ParametrizationList)
+            name = path.replace("parametrizations.", "") if is_part else join(path, "weight")
+            packed[name] = {"shape": [*base.shape], "dtype": base.packing.name, "sample": []}
         else:
             own, buffers = dict(torch_private.own_parameters(module)), dict(module.named_buffers(recurse=False))
             if base is not None and module in targeted and base.weight_name in buffers:

@@ -72,6 +72,8 @@ def select(
     free: list[ScannedModule] = []
     full: list[ScannedModule] = []
     for each in scanned.modules:
+        if isinstance(each.module, ParametrizationList):  # a part of another module's weight
+            continue
         if not any(is_under(path, left_alone) for path in each.paths) and (layers is None or each.layer in layers):
             (full if any(is_under(path, trained) for path in each.paths) else free).append(each)
     patterns: Sequence[str | None] = (targets,) if targets is None or isinstance(targets, str) else targets
@@ -110,8 +112,7 @@ def _stacks(scanned: Scan, modules: Iterable[ScannedModule]) -> Iterator[str]:
     """Yield the full names of parameters that are stacks of matrices and not the weight of a base layer."""
     held = {(each.base.holder, each.base.weight_name) for each in scanned.modules if each.base is not None}
     for each in modules:
-        unstacked = isinstance(each.module, ParametrizationList) or torch_private.is_convolution(each.module)
-        if each.base is None and not unstacked:
+        if each.base is None and not torch_private.is_convolution(each.module):
             for name, tensor in torch_private.parameters_of(each.module).items():
                 shape = whole_shape(tensor)
                 is_stack = len(shape) >= 3 and min(shape) > 1 and (each.module, name) not in held
