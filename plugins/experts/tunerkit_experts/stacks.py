@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from tunerkit.plugin import AdapterError, BaseLayer
+from tunerkit_experts.recomputed import recomputed
 from tunerkit_experts.routes import Route, multiply
 from tunerkit_experts.transformers_private import grouped_linear
 
@@ -55,6 +56,10 @@ class Stack(nn.Module):
 
     def forward(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply the rows by their experts' matrices, and add the bias, as transformers does: (N, out)."""
+        with recomputed(self.owner, self.name, weight):
+            return self._product(rows, weight, bias)
+
+    def _product(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         route = self.route
         assert route is not None
         if route.form == "grouped_mm":
