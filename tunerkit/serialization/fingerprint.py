@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from tunerkit import hooks, layers, targets
 from tunerkit.errors import AdapterError, BaseMismatchError, FileError, TargetError, cut, shown, warn
@@ -109,7 +108,7 @@ def _base_weights(
         base = bases.get(module)
         if base is not None and base.packing is not None:
             own = {base.bias_name: base.bias()}
-            is_part = isinstance(module, ParametrizationList)
+            is_part = isinstance(module, nn.utils.parametrize.ParametrizationList)
             name = path.replace("parametrizations.", "") if is_part else join(path, "weight")
             packed[name] = {"shape": [*base.shape], "dtype": base.packing.name, "sample": []}
         else:

@@ -12,7 +12,6 @@ from tunerkit import hooks, injection, layers, targets
 from tunerkit.errors import AdapterError, warn
 from tunerkit.injection import Slots, Tuner
 from tunerkit.layers import BaseLayer, as_base_layer
-from tunerkit.paths import parent
 from tunerkit.records import Rounding
 from tunerkit.serialization.fingerprint import packed_layers
 
@@ -104,7 +103,7 @@ def dense_layers(tuner: Tuner, dtype: torch.dtype, *, merged: bool) -> dict[str,
     """
     found = packed_layers(tuner)
     for path, module in injection.base_modules(tuner.model):
-        if found.keys().isdisjoint((path, parent(path))) and (library := targets.quantiser_of(module)) is not None:
+        if path not in found and (library := targets.quantiser_of(module)) is not None:
             raise AdapterError(
                 f"cannot make a dense layer of {path!r}, which {library} has quantized: no installed base-layer kind "
                 f"supports a {type(module).__name__}. {hooks.unserved(module)}".rstrip(". ")

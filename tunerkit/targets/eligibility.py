@@ -85,8 +85,7 @@ def _without_kind(module: nn.Module, scanned: Scan) -> str:
 
 def warn_of_unknown_packed(scanned: Scan) -> None:
     """Warn of quantized layers that no installed kind supports, even if they are not targets."""
-    unknown = [each for each in scanned.modules if {each.base, scanned.by_path[parent(each.path)].base} == {None}]
-    found = [(each, name) for each in unknown if (name := quantiser_of(each.module))]
+    found = [(each, name) for each in scanned.modules if each.base is None and (name := quantiser_of(each.module))]
     if found:
         first, library = found[0]
         unserved = scanned.knowledge.unserved(first.module)

@@ -59,11 +59,11 @@ def select(
     """Select the targets, in the model's order. One warning lists the modules that broad patterns leave out.
 
     Modules at or under a path in ``trained``, which the user trains in full, are no targets. Patterns do not match
-    paths in ``new``, which are trained in full because they are new. Raises `TargetError`, with every problem, if
-    nothing is selected or a named module cannot be adapted.
+    paths in ``new``, which are trained in full because they are new, nor torch's parametrizations, which are parts of
+    other weights. Raises `TargetError`, with every problem, if nothing is selected or a named module is refused.
     """
     problems: list[str] = []
-    left_alone = set(new)  # with everything inside these modules
+    left_alone = {*new, *(each.path for each in scanned.modules if isinstance(each.module, ParametrizationList))}
     for excluded in exclude:
         hits = matching(scanned.modules, matcher(excluded))
         left_alone.update(path for each in hits for path in each.paths)
@@ -72,8 +72,6 @@ def select(
     free: list[ScannedModule] = []
     full: list[ScannedModule] = []
     for each in scanned.modules:
-        if isinstance(each.module, ParametrizationList):  # a part of another module's weight
-            continue
         if not any(is_under(path, left_alone) for path in each.paths) and (layers is None or each.layer in layers):
             (full if any(is_under(path, trained) for path in each.paths) else free).append(each)
     patterns: Sequence[str | None] = (targets,) if targets is None or isinstance(targets, str) else targets
