@@ -60,7 +60,7 @@ test-core: $(CORE_READY) ## run core's tests with no plugin installed
 	$(FEW_THREADS) $(CORE)/bin/python $(PYTEST) tests
 
 test-quantisers: $(QUANTISERS_READY) ## run the tests with quantised bases, with the libraries that quantise
-	$(FEW_THREADS) .venv-quantisers/bin/python -m pytest -n $(WORKERS) -k "$(OF_QUANTISED)" $(PYTEST_ARGS) plugins/quant/tests tests/steps/test_engines.py tests/repository/test_readme.py
+	$(FEW_THREADS) .venv-quantisers/bin/python -m pytest -n $(WORKERS) -k "$(OF_QUANTISED)" $(PYTEST_ARGS) plugins/quant/tests plugins/experts/tests/test_packed_stacks.py tests/steps/test_engines.py tests/repository/test_readme.py
 
 test-deepspeed: $(DEEPSPEED_READY) ## run the tests of trainings under DeepSpeed
 	$(FEW_THREADS) DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest $(PYTEST_ARGS) -k "deepspeed" plugins/distributed/tests/test_deepspeed.py plugins/distributed/tests/test_trainer_deepspeed.py tests/repository/test_readme.py

@@ -82,7 +82,7 @@ LIBRARIES: Final = (
     Library("accelerate", ENGINES, ("wrap", "merge"), "", ("_hf_hook",)),
     Library("peft", "peft", ("wrap", "attach", "save"), "peft."),
     Library("torchao", QUANTISED, ("merge",), "torchao."),
-    Library("bitsandbytes", QUANTISED, ("merge",), "bitsandbytes."),
+    Library("bitsandbytes", QUANTISED, ("merge",), "bitsandbytes.nn.modules."),
     Library("optimum-quanto", QUANTISED, ("merge",), "optimum.quanto."),
     Library("HQQ", QUANTISED, (), "hqq."),
     Library("GPTQModel", QUANTISED, (), "gptqmodel."),

@@ -73,7 +73,7 @@ def execution_device(module: nn.Module) -> torch.device | None:
         for each in plugins.holdings():
             if (device := each.device(module)) is not None:
                 return device
-    return next((tensor.device for tensor in own if not tensor.is_meta), None)
+    return next((tensor.device for tensor in (*own, *module.parameters()) if not tensor.is_meta), None)
 
 
 def _own(module: nn.Module) -> list[Tensor]:

@@ -108,8 +108,9 @@ def _base_weights(
         base = bases.get(module)
         if base is not None and base.packing is not None:
             own = {base.bias_name: base.bias()}
-            shape = [*base.shape]
-            packed[join(path, "weight")] = {"shape": shape, "dtype": base.packing.name, "sample": []}
+            is_part = isinstance(module, nn.utils.parametrize.ParametrizationList)
+            name = path.replace("parametrizations.", "") if is_part else join(path, "weight")
+            packed[name] = {"shape": [*base.shape], "dtype": base.packing.name, "sample": []}
         else:
             own, buffers = dict(torch_private.own_parameters(module)), dict(module.named_buffers(recurse=False))
             if base is not None and module in targeted and base.weight_name in buffers:

@@ -59,11 +59,11 @@ def select(
     """Select the targets, in the model's order. One warning lists the modules that broad patterns leave out.
 
     Modules at or under a path in ``trained``, which the user trains in full, are no targets. Patterns do not match
-    paths in ``new``, which are trained in full because they are new. Raises `TargetError`, with every problem, if
-    nothing is selected or a named module cannot be adapted.
+    paths in ``new``, which are trained in full because they are new, nor torch's parametrizations, which are parts of
+    other weights. Raises `TargetError`, with every problem, if nothing is selected or a named module is refused.
     """
     problems: list[str] = []
-    left_alone = set(new)  # with everything inside these modules
+    left_alone = {*new, *(each.path for each in scanned.modules if isinstance(each.module, ParametrizationList))}
     for excluded in exclude:
         hits = matching(scanned.modules, matcher(excluded))
         left_alone.update(path for each in hits for path in each.paths)
@@ -110,8 +110,7 @@ def _stacks(scanned: Scan, modules: Iterable[ScannedModule]) -> Iterator[str]:
     """Yield the full names of parameters that are stacks of matrices and not the weight of a base layer."""
     held = {(each.base.holder, each.base.weight_name) for each in scanned.modules if each.base is not None}
     for each in modules:
-        unstacked = isinstance(each.module, ParametrizationList) or torch_private.is_convolution(each.module)
-        if each.base is None and not unstacked:
+        if each.base is None and not torch_private.is_convolution(each.module):
             for name, tensor in torch_private.parameters_of(each.module).items():
                 shape = whole_shape(tensor)
                 is_stack = len(shape) >= 3 and min(shape) > 1 and (each.module, name) not in held

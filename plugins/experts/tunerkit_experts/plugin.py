@@ -4,11 +4,13 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+import tunerkit
 from tunerkit.plugin import BaseLayer, DefaultTargets, hookimpl
 from tunerkit_experts import described as described
 from tunerkit_experts.default_targets import DEFAULT_TARGETS
 from tunerkit_experts.layouts import put_stacks_, remove_stacks_
 from tunerkit_experts.stacks import NAME, StackLayer
+from tunerkit_experts.unpacked import warn_of_unpacked
 
 
 @hookimpl
@@ -27,6 +29,8 @@ def tunerkit_default_targets() -> Iterable[DefaultTargets]:
 def tunerkit_prepare(model: nn.Module) -> None:
     """Put a child beside each stacked weight, so that it can be a target."""
     put_stacks_(model)
+    if not tunerkit.adapters(model):
+        warn_of_unpacked(model)
 
 
 @hookimpl

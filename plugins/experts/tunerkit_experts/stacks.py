@@ -1,16 +1,22 @@
 """Stacks: the child modules that stand for stacked weights of experts, and their base-layer kind."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import attrs
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from tunerkit.plugin import AdapterError, BaseLayer
+from tunerkit_experts.recomputed import recomputed
 from tunerkit_experts.routes import Route, multiply
 from tunerkit_experts.transformers_private import grouped_linear
 
 NAME = "stacks"  # of the child of an experts module
+PACK = (
+    "To have them in 4 bits, call bitsandbytes.nn.parametrize.replace_parameter_4bit(experts, name, quant_type='nf4') "
+    "for each stack before you wrap the model"
+)
 
 
 class Stack(nn.Module):
@@ -27,7 +33,7 @@ class Stack(nn.Module):
 
     def __init__(self, owner: nn.Module, name: str, *, is_transposed: bool) -> None:
         super().__init__()
-        self.count, *sizes = owner.get_parameter(name).shape
+        self.count, *sizes = getattr(owner, name).shape
         self.out_features, self.in_features = reversed(sizes) if is_transposed else sizes
         self.name, self.is_transposed = name, is_transposed
         self.route: Route | None = None
@@ -50,6 +56,10 @@ class Stack(nn.Module):
 
     def forward(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply the rows by their experts' matrices, and add the bias, as transformers does: (N, out)."""
+        with recomputed(self.owner, self.name, weight):
+            return self._product(rows, weight, bias)
+
+    def _product(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         route = self.route
         assert route is not None
         if route.form == "grouped_mm":
@@ -84,22 +94,25 @@ class StackLayer(BaseLayer):
 
     @property
     def stack(self) -> int:
-        return len(self.tensor(self.weight_name))
+        return self.module.count
 
     @property
     def in_features(self) -> int:
-        return self.tensor(self.weight_name).shape[1 if self.module.is_transposed else 2]
+        return self.module.in_features
 
     @property
     def out_features(self) -> int:
-        return self.tensor(self.weight_name).shape[2 if self.module.is_transposed else 1]
+        return self.module.out_features
 
     def obstacle(self) -> str | None:
         owner = self.module.owner
         if getattr(owner, "_is_expert_parallel", False):
             return "is sharded by expert parallelism, which adapters do not support; load the model without it"
-        if not self.tensor(self.weight_name).is_floating_point():
-            return "is a stack of packed weights, which no installed plugin can adapt"
+        if not self._is_computed and is_packed(self.tensor(self.weight_name)):
+            return (
+                "is a stack that a quantizer has packed in a way that adapters do not support; load the experts in "
+                f"full precision. {PACK}"
+            )
         return None
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
@@ -111,14 +124,35 @@ class StackLayer(BaseLayer):
         return multiply(h, p, self._route())
 
     def dense(self) -> Tensor:
-        weight = self.tensor(self.weight_name).detach()
+        found = getattr(self.holder, self.weight_name) if self._is_computed else self.tensor(self.weight_name)
+        weight: Tensor = found.detach()
         return weight.mT if self.module.is_transposed else weight
 
     def pack(self, weight: Tensor) -> Tensor:
         """Transpose each matrix, if the parameter is (E, in, out)."""
         return weight.mT if self.module.is_transposed else weight
 
+    def merged(self, delta: Tensor) -> dict[str, Any]:
+        """As for other layers; raises `AdapterError` for a stack in 4 bits, which cannot be written."""
+        if self._is_computed:
+            raise AdapterError(
+                "its weight is computed from another one (a parametrization), as that of a stack in 4 bits is, and "
+                "cannot be written. Load the adapter onto the base in full precision, and merge there"
+            )
+        return super().merged(delta)
+
+    @property
+    def _is_computed(self) -> bool:
+        """Whether W is torch's parametrization of another tensor, such as bitsandbytes' packed stacks."""
+        return is_parametrized(self.holder, self.weight_name)
+
     def _route(self) -> Route:
         if self.module.route is None:
             raise AdapterError("a stack of experts has no rows outside a forward of its owner")
         return self.module.route
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether a parameter has integers or 8-bit floats, or is of a quantizer's class of tensors."""
+    is_made_of_others = hasattr(type(weight), "__tensor_flatten__") and not hasattr(weight, "placements")  # a DTensor
+    return is_made_of_others or not weight.is_floating_point() or weight.element_size() == 1

@@ -8,6 +8,7 @@ from torch import nn
 from tunerkit.plugin import BaseLayer, Restriction, TargetError, hookimpl
 from tunerkit_quant.bitsandbytes_4bit import Bitsandbytes4BitLayer, allow_repacking_, forbid_repacking_
 from tunerkit_quant.bitsandbytes_int8 import BitsandbytesInt8Layer
+from tunerkit_quant.bitsandbytes_parameters import Bitsandbytes4BitParameter
 from tunerkit_quant.gptq import GptqLayer
 from tunerkit_quant.hqq import HqqLayer
 from tunerkit_quant.quanto import QuantoLayer
@@ -17,6 +18,7 @@ from tunerkit_quant.transformers_models import forget_quantisation_
 KINDS: tuple[type[BaseLayer], ...] = (
     BitsandbytesInt8Layer,
     Bitsandbytes4BitLayer,
+    Bitsandbytes4BitParameter,
     TorchaoLayer,
     HqqLayer,
     QuantoLayer,
