@@ -57,7 +57,7 @@ def _with_deltas(base: BaseLayer, deltas: Sequence[Delta]) -> dict[str, Any]:
     biases = [delta.bias for delta in deltas if delta.bias is not None]
     tensors = base.merged(_sum(weights)) if weights else {}
     if biases:
-        before: Tensor | None = torch_private.own_parameters(base.module).get(base.bias_name)
+        before: Tensor | None = torch_private.own_parameters(base.holder).get(base.bias_name)
         if before is None:
             before = torch.zeros_like(biases[0], dtype=base.tensor(base.weight_name).dtype)
         tensors[base.bias_name] = before + _sum(biases).to(before.dtype)

@@ -124,13 +124,13 @@ def add_delta(base: BaseLayer, x: Tensor, y: Tensor, delta: Tensor, *, dropout: 
         base: The base layer.
         x: The base layer's input.
         y: The base layer's output for ``x``, which may be overwritten in place; do not reuse it.
-        delta: ΔW, (out, in).
+        delta: ΔW, (out, in); (E, out, in) for a stack.
         dropout: The share of the input of ΔW to drop. Pass 0 outside training.
 
     Returns:
         The sum, in the shape and dtype of ``y``.
     """
-    if not base.linear:
+    if not (base.linear or base.stack):
         one = torch.eye(len(delta), dtype=delta.dtype, device=delta.device)
         return add_low_rank(base, x, y, q=delta, p=one, scale=1.0, dropout=dropout)
     return y + base.project_in(x.to(delta.device, delta.dtype), delta, dropout).to(y.device, y.dtype)

@@ -101,7 +101,8 @@ def _base_weights(
     found: dict[str, Tensor] = {}
     packed: dict[str, dict[str, Any]] = {}
     places = places_in(tuner.model)
-    held = {(slots.base.holder, slots.base.weight_name): slots for _, _, slots in places if slots and slots.base}
+    adapted = [(slots.base, slots) for _, _, slots in places if slots is not None and slots.base is not None]
+    held = {(own.holder, name): slots for own, slots in adapted for name in (own.weight_name, own.bias_name)}
     for path, module, slots in places:
         if is_under(path, left_out):
             continue

@@ -277,7 +277,7 @@ def _merged_tensors(places: Places) -> list[dict[str, Any]]:
         with weights.gathered(slots.holder(module)) as part:
             tensors = injection.adapted_tensors(path, module, slots)
             bias = None if slots.base is None else slots.base.bias_name
-            if bias in tensors and torch_private.own_parameters(module).get(bias) is None:
+            if bias in tensors and torch_private.own_parameters(slots.holder(module)).get(bias) is None:
                 raise AdapterError(f"cannot merge into {path!r}: the adapter adds a bias and the base layer has none")
             # Packed ones were checked by `BaseLayer.merged` before they were packed.
             plain = {name: tensor for name, tensor in tensors.items() if not _is_stored(slots, name)}

@@ -89,6 +89,10 @@ class StackLayer(BaseLayer):
         return self.module.name
 
     @property
+    def bias_name(self) -> str:  # type: ignore[override]  # as above
+        return f"{self.module.name}_bias"
+
+    @property
     def holder(self) -> nn.Module:
         return self.module.owner
 
@@ -122,6 +126,15 @@ class StackLayer(BaseLayer):
     def project_out(self, h: Tensor, p: Tensor) -> Tensor:
         """Compute P h with each row's own P: (N, r) to (N, out)."""
         return multiply(h, p, self._route())
+
+    def shape_bias(self, b: Tensor) -> Tensor:
+        """Choose each row's own b: (E, out) to (N, out)."""
+        return b[self._route().ids]
+
+    def bias(self) -> Tensor | None:
+        """Read the experts' biases, (E, out)."""
+        found: Tensor | None = getattr(self.holder, self.bias_name, None)
+        return None if found is None else found.detach()
 
     def dense(self) -> Tensor:
         found = getattr(self.holder, self.weight_name) if self._is_computed else self.tensor(self.weight_name)

@@ -55,18 +55,21 @@ class Config(PatternedConfig):
 
 
 class Loha(Adapter):
-    """ΔW = (alpha / rank) · (B₁ A₁) ∘ (B₂ A₂), with B (out, rank) and A (rank, in); B₂ starts at 0 (proposition 1)."""
+    """ΔW = (alpha / rank) · (B₁ A₁) ∘ (B₂ A₂), with B (out, rank) and A (rank, in); B₂ starts at 0 (proposition 1).
+
+    For a stack of E matrices, each has its own: B (E, out, rank) and A (E, rank, in).
+    """
 
     reads_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
 
     def __init__(self, base: BaseLayer, rank: int, alpha: float) -> None:
         super().__init__()
-        self.scale = alpha / rank
-        self.b1 = nn.Parameter(nn.init.normal_(torch.empty(base.out_features, rank), std=0.1))
-        self.a1 = nn.Parameter(torch.randn(rank, base.in_features))
-        self.b2 = nn.Parameter(torch.zeros(base.out_features, rank))
-        self.a2 = nn.Parameter(torch.randn(rank, base.in_features))
+        self.scale, first = alpha / rank, base.shape[:-2]
+        self.b1 = nn.Parameter(nn.init.normal_(torch.empty(*first, base.out_features, rank), std=0.1))
+        self.a1 = nn.Parameter(torch.randn(*first, rank, base.in_features))
+        self.b2 = nn.Parameter(torch.zeros(*first, base.out_features, rank))
+        self.a2 = nn.Parameter(torch.randn(*first, rank, base.in_features))
 
     def delta(self) -> Tensor:
         with autocast_off(self.b1.device):
@@ -78,7 +81,7 @@ class Loha(Adapter):
 
 @hookimpl
 def tunerkit_methods() -> Iterator[Method]:
-    yield Method("loha", config=Config, foreign={"peft": NAMES})
+    yield Method("loha", config=Config, stacks=True, foreign={"peft": NAMES})
 
 
 @hookimpl

@@ -132,7 +132,7 @@ def _task_heads(places: Mapping[str, nn.Module], heads: Collection[str]) -> _Pat
 
 
 def _longer(places: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Return the paths of embeddings to which tokens were added, and of output embeddings with one row for each token."""
+    """Return the paths of embeddings to which tokens were added, and of output embeddings with one row a token."""
     grown = list(_grown_embeddings(places.values()))
     rows = {embedding.num_embeddings for embedding in grown}
     heads = [head for head in named_heads(places[""]) if _rows(head) in rows] if grown else []

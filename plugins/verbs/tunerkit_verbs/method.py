@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Final, NamedTuple, NoReturn, TypeAlias, get_type_hints
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit.errors import PluginError, closest, error_text, shown
+from tunerkit.errors import PluginError, TargetError, TunerkitError, closest, error_text, shown
 from tunerkit.plugin import (
     Adapter,
     AdapterConfig,
@@ -22,6 +23,7 @@ from tunerkit.plugin import (
     autocast_off,
     hookimpl,
 )
+from tunerkit_verbs.stacked import for_each_matrix
 from tunerkit_verbs.torch_private import own_parameters, parameters_of, version
 
 Start: TypeAlias = float | Callable[[Tensor], object]
@@ -78,6 +80,10 @@ def method(
     - ``Gain``: factors (out,) of the layer's output.
 
     A setting named ``dropout`` drops a share of the input of ΔW in training. "Write a method" in the docs has examples.
+
+    At a stack of matrices, such as experts, each matrix has its own parameters, and the function runs under
+    `torch.func.vmap`: it sees one matrix. A function that vmap cannot run is refused there; ``stacks=False`` refuses
+    all stacks.
 
     Args:
         name: The method's name.
@@ -144,7 +150,8 @@ class FunctionPlugin:
         namespace = {**fields, "__annotations__": {key: hints[key] for key in fields}, "__doc__": function.__doc__}
         names = {"__module__": self.__module__, "__qualname__": f"{self.__qualname__}.config"}
         self.config: Any = attrs.frozen(type("config", (AdapterConfig,), {**namespace, **names}))
-        self.method = Method(name, config=self.config, **record)
+        stacks = record.get("targets", "weights") == "weights"
+        self.method = Method(name, config=self.config, **{"stacks": stacks, **record})
 
     def __call__(self, *args: Any, **arguments: Any) -> Any:
         return self.function(*args, **arguments)
@@ -175,7 +182,7 @@ class FunctionPlugin:
             if type(size) is not int and size not in known:
                 what = f"has a parameter {key!r} with the size {size!r}, which is unknown"
                 self.refuse(what, f"known are: {', '.join(known)}", str(size), known)
-        adapter = FunctionAdapter(self, known, settings)
+        adapter = FunctionAdapter(self, known, settings, stack=base.stack)
         if not loading:
             adapter.check_first_call(target, base)
         return adapter
@@ -206,10 +213,11 @@ def _are_sizes(value: object) -> bool:
 
 def _misfit(base: BaseLayer, product: Factors) -> tuple[str, str] | None:
     """The shapes of a product and those that ``base`` needs; None if they fit."""
-    q, p, rank = tuple(product.q.shape), tuple(product.p.shape), product.q.shape[:1]
-    if (q, p) == ((*rank, base.in_features), (base.out_features, *rank)):
+    stack, q, p, rank = base.shape[:-2], tuple(product.q.shape), tuple(product.p.shape), product.q.shape[-2:-1]
+    if (q, p) == ((*stack, *rank, base.in_features), (*stack, base.out_features, *rank)):
         return None
-    needed = f"q (r, {base.in_features}) and p ({base.out_features}, r), with one r"
+    stacked = f"{base.stack}, " if base.stack else ""
+    needed = f"q ({stacked}r, {base.in_features}) and p ({stacked}{base.out_features}, r), with one r"
     return f"q of shape {q} and p of shape {p}", needed
 
 
@@ -226,9 +234,11 @@ def _put_back_(module: nn.Module, own: Mapping[str, nn.Parameter], values: Mappi
 
 
 class FunctionAdapter(Adapter):
-    """The adapter of a method that is one function."""
+    """The adapter of a method that is one function. For a ``stack`` of E matrices, each tensor has E first."""
 
-    def __init__(self, plugin: FunctionPlugin, sizes: Mapping[str, int], settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, plugin: FunctionPlugin, sizes: Mapping[str, int], settings: Mapping[str, Any], *, stack: int = 0
+    ) -> None:
         super().__init__()
         self.plugin, self.settings = plugin, dict(settings)
         # A method's flags are its own, and not those of all functions.
@@ -236,9 +246,11 @@ class FunctionAdapter(Adapter):
         vars(self).update(reads_output=gain, reads_weight=gain or bool(plugin.given))
         self._rank = sizes["rank"] if plugin.returns is Factors and "rank" in sizes else 0
         for name, each in plugin.parameters.items():
-            values = torch.empty([sizes[size] if isinstance(size, str) else size for size in each.shape])
+            first = (stack,) if stack else ()
+            values = torch.empty([*first, *(sizes[size] if isinstance(size, str) else size for size in each.shape)])
             with torch.no_grad():
-                values.fill_(each.start) if isinstance(each.start, int | float) else each.start(values)
+                for one in values if stack else (values,):
+                    one.fill_(each.start) if isinstance(each.start, int | float) else each.start(one)
             self.register_parameter(name, nn.Parameter(values, requires_grad=each.trained))
 
     @property
@@ -251,20 +263,26 @@ class FunctionAdapter(Adapter):
 
         Refused are a write into W, another shape than is needed, and a start that adds something.
         """
-        own = parameters_of(base.module) if self.plugin.given else {}
+        own = parameters_of(base.holder) if self.plugin.given else {}
         values = {name: parameter.detach().clone() for name, parameter in own.items()}
         try:
             added = self.to(self.device_of(base)).added(base)
-        except BaseException:
-            _put_back_(base.module, own, values)
-            raise
-        if _put_back_(base.module, own, values):
+        except BaseException as error:
+            _put_back_(base.holder, own, values)
+            if not base.stack or not isinstance(error, Exception) or isinstance(error, TunerkitError):
+                raise
+            raise TargetError(
+                f"it is a stack of {base.stack} matrices, and torch.func.vmap cannot run the function "
+                f"{self.plugin.__qualname__} for all of them ({error_text(error)}); exclude it, or write the function "
+                "without Python decisions on values"
+            ) from error
+        if _put_back_(base.holder, own, values):
             self.refuse_write(base)
         parts = added if isinstance(added, tuple) else (added,)
         if isinstance(added, Factors):
             wrong = _misfit(base, added)
         else:
-            needed = (base.out_features,) if self.plugin.returns is Gain else (base.out_features, base.in_features)
+            needed = base.shape[:-1] if self.plugin.returns is Gain else base.shape
             wrong = None if parts[0].shape == needed else (f"shape {tuple(parts[0].shape)}", str(needed))
         if wrong is not None:
             self.plugin.refuse(f"returned {wrong[0]} for {target.path!r}", f"it must be {wrong[1]}")
@@ -278,7 +296,7 @@ class FunctionAdapter(Adapter):
 
     def device_of(self, base: BaseLayer) -> torch.device | None:
         """The device for the first call: where the layer runs, or the function reads W; None to stay on the CPU."""
-        own = [*parameters_of(base.module).values(), *base.module.buffers(recurse=False)]
+        own = [*parameters_of(base.holder).values(), *base.holder.buffers(recurse=False)]
         if own and not any(tensor.is_meta for tensor in own):
             return own[0].device
         read = base.dense() if self.plugin.given and base.has_weight else None  # an offloaded one is loaded
@@ -291,17 +309,18 @@ class FunctionAdapter(Adapter):
         self.plugin.refuse(what, f"{new}. tunerkit.wrap puts W back; after any other call, load the base again")
 
     def added(self, base: BaseLayer) -> Any:
-        """What the function returns: ΔW (out, in), factors, or gains (out,)."""
+        """What the function returns: ΔW (out, in), factors, or gains (out,); for a stack, each with E first."""
         tensors = dict(self.named_parameters(recurse=False))
         wide = torch.promote_types(next(iter(tensors.values())).dtype, torch.float32)
         given: dict[str, Any] = {key: base if key == "base" else base.dense().to(wide) for key in self.plugin.given}
         read: list[Tensor] = []
         if given and not torch.compiler.is_compiling():  # the first call was checked
-            read = [*filter(torch.is_tensor, given.values()), *parameters_of(base.module).values()]
+            read = [*filter(torch.is_tensor, given.values()), *parameters_of(base.holder).values()]
         before = [*map(version, read)]
         # Half precision is for products with the input: what is merged must be what forward adds.
         with autocast_off(next(iter(tensors.values())).device):
-            answer = self.plugin.function(**tensors, **self.settings, **given)
+            call = partial(self.plugin.function, **self.settings)
+            answer = for_each_matrix(call, base, tensors, given) if base.stack else call(**tensors, **given)
         if before != [*map(version, read)]:
             self.refuse_write(base)
         if not isinstance(answer, self.plugin.returns):
@@ -323,7 +342,7 @@ class FunctionAdapter(Adapter):
         if not isinstance(added, Gain):
             return Delta(weight=added)
         change, bias = added.rows - 1, base.bias()
-        return Delta(weight=change[:, None] * base.dense(), bias=None if bias is None else change * bias)
+        return Delta(weight=change.unsqueeze(-1) * base.dense(), bias=None if bias is None else change * bias)
 
 
 _Setting: Final = type(attrs.field())
