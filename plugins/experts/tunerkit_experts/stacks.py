@@ -1,5 +1,6 @@
 """Stacks: the child modules that stand for stacked weights of experts, and their base-layer kind."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import attrs
@@ -28,12 +29,14 @@ class Stack(nn.Module):
         in_features: The features of a row.
         out_features: The features of its output.
         count: E, the number of experts.
+        sizes: The shape of the parameter.
         route: The route of the rows, while a forward runs; else None.
     """
 
     def __init__(self, owner: nn.Module, name: str, *, is_transposed: bool) -> None:
         super().__init__()
-        self.count, *sizes = getattr(owner, name).shape
+        self.sizes: Sequence[int] = getattr(owner, name).shape
+        self.count, *sizes = self.sizes
         self.out_features, self.in_features = reversed(sizes) if is_transposed else sizes
         self.name, self.is_transposed = name, is_transposed
         self.route: Route | None = None
@@ -98,15 +101,21 @@ class StackLayer(BaseLayer):
 
     @property
     def stack(self) -> int:
-        return self.module.count
+        return self._sizes[0]
 
     @property
     def in_features(self) -> int:
-        return self.module.in_features
+        return self._sizes[1 if self.module.is_transposed else 2]
 
     @property
     def out_features(self) -> int:
-        return self.module.out_features
+        return self._sizes[2 if self.module.is_transposed else 1]
+
+    @property
+    def _sizes(self) -> Sequence[int]:
+        """The shape of the parameter now; as it was if it is computed, which would unpack it, or emptied by ZeRO-3."""
+        own = None if self._is_computed else self.tensor(self.weight_name)
+        return self.module.sizes if own is None or not own.numel() else own.shape
 
     def obstacle(self) -> str | None:
         owner = self.module.owner
