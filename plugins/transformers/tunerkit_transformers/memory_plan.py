@@ -23,6 +23,7 @@ from tunerkit_transformers.activations import address, kept_by, tensors_in
 from tunerkit_transformers.grouping import lengths_in
 from tunerkit_transformers.head_weights import forward_of_trl
 from tunerkit_transformers.learned_positions import is_scored, may_overwrite
+from tunerkit_transformers.quantising import stacks_in
 
 MIB: Final = 2**20
 CHECKPOINTING: Final = ("activation_checkpointing", "gradient_checkpointing")  # the name, and that of earlier versions
@@ -257,10 +258,11 @@ def _named(name: str) -> Callable[..., Optimizer]:
 
 
 def _saved_by_nf4(model: Any) -> int:
-    """Return the bytes that nf4 would save in linear layers, except in the output head and in trained layers."""
+    """Return the bytes that nf4 would save in linear layers and experts, but not in the output head or where trained."""
     head = model.get_output_embeddings() if writes_tokens(model) else None
     linear = [each for each in model.modules() if isinstance(each, nn.Linear | Conv1D) and each is not head]
-    weights = [each.weight for each in linear if each.weight.is_floating_point() and not each.weight.requires_grad]
+    found = [*(each.weight for each in linear), *(weight for _, _, weight in stacks_in(model))]
+    weights = [each for each in found if each.is_floating_point() and not each.requires_grad]
     return int(sum(each.nbytes - _NF4 * each.numel() for each in weights))
 
 

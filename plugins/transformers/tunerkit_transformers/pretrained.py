@@ -91,7 +91,7 @@ def load_pretrained(
     """
     import torch
 
-    from tunerkit_transformers.quantising import quantising
+    from tunerkit_transformers.quantising import pack_stacks_, quantising
 
     task_classes = classes_of(task)
     refuse_missing(source, revision)
@@ -119,6 +119,8 @@ def load_pretrained(
             f"{source!r} as {task_classes.what}",
             lambda: getattr(transformers, task_classes.model).from_pretrained(source, **settings),
         )
+    if quantisation == "nf4":
+        pack_stacks_(model)
     if task == EMBEDDING and _is_new(getattr(model, "pooler", None)):  # nothing reads it, so nothing would train it
         model.pooler = None
     if task_classes.problem is not None:

@@ -1,11 +1,14 @@
 """Quantize base models of transformers at loading, with bitsandbytes, to int8 or nf4."""
 
 import importlib.util
-from collections.abc import Sequence
-from typing import Any, Final
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, cast
 
+import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from tunerkit.errors import TunerkitError, closest
 from tunerkit.plugin.trainers import is_named, lacking
@@ -50,13 +53,55 @@ def quantising(name: str, dtype: torch.dtype | str, heads: Sequence[str] = ()) -
     }
 
 
-def bytes_of(model: nn.Module) -> tuple[int, int]:
-    """Return the bytes of a model's tensors, and the bytes if its quantized weights were dense, in its dtype."""
+def stacks_in(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Yield the owner, the name and the weight of each stack of experts in full precision: (E, out, in), or turned."""
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if name.endswith("_proj") and weight.ndim == 3 and weight.is_floating_point() and weight.itemsize > 1:
+                yield module, name, weight
+
+
+def pack_stacks_(model: nn.Module) -> None:
+    """Quantize a model's stacks of experts to nf4, which transformers leaves in full precision as it loads the model.
+
+    Raises:
+        QuantisationError: bitsandbytes is older than 0.50, and the model has stacks.
+    """
+    for module, name, _ in list(stacks_in(model)):
+        try:
+            from bitsandbytes.nn.parametrize import replace_parameter_4bit
+        except ImportError:
+            raise QuantisationError("quantisation: nf4 for experts needs bitsandbytes>=0.50: upgrade it") from None
+        replace_parameter_4bit(module, name, quant_type="nf4", compress_statistics=True)
+
+
+@attrs.frozen
+class Sizes:
+    """Bytes of a model's tensors: ``own``, and those that its quantized weights would take in its dtype.
+
+    Attributes:
+        own: What all its tensors take.
+        dense: What they would take if the quantized weights were dense.
+        stacks: The number of quantized stacks of experts.
+        saved: What quantizing these saves; it is a part of ``dense - own``.
+    """
+
+    own: int
+    dense: int
+    stacks: int
+    saved: int
+
+
+def sizes_of(model: nn.Module) -> Sizes:
+    """Return the sizes of a model that bitsandbytes has quantized."""
     own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     width = next((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), 4)
-    dense = own
+    layers, stacks = 0, []
     for module in model.modules():
         if isinstance(module, nn.Linear) and is_named(type(module), "bitsandbytes."):
             packed = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-            dense += module.out_features * module.in_features * width - sum(tensor.nbytes for tensor in packed)
-    return own, dense
+            layers += module.out_features * module.in_features * width - sum(tensor.nbytes for tensor in packed)
+        elif isinstance(module, ParametrizationList) and is_named(type(module[0]), "bitsandbytes."):
+            state: Any = module[0].quant_state
+            stacks.append(math.prod(state.shape) * state.dtype.itemsize - cast(Tensor, module.original).nbytes)
+    return Sizes(own, own + layers + sum(stacks), len(stacks), sum(stacks))

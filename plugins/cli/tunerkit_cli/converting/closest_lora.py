@@ -66,10 +66,10 @@ def closest(tuner: Tuner, rank: int) -> Closest:
                 biases[path] = own.detach().cpu() + delta.bias.detach().cpu()
             weight = torch.zeros(1, 1) if delta.weight is None else delta.weight.detach().cpu().float()
             u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        kept = s[:rank] > 0
-        root = s[:rank][kept].sqrt()
-        products[path] = Factors(q=(root[:, None] * vh[:rank][kept]).float(), p=(u[:, :rank][:, kept] * root).float())
-        sizes[path], left_out[path] = float(s.double().norm()), float(s[rank:].double().norm())
+        kept = torch.atleast_2d(s[..., :rank] > 0).any(dim=0).nonzero().flatten()  # by one expert of a stack, or more
+        root, q, p = s[..., kept].sqrt(), vh[..., kept, :], u[..., kept]
+        products[path] = Factors(q=(root[..., None] * q).float(), p=(p * root[..., None, :]).float())
+        sizes[path], left_out[path] = float(s.double().norm()), float(s[..., rank:].double().norm())
     errors = {path: gap / sizes[path] if sizes[path] > 0 else 0.0 for path, gap in left_out.items()}
     error = math.hypot(*left_out.values()) / (math.hypot(*sizes.values()) or 1.0)
     return Closest(products, biases, error, dict(sorted(errors.items(), key=lambda item: -item[1])))

@@ -101,7 +101,7 @@ def norm(product: Factors) -> float:
 
 def difference(one: Factors, other: Factors) -> float:
     """Return ‖P Q − P' Q'‖_F of two products for one weight."""
-    return norm(Factors(q=torch.cat([one.q, other.q]), p=torch.cat([one.p, -other.p], dim=1)))
+    return norm(Factors(q=torch.cat([one.q, other.q], dim=-2), p=torch.cat([one.p, -other.p], dim=-1)))
 
 
 def relative(one: Factors | None, other: Factors | None) -> float:

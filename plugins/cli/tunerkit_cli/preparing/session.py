@@ -37,7 +37,7 @@ from tunerkit_transformers.learned_positions import is_scored
 from tunerkit_transformers.memory_plan import Plan, plan_of
 from tunerkit_transformers.out_of_memory import noted_plan
 from tunerkit_transformers.pretrained import Pretrained, load_pretrained
-from tunerkit_transformers.quantising import bytes_of
+from tunerkit_transformers.quantising import sizes_of
 from tunerkit_transformers.savings import Saving, speed_up
 
 # What a resumed run has from its own recipe, whatever that leaves out.
@@ -178,8 +178,10 @@ def _base(recipe: Recipe, task: Task, start: Start | None, console: Console, **h
     if recipe.chat_template is not None:
         loaded.processor.chat_template = read_template(recipe.chat_template)
     if recipe.quantisation is not None:
-        own, dense = (f"{size / 2**20:,.0f}" for size in bytes_of(loaded.model))
-        say(console, f"base: quantised as {recipe.quantisation}, {own} MiB instead of {dense}")
+        size = sizes_of(loaded.model)
+        stacks = f", of which {size.stacks} stacks of experts save {size.saved / 2**30:,.2f} GiB" if size.stacks else ""
+        own, dense = (f"{count / 2**20:,.0f}" for count in (size.own, size.dense))
+        say(console, f"base: quantised as {recipe.quantisation}, {own} MiB instead of {dense}{stacks}")
     return loaded
 
 

@@ -176,7 +176,10 @@ def _is_nonfinite(value: Any) -> bool:
 
 @torch.no_grad()
 def _spectrum(tuner: Tuner) -> dict[str, list[float]]:
-    """The singular values of what each adapter adds, the greatest first; nothing for methods without factors."""
+    """The singular values of what each adapter adds, the greatest first: for a stack, root mean squares of experts.
+
+    Nothing for methods without factors.
+    """
     method, adapters = tuner.method, tuner.adapters()
     if not hooks.has_factors(method):
         return {}
@@ -185,4 +188,5 @@ def _spectrum(tuner: Tuner) -> dict[str, list[float]]:
         for path, _, slots in injection.walk(tuner.model)
         if path in adapters and slots.base is not None and slots.base.has_weight
     }
-    return {path: [round(float(value), 8) for value in each.triplets()[1]] for path, each in products.items()}
+    values = {path: torch.atleast_2d(each.triplets()[1]).square().mean(0).sqrt() for path, each in products.items()}
+    return {path: [round(value, 8) for value in each.tolist()] for path, each in values.items()}
