@@ -1,0 +1,62 @@
+"""Trainings of adapters on experts in several processes, each of which imports this by name."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import fsdp
+
+import tunerkit
+from plugins.experts.tests.tiny_mixtral import IDS, adam, logits, wrapped
+from tests.support import two_processes
+
+STEPS = 4
+METHODS: dict[str, dict[str, Any]] = {"lora": {"rank": 3}, "miss": {"rank": 4}, "hra": {"rank": 4}}
+ENGINES = ("ddp", "fsdp2 blocks", "fsdp2 experts")
+
+
+def parallel(model: Any, engine: str) -> nn.Module:
+    """The module that is called: DDP around the model, or the model itself after ``fully_shard``."""
+    if engine == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if engine != "alone":
+        for layer in model.model.layers:
+            if engine == "fsdp2 experts":  # a group of their own, which is gathered for them alone
+                fsdp.fully_shard(layer.mlp.experts)
+            fsdp.fully_shard(layer)
+        fsdp.fully_shard(model)
+    return model  # type: ignore[no-any-return]
+
+
+def train(engine: str, method: str, folder: Path, rank: int = 0, of: int = 1) -> dict[str, Any]:
+    """Train on this process's share of the sequences, and look at what came of it.
+
+    Returns:
+        The adapter's weights, the outputs as trained, merged and unmerged, and the file.
+    """
+    model = wrapped(method, **METHODS[method])
+    runs = parallel(model, engine)
+    optimizer = adam(model)
+    tunerkit.attach(model, optimizer, total_steps=STEPS)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        runs(IDS[rank::of], labels=IDS[rank::of]).loss.backward()
+        optimizer.step()
+    file = tunerkit.save(model, folder / f"{engine} {method}")
+    with tunerkit.tuner(model).whole():
+        weights = {name: each.detach().clone() for name, each in tunerkit.tuner(model).named_parameters()}
+    found = {"weights": weights, "file": file, "trained": logits(runs)}
+    tunerkit.merge(model)
+    found["merged"] = logits(runs)
+    tunerkit.unmerge(model)
+    return {**found, "unmerged": logits(runs)}
+
+
+def train_all(rank: int, folder: str) -> None:
+    """Be one of two processes that train by each engine; the results are written to ``{folder}/{rank}.pt``."""
+    with two_processes.joined(rank, folder):
+        found = {
+            (engine, method): train(engine, method, Path(folder), rank, 2) for engine in ENGINES for method in METHODS
+        }
+        torch.save(found, f"{folder}/{rank}.pt")
