@@ -15,7 +15,7 @@ import tunerkit
 from plugins.adalora.tests import toy_experts
 from plugins.adalora.tests.short_training import TOTAL, assert_same_weights, layers
 from plugins.adalora.tests.toy_experts import EXPERTS, separate, stacked
-from tests.support.toys import registering
+from tests.support.toys import group_of_one as group_of_one, registering
 from tunerkit.plugin import Factors
 from tunerkit_adalora.allocator import allocate
 from tunerkit_adalora.importance import new_averages, smooth_, stacks_of, triplet_scores, unstack
@@ -81,7 +81,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: Sequence[
 
 def matrices(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """P, λ, Q and the mask of each matrix, expert after expert."""
-    found = []
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for layer in layers(model):
         own = layer.p, layer.lam, layer.q, layer.mask
         found += zip(*own, strict=True) if layer.mask.ndim > 1 else [own]
@@ -207,7 +207,7 @@ def test_files_and_merging_keep_every_bit(tmp_path: Path) -> None:
     assert torch.equal(loaded(x, ids), adapted)
     tunerkit.merge(model)
     assert (model(x, ids) - adapted).abs().max() < 1e-12
-    assert not torch.equal(model.get_submodule("one").w, before["one.w"])
+    assert not torch.equal(model.get_parameter("one.w"), before["one.w"])
     tunerkit.unmerge(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with tunerkit.disabled(model):
@@ -266,7 +266,23 @@ def test_what_a_stack_does_not_support_is_refused_when_wrapping(changes: dict[st
         wrapped(stacked(), **changes)
     assert "one.stack" in str(error.value)
     assert "two.stack" in str(error.value)
-    assert wrapped(stacked(), **changes, exclude=["one", "two"])
+    assert layers(wrapped(stacked(), **changes, exclude=["one", "two"]))
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_sharded_stacks_are_refused_when_attaching() -> None:
+    """The error names one of them; an adapter of other layers is sharded as before."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP")
+    pytest.importorskip("tunerkit_distributed", reason="it knows FSDP")
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for targets in (["*"], ["middle"]):
+        model = fsdp.fully_shard(wrapped(stacked(), targets=targets), mesh=mesh)
+        if targets == ["*"]:
+            with pytest.raises(tunerkit.errors.StepError, match=r"shards of stacks .* 'one\.stack': train with DDP"):
+                attached(model)
+        else:
+            train(model, attached(model))
+            assert tunerkit.tuner(model).budget() == 2
 
 
 @pytest.mark.parametrize("start", ["lora", "gaussian", "orthonormal"])

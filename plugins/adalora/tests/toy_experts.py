@@ -40,11 +40,9 @@ class SeparateExperts(nn.ModuleList):
     """The same as `Experts`, with one linear layer for each."""
 
     def forward(self, rows: Tensor, ids: Tensor) -> Tensor:
-        out = rows.new_zeros(len(rows), self[0].out_features)
-        for number, expert in enumerate(self):
-            if bool((ids == number).any()):
-                out = out.index_add(0, (ids == number).nonzero().squeeze(1), expert(rows[ids == number]))
-        return out
+        found = {number: self[number](rows[ids == number]) for number in ids.unique().tolist()}
+        order = torch.cat([(ids == number).nonzero().squeeze(1) for number in found])
+        return torch.cat([*found.values()])[order.argsort()]
 
 
 class StackLayer(BaseLayer):
@@ -114,9 +112,10 @@ def separate() -> Any:
     """The same model with a layer for each expert."""
     model = stacked()
     for name in ("one", "two"):
-        w = model.get_submodule(name).w.detach()
-        experts = SeparateExperts(nn.Linear(*each.T.shape, bias=False, dtype=each.dtype) for each in w)
-        for expert, each in zip(experts, w, strict=True):
-            expert.weight.data.copy_(each)
+        experts = SeparateExperts()
+        for w in model.get_parameter(f"{name}.w").detach():
+            expert = nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype)
+            expert.weight.data.copy_(w)
+            experts.append(expert)
         model.set_submodule(name, experts)
     return model

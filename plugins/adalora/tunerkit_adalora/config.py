@@ -56,7 +56,8 @@ class AdaLoraConfig(AdapterConfig):
 
     The budget is ``target_rank`` per target on average, or ``budget`` in total. ``budget_unit`` is its unit: ranks or
     parameters. In parameters, a ``target_rank`` of r is the size of r triplets at each target, as in LoRA of rank r.
-    ``t_init`` and ``t_final`` are optimizer steps (int) or shares of training (float below 1).
+    Each matrix of a stack, such as an expert, counts as a target of its own here, and for ``min_rank`` and
+    ``max_rank``. ``t_init`` and ``t_final`` are optimizer steps (int) or shares of training (float below 1).
     """
 
     target_rank: int | None = setting(
@@ -113,7 +114,10 @@ class AdaLoraConfig(AdapterConfig):
     max_rank: int | Mapping[str, int] | None = setting(
         None, ge=0, doc="greatest rank at a target at the end; a mapping from target pattern to rank also works"
     )
-    shrink: bool = setting(True, doc="once the ranks are final, remove dead triplets from memory")
+    shrink: bool = setting(
+        True,
+        doc="once the ranks are final, remove dead triplets from memory; never in an adapter with stacks of experts",
+    )
     start: Literal["lora", "gaussian", "orthonormal", "eva", "gradients"] = setting(
         "lora",
         doc="P = 0, Λ = 1, Q as LoRA's A, or what tunerkit.calibrate finds in the inputs (eva) or gradients; or Λ = 0 "
