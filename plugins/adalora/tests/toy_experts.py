@@ -114,7 +114,8 @@ def separate() -> Any:
     for name in ("one", "two"):
         experts = SeparateExperts()
         for w in model.get_parameter(f"{name}.w").detach():
-            experts.append(nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype))
-            experts[-1].weight.data.copy_(w)
+            expert = nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype)
+            expert.weight.data.copy_(w)
+            experts.append(expert)
         model.set_submodule(name, experts)
     return model
