@@ -3,11 +3,11 @@
 import importlib.util
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tunerkit.errors import TunerkitError, closest
@@ -103,5 +103,5 @@ def sizes_of(model: nn.Module) -> Sizes:
             layers += module.out_features * module.in_features * width - sum(tensor.nbytes for tensor in packed)
         elif isinstance(module, ParametrizationList) and is_named(type(module[0]), "bitsandbytes."):
             state: Any = module[0].quant_state
-            stacks.append(math.prod(state.shape) * state.dtype.itemsize - cast(Tensor, module.original).nbytes)
+            stacks.append(math.prod(state.shape) * state.dtype.itemsize - module.original.nbytes)
     return Sizes(own, own + layers + sum(stacks), len(stacks), sum(stacks))
