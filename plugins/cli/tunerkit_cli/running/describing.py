@@ -1,6 +1,7 @@
 """What ``tunerkit train`` prints of a run: before training, and after it."""
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -61,7 +62,10 @@ def described(session: Session) -> Iterator[str]:
     if session.start is not None:
         yield f"goes on from {session.start.source}"
     parameters = tunerkit.trainable_parameters(session.loaded.model)
-    yield f"{session.tuner.method} on {len(session.tuner.targets)} matrices: {parameters}"
+    slots = [injection.slots_of(target.module) for target in session.tuner.targets]
+    stacks = Counter(own.base.stack for own in slots if own is not None and own.base is not None and own.base.stack)
+    experts = "".join(f" and {count} stacks of {each} experts" for each, count in stacks.items())
+    yield f"{session.tuner.method} on {len(slots) - stacks.total()} matrices{experts}: {parameters}"
 
 
 def _described_end(session: Session) -> Iterator[str]:

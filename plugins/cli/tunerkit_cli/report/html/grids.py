@@ -59,10 +59,15 @@ def _width(names: Sequence[str]) -> int:
 
 def heatmap(run: Run, highest: int | None = None) -> Grid | None:
     """Draw the first live ranks if they differ, layers side by side: they are often more than matrices, and short."""
-    if len(set(run.ranks.values())) < 2:
+    ranks, caps = dict(run.ranks), dict(_telling_caps(run))
+    for path, own in run.experts.items():  # a cell for each expert in place of that of their stack
+        cap = caps.pop(path, ranks.pop(path)) // len(own)
+        ranks |= {f"{path}.{expert}": rank for expert, rank in enumerate(own)}
+        caps |= {f"{path}.{expert}": cap for expert in range(len(own))}
+    if len(set(ranks.values())) < 2:
         return None
-    caps, highest = _telling_caps(run), highest or highest_rank(run)
-    shown = dict(list(run.ranks.items())[:MOST_CELLS])
+    highest = highest or highest_rank(run)
+    shown = dict(list(ranks.items())[:MOST_CELLS])
     map_ = rank_map({path: (rank, caps.get(path)) for path, rank in shown.items()})
     cells = [
         [
@@ -122,8 +127,9 @@ def rank_summary(run: Run) -> str:
 
 def highest_rank(run: Run) -> int:
     """Return the rank with the full colour: the greatest that a target has, had or may have."""
-    had = (max(change.ranks, default=0) for change in run.history)
-    return max((*run.ranks.values(), *(run.caps.get(path, 0) for path in run.ranks), *had), default=1) or 1
+    had = (max(change.ranks, default=0) for change in run.history) if not run.experts else ()
+    caps = (run.caps.get(path, 0) // len(run.experts.get(path, (0,))) for path in run.ranks)
+    return max((*(run.ranks.values() if not run.experts else ()), *caps, *had), default=1) or 1
 
 
 def capped(run: Run) -> int:
