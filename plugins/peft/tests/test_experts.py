@@ -17,6 +17,8 @@ from tunerkit.errors import BaseMismatchError, ConfigError, FileError
 from tunerkit.plugin import Factors, factors_of
 from tunerkit_peft.describing import describe
 
+pytest.importorskip("tunerkit_experts", reason="the stacks of these models")
+
 IDS: Final = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [9, 8, 7, 6, 5, 4, 3]])
 SIZES: Final[dict[str, Any]] = {
     **{"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
