@@ -113,7 +113,7 @@ def _read(format: Format, path: Path, model: nn.Module) -> Foreign:
 
 
 def _is_matrix(value: object) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
+    return isinstance(value, Tensor) and value.ndim in (2, 3) and value.is_floating_point()
 
 
 def _in_full(found: Foreign, scanned: Scan) -> tuple[dict[str, Tensor], list[str]]:

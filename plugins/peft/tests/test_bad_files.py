@@ -59,7 +59,7 @@ SETTINGS: list[tuple[str, Any, str]] = [
     ("trainable_token_indices", [1, 2], "the embedding of the input has no rows in the file"),
     ("trainable_token_indices", {"embed_tokens": [-1]}, "a list of ids, or an object that maps names"),
     ("layer_replication", [[0, 1], [0, 2]], "merge it in PEFT"),
-    ("target_parameters", ["experts.gate_up_proj"], "merge it in PEFT"),
+    ("target_parameters", "experts.gate_up_proj", "expected a list of names"),
     ("alora_invocation_tokens", [5], "plain LoRA"),
     ("use_qalora", True, "plain LoRA"),
     ("use_bdlora", {"nblocks": 2}, "block-diagonal"),

@@ -15,6 +15,7 @@ from tunerkit_peft.selection import Selection, selection_of
 from tunerkit_peft.values import HIGHEST_RANK, Values, is_number, is_rank
 
 _LARGEST_FILE: Final = 64_000_000  # bytes
+_OF_LORA: Final = ("trainable_token_indices", "target_parameters")  # read for no other type
 _NOT_IN_ADALORA: Final = ("alpha_pattern", "use_rslora", "use_dora")
 
 
@@ -71,6 +72,8 @@ class Settings:
         schedule: AdaLoRA's schedule.
         start: The start of a LoRA that is subtracted from the base, one of `base_starts.STARTS`; else empty.
         tokens: ``trainable_token_indices`` of a LoRA: ids by the end of a module's path.
+        parameters: ``target_parameters`` of a LoRA: ends of the paths of parameters.
+        version: The release of PEFT that saved it; may be empty.
         remarks: What the settings say and the adapter will not hold.
     """
 
@@ -85,6 +88,8 @@ class Settings:
     schedule: Schedule
     start: str
     tokens: Mapping[str, tuple[int, ...]]
+    parameters: tuple[str, ...]
+    version: str
     remarks: tuple[str, ...]
 
 
@@ -142,6 +147,7 @@ def _lora(file: Path, reader: Values) -> Settings:
         live=None,
         start=start if (start := reader.found.get("init_lora_weights")) in STARTS else "",
         tokens=reader.ids("trainable_token_indices"),
+        parameters=reader.names("target_parameters"),
         remarks=tuple(_training(reader.found)),
         **_common(file, reader),
     )
@@ -157,6 +163,7 @@ def _adalora(file: Path, reader: Values) -> Settings:
         live=reader.masks("rank_pattern"),
         start="",
         tokens={},
+        parameters=(),
         remarks=tuple(f"{name!r} is set, and PEFT's AdaLoRA ignores it, so tunerkit does too" for name in ignored),
         **_common(file, reader),
     )
@@ -165,6 +172,7 @@ def _adalora(file: Path, reader: Values) -> Settings:
 def _common(file: Path, reader: Values) -> dict[str, Any]:
     return {
         "common": common_of(file, reader, "lora_only"),
+        "version": reader.text("peft_version"),
         "alpha": reader.number("lora_alpha", 8.0),
         "dropout": reader.number("lora_dropout", 0.0, least=0.0, below=1.0),
         "schedule": Schedule(
@@ -218,7 +226,7 @@ def _training(found: Mapping[str, object]) -> Iterator[str]:
 
 def _unsupported(found: Mapping[str, object], kind: object) -> list[str]:
     if kind == "LORA":
-        held = {name: value for name, value in found.items() if name != "trainable_token_indices"}
+        held = {name: value for name, value in found.items() if name not in _OF_LORA}
         return [*fields.problems(held), *(changed_base(found) if found.get("init_lora_weights") not in STARTS else ())]
     # PEFT's AdaLoRA starts in one way, so what the settings say of a start has no effect.
     return [*fields.problems({name: value for name, value in found.items() if name not in _NOT_IN_ADALORA})]

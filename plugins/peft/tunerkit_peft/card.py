@@ -91,7 +91,8 @@ def _table(sites: Sequence[Site]) -> list[str]:
     """One line for each name of modules, with the ranks that they have in the layers."""
     ranks: dict[str, list[int]] = {}
     for site in sites:
-        ranks.setdefault(site.name.rpartition(".")[2], []).append(site.rank)
+        path = site.owner if site.is_parameter else site.name
+        ranks.setdefault(path.rpartition(".")[2], []).append(site.rank)
     rows = [f"| {_code(name)} | {len(own)} | {_range(own)} |" for name, own in ranks.items()]
     return ["| Modules | Number | Rank |", "|---|---|---|", *rows]
 

@@ -15,6 +15,7 @@ from tunerkit.plugin import ConfigError
 from tunerkit_peft import fields
 from tunerkit_peft.kinds import BRINGS, IN_METHODS, installed_for
 from tunerkit_peft.object_places import fill_defaults, places_of, refuse_tying
+from tunerkit_peft.object_stacks import converted, refuse_parameters
 from tunerkit_peft.places import modules_of, tied_to_input
 from tunerkit_peft.table_settings import Converted
 from tunerkit_peft.values import HIGHEST_RANK, Values, is_number, is_rank
@@ -57,14 +58,16 @@ def settings_of(config: Any, model: nn.Module) -> tuple[str, dict[str, object]] 
         return None
     # As its file has them: sets become lists.
     found = {name: _plain(value) for name, value in config.to_dict().items()}
-    kind = found["peft_type"]
+    kind, modules = found["peft_type"], modules_of(model)
     declared = installed_for(found)
     method = next((_METHODS[name] for name in names if name in _METHODS), None)
     if declared is None and (method is None or kind != _KINDS[method]):
         if kind in IN_METHODS:
             raise ConfigError([f"this {type(config).__name__} is of a type that no installed method has. {BRINGS} @ $"])
         return None
-    reader, modules = Values(found), modules_of(model)
+    if method == "lora":
+        found = _converted(config, model, modules)
+    reader = Values(found)
     copies, common = reader.names("modules_to_save"), [*_refused_by_all(found)]
     if reader.places("target_modules") and reader.places("exclude_modules"):
         common += [*fill_defaults(found, model, declared), *refuse_tying(found, copies, modules, declared)]
@@ -88,6 +91,14 @@ def settings_of(config: Any, model: nn.Module) -> tuple[str, dict[str, object]] 
         raise ConfigError([f"{whose}: {problem} @ $" for problem in wrong])
     settings = {**own, "bias": bias if bias in ("none", "all") else "adapters"}
     return method, {**settings, **places_of(found, copies, settings, modules, declared)}
+
+
+def _converted(config: Any, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    try:
+        changed = converted(config, model, modules)
+    except ValueError as error:
+        raise ConfigError([f"peft refuses this {type(config).__name__}: {error} @ $"]) from error
+    return {name: _plain(value) for name, value in changed.to_dict().items()}
 
 
 def _plain(value: Any) -> Any:
@@ -151,6 +162,9 @@ def _refused(found: Mapping[str, Any], method: str, modules: Mapping[str, nn.Mod
     """Yield what would be another training, and what to do."""
     for name, value in found.items():
         if not value or name in fields.READ or name in fields.HARMLESS:
+            continue
+        if name == "target_parameters" and method == "lora":
+            yield from refuse_parameters(found, modules)
             continue
         what = fields.REFUSED[name][0] if name in fields.REFUSED else "a setting that PEFT 0.21 does not have"
         instead = ", or train it with PEFT, and merge it there"

@@ -31,7 +31,7 @@ def describe(path: Path) -> Description:
     if declared is None:
         settings, weights = read_settings(found.config, held), open_weights(found.weights)
         common, method, told = settings.common, settings.common.kind.lower(), _told(settings)
-        ranks = {path: _rank(weights, path) for path in weights.factors}
+        ranks = {path: _one_rank(settings, _rank(weights, path)) for path in weights.factors}
     else:
         named = read_table_settings(found.config, held, declared)
         weights = open_weights(found.weights, kind_of(declared.names))
@@ -79,6 +79,12 @@ def _rank(weights: Weights, path: str) -> int:
     return weights.shape(name)[0] if name else 0
 
 
+def _one_rank(settings: Settings, rows: int) -> int:
+    """The rank of one expert, where A has the rows of all of them: how many there are, only the base says."""
+    packed = settings.parameters and rows not in {settings.rank, *settings.ranks.values()}
+    return settings.rank if packed and rows % settings.rank == 0 else rows
+
+
 def _copies(settings: Common, weights: Weights) -> tuple[str, ...]:
     """The outermost modules that ``modules_to_save`` names, of those that have tensors. PEFT compares ends of names."""
     found = dict.fromkeys(copy_around(settings, name) for name in weights.others)
@@ -96,6 +102,7 @@ def _told(settings: Settings) -> dict[str, object]:
     }
     told |= {"start": settings.start} if settings.start else {}
     told |= {"trainable_token_indices": dict(settings.tokens)} if settings.tokens else {}
+    told |= {"target_parameters": list(settings.parameters)} if settings.parameters else {}
     if settings.common.kind == "ADALORA":
         told |= {"target_rank": settings.schedule.target_r, "total_steps": settings.schedule.total_step}
     return told

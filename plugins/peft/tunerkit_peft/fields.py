@@ -73,7 +73,10 @@ REFUSED: Final[Mapping[str, tuple[str, str]]] = {
     "lora_bias": ("a bias in lora_B, which is no product of two matrices", _MERGE),
     "trainable_token_indices": ("single trained rows of an embedding", f"{_MERGE}, or train the embedding in full"),
     "layer_replication": ("a base model with repeated layers", f"{_MERGE}, or build that base model first"),
-    "target_parameters": ("adapters of parameters that have no module of their own, such as experts", _MERGE),
+    "target_parameters": (
+        "adapters of parameters such as experts, which PEFT's LoRA alone has",
+        f"{_MERGE}, or leave it out",
+    ),
     "alora_invocation_tokens": ("an activated LoRA, which works from certain tokens on", _RETRAIN),
     "use_qalora": ("QA-LoRA, which averages groups of the input", _RETRAIN),
     "use_bdlora": ("BD-LoRA, whose matrices are block-diagonal", _MERGE),

@@ -97,8 +97,8 @@ def _experts(path: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:
     if found and path not in modules and f"{found['experts']}.0" not in modules:
         yield (
             f"{path!r} is an expert by itself, as in transformers 4; from transformers 5 on, all experts of "
-            "a layer are one parameter. Merge the adapter with transformers 4 and PEFT (merge_and_unload), and use the "
-            "merged model as the base"
+            "a layer are one parameter, which tunerkit[experts] adapts: install it. Or merge the adapter with "
+            "transformers 4 and PEFT (merge_and_unload), and use the merged model as the base"
         )
 
 

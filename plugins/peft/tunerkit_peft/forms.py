@@ -13,7 +13,9 @@ from tunerkit_peft.from_adalora import EPSILON
 from tunerkit_peft.pieces import Piece
 from tunerkit_peft.places import INNER
 from tunerkit_peft.selecting import pattern_for
+from tunerkit_peft.stacks import packed
 
+VERSION: Final = "0.21.2"  # of peft, whose format this is
 # The greatest ranks that vLLM can be started for. A server that has room for one of them takes every lower rank too.
 # The lowest, 1, is left out: TGI pads each layer type to 8 and then scales the next one by an eighth.
 SERVED_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -130,6 +132,8 @@ def _named(
         a, b = _padded(piece, ranks[piece.name])
         scale = scales.get(piece.name, 1.0)
         b = b if scale == 1 else b * scale
+        if piece.stack is not None:
+            a, b = packed(Factors(q=a, p=b), piece.stack, VERSION)
         if piece.embeds:
             yield from ((f"{piece.name}.lora_embedding_A", a), (f"{piece.name}.lora_embedding_B", b))
             continue
@@ -161,7 +165,7 @@ def _refuse_others(pieces: Collection[Piece]) -> None:
     if wrong := [
         f"{piece.name} ({type(piece.module).__name__})"
         for piece in pieces
-        if isinstance(piece.module, others) or piece.name.endswith(INNER)
+        if isinstance(piece.module, others) or piece.name.endswith(INNER) or piece.stack is not None
     ]:
         raise FileError(
             "\n- ".join(

@@ -20,7 +20,10 @@ from tunerkit_peft.weights import Weights
 
 @attrs.frozen(eq=False)
 class _Own:
-    """One module's adapter: A (r, in), B (out, r), the numerator of the scale, and what is subtracted from B A."""
+    """One module's adapter: A (r, in), B (out, r), the numerator of the scale, and what is subtracted from B A.
+
+    At a stack of E matrices, A is (E, r, in) and B is (E, out, r).
+    """
 
     a: Tensor
     b: Tensor
@@ -29,7 +32,7 @@ class _Own:
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[-2]
 
     def tensors(self) -> dict[str, Tensor]:
         """What `tunerkit_lora` has at the module."""
@@ -107,10 +110,11 @@ def _rank(
 
 def _own(settings: Settings, weights: Weights, parts: Parts, rule: Rule, rank: int) -> _Own:
     a, b = matrices(weights, parts)
-    used = a.any(dim=1) | b.any(dim=0)
+    used = a.any(dim=-1) | b.any(dim=-2)
+    used = used.any(dim=0) if parts.is_stack else used
     kept = parts.rank if settings.start else int(used.sum())
-    if kept < parts.rank:
-        a, b = a[used], b[:, used]
+    if kept < len(used):
+        a, b = a[..., used, :], b[..., used]
     if rule.alpha <= 0:  # tunerkit's are above 0, so the scale goes into B
         scale = rule.alpha / _divisor(parts.rank, settings.rslora)
         return _Own(a, b * scale, alpha=_divisor(kept, settings.rslora))

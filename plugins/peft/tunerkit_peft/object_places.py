@@ -10,6 +10,7 @@ from torch import nn
 from tunerkit.errors import shown
 from tunerkit.plugin import exact_patterns, is_broad, lookup, matches as matches_path
 from tunerkit_peft.declaration import Declared
+from tunerkit_peft.object_stacks import chosen_stacks, patterns_of
 from tunerkit_peft.places import is_linear, tied_to_input
 from tunerkit_peft.selecting import few
 from tunerkit_peft.selection import ALL_LINEAR, ends, selection_of
@@ -34,12 +35,16 @@ def fill_defaults(found: dict[str, Any], model: nn.Module, declared: Declared | 
     kind, of_type = getattr(getattr(model, "config", None), "model_type", None), found["peft_type"]
     # The object is of this library, so it is there.
     known = vars(importlib.import_module("peft.utils.constants"))
-    if not found.get("target_modules") and not (declared is not None and declared.names.tied):
+    given, parameters = found.get("target_modules"), found.get("target_parameters")
+    if not given and not (declared is not None and declared.names.tied):
         tuners = importlib.import_module("peft.mapping").PEFT_TYPE_TO_TUNER_MAPPING
         defaults = {
             **(getattr(tuners.get(of_type), "target_module_mapping", None) or {}),
             **known.get(f"TRANSFORMERS_MODELS_TO_{of_type}_TARGET_MODULES_MAPPING", {}),
         }
+        if parameters and (given is not None or kind not in defaults):
+            found["target_modules"] = []
+            return
         if kind not in defaults:
             yield (
                 f"'target_modules' is missing, and PEFT has no default for a model of type {shown(kind)}; name them, "
@@ -105,21 +110,27 @@ def places_of(
         inside = []
     else:
         named = _names(targets or ())
-    if found.get("layers_pattern"):  # PEFT looks for the layer's number after these names
+    stacks, other_stacks = chosen_stacks(found, modules)
+    # PEFT looks for the layer's number after these names, and for stacks not at all.
+    if found.get("layers_pattern") or (stacks and layers not in (None, [])):
         matches = selection_of(found).matcher()
         named, layers = tuple(exact_patterns(path for path in paths if matches(path)).values()), None
     chosen = [path for path in paths if any(matches_path(pattern, path) for pattern in named)]
     left_out, dropped = _names(exclude or ()), {*inside}
     dropped |= {path for path in paths if any(matches_path(pattern, path) for pattern in left_out)}
     kept = [path for path in chosen if path not in dropped]
-    beside, patterns = _attention(kept, modules, settings) if found["peft_type"] == "LORA" else ((), {})
+    beside, patterns = _attention(kept, modules, settings) if found["peft_type"] == "LORA" else ([], {})
+    beside += [stack.path for stack in stacks]
+    patterns |= patterns_of(stacks, [path for path in kept if path not in beside], {**settings, **patterns})
     sides = [*tied_to_input(modules)] if declared is not None and declared.names.tied else []
     tied = sides if {*sides[:1]} & {*kept} else ()  # of a head alone, PEFT leaves the embedding as it is
     if not dropped.isdisjoint(beside):  # PEFT adapts these with their attention, whatever is excluded
         left_out, inside = (), [path for path in chosen if path in dropped and path not in beside]
+    inside = [path for path in inside if path in chosen and path not in beside]
+    inside += [stack.path for stack in other_stacks if stack.path in chosen or _is_all(targets)]
     return {
-        "targets": (*named, *exact_patterns((*beside, *tied)).values()) if targets else None,
-        "exclude": (*left_out, *exact_patterns(path for path in inside if path in chosen).values()),
+        "targets": (*named, *exact_patterns((*beside, *tied)).values()) if targets or beside else None,
+        "exclude": (*left_out, *exact_patterns(inside).values()),
         "layers": None if layers is None or layers == [] else tuple(layers) if isinstance(layers, list) else (layers,),
         "train_modules": trained,
         **patterns,

@@ -11,11 +11,12 @@ from tunerkit.plugin import setting
 class PeftOptions:
     """The options of ``tunerkit.export(model, folder, format="peft", ...)``. The ``doc`` of each field explains it."""
 
-    form: Literal["own", "uniform", "compact", "adalora"] | None = setting(
+    form: Literal["own", "uniform", "compact", "adalora", "experts"] | None = setting(
         None,
         doc="own: PEFT's type of the method itself, if the method declares PEFT's names; uniform: a LoRA of one rank, "
         "padded with zeros, which every server reads; compact: a LoRA with the rank of each module; adalora: PEFT's "
-        "AdaLoRA; None: own if the method declares the names, else uniform",
+        "AdaLoRA; experts: as uniform, with matrices for each expert of a stack, as engines read them; None: own if "
+        "the method declares the names, else uniform",
     )
     rank: int | None = setting(
         None,

@@ -22,12 +22,14 @@ class Parts:
         name: The path in the file.
         names: The names of the tensors in the file by part, ``"A"``, ``"B"`` and for AdaLoRA ``"E"``.
         rank: The rank, which the three agree on.
+        is_stack: Whether A is (E, r, in) and B is (E, out, r), of a stack of E matrices.
     """
 
     place: Place
     name: str
     names: Mapping[str, str]
     rank: int
+    is_stack: bool = False
 
 
 def parts_of(settings: Settings, weights: Weights, rename: Rename) -> list[Parts]:
@@ -39,7 +41,7 @@ def parts_of(settings: Settings, weights: Weights, rename: Rename) -> list[Parts
     needed = ("A", "B") if settings.common.kind == "LORA" else ("A", "B", "E")
     found, problems = [], []
     for name, own in weights.factors.items():
-        if wrong := list(_wrong_parts(own, needed, settings.common.file)) or list(_wrong_shapes(weights, own)):
+        if wrong := list(wrong_parts(own, needed, settings.common.file)) or list(_wrong_shapes(weights, own)):
             problems += wrong
             continue
         found.append(Parts(place_of(name, rename), name, own, rank=weights.shape(own["A"])[0]))
@@ -62,7 +64,8 @@ def refuse_ranks(settings: Settings, weights: Weights, problems: list[str]) -> N
         )
 
 
-def _wrong_parts(own: Mapping[str, str], needed: tuple[str, ...], file: Path) -> Iterator[str]:
+def wrong_parts(own: Mapping[str, str], needed: tuple[str, ...], file: Path) -> Iterator[str]:
+    """Yield which of the needed parts are missing, and which belong to another type."""
     some = next(iter(own.values()))
     if lacking := [part for part in needed if part not in own]:
         yield f"{shown(some)} is there without its {' and '.join(f'lora_{part}' for part in lacking)}"
@@ -79,6 +82,8 @@ def _wrong_shapes(weights: Weights, own: Mapping[str, str]) -> Iterator[str]:
 
 
 def matrices(weights: Weights, parts: Parts) -> tuple[Tensor, Tensor]:
-    """Return A (r, in) and B (out, r) in fp32; B with what PEFT adds several times multiplied in."""
+    """Return A (r, in) and B (out, r), or those of a stack, in fp32; B with PEFT's repeated sum multiplied in."""
+    if parts.is_stack:
+        return weights.tensor(parts.names["A"]).float(), weights.tensor(parts.names["B"]).float()
     a, b = weights.matrix(parts.names["A"]), weights.matrix(parts.names["B"])
     return a, b if parts.place.times == 1 else b * parts.place.times

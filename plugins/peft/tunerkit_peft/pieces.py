@@ -1,6 +1,7 @@
 """The products of an adapter as PEFT's modules hold them, with what PEFT cannot hold refused."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from tunerkit.errors import first
 from tunerkit.plugin import AdapterError, FileError, biases_of, factors_of
 from tunerkit_peft.places import INNER, modules_of, refuse_convolutions
+from tunerkit_peft.stacks import LEVEL, Stack, stacks_of
 
 if TYPE_CHECKING:
     from tunerkit.plugin import Tuner
@@ -23,15 +25,18 @@ class Site:
 
     Attributes:
         name: What PEFT calls the module in the file: its path, or for attention's output projection a path inside.
-        owner: The path that PEFT's patterns and targets use: of the module, or of the attention around it.
+        owner: The path that PEFT's patterns and targets use: of the module, of the attention around it, or of a
+            parameter.
         module: The module.
         rank: The rank, which may be 0.
+        is_parameter: Whether PEFT targets a parameter there.
     """
 
     name: str
     owner: str
     module: nn.Module
     rank: int
+    is_parameter: bool = False
 
 
 @attrs.frozen(eq=False)
@@ -42,8 +47,9 @@ class Piece:
         name: What PEFT calls the module in the file, see `Site`.
         owner: The path that PEFT's patterns and targets use.
         module: The module.
-        q: (r, in), in fp32 or wider.
-        p: (out, r), in fp32 or wider.
+        q: (r, in), in fp32 or wider; of a stack (E, r, in).
+        p: (out, r), in fp32 or wider; of a stack (E, out, r).
+        stack: The stack of experts, if it is one.
     """
 
     name: str
@@ -51,16 +57,17 @@ class Piece:
     module: nn.Module
     q: Tensor
     p: Tensor
+    stack: Stack | None = None
 
     @property
     def rank(self) -> int:
         """The rank r, which may be 0."""
-        return self.q.shape[0]
+        return self.q.shape[-2]
 
     @property
     def site(self) -> Site:
         """Where it is."""
-        return Site(self.name, self.owner, self.module, self.rank)
+        return Site(self.name, self.owner, self.module, self.rank, is_parameter=self.stack is not None)
 
     @property
     def embeds(self) -> bool:
@@ -86,8 +93,27 @@ def pieces_of(tuner: "Tuner") -> list[Piece]:
     products = factors_of(tuner)
     if not products:
         raise AdapterError("the adapter adds nothing to any weight, so there is no LoRA to write")
-    found = [_piece(path, q, p, modules) for path, (q, p) in products.items()]
+    stacks = {path: stack for path, stack in stacks_of(modules).items() if path in products}
+    names = _nested(stacks.values())
+    found = [
+        Piece(names[path], stack.owner, modules[path], q, p, stack)
+        if (stack := stacks.get(path))
+        else _piece(path, q, p, modules)
+        for path, (q, p) in products.items()
+    ]
     return [*found, *_other_halves(found, modules)]
+
+
+def _nested(stacks: Iterable[Stack]) -> dict[str, str]:
+    """The names of PEFT's wrappers around the parameters of experts: those of the first one are the innermost."""
+    groups: dict[str, list[Stack]] = defaultdict(list)
+    for stack in stacks:
+        groups[stack.experts].append(stack)
+    return {
+        stack.path: experts + LEVEL * depth
+        for experts, own in groups.items()
+        for depth, stack in enumerate(reversed(own))
+    }
 
 
 def _piece(path: str, q: Tensor, p: Tensor, modules: Mapping[str, nn.Module]) -> Piece:

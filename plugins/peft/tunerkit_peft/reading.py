@@ -15,6 +15,7 @@ from tunerkit_peft.completeness import adapts, missing
 from tunerkit_peft.fitting import other_kernels, other_kinds, refuse_others
 from tunerkit_peft.from_adalora import read_adalora
 from tunerkit_peft.from_lora import read_lora
+from tunerkit_peft.from_stacks import experts_around, split_stacks
 from tunerkit_peft.from_table import kind_of, named_adapter
 from tunerkit_peft.kinds import declared_for
 from tunerkit_peft.moving import Moved, moving
@@ -53,7 +54,7 @@ def read(path: Path, model: nn.Module) -> Foreign:
     else:
         settings, kind = read_table_settings(found.config, held, declared), kind_of(declared.names)
     common, weights = _with_tied(settings.common, modules), open_weights(found.weights, kind)
-    moved = moving(weights.factors, modules, getattr(model, "base_model_prefix", ""))
+    moved = moving(experts_around(weights.factors, modules), modules, getattr(model, "base_model_prefix", ""))
     if isinstance(settings, Settings):
         keys, weights = split_rows(settings, weights)
         rows = read_rows(settings, weights, keys, modules, moved.rename)
@@ -98,13 +99,15 @@ def _products(
 ) -> Adapted:
     """The matrices of a LoRA or an AdaLoRA. Convolutions come first: some have matrices of other sizes in PEFT."""
     kind = settings.common.kind
+    weights, stacked = split_stacks(settings, weights, modules, moved.rename) if kind == "LORA" else (weights, [])
     paths = [place_of(name, moved.rename).path for name in weights.factors]
     refuse_convolutions(weights.file, modules, paths, kind, NO_MERGE)
-    parts = parts_of(settings, weights, moved.rename)
+    parts = [*parts_of(settings, weights, moved.rename), *stacked]
+    stacks = [each.place.path for each in stacked]
     if both := [path for path in rows if path in paths]:
         raise FileError(f"{weights.file} adapts {both[0]!r} and trains rows of it; PEFT never does both")
     return Adapted(
-        paths=[*paths, *rows],
+        paths=[*paths, *stacks, *rows],
         takes=adapts(kind),
         contradictions=list(other_kinds(parts, modules)),
         mismatches=list(other_kernels(weights, parts, modules)) if kind == "LORA" else [],
@@ -114,7 +117,7 @@ def _products(
             else read_adalora(settings, weights, parts)
         ),
         remarks=settings.remarks,
-        beside=rows,
+        beside=[*stacks, *rows],
     )
 
 

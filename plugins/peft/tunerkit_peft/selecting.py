@@ -4,9 +4,12 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
+from torch import nn
+
 from tunerkit.errors import shown
 from tunerkit.plugin import FileError
 from tunerkit_peft.selection import ends
+from tunerkit_peft.stacks import is_named
 
 # What PEFT puts below an adapted module. It looks there too for modules to train in full.
 BELOW: Final = (
@@ -41,6 +44,18 @@ def target_modules(chosen: Collection[str], present: Iterable[str]) -> list[str]
         if {path for path in there if any(end in names for end in ends(path))} == wanted:
             return sorted(names)
     return "|".join(re.escape(path) for path in sorted(wanted))
+
+
+def target_parameters(chosen: Collection[str], model: nn.Module) -> list[str]:
+    """Return ``target_parameters`` for some parameters of a model: the ends of their paths, or these as they are.
+
+    Args:
+        chosen: The paths of the parameters.
+        model: The model.
+    """
+    short = {".".join(path.split(".")[-3:]) for path in chosen}
+    others = (path for path, _ in model.named_parameters() if path not in chosen)
+    return sorted(chosen if any(is_named(path, short) for path in others) else short)
 
 
 def pattern_for(path: str, others: Collection[str]) -> str:

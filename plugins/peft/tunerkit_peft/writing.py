@@ -14,19 +14,20 @@ from tunerkit.errors import first
 from tunerkit.plugin import ConfigError, FileError, copies_of
 from tunerkit_peft.card import card
 from tunerkit_peft.declaration import Declared, declared_by
+from tunerkit_peft.experts_form import split
 from tunerkit_peft.files import CONFIG, WEIGHTS
-from tunerkit_peft.forms import Written, adalora, compact, uniform
+from tunerkit_peft.forms import VERSION, Written, adalora, compact, uniform
 from tunerkit_peft.options import PeftOptions
 from tunerkit_peft.pieces import Piece, Site, pieces_of, trained_biases
 from tunerkit_peft.places import modules_of
-from tunerkit_peft.selecting import BELOW, modules_to_save, target_modules
+from tunerkit_peft.selecting import BELOW, modules_to_save, target_modules, target_parameters
+from tunerkit_peft.stacks import stacks_of
 from tunerkit_peft.to_table import below, named, sites_of
 from tunerkit_peft.weights import MODEL, PREFIX
 
 if TYPE_CHECKING:
     from tunerkit.plugin import Tuner
 
-_VERSION: Final = "0.21.2"  # of peft, whose format this is
 _CARD: Final = "README.md"
 
 
@@ -86,10 +87,13 @@ def _named(tuner: "Tuner", declared: Declared, options: PeftOptions) -> tuple[Wr
 def _products(tuner: "Tuner", options: PeftOptions) -> tuple[Written, list[Site]]:
     """A LoRA or an AdaLoRA."""
     pieces = pieces_of(tuner)
+    has_stacks = any(piece.stack is not None for piece in pieces)
+    if options.form == "experts":
+        pieces = split(pieces, tuner.model)
     sites = [piece.site for piece in pieces]
     plain = {
         "peft_type": "LORA",
-        "lora_dropout": tuner.config.dropout,
+        "lora_dropout": 0.0 if has_stacks else tuner.config.dropout,  # PEFT refuses any for experts
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "use_rslora": False,
@@ -100,7 +104,7 @@ def _products(tuner: "Tuner", options: PeftOptions) -> tuple[Written, list[Site]
 
 
 def _form(tuner: "Tuner", pieces: list[Piece], options: PeftOptions) -> Written:
-    if options.form in (None, "uniform"):
+    if options.form in (None, "uniform", "experts"):
         return uniform(pieces, options.rank)
     if options.rank is not None:
         raise ConfigError([f"form {options.form!r} keeps the rank of each module; leave the option out @ $.rank"])
@@ -111,19 +115,24 @@ def _form(tuner: "Tuner", pieces: list[Piece], options: PeftOptions) -> Written:
 
 def _settings(tuner: "Tuner", sites: Sequence[Site], base: str, inside: Sequence[str]) -> dict[str, object]:
     """The settings that every form has. Fields at their defaults are left out where an old PEFT lacks them."""
-    present = modules_of(tuner.model)
-    owners = {site.owner for site in sites}
+    modules = modules_of(tuner.model)
+    stacks = stacks_of(modules)
+    owners = {site.owner for site in sites if not site.is_parameter}
+    present = {*(path for path in modules if path not in stacks), *owners}
+    parameters = {site.owner for site in sites if site.is_parameter}
+    around = {parameter.rpartition(".")[0] for parameter in parameters}
     copies = copies_of(tuner)
     causal = type(tuner.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     transposes = any(type(site.module).__name__ == "Conv1D" for site in sites)
     return {
-        "peft_version": _VERSION,
+        "peft_version": VERSION,
         # Of other tasks PEFT's own model classes change the forward or add modules, so they are left unnamed.
         "task_type": "CAUSAL_LM" if causal else None,
         "base_model_name_or_path": base or None,
         "inference_mode": True,
         "target_modules": target_modules(owners, present),
-        "modules_to_save": modules_to_save(copies, owners, present, inside) if copies else None,
+        **({"target_parameters": target_parameters(parameters, tuner.model)} if parameters else {}),
+        "modules_to_save": modules_to_save(copies, owners | around, present, inside) if copies else None,
         **({"fan_in_fan_out": True} if transposes else {}),
     }
 

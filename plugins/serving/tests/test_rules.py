@@ -59,6 +59,18 @@ def first_layer_without_k(path: Path) -> Path:
     return random_folder(path, names=[*paths("q_proj", "v_proj"), paths("k_proj")[0]])
 
 
+def packed_experts(path: Path) -> Path:
+    """Four experts of rank 8 in each pair, as peft writes them."""
+    names = [f"model.layers.0.mlp.experts{level}" for level in ("", ".base_layer")]
+    pairs = {name: (torch.randn(32, 16), torch.randn(16, 32)) for name in names}
+    pairs |= {name: (torch.randn(8, 16), torch.randn(16, 8)) for name in paths(*ALL_LEAVES)}
+    named = {
+        "target_modules": [*ALL_LEAVES],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    }
+    return write(path, pairs, {}, r=8, lora_alpha=8, **named)
+
+
 def adalora(path: Path) -> Path:
     """As peft writes it: names without ``.weight``, and a third factor."""
     from safetensors.torch import save_file
@@ -85,6 +97,7 @@ CASES: Mapping[str, tuple[str, Callable[[Path], Path], str, str, str]] = {
     "vllm, head": ("vllm", with_settings(modules_to_save=["lm_head"]), "refused", "only classifier and score", "lm_h"),
     "vllm, Conv2d": ("vllm", convolution, "refused", "only linear layers and embeddings", "features.0"),
     "vllm, wte": ("vllm", with_tensors("wte.base_layer.weight"), "refused", "by name", "wte.base_layer.weight"),
+    "vllm, experts": ("vllm", packed_experts, "wrong", "packed into one pair are dropped", "0.mlp.experts.base_layer"),
     "vllm, patterns": ("vllm", with_settings(alpha_pattern={"q_proj": 2}), "wrong", "up to 0.31", "times 1, not 0.25"),
     "vllm, table": ("vllm", with_tensors("m.embed_tokens.base_layer.weight"), "ignored", "is skipped", "embed_tokens"),
     "vllm, base": ("vllm", with_settings(base_model_name_or_path=None), "ignored", "VLLM_LORA_RES", "base_model_name"),
@@ -98,6 +111,7 @@ CASES: Mapping[str, tuple[str, Callable[[Path], Path], str, str, str]] = {
     "sglang, q": ("sglang", only("q_proj"), "refused", "q_proj needs v_proj", "(q_proj without v_proj)"),
     "sglang, v": ("sglang", only("v_proj"), "refused", "need q_proj", "(v_proj without q_proj)"),
     "sglang, up": ("sglang", only("up_proj", where="mlp"), "refused", "up_proj needs", "(up_proj without gate_proj)"),
+    "sglang, experts": ("sglang", packed_experts, "refused", "and not as PEFT packs them", "0.mlp.experts, "),
     "sglang, c_attn": ("sglang", only("c_attn"), "refused", "only if the model's class", "self_attn.c_attn"),
     "sglang, rsLoRA": ("sglang", with_settings(use_rslora=True), "wrong", "lora_alpha / r", "times 1, not 2.82843"),
     "sglang, outside": ("sglang", named("h.0.q_proj", "h.0.v_proj"), "wrong", "outside layers.N", "h.0.q_proj"),
@@ -171,6 +185,13 @@ def test_the_worst_comes_first_and_fine_only_where_nothing_is_bad(tmp_path: Path
     """A folder that is refused, wrong and slow is not fine."""
     findings = found("vllm", plain(tmp_path, rank=12, bias="all", alpha_pattern={"q_proj": 2}))
     assert [finding.severity.value for finding in findings] == ["refused", "wrong", "slow"]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_packed_experts_are_written_for_each_expert(engine: str, tmp_path: Path) -> None:
+    """Law: that is the one finding, and its command writes the form that both engines read."""
+    (finding,) = found(engine, packed_experts(tmp_path / "a"))
+    assert str(finding.mend).endswith("--set form=experts")
 
 
 def test_many_modules_are_counted(tmp_path: Path) -> None:

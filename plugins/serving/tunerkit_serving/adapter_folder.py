@@ -18,6 +18,7 @@ CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 _PREFIX: Final = "base_model.model."
 _LARGEST: Final = 10_000_000  # characters of settings: 100,000 patterns fit
+_LEVEL: Final = ".base_layer"
 _HALVES: Final = {
     ".lora_A.weight": "a",
     ".lora_B.weight": "b",
@@ -86,8 +87,17 @@ class Folder:
 
     @property
     def ranks(self) -> frozenset[int]:
-        """The ranks of all modules, by their tensors."""
-        return frozenset(pair.rank for pair in self.pairs.values())
+        """The ranks of all modules, by their tensors; those of packed experts say nothing of the rank of one."""
+        return frozenset(pair.rank for path, pair in self.pairs.items() if path not in self.packed)
+
+    @property
+    def packed(self) -> frozenset[str]:
+        """The paths at which PEFT has packed all experts of a parameter into one pair."""
+        names = self.config.get("target_parameters")
+        owners = [str(name).rpartition(".")[0] or "experts" for name in names] if isinstance(names, list) else []
+        experts = {path.removesuffix(_LEVEL) for path in self.pairs}
+        experts = {path for path in experts if any(f".{path}".endswith(f".{owner}") for owner in owners)}
+        return frozenset(path for path in self.pairs if path.removesuffix(_LEVEL) in experts)
 
     @property
     def rank(self) -> int:
@@ -97,7 +107,7 @@ class Folder:
     @property
     def summary(self) -> str:
         """What it is, in a few words."""
-        ranks = sorted(self.ranks)
+        ranks = sorted(self.ranks) or [self.r]
         said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         return f"{self.kind} of {len(self.pairs)} modules, {said}"
 

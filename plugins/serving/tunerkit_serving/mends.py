@@ -35,6 +35,14 @@ def uniform(folder: Folder) -> str:
     return f"tunerkit convert {quoted(folder.path)} --to peft --out {out} --set form=uniform{_base(folder)}"
 
 
+def experts(folder: Folder) -> str:
+    """Write matrices for each expert."""
+    if not _is_read(folder):
+        return merged_by_peft(folder)
+    out = quoted(f"{folder.path}-experts")
+    return f"tunerkit convert {quoted(folder.path)} --to peft --out {out} --set form=experts{_base(folder)}"
+
+
 def gguf(folder: Folder) -> str:
     """Write the file that llama.cpp reads, which holds neither biases nor modules that were trained in full."""
     if not _is_read(folder) or signs.bias(folder, None) or signs.saved_modules(folder, None):

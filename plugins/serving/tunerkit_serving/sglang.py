@@ -55,7 +55,8 @@ def _no_list(folder: Folder, max_rank: int | None) -> list[str]:
 
 
 def _strangers(folder: Folder, max_rank: int | None) -> list[str]:
-    return [f"{parent}.{leaf}" for parent, leaf in signs.leaves(folder) if leaf not in _KNOWN]
+    paths = (path for path in folder.pairs if path not in folder.packed)
+    return [path for path in paths if path.rpartition(".")[2] not in _KNOWN]
 
 
 def _outside(folder: Folder, max_rank: int | None) -> list[str]:
@@ -132,6 +133,14 @@ ENGINE: Final = Engine(
             _LORA,
             _halves,
             mends.merged,
+        ),
+        _rule(
+            _REFUSED,
+            "experts are read from pairs for each expert, or from (E, r, in) and (E, out, r), and not as PEFT packs "
+            "them.",
+            _UTILS,
+            signs.packed_experts,
+            mends.experts,
         ),
         _rule(
             _REFUSED,

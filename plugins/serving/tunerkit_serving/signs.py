@@ -61,7 +61,13 @@ def unequal_ranks(folder: Folder, max_rank: int | None) -> list[str]:
     """Find modules whose rank is not ``r``."""
     if not folder.is_lora:
         return []
-    return [f"{path} (rank {pair.rank}, r={folder.r})" for path, pair in folder.pairs.items() if pair.rank != folder.r]
+    found = {path: pair.rank for path, pair in folder.pairs.items() if path not in folder.packed}
+    return [f"{path} (rank {rank}, r={folder.r})" for path, rank in found.items() if rank != folder.r]
+
+
+def packed_experts(folder: Folder, max_rank: int | None) -> list[str]:
+    """Find pairs of factors into which PEFT has packed all experts."""
+    return sorted(folder.packed)
 
 
 def convolutions(folder: Folder, max_rank: int | None) -> list[str]:

@@ -34,12 +34,16 @@ def scale_before(folder: Folder) -> Scale:
 
 def delta(folder: Folder) -> Mapping[str, "Tensor"]:
     """Return what vLLM 0.33 adds to each weight."""
-    return scaled(folder, scale(folder))
+    return _without_packed(folder, scaled(folder, scale(folder)))
 
 
 def delta_before(folder: Folder) -> Mapping[str, "Tensor"]:
     """Return what vLLM up to 0.31 adds to each weight."""
-    return scaled(folder, scale_before(folder))
+    return _without_packed(folder, scaled(folder, scale_before(folder)))
+
+
+def _without_packed(folder: Folder, deltas: Mapping[str, "Tensor"]) -> Mapping[str, "Tensor"]:
+    return {path: each for path, each in deltas.items() if path not in folder.packed}
 
 
 def allowed(rank: int) -> int | None:
@@ -132,6 +136,14 @@ ENGINE: Final = Engine(
             "only linear layers and embeddings have adapters.", signs.convolutions, source="vllm/lora/lora_model.py"
         ),
         _refused("it refuses tensors that it does not know by name.", _other_names, source=_NAMES),
+        Rule(
+            severity=Severity.WRONG,
+            says="experts that PEFT has packed into one pair are dropped, without a message; pairs for each expert "
+            "are served.",
+            source="vllm/lora/lora_model.py",
+            finds=signs.packed_experts,
+            mend=mends.experts,
+        ),
         Rule(
             severity=Severity.WRONG,
             says="up to 0.31 all modules are scaled by one lora_alpha / r; patterns are read from 0.32 on.",
