@@ -80,7 +80,6 @@ def gather_knowledge() -> Knowledge:
         default_targets=(*CORE.default_targets, *_records(specs.tunerkit_default_targets)),
         libraries=_records(specs.tunerkit_model_libraries),
         unserved=registry.unserved,
-        stacking=tuple(name for name, owner in registry.loaded().owners.items() if owner.methods[name].stacks),
         leave_out=leave_out,
     )
 

@@ -273,7 +273,6 @@ class Knowledge:
     libraries: tuple[ModelLibrary, ...] = ()
     # Returns how to install the plugin for the library of an object; "" if it is installed.
     unserved: Callable[[object], str] = lambda thing: ""
-    stacking: tuple[str, ...] = ()  # the methods that adapt stacks of matrices
     _asked: dict[str, frozenset[type[BaseLayer]]] = attrs.field(init=False, factory=dict, repr=False)
 
     def asked(self, forward: str) -> frozenset[type[BaseLayer]]:

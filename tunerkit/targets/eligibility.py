@@ -11,7 +11,7 @@ from torch import nn
 from tunerkit.errors import PluginError, TargetError, warn
 from tunerkit.extras import QUANTISED, distribution, install, quantiser
 from tunerkit.layers import NormLayer, forward_owner, is_packed, torch_private, weights, whole_shape
-from tunerkit.paths import few, is_number, is_under, join, parent
+from tunerkit.paths import is_number, is_under, join, parent
 from tunerkit.records import Method, Target
 from tunerkit.targets.scan import Scan, ScannedModule
 
@@ -28,8 +28,7 @@ def obstacle_at(found: ScannedModule, scanned: Scan, others: Collection[str], *,
     """Return why a module cannot be adapted together with ``others`` (a fragment that follows its path), or None."""
     module, base = found.module, found.base
     if base is not None and base.stack and not method.stacks:
-        able = few(sorted(scanned.knowledge.stacking), shown=12)
-        return f"is a stack of {base.stack} matrices, which method {method.name!r} does not adapt; these do: {able}"
+        return f"is a stack of {base.stack} matrices, which method {method.name!r} does not adapt"
     if method.targets != "weights":
         return _output_obstacle(found) or (_NO_NORM if method.targets == "norms" and not is_norm(found) else None)
     attends = isinstance(module, nn.MultiheadAttention)

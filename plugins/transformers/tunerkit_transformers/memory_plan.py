@@ -258,7 +258,7 @@ def _named(name: str) -> Callable[..., Optimizer]:
 
 
 def _saved_by_nf4(model: Any) -> int:
-    """Return the bytes that nf4 would save in linear layers and experts, except in the output head and trained layers."""
+    """Return the bytes that nf4 would save in linear layers and experts, without the output head and trained layers."""
     head = model.get_output_embeddings() if writes_tokens(model) else None
     linear = [each for each in model.modules() if isinstance(each, nn.Linear | Conv1D) and each is not head]
     found = [*(each.weight for each in linear), *(weight for _, _, weight in stacks_in(model))]

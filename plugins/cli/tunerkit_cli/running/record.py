@@ -118,10 +118,8 @@ def _adapter_facts(tuner: Tuner, trained: Trained) -> dict[str, Any]:
         }
         if injection.needs_steps(tuner):
             facts["caps"] = dict(trained.start.ranks)
-            masks = {
-                path: own for path, each in tuner.adapters().items() if (own := getattr(each, "mask", None)) is not None
-            }
-            facts["experts"] = {path: mask.sum(-1).tolist() for path, mask in masks.items() if mask.ndim > 1}
+            masks: dict[str, Any] = {path: vars(each).get("_mask") for path, each in tuner.adapters().items()}
+            facts["experts"] = {path: m.sum(-1).tolist() for path, m in masks.items() if m is not None and m.ndim > 1}
     if spectrum := _spectrum(tuner):
         facts["spectrum"] = spectrum
     return facts

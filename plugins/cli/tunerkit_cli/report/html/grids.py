@@ -61,9 +61,9 @@ def heatmap(run: Run, highest: int | None = None) -> Grid | None:
     """Draw the first live ranks if they differ, layers side by side: they are often more than matrices, and short."""
     ranks, caps = dict(run.ranks), dict(_telling_caps(run))
     for path, own in run.experts.items():  # a cell for each expert in place of that of their stack
-        cap = caps.pop(path, ranks.pop(path)) // len(own)
         ranks |= {f"{path}.{expert}": rank for expert, rank in enumerate(own)}
-        caps |= {f"{path}.{expert}": cap for expert in range(len(own))}
+        caps |= dict.fromkeys((f"{path}.{expert}" for expert in range(len(own))), run.caps[path] // len(own))
+        del ranks[path]
     if len(set(ranks.values())) < 2:
         return None
     highest = highest or highest_rank(run)
@@ -127,9 +127,10 @@ def rank_summary(run: Run) -> str:
 
 def highest_rank(run: Run) -> int:
     """Return the rank with the full colour: the greatest that a target has, had or may have."""
-    had = (max(change.ranks, default=0) for change in run.history) if not run.experts else ()
-    caps = (run.caps.get(path, 0) // len(run.experts.get(path, (0,))) for path in run.ranks)
-    return max((*(run.ranks.values() if not run.experts else ()), *caps, *had), default=1) or 1
+    if run.experts:  # the cap of an expert, not that of a stack
+        return max(run.caps[path] // len(run.experts.get(path, (0,))) for path in run.ranks)
+    had = (max(change.ranks, default=0) for change in run.history)
+    return max((*run.ranks.values(), *(run.caps.get(path, 0) for path in run.ranks), *had), default=1) or 1
 
 
 def capped(run: Run) -> int:
