@@ -1,9 +1,9 @@
 """Quality of adapters on a small mixture of experts: ``python -m benchmarks.mixture FOLDER``.
 
-A mixture of 1.7 million parameters (three blocks, width 128, eight experts of which two are active) is trained here from
-scratch on WordNet's definitions, as a language model. Then it is adapted to two tasks: a definition's field among 41, and
-the sentiment of a movie sentence. Each contender has a rate of three, chosen on validation rows with the first seed; the
-head is trained in full by all. What is made is kept in FOLDER, so that an interrupted call goes on.
+A mixture of 1.7 million parameters (three blocks, width 128, eight experts of which two are active) is trained here
+from scratch on WordNet's definitions, as a language model. Then it is adapted to two tasks: a definition's field among
+41, and the sentiment of a movie sentence. Each contender has a rate of three, chosen on validation rows with the first
+seed; the head is trained in full by all. What is made is kept in FOLDER, so that an interrupted call goes on.
 """
 
 import json
