@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForTokenClassification,
@@ -45,10 +47,35 @@ def save_tiny_llama(folder: Path, *, template: str | None = TEMPLATE) -> Path:
         bos_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    _save_tokenizer(folder, template)
+    return folder
+
+
+def save_tiny_mixtral(folder: Path) -> Path:
+    """Save a random mixture of four experts, with the tokens of the tiny Llama, and return ``folder``."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(_VOCABULARY),
+        hidden_size=64,  # bitsandbytes on a CPU needs columns in blocks of 64
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        **_TOKENS,
+        bos_token_id=2,
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
+    _save_tokenizer(folder, TEMPLATE)
+    return folder
+
+
+def _save_tokenizer(folder: Path, template: str | None) -> None:
     tokenizer = _word_tokenizer(template)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 2)])
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 def save_tiny_roberta(folder: Path) -> Path:

@@ -116,8 +116,7 @@ class RunFolder:
         """Add files to the list, or a checkpoint's folder with ``/``; ``earlier`` stay of the run that is replaced."""
         from tunerkit import serialization  # imports torch, which checking a folder does not need
 
-        known = {path for path in self._listed() if os.path.lexists(self / path)}
-        found = sorted({*known, *paths, LIST})
+        found = sorted({*(path for path in self._listed() if os.path.lexists(self / path)), *paths, LIST})
         # A checkpoint that has been written is listed file by file: its folder is left out.
         whole = {f"{parent}/" for path in found for parent in PurePosixPath(path.rstrip("/")).parents}
         older = sorted(self.earlier if earlier is None else earlier)

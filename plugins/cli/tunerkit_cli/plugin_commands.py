@@ -86,8 +86,7 @@ def _added(point: EntryPoint) -> Addition:
 def _ask(point: EntryPoint) -> tuple[Mapping[str, Command], Mapping[str, Any]]:
     manager = pluggy.PluginManager("tunerkit")
     manager.add_hookspecs(CommandSpecs)
-    module = point.load()
-    manager.register(module)
+    manager.register(point.load())
     commands: list[Any] = manager.hook.tunerkit_commands()
     keys: list[Any] = manager.hook.tunerkit_recipe_keys()
     if not commands and not keys:

@@ -121,8 +121,7 @@ def read_table(path: Path, *, predicting: bool = False, most: int | None = None)
         raise DataError(f"{path}: cannot be read as {path.suffix}: {_first_line(problem)}") from problem
     if not rows:
         raise DataError(f"{path}: there are no rows in this file; is it the right one?")
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return Table(str(path), tuple(columns), tuple(rows), path.parent)
+    return Table(str(path), tuple(dict.fromkeys(name for row in rows for name in row)), tuple(rows), path.parent)
 
 
 def require_column(table: Table, name: str, task: str, option: str | None = None, *, renaming: bool = True) -> str:
@@ -288,8 +287,7 @@ def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
             f"{path}: the header is {shown(names[0])}: this file seems to separate columns by {_DELIMITERS[seems]}; "
             f"save it with {_DELIMITERS[delimiter]}"
         )
-    counts = Counter(names)
-    twice = next((name for name in names if counts[name] > 1), None)
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise DataError(f"{path}: the header has the column {shown(twice)} twice; rename or remove one of the two")
 

@@ -15,8 +15,10 @@ for _module in ("bitsandbytes", "tunerkit_lora"):
 import transformers  # noqa: E402
 
 import tunerkit  # noqa: E402
+from tests.support.tiny_models import save_tiny_mixtral  # noqa: E402
 from tests.support.train_command import arguments_of, command, record_of, succeeded  # noqa: E402
 from tunerkit_transformers import quantising  # noqa: E402
+from tunerkit_transformers.quantising import sizes_of  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,26 @@ def test_a_run_on_a_quantised_base(name: str, arguments: list[str], tmp_path: Pa
     with torch.no_grad():
         assert torch.allclose(plain(ids).logits, model(ids).logits, atol=0.05)
     assert not hasattr(plain.config, "quantization_config")
+
+
+def test_a_run_on_a_mixture_packs_its_experts(tmp_path: Path) -> None:
+    """In training and afterwards; what needs dense experts is refused in one line."""
+    pytest.importorskip("tunerkit_experts")
+    base, data, out = save_tiny_mixtral(tmp_path / "base"), tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text('{"prompt": "the film ", "completion": "very good"}\n' * 8, encoding="utf-8")
+    run = ["train", "--task", "causal-lm", "--method", "lora", "--config", "{rank: 2}", "--epochs", "1"]
+    rows = ["--data", data, "--eval-data", data, "--batch-size", "4", "--precision", "fp32"]
+    done = succeeded(*run, *rows, "--model", base, "--out", out, "--set", "quantisation=nf4")
+    assert "; 4 stacks of experts are packed too, which saves 0.00 GiB" in done.output
+    assert "left 4 stacks of experts in full precision" not in done.output
+    assert "lora on 8 matrices and 4 stacks of 4 experts" in done.output
+    model, _ = tunerkit.from_folder(out)
+    packed = [parameter for name, parameter in model.named_parameters() if name.endswith("_proj.original")]
+    assert [parameter.dtype for parameter in packed] == [torch.uint8] * 4
+    assert sizes_of(model).saved == 2 * 4 * (128 * 64 + 64 * 64) * (4 - 1 / 2)
+    refused = command("merge", out, "--out", tmp_path / "plain")
+    assert refused.exit_code == 2
+    assert "(4, 128, 64) is stored as bitsandbytes nf4 and cannot be made dense. Load the adapter" in refused.stderr
 
 
 def test_an_unknown_quantisation_is_named(arguments: list[str], tmp_path: Path) -> None:

@@ -91,6 +91,10 @@ class Sizes:
     stacks: int
     saved: int
 
+    def __str__(self) -> str:
+        stacks = f"; {self.stacks} stacks of experts are packed too, which saves {self.saved / 2**30:,.2f} GiB"
+        return f"{self.own / 2**20:,.0f} MiB instead of {self.dense / 2**20:,.0f}{stacks * bool(self.stacks)}"
+
 
 def sizes_of(model: nn.Module) -> Sizes:
     """Return the sizes of a model that bitsandbytes has quantized."""

@@ -132,8 +132,7 @@ def eval_(
     check_rows(folder, data, named, predicting=False)
     from tunerkit_cli.running.using import evaluate_rows
 
-    found = evaluate_rows(folder, data, base=base, batch_size=batch_size, columns=named)
-    typer.echo(json.dumps(found, indent=2))
+    typer.echo(json.dumps(evaluate_rows(folder, data, base=base, batch_size=batch_size, columns=named), indent=2))
 
 
 def _named(columns: Sequence[str] | None) -> dict[str, str]:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tunerkit.errors import FileError, cut
 from tunerkit.paths import few
+from tunerkit_cli.report import wording
 from tunerkit_cli.report.record import read
 from tunerkit_cli.report.verdict import failure
 from tunerkit_cli.settings import write_settings
@@ -137,7 +138,7 @@ def describe_adapter(source: str) -> dict[str, Any]:
 
     format = serialization.format_at(source)
     if format is not None:
-        found, own = description_at(format, source), None
+        found, own, weights = description_at(format, source), None, {}
         if found is None:
             raise FileError(
                 f"{source} is an adapter in format {format.name!r}, which can only be read with its base model: "
@@ -150,12 +151,14 @@ def describe_adapter(source: str) -> dict[str, Any]:
         stated: Any = own.values.get("ranks")  # which earlier versions did not write
         known = stated if isinstance(stated, Mapping) else {}
         ranks = {path: known[path] for path in own.targets if type(known.get(path)) is int}
+        weights = {path: own.base.get(path.replace(".stacks.", ".")) for path in own.targets if ".stacks." in path}
         found = Description(own.method, ranks=ranks, copies=own.copies, settings=own.config)
         files = [Path(file)]
     return {
         "source": source,
         "format": OWN if format is None else format.name,
         **attrs.asdict(found),
+        "stacks": {path: weight["shape"][0] for path, weight in weights.items() if weight and weight["shape"]},
         "steps": None if own is None else own.steps,
         "parameters": None if own is None else sum(tensor.numel() for tensor in tensors.values()),
         "size": sum(each.stat().st_size for each in files if each.is_file()),
@@ -170,6 +173,7 @@ def _facts(found: Mapping[str, Any]) -> dict[str, str]:
         "class": found["model_class"],
         "labels": str(found["labels"] or ""),
         "ranks": ranks_in_words(found["ranks"]) if found["ranks"] else "",
+        "stacks": wording.stacks(found["stacks"]),
         "copies": ", ".join(found["copies"]),
         "parameters": "" if found["parameters"] is None else f"{found['parameters']:,}",
         "size": size_in_words(found["size"]) if found["size"] else "",
@@ -192,6 +196,7 @@ def _facts_of_run(folder: Path, source: str, record: Mapping[str, Any]) -> dict[
         "left out": "; ".join(left_out),
         "metrics": ", ".join(f"{name} {value:.4f}" for name, value in run.metrics.items()),
         "ranks": ranks_in_words(run.ranks) if run.ranks else "",
+        "stacks": wording.stacks(run.stacks),
         "parameters": f"{run.parameters.trained or 0:,} of {run.parameters.all or 0:,} trained",
         "file": size_in_words(file.stat().st_size if file.is_file() else 0),
         "steps": str(run.steps),

@@ -125,8 +125,7 @@ def _demo(recipe: Recipe, console: Console) -> tuple[Task, Rows, tuple[list[Plac
     """The task's demo, of which published results have this split."""
     task = task_of(recipe.task or "text-classification", recipe.max_length)
     demo = demo_of(task.name, "data")
-    table = demo.rows(cache_folder(), lambda text: say(console, text))
-    read = read_rows(task, [table], {})
+    read = read_rows(task, [demo.rows(cache_folder(), lambda text: say(console, text))], {})
     train, rest = split(read.placed, train_rows=demo.train_rows, seed=SPLIT_SEED)
     return task, read, (train, rest[: demo.held_out_rows])
 
@@ -197,8 +196,7 @@ def read_rows(
     used = {part for name in columns.values() for part in (name, *name.split(" + "))}
     unused = tuple(name for name in there if name not in used)
     source, left_out = " and ".join(table.source for table in tables), [row for each in problems for row in each.listed]
-    placed = [each for part in parts for each in part]
-    return Rows(source, placed, notes, columns, unused, left_out, frozenset(classes))
+    return Rows(source, [each for part in parts for each in part], notes, columns, unused, left_out, frozenset(classes))
 
 
 def _fitting(
@@ -228,11 +226,9 @@ def _split(read: Rows, *, by_class: bool) -> tuple[list[Placed], list[Placed]]:
     """Hold out a fifth of the rows, or of those of each class."""
     placed = read.placed
     if by_class:
-        labels = [each.row["label"] for each in placed]
-        parts = split_by_class(placed, labels, every=HELD_OUT_EVERY, seed=SPLIT_SEED)
+        parts = split_by_class(placed, [each.row["label"] for each in placed], every=HELD_OUT_EVERY, seed=SPLIT_SEED)
     else:
-        held_out = round(len(placed) / HELD_OUT_EVERY)
-        parts = split(placed, train_rows=len(placed) - held_out, seed=SPLIT_SEED)
+        parts = split(placed, train_rows=len(placed) - round(len(placed) / HELD_OUT_EVERY), seed=SPLIT_SEED)
     if len(parts[1]) < 2:
         raise DataError(
             f"{read.source}: {len(placed)} rows are too few to hold a fifth of them out for evaluation; add rows, or "

@@ -178,10 +178,7 @@ def _base(recipe: Recipe, task: Task, start: Start | None, console: Console, **h
     if recipe.chat_template is not None:
         loaded.processor.chat_template = read_template(recipe.chat_template)
     if recipe.quantisation is not None:
-        size = sizes_of(loaded.model)
-        stacks = f", of which {size.stacks} stacks of experts save {size.saved / 2**30:,.2f} GiB" if size.stacks else ""
-        own, dense = (f"{count / 2**20:,.0f}" for count in (size.own, size.dense))
-        say(console, f"base: quantised as {recipe.quantisation}, {own} MiB instead of {dense}{stacks}")
+        say(console, f"base: quantised as {recipe.quantisation}, {sizes_of(loaded.model)}")
     return loaded
 
 

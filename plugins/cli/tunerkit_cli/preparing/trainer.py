@@ -92,8 +92,7 @@ def trainer_arguments(task: Task, training: Mapping[str, Any], out: Path, *, pre
         if (problem := name_problem(name, task.name)) is not None:
             problems.append(problem)
         elif (wanted := _wanted(name, value, hints[name])) is not None:
-            given = "null" if value is None else shown(value)
-            problems.append(f"training.{name}: expected {wanted}, got {given}")
+            problems.append(f"training.{name}: expected {wanted}, got {'null' if value is None else shown(value)}")
     if problems:
         raise ConfigError(problems)
     ours = {**_DEFAULTS, **hardware.trainer_settings(hardware.choose_device(), precision)}

@@ -119,6 +119,7 @@ class Run:
     budget: Budget | None = None
     ranks: Mapping[str, int] = attrs.field(factory=dict)  # the live rank by target path
     caps: Mapping[str, int] = attrs.field(factory=dict)  # the greatest rank that a target may have
+    stacks: Mapping[str, int] = attrs.field(factory=dict)  # the number of experts by path of their stack
     experts: Mapping[str, tuple[int, ...]] = attrs.field(factory=dict)  # the live rank of each expert of a stack
     history: tuple[Change, ...] = ()
     spectrum: Mapping[str, tuple[float, ...]] = attrs.field(factory=dict)  # what each adapter adds, greatest first

@@ -1,6 +1,8 @@
 """Numbers as a report writes them."""
 
 import re
+from collections import Counter
+from collections.abc import Mapping
 from typing import Final
 
 # A line break between a number and its unit would tear them apart.
@@ -29,6 +31,11 @@ def count(value: int) -> str:
         return f"{value:,}"
     size, name = (10**9, "B") if abs(value) >= 10**9 else (10**6, "M")
     return f"{value / size:,.1f}{SPACE}{name}"
+
+
+def stacks(experts: Mapping[str, int]) -> str:
+    """Write the numbers of experts of an adapter's stacks, by path, as ``32 stacks of 8 experts``."""
+    return " and ".join(f"{count} stacks of {each} experts" for each, count in Counter(experts.values()).items())
 
 
 def percent(share: float) -> str:

@@ -1,7 +1,6 @@
 """What ``tunerkit train`` prints of a run: before training, and after it."""
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +13,10 @@ from tunerkit_cli.assets import demo_of
 from tunerkit_cli.preparing.fitting import NO_ROOM, Fit
 from tunerkit_cli.preparing.session import Session
 from tunerkit_cli.recipes.recipe import Recipe
+from tunerkit_cli.report import wording
 from tunerkit_cli.report.record import Problem, Restart
 from tunerkit_cli.report.verdict import failure
-from tunerkit_cli.running.record import Trained
+from tunerkit_cli.running.record import Trained, stacks_of
 from tunerkit_cli.tasks.texts import positions_of, token_limit
 from tunerkit_cli.telling import say
 
@@ -62,10 +62,9 @@ def described(session: Session) -> Iterator[str]:
     if session.start is not None:
         yield f"goes on from {session.start.source}"
     parameters = tunerkit.trainable_parameters(session.loaded.model)
-    slots = [injection.slots_of(target.module) for target in session.tuner.targets]
-    stacks = Counter(own.base.stack for own in slots if own is not None and own.base is not None and own.base.stack)
-    experts = "".join(f" and {count} stacks of {each} experts" for each, count in stacks.items())
-    yield f"{session.tuner.method} on {len(slots) - stacks.total()} matrices{experts}: {parameters}"
+    stacks = stacks_of(session.tuner)
+    places = f"{len(session.tuner.targets) - len(stacks)} matrices{' and ' * bool(stacks)}{wording.stacks(stacks)}"
+    yield f"{session.tuner.method} on {places}: {parameters}"
 
 
 def _described_end(session: Session) -> Iterator[str]:

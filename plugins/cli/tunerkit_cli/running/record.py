@@ -83,8 +83,7 @@ def record_of(session: Session, trained: Trained, kept: Recipe, samples: Sequenc
         "savings": [attrs.asdict(saving) for saving in session.savings],
         "memory": None if session.plan is None else {**attrs.asdict(session.plan), "total": session.plan.total},
     }
-    record = finite({**record, **{name: value for name, value in further.items() if value not in (None, {}, [])}})
-    return record
+    return finite({**record, **{name: value for name, value in further.items() if value not in (None, {}, [])}})
 
 
 def _adapter_facts(tuner: Tuner, trained: Trained) -> dict[str, Any]:
@@ -103,6 +102,7 @@ def _adapter_facts(tuner: Tuner, trained: Trained) -> dict[str, Any]:
             "biases": sum(slot.bias.numel() for slot in slots if slot.bias is not None),
         },
         "sizes": own,
+        "stacks": stacks_of(tuner),
         "config": tunerkit.unstructure(tuner.config),
     }
     if ranks:
@@ -112,17 +112,23 @@ def _adapter_facts(tuner: Tuner, trained: Trained) -> dict[str, Any]:
         facts |= {
             "ranks": ranks,
             "history": [
-                {"step": each.step, "budget": each.budget, "ranks": list(each.ranks.values())} for each in history
+                {"step": each.step, "budget": each.budget, "ranks": [*each.ranks.values()]} for each in history
             ],
             "budget": {"start": trained.start.budget, "end": end.budget, "live": sum(ranks.values()), "unit": unit},
         }
         if injection.needs_steps(tuner):
             facts["caps"] = dict(trained.start.ranks)
-            masks: dict[str, Any] = {path: vars(each).get("_mask") for path, each in tuner.adapters().items()}
-            facts["experts"] = {path: m.sum(-1).tolist() for path, m in masks.items() if m is not None and m.ndim > 1}
+            masks = {path: getattr(tuner.adapters()[path], "mask", None) for path in facts["stacks"]}
+            facts["experts"] = {path: mask.sum(-1).tolist() for path, mask in masks.items() if mask is not None}
     if spectrum := _spectrum(tuner):
         facts["spectrum"] = spectrum
     return facts
+
+
+def stacks_of(tuner: Tuner) -> dict[str, int]:
+    """The number of matrices of each target that is a stack of them, such as experts."""
+    slots = {target.path: injection.slots_of(target.module) for target in tuner.targets}
+    return {path: own.base.stack for path, own in slots.items() if own and own.base and own.base.stack}
 
 
 def _environment(method: str) -> dict[str, str]:
@@ -178,10 +184,7 @@ def _is_nonfinite(value: Any) -> bool:
 
 @torch.no_grad()
 def _spectrum(tuner: Tuner) -> dict[str, list[float]]:
-    """The singular values of what each adapter adds, the greatest first: for a stack, root mean squares of experts.
-
-    Nothing for methods without factors.
-    """
+    """The singular values of what each adapter adds, in a stack the root mean squares; nothing without factors."""
     method, adapters = tuner.method, tuner.adapters()
     if not hooks.has_factors(method):
         return {}

@@ -127,8 +127,7 @@ def refusing_memory(
     except (RuntimeError, MemoryError) as problem:
         if not is_out_of_memory(problem):
             raise
-        ways = "--set gradient_checkpointing=true, a smaller --batch-size or --set quantisation=nf4"
-        do = f"train with {ways}"
+        do = "train with --set gradient_checkpointing=true, a smaller --batch-size or --set quantisation=nf4"
         if has_begun() and folder.has_checkpoint:
             saves = plan is not None and plan.checkpointing > 0
             how = " --set gradient_checkpointing=true" if saves else ", where there is more memory"

@@ -98,8 +98,7 @@ class Embedding(Task):
         embedder, found = self._embedder(loaded), {}
         for name in rows[0]:
             encode = embedder.encode_query if name == "anchor" else embedder.encode_document
-            texts = [row[name] for row in rows]
-            found[name] = encode(texts, batch_size=batch_size, show_progress_bar=False).tolist()
+            found[name] = encode([row[name] for row in rows], batch_size=batch_size, show_progress_bar=False).tolist()
         return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
 
     def save_merged(self, loaded: Pretrained, folder: Path) -> None:

@@ -100,8 +100,7 @@ class Measure:
             return {}
         right, options, found, failures = [*map(_answer, self.rows)], {}, {}, []
         if isinstance(task, GenerationTask):  # an answer may be as long as the longest one
-            longest = max(map(len, loaded.processor(right)["input_ids"]))
-            options["answering"] = Answering(max(NEW_TOKENS, longest))
+            options["answering"] = Answering(max(NEW_TOKENS, *map(len, loaded.processor(right)["input_ids"])))
         given = [_answer(each) for each in task.predict(loaded, self.rows, batch_size=batch_size, **options)]
         for name, function in self.functions.items():
             try:

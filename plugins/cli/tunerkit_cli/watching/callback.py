@@ -202,8 +202,7 @@ def read_restarts(folder: RunFolder) -> tuple[Restart, ...]:
 
 def roll_back(folder: RunFolder, lost: LostError, rate: float) -> Restart:
     """Remove the checkpoints after the last good one, and note the restart. ``rate`` is the peak so far."""
-    found = (folder / CHECKPOINTS).glob(f"{_CHECKPOINT}*")
-    names = {path.name.removeprefix(_CHECKPOINT): path.name for path in found}
+    names = {path.name.removeprefix(_CHECKPOINT): path.name for path in (folder / CHECKPOINTS).glob(f"{_CHECKPOINT}*")}
     steps = {int(number): name for number, name in names.items() if number.isdecimal()}
     before = {restart.from_step for restart in read_restarts(folder)}  # never twice from the same checkpoint
     good = max((step for step in steps if step <= lost.good and step not in before), default=0)

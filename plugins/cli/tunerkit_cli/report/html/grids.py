@@ -62,7 +62,7 @@ def heatmap(run: Run, highest: int | None = None) -> Grid | None:
     ranks, caps = dict(run.ranks), dict(_telling_caps(run))
     for path, own in run.experts.items():  # a cell for each expert in place of that of their stack
         ranks |= {f"{path}.{expert}": rank for expert, rank in enumerate(own)}
-        caps |= dict.fromkeys((f"{path}.{expert}" for expert in range(len(own))), run.caps[path] // len(own))
+        caps |= dict.fromkeys((f"{path}.{expert}" for expert in range(len(own))), run.caps.get(path, 0) // len(own))
         del ranks[path]
     if len(set(ranks.values())) < 2:
         return None

@@ -65,6 +65,7 @@ def targets(run: Run) -> Table | None:
     """Return what is known of each target: rank, cap, live parameters and spectrum."""
     paths = list(dict.fromkeys([*run.ranks, *run.sizes, *run.spectrum]))
     columns: dict[str, Mapping[str, str]] = {
+        "experts": {path: wording.number(count) for path, count in run.stacks.items()},
         "rank": {path: wording.number(rank) for path, rank in run.ranks.items()},
         "cap": {path: wording.number(cap) for path, cap in run.caps.items()},
         "parameters": {path: wording.number(size) for path, size in run.sizes.items()},
@@ -83,8 +84,7 @@ def labels(run: Run) -> Table | None:
         return None
     rows = []
     for name, (count, *ratios) in zip(names, scores.label_scores(run), strict=True):
-        texts = (NONE if ratio is None else f"{ratio:.3f}" for ratio in ratios)
-        rows.append((name, wording.number(count), *texts))
+        rows.append((name, wording.number(count), *(NONE if ratio is None else f"{ratio:.3f}" for ratio in ratios)))
     return Table(("label", "rows", "recall", "precision", "F1"), tuple(rows))
 
 
