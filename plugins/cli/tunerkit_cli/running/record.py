@@ -83,7 +83,8 @@ def record_of(session: Session, trained: Trained, kept: Recipe, samples: Sequenc
         "savings": [attrs.asdict(saving) for saving in session.savings],
         "memory": None if session.plan is None else {**attrs.asdict(session.plan), "total": session.plan.total},
     }
-    return finite({**record, **{name: value for name, value in further.items() if value not in (None, {}, [])}})
+    record = finite({**record, **{name: value for name, value in further.items() if value not in (None, {}, [])}})
+    return record
 
 
 def _adapter_facts(tuner: Tuner, trained: Trained) -> dict[str, Any]:

@@ -121,4 +121,5 @@ class Distinct(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         # The trainer makes batches of the rows one after the other: a smaller one would move the borders of the others.
-        return islice(chain.from_iterable(sorted(self.batches, key=lambda batch: len(batch) < self.size)), self.count)
+        batches = sorted(self.batches, key=lambda batch: len(batch) < self.size)
+        return islice(chain.from_iterable(batches), self.count)
