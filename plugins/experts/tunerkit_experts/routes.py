@@ -2,7 +2,6 @@
 
 from typing import Literal, Self
 
-import attrs
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,20 +13,18 @@ _ALIGNED = 16  # bytes: what grouped_mm asks of each stride
 Form = Literal["eager", "grouped_mm", "batched_mm"]
 
 
-@attrs.frozen(eq=False)
 class Route:
-    """The rows of a batch and their experts.
+    """The rows of a batch and their experts. A plain class, since dynamo cannot trace how attrs builds a record.
 
-    Attributes:
+    Args:
         ids: The expert of each row, (N,) int64; ascending, except in the form "batched_mm".
         count: E, the number of experts.
         form: The implementation of transformers whose products a stack repeats, bit for bit.
     """
 
-    ids: Tensor
-    count: int
-    form: Form = "eager"
-    _counts: list[int] = attrs.field(factory=list, init=False, repr=False)
+    def __init__(self, ids: Tensor, count: int, form: Form = "eager") -> None:
+        self.ids, self.count, self.form = ids, count, form
+        self._counts: list[int] = []
 
     @classmethod
     def equal(cls, count: int, rows: Tensor) -> Self:

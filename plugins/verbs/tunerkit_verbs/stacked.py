@@ -78,4 +78,7 @@ def for_each_matrix(
         return function(**tensors, **weights, **own)
 
     indices = torch.arange(base.stack, device=next(iter(tensors.values())).device)
-    return torch.func.vmap(one, randomness="different")(dict(tensors), weights, indices)
+    run = torch.func.vmap(one, randomness="different")
+    if "base" in given:
+        run = torch.compiler.disable(run)  # dynamo cannot trace how attrs builds a record
+    return run(dict(tensors), weights, indices)
