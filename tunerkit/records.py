@@ -199,8 +199,7 @@ class Method:
             layer are active, their changes are added, with a warning.
         statistics: The statistics that `tunerkit.calibrate` measures before training, or a function that returns them
             for a config; None for no statistics.
-        stacks: Whether the method builds adapters for stacks of matrices, such as experts; see
-            `tunerkit.plugin.BaseLayer.stack`.
+        stacks: Whether the method adapts stacks of matrices, such as experts; see `tunerkit.plugin.BaseLayer.stack`.
         pieces: Whether the method's hooks work on this process's shards of an adapter, see
             `tunerkit.plugin.Tuner.pieces`. For hooks of other methods, whole weights are gathered.
         foreign: Declarations for other packages, by package: for ``"peft"`` PEFT's names of tensors and settings, for

@@ -168,7 +168,7 @@ def tunerkit_build_adapter(
 def tunerkit_prepare(model: nn.Module) -> None:
     """Prepare a model for the search for targets, for example with a child module for a stack of weights.
 
-    Fires in ``wrap`` and ``load``, for each adapter. `tunerkit_unwrapped` undoes it, also if the call fails.
+    Fires in ``wrap`` and ``load``, for each adapter. `tunerkit_adapted` undoes what is not needed, also if they fail.
     """
 
 

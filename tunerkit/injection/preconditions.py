@@ -36,10 +36,7 @@ def check_name(adapter: object, taken: Collection[str]) -> None:
 
 @contextmanager
 def prepared(model: object, adapter: str, *, trainable: bool) -> Iterator[nn.Module]:
-    """Yield the model inside wrappers such as `torch.compile`, prepared by plugins; if the block raises, undo that.
-
-    Raises `AdapterError` if the model cannot take an adapter.
-    """
+    """Yield the model inside wrappers, prepared by plugins; undo that on failure. Raises `AdapterError` if unready."""
     root = inside(model)
     for name, parameter in root.named_parameters():
         if issubclass(type(parameter), UninitializedParameter):
@@ -64,8 +61,8 @@ def prepared(model: object, adapter: str, *, trainable: bool) -> Iterator[nn.Mod
     check_name(adapter, tuners)
     refuse_fixed(root, "adding an adapter")
     with ExitStack() as undo:
-        if not tuners:
-            undo.callback(hooks.tell, hooks.specs.tunerkit_unwrapped, model=root)
+        adapted = [module for _, module, _ in walk(root)]
+        undo.callback(hooks.tell, hooks.specs.tunerkit_adapted, model=root, modules=adapted)
         hooks.tell(hooks.specs.tunerkit_prepare, model=root)
         yield root
         undo.pop_all()

@@ -27,7 +27,7 @@ class ScannedModule:
     """A module of a scanned model: its paths, its base layer, its parents, and its position in blocks and heads."""
 
     path: str  # the first at which it is registered, for results and messages
-    paths: tuple[str, ...]  # all paths at which it is registered
+    paths: tuple[str, ...]  # all paths at which it is registered; of a stack also those of its parameter
     module: nn.Module
     base: BaseLayer | None  # None if no kind matches it
     reading_owner: nn.Module | None  # the first parent whose forward uses its weight directly
@@ -77,7 +77,7 @@ def scan(model: nn.Module, knowledge: Knowledge, *, unloaded: bool = False) -> S
     for registration in _registrations(model, knowledge, libraries):
         places[id(registration.module)].append(registration)
     bases = as_base_layers([found[0].module for found in places.values()], knowledge)
-    root, *modules = [_scanned(found, bases.get(found[0].module)) for found in places.values()]
+    root, *modules = [_scanned(found, bases.get(found[0].module), places) for found in places.values()]
     return Scan(
         root=root,
         modules=tuple(modules),
@@ -117,12 +117,17 @@ def _registrations(
                 waiting.append(_Registration(prefix + name, child, place.module, read, layer, in_head, in_block))
 
 
-def _scanned(places: Sequence[_Registration], base: BaseLayer | None) -> ScannedModule:
+def _scanned(
+    places: Sequence[_Registration], base: BaseLayer | None, everywhere: Mapping[int, Sequence[_Registration]]
+) -> ScannedModule:
     main, in_head = places[0], any(place.in_head for place in places)
+    held = (
+        everywhere[id(base.holder)] if base is not None and base.stack else ()
+    )  # a stack also has its parameter's name
     readers = [place.owner for place in places if place.path.rpartition(".")[2] in place.read]
     return ScannedModule(
         path=main.path,
-        paths=tuple([place.path for place in places]),
+        paths=(*[place.path for place in places], *[join(place.path, base.weight_name) for place in held if base]),
         module=main.module,
         base=base,
         reading_owner=readers[0] if readers else None,

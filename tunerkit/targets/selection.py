@@ -23,9 +23,7 @@ from tunerkit.targets.scan import SEARCHED, Scan, ScannedModule
 ALL_LINEAR: Final = "all-linear"
 _HEAD = "nn.MultiheadAttention in an output head, which is adapted only by a plain name"
 _ROOT = "is the model itself, and only modules inside the model can be targets; put it into an nn.Sequential first"
-_STACK = (
-    f"is a stack of matrices in one parameter, and no plugin describes its class; for experts, {install('experts')}"
-)
+_STACK = f"is a stack of matrices in one parameter that no plugin describes; for experts, {install('experts')}"
 _TRAINED = "is trained in full (train_modules); exclude it from the targets, or remove it from train_modules"
 _NOTHING = 'there is nothing to adapt: no module is left (never output heads; never convolutions with "all-linear")'
 
@@ -86,10 +84,13 @@ def select(
         # If the model itself is a layer, it cannot be a target.
         passed_over[f"the {type(scanned.root.module).__name__} itself"] = _ROOT
     for pattern in patterns:
-        for path, obstacle in _choose(scope, pattern, problems):
+        chosen = dict(_choose(scope, pattern, problems))
+        for path, obstacle in chosen.items():
+            at = scanned.by_path.get(path)  # None for a parameter
+            is_extra = at is None or (at.base is not None and at.base.stack and None in chosen.values())
             if obstacle is None:
                 found.add(path)
-            elif _insists(pattern) and path in scanned.by_path:  # a stack has no path there
+            elif _insists(pattern) and not is_extra:  # a name of layers that stacks have too
                 refused[path] = obstacle
             else:
                 passed_over[path] = obstacle

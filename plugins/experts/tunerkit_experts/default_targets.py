@@ -16,7 +16,7 @@ DEFAULT_TARGETS = (
         ),
         (*_ATTENTION, *_EXPERTS),
     ),
-    DefaultTargets(("deepseek_v2", "deepseek_v3", "longcat_flash"), (*_ATTENTION, *_LATENT, *_EXPERTS)),
+    DefaultTargets(("deepseek_v2", "deepseek_v3"), (*_ATTENTION, *_LATENT, *_EXPERTS)),
     DefaultTargets(("granitemoeshared", "granitemoehybrid"), (*_ATTENTION, *_EXPERTS, "input_linear", "output_linear")),
     DefaultTargets(("nemotron_h",), (*_ATTENTION, *_MAMBA, *_EXPERTS)),
 )

@@ -12,6 +12,8 @@ from tunerkit_experts.transformers_private import interface
 
 FUNCTION = "tunerkit"  # its name in the interface
 _FORMS = ("eager", "grouped_mm", "batched_mm")
+# Classes whose own loop adds up the experts of a token in fp32; all others do in the dtype of the tokens.
+_WIDE = ("NemotronHExperts", "Inkling2Experts", "Inkling2LoopExperts", "OpenAIPrivacyFilterExperts")
 
 
 def run_experts(experts: Any, hidden: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
@@ -43,12 +45,14 @@ def run_experts(experts: Any, hidden: Tensor, ids: Tensor, scores: Tensor) -> Te
         tokens, choices = order.div(active, rounding_mode="floor"), order % active
     out = _apply(experts, hidden[tokens], Route(sorted_ids, experts.num_experts, form)) * scores[tokens, choices, None]
     if form == "eager":
-        return torch.zeros_like(hidden).index_add_(0, tokens, out.to(hidden.dtype))
+        is_wide = type(experts).__name__ in _WIDE
+        dtype = torch.promote_types(out.dtype, torch.float32) if is_wide else hidden.dtype
+        return torch.zeros_like(hidden, dtype=dtype).index_add_(0, tokens, out.to(dtype)).to(hidden.dtype)
     if form == "grouped_mm":
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
         out = out[inverse]
-    return out.view(len(hidden), active, -1).sum(dim=1).to(hidden.dtype)
+    return out.view(len(hidden), active, out.shape[-1]).sum(dim=1).to(hidden.dtype)
 
 
 def _apply(experts: Any, rows: Tensor, route: Route) -> Tensor:

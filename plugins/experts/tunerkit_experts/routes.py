@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tunerkit.plugin import AdapterError
+
 # Where `torch.nn.functional.grouped_mm` is ahead of a loop, since the host need not wait for the counts; not measured.
 GROUPED_ON = ("cuda",)
 _ALIGNED = 16  # bytes: what grouped_mm asks of each stride
@@ -34,9 +36,18 @@ class Route:
 
     @property
     def counts(self) -> list[int]:
-        """The number of rows of each expert; on an accelerator, the host waits for them once."""
+        """The number of rows of each expert; on an accelerator, the host waits for them once.
+
+        Raises:
+            AdapterError: The rows are not sorted by expert, or an id is not below E.
+        """
         if not self._counts:
-            self._counts.extend(torch.bincount(self.ids, minlength=self.count).tolist())
+            counted = torch.bincount(self.ids, minlength=self.count).tolist()
+            if len(counted) > self.count or (self.ids.is_cpu and bool((self.ids.diff() < 0).any())):
+                raise AdapterError(
+                    f"rows must be sorted by expert, from 0 to {self.count - 1}; got {self.ids.tolist()[:8]} and so on"
+                )
+            self._counts.extend(counted)
         return self._counts
 
     @property
@@ -64,6 +75,11 @@ def multiply(x: Tensor, w: Tensor, route: Route) -> Tensor:
         return torch.bmm(w[route.ids], x.unsqueeze(-1)).squeeze(-1)
     if _is_grouped(x, w):
         return F.grouped_mm(x, w.mT, offs=route.ends)
+    return one_by_one(x, w, route)
+
+
+def one_by_one(x: Tensor, w: Tensor, route: Route) -> Tensor:
+    """Multiply the rows of one expert after the other, as the loop in the experts' own forward does; see `multiply`."""
     parts = zip(x.split(route.counts), w.mT.unbind(), strict=True)
     return torch.cat([part @ matrix for part, matrix in parts])
 

@@ -10,8 +10,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tunerkit.plugin import AdapterError, BaseLayer
 from tunerkit_experts.recomputed import recomputed
-from tunerkit_experts.routes import Route, multiply
-from tunerkit_experts.transformers_private import grouped_linear
+from tunerkit_experts.routes import Route, multiply, one_by_one
+from tunerkit_experts.transformers_private import batched_linear, grouped_linear
 
 NAME = "stacks"  # of the child of an experts module
 PACK = (
@@ -69,10 +69,9 @@ class Stack(nn.Module):
             added = None if bias is None else bias[route.ids]
             return grouped_linear(rows, weight, route.ends, added, is_transposed=self.is_transposed)
         if route.form == "batched_mm":
-            chosen = weight[route.ids].mT if self.is_transposed else weight[route.ids]
-            product = (chosen @ rows.unsqueeze(-1)).squeeze(-1)
-            return product if bias is None else product + bias[route.ids]
-        product = multiply(rows, weight.mT if self.is_transposed else weight, route)
+            added = None if bias is None else bias[route.ids]
+            return batched_linear(rows, weight[route.ids], added, is_transposed=self.is_transposed)
+        product = one_by_one(rows, weight.mT if self.is_transposed else weight, route)
         return product if bias is None else product + bias[route.ids]
 
     def extra_repr(self) -> str:

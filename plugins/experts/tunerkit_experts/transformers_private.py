@@ -22,6 +22,21 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None,
     return product
 
 
+def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, is_transposed: bool) -> Tensor:
+    """Compute the products of transformers' implementation "batched_mm".
+
+    Args:
+        x: Rows, (N, in).
+        weight: The matrix of each row, (N, out, in), or (N, in, out) if ``is_transposed``.
+        bias: The bias of each row, (N, out), or None.
+        is_transposed: The layout of ``weight``.
+    """
+    from transformers.integrations.moe import _batched_linear
+
+    product: Tensor = _batched_linear(x, weight, bias=bias, is_transposed=is_transposed)
+    return product
+
+
 def interface() -> Any:
     """Return the register of experts functions; None if no model with experts has been imported from transformers."""
     moe: Any = sys.modules.get("transformers.integrations.moe")  # not imported here, which takes seconds
