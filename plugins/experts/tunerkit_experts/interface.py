@@ -73,6 +73,9 @@ def _form(experts: Any) -> Form:
     )
 
 
-# At import, so that a model that was pickled finds it in another process.
-if (_interface := interface()) is not None:
-    _interface.register(FUNCTION, run_experts)
+def register_() -> bool:
+    """Put `run_experts` into transformers' interface; return False if no model of transformers has experts."""
+    if (found := interface()) is None:
+        return False
+    found.register(FUNCTION, run_experts)
+    return True

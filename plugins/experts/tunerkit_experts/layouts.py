@@ -12,10 +12,9 @@ import attrs
 from torch import Tensor, nn
 
 from tunerkit.plugin import AdapterError, forward_name
-from tunerkit_experts.interface import FUNCTION
+from tunerkit_experts.interface import FUNCTION, register_
 from tunerkit_experts.routes import Route
 from tunerkit_experts.stacks import NAME, Stack
-from tunerkit_experts.transformers_private import interface
 
 # What transformers' decorator sets on each experts module.
 _STATED = ("is_transposed", "is_concatenated", "has_gate", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
@@ -63,6 +62,11 @@ class Stacks(nn.Module):
         for name, is_transposed in stacks.items():
             self.add_module(name, Stack(owner, name, is_transposed=is_transposed))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.config is not None:
+            register_()  # a pickled model comes into a process that has wrapped none
+
 
 def put_stacks_(model: nn.Module) -> None:
     """Give each experts module in ``model`` its `Stacks`, and make it run them. Modules with them stay as they are."""
@@ -75,7 +79,7 @@ def put_stacks_(model: nn.Module) -> None:
                 continue  # a library runs another forward, such as accelerate's for offloaded weights
             experts.add_module(NAME, Stacks(experts, described.stacks))
             vars(experts)["forward"] = functools.partial(_run_described, experts, described.owner)
-        elif interface() is not None and all(hasattr(experts, name) for name in _STATED):
+        elif all(hasattr(experts, name) for name in _STATED) and register_():
             experts.add_module(NAME, Stacks(experts, _stated(experts), experts.config))
             # A copy for this module: another implementation for the model cannot pass over the adapters then, and other
             # models with the same config are not affected.

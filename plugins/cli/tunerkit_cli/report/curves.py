@@ -107,8 +107,7 @@ def thinned(points: Points, limit: int = MOST_POINTS) -> Points:
     kept = [points[0]]
     for number in range(stretches):
         part = inner[number * len(inner) // stretches : (number + 1) * len(inner) // stretches]
-        extremes = {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
-        kept += sorted(extremes)
+        kept += sorted({min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])})
     return (*kept, points[-1])
 
 
