@@ -191,8 +191,7 @@ class RunFolder:
     def recipe(self) -> Recipe:
         """The recipe of the run, with its method: without one, it is from before LoRA was the default."""
         kept = as_placed(with_precision(read_recipe(self.recipe_file())), self.path)
-        is_silent = kept.method is None and kept.from_adapter is None
-        return attrs.evolve(kept, method=ADALORA) if is_silent else kept
+        return attrs.evolve(kept, method=ADALORA) if kept.method is None and kept.from_adapter is None else kept
 
     @property
     def settings(self) -> Mapping[str, Any]:
