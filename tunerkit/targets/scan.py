@@ -121,9 +121,7 @@ def _scanned(
     places: Sequence[_Registration], base: BaseLayer | None, everywhere: Mapping[int, Sequence[_Registration]]
 ) -> ScannedModule:
     main, in_head = places[0], any(place.in_head for place in places)
-    held = (
-        everywhere[id(base.holder)] if base is not None and base.stack else ()
-    )  # a stack also has its parameter's name
+    held = everywhere[id(base.holder)] if base is not None and base.stack else ()
     readers = [place.owner for place in places if place.path.rpartition(".")[2] in place.read]
     return ScannedModule(
         path=main.path,

@@ -18,7 +18,7 @@ from tunerkit.extras import install
 EXTRAS = (
     *("verbs", "adalora", "lora", "methods", "peft", "gguf", "diffusers", "serving", "quant", "quantisers"),
     *("deepspeed", "transformers", "distributed", "cli", "lm", "vision", "embedding", "metrics", "tensorboard"),
-    *("plot", "testing"),
+    *("experts", "plot", "testing"),
 )
 
 

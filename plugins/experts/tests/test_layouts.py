@@ -12,6 +12,7 @@ from tunerkit_experts import Layout, Route, describe
 import tunerkit
 from plugins.experts.tests.mixtures import mixture, tokens
 from plugins.experts.tests.test_mixtures import farthest, off_by, wrapped
+from tunerkit.errors import AdapterError, TunerkitError, TunerkitWarning
 
 
 class Pair(nn.Module):
@@ -77,10 +78,10 @@ def test_a_class_that_nobody_describes_is_named() -> None:
 
     model = Net()
     model.experts = Unknown()
-    with pytest.warns(tunerkit.TunerkitWarning, match=r"experts.first.*no plugin describes"):
+    with pytest.warns(TunerkitWarning, match=r"experts.first.*no plugin describes"):
         tunerkit.wrap(model, "lora", {"targets": "all-linear"})
     tunerkit.unwrap(model)
-    with pytest.raises(tunerkit.TunerkitError, match="experts"):
+    with pytest.raises(TunerkitError, match="experts"):
         tunerkit.wrap(model, "lora", {"targets": ["experts"]})
 
 
@@ -88,7 +89,7 @@ def test_a_failed_wrap_leaves_no_child() -> None:
     """Law: if wrapping raises, the model has the modules and the config that it had."""
     model = mixture("Mixtral")
     names, config = [name for name, _ in model.named_modules()], model.model.layers[0].mlp.experts.config
-    with pytest.raises(tunerkit.TunerkitError):
+    with pytest.raises(TunerkitError):
         tunerkit.wrap(model, "lora", {"targets": ["no_such_layer"]})
     assert [name for name, _ in model.named_modules()] == names
     tunerkit.wrap(model, "lora", {"targets": ["q_proj"]})  # no stack is adapted
@@ -98,9 +99,9 @@ def test_a_failed_wrap_leaves_no_child() -> None:
 
 def test_a_method_without_stacks_is_refused_by_name() -> None:
     """Law: DoRA says that it does not adapt stacks; targets that only match them leave them out."""
-    with pytest.raises(tunerkit.TunerkitError, match="stack of 4 matrices, which method 'dora' does not adapt"):
+    with pytest.raises(TunerkitError, match="stack of 4 matrices, which method 'dora' does not adapt"):
         tunerkit.wrap(mixture("Mixtral"), "dora", {"targets": ["experts"]})
-    with pytest.warns(tunerkit.TunerkitWarning, match="which method 'dora' does not adapt"):
+    with pytest.warns(TunerkitWarning, match="which method 'dora' does not adapt"):
         model = tunerkit.wrap(mixture("Mixtral"), "dora", {})
     assert not any(".stacks." in target.path for target in tunerkit.tuner(model).targets)
 
@@ -112,7 +113,7 @@ def test_another_implementation_of_the_model_passes_over_no_adapter() -> None:
     model.set_experts_implementation("batched_mm")
     assert farthest([model(input_ids=tokens()).logits], [before]) < 1e-5
     model.config._experts_implementation_internal = "sonicmoe"
-    with pytest.raises(tunerkit.AdapterError, match="'sonicmoe', which would pass over their adapters"):
+    with pytest.raises(AdapterError, match="'sonicmoe', which would pass over their adapters"):
         model(input_ids=tokens())
 
 
@@ -131,12 +132,12 @@ def test_expert_parallelism_and_resized_stacks_are_refused() -> None:
     model = mixture("Mixtral")
     for layer in model.model.layers:
         layer.mlp.experts._is_expert_parallel = True
-    with pytest.raises(tunerkit.TunerkitError, match="expert parallelism"):
+    with pytest.raises(TunerkitError, match="expert parallelism"):
         tunerkit.wrap(model, "lora", {"targets": ["experts"]})
     model = wrapped("Mixtral")
     experts = model.model.layers[0].mlp.experts
     experts.down_proj = nn.Parameter(torch.zeros(5, *experts.down_proj.shape[1:]))
-    with pytest.raises(tunerkit.AdapterError, match="resized"):
+    with pytest.raises(AdapterError, match="resized"):
         tunerkit.merge(model)
 
 
@@ -167,3 +168,61 @@ def test_on_an_accelerator_16_bit_products_are_grouped(monkeypatch: pytest.Monke
             patch.setattr(routes, "GROUPED_ON", ("cpu",))
             assert routes._is_grouped(x, w) is (rank == 8)
             assert farthest([routes.multiply(x, w, route).float()], [loop.float()]) < 2e-2
+
+
+def test_half_precision_keeps_its_bits_where_a_class_adds_up_in_fp32() -> None:
+    """Law: Nemotron-H in bf16 and gpt-oss in fp16 keep each bit with adapters that add nothing."""
+    for name, dtype, form in (("Nemotron-H", torch.bfloat16, "eager"), ("gpt-oss", torch.float16, "batched_mm")):
+        model = mixture(name, dtype=dtype, form=form)
+        before = model(input_ids=tokens()).logits
+        tunerkit.wrap(model, "lora", {"targets": ["experts"]})
+        assert torch.equal(model(input_ids=tokens()).logits, before), name
+
+
+@pytest.mark.parametrize("form", ["eager", "grouped_mm", "batched_mm"])
+def test_an_empty_batch_stays_empty(form: str) -> None:
+    """Law: experts without any token return none, as before wrapping."""
+    experts = wrapped("Mixtral", form=form).model.layers[0].mlp.experts
+    found = experts(torch.zeros(0, 32), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+    assert found.shape == (0, 32)
+
+
+def test_a_failed_second_adapter_leaves_no_child() -> None:
+    """Law: a wrap that raises takes its stacks out again, also where another adapter is in."""
+    model = tunerkit.wrap(mixture("Mixtral"), "lora", {"targets": ["q_proj"]})
+    with pytest.raises(TunerkitError):
+        tunerkit.wrap(model, "lora", {"targets": ["no_such_layer"]}, adapter="second")
+    assert not any("stacks" in name for name, _ in model.named_modules())
+
+
+def test_a_stack_has_the_name_of_its_parameter_too() -> None:
+    """Law: PEFT's spelling finds the stack, and a name that layers share leaves stacks out for a method without."""
+    model = tunerkit.wrap(mixture("Mixtral"), "lora", {"targets": ["mlp.experts.down_proj"]})
+    assert [target.path for target in tunerkit.tuner(model).targets] == [
+        f"model.layers.{layer}.mlp.experts.stacks.down_proj" for layer in range(2)
+    ]
+    with pytest.warns(TunerkitWarning, match="which method 'dora' does not adapt"):
+        dora = tunerkit.wrap(mixture("DeepSeek-V3"), "dora", {"targets": ["down_proj"]})
+    assert [target.path for target in tunerkit.tuner(dora).targets] == [
+        "model.layers.0.mlp.down_proj", "model.layers.1.mlp.shared_experts.down_proj"
+    ]  # fmt: skip
+
+
+def test_rows_that_are_not_sorted_are_refused() -> None:
+    """Law: a route of a described class must be sorted, and an id beyond the experts is an error."""
+    for ids in ([1, 0], [0, 3]):
+        with pytest.raises(AdapterError, match="sorted by expert, from 0 to 2"):
+            Route(torch.tensor(ids), count=3).counts  # noqa: B018  # a property
+
+
+def test_a_forward_around_a_described_class_stays() -> None:
+    """Law: unwrapping leaves a forward that somebody put around ours, which then runs the class's own."""
+    describe(PAIR)
+    model, x, ids = Net(), torch.randn(5, 4), torch.tensor([2, 0, 0, 2, 1])
+    before = model(x, ids)
+    tunerkit.wrap(model, "lora", {"targets": ["experts"]})
+    inner = model.experts.forward
+    model.experts.forward = lambda *given: inner(*given)  # type: ignore[method-assign]
+    tunerkit.unwrap(model)
+    assert torch.equal(model(x, ids), before)
+    assert "forward" in vars(model.experts)
