@@ -63,7 +63,7 @@ class Stacks(nn.Module):
             self.add_module(name, Stack(owner, name, is_transposed=is_transposed))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
         if self.config is not None:
             register_()  # a pickled model comes into a process that has wrapped none
 
