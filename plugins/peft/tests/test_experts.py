@@ -1,5 +1,10 @@
 """Stacks of experts: PEFT's packed folders both ways, its two layouts, the form of engines, and config objects."""
 
+import ast
+import importlib
+import re
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -13,8 +18,9 @@ from torch import Tensor, nn
 import tunerkit
 from plugins.peft.tests import peft_folders
 from plugins.peft.tests.peft_adapters import randomize_
-from tunerkit.errors import BaseMismatchError, ConfigError, FileError
+from tunerkit.errors import BaseMismatchError, ConfigError, FileError, TunerkitWarning
 from tunerkit.plugin import Factors, factors_of
+from tunerkit_peft import renamed
 from tunerkit_peft.describing import describe
 
 pytest.importorskip("tunerkit_experts", reason="the stacks of these models")
@@ -321,3 +327,152 @@ def test_routers_of_all_linear_are_refused() -> None:
     """PEFT adapts them for this model, and tunerkit does not."""
     with pytest.raises(ConfigError, match=r"'gate\.weight', which is no stack of experts of this model: .*routers"):
         tunerkit.wrap(qwen(), "lora", peft.LoraConfig(target_modules="all-linear"))
+
+
+ROUTED: Final[dict[str, Any]] = {
+    **{**SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 12, "n_routed_experts": 4, "n_group": 2},
+    **{"topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1},
+}
+
+
+def deepseek() -> nn.Module:
+    """A dense layer, and one with a shared expert."""
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    return built(hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**ROUTED, **latent)))
+
+
+def glm() -> nn.Module:
+    """The same with plain attention."""
+    return built(hf.Glm4MoeForCausalLM(hf.Glm4MoeConfig(**ROUTED, head_dim=8)))
+
+
+SHARING: Final[Mapping[str, Callable[[], nn.Module]]] = {"deepseek": deepseek, "glm": glm}
+each_sharing = pytest.mark.parametrize("build", SHARING.values(), ids=SHARING)
+each_way = pytest.mark.parametrize("installed", [True, False], ids=["by-peft", "by-table"])
+SHARED: Final = "model.layers.1.mlp.shared_experts.down_proj"
+OF_PEFT: Final = "peft.utils.transformers_weight_conversion"
+
+
+def adapted_at(model: nn.Module, targets: list[str] | None, **settings: Any) -> nn.Module:
+    """A LoRA of ours with random values; None for the default targets."""
+    torch.manual_seed(4)
+    given: dict[str, Any] = {"targets": targets} if targets else {}
+    tunerkit.wrap(model, "lora", {"rank": 3, "alpha": 5, **given, **settings})
+    randomize_(model)
+    return model.eval()
+
+
+def read_by_peft(build: Callable[[], nn.Module], folder: Path) -> Tensor:
+    adapted: Any = peft.PeftModel.from_pretrained(build(), str(folder))  # type: ignore[arg-type]
+    return output(adapted.eval())
+
+
+@each_sharing
+@each_way
+@pytest.mark.parametrize("form", ["uniform", "compact"])
+@pytest.mark.parametrize(
+    "targets", [["down_proj"], ["experts", "shared_experts.down_proj"], None, ["shared_experts.down_proj"]], ids=str
+)
+def test_dense_layers_and_shared_experts_that_peft_would_lose_are_refused(
+    build: Callable[[], nn.Module],
+    installed: bool,
+    form: str,
+    targets: list[str] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Law: nothing is written, with PEFT and without it; and with the error's ``exclude`` PEFT computes the same."""
+    if not installed:
+        monkeypatch.setitem(sys.modules, OF_PEFT, None)
+    with pytest.raises(FileError, match=r"names of projections, such as 'down_proj', for the stacks") as caught:
+        tunerkit.export(adapted_at(build(), targets), tmp_path / "out", format="peft", form=form)
+    text = str(caught.value)
+    assert f"\n- {SHARED}\n" in text
+    assert ".experts." not in text
+    assert "unwrap(model, keep_merged=True)" in text
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    found = re.search(r"exclude=(\[.*\])", text)
+    assert found
+    if targets == ["shared_experts.down_proj"]:
+        assert "form='adalora'" in text
+        return
+    monkeypatch.undo()
+    model = adapted_at(build(), targets, exclude=ast.literal_eval(found[1]))
+    folder = tunerkit.export(model, tmp_path / "out", format="peft", form=form)
+    assert close(read_by_peft(build, folder), output(model))
+
+
+@each_sharing
+@each_way
+@pytest.mark.parametrize("form", ["uniform", "compact", "experts"])
+@pytest.mark.parametrize("targets", [["experts"], ["o_proj", "experts"]], ids=str)
+def test_peft_computes_the_same_beside_dense_layers_that_are_no_targets(
+    build: Callable[[], nn.Module],
+    installed: bool,
+    form: str,
+    targets: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Law: stacks alone, and with attention, are written without a warning."""
+    model = adapted_at(build(), targets)
+    if not installed:
+        monkeypatch.setitem(sys.modules, OF_PEFT, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TunerkitWarning)
+        folder = tunerkit.export(model, tmp_path / "out", format="peft", form=form)
+    monkeypatch.undo()
+    assert not close(output(build()), output(model))
+    assert close(read_by_peft(build, folder), output(model))
+
+
+@each_way
+@pytest.mark.parametrize(
+    ("build", "targets", "lost"),
+    [
+        (deepseek, None, SHARED),
+        (glm, ["shared_experts.down_proj"], SHARED),
+        (qwen, ["gate_up_proj"], "model.layers.0.mlp.experts.gate_up_proj"),
+        (gpt_oss, ["experts", "q_proj"], "model.layers.1.mlp.experts.down_proj"),
+    ],
+)
+def test_the_form_of_engines_warns_where_peft_computes_something_else(
+    build: Callable[[], nn.Module],
+    installed: bool,
+    targets: list[str] | None,
+    lost: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Law: it is written, comes back here, and PEFT's output is another one."""
+    model = adapted_at(build(), targets)
+    if not installed:
+        monkeypatch.setitem(sys.modules, OF_PEFT, None)
+    with pytest.warns(TunerkitWarning, match="PEFT itself does not read this form of this adapter") as caught:
+        folder = tunerkit.export(model, tmp_path / "out", format="peft", form="experts")
+    assert f"\n- {lost}" in str(caught[0].message)
+    monkeypatch.undo()
+    assert same(products(tunerkit.load(build(), folder)), products(model))
+    assert not close(read_by_peft(build, folder), output(model))
+
+
+def test_an_adalora_has_names_that_peft_leaves_as_they_are(tmp_path: Path) -> None:
+    """The way out that the error names where no stack is adapted."""
+    model = adapted_at(deepseek(), ["shared_experts.down_proj"])
+    folder = tunerkit.export(model, tmp_path / "out", format="peft", form="adalora")
+    assert close(read_by_peft(deepseek, folder), output(model))
+
+
+def test_an_adalora_of_stacks_is_refused_by_their_paths(tmp_path: Path) -> None:
+    """PEFT's name of a wrapper says nothing."""
+    with pytest.raises(FileError, match=r"\n- model\.layers\.0\.mlp\.experts\.gate_up_proj \(a stack of exp") as caught:
+        tunerkit.export(ours(qwen), tmp_path / "out", format="peft", form="adalora")
+    assert "base_layer" not in str(caught.value)
+
+
+def test_the_table_for_environments_without_peft_is_pefts() -> None:
+    """Law: the same types of models, and the same names."""
+    conversion = importlib.import_module(OF_PEFT)
+    names = conversion._MOE_TARGET_MODULE_MAPPING
+    wanted = {kind: names[like] for kind, like in conversion._MODEL_TO_CONVERSION_PATTERN.items() if names.get(like)}
+    assert wanted == renamed._TYPES

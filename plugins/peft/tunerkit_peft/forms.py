@@ -164,6 +164,8 @@ def _refuse_others(pieces: Collection[Piece]) -> None:
     others = (nn.Embedding, nn.MultiheadAttention, nn.Conv1d, nn.Conv3d)
     if wrong := [
         f"{piece.name} ({type(piece.module).__name__})"
+        if piece.stack is None
+        else f"{piece.owner} (a stack of experts)"
         for piece in pieces
         if isinstance(piece.module, others) or piece.name.endswith(INNER) or piece.stack is not None
     ]:

@@ -20,6 +20,7 @@ from tunerkit_peft.forms import VERSION, Written, adalora, compact, uniform
 from tunerkit_peft.options import PeftOptions
 from tunerkit_peft.pieces import Piece, Site, pieces_of, trained_biases
 from tunerkit_peft.places import modules_of
+from tunerkit_peft.renamed import refuse_lost
 from tunerkit_peft.selecting import BELOW, modules_to_save, target_modules, target_parameters
 from tunerkit_peft.stacks import stacks_of
 from tunerkit_peft.to_table import below, named, sites_of
@@ -58,6 +59,7 @@ def write(tuner: "Tuner", path: Path, options: PeftOptions) -> list[Path]:
     base = options.base if options.base is not None else _name_of(tuner)
     has_bias = {"bias": biases.setting} if word else {}
     settings = {**form.settings, **_settings(tuner, sites, base, inside), **has_bias}
+    _refuse_lost(tuner, sites, settings, options)
     tensors = _cast(form.tensors, options.dtype)
     tensors |= {f"{at}.{name}": each for at, own in copies_of(tuner).items() for name, each in own.items()}
     tensors |= biases.tensors
@@ -135,6 +137,17 @@ def _settings(tuner: "Tuner", sites: Sequence[Site], base: str, inside: Sequence
         "modules_to_save": modules_to_save(copies, owners | around, present, inside) if copies else None,
         **({"fan_in_fan_out": True} if transposes else {}),
     }
+
+
+def _refuse_lost(tuner: "Tuner", sites: Sequence[Site], settings: Mapping[str, object], options: PeftOptions) -> None:
+    refuse_lost(
+        settings,
+        tuner.model,
+        modules_of(tuner.model),
+        {site.owner for site in sites if not site.is_parameter},
+        [target.path for target in tuner.targets],
+        for_engines=options.form == "experts",
+    )
 
 
 def _name_of(tuner: "Tuner") -> str:
