@@ -8,8 +8,6 @@ from torch import nn
 from torch.distributed import fsdp
 
 import tunerkit
-from plugins.distributed.tests import zero_training
-from plugins.distributed.tests.zero_training import ZeroJob
 from plugins.experts.tests.tiny_mixtral import IDS, adam, logits, wrapped
 from tests.support import two_processes
 
@@ -53,25 +51,6 @@ def train(engine: str, method: str, folder: Path, rank: int = 0, of: int = 1) ->
     found["merged"] = logits(runs)
     tunerkit.unmerge(model)
     return {**found, "unmerged": logits(runs)}
-
-
-def train_under_zero_3(rank: int, folder: str) -> None:
-    """Be one of two processes that train lora under ZeRO-3, which empties the stacks and adapters between uses."""
-    with two_processes.joined(rank, folder):
-        deepspeed = zero_training.prepare(rank)
-        model = wrapped("lora", **METHODS["lora"])
-        config = zero_training.settings(ZeroJob(3, "lora", {}, options={"gradient_accumulation_steps": 1}))
-        config |= {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0}
-        engine, *_ = deepspeed.initialize(model=model, optimizer=adam(model), config=config)
-        tunerkit.attach(model, engine, total_steps=STEPS)
-        for _ in range(STEPS):
-            engine.backward(engine(IDS[rank::2], labels=IDS[rank::2]).loss)
-            engine.step()
-        empty = all(not parameter.numel() for parameter in tunerkit.tuner(model).parameters())
-        file = tunerkit.save(model, Path(folder) / "zero")
-        with tunerkit.tuner(model).whole():
-            weights = {name: each.detach().clone() for name, each in tunerkit.tuner(model).named_parameters()}
-        torch.save({"weights": weights, "file": file, "empty": empty, "trained": logits(engine)}, f"{folder}/{rank}.pt")
 
 
 def train_all(rank: int, folder: str) -> None:

@@ -226,3 +226,12 @@ def test_a_forward_around_a_described_class_stays() -> None:
     tunerkit.unwrap(model)
     assert torch.equal(model(x, ids), before)
     assert "forward" in vars(model.experts)
+
+
+def test_weights_that_zero_3_empties_are_refused() -> None:
+    """Law: an adapter whose weights have DeepSpeed's mark raises in the first forward, with the way out."""
+    model = wrapped("Mixtral")
+    for parameter in tunerkit.tuner(model).parameters():
+        parameter.ds_id = 0
+    with pytest.raises(AdapterError, match="ZeRO-3"):
+        model(input_ids=tokens())

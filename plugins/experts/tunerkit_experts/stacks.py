@@ -129,10 +129,12 @@ class StackLayer(BaseLayer):
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
         """Compute Q x with each row's own Q: (N, in) to (N, r)."""
+        _refuse_partitioned(q)
         return multiply(F.dropout(x, dropout) if dropout > 0 else x, q, self._route())
 
     def project_out(self, h: Tensor, p: Tensor) -> Tensor:
         """Compute P h with each row's own P: (N, r) to (N, out)."""
+        _refuse_partitioned(p)
         return multiply(h, p, self._route())
 
     def shape_bias(self, b: Tensor) -> Tensor:
@@ -171,6 +173,15 @@ class StackLayer(BaseLayer):
         if self.module.route is None:
             raise AdapterError("a stack of experts has no rows outside a forward of its owner")
         return self.module.route
+
+
+def _refuse_partitioned(factor: Tensor) -> None:
+    """Raise `AdapterError` for a factor that ZeRO-3 empties between uses, after which the backward pass would fail."""
+    if hasattr(factor, "ds_id"):
+        raise AdapterError(
+            "adapters on stacks of experts do not train under ZeRO-3 of DeepSpeed, which empties them before the "
+            "backward pass: use DDP, FSDP2 or ZeRO-2"
+        )
 
 
 def is_packed(weight: Tensor) -> bool:
