@@ -27,7 +27,8 @@ class ScannedModule:
     """A module of a scanned model: its paths, its base layer, its parents, and its position in blocks and heads."""
 
     path: str  # the first at which it is registered, for results and messages
-    paths: tuple[str, ...]  # all paths at which it is registered; of a stack also those of its parameter
+    paths: tuple[str, ...]  # all paths at which it is registered
+    names: tuple[str, ...]  # what patterns match: its paths, and of a stack also those of its parameter
     module: nn.Module
     base: BaseLayer | None  # None if no kind matches it
     reading_owner: nn.Module | None  # the first parent whose forward uses its weight directly
@@ -122,10 +123,12 @@ def _scanned(
 ) -> ScannedModule:
     main, in_head = places[0], any(place.in_head for place in places)
     held = everywhere[id(base.holder)] if base is not None and base.stack else ()
+    paths = tuple([place.path for place in places])
     readers = [place.owner for place in places if place.path.rpartition(".")[2] in place.read]
     return ScannedModule(
         path=main.path,
-        paths=(*[place.path for place in places], *[join(place.path, base.weight_name) for place in held if base]),
+        paths=paths,
+        names=(*paths, *[join(place.path, base.weight_name) for place in held if base]),
         module=main.module,
         base=base,
         reading_owner=readers[0] if readers else None,

@@ -243,7 +243,7 @@ def _default_convolutions(scanned: Scan) -> tuple[ScannedModule, ...]:
 
 def matching(modules: Iterable[ScannedModule], match: Matcher) -> list[ScannedModule]:
     """Return the modules with at least one matching path."""
-    return [module for module in modules if any(map(match, module.paths))]
+    return [module for module in modules if any(map(match, module.names))]
 
 
 def unknown(
