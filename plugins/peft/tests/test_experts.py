@@ -337,13 +337,13 @@ ROUTED: Final[dict[str, Any]] = {
 
 def deepseek() -> nn.Module:
     """A dense layer, and one with a shared expert."""
-    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
-    return built(hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**ROUTED, **latent)))
+    latent: dict[str, Any] = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+    return built(hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**ROUTED, **latent, v_head_dim=4)))
 
 
 def glm() -> nn.Module:
     """The same with plain attention."""
-    return built(hf.Glm4MoeForCausalLM(hf.Glm4MoeConfig(**ROUTED, head_dim=8)))
+    return built(hf.Glm4MoeForCausalLM(hf.Glm4MoeConfig(**{**ROUTED, "head_dim": 8})))
 
 
 SHARING: Final[Mapping[str, Callable[[], nn.Module]]] = {"deepseek": deepseek, "glm": glm}
