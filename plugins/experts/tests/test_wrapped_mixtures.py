@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from tunerkit_experts.stacks import Stack
 
 import tunerkit
 from plugins.experts.tests.tiny_mixtral import IDS, gap, logits, mixtral, train, wrapped
-from tunerkit_experts.stacks import Stack
 
 FORMS = ("eager", "grouped_mm", "batched_mm")
 
