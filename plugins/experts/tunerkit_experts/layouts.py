@@ -80,7 +80,9 @@ def put_stacks_(model: nn.Module) -> None:
             experts.add_module(NAME, Stacks(experts, described.stacks))
             vars(experts)["forward"] = functools.partial(_run_described, experts, described.owner)
         elif all(hasattr(experts, name) for name in _STATED) and register_():
-            experts.add_module(NAME, Stacks(experts, _stated(experts), experts.config))
+            first = "gate_up_proj" if experts.has_gate else "up_proj"
+            stated = dict.fromkeys((first, "down_proj"), bool(experts.is_transposed))
+            experts.add_module(NAME, Stacks(experts, stated, experts.config))
             # A copy for this module: another implementation for the model cannot pass over the adapters then, and other
             # models with the same config are not affected.
             experts.config = copy.copy(experts.config)
@@ -97,11 +99,6 @@ def remove_stacks_(model: nn.Module, kept: Callable[[nn.Module], bool] = lambda 
             elif getattr(vars(experts).get("forward"), "func", None) is _run_described:  # else a library's around it
                 del vars(experts)["forward"]
             delattr(experts, NAME)
-
-
-def _stated(experts: Any) -> dict[str, bool]:
-    first = "gate_up_proj" if experts.has_gate else "up_proj"
-    return dict.fromkeys((first, "down_proj"), bool(experts.is_transposed))
 
 
 def _run_described(experts: nn.Module, owner: str, /, *args: Any, **kwargs: Any) -> Tensor:

@@ -4,7 +4,7 @@ For these models PEFT takes the names of projections in ``target_modules`` for t
 """
 
 import importlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from torch import nn
@@ -83,28 +83,24 @@ def refuse_lost(
             )
         )
         return
+    raise _refusal(kind, lost, is_adalora_open=not (meant or settings.get("use_dora")))
+
+
+def _refusal(kind: str, lost: Sequence[str], *, is_adalora_open: bool) -> FileError:
+    """The error for layers that PEFT would leave out, with the ways out."""
     ways = [
         "- Train without these layers: exclude=" + repr(sorted({".".join(path.split(".")[-2:]) for path in lost})),
         "- Or call tunerkit.unwrap(model, keep_merged=True) and save the whole model instead",
         "- tunerkit.save keeps the adapter in tunerkit's own form, and form='experts' is for engines, not PEFT",
-        *(
-            []
-            if meant or settings.get("use_dora")
-            else ["- form='adalora' writes an AdaLoRA, whose names PEFT leaves as they are"]
-        ),
     ]
-    raise FileError(
-        "\n".join(
-            [
-                f"PEFT cannot hold this adapter: for models of type {shown(kind)} it takes the names of projections, "
-                "such as 'down_proj', for the stacks of experts, also where dense layers and shared experts have them. "
-                "So it would lose what is adapted at:",
-                *(f"- {line}" for line in first(lost)),
-                "What to do:",
-                *ways,
-            ]
-        )
+    if is_adalora_open:
+        ways.append("- form='adalora' writes an AdaLoRA, whose names PEFT leaves as they are")
+    why = (
+        f"PEFT cannot hold this adapter: for models of type {shown(kind)} it takes the names of projections, such as "
+        "'down_proj', for the stacks of experts, also where dense layers and shared experts have them. So it would "
+        "lose what is adapted at:"
     )
+    return FileError("\n".join([why, *(f"- {line}" for line in first(lost)), "What to do:", *ways]))
 
 
 def _has_stacks(modules: Mapping[str, nn.Module]) -> bool:

@@ -128,7 +128,7 @@ def rank_summary(run: Run) -> str:
 def highest_rank(run: Run) -> int:
     """Return the rank with the full colour: the greatest that a target has, had or may have."""
     if run.experts:  # the cap of an expert, not that of a stack
-        return max(run.caps[path] // len(run.experts.get(path, (0,))) for path in run.ranks)
+        return max(run.caps.get(path, 0) // len(run.experts.get(path, (0,))) for path in run.ranks) or 1
     had = (max(change.ranks, default=0) for change in run.history)
     return max((*run.ranks.values(), *(run.caps.get(path, 0) for path in run.ranks), *had), default=1) or 1
 
