@@ -110,7 +110,7 @@ def _resize_for(adapter: Adapter, state_dict: Mapping[str, Any], prefix: str, *_
 def _fits(value: object, own: Tensor, dim: int | None) -> bool:
     """Whether a value is a tensor with the shape of ``own``, except in dimension ``dim``."""
     # ZeRO-3 empties parameters between uses: then they have one dimension, and their rank is unknown.
-    if not isinstance(value, Tensor) or value.ndim != own.ndim or (dim is not None and dim >= own.ndim):
+    if not isinstance(value, Tensor) or value.ndim != own.ndim or dim not in (None, *range(-own.ndim, own.ndim)):
         return False
     differing = {at for at, size in enumerate(own.shape) if value.shape[at] != size}
     return differing <= {None if dim is None else dim % own.ndim}
