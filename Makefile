@@ -63,7 +63,7 @@ test-quantisers: $(QUANTISERS_READY) ## run the tests with quantised bases, with
 	$(FEW_THREADS) .venv-quantisers/bin/python -m pytest -n $(WORKERS) -k "$(OF_QUANTISED)" $(PYTEST_ARGS) plugins/quant/tests plugins/experts/tests/test_packed_stacks.py tests/steps/test_engines.py tests/repository/test_readme.py
 
 test-deepspeed: $(DEEPSPEED_READY) ## run the tests of trainings under DeepSpeed
-	$(FEW_THREADS) DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest $(PYTEST_ARGS) -k "deepspeed" plugins/distributed/tests/test_deepspeed.py plugins/distributed/tests/test_trainer_deepspeed.py tests/repository/test_readme.py
+	$(FEW_THREADS) DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest $(PYTEST_ARGS) -k "deepspeed" plugins/distributed/tests/test_deepspeed.py plugins/distributed/tests/test_trainer_deepspeed.py plugins/experts/tests/test_deepspeed.py tests/repository/test_readme.py
 
 check: $(DEV_READY) ## check lint, formatting, the limits of the core, and types
 	$(BIN)/ruff check .
@@ -146,7 +146,7 @@ $(QUANTISERS_READY): $(PROJECTS) constraints.txt | .venv-quantisers/bin/python
 
 # DeepSpeed slows down every import of transformers. Building it needs a torch that is there.
 $(DEEPSPEED_READY): $(PROJECTS) constraints.txt | .venv-deepspeed/bin/python
-	.venv-deepspeed/bin/python -m pip install $(CONSTRAINTS) -e ".[test]" -e plugins/transformers -e plugins/distributed -e plugins/lora -e plugins/adalora
+	.venv-deepspeed/bin/python -m pip install $(CONSTRAINTS) -e ".[test]" -e plugins/transformers -e plugins/distributed -e plugins/experts -e plugins/lora -e plugins/adalora
 	.venv-deepspeed/bin/python -m pip install $(CONSTRAINTS) -e ".[deepspeed]"
 	touch $@
 

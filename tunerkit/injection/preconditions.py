@@ -95,6 +95,7 @@ def refuse_idle_patterns(tuner: Tuner) -> None:
     """Raise `ConfigError` for per-target patterns that match no target, since such patterns are mostly mistyped."""
     paths = [target.path for target in tuner.targets]
     names = {path.rpartition(".")[2] for path in paths}
+    names |= {f"*.{part}.*" for path in paths for part in path.split(".")[:-1]}
     problems = [
         f"{pattern!r} matches none of the {len(paths)} targets{closest(pattern, names)} @ $.{field}"
         for pattern, field in tuner.config.target_patterns()

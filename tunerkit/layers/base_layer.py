@@ -173,7 +173,7 @@ class BaseLayer(abc.ABC):
         if self.packing is not None:
             raise AdapterError(
                 f"the {type(self.module).__name__} stores its weight as {self.packing.name}, and {type(self).__name__} "
-                "cannot write it: the plugin must define merged, put_ and rounded, or derive from a kind with them"
+                "cannot write it: its plugin must define merged, put_ and rounded there, or in a base class of it"
             )
         own, packed = self.tensor(self.weight_name), self.pack(delta)
         wide = torch.promote_types(packed.dtype, torch.promote_types(own.dtype, torch.float32))

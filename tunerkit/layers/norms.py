@@ -60,8 +60,8 @@ class NormLayer(BaseLayer):
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> NoReturn:
         """Raise `AdapterError`: no low-rank product can be added to a vector."""
         raise AdapterError(
-            f"the weight of a {type(self.module).__name__} is a vector, to which no low-rank product can be added; add "
-            "base.normalised(x) times a vector, or exclude the module from the targets"
+            f"the weight of a {type(self.module).__name__} is a vector, to which no low-rank product can be added; "
+            "exclude the module from the targets, or let the adapter's forward add base.normalised(x) times a vector"
         )
 
     def project_out(self, h: Tensor, p: Tensor) -> NoReturn:

@@ -93,7 +93,7 @@ def _refuse_left_out(
 
 
 def _holders(module: nn.Module, tensors: dict[str, Any], shared: Mapping[int, tuple[str, ...]]) -> tuple[_Holder, ...]:
-    """Return a holder for each parameter that ``module`` shares with other modules; empty if none of them is merged."""
+    """Return a holder for each parameter that ``module`` shares; empty if no module that has one of them is merged."""
     held: dict[int, dict[str, tuple[nn.Module, str]]] = defaultdict(dict)
     parameters = {}
     for path, part in injection.base_modules(module):

@@ -270,8 +270,7 @@ def _leads(drive: Drive, optimizer: Optimizer) -> bool:
 def _takes_part(drive: Drive) -> bool:
     """Whether the adapter takes part in an optimizer step: it is not frozen, and is active or has a gradient.
 
-    Adapters that one optimizer trains in turns thus count only their own steps. With a clock (a Trainer's global step),
-    all adapters use the clock's number.
+    So an adapter counts only its own steps, unless there is a clock (a Trainer's global step), which numbers all steps.
     """
     first = next(drive.places[0].slot.parameters(), None)  # usually enough
     if (first is None or not first.requires_grad) and injection.is_frozen(drive.tuner):

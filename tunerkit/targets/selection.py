@@ -24,6 +24,7 @@ ALL_LINEAR: Final = "all-linear"
 _HEAD = "nn.MultiheadAttention in an output head, which is adapted only by a plain name"
 _ROOT = "is the model itself, and only modules inside the model can be targets; put it into an nn.Sequential first"
 _STACK = f"is a stack of matrices in one parameter that no plugin describes; for experts, {install('experts')}"
+_STACK += "; it knows the classes that state their layout to transformers, and tunerkit_experts.describe adds others"
 _TRAINED = "is trained in full (train_modules); exclude it from the targets, or remove it from train_modules"
 _NOTHING = 'there is nothing to adapt: no module is left (never output heads; never convolutions with "all-linear")'
 
@@ -178,9 +179,7 @@ def _choose_matching(scope: _Scope, pattern: str, problems: list[str]) -> _Choic
     found = matching(scope.scanned.modules, match)
     matched = [own for each in found for own in ([s for s, holder in stacks if holder is each.module] or [each])]
     if not matched:
-        candidates = (
-            each for each in scope.scanned.modules if scope.method.targets != "weights" or each.base is not None
-        )
+        candidates = (m for m in scope.scanned.modules if scope.method.targets != "weights" or m.base is not None)
         problems.append(unknown(pattern, scope.scanned, candidates, told=len(problems), others=[ALL_LINEAR]))
         return
     obstacles = {each.path: scope.obstacle_at(each) for each in matched}

@@ -107,7 +107,7 @@ def _new(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Averages:
-    """Return averages of 0. ``places`` has the place of each weight's first matrix."""
+    """Return new averages, all 0. ``places[i]`` is the index of weight i's first matrix among the matrices of all."""
     shapes = [(tuple(members), shape) for (_, shape), members in by_shape.items()]
     matrices = [
         (index, number, shape)
@@ -378,7 +378,16 @@ def _in_any(
 
 
 def _average_(averages: Averages, current: Tensor, used: Tensor, beta1: float, beta2: float, restart: bool) -> None:
-    """Update the rows that are ``used``, bool (rows, 1), by Eq. 9 and 10; ``current`` is I, and is overwritten."""
+    """Update the averages by Eq. 9 and 10, in the rows where ``used`` is true.
+
+    Args:
+        averages: The averages, (rows, columns).
+        current: I of this step, (rows, columns); it is overwritten.
+        used: bool, (rows, 1).
+        beta1: β1.
+        beta2: β2.
+        restart: Whether to set the averages of the ``used`` rows to 0 before.
+    """
     mean, spread = averages.sensitivity, averages.uncertainty
     # A weight that is left out has pace 0: x + 0 · (y − x) is x, bit for bit, if y is finite.
     current.nan_to_num_(nan=0.0, posinf=0.0)

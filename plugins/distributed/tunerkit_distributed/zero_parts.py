@@ -194,7 +194,7 @@ class Shards:
 
 
 def _master(parameter: Any) -> Tensor:
-    """Return this rank's flat shard of the master weights; of the parameter itself if it is frozen."""
+    """Return this rank's flat shard of a parameter's master weights; a frozen parameter has only its own shard."""
     local: Tensor | None = _accessors().safe_get_local_fp32_param(parameter) if parameter.requires_grad else None
     return parameter.ds_tensor if local is None else local
 

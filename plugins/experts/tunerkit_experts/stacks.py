@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import attrs
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
@@ -129,12 +130,11 @@ class StackLayer(BaseLayer):
 
     def project_in(self, x: Tensor, q: Tensor, dropout: float = 0.0) -> Tensor:
         """Compute Q x with each row's own Q: (N, in) to (N, r)."""
-        _refuse_partitioned(q)
+        _refuse_partitioned(q, x)
         return multiply(F.dropout(x, dropout) if dropout > 0 else x, q, self._route())
 
     def project_out(self, h: Tensor, p: Tensor) -> Tensor:
         """Compute P h with each row's own P: (N, r) to (N, out)."""
-        _refuse_partitioned(p)
         return multiply(h, p, self._route())
 
     def shape_bias(self, b: Tensor) -> Tensor:
@@ -175,12 +175,15 @@ class StackLayer(BaseLayer):
         return self.module.route
 
 
-def _refuse_partitioned(factor: Tensor) -> None:
-    """Raise `AdapterError` for a factor that ZeRO-3 empties between uses, after which the backward pass would fail."""
-    if hasattr(factor, "ds_id"):
+def _refuse_partitioned(factor: Tensor, rows: Tensor) -> None:
+    """Raise `AdapterError` if ZeRO-3 would empty the factor before the backward pass of this forward.
+
+    DeepSpeed gathers a module's weights for the backward pass only where an input of the module has a gradient.
+    """
+    if hasattr(factor, "ds_id") and torch.is_grad_enabled() and not rows.requires_grad:
         raise AdapterError(
-            "adapters on stacks of experts do not train under ZeRO-3 of DeepSpeed, which empties them before the "
-            "backward pass: use DDP, FSDP2 or ZeRO-2"
+            "ZeRO-3 of DeepSpeed trains a stack of experts only if its input has a gradient, and nothing before this "
+            "one is trained: call model.enable_input_require_grads() before training"
         )
 
 

@@ -188,9 +188,9 @@ def around_forward_(model: nn.Module, mark: str, call: Callable[..., Any]) -> No
 
 
 def _show_in_forward_(model: nn.Module) -> None:
-    """Wrap TRL's replacement of ``model.forward`` in `heads_shown`, in calls that read output heads' weights.
+    """Make the calls of TRL's ``model.forward`` that read the weight of an output head run inside `heads_shown`.
 
-    Other calls, such as the steps of a generation, call the head: computing its adapted weight would be slower.
+    All other calls, such as the steps of a generation, call the head itself, and run as before, since that is faster.
     """
     has_switch = _FUSED in inspect.signature(forward_of_trl(model), follow_wrapped=False).parameters
 
