@@ -156,8 +156,7 @@ _NAME = re.compile(r"(?!re:)[^*?\[]+").fullmatch
 _PLAIN = [
     typed,
     must_be(
-        "plain names without patterns",
-        lambda value: all(map(_NAME, [value] if isinstance(value, str) else value)),
+        "plain names without patterns", lambda value: all(map(_NAME, [value] if isinstance(value, str) else value))
     ),
 ]
 

@@ -17,8 +17,10 @@ from typer.cli import get_docs_for_click
 
 import tunerkit
 from scripts.docs.gallery import measured
+from scripts.release.building import address
 from tunerkit import plugin
 from tunerkit.config import TAG
+from tunerkit.extras import PUBLISHED
 from tunerkit.hooks import specs
 from tunerkit.plugin import AdapterConfig, engines, trainers
 from tunerkit_cli.app import build
@@ -303,6 +305,13 @@ def other_methods() -> str:
     return "\n".join(parts)
 
 
+def where_to_get_it() -> str:
+    """Return the line above the command that installs from a clone; empty once there is an index to install from."""
+    if PUBLISHED:
+        return ""
+    return f"In a clone, from `git clone {address()}`:\n" if address() else "In your clone of the repository:\n"
+
+
 FRAGMENTS: Mapping[str, Callable[[], str]] = MappingProxyType(
     {
         "api": api,
@@ -317,5 +326,6 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = MappingProxyType(
         "settings of adalora": lambda: settings(methods()["adalora"], own=True),
         "settings of other methods": other_methods,
         "what methods cost": measured,
+        "where to get it": where_to_get_it,
     }
 )

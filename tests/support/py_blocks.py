@@ -122,6 +122,9 @@ _BATCH_OF_TWO, _ANY_BATCH = (f'{{"train_micro_batch_size_per_gpu": {size}, {_ZER
 
 # The setting of each block, by a line that no other block has: pages are renamed more often than examples.
 SETTINGS = {
+    'trainer = Trainer(model, TrainingArguments("runs", learning_rate=1e-3), train_dataset=rows)': Setting(
+        needs=("tunerkit_peft",), before=_GIVEN, after="assert tunerkit.tuner(model).steps == trainer.state.global_step"
+    ),
     'questions = model.encode_query(["How do I reset my password?"])': Setting(
         needs=("sentence_transformers", "datasets", "tunerkit_cli"),
         before=_MERGED,

@@ -16,15 +16,7 @@ from tunerkit.layers.kinds import (
     as_base_layer,
     as_base_layers,
 )
-from tunerkit.layers.low_rank import (
-    add_delta,
-    add_low_rank,
-    low_rank_delta,
-    low_rank_factors,
-    mark,
-    misfit,
-    unmark,
-)
+from tunerkit.layers.low_rank import add_delta, add_low_rank, low_rank_delta, low_rank_factors, mark, misfit, unmark
 from tunerkit.layers.norms import NormLayer, as_output
 from tunerkit.layers.products import autocast_off
 from tunerkit.layers.torch_private import is_packed, numbers_of

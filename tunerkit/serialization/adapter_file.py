@@ -351,6 +351,13 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
                 f"{source} was saved with method {header.method!r} from {others}; the method here is from {owner} and "
                 f"may compute something else: install {others}, and list only that in TUNERKIT_PLUGINS"
             )
+    config = hooks.structure(header.method, header.config)
+    settled = {name: value for name, value in unstructure(config.settled()).items() if value is not None}
+    if unsaid := [f"{name} = {settled[name]!r}" for name in settled if header.config.get(name, 0) is None]:
+        warn(
+            f"{source} leaves settings to the defaults of the version that wrote it, and this one takes "
+            f"{few(unsaid, shown=5)}: if that one took others, outputs are wrong; train again, or save it anew there"
+        )
     calibration = None
     match header.values.get(_CALIBRATION):
         case {"batches": int(batches), "rows": int(rows)}:  # only shown to users, so other values are ignored
@@ -358,7 +365,7 @@ def _tuner_from(header: Header, scanned: Scan, adapter: str, source: str) -> Tun
     return Tuner(
         name=adapter,
         method=header.method,
-        config=hooks.structure(header.method, header.config),
+        config=config,
         model=model,
         targets=chosen,
         copies=copies,

@@ -1,6 +1,8 @@
 """AdaLoRA's config: its meaning, the JSON round trip, and the errors for bad input."""
 
 import math
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ from torch import nn
 
 import tunerkit
 from tests.support.config_checks import check_one_mistake, check_survives_json, check_unmatched_pattern, mistakes
+from tunerkit.errors import TunerkitWarning
 from tunerkit_adalora import AdaLoraConfig
+from tunerkit_testing.small import TARGETS, net as small_net, train, trainable
 from tunerkit_testing.strategies import configs_of
 
 CONFIGS = configs_of(
@@ -55,6 +59,25 @@ def test_settling_writes_out_what_a_config_resolves_to(config: AdaLoraConfig) ->
     assert settled.target_rank == (resolved.target_rank if config.budget is None else None)
     assert (config.initial_rank, config.in_svd_form) == (resolved.init_rank, resolved.exact_svd)
     assert config.scale == resolved.scale == resolved.alpha / resolved.init_rank
+
+
+def test_a_file_that_leaves_settings_to_its_version_is_loaded_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the first files did: their scale is a default of that day, which no file says."""
+    model = tunerkit.wrap(small_net(), "adalora", {"target_rank": 2, "targets": TARGETS}, seed=0)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    tunerkit.attach(model, optimizer, total_steps=12)
+    train(model, optimizer, 12)
+    with monkeypatch.context() as patch:
+        patch.setattr(AdaLoraConfig, "settled", lambda config: config)
+        old = tunerkit.save(model, tmp_path / "old")
+    with pytest.warns(TunerkitWarning, match=r"takes .*init_rank = 8, alpha = 4.0.*: if that one took others"):
+        tunerkit.load(small_net(), old)
+    new = tunerkit.save(model, tmp_path / "new")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tunerkit.load(small_net(), new)
 
 
 @given(target=st.integers(1, 64))
