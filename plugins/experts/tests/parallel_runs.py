@@ -13,6 +13,7 @@ from plugins.distributed.tests import zero_training
 from plugins.distributed.tests.zero_training import ZeroJob
 from plugins.experts.tests.tiny_mixtral import IDS, adam, logits, wrapped
 from tests.support import two_processes
+from tunerkit.errors import AdapterError
 
 STEPS = 4
 METHODS: dict[str, dict[str, Any]] = {"lora": {"rank": 3}, "miss": {"rank": 4}, "hra": {"rank": 4}}
@@ -86,7 +87,7 @@ def _train_under_zero_3(deepspeed: Any, targets: Sequence[str], rank: int, folde
     if targets == ("experts",):
         try:
             engine(IDS[rank::2], labels=IDS[rank::2])
-        except tunerkit.AdapterError as error:
+        except AdapterError as error:
             refused = str(error)
         model.enable_input_require_grads()
     for _ in range(STEPS):
