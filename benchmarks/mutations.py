@@ -93,7 +93,7 @@ def _mutation(kind: str, file: str, node: Any, text: str) -> Mutation:
 def drawn(root: Path) -> list[Mutation]:
     """Draw as many mutations of each kind from all files."""
     files = sorted(path for folder in FOLDERS for path in (root / folder).rglob("*.py"))
-    found = [each for path in files for each in mutations(path.relative_to(root).as_posix(), path.read_text())]
+    found = [each for path in files for each in mutations(path.relative_to(root).as_posix(), path.read_text("utf-8"))]
     generator, kinds = random.Random(SEED), ("comparison", "constant", "statement")
     return [
         each
@@ -165,13 +165,13 @@ def main() -> None:
     tests, counts = Tests(root, arguments.coverage), Counter[str]()
     for number, mutation in enumerate(drawn(root), 1):
         path = root / mutation.file
-        source = path.read_text()
+        source = path.read_text("utf-8")
         of_line = tests.of(mutation)
         try:
-            path.write_text(mutation.applied(source))
+            path.write_text(mutation.applied(source), "utf-8")
             found = outcome(root, of_line)
         finally:
-            path.write_text(source)
+            path.write_text(source, "utf-8")
         counts[found] += 1
         place = f"{mutation.file}:{mutation.line}:{mutation.column}"
         print(f"{number} {found} {mutation.kind} {place} -> {mutation.text!r}, {len(of_line)} tests", flush=True)

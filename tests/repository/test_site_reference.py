@@ -15,6 +15,7 @@ import pluggy
 import typer
 
 import tunerkit
+from scripts.docs import reference
 from scripts.docs.reference import allowed
 from tests.support.config_checks import Kinds
 from tests.support.site import Read, built
@@ -119,3 +120,13 @@ def test_every_recipe_key_is_described(site: Path) -> None:
     assert set(rows) == set(properties)
     for name, fragment in properties.items():
         assert rows[name][2] == " ".join(fragment["description"].replace("`", "").split())
+
+
+def test_the_home_page_says_where_to_clone_until_there_is_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address is one setting, empty while there is none; once distributions are published, no clone is needed."""
+    monkeypatch.setattr(reference, "PUBLISHED", False)
+    for place, line in (("", "In your clone of the repository:\n"), ("https://e.org/t", "`git clone https://e.org/t`")):
+        monkeypatch.setattr(reference, "address", lambda place=place: place)
+        assert line in reference.where_to_get_it()
+    monkeypatch.setattr(reference, "PUBLISHED", True)
+    assert reference.where_to_get_it() == ""

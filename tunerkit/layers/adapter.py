@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tunerkit.layers.base_layer import BaseLayer
+from tunerkit.layers.weights import whole_shape
 
 _SHARED = "_shared"
 
@@ -43,8 +44,9 @@ class Adapter(nn.Module):
 
     @property
     def rank(self) -> int:
-        """Number of live triplets (or columns) of this adapter; 0 for a method without a rank."""
-        return 0
+        """Number of live triplets (or columns); by default the size that ``rank_dims`` names, and 0 without it."""
+        own = {**dict(self.named_buffers()), **dict(self.named_parameters())}
+        return next((whole_shape(own[name])[dim] for name, dim in self.rank_dims.items()), 0)
 
     @property
     def shared(self) -> nn.Module:

@@ -24,7 +24,7 @@ ALL_LINEAR: Final = "all-linear"
 _HEAD = "nn.MultiheadAttention in an output head, which is adapted only by a plain name"
 _ROOT = "is the model itself, and only modules inside the model can be targets; put it into an nn.Sequential first"
 _STACK = f"is a stack of matrices in one parameter that no plugin describes; for experts, {install('experts')}"
-_STACK += "; it knows the classes that state their layout to transformers, and tunerkit_experts.describe adds others"
+_STACK += "; other classes need a plugin that describes them, and a forward that no library has replaced"
 _TRAINED = "is trained in full (train_modules); exclude it from the targets, or remove it from train_modules"
 _NOTHING = 'there is nothing to adapt: no module is left (never output heads; never convolutions with "all-linear")'
 

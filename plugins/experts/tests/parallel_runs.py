@@ -15,9 +15,15 @@ from plugins.experts.tests.tiny_mixtral import IDS, adam, logits, wrapped
 from tests.support import two_processes
 from tunerkit.errors import AdapterError
 
-STEPS = 4
+STEPS = 8
 METHODS: dict[str, dict[str, Any]] = {"lora": {"rank": 3}, "miss": {"rank": 4}, "hra": {"rank": 4}}
-ZERO: tuple[tuple[str, ...], ...] = (("experts",), ("q_proj", "experts"))  # what is adapted under ZeRO-3
+ADALORA = {"target_rank": 2, "init_rank": 4, "delta_t": 2, "shrink": False}
+# Under ZeRO-3: method and targets.
+ZERO: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("lora", ("experts",)),
+    ("lora", ("q_proj", "experts")),
+    ("adalora", ("q_proj", "experts")),
+)
 ENGINES = ("ddp", "fsdp2 blocks", "fsdp2 experts")
 
 
@@ -42,7 +48,7 @@ def train(
     Returns:
         The adapter's weights, the outputs as trained, merged and unmerged, and the file.
     """
-    model = wrapped(method, targets=list(targets), **METHODS[method])
+    model = wrapped(method, targets=list(targets), **{**METHODS, "adalora": ADALORA}[method])
     runs = parallel(model, engine)
     optimizer = adam(model)
     tunerkit.attach(model, optimizer, total_steps=STEPS)
@@ -53,7 +59,8 @@ def train(
     file = tunerkit.save(model, folder / f"{engine} {method}")
     with tunerkit.tuner(model).whole():
         weights = {name: each.detach().clone() for name, each in tunerkit.tuner(model).named_parameters()}
-    found = {"weights": weights, "file": file, "trained": logits(runs)}
+    ranks = tunerkit.tuner(model).ranks()
+    found = {"weights": weights, "file": file, "trained": logits(runs), "ranks": ranks}
     tunerkit.merge(model)
     found["merged"] = logits(runs)
     tunerkit.unmerge(model)
@@ -70,16 +77,16 @@ def train_all(rank: int, folder: str) -> None:
 
 
 def train_under_zero_3(rank: int, folder: str) -> None:
-    """Be one of two processes that train lora under ZeRO-3, on the experts alone and beside attention."""
+    """Be one of two processes that train under ZeRO-3; the results are written to ``{folder}/{rank}.pt``."""
     with two_processes.joined(rank, folder):
         deepspeed = zero_training.prepare(rank)
-        found = {targets: _train_under_zero_3(deepspeed, targets, rank, Path(folder)) for targets in ZERO}
+        found = {job: _train_under_zero_3(deepspeed, *job, rank, Path(folder)) for job in ZERO}
         torch.save(found, f"{folder}/{rank}.pt")
 
 
-def _train_under_zero_3(deepspeed: Any, targets: Sequence[str], rank: int, folder: Path) -> dict[str, Any]:
-    model = wrapped("lora", targets=list(targets), **METHODS["lora"])
-    config = zero_training.settings(ZeroJob(3, "lora", {}, options={"gradient_accumulation_steps": 1}))
+def _train_under_zero_3(deepspeed: Any, method: str, targets: Sequence[str], rank: int, folder: Path) -> dict[str, Any]:
+    model = wrapped(method, targets=list(targets), **{**METHODS, "adalora": ADALORA}[method])
+    config = zero_training.settings(ZeroJob(3, method, {}, options={"gradient_accumulation_steps": 1}))
     config |= {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0}
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam(model), config=config)
     tunerkit.attach(model, engine, total_steps=STEPS)
@@ -94,7 +101,10 @@ def _train_under_zero_3(deepspeed: Any, targets: Sequence[str], rank: int, folde
         engine.backward(engine(IDS[rank::2], labels=IDS[rank::2]).loss)
         engine.step()
     empty = all(not parameter.numel() for parameter in tunerkit.tuner(model).parameters())
-    file = tunerkit.save(model, folder / "-".join(targets))
+    file = tunerkit.save(model, folder / "-".join([method, *targets]))
+    # While they are empty.
+    ranks, shown = tunerkit.tuner(model).ranks(), [*map(str, tunerkit.tuner(model).adapters().values())]
     with tunerkit.tuner(model).whole():
         weights = {name: each.detach().clone() for name, each in tunerkit.tuner(model).named_parameters()}
-    return {"weights": weights, "file": file, "empty": empty, "trained": logits(engine), "refused": refused}
+    found = {"weights": weights, "file": file, "empty": empty, "trained": logits(engine), "refused": refused}
+    return {**found, "ranks": ranks, "shown": shown}

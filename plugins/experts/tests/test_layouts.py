@@ -12,7 +12,7 @@ from tunerkit_experts import Layout, Route, describe
 import tunerkit
 from plugins.experts.tests.mixtures import mixture, tokens
 from plugins.experts.tests.test_mixtures import farthest, off_by, wrapped
-from tunerkit.errors import AdapterError, TunerkitError, TunerkitWarning
+from tunerkit.errors import AdapterError, ConfigError, TunerkitError, TunerkitWarning
 
 
 class Pair(nn.Module):
@@ -206,6 +206,14 @@ def test_a_stack_has_the_name_of_its_parameter_too() -> None:
     assert [target.path for target in tunerkit.tuner(dora).targets] == [
         "model.layers.0.mlp.down_proj", "model.layers.1.mlp.shared_experts.down_proj"
     ]  # fmt: skip
+
+
+def test_a_pattern_of_ranks_that_names_the_container_gets_the_glob_for_its_stacks() -> None:
+    """Law: `experts` is a target, but as a pattern for ranks it matches no path; the error says what does."""
+    with pytest.raises(ConfigError, match=r"'experts' matches none of the 4 targets; did you mean '\*\.experts\.\*'"):
+        tunerkit.wrap(mixture("Mixtral"), "lora", {"targets": ["experts"], "rank_pattern": {"experts": 1}})
+    model = tunerkit.wrap(mixture("Mixtral"), "lora", {"targets": ["experts"], "rank_pattern": {"*.experts.*": 1}})
+    assert {*tunerkit.tuner(model).ranks().values()} == {1}
 
 
 def test_rows_that_are_not_sorted_are_refused() -> None:

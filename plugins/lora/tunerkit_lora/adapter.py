@@ -34,7 +34,7 @@ class LoraAdapter(Adapter):
         first = (stack,) if stack else ()
         self.a = nn.Parameter(torch.empty(*first, rank, in_features))
         self.b = nn.Parameter(torch.zeros(*first, out_features, rank))
-        self.scale = scale
+        self.scale, self._rank = scale, rank
         self.dropout = dropout
         if rank == 0:
             return
@@ -46,7 +46,7 @@ class LoraAdapter(Adapter):
 
     @property
     def rank(self) -> int:
-        return self.a.shape[-2]
+        return self._rank if self.a.ndim < 2 else self.a.shape[-2]  # ZeRO-3 empties A between uses
 
     def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
@@ -70,6 +70,7 @@ class MovedLora(LoraAdapter):
     """A `LoraAdapter` whose rank `tunerkit.calibrate` may change."""
 
     rank_dims: ClassVar[Mapping[str, int]] = {"a": -2, "b": -1}
+    rank = Adapter.rank  # which reads rank_dims, also where A is emptied
 
 
 def adapter_of(product: Factors, *, scale: float) -> LoraAdapter:

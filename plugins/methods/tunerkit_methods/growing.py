@@ -49,10 +49,6 @@ class Grown(tk.Adapter):
         self.left = nn.Parameter(nn.init.orthogonal_(torch.empty(base.out_features, min(4, self.most)), self.small))
         self.right = nn.Parameter(nn.init.orthogonal_(torch.empty(min(4, self.most), base.in_features), self.small))
 
-    @property
-    def rank(self) -> int:
-        return len(self.a)
-
     def product(self) -> dict[str, Any]:
         q, p = looking(self.a, self.b, self.left, self.right) if self.training else (self.a, self.b)
         return {"q": q, "p": p, "scale": self.scale}
