@@ -176,7 +176,7 @@ def test_the_first_rows_refuse_nothing_that_later_rows_may_settle(
     data.write_text("\n".join(map(json.dumps, [*rows, {**first, **last}])))
     checking.check(recipe, resume=False, overwrite=False)
     data.write_text("\n".join(map(json.dumps, rows[1:])))
-    with pytest.raises(TunerkitError, match=r"KTO|needs a column 'label'"):
+    with pytest.raises(TunerkitError, match=r"--task kto|needs a column 'label'"):
         checking.check(recipe, resume=False, overwrite=False)
 
 

@@ -112,6 +112,10 @@ def preferred(number: int, rng: random.Random) -> dict[str, Any]:
     return {"prompt": "the film ", "chosen": "good", "rejected": "bad"}
 
 
+def judged(number: int, rng: random.Random) -> dict[str, Any]:
+    return {"prompt": "the film ", "completion": ("good", "bad")[number % 2], "label": number % 2 == 0}
+
+
 def translated(number: int, rng: random.Random) -> dict[str, Any]:
     return {"source": ("the film", "a plot")[number % 2], "target": ("very good", "not bad")[number % 2]}
 
@@ -133,6 +137,9 @@ CASES = {
     "causal-lm, messages": Case("causal-lm", "llama", said, "trl"),
     "causal-lm, texts": Case("causal-lm", "llama", written, "trl"),
     "preference": Case("preference", "llama", preferred, "trl"),
+    "orpo": Case("orpo", "llama", preferred, "trl", inferred=False),
+    "kto": Case("kto", "llama", judged, "trl", inferred=False),
+    "reward": Case("reward", "llama", preferred, "trl", inferred=False),
     "seq2seq": Case("seq2seq", "t5", translated),
     "image-classification": Case("image-classification", "vit", classified, "PIL"),
     "embedding": Case("embedding", "bert", near, "sentence_transformers"),

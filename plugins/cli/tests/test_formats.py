@@ -134,8 +134,8 @@ def test_what_a_recipe_names_is_read_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("row", "task", "message"),
     [
-        ({"prompt": "x", "completion": "y", "label": True}, None, "'label' of true or false are unpaired .* learn all"),
-        ({"q": "x", "completion": "y", "label": False}, None, "unpaired preferences, as for KTO"),
+        ({"prompt": "x", "completion": "y", "label": True}, None, "'label' of true or false are unpaired .*--task kto"),
+        ({"q": "x", "completion": "y", "label": False}, None, "unpaired preferences: pass --task kto"),
         ({"messages": [ASKED, GOOD], "kto_tag": False}, None, "'kto_tag' of true or false"),
         ({"prompt": "x", "answer": "y"}, None, "no completions, as for GRPO, .*--task causal-lm if it is 'answer'"),
         ({"prompt": [ASKED], "solution": "y"}, None, "no completions, as for GRPO"),
@@ -177,6 +177,9 @@ def test_a_named_task_or_column_settles_what_could_be_two() -> None:
     unpaired = table({"prompt": "x", "completion": "y", "label": 1}, {"prompt": "x", "completion": "z", "label": 0})
     found = read_rows(task_of("causal-lm"), [unpaired], {})
     assert found.notes == ["data: 'label' is not read, so good and bad answers are learned alike"]
+    judged = read_rows(task_of("kto"), [unpaired], {})
+    assert [row["label"] for row in judged.rows] == [True, False]
+    assert judged.notes == []
 
 
 @pytest.mark.parametrize(

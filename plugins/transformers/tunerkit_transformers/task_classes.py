@@ -54,8 +54,11 @@ TASKS: Mapping[str, TaskClasses] = {
         "token-classification",
         "a classifier of tokens",
     ),
-    "causal-lm": TaskClasses("AutoModelForCausalLM", CAUSAL, TEXT, None, "text-generation", "a causal language model"),
-    "preference": TaskClasses("AutoModelForCausalLM", CAUSAL, TEXT, None, "text-generation", "a causal language model"),
+    **dict.fromkeys(
+        ("causal-lm", "preference", "orpo", "kto"),
+        TaskClasses("AutoModelForCausalLM", CAUSAL, TEXT, None, "text-generation", "a causal language model"),
+    ),
+    "reward": TaskClasses(_SEQUENCES, _OF_SEQUENCES, TEXT, "regression", None, "a reward model"),
     "seq2seq": TaskClasses(
         "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", TEXT, None, None, "an encoder-decoder model"
     ),

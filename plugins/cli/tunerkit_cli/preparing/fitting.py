@@ -65,6 +65,8 @@ def build_fitted(
     if not isinstance(task, GenerationTask) or task.name == "seq2seq" or vars(arguments).get("packing"):
         return build_trainer(kind, arguments, **settings), {}
     limit, is_plain = arguments.max_length, isinstance(task, CausalLm)
+    if not task.leaves_out and limit is not None:
+        settings |= {f"{part}_dataset": _with_room(rows, limit, loaded) for part, (_, rows) in parts.items() if rows}
     if is_plain:
         arguments.max_length = None  # the trainer does not say what it cut, and fails later if nothing is left
     with refusing_template(loaded, "a conversation"):
@@ -115,11 +117,18 @@ def _fitted(rows: Any, limit: int | None, mode: str) -> tuple[Any, Fit]:
 
 
 def _fit_of_pairs(rows: Any, kept: Any, limit: int | None, loaded: Pretrained) -> Fit:
-    """How pairs of answers fit, of which the trainer has left out those whose prompt is too long."""
+    """How answers fit, of which the trainer has left out those whose prompt is too long."""
     missing = len(rows) - len(kept)
-    if not missing:
-        columns = (kept[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-        lengths = sorted(len(prompt) + max(len(one), len(other)) for prompt, one, other in zip(*columns, strict=True))
+    answers = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in kept.column_names]
+    if not missing and answers:
+        columns = (kept[name] for name in ("prompt_ids", *answers))
+        lengths = sorted(len(prompt) + max(map(len, each)) for prompt, *each in zip(*columns, strict=True))
         return Fit(limit, lengths, 0 if limit is None else sum(length > limit for length in lengths))
     needed = max(prompt_length(loaded, row["prompt"]) for row in rows) + 1
-    return Fit(limit, left_out={NO_ROOM: missing}, needed=needed)
+    return Fit(limit, left_out={NO_ROOM: missing} if missing else {}, needed=needed)
+
+
+def _with_room(rows: Any, limit: int, loaded: Pretrained) -> Any:
+    """The rows whose prompt leaves room for an answer."""
+    kept = [number for number, row in enumerate(rows) if prompt_length(loaded, row["prompt"]) < limit]
+    return rows.select(kept)

@@ -13,7 +13,7 @@ from tunerkit.errors import shown
 from tunerkit_cli.folder import CHECKPOINTS, DIGESTS, LIST, LOGS, REPORT, WRITTEN, RunFolder, digests_of
 from tunerkit_cli.outputs import OutputError, writing
 from tunerkit_cli.recipes.recipe import Recipe, as_stated, to_mapping
-from tunerkit_cli.tasks import task_of
+from tunerkit_cli.tasks import LANGUAGE, task_of
 from tunerkit_transformers.output_folder import RECORD
 from tunerkit_transformers.run_folder import placed
 
@@ -71,7 +71,7 @@ def _refuse_theirs(folder: RunFolder, ours: Collection[str], wanted: Collection[
 def earlier_defaults(task: str | None) -> dict[str, Any]:
     """The arguments of the trainer whose defaults were others in earlier versions, with these defaults."""
     evaluated: dict[str, Any] = {"eval_strategy": "epoch"}
-    if task in ("causal-lm", "preference", "seq2seq"):
+    if task in LANGUAGE:
         return evaluated
     evaluated["per_device_eval_batch_size"] = 32 if task == "embedding" else 64
     return {**evaluated, "learning_rate": 1e-3, "warmup_steps": 0.06, "adam_beta2": 0.999, "max_grad_norm": 1.0}

@@ -120,7 +120,7 @@ def prepare(
     if dry_run:  # some loggers write files as a training begins
         arguments.report_to = []
     seed = arguments.seed
-    loaded = _base(recipe, task, start, console, labels=labels, ordered=ordered, seed=seed)
+    loaded = base_of(recipe, task, start, console, labels=labels, ordered=ordered, seed=seed)
     if data.labels:
         data = attrs.evolve(data, labels=labels_of(loaded))
     if start is not None:
@@ -160,7 +160,7 @@ def _arguments(recipe: Recipe, task: Task, data: Data, *, resume: bool) -> Any:
     return arguments
 
 
-def _base(recipe: Recipe, task: Task, start: Start | None, console: Console, **head: Any) -> Pretrained:
+def base_of(recipe: Recipe, task: Task, start: Start | None, console: Console, **head: Any) -> Pretrained:
     """Load the base model, without adapters; ``head`` has its labels, whether they are ordered, and the seed."""
     source = recipe.model
     if source is None:
@@ -205,6 +205,7 @@ def _watching(
 def _sped_up(recipe: Recipe, task: Task, trainer: Any, *, resume: bool) -> tuple[Recipe, Sequence[Saving]]:
     """Let a trainer compute what its training needs, and return the recipe with what was chosen."""
     keep = {*recipe.training, *(["loss"] if recipe.loss == "trl" else [])}
+    keep |= {"train_sampling_strategy"} if isinstance(task, GenerationTask) and task.is_placed else set()
     savings = speed_up(trainer, keep=keep, memory=None if recipe.memory is None else recipe.memory * GIB)
     if isinstance(task, TextTask):
         asked = "loss" if recipe.loss == "learned" else None

@@ -3,7 +3,7 @@
 # ruff: noqa: RUF009 (what defines a key returns an attrs field, which is no shared default)
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -215,6 +215,16 @@ def _full(name: str, path: str) -> str:
     full = os.path.abspath(os.path.expanduser(path))
     is_name = name in ("model", "from_adapter") and not os.path.exists(full)
     return path if is_name or (name == "metric" and ":" not in path) else full
+
+
+def with_full_paths(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's mapping with full paths of what exists, so that it means the same from another folder."""
+
+    def full(path: Any) -> Any:
+        found = os.path.abspath(os.path.expanduser(path)) if isinstance(path, str) else path
+        return found if found == path or os.path.exists(found) else path
+
+    return {**mapping, **{name: with_paths(mapping[name], full) for name in PATHS if mapping.get(name) is not None}}
 
 
 def sources_in(data: Any) -> list[Source]:

@@ -18,6 +18,9 @@ _TRL: Final = ("trl/trainer/base_config.py", _USUAL[1])
 _CLASSES: Final[Mapping[str, tuple[str, ...]]] = {
     "causal-lm": ("SFTConfig", "trl/trainer/sft_config.py", *_TRL),
     "preference": ("DPOConfig", "trl/trainer/dpo_config.py", *_TRL),
+    "orpo": ("ORPOConfig", "trl/experimental/orpo/orpo_config.py", *_TRL),
+    "kto": ("KTOConfig", "trl/trainer/kto_config.py", *_TRL),
+    "reward": ("RewardConfig", "trl/trainer/reward_config.py", *_TRL),
     "seq2seq": ("Seq2SeqTrainingArguments", "transformers/training_args_seq2seq.py", _USUAL[1]),
 }
 

@@ -10,7 +10,7 @@ from tunerkit import TunerkitError
 from tunerkit.errors import ConfigError, closest, shown
 from tunerkit_cli.recipes.recipe import DEFAULT_METHOD, TASKS, VERSION, Recipe
 from tunerkit_cli.recipes.schema import class_schema
-from tunerkit_cli.tasks import GENERATED, task_of
+from tunerkit_cli.tasks import GENERATED, LANGUAGE, task_of
 
 
 class RecipeFileError(TunerkitError):
@@ -43,6 +43,24 @@ _STARTS: Final[Mapping[str, tuple[str, ...]]] = {
         "messages: a chat, such as: [{role: user, content: Hi}, {role: assistant, content: Hello!}]",
     ),
     "preference": (
+        _CHAT,
+        "prompt: a text, such as: Name a colour.",
+        "chosen: the better answer, such as: Blue.",
+        "rejected: the worse answer, such as: No.",
+    ),
+    "orpo": (
+        _CHAT,
+        "prompt: a text, such as: Name a colour.",
+        "chosen: the better answer, such as: Blue.",
+        "rejected: the worse answer, such as: No.",
+    ),
+    "kto": (
+        _CHAT,
+        "prompt: a text, such as: Name a colour.",
+        "completion: an answer, such as: Blue.",
+        "label: whether it is a good one, such as: true",
+    ),
+    "reward": (
         _CHAT,
         "prompt: a text, such as: Name a colour.",
         "chosen: the better answer, such as: Blue.",
@@ -95,7 +113,7 @@ def starter(task: str) -> str:
     given |= {"config": "{}", "training": _TRAINING.format(**kind.defaults), "out": "out"}
     given |= {} if first == "image" else {"max_length": kind.max_length}
     left_out = set() if kind.label_column else {"label_map", "class_weights"}
-    left_out |= set() if task in ("causal-lm", "preference", "seq2seq") else _OF_LANGUAGE
+    left_out |= set() if task in LANGUAGE else _OF_LANGUAGE
     left_out |= set() if task in GENERATED else {"metric", "metric_rows"}
     lines = ["# A recipe for: tunerkit train", "# Every key may be left out."]
     for name, schema in class_schema(Recipe)["properties"].items():

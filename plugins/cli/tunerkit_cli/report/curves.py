@@ -44,6 +44,7 @@ class Panel:
     unit: str = ""
     x_title: str = "optimizer step"
     is_log: bool = False
+    x_is_log: bool = False
 
 
 def panels(run: Run) -> tuple[Panel, ...]:

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shlex
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tunerkit_cli import outputs
 from tunerkit_cli.folder import ENVIRONMENT, LEFT_OUT, REPORT, RunFolder
 from tunerkit_cli.machine import hardware, processes
 from tunerkit_cli.preparing import resuming
-from tunerkit_cli.preparing.data import prepare_data
+from tunerkit_cli.preparing.data import Data, prepare_data
 from tunerkit_cli.preparing.session import Session, prepare, settled
 from tunerkit_cli.preparing.trainer import arguments_of
 from tunerkit_cli.recipes.reading import read_recipe
@@ -37,6 +38,7 @@ from tunerkit_cli.running.training import (
     replacing,
     train_with_restarts,
 )
+from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.language import SAMPLES
 from tunerkit_cli.telling import say, telling_warnings
 from tunerkit_cli.watching.learning import below_baseline
@@ -46,9 +48,19 @@ from tunerkit_transformers.run_folder import read_record
 
 
 def run(
-    recipe: Recipe, console: Console, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False
+    recipe: Recipe,
+    console: Console,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    prepared: tuple[Task, Data] | None = None,
+    after: Callable[[Session], None] = lambda session: None,
 ) -> None:
-    """Run a recipe, as `checking.completed` returns it, print the results, and write the output folder."""
+    """Run a recipe, as `checking.completed` returns it, print the results, and write the output folder.
+
+    ``prepared`` has the rows, if they have been read; ``after`` is called once the adapter is trained and written.
+    """
     processes.require_group(os.environ)
     if not gc.get_freeze_count():  # a Trainer collects garbage as it begins, and would search all that was imported
         gc.freeze()
@@ -67,7 +79,7 @@ def run(
         with telling_warnings(console), refusing_memory(folder):
             # Before recipes said the precision, rows were split in another way.
             by_class = not resume or read_recipe(folder.recipe_file()).precision is not None
-            task, data = prepare_data(recipe, console, by_class=by_class)
+            task, data = prepared or prepare_data(recipe, console, by_class=by_class)
             session = prepare(recipe, task, data, console, resume=resume, dry_run=dry_run)
         for line in described(session):
             say(console, line)
@@ -87,6 +99,7 @@ def run(
         ):
             session, trained = train_with_restarts(session, listing, console, resume=resume)
         folder.save(session.loaded)  # at once: what follows only describes it
+        after(session)
         _finish(session, trained, kept, console)
 
 
@@ -126,7 +139,7 @@ def _finish(session: Session, trained: Trained, kept: Recipe, console: Console) 
     finally:  # Ctrl-C stops the baseline, and the report is then without it
         conclude(recipe, record, console)
         folder.write(REPORT, render(record))
-    has_text = any(each.name in ("text", "prompt", "source", "anchor") for each in task.columns)
+    has_text = any(each.needed and each.name in ("text", "prompt", "source", "anchor") for each in task.columns)
     say(console, f"written to {folder}; try: tunerkit predict {folder} --{'text TEXT' if has_text else 'data FILE'}")
     say(console, f"report: {folder / REPORT}")
 

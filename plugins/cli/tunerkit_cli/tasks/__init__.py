@@ -22,11 +22,15 @@ TASKS: Mapping[str, tuple[str, str]] = {
     "multi-label": ("texts", "MultiLabel"),
     "token-classification": ("tokens", "TokenClassification"),
     "causal-lm": ("language", "CausalLm"),
-    "preference": ("language", "Preference"),
+    "preference": ("preferences", "Preference"),
+    "orpo": ("preferences", "Orpo"),
+    "kto": ("preferences", "Kto"),
+    "reward": ("preferences", "Reward"),
     "seq2seq": ("language", "Seq2Seq"),
     "image-classification": ("images", "ImageClassification"),
     "embedding": ("embedding", "Embedding"),
 }
+LANGUAGE = ("causal-lm", "preference", "orpo", "kto", "seq2seq")  # that train a language model
 GENERATED = ("causal-lm", "seq2seq")  # whose answers metrics by name compare
 
 

@@ -12,11 +12,11 @@ import attrs
 from tunerkit.errors import shown
 from tunerkit.paths import few
 from tunerkit_cli.rows import BadValue, Table, from_json
-from tunerkit_cli.tasks import TASKS, TaskError, task_of
+from tunerkit_cli.tasks import LANGUAGE, TASKS, TaskError, task_of
 from tunerkit_cli.tasks.base import LABEL, TEXT, name_in
 
 _Row = Mapping[str, Any]
-_LANGUAGE: Final = (None, "causal-lm", "preference", "seq2seq")  # None: the task is still to be found
+_LANGUAGE: Final = (None, *LANGUAGE, "reward")  # None: the task is still to be found
 
 
 @attrs.frozen
@@ -149,10 +149,9 @@ def refuse_other(table: Table, names: Mapping[str, str], task: str | None = None
     is_kto = label and answered and (values <= {"true", "false"} or values == {"0", "1"})
     if is_kto and task is None:
         said = (
-            f"answers with a {shown(label)} of true or false are unpaired preferences, as for KTO, which no task "
-            "trains. To learn the good ones, keep the rows with true and leave the column out; pairs of a better and a "
-            "worse answer are for --task preference, and texts with such classes for --task text-classification, or "
-            "pass --task causal-lm to learn all"
+            f"answers with a {shown(label)} of true or false are unpaired preferences: pass --task kto to learn from "
+            "good and bad ones. To learn the good ones alone, keep the rows with true and leave the column out; texts "
+            "with such classes are for --task text-classification, and --task causal-lm learns all"
         )
     elif task is None and "prompt" in there and not {*_ANSWERED[:-1], *_OTHER_TASKS} & there:
         said = (
@@ -165,7 +164,7 @@ def refuse_other(table: Table, names: Mapping[str, str], task: str | None = None
         said = f"has {what} in {shown(media)}{where}, which no task reads; leave the column out{do}"
     if said:
         raise TaskError(f"{table.source}: {said}")
-    is_silent = not is_kto or task == "preference"
+    is_silent = not is_kto or task in ("preference", "orpo", "kto", "reward")
     return "" if is_silent else f"{table.source}: {shown(label)} is not read, so good and bad answers are learned alike"
 
 

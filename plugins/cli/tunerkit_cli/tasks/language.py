@@ -1,10 +1,9 @@
-"""The tasks on language models: plain texts, prompts with completions, conversations, preferences, and translation."""
+"""The tasks on language models that learn what to say: plain texts, prompts with completions, chats, translation."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import tunerkit
 from tunerkit.errors import ConfigError, shown
 from tunerkit.paths import few
 from tunerkit_cli.rows import BadValue, DataError, Table
@@ -25,6 +24,10 @@ class GenerationTask(Task):
     max_length: ClassVar[int] = 1024
     measures: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy", "mean_token_accuracy")
     answer: ClassVar[str] = "completion"  # the name of what is predicted
+    # Whether the trainer leaves out rows whose prompt fills its greatest length.
+    leaves_out: ClassVar[bool] = True
+    # Whether rows share a batch by their places: then a batch is not made of rows of one length.
+    is_placed: ClassVar[bool] = False
     # Language models are larger, and their rows longer.
     defaults: ClassVar[Mapping[str, Any]] = {
         **Task.defaults,
@@ -136,35 +139,6 @@ def settle_prompts_(
     # The labels of conversations come from `encode`; TRL's own masks need templates that mark the turns.
     arguments.assistant_only_loss = False
     arguments.completion_only_loss = None if "messages" in row else not task.trains_on_prompts
-
-
-class Preference(GenerationTask):
-    """Rows with ``prompt``, ``chosen`` and ``rejected``, texts or conversations; TRL's `DPOTrainer`."""
-
-    trainer: ClassVar[tuple[str, str]] = ("trl.trainer.dpo_trainer:DPOTrainer", "trl.trainer.dpo_config:DPOConfig")
-    columns: ClassVar[tuple[Column, ...]] = (
-        Column("prompt", ("question", "instruction")),
-        Column("chosen", predicted=True),
-        Column("rejected", predicted=True),
-    )
-    main_metric: ClassVar[str] = "reward_accuracy"
-    measures: ClassVar[tuple[str, ...]] = ("loss", "reward_accuracy", "reward_margin")
-    # A lower learning rate than for supervised training, as is usual for DPO.
-    defaults: ClassVar[Mapping[str, Any]] = {**GenerationTask.defaults, "learning_rate": 5e-5}
-
-    def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
-        """The reference is the model without its adapter, which may be trained already; no second model is loaded."""
-        name = tunerkit.tuner(loaded.model).name
-        tunerkit.activate(loaded.model, ())
-        try:
-            return {"ref_model": tunerkit.reference(loaded.model)}
-        finally:
-            tunerkit.activate(loaded.model, name)
-
-    def metrics_of(self, found: Mapping[str, Any]) -> dict[str, float]:
-        """The loss, and how often the chosen answer has the greater reward."""
-        names = {"reward_accuracy": "rewards/accuracies", "reward_margin": "rewards/margins", "loss": "loss"}
-        return {ours: float(found[f"eval_{name}"]) for ours, name in names.items()}
 
 
 class Seq2Seq(GenerationTask):

@@ -73,7 +73,7 @@ def _decades(low: float, high: float) -> Sequence[float]:
 def chart(panel: Panel, *, x_values: Sequence[float] = ()) -> dict[str, Any]:
     """Draw a panel, for the template. Its x-axis also shows ``x_values``, which charts side by side have in common."""
     points = [point for curve in panel.curves for point in curve.points]
-    x_axis = fitted([*x_values, *(x for x, _ in points)], room=0.02)
+    x_axis = fitted([*x_values, *(x for x, _ in points)], is_log=panel.x_is_log, room=0.02)
     y_axis = fitted((y for _, y in points), is_log=panel.is_log, from_zero=panel.unit != "" and not panel.is_log)
     x_ticks, y_ticks = x_axis.ticks(), y_axis.ticks()
     at_ticks = [f"M{_units(place)} 0V{_SIZE}" for place, _ in x_ticks]
@@ -136,8 +136,12 @@ def _strips(panel: Panel, x_axis: Axis) -> Iterator[tuple[int, int, str]]:
     steps = [steps[number * len(steps) // count] for number in range(count)]
     edges = [0.0, *((x_axis.place(a) + x_axis.place(b)) / 2 for a, b in pairwise(steps)), 100.0]
     for step, (left, right) in zip(steps, pairwise(map(_units, edges)), strict=True):
-        title = "\n".join([f"{panel.x_title} {wording.number(int(step))}", *_values(panel, step)])
+        title = "\n".join([f"{panel.x_title} {_x(step)}", *_values(panel, step)])
         yield left, right - left, title
+
+
+def _x(value: float) -> str:
+    return wording.number(int(value) if value == int(value) else value)
 
 
 def _values(panel: Panel, step: float) -> Iterator[str]:
@@ -147,7 +151,7 @@ def _values(panel: Panel, step: float) -> Iterator[str]:
             if curve.style == "steps":  # each value holds until the next one
                 x, y = next((point for point in reversed(curve.points) if point[0] <= step), curve.points[0])
             holds = x == step or curve.style in ("steps", "mark")
-            yield f"{curve.name}: {wording.number(y)}" + ("" if holds else f" (at {wording.number(int(x))})")
+            yield f"{curve.name}: {wording.number(y)}" + ("" if holds else f" (at {_x(x)})")
     there = [y for curve in panel.curves if curve.style == "faint" for x, y in curve.points if x == step]
     if there and _are_many(panel):
         yield f"from {wording.number(min(there))} to {wording.number(max(there))} in {len(there)} targets"

@@ -1,0 +1,56 @@
+"""The score of each held-out row after a training: whether its class is right, or its loss."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tunerkit_cli.machine import hardware
+from tunerkit_cli.preparing.fitting import build_fitted
+from tunerkit_cli.preparing.session import Session
+from tunerkit_cli.sweeping.statistics import Scores
+from tunerkit_cli.tasks.base import Row, Task, first_output
+from tunerkit_cli.tasks.texts import short_to_long
+from tunerkit_transformers.learned_positions import is_scored, score_learned_
+
+
+def metric_of(task: Task) -> str:
+    """Return the name of the score: ``accuracy`` where a row has one class, else ``loss``."""
+    return "accuracy" if task.one_class else "loss"
+
+
+def row_scores(session: Session, rows: Sequence[Row]) -> Scores:
+    """Score rows with the model as it is; where the score is a loss, one at a time.
+
+    Args:
+        session: A run that has been trained.
+        rows: Rows under our names of the columns.
+
+    Returns:
+        (rows,): 1 or 0 for a right or a wrong class; for other tasks minus the loss, so that more is better. Rows that
+        leave a language model nothing to learn have no score; they are the same after each training with one model.
+    """
+    task, loaded = session.task, session.loaded
+    if task.one_class:
+        return _right_or_wrong(session, task.encode(rows, loaded))
+    arguments = copy.copy(session.trainer.args)
+    arguments.per_device_eval_batch_size = 1
+    part = ("the held-out rows", task.encode(rows, loaded))
+    trainer, _ = build_fitted(task, arguments, loaded, {"train": part, "eval": part})
+    if is_scored(session.trainer) and not is_scored(trainer):
+        score_learned_(trainer)
+    model: Any = trainer.model.eval()
+    found: list[float] = []
+    with hardware.computing_in(session.precision, loaded.model.device):
+        for batch in trainer.get_eval_dataloader():
+            found.append(-float(trainer.prediction_step(model, batch, prediction_loss_only=True)[0]))
+    return np.array(found)
+
+
+def _right_or_wrong(session: Session, encoded: Any) -> Scores:
+    order = short_to_long(encoded) if "input_ids" in encoded.column_names else [*range(len(encoded))]
+    found = session.trainer.predict(encoded.select(order))
+    scores = np.empty(len(order))
+    scores[order] = first_output(found.predictions).argmax(-1) == found.label_ids
+    return scores
