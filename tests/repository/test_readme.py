@@ -26,6 +26,8 @@ MORE_NEEDED = {
     "README.md": ("tunerkit_peft", "tunerkit_gguf", "gguf", "datasets"),
     "docs/how-to/from-peft.md": ("tunerkit_peft", "peft"),
     "docs/how-to/experts.md": ("tunerkit_experts",),
+    "docs/how-to/diffusion.md": ("tunerkit_diffusers", "diffusers"),
+    "docs/how-to/images.md": ("timm",),
     "docs/how-to/memory.md": ("datasets",),
     "docs/how-to/preference-training.md": ("trl", "datasets", "tokenizers"),
     "plugins/diffusers/README.md": ("tunerkit_diffusers", "diffusers"),

@@ -184,6 +184,17 @@ def test_no_row_is_longer_than_the_model_has_positions(
 # --- the assistant's turns ---
 
 
+def test_packed_rows_that_would_read_each_other_are_refused(llama: Path, tmp_path: Path) -> None:
+    """As attention that does not know where a row begins would let them."""
+    data = written(tmp_path / "rows.jsonl", [answered()] * 20)
+    packed = [*arguments_of(llama, data, "--set", "packing=true"), "--out", tmp_path / "out"]
+    with mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None):
+        refused = command(*packed)
+    assert "training.packing: LlamaForCausalLM with sdpa attention reads across the rows" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    succeeded(*packed)
+
+
 def learned(model: Path, messages: list[dict[str, str]]) -> list[str]:
     """The words of a conversation that are learned."""
     loaded = load_pretrained("causal-lm", str(model))

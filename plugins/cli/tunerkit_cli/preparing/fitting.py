@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
+import torch
 
+from tunerkit.errors import ConfigError
 from tunerkit_cli.preparing.trainer import build_trainer
 from tunerkit_cli.rows import DataError
 from tunerkit_cli.tasks.base import NOT_LEARNED, Task
@@ -62,7 +64,10 @@ def build_fitted(
     kind, _ = task.trainer_classes()
     settings = {f"{part}_dataset": rows for part, (_, rows) in parts.items()} | task.trainer_settings(loaded)
     settings |= {"model": loaded.model, "processing_class": loaded.processor, "callbacks": callbacks}
-    if not isinstance(task, GenerationTask) or task.name == "seq2seq" or vars(arguments).get("packing"):
+    packing = vars(arguments).get("packing")
+    if packing and arguments.packing_strategy != "wrapped":  # which cuts and joins texts as they come
+        _refuse_mixing(loaded)
+    if not isinstance(task, GenerationTask) or task.name == "seq2seq" or packing:
         return build_trainer(kind, arguments, **settings), {}
     limit, is_plain = arguments.max_length, isinstance(task, CausalLm)
     if not task.leaves_out and limit is not None:
@@ -94,6 +99,33 @@ def build_fitted(
             )
         fits[part] = fit
     return trainer, fits
+
+
+@torch.no_grad()
+def _refuse_mixing(loaded: Pretrained) -> None:
+    """Raise `ConfigError` if rows that are packed into one read each other: then their logits are not those alone."""
+    model: Any = loaded.model
+    rows = torch.arange(8, device=model.device).reshape(2, 4) % model.get_input_embeddings().weight.shape[0]
+    was_training = model.training
+    model.eval()
+    try:
+        packed = model(
+            input_ids=rows.reshape(1, -1), position_ids=torch.arange(4).repeat(1, 2).to(rows), use_cache=False
+        )
+        alone = model(input_ids=rows[1:], use_cache=False).logits
+        is_apart = torch.allclose(packed.logits[:, 4:], alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()))
+    except TypeError:  # it takes no positions
+        is_apart = False
+    finally:
+        model.train(was_training)
+    if not is_apart:
+        raise ConfigError(
+            [
+                f"training.packing: {type(model).__name__} with {model.config._attn_implementation} attention reads "
+                "across the rows that are packed together; leave packing out, since rows of one length share a batch "
+                "anyway, or set attn_implementation: flash_attention_2"
+            ]
+        )
 
 
 def _fitted(rows: Any, limit: int | None, mode: str) -> tuple[Any, Fit]:

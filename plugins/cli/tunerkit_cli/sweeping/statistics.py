@@ -35,6 +35,7 @@ class Difference:
         of_both: The variance that is left: of one row in one seed.
         seeds: How many seeds.
         rows: How many rows.
+        level: The share of all experiments whose interval holds the true difference.
     """
 
     mean: float
@@ -45,6 +46,7 @@ class Difference:
     of_both: float
     seeds: int
     rows: int
+    level: float
 
     @property
     def is_told(self) -> bool:
@@ -72,7 +74,7 @@ def difference(first: Scores, second: Scores, *, level: float = LEVEL) -> Differ
     seeds, rows = each.shape
     mean = float(each.mean())
     if seeds == 1:
-        return Difference(mean, -math.inf, math.inf, math.nan, math.nan, math.nan, seeds, rows)
+        return Difference(mean, -math.inf, math.inf, math.nan, math.nan, math.nan, seeds, rows, level)
     by_seed, by_row = each.mean(axis=1), each.mean(axis=0)
     left = each - by_seed[:, None] - by_row[None, :] + mean
     # Mean squares: of each, the expected value is that of the rest plus its own variance, times what it is a mean of.
@@ -83,7 +85,7 @@ def difference(first: Scores, second: Scores, *, level: float = LEVEL) -> Differ
     of_rows = max(0.0, (square_rows - square_left) / seeds)
     variance, freedom = _variance(square_seeds, square_rows, square_left, seeds, rows)
     half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(variance) if variance else 0.0
-    return Difference(mean, mean - half, mean + half, of_seeds, of_rows, square_left, seeds, rows)
+    return Difference(mean, mean - half, mean + half, of_seeds, of_rows, square_left, seeds, rows, level)
 
 
 def _variance(
@@ -104,27 +106,27 @@ def _variance(
     return together / (seeds * rows), max(together**2 / spread, float(min(seeds, rows) - 1))
 
 
-def seeds_to_tell(found: Difference, *, level: float = LEVEL) -> int | None:
-    """Return how many seeds in all would tell a difference as large as the one found, on as many rows.
+def seeds_to_tell(found: Difference) -> int | None:
+    """Return how many seeds in all, more than there are, would tell a difference as large as the one found.
 
     Returns:
         The number; None if no number of seeds would, because the rows are too few, or the seeds too few to estimate.
     """
     if found.seeds == 1 or found.mean == 0:
         return None
-    for seeds in range(2, _MOST_SEEDS + 1):
+    for seeds in range(found.seeds + 1, _MOST_SEEDS + 1):
         variance = found.of_seeds / seeds + found.of_rows / found.rows + found.of_both / (seeds * found.rows)
         freedom = seeds - 1 if found.of_seeds > 0 else found.rows - 1
-        if float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(variance) < abs(found.mean):
+        if float(stats.t.ppf((1 + found.level) / 2, freedom)) * math.sqrt(variance) < abs(found.mean):
             return seeds
     return None
 
 
-def rows_to_tell(found: Difference, *, level: float = LEVEL) -> int | None:
+def rows_to_tell(found: Difference) -> int | None:
     """Return how many rows would tell a difference as large as the one found, with as many seeds; None as above."""
     if found.seeds == 1 or found.mean == 0:
         return None
-    room = (found.mean / float(stats.t.ppf((1 + level) / 2, found.seeds - 1))) ** 2 - found.of_seeds / found.seeds
+    room = (found.mean / float(stats.t.ppf((1 + found.level) / 2, found.seeds - 1))) ** 2 - found.of_seeds / found.seeds
     return None if room <= 0 else math.ceil((found.of_rows + found.of_both / found.seeds) / room)
 
 
