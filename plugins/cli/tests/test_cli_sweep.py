@@ -50,13 +50,19 @@ def test_a_sweep_that_was_interrupted_ends_as_one_that_was_not(given: list[str],
         succeeded("sweep", "--out", tmp_path / "stopped", "--resume")
     assert calls.call_count == 4
     again = result(tmp_path / "stopped")
-    assert [row[:4] for row in again["table"]] == [row[:4] for row in whole["table"]]
+    assert [{**each, "seconds": 0} for each in again["settings"]] == [
+        {**each, "seconds": 0} for each in whole["settings"]
+    ]
     assert again["sentence"] == whole["sentence"]
     single = tmp_path / "whole" / "02-learning_rate-3e-2" / "seed-1"
     assert "toy-product" in succeeded("show", single).output
-    with mock.patch.object(sweep, "run", calls):  # all have ended
-        succeeded("sweep", "--out", tmp_path / "stopped", "--resume")
-    assert calls.call_count == 4
+    with mock.patch.object(sweep, "run", calls):  # all have ended but those of a third seed
+        succeeded("sweep", "--out", tmp_path / "stopped", "--resume", "--seeds", "3")
+    assert calls.call_count == 6
+    assert result(tmp_path / "stopped")["seeds"] == 3
+    (tmp_path / "data.csv").write_text("text,label\n" + "good film,good\nbad film,bad\n" * 50, encoding="utf-8")
+    changed = command("sweep", "--out", tmp_path / "stopped", "--resume")
+    assert "data.csv: has changed since this sweep began" in changed.stderr
 
 
 def test_methods_are_compared_each_at_its_best_rate(given: list[str], tmp_path: Path) -> None:
@@ -65,10 +71,14 @@ def test_methods_are_compared_each_at_its_best_rate(given: list[str], tmp_path: 
     done = succeeded("sweep", *given, *compared, "--out", tmp_path / "out")
     assert "10 runs, 2 seeds" in done.output  # three rates with one seed, two of them with another
     found = result(tmp_path / "out")
-    assert sorted(row[0].partition(",")[0] for row in found["table"]) == ["adalora of size 2", "lora of size 2"]
+    assert sorted(each["name"] for each in found["settings"]) == ["adalora of size 2", "lora of size 2"]
     assert found["sentence"].startswith(("take lora of size 2 with learning_rate", "take adalora of size 2 with "))
-    parameters = [int(row[3].replace(",", "")) for row in found["table"]]
+    parameters = [each["parameters"] for each in found["settings"]]
     assert max(parameters) < 1.1 * min(parameters)
+    calls = mock.Mock(side_effect=sweep.run)
+    with mock.patch.object(sweep, "run", calls):  # the rounds are those of before, whatever later seeds reached
+        succeeded("sweep", "--out", tmp_path / "out", "--resume")
+    assert calls.call_count == 0
 
 
 def test_what_fails_is_said_and_the_others_go_on(given: list[str], tmp_path: Path) -> None:
@@ -88,7 +98,7 @@ def test_what_fails_is_said_and_the_others_go_on(given: list[str], tmp_path: Pat
         assert "With one seed no difference can be told: --seeds 3" in result(tmp_path / "out")["sentence"]
         failed = command("sweep", *given, *axes[:3], "config.rank=2,3", "--out", tmp_path / "two")
     assert failed.exit_code == 2
-    assert "fewer than two settings ended" in failed.stderr
+    assert "fewer than two settings are left to compare" in failed.stderr
 
 
 def test_what_cannot_be_swept_is_refused_before_anything_runs(given: list[str], tmp_path: Path) -> None:
@@ -106,6 +116,8 @@ def test_what_cannot_be_swept_is_refused_before_anything_runs(given: list[str], 
     assert "leave --method out" in said("--methods", "lora,adalora")
     (tmp_path / "mine.py").write_text("def mine(given, right):\n    return 1.0\n")
     assert "is code; read it, and pass --allow-code" in said("--set", f"metric={tmp_path / 'mine.py'}:mine")
+    sized = command("sweep", *given, "--methods", "lora,dora", "--sizes", "6", "--set", "config.rank=2,4")
+    assert "config.rank: changes the size of a method, which --sizes sets" in sized.stderr
     one = command("sweep", *given, "--methods", "lora", "--out", tmp_path / "out")
     assert "nothing to compare lora with" in one.stderr
     assert "expected a number above 0, got -1.0" in said("--hours", "-1")

@@ -15,17 +15,19 @@ from tunerkit_cli.sweeping.telling import Result
 ROWS, SEEDS = 1000, 5
 
 
-def drawn(rng: np.random.Generator, accuracy: float, seeds: int, rows: int, *, hard: Scores) -> Scores:
+def drawn(
+    rng: np.random.Generator, accuracy: float, seeds: int, rows: int, *, hard: Scores, noise: float = 0.06
+) -> Scores:
     """Right and wrong answers; rows differ in how hard they are, and seeds by about a point."""
-    logit = np.log(accuracy / (1 - accuracy)) + hard + rng.normal(0, 0.06, (seeds, 1))
+    logit = np.log(accuracy / (1 - accuracy)) + hard + rng.normal(0, noise, (seeds, 1))
     found: Scores = (rng.random((seeds, rows)) < 1 / (1 + np.exp(-logit))).astype(float)
     return found
 
 
 def test_values_are_cut_at_commas_and_single_ones_are_settings_of_all_runs() -> None:
     """Commas in brackets and in quotes separate nothing."""
-    axes, fixed = grid.axes_of("5e-4, 1e-3", ["config.targets=[q_proj,v_proj],'k,o'", "config.rank=4"])
-    assert axes == {"training.learning_rate": ["5e-4", "1e-3"], "config.targets": ["[q_proj,v_proj]", "'k,o'"]}
+    axes, fixed = grid.axes_of("5e-4, 1e-3", ["config.targets=[[q_proj,v_proj],[q]],'k,o'", "config.rank=4"])
+    assert axes == {"training.learning_rate": ["5e-4", "1e-3"], "config.targets": ["[[q_proj,v_proj],[q]]", "'k,o'"]}
     assert fixed == ["config.rank=4"]
 
 
@@ -118,15 +120,20 @@ def test_a_difference_has_the_interval_of_both_seeds_and_rows() -> None:
     assert not difference(np.ones((3, 4)), np.ones((3, 4))).is_told
 
 
-def test_a_method_against_itself_seldom_wins() -> None:
-    """The interval holds its level: of 2,000 comparisons of one method with itself, at most 6 % tell a winner."""
+@pytest.mark.parametrize("noise", [0.0, 0.06, 0.2])
+@pytest.mark.parametrize("seeds", [2, 3, SEEDS])
+def test_a_method_against_itself_seldom_wins(seeds: int, noise: float) -> None:
+    """The interval holds its level: at most 6 % of comparisons of one method with itself tell a winner.
+
+    That of two or three seeds that differ much is a little too narrow, as the degrees of freedom are estimated too.
+    """
     rng = np.random.default_rng(61)
     told = 0
-    for _ in range(2000):
-        hard = rng.normal(0, 1.5, (1, ROWS))
-        one, other = (drawn(rng, 0.85, SEEDS, ROWS, hard=hard) for _ in range(2))
+    for _ in range(1000):
+        hard = rng.normal(0, 1.5, (1, 200))
+        one, other = (drawn(rng, 0.85, seeds, 200, hard=hard, noise=noise) for _ in range(2))
         told += difference(one, other).is_told
-    assert told <= 0.06 * 2000
+    assert told <= (0.06 if seeds == SEEDS else 0.09) * 1000
 
 
 def test_four_points_are_found_and_the_best_of_three_is_named() -> None:
@@ -173,4 +180,9 @@ def test_the_sentence_says_what_to_take_and_what_would_tell() -> None:
         r"\+\d+\.\d points, and not to be told from rank [48] with 3 seeds( \(.* would tell\))?",
         said,
     ), said
+    worse = {
+        "a": Result(np.ones((3, 9)), np.zeros((3, 9)), 1, 1.0),
+        "b": Result(np.zeros((3, 9)), np.ones((3, 9)), 1, 1.0),
+    }
+    assert "take a: accuracy 0.0 % on 9 rows, but b did better on these rows, by" in telling.sentence(worse, "accuracy")
     assert outcome("rank 4", {"rank 4": np.ones((2, 5)), "rank 2": np.zeros((2, 5))}).is_told

@@ -1,5 +1,6 @@
 """``tunerkit sweep``."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from rich.console import Console
 from tunerkit import TunerkitError
 from tunerkit.errors import shown
 from tunerkit_cli.recipes import reading, setting
-from tunerkit_cli.recipes.recipe import default_method, with_full_paths
+from tunerkit_cli.recipes.recipe import PATHS, default_method, with_full_paths
 
 
 def sweep(
@@ -24,7 +25,10 @@ def sweep(
         typer.Option("--set", help="Any key of a recipe, with one value or several: --set config.rank=4,8."),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, max=100, help="How many seeds each setting is trained with. Default: 3.")
+        int | None,
+        typer.Option(
+            min=1, max=100, help="How many seeds each setting is trained with; with --resume, more. Default: 3."
+        ),
     ] = None,
     methods: Annotated[
         str | None, typer.Option(help="Methods to compare, each at its best rate: lora,adalora,dora.")
@@ -52,7 +56,7 @@ def sweep(
     given = {"data": data, "eval_data": eval_data, "model": model, "method": method}
     given = {name: value for name, value in given.items() if value}
     if resume:
-        if recipe is not None or lr or set_ or methods or sizes or seeds is not None or given:
+        if recipe is not None or lr or set_ or methods or sizes or given:
             raise TunerkitError("--resume goes on with the sweep in --out as it began; leave the other options out")
     elif methods and method:
         raise TunerkitError("--methods lists the methods to compare; leave --method out")
@@ -62,7 +66,15 @@ def sweep(
         axes, fixed = grid.axes_of(lr, set_ or [])
         mapping = setting.merge(reading.mapping_at(recipe) if recipe is not None else {}, given)
         mapping = with_full_paths({key: value for key, value in mapping.items() if key != "out"})
-        mapping = setting.from_command_line(mapping, fixed) if fixed else mapping
+        mapping = with_full_paths(setting.from_command_line(mapping, fixed)) if fixed else mapping
+        axes = {
+            key: [*map(str, with_full_paths({key: values})[key])] if key in PATHS else values
+            for key, values in axes.items()
+        }
+        if mapping.get("from_adapter") is not None and not methods:
+            from tunerkit_cli.preparing.starting import completed
+
+            mapping = completed(mapping, reading.structure(mapping), resume=False)
         compared = [] if methods is None else _listed(methods)
         ranks = [] if sizes is None else [_size(each) for each in _listed(sizes)]
         if ranks and not compared:
@@ -73,14 +85,17 @@ def sweep(
 
     try:
         if resume:
-            sweep(read_plan(out), out, Console(), resume=True, hours=hours, allow_code=allow_code)
+            plan = read_plan(out, seeds)
+            sweep(plan, out, Console(), resume=True, hours=hours, allow_code=allow_code)
         else:
             plan = Plan(mapping, axes, 3 if seeds is None else seeds, compared, ranks)
             any_rate = bool(compared) and not any("learning_rate" in each for each in (*axes, *fixed))
             rest: dict[str, Any] = {"any_rate": any_rate, "allow_code": allow_code}
             sweep(plan, out, Console(), resume=False, hours=hours, **rest)
     except KeyboardInterrupt:
-        print(f"tunerkit: interrupted; go on with: tunerkit sweep --out {out} --resume", file=sys.stderr)
+        code = " --allow-code" if allow_code else ""
+        do = f"tunerkit sweep --out {shlex.quote(str(out))} --resume{code}"
+        print(f"tunerkit: interrupted; go on with: {do}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

@@ -64,6 +64,9 @@ def build_fitted(
     kind, _ = task.trainer_classes()
     settings = {f"{part}_dataset": rows for part, (_, rows) in parts.items()} | task.trainer_settings(loaded)
     settings |= {"model": loaded.model, "processing_class": loaded.processor, "callbacks": callbacks}
+    if isinstance(task, GenerationTask) and task.is_placed and arguments.per_device_train_batch_size < 2:
+        why = f"{task.name} compares each answer with that of the row before it"
+        raise ConfigError([f"training.per_device_train_batch_size: expected at least 2, got 1, because {why}"])
     packing = vars(arguments).get("packing")
     if packing and arguments.packing_strategy != "wrapped":  # which cuts and joins texts as they come
         _refuse_mixing(loaded)

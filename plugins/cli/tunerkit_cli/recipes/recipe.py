@@ -221,8 +221,11 @@ def with_full_paths(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe's mapping with full paths of what exists, so that it means the same from another folder."""
 
     def full(path: Any) -> Any:
-        found = os.path.abspath(os.path.expanduser(path)) if isinstance(path, str) else path
-        return found if found == path or os.path.exists(found) else path
+        if not isinstance(path, str):
+            return path
+        file, colon, function = path.partition(":") if path.rpartition(":")[0].endswith(".py") else (path, "", "")
+        found = os.path.abspath(os.path.expanduser(file))
+        return f"{found}{colon}{function}" if os.path.exists(found) else path
 
     return {**mapping, **{name: with_paths(mapping[name], full) for name in PATHS if mapping.get(name) is not None}}
 

@@ -3,7 +3,8 @@
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import attrs
@@ -23,7 +24,9 @@ _FIXED: Final[Mapping[str, str]] = {
     "seed": _SEEDS,
     "method": _METHODS,
 }
-_PART: Final = re.compile(r"""\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|,|.""")
+_PART: Final = re.compile(r""""[^"]*"|'[^']*'|.""", re.DOTALL)
+# What changes the size of a method, which --sizes sets.
+_OF_SIZE: Final = ("rank", "target_rank", "init_rank", "rank_pattern", "targets", "exclude")
 
 
 @attrs.frozen
@@ -34,12 +37,14 @@ class Arm:
         name: The values by the last part of their keys, such as ``"learning_rate 0.001, rank 4"``.
         contender: The name of what it is a setting of: in a comparison of methods the method and its size, of which
             the best setting counts; else itself.
+        group: What it has in common with those that differ from it in their learning rates alone.
         folder: The name of its folder.
         recipe: The recipe with these values.
     """
 
     name: str
     contender: str
+    group: str
     folder: str
     recipe: Recipe
 
@@ -70,7 +75,7 @@ def axes_of(rates: str | None, settings: Sequence[str]) -> tuple[dict[str, list[
             problems.append(f"--set {shown(text)}: expected key=value,value, as in --set config.rank=4,8")
         elif len(found) == 1:
             fixed.append(text)
-        elif key in axes or (key == "learning_rate" and RATE in axes):
+        elif key in axes or (is_rate(key) and any(map(is_rate, axes))):
             problems.append(f"--set {key}: is given twice; give all values at once, separated by commas")
         elif (why := _FIXED.get(key, _FIXED.get(key.partition(".")[0]))) is not None:
             problems.append(f"--set {key}: cannot have several values, since {why}")
@@ -107,15 +112,39 @@ def arms_of(
         own = {**mapping, **given, "config": {**(mapping.get("config") or {}), **given.get("config", {})}}
         for values in itertools.product(*axes.values()):
             pairs = dict(zip(axes, values, strict=True))
-            merged = setting.from_command_line(own, [f"{key}={value}" for key, value in pairs.items()])
-            varied = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in pairs.items())
-            name = ", ".join(filter(None, (whose, varied)))
+            parts = [f"{key.rpartition('.')[2]} {value}" for key, value in pairs.items()]
+            name = ", ".join(filter(None, (whose, *parts)))
+            group = ", ".join([whose, *(part for key, part in zip(pairs, parts, strict=True) if not is_rate(key))])
+            with _naming(whose):
+                merged = setting.from_command_line(own, [f"{key}={value}" for key, value in pairs.items()])
             recipe = reading.structure(merged, name)
             if (same := known.setdefault(repr(recipe), name)) != name:
                 raise ConfigError([f"{same} and {name} are the same settings; leave one out"])
             plain = re.sub(r"[^\w.+-]+", "-", name)[:80].strip("-.")
-            arms.append(Arm(name, whose or name, f"{len(arms) + 1:02}-{plain}", recipe))
+            arms.append(Arm(name, whose or name, group, f"{len(arms) + 1:02}-{plain}", recipe))
     return arms
+
+
+def is_rate(key: str) -> bool:
+    """Whether a key is the learning rate."""
+    return key in (RATE, RATE.rpartition(".")[2])
+
+
+def refuse_sizes(axes: Mapping[str, Sequence[str]], fixed: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if a value changes what ``--sizes`` sets. ``fixed`` is the config of all methods."""
+    keys = [key for key in axes if key.rpartition(".")[2] in _OF_SIZE]
+    keys += [f"config.{key}" for key in fixed if key in _OF_SIZE[:4]]
+    if keys:
+        raise ConfigError([f"{keys[0]}: changes the size of a method, which --sizes sets; leave one of them out"])
+
+
+@contextmanager
+def _naming(whose: str) -> Iterator[None]:
+    """Inside the block, errors name the contender that they are of."""
+    try:
+        yield
+    except ConfigError as problem:
+        raise ConfigError([f"{whose}: {each}" if whose else each for each in problem.problems]) from None
 
 
 def rounds(settings: int, seeds: int) -> list[tuple[int, int]]:
@@ -140,9 +169,10 @@ def rounds(settings: int, seeds: int) -> list[tuple[int, int]]:
 
 def _parts(values: str) -> list[str]:
     """Cut a text at its commas, but for those inside brackets or quotes."""
-    found = [""]
+    found, depth = [""], 0
     for each in _PART.findall(values):
-        if each == ",":
+        depth += (each in "[{") - (each in "]}")
+        if each == "," and depth <= 0:
             found.append("")
         else:
             found[-1] += each

@@ -1,11 +1,12 @@
 """The score of each held-out row after a training: whether its class is right, or its loss."""
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
 
 import numpy as np
 
+from tunerkit.errors import ConfigError
 from tunerkit_cli.machine import hardware
 from tunerkit_cli.preparing.fitting import build_fitted
 from tunerkit_cli.preparing.session import Session
@@ -13,6 +14,24 @@ from tunerkit_cli.sweeping.statistics import Scores
 from tunerkit_cli.tasks.base import Row, Task, first_output
 from tunerkit_cli.tasks.texts import short_to_long
 from tunerkit_transformers.learned_positions import is_scored, score_learned_
+
+# What changes the loss itself, so that the losses of two values say nothing of which one is better.
+_OF_LOSS: Final = (
+    *("model", "max_length", "chat_template", "train_on_prompts", "class_weights", "loss"),
+    *("beta", "loss_type", "label_smoothing", "label_smoothing_factor", "desirable_weight", "undesirable_weight"),
+    *("center_rewards_coefficient", "truncation_mode", "assistant_only_loss", "completion_only_loss", "packing"),
+)
+
+
+def refuse_unlike(task: Task, keys: Iterable[str]) -> None:
+    """Raise `ConfigError` if runs of a task cannot be compared by the score of their rows, where these keys differ."""
+    if task.name == "embedding":
+        raise ConfigError(["tunerkit sweep scores rows one by one, and the loss of embeddings is one of batches"])
+    unlike = [key for key in keys if key.rpartition(".")[2] in _OF_LOSS]
+    if unlike and not task.one_class:
+        raise ConfigError(
+            [f"{unlike[0]}: changes the loss of {task.name} itself, by which runs are compared; give it one value"]
+        )
 
 
 def metric_of(task: Task) -> str:

@@ -38,6 +38,8 @@ def contenders_of(
     names = [hooks.registry.named(each) for each in methods]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError([f"--methods: {twice[0]} is given twice; name each method once"])
+    if again := sorted({size for size in sizes if list(sizes).count(size) > 1}):
+        raise ConfigError([f"--sizes: {again[0]} is given twice; name each size once"])
     if not sizes:
         return {name: {"method": name, "config": {}} for name in names}
     found: dict[str, dict[str, Any]] = {}

@@ -18,6 +18,8 @@ from scipy import stats
 
 LEVEL: Final = 0.95
 _MOST_SEEDS: Final = 1000  # more than anybody trains
+_GROWTH: Final = 1.25
+_MOST_STEPS: Final = 40  # 6,000 times as many rows
 
 Scores = NDArray[np.float64]  # (seeds, rows): of each held-out row, in the unit of the difference
 
@@ -91,16 +93,15 @@ def difference(first: Scores, second: Scores, *, level: float = LEVEL) -> Differ
 def _variance(
     square_seeds: float, square_rows: float, square_left: float, seeds: int, rows: int
 ) -> tuple[float, float]:
-    """Return the variance of the mean difference, and its degrees of freedom.
+    """Return the variance of the mean difference, and its degrees of freedom, from the mean squares.
 
-    Where an estimate of a variance would be negative, it is taken for 0, which makes the sum larger.
+    A mean square that is below what is left is taken for that: few seeds often look alike by chance, and keep their few
+    degrees of freedom then.
     """
-    most = max(square_seeds, square_rows)
-    together = max(square_seeds + square_rows - square_left, most)
+    square_seeds, square_rows = max(square_seeds, square_left), max(square_rows, square_left)
+    together = square_seeds + square_rows - square_left
     if together == 0:
         return 0.0, 1.0
-    if together == most:  # one of the two has no variance of its own
-        return together / (seeds * rows), float(seeds - 1 if square_seeds >= square_rows else rows - 1)
     spread = square_seeds**2 / (seeds - 1) + square_rows**2 / (rows - 1)
     spread += square_left**2 / ((seeds - 1) * (rows - 1))
     return together / (seeds * rows), max(together**2 / spread, float(min(seeds, rows) - 1))
@@ -114,20 +115,25 @@ def seeds_to_tell(found: Difference) -> int | None:
     """
     if found.seeds == 1 or found.mean == 0:
         return None
-    for seeds in range(found.seeds + 1, _MOST_SEEDS + 1):
-        variance = found.of_seeds / seeds + found.of_rows / found.rows + found.of_both / (seeds * found.rows)
-        freedom = seeds - 1 if found.of_seeds > 0 else found.rows - 1
-        if float(stats.t.ppf((1 + found.level) / 2, freedom)) * math.sqrt(variance) < abs(found.mean):
-            return seeds
-    return None
+    return next((n for n in range(found.seeds + 1, _MOST_SEEDS + 1) if _would_tell(found, n, found.rows)), None)
 
 
 def rows_to_tell(found: Difference) -> int | None:
-    """Return how many rows would tell a difference as large as the one found, with as many seeds; None as above."""
+    """Return how many rows, roughly, would tell such a difference with as many seeds; None as above."""
     if found.seeds == 1 or found.mean == 0:
         return None
-    room = (found.mean / float(stats.t.ppf((1 + found.level) / 2, found.seeds - 1))) ** 2 - found.of_seeds / found.seeds
-    return None if room <= 0 else math.ceil((found.of_rows + found.of_both / found.seeds) / room)
+    numbers = (math.ceil(found.rows * _GROWTH**step) for step in range(1, _MOST_STEPS))
+    return next((rows for rows in numbers if _would_tell(found, found.seeds, rows)), None)
+
+
+def _would_tell(found: Difference, seeds: int, rows: int) -> bool:
+    """Whether the expected mean squares of so many seeds and rows tell the difference."""
+    square_seeds, square_rows = (
+        found.of_both + rows * found.of_seeds,
+        found.of_both + seeds * found.of_rows,
+    )
+    variance, freedom = _variance(square_seeds, square_rows, found.of_both, seeds, rows)
+    return float(stats.t.ppf((1 + found.level) / 2, freedom)) * math.sqrt(variance) < abs(found.mean)
 
 
 @attrs.frozen

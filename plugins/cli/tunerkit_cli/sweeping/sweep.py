@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
@@ -17,7 +18,7 @@ import tunerkit
 from tunerkit import TunerkitError, serialization
 from tunerkit.paths import few
 from tunerkit_cli import outputs
-from tunerkit_cli.folder import REPORT, RunFolder, as_json
+from tunerkit_cli.folder import REPORT, RunFolder, as_json, digests_of
 from tunerkit_cli.preparing import checking
 from tunerkit_cli.preparing.data import SPLIT_SEED, Data, prepare_data
 from tunerkit_cli.preparing.session import Session, base_of
@@ -28,10 +29,10 @@ from tunerkit_cli.report.html.sweep import page
 from tunerkit_cli.rows import DataError, split
 from tunerkit_cli.running.run import run
 from tunerkit_cli.running.training import reason_of
-from tunerkit_cli.sweeping.grid import RATE, Arm, arms_of, rounds
-from tunerkit_cli.sweeping.scoring import metric_of, row_scores
+from tunerkit_cli.sweeping.grid import RATE, Arm, arms_of, refuse_sizes, rounds
+from tunerkit_cli.sweeping.scoring import metric_of, refuse_unlike, row_scores
 from tunerkit_cli.sweeping.sizes import contenders_of
-from tunerkit_cli.sweeping.telling import Result, notes, panels, printed, sentence, table, value
+from tunerkit_cli.sweeping.telling import Result, chosen, notes, panels, printed, sentence, table, value, values
 from tunerkit_cli.tasks.base import Row, Task
 from tunerkit_cli.tasks.metrics import refuse_unusable
 from tunerkit_cli.telling import say
@@ -49,6 +50,10 @@ class SweepError(TunerkitError):
     """A sweep cannot be begun, gone on with, or ended."""
 
 
+class HoursError(SweepError):
+    """The hours of a sweep have passed, or are too few."""
+
+
 @attrs.frozen(eq=False)
 class Plan:
     """A sweep as it began.
@@ -60,6 +65,7 @@ class Plan:
         methods: The methods that are compared; empty if settings are.
         sizes: Their sizes, as ranks of LoRA; empty for those of the recipe.
         contenders: What is compared, as `contenders_of` returns it.
+        digests: Those of the files of data, by path, when it began.
     """
 
     mapping: Mapping[str, Any]
@@ -68,6 +74,7 @@ class Plan:
     methods: Sequence[str] = ()
     sizes: Sequence[int] = ()
     contenders: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
+    digests: Mapping[str, str] = attrs.field(factory=dict)
 
 
 def sweep(
@@ -95,6 +102,7 @@ def sweep(
         SweepError: The folder has another sweep or other files, or the hours are too few.
         TunerkitError: As a training raises it, for what all runs have in common.
     """
+    again = shlex.join(["tunerkit", "sweep", "--out", str(out), "--resume", *(["--allow-code"] if allow_code else [])])
     with outputs.claimed(out):
         if not resume:
             if any(out.iterdir()):
@@ -103,23 +111,38 @@ def sweep(
         first = _completed(arms_of(plan.mapping, plan.axes, plan.contenders or _unsized(plan))[0].recipe, out)
         refuse_unusable(first.metric or (), allow_code=allow_code)
         task, data = prepare_data(first, console)
+        refuse_unlike(task, plan.axes)
         parts = _parted(data)
+        digests = digests_of(first)
         if not resume:
             if any_rate:
                 usual = first.training.get("learning_rate", task.defaults["learning_rate"])
                 plan = attrs.evolve(plan, axes={RATE: [f"{usual * each:.3g}" for each in _RATES], **plan.axes})
             if plan.methods:
                 plan = attrs.evolve(plan, contenders=_sized(plan, first, task, data, console))
-            serialization.replace(out / PLAN, [as_json(attrs.asdict(plan)).encode()])
-        runs = _Runs(plan, out, task, data, *parts, console)
-        runs.train(hours)
+            plan = attrs.evolve(plan, digests=digests)
+            arms_of(plan.mapping, plan.axes, plan.contenders)  # refuses settings that are the same
+        elif changed := [path for path, digest in digests.items() if plan.digests.get(path) != digest]:
+            raise SweepError(f"{changed[0]}: has changed since this sweep began; restore it, or begin a new sweep")
+        serialization.replace(out / PLAN, [as_json(attrs.asdict(plan)).encode()])
+        runs = _Runs(plan, out, task, data, *parts, console, again=again)
+        try:
+            runs.train(hours)
+        except HoursError:
+            if seeds := runs.common_seeds():
+                say(console, f"so far, with {seeds} {'seed' if seeds == 1 else 'seeds'}:")
+                runs.conclude(seeds)
+            raise
         runs.conclude()
 
 
-def read_plan(out: Path) -> Plan:
-    """Read the plan of a sweep that goes on. Raises `SweepError`."""
+def read_plan(out: Path, seeds: int | None = None) -> Plan:
+    """Read the plan of a sweep that goes on, perhaps with more seeds. Raises `SweepError`."""
     try:
-        return Plan(**json.loads((out / PLAN).read_text(encoding="utf-8")))
+        plan = Plan(**json.loads((out / PLAN).read_text(encoding="utf-8")))
+        if seeds is not None and seeds < plan.seeds:
+            raise SweepError(f"--seeds {seeds}: the sweep in {out} has {plan.seeds} seeds, and can have more alone")
+        return plan if seeds is None else attrs.evolve(plan, seeds=seeds)
     except FileNotFoundError:
         raise SweepError(f"--out {out}: there is no sweep to go on with ({PLAN} is missing)") from None
     except (OSError, ValueError, KeyError, TypeError) as problem:
@@ -141,6 +164,10 @@ def _check(plan: Plan, out: Path, *, allow_code: bool) -> None:
             f"nothing to compare {plan.methods[0]} with: name another of --methods or --sizes, or leave both out to "
             "compare its settings"
         )
+    if plan.sizes:
+        refuse_sizes(plan.axes, plan.mapping.get("config") or {})
+    if plan.methods and plan.mapping.get("from_adapter") is not None:
+        raise SweepError("--methods compares new adapters, and from_adapter goes on with one; leave one of them out")
     for arm in arms_of(plan.mapping, plan.axes, _unsized(plan)):
         recipe = attrs.evolve(arm.recipe, out=str(out / arm.folder))
         checking.check(recipe, resume=False, overwrite=False, allow_code=allow_code)
@@ -187,6 +214,7 @@ class _Runs:
     choosing: list[Row]
     judging: list[Row]
     console: Console
+    again: str  # the command that goes on
     failed: dict[str, str] = attrs.field(factory=dict)  # why a setting failed, by its name
     alive: dict[str, Sequence[Arm]] = attrs.field(factory=dict)  # those of each contender that are still in
 
@@ -210,12 +238,13 @@ class _Runs:
         began, took = time.monotonic(), list[float]()
         plan = rounds(max(map(len, self.arms.values())), self.plan.seeds)
         new = [kept * (upto - before) for (kept, upto), (_, before) in zip(plan, [(0, 0), *plan], strict=False)]
-        say(self.console, f"{sum(new) * len(self.arms)} runs, {self.plan.seeds} seeds, into {self.out}")
+        seeds = f"{self.plan.seeds} {'seed' if self.plan.seeds == 1 else 'seeds'}"
+        say(self.console, f"{sum(new) * len(self.arms)} runs, {seeds}, into {self.out}")
         halves = f"{len(self.choosing)} rows choose what to take, {len(self.judging)} others judge the choice"
         say(self.console, f"held out: {halves}")
         for place, (kept, upto) in enumerate(plan):
             if place:
-                self.alive.update({name: self.ranked(name)[:kept] for name in self.arms})
+                self.alive.update({name: self.ranked(name, plan[place - 1][1])[:kept] for name in self.arms})
             due = [
                 (arm, number)
                 for number in range(upto)
@@ -227,6 +256,8 @@ class _Runs:
             for index, (arm, number) in enumerate(due):
                 if arm.name in self.failed:
                     continue
+                if self._left() < 2:
+                    return
                 left = len(due) - index + later
                 if hours is not None and took:
                     first = sum(each == 0 for _, each in due[index:])
@@ -242,22 +273,33 @@ class _Runs:
                         said += f"; {left - 1} {'run' if left == 2 else 'runs'} left, about {rest}"
                     say(self.console, f"{arm.name}, seed {self.seed(arm, number)}: {said}")
 
-    def conclude(self) -> None:
+    def conclude(self, seeds: int | None = None) -> None:
         """Print the table and the sentence, and write both and the report.
+
+        Args:
+            seeds: With how many seeds; None for all.
 
         Raises:
             SweepError: Fewer than two contenders have ended.
         """
-        metric, results = metric_of(self.task), dict[str, Result]()
-        for name in self.arms:
-            arm = self.ranked(name)[0]
-            if arm.name not in self.failed:
-                results[name] = self._result(arm, range(self.plan.seeds))
         lost = [f"{name} ({why})" for name, why in self.failed.items()]
-        if len(results) < 2:
-            raise SweepError(f"fewer than two settings ended, so nothing can be compared; failed: {few(lost, shown=3)}")
+        if self._left() < 2:
+            raise SweepError(f"fewer than two settings are left to compare; failed: {few(lost, shown=3)}")
+        seeds = self.plan.seeds if seeds is None else seeds
+        metric, results, best = metric_of(self.task), dict[str, Result](), dict[str, Arm]()
+        for name in self.arms:
+            arm = self.ranked(name, seeds)[0]
+            if arm.name not in self.failed:
+                results[name], best[name] = self._result(arm, range(seeds)), arm
         said = sentence(results, metric) + (f". Failed, and left out: {few(lost, shown=3)}" if lost else "")
-        noted = notes(results, {name: [arm.rate for arm in arms if arm.rate] for name, arms in self.arms.items()})
+        of_rates = [*best] if self.plan.methods else [chosen(results).best]
+        rates = {
+            name: [
+                arm.rate for arms in self.arms.values() for arm in arms if arm.group == best[name].group and arm.rate
+            ]
+            for name in of_rates
+        }
+        noted = notes(results, rates)
         for each in noted:
             say(self.console, f"note: {each}")
         everything = {
@@ -271,19 +313,18 @@ class _Runs:
         drawn = panels(everything, self.arms, metric)
         title = f"{len(self.arms)} {'methods' if self.plan.methods else 'settings'} compared"
         serialization.replace(self.out / REPORT, [page(title, said, noted, rows, drawn).encode()])
-        summary = {"sentence": said, "notes": noted, "metric": metric, "failed": self.failed, "table": rows.rows}
-        serialization.replace(self.out / RESULT, [as_json({**summary, "columns": rows.columns}).encode()])
+        summary = {"sentence": said, "notes": noted, "metric": metric, "failed": self.failed, "seeds": seeds}
+        serialization.replace(self.out / RESULT, [as_json({**summary, "settings": values(results, metric)}).encode()])
         say(self.console, said)
         say(self.console, f"report: {self.out / REPORT}")
 
-    def ranked(self, contender: str) -> Sequence[Arm]:
+    def ranked(self, contender: str, seeds: int) -> Sequence[Arm]:
         """The settings of a contender that are still in, the best first by the rows for choosing."""
 
         def mean(arm: Arm) -> float:
-            ended = [number for number in range(self.plan.seeds) if self.has_ended(arm, number)]
-            if arm.name in self.failed or not ended:
+            if arm.name in self.failed:
                 return -math.inf
-            return round(float(np.mean([self.scores(arm, number)["choosing"] for number in ended])), 9)
+            return round(float(np.mean([self.scores(arm, number)["choosing"] for number in range(seeds)])), 9)
 
         return sorted(self.alive[contender], key=mean, reverse=True)
 
@@ -301,21 +342,28 @@ class _Runs:
         return folder.has_ended and (folder / SCORES).is_file()
 
     def scores(self, arm: Arm, number: int) -> dict[str, Any]:
-        """The scores of a run that has ended. Raises `SweepError` if they are of other rows."""
+        """The scores of a run that has ended."""
         path = self.folder(arm, number) / SCORES
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        rows = len(found["choosing"]), len(found["judging"])
-        if rows != (len(self.choosing), len(self.judging)):
-            raise SweepError(
-                f"{path}: has scores of {sum(rows)} rows, and {self.data.held_out_source} now has "
-                f"{len(self.data.held_out)}; restore the data, or begin a new sweep"
-            )
         return found
+
+    def common_seeds(self) -> int:
+        """With how many seeds, from the first on, all settings that are still in have ended."""
+        alive = [arm for arms in self.alive.values() for arm in arms if arm.name not in self.failed]
+        return min(
+            next((n for n in range(self.plan.seeds) if not self.has_ended(arm, n)), self.plan.seeds) for arm in alive
+        )
+
+    def _left(self) -> int:
+        """How many contenders have a setting that has not failed."""
+        return sum(any(arm.name not in self.failed for arm in arms) for arms in self.arms.values())
 
     def _result(self, arm: Arm, numbers: Iterable[int]) -> Result:
         """What is known of a setting from its runs."""
         numbers = [*numbers]
         scores = [self.scores(arm, each) for each in numbers]
+        if len({(len(each["choosing"]), len(each["judging"])) for each in scores}) > 1:
+            raise SweepError(f"{arm.name}: its runs leave out different rows, so their losses cannot be compared")
         records = [json.loads((self.folder(arm, each) / RECORD).read_text(encoding="utf-8")) for each in numbers]
         return Result(
             np.array([each["choosing"] for each in scores]),
@@ -358,12 +406,12 @@ class _Runs:
         each = float(np.mean(took))
         if gone + first * each > 3600 * hours:
             least = math.ceil(100 * (gone + first * each) / 3600) / 100
-            raise SweepError(
+            raise HoursError(
                 f"--hours {hours:g} allow not one run of each setting, of {wording.duration(each)} each: go on with "
-                f"tunerkit sweep --out {self.out} --resume --hours {least:g}, or more"
+                f"{self.again} --hours {least:g}, or more"
             )
         if gone + max(took) > 3600 * hours:
-            raise SweepError(
+            raise HoursError(
                 f"--hours {hours:g} have passed, and {left} runs are left, of {wording.duration(each)} each; go on "
-                f"with: tunerkit sweep --out {self.out} --resume"
+                f"with: {self.again}"
             )

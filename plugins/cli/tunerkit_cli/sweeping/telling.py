@@ -1,7 +1,7 @@
 """What a sweep ends with: a table of its settings, and one sentence on which to take."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import attrs
 import rich.table
@@ -53,11 +53,14 @@ def sentence(results: Mapping[str, Result], metric: str) -> str:
     if seeds == 1:
         return f"{best}, the best of {len(results)} on other rows. With one seed no difference can be told: --seeds 3"
     parts = []
-    if told:
-        gaps = [found.differences[name] for name in told]
-        low, high = min(each.low for each in gaps), max(each.high for each in gaps)
-        where = "better than" if all(each.mean > 0 for each in gaps) else "different from"
-        parts.append(f"{where} {few(told, shown=5)}, by {_amount(low, metric)} to {_amount(high, metric)}")
+    better = [name for name in told if found.differences[name].mean > 0]
+    if better:
+        parts.append(f"better than {few(better, shown=5)}, by {_range(found, better, metric)}")
+    if worse := [name for name in told if name not in better]:
+        parts.append(
+            f"but {few(worse, shown=5)} did better on these rows, by {_range(found, worse, metric)}: the {rows} others "
+            "are too few to choose by"
+        )
     if level := found.level_with:
         behind = [name for name in level if found.differences[name].mean > 0]
         more = "; ".join(_needed(name, found.differences[name], metric) for name in behind[:3])
@@ -74,7 +77,7 @@ def chosen(results: Mapping[str, Result]) -> Outcome:
 def table(results: Mapping[str, Result], metric: str) -> Table:
     """Return the table of what is compared, the best first, with the difference of each from the one to take."""
     found = chosen(results)
-    columns = ("setting", metric, "behind the best, 95 %", "trained parameters", "training, s")
+    columns = ("setting", metric, "the best minus this one", "trained parameters", "training, s")
     order = sorted(results, key=lambda name: (name != found.best, -float(results[name].judging.mean())))
     rows = []
     for name in order:
@@ -83,6 +86,22 @@ def table(results: Mapping[str, Result], metric: str) -> Table:
         full = f"{name}, {each.setting}" if each.setting else name
         rows.append((full, value(each.judging, metric), said, f"{each.parameters:,}", f"{each.seconds:.1f}"))
     return Table(columns, tuple(rows), best=frozenset({(0, 1)}))
+
+
+def values(results: Mapping[str, Result], metric: str) -> list[dict[str, Any]]:
+    """Return the table as numbers; of a loss, less is better, and a difference is in the unit of the score."""
+    found, sign = chosen(results), 1 if metric == "accuracy" else -1
+    rows = []
+    for name, each in results.items():
+        gap = found.differences.get(name)
+        told = None if gap is None else {"mean": gap.mean, "low": gap.low, "high": gap.high, "is_told": gap.is_told}
+        if told is not None and each.judging.shape[0] == 1:
+            told = {"mean": told["mean"]}
+        seeds, count = each.judging.shape
+        own = {"name": name, "setting": each.setting, metric: sign * float(each.judging.mean()), "seeds": seeds}
+        own |= {"rows": count, "best_minus_this": told, "parameters": each.parameters, "seconds": each.seconds}
+        rows.append(own)
+    return rows
 
 
 def printed(data: Table) -> rich.table.Table:
@@ -146,14 +165,14 @@ def notes(results: Mapping[str, Result], rates: Mapping[str, Sequence[float]]) -
 
     Args:
         results: Of what is compared, by name.
-        rates: The learning rates that were tried for each, where the best of several was taken.
+        rates: The learning rates that were tried of what is the best of its rates, by name.
     """
     found = [
         f"{few(same, shown=5)} gave the same answers to all rows: what differs changes nothing here"
         for same in unchanged(results)
     ]
     for side, end in (("smallest", min), ("largest", max)):
-        names = [name for name in results if len(rates[name]) > 2 and results[name].rate == end(rates[name])]
+        names = [name for name in rates if len(rates[name]) > 1 and results[name].rate == end(rates[name])]
         if names:
             found.append(f"the best rate of {few(names, shown=5)} is the {side} that was tried; try further ones")
     return found
@@ -177,10 +196,21 @@ def _amount(value: float, metric: str) -> str:
     return f"{_POINTS * value:+.1f} points" if metric == "accuracy" else f"{value:+.4f}"
 
 
+def _ends(gap: Difference, metric: str) -> tuple[float, float]:
+    """The ends of an interval; no difference of shares is above 1."""
+    return (max(-1.0, gap.low), min(1.0, gap.high)) if metric == "accuracy" else (gap.low, gap.high)
+
+
+def _range(found: Outcome, names: Sequence[str], metric: str) -> str:
+    """The least and the greatest end of the intervals of differences that were told."""
+    ends = [abs(each) for name in names for each in _ends(found.differences[name], metric)]
+    return f"{_amount(min(ends), metric)} to {_amount(max(ends), metric)}"
+
+
 def _interval(gap: Difference, metric: str) -> str:
     if gap.seeds == 1:
         return _amount(gap.mean, metric)
-    low, high = (max(-1.0, min(1.0, each)) if metric == "accuracy" else each for each in (gap.low, gap.high))
+    low, high = _ends(gap, metric)
     return f"{_amount(gap.mean, metric)} [{_amount(low, metric)}, {_amount(high, metric)}]"
 
 
@@ -189,4 +219,8 @@ def _needed(name: str, gap: Difference, metric: str) -> str:
     seeds, rows = seeds_to_tell(gap), rows_to_tell(gap)
     if seeds is not None:
         return f"{said}, which {seeds} seeds would tell"
-    return f"{said}, which {rows} rows would tell" if rows is not None else f"{said}, which needs more seeds and rows"
+    return (
+        f"{said}, which {2 * rows} held-out rows would tell"
+        if rows is not None
+        else f"{said}, which needs more seeds and rows"
+    )

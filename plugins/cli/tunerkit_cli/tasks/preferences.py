@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import tunerkit
-from tunerkit_cli.rows import BadValue, Table
+from tunerkit_cli.rows import BadValue, DataError, Table
 from tunerkit_cli.tasks.base import Column, Results, Row, Task, require_package
 from tunerkit_cli.tasks.generating import refusing_template, require_tokens
 from tunerkit_cli.tasks.language import GenerationTask, measured
@@ -79,6 +79,14 @@ class Kto(GenerationTask):
             raise BadValue("label", "expected true for a good answer or false for a bad one, got %s", label)
         found = super().checked({name: value for name, value in row.items() if name != "label"})
         return {**found, "label": _TRUTH[key]} if "label" in row else found
+
+    def labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """None; rows of one kind alone raise `DataError`."""
+        if len(kinds := {row["label"] for row in rows}) == 1:
+            kind = "good" if kinds == {True} else "bad"
+            do = "add others" if kind == "bad" else "add bad ones, or learn these with --task causal-lm"
+            raise DataError(f"every training row is a {kind} answer; kto learns from good and bad ones: {do}")
+        return ()
 
     def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
         """The rows, shuffled: the trainer takes them in their order, in which answers of one label often stand."""
@@ -155,11 +163,11 @@ class Reward(Task):
 
     def _tokens(self, rows: Sequence[Row], name: str, loaded: Pretrained) -> list[list[int]]:
         """The tokens of each row's prompt and one of its answers, as a conversation, or as a text with its end."""
-        require_tokens(loaded, chat=isinstance(rows[0][name], list))
         chats = isinstance(rows[0][name], list)
         if chats:
+            require_tokens(loaded, chat=True)
             refuse_lost([[*row.get("prompt", ()), *row[name]] for row in rows], loaded)
-        limit, end = token_limit(loaded, self.limit), loaded.processor.eos_token
+        limit, end = token_limit(loaded, self.limit), loaded.processor.eos_token or ""  # encoders mark it themselves
         found = []
         for row in rows:
             if chats:
