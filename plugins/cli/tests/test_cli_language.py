@@ -190,7 +190,7 @@ def test_packed_rows_that_would_read_each_other_are_refused(llama: Path, tmp_pat
     packed = [*arguments_of(llama, data, "--set", "packing=true"), "--out", tmp_path / "out"]
     with mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None):
         refused = command(*packed)
-    assert "training.packing: LlamaForCausalLM with sdpa attention reads across the rows" in refused.stderr
+    assert "training.packing: the attention of LlamaForCausalLM reads across the rows" in refused.stderr
     assert not (tmp_path / "out").exists()
     succeeded(*packed)
 

@@ -124,8 +124,8 @@ def _refuse_mixing(loaded: Pretrained) -> None:
     if not is_apart:
         raise ConfigError(
             [
-                f"training.packing: {type(model).__name__} with {model.config._attn_implementation} attention reads "
-                "across the rows that are packed together; leave packing out, since rows of one length share a batch "
+                f"training.packing: the attention of {type(model).__name__} reads across the "
+                "rows that are packed together; leave packing out, since rows of one length share a batch "
                 "anyway, or set attn_implementation: flash_attention_2"
             ]
         )
