@@ -97,7 +97,13 @@ def new_averages(weights: Sequence[Tensor]) -> list[Averages]:
     )
     for index, weight in enumerate(weights):
         groups[weight.dtype, weight.device][index % len(Part), weight.shape].append(index)
-    places = [0, *accumulate(_first(index, weight.shape).numel() for index, weight in enumerate(weights))]
+    counts = [1] * len(weights)  # of matrices
+    for by_shape in groups.values():
+        for (_, shape), members in by_shape.items():
+            count = _first(members[0], shape).numel()
+            for index in members:
+                counts[index] = count
+    places = [0, *accumulate(counts)]
     return [_new(by_shape, places, *kind) for kind, by_shape in groups.items()]
 
 
@@ -109,17 +115,16 @@ def _new(
 ) -> Averages:
     """Return new averages, all 0. ``places[i]`` is the index of weight i's first matrix among the matrices of all."""
     shapes = [(tuple(members), shape) for (_, shape), members in by_shape.items()]
-    matrices = [
-        (index, number, shape)
-        for members, shape in shapes
-        for index in members
-        for number in range(_first(index, shape).numel())
-    ]
-    rows = [_rows(_one(index, shape)) for index, _, shape in matrices]
+    matrices: list[tuple[int, int, torch.Size]] = []
+    rows: list[int] = []
+    for members, shape in shapes:
+        own = [(i, number, shape) for i in members for number in range(places[i + 1] - places[i])]
+        matrices += own
+        rows += [_rows(_one(members[0], shape))] * len(own)
     mean = torch.zeros(sum(rows), _ROW, dtype=average_dtype(dtype), device=device)
     spread = torch.zeros_like(mean)
     views = [[weights for weights, _ in _by_shape(average, shapes)] for average in (mean, spread)]
-    stacks = [Stack(members, *own) for (members, _), *own in zip(shapes, *views, strict=True)]
+    stacks = [Stack(members, *both) for (members, _), *both in zip(shapes, *views, strict=True)]
     at = torch.tensor([places[index] + number for index, number, _ in matrices])
     return Averages(stacks, mean, spread, at.to(device), torch.tensor(rows).to(device), _shared(matrices, device))
 
@@ -128,7 +133,9 @@ def _shared(matrices: Sequence[tuple[int, int, torch.Size]], device: torch.devic
     """Return `Averages.shared` for (index of the weight, number in its stack, shape of the weight) of each matrix."""
     numbers: dict[tuple[int, int], int] = {}
     found = [
-        numbers.setdefault((index // len(Part), number), len(numbers) + 1) if _first(index, shape) else 0
+        numbers.setdefault((index // len(Part), number), len(numbers) + 1)
+        if len(shape) > _DIMS[index % len(Part)]
+        else 0
         for index, number, shape in matrices
     ]
     return torch.tensor(found).to(device) if numbers else None
@@ -150,10 +157,14 @@ def _rows(shape: torch.Size) -> int:
 
 def _by_shape(rows: Tensor, shapes: Sequence[tuple[Sequence[int], torch.Size]]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield two views of ``rows`` for each shape: the weights (count, *shape), and the unused ends of the rows."""
-    kinds = [((len(members), *_first(members[0], shape)), _one(members[0], shape)) for members, shape in shapes]
-    parts = rows.split([math.prod(first) * _rows(one) for first, one in kinds])
-    for part, (first, one) in zip(parts, kinds, strict=True):
-        each = part.view(*first, _rows(one) * _ROW)
+    kinds = []
+    for members, shape in shapes:
+        dims = _DIMS[members[0] % len(Part)]
+        one = shape[-dims:]
+        kinds.append(((len(members), *shape[:-dims]), one, _rows(one)))
+    parts = rows.split([math.prod(first) * of_one for first, _, of_one in kinds])
+    for part, (first, one, of_one) in zip(parts, kinds, strict=True):
+        each = part.view(*first, of_one * _ROW)
         yield each[..., : one.numel()].unflatten(-1, one), each[..., one.numel() :]
 
 

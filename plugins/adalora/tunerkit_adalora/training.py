@@ -106,7 +106,7 @@ def start(tuner: Tuner, total_steps: int) -> Training:
         running=new_averages([] if masks_stay else pieces.values),
         gradients=GradientCount(torch.zeros((), dtype=torch.int64, device=layers[0].lam.device)),
         costs=costs,
-        matrices=[layer.matrices for layer in layers for _ in Part],
+        matrices=[count for layer in layers for count in [layer.matrices] * len(Part)],
         in_force=in_force,
         sizes=sizes,
         phase=Phase.FINAL_MASKED if masks_stay else Phase.WAITING,

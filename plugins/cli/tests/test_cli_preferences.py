@@ -3,17 +3,20 @@
 import json
 import math
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.tiny_models import save_tiny_llama
 from tests.support.train_command import command, signalled, succeeded
-from tunerkit_cli.rows import BadValue
+from tunerkit_cli.rows import BadValue, DataError
 from tunerkit_cli.tasks import task_of
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
@@ -88,6 +91,31 @@ def test_other_labels_of_answers_are_refused(label: object) -> None:
     """None is guessed."""
     with pytest.raises(BadValue, match="expected true for a good answer or false for a bad one"):
         task_of("kto").checked({"prompt": "x", "completion": "y", "label": label})
+
+
+def test_a_trl_without_orpo_is_one_error(given: Path, tmp_path: Path) -> None:
+    """TRL calls it experimental, and may move it."""
+    with mock.patch.dict(sys.modules, {"trl.experimental.orpo": None}):
+        refused = command(*arguments("orpo", given, "pairs.jsonl"), "--out", tmp_path / "out")
+    assert "needs TRL's ORPOTrainer, which the installed TRL" in refused.stderr
+    assert refused.exit_code == 2
+
+
+def test_an_encoder_without_an_end_token_scores_too(given: Path, tmp_path: Path) -> None:
+    """It marks the end itself."""
+    save_tiny_classifier(given / "bert")
+    run = [
+        str(given / "bert") if each == str(given / "tiny") else each
+        for each in arguments("reward", given, "pairs.jsonl")
+    ]
+    succeeded(*run, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("label", "said"), [(True, "is a good answer"), (False, "is a bad answer")])
+def test_answers_of_one_kind_are_refused(label: bool, said: str) -> None:
+    """There is nothing to compare them with."""
+    with pytest.raises(DataError, match=said):
+        task_of("kto").labels([{"label": label}] * 3)
 
 
 def test_rows_whose_prompt_leaves_no_room_are_left_out(given: Path, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tunerkit.errors import ConfigError
-from tunerkit_cli.sweeping import grid, sizes, telling
+from tunerkit_cli.sweeping import grid, scoring, sizes, telling
 from tunerkit_cli.sweeping.statistics import Scores, difference, outcome, rows_to_tell, seeds_to_tell
 from tunerkit_cli.sweeping.telling import Result
+from tunerkit_cli.tasks import task_of
 
 ROWS, SEEDS = 1000, 5
 
@@ -109,6 +110,16 @@ def test_sizes_that_cannot_be_shared_are_refused_with_the_smallest_that_can() ->
     ]
     with pytest.raises(ConfigError, match="ia3 has no rank"):
         sizes.contenders_of(["ia3"], [2], {}, by_rank)
+
+
+def test_losses_that_cannot_be_compared_are_refused() -> None:
+    """A greater beta makes DPO's loss smaller whatever is learned; embeddings are scored in batches."""
+    scoring.refuse_unlike(task_of("preference"), ["training.learning_rate", "config.rank"])
+    scoring.refuse_unlike(task_of("text-classification"), ["max_length"])
+    with pytest.raises(ConfigError, match=r"training\.beta: changes the loss of preference itself"):
+        scoring.refuse_unlike(task_of("preference"), ["training.beta"])
+    with pytest.raises(ConfigError, match="embedding: its loss is one of batches"):
+        scoring.refuse_unlike(task_of("embedding"), ["training.learning_rate"])
 
 
 def test_a_difference_has_the_interval_of_both_seeds_and_rows() -> None:

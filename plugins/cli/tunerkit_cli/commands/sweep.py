@@ -2,8 +2,9 @@
 
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +13,7 @@ from tunerkit import TunerkitError
 from tunerkit.errors import shown
 from tunerkit_cli.recipes import reading, setting
 from tunerkit_cli.recipes.recipe import PATHS, default_method, with_full_paths
+from tunerkit_cli.sweeping.grid import Plan, arms_of, axes_of
 
 
 def sweep(
@@ -60,38 +62,12 @@ def sweep(
             raise TunerkitError("--resume goes on with the sweep in --out as it began; leave the other options out")
     elif methods and method:
         raise TunerkitError("--methods lists the methods to compare; leave --method out")
-    from tunerkit_cli.sweeping import grid
-
-    if not resume:
-        axes, fixed = grid.axes_of(lr, set_ or [])
-        mapping = setting.merge(reading.mapping_at(recipe) if recipe is not None else {}, given)
-        mapping = with_full_paths({key: value for key, value in mapping.items() if key != "out"})
-        mapping = with_full_paths(setting.from_command_line(mapping, fixed)) if fixed else mapping
-        axes = {
-            key: [*map(str, with_full_paths({key: values})[key])] if key in PATHS else values
-            for key, values in axes.items()
-        }
-        if mapping.get("from_adapter") is not None and not methods:
-            from tunerkit_cli.preparing.starting import completed
-
-            mapping = completed(mapping, reading.structure(mapping), resume=False)
-        compared = [] if methods is None else _listed(methods)
-        ranks = [] if sizes is None else [_size(each) for each in _listed(sizes)]
-        if ranks and not compared:
-            compared = [mapping.get("method") or default_method(has_data=mapping.get("data") is not None)]
-        if not compared:
-            grid.arms_of(mapping, axes)  # before anything slow is imported
-    from tunerkit_cli.sweeping.sweep import Plan, read_plan, sweep
+    begun = None if resume else _planned(recipe, given, lr, set_ or [], methods, sizes, seeds or 3)
+    from tunerkit_cli.sweeping.sweep import read_plan, sweep  # imports torch, which most mistakes spare
 
     try:
-        if resume:
-            plan = read_plan(out, seeds)
-            sweep(plan, out, Console(), resume=True, hours=hours, allow_code=allow_code)
-        else:
-            plan = Plan(mapping, axes, 3 if seeds is None else seeds, compared, ranks)
-            any_rate = bool(compared) and not any("learning_rate" in each for each in (*axes, *fixed))
-            rest: dict[str, Any] = {"any_rate": any_rate, "allow_code": allow_code}
-            sweep(plan, out, Console(), resume=False, hours=hours, **rest)
+        plan = read_plan(out, seeds) if begun is None else begun
+        sweep(plan, out, Console(), resume=resume, hours=hours, allow_code=allow_code)
     except KeyboardInterrupt:
         code = " --allow-code" if allow_code else ""
         do = f"tunerkit sweep --out {shlex.quote(str(out))} --resume{code}"
@@ -99,8 +75,36 @@ def sweep(
         raise typer.Exit(130) from None
 
 
-def _listed(text: str) -> list[str]:
-    return [each.strip() for each in text.split(",") if each.strip()]
+def _planned(
+    recipe: Path | None,
+    given: Mapping[str, object],
+    lr: str | None,
+    settings: Sequence[str],
+    methods: str | None,
+    sizes: str | None,
+    seeds: int,
+) -> Plan:
+    """The plan of a new sweep; ``given`` has the flags that `tunerkit train` has too."""
+    axes, fixed = axes_of(lr, settings)
+    mapping = setting.merge(reading.mapping_at(recipe) if recipe is not None else {}, given)
+    mapping = setting.from_command_line(mapping, fixed) if fixed else mapping
+    mapping = with_full_paths({key: value for key, value in mapping.items() if key != "out"})
+    axes |= {key: [str(each) for each in with_full_paths({key: axes[key]})[key]] for key in PATHS if key in axes}
+    if mapping.get("from_adapter") is not None:
+        from tunerkit_cli.preparing.starting import completed
+
+        mapping = completed(mapping, reading.structure(mapping), resume=False)
+    compared, ranks = _listed(methods), [_size(each) for each in _listed(sizes)]
+    if ranks and not compared:
+        compared = [mapping.get("method") or default_method(has_data=mapping.get("data") is not None)]
+    if not compared:
+        arms_of(mapping, axes)  # refuses what is wrong with them
+    has_rate = any("learning_rate" in each for each in (*axes, *fixed))
+    return Plan(mapping, axes, seeds, compared, ranks, searches_rates=bool(compared) and not has_rate)
+
+
+def _listed(text: str | None) -> list[str]:
+    return [each.strip() for each in (text or "").split(",") if each.strip()]
 
 
 def _size(text: str) -> int:

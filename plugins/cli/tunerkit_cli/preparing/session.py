@@ -205,7 +205,7 @@ def _watching(
 def _sped_up(recipe: Recipe, task: Task, trainer: Any, *, resume: bool) -> tuple[Recipe, Sequence[Saving]]:
     """Let a trainer compute what its training needs, and return the recipe with what was chosen."""
     keep = {*recipe.training, *(["loss"] if recipe.loss == "trl" else [])}
-    keep |= {"train_sampling_strategy"} if isinstance(task, GenerationTask) and task.is_placed else set()
+    keep |= {"train_sampling_strategy"} if isinstance(task, GenerationTask) and task.keeps_order else set()
     savings = speed_up(trainer, keep=keep, memory=None if recipe.memory is None else recipe.memory * GIB)
     if isinstance(task, TextTask):
         asked = "loss" if recipe.loss == "learned" else None

@@ -22,6 +22,12 @@ _CHAT: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 _A_TEXT: Final = "text: a text, such as: Great film!"
+_PAIRED: Final = (
+    _CHAT,
+    "prompt: a text, such as: Name a colour.",
+    "chosen: the better answer, such as: Blue.",
+    "rejected: the worse answer, such as: No.",
+)
 # For each task, the base model to start from, and the columns of the data with an example of each.
 _STARTS: Final[Mapping[str, tuple[str, ...]]] = {
     "text-classification": (_ENCODER, _A_TEXT, "label: the name of its class, such as: positive"),
@@ -42,30 +48,15 @@ _STARTS: Final[Mapping[str, tuple[str, ...]]] = {
         "prompt and completion: two texts, of which the completion is learned; or",
         "messages: a chat, such as: [{role: user, content: Hi}, {role: assistant, content: Hello!}]",
     ),
-    "preference": (
-        _CHAT,
-        "prompt: a text, such as: Name a colour.",
-        "chosen: the better answer, such as: Blue.",
-        "rejected: the worse answer, such as: No.",
-    ),
-    "orpo": (
-        _CHAT,
-        "prompt: a text, such as: Name a colour.",
-        "chosen: the better answer, such as: Blue.",
-        "rejected: the worse answer, such as: No.",
-    ),
+    "preference": _PAIRED,
+    "orpo": _PAIRED,
     "kto": (
         _CHAT,
         "prompt: a text, such as: Name a colour.",
         "completion: an answer, such as: Blue.",
         "label: whether it is a good one, such as: true",
     ),
-    "reward": (
-        _CHAT,
-        "prompt: a text, such as: Name a colour.",
-        "chosen: the better answer, such as: Blue.",
-        "rejected: the worse answer, such as: No.",
-    ),
+    "reward": _PAIRED,
     "seq2seq": (
         "google-t5/t5-small",
         "source: the text to read, such as: Guten Tag",

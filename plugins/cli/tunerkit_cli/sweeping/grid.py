@@ -1,4 +1,4 @@
-"""The settings of a sweep: each combination of the values that were given, as a recipe of its own."""
+"""The plan of a sweep, and its settings: each combination of the values that were given, as a recipe of its own."""
 
 import itertools
 import math
@@ -27,6 +27,32 @@ _FIXED: Final[Mapping[str, str]] = {
 _PART: Final = re.compile(r""""[^"]*"|'[^']*'|.""", re.DOTALL)
 # What changes the size of a method, which --sizes sets.
 _OF_SIZE: Final = ("rank", "target_rank", "init_rank", "rank_pattern", "targets", "exclude")
+
+
+@attrs.frozen(eq=False)
+class Plan:
+    """A sweep as it began.
+
+    Attributes:
+        mapping: The recipe's mapping, without what varies.
+        axes: The values of each key that varies, as texts.
+        seeds: How many seeds each setting has.
+        methods: The methods that are compared; empty if settings are.
+        sizes: Their sizes, as ranks of LoRA; empty for those of the recipe.
+        contenders: What is compared, as `contenders_of` returns it.
+        searches_rates: Whether each method is compared at the best of three rates: the usual one, a third of it, and
+            three times as much.
+        digests: Those of the files of data, by path, when it began.
+    """
+
+    mapping: Mapping[str, Any]
+    axes: Mapping[str, Sequence[str]]
+    seeds: int
+    methods: Sequence[str] = ()
+    sizes: Sequence[int] = ()
+    contenders: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
+    searches_rates: bool = False
+    digests: Mapping[str, str] = attrs.field(factory=dict)
 
 
 @attrs.frozen

@@ -26,7 +26,12 @@ _OF_LOSS: Final = (
 def refuse_unlike(task: Task, keys: Iterable[str]) -> None:
     """Raise `ConfigError` if runs of a task cannot be compared by the score of their rows, where these keys differ."""
     if task.name == "embedding":
-        raise ConfigError(["tunerkit sweep scores rows one by one, and the loss of embeddings is one of batches"])
+        raise ConfigError(
+            [
+                "embedding: its loss is one of batches, and a sweep scores rows one by one; run `tunerkit train` for "
+                "each value, and compare the runs with `tunerkit report`"
+            ]
+        )
     unlike = [key for key in keys if key.rpartition(".")[2] in _OF_LOSS]
     if unlike and not task.one_class:
         raise ConfigError(

@@ -63,7 +63,8 @@ def _settings(name: str, size: int, config: Mapping[str, Any], count: Count) -> 
         return {"target_rank": size, **({"budget_unit": "parameters"} if "budget_unit" in fields else {})}
     if "rank" not in fields:
         return f"--sizes: {name} has no rank, so it cannot be given a size; compare it without --sizes"
-    wanted = count(_REFERENCE, {**_targets(config), "rank": size})
+    shared = {key: config[key] for key in ("targets", "exclude", "train_modules") if key in config}
+    wanted = count(_REFERENCE, {**shared, "rank": size})
     if name == _REFERENCE:
         return {"rank": size}
     tried = {rank: number for rank, number in _ranks(name, wanted, config, count)}
@@ -103,10 +104,6 @@ def _ranks(name: str, wanted: int, config: Mapping[str, Any], count: Count) -> I
             high = middle - 1
         else:
             low = middle + 1
-
-
-def _targets(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: config[name] for name in ("targets", "exclude", "train_modules") if name in config}
 
 
 def _shared(names: Sequence[str], above: int, config: Mapping[str, Any], count: Count) -> Iterator[str]:

@@ -25,14 +25,13 @@ from tunerkit_cli.preparing.session import Session, base_of
 from tunerkit_cli.preparing.starting import head_labels, wrapped
 from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.report import wording
-from tunerkit_cli.report.html.sweep import page
 from tunerkit_cli.rows import DataError, split
 from tunerkit_cli.running.run import run
 from tunerkit_cli.running.training import reason_of
-from tunerkit_cli.sweeping.grid import RATE, Arm, arms_of, refuse_sizes, rounds
+from tunerkit_cli.sweeping.grid import RATE, Arm, Plan, arms_of, refuse_sizes, rounds
 from tunerkit_cli.sweeping.scoring import metric_of, refuse_unlike, row_scores
 from tunerkit_cli.sweeping.sizes import contenders_of
-from tunerkit_cli.sweeping.telling import Result, chosen, notes, panels, printed, sentence, table, value, values
+from tunerkit_cli.sweeping.telling import Result, chosen, notes, page, panels, printed, sentence, table, value, values
 from tunerkit_cli.tasks.base import Row, Task
 from tunerkit_cli.tasks.metrics import refuse_unusable
 from tunerkit_cli.telling import say
@@ -54,29 +53,6 @@ class HoursError(SweepError):
     """The hours of a sweep have passed, or are too few."""
 
 
-@attrs.frozen(eq=False)
-class Plan:
-    """A sweep as it began.
-
-    Attributes:
-        mapping: The recipe's mapping, without what varies.
-        axes: The values of each key that varies, as texts.
-        seeds: How many seeds each setting has.
-        methods: The methods that are compared; empty if settings are.
-        sizes: Their sizes, as ranks of LoRA; empty for those of the recipe.
-        contenders: What is compared, as `contenders_of` returns it.
-        digests: Those of the files of data, by path, when it began.
-    """
-
-    mapping: Mapping[str, Any]
-    axes: Mapping[str, Sequence[str]]
-    seeds: int
-    methods: Sequence[str] = ()
-    sizes: Sequence[int] = ()
-    contenders: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
-    digests: Mapping[str, str] = attrs.field(factory=dict)
-
-
 def sweep(
     plan: Plan,
     out: Path,
@@ -84,7 +60,6 @@ def sweep(
     *,
     resume: bool,
     hours: float | None = None,
-    any_rate: bool = False,
     allow_code: bool = False,
 ) -> None:
     """Run a sweep, or go on with it, print the table and the sentence, and write the report.
@@ -95,7 +70,6 @@ def sweep(
         console: Where to print.
         resume: Whether the folder has a sweep that goes on.
         hours: No run begins that would end later, as long as runs took so far.
-        any_rate: Whether methods are compared at the best of three rates, around the recipe's or the task's usual one.
         allow_code: Whether the files of the recipe's metrics may run.
 
     Raises:
@@ -115,7 +89,7 @@ def sweep(
         parts = _parted(data)
         digests = digests_of(first)
         if not resume:
-            if any_rate:
+            if plan.searches_rates:
                 usual = first.training.get("learning_rate", task.defaults["learning_rate"])
                 plan = attrs.evolve(plan, axes={RATE: [f"{usual * each:.3g}" for each in _RATES], **plan.axes})
             if plan.methods:
@@ -330,7 +304,7 @@ class _Runs:
 
     def seed(self, arm: Arm, number: int) -> int:
         """The seed of a setting's run, by its number."""
-        return int(arm.recipe.training.get("seed", 0)) + number
+        return int(arm.recipe.training.get("seed") or 0) + number
 
     def folder(self, arm: Arm, number: int) -> RunFolder:
         """The folder of a run."""
@@ -343,8 +317,7 @@ class _Runs:
 
     def scores(self, arm: Arm, number: int) -> dict[str, Any]:
         """The scores of a run that has ended."""
-        path = self.folder(arm, number) / SCORES
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((self.folder(arm, number) / SCORES).read_text(encoding="utf-8"))
         return found
 
     def common_seeds(self) -> int:

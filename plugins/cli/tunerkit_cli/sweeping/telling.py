@@ -9,6 +9,7 @@ import rich.table
 from tunerkit.paths import few
 from tunerkit_cli.report import wording
 from tunerkit_cli.report.curves import Curve, Panel
+from tunerkit_cli.report.html.page import drawn, filled
 from tunerkit_cli.report.html.tables import Table
 from tunerkit_cli.sweeping.grid import Arm
 from tunerkit_cli.sweeping.statistics import Difference, Outcome, Scores, outcome, rows_to_tell, seeds_to_tell
@@ -158,6 +159,13 @@ def _panel(x_title: str, metric: str, curves: tuple[Curve, ...]) -> list[Panel]:
     is_log = min(places) > 0 and max(places) > _LINEAR * min(places)
     title = f"{wording.capitalised(metric)}{' in %' if metric == 'accuracy' else ''} over the {x_title}"
     return [Panel(x_title, title, curves, x_title=x_title, x_is_log=is_log)]
+
+
+def page(title: str, said: str, noted: Sequence[str], data: Table, groups: Sequence[Sequence[Panel]]) -> str:
+    """Return the report of a sweep as one HTML file: its sentence, its notes, its table, and its charts."""
+    values = {"title": title, "sentence": wording.capitalised(said), "notes": [*map(wording.capitalised, noted)]}
+    charts = [each for group in groups if group for each in drawn(group)]
+    return filled("sweep.html.j2", {**values, "table": data, "charts": charts})
 
 
 def notes(results: Mapping[str, Result], rates: Mapping[str, Sequence[float]]) -> list[str]:

@@ -15,6 +15,8 @@ from tunerkit_transformers.pretrained import Pretrained
 
 SAMPLES, _SHORT = 2, Answering(24)
 _MOST = 230.0  # e to this power is within what a record may hold
+PROMPT = Column("prompt", ("instruction", "question"))
+COMPLETION = Column("completion", ("response", "answer", "output"), predicted=True)
 _FORMS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
 
 
@@ -24,10 +26,10 @@ class GenerationTask(Task):
     max_length: ClassVar[int] = 1024
     measures: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy", "mean_token_accuracy")
     answer: ClassVar[str] = "completion"  # the name of what is predicted
-    # Whether the trainer leaves out rows whose prompt fills its greatest length.
-    leaves_out: ClassVar[bool] = True
-    # Whether rows share a batch by their places: then a batch is not made of rows of one length.
-    is_placed: ClassVar[bool] = False
+    # Whether the trainer itself leaves out rows whose prompt fills its greatest length.
+    drops_long_prompts: ClassVar[bool] = True
+    # Whether rows are trained in the order that they are given in: else in another, and those of one length together.
+    keeps_order: ClassVar[bool] = False
     # Language models are larger, and their rows longer.
     defaults: ClassVar[Mapping[str, Any]] = {
         **Task.defaults,
@@ -87,8 +89,8 @@ class CausalLm(GenerationTask):
     trainer: ClassVar[tuple[str, str]] = ("trl.trainer.sft_trainer:SFTTrainer", "trl.trainer.sft_config:SFTConfig")
     columns: ClassVar[tuple[Column, ...]] = (
         Column("messages", ("conversations",)),
-        Column("prompt", ("instruction", "question")),
-        Column("completion", ("response", "answer", "output"), predicted=True),
+        PROMPT,
+        COMPLETION,
         Column("text"),
     )
 

@@ -3,20 +3,19 @@
 import math
 import random
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, ClassVar
 
 import tunerkit
 from tunerkit_cli.rows import BadValue, DataError, Table
-from tunerkit_cli.tasks.base import Column, Results, Row, Task, require_package
+from tunerkit_cli.tasks.base import Column, MissingPackageError, Results, Row, Task
 from tunerkit_cli.tasks.generating import refusing_template, require_tokens
-from tunerkit_cli.tasks.language import GenerationTask, measured
+from tunerkit_cli.tasks.language import COMPLETION, PROMPT, GenerationTask, measured
 from tunerkit_cli.tasks.texts import token_limit
 from tunerkit_cli.tasks.turns import messages_of, one_kind, refuse_lost, rendered
 from tunerkit_transformers.pretrained import Pretrained
 
 _TRUTH: Mapping[object, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
-_PROMPT = Column("prompt", ("question", "instruction"))
-_COMPLETION = Column("completion", ("response", "answer", "output"), predicted=True)
 _PAIR = (Column("chosen", predicted=True), Column("rejected", predicted=True))
 
 
@@ -24,10 +23,7 @@ class Preference(GenerationTask):
     """Rows with ``prompt``, ``chosen`` and ``rejected``, texts or conversations; TRL's `DPOTrainer`."""
 
     trainer: ClassVar[tuple[str, str]] = ("trl.trainer.dpo_trainer:DPOTrainer", "trl.trainer.dpo_config:DPOConfig")
-    columns: ClassVar[tuple[Column, ...]] = (
-        _PROMPT,
-        *_PAIR,
-    )
+    columns: ClassVar[tuple[Column, ...]] = (PROMPT, *_PAIR)
     main_metric: ClassVar[str] = "reward_accuracy"
     measures: ClassVar[tuple[str, ...]] = ("loss", "reward_accuracy", "reward_margin")
     # A lower learning rate than for supervised training, as is usual for DPO.
@@ -47,14 +43,18 @@ class Orpo(Preference):
     """The same rows, learned without a reference: the chosen answer as in supervised training, and its odds."""
 
     trainer: ClassVar[tuple[str, str]] = ("trl.experimental.orpo:ORPOTrainer", "trl.experimental.orpo:ORPOConfig")
-    leaves_out: ClassVar[bool] = False
+    drops_long_prompts: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Any]] = {**Preference.defaults, "remove_unused_columns": False}
 
     def trainer_classes(self) -> tuple[type[Any], type[Any]]:
-        """The classes of the trainer and of its arguments, which TRL calls experimental."""
-        require_package("trl", f"the task {self.name}", "lm")
-        require_package("trl.experimental.orpo", f"the task {self.name}", "lm")
-        return super().trainer_classes()
+        """The classes of the trainer and of its arguments. Raises `MissingPackageError` if TRL has them no more."""
+        try:
+            return super().trainer_classes()
+        except (ImportError, AttributeError) as problem:  # it calls them experimental
+            raise MissingPackageError(
+                f"the task {self.name} needs TRL's ORPOTrainer, which the installed TRL {version('trl')} does not have "
+                "in trl.experimental.orpo; install TRL 1.16, or use --task preference"
+            ) from problem
 
     def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
         """Nothing: there is no reference."""
@@ -65,11 +65,11 @@ class Kto(GenerationTask):
     """Rows with ``prompt``, ``completion`` and ``label``: whether the answer is a good one; TRL's `KTOTrainer`."""
 
     trainer: ClassVar[tuple[str, str]] = ("trl.trainer.kto_trainer:KTOTrainer", "trl.trainer.kto_config:KTOConfig")
-    columns: ClassVar[tuple[Column, ...]] = (_PROMPT, _COMPLETION, Column("label", ("kto_tag",), predicted=True))
+    columns: ClassVar[tuple[Column, ...]] = (PROMPT, COMPLETION, Column("label", ("kto_tag",), predicted=True))
     main_metric: ClassVar[str] = "reward_margin"
     measures: ClassVar[tuple[str, ...]] = ("loss", "reward_margin")
     defaults: ClassVar[Mapping[str, Any]] = {**GenerationTask.defaults, "learning_rate": 5e-5}
-    is_placed: ClassVar[bool] = True  # a row's completion is compared with its neighbour's
+    keeps_order: ClassVar[bool] = True  # a row's completion is compared with its neighbour's
 
     def checked(self, row: Row) -> Row:
         """Prompt and answer as of other language models; the label is true or false, also as a text or a number."""
@@ -111,7 +111,7 @@ class Reward(Task):
         "trl.trainer.reward_trainer:RewardTrainer",
         "trl.trainer.reward_config:RewardConfig",
     )
-    columns: ClassVar[tuple[Column, ...]] = (Column("prompt", _PROMPT.other_names, needed=False), *_PAIR, _COMPLETION)
+    columns: ClassVar[tuple[Column, ...]] = (Column("prompt", PROMPT.other_names, needed=False), *_PAIR, COMPLETION)
     max_length: ClassVar[int] = 1024
     main_metric: ClassVar[str] = "accuracy"
     measures: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "margin")
