@@ -137,7 +137,7 @@ class AdapterConfig:
     @classmethod
     def __attrs_init_subclass__(cls) -> None:
         if cls.__attrs_post_init__ is not AdapterConfig.__attrs_post_init__:
-            raise TypeError(f"{cls.__name__} overrides __attrs_post_init__, which checks it; override problems()")
+            raise TypeError(f"{cls.__name__} overrides __attrs_post_init__, which checks values; override problems()")
         _check_annotations(cls, ())
         made, fields = cast(Any, cls.__init__), _settings(cls)
 

@@ -146,7 +146,7 @@ class Slots(nn.Module):
 
     @property
     def _by_name(self) -> dict[str, Slot]:
-        """The slots by adapter name: torch's dict of children, since `add_module` rejects names such as "forward"."""
+        """Torch's own dict of children: the slots by adapter name, among them names that `add_module` would reject."""
         slots: Any = torch_private.own_children(self)
         return slots  # type: ignore[no-any-return]
 

@@ -72,7 +72,7 @@ class _Rotation:
 
 
 def _rotate_(batch: Sequence[tuple[SvdLayer, Tensor]], total: float) -> None:
-    """Rotate layers of equal device, dtype and shape of λ: large tensors by shape, small ones all at once."""
+    """Rotate layers that share device, dtype and shape of λ: P and Q in a batch per shape, small matrices in one."""
     shapes: dict[tuple[object, ...], list[tuple[SvdLayer, Tensor]]] = defaultdict(list)
     for layer, score in batch:
         shapes[layer.p.shape, layer.q.shape].append((layer, score))

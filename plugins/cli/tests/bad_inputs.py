@@ -67,14 +67,27 @@ def _train(what: str, options: str, *, until: str = "", **files: str) -> BadInpu
     return BadInput(what, f"train --model bert --data reviews.csv {options}", files, until=until)
 
 
+def _rewarded(what: str, options: str) -> BadInput:
+    rows = json.dumps({"prompt": "film", "solution": "good"}) + "\n"
+    command = f"train --task grpo --model llama --data asked.jsonl {options}"
+    return BadInput(what, command, {"asked.jsonl": 8 * rows, "rules.py": _RULES}, _TRL)
+
+
 def _recipe(what: str, text: str, until: str = "") -> BadInput:
     name = f"{'-'.join(what.split())}.yaml"
     return BadInput(what, f"train {name} --model bert --data reviews.csv", {name: text}, until=until)
 
 
+_TRL = ("trl", "datasets")
+_RULES = """
+def score(prompts, completions, answers, **columns):
+    return [1.0]
+
+def nan(completions, **columns):
+    return [float("nan") for _ in completions]
+"""
 _GOOD = "text,label\n" + "good film,good\nbad plot,bad\n" * 10
 _PREFERENCES = [{"prompt": "the film", "chosen": "good", "rejected": [{"role": "assistant", "content": "bad"}]}] * 8
-_TRL = ("trl", "datasets")
 _ASKED = {"role": "user", "content": "film"}
 
 DATA = (
@@ -237,6 +250,12 @@ RECIPES = (
     _recipe("an unknown schedule", "training: {lr_scheduler_type: cosin}\n", until="is not a valid SchedulerType"),
     _recipe("a logger that is not installed", "training: {report_to: nowhere}\n", until="nowhere is not supported"),
     _recipe("a metric that does not exist", "metric: rouge\n"),
+    _rewarded("rewards without a function", ""),
+    _rewarded("a reward in code", "--set reward=rules.py:score"),
+    _rewarded("a reward that is not in its file", "--set reward=rules.py:scores --allow-code"),
+    _rewarded("a reward that fails", "--set reward=rules.py:score --allow-code"),
+    _rewarded("a reward that is not a number", "--set reward=rules.py:nan --allow-code"),
+    _train("a reward for a classifier", "--set reward=rules.py:nan --allow-code", **{"rules.py": _RULES}),
     _train("a metric in code", "--set metric=own.py:score", **{"own.py": "def score(given, right): return 1\n"}),
     BadInput("a recipe that is not there", "train recipes.yaml"),
     _train("prompts to learn, for a task without prompts", "--set train_on_prompts=true"),

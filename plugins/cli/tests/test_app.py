@@ -78,6 +78,7 @@ print("imported", [name for name in {SLOW!r} if name in sys.modules], code or 0)
         (["init", "causal-lm"], 0, "task: causal-lm"),
         (["init", "casual-lm"], 2, "no task 'casual-lm'; did you mean 'causal-lm'?"),
         (["schema"], 0, '"title": "A recipe of tunerkit"'),
+        (["schema", "kto"], 0, '{"prompt": "Name a colour.", "completion": "Blue.", "label": true}'),
     ],
 )
 def test_help_and_errors_import_nothing_slow(arguments: list[str], code: int, words: str) -> None:

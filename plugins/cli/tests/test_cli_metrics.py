@@ -14,7 +14,8 @@ from tests.support.tiny_models import save_tiny_llama, save_tiny_t5
 from tests.support.train_command import arguments_of as classifier, command, record_of, signalled, succeeded
 from tunerkit.errors import ConfigError
 from tunerkit_cli.tasks import metrics, task_of
-from tunerkit_cli.tasks.metrics import _NAMED, Measure, _functions, measure_of, refuse_unusable
+from tunerkit_cli.tasks.functions import _functions
+from tunerkit_cli.tasks.metrics import _NAMED, Measure, measure_of, refuse_unusable
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
 from tunerkit_transformers import agreement

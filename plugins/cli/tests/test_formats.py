@@ -137,8 +137,8 @@ def test_what_a_recipe_names_is_read_as_it_is() -> None:
         ({"prompt": "x", "completion": "y", "label": True}, None, "'label' of true or false are unpaired .*--task kto"),
         ({"q": "x", "completion": "y", "label": False}, None, "unpaired preferences: pass --task kto"),
         ({"messages": [ASKED, GOOD], "kto_tag": False}, None, "'kto_tag' of true or false"),
-        ({"prompt": "x", "answer": "y"}, None, "no completions, as for GRPO, .*--task causal-lm if it is 'answer'"),
-        ({"prompt": [ASKED], "solution": "y"}, None, "no completions, as for GRPO"),
+        ({"prompt": "x", "answer": "y"}, None, "no completions.*--task grpo.*--task causal-lm if it is 'answer'"),
+        ({"prompt": [ASKED], "solution": "y"}, None, "no completions.*--task grpo"),
         ({"image": "x.png", "text": "y"}, None, "has images in 'image' beside the text in 'text', which no task reads"),
         ({"messages": [ASKED, GOOD], "images": ["x.png"]}, "causal-lm", "has images in 'images' beside .*'messages'"),
         (

@@ -31,6 +31,7 @@ COLUMNS = {
     "orpo": ("prompt", "chosen", "rejected"),
     "kto": ("prompt", "completion", "label"),
     "reward": ("prompt", "chosen", "rejected"),
+    "grpo": ("prompt", "solution"),
     "seq2seq": ("source", "target"),
     "image-classification": ("image", "label"),
     "embedding": ("anchor", "positive", "negative"),

@@ -243,7 +243,7 @@ def _host_group() -> _HostGroup | None:
 
 @atexit.register
 def _close_() -> None:
-    """End the threads of this process's host groups before the interpreter shuts down.
+    """End the threads of this process's CPU (gloo) groups before the interpreter shuts down.
 
     A thread that frees a tensor during the shutdown aborts the process (pytorch/pytorch#179291).
     """

@@ -14,7 +14,7 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def _kept_whole(module: nn.Module) -> str | None:
-    """Return why a merge into a module would be lost, while FSDP2 has gathered its weights; else None."""
+    """Return why a merge into a module would be lost, if FSDP2 has gathered its weights now; None if it would last."""
     if not is_managed_by_fsdp2(module) or any(map(dtensors.is_split, module.parameters())):
         return None
     return (

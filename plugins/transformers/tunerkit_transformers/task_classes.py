@@ -55,7 +55,7 @@ TASKS: Mapping[str, TaskClasses] = {
         "a classifier of tokens",
     ),
     **dict.fromkeys(
-        ("causal-lm", "preference", "orpo", "kto"),
+        ("causal-lm", "preference", "orpo", "kto", "grpo"),
         TaskClasses("AutoModelForCausalLM", CAUSAL, TEXT, None, "text-generation", "a causal language model"),
     ),
     "reward": TaskClasses(_SEQUENCES, _OF_SEQUENCES, TEXT, "regression", None, "a reward model"),

@@ -27,10 +27,16 @@ def init(
 
 
 def schema(
-    method: Annotated[str | None, typer.Argument(help="A method, whose settings `config` then has.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A method, whose settings `config` then has; or a task, for a row of its data.")
+    ] = None,
 ) -> None:
-    """Print the JSON schema of recipes, with which an editor completes and checks them."""
-    found = reading.schema()
+    """Print the JSON schema of recipes, with which an editor completes and checks them, or rows of a task's data."""
+    if name in TASKS:
+        for row in writing.example_rows(name):
+            typer.echo(json.dumps(row, ensure_ascii=False))
+        return
+    found, method = reading.schema(), name
     if method is not None:
         config = found["properties"]["config"]
         from tunerkit import hooks  # imports torch

@@ -59,7 +59,7 @@ def train(
         bool, typer.Option("--dry-run", help="Show data, lengths, steps and parameters, and stop.")
     ] = False,
     allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run the Python files that the recipe's `metric` names.")
+        bool, typer.Option("--allow-code", help="Run the Python files that the recipe's `metric` and `reward` name.")
     ] = False,
     **flags: Any,
 ) -> None:

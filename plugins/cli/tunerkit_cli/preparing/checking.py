@@ -21,6 +21,7 @@ from tunerkit_cli.tasks import TaskError, task_of
 from tunerkit_cli.tasks.base import Task, require_package
 from tunerkit_cli.tasks.formats import infer, refuse_other, standard
 from tunerkit_cli.tasks.metrics import refuse_unfit, refuse_unusable
+from tunerkit_cli.tasks.rewards import refuse_rewards
 from tunerkit_cli.tasks.turns import read_template
 from tunerkit_transformers.output_folder import read_run
 from tunerkit_transformers.pretrained import refuse_missing
@@ -32,6 +33,7 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool, allow_code: bool = F
     """Raise `TunerkitError` if a run is refused without torch: by its folder, files, columns, metrics or arguments."""
     recipe = with_home(recipe)
     refuse_unusable(recipe.metric or (), recipe.training.get("metric_for_best_model"), allow_code=allow_code)
+    refuse_rewards(recipe.reward or (), None, allow_code=allow_code)
     if "tensorboard" in str(recipe.training.get("report_to")) and find_spec("tensorboardX") is None:
         require_package("tensorboard", "training.report_to: tensorboard", "tensorboard")
     folder = RunFolder(Path(recipe.out))
@@ -57,6 +59,7 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool, allow_code: bool = F
         if found := [*filter(None, (name_problem(name, task.name) for name in recipe.training))]:
             raise ConfigError(found)
         refuse_unfit(recipe.metric or (), task)
+        refuse_rewards(recipe.reward or (), task, allow_code=allow_code)
         whole = [each for each in (*tables, *others) if not (recipe.drop_bad_rows and len(each) == _HEAD)]
         _refuse_columns(task, whole, recipe.columns)
 

@@ -12,7 +12,8 @@ from tunerkit_cli.rows import DataError
 from tunerkit_cli.tasks.base import NOT_LEARNED, Task
 from tunerkit_cli.tasks.generating import prompt_length, refusing_template
 from tunerkit_cli.tasks.language import CausalLm, GenerationTask
-from tunerkit_cli.tasks.texts import positions_of
+from tunerkit_cli.tasks.rewards import Grpo
+from tunerkit_cli.tasks.texts import positions_of, token_limit
 from tunerkit_transformers.pretrained import Pretrained
 
 NO_ROOM = "the prompt fills max_length"
@@ -66,7 +67,7 @@ def build_fitted(
     kind, _ = task.trainer_classes()
     settings = {f"{part}_dataset": rows for part, (_, rows) in parts.items()} | task.trainer_settings(loaded)
     settings |= {"model": loaded.model, "processing_class": loaded.processor, "callbacks": callbacks}
-    if isinstance(task, GenerationTask) and task.keeps_order and arguments.per_device_train_batch_size < 2:
+    if task.name == "kto" and arguments.per_device_train_batch_size < 2:
         why = f"{task.name} compares each answer with that of the row before it"
         raise ConfigError([f"training.per_device_train_batch_size: expected at least 2, got 1, because {why}"])
     packing = vars(arguments).get("packing")
@@ -74,14 +75,19 @@ def build_fitted(
         _refuse_mixing(loaded)
     if not isinstance(task, GenerationTask) or task.name == "seq2seq" or packing:
         return build_trainer(kind, arguments, **settings), {}
-    limit, is_plain = arguments.max_length, isinstance(task, CausalLm)
+    limit, is_plain, room = vars(arguments).get("max_length"), isinstance(task, CausalLm), 1
+    if isinstance(task, Grpo):  # whose trainer has no such limit
+        limit = token_limit(loaded, task.limit)
+        room = task.room(arguments, limit)
     if not task.drops_long_prompts and limit is not None:
-        settings |= {f"{part}_dataset": _with_room(rows, limit, loaded) for part, (_, rows) in parts.items() if rows}
+        most = limit - room
+        settings |= {f"{part}_dataset": _with_room(rows, most, loaded) for part, (_, rows) in parts.items() if rows}
     if is_plain:
         arguments.max_length = None  # the trainer does not say what it cut, and fails later if nothing is left
     with refusing_template(loaded, "a conversation"):
         trainer = build_trainer(kind, arguments, **settings)
-    arguments.max_length = trainer.args.max_length = limit
+    if is_plain:
+        arguments.max_length = trainer.args.max_length = limit
     fits = {}
     for part, (source, encoded) in parts.items():
         name = f"{part}_dataset"
@@ -91,7 +97,7 @@ def build_fitted(
             rows, fit = _fitted(getattr(trainer, name), limit, arguments.truncation_mode)
             setattr(trainer, name, rows)
         else:
-            fit = _fit_of_pairs(encoded, getattr(trainer, name), limit, loaded)
+            fit = _fit_of_pairs(encoded, getattr(trainer, name), limit, loaded, room)
         if not len(getattr(trainer, name)):
             if NO_ROOM not in fit.left_out:
                 raise DataError(
@@ -152,19 +158,19 @@ def _fitted(rows: Any, limit: int | None, mode: str) -> tuple[Any, Fit]:
     return rows, fit
 
 
-def _fit_of_pairs(rows: Any, kept: Any, limit: int | None, loaded: Pretrained) -> Fit:
-    """How answers fit, of which the trainer has left out those whose prompt is too long."""
+def _fit_of_pairs(rows: Any, kept: Any, limit: int | None, loaded: Pretrained, room: int) -> Fit:
+    """How answers fit, of which those are left out whose prompt leaves less than so much room."""
     missing = len(rows) - len(kept)
     answers = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in kept.column_names]
     if not missing and answers:
         columns = (kept[name] for name in ("prompt_ids", *answers))
         lengths = sorted(len(prompt) + max(map(len, each)) for prompt, *each in zip(*columns, strict=True))
         return Fit(limit, lengths, 0 if limit is None else sum(length > limit for length in lengths))
-    needed = max(prompt_length(loaded, row["prompt"]) for row in rows) + 1
+    needed = max(prompt_length(loaded, row["prompt"]) for row in rows) + room
     return Fit(limit, left_out={NO_ROOM: missing} if missing else {}, needed=needed)
 
 
-def _with_room(rows: Any, limit: int, loaded: Pretrained) -> Any:
-    """The rows whose prompt leaves room for an answer."""
-    kept = [number for number, row in enumerate(rows) if prompt_length(loaded, row["prompt"]) < limit]
+def _with_room(rows: Any, most: int, loaded: Pretrained) -> Any:
+    """The rows whose prompt has at most so many tokens."""
+    kept = [number for number, row in enumerate(rows) if prompt_length(loaded, row["prompt"]) <= most]
     return rows.select(kept)

@@ -26,6 +26,7 @@ from tunerkit_cli.rows import read_table
 from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.language import SAMPLES, CausalLm, GenerationTask, settle_prompts_
 from tunerkit_cli.tasks.metrics import Measure, measure_of
+from tunerkit_cli.tasks.rewards import settle_rewards_
 from tunerkit_cli.tasks.texts import TextTask, labels_of, short_to_long
 from tunerkit_cli.tasks.turns import read_template
 from tunerkit_cli.tasks.weights import class_weights, weighted_loss
@@ -113,6 +114,7 @@ def prepare(
     folder = RunFolder(Path(recipe.out))
     restarts = read_restarts(folder) if resume else ()
     measure = measure_of(recipe.metric or (), task, data.held_out, recipe.metric_rows)
+    settle_rewards_(task, recipe.reward or (), data.train)
     start = start_of(recipe, resume=resume)
     labels, ordered = head_labels(start, task, data)
     arguments = _arguments(recipe, task, data, resume=resume)
@@ -198,7 +200,7 @@ def _watching(
     may_restart = recipe.on_collapse == "restart" and len(restarts) < MOST
     # A restart goes back to a checkpoint, and must not depend on the speed of the machine.
     spaces = recipe.on_collapse != "restart" and {"save_steps", "save_strategy"}.isdisjoint(asked_of(recipe, task))
-    follow = partial(Learning, guess, tried, usual)
+    follow = partial(Learning, guess, tried, usual, judges=task.judges_loss)
     return Watching(console, tuner, follow, restarts, may_restart=may_restart, spaces=spaces)
 
 

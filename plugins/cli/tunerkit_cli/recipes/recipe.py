@@ -54,7 +54,7 @@ def _read_sources(given: Any) -> Any:
 
 # The keys that name files and folders.
 DATA: Final = ("data", "eval_data")
-PATHS: Final = (*DATA, "out", "model", "from_adapter", "chat_template", "metric")
+PATHS: Final = (*DATA, "out", "model", "from_adapter", "chat_template", "metric", "reward")
 
 
 @attrs.frozen
@@ -153,6 +153,12 @@ class Recipe:
         None,
         "What is measured on held-out rows beside the task's own metrics: of generated texts exact_match, rouge_l or "
         "chrf, or a function, `FILE.py:FUNCTION`, with --allow-code; or a list of these.",
+        converter=lambda given: [given] if isinstance(given, str) else given,
+    )
+    reward: str | list[str] | None = _key(
+        None,
+        "What scores the answers of the task grpo, with --allow-code: a function, `FILE.py:FUNCTION`, or a list of "
+        "these, whose rewards are added.",
         converter=lambda given: [given] if isinstance(given, str) else given,
     )
     metric_rows: int | None = _key(

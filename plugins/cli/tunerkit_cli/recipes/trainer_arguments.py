@@ -21,6 +21,7 @@ _CLASSES: Final[Mapping[str, tuple[str, ...]]] = {
     "orpo": ("ORPOConfig", "trl/experimental/orpo/orpo_config.py", *_TRL),
     "kto": ("KTOConfig", "trl/trainer/kto_config.py", *_TRL),
     "reward": ("RewardConfig", "trl/trainer/reward_config.py", *_TRL),
+    "grpo": ("GRPOConfig", "trl/trainer/grpo_config.py", *_TRL),
     "seq2seq": ("Seq2SeqTrainingArguments", "transformers/training_args_seq2seq.py", _USUAL[1]),
 }
 

@@ -26,7 +26,8 @@ def described(session: Session) -> Iterator[str]:
     data, arguments, train_set = session.data, session.trainer.args, session.trainer.train_dataset
     yield f"{session.task.name}: {len(data.train)} training rows of {data.source}, {len(data.held_out)} held out"
     used = ", ".join(name if name == ours else f"{ours} ({name})" for ours, name in data.columns.items())
-    yield f"columns: {used}{f'; left out: {few(data.unused, shown=10)}' if data.unused else ''}"
+    kept = "read by the reward" if session.task.keeps_columns else "left out"
+    yield f"columns: {used}{f'; {kept}: {few(data.unused, shown=10)}' if data.unused else ''}"
     for part, fit in session.fits.items():
         yield from _described_fit(session, part, fit)
     if not session.fits and "input_ids" in (train_set.column_names or ()):

@@ -27,6 +27,7 @@ from tunerkit_cli.preparing.session import Session, prepare
 from tunerkit_cli.preparing.starting import explaining, keep_start, place_start
 from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.running.record import Trained
+from tunerkit_cli.tasks.rewards import RewardError
 from tunerkit_cli.telling import say, telling_warnings
 from tunerkit_cli.watching.callback import DivergedError, LostError, roll_back
 from tunerkit_cli.watching.learning import Reached, judged, reached
@@ -159,6 +160,12 @@ def _train(session: Session, console: Console, *, resume: bool) -> None:
     with closing(watching), watching.interruptible(), telling_warnings(console), explaining(session.start):
         try:
             trainer.train(resume_from_checkpoint=True if resume and session.folder.has_checkpoint else None)
+        except RewardError as problem:
+            out, step = shlex.quote(str(session.folder)), trainer.state.global_step
+            do = f"correct it, and go on with: tunerkit train --out {out} --resume --allow-code"
+            if not session.folder.has_checkpoint:
+                do = "no checkpoint was written yet; correct it, and train again"
+            raise RewardError(f"{problem}, after step {step} of {trainer.state.max_steps}; {do}") from problem
         finally:
             for each in trainer.callback_handler.callbacks:
                 if isinstance(each, TensorBoardCallback) and each.tb_writer is not None:

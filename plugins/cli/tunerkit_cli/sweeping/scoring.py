@@ -32,6 +32,13 @@ def refuse_unlike(task: Task, keys: Iterable[str]) -> None:
                 "each value, and compare the runs with `tunerkit report`"
             ]
         )
+    if task.name == "grpo":
+        raise ConfigError(
+            [
+                "grpo: the rewards of sampled answers are not those of the same answers in each run; run `tunerkit "
+                "train` for each value, and compare the runs with `tunerkit report`"
+            ]
+        )
     unlike = [key for key in keys if key.rpartition(".")[2] in _OF_LOSS]
     if unlike and not task.one_class:
         raise ConfigError(

@@ -26,11 +26,13 @@ TASKS: Mapping[str, tuple[str, str]] = {
     "orpo": ("preferences", "Orpo"),
     "kto": ("preferences", "Kto"),
     "reward": ("preferences", "Reward"),
+    "grpo": ("rewards", "Grpo"),
     "seq2seq": ("language", "Seq2Seq"),
     "image-classification": ("images", "ImageClassification"),
     "embedding": ("embedding", "Embedding"),
 }
-LANGUAGE = ("causal-lm", "preference", "orpo", "kto", "seq2seq")  # that train a language model
+LANGUAGE = ("causal-lm", "preference", "orpo", "kto", "grpo", "seq2seq")  # that train a language model
+EQUAL = "equal_rewards"  # a metric of grpo: the share of prompts whose answers all have the same reward
 GENERATED = ("causal-lm", "seq2seq")  # whose answers metrics by name compare
 
 

@@ -76,6 +76,8 @@ class Task(ABC):
     label_column: ClassVar[str] = ""
     one_class: ClassVar[bool] = False  # whether each row has exactly one, so that there is a confusion matrix
     labelled: ClassVar[str] = "training row has the label"  # for messages
+    keeps_columns: ClassVar[bool] = False  # whether rows keep the other columns of their table too
+    judges_loss: ClassVar[bool] = True  # whether a training's loss tells whether it learns
     batch_counts: ClassVar[bool] = False  # whether a row's loss depends on the size of its batch
     # The classes of the trainer and of its arguments, which are imported when they are needed.
     trainer: ClassVar[tuple[str, str]] = ("transformers:Trainer", "transformers:TrainingArguments")
@@ -101,7 +103,13 @@ class Task(ABC):
     ) -> list[Row]:
         """Return the table's rows under our names of the columns, with checked values. Raises `DataError`."""
         read = self.columns_read(table, names, predicting=predicting, renaming=renaming)
-        return checked_rows(table, read, self.checked)
+        rows = checked_rows(table, read, self.checked)
+        if not self.keeps_columns or predicting:
+            return rows
+        others = [name for name in table.columns if name not in read.values()]
+        return [
+            {**{name: all_of[name] for name in others}, **row} for all_of, row in zip(table.rows, rows, strict=True)
+        ]
 
     def columns_read(
         self, table: Table, names: Mapping[str, str], *, predicting: bool = False, renaming: bool = True

@@ -155,8 +155,9 @@ def refuse_other(table: Table, names: Mapping[str, str], task: str | None = None
         )
     elif task is None and "prompt" in there and not {*_ANSWERED[:-1], *_OTHER_TASKS} & there:
         said = (
-            "its prompts have no completions, as for GRPO, which no task trains; if there is a column of completions "
-            "to learn, name it with --set columns.completion=NAME, or pass --task causal-lm if it is 'answer'"
+            "its prompts have no completions. To learn from rewards of the model's own answers, pass --task grpo with "
+            "--set reward=FILE.py:FUNCTION and --allow-code; if there is a column of completions to learn, name it "
+            "with --set columns.completion=NAME, or pass --task causal-lm if it is 'answer'"
         )
     elif media and (beside in _BESIDE[:2] or (is_open and (beside or not what.startswith("images")))):
         where = f" beside the text in {shown(beside)}" if beside else ""
@@ -164,7 +165,7 @@ def refuse_other(table: Table, names: Mapping[str, str], task: str | None = None
         said = f"has {what} in {shown(media)}{where}, which no task reads; leave the column out{do}"
     if said:
         raise TaskError(f"{table.source}: {said}")
-    is_silent = not is_kto or task in ("preference", "orpo", "kto", "reward")
+    is_silent = not is_kto or task in ("preference", "orpo", "kto", "reward", "grpo")
     return "" if is_silent else f"{table.source}: {shown(label)} is not read, so good and bad answers are learned alike"
 
 

@@ -178,8 +178,8 @@ class Seq2Seq(GenerationTask):
 
 
 def prompt_of(row: Row) -> str | list[dict[str, str]]:
-    """What a row asks the model: the messages before the last answer, the prompt, the source, or the text."""
-    if "messages" in row:
+    """What a row asks the model: the prompt, the messages before the last answer, the source, or the text."""
+    if "messages" in row and "prompt" not in row:
         messages: list[dict[str, str]] = row["messages"]
         return messages[:-1] if messages[-1]["role"] == "assistant" else messages
     prompt: str | list[dict[str, str]] = next(row[name] for name in ("prompt", "source", "text") if name in row)

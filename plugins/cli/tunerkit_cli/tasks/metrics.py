@@ -1,11 +1,7 @@
 """Metrics of predictions that a recipe adds to its task's: of generated texts, by name, or functions in files."""
 
-import os
 import re
-import runpy
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Any, Final
@@ -13,19 +9,19 @@ from unicodedata import category
 
 import attrs
 
-from tunerkit.errors import ConfigError, FileError, closest, shown
+from tunerkit.errors import ConfigError
 from tunerkit_cli.report.record import GREATEST
 from tunerkit_cli.rows import split
 from tunerkit_cli.tasks import GENERATED
 from tunerkit_cli.tasks.base import Row, Task, require_package
+from tunerkit_cli.tasks.functions import Function, function_of, refuse_code
 from tunerkit_cli.tasks.generating import NEW_TOKENS, Answering
 from tunerkit_cli.tasks.language import GenerationTask
-from tunerkit_transformers.pretrained import Pretrained, closest_path
+from tunerkit_transformers.pretrained import Pretrained
 
 _ROWS: Final = 100  # that a language model answers
 # What is compared of a row, or of its prediction.
 _ANSWERS: Final = ("messages", "completion", "target", "tags", "labels", "value", "label")
-Function = Callable[[list[Any], list[Any]], Any]  # of predictions and references, in the same order
 
 
 def _exact_match(given: list[str], right: list[str]) -> float:
@@ -61,16 +57,12 @@ def refuse_unusable(metrics: Sequence[str], best: object = None, *, allow_code: 
     if wanted in _NAMED and wanted not in names:
         raise ConfigError([f"training.metric_for_best_model: {wanted} is not measured; set metric: {wanted} too"])
     for metric, name in zip(metrics, names, strict=True):
-        path = metric.rpartition(":")[0]
         if (first := metrics[names.index(name)]) != metric:
             raise ConfigError([f"metric: {first} and {metric} have the same name; rename a function"])
-        if path and not os.path.isfile(path):
-            raise FileError(f"metric: {path}: no such file{closest_path(path)}")
-        if path and not allow_code:
-            raise ConfigError([f"metric: {metric} is code; read it, and pass --allow-code to run it"])
+        refuse_code("metric", metric, allowed=allow_code)
         if metric in _PACKAGES:
             require_package(_PACKAGES[metric], f"metric: {metric}", "metrics")
-        _function(metric)
+        function_of("metric", metric, _NAMED)
 
 
 def refuse_unfit(metrics: Sequence[str], task: Task) -> None:
@@ -125,28 +117,8 @@ def measure_of(metrics: Sequence[str], task: Task, rows: Sequence[Row], most: in
         why = "no held-out row has an answer that could be compared" if rows else "there are no held-out rows"
         raise ConfigError([f"metric: {why}; leave metric out"])
     count = most or (_ROWS if isinstance(task, GenerationTask) else len(kept))
-    return Measure(dict(map(_function, metrics)), split(kept, train_rows=count, seed=0)[0])
-
-
-@cache  # so that a file is run once
-def _functions(path: str) -> dict[str, Function]:
-    """The functions of a file with a full path, which may import what is beside it, also when they are called."""
-    sys.path.append(os.path.dirname(path))
-    return {key: each for key, each in runpy.run_path(path).items() if callable(each)}
-
-
-def _function(metric: str) -> tuple[str, Function]:
-    """The name of a metric, and its function, whose file is run for it."""
-    path, _, name = metric.rpartition(":")
-    try:
-        found = _functions(os.path.realpath(path)) if path else _NAMED
-    except (Exception, SystemExit) as problem:
-        raise ConfigError([f"metric: {path} cannot be run: {type(problem).__name__}: {problem}"]) from problem
-    if name not in found:
-        hint = closest(name.casefold(), found) or f"; pass one of {', '.join(_NAMED)}, or FILE.py:FUNCTION"
-        what = f"{path} has no function" if path else "there is none named"
-        raise ConfigError([f"metric: {what} {shown(name)}{hint}"])
-    return name, found[name]
+    functions = dict(function_of("metric", metric, _NAMED) for metric in metrics)
+    return Measure(functions, split(kept, train_rows=count, seed=0)[0])
 
 
 def _answer(given: Mapping[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Final
 import attrs
 
 from tunerkit_cli.report.record import Problem
+from tunerkit_cli.tasks import EQUAL
 
 # --- the training losses ---
 
@@ -123,9 +124,15 @@ def _noise(losses: Sequence[float]) -> float:
 
 
 class Learning:
-    """The losses of a run while it trains, and what is wrong with them; ``guess`` is that of frequencies alone."""
+    """The losses of a run while it trains, and what is wrong with them; ``guess`` is that of frequencies alone.
 
-    def __init__(self, guess: float | None, slower: str, usual: float, total_steps: int) -> None:
+    A loss that says nothing of whether the run learns is not judged (``judges``).
+    """
+
+    def __init__(
+        self, guess: float | None, slower: str, usual: float, total_steps: int, *, judges: bool = True
+    ) -> None:
+        self.judges = judges
         self.guess = guess if guess is not None and 0 < guess < math.inf else None
         self.total, self.slower, self.usual = total_steps, slower, usual
         self.points: list[Point] = []
@@ -136,7 +143,7 @@ class Learning:
     def add(self, entry: Mapping[str, Any]) -> str | None:
         """Take an entry of the trainer's logs. Return a sentence if the run has just been lost, or has recovered."""
         loss, step = entry.get("loss"), entry.get("step")
-        if not isinstance(loss, int | float) or not math.isfinite(loss) or not isinstance(step, int):
+        if not self.judges or not isinstance(loss, int | float) or not math.isfinite(loss) or not isinstance(step, int):
             return None
         self._waiting.append(float(loss))
         if self.points and step - self.points[-1].step < self.total // POINTS:
@@ -234,6 +241,9 @@ def reached(
         text = f"the chosen answer has the greater reward in {metrics['reward_accuracy']:.4f} of {rows} held-out rows"
         text += ", and guessing reaches 0.5"
         return _judged("guessing", text, metrics["reward_accuracy"] > 0.5, rows, advice)
+    if EQUAL in metrics:
+        text = f"all answers to each of {rows} held-out prompts have the same reward, which gives no direction"
+        return _judged(EQUAL, text, metrics[EQUAL] < 1, rows, "a reward that tells more answers apart")
     if "exact" in metrics and "f1" in metrics:
         text = f"no label of {rows} held-out rows was found (micro F1 0)"
         return _judged("one_class", text, metrics["f1"] > 0, rows, advice)

@@ -1,0 +1,138 @@
+"""The task grpo: a language model learns from the rewards of its own answers, which functions in files give."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, ClassVar
+
+from tunerkit import TunerkitError
+from tunerkit.errors import ConfigError, shown
+from tunerkit.paths import few
+from tunerkit_cli.tasks import EQUAL
+from tunerkit_cli.tasks.base import Column, Row, Task
+from tunerkit_cli.tasks.functions import Function, function_of, refuse_code
+from tunerkit_cli.tasks.generating import require_tokens
+from tunerkit_cli.tasks.language import PROMPT, GenerationTask, prompt_of
+from tunerkit_cli.tasks.turns import refuse_lost
+from tunerkit_transformers.pretrained import Pretrained
+
+
+class RewardError(TunerkitError):
+    """A reward function of a recipe fails, or returns what is no reward."""
+
+
+class Grpo(GenerationTask):
+    """Rows with ``prompt``, and with whatever else the reward functions read; TRL's `GRPOTrainer`."""
+
+    trainer: ClassVar[tuple[str, str]] = ("trl.trainer.grpo_trainer:GRPOTrainer", "trl.trainer.grpo_config:GRPOConfig")
+    columns: ClassVar[tuple[Column, ...]] = (PROMPT,)
+    keeps_columns: ClassVar[bool] = True
+    judges_loss: ClassVar[bool] = False
+    drops_long_prompts: ClassVar[bool] = False
+    main_metric: ClassVar[str] = "reward"
+    measures: ClassVar[tuple[str, ...]] = ("loss", "reward", EQUAL, "answer_tokens")
+    # As TRL has it for whole models, times ten for an adapter.
+    defaults: ClassVar[Mapping[str, Any]] = {**GenerationTask.defaults, "learning_rate": 1e-5}
+
+    def __init__(self, name: str, max_length: int | None = None) -> None:
+        super().__init__(name, max_length)
+        self.functions: Sequence[Function] = ()
+
+    def room(self, arguments: Any, limit: int) -> int:
+        """How many of ``limit`` tokens an answer may have. Raises `ConfigError` if they leave none for a prompt."""
+        room: int = arguments.max_completion_length
+        if room >= limit:
+            do = f"lower training.max_completion_length, which is {room}"
+            raise ConfigError([f"max_length: {limit} tokens have no room for a prompt and its answer; {do}"])
+        return room
+
+    def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
+        """The rows as they are, with all their columns."""
+        import datasets
+
+        require_tokens(loaded, chat=isinstance(rows[0]["prompt"], list))
+        refuse_lost([prompt_of(row) for row in rows], loaded)
+        return datasets.Dataset.from_list([*rows], on_mixed_types="use_json")
+
+    def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
+        """The reward functions."""
+        return {"reward_funcs": [*self.functions]}
+
+    def metrics_of(self, found: Mapping[str, Any]) -> dict[str, float]:
+        """The mean reward of sampled answers, how many prompts' answers all have the same, and the loss."""
+        names = {"reward": "reward", EQUAL: "frac_reward_zero_std", "answer_tokens": "completions/mean_length"}
+        return {ours: float(found[f"eval_{name}"]) for ours, name in names.items()} | {
+            "loss": float(found["eval_loss"])
+        }
+
+
+def refuse_rewards(named: Sequence[str], task: Task | None, *, allow_code: bool) -> None:
+    """Raise `TunerkitError` if a recipe's reward functions do not exist or may not run, or if the task takes none."""
+    if task is not None and task.name != "grpo" and named:
+        raise ConfigError([f"reward: is for grpo, and the task is {task.name}; leave the key out"])
+    if task is not None and task.name == "grpo" and not named:
+        raise ConfigError(["reward: grpo needs a function that scores answers: set reward: FILE.py:FUNCTION"])
+    names = [each.rpartition(":")[2] for each in named]
+    for place, (each, name) in enumerate(zip(named, names, strict=True)):
+        if (first := names.index(name)) != place:
+            do = "leave one out" if named[first] == each else "rename a function"
+            raise ConfigError([f"reward: {named[first]} and {each} have the same name; {do}"])
+        refuse_code("reward", each, allowed=allow_code)
+        function_of("reward", each)
+
+
+def settle_rewards_(task: Task, named: Sequence[str], rows: Sequence[Row]) -> None:
+    """Read the reward functions of a task, and try them on an answer to the first row. Raises `TunerkitError`."""
+    refuse_rewards(named, task, allow_code=True)  # which was asked for before
+    if not isinstance(task, Grpo):
+        return
+    from transformers import TrainerState
+
+    task.functions = _checked([function_of("reward", each) for each in named])
+    first = rows[0]
+    answer: Any = [{"role": "assistant", "content": ""}] if isinstance(first["prompt"], list) else ""
+    columns = {name: [value] for name, value in first.items() if name != "prompt"}
+    given = {"completion_ids": [[0]], "trainer_state": TrainerState(), "log_extra": _ignore, "log_metric": _ignore}
+    for function in task.functions:
+        try:
+            function(prompts=[first["prompt"]], completions=[answer], **columns, **given)
+        except RewardError as problem:
+            also = few([shown(name) for name in columns], shown=10) or "none"
+            raise RewardError(
+                f"{problem} (tried on an empty answer to the first row). It is called as TRL calls it, with prompts, "
+                f"completions and the other columns ({also}), all as lists, and returns a number for each completion"
+            ) from problem
+
+
+def _ignore(*given: object) -> None:
+    """What a reward function logs while it is tried."""
+
+
+def _checked(functions: Sequence[tuple[str, Function]]) -> list[Function]:
+    """The functions, whose rewards are checked: finite numbers, or None from some of them where others score."""
+    without: set[int] = set()  # answers that no function has scored so far
+
+    def checking(number: int, name: str, function: Function) -> Callable[..., list[float | None]]:
+        @wraps(function)
+        def scored(**given: Any) -> list[float | None]:
+            count = len(given["completions"])
+            try:
+                rewards = [None if each is None else float(each) for each in function(**given)]
+            except (Exception, SystemExit) as problem:  # of code that is not ours
+                raise RewardError(f"reward {name} failed: {type(problem).__name__}: {problem}") from problem
+            if len(rewards) != count:
+                raise RewardError(f"reward {name} returned {len(rewards)} rewards for {count} answers")
+            for reward, answer in zip(rewards, given["completions"], strict=True):
+                if reward is not None and not math.isfinite(reward):
+                    raise RewardError(f"reward {name} returned {reward} for the answer {shown(answer)}")
+            missing = {place for place, reward in enumerate(rewards) if reward is None}
+            without.intersection_update(missing) if number else without.update(missing)
+            if number == len(functions) - 1 and without:
+                answer = given["completions"][min(without)]
+                without.clear()
+                raise RewardError(f"reward {name} returned None for the answer {shown(answer)}, and no other scores it")
+            return rewards
+
+        return scored
+
+    return [checking(number, name, function) for number, (name, function) in enumerate(functions)]
