@@ -92,10 +92,11 @@ dist: $(DIST_READY) ## build wheels and sdists of all distributions into dist/
 dist-check: $(if $(BORROW),$(DEV_READY)) dist ## install from dist/ into a clean venv outside the clone, and run it
 	.venv-dist/bin/python -m scripts.release check dist $(BORROW)
 
-pages: $(DEV_READY) ## write again what pages say of the repository: commands that install, llms.txt, notebooks
+pages: $(DEV_READY) ## write again what pages say of the repository: commands that install, llms.txt, notebooks, charts
 	$(BIN)/python -m scripts.release.install_lines --write
 	$(BIN)/python -m scripts.release.llms
 	$(BIN)/python -m scripts.notebooks
+	$(BIN)/python -m scripts.docs.charts
 
 constraints: ## write constraints.txt again, with the newest versions, in new environments
 	rm -rf $(VENVS)

@@ -35,6 +35,7 @@ MORE_NEEDED = {
     "plugins/peft/README.md": ("tunerkit_peft", "tunerkit_verbs"),
     "plugins/verbs/README.md": ("tunerkit_verbs",),
     "docs/authors/write-a-method.md": ("tunerkit_verbs",),
+    "docs/authors/write-a-plugin.md": ("tunerkit_verbs",),
     "docs/authors/base-layers.md": ("tunerkit_quant",),
     "docs/how-to/training.md": ("trl", "datasets", "tokenizers", "tunerkit_verbs"),
     "docs/how-to/quantised-models.md": ("bitsandbytes", "tunerkit_quant"),

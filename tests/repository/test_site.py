@@ -48,6 +48,17 @@ WANTED = {
     "moe": "start/faq.html",
     "merge": "how-to/serving.html",
     "resume": "how-to/training.html",
+    "wandb": "how-to/logging.html",
+    "tensorboard": "how-to/logging.html",
+    "streaming": "how-to/recipes.html",
+    "sweep": "how-to/sweep.html",
+    "out of memory": "how-to/memory.html",
+    "OOM": "how-to/memory.html",
+    "reward model": "how-to/preference-training.html",
+    "timm": "how-to/images.html",
+    "diffusers": "how-to/diffusion.html",
+    "packing": "how-to/packing.html",
+    "sentence-transformers": "how-to/embedding.html",
 }
 
 

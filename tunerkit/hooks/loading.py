@@ -22,7 +22,7 @@ from tunerkit.records import Method, MethodInfo, RecordError, Unfit
 GROUP = "tunerkit"
 VARIABLE = "TUNERKIT_PLUGINS"
 IN_PROCESS = "in-process"
-# The version of the plugin API, and the oldest version that still works; docs/authors/write-a-plugin.md has the rules
+# The version of the plugin API, and the oldest version that still works; docs/authors/write-a-method.md has the rules
 # for changes.
 API, OLDEST_API = 2, 1
 API_NAME = "TUNERKIT_API"
