@@ -23,7 +23,7 @@ from plugins.testing.tests.bad_methods import (
 )
 from tests.support.toy_growing import GrowingPlugin
 from tests.support.toy_outputs import OutputPlugin
-from tests.support.toy_readers import DirectionPlugin, ScaleConfig, ScalePlugin
+from tests.support.toy_readers import DirectionPlugin, Scale, ScaleConfig, ScalePlugin
 from tests.support.toy_shared import SharedPlugin
 from tests.support.toy_starts import FittedPlugin, PrincipalPlugin
 from tunerkit import TunerkitError
@@ -34,7 +34,6 @@ from tunerkit_testing.cases import in_dtype
 from tunerkit_testing.checks.order import BY_NAME, CHECKS, NEEDS
 from tunerkit_testing.registering import registered
 from tunerkit_testing.runner import BoundCheck
-from tunerkit_testing.toy_adapters import Scale
 from tunerkit_testing.toy_methods import DeclaredPlugin, LowRankConfig, LowRankPlugin, ShiftPlugin
 
 # Methods with one feature each beyond adding a product, with the settings that they need on the small network.
