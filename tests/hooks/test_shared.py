@@ -12,14 +12,13 @@ from torch import nn
 import tunerkit
 from tests.support.adapter_files import rewritten
 from tests.support.model_checks import check_common, each_copy
-from tests.support.toy_shared import SharedPlugin
+from tests.support.toy_shared import Matrices, SharedPlugin, Weighting
 from tests.support.toys import registering
 from tunerkit.plugin import BaseLayer, Method, Target
 from tunerkit_testing.checks.probing import shared_in
 from tunerkit_testing.known_cases import NETWORK
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import X, net, step, train, trainable
-from tunerkit_testing.toy_adapters import Matrices, Weighting
 from tunerkit_testing.toy_methods import LowRankConfig
 
 TARGETS = {"targets": ["0", "2", "4"]}

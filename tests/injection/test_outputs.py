@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 import tunerkit
 from tests.support.model_checks import check_common, nudge_
-from tests.support.toy_outputs import AffineConfig, OutputPlugin
-from tests.support.toy_readers import ScaleConfig, ScalePlugin
+from tests.support.toy_outputs import Affine, AffineConfig, OutputPlugin
+from tests.support.toy_readers import Scale, ScaleConfig, ScalePlugin
 from tests.support.toys import Building, Running, registering
 from tunerkit.plugin import BaseLayer, Method
 from tunerkit_testing.cases import Case
 from tunerkit_testing.registering import registered
-from tunerkit_testing.toy_adapters import Affine, Scale
 from tunerkit_testing.toy_methods import LowRankPlugin
 
 X = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(1))

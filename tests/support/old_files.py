@@ -1,7 +1,7 @@
 """Checks that files of an earlier version still load: an adapter and the state of its training.
 
 The folder holds ``adapter.safetensors`` and ``state.safetensors``, saved after `STEPS` steps of SGD on
-`small.counted_net`, and ``expected.json``: the outputs and ranks at that moment, the history up to it, and the outputs
+`counted_net`, and ``expected.json``: the outputs and ranks at that moment, the history up to it, and the outputs
 and ranks after as many steps again.
 """
 
@@ -10,11 +10,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import tunerkit
-from tunerkit_testing.small import counted_inputs, counted_loss, counted_net, step, trainable
+from tunerkit_testing.small import step, trainable
 
 STEPS = 6
+
+
+def counted_net() -> nn.Sequential:
+    """Build a model whose weights come from a formula, so that every release of torch builds the same one.
+
+    It maps (N, 6) to (N, 2). The files in the plugins' fixtures were trained on it.
+    """
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.Linear(4, 2))
+    for number, parameter in enumerate(model.parameters(), 1):
+        values = torch.arange(parameter.numel(), dtype=torch.float32).reshape(parameter.shape)
+        parameter.data = torch.sin(values * 0.37 + number)
+    return model
+
+
+def counted_inputs() -> Tensor:
+    """Return the input batch for `counted_net`, (5, 6)."""
+    return torch.cos(torch.arange(30, dtype=torch.float32).reshape(5, 6) * 0.71)
+
+
+def counted_loss(model: nn.Module) -> Tensor:
+    """Return the mean squared error to 1, a scalar.
+
+    Args:
+        model: Maps (5, 6) to any shape.
+    """
+    loss: Tensor = (model(counted_inputs()) - 1).square().mean()
+    return loss
 
 
 def check_adapter_loads(folder: Path) -> None:

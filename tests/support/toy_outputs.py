@@ -1,11 +1,26 @@
 """A toy method that adapts outputs, of layers that are no matrices too: norms, activations, whole blocks."""
 
 import attrs
+import torch
+from torch import Tensor, nn
 
 import tunerkit
 from tests.support.toys import OneMethod
-from tunerkit.plugin import AdapterConfig, Method, setting
-from tunerkit_testing.toy_adapters import Affine
+from tunerkit.plugin import Adapter, AdapterConfig, BaseLayer, Method, setting
+
+
+class Affine(Adapter):
+    """Replaces the output by y (1 + ``scale``) + ``shift``, both (features,) and 0 at the start."""
+
+    reads_output = True
+    reads_weight = False
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.zeros(features)), nn.Parameter(torch.zeros(features))
+
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        return (y * (1 + self.scale) + self.shift).to(y.dtype)
 
 
 @attrs.frozen

@@ -4,16 +4,58 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tunerkit
 from tests.support.toys import OneMethod
-from tunerkit.plugin import BaseLayer, Factors, Method, Statistics, StatisticsRequest, Tuner, resize_
-from tunerkit_testing.toy_adapters import LowRank, Principal
+from tunerkit.plugin import (
+    Adapter,
+    BaseLayer,
+    Factors,
+    Method,
+    Statistics,
+    StatisticsRequest,
+    Tuner,
+    add_low_rank,
+    low_rank_factors,
+    resize_,
+)
+from tunerkit_testing.toy_adapters import LowRank
 from tunerkit_testing.toy_methods import LowRankConfig, LowRankPlugin
 
 # The rank of what is measured of the data; toy adapters have smaller ones.
 MEASURED = 4
+
+
+class Principal(Adapter):
+    """Trains the main part ``b a`` of W, as PiSSA does, and takes away its start, a fixed twin ``start_b start_a``."""
+
+    reads_output = False
+    reads_weight = True  # at its start
+
+    def __init__(self, base: BaseLayer, rank: int) -> None:
+        super().__init__()
+        u, sigma, vh = torch.linalg.svd(base.dense().float(), full_matrices=False)
+        self.a, self.b = nn.Parameter(vh[:rank]), nn.Parameter(u[:, :rank] * sigma[:rank])
+        self.start_a = nn.Parameter(self.a.detach().clone(), requires_grad=False)
+        self.start_b = nn.Parameter(self.b.detach().clone(), requires_grad=False)
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+    def difference(self) -> tuple[Tensor, Tensor]:
+        """Return the difference to the start as one product: Q (2 r, in) and P (out, 2 r)."""
+        return torch.cat([self.a, self.start_a]), torch.cat([self.b, -self.start_b], dim=1)
+
+    def factors(self) -> Factors:
+        """Return the same as a record."""
+        q, p = self.difference()
+        return low_rank_factors(q, p, scale=1.0)
+
+    def forward(self, base: BaseLayer, x: Tensor, y: Tensor) -> Tensor:
+        q, p = self.difference()
+        return add_low_rank(base, x, y, q=q, p=p, scale=1.0)
 
 
 class Fitted(LowRank):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import tunerkit
+from tests.support.each_check import each_check
 from tunerkit_testing import conformance
 from tunerkit_testing.conformance import Case, Check
-from tunerkit_testing.parametrization import each_check
 
 pytest.importorskip("transformers", reason="one of the cases is a transformers model")
 from tests.support.attention_cases import CASES  # after the skip

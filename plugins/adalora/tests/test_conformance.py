@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 import tunerkit
+from tests.support.each_check import each_check
 from tunerkit.plugin import Tuner
 from tunerkit_testing import conformance, matrix, parametrize_with_checks
 from tunerkit_testing.conformance import Case, Check
-from tunerkit_testing.parametrization import each_check
-from tunerkit_testing.parametrizing import BoundCheck
+from tunerkit_testing.runner import BoundCheck
 
 # No warning about any of these models, except for the batch norms that a case keeps in eval mode itself.
 pytestmark = pytest.mark.filterwarnings(

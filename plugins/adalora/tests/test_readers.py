@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.each_check import each_check
 from tests.support.gradients import check_reach_every_adapter
 from tests.support.reader_cases import cases
 from tunerkit_testing.conformance import Case, Check
-from tunerkit_testing.parametrization import each_check
 
 CONFIGS: dict[str, dict[str, object]] = {
     "regularised": {"target_rank": 2, "delta_t": 2, "gamma": 0.1, "bias": "adapters"}

@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 from transformers import Trainer, TrainerCallback
 
-from tunerkit_testing.trainer_toys import VOCABULARY, TokenRows, arguments, tokenizer
+from tests.support.trainer_toys import VOCABULARY, TokenRows, arguments, tokenizer
 from tunerkit_testing.transformers_cases import bert
 
 STEPS = 20

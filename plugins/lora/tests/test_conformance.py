@@ -8,11 +8,11 @@ import pytest
 from torch import nn
 
 import tunerkit
+from tests.support.each_check import each_check
 from tunerkit_testing import conformance, matrix, parametrize_with_checks
 from tunerkit_testing.checks import calibrating
 from tunerkit_testing.conformance import Case, Check
-from tunerkit_testing.parametrization import each_check
-from tunerkit_testing.parametrizing import BoundCheck
+from tunerkit_testing.runner import BoundCheck
 
 # No warning about any of these models, except for the batch norms that a case keeps in eval mode itself;
 # and of lr_ratio, which is here for the check of param_groups: the others train with plain optimizers.

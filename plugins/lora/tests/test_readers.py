@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import tunerkit
+from tests.support.each_check import each_check
 from tests.support.gradients import check_reach_every_adapter
 from tests.support.reader_cases import cases
 from tunerkit_testing.conformance import Case, Check
-from tunerkit_testing.parametrization import each_check
 
 CONFIGS: dict[str, dict[str, object]] = {
     "plain": {"rank": 3},

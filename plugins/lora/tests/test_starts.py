@@ -432,7 +432,7 @@ def test_an_attached_trainer_keeps_lr_ratio_without_a_warning(tmp_path: Path) ->
     """Law: it makes the groups itself, also with a warmup from 0; an optimizer that it is given is compared."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("tunerkit_transformers")
-    from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
+    from tests.support.trainer_toys import Regression, RegressionRows, arguments
 
     for given in (False, True):
         model = tunerkit.wrap(Regression(), "lora", {"targets": ["first", "second"], "lr_ratio": 16.0})

@@ -10,8 +10,8 @@ from torch import nn
 
 import tunerkit
 from tunerkit_testing import Case, check_method
-from tunerkit_testing.kit import declared_failures
 from tunerkit_testing.known_cases import named
+from tunerkit_testing.runner import declared_failures
 
 # Settings that train on the small BERT.
 METHODS: dict[str, dict[str, object]] = {

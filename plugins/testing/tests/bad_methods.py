@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from tests.support.toy_starts import Principal
 from tunerkit.errors import TargetError
 from tunerkit.plugin import (
     Adapter,
@@ -35,7 +36,6 @@ from tunerkit.plugin import (
 from tunerkit_testing import Case, CheckResult, check_method, known_cases, small
 from tunerkit_testing.checks.order import BY_NAME
 from tunerkit_testing.registering import registered
-from tunerkit_testing.toy_adapters import Principal
 from tunerkit_testing.toy_methods import LowRankConfig
 
 Class = TypeVar("Class", bound=type)

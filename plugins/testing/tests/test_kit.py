@@ -23,18 +23,17 @@ from plugins.testing.tests.bad_methods import (
 )
 from tests.support.toy_growing import GrowingPlugin
 from tests.support.toy_outputs import OutputPlugin
-from tests.support.toy_readers import DirectionPlugin, ScaleConfig, ScalePlugin
+from tests.support.toy_readers import DirectionPlugin, Scale, ScaleConfig, ScalePlugin
 from tests.support.toy_shared import SharedPlugin
 from tests.support.toy_starts import FittedPlugin, PrincipalPlugin
 from tunerkit import TunerkitError
 from tunerkit.errors import PluginError
 from tunerkit.plugin import Adapter, BaseLayer, Delta, Method, setting
-from tunerkit_testing import Case, check_method, kit, known_cases, matrix, small
+from tunerkit_testing import Case, check_method, known_cases, matrix, runner, small
+from tunerkit_testing.cases import in_dtype
 from tunerkit_testing.checks.order import BY_NAME, CHECKS, NEEDS
-from tunerkit_testing.checks.probing import in_dtype
-from tunerkit_testing.parametrizing import BoundCheck
 from tunerkit_testing.registering import registered
-from tunerkit_testing.toy_adapters import Scale
+from tunerkit_testing.runner import BoundCheck
 from tunerkit_testing.toy_methods import DeclaredPlugin, LowRankConfig, LowRankPlugin, ShiftPlugin
 
 # Methods with one feature each beyond adding a product, with the settings that they need on the small network.
@@ -342,7 +341,7 @@ def test_a_config_may_be_an_object_or_a_mapping(toys: None) -> None:
     for config in ({"rank": 3}, LowRankConfig(rank=3)):
         (result,) = check_method("toy-low-rank", config, [CASE], checks=["rank"])
         assert result.status == "passed"
-        assert kit.settings_of("toy-low-rank", config) == {"rank": 3}  # the case's own targets stay
+        assert runner.settings_of("toy-low-rank", config) == {"rank": 3}  # the case's own targets stay
     with pytest.raises(tunerkit.errors.ConfigError, match="unknown key 'rnk'"):
         check_method("toy-low-rank", {"rnk": 3})
 

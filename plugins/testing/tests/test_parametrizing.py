@@ -1,6 +1,5 @@
 """A test with all checks of a method: one for each check and case, which fails, skips or xfails as the kit says."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -12,12 +11,11 @@ from plugins.testing.tests import bad_methods
 from plugins.testing.tests.bad_methods import CASE, LoopsInAStep, NoRoomIn, plugin_of
 from tunerkit import TunerkitError
 from tunerkit_testing import matrix, parametrize_with_checks
-from tunerkit_testing.cases import STEPS, Case
+from tunerkit_testing.cases import STEPS, Case, Trial
 from tunerkit_testing.checks.order import CHECKS
 from tunerkit_testing.known_cases import NETWORK
-from tunerkit_testing.parametrizing import BoundCheck
 from tunerkit_testing.registering import registered
-from tunerkit_testing.remembering import Shared, remembered
+from tunerkit_testing.runner import BoundCheck, Shared, run_check
 
 
 def parameters_of(**options: Any) -> dict[str, Any]:
@@ -137,24 +135,30 @@ def test_the_checks_of_a_case_share_a_training() -> None:
 def test_what_checks_share_ends_with_a_failure_and_with_another_case_or_plugin() -> None:
     """Law: a model that a failed check may have changed is built again, and nothing of another plugin is used."""
 
+    def trial(case: Case) -> Trial:
+        return BoundCheck(fails, case, "bad", None, [case], {}, shared).trial("bad")
+
     def computed(case: Case) -> object:
-        with shared.on(case):
-            return remembered(anything, case, "bad", {})
+        return trial(case).once(anything)
 
     shared, found = Shared(), list[object]()
     for _ in range(2):
         with registered(bad_methods.Plugin()):
             found.append(computed(CASE))
             assert computed(CASE) is found[-1]
-            with pytest.raises(AssertionError), shared.on(CASE):
-                raise AssertionError
+            assert run_check(fails, trial(CASE)).status == "failed"
             found += [computed(CASE), computed(NETWORK), computed(CASE)]
     assert len(set(map(id, found))) == 8
 
 
-def anything(case: Case, method: str, config: Mapping[str, object]) -> object:
-    """What is remembered: another object at each call."""
+def anything(trial: Trial) -> object:
+    """What is kept: another object at each call."""
     return object()
+
+
+def fails(trial: Trial) -> None:
+    """A check that fails."""
+    raise AssertionError
 
 
 def test_a_mistyped_check_is_refused_when_tests_are_collected() -> None:

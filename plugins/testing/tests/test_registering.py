@@ -8,7 +8,8 @@ from plugins.testing.tests import bad_methods
 from plugins.testing.tests.bad_methods import CASE
 from tunerkit.plugin import parameter, setting
 from tunerkit_testing import check_method, parametrize_with_checks
-from tunerkit_testing.registering import method_of, registered
+from tunerkit_testing.registering import registered
+from tunerkit_testing.runner import method_of
 from tunerkit_testing.toy_methods import ShiftPlugin
 
 

@@ -4,8 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tunerkit_testing.cases import Case
-    from tunerkit_testing.kit import CheckResult, check_method
-    from tunerkit_testing.parametrizing import parametrize_with_checks
+    from tunerkit_testing.runner import CheckResult, check_method, parametrize_with_checks
 
 __all__ = ["Case", "CheckResult", "check_method", "parametrize_with_checks"]
 
@@ -14,12 +13,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: the command imports this package for ``--help``, without torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from tunerkit_testing import cases, kit, parametrizing
+    from tunerkit_testing import runner
 
-    globals().update(
-        Case=cases.Case,
-        CheckResult=kit.CheckResult,
-        check_method=kit.check_method,
-        parametrize_with_checks=parametrizing.parametrize_with_checks,
-    )
+    globals().update({each: getattr(runner, each) for each in __all__})
     return globals()[name]

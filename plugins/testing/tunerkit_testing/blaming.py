@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 # Those whose lines say nothing to an author: the cause is in the code that called them.
 _LIBRARIES: Final = frozenset({"torch", "tunerkit", "pluggy", "attr", "attrs", "cattrs", "contextlib", "functools"})
-_KIT: Final = ("tunerkit_testing.checks.", "tunerkit_testing.kit", "tunerkit_testing.remembering")
+_KIT: Final = ("tunerkit_testing.checks.", "tunerkit_testing.runner", "tunerkit_testing.cases")
 
 
 def told(error: BaseException) -> str:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, TypeVar
 
 import attrs
 import torch
@@ -9,12 +11,18 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 import tunerkit
-from tunerkit_testing import tolerances
+from tunerkit.plugin import AdapterConfig
 
 STEPS = 12
 SEED = 0  # of every adapter that is built
-# In fp32, two ways of computing the same output may differ by this share of its largest absolute value.
-TOLERANCE = tolerances.of_output(torch.float32)
+# How far two ways of computing the same output may differ, as a share of its largest absolute value, after the few
+# layers of a small model: in 16 bits, four units of rounding.
+TOLERANCES: Final[Mapping[torch.dtype, float]] = MappingProxyType(
+    {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2**-8, torch.bfloat16: 2**-5}
+)
+TOLERANCE = TOLERANCES[torch.float32]
+
+Found = TypeVar("Found")
 
 
 @attrs.frozen
@@ -46,9 +54,90 @@ class Advice(Exception):
     """What a check raises if a method keeps the contract and could do better: its status is then "advice"."""
 
 
-# A check of a method, by its name and config, on a case, with a folder for files. It raises `AssertionError` if the
-# method fails, and `unittest.SkipTest` if there is nothing to check. It may return a remark about what it measured.
-Check = Callable[[Case, str, Mapping[str, object], Path], str | None]
+@attrs.frozen(eq=False)
+class Trial:
+    """A method with its config on a model: what a check is given.
+
+    Attributes:
+        case: The model.
+        method: The method's name.
+        config: Its settings.
+        folder: Where a check may write files.
+        kept: What `once` has computed.
+    """
+
+    case: Case
+    method: str
+    config: Mapping[str, object]
+    folder: Path
+    kept: dict[object, Any] = attrs.field(factory=dict, repr=False)
+
+    @property
+    def build(self) -> Callable[[], nn.Module]:
+        return self.case.build
+
+    @property
+    def output(self) -> Callable[[nn.Module], Tensor]:
+        return self.case.output
+
+    @property
+    def loss(self) -> Callable[[nn.Module], Tensor]:
+        return self.case.loss
+
+    @property
+    def lr(self) -> float:
+        return self.case.lr
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What the method is configured with: its config takes precedence over what the model needs."""
+        return {**self.case.settings, **self.config}
+
+    def structured(self) -> AdapterConfig:
+        """Build the config."""
+        return tunerkit.structure(self.method, self.settings)
+
+    def wrapped(self) -> nn.Module:
+        """Build the model with an untrained adapter."""
+        return tunerkit.wrap(self.build(), self.method, self.settings, seed=SEED)
+
+    def trained(self) -> nn.Module:
+        """Build the model, train it for `STEPS` steps, and return it in eval mode."""
+        model = self.wrapped()
+        train(model, self.case)
+        return model.eval()
+
+    def start_training(self, model: nn.Module) -> None:
+        """Put a model into the case's training mode."""
+        self.case.start_training(model)
+
+    def on(self, case: Case) -> "Trial":
+        """Return the trial on another model."""
+        return attrs.evolve(self, case=case, kept={})
+
+    def but(self, **config: object) -> "Trial":
+        """Return the trial with other settings."""
+        return attrs.evolve(self, config={**self.config, **config}, kept={})
+
+    def in_dtype(self, dtype: torch.dtype) -> "Trial":
+        """Return the trial with the model, and its floating-point inputs, in another dtype."""
+        return self.on(in_dtype(self.case, dtype))
+
+    def in_fp64(self) -> "Trial":
+        """Return the trial with model and adapters in fp64."""
+        return self.in_dtype(torch.float64).but(adapter_dtype="float64")
+
+    def once(self, compute: Callable[["Trial"], Found]) -> Found:
+        """Return what a function finds here. It is called once for all checks, and its result must not be changed."""
+        if compute not in self.kept:
+            self.kept[compute] = compute(self)
+        found: Found = self.kept[compute]
+        return found
+
+
+# A check of a method. It raises `AssertionError` if the method fails, and `unittest.SkipTest` if there is nothing to
+# check. It may return a remark about what it measured.
+Check = Callable[[Trial], str | None]
 
 
 def name_of(thing: object) -> str:
@@ -61,15 +150,24 @@ def name_of(thing: object) -> str:
     return name.removeprefix("check_")
 
 
-def wrapped(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
-    """Build the model of ``case`` and add an untrained adapter.
+def in_dtype(case: Case, dtype: torch.dtype) -> Case:
+    """Return the case with its model, and the floating-point inputs, in another dtype."""
 
-    Args:
-        case: The model.
-        method: The method's name.
-        config: The method's config as a mapping; it takes precedence over ``case.settings``.
-    """
-    return tunerkit.wrap(case.build(), method, {**case.settings, **config}, seed=SEED)
+    def build() -> nn.Module:
+        return with_inputs(case.build().to(dtype), lambda x: x.to(dtype) if x.is_floating_point() else x)
+
+    return attrs.evolve(case, build=build)
+
+
+def with_inputs(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Convert the tensors that a model is called with, and return the model."""
+
+    def converted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        found = [convert(each) if isinstance(each, Tensor) else each for each in (*args, *kwargs.values())]
+        return tuple(found[: len(args)]), dict(zip(kwargs, found[len(args) :], strict=True))
+
+    model.register_forward_pre_hook(converted, with_kwargs=True)
+    return model
 
 
 def optimizer_of(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
@@ -111,17 +209,9 @@ def train(model: nn.Module, case: Case, *, steps: int = STEPS, lr: float | None 
     return losses
 
 
-def trained(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
-    """Wrap a model, train it for `STEPS` steps, and return it in eval mode.
-
-    Args:
-        case: The model.
-        method: The method's name.
-        config: The method's config as a mapping.
-    """
-    model = wrapped(case, method, config)
-    train(model, case)
-    return model.eval()
+def tolerance_of(*dtypes: torch.dtype) -> float:
+    """Return the share of the largest output by which two outputs may differ: the least precise dtype counts."""
+    return max(TOLERANCES[dtype] for dtype in dtypes)
 
 
 def assert_same(
@@ -143,7 +233,7 @@ def assert_same(
             outputs' allow a larger difference.
     """
     worst = float((found - expected).abs().max())
-    limit = tolerances.of_output(found.dtype, *adapters) * float(expected.abs().max())
+    limit = tolerance_of(found.dtype, *adapters) * float(expected.abs().max())
     assert worst <= limit, f"{what}: outputs differ by {worst:.3g}, allowed {limit:.3g}; {hint}"
 
 

@@ -19,14 +19,34 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 import tunerkit
 from tunerkit import injection
 from tunerkit_testing.registering import registered
-from tunerkit_testing.trainer_toys import VOCABULARY, TokenRows
 
+VOCABULARY = 61
 _END = "end.pt"
+
+
+class TokenRows(Dataset[dict[str, Tensor]]):
+    """Six random tokens of `VOCABULARY` a row, with one of two random labels; the same at each construction.
+
+    Args:
+        count: the number of rows.
+    """
+
+    def __init__(self, count: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.ids = torch.randint(0, VOCABULARY, (count, 6), generator=generator)
+        self.labels = torch.randint(0, 2, (count,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.labels[index]}
 
 
 @attrs.frozen

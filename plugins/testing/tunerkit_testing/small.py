@@ -86,30 +86,3 @@ def closure_of(model: nn.Module, optimizer: Optimizer) -> Callable[[], float]:
         return float(loss.detach())
 
     return closure
-
-
-def counted_net() -> nn.Sequential:
-    """Build a model whose weights come from a formula, so that every release of torch builds the same one.
-
-    It maps (N, 6) to (N, 2). The files in the plugins' fixtures were trained on it.
-    """
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.Linear(4, 2))
-    for number, parameter in enumerate(model.parameters(), 1):
-        values = torch.arange(parameter.numel(), dtype=torch.float32).reshape(parameter.shape)
-        parameter.data = torch.sin(values * 0.37 + number)
-    return model
-
-
-def counted_inputs() -> Tensor:
-    """Return the input batch for `counted_net`, (5, 6)."""
-    return torch.cos(torch.arange(30, dtype=torch.float32).reshape(5, 6) * 0.71)
-
-
-def counted_loss(model: nn.Module) -> Tensor:
-    """Return the mean squared error to 1, a scalar.
-
-    Args:
-        model: Maps (5, 6) to any shape.
-    """
-    loss: Tensor = (model(counted_inputs()) - 1).square().mean()
-    return loss

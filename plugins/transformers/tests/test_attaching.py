@@ -11,11 +11,11 @@ from transformers import Trainer, TrainerCallback
 
 import tunerkit
 from tests.support.noting import NotingPlugin, calls_of, hooks_of, per_step
+from tests.support.trainer_toys import Regression, RegressionRows, arguments
 from tunerkit.errors import AdapterError
 from tunerkit.plugin import Tuner
 from tunerkit.steps import is_attached
 from tunerkit_testing.registering import registered
-from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
 
 ROWS = RegressionRows()
 

@@ -8,8 +8,8 @@ import pytest
 import transformers
 
 import tunerkit
+from tests.support.trainer_toys import Regression, RegressionRows, arguments
 from tunerkit import TunerkitWarning
-from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
 
 if TYPE_CHECKING:
     from tests.support.toys import Toys

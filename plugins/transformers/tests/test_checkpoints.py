@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 import tunerkit
-from tunerkit_testing.trainer_toys import Regression, RegressionRows, TokenRows, arguments
+from tests.support.trainer_toys import Regression, RegressionRows, TokenRows, arguments
 from tunerkit_testing.transformers_cases import bert
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import tunerkit
+from tests.support.trainer_toys import Regression
 from tunerkit.plugin import Tuner
 from tunerkit.serialization.safetensors_file import folder_of
-from tunerkit_testing.trainer_toys import Regression
 
 pytestmark = pytest.mark.usefixtures("toys")
 ODD = "Adapter A"

@@ -14,10 +14,10 @@ from torch import nn
 
 import tunerkit
 from tests.support import toy_formats
+from tests.support.trainer_toys import VOCABULARY, tokenizer
 from tunerkit.plugin import Description, Foreign, Format
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_adapters import SCALE
-from tunerkit_testing.trainer_toys import VOCABULARY, tokenizer
 from tunerkit_transformers.foreign_folder import load_foreign
 from tunerkit_transformers.pretrained import ModelError, load_pretrained
 

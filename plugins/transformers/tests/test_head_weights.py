@@ -20,10 +20,10 @@ import trl
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.integrations import deepspeed
 
+from tests.support.trainer_toys import VOCABULARY, arguments, tokenizer
 from tunerkit.layers import LinearLayer
 from tunerkit.plugin import Packing
 from tunerkit_testing.toy_methods import LowRankConfig
-from tunerkit_testing.trainer_toys import VOCABULARY, arguments, tokenizer
 from tunerkit_transformers import head_weights
 from tunerkit_transformers.head_weights import refuse_heads
 

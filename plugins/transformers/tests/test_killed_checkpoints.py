@@ -16,8 +16,8 @@ from transformers import PrinterCallback, Trainer
 import tunerkit
 from tests.faults.adapters import config_of, kinds, wrong_error
 from tests.faults.forks import Child, asked, failures
+from tests.support.trainer_toys import Regression, RegressionRows, arguments
 from tunerkit_testing.resuming import assert_same
-from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
 
 STEPS = 8  # with a checkpoint after every second one; the third is interrupted
 

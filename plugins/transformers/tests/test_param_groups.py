@@ -11,10 +11,10 @@ from transformers import Trainer, TrainerCallback
 
 import tunerkit
 from tests.support.toy_plus import PlusPlugin, ids, named
+from tests.support.trainer_toys import Regression, RegressionRows, arguments
 from tunerkit_testing.registering import registered
 from tunerkit_testing.small import trainable
 from tunerkit_testing.toy_methods import LowRankPlugin
-from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import tunerkit
+from tests.support.trainer_toys import Regression, RegressionRows, arguments
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import LowRankPlugin
-from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
 
 ROWS = RegressionRows()
 

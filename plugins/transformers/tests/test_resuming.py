@@ -15,7 +15,7 @@ from transformers import Trainer
 import tunerkit
 from plugins.transformers.tests.two_trainers import resume_together
 from tests.support import two_processes
-from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments, attached_trainer
+from tests.support.trainer_toys import Regression, RegressionRows, arguments, attached_trainer
 
 pytestmark = pytest.mark.usefixtures("toys")
 # What a checkpoint of two adapters consists of. Nothing reads the arguments back.

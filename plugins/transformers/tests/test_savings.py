@@ -13,7 +13,7 @@ from transformers import Trainer
 
 import tunerkit
 from plugins.transformers.tests.test_head_weights import ROWS, adapted, trainer_of
-from tunerkit_testing.trainer_toys import Regression, RegressionRows, arguments
+from tests.support.trainer_toys import Regression, RegressionRows, arguments
 from tunerkit_transformers import memory_plan
 from tunerkit_transformers.savings import Saving, speed_up
 

@@ -19,7 +19,7 @@ import datasets
 import trl
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tunerkit_testing.trainer_toys import VOCABULARY, TokenRows, tokenizer
+from tests.support.trainer_toys import VOCABULARY, TokenRows, tokenizer
 
 TRL: Any = trl  # it is untyped in part: it exports names lazily, and takes models of transformers only
 LN2 = math.log(2)

@@ -13,8 +13,8 @@ from transformers import Trainer
 
 import tunerkit
 from tests.support import two_processes
+from tests.support.trainer_toys import attached_trainer
 from tunerkit_testing.toy_methods import ShiftPlugin
-from tunerkit_testing.trainer_toys import attached_trainer
 from tunerkit_transformers.resuming import choose_checkpoint
 
 

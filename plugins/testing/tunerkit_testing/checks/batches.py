@@ -1,7 +1,6 @@
 """Checks of large batches: each sample has the output and the gradients that it has in a small batch."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from unittest import SkipTest
 
 import torch
@@ -9,18 +8,9 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit_testing.blaming import told
-from tunerkit_testing.cases import Case, assert_same
+from tunerkit_testing.cases import Trial, assert_same
 from tunerkit_testing.checks.dropping import without_dropout
-from tunerkit_testing.checks.probing import (
-    Call,
-    calls_of,
-    filled,
-    in_dtype,
-    movable,
-    random_like,
-    tiled,
-    trained_parameters,
-)
+from tunerkit_testing.checks.probing import Call, calls_of, filled, movable, random_like, tiled, trained_parameters
 
 _SAMPLES = 1000
 _SHARE = 1e-4  # of the largest value: a method may compute in fp32, and a sum over many rows is rounded
@@ -30,10 +20,10 @@ _HINT = (
 )
 
 
-def check_large_batch(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
+def check_large_batch(trial: Trial) -> str:
     """In a batch of 1000 samples, each adds to output and gradients what it adds in a small batch."""
-    wide = in_dtype(case, torch.float64)
-    model = filled(wide, method, {**without_dropout(case, method, config), "adapter_dtype": "float64"})
+    wide = without_dropout(trial).in_fp64()
+    model = filled(wide)
     own, most = trained_parameters(tunerkit.tuner(model)), 0
     for call in calls_of(model, wide):
         if not isinstance(call.x, Tensor) or len(call.args) + len(call.kwargs) != 1:
@@ -58,15 +48,15 @@ def check_large_batch(case: Case, method: str, config: Mapping[str, object], tmp
 
 
 @torch.no_grad()
-def check_row_by_row(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
+def check_row_by_row(trial: Trial) -> str:
     """In eval mode a target gives a sample alone what it gives it in a batch; a linear layer does so for each token.
 
     A linear layer is called with samples (2, 3, in) too, and with the same six rows as (6, in). How x and y lie in
     memory makes no difference. An empty batch gives an empty output.
     """
-    model = filled(case, method, config)
+    model = filled(trial)
     found = 0
-    for call in calls_of(model, case):
+    for call in calls_of(model, trial):
         if not isinstance(call.x, Tensor) or len(call.args) + len(call.kwargs) != 1:
             continue  # a block that is given masks or positions too
         output = call.run()

@@ -1,7 +1,5 @@
 """Checks of a start that is fitted to data."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
@@ -10,21 +8,21 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit import hooks
-from tunerkit_testing.cases import Case, assert_base_untouched, wrapped
+from tunerkit_testing.cases import Case, Trial, assert_base_untouched
 from tunerkit_testing.checks.probing import one_code_path
 from tunerkit_testing.checks.start import assert_start
 
 
 @one_code_path()
-def check_calibration_keeps_the_start(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_calibration_keeps_the_start(trial: Trial) -> None:
     """After `tunerkit.calibrate` the output is what the method declares of its start, and the base is as before."""
     # Modules that are trained in full would be fitted to the batches first, which changes the output.
-    model = wrapped(case, method, {**config, "train_modules": ()}).eval()
+    model = trial.but(train_modules=()).wrapped().eval()
     if hooks.statistics(tunerkit.tuner(model)) is None:
         raise SkipTest("the method asks for no statistics")
-    tunerkit.calibrate(model, [batch_of(model, case)] * 2, loss=loss_of)
-    assert_start(model, case)
-    assert_base_untouched(model, case, "only change the adapters in tunerkit_calibrate")
+    tunerkit.calibrate(model, [batch_of(model, trial.case)] * 2, loss=loss_of)
+    assert_start(model, trial)
+    assert_base_untouched(model, trial.case, "only change the adapters in tunerkit_calibrate")
     for name, parameter in tunerkit.tuner(model).named_parameters():
         assert bool(parameter.isfinite().all()), f"{name} contains NaN or inf after calibrating"
 

@@ -1,7 +1,5 @@
 """Checks under `torch.compile`."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
@@ -10,21 +8,20 @@ from torch import Tensor, nn
 
 from tunerkit.errors import shown
 from tunerkit.layers import torch_private
-from tunerkit_testing import tolerances
-from tunerkit_testing.cases import Case
+from tunerkit_testing.cases import Trial, tolerance_of
 from tunerkit_testing.checks.probing import Call, adapter_dtypes, calls_of, fill_, filled, seeded
 
 _CALLS = 4
 _GRAPHS = 2  # a recompilation for other sizes is normal; one per call is not
 
 
-def check_compiles(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
+def check_compiles(trial: Trial) -> str:
     """An adapted layer of each kind compiles into one graph, which is used again while its weights change."""
     _require_compiler()
-    model = filled(case, method, config)
-    case.start_training(model)
+    model = filled(trial)
+    trial.start_training(model)
     kinds: dict[type, Call] = {}
-    for call in calls_of(model, case):
+    for call in calls_of(model, trial):
         if call.base.lends:  # a temporary weight override is a graph break
             continue
         kinds.setdefault(type(call.module), call)
@@ -49,7 +46,7 @@ def _graphs(call: Call, model: nn.Module) -> int:
             expected = seeded(lambda _: call.run(), model, number)
             found = seeded(lambda _: _called(call, compiled), model, number)
             worst = float((found - expected).detach().abs().max())
-            share = tolerances.of_output(found.dtype, *adapter_dtypes(model))
+            share = tolerance_of(found.dtype, *adapter_dtypes(model))
             assert worst <= share * float(expected.detach().abs().max()), (
                 f"{call.path}: compiled, the output differs by {worst:.3g}; forward must depend on its arguments, "
                 "parameters and buffers alone"

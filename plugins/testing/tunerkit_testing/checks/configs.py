@@ -1,9 +1,8 @@
 """Checks of a method's config."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import attrs
 
@@ -11,23 +10,23 @@ import tunerkit
 from tunerkit import hooks
 from tunerkit.errors import ConfigError
 from tunerkit.plugin import AdapterConfig
-from tunerkit_testing.cases import Case
+from tunerkit_testing.cases import Trial
 
 
-def check_config_round_trip(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_config_round_trip(trial: Trial) -> None:
     """A config that was written as JSON and read again is equal, also with its defaults resolved.
 
     A config whose defaults are resolved is settled: `settled()` returns it as it is.
     """
-    built = tunerkit.structure(method, {**case.settings, **config})
-    assert_survives_json(method, built)
+    built = trial.structured()
+    assert_survives_json(trial.method, built)
     settled = built.settled()
     again = settled.settled()
     assert again == settled, (
         f"settled() is not idempotent: called on what it returned, it changes {_differing(settled, again)}; files hold "
         "settled configs, and settle them again when they are loaded: return what is resolved already as it is"
     )
-    assert_survives_json(method, settled)
+    assert_survives_json(trial.method, settled)
 
 
 def assert_survives_json(method: str, config: AdapterConfig) -> None:
@@ -45,19 +44,19 @@ def _differing(one: AdapterConfig, other: AdapterConfig) -> str:
     return ", ".join(f"{name} from {getattr(one, name)!r} to {getattr(other, name)!r}" for name in fields)
 
 
-def check_bad_config_refused(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_bad_config_refused(trial: Trial) -> None:
     """An unknown setting, a value of a wrong type and one out of range are refused, and change no model."""
-    good = {**case.settings, **config}
-    for name, value in _mistakes(method):
+    good = trial.settings
+    for name, value in _mistakes(trial.method):
         try:
-            tunerkit.structure(method, {**good, name: value})
+            tunerkit.structure(trial.method, {**good, name: value})
         except ConfigError:
             continue
         raise AssertionError(f"setting {name}={value!r} was accepted; check it with setting(..., ge=...) or problems()")
-    model = case.build()
+    model = trial.build()
     before = list(model.state_dict())
     with suppress(ConfigError):
-        tunerkit.wrap(model, method, {**good, "no_such_setting": 1})
+        tunerkit.wrap(model, trial.method, {**good, "no_such_setting": 1})
     assert list(model.state_dict()) == before, (
         "a refused config left something in the model; change no model in a config"
     )

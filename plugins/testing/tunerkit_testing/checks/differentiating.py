@@ -1,7 +1,6 @@
 """Checks of gradients, target by target: they are true, and forward and delta have them for the same tensors."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import attrs
 import torch
@@ -9,12 +8,11 @@ from torch import Tensor
 
 import tunerkit
 from tunerkit import hooks
-from tunerkit_testing.cases import Case
+from tunerkit_testing.cases import Trial
 from tunerkit_testing.checks.probing import (
     Call,
     calls_of,
     filled,
-    in_dtype,
     movable,
     random_like,
     require_delta,
@@ -39,13 +37,13 @@ class Reached:
     moved: set[str]
 
 
-def check_gradients_are_true(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_gradients_are_true(trial: Trial) -> None:
     """In fp64, each gradient is the slope of the layer's output, which is measured by moving the tensor a little.
 
     The layer's input is moved too: the adapters before it are trained through it.
     """
-    wide = in_dtype(case, torch.float64)
-    model = filled(wide, method, {**config, "adapter_dtype": "float64"})
+    wide = trial.in_fp64()
+    model = filled(wide)
     own = trained_parameters(tunerkit.tuner(model))
     for noted in calls_of(model, wide):
         call, moved = movable(noted, own)
@@ -88,19 +86,19 @@ def _difference(call: Call, tensor: Tensor, change: Tensor) -> Tensor:
     return above - below
 
 
-def check_delta_gives_gradients(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_delta_gives_gradients(trial: Trial) -> None:
     """At each target, forward and delta have gradients for the same trained tensors, also for those that are shared."""
-    require_delta(method)
-    model = filled(case, method, config)
+    require_delta(trial.method)
+    model = filled(trial)
     own = trained_parameters(tunerkit.tuner(model))
-    for call in calls_of(model, case):
+    for call in calls_of(model, trial):
         if call.base.lends or not call.base.has_weight:  # its output is computed from the delta, or there is none
             continue
-        delta = hooks.delta(call.path, method, call.adapter.train(), call.base)
+        delta = hooks.delta(call.path, trial.method, call.adapter.train(), call.base)
         assert call.adapter.training, (
             f"{call.path}: the delta's hook leaves the adapter in eval mode; call no eval() there"
         )
-        delta = hooks.delta(call.path, method, call.adapter.eval(), call.base)
+        delta = hooks.delta(call.path, trial.method, call.adapter.eval(), call.base)
         by_delta = _reached([part for part in (delta.weight, delta.bias) if part is not None], own)
         by_forward = _reached([call.run()], own)
         lost = by_forward.moved - by_delta.moved

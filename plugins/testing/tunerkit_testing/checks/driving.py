@@ -1,8 +1,7 @@
 """Checks of steps that are taken in another way: scaled, accumulated, checkpointed. The result must be the same."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from unittest import SkipTest
 
 import attrs
@@ -14,7 +13,7 @@ import tunerkit
 from tunerkit import hooks, injection
 from tunerkit.errors import TunerkitError
 from tunerkit.plugin import AdapterConfig
-from tunerkit_testing.cases import SEED, STEPS, TOLERANCE, Case
+from tunerkit_testing.cases import SEED, STEPS, TOLERANCE, Trial
 from tunerkit_testing.checks.probing import (
     assert_equal_sets,
     filled,
@@ -34,71 +33,72 @@ _SHARE = 1e-3  # of the largest movement; gradients that are summed up in anothe
 _SAME = 1e-4  # where nothing is computed in another order
 
 
-def check_grad_scale(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_grad_scale(trial: Trial) -> None:
     """A fused optimizer that is given scaled gradients and their scale trains the same adapter."""
-    if not hooks.implements(hooks.specs.tunerkit_before_step, method):
+    if not hooks.implements(hooks.specs.tunerkit_before_step, trial.method):
         raise SkipTest("the method adds no gradients: it does not implement tunerkit_before_step")
 
     def scaled(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-        (seeded(case.loss, model, step) * _SCALE).backward()
+        (seeded(trial.loss, model, step) * _SCALE).backward()
         # As GradScaler sets them before the step of a fused optimizer.
         vars(optimizer).update(grad_scale=torch.tensor(_SCALE), found_inf=torch.tensor(0.0))
 
-    _compare(case, method, config, scaled, "multiply what tunerkit_before_step adds by grad_scale, unless it is None")
+    _compare(trial, scaled, "multiply what tunerkit_before_step adds by grad_scale, unless it is None")
 
 
-def check_accumulation(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_accumulation(trial: Trial) -> None:
     """Two micro-batches with half of the loss each train the same adapter as one batch."""
-    dtypes = {tensor.dtype for tensor in case.build().state_dict().values()}
+    dtypes = {tensor.dtype for tensor in trial.build().state_dict().values()}
     scale = _SCALE if torch.float16 in dtypes else 1.0  # where small gradients are rounded to multiples of 6e-8
-    loss = case.loss
-    case = attrs.evolve(case, loss=lambda model: loss(model) * scale)
+    loss = trial.loss
+    trial = trial.on(attrs.evolve(trial.case, loss=lambda model: loss(model) * scale))
 
     def halves(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         for _ in range(2):
-            (seeded(case.loss, model, step) / 2).backward()
+            (seeded(trial.loss, model, step) / 2).backward()
 
     hint = "add gradients that are not the loss's in tunerkit_before_step, once per step, not in forward or in backward"
-    _compare(case, method, config, halves, hint)
+    _compare(trial, halves, hint)
 
 
-def check_trainings_do_not_meet(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_trainings_do_not_meet(trial: Trial) -> None:
     """A model that is trained in turns with another one, on the same targets, ends as if it were trained alone.
 
     The other one has other settings. An adapter also computes what it computed once another one with these settings is
     in its model, which is inactive.
     """
     others: list[tuple[nn.Module, torch.optim.Optimizer]] = []
-    different = _other_settings(case, method, config)
-    _assert_alone(case, method, config, different)
+    different = _other_settings(trial)
+    _assert_alone(trial, different)
 
     def in_turns(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         with torch.random.fork_rng(devices=[]):  # what steps draw is the user's to share
             if not others:  # after the first model is attached, and before its first step
                 try:
-                    others.append(_another(case, method, different))
+                    others.append(_another(different))
                 except TunerkitError:  # such as a schedule that is longer than this training
-                    others.append(_another(case, method, config))
-            (seeded(case.loss, others[0][0], step + STEPS) * _LOUDER).backward()
+                    others.append(_another(trial))
+            (seeded(trial.loss, others[0][0], step + STEPS) * _LOUDER).backward()
             others[0][1].step()
             others[0][1].zero_grad()
-        seeded(case.loss, model, step).backward()
+        seeded(trial.loss, model, step).backward()
 
     hint = (
         "another model was trained in turns with it: keep what steps remember in tuner.state or in the adapters, the "
         "values of a config in the adapters, and nothing in a class, a module or the plugin, whatever its key"
     )
-    _compare(case, method, config, in_turns, hint, _SAME)
+    _compare(trial, in_turns, hint, _SAME)
 
 
 @torch.no_grad()
-def _assert_alone(case: Case, method: str, config: Mapping[str, object], different: Mapping[str, object]) -> None:
-    model = filled(case, method, config)
-    expected, lasting, (name,) = case.output(model), outliving(model), injection.tuners_of(model)
+def _assert_alone(trial: Trial, different: Trial) -> None:
+    model = filled(trial)
+    expected, lasting, (name,) = trial.output(model), outliving(model), injection.tuners_of(model)
     with suppress(TunerkitError):  # of some methods there is one adapter alone
-        tunerkit.wrap(model, method, {**case.settings, **different, "train_modules": ()}, adapter="another", seed=SEED)
+        settings = different.but(train_modules=()).settings
+        tunerkit.wrap(model, trial.method, settings, adapter="another", seed=SEED)
         tunerkit.activate(model, [name])
-        worst = float((case.output(model.eval()) - expected).abs().max())
+        worst = float((trial.output(model.eval()) - expected).abs().max())
         assert worst <= TOLERANCE * float(expected.abs().max()), (
             f"{meanwhile(lasting, model, name)}with an inactive adapter of other settings in the model, the output "
             f"differs by {worst:.3g}: one config's values are used by another adapter; keep them in the adapter, and "
@@ -106,54 +106,47 @@ def _assert_alone(case: Case, method: str, config: Mapping[str, object], differe
         )
 
 
-def _other_settings(case: Case, method: str, config: Mapping[str, object]) -> Mapping[str, object]:
-    """Return a config in which as many numbers and flags of the method as it accepts have other values."""
-
-    def structured(settings: Mapping[str, object]) -> object:
-        return tunerkit.structure(method, {**case.settings, **settings})
-
-    def built(settings: Mapping[str, object]) -> object:
-        return case.output(tunerkit.wrap(case.build(), method, {**case.settings, **settings}, seed=SEED))
-
-    found = _changed(method, structured(config), config, structured)
+def _other_settings(trial: Trial) -> Trial:
+    """Return a trial in which as many numbers and flags of the method as it accepts have other values."""
+    found = _changed(trial, Trial.structured)
     try:
-        built(found)
+        _built(found)
     except Exception:  # such as a rank, or a number of features, that the layers do not have
-        found = _changed(method, structured(config), config, built)
+        found = _changed(trial, _built)
     return found
 
 
-def _changed(
-    method: str, built: object, config: Mapping[str, object], accept: Callable[[Mapping[str, object]], object]
-) -> Mapping[str, object]:
-    shared = {field.name for field in attrs.fields(AdapterConfig)}
-    for field in attrs.fields(hooks.registry.get(method).config):
-        value = getattr(built, field.name)
+def _built(trial: Trial) -> object:
+    return trial.output(trial.wrapped())
+
+
+def _changed(trial: Trial, accept: Callable[[Trial], object]) -> Trial:
+    config, shared = trial.structured(), {field.name for field in attrs.fields(AdapterConfig)}
+    for field in attrs.fields(type(config)):
+        value = getattr(config, field.name)
         if field.name in shared or type(value) not in (int, float, bool):
             continue
         # Not in the same proportion: a scale of alpha / rank must be another one too.
         others = [value + 1, value - 1] if "rank" in field.name else [3 * value + 1, value + 1, value / 2, value - 1]
         for other in [not value] if type(value) is bool else map(type(value), others):
             with suppress(Exception):  # as above
-                accept({**config, field.name: other})
-                config = {**config, field.name: other}
+                accept(changed := trial.but(**{field.name: other}))
+                trial = changed
                 break
-    return config
+    return trial
 
 
-def _another(case: Case, method: str, config: Mapping[str, object]) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _another(trial: Trial) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Return a model with another seed, attached to an optimizer of its own."""
-    model = tunerkit.wrap(case.build(), method, {**case.settings, **config}, seed=SEED + 1)
-    case.start_training(model)
-    optimizer = torch.optim.SGD(trained_parameters(tunerkit.tuner(model)).values(), lr=case.lr / _LOUDER)
+    model = tunerkit.wrap(trial.build(), trial.method, trial.settings, seed=SEED + 1)
+    trial.start_training(model)
+    optimizer = torch.optim.SGD(trained_parameters(tunerkit.tuner(model)).values(), lr=trial.lr / _LOUDER)
     tunerkit.attach(model, optimizer, total_steps=STEPS)
     return model, optimizer
 
 
 def _compare(
-    case: Case,
-    method: str,
-    config: Mapping[str, object],
+    trial: Trial,
     other: Callable[[nn.Module, torch.optim.Optimizer, int], None],
     hint: str,
     share: float = _SHARE,
@@ -161,10 +154,10 @@ def _compare(
     """Assert that another way of computing the gradients of a step leads to the same weights."""
 
     def plain(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-        seeded(case.loss, model, step).backward()
+        seeded(trial.loss, model, step).backward()
 
-    start, expected = _trained(case, method, config, plain)
-    _, found = _trained(case, method, config, other)
+    start, expected = _trained(trial, plain)
+    _, found = _trained(trial, other)
     moved = largest({name: value - start[name] for name, value in expected.items() if value.shape == start[name].shape})
     for name, value in expected.items():
         worst = float((found[name] - value).abs().max()) if value.numel() else 0.0
@@ -174,16 +167,14 @@ def _compare(
 
 
 def _trained(
-    case: Case,
-    method: str,
-    config: Mapping[str, object],
+    trial: Trial,
     backward: Callable[[nn.Module, torch.optim.Optimizer, int], None],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the weights before and after some steps of SGD, which keeps small differences small."""
-    model = without_copies(case, method, config)
+    model = without_copies(trial)
     tuner = tunerkit.tuner(model)
     start = {name: parameter.detach().clone() for name, parameter in trained_parameters(tuner).items()}
-    optimizer = torch.optim.SGD(trained_parameters(tuner).values(), lr=case.lr, fused=True)
+    optimizer = torch.optim.SGD(trained_parameters(tuner).values(), lr=trial.lr, fused=True)
     tunerkit.attach(model, optimizer, total_steps=STEPS)
     for step in range(_STEPS):
         backward(model, optimizer, step)
@@ -192,12 +183,12 @@ def _trained(
     return start, {name: parameter.detach().clone() for name, parameter in trained_parameters(tuner).items()}
 
 
-def check_checkpointing(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_checkpointing(trial: Trial) -> None:
     """With gradient checkpointing, which runs forward again in backward, the gradients are equal."""
-    model = without_copies(case, method, config)
+    model = without_copies(trial)
     tuner = tunerkit.tuner(model)
-    expected = gradients(seeded(case.loss, model), tuner)
-    again = seeded(lambda each: checkpoint(case.loss, each, use_reentrant=False), model)
+    expected = gradients(seeded(trial.loss, model), tuner)
+    again = seeded(lambda each: checkpoint(trial.loss, each, use_reentrant=False), model)
     what = (
         "gradients differ under gradient checkpointing; forward must compute the same when it runs a second time, so "
         "it must not change the adapter"

@@ -1,8 +1,6 @@
 """Checks of dropout: a setting that has it in its name drops something, and keeps the mean."""
 
-from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from unittest import SkipTest
 
 import attrs
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 import tunerkit
 from tunerkit import hooks
 from tunerkit.errors import ConfigError, TargetError
-from tunerkit_testing.cases import Case
+from tunerkit_testing.cases import Trial
 from tunerkit_testing.checks.probing import Call, calls_of, filled, seeded, shared_in, tiled
 
 _SHARE, _SAMPLES, _ROWS = 0.5, 32, 64
@@ -21,14 +19,14 @@ _LEAST, _MOST = 0.75, 1.33
 
 
 @torch.no_grad()
-def check_dropout(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
+def check_dropout(trial: Trial) -> str:
     """A setting with dropout in its name drops something in training, nothing in eval mode, and keeps the mean."""
     done = []
-    for name in dropout_settings(method):
+    for name in dropout_settings(trial.method):
         with suppress(ConfigError, TargetError):  # this setting may exclude another one
-            model = filled(case, method, {**config, name: _SHARE})
+            model = filled(trial.but(**{name: _SHARE}))
             shared, dots = shared_in(tunerkit.tuner(model)), torch.zeros(2, dtype=torch.float64)
-            for call in calls_of(model, case):
+            for call in calls_of(model, trial):
                 if call.base.lends:  # its output is computed from the delta, where nothing can be dropped
                     continue
                 with tunerkit.disabled(model):
@@ -71,13 +69,14 @@ def _checked(dots: Tensor, name: str) -> float:
     return share
 
 
-def without_dropout(case: Case, method: str, config: Mapping[str, object]) -> Mapping[str, object]:
-    """Return the config with each setting of dropout at 0, where the method allows that."""
-    for name in dropout_settings(method):
+def without_dropout(trial: Trial) -> Trial:
+    """Return the trial with each setting of dropout at 0, where the method allows that."""
+    for name in dropout_settings(trial.method):
         with suppress(ConfigError):  # it may not be 0
-            tunerkit.structure(method, {**case.settings, **config, name: 0.0})
-            config = {**config, name: 0.0}
-    return config
+            without = trial.but(**{name: 0.0})
+            without.structured()
+            trial = without
+    return trial
 
 
 def dropout_settings(method: str) -> list[str]:

@@ -1,8 +1,7 @@
 """Checks of files: what was saved is loaded, also with another rank."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import suppress
-from pathlib import Path
 from unittest import SkipTest
 
 import attrs
@@ -14,34 +13,25 @@ from tunerkit import hooks
 from tunerkit.errors import ConfigError, TargetError
 from tunerkit.layers import Adapter
 from tunerkit_testing.blaming import changed
-from tunerkit_testing.cases import Case, assert_same, wrapped
-from tunerkit_testing.checks.probing import (
-    calls_of,
-    copy_state,
-    filled,
-    in_dtype,
-    own_parameters,
-    own_parts,
-    saved,
-    unregistered,
-)
+from tunerkit_testing.cases import Trial, assert_same
+from tunerkit_testing.checks.probing import calls_of, copy_state, filled, own_parameters, own_parts, saved, unregistered
 from tunerkit_testing.checks.training import ended
 
 _ROUNDING = 1e-5  # of what an adapter adds in fp64: it may compute in fp32
 _HINT = "keep everything that forward needs in parameters and persistent buffers, or in the config"
 
 
-def check_saves_and_loads(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_saves_and_loads(trial: Trial) -> None:
     """A new base model with the saved adapter has the trained model's output and ranks, and can be saved again."""
-    model = ended(case, method, config)
-    path = tunerkit.save(model, tmp_path / "out")
-    loaded = tunerkit.load(case.build(), path).eval()
-    assert_same(case.output(loaded), case.output(model), "loaded against trained", _HINT + _unsaved(model, loaded))
+    model = ended(trial)
+    path = tunerkit.save(model, trial.folder / "out")
+    loaded = tunerkit.load(trial.build(), path).eval()
+    assert_same(trial.output(loaded), trial.output(model), "loaded against trained", _HINT + _unsaved(model, loaded))
     assert tunerkit.tuner(loaded).ranks() == tunerkit.tuner(model).ranks(), f"the ranks are others once loaded; {_HINT}"
     assert not any(p.requires_grad for p in loaded.parameters()), "a loaded adapter is trained; set no requires_grad"
-    tunerkit.save(loaded, tmp_path / "again")
-    again = tunerkit.load(case.build(), tmp_path / "again").eval()
-    assert torch.equal(case.output(again), case.output(loaded)), f"saved twice, the output is another; {_HINT}"
+    tunerkit.save(loaded, trial.folder / "again")
+    again = tunerkit.load(trial.build(), trial.folder / "again").eval()
+    assert torch.equal(trial.output(again), trial.output(loaded)), f"saved twice, the output is another; {_HINT}"
 
 
 def _unsaved(model: nn.Module, loaded: nn.Module) -> str:
@@ -72,15 +62,15 @@ def _beside_the_state(model: nn.Module) -> dict[str, object]:
     return found
 
 
-def check_state_is_all(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_state_is_all(trial: Trial) -> None:
     """With the same tensors on the same base, two adapters add the same, also if one was built on other weights.
 
     The weights of a base are rounded to bf16 after one adapter is built, and before the other one is.
     """
-    wide, settings = in_dtype(case, torch.float64), {**config, "adapter_dtype": "float64"}
-    early = filled(wide, method, settings)
+    wide = trial.in_fp64()
+    early = filled(wide)
     _round_base_(early)
-    late = wrapped(attrs.evolve(wide, build=lambda: _rounded(wide.build())), method, settings).eval()
+    late = wide.on(attrs.evolve(wide.case, build=lambda: _rounded(wide.build()))).wrapped().eval()
     copy_state(early, late)
     expected = _added(early, wide)
     for path, found in _added(late, wide).items():
@@ -94,10 +84,10 @@ def check_state_is_all(case: Case, method: str, config: Mapping[str, object], tm
 
 
 @torch.no_grad()
-def _added(model: nn.Module, case: Case) -> dict[str, Tensor]:
+def _added(model: nn.Module, trial: Trial) -> dict[str, Tensor]:
     """Return what each adapter adds to its target's output, for the input that the base model gives it."""
     found = {}
-    for call in calls_of(model, case):
+    for call in calls_of(model, trial):
         with tunerkit.disabled(model):
             before = call.run()
         found[call.path] = call.run() - before
@@ -118,39 +108,39 @@ def _round_base_(model: nn.Module) -> None:
     _rounded(model, {id(p) for p in (*tuner.parameters(), *own_parameters(tuner).values())})
 
 
-def check_other_rank_setting(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_other_rank_setting(trial: Trial) -> None:
     """With another value of the setting ``rank``, the file is loaded all the same: it has its config with it."""
-    fields = {field.name: field for field in attrs.fields(hooks.registry.get(method).config)}
+    fields = {field.name: field for field in attrs.fields(hooks.registry.get(trial.method).config)}
     if "rank" not in fields or fields["rank"].type is not int:
         raise SkipTest("the method has no setting named rank")
-    model = _with_other_rank(case, method, config)
-    path = saved(model, tmp_path)
+    model = _with_other_rank(trial)
+    path = saved(model, trial.folder)
     assert_same(
-        case.output(tunerkit.load(case.build(), path).eval()), case.output(model), "another rank, loaded", _HINT
+        trial.output(tunerkit.load(trial.build(), path).eval()), trial.output(model), "another rank, loaded", _HINT
     )
 
 
-def _with_other_rank(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
+def _with_other_rank(trial: Trial) -> nn.Module:
     """Build a model with a rank that the method accepts: some allow even ones alone, or those that divide features."""
-    rank: int = tunerkit.unstructure(tunerkit.structure(method, {**case.settings, **config}))["rank"]
+    rank: int = tunerkit.unstructure(trial.structured())["rank"]
     for other in (rank + 1, rank + 2, 2 * rank, rank // 2):
         with suppress(ConfigError, TargetError):
-            return filled(case, method, {**config, "rank": other})
+            return filled(trial.but(rank=other))
     raise SkipTest(f"the method accepts no rank close to {rank}")
 
 
-def check_other_ranks_load(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_other_ranks_load(trial: Trial) -> None:
     """Adapters with ``rank_dims`` take the tensors of a file with fewer triplets than their config says."""
-    model = filled(case, method, config)
+    model = filled(trial)
     adapters = [adapter for adapter in tunerkit.tuner(model).adapters().values() if rank_of(adapter) > 1]
     if not adapters:
         raise SkipTest("no adapter declares rank_dims and has a rank above 1")
     for adapter in adapters:
         adapter.load_state_dict(cut(adapter))
-    path = saved(model, tmp_path)
-    loaded = tunerkit.load(case.build(), path).eval()
+    path = saved(model, trial.folder)
+    loaded = tunerkit.load(trial.build(), path).eval()
     hint = "list every tensor with a rank's dimension in rank_dims"
-    assert_same(case.output(loaded), case.output(model), "loaded with other ranks", hint)
+    assert_same(trial.output(loaded), trial.output(model), "loaded with other ranks", hint)
     assert tunerkit.tuner(loaded).ranks() == tunerkit.tuner(model).ranks(), f"the ranks are others once loaded; {hint}"
 
 

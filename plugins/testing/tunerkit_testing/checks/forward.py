@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from unittest import SkipTest
 
 import torch
@@ -12,7 +11,7 @@ import tunerkit
 from tunerkit.errors import PluginError
 from tunerkit.layers import torch_private
 from tunerkit_testing.blaming import changed, told
-from tunerkit_testing.cases import TOLERANCE, Case, assert_base_untouched, assert_same, wrapped
+from tunerkit_testing.cases import TOLERANCE, Trial, assert_base_untouched, assert_same
 from tunerkit_testing.checks.dropping import without_dropout
 from tunerkit_testing.checks.probing import (
     Call,
@@ -20,7 +19,6 @@ from tunerkit_testing.checks.probing import (
     copy_state,
     fill_,
     filled,
-    in_dtype,
     meanwhile,
     movable,
     outliving,
@@ -31,14 +29,14 @@ from tunerkit_testing.checks.probing import (
 )
 
 
-def check_forward_runs(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_forward_runs(trial: Trial) -> None:
     """At each target, forward and its gradients can be computed from the model's own input, in both modes.
 
     Meanwhile no parameter of the base is written into, not even for a moment.
     """
-    model = wrapped(case, method, config)
+    model = trial.wrapped()
     own = trained_parameters(tunerkit.tuner(model))
-    for noted in calls_of(model, case):
+    for noted in calls_of(model, trial):
         if noted.base.lends:  # the adapter's forward is never called there
             continue
         for training in (True, False):
@@ -84,20 +82,22 @@ def _shapes(call: Call) -> str:
     )
 
 
-def check_forward_keeps_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_forward_keeps_the_base(trial: Trial) -> None:
     """Running the model forward and backward changes no tensor of the base."""
-    model = wrapped(case, method, config)
-    case.start_training(model)
-    case.loss(model).backward()
-    case.output(model.eval())
-    assert_base_untouched(model, case, "only read base.dense() and base.matrix() in forward, do not write to them")
+    model = trial.wrapped()
+    trial.start_training(model)
+    trial.loss(model).backward()
+    trial.output(model.eval())
+    assert_base_untouched(
+        model, trial.case, "only read base.dense() and base.matrix() in forward, do not write to them"
+    )
 
 
 @torch.no_grad()
-def check_inputs_unwritten(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_inputs_unwritten(trial: Trial) -> None:
     """An adapter's forward writes into neither ``x`` nor ``y``."""
-    model = filled(case, method, config)
-    for call in calls_of(model, case):
+    model = filled(trial)
+    for call in calls_of(model, trial):
         if call.base.lends:  # the adapter's forward is never called there
             continue
         with tunerkit.disabled(model):
@@ -113,19 +113,19 @@ def check_inputs_unwritten(case: Case, method: str, config: Mapping[str, object]
             )
 
 
-def check_no_hidden_state(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_no_hidden_state(trial: Trial) -> None:
     """Two forwards are equal, in both modes, and a forward changes no attribute and no tensor of an adapter.
 
     Once its tensors are others, also by ``.data``, it computes what a new adapter computes with them.
     """
-    model = fill_(wrapped(case, method, config))
-    case.start_training(model)
+    model = fill_(trial.wrapped())
+    trial.start_training(model)
     adapters = tunerkit.tuner(model).adapters()
     before = {path: _attributes(adapter) for path, adapter in adapters.items()}
     lasting = outliving(model)
-    for mode in (partial(case.start_training, model), partial(model.train, False)):
+    for mode in (partial(trial.start_training, model), partial(model.train, False)):
         mode()
-        first, second = seeded(case.loss, model), seeded(case.loss, model)
+        first, second = seeded(trial.loss, model), seeded(trial.loss, model)
         assert torch.equal(first, second), (
             f"{meanwhile(lasting, model)}the same input gives two losses, which differ by "
             f"{float((first - second).abs()):.3g}; forward must depend on its arguments and on parameters and "
@@ -137,17 +137,17 @@ def check_no_hidden_state(case: Case, method: str, config: Mapping[str, object],
             f"{path}: forward changed {', '.join(others)} of the adapter; a forward that keeps something is compiled "
             "again at every call, and wrong under checkpointing. Change such values in a step hook"
         )
-    _assert_nothing_remembered(model, case, method, config)
+    _assert_nothing_remembered(model, trial)
 
 
-def _assert_nothing_remembered(model: nn.Module, case: Case, method: str, config: Mapping[str, object]) -> None:
-    before, lasting = case.output(model), outliving(model)
+def _assert_nothing_remembered(model: nn.Module, trial: Trial) -> None:
+    before, lasting = trial.output(model), outliving(model)
     for number, parameter in enumerate(trained_parameters(tunerkit.tuner(model)).values()):
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
         parameter.data = parameter.data + 0.1 * noise.to(parameter)
-    found, fresh = case.output(model), wrapped(case, method, config).eval()
+    found, fresh = trial.output(model), trial.wrapped().eval()
     copy_state(model, fresh)
-    worst = float((found - case.output(fresh)).abs().max())
+    worst = float((found - trial.output(fresh)).abs().max())
     assert worst <= TOLERANCE * float(before.abs().max()), (
         f"{meanwhile(lasting, model)}in eval mode, an adapter whose parameters changed since its last forward computes "
         f"what differs by {worst:.3g} from what a new one computes with the same tensors; keep nothing that is "
@@ -163,11 +163,11 @@ def _attributes(adapter: nn.Module) -> dict[str, object]:
 
 
 @torch.no_grad()
-def check_same_in_training(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_same_in_training(trial: Trial) -> None:
     """Without dropout, an adapter adds the same in training mode as in eval mode."""
-    model = filled(case, method, without_dropout(case, method, config))
+    model = filled(without_dropout(trial))
     shared, random = shared_in(tunerkit.tuner(model)), []
-    for call in calls_of(model, case):
+    for call in calls_of(model, trial):
         expected, _ = _output_of(call)
         parts = [call.adapter] if shared is None else [call.adapter, shared]
         for part in parts:
@@ -195,11 +195,11 @@ def _output_of(call: Call) -> tuple[Tensor, bool]:
         return found, not torch.equal(torch.get_rng_state(), before)
 
 
-def check_same_in_inference(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_same_in_inference(trial: Trial) -> None:
     """Under ``torch.no_grad`` and ``torch.inference_mode``, an adapter adds what it adds with gradients."""
-    model = filled(case, method, config)
+    model = filled(trial)
     hint = "ask neither torch.is_grad_enabled() nor torch.is_inference_mode_enabled() for what to compute"
-    for call in calls_of(model, case):
+    for call in calls_of(model, trial):
         expected = call.run().detach()
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
@@ -208,11 +208,11 @@ def check_same_in_inference(case: Case, method: str, config: Mapping[str, object
 
 
 @torch.no_grad()
-def check_output_dtype(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_output_dtype(trial: Trial) -> None:
     """An adapted layer's output has the dtype and shape of the base's, on bases in fp32, bf16 and fp64."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        narrow = in_dtype(case, dtype)
-        model = filled(narrow, method, config)
+        narrow = trial.in_dtype(dtype)
+        model = filled(narrow)
         for call in calls_of(model, narrow):
             found = call.run()
             with tunerkit.disabled(model):

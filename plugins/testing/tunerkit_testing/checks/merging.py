@@ -1,8 +1,6 @@
 """Checks of the delta: merged weights compute what the adapters compute, and can be taken out again."""
 
 import copy
-from collections.abc import Mapping
-from pathlib import Path
 from unittest import SkipTest
 
 import torch
@@ -12,8 +10,7 @@ import tunerkit
 from tunerkit import hooks, injection
 from tunerkit.layers import low_rank_delta, torch_private
 from tunerkit.plugin import Factors
-from tunerkit_testing import tolerances
-from tunerkit_testing.cases import Case, assert_base_untouched, assert_same, wrapped
+from tunerkit_testing.cases import TOLERANCES, Trial, assert_base_untouched, assert_same
 from tunerkit_testing.checks.probing import (
     Call,
     adapter_dtypes,
@@ -22,7 +19,6 @@ from tunerkit_testing.checks.probing import (
     fill_,
     filled,
     gradients,
-    in_dtype,
     largest,
     one_code_path,
     require_delta,
@@ -34,22 +30,26 @@ from tunerkit_testing.product_forms import fused_form, plain_form
 
 _HINT = "return from tunerkit_delta or tunerkit_factors exactly what forward adds, with its scale"
 
+# Of what an adapter adds, for checks that run in fp64 whatever the config says: a method may compute in fp32 what its
+# libraries compute there alone. One that is configured for fp64 must not.
+_DELTA = 1e-6
+
 
 @torch.no_grad()
-def check_delta_is_what_forward_adds(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_delta_is_what_forward_adds(trial: Trial) -> None:
     """In fp64, each layer with its delta added computes what it computes with its adapter, to 1e-6 of the change.
 
     If the config asks for adapters in fp64, to 1e-10.
     """
-    require_delta(method)
-    assert hooks.has_delta(method), (
-        f"method {method!r} cannot be merged: its plugin does not implement tunerkit_delta or tunerkit_factors. "
+    require_delta(trial.method)
+    assert hooks.has_delta(trial.method), (
+        f"method {trial.method!r} cannot be merged: its plugin does not implement tunerkit_delta or tunerkit_factors. "
         "Implement one, or declare Method(..., targets='outputs') if it does not adapt weights"
     )
-    share, wide = _share(case, method, config), in_dtype(case, torch.float64)
-    model = filled(wide, method, {**config, "adapter_dtype": "float64"})
+    share, wide = _share(trial), trial.in_fp64()
+    model = filled(wide)
     for number, call in enumerate(calls_of(model, wide)):
-        if not call.base.has_weight or _has_no_place(call, method):
+        if not call.base.has_weight or _has_no_place(call, trial.method):
             continue
         _fill_bias_(call.module, call.base.bias_name, number)
         adapted = call.run()
@@ -81,9 +81,9 @@ def _has_no_place(call: Call, method: str) -> bool:
     return call.base.bias_name not in own and hooks.delta(call.path, method, call.adapter, call.base).bias is not None
 
 
-def _share(case: Case, method: str, config: Mapping[str, object]) -> float:
-    built = tunerkit.structure(method, {**case.settings, **config})
-    return tolerances.of_delta(getattr(torch, built.adapter_dtype))
+def _share(trial: Trial) -> float:
+    dtype = getattr(torch, trial.structured().adapter_dtype)
+    return TOLERANCES[dtype] if dtype == torch.float64 else _DELTA
 
 
 def _fill_bias_(module: nn.Module, name: str, seed: int) -> None:
@@ -94,18 +94,18 @@ def _fill_bias_(module: nn.Module, name: str, seed: int) -> None:
 
 
 @torch.no_grad()
-def check_factors_are_the_delta(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_factors_are_the_delta(trial: Trial) -> None:
     """If a plugin implements both hooks, the product of `tunerkit_factors` is the weight of `tunerkit_delta`."""
-    if not hooks.has_factors(method):
+    if not hooks.has_factors(trial.method):
         raise SkipTest("the method does not implement tunerkit_factors")
-    share = _share(case, method, config)
-    model = filled(in_dtype(case, torch.float64), method, {**config, "adapter_dtype": "float64"})
+    share = _share(trial)
+    model = filled(trial.in_fp64())
     for path, _, slots in injection.walk(model):
         for slot in slots.applied:
             if slot.adapter is None or slots.base is None:
                 continue
-            product = hooks.factors(path, method, slot.adapter, slots.base)
-            weight = hooks.delta(path, method, slot.adapter, slots.base).weight
+            product = hooks.factors(path, trial.method, slot.adapter, slots.base)
+            weight = hooks.delta(path, trial.method, slot.adapter, slots.base).weight
             assert weight is not None, f"{path}: tunerkit_factors gives a product, and tunerkit_delta no weight"
             found = low_rank_delta(slots.base, q=product.q, p=product.p, scale=1.0)
             worst = largest({"": found - weight})
@@ -116,11 +116,11 @@ def check_factors_are_the_delta(case: Case, method: str, config: Mapping[str, ob
 
 
 @torch.no_grad()
-def check_builds_from_factors(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_builds_from_factors(trial: Trial) -> None:
     """Adapters that `tunerkit_from_factors` builds add the given products, of ranks 0 and up."""
-    if not hooks.implements(hooks.specs.tunerkit_from_factors, method) or not hooks.has_factors(method):
+    if not hooks.implements(hooks.specs.tunerkit_from_factors, trial.method) or not hooks.has_factors(trial.method):
         raise SkipTest("the method does not implement both tunerkit_factors and tunerkit_from_factors")
-    tuner = tunerkit.tuner(wrapped(case, method, config))
+    tuner = tunerkit.tuner(trial.wrapped())
     generator = torch.Generator().manual_seed(3)
     own = {path: slots.base for path, _, slots in injection.walk(tuner.model)}
     bases = {target.path: base for target in tuner.targets if (base := own[target.path]) is not None}
@@ -131,9 +131,9 @@ def check_builds_from_factors(case: Case, method: str, config: Mapping[str, obje
             q=torch.randn(rank, base.in_features, generator=generator),
             p=torch.randn(base.out_features, rank, generator=generator),
         )
-    _, adapters = hooks.from_factors(method, tuner.targets, given)
+    _, adapters = hooks.from_factors(trial.method, tuner.targets, given)
     for path, adapter in adapters.items():
-        found, product = hooks.factors(path, method, adapter, bases[path]), given[path]
+        found, product = hooks.factors(path, trial.method, adapter, bases[path]), given[path]
         difference = largest({"": found.p @ found.q - product.p @ product.q})
         assert difference <= 1e-5 * max(1.0, largest({"": product.p @ product.q})), (
             f"{path}: an adapter built from factors of rank {product.rank} adds something else, by {difference:.3g}; "
@@ -142,46 +142,46 @@ def check_builds_from_factors(case: Case, method: str, config: Mapping[str, obje
 
 
 @one_code_path()
-def check_merges(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_merges(trial: Trial) -> None:
     """Merging keeps the output. Unmerging restores every base tensor bit for bit. A merged model can be saved."""
-    require_delta(method)
-    model = ended(case, method, config)
+    require_delta(trial.method)
+    model = ended(trial)
     require_places(model)
-    adapted = case.output(model)
+    adapted = trial.output(model)
     tunerkit.merge(model)
-    assert_same(case.output(model), adapted, "merged against adapted", _HINT, adapters=adapter_dtypes(model))
-    loaded = tunerkit.load(case.build(), tunerkit.save(model, tmp_path / "merged")).eval()
+    assert_same(trial.output(model), adapted, "merged against adapted", _HINT, adapters=adapter_dtypes(model))
+    loaded = tunerkit.load(trial.build(), tunerkit.save(model, trial.folder / "merged")).eval()
     assert_same(
-        case.output(loaded), adapted, "saved while merged", "change no weight of the adapter in the delta's hooks"
+        trial.output(loaded), adapted, "saved while merged", "change no weight of the adapter in the delta's hooks"
     )
     with tunerkit.disabled(model):
-        assert torch.equal(case.output(model), base_output(case)), (
+        assert torch.equal(trial.output(model), base_output(trial)), (
             "disabled while merged, the model is not the base; " + _OWN
         )
     tunerkit.unmerge(model)
-    assert torch.equal(case.output(model), adapted), "unmerged, the output is another than before; " + _OWN
-    assert_base_untouched(model, case, _OWN)
+    assert torch.equal(trial.output(model), adapted), "unmerged, the output is another than before; " + _OWN
+    assert_base_untouched(model, trial.case, _OWN)
 
 
 _OWN = "write to no tensor of the base layer in a hook"
 
 
 @one_code_path()
-def check_disabled_is_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_disabled_is_the_base(trial: Trial) -> None:
     """Inside ``disabled`` the output is bit-identical to the base model's; then it is adapted again."""
-    expected, model = base_output(case), ended(case, method, config)
-    adapted = case.output(model)
+    expected, model = base_output(trial), ended(trial)
+    adapted = trial.output(model)
     with tunerkit.disabled(model), tunerkit.disabled(model):
-        assert torch.equal(case.output(model), expected), "disabled, the model is not the base; " + _OWN
-    assert torch.equal(case.output(model), adapted), "after disabled, the output is another than before; " + _OWN
+        assert torch.equal(trial.output(model), expected), "disabled, the model is not the base; " + _OWN
+    assert torch.equal(trial.output(model), adapted), "after disabled, the output is another than before; " + _OWN
 
 
 @one_code_path()
-def check_unwraps(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_unwraps(trial: Trial) -> None:
     """`unwrap` restores the base model and its ``requires_grad`` flags."""
-    original = case.build()
-    case.output(original.eval())  # a library may leave something in a model at its first forward
-    model = copy.deepcopy(ended(case, method, config))
+    original = trial.build()
+    trial.output(original.eval())  # a library may leave something in a model at its first forward
+    model = copy.deepcopy(ended(trial))
     tunerkit.unwrap(model)
     assert list(model.state_dict()) == list(original.state_dict()), "unwrap left something in the model; " + _OWN
     for (path, module), own in zip(model.named_modules(), original.modules(), strict=True):
@@ -193,32 +193,32 @@ def check_unwraps(case: Case, method: str, config: Mapping[str, object], tmp_pat
         assert not hooked, (
             f"unwrap left {hooked[0].strip('_')} in the module at {path!r}; register none in a base layer"
         )
-    assert_base_untouched(model, case, _OWN)
+    assert_base_untouched(model, trial.case, _OWN)
     flags = {name: p.requires_grad for name, p in original.named_parameters()}
     found = {name: p.requires_grad for name, p in model.named_parameters()}
     assert found == flags, "unwrap does not restore requires_grad; do not set it in a hook"
-    assert torch.equal(case.output(model), case.output(original)), "unwrapped, the output is not the base's; " + _OWN
+    assert torch.equal(trial.output(model), trial.output(original)), "unwrapped, the output is not the base's; " + _OWN
 
 
-def check_keeps_merged(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_keeps_merged(trial: Trial) -> None:
     """``unwrap(keep_merged=True)`` keeps the adapted output in a plain model."""
-    require_delta(method)
-    model = ended(case, method, config)
+    require_delta(trial.method)
+    model = ended(trial)
     require_places(model)
-    adapted, dtypes = case.output(model), adapter_dtypes(model)
+    adapted, dtypes = trial.output(model), adapter_dtypes(model)
     merged = tunerkit.unwrap(copy.deepcopy(model), keep_merged=True)
-    assert_same(case.output(merged), adapted, "kept merged", _HINT, adapters=dtypes)
-    assert list(merged.state_dict()) == list(case.build().state_dict()), "unwrap left something in the model; " + _OWN
+    assert_same(trial.output(merged), adapted, "kept merged", _HINT, adapters=dtypes)
+    assert list(merged.state_dict()) == list(trial.build().state_dict()), "unwrap left something in the model; " + _OWN
 
 
-def check_fused_is_plain(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_fused_is_plain(trial: Trial) -> None:
     """In float64, the fused low-rank product has the plain form's output and gradients, to 1e-10."""
-    model = fill_(wrapped(in_dtype(case, torch.float64), method, {**config, "adapter_dtype": "float64"}))
-    case.start_training(model)
+    model = fill_(trial.in_fp64().wrapped())
+    trial.start_training(model)
     with fused_form():
-        fused = _values_and_gradients(case, model)
+        fused = _values_and_gradients(trial, model)
     with plain_form():
-        plain = _values_and_gradients(case, model)
+        plain = _values_and_gradients(trial, model)
     for name, expected in plain.items():
         worst = largest({name: fused[name] - expected})
         assert worst <= 1e-10 * max(1.0, largest({name: expected})), (
@@ -227,9 +227,9 @@ def check_fused_is_plain(case: Case, method: str, config: Mapping[str, object], 
         )
 
 
-def _values_and_gradients(case: Case, model: nn.Module) -> dict[str, Tensor]:
-    loss = seeded(case.loss, model)
-    found = {"the loss": loss.detach(), "the output": seeded(case.output, model).detach()}
+def _values_and_gradients(trial: Trial, model: nn.Module) -> dict[str, Tensor]:
+    loss = seeded(trial.loss, model)
+    found = {"the loss": loss.detach(), "the output": seeded(trial.output, model).detach()}
     tuner = tunerkit.tuner(model)
     copies = {name: p for name, p in tuner.named_parameters() if p.requires_grad}
     values = torch.autograd.grad(

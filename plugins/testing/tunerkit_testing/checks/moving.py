@@ -2,10 +2,9 @@
 
 import copy
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
@@ -18,40 +17,30 @@ from tunerkit import hooks
 from tunerkit.errors import TargetError, shown
 from tunerkit.layers import Adapter, BaseLayer, torch_private
 from tunerkit_testing.blaming import told
-from tunerkit_testing.cases import Case, assert_same, wrapped
-from tunerkit_testing.checks.probing import (
-    Call,
-    calls_of,
-    fill_,
-    filled,
-    in_dtype,
-    own_parts,
-    trained_parameters,
-    unregistered,
-    with_inputs,
-)
+from tunerkit_testing.cases import Trial, assert_same, with_inputs
+from tunerkit_testing.checks.probing import Call, calls_of, fill_, filled, own_parts, trained_parameters, unregistered
 from tunerkit_testing.checks.training import ended
 
 _DEVICES = 1e-3  # another device sums up in another order, and may multiply in a lower precision
 
 
-def check_deepcopy(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_deepcopy(trial: Trial) -> None:
     """A deep copy of a trained model computes the same, and its adapters are its own."""
-    model = ended(case, method, config)
-    before = case.output(model)
+    model = ended(trial)
+    before = trial.output(model)
     twin = copy.deepcopy(model)
-    assert torch.equal(case.output(twin), before), "a deep copy computes something else; " + _OWN
+    assert torch.equal(trial.output(twin), before), "a deep copy computes something else; " + _OWN
     fill_(twin)
-    assert torch.equal(case.output(model), before), "training a deep copy changes the original; " + _OWN
-    assert not torch.equal(case.output(twin), before), "a deep copy does not use its own parameters; " + _OWN
+    assert torch.equal(trial.output(model), before), "training a deep copy changes the original; " + _OWN
+    assert not torch.equal(trial.output(twin), before), "a deep copy does not use its own parameters; " + _OWN
 
 
 _OWN = "hold tensors only as parameters and buffers of the adapter, not in closures, lists or the plugin"
 
 
-def check_pickle(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_pickle(trial: Trial) -> None:
     """Every adapter survives pickle, as spawned workers and torch.save need it."""
-    tuner = tunerkit.tuner(filled(case, method, config))
+    tuner = tunerkit.tuner(filled(trial))
     for path, adapter in tuner.adapters().items():
         try:
             again = pickle.loads(pickle.dumps(adapter))
@@ -67,15 +56,15 @@ def check_pickle(case: Case, method: str, config: Mapping[str, object], tmp_path
             )
 
 
-def check_offload(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_offload(trial: Trial) -> None:
     """On a base whose weights accelerate loads for each forward, the output is the same, and the adapter trains.
 
     Forward and delta read W and the bias as the base layer gives them: where weights are offloaded, packed or sharded,
     the module has others.
     """
-    model = filled(case, method, config)
-    for call in calls_of(model, case):
-        _assert_reads_the_layer(call, method)
+    model = filled(trial)
+    for call in calls_of(model, trial):
+        _assert_reads_the_layer(call, trial.method)
     if find_spec("accelerate") is None:
         raise SkipTest("accelerate is not installed")
     if find_spec("tunerkit_distributed") is None:
@@ -83,21 +72,23 @@ def check_offload(case: Case, method: str, config: Mapping[str, object], tmp_pat
     cpu_offload = import_module("accelerate").cpu_offload
 
     # In fp64: loaded weights may lie in memory as other kernels read them, and deep models amplify fp32 rounding.
-    case, config = in_dtype(case, torch.float64), {**config, "adapter_dtype": "float64"}
-    expected = filled(case, method, config)
-    away = cpu_offload(case.build().eval(), execution_device=torch.device("cpu"))
+    trial = trial.in_fp64()
+    expected = filled(trial)
+    away = cpu_offload(trial.build().eval(), execution_device=torch.device("cpu"))
     try:
-        case.output(away)
+        trial.output(away)
     except Exception as error:
         raise SkipTest(f"the model itself does not run while it is offloaded: {shown(str(error))}") from error
     try:
-        tunerkit.wrap(away, method, {**case.settings, **config}, seed=0)
+        tunerkit.wrap(away, trial.method, trial.settings, seed=0)
     except TargetError as error:
         raise SkipTest(f"this model cannot be adapted while it is offloaded: {error}") from error
     fill_(away).eval()
     hint = "read the weight as base.dense() or base.matrix(), and build parameters from in_features and out_features"
-    assert_same(case.output(away), case.output(expected), "offloaded against in memory", hint, adapters=[torch.float32])
-    case.loss(away).backward()
+    assert_same(
+        trial.output(away), trial.output(expected), "offloaded against in memory", hint, adapters=[torch.float32]
+    )
+    trial.loss(away).backward()
     own = trained_parameters(tunerkit.tuner(away))
     meta = [name for name, parameter in own.items() if parameter.is_meta]
     assert not meta, f"{meta[0]} is on the meta device: it would not be trained; {hint}"
@@ -142,13 +133,13 @@ def _assert_reads_the_layer(call: Call, method: str) -> None:
         )
 
 
-def check_device(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_device(trial: Trial) -> None:
     """On another device an adapter computes all of its part there: it holds tensors as parameters and buffers alone.
 
     That is tried with torch's meta device, which has shapes and no numbers. On an accelerator, moved there or wrapped
     there, the model has the output that it has on the CPU.
     """
-    model = filled(case, method, config)
+    model = filled(trial)
     for name, part in own_parts(model).items():
         saved = [tensor for tensor in part.state_dict().values() if isinstance(tensor, Tensor)]
         held = [key for key, value in unregistered(part) if isinstance(value, Tensor) and not _among(value, saved)]
@@ -156,10 +147,10 @@ def check_device(case: Case, method: str, config: Mapping[str, object], tmp_path
             f"{name}: {held[0]} is a tensor that is neither a parameter nor a buffer: no model.to moves it, and no "
             "file has it; use register_buffer(name, tensor), with persistent=False if it is computed from the config"
         )
-    for call in calls_of(model, case):
+    for call in calls_of(model, trial):
         _assert_moves(call)
     if torch.accelerator.is_available():
-        _assert_same_there(case, model, method, config)
+        _assert_same_there(trial, model)
 
 
 def _among(tensor: Tensor, others: Iterable[Tensor]) -> bool:
@@ -193,14 +184,16 @@ def _on_meta(values: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(value.to("meta") if isinstance(value, Tensor) else value for value in values)
 
 
-def _assert_same_there(case: Case, model: nn.Module, method: str, config: Mapping[str, object]) -> None:
+def _assert_same_there(trial: Trial, model: nn.Module) -> None:
     device = torch.accelerator.current_accelerator()
-    expected, start = case.output(model), case.output(wrapped(case, method, config).eval())
+    expected, start = trial.output(model), trial.output(trial.wrapped().eval())
     hint = "keep tensors in parameters and buffers, and build new ones on the device of x"
     moved = with_inputs(model.to(device), lambda x: x.to(device))
-    _assert_near(case.output(moved), expected, f"moved to {device}; {hint}")
-    there = attrs.evolve(case, build=lambda: with_inputs(case.build().to(device), lambda x: x.to(device)))
-    _assert_near(case.output(wrapped(there, method, config).eval()), start, f"wrapped on {device}; {hint}")
+    _assert_near(trial.output(moved), expected, f"moved to {device}; {hint}")
+    there = trial.on(
+        attrs.evolve(trial.case, build=lambda: with_inputs(trial.build().to(device), lambda x: x.to(device)))
+    )
+    _assert_near(trial.output(there.wrapped().eval()), start, f"wrapped on {device}; {hint}")
 
 
 def _assert_near(found: Tensor, expected: Tensor, what: str) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Final
 from unittest import SkipTest
 
@@ -12,14 +11,13 @@ from torch import Tensor, nn
 import tunerkit
 from tunerkit import hooks, injection
 from tunerkit.errors import PluginError, TunerkitError, shown
-from tunerkit_testing.cases import STEPS, Case, assert_base_untouched, optimizer_of, wrapped
+from tunerkit_testing.cases import STEPS, Trial, assert_base_untouched, optimizer_of
 from tunerkit_testing.checks.probing import (
     Call,
     adapter_dtypes,
     calls_of,
     filled,
     gradients,
-    in_dtype,
     movable,
     own_parts,
     random_like,
@@ -36,15 +34,15 @@ _AUTOCAST, _GRADIENTS = 2.0**-5, 0.05
 _NARROW = 4  # times that, where the adapter itself is in 16 bits: its own products are rounded one after the other
 
 
-def check_autocast(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_autocast(trial: Trial) -> None:
     """Under bf16 autocast each layer's output is that in fp32 up to rounding, and the gradients are finite.
 
     At the start it is the base's, bit for bit, unless the method declares ``start="rounding"``.
     """
-    model = filled(case, method, config)
+    model = filled(trial)
     with tunerkit.disabled(model), torch.autocast("cpu", torch.bfloat16):
-        _calls(model, case, "under autocast")
-    for call in calls_of(model, case):
+        _calls(model, trial, "under autocast")
+    for call in calls_of(model, trial):
         with torch.no_grad():
             expected = call.run()
             with torch.autocast("cpu", torch.bfloat16):
@@ -55,11 +53,11 @@ def check_autocast(case: Case, method: str, config: Mapping[str, object], tmp_pa
             f"{_PLAIN}"
         )
     with torch.autocast("cpu", torch.bfloat16):
-        loss = seeded(case.loss, model)
+        loss = seeded(trial.loss, model)
     for name, gradient in gradients(loss, tunerkit.tuner(model)).items():
         assert bool(gradient.isfinite().all()), f"{name} has NaN or inf as its gradient under autocast"
-    if hooks.registry.get(method).start == "exact":
-        _assert_starts_under_autocast(wrapped(case, method, config).eval(), case)
+    if hooks.registry.get(trial.method).start == "exact":
+        _assert_starts_under_autocast(trial.wrapped().eval(), trial)
 
 
 _PLAIN = (
@@ -69,8 +67,8 @@ _PLAIN = (
 
 
 @torch.no_grad()
-def _assert_starts_under_autocast(model: nn.Module, case: Case) -> None:
-    for call in calls_of(model, case):
+def _assert_starts_under_autocast(model: nn.Module, trial: Trial) -> None:
+    for call in calls_of(model, trial):
         with torch.autocast("cpu", torch.bfloat16):
             found = call.run()
             with tunerkit.disabled(model):
@@ -82,23 +80,23 @@ def _assert_starts_under_autocast(model: nn.Module, case: Case) -> None:
         )
 
 
-def _calls(model: nn.Module, case: Case, where: str) -> list[Call]:
+def _calls(model: nn.Module, trial: Trial, where: str) -> list[Call]:
     try:
-        return calls_of(model, case)
+        return calls_of(model, trial)
     except RuntimeError as error:
         raise SkipTest(f"the model itself does not run {where}: {shown(str(error))}") from error
 
 
-def check_half_precision(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_half_precision(trial: Trial) -> None:
     """On bases in bf16 and fp16, each layer's output and gradients are those in fp64, up to rounding.
 
     So is its output with adapters in bf16 and fp16, on a base in fp32, computed by forward and by the delta. With these
     it is finite at the start too, in both modes.
     """
     for dtype in _SHARES:
-        narrow = in_dtype(case, dtype)
-        wide = in_dtype(narrow, torch.float64)
-        model, exact = filled(narrow, method, config), filled(wide, method, {**config, "adapter_dtype": "float64"})
+        narrow = trial.in_dtype(dtype)
+        wide = narrow.in_fp64()
+        model, exact = filled(narrow), filled(wide)
         for part, twin in zip(own_parts(model).values(), own_parts(exact).values(), strict=True):
             twin.load_state_dict(part.state_dict())
         share = max(_SHARES.get(each, 0.0) for each in (dtype, *adapter_dtypes(model)))
@@ -110,30 +108,30 @@ def check_half_precision(case: Case, method: str, config: Mapping[str, object], 
             found = _found(call, own)
             expected = _found(twins[call.path].with_input(_widened(call.x)), theirs)
             _assert_near(f"{call.path}: on a base in {dtype}", call.path, share, found, expected)
-    _assert_narrow_adapters(case, method, config)
+    _assert_narrow_adapters(trial)
 
 
 @torch.no_grad()
-def _assert_narrow_adapters(case: Case, method: str, config: Mapping[str, object]) -> None:
-    wide = in_dtype(case, torch.float64)
-    exact = filled(wide, method, {**config, "adapter_dtype": "float64"})
+def _assert_narrow_adapters(trial: Trial) -> None:
+    wide = trial.in_fp64()
+    exact = filled(wide)
     twins = {call.path: call for call in calls_of(exact, wide)}
     for dtype, share in _SHARES.items():
-        name = str(dtype).removeprefix("torch.")
+        own = trial.but(adapter_dtype=str(dtype).removeprefix("torch."))
         try:
-            model = filled(case, method, {**config, "adapter_dtype": name})
+            model = filled(own)
         except TunerkitError:
             continue  # refused in words
-        _assert_starts_finite(wrapped(case, method, {**config, "adapter_dtype": name}).eval(), case, dtype)
+        _assert_starts_finite(own.wrapped().eval(), own, dtype)
         for part, twin in zip(own_parts(model).values(), own_parts(exact).values(), strict=True):
             twin.load_state_dict(part.state_dict())
-        for call in calls_of(model, case):
+        for call in calls_of(model, trial):
             found, expected = (_computed(each, root) for each, root in ((call, model), (twins[call.path], exact)))
             _assert_near(f"{call.path}: with adapters in {dtype}", call.path, _NARROW * share, found, expected)
 
 
-def _assert_starts_finite(model: nn.Module, case: Case, dtype: torch.dtype) -> None:
-    calls = calls_of(model, case)
+def _assert_starts_finite(model: nn.Module, trial: Trial, dtype: torch.dtype) -> None:
+    calls = calls_of(model, trial)
     for mode in (False, True):
         model.train(mode)
         for call in calls:
@@ -193,15 +191,15 @@ def _assert_near(
         assert worst <= limit, f"{where}, {what} differs by {worst:.3g} from that in fp64, allowed {limit:.3g}; {hint}"
 
 
-def check_bf16_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_bf16_base(trial: Trial) -> None:
     """On a base in bf16 the adapter stays in the dtype of its config, trains, and leaves the base alone."""
-    narrow = in_dtype(case, torch.bfloat16)
-    model = without_copies(narrow, method, config)
+    narrow = trial.in_dtype(torch.bfloat16)
+    model = without_copies(narrow)
     tuner = tunerkit.tuner(model)
     own = trained_parameters(tuner)
     (dtype,) = adapter_dtypes(model)
     starts = {name: parameter.detach().clone() for name, parameter in own.items()}
-    optimizer = optimizer_of(own.values(), case.lr)
+    optimizer = optimizer_of(own.values(), trial.lr)
     tunerkit.attach(model, optimizer, total_steps=STEPS)
     for step in range(_STEPS):
         seeded(narrow.loss, model, step).backward()
@@ -212,4 +210,4 @@ def check_bf16_base(case: Case, method: str, config: Mapping[str, object], tmp_p
         assert bool(parameter.isfinite().all()), f"{name} contains NaN or inf after {_STEPS} steps on a base in bf16"
     moved = any(not torch.equal(parameter, starts[name]) for name, parameter in own.items())
     assert moved, "no parameter moved on a base in bf16; compute the adapter's part in its own dtype"
-    assert_base_untouched(model, narrow)
+    assert_base_untouched(model, narrow.case)

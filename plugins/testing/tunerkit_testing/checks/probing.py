@@ -19,7 +19,7 @@ from tunerkit.injection import Slot, Slots
 from tunerkit.layers import Adapter, BaseLayer, torch_private
 from tunerkit.plugin import Tuner
 from tunerkit_testing.blaming import changed, lasting_values, values_in
-from tunerkit_testing.cases import Case, wrapped
+from tunerkit_testing.cases import Case, Trial
 
 _SHARED = "the shared module"
 # What torch keeps in every module, and looks after.
@@ -107,7 +107,7 @@ def random_like(of: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def calls_of(model: nn.Module, case: Case) -> list[Call]:
+def calls_of(model: nn.Module, trial: Trial) -> list[Call]:
     """Run the base model and note the last call of each target; those that are bypassed are missing."""
     found: dict[str, Call] = {}
     places = [place for place in injection.walk(model) if any(slot.adapter is not None for slot in place[2].applied)]
@@ -123,7 +123,7 @@ def calls_of(model: nn.Module, case: Case) -> list[Call]:
         stack.enter_context(tunerkit.disabled(model))
         for path, module, slots in places:
             stack.callback(module.register_forward_pre_hook(noting(path, slots), with_kwargs=True).remove)
-        case.output(model)
+        trial.output(model)
     return list(found.values())
 
 
@@ -142,19 +142,15 @@ _PLACING: Final = ("targets", "exclude", "layers")
 IN_LAYER: Final[Mapping[str, object]] = {"targets": ("layer",), "train_modules": ()}
 
 
-def in_layer(config: Mapping[str, object]) -> dict[str, object]:
-    """Return a config for a model of `layers_of`."""
-    return {**{name: config[name] for name in config if name not in _PLACING}, **IN_LAYER}
-
-
-def layers_of(case: Case, method: str, config: Mapping[str, object]) -> Iterator[Case]:
+def layers_of(trial: Trial) -> Iterator[Trial]:
     """Yield a target of each kind as a model of its own, which is cheaper. Its loss is the output's mean square."""
-    base, kinds = case.build().eval(), set()
-    for call in calls_of(wrapped(case, method, config).eval(), case):
+    base, kinds, config = trial.build().eval(), set(), {n: v for n, v in trial.config.items() if n not in _PLACING}
+    for call in calls_of(trial.wrapped().eval(), trial):
         if type(call.module) not in kinds:
             kinds.add(type(call.module))
             layer, run = base.get_submodule(call.path), partial(_output, call)
-            yield Case(call.path, partial(_alone, layer), torch.no_grad()(run), partial(_square, run), lr=case.lr)
+            case = Case(call.path, partial(_alone, layer), torch.no_grad()(run), partial(_square, run), lr=trial.lr)
+            yield attrs.evolve(trial, case=case, config={**config, **IN_LAYER}, kept={})
 
 
 def _alone(layer: nn.Module) -> nn.Module:
@@ -185,9 +181,9 @@ def one_code_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def base_output(case: Case) -> Tensor:
+def base_output(trial: Trial) -> Tensor:
     """Return the output of the base model in eval mode, frozen as under an adapter: torch picks kernels by that too."""
-    return case.output(case.build().eval().requires_grad_(False))
+    return trial.output(trial.build().eval().requires_grad_(False))
 
 
 def own_parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -217,10 +213,10 @@ def trained_parameters(tuner: Tuner) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in own_parameters(tuner).items() if parameter.requires_grad}
 
 
-def without_copies(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
+def without_copies(trial: Trial) -> nn.Module:
     """Build a wrapped model in training mode, in which only the method's own parameters are trained."""
-    model = wrapped(case, method, config)
-    case.start_training(model)
+    model = trial.wrapped()
+    trial.start_training(model)
     own = {id(parameter) for parameter in own_parameters(tunerkit.tuner(model)).values()}
     for parameter in model.parameters():
         if id(parameter) not in own:
@@ -240,9 +236,9 @@ def fill_(model: nn.Module, share: float = 0.1) -> nn.Module:
     return model
 
 
-def filled(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
+def filled(trial: Trial) -> nn.Module:
     """Build a wrapped model in eval mode with `fill_`."""
-    return fill_(wrapped(case, method, config)).eval()
+    return fill_(trial.wrapped()).eval()
 
 
 @torch.no_grad()
@@ -280,26 +276,6 @@ def saved(model: nn.Module, folder: Path) -> Path:
 def adapter_dtypes(model: nn.Module) -> set[torch.dtype]:
     """Return the dtypes that the configs of a model's adapters ask for."""
     return {getattr(torch, tuner.config.adapter_dtype) for tuner in injection.tuners_of(model).values()}
-
-
-def in_dtype(case: Case, dtype: torch.dtype) -> Case:
-    """Return the case with its model, and the floating-point inputs, in another dtype."""
-
-    def build() -> nn.Module:
-        return with_inputs(case.build().to(dtype), lambda x: x.to(dtype) if x.is_floating_point() else x)
-
-    return attrs.evolve(case, build=build)
-
-
-def with_inputs(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Convert the tensors that a model is called with, and return the model."""
-
-    def converted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        found = [convert(each) if isinstance(each, Tensor) else each for each in (*args, *kwargs.values())]
-        return tuple(found[: len(args)]), dict(zip(kwargs, found[len(args) :], strict=True))
-
-    model.register_forward_pre_hook(converted, with_kwargs=True)
-    return model
 
 
 def seeded(run: Callable[[nn.Module], Tensor], model: nn.Module, seed: int = 1) -> Tensor:

@@ -2,9 +2,8 @@
 
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy
@@ -13,22 +12,22 @@ from torch import nn
 
 import tunerkit
 from tunerkit import hooks
-from tunerkit_testing.cases import STEPS, Case, assert_same, wrapped
+from tunerkit_testing.cases import STEPS, Trial, assert_same
 from tunerkit_testing.checks.probing import calls_of, filled, saved, without_copies
 from tunerkit_testing.checks.start import assert_same_start
 
 _SEED, _STEPS = 20_141_222, 3
 
 
-def check_random_state(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_random_state(trial: Trial) -> None:
     """No hook and no forward seeds torch's random state, or uses those of Python and NumPy: they are the user's.
 
     So are torch's global settings, such as the mode of gradients, the default dtype and the number of threads.
     """
-    base, again = case.build(), case.build()
-    _assert_unseeded("building adapters", lambda: tunerkit.wrap(base, method, {**case.settings, **config}))
-    model = filled(case, method, config)
-    calls = calls_of(model, case)
+    base, again = trial.build(), trial.build()
+    _assert_unseeded("building adapters", lambda: tunerkit.wrap(base, trial.method, trial.settings))
+    model = filled(trial)
+    calls = calls_of(model, trial)
     for training in (True, False):
 
         def forwards(training: bool = training) -> None:
@@ -37,22 +36,22 @@ def check_random_state(case: Case, method: str, config: Mapping[str, object], tm
                 call.run()
 
         _assert_unseeded("forward", forwards)
-    if hooks.has_delta(method):
+    if hooks.has_delta(trial.method):
         _assert_unseeded("the delta", lambda: tunerkit.unmerge(tunerkit.merge(model)))
-    model = without_copies(case, method, config)
-    _assert_unseeded_steps(model, case)
-    path = tmp_path / "out"
+    model = without_copies(trial)
+    _assert_unseeded_steps(model, trial)
+    path = trial.folder / "out"
     _assert_unseeded("saving", lambda: tunerkit.save(model, path))
     _assert_unseeded("loading", lambda: tunerkit.load(again, path))
 
 
-def _assert_unseeded_steps(model: nn.Module, case: Case) -> None:
+def _assert_unseeded_steps(model: nn.Module, trial: Trial) -> None:
     if not (trained := [p for p in model.parameters() if p.requires_grad]):
         return  # another check is about it
     optimizer = torch.optim.SGD(trained, lr=1e-3)
     _assert_unseeded("attaching", lambda: tunerkit.attach(model, optimizer, total_steps=STEPS))
     for _ in range(_STEPS):
-        loss = case.loss(model)
+        loss = trial.loss(model)
         if not loss.requires_grad:
             return
         loss.backward()
@@ -97,20 +96,20 @@ def _settings() -> dict[str, object]:
     }
 
 
-def check_other_process(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_other_process(trial: Trial) -> None:
     """In a process in which ``hash`` gives other numbers for text, a seed gives the same adapter, and files load."""
-    model = filled(case, method, config)
-    expected, path = case.output(model), saved(model, tmp_path)
+    model = filled(trial)
+    expected, path = trial.output(model), saved(model, trial.folder)
     with patch("builtins.hash", _other_hash):
-        again = wrapped(case, method, config)
-        loaded = tunerkit.load(case.build(), path).eval()
+        again = trial.wrapped()
+        loaded = tunerkit.load(trial.build(), path).eval()
     where = "in a process with another PYTHONHASHSEED"
     hint = (
         "hash() of text is another number in each process: seed with zlib.crc32(path.encode()), or with a number that "
         "is saved"
     )
-    assert_same_start(wrapped(case, method, config), again, f"{where}; {hint}")
-    assert_same(case.output(loaded), expected, f"loaded {where}", hint)
+    assert_same_start(trial.wrapped(), again, f"{where}; {hint}")
+    assert_same(trial.output(loaded), expected, f"loaded {where}", hint)
 
 
 _hash = hash

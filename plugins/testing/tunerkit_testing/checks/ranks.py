@@ -1,7 +1,5 @@
 """Checks of ranks and budget: what a method says of them is true."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from unittest import SkipTest
 
 import torch
@@ -10,11 +8,10 @@ from torch import nn
 import tunerkit
 from tunerkit import hooks, injection
 from tunerkit_testing.blaming import told
-from tunerkit_testing.cases import STEPS, Case, trained
+from tunerkit_testing.cases import STEPS, Trial
 from tunerkit_testing.checks.files import cut, cut_beside, rank_of
-from tunerkit_testing.checks.probing import fill_, filled, in_dtype, require_delta
+from tunerkit_testing.checks.probing import fill_, filled, require_delta
 from tunerkit_testing.checks.training import full_training
-from tunerkit_testing.remembering import remembered
 
 # A singular value below this share of the largest is rounding for the upper bound: a delta may be computed in fp32. For
 # the lower bound it counts: a square matrix of random numbers, as VeRA's, has a full rank and may have a small one.
@@ -22,25 +19,25 @@ _ROUNDING = 1e-6
 _SMALLEST = 1e-10
 
 
-def check_rank(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_rank(trial: Trial) -> None:
     """What an adapter adds has the rank that ``adapter.rank`` says, moved from its start, trained, and cut to fewer.
 
     Where the layer's matrix is smaller, it has all of its rank. The factors have ``adapter.rank`` rows. A delta that is
     computed from the weight may have any rank.
     """
-    require_delta(method)
-    wide, settings = in_dtype(case, torch.float64), {**config, "adapter_dtype": "float64"}
-    start = filled(wide, method, settings)
+    require_delta(trial.method)
+    wide = trial.in_fp64()
+    start = filled(wide)
     tuner = tunerkit.tuner(start)
     if not any(tuner.ranks().values()):
         raise SkipTest("the method has no ranks: adapter.rank is 0")
     if any(adapter.reads_weight for adapter in tuner.adapters().values()):
         raise SkipTest("the delta is computed from the weight, so its rank is not the adapter's")
-    _assert_true_ranks(start, method, "at random values")
+    _assert_true_ranks(start, "at random values")
     # A batch of few samples trains fewer directions than there are, so what is trained is moved for the lower bound.
-    model = trained(wide, method, settings)
-    _assert_true_ranks(model, method, "after training", least=False)
-    _assert_true_ranks(fill_(model), method, "after training, at random values", most=False)
+    model = wide.trained()
+    _assert_true_ranks(model, "after training", least=False)
+    _assert_true_ranks(fill_(model), "after training, at random values", most=False)
     left_out: dict[str, int] = {}
     for adapter in tuner.adapters().values():
         if (rank := rank_of(adapter)) > 1:
@@ -49,7 +46,7 @@ def check_rank(case: Case, method: str, config: Mapping[str, object], tmp_path: 
             left_out |= {name: rank for name, shape in shapes.items() if rank in shape}
             adapter.load_state_dict(cut(adapter))
     try:
-        _assert_true_ranks(start, method, "with one of its rank_dims less")
+        _assert_true_ranks(start, "with one of its rank_dims less")
     except Exception as error:
         if isinstance(error, AssertionError) or not left_out:
             raise
@@ -60,14 +57,7 @@ def check_rank(case: Case, method: str, config: Mapping[str, object], tmp_path: 
 
 
 @torch.no_grad()
-def _assert_true_ranks(
-    model: nn.Module,
-    method: str,
-    when: str,
-    *,
-    least: bool = True,
-    most: bool = True,
-) -> None:
+def _assert_true_ranks(model: nn.Module, when: str, *, least: bool = True, most: bool = True) -> None:
     for path, _, slots in injection.walk(model):
         for slot in slots.applied:
             if slot.adapter is None or slots.base is None or not slots.base.has_weight:
@@ -84,7 +74,7 @@ def _assert_true_ranks(
                 "of pairs of rows and columns that the product has now, and not the setting it was built with"
             )
             rows = rank
-            if hooks.has_factors(method):
+            if hooks.has_factors(slot.method):
                 rows = hooks.factors(path, slot.method, slot.adapter, slots.base).rank
             assert rows == rank, (
                 f"{path}: adapter.rank is {rank}, and tunerkit_factors returns {rows} rows; let both count the live "
@@ -92,9 +82,9 @@ def _assert_true_ranks(
             )
 
 
-def check_budget(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_budget(trial: Trial) -> None:
     """After training, the budget is the schedule's final one. If it counts ranks, the live ranks sum to it exactly."""
-    ended = remembered(full_training, case, method, config)
+    ended = trial.once(full_training)
     tuner = tunerkit.tuner(ended.model)
     now, planned = tuner.budget(), tuner.budget(STEPS)
     assert now == planned, (

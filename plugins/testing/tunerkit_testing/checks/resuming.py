@@ -1,9 +1,8 @@
 """Checks of a training that is saved and resumed in new objects."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from unittest import SkipTest
 
 import torch
@@ -14,60 +13,50 @@ from tunerkit import hooks, injection
 from tunerkit.errors import TunerkitError
 from tunerkit.plugin import State
 from tunerkit_testing.blaming import changed, values_in
-from tunerkit_testing.cases import STEPS, Case, optimizer_of, wrapped
-from tunerkit_testing.checks.probing import (
-    in_layer,
-    layers_of,
-    outliving,
-    own_parts,
-    seeded,
-    trained_parameters,
-    unregistered,
-)
+from tunerkit_testing.cases import STEPS, Trial, optimizer_of
+from tunerkit_testing.checks.probing import layers_of, outliving, own_parts, seeded, trained_parameters, unregistered
 from tunerkit_testing.checks.training import STEP_HOOKS, assert_held, not_in
 
 
-def check_resumes(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_resumes(trial: Trial) -> None:
     """Saved in the middle and resumed in a new model, a training ends bit for bit as without the interruption."""
-    _assert_resumes(case, method, config, tmp_path, STEPS // 2, STEPS)
+    _assert_resumes(trial, STEPS // 2, STEPS)
 
 
-def check_resumes_late(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_resumes_late(trial: Trial) -> None:
     """On one layer, a training of 200 steps that is saved after 8 ends as without the interruption, bit for bit.
 
     What steps keep may have an effect only after many of them.
     """
-    if not any(hooks.implements(hook, method) for hook in STEP_HOOKS):
+    if not any(hooks.implements(hook, trial.method) for hook in STEP_HOOKS):
         raise SkipTest("the method does nothing in steps: it implements no hook of them")
-    settings = in_layer(config)
-    layer = next(each for each in layers_of(case, method, config) if _takes(each, method, settings))
-    _assert_resumes(layer, method, settings, tmp_path, 8, 200)
+    _assert_resumes(next(filter(_trains, layers_of(trial))), 8, 200)
 
 
-def _takes(layer: Case, method: str, settings: Mapping[str, object]) -> bool:
+def _trains(layer: Trial) -> bool:
     with suppress(TunerkitError):
-        return bool(trained_parameters(tunerkit.tuner(wrapped(layer, method, settings))))
+        return bool(trained_parameters(tunerkit.tuner(layer.wrapped())))
     return False
 
 
-def _assert_resumes(case: Case, method: str, config: Mapping[str, object], folder: Path, half: int, steps: int) -> None:
-    model = wrapped(case, method, config)
-    optimizer = _attached(model, case, steps)
-    _steps(model, case, optimizer, range(half))
-    path = tunerkit.save(model, folder / "adapter")
-    tunerkit.save_state(model, folder / "adapter")
+def _assert_resumes(trial: Trial, half: int, steps: int) -> None:
+    model = trial.wrapped()
+    optimizer = _attached(model, trial, steps)
+    _steps(model, trial, optimizer, range(half))
+    path = tunerkit.save(model, trial.folder / "adapter")
+    tunerkit.save_state(model, trial.folder / "adapter")
     saved = copy.deepcopy(injection.training_state(tunerkit.tuner(model)))
     kept, remembered = copy.deepcopy(optimizer.state_dict()), _remembered(model)
-    _steps(model, case, optimizer, range(half, steps))
+    _steps(model, trial, optimizer, range(half, steps))
     assert_held(not_in(optimizer, tunerkit.tuner(model)), steps)
-    again = tunerkit.load(case.build(), path, trainable=True)
-    fresh = _optimizer(again, case)
+    again = tunerkit.load(trial.build(), path, trainable=True)
+    fresh = _optimizer(again, trial)
     fresh.load_state_dict(kept)
     tunerkit.attach(again, fresh, total_steps=steps)
-    tunerkit.load_state(again, folder / "adapter")
+    tunerkit.load_state(again, trial.folder / "adapter")
     _assert_same_state(injection.training_state(tunerkit.tuner(again)), saved)
     lost = changed(remembered, _remembered(again))
-    _steps(again, case, fresh, range(half, steps))
+    _steps(again, trial, fresh, range(half, steps))
     _assert_same_end(again, model, lost)
 
 
@@ -112,19 +101,19 @@ def _assert_same_end(found: nn.Module, expected: nn.Module, lost: Sequence[str])
         )
 
 
-def _optimizer(model: nn.Module, case: Case) -> torch.optim.Optimizer:
-    return optimizer_of((p for p in model.parameters() if p.requires_grad), case.lr)
+def _optimizer(model: nn.Module, trial: Trial) -> torch.optim.Optimizer:
+    return optimizer_of((p for p in model.parameters() if p.requires_grad), trial.lr)
 
 
-def _attached(model: nn.Module, case: Case, steps: int) -> torch.optim.Optimizer:
-    optimizer = _optimizer(model, case)
+def _attached(model: nn.Module, trial: Trial, steps: int) -> torch.optim.Optimizer:
+    optimizer = _optimizer(model, trial)
     tunerkit.attach(model, optimizer, total_steps=steps)
     return optimizer
 
 
-def _steps(model: nn.Module, case: Case, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    case.start_training(model)
+def _steps(model: nn.Module, trial: Trial, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    trial.start_training(model)
     for step in steps:
         optimizer.zero_grad()
-        seeded(case.loss, model, step).backward()
+        seeded(trial.loss, model, step).backward()
         optimizer.step()

@@ -1,7 +1,5 @@
 """Checks of a module that all adapters of a method share, which `tunerkit_shared` built."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from unittest import SkipTest
 
 import torch
@@ -10,13 +8,13 @@ from torch import Tensor, nn
 import tunerkit
 from tunerkit import hooks
 from tunerkit.injection import slots_of
-from tunerkit_testing.cases import SEED, Case, train, wrapped
+from tunerkit_testing.cases import SEED, Trial, train
 from tunerkit_testing.checks.probing import filled, shared_in
 
 
-def check_shared_module_kept(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_shared_module_kept(trial: Trial) -> None:
     """Building the adapters changes nothing of the shared module, and training nothing that it keeps fixed."""
-    model = wrapped(case, method, config)
+    model = trial.wrapped()
     shared = _shared(model)
     returned = _tensors(_returned(model))  # the same names: `wrap` refuses others
     for name, tensor in _tensors(shared).items():
@@ -26,7 +24,7 @@ def check_shared_module_kept(case: Case, method: str, config: Mapping[str, objec
         )
     fixed = _fixed(shared)
     before = {name: tensor.clone() for name, tensor in fixed.items()}
-    train(model, case)
+    train(model, trial.case)
     for name, tensor in fixed.items():
         assert torch.equal(tensor, before[name]), (
             f"{name} of the shared module changed in training; only read it in forward and in the hooks"
@@ -34,16 +32,16 @@ def check_shared_module_kept(case: Case, method: str, config: Mapping[str, objec
 
 
 @torch.no_grad()
-def check_shared_module_used(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_shared_module_used(trial: Trial) -> None:
     """The output depends on the shared module, which is the only one: no adapter has a copy of it."""
-    model = filled(case, method, config)
+    model = filled(trial)
     shared = _shared(model)
-    before = case.output(model)
+    before = trial.output(model)
     tensors = _tensors(shared)
     for tensor in tensors.values():
         if tensor.is_floating_point():
             tensor.mul_(1.5)
-    assert not torch.equal(case.output(model), before), (
+    assert not torch.equal(trial.output(model), before), (
         "the output does not depend on the shared module; read it as self.shared in forward, and do not copy it"
     )
     held = {id(tensor) for tensor in tensors.values()}

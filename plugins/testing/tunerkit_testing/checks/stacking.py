@@ -1,8 +1,7 @@
 """Checks of adapters of several methods at one target: merging is right, or it is refused."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Final
 from unittest import SkipTest
 
@@ -11,8 +10,8 @@ import attrs
 import tunerkit
 from tunerkit import hooks
 from tunerkit.errors import AdapterError, ConfigError, TargetError
-from tunerkit_testing.cases import Case, assert_same
-from tunerkit_testing.checks.probing import IN_LAYER, adapter_dtypes, fill_, in_layer, layers_of, require_delta
+from tunerkit_testing.cases import SEED, Trial, assert_same
+from tunerkit_testing.checks.probing import IN_LAYER, adapter_dtypes, fill_, layers_of, require_delta
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import DeclaredPlugin
 
@@ -23,88 +22,78 @@ _HINT: Final = (
 )
 
 
-@attrs.frozen
-class Part:
-    """A method in a stack, with its settings."""
-
-    method: str
-    settings: Mapping[str, object]
-
-
 class _Unsuitable(Exception):
     """The methods do not adapt the same targets of this model."""
 
 
-def check_stacked_first(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
+def check_stacked_first(trial: Trial) -> str:
     """With an adapter of each installed method on top, merging keeps the output, or is refused in words."""
-    return _check(case, method, config, first=True)
+    return _check(trial, first=True)
 
 
-def check_stacked_second(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
+def check_stacked_second(trial: Trial) -> str:
     """On top of an adapter of each installed method, merging keeps the output, or is refused in words."""
-    return _check(case, method, config, first=False)
+    return _check(trial, first=False)
 
 
-def _check(case: Case, method: str, config: Mapping[str, object], *, first: bool) -> str:
-    require_delta(method)
-    mine = Part(method, in_layer(config))
+def _check(trial: Trial, *, first: bool) -> str:
+    require_delta(trial.method)
     done: dict[str, None] = {}
-    for layer in layers_of(case, method, config):
-        for theirs in _others():
+    for mine in layers_of(trial):
+        for theirs in _others(mine):
             try:
-                refused = _merge(layer, mine, theirs) if first else _merge(layer, theirs, mine)
+                refused = _merge(mine, theirs) if first else _merge(theirs, mine)
                 done[f"{theirs.method} (refused)" if refused else theirs.method] = None
             except _Unsuitable:
                 continue
             except Exception as problem:  # another plugin may raise anything
-                order = f"{method} below {theirs.method}" if first else f"{method} on top of {theirs.method}"
+                order = f"{mine.method} below {theirs.method}" if first else f"{mine.method} on top of {theirs.method}"
                 kind = "" if isinstance(problem, AssertionError) else f"{type(problem).__name__}: "
-                done[_judged(layer, mine, theirs, f"{order} at {layer.name}, {kind}{problem}")] = None
+                done[_judged(mine, theirs, f"{order} at {mine.case.name}, {kind}{problem}")] = None
     if not done:
         raise SkipTest("no other installed method adapts these layers")
     return "with " + ", ".join(done)
 
 
-def _others() -> Iterator[Part]:
-    """Yield each installed method that has a delta."""
+def _others(layer: Trial) -> Iterator[Trial]:
+    """Yield a trial of each installed method that has a delta."""
     for other, info in tunerkit.methods().items():
         if info.error is None and hooks.registry.get(other).targets == "weights" and hooks.has_delta(other):
-            yield Part(other, IN_LAYER)
+            yield attrs.evolve(layer, method=other, config=IN_LAYER)
 
 
-def _merge(case: Case, below: Part, above: Part) -> bool:
+def _merge(below: Trial, above: Trial) -> bool:
     """Merge a model with adapters of both that add something, and return whether that was refused.
 
     Raises:
         AssertionError: The merged model computes something else.
     """
-    model = case.build()
+    model = below.build()
     try:
         for name, part in zip("ab", (below, above), strict=True):
-            tunerkit.wrap(model, part.method, part.settings, adapter=name, seed=0)
+            tunerkit.wrap(model, part.method, part.settings, adapter=name, seed=SEED)
     except (ConfigError, TargetError) as problem:
         raise _Unsuitable from problem  # a method that needs other settings or targets
     fill_(model, 0.03).eval()
-    adapted = case.output(model)
+    adapted = below.output(model)
     try:
         tunerkit.merge(model)
     except AdapterError:
         return True
-    found = case.output(model)
-    assert_same(found, adapted, "merged against adapted", _HINT, adapters=adapter_dtypes(model))
+    assert_same(below.output(model), adapted, "merged against adapted", _HINT, adapters=adapter_dtypes(model))
     return False
 
 
-def _judged(case: Case, mine: Part, theirs: Part, what: str) -> str:
+def _judged(mine: Trial, theirs: Trial, what: str) -> str:
     """Return a remark if a failed stack is the fault of the other method alone.
 
     Raises:
         AssertionError: It is the fault of the method that is checked, or it cannot be decided.
     """
-    toy = Part(_TOY, IN_LAYER)
+    toy = attrs.evolve(mine, method=_TOY, config=IN_LAYER)
     parts = [mine] if mine.method == theirs.method else [mine, theirs]
     with nullcontext() if _TOY in tunerkit.methods() else registered(DeclaredPlugin()):
-        guilty = [part.method for part in parts if _fails_beside(case, part, toy)]
+        guilty = [part.method for part in parts if _fails_beside(part, toy)]
     if guilty and mine.method not in guilty:
         return f"{theirs.method} (its own fault: it fails beside a plain low-rank product too)"
     both = f"{mine.method} and {theirs.method}"
@@ -116,10 +105,10 @@ def _judged(case: Case, mine: Part, theirs: Part, what: str) -> str:
     raise AssertionError(f"{verdict}. {what}")
 
 
-def _fails_beside(case: Case, part: Part, toy: Part) -> bool:
+def _fails_beside(part: Trial, toy: Trial) -> bool:
     for below, above in ((part, toy), (toy, part)):
         try:
-            _merge(case, below, above)
+            _merge(below, above)
         except _Unsuitable:
             continue
         except Exception:  # as above

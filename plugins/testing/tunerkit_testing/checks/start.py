@@ -1,43 +1,32 @@
 """Checks of a wrapped model before training: it is the base model."""
 
-from collections.abc import Mapping
-from pathlib import Path
-
 import attrs
 import torch
 from torch import Tensor, nn
 
 import tunerkit
 from tunerkit import hooks
-from tunerkit_testing.cases import SEED, Case, assert_base_untouched, assert_same, wrapped
-from tunerkit_testing.checks.probing import (
-    adapter_dtypes,
-    base_output,
-    in_dtype,
-    meanwhile,
-    one_code_path,
-    outliving,
-    own_parts,
-)
+from tunerkit_testing.cases import SEED, Trial, assert_base_untouched, assert_same
+from tunerkit_testing.checks.probing import adapter_dtypes, base_output, meanwhile, one_code_path, outliving, own_parts
 from tunerkit_testing.counting import Counting
 
 
-def check_building_keeps_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_building_keeps_the_base(trial: Trial) -> None:
     """`wrap` returns the same object and keeps every name, type and value of the base."""
-    model = case.build()
-    assert tunerkit.wrap(model, method, {**case.settings, **config}, seed=0) is model
-    assert_base_untouched(model, case, "only read the base layer in tunerkit_build_adapter, do not write to it")
+    model = trial.build()
+    assert tunerkit.wrap(model, trial.method, trial.settings, seed=0) is model
+    assert_base_untouched(model, trial.case, "only read the base layer in tunerkit_build_adapter, do not write to it")
 
 
 @one_code_path()
-def check_start(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_start(trial: Trial) -> None:
     """The first output is bit-identical to the base's; within rounding if the method declares ``start="rounding"``."""
-    assert_start(wrapped(case, method, config).eval(), case)
+    assert_start(trial.wrapped().eval(), trial)
 
 
-def assert_start(model: nn.Module, case: Case) -> None:
+def assert_start(model: nn.Module, trial: Trial) -> None:
     """Assert that the output of a wrapped model is what its method declares of the start; it is frozen for that."""
-    found, expected = case.output(model.requires_grad_(False)), base_output(case)
+    found, expected = trial.output(model.requires_grad_(False)), base_output(trial)
     hint = "choose initial values with which the adapter adds nothing, such as a factor of 0"
     if hooks.registry.get(tunerkit.tuner(model).method).start == "rounding":
         assert_same(found, expected, "the start against the base", hint, adapters=adapter_dtypes(model))
@@ -49,15 +38,15 @@ def assert_start(model: nn.Module, case: Case) -> None:
     )
 
 
-def check_seed(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_seed(trial: Trial) -> None:
     """The same seed gives the same adapter, also on a base of another dtype, whatever was drawn before.
 
     Another seed gives another adapter, unless nothing is drawn for it, or a setting is called seed or key.
     """
-    first, noted = _built(case, method, config)
+    first, noted = _built(trial)
     lasting = outliving(first)
     torch.rand(3)
-    second, again = _built(case, method, config)
+    second, again = _built(trial)
     cause = (
         "what was drawn is the same, so something counts or remembers that outlives an adapter: let its start depend "
         "on no class attribute, no global and nothing in the plugin"
@@ -67,29 +56,29 @@ def check_seed(case: Case, method: str, config: Mapping[str, object], tmp_path: 
     )
     assert_same_start(first, second, f"drawn twice with one seed; {cause}", meanwhile(lasting, second))
     if noted.seeded:
-        _assert_seeded(first, case, method, config)
+        _assert_seeded(first, trial)
     adapters = tunerkit.tuner(first).adapters().values()
     if any(adapter.reads_weight for adapter in adapters):
         return  # the start may depend on the weight, which is rounded
-    other = wrapped(in_dtype(case, torch.bfloat16), method, config)
+    other = trial.in_dtype(torch.bfloat16).wrapped()
     where = "on a base in bfloat16; build it on the CPU in the default dtype, and not in the base's"
     assert_same_start(first, other, f"{where} (if it depends on the weight, set reads_weight = True)")
 
 
-def _built(case: Case, method: str, config: Mapping[str, object], seed: int = SEED) -> tuple[nn.Module, Counting]:
+def _built(trial: Trial, seed: int = SEED) -> tuple[nn.Module, Counting]:
     """Return a wrapped model, and what was drawn for its adapter."""
-    model = case.build()
+    model = trial.build()
     with Counting() as counting:
-        tunerkit.wrap(model, method, {**case.settings, **config}, seed=seed)
+        tunerkit.wrap(model, trial.method, trial.settings, seed=seed)
     return model, counting
 
 
-def _assert_seeded(first: nn.Module, case: Case, method: str, config: Mapping[str, object]) -> None:
+def _assert_seeded(first: nn.Module, trial: Trial) -> None:
     """Assert that the seed of `tunerkit.wrap` changes some tensor of the file, unless the method has its own seed."""
-    fields = attrs.fields(hooks.registry.get(method).config)
+    fields = attrs.fields(hooks.registry.get(trial.method).config)
     if any({"seed", "key"} & {*field.name.split("_")} for field in fields):
         return
-    other = own_parts(_built(case, method, config, SEED + 1)[0])
+    other = own_parts(_built(trial, SEED + 1)[0])
     pairs = [
         (tensor, other[name].state_dict()[key])
         for name, part in own_parts(first).items()

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 from unittest import SkipTest
 
@@ -15,9 +14,8 @@ from tunerkit import hooks
 from tunerkit.errors import PluginError, TunerkitError
 from tunerkit.plugin import Tuner
 from tunerkit_testing.blaming import told
-from tunerkit_testing.cases import STEPS, Case, assert_base_untouched, optimizer_of, train, wrapped
+from tunerkit_testing.cases import STEPS, Trial, assert_base_untouched, optimizer_of, train
 from tunerkit_testing.checks.probing import own_parameters, seeded, trained_parameters, without_copies
-from tunerkit_testing.remembering import remembered
 
 _LEAST_FALL = 1e-5  # a share of the first loss. Some start slowly: AdaLoRA as in its paper falls by 1.4e-4 on BERT
 
@@ -50,19 +48,19 @@ class Seen:
     lost: Sequence[str] = ()
 
 
-def _observed(case: Case, method: str, config: Mapping[str, object]) -> Seen:
+def _observed(trial: Trial) -> Seen:
     """Train the method's own parameters, without the modules that are trained in full, which would hide much."""
-    model = without_copies(case, method, config)
+    model = without_copies(trial)
     tuner = tunerkit.tuner(model)
     own = trained_parameters(tuner)
     seen = Seen(model, _values(own), {}, set(), set(), [])
     # As a GradScaler has it: smaller gradients than 6e-8 are 0 in fp16.
     scale = _SCALE if any(parameter.dtype == torch.float16 for parameter in own.values()) else 1.0
-    optimizer = optimizer_of(own.values(), case.lr)
+    optimizer = optimizer_of(own.values(), trial.lr)
     tunerkit.attach(model, optimizer, total_steps=STEPS)
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss = seeded(case.loss, model, step)
+        loss = seeded(trial.loss, model, step)
         seen.losses.append(float(loss.detach()))
         if not loss.requires_grad:
             seen.cut = True
@@ -104,28 +102,28 @@ def _few(names: set[str], of: Mapping[str, Tensor]) -> str:
     return f"{len(listed)} of {len(of)} trained tensors ({', '.join(listed[:3])}{more})"
 
 
-def check_something_trains(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_something_trains(trial: Trial) -> None:
     """Some parameter of the adapters, or of the module that they share, is trained."""
-    model = wrapped(case, method, config)
+    model = trial.wrapped()
     tuner = tunerkit.tuner(model)
     assert trained_parameters(tuner), (
         "no parameter of the adapters is trained; build at least one nn.Parameter without requires_grad=False"
     )
 
 
-def check_steps_run(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_steps_run(trial: Trial) -> None:
     """A short training runs, with all that the method's hooks do in its steps."""
     try:
-        remembered(_observed, case, method, config)
+        trial.once(_observed)
     except PluginError:
         raise
     except Exception as error:
         raise AssertionError(f"a training of {STEPS} steps raised {told(error)}") from error
 
 
-def check_only_the_adapter_trains(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_only_the_adapter_trains(trial: Trial) -> None:
     """Before and after a training, the parameters with ``requires_grad`` are the tuner's, and none of the base."""
-    ended = remembered(full_training, case, method, config)
+    ended = trial.once(full_training)
     wrong = ended.wrong or _of_the_base(ended.model)
     assert not wrong, f"{', '.join(wrong[:3])} of the base would be trained; do not set requires_grad in a hook"
 
@@ -149,19 +147,19 @@ class Ended:
     counts_ranks: bool
 
 
-def full_training(case: Case, method: str, config: Mapping[str, object]) -> Ended:
+def full_training(trial: Trial) -> Ended:
     """Train all that the case trains. The result is for `remembered`."""
-    model = wrapped(case, method, config)
+    model = trial.wrapped()
     tuner = tunerkit.tuner(model)
     own = own_parameters(tuner)
     fixed = _values({name: parameter for name, parameter in own.items() if not parameter.requires_grad})
     wrong, counts_ranks = _of_the_base(model), sum(tuner.ranks().values()) == tuner.budget()
-    return Ended(model, train(model, case), wrong, fixed, counts_ranks)
+    return Ended(model, train(model, trial.case), wrong, fixed, counts_ranks)
 
 
-def ended(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
+def ended(trial: Trial) -> nn.Module:
     """Return a model after a training with all that the case trains, in eval mode. Other checks use it too."""
-    return remembered(full_training, case, method, config).model.eval()
+    return trial.once(full_training).model.eval()
 
 
 def _of_the_base(model: nn.Module) -> list[str]:
@@ -169,9 +167,9 @@ def _of_the_base(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
 
 
-def check_gradients_reach_every_tensor(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_gradients_reach_every_tensor(trial: Trial) -> None:
     """In every step each trained tensor of the method has a gradient."""
-    seen = remembered(_observed, case, method, config)
+    seen = trial.once(_observed)
     assert not seen.cut, (
         "the loss has no gradient for any parameter of the adapters; compute forward from the parameters, without "
         "detach(), .data or no_grad()"
@@ -182,12 +180,12 @@ def check_gradients_reach_every_tensor(case: Case, method: str, config: Mapping[
     )
 
 
-def check_every_tensor_moves(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_every_tensor_moves(trial: Trial) -> None:
     """In a short training each trained tensor of the method changes, by the optimizer or by the method itself.
 
     At the end, the optimizer still holds each of them.
     """
-    seen = remembered(_observed, case, method, config)
+    seen = trial.once(_observed)
     assert_held(seen.lost, STEPS)
     still = {
         name
@@ -201,16 +199,16 @@ def check_every_tensor_moves(case: Case, method: str, config: Mapping[str, objec
     )
 
 
-def check_loss_falls(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> str:
+def check_loss_falls(trial: Trial) -> str:
     """A short training of the method's own parameters lowers the loss beyond rounding, and changes the eval output."""
-    seen = remembered(_observed, case, method, config)
+    seen = trial.once(_observed)
     first, last = seen.losses[0], seen.losses[-1]
     assert _falls(seen), (
-        f"the loss goes from {first:.6g} to {last:.6g} in {STEPS} steps at a learning rate of {case.lr}; check the "
+        f"the loss goes from {first:.6g} to {last:.6g} in {STEPS} steps at a learning rate of {trial.lr}; check the "
         "sign of what forward adds and its scale, or take a larger rate: --lr, or cases=[attrs.evolve(case, lr=...)]"
     )
-    before = case.output(case.build().eval())
-    assert not torch.equal(case.output(seen.model.eval()), before), (
+    before = trial.output(trial.build().eval())
+    assert not torch.equal(trial.output(seen.model.eval()), before), (
         "training lowers the loss and does not change the output in eval mode; add the same there, except for dropout"
     )
     return f"{first:.4g} to {last:.4g}"
@@ -220,21 +218,21 @@ def _falls(seen: Seen) -> bool:
     return seen.losses[0] - seen.losses[-1] > _LEAST_FALL * abs(seen.losses[0])
 
 
-def check_trains_beside_copies(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_trains_beside_copies(trial: Trial) -> None:
     """With all that the case trains, such as a new head, the loss falls.
 
     The method's hooks change neither gradients nor values of what is trained in full, nor of biases, nor a learning
     rate, and a target may have no gradient in a step.
     """
-    for name in remembered(_meddling, case, method, config):
+    for name in trial.once(_meddling):
         assert name.startswith(_OWN), (
             f"a step hook changes {name}, which is not the method's; change and penalise only parameters of "
             "tuner.adapters() and of what they share: tuner.parameters() has biases and trained modules too, and "
             "learning rates are the user's"
         )
-    losses = remembered(full_training, case, method, config).losses
+    losses = trial.once(full_training).losses
     # Where the loss does not fall without the copies either, loss_falls says so.
-    assert losses[-1] < losses[0] or not _falls(remembered(_observed, case, method, config)), (
+    assert losses[-1] < losses[0] or not _falls(trial.once(_observed)), (
         f"the loss goes from {losses[0]:.4g} to {losses[-1]:.4g}; leave modules that are trained in full to the "
         "optimizer, and change only parameters of tuner.adapters() in a step hook"
     )
@@ -243,14 +241,14 @@ def check_trains_beside_copies(case: Case, method: str, config: Mapping[str, obj
 _OWN = "the adapters' "
 
 
-def _meddling(case: Case, method: str, config: Mapping[str, object]) -> list[str]:
+def _meddling(trial: Trial) -> list[str]:
     """Return the gradients, values and learning rates that hooks change in steps in which the optimizer changes none.
 
     In the last of these steps the first target has no gradient, as where no batch used it.
     """
-    if not any(hooks.implements(hook, method) for hook in STEP_HOOKS):
+    if not any(hooks.implements(hook, trial.method) for hook in STEP_HOOKS):
         return []
-    model, generator, found = _with_biases(case, method, config), torch.Generator().manual_seed(3), dict[str, None]()
+    model, generator, found = _with_biases(trial), torch.Generator().manual_seed(3), dict[str, None]()
     tuner = tunerkit.tuner(model)
     optimizer = torch.optim.SGD([p for p in tuner.parameters() if p.requires_grad], lr=0.0)
     tunerkit.attach(model, optimizer, total_steps=STEPS)
@@ -286,26 +284,28 @@ def _step(optimizer: torch.optim.Optimizer, step: int) -> None:
         ) from error
 
 
-def check_needs_steps(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_needs_steps(trial: Trial) -> None:
     """A method whose step hooks change gradients or weights declares ``needs_steps``: it needs `tunerkit.attach`."""
-    if hooks.registry.get(method).needs_steps:
+    if hooks.registry.get(trial.method).needs_steps:
         return
-    changes = [name for name in remembered(_meddling, case, method, config) if name.startswith(_OWN)]
+    changes = [name for name in trial.once(_meddling) if name.startswith(_OWN)]
     assert not changes, (
         f"a step hook changes {changes[0]}, and without tunerkit.attach it is never called: the adapter would be "
         "trained as if the method had no such step, without a word; declare Method(..., needs_steps=True)"
     )
 
 
-def check_steps_keep_the_base(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_steps_keep_the_base(trial: Trial) -> None:
     """A training changes no tensor of the base."""
-    model = remembered(full_training, case, method, config).model
-    assert_base_untouched(model, case, "change only parameters of the adapters in a step hook, none of the base layer")
+    model = trial.once(full_training).model
+    assert_base_untouched(
+        model, trial.case, "change only parameters of the adapters in a step hook, none of the base layer"
+    )
 
 
-def check_fixed_stays_fixed(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_fixed_stays_fixed(trial: Trial) -> None:
     """A parameter that is built with ``requires_grad=False`` gets no gradient and keeps its value."""
-    ended = remembered(full_training, case, method, config)
+    ended = trial.once(full_training)
     if not ended.fixed:
         raise SkipTest("all parameters of the method are trained")
     own = own_parameters(tunerkit.tuner(ended.model))
@@ -317,14 +317,14 @@ def check_fixed_stays_fixed(case: Case, method: str, config: Mapping[str, object
         )
 
 
-def check_freezing(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_freezing(trial: Trial) -> None:
     """A frozen adapter has no gradient; thawed, exactly what was trained before is trained again."""
-    model = wrapped(case, method, config)
+    model = trial.wrapped()
     tuner = tunerkit.tuner(model)
     before = set(trained_parameters(tuner))
     tunerkit.freeze(model, tuner.name)
-    case.start_training(model)
-    case.loss(model)
+    trial.start_training(model)
+    trial.loss(model)
     assert not trained_parameters(tuner), "a frozen adapter has trained parameters; do not set requires_grad in forward"
     tunerkit.thaw(model, tuner.name)
     assert set(trained_parameters(tuner)) == before, (
@@ -333,13 +333,13 @@ def check_freezing(case: Case, method: str, config: Mapping[str, object], tmp_pa
     )
 
 
-def check_param_groups(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+def check_param_groups(trial: Trial) -> None:
     """`tunerkit.param_groups` has each trained parameter once, and an optimizer accepts it.
 
     Biases and modules that are trained beside the adapters keep the learning rate and the weight decay that are given.
     """
-    model = _with_biases(case, method, config)
-    groups = tunerkit.param_groups(model, lr=case.lr)
+    model = _with_biases(trial)
+    groups = tunerkit.param_groups(model, lr=trial.lr)
     found = [id(parameter) for group in groups for parameter in group["params"]]
     expected = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
     assert sorted(found) == sorted(expected), (
@@ -350,17 +350,17 @@ def check_param_groups(case: Case, method: str, config: Mapping[str, object], tm
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for group in groups:
         for parameter in group["params"]:
-            assert id(parameter) in own or (group["lr"], "weight_decay" in group) == (case.lr, False), (
+            assert id(parameter) in own or (group["lr"], "weight_decay" in group) == (trial.lr, False), (
                 f"{names[id(parameter)]} is trained beside the adapters, and is in a group with lr={group['lr']:g} "
-                f"instead of {case.lr:g}, and weight_decay={group.get('weight_decay')}; name in tunerkit_param_groups "
+                f"instead of {trial.lr:g}, and weight_decay={group.get('weight_decay')}; name in tunerkit_param_groups "
                 "only parameters of tuner.adapters() and of what they share: tuner.parameters() has biases and trained "
                 "modules too, whose names may be like the adapters'"
             )
     torch.optim.AdamW(groups)
 
 
-def _with_biases(case: Case, method: str, config: Mapping[str, object]) -> nn.Module:
+def _with_biases(trial: Trial) -> nn.Module:
     """Wrap a model and train the targets' biases too, where the method and the model allow that."""
     with suppress(TunerkitError):
-        return wrapped(case, method, {"bias": "adapters", **config})
-    return wrapped(case, method, config)
+        return attrs.evolve(trial, config={"bias": "adapters", **trial.config}).wrapped()
+    return trial.wrapped()

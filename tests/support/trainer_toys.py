@@ -9,8 +9,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import tunerkit
-
-VOCABULARY = 61
+from tunerkit_testing.resuming import VOCABULARY as VOCABULARY, TokenRows as TokenRows
 
 
 class Regression(nn.Module):
@@ -37,25 +36,6 @@ class RegressionRows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"x": self.x[index], "labels": torch.tensor(2.0)}
-
-
-class TokenRows(Dataset[dict[str, Tensor]]):
-    """Six random tokens of `VOCABULARY` a row, with one of two random labels; the same at each construction.
-
-    Args:
-        count: the number of rows.
-    """
-
-    def __init__(self, count: int) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.ids = torch.randint(0, VOCABULARY, (count, 6), generator=generator)
-        self.labels = torch.randint(0, 2, (count,), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.labels[index]}
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:

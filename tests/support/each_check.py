@@ -1,12 +1,14 @@
-"""Parametrises a test over all checks of the conformance kit, and over models and configs."""
+"""Parametrises a test over the short form of the kit, and over models and configs."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
-from tunerkit_testing.conformance import CHECKS, Case, name_of
-from tunerkit_testing.remembering import Shared
+from tunerkit_testing.conformance import CHECKS, Case, Check, name_of
+from tunerkit_testing.runner import Shared
 
 Test = TypeVar("Test", bound=Callable[..., None])
 
@@ -32,10 +34,25 @@ def each_check(cases: Iterable[Any], configs: Mapping[str, Mapping[str, object]]
     def parametrized(test: Test) -> Test:
         for mark in (
             pytest.mark.parametrize("case", given),
-            pytest.mark.parametrize("check", [*map(shared.check, CHECKS)], ids=name_of),
+            pytest.mark.parametrize("check", [_sharing(check, shared) for check in CHECKS], ids=name_of),
             pytest.mark.parametrize("config", configs.values(), ids=configs.keys()),
         ):
             test = mark(test)
         return test
 
     return parametrized
+
+
+def _sharing(check: Check, shared: Shared) -> Check:
+    """Return a check that uses what others on its case have computed with its config."""
+
+    @wraps(check)
+    def sharing(case: Case, method: str, config: Mapping[str, object], tmp_path: Path) -> None:
+        kept = shared.on(case).setdefault(repr(sorted(config.items())), {})
+        try:
+            check(case, method, config, tmp_path, kept)
+        except BaseException:
+            kept.clear()
+            raise
+
+    return sharing
