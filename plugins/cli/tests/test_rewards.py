@@ -94,6 +94,15 @@ def test_a_run_of_texts_resumes_to_the_bit(given: Path, tmp_path: Path) -> None:
     assert {*record["metrics"]} == {"loss", "reward", EQUAL, "answer_tokens"}
 
 
+def test_a_run_that_uses_answers_twice_says_where_it_cannot_resume_to_the_bit(given: Path, tmp_path: Path) -> None:
+    """TRL keeps answers for further steps in memory alone."""
+    run = [*arguments(given, "vowels"), "--set", "training.num_iterations=3", "--set", "training.max_steps=8"]
+    with signalled(5, signal.SIGINT):
+        assert command(*run, "--out", tmp_path / "out").exit_code == 130
+    resumed = succeeded("train", "--out", tmp_path / "out", "--resume", "--allow-code")
+    assert "while answers were still in use" in resumed.output + resumed.stderr
+
+
 def test_chats_are_scored_as_messages(given: Path, tmp_path: Path) -> None:
     """As TRL gives them to a function; the run goes on from there with another rule, which must be named."""
     succeeded(*arguments(given, "vowels", data="chats"), "--out", tmp_path / "first")

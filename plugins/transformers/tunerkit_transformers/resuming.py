@@ -272,12 +272,27 @@ def _is_of_older_format(path: Path) -> bool:
     return True
 
 
+def _is_between_generations(trainer: Trainer, checkpoint: Path) -> bool:
+    """Whether one of TRL's trainers that generate would go on there with answers that it keeps in memory alone."""
+    options: dict[str, Any] = vars(trainer.args)
+    if options.get("steps_per_generation") is None:
+        return False
+    backwards = options["steps_per_generation"] * options.get("num_iterations", 1)
+    step = checkpoint.name.rpartition("-")[2]
+    return step.isdecimal() and int(step) * trainer.args.gradient_accumulation_steps % backwards != 0
+
+
 def _notes(trainer: Trainer, checkpoint: Path) -> Iterator[str]:
     """Yield the reasons why resuming works, but the result will differ from an uninterrupted training's."""
     if _has_other_processes(trainer, checkpoint):
         yield (
             "was written by another number of processes: the random state restarts, so the result will differ from an "
             "uninterrupted training's"
+        )
+    if _is_between_generations(trainer, checkpoint):
+        yield (
+            "was written while answers were still in use (steps_per_generation, num_iterations): others are generated, "
+            "so the result will differ from an uninterrupted training's"
         )
     if checkpoint.is_dir() and not runs_deepspeed(trainer) and not (checkpoint / OPTIMIZER_NAME).exists():
         yield (

@@ -48,7 +48,7 @@ def sweep(
     hours: Annotated[float | None, typer.Option(help="Begin no run that would end later.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
     allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run the Python files that the recipe's `metric` and `reward` name.")
+        bool, typer.Option("--allow-code", help="Run the Python files that the recipe's `metric` names.")
     ] = False,
 ) -> None:
     """Train a recipe with several values of its keys and several seeds, and say which values to take."""

@@ -12,8 +12,7 @@ from tunerkit_cli.rows import DataError
 from tunerkit_cli.tasks.base import NOT_LEARNED, Task
 from tunerkit_cli.tasks.generating import prompt_length, refusing_template
 from tunerkit_cli.tasks.language import CausalLm, GenerationTask
-from tunerkit_cli.tasks.rewards import Grpo
-from tunerkit_cli.tasks.texts import positions_of, token_limit
+from tunerkit_cli.tasks.texts import positions_of
 from tunerkit_transformers.pretrained import Pretrained
 
 NO_ROOM = "the prompt fills max_length"
@@ -67,7 +66,7 @@ def build_fitted(
     kind, _ = task.trainer_classes()
     settings = {f"{part}_dataset": rows for part, (_, rows) in parts.items()} | task.trainer_settings(loaded)
     settings |= {"model": loaded.model, "processing_class": loaded.processor, "callbacks": callbacks}
-    if task.name == "kto" and arguments.per_device_train_batch_size < 2:
+    if isinstance(task, GenerationTask) and task.keeps_order and arguments.per_device_train_batch_size < 2:
         why = f"{task.name} compares each answer with that of the row before it"
         raise ConfigError([f"training.per_device_train_batch_size: expected at least 2, got 1, because {why}"])
     packing = vars(arguments).get("packing")
@@ -75,10 +74,7 @@ def build_fitted(
         _refuse_mixing(loaded)
     if not isinstance(task, GenerationTask) or task.name == "seq2seq" or packing:
         return build_trainer(kind, arguments, **settings), {}
-    limit, is_plain, room = vars(arguments).get("max_length"), isinstance(task, CausalLm), 1
-    if isinstance(task, Grpo):  # whose trainer has no such limit
-        limit = token_limit(loaded, task.limit)
-        room = task.room(arguments, limit)
+    (limit, room), is_plain = task.room(arguments, loaded), isinstance(task, CausalLm)
     if not task.drops_long_prompts and limit is not None:
         most = limit - room
         settings |= {f"{part}_dataset": _with_room(rows, most, loaded) for part, (_, rows) in parts.items() if rows}

@@ -3,7 +3,7 @@
 import os
 import runpy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,15 @@ def refuse_code(key: str, named: str, *, allowed: bool) -> None:
         raise FileError(f"{key}: {path}: no such file{closest_path(path)}")
     if path and not allowed:
         raise ConfigError([f"{key}: {named} is code; read it, and pass --allow-code to run it"])
+
+
+def refuse_namesakes(key: str, named: Sequence[str]) -> None:
+    """Raise `ConfigError` if two functions that a recipe names at ``key`` have one name, by which both are told."""
+    names = [each.rpartition(":")[2] for each in named]
+    for place, (each, name) in enumerate(zip(named, names, strict=True)):
+        if (first := names.index(name)) != place:
+            do = "leave one out" if named[first] == each else "rename a function"
+            raise ConfigError([f"{key}: {named[first]} and {each} have the same name; {do}"])
 
 
 def function_of(key: str, named: str, known: Mapping[str, Function] = MappingProxyType({})) -> tuple[str, Function]:

@@ -55,6 +55,10 @@ class GenerationTask(Task):
             return encode_turns([row["messages"] for row in rows], loaded)
         return dataset_of(rows)
 
+    def room(self, arguments: Any, loaded: Pretrained) -> tuple[int | None, int]:
+        """The greatest length of a row, None if rows are not cut, and how many of its tokens a prompt must leave."""
+        return arguments.max_length, 1
+
     def evaluate(self, trainer: Any, dataset: Any) -> Results:
         """The metrics by the trainer's loss."""
         found = measured(trainer, dataset)

@@ -14,7 +14,7 @@ from tunerkit_cli.report.record import GREATEST
 from tunerkit_cli.rows import split
 from tunerkit_cli.tasks import GENERATED
 from tunerkit_cli.tasks.base import Row, Task, require_package
-from tunerkit_cli.tasks.functions import Function, function_of, refuse_code
+from tunerkit_cli.tasks.functions import Function, function_of, refuse_code, refuse_namesakes
 from tunerkit_cli.tasks.generating import NEW_TOKENS, Answering
 from tunerkit_cli.tasks.language import GenerationTask
 from tunerkit_transformers.pretrained import Pretrained
@@ -56,9 +56,8 @@ def refuse_unusable(metrics: Sequence[str], best: object = None, *, allow_code: 
     wanted, names = str(best).removeprefix("eval_"), [metric.rpartition(":")[2] for metric in metrics]
     if wanted in _NAMED and wanted not in names:
         raise ConfigError([f"training.metric_for_best_model: {wanted} is not measured; set metric: {wanted} too"])
-    for metric, name in zip(metrics, names, strict=True):
-        if (first := metrics[names.index(name)]) != metric:
-            raise ConfigError([f"metric: {first} and {metric} have the same name; rename a function"])
+    refuse_namesakes("metric", [*dict.fromkeys(metrics)])
+    for metric in metrics:
         refuse_code("metric", metric, allowed=allow_code)
         if metric in _PACKAGES:
             require_package(_PACKAGES[metric], f"metric: {metric}", "metrics")

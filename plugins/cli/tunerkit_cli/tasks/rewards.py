@@ -10,9 +10,10 @@ from tunerkit.errors import ConfigError, shown
 from tunerkit.paths import few
 from tunerkit_cli.tasks import EQUAL
 from tunerkit_cli.tasks.base import Column, Row, Task
-from tunerkit_cli.tasks.functions import Function, function_of, refuse_code
+from tunerkit_cli.tasks.functions import Function, function_of, refuse_code, refuse_namesakes
 from tunerkit_cli.tasks.generating import require_tokens
 from tunerkit_cli.tasks.language import PROMPT, GenerationTask, prompt_of
+from tunerkit_cli.tasks.texts import token_limit
 from tunerkit_cli.tasks.turns import refuse_lost
 from tunerkit_transformers.pretrained import Pretrained
 
@@ -38,13 +39,13 @@ class Grpo(GenerationTask):
         super().__init__(name, max_length)
         self.functions: Sequence[Function] = ()
 
-    def room(self, arguments: Any, limit: int) -> int:
-        """How many of ``limit`` tokens an answer may have. Raises `ConfigError` if they leave none for a prompt."""
-        room: int = arguments.max_completion_length
+    def room(self, arguments: Any, loaded: Pretrained) -> tuple[int, int]:
+        """The same, with room for the longest answer. Raises `ConfigError` if that leaves no token for prompts."""
+        limit, room = token_limit(loaded, self.limit), int(arguments.max_completion_length)
         if room >= limit:
             do = f"lower training.max_completion_length, which is {room}"
             raise ConfigError([f"max_length: {limit} tokens have no room for a prompt and its answer; {do}"])
-        return room
+        return limit, room
 
     def encode(self, rows: Sequence[Row], loaded: Pretrained) -> Any:
         """The rows as they are, with all their columns."""
@@ -60,10 +61,9 @@ class Grpo(GenerationTask):
 
     def metrics_of(self, found: Mapping[str, Any]) -> dict[str, float]:
         """The mean reward of sampled answers, how many prompts' answers all have the same, and the loss."""
-        names = {"reward": "reward", EQUAL: "frac_reward_zero_std", "answer_tokens": "completions/mean_length"}
-        return {ours: float(found[f"eval_{name}"]) for ours, name in names.items()} | {
-            "loss": float(found["eval_loss"])
-        }
+        tokens = {"answer_tokens": "completions/mean_length"}
+        names = {"reward": "reward", EQUAL: "frac_reward_zero_std", **tokens, "loss": "loss"}
+        return {ours: float(found[f"eval_{name}"]) for ours, name in names.items()}
 
 
 def refuse_rewards(named: Sequence[str], task: Task | None, *, allow_code: bool) -> None:
@@ -72,11 +72,8 @@ def refuse_rewards(named: Sequence[str], task: Task | None, *, allow_code: bool)
         raise ConfigError([f"reward: is for grpo, and the task is {task.name}; leave the key out"])
     if task is not None and task.name == "grpo" and not named:
         raise ConfigError(["reward: grpo needs a function that scores answers: set reward: FILE.py:FUNCTION"])
-    names = [each.rpartition(":")[2] for each in named]
-    for place, (each, name) in enumerate(zip(named, names, strict=True)):
-        if (first := names.index(name)) != place:
-            do = "leave one out" if named[first] == each else "rename a function"
-            raise ConfigError([f"reward: {named[first]} and {each} have the same name; {do}"])
+    refuse_namesakes("reward", named)
+    for each in named:
         refuse_code("reward", each, allowed=allow_code)
         function_of("reward", each)
 
@@ -104,7 +101,7 @@ def settle_rewards_(task: Task, named: Sequence[str], rows: Sequence[Row]) -> No
             ) from problem
 
 
-def _ignore(*given: object) -> None:
+def _ignore(*given: object, **named: object) -> None:
     """What a reward function logs while it is tried."""
 
 
@@ -126,10 +123,12 @@ def _checked(functions: Sequence[tuple[str, Function]]) -> list[Function]:
                 if reward is not None and not math.isfinite(reward):
                     raise RewardError(f"reward {name} returned {reward} for the answer {shown(answer)}")
             missing = {place for place, reward in enumerate(rewards) if reward is None}
-            without.intersection_update(missing) if number else without.update(missing)
+            if number == 0:  # other answers
+                without.clear()
+                without.update(missing)
+            without.intersection_update(missing)
             if number == len(functions) - 1 and without:
                 answer = given["completions"][min(without)]
-                without.clear()
                 raise RewardError(f"reward {name} returned None for the answer {shown(answer)}, and no other scores it")
             return rewards
 
