@@ -3,10 +3,10 @@
 import pytest
 
 from tests.support.toys import saved as saved, toys as toys
-from tunerkit_peft import kinds
+from tunerkit_peft import declarations
 
 
 @pytest.fixture
 def no_other_types(monkeypatch: pytest.MonkeyPatch) -> None:
     """No method declares PEFT's names, whatever is installed."""
-    monkeypatch.setattr(kinds, "declarations", list)
+    monkeypatch.setattr(declarations, "declarations", list)

@@ -16,7 +16,7 @@ import tunerkit
 from plugins.peft.tests import peft_folders
 from plugins.peft.tests.peft_folders import PREFIX, refused
 from tunerkit import patterns
-from tunerkit_peft import fields
+from tunerkit_peft import settings as peft_settings
 
 pytestmark = pytest.mark.usefixtures("no_other_types")
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -236,7 +236,7 @@ def test_every_field_of_pefts_configs_is_decided() -> None:
 
     import peft
 
-    known = fields.READ | fields.HARMLESS | fields.REFUSED.keys()
+    known = peft_settings.READ | peft_settings.HARMLESS | peft_settings.REFUSED.keys()
     names = {each.name for cls in (peft.LoraConfig, peft.AdaLoraConfig) for each in dataclasses.fields(cls)}
     assert names <= known
 
@@ -270,7 +270,7 @@ def assert_loaded_or_unchanged(folder: Path) -> None:
 
 
 @given(
-    name=st.sampled_from(sorted(fields.READ | fields.HARMLESS | fields.REFUSED.keys())),
+    name=st.sampled_from(sorted(peft_settings.READ | peft_settings.HARMLESS | peft_settings.REFUSED.keys())),
     kind=st.sampled_from(("LORA", "ADALORA")),
     value=VALUES,
 )

@@ -19,7 +19,7 @@ import transformers  # noqa: E402
 from tests.support.tiny_classifier import save_tiny_classifier  # noqa: E402
 from tests.support.tiny_models import save_tiny_llama, save_tiny_t5  # noqa: E402
 from tests.support.train_command import command, succeeded  # noqa: E402
-from tunerkit_peft.describing import describe  # noqa: E402
+from tunerkit_peft.reading import describe  # noqa: E402
 
 Q0 = "model.layers.0.self_attn.q_proj"
 

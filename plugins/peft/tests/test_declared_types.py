@@ -16,8 +16,8 @@ import tunerkit
 from plugins.peft.tests import peft_folders
 from plugins.peft.tests.declaring import NAME, NAMES, Plugin
 from plugins.peft.tests.peft_models import CASES, Case
-from tunerkit_peft import kinds
-from tunerkit_peft.describing import describe
+from tunerkit_peft import declarations
+from tunerkit_peft.reading import describe
 from tunerkit_testing.registering import registered
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -28,7 +28,7 @@ PLUGIN = Plugin(NAMES)
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The method is installed, and of methods that declare PEFT's names it alone."""
-    monkeypatch.setattr(kinds, "declarations", lambda: [(NAME, "VERA")])
+    monkeypatch.setattr(declarations, "declarations", lambda: [(NAME, "VERA")])
     with registered(PLUGIN):
         yield
 
@@ -263,7 +263,7 @@ def test_trained_modules_and_biases_go_both_ways(tmp_path: Path) -> None:
 
 def test_no_type_without_its_method(tmp_path: Path, vera: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the distribution that would bring the method."""
-    monkeypatch.setattr(kinds, "declarations", list)
+    monkeypatch.setattr(declarations, "declarations", list)
     peft_folders.refused(
         vera, "'VERA'", "no installed method reads it", "tunerkit[methods]", model=CASES["llama"].build()
     )

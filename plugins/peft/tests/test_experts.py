@@ -20,8 +20,8 @@ from plugins.peft.tests import peft_folders
 from plugins.peft.tests.peft_adapters import randomize_
 from tunerkit.errors import BaseMismatchError, ConfigError, FileError, TunerkitWarning
 from tunerkit.plugin import Factors, factors_of
-from tunerkit_peft import renamed
-from tunerkit_peft.describing import describe
+from tunerkit_peft import stacks as peft_stacks
+from tunerkit_peft.reading import describe
 
 pytest.importorskip("tunerkit_experts", reason="the stacks of these models")
 
@@ -262,7 +262,7 @@ def test_experts_that_no_plugin_knows_name_the_extra(tmp_path: Path, monkeypatch
     packed, single = tmp_path / "packed", tmp_path / "single"
     by_peft(qwen(), packed)
     tunerkit.export(ours(qwen), single, form="experts")
-    for module in ("from_stacks", "object_stacks"):
+    for module in ("packed_experts", "object_targets"):
         monkeypatch.setattr(f"tunerkit_peft.{module}.stacks_of", lambda modules: {})
     peft_folders.refused(packed, "'target_parameters'", "tunerkit[experts]", "merge_and_unload", model=qwen())
     with pytest.raises(FileError, match=r"an expert by itself, .*tunerkit\[experts\]"):
@@ -475,4 +475,4 @@ def test_the_table_for_environments_without_peft_is_pefts() -> None:
     conversion = importlib.import_module(OF_PEFT)
     names = conversion._MOE_TARGET_MODULE_MAPPING
     wanted = {kind: names[like] for kind, like in conversion._MODEL_TO_CONVERSION_PATTERN.items() if names.get(like)}
-    assert wanted == renamed._TYPES
+    assert wanted == peft_stacks._TYPES

@@ -11,7 +11,7 @@ import tunerkit
 from plugins.peft.tests import peft_folders
 from plugins.peft.tests.peft_folders import refused
 from tests.support.pipes import pipe
-from tunerkit_peft.files import sniff
+from tunerkit_peft.folders import sniff
 
 
 def test_a_folder_without_one_of_the_files_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import tunerkit
 from plugins.peft.tests import peft_folders
 from tunerkit.errors import BaseMismatchError, FileError, TunerkitWarning
-from tunerkit_peft.describing import describe
+from tunerkit_peft.reading import describe
 
 pytest.importorskip("tunerkit_methods")
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns of its own defaults

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tunerkit_peft.declaration import Leaf, Size
+from tunerkit_peft.declarations import Leaf, Size
 from tunerkit_peft.shapes import features_of, misfit, ours, shape_of, theirs
 
 LINEAR, CONVOLUTION = nn.Linear(6, 4), nn.Conv2d(3, 4, (2, 5))

@@ -12,8 +12,8 @@ import tunerkit
 from plugins.peft.tests import peft_adapters, peft_folders
 from plugins.peft.tests.peft_models import CASES
 from tunerkit.plugin import factors_of
-from tunerkit_peft import selecting
 from tunerkit_peft.card import MARK
+from tunerkit_peft.targets import target_modules
 
 RANKS = {"re:layers\\.0\\.query": 3, "re:layers\\.1\\.query": 0}
 
@@ -84,7 +84,7 @@ def test_the_rank_can_be_chosen(tmp_path: Path) -> None:
 def test_an_adapter_without_products_is_refused(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is nothing to write, in any form."""
     model = trained()
-    monkeypatch.setattr("tunerkit_peft.pieces.factors_of", lambda _: {})
+    monkeypatch.setattr("tunerkit_peft.lora_writing.factors_of", lambda _: {})
     with pytest.raises(tunerkit.errors.AdapterError, match="adds nothing to any weight"):
         tunerkit.export(model, tmp_path / "out", form=form)
 
@@ -207,9 +207,9 @@ def test_an_adalora_folder_holds_triplets_and_masks(tmp_path: Path) -> None:
 def test_the_shortest_form_selects_the_targets_alone() -> None:
     """Names where they are enough, else paths, else an escaped expression."""
     present = ["a.q", "b.q", "b.v", "x.a.q"]
-    assert selecting.target_modules(["a.q", "b.q", "x.a.q"], present) == ["q"]
-    assert selecting.target_modules(["b.q"], present) == ["b.q"]
-    assert selecting.target_modules(["a.q", "b.q"], present) == r"a\.q|b\.q"
+    assert target_modules(["a.q", "b.q", "x.a.q"], present) == ["q"]
+    assert target_modules(["b.q"], present) == ["b.q"]
+    assert target_modules(["a.q", "b.q"], present) == r"a\.q|b\.q"
 
 
 def test_many_modules_with_ranks_of_their_own_are_written_and_read(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from tunerkit_peft.pieces import Site, are_tied
+from tunerkit_peft.lora_writing import Site, are_tied
 
 if TYPE_CHECKING:
     from tunerkit.plugin import Tuner

@@ -12,13 +12,19 @@ from torch import nn
 
 from tunerkit.errors import shown
 from tunerkit.plugin import ConfigError
-from tunerkit_peft import fields
-from tunerkit_peft.kinds import BRINGS, IN_METHODS, installed_for
-from tunerkit_peft.object_places import fill_defaults, places_of, refuse_tying
-from tunerkit_peft.object_stacks import converted, refuse_parameters
-from tunerkit_peft.places import modules_of, tied_to_input
-from tunerkit_peft.table_settings import Converted
-from tunerkit_peft.values import HIGHEST_RANK, Values, is_number, is_rank
+from tunerkit_peft.declarations import BRINGS, IN_METHODS, installed_for
+from tunerkit_peft.declared_settings import Converted
+from tunerkit_peft.object_targets import converted, fill_defaults, places_of, refuse_parameters, refuse_tying
+from tunerkit_peft.paths import modules_of, tied_to_input
+from tunerkit_peft.settings import (
+    HARMLESS,
+    HIGHEST_RANK,
+    READ,
+    REFUSED,
+    Values,
+    is_number,
+    is_rank,
+)
 
 # The class that describes each method; those that derive from one of them describe something else, or the same.
 _METHODS: Final = {
@@ -161,12 +167,12 @@ def _of_adalora(reader: Values) -> dict[str, object]:
 def _refused(found: Mapping[str, Any], method: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:
     """Yield what would be another training, and what to do."""
     for name, value in found.items():
-        if not value or name in fields.READ or name in fields.HARMLESS:
+        if not value or name in READ or name in HARMLESS:
             continue
         if name == "target_parameters" and method == "lora":
             yield from refuse_parameters(found, modules)
             continue
-        what = fields.REFUSED[name][0] if name in fields.REFUSED else "a setting that PEFT 0.21 does not have"
+        what = REFUSED[name][0] if name in REFUSED else "a setting that PEFT 0.21 does not have"
         instead = ", or train it with PEFT, and merge it there"
         if name == "use_dora" and method == "adalora":
             what, instead = f"{what}, and PEFT's AdaLoRA does not have it", ""

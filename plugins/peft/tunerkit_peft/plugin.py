@@ -4,11 +4,9 @@ from collections.abc import Iterable
 
 from tunerkit.plugin import Format, Restriction, hookimpl
 from tunerkit_peft.config_objects import settings_of
-from tunerkit_peft.describing import describe
-from tunerkit_peft.files import sniff
-from tunerkit_peft.options import PeftOptions
-from tunerkit_peft.reading import read
-from tunerkit_peft.writing import write
+from tunerkit_peft.folders import sniff
+from tunerkit_peft.reading import describe, read
+from tunerkit_peft.writing import PeftOptions, write
 
 
 @hookimpl

@@ -1,32 +1,27 @@
-"""Read a PEFT adapter: settings and tensors together, as tunerkit's own record."""
+"""Read a PEFT adapter: settings and tensors together, as tunerkit's own record; or describe it without a model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 import attrs
 import torch
 from torch import nn
 
 from tunerkit.errors import shown
-from tunerkit.plugin import Factors, FileError, Foreign
-from tunerkit_peft import files
-from tunerkit_peft.adapter_config import Common, Settings, read_settings, settings_at
-from tunerkit_peft.completeness import adapts, missing
-from tunerkit_peft.fitting import other_kernels, other_kinds, refuse_others
-from tunerkit_peft.from_adalora import read_adalora
-from tunerkit_peft.from_lora import read_lora
-from tunerkit_peft.from_stacks import experts_around, split_stacks
-from tunerkit_peft.from_table import kind_of, named_adapter
-from tunerkit_peft.kinds import declared_for
-from tunerkit_peft.moving import Moved, moving
-from tunerkit_peft.others import Others, read_others
-from tunerkit_peft.parts import parts_of
-from tunerkit_peft.places import NO_MERGE, modules_of, place_of, refuse_convolutions, tied_to_input
-from tunerkit_peft.products import Adapted, Read
-from tunerkit_peft.selecting import few
-from tunerkit_peft.table_settings import TableSettings, read_table_settings
-from tunerkit_peft.token_rows import read_rows, split_rows
-from tunerkit_peft.weights import LORA, Weights, open_weights
+from tunerkit.plugin import Description, Factors, FileError, Foreign
+from tunerkit_peft.checks import adapts, missing, other_kernels, other_kinds, refuse_others
+from tunerkit_peft.declarations import Declaration, declared_for
+from tunerkit_peft.declared_reading import kind_of, named_adapter
+from tunerkit_peft.declared_settings import TableSettings, read_table_settings
+from tunerkit_peft.folders import find_files
+from tunerkit_peft.lora_reading import read_adalora, read_lora
+from tunerkit_peft.other_tensors import Others, copy_around, read_others, read_rows, split_rows
+from tunerkit_peft.packed_experts import experts_around, split_stacks
+from tunerkit_peft.paths import NO_MERGE, Moved, modules_of, moving, place_of, refuse_convolutions, tied_to_input
+from tunerkit_peft.settings import Common, Settings, read_settings, settings_at
+from tunerkit_peft.targets import auto_class, few
+from tunerkit_peft.tensors import LORA, Adapted, Read, Weights, open_weights, parts_of
 
 
 def read(path: Path, model: nn.Module) -> Foreign:
@@ -44,7 +39,7 @@ def read(path: Path, model: nn.Module) -> Foreign:
         BaseMismatchError: They were made for another base model.
         PluginError: The method declares PEFT's names wrongly.
     """
-    found = files.find(path)
+    found = find_files(path)
     held = settings_at(found.config)
     declared = declared_for(held, found.config)
     modules = modules_of(model)
@@ -165,3 +160,96 @@ def _padding(own: Read, modules: Mapping[str, nn.Module]) -> Iterator[str]:
         q, p = own.factors[path]
         if q.shape[1] > index and torch.count_nonzero(p @ q[:, index]):
             yield f"it changes the row of the padding token of {path!r}, which tunerkit leaves as it is"
+
+
+# Heads with one row for each class, whatever the module is called. Without a task, the model's class decides.
+_MAYBE_CLASSES: Final = ("SEQ_CLS", "TOKEN_CLS", "")
+
+
+def describe(path: Path) -> Description:
+    """Describe the adapter at a path from its settings, and from the names and shapes of its tensors.
+
+    Raises:
+        FileError: The files are damaged, or hold what tunerkit cannot.
+    """
+    found = find_files(path)
+    held = settings_at(found.config)
+    declared = declared_for(held, found.config)
+    if declared is None:
+        settings, weights = read_settings(found.config, held), open_weights(found.weights)
+        common, method, told = settings.common, settings.common.kind.lower(), _told(settings)
+        ranks = {path: _one_rank(settings, _rank(weights, path)) for path in weights.factors}
+    else:
+        named = read_table_settings(found.config, held, declared)
+        weights = open_weights(found.weights, kind_of(declared.names))
+        common, method, told = named.common, declared.method, {**named.config, **named.chosen}
+        told |= _measured(declared.names, weights)
+        told |= {f"{own}_pattern": dict(table) for own, table in named.patterns.items() if table}
+        ranks = {path: rank if isinstance(rank := named.config.get("rank"), int) else 0 for path in weights.factors}
+    chosen = common.selection
+    return Description(
+        method=method,
+        base=common.base,
+        model_class=auto_class(chosen.task, chosen.model_class),
+        labels=_labels(weights) if chosen.task in _MAYBE_CLASSES else 0,
+        ranks=ranks,
+        copies=_copies(common, weights),
+        settings={**told, "bias": common.bias, "modules_to_save": list(common.copies), **_revision(held)},
+    )
+
+
+def _revision(held: Mapping[str, object]) -> dict[str, object]:
+    """The commit, branch or tag of the base on the hub, if the files say one."""
+    found = held.get("revision")
+    return {"revision": found} if isinstance(found, str) and found else {}
+
+
+def _measured(names: Declaration, weights: Weights) -> dict[str, object]:
+    """The settings that the tensors say, by those of one target."""
+    said = {own for own, setting in names.settings.items() if setting.measured}
+    found: dict[str, object] = {}
+    for part, key in next(iter(weights.factors.values())).items():
+        shape = names.tensors[part].shape if part in names.tensors else None
+        found |= {str(own): size for own, size in zip(shape or (), weights.shape(key), strict=False) if own in said}
+    return found
+
+
+def _labels(weights: Weights) -> int:
+    """The fewest rows of a matrix that is trained in full: a head's last layer. 0 if there is none."""
+    shapes = [weights.shape(key) for name, key in weights.others.items() if name.endswith("weight")]
+    return min((shape[0] for shape in shapes if len(shape) == 2), default=0)
+
+
+def _rank(weights: Weights, path: str) -> int:
+    """The rows of A; 0 if it is missing, which `read` refuses."""
+    name = weights.factors[path].get("A")
+    return weights.shape(name)[0] if name else 0
+
+
+def _one_rank(settings: Settings, rows: int) -> int:
+    """The rank of one expert, where A has the rows of all of them: how many there are, only the base says."""
+    packed = settings.parameters and rows not in {settings.rank, *settings.ranks.values()}
+    return settings.rank if packed and rows % settings.rank == 0 else rows
+
+
+def _copies(settings: Common, weights: Weights) -> tuple[str, ...]:
+    """The outermost modules that ``modules_to_save`` names, of those that have tensors. PEFT compares ends of names."""
+    found = dict.fromkeys(copy_around(settings, name) for name in weights.others)
+    return tuple(path for path in found if path)
+
+
+def _told(settings: Settings) -> dict[str, object]:
+    told: dict[str, object] = {
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "dropout": settings.dropout,
+        "rslora": settings.rslora,
+        "rank_pattern": dict(settings.ranks),
+        "alpha_pattern": dict(settings.alphas),
+    }
+    told |= {"start": settings.start} if settings.start else {}
+    told |= {"trainable_token_indices": dict(settings.tokens)} if settings.tokens else {}
+    told |= {"target_parameters": list(settings.parameters)} if settings.parameters else {}
+    if settings.common.kind == "ADALORA":
+        told |= {"target_rank": settings.schedule.target_r, "total_steps": settings.schedule.total_step}
+    return told

@@ -1,4 +1,4 @@
-"""A tensor in PEFT's shape and in tunerkit's, by the sizes that a method declares: see `declaration.Leaf`."""
+"""A tensor in PEFT's shape and in tunerkit's, by the sizes that a method declares: see `declarations.Leaf`."""
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -7,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tunerkit_peft.declaration import CHANNELS, IN, KERNEL, ONES, OUT, Leaf, Size
+from tunerkit_peft.declarations import CHANNELS, IN, KERNEL, ONES, OUT, Leaf, Size
 
 
 @attrs.frozen

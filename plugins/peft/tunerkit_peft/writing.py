@@ -4,30 +4,64 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
+import attrs
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tunerkit.errors import first
-from tunerkit.plugin import ConfigError, FileError, copies_of
+from tunerkit.plugin import ConfigError, FileError, copies_of, setting
 from tunerkit_peft.card import card
-from tunerkit_peft.declaration import Declared, declared_by
-from tunerkit_peft.experts_form import split
-from tunerkit_peft.files import CONFIG, WEIGHTS
-from tunerkit_peft.forms import VERSION, Written, adalora, compact, uniform
-from tunerkit_peft.options import PeftOptions
-from tunerkit_peft.pieces import Piece, Site, pieces_of, trained_biases
-from tunerkit_peft.places import modules_of
-from tunerkit_peft.renamed import refuse_lost
-from tunerkit_peft.selecting import BELOW, modules_to_save, target_modules, target_parameters
-from tunerkit_peft.stacks import stacks_of
-from tunerkit_peft.to_table import below, named, sites_of
-from tunerkit_peft.weights import MODEL, PREFIX
+from tunerkit_peft.declarations import Declared, declared_by
+from tunerkit_peft.declared_writing import below, named, sites_of
+from tunerkit_peft.folders import CONFIG, WEIGHTS
+from tunerkit_peft.lora_writing import (
+    VERSION,
+    Piece,
+    Site,
+    Written,
+    adalora,
+    compact,
+    pieces_of,
+    trained_biases,
+    uniform,
+)
+from tunerkit_peft.paths import modules_of
+from tunerkit_peft.single_experts import split
+from tunerkit_peft.stacks import refuse_lost, stacks_of
+from tunerkit_peft.targets import BELOW, modules_to_save, target_modules, target_parameters
+from tunerkit_peft.tensors import MODEL, PREFIX
 
 if TYPE_CHECKING:
     from tunerkit.plugin import Tuner
+
+
+@attrs.frozen
+class PeftOptions:
+    """The options of ``tunerkit.export(model, folder, format="peft", ...)``. The ``doc`` of each field explains it."""
+
+    form: Literal["own", "uniform", "compact", "adalora", "experts"] | None = setting(
+        None,
+        doc="own: PEFT's type of the method itself, if the method declares PEFT's names; uniform: a LoRA of one rank, "
+        "padded with zeros, which every server reads; compact: a LoRA with the rank of each module; adalora: PEFT's "
+        "AdaLoRA; experts: as uniform, with matrices for each expert of a stack, as engines read them; None: own if "
+        "the method declares the names, else uniform",
+    )
+    rank: int | None = setting(
+        None,
+        ge=1,
+        le=4096,
+        doc="the rank of the uniform form; None: the next one above all ranks that servers allow",
+    )
+    base: str | None = setting(
+        None, doc="the name of the base model in the files, which some servers compare; None: the one it came from"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", doc="the dtype of the adapter's matrices; the narrower ones round them"
+    )
+
 
 _CARD: Final = "README.md"
 

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 import tunerkit
 from tunerkit.errors import first, shown, warn
 from tunerkit.plugin import FileError, PluginError, lookup, matches
-from tunerkit_peft.declaration import Declared, Leaf
-from tunerkit_peft.forms import Written
-from tunerkit_peft.pieces import Site
-from tunerkit_peft.places import caveats, modules_of, obstacle, tied_to_input
-from tunerkit_peft.selecting import pattern_for, target_modules
+from tunerkit_peft.declarations import Declared, Leaf
+from tunerkit_peft.declared_settings import replaced, written_settings
+from tunerkit_peft.lora_writing import Site, Written
+from tunerkit_peft.paths import caveats, modules_of, obstacle, tied_to_input
 from tunerkit_peft.shapes import Features, features_of, misfit, shape_of, theirs
-from tunerkit_peft.table_settings import replaced, written_settings
+from tunerkit_peft.targets import pattern_for, target_modules
 
 if TYPE_CHECKING:
     from tunerkit.plugin import Tuner

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from tunerkit.errors import first, shown
 from tunerkit.plugin import BaseMismatchError, FileError
-from tunerkit_peft.adapter_config import Settings
-from tunerkit_peft.experts_form import Single, as_stacks, single_of
-from tunerkit_peft.parts import Parts, wrong_parts
-from tunerkit_peft.places import Place, Rename
-from tunerkit_peft.selecting import few
-from tunerkit_peft.stacks import LEVEL, Stack, is_named, own_parameters, stacks_of, unpacked
-from tunerkit_peft.weights import Turned, Weights
+from tunerkit_peft.paths import Place, Rename
+from tunerkit_peft.settings import Settings
+from tunerkit_peft.single_experts import Single, as_stacks, single_of
+from tunerkit_peft.stacks import LEVEL, Stack, own_parameters, stacks_of, unpacked
+from tunerkit_peft.targets import few, is_named
+from tunerkit_peft.tensors import Parts, Turned, Weights, wrong_parts
 
 _UNKNOWN = (
     "Install tunerkit[experts], or describe the class of these experts to it (tunerkit_experts.describe); or merge the "

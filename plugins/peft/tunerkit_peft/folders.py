@@ -1,14 +1,13 @@
-"""Where the two files of a PEFT adapter lie: its settings and its tensors."""
+"""Where the two files of a PEFT adapter lie: its settings and its tensors, here or on the Hugging Face hub."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 import attrs
 
 from tunerkit.plugin import FileError
-from tunerkit_peft import hub
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
@@ -36,7 +35,7 @@ class Files:
 def sniff(path: Path) -> bool:
     """Whether a path leads to a PEFT adapter: a folder with one of its files, such a file, or a name on the hub.
 
-    So does a folder without any adapter around folders with one: the error that `find` raises names these.
+    So does a folder without any adapter around folders with one: the error that `find_files` raises names these.
     """
     try:
         if path.name in _NAMES:
@@ -73,14 +72,14 @@ def hub_name(path: Path) -> str:
     return name if _HUB_NAME.fullmatch(name) else ""
 
 
-def find(path: Path) -> Files:
+def find_files(path: Path) -> Files:
     """Find the files of the adapter at a path, which may be a folder, one of the files, or a name on the hub.
 
     Raises:
         FileError: A file is missing, there is only a pickle, or the hub does not answer.
     """
     if name := hub_name(path):
-        config, weights = hub.download(name, (CONFIG, WEIGHTS))
+        config, weights = download(name, (CONFIG, WEIGHTS))
         return Files(config, weights)
     folder = path.parent if path.name in _NAMES else path
     found = Files(folder / CONFIG, folder / WEIGHTS)
@@ -120,3 +119,40 @@ def _nearby(folder: Path) -> str:
 
 def _below(folder: Path) -> Iterator[str]:
     yield from sorted(str(each.parent) for each in folder.glob(f"*/{CONFIG}"))
+
+
+_SECONDS: Final = 10
+
+
+def download(name: str, files: Sequence[str]) -> tuple[Path, ...]:
+    """Download some files of a repository, and no others, and return their paths in the cache.
+
+    Args:
+        name: The repository, ``owner/name``.
+        files: The names of the files in it.
+
+    Raises:
+        FileError: There is no such folder here, and the files cannot be had from the hub either.
+    """
+    try:
+        from huggingface_hub import HfApi, hf_hub_download
+    except ImportError as error:
+        raise FileError(
+            f"there is no folder {name!r}. To look for it on the Hugging Face hub, tunerkit needs huggingface_hub: "
+            "pip install huggingface-hub"
+        ) from error
+    unreachable: Exception | None = None
+    try:
+        # Asked once, since a download is tried for half a minute: most often, the name is a mistyped path.
+        HfApi().model_info(name, timeout=_SECONDS)
+    except Exception as error:  # the library lets those of its HTTP client through
+        unreachable = error
+    try:
+        # Without the hub, an earlier download will do.
+        return tuple(Path(hf_hub_download(name, file, local_files_only=unreachable is not None)) for file in files)
+    except Exception as error:  # no such file, no permission, a full disk: the library has a class for each
+        reason = (str(unreachable or error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileError(
+            f"there is no folder {name!r}, and the Hugging Face hub does not give {' and '.join(files)} of a "
+            f"repository {name!r}: {reason}. Check the path, or the name and the connection"
+        ) from error

@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import attrs
@@ -11,16 +12,13 @@ from torch import Tensor, nn
 
 from tunerkit.errors import first, shown
 from tunerkit.plugin import FileError, exact_patterns, file_matchers, method_record
-from tunerkit_peft.adapter_config import refuse
-from tunerkit_peft.declaration import Declaration, Declared, Leaf, Size
-from tunerkit_peft.moving import Moved
-from tunerkit_peft.other_forms import OTHER, as_declared
-from tunerkit_peft.places import NO_MERGE, Place, caveats, place_of, refuse_convolutions, tied_to_input
-from tunerkit_peft.products import Adapted, Read
-from tunerkit_peft.rules import agreed, matched
+from tunerkit_peft.declarations import Convert, Declaration, Declared, Leaf, Size
+from tunerkit_peft.declared_settings import TableSettings
+from tunerkit_peft.lora_reading import agreed, matched
+from tunerkit_peft.paths import NO_MERGE, Moved, Place, caveats, place_of, refuse_convolutions, tied_to_input
+from tunerkit_peft.settings import refuse
 from tunerkit_peft.shapes import Features, features_of, misfit, ours, shape_of
-from tunerkit_peft.table_settings import TableSettings
-from tunerkit_peft.weights import Kind, Weights
+from tunerkit_peft.tensors import Adapted, Kind, Read, Turned, Weights
 
 _AGAIN: Final = "shared "  # PEFT saves some shared tensors at each target as well
 
@@ -305,3 +303,44 @@ def _shared(names: Declaration, own: str, tensor: Tensor) -> Tensor:
 
 def _covers(name: str, own: str) -> bool:
     return name.endswith("*") and own.startswith(name.removesuffix("*"))
+
+
+OTHER: Final = "other "  # before the names of parts that the declared form does not have
+
+
+def as_declared(weights: Weights, names: Declaration) -> Weights:
+    """Return the tensors with those of other forms turned into the declared one, once they are asked for.
+
+    Raises:
+        FileError: A tensor of such a form is missing, or they do not fit together.
+    """
+    factors: dict[str, dict[str, str]] = {}
+    turned: dict[str, Turned] = {}
+    for path, keys in weights.factors.items():
+        own = factors[path] = {part: key for part, key in keys.items() if not part.startswith(OTHER)}
+        other = {part.removeprefix(OTHER): key for part, key in keys.items() if part.startswith(OTHER)}
+        if not other:
+            continue
+        written = {leaf.name[0]: own[part] for part, leaf in names.tensors.items() if part in own}
+        turn = partial(_turned, weights, {**written, **other}, names.others[next(iter(other))])
+        try:
+            made = turn(shapes_alone=True)  # they are compared before anything is computed
+        except (KeyError, RuntimeError) as error:
+            key, lacks = next(iter(other.values())), isinstance(error, KeyError)
+            problem = f"is there without its {error.args[0]}" if lacks else "does not fit the layer's other tensors"
+            raise FileError(f"{weights.file} is damaged or incomplete:\n- {shown(key)} {problem}") from error
+        changed = {name: key for name, key in written.items() if name in made}
+        turned |= {key: Turned(tuple(made[name].shape), partial(_one, turn, name)) for name, key in changed.items()}
+    return attrs.evolve(weights, factors=factors, turned=turned)
+
+
+def _turned(
+    weights: Weights, keys: Mapping[str, str], convert: Convert, *, shapes_alone: bool = False
+) -> Mapping[str, Tensor]:
+    if shapes_alone:
+        return convert({name: torch.empty(weights.shape(key), device="meta") for name, key in keys.items()})
+    return convert({name: weights.tensor(key).float() for name, key in keys.items()})
+
+
+def _one(turn: Callable[[], Mapping[str, Tensor]], name: str) -> Tensor:
+    return turn()[name]

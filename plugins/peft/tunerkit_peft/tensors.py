@@ -1,17 +1,19 @@
-"""The tensors of a PEFT adapter: opened without reading them, and sorted by what they belong to."""
+"""The tensors of a PEFT file: opened unread, sorted by what they belong to, and checked to fit together."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import attrs
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunerkit.errors import first, shown
-from tunerkit.plugin import FileError
+from tunerkit.plugin import Factors, FileError
+from tunerkit_peft.paths import Place, Rename, place_of
+from tunerkit_peft.settings import Settings
 
 PREFIX: Final = "base_model.model."
 MODEL: Final = "base_model."  # what all targets share lies here
@@ -162,3 +164,135 @@ def _damaged(file: Path, error: Exception) -> FileError:
     return FileError(
         f"{file} cannot be read as a safetensors file: {error}. It may be incomplete: copy or download it again"
     )
+
+
+@attrs.frozen(eq=False)
+class Read:
+    """An adapter as its method holds it.
+
+    Attributes:
+        factors: The products by target path, computed when they are asked for.
+        config: The method's settings.
+        tensors: The tensors of the method's adapters, by target path.
+        shared: The tensors that they share.
+    """
+
+    factors: Mapping[str, Factors]
+    config: Mapping[str, object]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    shared: Mapping[str, Tensor] = attrs.field(factory=dict)
+
+
+@attrs.frozen(eq=False)
+class Adapted:
+    """What a file has at the targets, before it is compared with the model.
+
+    Attributes:
+        paths: The paths of the targets.
+        takes: Whether PEFT adapts a module by this type.
+        contradictions: What does not fit the modules, on any base.
+        mismatches: What another base model would explain.
+        read: Reads the tensors.
+        remarks: What the settings say and the adapter will not hold.
+        beside: Those of the paths that ``target_modules`` need not name: PEFT finds them in another way.
+    """
+
+    paths: Sequence[str]
+    takes: Callable[[nn.Module], bool]
+    contradictions: Sequence[str]
+    mismatches: Sequence[str]
+    read: Callable[[], Read]
+    remarks: Sequence[str]
+    beside: Collection[str] = ()
+
+
+class Lazy(Mapping[str, Factors]):
+    """Products that are computed each time they are asked for: all at once would hold the adapter a second time."""
+
+    def __init__(self, compute: Mapping[str, Callable[[], Factors]]) -> None:
+        self._compute = compute
+
+    def __getitem__(self, path: str) -> Factors:
+        return self._compute[path]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._compute)
+
+    def __len__(self) -> int:
+        return len(self._compute)
+
+
+@attrs.frozen(eq=False)
+class Parts:
+    """The matrices at one module.
+
+    Attributes:
+        place: Where it is.
+        name: The path in the file.
+        names: The names of the tensors in the file by part, ``"A"``, ``"B"`` and for AdaLoRA ``"E"``.
+        rank: The rank, which the three agree on.
+        is_stack: Whether A is (E, r, in) and B is (E, out, r), of a stack of E matrices.
+    """
+
+    place: Place
+    name: str
+    names: Mapping[str, str]
+    rank: int
+    is_stack: bool = False
+
+
+def parts_of(settings: Settings, weights: Weights, rename: Rename) -> list[Parts]:
+    """Pair the matrices.
+
+    Raises:
+        FileError: One of a pair is missing, or two have different ranks.
+    """
+    needed = ("A", "B") if settings.common.kind == "LORA" else ("A", "B", "E")
+    found, problems = [], []
+    for name, own in weights.factors.items():
+        if wrong := list(wrong_parts(own, needed, settings.common.file)) or list(_wrong_shapes(weights, own)):
+            problems += wrong
+            continue
+        found.append(Parts(place_of(name, rename), name, own, rank=weights.shape(own["A"])[0]))
+    if problems:
+        raise FileError("\n- ".join([f"{weights.file} is damaged or incomplete:", *first(problems)]))
+    return found
+
+
+def refuse_ranks(settings: Settings, weights: Weights, problems: list[str]) -> None:
+    """Raise `FileError` for ranks that the settings do not explain, if there are such."""
+    if problems:
+        raise FileError(
+            "\n- ".join(
+                [
+                    f"{weights.file} and {settings.common.file.name} do not belong together: the settings do not "
+                    "explain these ranks, so the scale is unknown. Use the settings that were saved with the tensors:",
+                    *first(problems),
+                ]
+            )
+        )
+
+
+def wrong_parts(own: Mapping[str, str], needed: tuple[str, ...], file: Path) -> Iterator[str]:
+    """Yield which of the needed parts are missing, and which belong to another type."""
+    some = next(iter(own.values()))
+    if lacking := [part for part in needed if part not in own]:
+        yield f"{shown(some)} is there without its {' and '.join(f'lora_{part}' for part in lacking)}"
+    if "E" in own and "E" not in needed:
+        yield f"{shown(own['E'])} belongs to AdaLoRA, and 'peft_type' in {file.name} is LORA"
+
+
+def _wrong_shapes(weights: Weights, own: Mapping[str, str]) -> Iterator[str]:
+    a, b = weights.shape(own["A"]), weights.shape(own["B"])
+    if len(a) < 2 or len(b) < 2 or a[0] != b[1] or any(size != 1 for size in b[2:]):
+        yield f"{shown(own['A'])} is {list(a)} and {shown(own['B'])} is {list(b)}; expected [r, in] and [out, r]"
+    elif "E" in own and (shape := weights.shape(own["E"])) != (a[0], 1):
+        yield f"{shown(own['E'])} is {list(shape)}; expected {[a[0], 1]}"
+
+
+def matrices(weights: Weights, parts: Parts) -> tuple[Tensor, Tensor]:
+    """Return A (r, in) and B (out, r), or those of a stack, in fp32; B with PEFT's repeated sum multiplied in."""
+    if parts.is_stack:
+        return weights.tensor(parts.names["A"]).float(), weights.tensor(parts.names["B"]).float()
+    a, b = weights.matrix(parts.names["A"]), weights.matrix(parts.names["B"])
+    return a, b if parts.place.times == 1 else b * parts.place.times

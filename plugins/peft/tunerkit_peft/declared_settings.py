@@ -8,10 +8,17 @@ import attrs
 
 from tunerkit.errors import closest, shown
 from tunerkit.plugin import ConfigError
-from tunerkit_peft import fields
-from tunerkit_peft.adapter_config import Common, changed_base, common_of, refuse
-from tunerkit_peft.declaration import COMMON, NONE, Declaration, Declared, Setting
-from tunerkit_peft.values import Values, is_number
+from tunerkit_peft.declarations import COMMON, NONE, Declaration, Declared, Setting
+from tunerkit_peft.settings import (
+    HARMLESS,
+    REFUSED,
+    Common,
+    Values,
+    changed_base,
+    common_of,
+    is_number,
+    refuse,
+)
 
 _ABSENT: Final = object()
 
@@ -157,14 +164,14 @@ def _unknown(found: Mapping[str, Any], declared: Declared) -> Iterator[str]:
     known = {*COMMON, *names.constants, *names.drawn, *names.training, *names.ignored}
     known |= {name for setting in names.settings.values() for name in setting.fields}
     if names.type == "LORA":
-        known |= fields.HARMLESS
+        known |= HARMLESS
         yield from changed_base(found)
         known.add("init_lora_weights")
     for name, value in found.items():
         if name in known or not value:
             continue
-        if name in fields.REFUSED:
-            what, instead = fields.REFUSED[name]
+        if name in REFUSED:
+            what, instead = REFUSED[name]
             yield f"{name!r} is {shown(value)}: {what}. tunerkit cannot hold that; {instead}"
         else:
             yield (

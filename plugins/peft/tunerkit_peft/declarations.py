@@ -1,6 +1,7 @@
-"""PEFT's names for a method, as it declares them in ``Method.foreign["peft"]``: its folders are read and written so."""
+"""PEFT's names for methods, as these declare them, and who reads which type of PEFT's."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import attrs
@@ -8,7 +9,7 @@ from torch import Tensor
 
 import tunerkit
 from tunerkit.errors import closest, shown
-from tunerkit.plugin import Method, PluginError, method_record
+from tunerkit.plugin import FileError, Method, PluginError, method_record
 
 Made = TypeVar("Made")
 Size = int | str
@@ -332,7 +333,7 @@ def declared_by(method: str) -> Declared | None:
     except (ValueError, TypeError) as error:
         raise PluginError(
             f"the plugin of method {method!r} ({tunerkit.methods()[method].distribution}) declares foreign"
-            f"[{FORMAT!r}] wrongly: {error}. tunerkit_peft.declaration.Declaration says what it may hold"
+            f"[{FORMAT!r}] wrongly: {error}. tunerkit_peft.declarations.Declaration says what it may hold"
         ) from error
     return Declared(method, record.config, names)
 
@@ -378,3 +379,78 @@ def _contradictions(record: Method, names: Declaration) -> Iterator[str]:
             for setting in leaf.chosen:
                 if setting not in names.settings or not names.settings[setting].targets:
                     yield f"{group}: {own!r} is chosen by {setting!r}, which is no setting with targets=True"
+
+
+_OWN: Final = ("LORA", "ADALORA")
+# The types that methods of tunerkit-methods read.
+IN_METHODS: Final = (
+    *("LOHA", "LOKR", "VERA", "IA3", "OFT", "BOFT", "HRA", "RANDLORA", "VBLORA", "FOURIERFT", "C3A", "MISS", "ROAD"),
+    *("SHIRA", "DELORA", "TINYLORA", "LN_TUNING", "TRAINABLE_TOKENS"),
+)
+# The types of peft 0.21 that no method reads.
+_OF_PEFT: Final = (
+    *("ADAMSS", "BEFT", "LILY", "FROD", "PVERA", "GLORA", "UNILORA", "HIRA", "WAVEFT", "OSF", "GRALORA", "PSOFT"),
+    *("PEANUT", "SUPERTUNING", "DEFT", "POLY", "XLORA"),
+)
+# Those that change no weight, so that they cannot be merged.
+_PROMPTS: Final = (
+    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE"),
+    "SHADOW",
+)
+BRINGS: Final = "tunerkit-methods brings one: install tunerkit[methods]"
+
+
+def declared_for(found: Mapping[str, Any], source: str | Path) -> Declared | None:
+    """Return the method whose names the settings of a PEFT adapter need; None for a LoRA or an AdaLoRA.
+
+    A LoRA belongs to another method if that declares ``use_dora`` to be true, and so do the settings.
+
+    Args:
+        found: The settings by name.
+        source: What an error is about.
+
+    Raises:
+        FileError: No installed method declares this type.
+        PluginError: The declaration is wrong.
+    """
+    kind, declared = found.get("peft_type"), installed_for(found)
+    if declared is None and kind not in _OWN:
+        raise FileError(_unknown(source, kind))
+    return declared
+
+
+def installed_for(found: Mapping[str, Any]) -> Declared | None:
+    """Return the method whose names the settings need; None for a LoRA or an AdaLoRA, or if none is installed.
+
+    Of several methods for one type, it is the one that computes what the settings say.
+    """
+    kind = found.get("peft_type")
+    if kind == "ADALORA" or (kind == "LORA" and not found.get("use_dora")):
+        return None
+    candidates = [each for method, given in declarations() if given == kind and (each := declared_by(method))]
+    if kind == "LORA":
+        candidates = [each for each in candidates if each.names.constants.get("use_dora")]
+    return min(
+        candidates,
+        key=lambda each: sum(found.get(name) != value for name, value in each.names.constants.items()),
+        default=None,
+    )
+
+
+def _unknown(source: str | Path, kind: object) -> str:
+    if kind is None:
+        return f"{source} is no PEFT adapter: it has no 'peft_type'; expected 'LORA' or 'ADALORA'"
+    known = sorted({given for _, given in declarations()} - {*_OWN})
+    if kind in IN_METHODS:
+        return f"{source}: 'peft_type' is {shown(kind)}, and no installed method reads it. {BRINGS}"
+    reads = f"tunerkit reads LORA and ADALORA{', and by installed methods ' + ', '.join(known) if known else ''}"
+    if kind in _PROMPTS:
+        return (
+            f"{source}: 'peft_type' is {shown(kind)}, which adds no weights to layers, and tunerkit has adapters of "
+            f"layers alone. Use this adapter in PEFT, or train another type; {reads}"
+        )
+    hint = "" if kind in _OF_PEFT else closest(str(kind), (*_OWN, *known, *IN_METHODS))
+    return (
+        f"{source}: 'peft_type' is {shown(kind)}, a type that tunerkit does not read{hint or '.'} Merge the adapter in "
+        f"PEFT (merge_and_unload), if that type can be merged, and use the merged model as the base; {reads}"
+    )

@@ -1,19 +1,20 @@
 """Where PEFT would put the adapter of a config object in a model: its defaults, and the modules that it would find."""
 
+import copy
 import importlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from torch import nn
 
 from tunerkit.errors import shown
-from tunerkit.plugin import exact_patterns, is_broad, lookup, matches as matches_path
-from tunerkit_peft.declaration import Declared
-from tunerkit_peft.object_stacks import chosen_stacks, patterns_of
-from tunerkit_peft.places import is_linear, tied_to_input
-from tunerkit_peft.selecting import few
-from tunerkit_peft.selection import ALL_LINEAR, ends, selection_of
+from tunerkit.plugin import exact_patterns, is_broad, lookup, matches, matches as matches_path
+from tunerkit_peft.declarations import Declared
+from tunerkit_peft.paths import is_linear, tied_to_input
+from tunerkit_peft.stacks import Stack, stacks_of
+from tunerkit_peft.targets import ALL_LINEAR, ends, few, is_named, selection_of
 
 # The modules that a PeftModel of a task trains in full, if it finds them.
 _HEADS: Final = {
@@ -158,7 +159,7 @@ def _attention(
 ) -> tuple[list[str], dict[str, object]]:
     """The output projections of torch's attention, which PEFT adapts with its input's, and their ranks and alphas.
 
-    They have the rank of the attention, and twice its scale: see `places.Place`.
+    They have the rank of the attention, and twice its scale: see `paths.Place`.
     """
     owners = {f"{path}.{_OUT}": path for path in chosen if isinstance(modules[path], nn.MultiheadAttention)}
     if not owners or not {"rank_pattern", "alpha_pattern"} <= settings.keys():
@@ -185,3 +186,67 @@ def _names(given: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(given, str):
         return (f"re:{given}",)
     return tuple(rf"re:(.*\.)?{re.escape(name)}" if is_broad(name) else name for name in given)
+
+
+def converted(config: Any, model: nn.Module, modules: Mapping[str, nn.Module]) -> Any:
+    """Return a config with PEFT's own changes for mixtures whose experts were modules in transformers 4.
+
+    There PEFT takes the names of projections in ``target_modules`` for the stacks that hold them now, at a rank for
+    each of them.
+
+    Raises:
+        ValueError: PEFT refuses these names.
+    """
+    if not stacks_of(modules) or not getattr(config, "target_modules", None):
+        return config
+    changed = copy.deepcopy(config)
+    with suppress(ImportError):  # an older PEFT has no such changes
+        conversion = importlib.import_module("peft.utils.transformers_weight_conversion")
+        conversion.convert_peft_config_for_transformers(changed, model=model, conversions=None)
+    return changed
+
+
+def refuse_parameters(found: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Yield the parameters that ``target_parameters`` names and that are no stacks of experts."""
+    owners = [stack.owner for stack in stacks_of(modules).values()]
+    for name in found.get("target_parameters") or ():
+        if not any(is_named(owner, [name]) for owner in owners):
+            known = "name one of its stacks" if owners else "install tunerkit[experts], which finds such stacks"
+            yield (
+                f"'target_parameters' has {name!r}, which is no stack of experts of this model: {known}. Layers with a "
+                "weight of their own belong into 'target_modules', and routers, which PEFT's 'all-linear' means too, "
+                "are not adapted here; name the layers instead"
+            )
+
+
+def chosen_stacks(found: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> tuple[list[Stack], list[Stack]]:
+    """Return the stacks that PEFT would adapt, and the others, which names of modules must not mean either."""
+    stacks, names = stacks_of(modules).values(), found.get("target_parameters") or ()
+    chosen = [stack for stack in stacks if is_named(stack.owner, names)]
+    return chosen, [stack for stack in stacks if stack not in chosen]
+
+
+def patterns_of(chosen: Sequence[Stack], kept: Collection[str], settings: Mapping[str, Any]) -> dict[str, object]:
+    """Return the ranks and alphas by pattern with those of stacks, which PEFT's patterns name without our child.
+
+    Args:
+        chosen: The adapted stacks.
+        kept: The paths of the other targets.
+        settings: The method's settings.
+    """
+    if not chosen or not {"rank_pattern", "alpha_pattern"} <= settings.keys():
+        return {}
+    exact = exact_patterns([stack.path for stack in chosen])
+    tables: dict[str, object] = {}
+    for name in ("rank", "alpha"):
+        table, usual = settings[f"{name}_pattern"], settings[name]
+        values = {stack: lookup(table, stack.owner, usual) for stack in chosen}
+        own = {exact[stack.path]: value for stack, value in values.items() if value != usual}
+        # A pattern that means stacks alone would match nothing here.
+        others = {
+            pattern: value
+            for pattern, value in table.items()
+            if any(matches(pattern, path) for path in kept) or not any(matches(pattern, each.owner) for each in chosen)
+        }
+        tables[f"{name}_pattern"] = {**own, **others}
+    return tables

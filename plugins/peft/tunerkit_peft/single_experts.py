@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from tunerkit.errors import first, shown
 from tunerkit.plugin import BaseMismatchError, FileError
-from tunerkit_peft.adapter_config import Settings
-from tunerkit_peft.parts import Parts, wrong_parts
-from tunerkit_peft.pieces import Piece
-from tunerkit_peft.places import Place, Rename
-from tunerkit_peft.rules import rules_for
+from tunerkit_peft.lora_reading import rules_for
+from tunerkit_peft.lora_writing import Piece
+from tunerkit_peft.paths import Place, Rename
+from tunerkit_peft.settings import Settings
 from tunerkit_peft.stacks import GATED, Stack
-from tunerkit_peft.weights import Turned, Weights
+from tunerkit_peft.tensors import Parts, Turned, Weights, wrong_parts
 
 # The names in the checkpoints of Mixtral and its like, which engines have kept, by those of all others.
 _OLD: Final = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
