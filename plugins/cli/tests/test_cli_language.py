@@ -365,7 +365,14 @@ def test_a_chat_template_is_a_file_that_writes_messages(llama: Path, tmp_path: P
     model = tmp_path / "no-weights"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    for name, message in (("gone", "cannot be read"), ("empty", "writes no messages")):
+    (tmp_path / "broken.jinja").write_text("{% for message in messages %}\n{{ message.content }")
+    (tmp_path / "text.jinja").write_text(data.read_text())
+    for name, message in (
+        ("gone", "cannot be read"),
+        ("empty", "writes no messages"),
+        ("text", "writes no messages"),
+        ("broken", "broken.jinja is no template of Jinja: line 2: unexpected '}'; correct it, or pass"),
+    ):
         options = ["--set", f"chat_template={tmp_path / name}.jinja", "--out", tmp_path / "out"]
         done = command(*arguments_of(model, data, *options))
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
@@ -555,6 +562,10 @@ def test_what_is_chosen_for_speed_is_said_and_recorded(llama: Path, tmp_path: Pa
     said = succeeded(*call, "--dry-run").output
     starts = ("gradient checkpointing", "batches:", "loss:", "evaluation:", "samples:")
     lines = [line for line in said.splitlines() if line.startswith(starts)]
+    assert "joined" not in said
+    asked = written(tmp_path / "asked.jsonl", [{"prompt": "the film?", "completion": "good"}] * 20)
+    joined = succeeded(*arguments_of(llama, asked, "--out", tmp_path / "asked"), "--dry-run").output
+    assert "prompts and answers are joined as they are, as in 'the film?good'; a space" in joined
     assert lines[0].startswith("gradient checkpointing: off (a step takes about")
     assert lines[1].startswith("batches: grouped by length, shuffled (1.0")
     assert lines[2].startswith("loss: at the learned positions (on a CPU")

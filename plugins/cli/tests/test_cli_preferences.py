@@ -72,13 +72,21 @@ def test_a_reward_model_scores_the_better_answer_higher(given: Path, tmp_path: P
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     good, bad = (json.loads(line)["value"] for line in succeeded("predict", out, "--data", asked).stdout.splitlines())
     assert good > bad
+    pairs = command("predict", out, "--data", given / "pairs.jsonl")
+    assert "reward scores one answer of each row; say which of a pair with --column completion=chosen" in pairs.stderr
+    chosen = succeeded("predict", out, "--data", given / "pairs.jsonl", "--column", "completion=chosen")
+    assert len(chosen.stdout.splitlines()) == len((given / "pairs.jsonl").read_text().splitlines())
+    asked.write_text(json.dumps(rows[0]) + "\n" + json.dumps({**rows[1], "completion": ""}) + "\n", encoding="utf-8")
+    holes = command("predict", out, "--data", asked)
+    assert "row 2, column 'completion': the text is empty" in holes.stderr
+    assert "(1 of 2 rows)" in holes.stderr  # no recipe leaves them out
     alone = command("predict", out, "--text", "good")
     assert "reward needs a column 'completion'" in alone.stderr
     assert "--data FILE" in succeeded(*arguments("reward", given, "pairs.jsonl"), "--out", tmp_path / "again").output
 
 
 @pytest.mark.parametrize(
-    ("label", "expected"), [(True, True), (0, False), ("True ", True), ("false", False), ("1", True)]
+    ("label", "expected"), [(True, True), (0, False), ("True ", True), ("false", False), ("1", True), ("0.0", False)]
 )
 def test_labels_of_answers_are_read_in_their_usual_forms(label: object, expected: bool) -> None:
     """As JSON, a table or a spreadsheet has them."""

@@ -98,6 +98,19 @@ def test_values_keep_the_types_of_their_format(ending: str, tmp_path: Path) -> N
     assert column(read_table(path), "stars", "a task") == (("1", "0") if ending == ".csv" else (1, 0))
 
 
+def test_a_mapping_in_a_columnar_file_has_only_the_keys_that_were_written(tmp_path: Path) -> None:
+    """Such a file gives each mapping the keys of all others, without a value, which a model would learn."""
+    calls: list[list[dict[str, dict[str, object]]]] = [
+        [{"arguments": {"city": "Rome"}}],
+        [{"arguments": {"a": 1, "all": [{"x": 1}, {"y": None}]}}],
+    ]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"calls": call, "more": None} for call in calls]), tmp_path / "d.parquet"
+    )
+    calls[1][0]["arguments"]["all"] = [{"x": 1}, {}]
+    assert read_table(tmp_path / "d.parquet").rows == tuple({"calls": call, "more": None} for call in calls)
+
+
 @each_format
 def test_a_missing_column_is_reported_with_the_closest_name(ending: str, tmp_path: Path) -> None:
     """The error has the existing columns, the likely one, and the option that chooses it."""

@@ -138,7 +138,18 @@ def test_what_a_recipe_names_is_read_as_it_is() -> None:
         ({"q": "x", "completion": "y", "label": False}, None, "unpaired preferences: pass --task kto"),
         ({"messages": [ASKED, GOOD], "kto_tag": False}, None, "'kto_tag' of true or false"),
         ({"prompt": "x", "answer": "y"}, None, "no completions.*--task grpo.*--task causal-lm if it is 'answer'"),
-        ({"prompt": [ASKED], "solution": "y"}, None, "no completions.*--task grpo"),
+        (
+            {"prompt": [ASKED], "solution": "y"},
+            None,
+            "'prompt' has no answers to learn, and 'solution' to check.*grpo with",
+        ),
+        (
+            {"prompt": "x", "ground_truth": "y", "text": "t", "label": "a"},
+            None,
+            "no answers to learn.*--task grpo with",
+        ),
+        ({"problem": "x", "solution": "y"}, None, "columns.prompt=problem --set columns.completion=solution"),
+        ({"messages": [ASKED], "solution": "y"}, None, "'messages' has no answers to learn.*columns.prompt=messages"),
         ({"image": "x.png", "text": "y"}, None, "has images in 'image' beside the text in 'text', which no task reads"),
         ({"messages": [ASKED, GOOD], "images": ["x.png"]}, "causal-lm", "has images in 'images' beside .*'messages'"),
         (
@@ -163,10 +174,35 @@ def test_rows_of_other_trainings_or_of_two_tasks_are_named(row: dict[str, Any], 
         read(row, task, **names)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("label", [True, None, False]),
+        ("label", ["true", "", "false"]),
+        ("label", ["1.0", "0.0"]),
+        ("label", ["Good", "bad"]),
+        ("kto_tag", [1, 0]),
+        ("is_good", [True, False]),
+    ],
+)
+def test_answers_that_are_judged_are_named_whatever_the_words(name: str, values: list[object]) -> None:
+    """With rows without a judgement too; another column of truth values is named with what makes it the label."""
+    rows = table(*({"prompt": "x", "completion": "y", name: value} for value in values))
+    with pytest.raises(TaskError, match=f"a '{name}' of true or false are unpaired.*--task kto"):
+        infer(rows, {})
+    other = table(*({"prompt": "x", "completion": "y", name: value} for value in ("en", "de")))
+    assert infer(other, {}) == "causal-lm"
+    if name == "is_good":
+        assert [row["label"] for row in read_rows(task_of("kto"), [rows], {"label": name}).rows] == values
+
+
 def test_a_named_task_or_column_settles_what_could_be_two() -> None:
     """But for rows that the task would learn wrongly."""
     assert read({"prompt": "x", "answer": "y"}, "causal-lm") == [{"prompt": "x", "completion": "y"}]
     assert read({"prompt": "x", "answer": "y"}, completion="answer") == [{"prompt": "x", "completion": "y"}]
+    solved = {"problem": "x", "solution": "y"}
+    assert read(solved, "causal-lm", prompt="problem", completion="solution") == [{"prompt": "x", "completion": "y"}]
+    assert read({"messages": [ASKED, GOOD], "solution": "y"}) == [{"messages": [ASKED, GOOD]}]
     both = {"text": "x", "label": "a", "image": "x.png", "source": "y", "target": "z"}
     assert read(both, "text-classification") == [{"text": "x", "label": "a"}]
     assert read(both, "seq2seq") == [{"source": "y", "target": "z"}]
@@ -312,4 +348,4 @@ def test_a_run_keeps_what_it_leaves_out_and_how_labels_and_columns_are_named(tmp
         renamed = ["--data", tmp_path / "other.csv", "--column", "text=body", "--column", "label=mark"]
         assert json.loads(succeeded("eval", tmp_path / "out", *renamed).stdout)["rows"] == 2
         assert len(succeeded("predict", tmp_path / "out", *renamed[:4]).stdout.splitlines()) == 3
-        assert "pass --column NAME=YOURS" in command("predict", tmp_path / "out", *renamed[:2]).stderr
+        assert "pass --column text=YOURS" in command("predict", tmp_path / "out", *renamed[:2]).stderr

@@ -70,7 +70,7 @@ class Table:
 class BadRowsError(DataError):
     """Rows of a table do not fit: ``bad`` says why, by their places. Those with the same mistake are one sentence."""
 
-    def __init__(self, table: Table, names: Mapping[str, str], bad: Mapping[int, BadValue]) -> None:
+    def __init__(self, table: Table, names: Mapping[str, str], bad: Mapping[int, BadValue], *, by_recipe: bool) -> None:
         self.bad, self.listed = bad, []
         alike = defaultdict(list)
         for place, each in bad.items():
@@ -84,7 +84,8 @@ class BadRowsError(DataError):
             numbers = few([str(row["row"]) for row in rows], shown=3)
             where = "" if column is None else f", column {shown(column)}"
             said.append(f"row{'s' * (len(rows) > 1)} {numbers}{where}: {rows[0]['problem']}")
-        count = f" ({len(bad)} of {len(table)} rows; drop_bad_rows: true in a recipe leaves them out)"
+        do = "; drop_bad_rows: true in a recipe leaves them out" if by_recipe else ""
+        count = f" ({len(bad)} of {len(table)} rows{do})"
         self.said = f"{table.source}: {'; and '.join(said)}"
         super().__init__(f"{self.said}{count if len(bad) < len(table) else ''}")
 
@@ -124,19 +125,25 @@ def read_table(path: Path, *, predicting: bool = False, most: int | None = None)
     return Table(str(path), tuple(dict.fromkeys(name for row in rows for name in row)), tuple(rows), path.parent)
 
 
-def require_column(table: Table, name: str, task: str, option: str | None = None, *, renaming: bool = True) -> str:
+def require_column(
+    table: Table, name: str, task: str, option: str | None = None, *, ours: str = "NAME", renaming: bool = True
+) -> str:
     """Return the name of a column that a task needs. Raises `DataError`, which says how to set another: ``option``."""
     if name not in table.columns:
         others = few([shown(each) for each in table.columns], shown=10)
         hint = closest(name, table.columns)
-        set_it = f"set the column's name with columns.NAME in the recipe{f' or with {option}' if option else ''}"
-        how = set_it if renaming else "name the columns as in the training data, or pass --column NAME=YOURS"
+        set_it = f"set the column's name with columns.{ours} in the recipe{f' or with {option}' if option else ''}"
+        how = set_it if renaming else f"name the columns as in the training data, or pass --column {ours}=YOURS"
         raise DataError(f"{table.source}: {task} needs a column {shown(name)}; there is only {others}{hint} ({how})")
     return name
 
 
 def checked_rows(
-    table: Table, names: Mapping[str, str], check: Callable[[dict[str, Any]], dict[str, Any]]
+    table: Table,
+    names: Mapping[str, str],
+    check: Callable[[dict[str, Any]], dict[str, Any]],
+    *,
+    by_recipe: bool = True,  # else a recipe's keys are no way out
 ) -> list[dict[str, Any]]:
     """The rows under our names of the columns, as ``check`` returns them. Raises `BadRowsError` for the others."""
     rows: dict[int, dict[str, Any]] = {}
@@ -162,7 +169,7 @@ def checked_rows(
             said = f"is a {kinds[place]}, and row {first} has a {usual}"
             bad.setdefault(place, BadValue(ours, f"{said}; write all rows as texts, or all as lists of messages"))
     if bad:
-        raise BadRowsError(table, names, bad)
+        raise BadRowsError(table, names, bad, by_recipe=by_recipe)
     return [*rows.values()]
 
 
@@ -266,7 +273,20 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
     with pyarrow.parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=1024):  # the first row is asked for alone, too
-            yield from batch.to_pylist()
+            yield from map(without_nulls, batch.to_pylist())
+
+
+def without_nulls(row: Row) -> Row:
+    """A row whose mappings lack the keys without a value: in columns, each mapping has the keys of all others too."""
+
+    def full(value: Any) -> Any:
+        if isinstance(value, list):
+            return [*map(full, value)]
+        if isinstance(value, dict):
+            return {key: full(each) for key, each in value.items() if each is not None}
+        return value
+
+    return {name: full(value) for name, value in row.items()}
 
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}

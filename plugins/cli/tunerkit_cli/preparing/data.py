@@ -181,7 +181,8 @@ def read_rows(
         shapes.append(", ".join(f"{ours} (column {shown(name)}{kinds[ours]})" for ours, name in read.items()))
         parts.append([Placed(row, table.source, table.number(place)) for place, row in enumerate(rows)])
     _refuse_unlike(tables, shapes)
-    notes += [f"left out {len(problem.bad)} rows: {problem.said}" for problem in problems]
+    counts = [f"{len(each.bad)} row{'' if len(each.bad) == 1 else 's'}" for each in problems]
+    notes += [f"left out {count}: {each.said}" for count, each in zip(counts, problems, strict=True)]
     notes += [f"{table.source}: {table.note}" for table in tables if table.note]
     if changed:
         such = few([f"{shown(old)} as {shown(new)}" for old, new in changed], shown=3)

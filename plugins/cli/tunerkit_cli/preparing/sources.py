@@ -14,7 +14,7 @@ import attrs
 
 from tunerkit.errors import cut
 from tunerkit_cli.recipes.recipe import Recipe, Source, sources_in
-from tunerkit_cli.rows import READERS, DataError, Table, read_table
+from tunerkit_cli.rows import READERS, DataError, Table, read_table, without_nulls
 from tunerkit_transformers.pretrained import closest_path, looks_local
 
 _NAME: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -112,7 +112,7 @@ def _read_split(source: Source, most: int | None) -> Table:
     if not rows:
         raise DataError(f"{label}: there are no rows in this split; is it the right one?")
     columns = found.column_names or dict.fromkeys(key for row in rows for key in row)  # a stream may not know them
-    return Table(label, tuple(columns), tuple(rows))
+    return Table(label, tuple(columns), tuple(map(without_nulls, rows)))
 
 
 def _is_medium(feature: Any) -> bool:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 import tunerkit
 from tunerkit import injection
+from tunerkit.errors import shown
 from tunerkit.paths import few
 from tunerkit_cli.assets import demo_of
 from tunerkit_cli.preparing.fitting import NO_ROOM, Fit
@@ -39,6 +40,8 @@ def described(session: Session) -> Iterator[str]:
     elif session.task.trains_on_prompts is not None:
         what = "assistant's turns" if "messages" in data.train[0] else "completions"
         yield f"trains on the {what} only; --set train_on_prompts=true is for the prompts too"
+    if (joint := _glued(data.train)) is not None:
+        yield f"prompts and answers are joined as they are, as in {shown(joint)}; a space between belongs into the rows"
     _, of_an_epoch, *_, steps = session.trainer.set_initial_training_values(
         arguments, session.trainer.get_train_dataloader()
     )
@@ -66,6 +69,15 @@ def described(session: Session) -> Iterator[str]:
     stacks = stacks_of(session.tuner)
     places = f"{len(session.tuner.targets) - len(stacks)} matrices{' and ' * bool(stacks)}{wording.stacks(stacks)}"
     yield f"{session.tuner.method} on {places}: {parameters}"
+
+
+def _glued(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Where the texts of a prompt and its answer meet, in the first row that has no white space there."""
+    for row in rows:
+        prompt, answer = row.get("prompt"), row.get("completion", row.get("chosen"))
+        if isinstance(prompt, str) and isinstance(answer, str) and not (prompt[-1].isspace() or answer[0].isspace()):
+            return f"{prompt[-20:]}{answer[:20]}"
+    return None
 
 
 def _described_end(session: Session) -> Iterator[str]:

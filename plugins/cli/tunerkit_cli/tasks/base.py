@@ -103,7 +103,7 @@ class Task(ABC):
     ) -> list[Row]:
         """Return the table's rows under our names of the columns, with checked values. Raises `DataError`."""
         read = self.columns_read(table, names, predicting=predicting, renaming=renaming)
-        rows = checked_rows(table, read, self.checked)
+        rows = checked_rows(table, read, self.checked, by_recipe=renaming)
         if not self.keeps_columns or predicting:
             return rows
         others = [name for name in table.columns if name not in read.values()]
@@ -124,7 +124,7 @@ class Task(ABC):
         wanted = self.columns_for(table, names, predicting=predicting)
         read = [(each, name_in(table, each, names)) for each in wanted if not (predicting and each.predicted)]
         return {
-            each.name: require_column(table, name, self.name, each.option, renaming=renaming)
+            each.name: require_column(table, name, self.name, each.option, ours=each.name, renaming=renaming)
             for each, name in read
             if each.needed or each.name in names or name in table.columns
         }

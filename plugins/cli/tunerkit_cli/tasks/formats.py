@@ -4,7 +4,7 @@ Names are those of TRL, LLaMA-Factory and axolotl.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -130,6 +130,9 @@ def standard(table: Table, names: Mapping[str, str], task: str | None = None) ->
 _ASKED: Final = ("prompt", "instruction", "question")
 _ANSWERED: Final = ("completion", "response", "output", "answer")
 _OTHER_TASKS: Final = ("messages", "text", "chosen", "label", "category", "target", "tags")
+_TO_CHECK: Final = ("ground_truth", "solution", "final_answer", "reward_model")  # what a reward compares an answer with
+_LABELS: Final = ("kto_tag", "label")
+_JUDGED: Final = ({"true", "false"}, {"1", "0"}, {"1.0", "0.0"}, {"good", "bad"}, {"desirable", "undesirable"})
 _BESIDE: Final = ("messages", "conversations", "text", *_ASKED)
 _MEDIA: Final = {"image": "images", "images": "images", "audio": "sound", "audios": "sound", "videos": "videos"}
 
@@ -139,19 +142,32 @@ def refuse_other(table: Table, names: Mapping[str, str], task: str | None = None
     if task not in _LANGUAGE:
         return ""
     there = {*table.columns} - {*names.values()} | {*names}
-    label = next((each for each in ("kto_tag", "label") if each in there), "")
-    answered = ({*_ASKED} & there and {*_ANSWERED} & there) or {"messages", "conversations", "kto_tag"} & there
+    asked = next((each for each in (*_ASKED, "problem", "query", "messages") if each in there), "")
+    answered = bool({*_ASKED} & there and {*_ANSWERED} & there)
+    label = (
+        _judgement(table, there, answered=answered)
+        if answered or {"messages", "conversations", "kto_tag"} & there
+        else ""
+    )
+    to_check = next((each for each in _TO_CHECK if each in there and not {*_ANSWERED, "chosen"} & there), "")
     media = next((each for each in (*_MEDIA, *table.columns) if _has_media(table, each)), "")
     what = _MEDIA.get(media, "images or sound")
     is_open = task is None and not ("label" in there and {"text", "image"} & there)  # else for a classification
     beside = next((each for each in _BESIDE if each in there), None)
-    said, values = "", {str(row.get(label)).lower() for row in table.rows}
-    is_kto = label and answered and (values <= {"true", "false"} or values == {"0", "1"})
-    if is_kto and task is None:
+    said = ""
+    if label and task is None:
+        named = "" if label in _LABELS else f" --set columns.label={label}"
         said = (
-            f"answers with a {shown(label)} of true or false are unpaired preferences: pass --task kto to learn from "
-            "good and bad ones. To learn the good ones alone, keep the rows with true and leave the column out; texts "
-            "with such classes are for --task text-classification, and --task causal-lm learns all"
+            f"answers with a {shown(label)} of true or false are unpaired preferences: pass --task kto{named} to learn "
+            "from good and bad ones. To learn the good ones alone, keep the rows with true and leave the column out; "
+            "texts with such classes are for --task text-classification, and --task causal-lm learns all"
+        )
+    elif task is None and asked and to_check and not (asked == "messages" and any(map(_has_answer, table.rows))):
+        named = "" if asked in _ASKED else f" --set columns.prompt={asked}"
+        said = (
+            f"{shown(asked)} has no answers to learn, and {shown(to_check)} to check some. To learn from rewards of "
+            f"the model's own answers, pass --task grpo{named} with --set reward=FILE.py:FUNCTION and --allow-code; to "
+            f"learn {shown(to_check)} itself, pass --task causal-lm{named} --set columns.completion={to_check}"
         )
     elif task is None and "prompt" in there and not {*_ANSWERED[:-1], *_OTHER_TASKS} & there:
         said = (
@@ -165,8 +181,24 @@ def refuse_other(table: Table, names: Mapping[str, str], task: str | None = None
         said = f"has {what} in {shown(media)}{where}, which no task reads; leave the column out{do}"
     if said:
         raise TaskError(f"{table.source}: {said}")
-    is_silent = not is_kto or task in ("preference", "orpo", "kto", "reward", "grpo")
+    is_silent = not label or task in ("preference", "orpo", "kto", "reward", "grpo")
     return "" if is_silent else f"{table.source}: {shown(label)} is not read, so good and bad answers are learned alike"
+
+
+def _judgement(table: Table, there: Collection[str], *, answered: bool) -> str:
+    """The column that says whether an answer is a good one, by its name, or as truth values beside a prompt and it."""
+    for name in filter(there.__contains__, dict.fromkeys((*_LABELS, *table.columns))):
+        values = {str(row.get(name)).strip().lower() for row in table.rows} - {"none", ""}
+        is_judged = values in _JUDGED or bool(values and values < _JUDGED[0]) if name in _LABELS else False
+        if is_judged or (answered and values == _JUDGED[0]):
+            return name
+    return ""
+
+
+def _has_answer(row: _Row) -> bool:
+    """Whether the last message of a conversation is the assistant's."""
+    last = row["messages"][-1] if isinstance(row.get("messages"), list) and row["messages"] else None
+    return isinstance(last, dict) and last.get("role", last.get("from")) in ("assistant", "gpt")
 
 
 def _has_media(table: Table, name: str) -> bool:
@@ -176,7 +208,7 @@ def _has_media(table: Table, name: str) -> bool:
         return any(isinstance(value, str | bytes | list | dict) and value for value in values)
     first = next(filter(None, values), None)
     each = first[0] if isinstance(first, list) else first
-    return isinstance(each, bytes) or (isinstance(each, dict) and each.keys() == {"bytes", "path"})
+    return isinstance(each, bytes) or (isinstance(each, dict) and bool(each) and each.keys() <= {"bytes", "path"})
 
 
 # --- the task of rows ---

@@ -74,7 +74,7 @@ class GenerationTask(Task):
         """The beginnings of the answers to the first held-out prompts."""
         chosen = rows[:count]
         prompts = [prompt_of(row) for row in chosen]
-        texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+        texts = [prompt if isinstance(prompt, str) else _asked(prompt) for prompt in prompts]
         found = self.predict(loaded, chosen, batch_size=max(1, len(chosen)), answering=_SHORT)
         return [{"prompt": text, "after": each[self.answer]} for text, each in zip(texts, found, strict=True)]
 
@@ -188,6 +188,12 @@ def prompt_of(row: Row) -> str | list[dict[str, str]]:
         return messages[:-1] if messages[-1]["role"] == "assistant" else messages
     prompt: str | list[dict[str, str]] = next(row[name] for name in ("prompt", "source", "text") if name in row)
     return prompt
+
+
+def _asked(messages: Sequence[Mapping[str, str]]) -> str:
+    """What a user said last in a conversation."""
+    said = [each["content"] for each in messages if each["role"] == "user"]
+    return said[-1] if said else messages[-1]["content"]
 
 
 def are_conversations(task: Task, rows: Sequence[Row]) -> bool | None:

@@ -8,14 +8,17 @@ from typing import Any, ClassVar
 
 import tunerkit
 from tunerkit_cli.rows import BadValue, DataError, Table
-from tunerkit_cli.tasks.base import Column, MissingPackageError, Results, Row, Task
+from tunerkit_cli.tasks.base import Column, MissingPackageError, Results, Row, Task, name_in
 from tunerkit_cli.tasks.generating import refusing_template, require_tokens
 from tunerkit_cli.tasks.language import COMPLETION, PROMPT, GenerationTask, measured
 from tunerkit_cli.tasks.texts import token_limit
 from tunerkit_cli.tasks.turns import messages_of, one_kind, refuse_lost, rendered
 from tunerkit_transformers.pretrained import Pretrained
 
-_TRUTH: Mapping[object, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+_TRUTH: Mapping[object, bool] = {
+    **{True: True, False: False, "true": True, "false": False},
+    **{"1": True, "0": False, "1.0": True, "0.0": False},
+}
 _PAIR = (Column("chosen", predicted=True), Column("rejected", predicted=True))
 
 
@@ -124,7 +127,13 @@ class Reward(Task):
     def columns_for(self, table: Table, names: Mapping[str, str], *, predicting: bool) -> Sequence[Column]:
         """A pair to train; to predict, one answer."""
         prompt, chosen, rejected, completion = self.columns
-        return (prompt, Column("completion", completion.other_names)) if predicting else (prompt, chosen, rejected)
+        if not predicting:
+            return prompt, chosen, rejected
+        one = Column("completion", completion.other_names)
+        if name_in(table, one, names) not in table.columns and {"chosen", "rejected"} <= {*table.columns}:
+            do = "say which of a pair with --column completion=chosen or --column completion=rejected"
+            raise DataError(f"{table.source}: {self.name} scores one answer of each row; {do}")
+        return prompt, one
 
     def checked(self, row: Row) -> Row:
         """All values are texts, or all are messages."""

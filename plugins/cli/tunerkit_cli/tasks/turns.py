@@ -4,12 +4,14 @@ A message has TRL's form: a role and a content, and perhaps tool calls. The firs
 """
 
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import jinja2
+import jinja2.nodes
 
 from tunerkit.errors import FileError, shown
 from tunerkit_cli.rows import BadValue, DataError, kind_of
@@ -23,6 +25,7 @@ _OUR_ROLE: Final = {name: name for name in _ROLES} | {
     **{"observation": "tool", "function_response": "tool"},
 }
 _KEPT: Final = ("name", "tool_call_id", "reasoning_content", "thinking", "tools")
+_MARK: Final = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")  # a tag of transformers alone
 # Stands for an answer, to see where a template puts it. No template cuts or changes a word.
 _PLACE = "tunerkitanswer"
 
@@ -97,7 +100,12 @@ def read_template(path: str) -> str:
         found = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         raise DataError(f"chat_template: {path} cannot be read ({problem}); pass a file with a template") from None
-    if "messages" not in found:
+    try:
+        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_MARK.sub("", found))
+    except jinja2.TemplateSyntaxError as problem:
+        said = f"chat_template: {path} is no template of Jinja: line {problem.lineno}: {problem.message}"
+        raise DataError(f"{said}; correct it, or pass another file") from None
+    if not any(name.name == "messages" for name in parsed.find_all(jinja2.nodes.Name)):
         raise DataError(f"chat_template: {path} writes no messages; pass a file with a template for conversations")
     return found
 
