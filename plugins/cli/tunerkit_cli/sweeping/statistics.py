@@ -86,8 +86,25 @@ def difference(first: Scores, second: Scores, *, level: float = LEVEL) -> Differ
     of_seeds = max(0.0, (square_seeds - square_left) / rows)
     of_rows = max(0.0, (square_rows - square_left) / seeds)
     variance, freedom = _variance(square_seeds, square_rows, square_left, seeds, rows)
-    half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(variance) if variance else 0.0
+    half = _half_width(variance, freedom, level)
     return Difference(mean, mean - half, mean + half, of_seeds, of_rows, square_left, seeds, rows, level)
+
+
+def interval_of_mean(values: NDArray[np.float64], *, level: float = LEVEL) -> tuple[float, float]:
+    """Return the ends of the confidence interval of a mean, by Student's t, which holds its level for few values too.
+
+    Args:
+        values: Independent values, (n,), of at least two.
+        level: The share of all experiments whose interval holds the true mean.
+    """
+    mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
+    half = _half_width(error**2, len(values) - 1, level)
+    return mean - half, mean + half
+
+
+def _half_width(variance: float, freedom: float, level: float) -> float:
+    """Return half the width of the interval of a mean with this variance."""
+    return float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(variance) if variance else 0.0
 
 
 def _variance(
@@ -133,7 +150,7 @@ def _would_tell(found: Difference, seeds: int, rows: int) -> bool:
         found.of_both + seeds * found.of_rows,
     )
     variance, freedom = _variance(square_seeds, square_rows, found.of_both, seeds, rows)
-    return float(stats.t.ppf((1 + found.level) / 2, freedom)) * math.sqrt(variance) < abs(found.mean)
+    return _half_width(variance, freedom, found.level) < abs(found.mean)
 
 
 @attrs.frozen
