@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +12,10 @@ import pytest
 from plugins.cli.tests.product_plugin import ProductPlugin
 from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.train_command import command, signalled, succeeded, write_rows
-from tunerkit_cli.sweeping import sweep
+from tunerkit_cli.preparing.session import Session
+from tunerkit_cli.sweeping import scoring, sweep
+from tunerkit_cli.sweeping.statistics import Scores
+from tunerkit_cli.tasks.base import Row
 from tunerkit_testing.registering import registered
 
 
@@ -63,6 +66,22 @@ def test_a_sweep_that_was_interrupted_ends_as_one_that_was_not(given: list[str],
     (tmp_path / "data.csv").write_text("text,label\n" + "good film,good\nbad film,bad\n" * 50, encoding="utf-8")
     changed = command("sweep", "--out", tmp_path / "stopped", "--resume")
     assert "data.csv: has changed since this sweep began" in changed.stderr
+
+
+def test_scores_of_the_rows_that_choose_are_those_of_the_runs_own_evaluation(given: list[str], tmp_path: Path) -> None:
+    """The model computes them once; each score stands at its own row, whatever order they were computed in."""
+    both: list[tuple[list[float], list[float]]] = []
+
+    def recording(session: Session, rows: Sequence[Row], right: Sequence[bool] | None = None) -> Scores:
+        found = scoring.row_scores(session, rows, right)
+        if right is not None:
+            both.append((found.tolist(), scoring.row_scores(session, rows).tolist()))
+        return found
+
+    with mock.patch.object(sweep, "row_scores", recording):
+        succeeded("sweep", *given, "--method", "toy-product", "--lr", "1e-2,3e-2", "--out", tmp_path / "out")
+    assert [one for one, _ in both] == [other for _, other in both]
+    assert {score for one, _ in both for score in one} == {0, 1}
 
 
 def test_methods_are_compared_each_at_its_best_rate(given: list[str], tmp_path: Path) -> None:

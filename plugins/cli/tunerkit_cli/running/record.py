@@ -32,7 +32,10 @@ _PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "scikit-l
 
 @attrs.frozen(eq=False)
 class Trained:
-    """What a training leaves: the trainer's logs, the ranks at its start, how long its parts took, and its results."""
+    """What a training leaves: the trainer's logs, the ranks at its start, how long its parts took, and its results.
+
+    ``right`` is that of `Results`, of the held-out rows as they were encoded.
+    """
 
     logs: Sequence[Mapping[str, Any]]
     start: RankChange
@@ -40,6 +43,7 @@ class Trained:
     metrics: Mapping[str, float]
     confusion: Sequence[Sequence[int]] | None
     problems: Sequence[Problem] = ()
+    right: Sequence[bool] | None = None
 
 
 def record_of(session: Session, trained: Trained, kept: Recipe, samples: Sequence[Mapping[str, str]]) -> dict[str, Any]:

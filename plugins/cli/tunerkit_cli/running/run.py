@@ -55,11 +55,11 @@ def run(
     overwrite: bool = False,
     dry_run: bool = False,
     prepared: tuple[Task, Data] | None = None,
-    after: Callable[[Session], None] = lambda session: None,
+    after: Callable[[Session, Trained], None] = lambda session, trained: None,
 ) -> None:
     """Run a recipe, as `checking.completed` returns it, print the results, and write the output folder.
 
-    ``prepared`` has the rows, if they have been read; ``after`` is called once the adapter is trained and written.
+    ``prepared`` has the rows, if they have been read; ``after`` is called once the adapter is written and evaluated.
     """
     processes.require_group(os.environ)
     if not gc.get_freeze_count():  # a Trainer collects garbage as it begins, and would search all that was imported
@@ -99,11 +99,12 @@ def run(
         ):
             session, trained = train_with_restarts(session, listing, console, resume=resume)
         folder.save(session.loaded)  # at once: what follows only describes it
-        after(session)
-        _finish(session, trained, kept, console)
+        _finish(session, trained, kept, console, after)
 
 
-def _finish(session: Session, trained: Trained, kept: Recipe, console: Console) -> None:
+def _finish(
+    session: Session, trained: Trained, kept: Recipe, console: Console, after: Callable[[Session, Trained], None]
+) -> None:
     """Evaluate a trained adapter, and write and print what there is to say of it. Raises `EvaluationError`."""
     recipe, task, folder = session.recipe, session.task, session.folder
     failed: Exception | None = None
@@ -112,6 +113,7 @@ def _finish(session: Session, trained: Trained, kept: Recipe, console: Console) 
         trained = attrs.evolve(trained, metrics={**trained.metrics, **measured(session)})
     except Exception as problem:  # of a library, of a metric, of the data: whatever it is, the adapter is trained
         failed = problem
+    after(session, trained)
     count = SAMPLES if recipe.samples is None else recipe.samples  # a run that an earlier version began says nothing
     with hardware.computing_in(session.precision, session.loaded.model.device):
         samples = task.samples(session.loaded, session.data.held_out, count)

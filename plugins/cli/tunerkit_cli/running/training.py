@@ -286,5 +286,6 @@ def evaluate(session: Session, trained: Trained) -> Trained:
         seconds={**trained.seconds, "evaluate": took},
         metrics=metrics,
         confusion=results.confusion,
+        right=results.right,
         problems=judged(session.watching.learning, found, metrics["loss"], continued=session.start is not None),
     )

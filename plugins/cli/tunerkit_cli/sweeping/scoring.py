@@ -11,7 +11,7 @@ from tunerkit_cli.machine import hardware
 from tunerkit_cli.preparing.fitting import build_fitted
 from tunerkit_cli.preparing.session import Session
 from tunerkit_cli.sweeping.statistics import Scores
-from tunerkit_cli.tasks.base import Row, Task, first_output
+from tunerkit_cli.tasks.base import Row, Task
 from tunerkit_cli.tasks.texts import short_to_long
 from tunerkit_transformers.learned_positions import is_scored, score_learned_
 
@@ -51,12 +51,13 @@ def metric_of(task: Task) -> str:
     return "accuracy" if task.one_class else "loss"
 
 
-def row_scores(session: Session, rows: Sequence[Row]) -> Scores:
+def row_scores(session: Session, rows: Sequence[Row], right: Sequence[bool] | None = None) -> Scores:
     """Score rows with the model as it is; where the score is a loss, one at a time.
 
     Args:
         session: A run that has been trained.
         rows: Rows under our names of the columns.
+        right: What an evaluation of these rows said of each, as the trainer takes them; None if it has to be found.
 
     Returns:
         (rows,): 1 or 0 for a right or a wrong class; for other tasks minus the loss, so that more is better. Rows that
@@ -64,7 +65,7 @@ def row_scores(session: Session, rows: Sequence[Row]) -> Scores:
     """
     task, loaded = session.task, session.loaded
     if task.one_class:
-        return _right_or_wrong(session, task.encode(rows, loaded))
+        return _right_or_wrong(session, task.encode(rows, loaded), right)
     arguments = copy.copy(session.trainer.args)
     arguments.per_device_eval_batch_size = 1
     part = ("the held-out rows", task.encode(rows, loaded))
@@ -79,9 +80,10 @@ def row_scores(session: Session, rows: Sequence[Row]) -> Scores:
     return np.array(found)
 
 
-def _right_or_wrong(session: Session, encoded: Any) -> Scores:
+def _right_or_wrong(session: Session, encoded: Any, right: Sequence[bool] | None) -> Scores:
     order = short_to_long(encoded) if "input_ids" in encoded.column_names else [*range(len(encoded))]
-    found = session.trainer.predict(encoded.select(order))
+    if right is None:
+        right = session.task.evaluate(session.trainer, encoded.select(order)).right
     scores = np.empty(len(order))
-    scores[order] = first_output(found.predictions).argmax(-1) == found.label_ids
+    scores[order] = right
     return scores

@@ -26,6 +26,7 @@ from tunerkit_cli.preparing.starting import head_labels, wrapped
 from tunerkit_cli.recipes.recipe import Recipe
 from tunerkit_cli.report import wording
 from tunerkit_cli.rows import DataError, split
+from tunerkit_cli.running.record import Trained
 from tunerkit_cli.running.run import run
 from tunerkit_cli.running.training import reason_of
 from tunerkit_cli.sweeping.grid import RATE, Arm, Plan, arms_of, refuse_sizes, rounds
@@ -365,10 +366,10 @@ class _Runs:
             say(self.console, f"{arm.name}, seed {seed} failed: {reason_of(problem)}")
         gc.collect()
 
-    def _score(self, folder: RunFolder, session: Session) -> None:
+    def _score(self, folder: RunFolder, session: Session, trained: Trained) -> None:
         """Write the scores of all held-out rows."""
         scores = {
-            "choosing": row_scores(session, self.choosing).tolist(),
+            "choosing": row_scores(session, self.choosing, trained.right).tolist(),
             "judging": row_scores(session, self.judging).tolist(),
             "parameters": tunerkit.trainable_parameters(session.loaded.model).trainable,
         }

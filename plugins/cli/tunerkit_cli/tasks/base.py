@@ -40,11 +40,15 @@ class Column:
 
 @attrs.frozen
 class Results:
-    """The metrics of a model, with ``loss``; the confusion matrix, with rows by true class; and how long it took."""
+    """The metrics of a model, with ``loss``; the confusion matrix, with rows by true class; and how long it took.
+
+    Where a row has one class, ``right`` says of each encoded row whether its class was predicted.
+    """
 
     metrics: dict[str, float]
     confusion: list[list[int]] | None = None
     seconds: float | None = None
+    right: Sequence[bool] | None = None
 
 
 # How classifiers are trained, whose heads start at random. With Adam's usual values more runs were lost at twice the
@@ -222,7 +226,9 @@ class Task(ABC):
         found = trainer.predict(dataset)
         predictions, truth = first_output(found.predictions), found.label_ids
         metrics = {**self.scores(predictions, truth), "loss": found.metrics["test_loss"]}
-        return Results(metrics, self.confusion(predictions, truth) if self.one_class else None)
+        if not self.one_class:
+            return Results(metrics)
+        return Results(metrics, self.confusion(predictions, truth), right=(predictions.argmax(-1) == truth).tolist())
 
     def samples(self, loaded: Pretrained, rows: Sequence[Row], count: int) -> list[dict[str, str]]:
         """The first ``count`` prompts, and the answers ``after`` training; classifiers give none."""
