@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs/start/tutorial.md", ROOT / "docs/start/rank-map.md")
+NAMES = ("start/tutorial", "start/rank-map", "how-to/classify", "how-to/chat", "how-to/images")
+PAGES = tuple(ROOT / f"docs/{name}.md" for name in NAMES)
 # A sentence that makes no sense in the notebook: it leads to the notebook.
 _TO_THE_NOTEBOOK = re.compile(r"^The same as a notebook:.*?\n\n", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

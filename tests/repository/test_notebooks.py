@@ -1,5 +1,6 @@
 """The notebooks are their pages, without outputs, and they run."""
 
+import json
 import os
 import sys
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ import pytest
 from scripts.notebooks import PAGES, written
 from tests.repository.test_readme import commands_on_results, run_in
 
-NEEDED = ("nbclient", "nbformat", "ipykernel", "matplotlib", "transformers", "accelerate", "gguf")
+NEEDED = ("nbclient", "nbformat", "ipykernel", "matplotlib", "transformers", "accelerate", "gguf", "trl", "timm")
 OURS = ("tunerkit_adalora", "tunerkit_lora", "tunerkit_cli", "tunerkit_peft", "tunerkit_gguf", "tunerkit_serving")
 
 
@@ -21,7 +22,9 @@ def tiny_model(folder: Path) -> Path:
 
     sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=384, pad_token_id=0, eos_token_id=1, **sizes)).save_pretrained(folder)
-    ByT5Tokenizer().save_pretrained(folder)
+    tokenizer: Any = ByT5Tokenizer()
+    tokenizer.chat_template = "{% for each in messages %}{{ each.role }}: {{ each.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -51,6 +54,9 @@ def few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TUNERKIT_TUTORIAL_MODEL", str(tiny_model(tmp_path / "tiny-model")))
     monkeypatch.setenv("TUNERKIT_TUTORIAL_STEPS", "20")
+    said = [json.dumps({"text": f"a {label} film", "label": label}) + "\n" for label in ("positive", "negative")]
+    (tmp_path / "rows.jsonl").write_text("".join(said) * 30, encoding="utf-8")
+    monkeypatch.setenv("TUNERKIT_TUTORIAL_ROWS", str(tmp_path / "rows.jsonl"))
     return tmp_path / "tiny-model"
 
 
@@ -99,3 +105,15 @@ def test_the_rank_map_runs_and_finds_the_planted_ranks(few_steps: Path, tmp_path
     assert lines[1].split(":", 1)[1].strip() == lines[0].split(":", 1)[1].strip()
     shown = [output.get("data", {}) for cell in read.cells for output in cell.get("outputs", ())]
     assert sum("image/png" in data for data in shown) == 2
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [(PAGES[2], "accuracy: "), (PAGES[3], "trained: "), (PAGES[4], "accuracy: ")],
+    ids=lambda p: Path(p).stem,
+)
+def test_a_notebook_of_a_task_runs(few_steps: Path, tmp_path: Path, page: Path, said: str) -> None:
+    """Classes, chats and images: each trains, says what it reached, and leaves its adapter."""
+    _, printed = executed(page, tmp_path)
+    assert said in "".join(printed.values())
+    assert any((tmp_path / name).exists() for name in ("films", "films.safetensors", "images.safetensors"))
