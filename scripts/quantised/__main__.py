@@ -1,4 +1,4 @@
-"""The grid of docs/evidence/quantised-grids.md: what works, with tunerkit and with peft; each cell is run.
+"""The grid behind docs/evidence/quantised-grids.md: what works, with tunerkit and with peft; each cell is run.
 
 Run it with a folder of a causal LM in full precision, and the forms that the installed libraries can make::
 

@@ -1,4 +1,4 @@
-"""The tables of docs/evidence/scaling-grids.md that were measured: what works with which engine, and what it costs.
+"""The tables behind docs/evidence/scaling-grids.md: what works with which engine, and what it costs.
 
 Run it on an idle machine; the first table takes ten minutes, for each number of processes::
 
