@@ -179,7 +179,7 @@ def test_the_make_targets_that_the_pages_name_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "shown"), [("train", {"--out", "--method"}), ("new", {"--scale", "--scheduled"}), ("report", {"--out"})]
+    ("command", "shown"), [("train", {"--out", "--method"}), ("new", {"--form"}), ("report", {"--out"})]
 )
 def test_the_options_that_the_pages_name_exist(command: str, shown: set[str], tmp_path: Path) -> None:
     """Every option after ``tunerkit train``, ``new`` or ``report`` is one of the command's own."""

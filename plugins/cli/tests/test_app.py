@@ -289,7 +289,7 @@ def test_a_terminal_without_a_character_gets_an_escape(outputs: Path) -> None:
     ("arguments", "extra"),
     [
         (["check", "lora", "--config", "{}"], "testing"),
-        (["new", "mine", "--scale"], "testing"),
+        (["new", "mine", "--form", "hooks"], "testing"),
         (["check-serving", "out", "--for", "vllm"], "serving"),
     ],
 )

@@ -29,7 +29,7 @@ from tunerkit import injection
 from tunerkit_testing import check_method, small
 from tunerkit_testing.known_cases import NETWORK
 from tunerkit_testing.matrix import LONG, is_long
-from tunerkit_testing.new import VARIANTS, Names, NewMethodError, write_distribution
+from tunerkit_testing.new import FORMS, Names, NewMethodError, write_distribution
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import ShiftPlugin
 
@@ -50,7 +50,7 @@ MORE = {
 class Generated:
     """A generated distribution whose package can be imported and whose plugin is registered."""
 
-    variant: str
+    form: str
     folder: Path
     names: Names
     plugin: Any
@@ -65,25 +65,25 @@ class Generated:
 
 
 @contextmanager
-def registered_as(method: str, variant: str, folder: Path) -> Iterator[Generated]:
-    """Write a variant and register it for the length of a block."""
+def registered_as(method: str, form: str, folder: Path) -> Iterator[Generated]:
+    """Write a form and register it for the length of a block."""
     names = Names(method)
     with pytest.MonkeyPatch.context() as patch:
-        written = write_distribution(method, variant, folder)
+        written = write_distribution(method, form, folder)
         patch.syspath_prepend(written)
         project = tomllib.loads((written / "pyproject.toml").read_text("utf-8"))["project"]
         module, _, name = project["entry-points"]["tunerkit"][method].partition(":")
         plugin: Any = importlib.import_module(module)
         plugin = getattr(plugin, name) if name else plugin
         with registered(plugin):
-            yield Generated(variant, written, names, plugin)
+            yield Generated(form, written, names, plugin)
     for module in [name for name in sys.modules if name.partition(".")[0] == names.package]:
         del sys.modules[module]
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS))
+@pytest.fixture(scope="module", params=list(FORMS))
 def generated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generated]:
-    """Each variant, written to a temporary folder and registered in this process."""
+    """Each form, written to a temporary folder and registered in this process."""
     with registered_as(f"new-{request.param}", request.param, tmp_path_factory.mktemp("new")) as found:
         yield found
 
@@ -92,8 +92,8 @@ def generated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def test_every_file_of_a_distribution_is_there(generated: Generated) -> None:
-    """Each variant has exactly the files that are listed above."""
-    assert set(generated.texts()) == COMMON | MORE.get(generated.variant, PARTS)
+    """Each form has exactly the files that are listed above."""
+    assert set(generated.texts()) == COMMON | MORE.get(generated.form, PARTS)
 
 
 def test_no_placeholder_is_left(generated: Generated) -> None:
@@ -112,8 +112,8 @@ def test_no_placeholder_is_left(generated: Generated) -> None:
 def test_the_project_names_its_plugin_and_the_tunerkit_it_needs(generated: Generated) -> None:
     """The entry point is the plugin, a module or a function; the installed tunerkit satisfies the requirement."""
     project = tomllib.loads(generated.texts()["pyproject.toml"])["project"]
-    assert project["name"] == f"tunerkit-new-{generated.variant}"
-    named = "method:new_function" if generated.variant == "function" else "plugin"
+    assert project["name"] == f"tunerkit-new-{generated.form}"
+    named = "method:new_function" if generated.form == "function" else "plugin"
     assert project["entry-points"]["tunerkit"] == {generated.names.method: f"{generated.names.package}.{named}"}
     (needed,) = (text for text in project["dependencies"] if text.startswith("tunerkit>"))
     assert metadata.version("tunerkit").startswith(needed.removeprefix("tunerkit>="))
@@ -122,7 +122,7 @@ def test_the_project_names_its_plugin_and_the_tunerkit_it_needs(generated: Gener
 
 def test_the_method_keeps_the_contract(generated: Generated) -> None:
     """It passes every check of the kit that applies to it, with the settings of its own tests."""
-    results = check_method(generated.names.method, VARIANTS[generated.variant].settings, [NETWORK])
+    results = check_method(generated.names.method, FORMS[generated.form].settings, [NETWORK])
     assert [result for result in results if result.status not in ("passed", "skipped")] == []
     assert sum(result.status == "passed" for result in results) > len(results) / 2
 
@@ -157,7 +157,7 @@ def _stub(text: str) -> Any:
     return namespace["test_output_and_gradients_equal_the_references"]
 
 
-# --- What the variants do ---
+# --- What the forms do ---
 
 
 @pytest.mark.parametrize("method", ["class", "setting", "nn", "p"])
@@ -169,57 +169,11 @@ def test_a_function_has_a_name_that_means_nothing_else(method: str, tmp_path: Pa
     assert result.status == "passed"
 
 
-def test_the_fitted_start_is_made_of_the_main_inputs(tmp_path: Path) -> None:
-    """After calibrating, the rows of Q span the directions of the inputs, and the output is as before."""
-    with registered_as("new-fitting", "fitted", tmp_path) as found:
-        model = tunerkit.wrap(nn.Sequential(nn.Linear(8, 4)), found.names.method, {"rank": 2, "targets": ["0"]})
-        inputs = torch.randn(20, 2) @ torch.eye(2, 8)  # in two of eight dimensions
-        before = model(inputs)
-        tunerkit.calibrate(model, [(inputs,)])
-        q = tunerkit.tuner(model).adapters()["0"].get_parameter("q")
-        assert torch.equal(model(inputs), before)
-    assert float(q[:, 2:].detach().abs().max()) < 1e-5
-    torch.testing.assert_close(q @ q.T, torch.eye(2))
-
-
-def test_outputs_without_a_weight_are_refused(tmp_path: Path) -> None:
-    """The error has the target's path, and says what can be named."""
-    with (
-        registered_as("new-adding", "outputs", tmp_path) as found,
-        pytest.raises(tunerkit.errors.TargetError, match=r"cannot adapt '1': it has no weight of its own; name a norm"),
-    ):
-        tunerkit.wrap(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), found.names.method, {"targets": ["1"]})
-
-
-@pytest.fixture
-def scale(tmp_path: Path) -> Iterator[str]:
-    """The name of the scaling variant's method, registered."""
-    with registered_as("new-scaling", "scale", tmp_path) as found:
-        yield found.names.method
-
-
 @pytest.fixture
 def scheduled(tmp_path: Path) -> Iterator[str]:
-    """The name of the scheduled variant's method, registered."""
+    """The name of the scheduled form's method, registered."""
     with registered_as("new-falling", "scheduled", tmp_path) as found:
         yield found.names.method
-
-
-@pytest.mark.parametrize("padding", [None, 1])
-def test_an_embedding_is_scaled_unless_merging_would_differ(scale: str, padding: int | None) -> None:
-    """A delta never changes the row of the padding, so a scaled one would be merged wrongly: it is refused."""
-    embedding, ids = nn.Embedding(5, 4, padding_idx=padding), torch.arange(5)
-    nn.init.normal_(embedding.weight)
-    model = nn.Sequential(embedding)
-    if padding is not None:
-        with pytest.raises(tunerkit.errors.TargetError, match=r"cannot scale '0'.* exclude it"):
-            tunerkit.wrap(model, scale, {"targets": ["0"]})
-        return
-    tunerkit.wrap(model, scale, {"targets": ["0"]})
-    nn.init.normal_(next(tunerkit.tuner(model).parameters()))
-    adapted = model(ids)
-    tunerkit.merge(model)
-    torch.testing.assert_close(model(ids), adapted)
 
 
 SETTINGS = {"targets": ["0", "2"], "init_rank": 5, "rank": 2}
@@ -322,7 +276,7 @@ def test_what_cannot_be_scheduled_is_refused_at_attach(scheduled: str) -> None:
 def test_a_name_that_cannot_be_is_refused_with_the_closest_one(method: str, closest: str, tmp_path: Path) -> None:
     """One line has the name, the rule and the closest name; no file is written."""
     with pytest.raises(NewMethodError, match=r"^a method cannot be named ") as caught:
-        write_distribution(method, "low-rank", tmp_path)
+        write_distribution(method, "hooks", tmp_path)
     assert str(caught.value).endswith(f"for example {closest!r}")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
@@ -335,10 +289,10 @@ def test_the_name_that_an_error_gives_is_accepted(method: str) -> None:
     """Whatever the name was, the command works with the suggested one."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            write_distribution(method, "scale", Path(folder))
+            write_distribution(method, "hooks", Path(folder))
         except NewMethodError as refused:
             (suggested,) = re.findall(r"for example '([^']+)'$", str(refused))
-            assert write_distribution(suggested, "scale", Path(folder)).is_dir()
+            assert write_distribution(suggested, "hooks", Path(folder)).is_dir()
 
 
 def test_the_name_of_an_installed_method_is_taken(tmp_path: Path) -> None:
@@ -347,7 +301,7 @@ def test_the_name_of_an_installed_method_is_taken(tmp_path: Path) -> None:
         registered(ShiftPlugin()),
         pytest.raises(NewMethodError, match=r"in-process has a method of this name; .*'toy-shift-2'$"),
     ):
-        write_distribution("toy-shift", "low-rank", tmp_path)
+        write_distribution("toy-shift", "hooks", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -362,9 +316,9 @@ def test_the_name_of_an_installed_distribution_or_package_is_taken(
     (site / "tunerkit_plain" / "__init__.py").touch()
     monkeypatch.syspath_prepend(site)
     with pytest.raises(NewMethodError, match=r"tunerkit-taken 1.5 is installed; .*'taken-2'$"):
-        write_distribution("taken", "low-rank", into)
+        write_distribution("taken", "hooks", into)
     with pytest.raises(NewMethodError, match=r"there is a package tunerkit_plain; .*'plain-2'$"):
-        write_distribution("plain", "low-rank", into)
+        write_distribution("plain", "hooks", into)
     assert list(into.iterdir()) == []
 
 
@@ -381,7 +335,7 @@ def test_what_exists_is_not_overwritten(what: str, tmp_path: Path) -> None:
         there.symlink_to(tmp_path / "nowhere")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(NewMethodError, match=r"tunerkit-new-one exists already; .* --into another folder$"):
-        write_distribution("new-one", "low-rank", tmp_path)
+        write_distribution("new-one", "hooks", tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -390,7 +344,7 @@ def test_a_place_that_cannot_be_written_is_named(into: str, tmp_path: Path) -> N
     """A folder that does not exist, a file, or a name that is too long: one error, and nothing is created."""
     (tmp_path / "a file").touch()
     with pytest.raises(NewMethodError, match=r"tunerkit-new-one cannot be written: .* --into$"):
-        write_distribution("new-one", "low-rank", tmp_path / into)
+        write_distribution("new-one", "hooks", tmp_path / into)
     assert [path.name for path in tmp_path.iterdir()] == ["a file"]
 
 
@@ -409,7 +363,7 @@ def test_nothing_is_left_half_written(
 
     monkeypatch.setattr(Path, "write_text", failing)
     with pytest.raises((NewMethodError, KeyboardInterrupt)):
-        write_distribution("new-one", "low-rank", tmp_path)
+        write_distribution("new-one", "hooks", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -427,27 +381,27 @@ def command(*arguments: object) -> Any:
     return CliRunner().invoke(build(), ["new", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("variant", [None, *VARIANTS])
-def test_the_command_writes_the_chosen_variant_here(
-    variant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_the_command_writes_the_chosen_form_here(
+    form: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without an option it is the function, in the current folder; the next commands are printed."""
     monkeypatch.chdir(tmp_path)
-    done = command("new-one", *([] if variant is None else [f"--{variant}"]))
+    done = command("new-one", *([] if form is None else ["--form", form]))
     assert done.exit_code == 0, done.output
     assert "pip install -e 'tunerkit-new-one[test]' && tunerkit check new-one" in done.output
-    expected = write_distribution("new-one", variant or "function", tmp_path / "tunerkit-new-one")
+    expected = write_distribution("new-one", form or "function", tmp_path / "tunerkit-new-one")
     for path in expected.rglob("*"):
         assert path.is_dir() or (tmp_path / path.relative_to(expected.parent)).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("form", FORMS)
 def test_the_command_lists_every_file_that_its_author_changes(
-    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All files but those that stay as they are; each with what it contains."""
     monkeypatch.chdir(tmp_path)
-    output = command("new-one", f"--{variant}").output
+    output = command("new-one", "--form", form).output
     listed = {line.partition(":")[0].strip() for line in output.partition("make it yours:\n")[2].splitlines()}
     folder = tmp_path / "tunerkit-new-one"
     written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -459,7 +413,9 @@ def test_the_command_lists_every_file_that_its_author_changes(
     ("arguments", "message"),
     [
         (["New One"], "for example 'new-one'"),
-        (["new-one", "--scale", "--scheduled"], "choose one template, got --scale and --scheduled"),
+        (["new-one", "--form", "low-rank"], "--form: choose function, hooks or scheduled, got 'low-rank'"),
+        (["new-one", "--scale"], "have become --form function, hooks or scheduled; docs/authors/write-a-plugin.md"),
+        (["new-one", "--scheduled", "--shared"], "have become --form"),
         (["new-one", "--into", "missing"], "No such file or directory"),
     ],
 )
@@ -495,11 +451,11 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_distribution_works_as_generated_in_a_clean_environment(variant: str, clean: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_distribution_works_as_generated_in_a_clean_environment(form: str, clean: Path, tmp_path: Path) -> None:
     """It installs, passes `tunerkit check`, its own tests and mypy, and builds a wheel with its typing marker."""
-    method = f"new-{variant}"
-    run(clean / "python", "-m", "tunerkit_cli", "new", method, f"--{variant}", cwd=tmp_path)
+    method = f"new-{form}"
+    run(clean / "python", "-m", "tunerkit_cli", "new", method, "--form", form, cwd=tmp_path)
     project = tmp_path / f"tunerkit-{method}"
     run(clean / "python", *PIP, "install", *OFFLINE, project)
     run(clean / "tunerkit", "check", method, cwd=tmp_path)  # its exit code says that nothing failed
@@ -510,7 +466,7 @@ def test_a_distribution_works_as_generated_in_a_clean_environment(variant: str, 
     run(clean / "python", *PIP, "wheel", *OFFLINE, "--wheel-dir", tmp_path, project)
     (wheel,) = tmp_path.glob("*.whl")
     package = Names(method).package
-    assert {f"{package}/py.typed", f"{package}/{'method' if variant == 'function' else 'plugin'}.py"} <= set(
+    assert {f"{package}/py.typed", f"{package}/{'method' if form == 'function' else 'plugin'}.py"} <= set(
         zipfile.ZipFile(wheel).namelist()
     )
 

@@ -12,6 +12,9 @@ from rich.console import Console
 
 from tunerkit.plugin import hookimpl
 
+# Each chose a template of its own.
+_EARLIER = ("--function", "--low-rank", "--scale", "--scheduled", "--shared", "--full-matrix", "--outputs", "--fitted")
+
 
 @hookimpl
 def tunerkit_commands() -> Mapping[str, Callable[..., object]]:
@@ -55,27 +58,26 @@ def check(
 
 def new(
     method: Annotated[str, typer.Argument(help="The new method's name, such as my-method.")],
-    function: Annotated[bool, typer.Option("--function", help="One function that returns ΔW, the default.")] = False,
-    low_rank: Annotated[bool, typer.Option("--low-rank", help="By hooks: two matrices of a low rank.")] = False,
-    scale: Annotated[bool, typer.Option("--scale", help="A factor per feature of a target's output.")] = False,
-    scheduled: Annotated[bool, typer.Option("--scheduled", help="Low-rank, with a rank that falls.")] = False,
-    shared: Annotated[bool, typer.Option("--shared", help="Matrices that all targets share.")] = False,
-    full_matrix: Annotated[bool, typer.Option("--full-matrix", help="A ΔW that is no product.")] = False,
-    outputs: Annotated[bool, typer.Option("--outputs", help="A vector on outputs of any module.")] = False,
-    fitted: Annotated[bool, typer.Option("--fitted", help="Low-rank, with a start that is fitted to data.")] = False,
+    form: Annotated[
+        str,
+        typer.Option(
+            help="function: one function that returns ΔW; hooks: a config, an adapter and hooks; scheduled: the same "
+            "with a rank that falls during training."
+        ),
+    ] = "function",
     into: Annotated[Path, typer.Option(help="The folder to write the distribution's own folder into.")] = Path(),
+    earlier: Annotated[bool, typer.Option(*_EARLIER, hidden=True)] = False,
 ) -> None:
     """Write a distribution with a new method, which installs and passes the conformance tests as it is."""
     from tunerkit_testing.new import NewMethodError, files_to_edit, write_distribution
 
-    options = {"function": function, "low-rank": low_rank, "scale": scale, "scheduled": scheduled, "shared": shared}
-    options |= {"full-matrix": full_matrix, "outputs": outputs, "fitted": fitted}
-    chosen = [name for name, given in options.items() if given]
-    if len(chosen) > 1:
-        raise NewMethodError(f"choose one template, got {' and '.join(f'--{name}' for name in chosen)}")
-    variant = chosen[0] if chosen else "function"
-    folder = write_distribution(method, variant, into)
+    if earlier:
+        raise NewMethodError(
+            f"{', '.join(_EARLIER[:-1])} and {_EARLIER[-1]} have become --form function, hooks or scheduled; "
+            "docs/authors/write-a-plugin.md, 'Start from a template', says where examples of the others are"
+        )
+    folder = write_distribution(method, form, into)
     typer.echo(f"written to {folder}; it works as it is: pip install -e '{folder}[test]' && tunerkit check {method}")
     typer.echo("Then make it yours:")
-    for path, what in files_to_edit(method, variant).items():
+    for path, what in files_to_edit(method, form).items():
         typer.echo(f"  {path}: {what}")

@@ -31,48 +31,38 @@ class NewMethodError(TunerkitError, ValueError):
 
 
 @attrs.frozen
-class Variant:
-    """A kind of method that a template exists for.
+class Form:
+    """A form that a new method can have; the folder of its name in templates adds to what all forms share.
 
     Attributes:
-        folders: The folders of templates, in addition to those that all variants share. A later one's files replace
-            those of an earlier one.
         summary: What the method does, for the README.
         settings: Settings for the generated tests and for the README's example.
         reference: What the adapter computes, as a line of the generated test that compares with a reference.
         contents: The files of the package, with what each contains.
         entry: What the entry point names in the package.
-        prepare: What the README's example does after `wrap`.
-        targets: The targets that the kit checks, for a method without default ones.
         needs: The distributions of tunerkit that it uses, in addition to core.
     """
 
-    folders: tuple[str, ...]
     summary: str
     settings: Mapping[str, object]
     reference: str
     contents: Mapping[str, str]
     entry: str = "plugin"
-    prepare: str = ""
-    targets: str | None = None
     needs: tuple[str, ...] = ()
 
 
-_PARTS: Final[Mapping[str, str]] = {
-    "config.py": "the settings",
-    "adapter.py": "what the adapter adds to a layer's output",
-    "plugin.py": "the hook implementations",
-}
-_LOW_RANK = Variant(
-    folders=("low_rank",),
+_HOOKS = Form(
     summary="each target gets a low-rank update ΔW = scale · P Q of a fixed rank",
     settings=MappingProxyType({"rank": 4}),
     reference="return base(x) + adapter.scale * (x @ adapter.q.T @ adapter.p.T)",
-    contents=_PARTS,
+    contents={
+        "config.py": "the settings",
+        "adapter.py": "what the adapter adds to a layer's output",
+        "plugin.py": "the hook implementations",
+    },
 )
-VARIANTS: Final[Mapping[str, Variant]] = {
-    "function": Variant(
-        folders=("function",),
+FORMS: Final[Mapping[str, Form]] = {
+    "function": Form(
         summary="one function says what is added to each weight, ΔW = scale · P Q of a fixed rank",
         settings=MappingProxyType({"rank": 4}),
         reference='return base(x) + adapter.settings["scale"] * (x @ adapter.q.T @ adapter.p.T)',
@@ -80,53 +70,16 @@ VARIANTS: Final[Mapping[str, Variant]] = {
         entry="method:$function",
         needs=("tunerkit-verbs",),
     ),
-    "low-rank": _LOW_RANK,
-    "scale": Variant(
-        folders=("scale",),
-        summary="each feature of a target's output is multiplied by a trained factor",
-        settings=MappingProxyType({"factor": 2.0}),
-        reference="return base(x) * (1 + adapter.factor * adapter.s)",
-        contents={**_PARTS, "adapter.py": "what the adapter does to a layer's output"},
-    ),
+    "hooks": _HOOKS,
     "scheduled": attrs.evolve(
-        _LOW_RANK,
-        folders=("scheduled",),
+        _HOOKS,
         summary="each target gets a low-rank update ΔW = scale · P Q, whose rank falls during training",
         settings=MappingProxyType({"rank": 2, "init_rank": 4}),
         contents={
-            **_LOW_RANK.contents,
+            **_HOOKS.contents,
             "schedule.py": "the rank after each step",
             "training.py": "which columns of P and rows of Q stay",
         },
-    ),
-    "shared": Variant(
-        folders=("shared",),
-        summary="each target trains two vectors beside random matrices that all targets share",
-        settings=MappingProxyType({"rank": 4}),
-        reference="return base(x) + (x @ adapter.shared.q.T * adapter.d) @ adapter.shared.p.T * adapter.b",
-        contents={**_PARTS, "adapter.py": "what all targets share, and what the adapter adds to a layer's output"},
-    ),
-    "full-matrix": Variant(
-        folders=("full_matrix",),
-        summary="each target gets an update ΔW that is no product of two small matrices",
-        settings=MappingProxyType({"rank": 2, "scale": 0.5}),
-        reference="return base(x) + adapter.scale * x @ ((adapter.b1 @ adapter.a1) * (adapter.b2 @ adapter.a2)).T",
-        contents=_PARTS,
-    ),
-    "outputs": Variant(
-        folders=("outputs",),
-        summary="a trained vector is added to the output of modules of any kind, such as norms",
-        settings=MappingProxyType({"scale": 2.0}),
-        reference="return base(x) + adapter.scale * adapter.v",
-        contents={**_PARTS, "adapter.py": "what the adapter does to a module's output"},
-        targets="re:.*(norm|Norm|ln_1)",
-    ),
-    "fitted": attrs.evolve(
-        _LOW_RANK,
-        folders=("low_rank", "fitted"),
-        summary="each target gets a low-rank update ΔW = scale · P Q; Q starts at the main directions of the inputs",
-        prepare="\ntunerkit.calibrate(model, [(torch.randn(32, 16),)])  # the start is fitted to these inputs",
-        needs=("tunerkit-verbs",),
     ),
 }
 
@@ -160,25 +113,27 @@ class Names:
         return "".join(part.capitalize() for part in self.method.split("-"))
 
 
-def write_distribution(method: str, variant: str, into: Path) -> Path:
+def write_distribution(method: str, form: str, into: Path) -> Path:
     """Write a distribution with a new method. It is written completely or not at all.
 
     Args:
         method: The method's name.
-        variant: A key of `VARIANTS`.
+        form: A key of `FORMS`.
         into: The folder to write the distribution's own folder into.
 
     Returns:
         The distribution's folder.
 
     Raises:
-        NewMethodError: The name is invalid or taken, or the folder exists or cannot be written.
+        NewMethodError: There is no such form, the name is invalid or taken, or the folder exists or cannot be written.
     """
+    if form not in FORMS:
+        raise NewMethodError(f"--form: choose function, hooks or scheduled, got {shown(form)}")
     names = _checked(method)
     target = into / names.distribution
     if os.path.lexists(target):  # also a link to nowhere
         raise NewMethodError(f"{target} exists already; remove it, or choose another name or --into another folder")
-    texts = dict(_rendered(names, VARIANTS[variant]))
+    texts = dict(_rendered(names, form))
     try:
         with tempfile.TemporaryDirectory(dir=into, prefix=".writing-") as scratch:
             project = Path(scratch) / names.distribution
@@ -193,11 +148,11 @@ def write_distribution(method: str, variant: str, into: Path) -> Path:
     return target
 
 
-def files_to_edit(method: str, variant: str) -> dict[str, str]:
+def files_to_edit(method: str, form: str) -> dict[str, str]:
     """Return the files of a new distribution that its author changes, in this order, with what each contains."""
     package = Names(method).package
     return {
-        **{f"{package}/{file}": what for file, what in VARIANTS[variant].contents.items()},
+        **{f"{package}/{file}": what for file, what in FORMS[form].contents.items()},
         "tests/test_reference.py": "a reference implementation to compare with",
         "tests/test_conformance.py": "the settings that the checks use",
         "README.md": "what the method does, and an example, which a test runs",
@@ -251,28 +206,25 @@ def _closest(method: str) -> str:
     return next(name for name in names if _objection(name) is None)
 
 
-def _rendered(names: Names, variant: Variant) -> Iterator[tuple[PurePath, str]]:
+def _rendered(names: Names, form: str) -> Iterator[tuple[PurePath, str]]:
     """Yield the path of each file of the distribution, and its text."""
-    checked = {**variant.settings, **({} if variant.targets is None else {"targets": variant.targets})}
+    chosen = FORMS[form]
     version = ".".join(metadata.version("tunerkit").split(".")[:2])
     values = {
         "method": names.method,
         "distribution": names.distribution,
         "package": names.package,
         "Name": names.classes,
-        "needed": "".join(f', "{name}>={version}"' for name in ("tunerkit", *variant.needs)),
-        "summary": variant.summary,
-        "settings": json.dumps(dict(variant.settings))[1:-1],
+        "needed": "".join(f', "{name}>={version}"' for name in ("tunerkit", *chosen.needs)),
+        "summary": chosen.summary,
+        "settings": json.dumps(dict(chosen.settings))[1:-1],
         "function": names.function,
-        "entry": f"{names.package}.{variant.entry.replace('$function', names.function)}",
-        "prepare": variant.prepare,
-        "checked": json.dumps(checked)[1:-1],
-        "check": f"tunerkit check {names.method}" + (f" --config '{json.dumps(checked)}'" if variant.targets else ""),
-        "reference": variant.reference,
-        "contents": "\n".join(f"- `{names.package}/{file}`: {what}" for file, what in variant.contents.items()),
+        "entry": f"{names.package}.{chosen.entry.replace('$function', names.function)}",
+        "reference": chosen.reference,
+        "contents": "\n".join(f"- `{names.package}/{file}`: {what}" for file, what in chosen.contents.items()),
     }
     templates = resources.files(__package__) / "templates"
-    for folder in ("common", *variant.folders):
+    for folder in ("common", form):
         for path, text in _texts(templates / folder):
             yield _renamed(path, names), Template(text).substitute(values)
 
