@@ -7,6 +7,7 @@ fail. What runs a line is read from a coverage file, which pytest-cov (not among
     python -m pytest tests plugins/adalora plugins/lora --cov=tunerkit --cov=tunerkit_adalora --cov-context=test
 
 Lines that run only while a module is imported are tried with the tests that run any other line of their file.
+``--folder`` draws from other sources, such as ``plugins/cli/tunerkit_cli``.
 """
 
 import argparse
@@ -90,9 +91,9 @@ def _mutation(kind: str, file: str, node: Any, text: str) -> Mutation:
     return Mutation(kind, file, node.lineno, node.col_offset, node.end_lineno, node.end_col_offset, text)
 
 
-def drawn(root: Path) -> list[Mutation]:
+def drawn(root: Path, folders: Sequence[str]) -> list[Mutation]:
     """Draw as many mutations of each kind from all files."""
-    files = sorted(path for folder in FOLDERS for path in (root / folder).rglob("*.py"))
+    files = sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
     found = [each for path in files for each in mutations(path.relative_to(root).as_posix(), path.read_text("utf-8"))]
     generator, kinds = random.Random(SEED), ("comparison", "constant", "statement")
     return [
@@ -160,10 +161,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clone", type=Path, help="a clean clone, into whose files the mutations are written in turn")
     parser.add_argument("coverage", type=Path, help="the coverage file, written in that clone")
+    parser.add_argument("--folder", action="append", help="sources to draw from; may be repeated")
     arguments = parser.parse_args()
     root = arguments.clone.resolve()
     tests, counts = Tests(root, arguments.coverage), Counter[str]()
-    for number, mutation in enumerate(drawn(root), 1):
+    for number, mutation in enumerate(drawn(root, arguments.folder or FOLDERS), 1):
         path = root / mutation.file
         source = path.read_text("utf-8")
         of_line = tests.of(mutation)
