@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import tunerkit
+from tests.support.lengths import is_long
 from tests.support.model_checks import each_copy, fit, pickled
 from tests.support.noting import NotingPlugin, hooks_of, per_step
 from tests.support.toys import Building, Toys, registering
@@ -21,7 +22,6 @@ from tunerkit.injection import slots_of
 from tunerkit.injection.slots import apply_slots
 from tunerkit.plugin import Adapter, BaseLayer, Tuner
 from tunerkit.steps import detach, drive
-from tunerkit_testing.matrix import is_long
 from tunerkit_testing.small import trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*running statistics")

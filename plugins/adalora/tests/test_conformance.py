@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import tunerkit
+from tests.support import lengths
 from tests.support.each_check import each_check
 from tunerkit.plugin import Tuner
 from tunerkit_testing import conformance, matrix, parametrize_with_checks
@@ -25,13 +26,13 @@ CONFIGS: dict[str, dict[str, object]] = {
 }
 
 
-@parametrize_with_checks("adalora", DEFAULTS, matrix.by_length())
+@parametrize_with_checks("adalora", DEFAULTS, lengths.by_length())
 def test_passes_every_check_of_the_kit(check: BoundCheck) -> None:
     """No failure is expected with the SVD form."""
     check()
 
 
-@parametrize_with_checks("adalora", CONFIGS["paper"], matrix.cases() if matrix.is_long() else matrix.cases()[:1])
+@parametrize_with_checks("adalora", CONFIGS["paper"], matrix.cases() if lengths.is_long() else matrix.cases()[:1])
 def test_passes_every_check_of_the_kit_with_the_regulariser(check: BoundCheck) -> None:
     """No failure is expected with the paper's setting, which adds gradients."""
     check()
@@ -43,7 +44,7 @@ def test_keeps_the_contract(check: Check, case: Case, config: Mapping[str, objec
     check(case, "adalora", config, tmp_path)
 
 
-@each_check(matrix.few(), CONFIGS)
+@each_check(lengths.few(), CONFIGS)
 def test_keeps_the_contract_in_every_setting(
     check: Check, case: Case, config: Mapping[str, object], tmp_path: Path
 ) -> None:
@@ -59,7 +60,7 @@ def test_every_architecture_is_pruned_to_exactly_its_target(case: Case) -> None:
     assert len(set(tuner.ranks().values())) > 1
 
 
-@pytest.mark.parametrize("case", matrix.linear())
+@pytest.mark.parametrize("case", lengths.linear())
 def test_all_linear_layers_are_pruned_to_exactly_their_target(case: Case) -> None:
     """The same with all linear layers, including pooler, projections and time embeddings outside the blocks."""
     tuner = pruned(case, "all-linear")

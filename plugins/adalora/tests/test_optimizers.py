@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import tunerkit
 from plugins.adalora.tests.short_training import layers
+from tests.support.lengths import is_long
 from tunerkit_adalora.training import training_of
-from tunerkit_testing.matrix import is_long
 from tunerkit_testing.small import TARGETS, closure_of, loss_of, net, train, trainable
 
 TOTAL = 24

@@ -14,7 +14,7 @@ from torch import Tensor
 import tunerkit
 from plugins.gguf.tests.base_files import write_all
 from plugins.gguf.tests.engine import Engine, opened
-from tunerkit_testing.matrix import LONG, is_long
+from tests.support.lengths import LONG, is_long
 
 pytest.importorskip("tunerkit_adalora", reason="the adapter is AdaLoRA")
 assets = pytest.importorskip("tunerkit_cli.assets", reason="the extra [cli] knows where the model is")

@@ -8,9 +8,10 @@ import pytest
 from torch import nn
 
 import tunerkit
+from tests.support import lengths
 from tests.support.each_check import each_check
 from tunerkit_testing import conformance, matrix, parametrize_with_checks
-from tunerkit_testing.checks import calibrating
+from tunerkit_testing.checks import start
 from tunerkit_testing.conformance import Case, Check
 from tunerkit_testing.runner import BoundCheck
 
@@ -34,7 +35,7 @@ FITTED: dict[str, dict[str, object]] = {
 }
 
 
-@parametrize_with_checks("lora", PLAIN, matrix.by_length())
+@parametrize_with_checks("lora", PLAIN, lengths.by_length())
 def test_passes_every_check_of_the_kit(check: BoundCheck) -> None:
     """No failure is expected, with dropout too."""
     check()
@@ -46,7 +47,7 @@ def test_keeps_the_contract(check: Check, case: Case, config: Mapping[str, objec
     check(case, "lora", config, tmp_path)
 
 
-@each_check(matrix.few(), CONFIGS)
+@each_check(lengths.few(), CONFIGS)
 def test_keeps_the_contract_in_every_setting(
     check: Check, case: Case, config: Mapping[str, object], tmp_path: Path
 ) -> None:
@@ -54,7 +55,7 @@ def test_keeps_the_contract_in_every_setting(
     check(case, "lora", config, tmp_path)
 
 
-@each_check(matrix.few()[:1], FITTED)
+@each_check(lengths.few()[:1], FITTED)
 def test_keeps_the_contract_with_a_start_by_data(
     check: Check, case: Case, config: Mapping[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +65,7 @@ def test_keeps_the_contract_with_a_start_by_data(
     def calibrated(model: nn.Module, optimizer: object, **arguments: Any) -> None:
         progress = tunerkit.tuner(model).progress
         if not progress.loaded and progress.calibration is None:
-            tunerkit.calibrate(model, [calibrating.batch_of(model, case)] * 2, loss=calibrating.loss_of)
+            tunerkit.calibrate(model, [start.batch_of(model, case)] * 2, loss=start.loss_of)
         attach(model, optimizer, **arguments)
 
     monkeypatch.setattr(tunerkit, "attach", calibrated)
@@ -77,7 +78,7 @@ def test_default_targets_serve_every_architecture(case: Case, tmp_path: Path) ->
     conformance.check_merges_and_unmerges(case, "lora", {"rank": 2, "targets": None}, tmp_path)
 
 
-@pytest.mark.parametrize("case", matrix.linear())
+@pytest.mark.parametrize("case", lengths.linear())
 def test_all_linear_serves_every_architecture(case: Case, tmp_path: Path) -> None:
     """In encoders, decoders and towers, all linear layers merge."""
     conformance.check_merges_and_unmerges(case, "lora", {"rank": 2, "targets": "all-linear"}, tmp_path)

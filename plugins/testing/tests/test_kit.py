@@ -21,6 +21,7 @@ from plugins.testing.tests.bad_methods import (
     ReadsOutputInSecret,
     plugin_of,
 )
+from tests.support import lengths
 from tests.support.toy_growing import GrowingPlugin
 from tests.support.toy_outputs import OutputPlugin
 from tests.support.toy_readers import DirectionPlugin, Scale, ScaleConfig, ScalePlugin
@@ -78,7 +79,7 @@ def test_a_rank_may_have_a_small_part() -> None:
 def test_methods_that_keep_the_contract_pass(toys: None, method: str, name: str) -> None:
     """Law: no check fails for a right method, and those that are skipped say why."""
     pytest.importorskip("transformers", reason="the cases are its models")
-    found = check_method(method, cases=[each.values[0] for each in matrix.cases()] if matrix.is_long() else [name])
+    found = check_method(method, cases=[each.values[0] for each in matrix.cases()] if lengths.is_long() else [name])
     assert [result for result in found if result.status not in ("passed", "skipped")] == []
     assert all(result.reason for result in found if result.status == "skipped")
 
@@ -95,7 +96,7 @@ def test_a_method_may_be_named_in_any_case(toys: None) -> None:
 def test_unusual_methods_that_keep_the_contract_pass(method: str, config: Mapping[str, object]) -> None:
     """Law: no check asks for more of methods that scale, read, share, grow, are fitted, or start elsewhere."""
     plugins = (GrowingPlugin(), OutputPlugin(), ScalePlugin(), DirectionPlugin(), SharedPlugin(), FittedPlugin())
-    cases = [parameter.values[0] for parameter in matrix.by_length()] if matrix.is_long() and not config else []
+    cases = [parameter.values[0] for parameter in lengths.by_length()] if lengths.is_long() and not config else []
     with registered(*plugins, PrincipalPlugin()):
         found = check_method(method, config, [known_cases.NETWORK, *cases])
     assert [result for result in found if result.status not in ("passed", "skipped")] == []

@@ -25,10 +25,10 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import tunerkit
+from tests.support.lengths import LONG, is_long
 from tunerkit import injection
 from tunerkit_testing import check_method, small
 from tunerkit_testing.known_cases import NETWORK
-from tunerkit_testing.matrix import LONG, is_long
 from tunerkit_testing.new import FORMS, Names, NewMethodError, write_distribution
 from tunerkit_testing.registering import registered
 from tunerkit_testing.toy_methods import ShiftPlugin

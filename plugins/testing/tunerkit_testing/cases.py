@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 import tunerkit
 from tunerkit.plugin import AdapterConfig
+from tunerkit_testing.small import trainable
 
 STEPS = 12
 SEED = 0  # of every adapter that is built
@@ -197,7 +198,7 @@ def train(model: nn.Module, case: Case, *, steps: int = STEPS, lr: float | None 
         The loss before each step.
     """
     case.start_training(model)
-    optimizer = optimizer_of((p for p in model.parameters() if p.requires_grad), case.lr if lr is None else lr)
+    optimizer = optimizer_of(trainable(model), case.lr if lr is None else lr)
     tunerkit.attach(model, optimizer, total_steps=steps)
     losses = []
     for _ in range(steps):

@@ -170,7 +170,8 @@ def _checked(method: str) -> Names:
 
 def _objection(method: str) -> str | None:
     """Return why a method cannot have this name, or None."""
-    if not _is_valid(method):
+    valid = re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", method)
+    if valid is None or len(method) > _LONGEST or method.startswith(_PREFIX):
         return (
             f"use at most {_LONGEST} letters from a to z and digits, a letter first, in parts joined by '-', without "
             f"{_PREFIX!r}, which comes by itself"
@@ -187,11 +188,6 @@ def _objection(method: str) -> str | None:
         found = importlib.util.find_spec(names.package)
         return None if found is None else f"there is a package {names.package}; choose another name"
     return f"{names.distribution} {version} is installed; choose another name"
-
-
-def _is_valid(method: str) -> bool:
-    parts = re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", method)
-    return parts is not None and len(method) <= _LONGEST and not method.startswith(_PREFIX)
 
 
 def _closest(method: str) -> str:

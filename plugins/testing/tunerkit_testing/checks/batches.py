@@ -9,8 +9,17 @@ from torch import Tensor, nn
 import tunerkit
 from tunerkit_testing.blaming import told
 from tunerkit_testing.cases import Trial, assert_same
-from tunerkit_testing.checks.dropping import without_dropout
-from tunerkit_testing.checks.probing import Call, calls_of, filled, movable, random_like, tiled, trained_parameters
+from tunerkit_testing.checks.probing import (
+    Call,
+    calls_of,
+    drawing,
+    filled,
+    movable,
+    random_like,
+    tiled,
+    trained_parameters,
+)
+from tunerkit_testing.checks.randomness import without_dropout
 
 _SAMPLES = 1000
 _SHARE = 1e-4  # of the largest value: a method may compute in fp32, and a sum over many rows is rounded
@@ -26,10 +35,11 @@ def check_large_batch(trial: Trial) -> str:
     model = filled(wide)
     own, most = trained_parameters(tunerkit.tuner(model)), 0
     for call in calls_of(model, wide):
-        if not isinstance(call.x, Tensor) or len(call.args) + len(call.kwargs) != 1:
-            continue  # a block that is given masks or positions too
+        if not call.is_plain:
+            continue
         call.adapter.train()
-        if not _is_by_sample(call):
+        output, drew = drawing(call)
+        if drew or not output.requires_grad or len(output) != len(call.x):  # no samples, or they differ each time
             continue
         large = tiled(call, _SAMPLES)
         times = len(large.x) // len(call.x)
@@ -57,10 +67,7 @@ def check_row_by_row(trial: Trial) -> str:
     model = filled(trial)
     found = 0
     for call in calls_of(model, trial):
-        if not isinstance(call.x, Tensor) or len(call.args) + len(call.kwargs) != 1:
-            continue  # a block that is given masks or positions too
-        output = call.run()
-        if len(output) != len(call.x):
+        if not call.is_plain or len(output := call.run()) != len(call.x):
             continue
         found += 1
         hint = "compute each sample alone in forward"
@@ -115,14 +122,6 @@ def _is_linear(call: Call) -> bool:
 
 
 _OUTPUT, _INPUT = "the output", "the gradient for the layer's input"
-
-
-def _is_by_sample(call: Call) -> bool:
-    """Whether the first dimension counts samples, in input and output, and nothing is drawn at random."""
-    with torch.random.fork_rng(devices=[]):
-        before, output = torch.get_rng_state(), call.run()
-        drew = not torch.equal(torch.get_rng_state(), before)
-    return not drew and output.requires_grad and len(output) == len(call.x)
 
 
 def _found(call: Call, own: Mapping[str, Tensor], times: int) -> dict[str, Tensor]:

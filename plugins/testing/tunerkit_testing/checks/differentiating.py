@@ -16,7 +16,7 @@ from tunerkit_testing.checks.probing import (
     movable,
     random_like,
     require_delta,
-    seeded,
+    some,
     trained_parameters,
 )
 
@@ -48,7 +48,7 @@ def check_gradients_are_true(trial: Trial) -> None:
     for noted in calls_of(model, wide):
         call, moved = movable(noted, own)
         call.adapter.train()
-        output = _run(call)
+        output = call.seeded()
         if not output.requires_grad:
             continue
         weights = random_like(output)
@@ -70,18 +70,14 @@ def check_gradients_are_true(trial: Trial) -> None:
             )
 
 
-def _run(call: Call) -> Tensor:
-    return seeded(lambda _: call.run(), call.module)  # the same dropout each time
-
-
 @torch.no_grad()
 def _difference(call: Call, tensor: Tensor, change: Tensor) -> Tensor:
     """Return the output with a change added to a tensor, minus the output with the change subtracted."""
     before = tensor.clone()
     tensor.add_(change)
-    above = _run(call)
+    above = call.seeded()
     tensor.copy_(before - change)
-    below = _run(call)
+    below = call.seeded()
     tensor.copy_(before)
     return above - below
 
@@ -124,5 +120,4 @@ def _reached(results: Sequence[Tensor], own: Mapping[str, Tensor]) -> Reached:
 
 
 def _listed(names: set[str], path: str) -> str:
-    listed = sorted(name.removeprefix(f"{path}: ") for name in names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+    return some(sorted(name.removeprefix(f"{path}: ") for name in names))

@@ -23,6 +23,7 @@ from tunerkit_testing.checks.probing import (
     outliving,
     seeded,
     trained_parameters,
+    values_of,
     without_copies,
 )
 
@@ -173,14 +174,14 @@ def _trained(
     """Return the weights before and after some steps of SGD, which keeps small differences small."""
     model = without_copies(trial)
     tuner = tunerkit.tuner(model)
-    start = {name: parameter.detach().clone() for name, parameter in trained_parameters(tuner).items()}
+    start = values_of(trained_parameters(tuner))
     optimizer = torch.optim.SGD(trained_parameters(tuner).values(), lr=trial.lr, fused=True)
     tunerkit.attach(model, optimizer, total_steps=STEPS)
     for step in range(_STEPS):
         backward(model, optimizer, step)
         optimizer.step()
         optimizer.zero_grad()
-    return start, {name: parameter.detach().clone() for name, parameter in trained_parameters(tuner).items()}
+    return start, values_of(trained_parameters(tuner))
 
 
 def check_checkpointing(trial: Trial) -> None:

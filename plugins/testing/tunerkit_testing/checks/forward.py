@@ -12,21 +12,22 @@ from tunerkit.errors import PluginError
 from tunerkit.layers import torch_private
 from tunerkit_testing.blaming import changed, told
 from tunerkit_testing.cases import TOLERANCE, Trial, assert_base_untouched, assert_same
-from tunerkit_testing.checks.dropping import without_dropout
 from tunerkit_testing.checks.probing import (
     Call,
     calls_of,
     copy_state,
+    drawing,
     fill_,
     filled,
+    in_training,
     meanwhile,
     movable,
     outliving,
     seeded,
-    shared_in,
     trained_parameters,
     unregistered,
 )
+from tunerkit_testing.checks.randomness import without_dropout
 
 
 def check_forward_runs(trial: Trial) -> None:
@@ -166,15 +167,11 @@ def _attributes(adapter: nn.Module) -> dict[str, object]:
 def check_same_in_training(trial: Trial) -> None:
     """Without dropout, an adapter adds the same in training mode as in eval mode."""
     model = filled(without_dropout(trial))
-    shared, random = shared_in(tunerkit.tuner(model)), []
+    random = []
     for call in calls_of(model, trial):
-        expected, _ = _output_of(call)
-        parts = [call.adapter] if shared is None else [call.adapter, shared]
-        for part in parts:
-            part.train()
-        found, drew = _output_of(call)
-        for part in parts:
-            part.eval()
+        expected, _ = drawing(call)
+        with in_training(call, model):
+            found, drew = drawing(call)
         if drew:
             random.append(call.path)
             continue
@@ -185,14 +182,6 @@ def check_same_in_training(trial: Trial) -> None:
             f"in training mode, forward draws random numbers at {random[0]!r}; if that is dropout, use that word in "
             "the name of its setting, which this check sets to 0"
         )
-
-
-def _output_of(call: Call) -> tuple[Tensor, bool]:
-    """Return a layer's output, and whether random numbers were drawn for it."""
-    with torch.random.fork_rng(devices=[]):
-        before = torch.get_rng_state()
-        found = call.run()
-        return found, not torch.equal(torch.get_rng_state(), before)
 
 
 def check_same_in_inference(trial: Trial) -> None:

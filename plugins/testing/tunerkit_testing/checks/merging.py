@@ -21,6 +21,7 @@ from tunerkit_testing.checks.probing import (
     gradients,
     largest,
     one_code_path,
+    placed,
     require_delta,
     require_places,
     seeded,
@@ -100,19 +101,15 @@ def check_factors_are_the_delta(trial: Trial) -> None:
         raise SkipTest("the method does not implement tunerkit_factors")
     share = _share(trial)
     model = filled(trial.in_fp64())
-    for path, _, slots in injection.walk(model):
-        for slot in slots.applied:
-            if slot.adapter is None or slots.base is None:
-                continue
-            product = hooks.factors(path, trial.method, slot.adapter, slots.base)
-            weight = hooks.delta(path, trial.method, slot.adapter, slots.base).weight
-            assert weight is not None, f"{path}: tunerkit_factors gives a product, and tunerkit_delta no weight"
-            found = low_rank_delta(slots.base, q=product.q, p=product.p, scale=1.0)
-            worst = largest({"": found - weight})
-            assert worst <= share * largest({"": weight}), (
-                f"{path}: the product of tunerkit_factors differs from the delta's weight by {worst:.3g}; multiply the "
-                "scale, λ and mask into the factors, and implement only one of the two hooks if you can"
-            )
+    for path, adapter, base in placed(model):
+        product = hooks.factors(path, trial.method, adapter, base)
+        weight = hooks.delta(path, trial.method, adapter, base).weight
+        assert weight is not None, f"{path}: tunerkit_factors gives a product, and tunerkit_delta no weight"
+        worst = largest({"": low_rank_delta(base, q=product.q, p=product.p, scale=1.0) - weight})
+        assert worst <= share * largest({"": weight}), (
+            f"{path}: the product of tunerkit_factors differs from the delta's weight by {worst:.3g}; multiply the "
+            "scale, λ and mask into the factors, and implement only one of the two hooks if you can"
+        )
 
 
 @torch.no_grad()
@@ -122,8 +119,8 @@ def check_builds_from_factors(trial: Trial) -> None:
         raise SkipTest("the method does not implement both tunerkit_factors and tunerkit_from_factors")
     tuner = tunerkit.tuner(trial.wrapped())
     generator = torch.Generator().manual_seed(3)
-    own = {path: slots.base for path, _, slots in injection.walk(tuner.model)}
-    bases = {target.path: base for target in tuner.targets if (base := own[target.path]) is not None}
+    own = {path: base for path, _, base in placed(tuner.model)}
+    bases = {target.path: own[target.path] for target in tuner.targets}
     given = {}
     for number, (path, base) in enumerate(bases.items()):
         rank = min(number % 4, base.in_features, base.out_features)

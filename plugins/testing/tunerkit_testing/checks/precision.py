@@ -16,13 +16,15 @@ from tunerkit_testing.checks.probing import (
     Call,
     adapter_dtypes,
     calls_of,
+    copy_parts,
     filled,
     gradients,
     movable,
-    own_parts,
     random_like,
     seeded,
+    steps_,
     trained_parameters,
+    values_of,
     without_copies,
 )
 
@@ -97,8 +99,7 @@ def check_half_precision(trial: Trial) -> None:
         narrow = trial.in_dtype(dtype)
         wide = narrow.in_fp64()
         model, exact = filled(narrow), filled(wide)
-        for part, twin in zip(own_parts(model).values(), own_parts(exact).values(), strict=True):
-            twin.load_state_dict(part.state_dict())
+        copy_parts(model, exact)
         share = max(_SHARES.get(each, 0.0) for each in (dtype, *adapter_dtypes(model)))
         own, theirs = trained_parameters(tunerkit.tuner(model)), trained_parameters(tunerkit.tuner(exact))
         twins = {call.path: call for call in calls_of(exact, wide)}
@@ -123,8 +124,7 @@ def _assert_narrow_adapters(trial: Trial) -> None:
         except TunerkitError:
             continue  # refused in words
         _assert_starts_finite(own.wrapped().eval(), own, dtype)
-        for part, twin in zip(own_parts(model).values(), own_parts(exact).values(), strict=True):
-            twin.load_state_dict(part.state_dict())
+        copy_parts(model, exact)
         for call in calls_of(model, trial):
             found, expected = (_computed(each, root) for each, root in ((call, model), (twins[call.path], exact)))
             _assert_near(f"{call.path}: with adapters in {dtype}", call.path, _NARROW * share, found, expected)
@@ -135,7 +135,7 @@ def _assert_starts_finite(model: nn.Module, trial: Trial, dtype: torch.dtype) ->
     for mode in (False, True):
         model.train(mode)
         for call in calls:
-            assert bool(seeded(lambda _, call=call: call.run(), model).isfinite().all()), (  # type: ignore[misc]
+            assert bool(call.seeded().isfinite().all()), (
                 f"{call.path}: with adapters in {dtype}, the first output is NaN or inf in places, in "
                 f"{'training' if mode else 'eval'} mode; below 6e-8 numbers are 0 in fp16, such as a guard of 1e-8 in "
                 "a quotient, or a start that small: divide in fp32, as after self.a.float()"
@@ -160,7 +160,7 @@ def _widened(x: Any) -> Any:
 def _found(call: Call, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the output, and the gradients of a weighted sum of it, in fp64."""
     call, moved = movable(call, own)
-    output = seeded(lambda _: call.run(), call.module)
+    output = call.seeded()
     total = (output.double() * random_like(output)).sum()
     if not total.requires_grad:
         return {_OUTPUT: output.double()}
@@ -198,13 +198,10 @@ def check_bf16_base(trial: Trial) -> None:
     tuner = tunerkit.tuner(model)
     own = trained_parameters(tuner)
     (dtype,) = adapter_dtypes(model)
-    starts = {name: parameter.detach().clone() for name, parameter in own.items()}
+    starts = values_of(own)
     optimizer = optimizer_of(own.values(), trial.lr)
     tunerkit.attach(model, optimizer, total_steps=STEPS)
-    for step in range(_STEPS):
-        seeded(narrow.loss, model, step).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    steps_(model, narrow, optimizer, range(_STEPS))
     for name, parameter in trained_parameters(tuner).items():
         assert parameter.dtype == dtype, f"{name} is {parameter.dtype} instead of {dtype}; do not cast it to the base's"
         assert bool(parameter.isfinite().all()), f"{name} contains NaN or inf after {_STEPS} steps on a base in bf16"

@@ -1,7 +1,7 @@
 """Looks at a wrapped model as several checks do: its adapters, the calls of its targets, its gradients."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -68,14 +68,22 @@ class Call:
         """The module's input."""
         return self.args[0] if self.args else next(iter(self.kwargs.values()))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a tensor is all that the module is given: a block may be given masks or positions too."""
+        return isinstance(self.x, Tensor) and len(self.args) + len(self.kwargs) == 1
+
     def run(self, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """Call the module, with some of its tensors replaced, and return its output; of several, the first."""
         if tensors is None:
             found = self.module(*self.args, **self.kwargs)
         else:
             found = functional_call(self.module, dict(tensors), self.args, dict(self.kwargs))
-        result: Tensor = found[0] if type(found) is tuple else found
-        return result
+        return first_of(found)
+
+    def seeded(self, seed: int = 1) -> Tensor:
+        """Call the module with a random state of its own, which gives the same dropout each time."""
+        return seeded(lambda _: self.run(), self.module, seed)
 
     def with_input(self, x: Tensor) -> "Call":
         """Return the call with another input."""
@@ -84,9 +92,43 @@ class Call:
         return attrs.evolve(self, kwargs={**self.kwargs, next(iter(self.kwargs)): x})
 
 
+def first_of(output: Any) -> Tensor:
+    """Return a module's output; of several, the first."""
+    found: Tensor = output[0] if type(output) is tuple else output
+    return found
+
+
+@contextmanager
+def in_training(call: Call, model: nn.Module) -> Iterator[None]:
+    """Put the adapter of a call, and what it shares with others, into training mode for a block."""
+    shared = shared_in(tunerkit.tuner(model))
+    parts = [call.adapter] if shared is None else [call.adapter, shared]
+    for part in parts:
+        part.train()
+    yield
+    for part in parts:
+        part.eval()
+
+
+def drawing(call: Call) -> tuple[Tensor, bool]:
+    """Return a layer's output, and whether random numbers were drawn for it."""
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        found = call.run()
+        return found, not torch.equal(torch.get_rng_state(), before)
+
+
+def placed(model: nn.Module) -> Iterator[tuple[str, Adapter, BaseLayer]]:
+    """Yield each adapter of a model between the path of its target and the base layer there."""
+    for path, _, slots in injection.walk(model):
+        for slot in slots.applied:
+            if slot.adapter is not None and slots.base is not None:
+                yield path, slot.adapter, slots.base
+
+
 def tiled(call: Call, samples: int) -> Call:
     """Return a call whose input is repeated until it has at least this many samples, if a tensor is all it is given."""
-    if not isinstance(call.x, Tensor) or len(call.args) + len(call.kwargs) != 1:
+    if not call.is_plain:
         return call
     return call.with_input(call.x.repeat(-(-samples // len(call.x)), *[1] * (call.x.ndim - 1)))
 
@@ -158,9 +200,7 @@ def _alone(layer: nn.Module) -> nn.Module:
 
 
 def _output(call: Call, model: nn.Module) -> Tensor:
-    found = model(*call.args, **call.kwargs)
-    result: Tensor = found[0] if type(found) is tuple else found
-    return result
+    return first_of(model(*call.args, **call.kwargs))
 
 
 def _square(run: Callable[[nn.Module], Tensor], model: nn.Module) -> Tensor:
@@ -213,6 +253,11 @@ def trained_parameters(tuner: Tuner) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in own_parameters(tuner).items() if parameter.requires_grad}
 
 
+def values_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy the values of parameters, by name."""
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
 def without_copies(trial: Trial) -> nn.Module:
     """Build a wrapped model in training mode, in which only the method's own parameters are trained."""
     model = trial.wrapped()
@@ -241,13 +286,18 @@ def filled(trial: Trial) -> nn.Module:
     return fill_(trial.wrapped()).eval()
 
 
-@torch.no_grad()
-def copy_state(source: nn.Module, goal: nn.Module) -> None:
-    """Copy what files have: the parameters and persistent buffers of adapters and of what they share, and copies."""
-    goal_parameters = dict(goal.named_parameters())
+def copy_parts(source: nn.Module, goal: nn.Module) -> None:
+    """Copy the parameters and persistent buffers of adapters and of what they share."""
     parts = own_parts(goal)
     for name, part in own_parts(source).items():
         parts[name].load_state_dict(part.state_dict())
+
+
+@torch.no_grad()
+def copy_state(source: nn.Module, goal: nn.Module) -> None:
+    """Copy what files have: that of `copy_parts`, and what is trained beside it."""
+    copy_parts(source, goal)
+    goal_parameters = dict(goal.named_parameters())
     for name, parameter in source.named_parameters():
         if parameter.requires_grad:
             goal_parameters[name].copy_(parameter)
@@ -263,8 +313,13 @@ def outliving(model: nn.Module, adapter: str | None = None) -> dict[str, object]
 def meanwhile(before: Mapping[str, object], model: nn.Module, adapter: str | None = None) -> str:
     """Return what a message begins with: what `outliving` named before, and is another value now."""
     others = changed(before, outliving(model, adapter))
-    listed = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-    return f"{listed} changed meanwhile, which all adapters have in common, where nothing may count; " if others else ""
+    told = f"{some(others)} changed meanwhile, which all adapters have in common, where nothing may count; "
+    return told if others else ""
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first three names for a message, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def saved(model: nn.Module, folder: Path) -> Path:
@@ -283,6 +338,15 @@ def seeded(run: Callable[[nn.Module], Tensor], model: nn.Module, seed: int = 1) 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return run(model)
+
+
+def steps_(model: nn.Module, trial: Trial, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """Take steps, each with a random state of its own number."""
+    trial.start_training(model)
+    for step in steps:
+        optimizer.zero_grad()
+        seeded(trial.loss, model, step).backward()
+        optimizer.step()
 
 
 def gradients(loss: Tensor, tuner: Tuner) -> dict[str, Tensor]:
@@ -307,12 +371,10 @@ def assert_equal_sets(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
 
 def require_places(model: nn.Module) -> None:
     """Skip a check about merging if a delta has a bias and its base layer has none, so that merging is refused."""
-    for path, module, slots in injection.walk(model):
-        for slot in slots.applied:
-            if slot.adapter is not None and slots.base is not None and slots.base.has_weight:
-                bias = hooks.delta(path, slot.method, slot.adapter, slots.base).bias
-                if bias is not None and torch_private.own_parameters(module).get(slots.base.bias_name) is None:
-                    raise SkipTest(f"the delta has a bias, and the layer at {path!r} has no place for one")
+    for path, adapter, base in placed(model):
+        bias = hooks.delta(path, tunerkit.tuner(model).method, adapter, base).bias if base.has_weight else None
+        if bias is not None and torch_private.own_parameters(base.module).get(base.bias_name) is None:
+            raise SkipTest(f"the delta has a bias, and the layer at {path!r} has no place for one")
 
 
 def require_delta(method: str) -> None:

@@ -1,20 +1,24 @@
-"""Checks of random numbers: the user's are left alone, and a seed means the same in every process."""
+"""Checks of random numbers: the user's are left alone, a seed means the same in every process, and dropout drops."""
 
 import random
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from unittest import SkipTest
 from unittest.mock import patch
 
+import attrs
 import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tunerkit
 from tunerkit import hooks
+from tunerkit.errors import ConfigError, TargetError
 from tunerkit_testing.cases import STEPS, Trial, assert_same
-from tunerkit_testing.checks.probing import calls_of, filled, saved, without_copies
+from tunerkit_testing.checks.probing import Call, calls_of, filled, in_training, saved, tiled, without_copies
 from tunerkit_testing.checks.start import assert_same_start
+from tunerkit_testing.small import trainable
 
 _SEED, _STEPS = 20_141_222, 3
 
@@ -46,7 +50,7 @@ def check_random_state(trial: Trial) -> None:
 
 
 def _assert_unseeded_steps(model: nn.Module, trial: Trial) -> None:
-    if not (trained := [p for p in model.parameters() if p.requires_grad]):
+    if not (trained := trainable(model)):
         return  # another check is about it
     optimizer = torch.optim.SGD(trained, lr=1e-3)
     _assert_unseeded("attaching", lambda: tunerkit.attach(model, optimizer, total_steps=STEPS))
@@ -126,3 +130,73 @@ def _has_text(value: object) -> bool:
     if isinstance(value, tuple | frozenset):
         return any(map(_has_text, value))
     return isinstance(value, str | bytes)
+
+
+# --- Dropout ----------------------------------------------------------------------------------------------------------
+
+_SHARE, _SAMPLES, _ROWS = 0.5, 32, 64
+# The mean over the samples, as a share of what eval mode adds. Unscaled dropout has 0.5, one that is scaled twice 2.
+_LEAST, _MOST = 0.75, 1.33
+
+
+@torch.no_grad()
+def check_dropout(trial: Trial) -> str:
+    """A setting with dropout in its name drops something in training, nothing in eval mode, and keeps the mean."""
+    done = []
+    for name in dropout_settings(trial.method):
+        with suppress(ConfigError, TargetError):  # this setting may exclude another one
+            model = filled(trial.but(**{name: _SHARE}))
+            dots = torch.zeros(2, dtype=torch.float64)
+            for call in calls_of(model, trial):
+                if call.base.lends:  # its output is computed from the delta, where nothing can be dropped
+                    continue
+                with tunerkit.disabled(model):
+                    large = tiled(call, _ROWS)
+                    plain = large.run()
+                dots += _compared(large, plain, model, name)
+            if dots.any():
+                done.append(f"{name}: a mean of {_checked(dots, name):.2f} times what eval mode adds")
+    if not done:
+        raise SkipTest("the method has no setting with dropout in its name, or no target at which it can drop")
+    return "; ".join(done)
+
+
+def _compared(call: Call, plain: Tensor, model: nn.Module, name: str) -> Tensor:
+    """Return the products of what eval mode adds with the mean of what training adds, and with itself."""
+    added = call.run() - plain
+    assert torch.equal(call.seeded(2) - plain, added), (
+        f"{call.path}: with {name}={_SHARE}, two forwards in eval mode differ; drop only while self.training is true"
+    )
+    with in_training(call, model):
+        drawn = torch.stack([call.seeded(seed) - plain for seed in range(_SAMPLES)])
+    assert not torch.equal(drawn[0], drawn[1]), (
+        f"{call.path}: with {name}={_SHARE}, two forwards in training mode are equal; drop that share of x in forward "
+        "(add_low_rank(..., dropout=...) does), or leave the setting out"
+    )
+    mean, eval_adds = drawn.mean(0).double(), added.double()
+    return torch.stack([(mean * eval_adds).sum(), eval_adds.square().sum()]).cpu()
+
+
+def _checked(dots: Tensor, name: str) -> float:
+    share = float(dots[0] / dots[1])
+    assert _LEAST <= share <= _MOST, (
+        f"with {name}={_SHARE}, an adapter adds on average {share:.2f} times in training what it adds in eval mode; "
+        f"divide what is kept by 1 - {name}, as torch.nn.functional.dropout does"
+    )
+    return share
+
+
+def without_dropout(trial: Trial) -> Trial:
+    """Return the trial with each setting of dropout at 0, where the method allows that."""
+    for name in dropout_settings(trial.method):
+        with suppress(ConfigError):  # it may not be 0
+            without = trial.but(**{name: 0.0})
+            without.structured()
+            trial = without
+    return trial
+
+
+def dropout_settings(method: str) -> list[str]:
+    """Return the names of the settings that have dropout in their names."""
+    fields = attrs.fields(hooks.registry.get(method).config)
+    return [field.name for field in fields if "dropout" in field.name and field.type is float]

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 import tunerkit
-from tunerkit import hooks, injection
+from tunerkit import hooks
 from tunerkit_testing.blaming import told
 from tunerkit_testing.cases import STEPS, Trial
 from tunerkit_testing.checks.files import cut, cut_beside, rank_of
-from tunerkit_testing.checks.probing import fill_, filled, require_delta
+from tunerkit_testing.checks.probing import fill_, filled, placed, require_delta
 from tunerkit_testing.checks.training import full_training
 
 # A singular value below this share of the largest is rounding for the upper bound: a delta may be computed in fp32. For
@@ -58,28 +58,23 @@ def check_rank(trial: Trial) -> None:
 
 @torch.no_grad()
 def _assert_true_ranks(model: nn.Module, when: str, *, least: bool = True, most: bool = True) -> None:
-    for path, _, slots in injection.walk(model):
-        for slot in slots.applied:
-            if slot.adapter is None or slots.base is None or not slots.base.has_weight:
-                continue
-            rank = slot.adapter.rank
-            weight = hooks.delta(path, slot.method, slot.adapter, slots.base).weight
-            if weight is None:
-                continue
-            true, at_most = (int(torch.linalg.matrix_rank(weight, rtol=share)) for share in (_ROUNDING, _SMALLEST))
-            lower, upper = min(rank, *weight.shape) if least else 0, rank if most else at_most
-            true = max(true, min(lower, at_most))  # small singular values count as far as they are wanted
-            assert lower <= true <= upper, (
-                f"{path}: {when}, adapter.rank is {rank}, and what the adapter adds has rank {true}; return the number "
-                "of pairs of rows and columns that the product has now, and not the setting it was built with"
-            )
-            rows = rank
-            if hooks.has_factors(slot.method):
-                rows = hooks.factors(path, slot.method, slot.adapter, slots.base).rank
-            assert rows == rank, (
-                f"{path}: adapter.rank is {rank}, and tunerkit_factors returns {rows} rows; let both count the live "
-                "pairs of rows and columns"
-            )
+    method = tunerkit.tuner(model).method
+    for path, adapter, base in placed(model):
+        rank = adapter.rank
+        if not base.has_weight or (weight := hooks.delta(path, method, adapter, base).weight) is None:
+            continue
+        true, at_most = (int(torch.linalg.matrix_rank(weight, rtol=share)) for share in (_ROUNDING, _SMALLEST))
+        lower, upper = min(rank, *weight.shape) if least else 0, rank if most else at_most
+        true = max(true, min(lower, at_most))  # small singular values count as far as they are wanted
+        assert lower <= true <= upper, (
+            f"{path}: {when}, adapter.rank is {rank}, and what the adapter adds has rank {true}; return the number "
+            "of pairs of rows and columns that the product has now, and not the setting it was built with"
+        )
+        rows = hooks.factors(path, method, adapter, base).rank if hooks.has_factors(method) else rank
+        assert rows == rank, (
+            f"{path}: adapter.rank is {rank}, and tunerkit_factors returns {rows} rows; let both count the live "
+            "pairs of rows and columns"
+        )
 
 
 def check_budget(trial: Trial) -> None:

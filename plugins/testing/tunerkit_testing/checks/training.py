@@ -15,7 +15,7 @@ from tunerkit.errors import PluginError, TunerkitError
 from tunerkit.plugin import Tuner
 from tunerkit_testing.blaming import told
 from tunerkit_testing.cases import STEPS, Trial, assert_base_untouched, optimizer_of, train
-from tunerkit_testing.checks.probing import own_parameters, seeded, trained_parameters, without_copies
+from tunerkit_testing.checks.probing import own_parameters, seeded, some, trained_parameters, values_of, without_copies
 
 _LEAST_FALL = 1e-5  # a share of the first loss. Some start slowly: AdaLoRA as in its paper falls by 1.4e-4 on BERT
 
@@ -53,7 +53,7 @@ def _observed(trial: Trial) -> Seen:
     model = without_copies(trial)
     tuner = tunerkit.tuner(model)
     own = trained_parameters(tuner)
-    seen = Seen(model, _values(own), {}, set(), set(), [])
+    seen = Seen(model, values_of(own), {}, set(), set(), [])
     # As a GradScaler has it: smaller gradients than 6e-8 are 0 in fp16.
     scale = _SCALE if any(parameter.dtype == torch.float16 for parameter in own.values()) else 1.0
     optimizer = optimizer_of(own.values(), trial.lr)
@@ -72,7 +72,7 @@ def _observed(trial: Trial) -> Seen:
             elif parameter.grad is not None and bool(parameter.grad.count_nonzero()):
                 seen.reached.add(name)
         optimizer.step()
-    seen.ends.update(_values(trained_parameters(tuner)))
+    seen.ends.update(values_of(trained_parameters(tuner)))
     seen.lost = not_in(optimizer, tuner)
     return seen
 
@@ -92,14 +92,8 @@ def assert_held(lost: Sequence[str], steps: int) -> None:
     )
 
 
-def _values(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-
 def _few(names: set[str], of: Mapping[str, Tensor]) -> str:
-    listed = sorted(names)
-    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return f"{len(listed)} of {len(of)} trained tensors ({', '.join(listed[:3])}{more})"
+    return f"{len(names)} of {len(of)} trained tensors ({some(sorted(names))})"
 
 
 def check_something_trains(trial: Trial) -> None:
@@ -152,7 +146,7 @@ def full_training(trial: Trial) -> Ended:
     model = trial.wrapped()
     tuner = tunerkit.tuner(model)
     own = own_parameters(tuner)
-    fixed = _values({name: parameter for name, parameter in own.items() if not parameter.requires_grad})
+    fixed = values_of({name: parameter for name, parameter in own.items() if not parameter.requires_grad})
     wrong, counts_ranks = _of_the_base(model), sum(tuner.ranks().values()) == tuner.budget()
     return Ended(model, train(model, trial.case), wrong, fixed, counts_ranks)
 
