@@ -71,24 +71,27 @@ def paired(top: Cell, bottom: Cell) -> Floats:
 
 
 def interval(differences: Sequence[Floats]) -> tuple[float, float]:
-    """The 95 % interval of the mean of the tasks' mean differences; of the seeds' mean difference for one task.
+    """The 95 % interval of the mean over tasks, as if they were drawn from many like them; of one task, over its seeds.
 
-    Of several tasks each is one value: an interval over tasks says what another task would give, and the seeds within
-    them are part of its spread.
+    Of several tasks each is one value, and the seeds within them are part of its spread.
     """
-    return interval_of_mean(
-        differences[0] if len(differences) == 1 else np.array([each.mean() for each in differences])
-    )
+    return interval_of_mean(_values(differences))
 
 
 def told(differences: Sequence[Floats], *, digits: int = 2) -> str:
-    """The mean of the tasks' means, and `interval` in brackets where three values or more stand behind it.
+    """The mean of the tasks' means, and `interval` in brackets where it is over three values or more.
 
     Empty if there is no task, or a task without a seed: an unfinished grid gets no numbers.
     """
     if not differences or not all(map(len, differences)):
         return ""
-    mean = f"{float(np.mean([each.mean() for each in differences])):+.{digits}f}"
-    if (len(differences[0]) if len(differences) == 1 else len(differences)) < 3 or min(map(len, differences)) == 1:
+    values = _values(differences)
+    mean = f"{float(values.mean()):+.{digits}f}"
+    if len(values) < 3:
         return mean
     return f"{mean} [{', '.join(f'{end:+.{digits}f}' for end in interval(differences))}]"
+
+
+def _values(differences: Sequence[Floats]) -> Floats:
+    """What an interval is over: one task's differences, or the means of several."""
+    return differences[0] if len(differences) == 1 else np.array([each.mean() for each in differences])

@@ -167,11 +167,16 @@ def test_an_interval_of_few_values_holds_its_level() -> None:
 
 
 def test_all_tables_of_the_stored_rows_are_made() -> None:
-    """The rows of all grids are counted, and every table of the pages is among what is printed."""
+    """The rows of all grids are counted, and the page of the record has the tables' means as they are printed."""
     result = CliRunner().invoke(command.app, ["tables"])
     assert result.exit_code == 0, result.output
     counted = [line for line in result.output.splitlines() if line.endswith("hours of one core")]
     assert len(counted) == len(list(command.ROWS.glob("*.jsonl")))
+    page = (command.ROWS.parents[2] / "docs/evidence/quality-record.md").read_text(encoding="utf-8").replace("**", "")
+    for rank in (1, 8):
+        lines = tables.compared_table(store.read_all(command.ROWS), rank)
+        means = next(line for line in lines if line.startswith("| mean of tasks")).split("|")
+        assert all(f"| {cell.strip()} |" in page for cell in means[4:7])
 
 
 def test_tables_of_nothing_are_their_heads(tmp_path: Path) -> None:

@@ -66,11 +66,11 @@ def subcommands() -> Mapping[str, Any]:
 
 
 def test_every_subcommand_and_option_is_described(site: Path) -> None:
-    """Each subcommand has a heading; each option and argument of its help an item below, with what the help says."""
+    """Each subcommand has a heading; each option and argument an item below it, with what its help says."""
     page = Read(site / "reference" / "command-line.html")
     assert {f"tunerkit {name}" for name in subcommands()} <= {heading.text for heading in page.headings}
     for name, each in subcommands().items():
-        for parameter in (given for given in each.params if not given.hidden):
+        for parameter in each.params:
             is_option = parameter.param_type_name == "option"
             shown = parameter.opts[0] if is_option else parameter.metavar or parameter.name
             described = [item for item in page.items if item.startswith(shown)]

@@ -13,6 +13,8 @@ from plugins.cli.tests.product_plugin import ProductPlugin
 from tests.support.tiny_classifier import save_tiny_classifier
 from tests.support.train_command import command, signalled, succeeded, write_rows
 from tunerkit_cli.preparing.session import Session
+from tunerkit_cli.running import run
+from tunerkit_cli.running.record import Trained
 from tunerkit_cli.sweeping import scoring, sweep
 from tunerkit_cli.sweeping.statistics import Scores
 from tunerkit_cli.tasks.base import Row
@@ -68,20 +70,41 @@ def test_a_sweep_that_was_interrupted_ends_as_one_that_was_not(given: list[str],
     assert "data.csv: has changed since this sweep began" in changed.stderr
 
 
-def test_scores_of_the_rows_that_choose_are_those_of_the_runs_own_evaluation(given: list[str], tmp_path: Path) -> None:
-    """The model computes them once; each score stands at its own row, whatever order they were computed in."""
+def test_scores_stand_at_their_rows(given: list[str], tmp_path: Path) -> None:
+    """Those of a run's own evaluation, and those that are computed, are what the model predicts for the row alone."""
     both: list[tuple[list[float], list[float]]] = []
 
     def recording(session: Session, rows: Sequence[Row], right: Sequence[bool] | None = None) -> Scores:
         found = scoring.row_scores(session, rows, right)
-        if right is not None:
-            both.append((found.tolist(), scoring.row_scores(session, rows).tolist()))
+        predicted = session.task.predict(session.loaded, rows, batch_size=1)
+        wanted = [float(one["label"] == row["label"]) for one, row in zip(predicted, rows, strict=True)]
+        both.append((found.tolist(), wanted))
         return found
 
     with mock.patch.object(sweep, "row_scores", recording):
-        succeeded("sweep", *given, "--method", "toy-product", "--lr", "1e-2,3e-2", "--out", tmp_path / "out")
-    assert [one for one, _ in both] == [other for _, other in both]
-    assert {score for one, _ in both for score in one} == {0, 1}
+        succeeded(
+            "sweep", *given, "--method", "toy-product", "--lr", "1e-2,3e-2", "--seeds", "1", "--out", tmp_path / "out"
+        )
+    assert [found for found, _ in both] == [wanted for _, wanted in both]
+    assert {score for found, _ in both for score in found} == {0, 1}
+
+
+def test_a_run_that_could_not_be_evaluated_has_no_scores(given: list[str], tmp_path: Path) -> None:
+    """It is left out, and trained anew by ``--resume``."""
+    axes = ("--method", "toy-product", "--lr", "1e-3,1e-2,3e-2", "--seeds", "1", "--out", tmp_path / "out")
+    evaluate = run.evaluate
+
+    def failing(session: Session, trained: Trained) -> Trained:
+        if session.trainer.args.learning_rate == 1e-2:
+            raise RuntimeError("no such metric")
+        return evaluate(session, trained)
+
+    with mock.patch.object(run, "evaluate", failing):
+        done = succeeded("sweep", *given, *axes)
+    assert "Failed, and left out: learning_rate 1e-2 (seed 0: the adapter is trained" in " ".join(done.output.split())
+    assert len(list((tmp_path / "out").glob("*/seed-0/scores.json"))) == 2
+    succeeded("sweep", "--out", tmp_path / "out", "--resume")
+    assert len(result(tmp_path / "out")["settings"]) == 3
 
 
 def test_methods_are_compared_each_at_its_best_rate(given: list[str], tmp_path: Path) -> None:

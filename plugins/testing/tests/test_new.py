@@ -414,8 +414,6 @@ def test_the_command_lists_every_file_that_its_author_changes(
     [
         (["New One"], "for example 'new-one'"),
         (["new-one", "--form", "low-rank"], "--form: choose function, hooks or scheduled, got 'low-rank'"),
-        (["new-one", "--scale"], "have become --form function, hooks or scheduled; docs/authors/write-a-plugin.md"),
-        (["new-one", "--scheduled", "--shared"], "have become --form"),
         (["new-one", "--into", "missing"], "No such file or directory"),
     ],
 )

@@ -12,9 +12,6 @@ from rich.console import Console
 
 from tunerkit.plugin import hookimpl
 
-# Each chose a template of its own.
-_EARLIER = ("--function", "--low-rank", "--scale", "--scheduled", "--shared", "--full-matrix", "--outputs", "--fitted")
-
 
 @hookimpl
 def tunerkit_commands() -> Mapping[str, Callable[..., object]]:
@@ -66,16 +63,10 @@ def new(
         ),
     ] = "function",
     into: Annotated[Path, typer.Option(help="The folder to write the distribution's own folder into.")] = Path(),
-    earlier: Annotated[bool, typer.Option(*_EARLIER, hidden=True)] = False,
 ) -> None:
     """Write a distribution with a new method, which installs and passes the conformance tests as it is."""
-    from tunerkit_testing.new import NewMethodError, files_to_edit, write_distribution
+    from tunerkit_testing.new import files_to_edit, write_distribution
 
-    if earlier:
-        raise NewMethodError(
-            f"{', '.join(_EARLIER[:-1])} and {_EARLIER[-1]} have become --form function, hooks or scheduled; "
-            "docs/authors/write-a-plugin.md, 'Start from a template', says where examples of the others are"
-        )
     folder = write_distribution(method, form, into)
     typer.echo(f"written to {folder}; it works as it is: pip install -e '{folder}[test]' && tunerkit check {method}")
     typer.echo("Then make it yours:")

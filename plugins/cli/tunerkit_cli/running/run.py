@@ -113,7 +113,8 @@ def _finish(
         trained = attrs.evolve(trained, metrics={**trained.metrics, **measured(session)})
     except Exception as problem:  # of a library, of a metric, of the data: whatever it is, the adapter is trained
         failed = problem
-    after(session, trained)
+    if failed is None:
+        after(session, trained)
     count = SAMPLES if recipe.samples is None else recipe.samples  # a run that an earlier version began says nothing
     with hardware.computing_in(session.precision, session.loaded.model.device):
         samples = task.samples(session.loaded, session.data.held_out, count)

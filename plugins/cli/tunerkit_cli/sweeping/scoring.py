@@ -67,7 +67,7 @@ def row_scores(session: Session, rows: Sequence[Row], right: Sequence[bool] | No
     if task.one_class:
         return _right_or_wrong(session, task.encode(rows, loaded), right)
     arguments = copy.copy(session.trainer.args)
-    arguments.per_device_eval_batch_size = 1
+    arguments.per_device_eval_batch_size, arguments.train_sampling_strategy = 1, "sequential"
     part = ("the held-out rows", task.encode(rows, loaded))
     trainer, _ = build_fitted(task, arguments, loaded, {"train": part, "eval": part})
     if is_scored(session.trainer) and not is_scored(trainer):

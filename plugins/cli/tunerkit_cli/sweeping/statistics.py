@@ -91,7 +91,9 @@ def difference(first: Scores, second: Scores, *, level: float = LEVEL) -> Differ
 
 
 def interval_of_mean(values: NDArray[np.float64], *, level: float = LEVEL) -> tuple[float, float]:
-    """Return the ends of the confidence interval of a mean, by Student's t, which holds its level for few values too.
+    """Return the ends of the confidence interval of a mean, by Student's t.
+
+    It holds its level for few values too, if they are about normal.
 
     Args:
         values: Independent values, (n,), of at least two.

@@ -353,7 +353,8 @@ class _Runs:
         seed, folder = self.seed(arm, number), self.folder(arm, number)
         training = {**arm.recipe.training, "seed": seed}
         recipe = attrs.evolve(arm.recipe, out=str(folder), training=training, baseline=False)
-        resume = (folder / RECIPE).is_file() and folder.has_checkpoint
+        # One that ended without its scores could not be evaluated, and is trained anew.
+        resume = (folder / RECIPE).is_file() and folder.has_checkpoint and not folder.has_ended
         data = attrs.evolve(self.data, held_out=self.choosing)
         try:
             folder.path.mkdir(parents=True, exist_ok=True)

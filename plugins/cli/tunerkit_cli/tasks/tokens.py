@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any, ClassVar
 
 from tunerkit_cli.rows import BadValue, class_numbers
-from tunerkit_cli.tasks.base import NOT_LEARNED, Column, Results, Row, Task, first_output
+from tunerkit_cli.tasks.base import NOT_LEARNED, Column, Results, Row, Task, first_output, in_order
 from tunerkit_cli.tasks.texts import label_list, labels_of, tag_list, token_limit
 from tunerkit_transformers.pretrained import Pretrained
 
@@ -82,12 +82,8 @@ class TokenClassification(Task):
 
     def evaluate(self, trainer: Any, dataset: Any) -> Results:
         """The metrics over all words, and F1 of entities, for which the windows of a row are joined."""
-        strategy = trainer.args.train_sampling_strategy
-        trainer.args.train_sampling_strategy = "random"  # the one of lengths would change the order of predictions too
-        try:
+        with in_order(trainer.args):
             found = trainer.predict(dataset)
-        finally:
-            trainer.args.train_sampling_strategy = strategy
         logits, truth = first_output(found.predictions), found.label_ids
         rows, windows = list(dataset["row"]), list(dataset["window"])
         order = sorted(range(len(windows)), key=windows.__getitem__)

@@ -22,7 +22,7 @@ from tunerkit_testing.checks.probing import (
     movable,
     random_like,
     seeded,
-    steps_,
+    take_steps_,
     trained_parameters,
     values_of,
     without_copies,
@@ -201,7 +201,7 @@ def check_bf16_base(trial: Trial) -> None:
     starts = values_of(own)
     optimizer = optimizer_of(own.values(), trial.lr)
     tunerkit.attach(model, optimizer, total_steps=STEPS)
-    steps_(model, narrow, optimizer, range(_STEPS))
+    take_steps_(model, narrow, optimizer, range(_STEPS))
     for name, parameter in trained_parameters(tuner).items():
         assert parameter.dtype == dtype, f"{name} is {parameter.dtype} instead of {dtype}; do not cast it to the base's"
         assert bool(parameter.isfinite().all()), f"{name} contains NaN or inf after {_STEPS} steps on a base in bf16"

@@ -340,7 +340,7 @@ def seeded(run: Callable[[nn.Module], Tensor], model: nn.Module, seed: int = 1) 
         return run(model)
 
 
-def steps_(model: nn.Module, trial: Trial, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def take_steps_(model: nn.Module, trial: Trial, optimizer: torch.optim.Optimizer, steps: range) -> None:
     """Take steps, each with a random state of its own number."""
     trial.start_training(model)
     for step in steps:
