@@ -32,6 +32,8 @@ class StubVllm(ThreadingHTTPServer):
         self.forgets = False  # whether another replica answers than the one that loaded
         self.dies_after_load = False
         self.breaks = 0  # how many connections are closed without an answer
+        self.free = threading.Event()  # unset, it holds back all answers
+        self.free.set()
         self.key: str | None = None
 
     def count(self, route: str) -> int:
@@ -101,6 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
         stub = self.server
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         stub.asked.append(f"{verb} {self.path} {body.decode()}")
+        stub.free.wait()
         if stub.breaks:
             stub.breaks -= 1
             self.close_connection = True

@@ -65,6 +65,9 @@ def test_a_version_is_loaded_under_the_hash_of_its_files(model: nn.Module, stub:
     assert stub.paths == {name: str(tmp_path / name)}
     assert read_folder(tmp_path / name).ranks == {8}
     assert publish.loaded == (name,)
+    (tmp_path / "made-here").mkdir()  # the server may run as another user
+    assert (tmp_path / name).stat().st_mode == (tmp_path / "made-here").stat().st_mode
+    (tmp_path / "made-here").rmdir()
     assert (stub.count(f'"model": "{name}"'), stub.count(f'"model": "{BASE}"')) == (1, 1)
     assert versions(tmp_path) == [name]
 
@@ -354,6 +357,17 @@ def test_a_broken_connection_is_tried_again(model: nn.Module, stub: StubVllm, tm
     stub.breaks = 2
     assert publishing(model, stub, tmp_path).publish() in stub.adapters
     assert stub.count("/v1/models") == 2 + 2
+
+
+def test_a_server_that_does_not_answer_is_asked_once(stub: StubVllm) -> None:
+    """It may still be at work, so the request is not sent again."""
+    stub.free.clear()
+    try:
+        with pytest.raises(PublishError, match=r"/v1/models: no answer within 0\.1 s; is the server overloaded"):
+            to(stub, timeout=0.1).listed()
+    finally:
+        stub.free.set()
+    assert stub.count("/v1/models") <= 1
 
 
 def test_a_dead_server_is_one_error_before_anything_is_written(model: nn.Module, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """The files of published versions: each in a folder of its own, which is named by its content and appears whole."""
 
+import errno
 import hashlib
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -73,13 +75,13 @@ class Versions:
         return [each.name for each in sorted(found, key=lambda each: (each.stat().st_mtime_ns, each.name))]
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove versions: renamed first, so that none is ever there in part."""
+        """Remove versions: renamed first, so that none is ever there in part. What cannot be removed now stays."""
         away = self.folder / f".{self.prefix}-old"
         shutil.rmtree(away, ignore_errors=True)
         for name in names:
-            if (self.folder / name).is_dir():
+            with suppress(OSError):
                 (self.folder / name).rename(away)
-                shutil.rmtree(away, ignore_errors=True)
+            shutil.rmtree(away, ignore_errors=True)
 
 
 def _refuse(folder: Folder, rules: Engine) -> None:
@@ -118,5 +120,8 @@ def _sync(path: Path) -> None:
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
+    except OSError as problem:
+        if problem.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot do this for a folder
+            raise
     finally:
         os.close(number)

@@ -132,7 +132,8 @@ class VllmServer:
         headers = {"Content-Type": "application/json"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         request = Request(self.url + route, data, headers, method=verb)
-        for wait in (*self.waits, None):
+        waits = iter(self.waits)
+        while True:
             try:
                 with _opener().open(request, timeout=self.timeout) as answer:
                     return answer.status, answer.read(_LARGEST).decode("utf-8", "replace")
@@ -142,13 +143,13 @@ class VllmServer:
                     raise PublishError(
                         f"{self.url}{route}: no answer within {self.timeout:g} s; is the server overloaded?"
                     ) from problem
+                wait = next(waits, None)
                 if wait is None:
                     raise PublishError(
                         f"{self.url}{route}: no connection ({reason}), tried {len(self.waits) + 1} times; is the "
                         "server running there?"
                     ) from problem
-                time.sleep(wait)
-        raise AssertionError  # the last try returns or raises
+            time.sleep(wait)
 
     def _refusal(self, what: str, status: int, text: str) -> PublishError:
         words = _words(text)
