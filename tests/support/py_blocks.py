@@ -1,6 +1,7 @@
 """What surrounds the pages' blocks marked ``py`` when a test runs them: they need a library or a process group."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import attrs
 
@@ -117,6 +118,19 @@ for line in ("train --model base --data pairs.jsonl --out out/pairs --epochs 1",
     done = CliRunner().invoke(build(), line.split())
     assert done.exit_code == 0, done.output
 """
+# A server with vLLM's routes, for what is trained already.
+_SERVED = f"""
+import sys
+
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from plugins.serving.tests.stub_vllm import perturb_, running
+
+serving = running()
+server = serving.__enter__()
+url = server.url
+model = tunerkit.wrap(model, "lora", {{"rank": 4}})
+perturb_(model)
+"""
 _ZERO = '"zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": true}'
 _BATCH_OF_TWO, _ANY_BATCH = (f'{{"train_micro_batch_size_per_gpu": {size}, {_ZERO}' for size in ("2", '"auto"'))
 
@@ -208,6 +222,11 @@ SETTINGS = {
         + _TRAINED
         + _SAVED,
         after="assert tunerkit.tuner(model).steps == len(loader)",
+    ),
+    "name = versions.publish()  # at any step; the requests' model": Setting(
+        needs=("tunerkit_serving", "tunerkit_peft"),
+        before=_GIVEN + _SERVED,
+        after="assert set(server.adapters) == {name}\nserving.__exit__(None, None, None)",
     ),
     "trainer = SFTTrainer(model, train_dataset=rows)": Setting(
         needs=("bitsandbytes", "tunerkit_quant", "trl", "datasets"),

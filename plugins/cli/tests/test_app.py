@@ -291,6 +291,7 @@ def test_a_terminal_without_a_character_gets_an_escape(outputs: Path) -> None:
         (["check", "lora", "--config", "{}"], "testing"),
         (["new", "mine", "--form", "hooks"], "testing"),
         (["check-serving", "out", "--for", "vllm"], "serving"),
+        (["publish", "out", "--to", "http://localhost:8000"], "serving"),
     ],
 )
 def test_the_commands_of_other_distributions_name_the_extra_where_it_is_missing(

@@ -33,7 +33,7 @@ from tunerkit_cli.telling import one_line, telling_warnings
 _LOUD = ("torchao", "bitsandbytes", "torch.utils")
 _IN_FULL = "TUNERKIT_TRACEBACK"  # the environment variable with which errors of our own are printed in full
 # The commands that other distributions of ours add, with the extra that brings each.
-_ELSEWHERE: Mapping[str, str] = {"check": "testing", "new": "testing", "check-serving": "serving"}
+_ELSEWHERE: Mapping[str, str] = {"check": "testing", "new": "testing", "check-serving": "serving", "publish": "serving"}
 
 
 def run() -> None:

@@ -1,4 +1,7 @@
-"""What engines will refuse or scale wrongly: rules from their sources, over the header of an adapter."""
+"""What engines take of an adapter: rules from their sources, and versions of it for a running one."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from tunerkit_serving.adapter_folder import Folder as Folder, read_folder as read_folder
 from tunerkit_serving.checking import (
@@ -11,3 +14,20 @@ from tunerkit_serving.checking import (
 from tunerkit_serving.findings import Engine as Engine, Finding as Finding, Severity as Severity
 from tunerkit_serving.gguf_header import GgufAdapter as GgufAdapter, read_gguf as read_gguf
 from tunerkit_serving.printing import as_json as as_json, as_text as as_text
+
+if TYPE_CHECKING:
+    from tunerkit_serving.publishing import Publisher as Publisher, publisher as publisher
+    from tunerkit_serving.server import Listing as Listing, PublishError as PublishError, Server as Server
+    from tunerkit_serving.vllm_http import VllmServer as VllmServer
+
+_PLACES = {  # only publishing needs HTTP
+    **dict.fromkeys(("Publisher", "publisher"), "publishing"),
+    **dict.fromkeys(("Listing", "PublishError", "Server"), "server"),
+    "VllmServer": "vllm_http",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -1,5 +1,6 @@
 """The commands of this plugin; torch is imported inside them."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from tunerkit.plugin import hookimpl
 @hookimpl
 def tunerkit_commands() -> Mapping[str, Callable[..., object]]:
     """Add the commands."""
-    return {"check-serving": check_serving}
+    return {"check-serving": check_serving, "publish": publish}
 
 
 def check_serving(
@@ -39,3 +40,29 @@ def check_serving(
     typer.echo(serving.as_json(path, findings) if as_json else serving.as_text(path, findings))
     if any(finding.severity.is_bad for finding in findings):
         raise typer.Exit(1)
+
+
+def publish(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A PEFT folder, which is published as it is, or the folder of a finished run.", metavar="PATH"
+        ),
+    ],
+    to: Annotated[str, typer.Option("--to", help="The address of a running vLLM, such as http://localhost:8000.")],
+    keep: Annotated[int, typer.Option(min=1, help="How many versions of this folder's name stay loaded.")] = 2,
+    rank: Annotated[int | None, typer.Option(min=1, help="The rank, for a run. Default: the least that fits.")] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Where versions are written, which the server reads too. Default: tunerkit-published."),
+    ] = None,
+) -> None:
+    """Load an adapter into a running vLLM, and print its name there, which requests name as their model."""
+    import tunerkit
+    import tunerkit_serving as serving
+    from tunerkit_serving.adapter_folder import CONFIG
+
+    serving.VllmServer.at(to)  # before the model: a typo is the quicker mistake
+    source = path if (path / CONFIG).is_file() else tunerkit.from_folder(path)[0]
+    prefix = re.sub(r"[^A-Za-z0-9._-]+", "-", path.absolute().name).strip(".-_")[:64] or "adapter"
+    typer.echo(serving.publisher(source, to, keep=keep, rank=rank, folder=folder, prefix=prefix).publish())
