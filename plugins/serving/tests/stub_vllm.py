@@ -108,6 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
             stub.breaks -= 1
             self.close_connection = True
             return
+        answer: Any
         if stub.key is not None and self.headers.get("Authorization") != f"Bearer {stub.key}":
             status, answer = 401, {"error": "Unauthorized"}
         else:

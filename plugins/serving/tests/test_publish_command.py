@@ -48,8 +48,13 @@ def test_a_run_is_published_by_its_model(stub: StubVllm, tmp_path: Path, monkeyp
     torch.manual_seed(0)
     model = tunerkit.wrap(Decoder(), "lora", {"rank": 4, "targets": ["q_proj"]})
     perturb_(model)
-    opened = []
-    monkeypatch.setattr(tunerkit, "from_folder", lambda path: (opened.append(path), (model, None))[1])
+    opened: list[Path] = []
+
+    def from_folder(path: Path) -> tuple[Decoder, None]:
+        opened.append(path)
+        return model, None
+
+    monkeypatch.setattr(tunerkit, "from_folder", from_folder)
     done = run(tmp_path / "run", "--to", stub.url, "--rank", 16, "--folder", tmp_path / "there")
     assert done.exit_code == 0, done.output
     assert (opened, [*stub.adapters]) == ([tmp_path / "run"], [done.stdout.strip()])
