@@ -9,7 +9,7 @@ from tunerkit.serialization.adapter_file import (
     warn_of_unspent_schedule,
     write_trained,
 )
-from tunerkit.serialization.atomic_writing import locked, replace, scratch_in
+from tunerkit.serialization.atomic_writing import locked, replace, scratch_in, sync
 from tunerkit.serialization.fingerprint import note_base
 from tunerkit.serialization.formats import DEFAULT_FORMAT, SCRATCH, find_format, format_at, is_foreign, write_format
 from tunerkit.serialization.header import read

@@ -117,6 +117,8 @@ def test_an_encoder_without_an_end_token_scores_too(given: Path, tmp_path: Path)
         for each in arguments("reward", given, "pairs.jsonl")
     ]
     succeeded(*run, "--out", tmp_path / "out")
+    scored = succeeded("predict", tmp_path / "out", "--data", given / "pairs.jsonl", "--column", "completion=chosen")
+    assert "value" in json.loads(scored.stdout.splitlines()[0])
 
 
 @pytest.mark.parametrize(("label", "said"), [(True, "is a good answer"), (False, "is a bad answer")])

@@ -11,6 +11,7 @@ import pytest
 
 from plugins.cli.tests.product_plugin import ProductPlugin
 from tests.support.tiny_classifier import save_tiny_classifier
+from tests.support.tiny_models import save_tiny_llama
 from tests.support.train_command import command, signalled, succeeded, write_rows
 from tunerkit_cli.preparing.session import Session
 from tunerkit_cli.running import run
@@ -87,6 +88,33 @@ def test_scores_stand_at_their_rows(given: list[str], tmp_path: Path) -> None:
         )
     assert [found for found, _ in both] == [wanted for _, wanted in both]
     assert {score for found, _ in both for score in found} == {0, 1}
+
+
+def test_losses_stand_at_their_rows(tmp_path: Path) -> None:
+    """Each is that of the row alone, in a run whose trainer groups batches by length."""
+    pytest.importorskip("trl")
+    save_tiny_llama(tmp_path / "tiny")
+    rows = "".join(json.dumps({"text": "a film " * (1 + number * 7 % 9)}) + "\n" for number in range(48))
+    (tmp_path / "data.jsonl").write_text(rows, encoding="utf-8")
+    both: list[tuple[list[float], list[float]]] = []
+
+    def recording(session: Session, rows: Sequence[Row], right: Sequence[bool] | None = None) -> Scores:
+        assert session.trainer.args.train_sampling_strategy == "group_by_length"
+        found = scoring.row_scores(session, rows, right)
+        both.append((found.tolist(), [float(scoring.row_scores(session, [row])[0]) for row in rows]))
+        return found
+
+    settings = ("task=causal-lm", "training.max_steps=2", "training.train_sampling_strategy=group_by_length")
+    given = ("--data", tmp_path / "data.jsonl", "--model", tmp_path / "tiny", *(f"--set={each}" for each in settings))
+    with mock.patch.object(sweep, "row_scores", recording), registered(ProductPlugin()):
+        succeeded(
+            *("sweep", *given, "--method", "toy-product", "--lr", "1e-3,1e-2"),
+            *("--seeds", "1", "--out", tmp_path / "out"),
+        )
+    assert len(both) == 4
+    for found, wanted in both:
+        assert found == pytest.approx(wanted, abs=1e-5)
+        assert len({round(score, 3) for score in found}) > 3  # of different lengths, so that another order would show
 
 
 def test_a_run_that_could_not_be_evaluated_has_no_scores(given: list[str], tmp_path: Path) -> None:

@@ -218,7 +218,8 @@ class Publisher:
             try:
                 self.server.unload(idle)
             except PublishError:
-                self._loaded.insert(0, idle)
+                with self._counting:
+                    self._loaded.insert(0, idle)
                 raise
             self._leaving.append(idle)
 

@@ -1,8 +1,6 @@
 """The files of published versions: each in a folder of its own, which is named by its content and appears whole."""
 
-import errno
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -12,6 +10,7 @@ from typing import Final
 
 import attrs
 
+from tunerkit import serialization
 from tunerkit_serving import signs
 from tunerkit_serving.adapter_folder import CONFIG, WEIGHTS, Folder, read_folder
 from tunerkit_serving.findings import Engine
@@ -56,9 +55,9 @@ class Versions:
             adds = _adds(found)
             if not (self.folder / name).is_dir():
                 for each in (*found.path.iterdir(), found.path):
-                    _sync(each)
+                    serialization.sync(each)
                 found.path.rename(self.folder / name)
-                _sync(self.folder)
+                serialization.sync(self.folder)
         except OSError as problem:
             raise PublishError(
                 f"{self.folder}: a version cannot be written: {problem.strerror or problem}. The versions before are "
@@ -114,14 +113,3 @@ def _adds(folder: Folder) -> bool:
 
     with safe_open(folder.path / WEIGHTS, framework="pt") as file:
         return any(bool(file.get_tensor(pair.b).any()) for pair in folder.pairs.values())
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    except OSError as problem:
-        if problem.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot do this for a folder
-            raise
-    finally:
-        os.close(number)
