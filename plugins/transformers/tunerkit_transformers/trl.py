@@ -10,6 +10,7 @@ from tunerkit.errors import StepError, warn
 from tunerkit.plugin import Tuner
 from tunerkit.plugin.trainers import inside
 from tunerkit_transformers.head_weights import refuse_heads, settle_heads_
+from tunerkit_transformers.merged_sync import refuse_sync, sync_merged_
 from tunerkit_transformers.reference import Reference, reference
 from tunerkit_transformers.stored_weights import differs_from_stored
 
@@ -23,7 +24,7 @@ def refuse_unfit(trainer: Trainer, tuners: list[Tuner]) -> None:
 
 
 def settle_(trainer: Trainer, tuners: list[Tuner]) -> None:
-    """Restore the adapters' dtypes, replace the reference that TRL loaded, and apply adapters of output heads.
+    """Restore dtypes, replace the reference that TRL loaded, apply adapters of output heads, and sync merged weights.
 
     Trainers of other libraries are not changed. Call `refuse_unfit` first.
     """
@@ -32,10 +33,12 @@ def settle_(trainer: Trainer, tuners: list[Tuner]) -> None:
     _restore_dtypes_(trainer, tuners)
     _settle_reference_(trainer, tuners[0].model)
     settle_heads_(trainer, tuners)
+    if vars(trainer.args).get("use_vllm"):
+        sync_merged_(trainer)
 
 
 def _refuse_options(trainer: Trainer) -> None:
-    """Raise `StepError` for an option that would move or cast the weights of adapters."""
+    """Raise `StepError` for an option that would move or cast the weights of adapters, or generate without them."""
     options = vars(trainer.args)
     if options.get("sync_ref_model"):
         raise StepError(
@@ -43,10 +46,7 @@ def _refuse_options(trainer: Trainer) -> None:
             "one: its reference is frozen. Set sync_ref_model=False"
         )
     if options.get("use_vllm"):
-        raise StepError(
-            "use_vllm sends the parameters to vLLM by name. vLLM does not know the adapters' names, so completions "
-            "would come from the base. Set use_vllm=False"
-        )
+        refuse_sync(trainer)
     paged = [name for name in _PAGED if options.get(name)]
     if paged and (trainer.args.bf16 or trainer.args.fp16):
         raise StepError(
