@@ -20,7 +20,10 @@ import trl
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.generation import vllm_generation
 
+from tests.support.toys import group_of_one as group_of_one
 from tests.support.trainer_toys import VOCABULARY, tokenizer
+from tunerkit.hooks import specs
+from tunerkit.hooks.loading import Catalog
 from tunerkit_transformers import merged_sync
 
 TRL: Any = trl  # untyped in part
@@ -178,6 +181,19 @@ def test_vllm_generates_with_the_merged_weights_under_the_base_s_names(
     assert same(own(model), before)
 
 
+def test_a_process_group_that_vllm_opens_needs_no_plugin(
+    engine: Engine, tmp_path: Path, group_of_one: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the trainer vLLM opens one of this process alone, which else would mean that others train too."""
+    asked = Catalog.asked  # as without tunerkit-distributed
+    monkeypatch.setattr(Catalog, "asked", lambda self, hook: [] if hook is specs.tunerkit_engine else asked(self, hook))
+    model = llama()
+    trainer = trainer_of(model, tmp_path)
+    tunerkit.attach(model, trainer)
+    trainer.train()
+    assert tunerkit.tuner(model).steps == 6
+
+
 def test_two_hundred_syncs_in_bf16_change_no_bit(engine: Engine, tmp_path: Path) -> None:
     """Each one sends the same bits too; adding and subtracting ΔW in bf16 would wear the base down."""
     model = llama(dtype=torch.bfloat16)
@@ -293,7 +309,8 @@ def test_adapted_tied_weights_are_refused(how: str, engine: Engine, tmp_path: Pa
     """The engine has one weight for both and skips the head's; adapters beside the tie are synced."""
     beside = llama(tied=True)
     tunerkit.attach(beside, trainer_of(beside, tmp_path))
-    model = llama(tied=True, **{how: ["embed_tokens", "lm_head"]})
+    config: dict[str, Any] = {how: ["embed_tokens", "lm_head"]}
+    model = llama(tied=True, **config)
     before = own(model)
     trainer = trainer_of(model, tmp_path)
     with pytest.raises(StepError, match=r"'lm_head.weight' is tied to another weight.* \(exclude=...\)"):

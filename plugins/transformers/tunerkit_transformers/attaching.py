@@ -24,6 +24,7 @@ from tunerkit.plugin.trainers import (
 from tunerkit_transformers.checkpoints import load_states, restore_weights_, take_over_
 from tunerkit_transformers.fsdp import leave_out_, refuse_other_shards
 from tunerkit_transformers.head_weights import refuse_liger
+from tunerkit_transformers.merged_sync import sends_merged
 from tunerkit_transformers.trl import refuse_unfit, settle_
 from tunerkit_transformers.zero_checkpoints import runs_deepspeed
 
@@ -52,6 +53,8 @@ def attach_trainer(
     if present is not None:
         present.add(tuners, total_steps)
         return
+    if data_parallel is None and sends_merged(trainer):
+        data_parallel = False  # a process group may be vLLM's, which opens one beside the trainer
     callback = StepCallback(trainer, tuners, total_steps, data_parallel)
     trainer.add_callback(callback)
     take_over_(trainer, callback)

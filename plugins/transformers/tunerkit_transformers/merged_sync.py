@@ -40,7 +40,7 @@ def refuse_sync(trainer: Trainer) -> None:
     The adapters are merged once and unmerged again, so what cannot be merged is refused before it is trained.
     """
     generation: Any = vars(trainer).get(_GENERATION)
-    model = trainer.model
+    model: Any = trainer.model
     is_known = any(is_named(type(trainer), name) for name in _TRAINERS) and getattr(generation, "model", None) is model
     if not is_known or not all(hasattr(generation, name) for name in (_WALK, _RENAME)) or _is_quantised(model):
         raise StepError(_UNKNOWN)
@@ -66,11 +66,15 @@ def refuse_sync(trainer: Trainer) -> None:
 
 def sync_merged_(trainer: Trainer) -> None:
     """Replace TRL's walk over the parameters, once, so that each sync sends merged weights."""
-    generation: Any = vars(trainer)[_GENERATION]
-    own = getattr(generation, _WALK)
-    if getattr(own, "func", None) is _walk_merged:
-        return
-    setattr(generation, _WALK, partial(_walk_merged, generation, own))
+    if not sends_merged(trainer):
+        generation: Any = vars(trainer)[_GENERATION]
+        setattr(generation, _WALK, partial(_walk_merged, generation, getattr(generation, _WALK)))
+
+
+def sends_merged(trainer: Trainer) -> bool:
+    """Whether `sync_merged_` was called. This process then trains alone, whatever process group vLLM opens in it."""
+    own = getattr(vars(trainer).get(_GENERATION), _WALK, None)
+    return isinstance(own, partial) and own.func is _walk_merged
 
 
 def _walk_merged(generation: Any, own: Callable[[], Named]) -> Named:
