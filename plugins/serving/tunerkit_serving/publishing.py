@@ -16,7 +16,7 @@ import attrs
 import tunerkit
 from tunerkit.errors import AdapterError, FileError, TunerkitError, TunerkitWarning, shown
 from tunerkit_serving.adapter_folder import CONFIG, WEIGHTS, read_folder
-from tunerkit_serving.server import PublishError, Server
+from tunerkit_serving.server import PROBE, PublishError, Server
 from tunerkit_serving.versions import Versions
 from tunerkit_serving.vllm import RANKS
 from tunerkit_serving.vllm_http import VllmServer
@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 
     from tunerkit.plugin import Tuner
 
-PROBE: Final = tuple(range(10, 26))  # token ids that every vocabulary has
 _KEY: Final = "VLLM_API_KEY"  # vLLM's own name for it
-_FOLDER: Final = "tunerkit-published"
+FOLDER: Final = "tunerkit-published"
 _CONVERT: Final = (
     ". Engines load LoRA alone: train with a method that has factors, or turn the saved adapter into a LoRA and "
     "publish that: tunerkit convert OUT --to lora --rank 16"
@@ -95,10 +94,18 @@ def publisher(
             raise PublishError("rank, adapter and the format's options are for a model; a folder is published as it is")
         write: Callable[[Path], None] = _Copy(Path(source))
     else:
-        write = _Export(source, tunerkit.tuner(source, adapter).name, rank, options)
-    server = VllmServer.at(to, key or os.environ.get(_KEY)) if isinstance(to, str) else to
-    versions = Versions(Path(_FOLDER if folder is None else folder).expanduser().absolute(), prefix)
-    return Publisher(write, server, versions, keep, probe)
+        write = Export(source, tunerkit.tuner(source, adapter).name, rank, options)
+    versions = Versions(Path(FOLDER if folder is None else folder).expanduser().absolute(), prefix)
+    return Publisher(write, server_at(to, key), versions, keep, probe)
+
+
+def server_at(to: str | Server, key: str | None = None) -> Server:
+    """Return the server at a URL; a `Server` is returned as it is.
+
+    Raises:
+        PublishError: It is no URL of HTTP.
+    """
+    return VllmServer.at(to, key or os.environ.get(_KEY)) if isinstance(to, str) else to
 
 
 @attrs.define(eq=False)
@@ -225,15 +232,23 @@ class Publisher:
 
 
 @attrs.define(eq=False)
-class _Export:
-    """Writes a model's adapter, always with one rank."""
+class Export:
+    """Writes a model's adapter as a PEFT folder, always with one rank.
+
+    Attributes:
+        model: The wrapped model.
+        adapter: The adapter's name.
+        rank: The rank; None to take the least that fits, at the first call.
+        options: Of the format.
+    """
 
     model: "nn.Module"
     adapter: str
-    rank: int | None
-    options: dict[str, Any]
+    rank: int | None = None
+    options: dict[str, Any] = attrs.field(factory=dict)
 
     def __call__(self, place: Path) -> None:
+        """Write the adapter as it is to a folder that does not exist, or raise `PublishError`."""
         tuner = tunerkit.tuner(self.model, self.adapter)
         try:
             _refuse_shared(tuner)

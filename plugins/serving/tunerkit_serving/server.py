@@ -1,17 +1,23 @@
-"""What publishing needs of a running engine, and the error for all that can go wrong."""
+"""What publishing and sampling need of a running engine, and the errors for all that can go wrong."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 
 from tunerkit.errors import TunerkitError
 from tunerkit_serving.findings import Engine
 
+PROBE = tuple(range(10, 26))  # token ids that every vocabulary has
+
 
 class PublishError(TunerkitError):
     """An adapter cannot be published to a running engine. The versions that were published before are unchanged."""
+
+
+class ServerGone(PublishError):
+    """The engine does not answer, or has lost the version asked for: it may have been restarted."""
 
 
 @attrs.frozen
@@ -25,6 +31,48 @@ class Listing:
 
     base: str
     adapters: frozenset[str]
+
+
+@attrs.frozen(kw_only=True)
+class Sampling:
+    """How an engine draws answers. The defaults are the model's own distribution.
+
+    Attributes:
+        max_tokens: The most tokens of an answer.
+        n: How many answers to each prompt.
+        temperature: What logits are divided by; 0 for the likeliest token.
+        top_p: Draw from the likeliest tokens with at least this probability together.
+        top_k: Draw from so many of the likeliest tokens; 0 for all.
+        min_p: The least probability, as a share of the largest one.
+        repetition_penalty: Above 1, tokens that were there become less likely.
+        seed: Of the draws; None for the engine's own.
+        stop: Token ids that end an answer, beside the model's own.
+        more: Further fields of the request.
+    """
+
+    max_tokens: int
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[int, ...] = ()
+    more: Mapping[str, Any] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class Answer:
+    """An answer, and how likely each of its tokens was for the engine.
+
+    Attributes:
+        tokens: The token ids, with the one that ended it.
+        logprobs: The natural logarithms of their probabilities, one for each token.
+    """
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
 
 
 class Server(Protocol):
@@ -48,5 +96,13 @@ class Server(Protocol):
         ...
 
     def logprobs(self, model: str, tokens: Sequence[int]) -> Sequence[float]:
-        """Return log-probabilities after a short prompt of token ids, by the base model or by an adapter."""
+        """Return the log-probability of each token but the first, by the base model or by an adapter."""
+        ...
+
+    def sample(self, model: str, prompt: Sequence[int], sampling: Sampling) -> Sequence[Answer]:
+        """Return ``sampling.n`` answers to a prompt of token ids, by the base model or by an adapter."""
+        ...
+
+    def chat_prompt(self, model: str, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+        """Return the token ids that the engine's own chat template makes of messages, ready for an answer."""
         ...

@@ -14,12 +14,11 @@ import attrs
 
 from tunerkit.errors import cut, shown
 from tunerkit_serving.findings import Engine
-from tunerkit_serving.server import Listing, PublishError
+from tunerkit_serving.server import Answer, Listing, PublishError, Sampling, ServerGone
 from tunerkit_serving.vllm import ENGINE
 
 _LARGEST: Final = 10_000_000  # bytes of an answer
 _WORDS: Final = 400  # characters of the server's own words in a message
-_TOP: Final = 5  # alternatives with log-probabilities, which every server allows
 _NO_ROUTE: Final = ("Not Found", "Method Not Allowed")  # FastAPI's own words, without a message of vLLM
 _START: Final = "Start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
 # What vLLM's words mean for whoever publishes. The first that matches counts.
@@ -31,6 +30,10 @@ _ADVICE: Final = (
     (
         r"max_loras|max_cpu_loras|lora slot",
         "Start the server with --max-loras of one more than keep (and --max-cpu-loras no less), or lower keep",
+    ),
+    (
+        r"max_model_len|maximum context length",
+        "Start the server with a larger --max-model-len, or ask for shorter answers",
     ),
     (r"lora.*(not enabled|disabled)|enable.lora", _START),
     (
@@ -47,13 +50,15 @@ class VllmServer:
     Attributes:
         url: Where it listens, such as ``"http://host:8000"``.
         key: What it was given as ``--api-key``.
-        timeout: Seconds for one answer.
+        timeout: Seconds for one answer, but for `sample`.
+        sampling_timeout: Seconds for the answers to one prompt.
         waits: Seconds before each further try after a refused or broken connection.
     """
 
     url: str
     key: str | None = attrs.field(default=None, repr=False)
     timeout: float = 60.0
+    sampling_timeout: float = 600.0
     waits: tuple[float, ...] = (0.5, 2.0)
 
     @classmethod
@@ -101,21 +106,60 @@ class VllmServer:
             raise self._refusal(f"unload {name}", status, text)
 
     def logprobs(self, model: str, tokens: Sequence[int]) -> Sequence[float]:
-        """See `Server`. With ``echo`` the prompt's own tokens count too, so that small changes are seen."""
-        body = {"model": model, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "logprobs": _TOP}
-        answer = self._answer("POST", "/v1/completions", {**body, "echo": True})
+        """See `Server`."""
+        body = {"model": model, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "logprobs": 0, "echo": True}
+        answer = self._answer("POST", "/v1/completions", body)
         try:
-            found = answer["choices"][0]["logprobs"]
-            own = [float(each) for each in found["token_logprobs"] if each is not None]
-            return [*own, *map(float, (found["top_logprobs"][-1] or {}).values())]
-        except (LookupError, TypeError, ValueError, AttributeError) as problem:
+            return [float(each) for each in answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(tokens)]]
+        except (LookupError, TypeError, ValueError) as problem:
             raise PublishError(
                 f"{self.url}: expected log-probabilities from /v1/completions for {model}, got {shown(answer)}; pass "
                 "probe=False to publish without a probe"
             ) from problem
 
-    def _answer(self, verb: str, route: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        status, text = self._ask(verb, route, body)
+    def sample(self, model: str, prompt: Sequence[int], sampling: Sampling) -> Sequence[Answer]:
+        """See `Server`."""
+        fields = attrs.asdict(sampling, filter=attrs.filters.exclude("stop", "more"))
+        body = {
+            **fields,
+            **{"model": model, "prompt": list(prompt), "stop_token_ids": list(sampling.stop), "logprobs": 0},
+            **{"return_token_ids": True, **sampling.more},
+        }
+        answer = self._answer("POST", "/v1/completions", body, within=self.sampling_timeout)
+        try:
+            choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
+            found = [
+                Answer([int(t) for t in each["token_ids"]], [float(p) for p in each["logprobs"]["token_logprobs"]])
+                for each in choices
+            ]
+        except (LookupError, TypeError, ValueError) as problem:
+            raise PublishError(
+                f"{self.url}: expected token_ids and log-probabilities from /v1/completions for {model}, got "
+                f"{shown(answer)}; vLLM returns token ids since 0.10.2"
+            ) from problem
+        if len(found) != sampling.n or any(len(each.tokens) != len(each.logprobs) for each in found):
+            raise PublishError(
+                f"{self.url}: expected {sampling.n} answers with a log-probability for each token, got {shown(answer)}"
+            )
+        return found
+
+    def chat_prompt(self, model: str, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+        """See `Server`."""
+        body = {"model": model, "messages": list(messages), "max_tokens": 1, "return_token_ids": True}
+        answer = self._answer("POST", "/v1/chat/completions", body)
+        try:
+            return [int(each) for each in answer["prompt_token_ids"]]
+        except (LookupError, TypeError, ValueError) as problem:
+            raise PublishError(
+                f"{self.url}: expected prompt_token_ids from /v1/chat/completions for {model}, got {shown(answer)}"
+            ) from problem
+
+    def _answer(
+        self, verb: str, route: str, body: Mapping[str, Any] | None = None, within: float | None = None
+    ) -> dict[str, Any]:
+        status, text = self._ask(verb, route, body, within)
+        if status == 404 and "does not exist" in text and body is not None:
+            raise ServerGone(f"{self.url}: the server has no {body['model']!r}; was it restarted? {_words(text)!r}")
         if status != 200:
             raise self._refusal(f"answer {route}", status, text)
         try:
@@ -126,26 +170,28 @@ class VllmServer:
             raise PublishError(f"{self.url}{route}: expected JSON as of vLLM, got {shown(text)}; is it another server?")
         return answer
 
-    def _ask(self, verb: str, route: str, body: Mapping[str, Any] | None = None) -> tuple[int, str]:
+    def _ask(
+        self, verb: str, route: str, body: Mapping[str, Any] | None = None, within: float | None = None
+    ) -> tuple[int, str]:
         """Return the status and the text. Only connections are tried again: what timed out may still be at work."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         request = Request(self.url + route, data, headers, method=verb)
-        waits = iter(self.waits)
+        waits, within = iter(self.waits), within or self.timeout
         while True:
             try:
-                with _opener().open(request, timeout=self.timeout) as answer:
+                with _opener().open(request, timeout=within) as answer:
                     return answer.status, answer.read(_LARGEST).decode("utf-8", "replace")
             except (OSError, HTTPException) as problem:
                 reason = getattr(problem, "reason", problem)  # urllib's own error has the cause in it
                 if isinstance(reason, TimeoutError):
                     raise PublishError(
-                        f"{self.url}{route}: no answer within {self.timeout:g} s; is the server overloaded?"
+                        f"{self.url}{route}: no answer within {within:g} s; is the server overloaded?"
                     ) from problem
                 wait = next(waits, None)
                 if wait is None:
-                    raise PublishError(
+                    raise ServerGone(
                         f"{self.url}{route}: no connection ({reason}), tried {len(self.waits) + 1} times; is the "
                         "server running there?"
                     ) from problem

@@ -1,0 +1,236 @@
+"""Answers for TRL's GRPO from a running engine, drawn by the adapter as it is at each step."""
+
+import itertools
+import os
+import random
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+import tunerkit
+from tunerkit.errors import TunerkitError, shown, warn
+from tunerkit_serving.publishing import Publisher, publisher
+from tunerkit_serving.server import PROBE, Answer, PublishError, Sampling, Server, ServerGone
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_MADE_FOR: Final = "rollout is made for GRPOTrainer of TRL 1.16, which calls rollout_func(prompts, trainer)"
+# GRPO's settings by their names here.
+_SETTINGS: Final = {
+    "max_tokens": "max_completion_length",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+}
+_EQUAL: Final = 1e-3  # of two log-probabilities that the engine computes twice
+
+
+class RolloutError(TunerkitError):
+    """A trainer's answers cannot come from the engine."""
+
+
+def rollout(
+    model: "nn.Module",
+    to: str | Server,
+    *,
+    patience: float = 0.0,
+    requests: int = 64,
+    keep: int = 2,
+    rank: int | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    prefix: str = "tunerkit",
+    adapter: str | None = None,
+    probe: bool = True,
+    key: str | None = None,
+    **options: Any,
+) -> "Rollout":
+    """Return a ``rollout_func`` for TRL's GRPOTrainer, whose answers come from a running vLLM.
+
+    Whenever the trainer's step has moved, the adapter is published, see `tunerkit_serving.publisher`; answers are asked
+    for under that version's name, so none comes from an older one::
+
+        trainer = GRPOTrainer(
+            model, reward_funcs=score, args=args, train_dataset=rows, rollout_func=rollout(model, "http://localhost:8000")
+        )
+        tunerkit.attach(trainer)
+
+    Prompts become token ids by the trainer's own tokenizer and chat template. The seed of a draw is made of the
+    trainer's seed, its step and the prompt's place, so a resumed run asks for the same draws. Start the server with
+    ``--logprobs-mode processed_logprobs`` if the trainer's temperature is not 1.
+
+    Args:
+        model: The wrapped model that the trainer trains.
+        to: The server's URL, or a `tunerkit_serving.server.Server` for another engine.
+        patience: Seconds to wait for a server that does not answer, or was restarted, before the training stops. The
+            version is then published again.
+        requests: The most prompts that are asked for at once.
+        keep: How many versions stay loaded, see `tunerkit_serving.publisher`, as for all that follow.
+        rank: The rank of all versions.
+        folder: Where the versions are written.
+        prefix: What the versions' names start with.
+        adapter: The adapter's name.
+        probe: Whether to compare each version with the base once.
+        key: What the server was given as ``--api-key``.
+        **options: Options of the format ``"peft"``.
+
+    Returns:
+        The function. Nothing is published before TRL calls it.
+
+    Raises:
+        PublishError: An argument is invalid.
+        AdapterError: The model has no such adapter, or several and none is named.
+    """
+    if not patience >= 0:
+        raise PublishError(f"patience: expected >= 0 seconds, got {shown(patience)}")
+    if not requests >= 1:
+        raise PublishError(f"requests: expected >= 1, got {shown(requests)}")
+    versions = publisher(
+        model, to, keep=keep, rank=rank, folder=folder, prefix=prefix, adapter=adapter, probe=probe, key=key, **options
+    )
+    return Rollout(tunerkit.tuner(model, adapter).model, versions, patience, requests)
+
+
+@attrs.define(eq=False)
+class Rollout:
+    """Draws answers for a trainer. Built by `rollout`.
+
+    Attributes:
+        model: The wrapped model.
+        publisher: What loads its versions.
+        patience: Seconds to wait for a server that is gone.
+        requests: The most prompts at once.
+        last: The latest prompts with their answers, for a look at what was drawn.
+    """
+
+    model: "nn.Module"
+    publisher: Publisher
+    patience: float
+    requests: int
+    last: Sequence[tuple[Sequence[int], Answer]] = attrs.field(factory=tuple, init=False, repr=False)
+    _step: int | None = attrs.field(default=None, init=False)  # at which the latest version was published
+    _calls: int = attrs.field(default=0, init=False)  # at that step
+    _is_checked: bool = attrs.field(default=False, init=False)
+    _pause: float = attrs.field(default=2.0, init=False)  # seconds between looks at a server that is gone
+
+    def __call__(self, prompts: Sequence[Any], trainer: Any, *more: Any, **fields: Any) -> dict[str, Any]:
+        """Draw an answer to each prompt. Called by TRL.
+
+        Args:
+            prompts: Texts or lists of messages, each as often as answers to it are wanted.
+            trainer: The trainer.
+            *more: None, with the TRL that this is made for.
+            **fields: None, likewise.
+
+        Returns:
+            ``prompt_ids``, ``completion_ids`` and the engine's ``logprobs`` of the completions, a list for each prompt.
+
+        Raises:
+            PublishError: The version cannot be published, or the server does not answer.
+            RolloutError: The trainer is not one that this is made for, or trains another model.
+        """
+        if more or fields:
+            raise RolloutError(f"{_MADE_FOR}; got {len(more)} more arguments and {sorted(fields)}. Use that TRL")
+        sampling, seed = self._settings(trainer), trainer.args.seed
+        step = int(trainer.state.global_step)
+        rows = _token_ids(prompts, trainer)
+        groups = [(row, len(list(same))) for row, same in itertools.groupby(rows)]
+        calls = 0 if step != self._step else self._calls
+        draws = [
+            (row, attrs.evolve(sampling, n=count, seed=random.Random(f"{seed} {step} {calls} {at}").getrandbits(31)))
+            for at, (row, count) in enumerate(groups)
+        ]
+        answers = self._drawn(draws, step)
+        self._step, self._calls = step, calls + 1
+        self.last = list(zip(rows, answers, strict=True))
+        return {
+            "prompt_ids": rows,
+            "completion_ids": [list(each.tokens) for each in answers],
+            "logprobs": [list(each.logprobs) for each in answers],
+        }
+
+    def _settings(self, trainer: Any) -> Sampling:
+        args = vars(trainer).get("args")
+        missing = [name for name in (*_SETTINGS.values(), "seed") if not hasattr(args, name)]
+        if missing or not hasattr(trainer, "state") or not hasattr(trainer, "processing_class"):
+            raise RolloutError(f"{_MADE_FOR}; this {type(trainer).__name__} has no {(missing or ['state'])[0]!r}")
+        found = tunerkit.adapters(trainer.accelerator.unwrap_model(trainer.model))
+        if all(tuner.model is not self.model for tuner in found.values()):
+            raise RolloutError(
+                "the trainer trains another model than the one whose adapter is published: pass rollout(model, ...) of "
+                "the trainer's own model"
+            )
+        values = {name: getattr(args, own) for name, own in _SETTINGS.items()}
+        values = {name: value for name, value in values.items() if value is not None}
+        ends = getattr(trainer, "eos_token_ids", None) or [trainer.processing_class.eos_token_id]
+        return Sampling(**values, stop=tuple(ends), more=getattr(args, "generation_kwargs", None) or {})
+
+    def _drawn(self, draws: Sequence[tuple[Sequence[int], Sampling]], step: int) -> list[Answer]:
+        """Publish if the step has moved, and draw; wait for a server that is gone."""
+        end, is_current, is_gone = time.monotonic() + self.patience, step == self._step, False
+        while True:
+            try:
+                if not is_current:
+                    self.publisher.publish()
+                with self.publisher.using() as name:
+                    self._check_temperature(name, draws[0][1])
+                    return self._asked(name, draws)
+            except ServerGone as problem:
+                if time.monotonic() >= end:
+                    raise
+                if not is_gone:
+                    warn(f"{problem}. Waiting for it, up to {self.patience:g} s")
+                is_current, is_gone = False, True  # it may come back without the version
+            time.sleep(self._pause)
+
+    def _asked(self, name: str, draws: Sequence[tuple[Sequence[int], Sampling]]) -> list[Answer]:
+        with ThreadPoolExecutor(min(self.requests, len(draws))) as pool:
+            found = pool.map(lambda draw: self.publisher.server.sample(name, *draw), draws)
+            return [answer for answers in found for answer in answers]
+
+    def _check_temperature(self, name: str, sampling: Sampling) -> None:
+        """Refuse log-probabilities at temperature 1 where the trainer's are at another one."""
+        if self._is_checked or sampling.temperature == 1:
+            return
+        server = self.publisher.server
+        (drawn,) = server.sample(name, PROBE, attrs.evolve(sampling, n=1, max_tokens=8))
+        plain = server.logprobs(name, [*PROBE, *drawn.tokens])[len(PROBE) - 1 :]
+        if all(abs(one - other) < _EQUAL for one, other in zip(plain, drawn.logprobs, strict=True)):
+            raise PublishError(
+                f"the server returns log-probabilities at temperature 1, the trainer has {sampling.temperature:g}. "
+                "Start the server with --logprobs-mode processed_logprobs, or train at temperature 1"
+            )
+        self._is_checked = True
+
+
+def _token_ids(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
+    """Prompts as TRL makes token ids of them."""
+    if getattr(trainer, "environment_factories", None) is not None:
+        raise RolloutError(
+            "rollout does not draw for environments, whose tools differ for each prompt: leave environment_factory out"
+        )
+    tokenizer = trainer.processing_class
+    if isinstance(prompts[0], str):
+        return [list(row) for row in tokenizer(text=list(prompts))["input_ids"]]
+    if any(_has_images(message) for prompt in prompts for message in prompt):
+        raise RolloutError("rollout sends token ids alone, and the prompts have images: leave rollout_func out")
+    found = tokenizer.apply_chat_template(
+        conversation=list(prompts),
+        tools=getattr(trainer, "tools", None) or None,  # some templates write an empty list of tools
+        chat_template=getattr(trainer, "chat_template", None),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        **(getattr(trainer, "chat_template_kwargs", None) or {}),
+    )
+    return [list(row) for row in found["input_ids"]]
+
+
+def _has_images(message: Mapping[str, Any]) -> bool:
+    parts = message["content"]
+    return isinstance(parts, list) and any(part.get("type") != "text" for part in parts)
