@@ -1,5 +1,6 @@
 """A server on localhost with vLLM's routes for adapters, and its words: 0.32, as it was run."""
 
+import copy
 import json
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 BASE = "base"
 
@@ -35,6 +37,15 @@ class StubVllm(ThreadingHTTPServer):
         self.free = threading.Event()  # unset, it holds back all answers
         self.free.set()
         self.key: str | None = None
+        self.model: nn.Module | None = None  # a base that answers; None for numbers that depend on the adapter alone
+        self.nets: dict[str, nn.Module] = {}
+        self.tokenizer: Any = None  # for chats
+        self.processed = False  # whether log-probabilities are at the temperature of the request
+
+    def serve(self, model: nn.Module, tokenizer: Any = None) -> None:
+        """Answer with a copy of a base model, to which peft adds the adapters."""
+        self.model, self.tokenizer = copy.deepcopy(model).eval(), tokenizer
+        self.nets = {BASE: self.model}
 
     def count(self, route: str) -> int:
         """How often a route was asked for."""
@@ -49,7 +60,10 @@ class StubVllm(ThreadingHTTPServer):
                 "data": [base, *({"id": n, "root": self.paths[n], "parent": BASE} for n in self.adapters)],
             }
         if (verb, route) == ("POST", "/v1/completions"):
-            return self._completed(body)
+            return self._completed(body) if self.model is None else self._drawn(body)
+        if (verb, route) == ("POST", "/v1/chat/completions"):
+            ids = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=True)
+            return 200, {"prompt_token_ids": ids["input_ids"]}
         if self.routes and (verb, route) == ("POST", "/v1/load_lora_adapter"):
             return self._loaded(body["lora_name"], Path(body["lora_path"]))
         if self.routes and (verb, route) == ("POST", "/v1/unload_lora_adapter"):
@@ -73,6 +87,8 @@ class StubVllm(ThreadingHTTPServer):
         if not self.forgets:
             self.adapters[name] = str(sum(float((tensors[b]).abs().sum()) for b in tensors if ".lora_B." in b))
             self.paths[name] = str(folder)
+            if self.model is not None:
+                self.nets[name] = _with_adapter(self.model, folder)
         return 200, f"Success: LoRA adapter '{name}' added successfully."
 
     def _completed(self, body: dict[str, Any]) -> tuple[int, Any]:
@@ -81,9 +97,40 @@ class StubVllm(ThreadingHTTPServer):
             return 404, _error(404, f"The model `{name}` does not exist.")
         change = 0.0 if self.ignores or name == BASE else float(self.adapters[name])
         first = [-1.0 - change - 0.01 * token for token in prompt[1:]]
-        top = {"a": -0.5 - change, "b": -1.5 + change}
-        logprobs = {"token_logprobs": [None, *first, -0.5 - change], "top_logprobs": [None, *({} for _ in first), top]}
-        return 200, {"choices": [{"text": "a", "logprobs": logprobs}]}
+        return 200, {"choices": [{"text": "a", "logprobs": {"token_logprobs": [None, *first, -0.5 - change]}}]}
+
+    def _drawn(self, body: dict[str, Any]) -> tuple[int, Any]:
+        name, prompt = body["model"], body["prompt"]
+        if name not in (BASE, *self.adapters):
+            return 404, _error(404, f"The model `{name}` does not exist.")
+        net = self.nets[BASE if self.ignores else name]
+        if body.get("echo"):
+            found = _logprobs(net, prompt)[:-1].gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0]
+            return 200, {"choices": [{"index": 0, "logprobs": {"token_logprobs": [None, *found.tolist(), 0.0]}}]}
+        choices = []
+        for index in range(body["n"]):
+            generator = torch.Generator().manual_seed((body["seed"] or 0) + index)
+            tokens: list[int] = []
+            logprobs: list[float] = []
+            while len(tokens) < body["max_tokens"] and not (tokens and tokens[-1] in body["stop_token_ids"]):
+                last = _logprobs(net, [*prompt, *tokens])[-1]
+                cold = (last / (body["temperature"] or 1e-6)).log_softmax(-1)
+                tokens.append(int(torch.multinomial(cold.exp(), 1, generator=generator)))
+                logprobs.append(float((cold if self.processed else last)[tokens[-1]]))
+            choices.append({"index": index, "token_ids": tokens, "logprobs": {"token_logprobs": logprobs}})
+        return 200, {"choices": choices}
+
+
+@torch.no_grad()
+def _logprobs(net: nn.Module, tokens: list[int]) -> torch.Tensor:
+    found: torch.Tensor = net(input_ids=torch.tensor([tokens])).logits[0]
+    return found.float().log_softmax(-1)
+
+
+def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
 
 
 def _error(code: int, message: str) -> dict[str, Any]:
@@ -144,3 +191,15 @@ def perturb_(model: torch.nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def save_base(folder: Path) -> Path:
+    """Save a random decoder that has the tokens of a probe, with its tokenizer; return the folder."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.support.tiny_models import save_tiny_llama
+
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_llama(folder))
+    model.resize_token_embeddings(64, mean_resizing=False)
+    model.save_pretrained(folder)
+    return folder

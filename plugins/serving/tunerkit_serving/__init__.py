@@ -16,13 +16,24 @@ from tunerkit_serving.gguf_header import GgufAdapter as GgufAdapter, read_gguf a
 from tunerkit_serving.printing import as_json as as_json, as_text as as_text
 
 if TYPE_CHECKING:
+    from tunerkit_serving.agreement import Agreement as Agreement, check_rollout as check_rollout
     from tunerkit_serving.publishing import Publisher as Publisher, publisher as publisher
-    from tunerkit_serving.server import Listing as Listing, PublishError as PublishError, Server as Server
+    from tunerkit_serving.rollouts import Rollout as Rollout, RolloutError as RolloutError, rollout as rollout
+    from tunerkit_serving.server import (
+        Answer as Answer,
+        Listing as Listing,
+        PublishError as PublishError,
+        Sampling as Sampling,
+        Server as Server,
+        ServerGone as ServerGone,
+    )
     from tunerkit_serving.vllm_http import VllmServer as VllmServer
 
-_PLACES = {  # only publishing needs HTTP
+_PLACES = {  # only what talks to a server needs HTTP
+    **dict.fromkeys(("Agreement", "check_rollout"), "agreement"),
     **dict.fromkeys(("Publisher", "publisher"), "publishing"),
-    **dict.fromkeys(("Listing", "PublishError", "Server"), "server"),
+    **dict.fromkeys(("Rollout", "RolloutError", "rollout"), "rollouts"),
+    **dict.fromkeys(("Answer", "Listing", "PublishError", "Sampling", "Server", "ServerGone"), "server"),
     "VllmServer": "vllm_http",
 }
 

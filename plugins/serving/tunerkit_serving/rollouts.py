@@ -58,7 +58,7 @@ def rollout(
         trainer = GRPOTrainer(
             model, reward_funcs=score, args=args, train_dataset=rows, rollout_func=rollout(model, "http://localhost:8000")
         )
-        tunerkit.attach(trainer)
+        tunerkit.attach(model, trainer)
 
     Prompts become token ids by the trainer's own tokenizer and chat template. The seed of a draw is made of the
     trainer's seed, its step and the prompt's place, so a resumed run asks for the same draws. Start the server with
