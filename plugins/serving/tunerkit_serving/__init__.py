@@ -13,7 +13,12 @@ from tunerkit_serving.checking import (
 )
 from tunerkit_serving.findings import Engine as Engine, Finding as Finding, Severity as Severity
 from tunerkit_serving.gguf_header import GgufAdapter as GgufAdapter, read_gguf as read_gguf
-from tunerkit_serving.printing import as_json as as_json, as_text as as_text
+from tunerkit_serving.printing import (
+    agreement_as_json as agreement_as_json,
+    agreement_as_text as agreement_as_text,
+    as_json as as_json,
+    as_text as as_text,
+)
 
 if TYPE_CHECKING:
     from tunerkit_serving.agreement import Agreement as Agreement, check_rollout as check_rollout

@@ -13,7 +13,7 @@ from tunerkit.plugin import hookimpl
 @hookimpl
 def tunerkit_commands() -> Mapping[str, Callable[..., object]]:
     """Add the commands."""
-    return {"check-serving": check_serving, "publish": publish}
+    return {"check-serving": check_serving, "publish": publish, "check-rollout": check_rollout}
 
 
 def check_serving(
@@ -66,3 +66,30 @@ def publish(
     source = path if (path / CONFIG).is_file() else tunerkit.from_folder(path)[0]
     prefix = re.sub(r"[^A-Za-z0-9._-]+", "-", path.absolute().name).strip(".-_")[:64] or "adapter"
     typer.echo(serving.publisher(source, to, keep=keep, rank=rank, folder=folder, prefix=prefix).publish())
+
+
+def check_rollout(
+    path: Annotated[Path, typer.Argument(help="The folder of a finished run.", metavar="OUT")],
+    engine: Annotated[
+        str, typer.Option("--engine", help="The address of a running vLLM, such as http://localhost:8000.")
+    ],
+    version: Annotated[
+        str | None,
+        typer.Option(help="A version that the server has. Default: one is published for the comparison."),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Where versions are written, which the server reads too. Default: tunerkit-published."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare what an adapter computes here and in a running vLLM, and name what is wrong. The exit code is 1 then."""
+    import tunerkit
+    import tunerkit_serving as serving
+
+    serving.VllmServer.at(engine)  # before the model: a typo is the quicker mistake
+    model, tokenizer = tunerkit.from_folder(path)
+    found = serving.check_rollout(model, engine, version=version, tokenizer=tokenizer, folder=folder)
+    typer.echo(serving.agreement_as_json(found) if as_json else serving.agreement_as_text(found))
+    if found.cause is not None:
+        raise typer.Exit(1)

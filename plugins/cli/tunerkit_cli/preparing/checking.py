@@ -21,7 +21,7 @@ from tunerkit_cli.tasks import TaskError, task_of
 from tunerkit_cli.tasks.base import Task, require_package
 from tunerkit_cli.tasks.formats import infer, refuse_other, standard
 from tunerkit_cli.tasks.metrics import refuse_unfit, refuse_unusable
-from tunerkit_cli.tasks.rewards import refuse_rewards
+from tunerkit_cli.tasks.rewards import refuse_engine, refuse_rewards
 from tunerkit_cli.tasks.turns import read_template
 from tunerkit_transformers.output_folder import read_run
 from tunerkit_transformers.pretrained import refuse_missing
@@ -60,6 +60,7 @@ def check(recipe: Recipe, *, resume: bool, overwrite: bool, allow_code: bool = F
             raise ConfigError(found)
         refuse_unfit(recipe.metric or (), task)
         refuse_rewards(recipe.reward or (), task, allow_code=allow_code)
+        refuse_engine(recipe.engine, task)
         whole = [each for each in (*tables, *others) if not (recipe.drop_bad_rows and len(each) == _HEAD)]
         _refuse_columns(task, whole, recipe.columns)
 

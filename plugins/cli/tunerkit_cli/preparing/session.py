@@ -26,7 +26,7 @@ from tunerkit_cli.rows import read_table
 from tunerkit_cli.tasks.base import Task
 from tunerkit_cli.tasks.language import SAMPLES, CausalLm, GenerationTask, settle_prompts_
 from tunerkit_cli.tasks.metrics import Measure, measure_of
-from tunerkit_cli.tasks.rewards import settle_rewards_
+from tunerkit_cli.tasks.rewards import settle_engine_, settle_rewards_
 from tunerkit_cli.tasks.texts import TextTask, labels_of, short_to_long
 from tunerkit_cli.tasks.turns import read_template
 from tunerkit_cli.tasks.weights import class_weights, weighted_loss
@@ -115,6 +115,7 @@ def prepare(
     restarts = read_restarts(folder) if resume else ()
     measure = measure_of(recipe.metric or (), task, data.held_out, recipe.metric_rows)
     settle_rewards_(task, recipe.reward or (), data.train)
+    settle_engine_(task, recipe.engine, recipe.out)
     start = start_of(recipe, resume=resume)
     labels, ordered = head_labels(start, task, data)
     arguments = _arguments(recipe, task, data, resume=resume)

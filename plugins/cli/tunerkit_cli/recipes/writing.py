@@ -77,6 +77,7 @@ _EXAMPLES: Final[Mapping[str, str]] = {
     **{"attn_implementation": "sdpa", "early_stopping_patience": "3", "class_weights": "balanced"},
     **{"loss": "trl", "memory": "8", "baseline": "true", "on_collapse": "restart"},
     **{"reward": "rewards.py:score", "metric": "[chrf, rouge_l]", "metric_rows": "500"},
+    **{"engine": "http://localhost:8000"},
 }
 _OF_LANGUAGE: Final = {"chat_template", "train_on_prompts", "samples", "loss", "memory"}  # language models' keys
 _TRAINING: Final = """ # among others:
@@ -101,7 +102,7 @@ def starter(task: str) -> str:
     given |= {} if first == "image" else {"max_length": kind.max_length}
     left_out = set() if kind.label_column else {"label_map", "class_weights"}
     left_out |= set() if task in LANGUAGE else _OF_LANGUAGE
-    left_out |= set() if task == "grpo" else {"reward"}
+    left_out |= set() if task == "grpo" else {"reward", "engine"}
     left_out |= set() if task in GENERATED else {"metric", "metric_rows"}
     lines = ["# A recipe for: tunerkit train", "# Every key may be left out."]
     for name, schema in class_schema(Recipe)["properties"].items():

@@ -1,21 +1,25 @@
 """The task grpo: a language model learns from the rewards of its own answers, which functions in files give."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Final
 
 from tunerkit import TunerkitError
 from tunerkit.errors import ConfigError, shown
 from tunerkit.paths import few
 from tunerkit_cli.tasks import EQUAL
-from tunerkit_cli.tasks.base import Column, Row, Task
+from tunerkit_cli.tasks.base import Column, Row, Task, require_package
 from tunerkit_cli.tasks.functions import Function, function_of, refuse_code, refuse_namesakes
 from tunerkit_cli.tasks.generating import require_tokens
 from tunerkit_cli.tasks.language import PROMPT, GenerationTask, prompt_of
 from tunerkit_cli.tasks.texts import token_limit
 from tunerkit_cli.tasks.turns import refuse_lost
 from tunerkit_transformers.pretrained import Pretrained
+
+_PATIENCE: Final = 600.0  # seconds that a training waits for an engine that is restarted
 
 
 class RewardError(TunerkitError):
@@ -38,6 +42,8 @@ class Grpo(GenerationTask):
     def __init__(self, name: str, max_length: int | None = None) -> None:
         super().__init__(name, max_length)
         self.functions: Sequence[Function] = ()
+        self.engine: str | None = None
+        self.prefix = "tunerkit"  # of the names of the versions in the engine
 
     def room(self, arguments: Any, loaded: Pretrained) -> tuple[int, int]:
         """The same, with room for the longest answer. Raises `ConfigError` if that leaves no token for prompts."""
@@ -56,8 +62,13 @@ class Grpo(GenerationTask):
         return datasets.Dataset.from_list([*rows], on_mixed_types="use_json")
 
     def trainer_settings(self, loaded: Pretrained) -> dict[str, Any]:
-        """The reward functions."""
-        return {"reward_funcs": [*self.functions]}
+        """The reward functions, and what draws the answers."""
+        settings: dict[str, Any] = {"reward_funcs": [*self.functions]}
+        if self.engine is not None:
+            from tunerkit_serving import rollout
+
+            settings["rollout_func"] = rollout(loaded.model, self.engine, prefix=self.prefix, patience=_PATIENCE)
+        return settings
 
     def metrics_of(self, found: Mapping[str, Any]) -> dict[str, float]:
         """The mean reward of sampled answers, how many prompts' answers all have the same, and the loss."""
@@ -76,6 +87,27 @@ def refuse_rewards(named: Sequence[str], task: Task | None, *, allow_code: bool)
     for each in named:
         refuse_code("reward", each, allowed=allow_code)
         function_of("reward", each)
+
+
+def refuse_engine(engine: str | None, task: Task) -> None:
+    """Raise `TunerkitError` if a recipe's engine is no address, or the task draws no answers."""
+    if engine is None:
+        return
+    if task.name != "grpo":
+        raise ConfigError([f"engine: is for grpo, and the task is {task.name}; leave the key out"])
+    require_package("tunerkit_serving", "engine", "serving")
+    require_package("tunerkit_peft", "engine", "peft")
+    from tunerkit_serving import VllmServer
+
+    VllmServer.at(engine)
+
+
+def settle_engine_(task: Task, engine: str | None, out: str) -> None:
+    """Give a task its engine, where versions are named after the run's folder. Raises `TunerkitError`."""
+    refuse_engine(engine, task)
+    if isinstance(task, Grpo):
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(out).absolute().name).strip(".-_")
+        task.engine, task.prefix = engine, name[:64] or task.prefix
 
 
 def settle_rewards_(task: Task, named: Sequence[str], rows: Sequence[Row]) -> None:
