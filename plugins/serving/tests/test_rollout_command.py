@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 for _module in ("rich", "typer", "yaml", "trl", "tunerkit_peft", "tunerkit_lora"):

@@ -55,7 +55,7 @@ def drawing(model: Any, stub: StubVllm, place: Path, **settings: Any) -> Rollout
 def trainer_of(model: Any, folder: Path, out: Path, draw: Any, prompts: Sequence[Any] = TEXTS, **args: Any) -> Any:
     options = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 6, "beta": 0.0}
     options |= {
-        "max_steps": 3,
+        "max_steps": 6,
         "learning_rate": 1e-2,
         "report_to": "none",
         "use_cpu": True,
@@ -76,7 +76,7 @@ def trainer_of(model: Any, folder: Path, out: Path, draw: Any, prompts: Sequence
 
 @pytest.mark.parametrize("prompts", [TEXTS, CHATS], ids=["texts", "chats"])
 @pytest.mark.parametrize(
-    ("method", "config"), [("lora", {"rank": 4}), ("adalora", {"target_rank": 2, "total_steps": 3})]
+    ("method", "config"), [("lora", {"rank": 4}), ("adalora", {"target_rank": 2, "total_steps": 6})]
 )
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 def test_each_step_draws_by_its_own_version(
@@ -102,9 +102,9 @@ def test_each_step_draws_by_its_own_version(
         return found
 
     trainer_of(model, folder, tmp_path / "out", watched, prompts).train()
-    assert len(names) == len(set(names)) == 3
+    assert len(names) == len(set(names)) == 6
     drawn = [each for each in stub.asked if '"n": 2' in each]
-    assert [sum(name in each for each in drawn) for name in names] == [2, 2, 2]
+    assert [sum(name in each for each in drawn) for name in names] == [2] * 6
 
 
 def called(own: Any, folder: Path, **changes: Any) -> Any:
