@@ -13,7 +13,8 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 import tunerkit
 from plugins.serving.tests.stub_vllm import StubVllm, perturb_, running, save_base
@@ -53,18 +54,16 @@ def drawing(model: Any, stub: StubVllm, place: Path, **settings: Any) -> Rollout
 
 
 def trainer_of(model: Any, folder: Path, out: Path, draw: Any, prompts: Sequence[Any] = TEXTS, **args: Any) -> Any:
-    options = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 6, "beta": 0.0}
-    options |= {
-        "max_steps": 6,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "use_cpu": True,
-        "save_strategy": "no",
-        "bf16": False,
-    }
+    options: dict[str, Any] = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 6}
+    options |= {"max_steps": 6, "learning_rate": 1e-2, "beta": 0.0, "bf16": False}
+    options |= {"report_to": "none", "use_cpu": True, "save_strategy": "no"}
+
+    def reward(completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
+        return [float(sum(ids)) for ids in completion_ids]
+
     trainer = GRPOTrainer(
         model,
-        reward_funcs=lambda completion_ids, **_: [float(sum(ids)) for ids in completion_ids],
+        reward_funcs=reward,
         args=GRPOConfig(str(out), **{**options, **args}),
         train_dataset=Dataset.from_dict({"prompt": [*prompts] * 8}),
         processing_class=AutoTokenizer.from_pretrained(folder),
@@ -119,8 +118,11 @@ def called(own: Any, folder: Path, **changes: Any) -> Any:
 
 
 def test_draws_depend_on_seed_step_call_and_place(folder: Path, stub: StubVllm, tmp_path: Path) -> None:
-    """So a resumed training draws the same again; a step publishes once, however often it draws."""
-    model = wrapped(folder)
+    """So a resumed training draws the same again; a step publishes once, however often it draws.
+
+    Before the first step an adapter may add nothing, without a warning.
+    """
+    model = tunerkit.wrap(AutoModelForCausalLM.from_pretrained(folder), "lora", {"rank": 4})
     draw, again = (drawing(model, stub, tmp_path) for _ in range(2))
     first, second = (draw(TEXTS * 4, called(model, folder)) for _ in range(2))
     other = draw(TEXTS * 4, called(model, folder, args={"seed": 4}))

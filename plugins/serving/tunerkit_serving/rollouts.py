@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 import tunerkit
-from tunerkit.errors import TunerkitError, shown, warn
+from tunerkit.errors import TunerkitError, TunerkitWarning, shown, warn
 from tunerkit_serving.publishing import Publisher, publisher
 from tunerkit_serving.server import PROBE, Answer, PublishError, Sampling, Server, ServerGone
 
@@ -176,7 +177,7 @@ class Rollout:
         while True:
             try:
                 if not is_current:
-                    self.publisher.publish()
+                    self._publish(is_first=step == 0)
                 with self.publisher.using() as name:
                     self._check_temperature(name, draws[0][1])
                     return self._asked(name, draws)
@@ -187,6 +188,12 @@ class Rollout:
                     warn(f"{problem}. Waiting for it, up to {self.patience:g} s")
                 is_current, is_gone = False, True  # it may come back without the version
             time.sleep(self._pause)
+
+    def _publish(self, *, is_first: bool) -> None:
+        with warnings.catch_warnings():
+            if is_first:  # before the first step an adapter may add nothing
+                warnings.filterwarnings("ignore", message=".*saved untrained", category=TunerkitWarning)
+            self.publisher.publish()
 
     def _asked(self, name: str, draws: Sequence[tuple[Sequence[int], Sampling]]) -> list[Answer]:
         with ThreadPoolExecutor(min(self.requests, len(draws))) as pool:
