@@ -177,7 +177,7 @@ class Rollout:
         while True:
             try:
                 if not is_current:
-                    self._publish(is_first=step == 0)
+                    self._publish()
                 with self.publisher.using() as name:
                     self._check_temperature(name, draws[0][1])
                     return self._asked(name, draws)
@@ -189,10 +189,10 @@ class Rollout:
                 is_current, is_gone = False, True  # it may come back without the version
             time.sleep(self._pause)
 
-    def _publish(self, *, is_first: bool) -> None:
+    def _publish(self) -> None:
         with warnings.catch_warnings():
-            if is_first:  # before the first step an adapter may add nothing
-                warnings.filterwarnings("ignore", message=".*saved untrained", category=TunerkitWarning)
+            # Before the first step an adapter adds nothing, nor before some answers have other rewards than the rest.
+            warnings.filterwarnings("ignore", message=".*untrained", category=TunerkitWarning)
             self.publisher.publish()
 
     def _asked(self, name: str, draws: Sequence[tuple[Sequence[int], Sampling]]) -> list[Answer]:
