@@ -43,7 +43,10 @@ def test_a_run_draws_its_answers_from_the_engine_and_agrees_with_it(
     succeeded(*run, "--set", f"engine={stub.url}", "--out", "mine")
     steps = sum("/load_lora" in each for each in stub.asked)
     assert steps >= 4
-    assert all('"mine-' in each for each in stub.asked if '"n":' in each)
+    drawn = [each for each in stub.asked if '"n":' in each]
+    names = [json.loads(each.split(" ", 2)[2])["model"].partition("-")[0] for each in drawn]
+    assert names == ["base"] * names.count("base") + ["mine"] * names.count("mine")  # until there is something learned
+    assert 0 < names.count("base") < names.count("mine")
     assert any(each.any() for name, each in load_file("mine/adapter.safetensors").items() if name.endswith("b"))
 
     done = command("check-rollout", "mine", "--engine", stub.url)
@@ -58,7 +61,10 @@ def test_a_run_draws_its_answers_from_the_engine_and_agrees_with_it(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--task", "grpo", "--set", "engine=localhost"], "expected a URL such as http://host:8000, got 'localhost'"),
+        (
+            ["--task", "grpo", "--set", "engine=localhost"],
+            "by http, https; got 'localhost'",
+        ),
         (["--task", "causal-lm", "--set", "engine=http://localhost:8000"], "engine: is for grpo, and the task is"),
     ],
 )

@@ -4,15 +4,16 @@ import itertools
 import os
 import random
 import time
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
 import tunerkit
-from tunerkit.errors import TunerkitError, TunerkitWarning, shown, warn
+from tunerkit.errors import TunerkitError, shown, warn
+from tunerkit.plugin.trainers import adds_nothing
 from tunerkit_serving.publishing import Publisher, publisher
 from tunerkit_serving.server import PROBE, Answer, PublishError, Sampling, Server, ServerGone
 
@@ -94,7 +95,8 @@ def rollout(
     versions = publisher(
         model, to, keep=keep, rank=rank, folder=folder, prefix=prefix, adapter=adapter, probe=probe, key=key, **options
     )
-    return Rollout(tunerkit.tuner(model, adapter).model, versions, patience, requests)
+    tuner = tunerkit.tuner(model, adapter)
+    return Rollout(tuner.model, tuner.name, versions, patience, requests)
 
 
 @attrs.define(eq=False)
@@ -103,6 +105,7 @@ class Rollout:
 
     Attributes:
         model: The wrapped model.
+        adapter: The adapter's name.
         publisher: What loads its versions.
         patience: Seconds to wait for a server that is gone.
         requests: The most prompts at once.
@@ -110,6 +113,7 @@ class Rollout:
     """
 
     model: "nn.Module"
+    adapter: str
     publisher: Publisher
     patience: float
     requests: int
@@ -176,9 +180,7 @@ class Rollout:
         end, is_current, is_gone = time.monotonic() + self.patience, step == self._step, False
         while True:
             try:
-                if not is_current:
-                    self._publish()
-                with self.publisher.using() as name:
+                with self._version(is_current=is_current) as name:
                     self._check_temperature(name, draws[0][1])
                     return self._asked(name, draws)
             except ServerGone as problem:
@@ -189,11 +191,16 @@ class Rollout:
                 is_current, is_gone = False, True  # it may come back without the version
             time.sleep(self._pause)
 
-    def _publish(self) -> None:
-        with warnings.catch_warnings():
-            # Before the first step an adapter adds nothing, nor before some answers have other rewards than the rest.
-            warnings.filterwarnings("ignore", message=".*untrained", category=TunerkitWarning)
+    @contextmanager
+    def _version(self, *, is_current: bool) -> Iterator[str]:
+        """The name of the version at this step, loaded inside the block; the base's while the adapter adds nothing."""
+        if adds_nothing(tunerkit.tuner(self.model, self.adapter)):
+            yield self.publisher.server.listed().base
+            return
+        if not is_current:
             self.publisher.publish()
+        with self.publisher.using() as name:
+            yield name
 
     def _asked(self, name: str, draws: Sequence[tuple[Sequence[int], Sampling]]) -> list[Answer]:
         with ThreadPoolExecutor(min(self.requests, len(draws))) as pool:

@@ -4,14 +4,16 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from tunerkit import TunerkitError
 from tunerkit.errors import ConfigError, shown
+from tunerkit.extras import install
 from tunerkit.paths import few
 from tunerkit_cli.tasks import EQUAL
-from tunerkit_cli.tasks.base import Column, Row, Task, require_package
+from tunerkit_cli.tasks.base import Column, MissingPackageError, Row, Task
 from tunerkit_cli.tasks.functions import Function, function_of, refuse_code, refuse_namesakes
 from tunerkit_cli.tasks.generating import require_tokens
 from tunerkit_cli.tasks.language import PROMPT, GenerationTask, prompt_of
@@ -65,9 +67,8 @@ class Grpo(GenerationTask):
         """The reward functions, and what draws the answers."""
         settings: dict[str, Any] = {"reward_funcs": [*self.functions]}
         if self.engine is not None:
-            from tunerkit_serving import rollout
-
-            settings["rollout_func"] = rollout(loaded.model, self.engine, prefix=self.prefix, patience=_PATIENCE)
+            draw = _drawing(self.engine).load()
+            settings["rollout_func"] = draw(loaded.model, self.engine, prefix=self.prefix, patience=_PATIENCE)
         return settings
 
     def metrics_of(self, found: Mapping[str, Any]) -> dict[str, float]:
@@ -95,11 +96,21 @@ def refuse_engine(engine: str | None, task: Task) -> None:
         return
     if task.name != "grpo":
         raise ConfigError([f"engine: is for grpo, and the task is {task.name}; leave the key out"])
-    require_package("tunerkit_serving", "engine", "serving")
-    require_package("tunerkit_peft", "engine", "peft")
-    from tunerkit_serving import VllmServer
+    _drawing(engine)
 
-    VllmServer.at(engine)
+
+def _drawing(engine: str) -> EntryPoint:
+    """What draws answers by an engine, of the plugin for its address. Raises `TunerkitError` if there is none."""
+    scheme, _, host = engine.partition("://")
+    points = {point.name: point for point in entry_points(group="tunerkit.rollouts")}
+    if not points:
+        raise MissingPackageError(f"engine needs tunerkit-serving: {install('serving', 'peft')}")
+    if scheme not in points or not host:
+        known = ", ".join(sorted(points))
+        raise ConfigError(
+            [f"engine: expected an address such as http://localhost:8000, by {known}; got {shown(engine)}"]
+        )
+    return points[scheme]
 
 
 def settle_engine_(task: Task, engine: str | None, out: str) -> None:
