@@ -161,7 +161,7 @@ def _in_mapping(value: dict[Any, Any], schema: Schema, where: str, at: str) -> I
         if not isinstance(key, str):
             yield f"{at}expected text as a key, got {shown(key)}; put it in quotes"
         elif key not in known and others is False:
-            keys = f"; the keys are {few(list(known), shown=30) or 'none'}{_described(schema)}"
+            keys = f"; the keys are {few(list(known), shown=40) or 'none'}{_described(schema)}"
             yield f"{at}unknown key {shown(key)}{closest(key, known) or keys}"
         else:
             yield from problems(each, known.get(key, {} if others is True else others), join(where, key))
