@@ -131,6 +131,34 @@ url = server.url
 model = tunerkit.wrap(model, "lora", {{"rank": 4}})
 perturb_(model)
 """
+_ENGINE = f"""\
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl import GRPOConfig
+
+import tunerkit
+from plugins.serving.tests.stub_vllm import perturb_, running, save_base
+
+folder = save_base(Path(tempfile.mkdtemp()))
+serving = running()
+server = serving.__enter__()
+server.serve(AutoModelForCausalLM.from_pretrained(folder))
+url = server.url
+model = tunerkit.wrap(AutoModelForCausalLM.from_pretrained(folder), "lora", {{"rank": 4}})
+perturb_(model)
+rows = Dataset.from_dict({{"prompt": ["the film"] * 8}})
+options = {{"max_steps": 1, "per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 4}}
+args = GRPOConfig("out", beta=0.0, use_cpu=True, bf16=False, report_to="none", **options)
+
+
+def score(completion_ids, **columns):
+    return [float(sum(each)) for each in completion_ids]
+"""
 _ZERO = '"zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": true}'
 _BATCH_OF_TWO, _ANY_BATCH = (f'{{"train_micro_batch_size_per_gpu": {size}, {_ZERO}' for size in ("2", '"auto"'))
 
@@ -227,6 +255,11 @@ SETTINGS = {
         needs=("tunerkit_serving", "tunerkit_peft"),
         before=_GIVEN + _SERVED,
         after="assert set(server.adapters) == {name}\nserving.__exit__(None, None, None)",
+    ),
+    'answers = rollout(model, url, patience=600)  # such as "http://localhost:8000"': Setting(
+        needs=("trl", "tunerkit_serving", "tunerkit_peft"),
+        before=_ENGINE,
+        after="assert len(server.adapters) == 1\nserving.__exit__(None, None, None)",
     ),
     "trainer = SFTTrainer(model, train_dataset=rows)": Setting(
         needs=("bitsandbytes", "tunerkit_quant", "trl", "datasets"),

@@ -180,7 +180,7 @@ class Rollout:
         end, is_current, is_gone = time.monotonic() + self.patience, step == self._step, False
         while True:
             try:
-                with self._version(is_current=is_current) as name:
+                with self._loaded(is_current=is_current) as name:
                     self._check_temperature(name, draws[0][1])
                     return self._asked(name, draws)
             except ServerGone as problem:
@@ -192,7 +192,7 @@ class Rollout:
             time.sleep(self._pause)
 
     @contextmanager
-    def _version(self, *, is_current: bool) -> Iterator[str]:
+    def _loaded(self, *, is_current: bool) -> Iterator[str]:
         """The name of the version at this step, loaded inside the block; the base's while the adapter adds nothing."""
         if adds_nothing(tunerkit.tuner(self.model, self.adapter)):
             yield self.publisher.server.listed().base
