@@ -480,17 +480,6 @@ def test_every_kind_of_base_layer_trains_prunes_merges_and_loads(name: str, star
         assert torch.equal(model(x), y)
 
 
-def test_files_store_the_resolved_defaults(tmp_path: Path) -> None:
-    """An adapter keeps its settings even if a later version changes the defaults."""
-    given = {"targets": TARGETS, "target_rank": 2}
-    model = tunerkit.wrap(net(), "adalora", given, seed=0)
-    step(model, attached(model))
-    config = tunerkit.tuner(tunerkit.load(net(), tunerkit.save(model, tmp_path))).config
-    assert isinstance(config, AdaLoraConfig)
-    assert (config.target_rank, config.init_rank, config.alpha) == (2, 8, 4.0)
-    assert (config.exact_svd, config.train_lambda) == (True, False)
-
-
 def test_a_layer_is_printed_with_the_ranks_that_are_left() -> None:
     """One line: live and initial rank; without values, as on the meta device, nothing is known of the first."""
     layer = SvdLayer(in_features=4, out_features=3, rank=3, scale=0.5, dropout=0.1, start="lora")
