@@ -91,8 +91,8 @@ EXAMPLES: dict[str, tuple[Problem, list[list[int]]]] = {
     "ties go to the lower index": (Problem([[0, 0], [5, 0]], 3), [[1, 1], [1, 0]]),
     "zeros of both signs are equal": (Problem([[-0.0, 0], [5, -0.0]], 2), [[1, 0], [1, 0]]),
     "NaN is the lowest": (Problem([[math.nan, -1e30], [math.nan, 3]], 2), [[0, 1], [0, 1]]),
-    "a target at its maximum yields to worse scores": (Problem([[9, 8, 7], [2, 1]], 3, maximum=[1, 2]), [[1, 0, 0], [1, 1]]),
-    "a maximum yields where nothing else is left": (Problem([[9, 8, 7], [2, 1]], 4, maximum=[1, 2]), [[1, 1, 0], [1, 1]]),
+    "a full target yields to worse scores": (Problem([[9, 8, 7], [2, 1]], 3, maximum=[1, 2]), [[1, 0, 0], [1, 1]]),
+    "a maximum yields if nothing else is left": (Problem([[9, 8, 7], [2, 1]], 4, maximum=[1, 2]), [[1, 1, 0], [1, 1]]),
     "a minimum comes before every higher score": (Problem([[9, 8, 7], [1, 2]], 2, minimum=[0, 1]), [[1, 0, 0], [0, 1]]),
     "a minimum above the maximum holds": (
         Problem([[9, 8, 7], [1, 2]], 2, minimum=[0, 2], maximum=[3, 0]),
