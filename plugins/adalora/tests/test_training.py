@@ -333,7 +333,7 @@ def test_minimum_and_maximum_ranks_hold_at_the_end(
     ],
 )
 def test_bounds_that_the_budget_cannot_meet_are_refused_when_attaching(changes: dict[str, Any], words: str) -> None:
-    """The message has the numbers and the target; nothing is attached. At the limit they are accepted."""
+    """The message has the numbers and the target; nothing is attached."""
     model = wrapped(**changes)
     with pytest.raises(ConfigError, match=words):
         attached(model)
@@ -384,21 +384,21 @@ def test_a_layer_without_gradient_is_pruned_first(frozen: bool, gamma: float) ->
     assert ranks["middle"] == 0
 
 
+@pytest.mark.filterwarnings("ignore:these adapters never ran")  # core tells it, rightly
 @pytest.mark.parametrize("exact_svd", [False, True], ids=["plain", "SVD form"])
 def test_a_layer_that_is_dropped_now_and_then_keeps_its_averages_meanwhile(exact_svd: bool) -> None:
-    """A step without its gradient doesn't change a layer's averages, and the layer may keep rank."""
+    """A step without its gradient doesn't change a layer's averages; the budget is exact."""
     model = wrapped(Skipping(every=2), targets=["first", "middle", "last"], exact_svd=exact_svd)
     optimizer = attached(model)
-    for number in range(13):
+    train(model, optimizer, 2)  # at the first steps P = 0, and so are other gradients
+    for number in range(2, 13):
         before = [average.clone() for average in training_of(tunerkit.tuner(model)).averages[0]]
         step(model, optimizer)
         after = training_of(tunerkit.tuner(model)).averages[0]
         kept = [torch.equal(one, other) for one, other in zip(after, before, strict=True)]
-        assert kept[3:6] == [number % 2 == 0] * 3 or number <= 1
-        assert not any(kept[6:])
+        assert kept == [*[False] * 3, *[number % 2 == 0] * 3, *[False] * 3]
     train(model, optimizer, TOTAL - 13)
     assert live(model) == 6
-    assert layers(model)[1].rank
 
 
 @pytest.mark.parametrize("frozen", ["p", "lam", "q"])
@@ -491,9 +491,10 @@ def test_an_allocation_by_scores_of_zero_triggers_a_warning() -> None:
     """Gradients too small for fp32, or left out, give scores of 0: positions decide the allocation."""
     model = wrapped()
     optimizer = attached(model)
+    for _ in range(5):
+        step(model, optimizer, lambda model: 1e-30 * loss_of(model))
     with pytest.warns(TunerkitWarning, match="every score is 0"):
-        for _ in range(6):
-            step(model, optimizer, lambda model: 1e-30 * loss_of(model))
+        step(model, optimizer, lambda model: 1e-30 * loss_of(model))
     assert live(model) == tunerkit.tuner(model).budget()
 
 
