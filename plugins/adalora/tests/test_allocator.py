@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import compress
+from typing import Any
 
 import attrs
 import pytest
@@ -82,7 +83,8 @@ def brute_force(p: Problem) -> list[list[bool]]:
 def test_an_allocation_is_the_brute_force_one(p: Problem, costs: bool, minimum: bool, maximum: bool) -> None:
     """For any scores and budget, and any costs and bounds or none, the masks equal those of an obvious sort."""
     given_alone = {"costs": costs, "minimum": minimum, "maximum": maximum}
-    p = attrs.evolve(p, **{name: None for name, given in given_alone.items() if not given})
+    left_out: dict[str, Any] = {name: None for name, given in given_alone.items() if not given}
+    p = attrs.evolve(p, **left_out)
     assert allocated(p) == brute_force(p)
 
 

@@ -111,7 +111,7 @@ def test_open_settings_follow_from_the_others(name: str) -> None:
     settings, expected = RESOLVED[name]
     config = AdaLoraConfig(**settings)
     found = config.resolved()
-    assert (found.init_rank, pytest.approx(found.scale), found.exact_svd, found.train_lambda) == expected
+    assert (found.init_rank, found.scale, found.exact_svd, found.train_lambda) == pytest.approx(expected)
 
 
 @given(target=st.integers(1, 64))

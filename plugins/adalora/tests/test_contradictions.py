@@ -96,6 +96,11 @@ def both(*changes: Change) -> Change:
     return lambda fields, found: [change(fields, found) for change in changes]
 
 
+def without(part: str) -> Change:
+    """Without a tensor, or without a value."""
+    return lambda fields, found: (found if "." in part else fields["values"]).pop(part)
+
+
 # The step at which the state was saved, the change, and the error's words.
 WRONG_STATES: dict[str, tuple[int, Change, str]] = {
     "a mask above the budget": (7, first_mask(True), "the masks keep 10, above the budget 'in_force' 9"),
@@ -140,7 +145,7 @@ WRONG_STATES: dict[str, tuple[int, Change, str]] = {
     **{
         f"no {part}": (
             7,
-            lambda fields, found, part=part: (found if "." in part else fields["values"]).pop(part),
+            without(part),
             rf"changed\.safetensors: .*'{part}' is missing.* Load a state that was saved together with the adapter's",
         )
         for part in ("initial", "final", "left_out", "mask.2", "sensitivity.8", "uncertainty.0")

@@ -577,7 +577,7 @@ def test_attaching_a_loaded_adapter_begins_a_new_training_with_all_triplets(exac
 @pytest.mark.parametrize("total", [1, 2, 3, 4, 5])
 def test_a_training_too_short_to_choose_what_to_prune_is_refused(total: int) -> None:
     """Scores of so few gradients say nothing. Six steps are enough, and without pruning any number is."""
-    spans = {"t_init": 0.1, "t_final": 0.3, "delta_t": 10}
+    spans: dict[str, Any] = {"t_init": 0.1, "t_final": 0.3, "delta_t": 10}
     model, fixed = wrapped(**spans), wrapped(**spans, init_rank=2, exact_svd=False)
     with pytest.raises(ConfigError, match=rf"at least 6 steps, got {total}.*@ \$\.total_steps"):
         attached(model, total)
