@@ -31,7 +31,7 @@ def assert_refused(
     return str(caught.value)
 
 
-def rewritten(path: Path, to: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], object]) -> Path:
+def rewritten(path: Path, to: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> Path:
     """A file with a valid digest but changed fields or tensors."""
     tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, framework="pt") as file:

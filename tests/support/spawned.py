@@ -6,9 +6,10 @@ import pickle
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tunerkit
+from tests.support import two_processes
 from tunerkit_testing import small
 
 
@@ -44,3 +45,26 @@ def train_two_steps(model: nn.Module) -> dict[str, Any]:
         "steps": tuner.steps,
         "ranks": tuner.ranks(),
     }
+
+
+def train_in_parallel(rank: int, model: nn.Module, x: Tensor, labels: Tensor, total: int, folder: str) -> None:
+    """Train a copy of a wrapped classifier under DDP, on every second row, into ``{folder}/{rank}.pt``."""
+    with two_processes.joined(rank, folder):
+        model = copy.deepcopy(model)  # sent as shared memory, which both processes would train
+        parallel = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(small.trainable(parallel), lr=2e-2)
+        tunerkit.attach(parallel, optimizer, total_steps=total)
+        for _ in range(total):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(parallel(x[rank::2]), labels[rank::2]).backward()
+            optimizer.step()
+        tuner = tunerkit.tuner(parallel)
+        with torch.no_grad():
+            output = model(x)
+        result = {
+            "ranks": tuner.ranks(),
+            "steps": [change.step for change in tuner.history],
+            "weights": model.state_dict(),
+            "output": output,
+        }
+        torch.save(result, f"{folder}/{rank}.pt")

@@ -1,9 +1,6 @@
 """A training of twenty steps that prunes a small model, shared by several test files."""
 
-import copy
-import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +8,7 @@ from torch import Tensor, nn
 
 import tunerkit
 from tunerkit_adalora.svd_layer import SvdLayer
-from tunerkit_adalora.training import training_of
-from tunerkit_testing.small import TARGETS, net, train, trainable
+from tunerkit_testing.small import TARGETS, net, trainable
 
 TOTAL = 20
 # b(0) = 12 until step 4, allocations at 6, 9, 12 and 14, where the final phase with b(T) = 6 begins. Dead triplets stay
@@ -20,10 +16,6 @@ TOTAL = 20
 SETTINGS: dict[str, Any] = {
     "target_rank": 2, "init_rank": 4, "t_init": 4, "t_final": 6, "delta_t": 3, "shrink": False, "targets": TARGETS
 }  # fmt: skip
-
-
-# The forms of torch's optimizers.
-KINDS: dict[str, dict[str, Any]] = {"foreach": {"foreach": True}, "fused": {"fused": True}, "loop": {"foreach": False}}
 
 
 def wrapped(model: nn.Module | None = None, *, seed: int = 0, **changes: Any) -> nn.Module:
@@ -43,25 +35,6 @@ def attached(
     optimizer = make(trainable(model), lr=2e-2)
     tunerkit.attach(model, optimizer, total_steps=total_steps)
     return optimizer
-
-
-def trained(steps: int = TOTAL, **changes: Any) -> nn.Module:
-    """A new model after ``steps`` steps."""
-    model = wrapped(**changes)
-    train(model, attached(model), steps)
-    return model
-
-
-def resumed(
-    model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, base: Callable[[], nn.Module] = net
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A fresh model and optimizer with what files keep of these: the adapter, the training state, the optimizer's."""
-    again = tunerkit.load(base(), tunerkit.save(model, folder), trainable=True)
-    fresh = type(optimizer)(trainable(again), lr=1.0)  # type: ignore[call-arg]  # all of torch's take a rate
-    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # else both would move the same moments
-    tunerkit.attach(again, fresh, total_steps=tunerkit.tuner(model).total_steps)
-    tunerkit.load_state(again, tunerkit.save_state(model, folder))
-    return again, fresh
 
 
 def layers(model: nn.Module) -> list[SvdLayer]:
@@ -87,21 +60,3 @@ def weights(model: nn.Module) -> list[Tensor]:
 def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
     """`weights` are the same bit for bit."""
     assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
-
-
-def everything(model: nn.Module) -> dict[str, Any]:
-    """Copies of all values that training changes."""
-    tuner, training = tunerkit.tuner(model), training_of(tunerkit.tuner(model))
-    return {
-        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "averages": dict(enumerate(t.clone() for t in itertools.chain(*training.averages))),
-        "numbers": (tuner.steps, tuner.budget(), tuner.ranks(), list(tuner.history), training.last_step),
-    }
-
-
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two results of `everything` are equal, bit for bit."""
-    if one["numbers"] != other["numbers"]:
-        return False
-    pairs = [(one[key], other[key]) for key in ("weights", "averages")]
-    return all(a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items()) for a, b in pairs)

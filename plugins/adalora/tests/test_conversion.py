@@ -120,20 +120,43 @@ def test_products_of_any_ranks_are_built(method: str, ranks: tuple[int, ...], tm
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("paths", [["a", "b.a", "b.b.a"], ["a"], ["b.a"]], ids=" and ".join)
-def test_paths_that_end_alike_keep_their_own_ranks(paths: list[str], method: str) -> None:
-    """A config names targets by pattern, one path may be the end of another, and one without a product is no target."""
-    inner = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.ModuleDict({"a": nn.Linear(3, 3)})})
-    outer = nn.ModuleDict({"a": nn.Linear(3, 3), "b": inner})
+def test_paths_that_end_alike_keep_their_own_ranks(method: str) -> None:
+    """A config names targets by pattern, and one path may be the end of another."""
+    outer = nn.Module()
+    outer.a, outer.b = (
+        nn.Linear(3, 3),
+        nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.ModuleDict({"a": nn.Linear(3, 3)})}),
+    )
     scanned = targets.scan(outer, hooks.gather_knowledge())
+    paths = ["a", "b.a", "b.b.a"]
     products = {path: Factors(q=torch.ones(rank, 3), p=torch.ones(3, rank)) for rank, path in enumerate(paths)}
     config, _ = hooks.from_factors(method, targets.from_paths(scanned, paths), products)
     tuner = tunerkit.tuner(tunerkit.wrap(outer, method, config))
     assert [target.path for target in tuner.targets] == paths
     if method == "lora":
-        assert list(tuner.ranks().values()) == list(range(len(paths)))
+        assert tuner.ranks() == {"a": 0, "b.a": 1, "b.b.a": 2}
 
 
+def test_a_masked_triplet_is_left_out_and_a_live_one_with_a_zero_stays() -> None:
+    """The rank of the product is the live rank, as the last allocation left it."""
+    model = trained("adalora", init_rank=4, target_rank=2, t_init=1, t_final=5, delta_t=1)
+    tuner = tunerkit.tuner(model)
+    assert sum(tuner.ranks().values()) == 6
+    assert {path: product.rank for path, product in products_of(model).items()} == tuner.ranks()
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_the_config_names_no_module_that_had_no_product(method: str) -> None:
+    """A plain name would also match the end of a longer path."""
+    outer = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.ModuleDict({"a": nn.Linear(3, 3)})})
+    scanned = targets.scan(outer, hooks.gather_knowledge())
+    products = {"a": Factors(q=torch.ones(1, 3), p=torch.ones(3, 1))}
+    chosen = targets.from_paths(scanned, ["a"])
+    config, _ = hooks.from_factors(method, chosen, products)
+    assert list(tunerkit.tuner(tunerkit.wrap(outer, method, config)).adapters()) == ["a"]
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
 @pytest.mark.parametrize(
     ("products", "words"),
     [
@@ -141,12 +164,14 @@ def test_paths_that_end_alike_keep_their_own_ranks(paths: list[str], method: str
         ({"z": (torch.ones(1, 3), torch.ones(3, 1))}, "got 1 \\(z\\)"),
     ],
 )
-def test_products_for_other_targets_are_refused(products: dict[str, tuple[Tensor, Tensor]], words: str) -> None:
+def test_products_for_other_targets_are_refused(
+    method: str, products: dict[str, tuple[Tensor, Tensor]], words: str
+) -> None:
     """Before the method's plugin is asked, whose own errors would say less."""
     scanned = targets.scan(nn.ModuleDict({"a": nn.Linear(3, 3)}), hooks.gather_knowledge())
     given = {path: Factors(*pair) for path, pair in products.items()}
     with pytest.raises(tunerkit.errors.AdapterError, match=words):
-        hooks.from_factors("adalora", targets.from_paths(scanned, ["a"]), given)
+        hooks.from_factors(method, targets.from_paths(scanned, ["a"]), given)
 
 
 def test_products_of_rank_0_give_the_smallest_config() -> None:

@@ -1,7 +1,7 @@
 """AdaLoRA with a transformers Trainer: checkpoints, best model, logs, and the Trainer's own options."""
 
 import json
-from importlib.util import find_spec
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ pytest.importorskip("transformers", reason="the Trainer is transformers'")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 from transformers import Trainer, TrainerCallback
 
-from tests.support.model_checks import silent
 from tests.support.trainer_toys import VOCABULARY, TokenRows, arguments, tokenizer
 from tunerkit_testing.transformers_cases import bert
 
@@ -27,7 +26,6 @@ CONFIG: dict[str, Any] = {
     "train_modules": ["classifier"],
 }  # fmt: skip
 TARGETS = 2 * 6
-TENSORBOARD = find_spec("tensorboard") is not None
 
 
 class Plain(nn.Module):
@@ -159,7 +157,8 @@ def test_a_second_training_after_shrinking_says_that_nothing_is_left_to_prune(tm
     """The removed triplets do not come back: one warning says so, and training goes on at these ranks."""
     model = wrapped()
     trainer = trainer_of(model, tmp_path)
-    with silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", tunerkit.TunerkitWarning)
         trainer.train()
     before = tunerkit.tuner(model).ranks()
     with pytest.warns(tunerkit.TunerkitWarning, match="nothing is left to prune.*wrap the model again.*shrink"):
@@ -170,21 +169,17 @@ def test_a_second_training_after_shrinking_says_that_nothing_is_left_to_prune(tm
 def test_resuming_after_shrinking_says_nothing(tmp_path: Path) -> None:
     """That training did prune; it only goes on."""
     trainer_of(wrapped(), tmp_path, save_strategy="steps", save_steps=15).train()
-    with silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", tunerkit.TunerkitWarning)
         trainer_of(wrapped(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-15"))
 
 
-@pytest.mark.parametrize("asked", [False, True], ids=["a summary of the ranks", "every rank"])
-def test_budget_and_ranks_are_in_the_logs(asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each row with a loss has four entries; with the environment's variable, rows after allocations have all ranks.
-
-    A file of each checkpoint has every target's rank, and TensorBoard gets what the rows have.
-    """
-    if asked:
-        monkeypatch.setenv("TUNERKIT_LOG_TARGET_RANKS", "1")
+def test_budget_and_a_summary_of_the_ranks_are_in_the_logs(tmp_path: Path) -> None:
+    """Each row with a loss has four entries, however many targets there are; a file has every target's rank."""
     model = wrapped()
-    options = {"logging_strategy": "steps", "logging_steps": 1, "save_strategy": "steps", "save_steps": 5}
-    trainer = trainer_of(model, tmp_path, **options, report_to=["tensorboard"] if TENSORBOARD else [])
+    trainer = trainer_of(
+        model, tmp_path, logging_strategy="steps", logging_steps=1, save_strategy="steps", save_steps=5
+    )
     trainer.train()
     tuner = tunerkit.tuner(model)
     rows = [row for row in trainer.state.log_history if "loss" in row]
@@ -192,20 +187,40 @@ def test_budget_and_ranks_are_in_the_logs(asked: bool, tmp_path: Path, monkeypat
     ranks = list(tuner.ranks().values())
     expected = {"rank_mean": sum(ranks) / len(ranks), "rank_min": min(ranks), "rank_max": max(ranks)}
     assert expected.items() <= rows[-1].items()
-    told = {row["step"]: row for row in rows if any(key.startswith("rank/") for key in row)}
-    assert list(told) == ([1, 3, 6, 9, 10] if asked else [])
-    of_targets = {f"rank/{path}": rank for path, rank in tuner.ranks().items()} if asked else {}
-    assert of_targets.items() <= told.get(10, {}).items()
+    assert not any(key.startswith("rank/") for row in rows for key in row)
     for step in (5, 20):
         found = json.loads((tmp_path / f"checkpoint-{step}" / "ranks.json").read_text())
         saved = tunerkit.tuner(tunerkit.load(bert(), tmp_path / f"checkpoint-{step}"))
         assert found == {"step": step, "budget": saved.budget(), "ranks": saved.ranks()}
-    if TENSORBOARD:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        written = EventAccumulator(str(next(tmp_path.rglob("events.out.*")).parent)).Reload()
-        assert [(point.step, point.value) for point in written.Scalars("train/budget")][-1] == (STEPS, 2 * TARGETS)
-        assert {f"train/{key}" for key in of_targets} <= {*written.Tags()["scalars"]}
+
+def test_every_target_s_rank_is_in_the_logs_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the environment's variable, the first row after an allocation has them."""
+    monkeypatch.setenv("TUNERKIT_LOG_TARGET_RANKS", "1")
+    model = wrapped()
+    trainer = trainer_of(model, tmp_path, logging_strategy="steps", logging_steps=1)
+    trainer.train()
+    tuner = tunerkit.tuner(model)
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    told = {row["step"]: row for row in rows if any(key.startswith("rank/") for key in row)}
+    assert list(told) == [1, 3, 6, 9, 10]
+    assert {f"rank/{path}": rank for path, rank in tuner.ranks().items()}.items() <= told[10].items()
+
+
+def test_ranks_and_budget_are_in_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Trainer's TensorBoard callback writes them: one curve for the budget, and if asked for one per target."""
+    monkeypatch.setenv("TUNERKIT_LOG_TARGET_RANKS", "1")
+    pytest.importorskip("tensorboard", reason="the curves are read back with it")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = wrapped()
+    trainer_of(model, tmp_path, logging_strategy="steps", logging_steps=2, report_to=["tensorboard"]).train()
+    events = next(tmp_path.rglob("events.out.*"))
+    written = EventAccumulator(str(events.parent)).Reload()
+    curve = written.Scalars("train/budget")
+    assert [(point.step, point.value) for point in curve][-1] == (STEPS, 2 * TARGETS)
+    ranks = [tag for tag in written.Tags()["scalars"] if tag.startswith("train/rank/")]
+    assert len(ranks) == TARGETS
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -239,6 +254,28 @@ def test_the_trainer_s_options_leave_the_budget_exact(name: str, tmp_path: Path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), tuner.parameters(), strict=True))
 
 
+def test_checkpointing_gives_the_gradients_of_the_plain_run(tmp_path: Path) -> None:
+    """Both modes give the same end as the run without it."""
+    ends = []
+    for name in ("no clipping", "checkpointing", "reentrant"):
+        model = wrapped()
+        trainer_of(
+            model, tmp_path / name, **OPTIONS[name], **({} if name == "no clipping" else {"max_grad_norm": 0.0})
+        ).train()
+        ends.append(logits(model))
+    assert torch.allclose(ends[0], ends[1], atol=1e-6)
+    assert torch.allclose(ends[0], ends[2], atol=1e-6)
+
+
+def test_resuming_from_a_checkpoint_without_state_is_refused(tmp_path: Path) -> None:
+    """`save_only_model` leaves the averages out, so pruning would have no scores: the error says what to do."""
+    model = wrapped()
+    trainer_of(model, tmp_path, save_strategy="steps", save_steps=5, save_only_model=True).train()
+    assert not (tmp_path / "checkpoint-10" / "state.safetensors").exists()
+    with pytest.raises(tunerkit.errors.FileError, match=r"no state\.safetensors"):
+        trainer_of(wrapped(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+
+
 def test_a_resume_that_failed_leaves_no_state_to_the_next_training(tmp_path: Path) -> None:
     """State loaded for it is not used as averages and history of a training that restarts."""
     trainer_of(wrapped(), tmp_path, save_strategy="steps", save_steps=7).train()
@@ -262,6 +299,22 @@ def test_resuming_with_another_config_or_length_is_refused(tmp_path: Path) -> No
     assert torch.equal(logits(other), before)
     with pytest.raises(tunerkit.errors.FileError, match="total_steps 20 -> 30"):
         trainer_of(wrapped(), tmp_path, max_steps=30).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_checkpoint_whose_writing_was_interrupted_is_refused(tmp_path: Path) -> None:
+    """The Trainer writes its own state last: a checkpoint without it is incomplete. By itself it resumes from another.
+
+    Both ends are the same, bit for bit.
+    """
+    whole, model = wrapped(), wrapped()
+    trainer_of(whole, tmp_path, save_strategy="steps", save_steps=5).train()
+    (tmp_path / "checkpoint-20" / "trainer_state.json").unlink()
+    with pytest.raises(tunerkit.errors.FileError, match="not complete"):
+        trainer_of(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    assert tunerkit.tuner(model).steps == 0
+    with pytest.warns(tunerkit.TunerkitWarning, match="resumes from .*checkpoint-15, the newest complete checkpoint"):
+        trainer_of(model, tmp_path).train(resume_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), whole.state_dict().values(), strict=True))
 
 
 def test_steps_that_are_skipped_still_move_the_schedule(tmp_path: Path) -> None:
