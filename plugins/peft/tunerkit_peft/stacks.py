@@ -64,11 +64,6 @@ class Stack:
         """The path of the parameter, by which PEFT's settings name it."""
         return f"{self.experts}.{self.parameter}"
 
-    @property
-    def is_square(self) -> bool:
-        """Whether shapes say nothing of the sides."""
-        return self.in_features == self.out_features
-
     def is_swapped(self, version: str) -> bool | None:
         """Return whether a version of PEFT takes s2 for the input's side; None if it does not say.
 

@@ -4,7 +4,7 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,11 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tunerkit
-from plugins.serving.tests.stub_vllm import StubVllm, perturb_, running, save_base
+from plugins.serving.tests.serving_folders import random_folder
+from plugins.serving.tests.stub_vllm import StubVllm, perturb_
 from tunerkit_serving import VllmServer, check_rollout, publisher
 
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def stub(folder: Path) -> Iterator[StubVllm]:
-    with running() as stub:
-        stub.serve(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
-        yield stub
 
 
 def wrapped(folder: Path, method: str = "lora", **config: Any) -> Any:
@@ -77,18 +66,18 @@ class Planted(VllmServer):
     ],
 )
 def test_where_engine_and_model_agree_nothing_is_said(
-    method: str, config: dict[str, Any], folder: Path, stub: StubVllm, tmp_path: Path
+    method: str, config: dict[str, Any], folder: Path, engine: StubVllm, tmp_path: Path
 ) -> None:
     """And the engine has no adapter more afterwards."""
     model = wrapped(folder, method, **config)
-    found = check_rollout(model, stub.url, tokenizer=AutoTokenizer.from_pretrained(folder), folder=tmp_path)
+    found = check_rollout(model, engine.url, tokenizer=AutoTokenizer.from_pretrained(folder), folder=tmp_path)
     assert found.cause is None
     assert found.largest < 1e-4
     assert found.base < 1e-5
     assert found.ratio == pytest.approx(1, abs=1e-4)
     assert found.greedy == (24,) * 4 or min(found.greedy) > 0
     assert found.moved > 0.1
-    assert (stub.adapters, [*tmp_path.iterdir()]) == ({}, [])
+    assert (engine.adapters, [*tmp_path.iterdir()]) == ({}, [])
 
 
 def without(*names: str) -> Callable[[dict[str, Any], Tensors], Tensors]:
@@ -125,42 +114,45 @@ def test_a_planted_mistake_is_named(
     change: Callable[[dict[str, Any], Tensors], Tensors | None],
     cause: str | None,
     folder: Path,
-    stub: StubVllm,
+    engine: StubVllm,
     tmp_path: Path,
 ) -> None:
     """In the matrices: of both signs, they are the same adapter."""
-    found = check_rollout(wrapped(folder), Planted(url=stub.url, change=change), folder=tmp_path / "versions")
+    found = check_rollout(wrapped(folder), Planted(url=engine.url, change=change), folder=tmp_path / "versions")
     assert (found.cause is None) == (cause is None)
     if cause is not None:
         assert re.search(cause, str(found.cause))
         assert found.mean > 1e-2
 
 
-def test_an_older_version_is_named(folder: Path, stub: StubVllm, tmp_path: Path) -> None:
+def test_an_older_version_is_named(folder: Path, engine: StubVllm, tmp_path: Path) -> None:
     """Which one, of those in the folder."""
     model = wrapped(folder)
-    versions = publisher(model, stub.url, folder=tmp_path)
+    random_folder(tmp_path / "other-0123456789abcdef")  # of another model, which is passed over
+    (tmp_path / "damaged-0123456789abcdef").mkdir()
+    (tmp_path / "damaged-0123456789abcdef" / "adapter_config.json").write_text("{")
+    versions = publisher(model, engine.url, folder=tmp_path)
     names = [versions.publish()]
     for _ in range(2):
         perturb_(model)
         names.append(versions.publish())
-    found = check_rollout(model, stub.url, version=names[-1], folder=tmp_path)
+    found = check_rollout(model, engine.url, version=names[-1], folder=tmp_path)
     assert (found.version, found.cause) == (names[-1], None)
     perturb_(model)
-    found = check_rollout(model, stub.url, version=names[1], folder=tmp_path)
+    found = check_rollout(model, engine.url, version=names[1], folder=tmp_path)
     assert found.cause is not None
     assert found.cause.startswith(f"the engine computes with {names[1]}, another version")
 
 
-def test_other_bases_dtypes_templates_and_dead_adapters_are_named(folder: Path, stub: StubVllm, tmp_path: Path) -> None:
+def test_other_bases_dtypes_templates_and_dead_adapters(folder: Path, engine: StubVllm, tmp_path: Path) -> None:
     """Each by what differs without the adapter, or with a perturbed one."""
     model, tokenizer = wrapped(folder), AutoTokenizer.from_pretrained(folder)
-    right = stub.model
+    right = engine.model
     assert right is not None
 
     def cause(base: torch.nn.Module) -> str:
-        stub.serve(base, AutoTokenizer.from_pretrained(folder))
-        found = check_rollout(model, stub.url, tokenizer=tokenizer, folder=tmp_path)
+        engine.serve(base, AutoTokenizer.from_pretrained(folder))
+        found = check_rollout(model, engine.url, tokenizer=tokenizer, folder=tmp_path)
         assert found.cause is not None
         return found.cause
 
@@ -170,8 +162,8 @@ def test_other_bases_dtypes_templates_and_dead_adapters_are_named(folder: Path, 
     assert "computes in another dtype than the trainer, whose is float32" in cause(copy.deepcopy(right).bfloat16())
     tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|> ", "<|assistant|>  good")
     assert "the engine's chat template is another one, from token" in cause(right)
-    stub.ignores = True
+    engine.ignores = True
     assert "the engine answers as the base does" in cause(right)
     fresh = tunerkit.wrap(AutoModelForCausalLM.from_pretrained(folder), "lora", {"rank": 4})
-    found = check_rollout(fresh, stub.url, folder=tmp_path)
+    found = check_rollout(fresh, engine.url, folder=tmp_path)
     assert "does not change the engine's answers: it ignores adapters" in str(found.cause)

@@ -1,6 +1,5 @@
 """``tunerkit publish``: a folder as it is, a run by its model; what it prints, and its exit codes."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,13 @@ from typer.testing import CliRunner  # noqa: E402
 
 import tunerkit  # noqa: E402
 from plugins.serving.tests.serving_folders import Decoder, random_folder  # noqa: E402
-from plugins.serving.tests.stub_vllm import StubVllm, perturb_, running  # noqa: E402
+from plugins.serving.tests.stub_vllm import StubVllm, perturb_  # noqa: E402
 from tunerkit_cli import app  # noqa: E402
 from tunerkit_serving import read_folder  # noqa: E402
 
 
 def run(*arguments: object) -> Any:
     return CliRunner().invoke(app.build(), ["publish", *map(str, arguments)])
-
-
-@pytest.fixture
-def stub() -> Iterator[StubVllm]:
-    with running() as stub:
-        yield stub
 
 
 def test_a_peft_folder_is_published_as_it_is(stub: StubVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

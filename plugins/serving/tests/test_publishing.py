@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,6 @@ from tunerkit.plugin import Engine, resize_
 from tunerkit_serving import Publisher, PublishError, VllmServer, publisher, read_folder
 
 pytest.importorskip("tunerkit_peft", reason="the format comes with it")
-
-
-@pytest.fixture
-def stub() -> Iterator[StubVllm]:
-    with running() as stub:
-        yield stub
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import tunerkit
+from tunerkit.errors import FileError
 from tunerkit_serving.adapter_folder import CONFIG, WEIGHTS, read_folder
 from tunerkit_serving.local_scores import Adapter, Factors, LocalModel, factors, groups, mistakes
 from tunerkit_serving.publishing import FOLDER, Export, publisher, server_at
@@ -133,7 +134,7 @@ def check_rollout(
         perturbed=_mean(found.here_perturbed - found.perturbed),
         moved=_mean(found.perturbed - found.adapted),
         template_at=template_at,
-        cause=found.cause(_earlier(place, name)) or _template_cause(template_at),
+        cause=found.cause(_earlier(place, name, own)) or _template_cause(template_at),
     )
 
 
@@ -156,16 +157,16 @@ class _Found:
         self.here_base = self.local.scores_with({})
         self.here_perturbed = self.local.scores_with(self.changed)
 
-    def cause(self, earlier: Sequence[Path]) -> str | None:
+    def cause(self, earlier: Iterable[tuple[str, Adapter]]) -> str | None:
         dtype = next(each.dtype for each in self.local.model.parameters() if each.is_floating_point())
-        limit = _FLOAT32 if dtype == torch.float32 else _HALF
+        rounding = _FLOAT32 if dtype == torch.float32 else _HALF
         base = _mean(self.here_base - self.base)
-        if base > max(limit, _ROUNDING):
+        if base > _ROUNDING:
             return (
                 "the engine's base is another model, or has other weights: without the adapter the log-probabilities "
                 f"differ by {base:.2g} in the mean. Serve the base that the adapter is trained on"
             )
-        limit = max(limit, 2 * base)
+        limit = max(rounding, 2 * base)
         if _mean(self.here - self.adapted) > limit:
             return self._mistake(earlier, limit)
         if _mean(self.perturbed - self.adapted) <= limit:
@@ -178,7 +179,7 @@ class _Found:
                 "the engine computes the adapter rightly, but not a perturbed one: it keeps parts of another version, "
                 "or reads some of the matrices from elsewhere"
             )
-        if limit > _HALF or (dtype == torch.float32 and base > _FLOAT32):
+        if base > rounding:
             return (
                 f"the engine computes in another dtype than the trainer, whose is {str(dtype).removeprefix('torch.')}: "
                 f"without the adapter too the log-probabilities differ by {base:.2g} in the mean. Start the server "
@@ -186,7 +187,7 @@ class _Found:
             )
         return None
 
-    def _mistake(self, earlier: Sequence[Path], limit: float) -> str:
+    def _mistake(self, earlier: Iterable[tuple[str, Adapter]], limit: float) -> str:
         """The first cause that explains the difference, or the nearest one."""
         whole = _mean(self.here - self.adapted)
         best, least = "", float("inf")
@@ -202,18 +203,18 @@ class _Found:
             f"differences of {whole:.2g} in the mean, and {least:.2g} if {best}"
         )
 
-    def _tried(self, earlier: Sequence[Path]) -> Iterator[tuple[str, float]]:
+    def _tried(self, earlier: Iterable[tuple[str, Adapter]]) -> Iterator[tuple[str, float]]:
         """Yield mistakes, and what each leaves of the difference."""
         yield (
             "the engine answers as the base does: the adapter is not loaded, or the engine ignores it. Publish it, and "
             "ask for the version's name as the model",
             self._left({}),
         )
-        for path in earlier:
+        for name, adapter in earlier:
             yield (
-                f"the engine computes with {path.name}, another version: publish the adapter as it is now, and ask for "
-                "that name",
-                self._left(factors(read_folder(path))),
+                f"the engine computes with {name}, another version: publish the adapter as it is now, and ask for that "
+                "name",
+                self._left(adapter),
             )
         for said, adapter in mistakes(self.own):
             yield said, self._left(adapter)
@@ -297,10 +298,18 @@ def _write_changed(folder: Path, copy: Path, changed: Adapter) -> None:
     save_file(tensors, copy / WEIGHTS)
 
 
-def _earlier(place: Path, name: str) -> list[Path]:
-    """The versions in a folder, the newest first."""
+def _earlier(place: Path, name: str, own: Adapter) -> Iterator[tuple[str, Adapter]]:
+    """Yield the versions in a folder by name, the newest first; those of other models are passed over."""
     found = [each.parent for each in place.glob(f"*/{CONFIG}") if re.search(r"-[0-9a-f]{16}$", each.parent.name)]
-    return sorted(found, key=lambda each: (each.name == name, each.stat().st_mtime_ns), reverse=True)[:_OLD]
+    for path in sorted(found, key=lambda each: (each.name == name, each.stat().st_mtime_ns), reverse=True)[:_OLD]:
+        with suppress(FileError):
+            adapter = factors(read_folder(path))
+            if _sizes(adapter) == _sizes(own):
+                yield path.name, adapter
+
+
+def _sizes(adapter: Adapter) -> dict[str, tuple[int, int]]:
+    return {path: (each.a.shape[1], each.b.shape[0]) for path, each in adapter.items()}
 
 
 def _template_at(server: Server, base: str, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> int | None:

@@ -1,7 +1,6 @@
 """Answers for TRL's GRPO from a running engine, drawn by the adapter as it is at each step."""
 
 import itertools
-import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,8 @@ _SETTINGS: Final = {
     "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
 }
-_EQUAL: Final = 1e-3  # of two log-probabilities that the engine computes twice
+_EQUAL: Final = 1e-3  # the difference of log-probabilities that the engine computes twice
+_CERTAIN: Final = -0.1  # log-probabilities that say nothing of the temperature
 
 
 class RolloutError(TunerkitError):
@@ -43,19 +43,12 @@ def rollout(
     *,
     patience: float = 0.0,
     requests: int = 64,
-    keep: int = 2,
-    rank: int | None = None,
-    folder: str | os.PathLike[str] | None = None,
-    prefix: str = "tunerkit",
-    adapter: str | None = None,
-    probe: bool = True,
-    key: str | None = None,
-    **options: Any,
+    **publishing: Any,
 ) -> "Rollout":
     """Return a ``rollout_func`` for TRL's GRPOTrainer, whose answers come from a running vLLM.
 
-    Whenever the trainer's step has moved, the adapter is published, see `tunerkit_serving.publisher`; answers are asked
-    for under that version's name, so none comes from an older one::
+    The adapter as it is at each call is published, see `tunerkit_serving.publisher`; the same content is not loaded
+    again. Answers are asked for under that version's name, so none comes from an older one::
 
         trainer = GRPOTrainer(
             model, reward_funcs=score, args=args, train_dataset=rows, rollout_func=rollout(model, "http://localhost:8000")
@@ -72,14 +65,7 @@ def rollout(
         patience: Seconds to wait for a server that does not answer, or was restarted, before the training stops. The
             version is then published again.
         requests: The most prompts that are asked for at once.
-        keep: How many versions stay loaded, see `tunerkit_serving.publisher`, as for all that follow.
-        rank: The rank of all versions.
-        folder: Where the versions are written.
-        prefix: What the versions' names start with.
-        adapter: The adapter's name.
-        probe: Whether to compare each version with the base once.
-        key: What the server was given as ``--api-key``.
-        **options: Options of the format ``"peft"``.
+        **publishing: Arguments of `tunerkit_serving.publisher`, such as ``keep``, ``rank``, ``folder`` or ``key``.
 
     Returns:
         The function. Nothing is published before TRL calls it.
@@ -92,11 +78,8 @@ def rollout(
         raise PublishError(f"patience: expected >= 0 seconds, got {shown(patience)}")
     if not requests >= 1:
         raise PublishError(f"requests: expected >= 1, got {shown(requests)}")
-    versions = publisher(
-        model, to, keep=keep, rank=rank, folder=folder, prefix=prefix, adapter=adapter, probe=probe, key=key, **options
-    )
-    tuner = tunerkit.tuner(model, adapter)
-    return Rollout(tuner.model, tuner.name, versions, patience, requests)
+    tuner = tunerkit.tuner(model, publishing.get("adapter"))
+    return Rollout(tuner.model, tuner.name, publisher(model, to, **publishing), patience, requests)
 
 
 @attrs.define(eq=False)
@@ -118,7 +101,7 @@ class Rollout:
     patience: float
     requests: int
     last: Sequence[tuple[Sequence[int], Answer]] = attrs.field(factory=tuple, init=False, repr=False)
-    _step: int | None = attrs.field(default=None, init=False)  # at which the latest version was published
+    _step: int | None = attrs.field(default=None, init=False)  # of the latest call
     _calls: int = attrs.field(default=0, init=False)  # at that step
     _is_checked: bool = attrs.field(default=False, init=False)
     _pause: float = attrs.field(default=2.0, init=False)  # seconds between looks at a server that is gone
@@ -129,8 +112,8 @@ class Rollout:
         Args:
             prompts: Texts or lists of messages, each as often as answers to it are wanted.
             trainer: The trainer.
-            *more: None, with the TRL that this is made for.
-            **fields: None, likewise.
+            *more: Nothing, with the TRL that this is made for.
+            **fields: Nothing, likewise.
 
         Returns:
             ``prompt_ids``, ``completion_ids`` and the engine's ``logprobs`` of the completions, a list for each prompt.
@@ -141,16 +124,19 @@ class Rollout:
         """
         if more or fields:
             raise RolloutError(f"{_MADE_FOR}; got {len(more)} more arguments and {sorted(fields)}. Use that TRL")
-        sampling, seed = self._settings(trainer), trainer.args.seed
-        step = int(trainer.state.global_step)
-        rows = _token_ids(prompts, trainer)
+        try:
+            rows, sampling = _token_ids(prompts, trainer), _sampling(trainer)
+            seed, step = trainer.args.seed, int(trainer.state.global_step)
+        except AttributeError as problem:
+            raise RolloutError(f"{_MADE_FOR}; {problem}. Use that TRL") from problem
+        self._refuse_other(trainer)
         groups = [(row, len(list(same))) for row, same in itertools.groupby(rows)]
         calls = 0 if step != self._step else self._calls
         draws = [
             (row, attrs.evolve(sampling, n=count, seed=random.Random(f"{seed} {step} {calls} {at}").getrandbits(31)))
             for at, (row, count) in enumerate(groups)
         ]
-        answers = self._drawn(draws, step)
+        answers = self._drawn(draws)
         self._step, self._calls = step, calls + 1
         self.last = list(zip(rows, answers, strict=True))
         return {
@@ -159,28 +145,26 @@ class Rollout:
             "logprobs": [list(each.logprobs) for each in answers],
         }
 
-    def _settings(self, trainer: Any) -> Sampling:
-        args = vars(trainer).get("args")
-        missing = [name for name in (*_SETTINGS.values(), "seed") if not hasattr(args, name)]
-        if missing or not hasattr(trainer, "state") or not hasattr(trainer, "processing_class"):
-            raise RolloutError(f"{_MADE_FOR}; this {type(trainer).__name__} has no {(missing or ['state'])[0]!r}")
+    def _refuse_other(self, trainer: Any) -> None:
+        """Raise `RolloutError` if the trainer trains another model, or in several processes."""
         found = tunerkit.adapters(trainer.accelerator.unwrap_model(trainer.model))
         if all(tuner.model is not self.model for tuner in found.values()):
             raise RolloutError(
                 "the trainer trains another model than the one whose adapter is published: pass rollout(model, ...) of "
                 "the trainer's own model"
             )
-        values = {name: getattr(args, own) for name, own in _SETTINGS.items()}
-        values = {name: value for name, value in values.items() if value is not None}
-        ends = getattr(trainer, "eos_token_ids", None) or [trainer.processing_class.eos_token_id]
-        return Sampling(**values, stop=tuple(ends), more=getattr(args, "generation_kwargs", None) or {})
+        if trainer.accelerator.num_processes > 1:
+            raise RolloutError(
+                f"this training runs on {trainer.accelerator.num_processes} processes, and rollout is for one: train "
+                "on one, or leave rollout_func out"
+            )
 
-    def _drawn(self, draws: Sequence[tuple[Sequence[int], Sampling]], step: int) -> list[Answer]:
-        """Publish if the step has moved, and draw; wait for a server that is gone."""
-        end, is_current, is_gone = time.monotonic() + self.patience, step == self._step, False
+    def _drawn(self, draws: Sequence[tuple[Sequence[int], Sampling]]) -> list[Answer]:
+        """Publish and draw; wait for a server that is gone, which may come back without the version."""
+        end, is_gone = time.monotonic() + self.patience, False
         while True:
             try:
-                with self._loaded(is_current=is_current) as name:
+                with self._published() as name:
                     self._check_temperature(name, draws[0][1])
                     return self._asked(name, draws)
             except ServerGone as problem:
@@ -188,18 +172,16 @@ class Rollout:
                     raise
                 if not is_gone:
                     warn(f"{problem}. Waiting for it, up to {self.patience:g} s")
-                is_current, is_gone = False, True  # it may come back without the version
+                is_gone = True
             time.sleep(self._pause)
 
     @contextmanager
-    def _loaded(self, *, is_current: bool) -> Iterator[str]:
-        """The name of the version at this step, loaded inside the block; the base's while the adapter adds nothing."""
+    def _published(self) -> Iterator[str]:
+        """The name of the adapter as it is, loaded inside the block; the base's while the adapter adds nothing."""
         if adds_nothing(tunerkit.tuner(self.model, self.adapter)):
             yield self.publisher.server.listed().base
             return
-        if not is_current:
-            self.publisher.publish()
-        with self.publisher.using() as name:
+        with self.publisher.using(self.publisher.publish()) as name:
             yield name
 
     def _asked(self, name: str, draws: Sequence[tuple[Sequence[int], Sampling]]) -> list[Answer]:
@@ -214,6 +196,8 @@ class Rollout:
         server = self.publisher.server
         (drawn,) = server.sample(name, PROBE, attrs.evolve(sampling, n=1, max_tokens=8))
         plain = server.logprobs(name, [*PROBE, *drawn.tokens])[len(PROBE) - 1 :]
+        if all(each > _CERTAIN for each in plain):  # whose log-probabilities are near 0 at any temperature
+            return
         if all(abs(one - other) < _EQUAL for one, other in zip(plain, drawn.logprobs, strict=True)):
             raise PublishError(
                 f"the server returns log-probabilities at temperature 1, the trainer has {sampling.temperature:g}. "
@@ -222,9 +206,16 @@ class Rollout:
         self._is_checked = True
 
 
+def _sampling(trainer: Any) -> Sampling:
+    """How TRL's trainer draws."""
+    values = {name: getattr(trainer.args, own) for name, own in _SETTINGS.items()}
+    values = {name: value for name, value in values.items() if value is not None}
+    return Sampling(**values, stop=tuple(trainer.eos_token_ids), more=trainer.args.generation_kwargs or {})
+
+
 def _token_ids(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
     """Prompts as TRL makes token ids of them."""
-    if getattr(trainer, "environment_factories", None) is not None:
+    if trainer.environment_factories is not None:
         raise RolloutError(
             "rollout does not draw for environments, whose tools differ for each prompt: leave environment_factory out"
         )
@@ -235,12 +226,12 @@ def _token_ids(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
         raise RolloutError("rollout sends token ids alone, and the prompts have images: leave rollout_func out")
     found = tokenizer.apply_chat_template(
         conversation=list(prompts),
-        tools=getattr(trainer, "tools", None) or None,  # some templates write an empty list of tools
-        chat_template=getattr(trainer, "chat_template", None),
+        tools=trainer.tools or None,  # some templates write an empty list of tools
+        chat_template=trainer.chat_template,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
-        **(getattr(trainer, "chat_template_kwargs", None) or {}),
+        **trainer.chat_template_kwargs,
     )
     return [list(row) for row in found["input_ids"]]
 
