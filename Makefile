@@ -25,10 +25,17 @@ define OURS
 $(1)/bin/python -m pip install $(CONSTRAINTS) hatchling editables
 $(1)/bin/python -m pip install --no-deps --no-build-isolation -e . $(2:%=-e plugins/%)
 endef
+# Makes a venv that imports what .venv has, and installs beside it what the two cannot share.
+define BESIDE_DEV
+$(BIN)/python -m venv $(1)
+echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	> "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dev.pth"
+$(1)/bin/python -m pip install $(2)
+touch $(1)/.ready
+endef
 PYTEST := -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 # Of the files of core that test-quantisers runs, the tests of quantised bases; all of the plugin's.
 OF_QUANTISED := quantised or packed or bitsandbytes or not (test_engines or test_readme)
-OF_DEEPSPEED := transformers distributed experts lora adalora
 FEW_THREADS := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
 DEMO_READY := .venv/.demo-ready
 LM_READY := .venv/.lm-ready
@@ -119,12 +126,6 @@ $(BIN)/python:
 $(CORE)/bin/python:
 	$(PYTHON) -m venv $(CORE)
 
-.venv-quantisers/bin/python:
-	$(PYTHON) -m venv .venv-quantisers
-
-.venv-deepspeed/bin/python:
-	$(PYTHON) -m venv .venv-deepspeed
-
 .venv-dist/bin/python:
 	$(PYTHON) -m venv .venv-dist
 
@@ -150,17 +151,12 @@ $(CORE_READY): pyproject.toml constraints.txt oldest.txt | $(CORE)/bin/python
 	$(CORE)/bin/python -m pip install $(if $(CONSTRAINTS),-c $(CORE)/newer.txt) -r oldest.txt -e ".[test]" $(if $(TORCH),"torch==$(TORCH)")
 	touch $@
 
-$(QUANTISERS_READY): $(PROJECTS) constraints.txt | .venv-quantisers/bin/python
-	$(call OURS,.venv-quantisers,$(NAMES))
-	.venv-quantisers/bin/python -m pip install $(CONSTRAINTS) "tunerkit[cli,lm,quantisers,test]" $(NAMES:%=tunerkit-%)
-	touch $@
+$(QUANTISERS_READY): $(DEV_READY)
+	$(call BESIDE_DEV,.venv-quantisers,$(CONSTRAINTS) "tunerkit[quantisers]")
 
-# DeepSpeed slows down every import of transformers. Building it needs a torch that is there.
-$(DEEPSPEED_READY): $(PROJECTS) constraints.txt | .venv-deepspeed/bin/python
-	$(call OURS,.venv-deepspeed,$(OF_DEEPSPEED))
-	.venv-deepspeed/bin/python -m pip install $(CONSTRAINTS) "tunerkit[test]" $(OF_DEEPSPEED:%=tunerkit-%)
-	.venv-deepspeed/bin/python -m pip install $(CONSTRAINTS) "tunerkit[deepspeed]"
-	touch $@
+# DeepSpeed slows down every import of transformers.
+$(DEEPSPEED_READY): $(DEV_READY)
+	$(call BESIDE_DEV,.venv-deepspeed,$(CONSTRAINTS) "tunerkit[deepspeed]")
 
 # What builds and checks distributions, apart from what they need.
 $(DIST_READY): constraints.txt | .venv-dist/bin/python
