@@ -96,17 +96,15 @@ class StubVllm(ThreadingHTTPServer):
         if name not in (BASE, *self.adapters):
             return 404, _error(404, f"The model `{name}` does not exist.")
         change = 0.0 if self.ignores or name == BASE else float(self.adapters[name])
-        first = [-1.0 - change - 0.01 * token for token in prompt[1:]]
-        return 200, {"choices": [{"text": "a", "logprobs": {"token_logprobs": [None, *first, -0.5 - change]}}]}
+        scores = [-1.0 - change - 0.01 * prompt[0]] * body["max_tokens"]
+        answer = {"token_ids": [prompt[0]] * len(scores), "logprobs": {"token_logprobs": scores}}
+        return 200, {"choices": [{"index": index, **answer} for index in range(body["n"])]}
 
     def _drawn(self, body: dict[str, Any]) -> tuple[int, Any]:
         name, prompt = body["model"], body["prompt"]
         if name not in (BASE, *self.adapters):
             return 404, _error(404, f"The model `{name}` does not exist.")
         net = self.nets[BASE if self.ignores else name]
-        if body.get("echo"):
-            found = _logprobs(net, prompt)[:-1].gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0]
-            return 200, {"choices": [{"index": 0, "logprobs": {"token_logprobs": [None, *found.tolist(), 0.0]}}]}
         choices = []
         for index in range(body["n"]):
             generator = torch.Generator().manual_seed((body["seed"] or 0) + index)

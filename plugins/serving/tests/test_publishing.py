@@ -14,7 +14,7 @@ import tunerkit
 from plugins.serving.tests.serving_folders import Decoder, random_folder
 from plugins.serving.tests.stub_vllm import BASE, StubVllm, perturb_, running
 from tunerkit.plugin import Engine, resize_
-from tunerkit_serving import Publisher, PublishError, VllmServer, publisher, read_folder
+from tunerkit_serving import Publisher, PublishError, Sampling, VllmServer, publisher, read_folder
 
 pytest.importorskip("tunerkit_peft", reason="the format comes with it")
 
@@ -61,7 +61,7 @@ def test_a_version_is_loaded_under_the_hash_of_its_files(model: nn.Module, stub:
     (tmp_path / "made-here").mkdir()  # the server may run as another user
     assert (tmp_path / name).stat().st_mode == (tmp_path / "made-here").stat().st_mode
     (tmp_path / "made-here").rmdir()
-    assert (stub.count(f'"model": "{name}"'), stub.count(f'"model": "{BASE}"')) == (1, 1)
+    assert (stub.count(f'"model": "{name}"'), stub.count(f'"model": "{BASE}"')) == (8, 8)
     assert versions(tmp_path) == [name]
 
 
@@ -477,7 +477,7 @@ def test_another_servers_answers_are_quoted(
     with pytest.raises(PublishError, match=r"/v1/models.*got|expected .*/v1/models, got"):
         publishing(model, stub, tmp_path).publish()
     with pytest.raises(PublishError, match="completions"):
-        to(stub).logprobs("a", [1])
+        to(stub).sample("a", [([1], Sampling(max_tokens=1))])
 
 
 def test_the_configs_written_name_nothing_of_this_machine(model: nn.Module, stub: StubVllm, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_each_step_draws_by_its_own_version(
 
     trainer_of(model, folder, tmp_path / "out", watched, prompts).train()
     assert len(names) == len(set(names)) == 6
-    drawn = [json.loads(each.split(" ", 2)[2]) for each in engine.asked if '"n":' in each]
+    drawn = [json.loads(each.split(" ", 2)[2]) for each in engine.asked if '"max_tokens": 6' in each]
     assert [sum(each["n"] for each in drawn if each["model"] == name) for name in names] == [4] * 6
 
 
@@ -131,7 +131,7 @@ def test_a_server_that_was_restarted_gets_the_version_again(folder: Path, engine
     wanted, _ = (each(TEXTS, called(model, folder)) for each in (draw, hasty))
     engine.adapters.clear()
     with pytest.raises(ServerGone, match="the server has no 'gone'; was it restarted"):
-        to(engine).sample("gone", [2], Sampling(max_tokens=1))
+        to(engine).sample("gone", [([2], Sampling(max_tokens=1))])
     engine.breaks = 3
     with pytest.raises(ServerGone, match="no connection"):
         hasty(TEXTS, called(model, folder))
@@ -184,10 +184,9 @@ def test_what_cannot_be_drawn_is_refused(
     assert engine.asked == []
 
 
-@pytest.mark.parametrize(
-    ("settings", "says"), [({"patience": -1}, "patience: expected >= 0"), ({"requests": 0}, ">= 1")]
-)
-def test_settings_out_of_range_are_refused(settings: dict[str, Any], says: str, folder: Path, engine: StubVllm) -> None:
+def test_settings_out_of_range_are_refused(folder: Path, engine: StubVllm) -> None:
     """As soon as they are given."""
-    with pytest.raises(PublishError, match=says):
-        rollout(wrapped(folder), to(engine), **settings)
+    with pytest.raises(PublishError, match=r"patience: expected >= 0"):
+        rollout(wrapped(folder), to(engine), patience=-1)
+    with pytest.raises(PublishError, match=r"requests: expected >= 1"):
+        VllmServer(url=engine.url, requests=0)

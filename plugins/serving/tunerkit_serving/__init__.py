@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tunerkit_serving.rollouts import Rollout as Rollout, RolloutError as RolloutError, rollout as rollout
     from tunerkit_serving.server import (
         Answer as Answer,
+        Draw as Draw,
         Listing as Listing,
         PublishError as PublishError,
         Sampling as Sampling,
@@ -38,7 +39,7 @@ _PLACES = {  # only what talks to a server needs HTTP
     **dict.fromkeys(("Agreement", "check_rollout"), "agreement"),
     **dict.fromkeys(("Publisher", "publisher"), "publishing"),
     **dict.fromkeys(("Rollout", "RolloutError", "rollout"), "rollouts"),
-    **dict.fromkeys(("Answer", "Listing", "PublishError", "Sampling", "Server", "ServerGone"), "server"),
+    **dict.fromkeys(("Answer", "Draw", "Listing", "PublishError", "Sampling", "Server", "ServerGone"), "server"),
     "VllmServer": "vllm_http",
 }
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import attrs
 import torch
@@ -23,9 +23,9 @@ from tunerkit_serving.server import PROBE, Sampling, Server
 if TYPE_CHECKING:
     from torch import nn
 
-_PROMPT_TOKENS: Final = 8
-_ANSWERS: Final = 4
-_ANSWER_TOKENS: Final = 24
+_PROMPT_TOKENS: Final = 4
+_ANSWERS: Final = 12
+_ANSWER_TOKENS: Final = 8
 _MESSAGES: Final = ({"role": "user", "content": "Is this the same conversation?"},)
 # Mean absolute differences of log-probabilities: what float32 leaves, what half precision leaves, and the most that
 # another dtype explains.
@@ -42,15 +42,15 @@ class Agreement:
 
     Attributes:
         version: The name that was asked for.
-        tokens: How many tokens were compared.
+        tokens: How many tokens were compared, of those that the engine drew.
         mean: The mean difference with the adapter.
         largest: The largest one.
         base: The mean difference without the adapter.
-        ratio: The mean of the trainer's probability over the engine's, of the tokens that the engine drew.
+        ratio: The mean of the trainer's probability over the engine's.
         greedy: How many of the engine's likeliest tokens the model has too, up to the first that differs, in each
             answer.
         perturbed: The mean difference with a perturbed adapter.
-        moved: How far a perturbed adapter moves the engine's log-probabilities, in the mean.
+        moved: How far the engine's log-probabilities with a perturbed adapter are from the trainer's own, in the mean.
         template_at: The first token at which the engine's chat template differs; None for nowhere, or not compared.
         cause: What is wrong, in a sentence; None if nothing is.
     """
@@ -81,9 +81,9 @@ def check_rollout(
 ) -> Agreement:
     """Compare what a model and a running engine compute with the model's adapter, and name what is wrong.
 
-    The engine draws four answers with the adapter. Both sides compute the log-probabilities of their tokens with the
-    adapter, without it, and with a perturbed one, which must change them. Where the numbers differ, known mistakes are
-    made in the model, and the one that gives the engine's numbers is the cause.
+    The engine draws twelve answers with the adapter, twelve without it, and twelve with a perturbed one, which must
+    change them. The model computes the log-probabilities of their tokens in the same way. Where the numbers differ,
+    known mistakes are made in the model, and the one that gives the engine's numbers is the cause.
 
     Args:
         model: The wrapped model.
@@ -111,70 +111,98 @@ def check_rollout(
         own = factors(read_folder(written / "own"))
         name = version or used.enter_context(_loaded(server, written / "own", place))
         base = server.listed().base
-        prompts = [PROBE[at : at + _PROMPT_TOKENS] for at in range(0, 2 * _ANSWERS, 2)]
-        drawing = Sampling(max_tokens=_ANSWER_TOKENS, seed=0)
-        rows = [[*prompt, *server.sample(name, prompt, drawing)[0].tokens] for prompt in prompts]
-        local = LocalModel(model, rows)
-        changed = _perturbed(local, own)
+        adapted = _Drawn.by(server, name)
+        changed = _perturbed(adapted.in_model(model), own)
         _write_changed(written / "own", written / "perturbed", changed)
         other = used.enter_context(_loaded(server, written / "perturbed", place))
-        engine = {each: _scores(server, each, rows) for each in (base, name, other)}
-        greedy = [server.sample(name, prompt, attrs.evolve(drawing, temperature=0.0))[0].tokens for prompt in prompts]
+        plain, perturbed = _Drawn.by(server, base), _Drawn.by(server, other)
+        likeliest = _Drawn.by(server, name, temperature=0.0)
         template_at = None if tokenizer is None else _template_at(server, base, tokenizer, messages)
-    found = _Found(local, own, changed, engine[base], engine[name], engine[other])
-    differs = found.here - found.adapted
+    found = _Found(model, own, changed, plain, adapted, perturbed)
+    differs = found.of_adapted
     return Agreement(
         version=name,
         tokens=len(differs),
         mean=_mean(differs),
         largest=float(differs.abs().max()),
-        base=_mean(found.here_base - found.base),
-        ratio=float(_of_answers(differs, rows).exp().mean()),
-        greedy=tuple(_same(model, prompt, tokens) for prompt, tokens in zip(prompts, greedy, strict=True)),
-        perturbed=_mean(found.here_perturbed - found.perturbed),
-        moved=_mean(found.perturbed - found.adapted),
+        base=_mean(found.of_plain),
+        ratio=float(differs.exp().mean()),
+        greedy=tuple(
+            _same(own, row[_PROMPT_TOKENS:])
+            for own, row in zip(likeliest.in_model(model).likeliest(), likeliest.rows, strict=True)
+        ),
+        perturbed=_mean(found.of_perturbed),
+        moved=_mean(found.moved),
         template_at=template_at,
         cause=found.cause(_earlier(place, name, own)) or _template_cause(template_at),
     )
 
 
+@attrs.frozen(eq=False)
+class _Drawn:
+    """Answers of the engine.
+
+    Attributes:
+        rows: The token ids of each prompt and its answer.
+        scores: The engine's log-probabilities of the answers' tokens, one answer after the other.
+    """
+
+    rows: Sequence[Sequence[int]]
+    scores: Tensor
+
+    @classmethod
+    def by(cls, server: Server, name: str, temperature: float = 1.0) -> Self:
+        prompts = [PROBE[at : at + _PROMPT_TOKENS] for at in range(_ANSWERS)]
+        drawing = Sampling(max_tokens=_ANSWER_TOKENS, temperature=temperature)
+        found = server.sample(name, [(prompt, attrs.evolve(drawing, seed=at)) for at, prompt in enumerate(prompts)])
+        answers = [answer for (answer,) in found]
+        rows = [[*prompt, *answer.tokens] for prompt, answer in zip(prompts, answers, strict=True)]
+        return cls(rows, torch.tensor([each for answer in answers for each in answer.logprobs]))
+
+    def in_model(self, model: "nn.Module") -> LocalModel:
+        return LocalModel(model, self.rows, _PROMPT_TOKENS)
+
+
 @attrs.define(eq=False)
 class _Found:
-    """The engine's log-probabilities, and the model's."""
+    """What the engine drew without an adapter, with it, and with a perturbed one; how far the model's numbers are."""
 
-    local: LocalModel
+    model: "nn.Module"
     own: Adapter
     changed: Adapter
-    base: Tensor
-    adapted: Tensor
-    perturbed: Tensor
-    here: Tensor = attrs.field(init=False)
-    here_base: Tensor = attrs.field(init=False)
-    here_perturbed: Tensor = attrs.field(init=False)
+    plain: _Drawn
+    adapted: _Drawn
+    perturbed: _Drawn
+    of_plain: Tensor = attrs.field(init=False)
+    of_adapted: Tensor = attrs.field(init=False)
+    of_perturbed: Tensor = attrs.field(init=False)
+    moved: Tensor = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.here = self.local.scores()
-        self.here_base = self.local.scores_with({})
-        self.here_perturbed = self.local.scores_with(self.changed)
+        perturbed = self.perturbed.in_model(self.model)
+        self.of_plain = self.plain.in_model(self.model).scores_with({}) - self.plain.scores
+        self.of_adapted = self.adapted.in_model(self.model).scores() - self.adapted.scores
+        self.of_perturbed = perturbed.scores_with(self.changed) - self.perturbed.scores
+        self.moved = perturbed.scores() - self.perturbed.scores
 
     def cause(self, earlier: Iterable[tuple[str, Adapter]]) -> str | None:
-        dtype = next(each.dtype for each in self.local.model.parameters() if each.is_floating_point())
+        dtype = next(each.dtype for each in self.model.parameters() if each.is_floating_point())
         rounding = _FLOAT32 if dtype == torch.float32 else _HALF
-        base = _mean(self.here_base - self.base)
+        base = _mean(self.of_plain)
         if base > _ROUNDING:
             return (
                 "the engine's base is another model, or has other weights: without the adapter the log-probabilities "
                 f"differ by {base:.2g} in the mean. Serve the base that the adapter is trained on"
             )
         limit = max(rounding, 2 * base)
-        if _mean(self.here - self.adapted) > limit:
+        if _mean(self.of_adapted) > limit:
             return self._mistake(earlier, limit)
-        if _mean(self.perturbed - self.adapted) <= limit:
+        if _mean(self.moved) <= limit:
             return (
                 "another adapter under another name does not change the engine's answers: it ignores adapters, or "
                 "keeps the answers of the first"
             )
-        if _mean(self.here_perturbed - self.perturbed) > 2 * limit:
+        if _mean(self.of_perturbed) > 2 * limit:
             return (
                 "the engine computes the adapter rightly, but not a perturbed one: it keeps parts of another version, "
                 "or reads some of the matrices from elsewhere"
@@ -189,7 +217,7 @@ class _Found:
 
     def _mistake(self, earlier: Iterable[tuple[str, Adapter]], limit: float) -> str:
         """The first cause that explains the difference, or the nearest one."""
-        whole = _mean(self.here - self.adapted)
+        whole = _mean(self.of_adapted)
         best, least = "", float("inf")
         for said, left in self._tried(earlier):
             if left < least:
@@ -237,27 +265,17 @@ class _Found:
             )
 
     def _left(self, adapter: Adapter) -> float:
-        return _mean(self.local.scores_with(adapter) - self.adapted)
+        return _mean(self.adapted.in_model(self.model).scores_with(adapter) - self.adapted.scores)
 
 
 def _mean(difference: Tensor) -> float:
     return float(difference.abs().mean())
 
 
-def _scores(server: Server, name: str, rows: Sequence[Sequence[int]]) -> Tensor:
-    return torch.cat([torch.tensor(server.logprobs(name, row), dtype=torch.float32) for row in rows])
-
-
-def _of_answers(differences: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
-    """The part of the tokens that the engine drew."""
-    parts = differences.split([len(row) - 1 for row in rows])
-    return torch.cat([part[_PROMPT_TOKENS - 1 :] for part in parts])
-
-
-def _same(model: "nn.Module", prompt: Sequence[int], answer: Sequence[int]) -> int:
-    (likeliest,) = LocalModel(model, [[*prompt, *answer]]).likeliest()
-    own = likeliest[len(prompt) - 1 :]
-    return next((at for at, pair in enumerate(zip(own, answer, strict=True)) if pair[0] != pair[1]), len(answer))
+def _same(likeliest: Sequence[int], answer: Sequence[int]) -> int:
+    """How many tokens are equal, up to the first that differs."""
+    pairs = enumerate(zip(likeliest, answer, strict=True))
+    return next((at for at, pair in pairs if pair[0] != pair[1]), len(answer))
 
 
 @contextmanager

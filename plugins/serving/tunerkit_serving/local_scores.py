@@ -97,15 +97,21 @@ class LocalModel:
 
     Attributes:
         model: The model.
-        rows: Token ids, at least two in each.
+        rows: Token ids of a prompt and its answer, in each.
+        given: How many of them are the prompt.
     """
 
     model: "nn.Module"
     rows: Sequence[Sequence[int]]
+    given: int
 
-    def scores(self) -> Tensor:
-        """Return the log-probability of each token but the first of each row, one row after the other."""
-        return torch.cat([_of_tokens(logits, row) for row, logits in zip(self.rows, self._logits(), strict=True)])
+    def scores(self, temperature: float = 1.0) -> Tensor:
+        """Return the log-probability of each token of the answers, one answer after the other."""
+        drawn = [torch.tensor(row[self.given :])[:, None] for row in self.rows]
+        logits = [each / temperature for each in self._logits()]
+        return torch.cat(
+            [each.log_softmax(-1).gather(-1, tokens)[:, 0] for each, tokens in zip(logits, drawn, strict=True)]
+        )
 
     def scores_with(self, adapter: Adapter) -> Tensor:
         """Return the same for the base with other matrices."""
@@ -113,20 +119,16 @@ class LocalModel:
             return self.scores()
 
     def likeliest(self) -> list[list[int]]:
-        """Return the likeliest token at each place but the first of each row."""
-        return [logits[:-1].argmax(-1).tolist() for logits in self._logits()]
+        """Return the likeliest token at each place of the answers."""
+        return [each.argmax(-1).tolist() for each in self._logits()]
 
     def _logits(self) -> list[Tensor]:
-        """The logits of each row: (tokens, vocabulary). Padding on the right changes nothing before it."""
+        """The logits for each answer: (tokens, vocabulary). Padding on the right changes nothing before it."""
         padded = pad_sequence([torch.tensor(row) for row in self.rows], batch_first=True)
         device = next(self.model.parameters()).device
         with evaluating(self.model), torch.no_grad():
             logits = self.model(input_ids=padded.to(device)).logits.float().cpu()
-        return [one[: len(row)] for one, row in zip(logits, self.rows, strict=True)]
-
-
-def _of_tokens(logits: Tensor, row: Sequence[int]) -> Tensor:
-    return logits[:-1].log_softmax(-1).gather(-1, torch.tensor(row[1:])[:, None])[:, 0]
+        return [one[self.given - 1 : len(row) - 1] for one, row in zip(logits, self.rows, strict=True)]
 
 
 @contextmanager

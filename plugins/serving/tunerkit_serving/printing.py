@@ -47,8 +47,8 @@ def agreement_as_text(found: "Agreement") -> str:
         [
             f"version: {found.version}, {found.tokens} tokens",
             f"difference of log-probabilities: {found.mean:.2g} in the mean, {found.largest:.2g} at most",
-            f"  without the adapter: {found.base:.2g}; with a perturbed one: {found.perturbed:.2g}, which moves the "
-            f"engine's by {found.moved:.2g}",
+            f"  without the adapter: {found.base:.2g}; with a perturbed one: {found.perturbed:.2g}, which is "
+            f"{found.moved:.2g} from the trainer's own",
             f"importance ratio: {found.ratio:.4f}",
             f"likeliest tokens that are equal, up to the first that differs: {', '.join(map(str, found.greedy))}",
             f"chat template: {template}",

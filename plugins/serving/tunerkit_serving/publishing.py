@@ -16,7 +16,7 @@ import attrs
 import tunerkit
 from tunerkit.errors import AdapterError, FileError, TunerkitError, TunerkitWarning, shown
 from tunerkit_serving.adapter_folder import CONFIG, WEIGHTS, read_folder
-from tunerkit_serving.server import PROBE, PublishError, Server
+from tunerkit_serving.server import PROBE, PublishError, Sampling, Server
 from tunerkit_serving.versions import Versions
 from tunerkit_serving.vllm import RANKS
 from tunerkit_serving.vllm_http import VllmServer
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from tunerkit.plugin import Tuner
 
-_KEY: Final = "VLLM_API_KEY"  # vLLM's own name for it
 FOLDER: Final = "tunerkit-published"
+# Drawn, not the likeliest: where a base is sure of its token, a small change of the others would not show.
+_PROBING: Final = [(PROBE[at:], Sampling(max_tokens=4, seed=at)) for at in range(8)]
 _CONVERT: Final = (
     ". Engines load LoRA alone: train with a method that has factors, or turn the saved adapter into a LoRA and "
     "publish that: tunerkit convert OUT --to lora --rank 16"
@@ -71,8 +72,8 @@ def publisher(
             one publisher. After a restart, versions there that the server has are counted among those to keep.
         prefix: What the names start with.
         adapter: The adapter's name. It may be left out if the model has only one.
-        probe: Whether to compare a version's log-probabilities with the base's, once after it is loaded. It finds an
-            adapter that the engine ignores; noise of a busy server can hide one.
+        probe: Whether to compare a few answers of a version, and their log-probabilities, with the base's, once after
+            it is loaded. It finds an adapter that the engine ignores; noise of a busy server can hide one.
         key: What the server was given as ``--api-key``; None for the environment's ``VLLM_API_KEY``.
         **options: Options of the format ``"peft"``, see `tunerkit.export`, such as ``dtype="bfloat16"``.
 
@@ -105,7 +106,7 @@ def server_at(to: str | Server, key: str | None = None) -> Server:
     Raises:
         PublishError: It is no URL of HTTP.
     """
-    return VllmServer.at(to, key or os.environ.get(_KEY)) if isinstance(to, str) else to
+    return VllmServer.at(to, key or os.environ.get(VllmServer.key_variable)) if isinstance(to, str) else to
 
 
 @attrs.define(eq=False)
@@ -200,8 +201,8 @@ class Publisher:
                     "Publish to each under its own"
                 )
             if self.probe:
-                found = self.server.logprobs(name, PROBE)
-                if base is not None and found == self.server.logprobs(base, PROBE):
+                found = self.server.sample(name, _PROBING)
+                if base is not None and found == self.server.sample(base, _PROBING):
                     raise PublishError(
                         f"{name} answers exactly as the base {base!r} does, although the adapter adds to it. Likely "
                         "the server ignores it: another base model is behind this address, or the engine does not "

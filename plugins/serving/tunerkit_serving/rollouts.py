@@ -4,15 +4,16 @@ import itertools
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
+import torch
 
 import tunerkit
 from tunerkit.errors import TunerkitError, shown, warn
 from tunerkit.plugin.trainers import adds_nothing
+from tunerkit_serving.local_scores import LocalModel
 from tunerkit_serving.publishing import Publisher, publisher
 from tunerkit_serving.server import PROBE, Answer, PublishError, Sampling, Server, ServerGone
 
@@ -29,8 +30,8 @@ _SETTINGS: Final = {
     "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
 }
-_EQUAL: Final = 1e-3  # the difference of log-probabilities that the engine computes twice
-_CERTAIN: Final = -0.1  # log-probabilities that say nothing of the temperature
+_NEARER: Final = 4  # times must log-probabilities be nearer to those at one temperature than at another
+_TOLD: Final = 1e-3  # the least mean difference that is more than rounding
 
 
 class RolloutError(TunerkitError):
@@ -42,7 +43,6 @@ def rollout(
     to: str | Server,
     *,
     patience: float = 0.0,
-    requests: int = 64,
     **publishing: Any,
 ) -> "Rollout":
     """Return a ``rollout_func`` for TRL's GRPOTrainer, whose answers come from a running vLLM.
@@ -64,7 +64,6 @@ def rollout(
         to: The server's URL, or a `tunerkit_serving.server.Server` for another engine.
         patience: Seconds to wait for a server that does not answer, or was restarted, before the training stops. The
             version is then published again.
-        requests: The most prompts that are asked for at once.
         **publishing: Arguments of `tunerkit_serving.publisher`, such as ``keep``, ``rank``, ``folder`` or ``key``.
 
     Returns:
@@ -76,10 +75,8 @@ def rollout(
     """
     if not patience >= 0:
         raise PublishError(f"patience: expected >= 0 seconds, got {shown(patience)}")
-    if not requests >= 1:
-        raise PublishError(f"requests: expected >= 1, got {shown(requests)}")
     tuner = tunerkit.tuner(model, publishing.get("adapter"))
-    return Rollout(tuner.model, tuner.name, publisher(model, to, **publishing), patience, requests)
+    return Rollout(tuner.model, tuner.name, publisher(model, to, **publishing), patience)
 
 
 @attrs.define(eq=False)
@@ -91,7 +88,6 @@ class Rollout:
         adapter: The adapter's name.
         publisher: What loads its versions.
         patience: Seconds to wait for a server that is gone.
-        requests: The most prompts at once.
         last: The latest prompts with their answers, for a look at what was drawn.
     """
 
@@ -99,7 +95,6 @@ class Rollout:
     adapter: str
     publisher: Publisher
     patience: float
-    requests: int
     last: Sequence[tuple[Sequence[int], Answer]] = attrs.field(factory=tuple, init=False, repr=False)
     _step: int | None = attrs.field(default=None, init=False)  # of the latest call
     _calls: int = attrs.field(default=0, init=False)  # at that step
@@ -166,7 +161,7 @@ class Rollout:
             try:
                 with self._published() as name:
                     self._check_temperature(name, draws[0][1])
-                    return self._asked(name, draws)
+                    return [each for answers in self.publisher.server.sample(name, draws) for each in answers]
             except ServerGone as problem:
                 if time.monotonic() >= end:
                     raise
@@ -184,26 +179,23 @@ class Rollout:
         with self.publisher.using(self.publisher.publish()) as name:
             yield name
 
-    def _asked(self, name: str, draws: Sequence[tuple[Sequence[int], Sampling]]) -> list[Answer]:
-        with ThreadPoolExecutor(min(self.requests, len(draws))) as pool:
-            found = pool.map(lambda draw: self.publisher.server.sample(name, *draw), draws)
-            return [answer for answers in found for answer in answers]
-
     def _check_temperature(self, name: str, sampling: Sampling) -> None:
         """Refuse log-probabilities at temperature 1 where the trainer's are at another one."""
         if self._is_checked or sampling.temperature == 1:
             return
-        server = self.publisher.server
-        (drawn,) = server.sample(name, PROBE, attrs.evolve(sampling, n=1, max_tokens=8))
-        plain = server.logprobs(name, [*PROBE, *drawn.tokens])[len(PROBE) - 1 :]
-        if all(each > _CERTAIN for each in plain):  # whose log-probabilities are near 0 at any temperature
+        drawing = attrs.evolve(sampling, n=1, max_tokens=8)
+        ((drawn,),) = self.publisher.server.sample(name, [(PROBE, drawing)])
+        own = LocalModel(self.model, [[*PROBE, *drawn.tokens]], len(PROBE))
+        found, warm, plain = torch.tensor(drawn.logprobs), own.scores(sampling.temperature), own.scores()
+        from_warm, from_plain = (float((found - each).abs().mean()) for each in (warm, plain))
+        if max(from_warm, from_plain) < _TOLD:  # likely tokens' log-probabilities are near 0 at any temperature
             return
-        if all(abs(one - other) < _EQUAL for one, other in zip(plain, drawn.logprobs, strict=True)):
+        if _NEARER * from_plain < from_warm:
             raise PublishError(
                 f"the server returns log-probabilities at temperature 1, the trainer has {sampling.temperature:g}. "
                 "Start the server with --logprobs-mode processed_logprobs, or train at temperature 1"
             )
-        self._is_checked = True
+        self._is_checked = _NEARER * from_warm < from_plain
 
 
 def _sampling(trainer: Any) -> Sampling:

@@ -9,7 +9,7 @@ import attrs
 from tunerkit.errors import TunerkitError
 from tunerkit_serving.findings import Engine
 
-PROBE = tuple(range(10, 26))  # token ids that every vocabulary has
+PROBE = tuple(range(10, 26))  # token ids that every vocabulary has, for prompts
 
 
 class PublishError(TunerkitError):
@@ -75,6 +75,10 @@ class Answer:
     logprobs: Sequence[float]
 
 
+Draw = tuple[Sequence[int], Sampling]
+"""A prompt's token ids, and how its answers are drawn."""
+
+
 class Server(Protocol):
     """A running engine that loads adapters. Each method raises `PublishError`."""
 
@@ -95,12 +99,8 @@ class Server(Protocol):
         """Unload an adapter. A name that is not loaded is no error."""
         ...
 
-    def logprobs(self, model: str, tokens: Sequence[int]) -> Sequence[float]:
-        """Return the log-probability of each token but the first, by the base model or by an adapter."""
-        ...
-
-    def sample(self, model: str, prompt: Sequence[int], sampling: Sampling) -> Sequence[Answer]:
-        """Return ``sampling.n`` answers to a prompt of token ids, by the base model or by an adapter."""
+    def sample(self, model: str, draws: Sequence[Draw]) -> Sequence[Sequence[Answer]]:
+        """Return ``sampling.n`` answers to each prompt, by the base model or by an adapter."""
         ...
 
     def chat_prompt(self, model: str, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
