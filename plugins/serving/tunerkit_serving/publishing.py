@@ -5,7 +5,7 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
@@ -16,7 +16,7 @@ import attrs
 import tunerkit
 from tunerkit.errors import AdapterError, FileError, TunerkitError, TunerkitWarning, shown
 from tunerkit_serving.adapter_folder import CONFIG, WEIGHTS, read_folder
-from tunerkit_serving.server import PROBE, PublishError, Sampling, Server
+from tunerkit_serving.server import PROBE, Answer, PublishError, Sampling, Server
 from tunerkit_serving.versions import Versions
 from tunerkit_serving.vllm import RANKS
 from tunerkit_serving.vllm_http import VllmServer
@@ -127,6 +127,7 @@ class Publisher:
     probe: bool
     _loaded: list[str] = attrs.field(factory=list, init=False)  # the oldest first
     _leaving: list[str] = attrs.field(factory=list, init=False)  # unloaded; their files go at the next publish
+    _of_base: dict[str, Sequence[Sequence[Answer]]] = attrs.field(factory=dict, init=False)
     _latest: str | None = attrs.field(default=None, init=False)
     _users: Counter[str] = attrs.field(factory=Counter, init=False)
     _publishing: Lock = attrs.field(factory=Lock, init=False)
@@ -193,6 +194,10 @@ class Publisher:
 
     def _load(self, name: str, base: str | None) -> None:
         """Load a version, and compare it with ``base`` unless that is None."""
+        if self.probe and base is not None and base not in self._of_base:
+            # Once, before versions are in use: beside their requests, a vLLM on a CPU draws the base's answers by an
+            # adapter (vllm #48421).
+            self._of_base[base] = self.server.sample(base, _PROBING)
         try:
             self.server.load(name, self.versions.folder / name)
             if name not in self.server.listed().adapters:
@@ -202,7 +207,7 @@ class Publisher:
                 )
             if self.probe:
                 found = self.server.sample(name, _PROBING)
-                if base is not None and found == self.server.sample(base, _PROBING):
+                if base is not None and found == self._of_base[base]:
                     raise PublishError(
                         f"{name} answers exactly as the base {base!r} does, although the adapter adds to it. Likely "
                         "the server ignores it: another base model is behind this address, or the engine does not "
