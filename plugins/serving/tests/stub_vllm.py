@@ -128,7 +128,7 @@ def _logprobs(net: nn.Module, tokens: list[int]) -> torch.Tensor:
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
+    return PeftModel.from_pretrained(copy.deepcopy(model), folder).merge_and_unload().eval()
 
 
 def _error(code: int, message: str) -> dict[str, Any]:

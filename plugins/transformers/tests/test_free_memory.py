@@ -3,7 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import pytest
 import torch
 

@@ -23,7 +23,7 @@ def free_bytes(device: torch.device, limit: float | None = None) -> int | None:
     """
     free: int | None
     if device.type == "cpu":
-        import psutil  # type: ignore[import-untyped]  # comes with accelerate
+        import psutil  # comes with accelerate
 
         free, taken = psutil.virtual_memory().available, psutil.Process().memory_info().rss
         free = min([free, *(most - taken for most in map(_number_in, _LIMITS) if most is not None)])
