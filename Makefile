@@ -82,7 +82,7 @@ test-deepspeed: $(DEEPSPEED_READY) ## run the tests of trainings under DeepSpeed
 	$(FEW_THREADS) DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pytest $(PYTEST_ARGS) -k "deepspeed" plugins/distributed/tests/test_deepspeed.py plugins/distributed/tests/test_trainer_deepspeed.py plugins/experts/tests/test_deepspeed.py tests/repository/test_readme.py
 
 test-vllm: $(VLLM_READY) ## run the tests of adapters in vLLM
-	$(FEW_THREADS) .venv-vllm/bin/python -m pytest $(PYTEST_ARGS) plugins/serving/tests/test_vllm.py
+	$(FEW_THREADS) .venv-vllm/bin/python -m pytest $(PYTEST_ARGS) -k vllm plugins/serving/tests/test_vllm.py tests/repository/test_readme.py
 
 check: $(DEV_READY) ## check lint, formatting, the limits of the core, and types
 	$(BIN)/ruff check .

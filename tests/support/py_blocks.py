@@ -159,6 +159,22 @@ args = GRPOConfig("out", beta=0.0, use_cpu=True, bf16=False, report_to="none", *
 def score(completion_ids, **columns):
     return [float(sum(each)) for each in completion_ids]
 """
+# vLLM of a small size in this process.
+_IN_PROCESS = f"""
+import functools
+import sys
+from pathlib import Path
+
+import vllm
+
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from plugins.serving.tests.planted import wrapped
+from plugins.serving.tests.stub_vllm import save_base
+
+model = wrapped(save_base(Path("BASE")))
+sizes = {{"dtype": "float32", "enforce_eager": True, "max_model_len": 64, "max_cpu_loras": 3}}
+vllm.LLM = functools.partial(vllm.LLM, **sizes)
+"""
 _ZERO = '"zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": true}'
 _BATCH_OF_TWO, _ANY_BATCH = (f'{{"train_micro_batch_size_per_gpu": {size}, {_ZERO}' for size in ("2", '"auto"'))
 
@@ -171,6 +187,16 @@ SETTINGS = {
         needs=("sentence_transformers", "datasets", "tunerkit_cli"),
         before=_MERGED,
         after="assert model.similarity(questions, answers).shape == (1, 2)",
+    ),
+    'engine = VllmInProcess(LLM("BASE", enable_lora=True, max_lora_rank=16, max_loras=3))': Setting(
+        needs=("vllm", "tunerkit_peft"),
+        before=_IN_PROCESS,
+        after="assert engine.listed().adapters == {name}",
+        environment={
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        },
     ),
     'packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")': Setting(
         needs=("bitsandbytes", "tunerkit_quant", "trl", "datasets", "tunerkit_gguf", "tunerkit_peft"),

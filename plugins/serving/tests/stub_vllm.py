@@ -114,7 +114,8 @@ class StubVllm(ThreadingHTTPServer):
                 last = _logprobs(net, [*prompt, *tokens])[-1]
                 cold = (last / (body["temperature"] or 1e-6)).log_softmax(-1)
                 tokens.append(int(torch.multinomial(cold.exp(), 1, generator=generator)))
-                logprobs.append(float((cold if self.processed else last)[tokens[-1]]))
+                is_cold = self.processed and body["temperature"] > 0  # the likeliest token's are at temperature 1
+                logprobs.append(float((cold if is_cold else last)[tokens[-1]]))
             choices.append({"index": index, "token_ids": tokens, "logprobs": {"token_logprobs": logprobs}})
         return 200, {"choices": choices}
 
@@ -171,9 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def running() -> Iterator[StubVllm]:
+def running(stub: StubVllm | None = None) -> Iterator[StubVllm]:
     """A stub that answers inside the block."""
-    with StubVllm() as stub:
+    with stub or StubVllm() as stub:
         thread = threading.Thread(target=stub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         try:

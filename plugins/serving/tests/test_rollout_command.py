@@ -63,7 +63,7 @@ def test_a_run_draws_its_answers_from_the_engine_and_agrees_with_it(
     [
         (
             ["--task", "grpo", "--set", "engine=localhost"],
-            "by http, https; got 'localhost'",
+            "by http, https, sglang+http, sglang+https; got 'localhost'",
         ),
         (["--task", "causal-lm", "--set", "engine=http://localhost:8000"], "engine: is for grpo, and the task is"),
     ],

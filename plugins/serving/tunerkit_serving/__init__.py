@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Server as Server,
         ServerGone as ServerGone,
     )
+    from tunerkit_serving.sglang_http import SglangServer as SglangServer
     from tunerkit_serving.vllm_http import VllmServer as VllmServer
     from tunerkit_serving.vllm_in_process import VllmInProcess as VllmInProcess
 
@@ -41,6 +42,7 @@ _PLACES = {  # only what talks to a server needs HTTP
     **dict.fromkeys(("Publisher", "publisher"), "publishing"),
     **dict.fromkeys(("Rollout", "RolloutError", "rollout"), "rollouts"),
     **dict.fromkeys(("Answer", "Draw", "Listing", "PublishError", "Sampling", "Server", "ServerGone"), "server"),
+    "SglangServer": "sglang_http",
     "VllmServer": "vllm_http",
     "VllmInProcess": "vllm_in_process",
 }

@@ -87,8 +87,8 @@ def check_rollout(
 
     Args:
         model: The wrapped model.
-        to: The server's URL, or a `tunerkit_serving.server.Server` for another engine. It needs room for two adapters
-            more.
+        to: The server's URL, or a `tunerkit_serving.Server`, as `tunerkit_serving.publisher` takes it. It needs room
+            for two adapters more.
         version: The name of a version that the engine has, which should be the adapter as it is now; None to publish
             one for the comparison, which is unloaded afterwards.
         tokenizer: With a chat template, which is compared with the engine's; None to leave it out.
@@ -96,7 +96,8 @@ def check_rollout(
         folder: Where versions are written, which the server must see under the same path, and where earlier ones are
             looked for; None for ``tunerkit-published`` here.
         adapter: The adapter's name. It may be left out if the model has only one.
-        key: What the server was given as ``--api-key``; None for the environment's ``VLLM_API_KEY``.
+        key: What the server was given as ``--api-key``; None for the environment's ``VLLM_API_KEY``, for SGLang
+            ``SGLANG_API_KEY``.
 
     Returns:
         The figures and the cause.

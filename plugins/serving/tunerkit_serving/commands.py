@@ -3,11 +3,13 @@
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from tunerkit.plugin import hookimpl
+
+_ADDRESS: Final = "A running vLLM's address, such as http://localhost:8000; an SGLang's after sglang+."
 
 
 @hookimpl
@@ -49,7 +51,7 @@ def publish(
             help="A PEFT folder, which is published as it is, or the folder of a finished run.", metavar="PATH"
         ),
     ],
-    to: Annotated[str, typer.Option("--to", help="The address of a running vLLM, such as http://localhost:8000.")],
+    to: Annotated[str, typer.Option("--to", help=_ADDRESS)],
     keep: Annotated[int, typer.Option(min=1, help="How many versions of this folder's name stay loaded.")] = 2,
     rank: Annotated[int | None, typer.Option(min=1, help="The rank, for a run. Default: the least that fits.")] = None,
     folder: Annotated[
@@ -57,12 +59,13 @@ def publish(
         typer.Option(help="Where versions are written, which the server reads too. Default: tunerkit-published."),
     ] = None,
 ) -> None:
-    """Load an adapter into a running vLLM, and print its name there, which requests name as their model."""
+    """Load an adapter into a running vLLM or SGLang, and print its name there, which requests name as their model."""
     import tunerkit
     import tunerkit_serving as serving
     from tunerkit_serving.adapter_folder import CONFIG
+    from tunerkit_serving.publishing import server_at
 
-    serving.VllmServer.at(to)  # before the model: a typo is the quicker mistake
+    server_at(to)  # before the model: a typo is the quicker mistake
     source = path if (path / CONFIG).is_file() else tunerkit.from_folder(path)[0]
     prefix = re.sub(r"[^A-Za-z0-9._-]+", "-", path.absolute().name).strip(".-_")[:64] or "adapter"
     typer.echo(serving.publisher(source, to, keep=keep, rank=rank, folder=folder, prefix=prefix).publish())
@@ -70,9 +73,7 @@ def publish(
 
 def check_rollout(
     path: Annotated[Path, typer.Argument(help="The folder of a finished run.", metavar="OUT")],
-    engine: Annotated[
-        str, typer.Option("--engine", help="The address of a running vLLM, such as http://localhost:8000.")
-    ],
+    engine: Annotated[str, typer.Option("--engine", help=_ADDRESS)],
     version: Annotated[
         str | None,
         typer.Option(help="A version that the server has. Default: one is published for the comparison."),
@@ -83,11 +84,12 @@ def check_rollout(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare what an adapter computes here and in a running vLLM, and name what is wrong. The exit code is 1 then."""
+    """Compare what an adapter computes here and in an engine, and name what is wrong. Then the exit code is 1."""
     import tunerkit
     import tunerkit_serving as serving
+    from tunerkit_serving.publishing import server_at
 
-    serving.VllmServer.at(engine)  # before the model: a typo is the quicker mistake
+    server_at(engine)  # before the model: a typo is the quicker mistake
     model, tokenizer = tunerkit.from_folder(path)
     found = serving.check_rollout(model, engine, version=version, tokenizer=tokenizer, folder=folder)
     typer.echo(serving.agreement_as_json(found) if as_json else serving.agreement_as_text(found))

@@ -17,6 +17,7 @@ from tunerkit_serving.server import Answer, Draw, Listing, PublishError, ServerG
 
 _LARGEST: Final = 10_000_000  # bytes of an answer
 _WORDS: Final = 400  # characters of the server's own words in a message
+_MESSAGES: Final = ("message", "error_message", "detail")  # the keys that it may have
 NO_ROUTE: Final = ("Not Found", "Method Not Allowed")  # FastAPI's own words, without a message of the engine
 
 
@@ -102,9 +103,16 @@ class HttpServer:
             return list(pool.map(asked, draws))
 
     def answer(
-        self, verb: str, route: str, body: Mapping[str, Any] | None = None, *, model: str = "", within: float = 0.0
-    ) -> dict[str, Any]:
-        """Return the JSON object that a route answers with.
+        self,
+        verb: str,
+        route: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        model: str = "",
+        within: float = 0.0,
+        kind: type = dict,
+    ) -> Any:
+        """Return the JSON that a route answers with.
 
         Args:
             verb: Of HTTP.
@@ -112,6 +120,7 @@ class HttpServer:
             body: What is sent.
             model: The model or adapter that is asked for.
             within: Seconds; 0 for `timeout`.
+            kind: The class of what is expected.
 
         Raises:
             ServerGone: It does not answer, or does not have the model any more.
@@ -126,7 +135,7 @@ class HttpServer:
             answer = json.loads(text)
         except ValueError:
             answer = text
-        if not isinstance(answer, dict):
+        if not isinstance(answer, kind):
             raise PublishError(
                 f"{self.url}{route}: expected JSON as of {self.engine}, got {shown(text)}; is it another server?"
             )
@@ -184,7 +193,7 @@ def words_of(text: str) -> str:
     try:
         found = json.loads(text)
         found = found.get("error", found) if isinstance(found, dict) else found
-        found = (found.get("message") or found.get("detail") or text) if isinstance(found, dict) else found
+        found = next(filter(None, map(found.get, _MESSAGES)), text) if isinstance(found, dict) else found
     except ValueError:
         found = text
     return cut(" ".join(str(found).split()), _WORDS)

@@ -17,6 +17,7 @@ import tunerkit
 from tunerkit.errors import AdapterError, FileError, TunerkitError, TunerkitWarning, shown
 from tunerkit_serving.adapter_folder import CONFIG, WEIGHTS, read_folder
 from tunerkit_serving.server import PROBE, Answer, PublishError, Sampling, Server
+from tunerkit_serving.sglang_http import SglangServer
 from tunerkit_serving.versions import Versions
 from tunerkit_serving.vllm import RANKS
 from tunerkit_serving.vllm_http import VllmServer
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     from tunerkit.plugin import Tuner
 
 FOLDER: Final = "tunerkit-published"
-# Drawn, not the likeliest: where a base is sure of its token, a small change of the others would not show.
-_PROBING: Final = [(PROBE[at:], Sampling(max_tokens=4, seed=at)) for at in range(8)]
+_SGLANG: Final = "sglang+"  # before the URL
+# The likeliest tokens: not every engine draws the same by one seed. Several, as a base may be sure of some.
+_PROBING: Final = [(PROBE[at:], Sampling(max_tokens=4, temperature=0.0)) for at in range(8)]
 _CONVERT: Final = (
     ". Engines load LoRA alone: train with a method that has factors, or turn the saved adapter into a LoRA and "
     "publish that: tunerkit convert OUT --to lora --rank 16"
@@ -48,7 +50,7 @@ def publisher(
     key: str | None = None,
     **options: Any,
 ) -> "Publisher":
-    """Return what publishes an adapter to a running vLLM, as often as wanted while it is trained.
+    """Return what publishes an adapter to a running vLLM or SGLang, as often as wanted while it is trained.
 
     Each version is a LoRA of one rank, which stays the same for the whole run, in a folder that the server must see
     under the same path. Its name is by its content, so no cache of the server is ever stale. Start the server with
@@ -64,7 +66,8 @@ def publisher(
 
     Args:
         source: A wrapped model; or a PEFT folder, which is read anew at each publish.
-        to: The server's URL, or a `tunerkit_serving.server.Server` for another engine.
+        to: The URL of a vLLM; of an SGLang with ``sglang+`` before it, such as ``"sglang+http://host:30000"``; or a
+            `tunerkit_serving.Server` for another engine.
         keep: How many versions stay loaded. While one is loaded there is one more.
         rank: The rank of all versions; None for the least of 8, 16, 32, 64, 128, 256, 320 and 512 that holds the
             largest rank that the adapter can reach without growing, as it is at the first publish.
@@ -74,7 +77,8 @@ def publisher(
         adapter: The adapter's name. It may be left out if the model has only one.
         probe: Whether to compare a few answers of a version, and their log-probabilities, with the base's, once after
             it is loaded. It finds an adapter that the engine ignores; noise of a busy server can hide one.
-        key: What the server was given as ``--api-key``; None for the environment's ``VLLM_API_KEY``.
+        key: What the server was given as ``--api-key``; None for the environment's ``VLLM_API_KEY``, for SGLang
+            ``SGLANG_API_KEY``.
         **options: Options of the format ``"peft"``, see `tunerkit.export`, such as ``dtype="bfloat16"``.
 
     Returns:
@@ -101,12 +105,16 @@ def publisher(
 
 
 def server_at(to: str | Server, key: str | None = None) -> Server:
-    """Return the server at a URL; a `Server` is returned as it is.
+    """Return the server at a URL, by its scheme; a `Server` is returned as it is.
 
     Raises:
         PublishError: It is no URL of HTTP.
     """
-    return VllmServer.at(to, key or os.environ.get(VllmServer.key_variable)) if isinstance(to, str) else to
+    if not isinstance(to, str):
+        return to
+    url = to.removeprefix(_SGLANG)
+    kind = VllmServer if url == to else SglangServer
+    return kind.at(url, key or os.environ.get(kind.key_variable))
 
 
 @attrs.define(eq=False)

@@ -45,7 +45,7 @@ def rollout(
     patience: float = 0.0,
     **publishing: Any,
 ) -> "Rollout":
-    """Return a ``rollout_func`` for TRL's GRPOTrainer, whose answers come from a running vLLM.
+    """Return a ``rollout_func`` for TRL's GRPOTrainer, whose answers come from a running vLLM or SGLang.
 
     The adapter as it is at each call is published, see `tunerkit_serving.publisher`; the same content is not loaded
     again. Answers are asked for under that version's name, so none comes from an older one::
@@ -61,7 +61,7 @@ def rollout(
 
     Args:
         model: The wrapped model that the trainer trains.
-        to: The server's URL, or a `tunerkit_serving.server.Server` for another engine.
+        to: The server's URL, or a `tunerkit_serving.Server`, as `tunerkit_serving.publisher` takes it.
         patience: Seconds to wait for a server that does not answer, or was restarted, before the training stops. The
             version is then published again.
         **publishing: Arguments of `tunerkit_serving.publisher`, such as ``keep``, ``rank``, ``folder`` or ``key``.
@@ -193,7 +193,8 @@ class Rollout:
         if _NEARER * from_plain < from_warm:
             raise PublishError(
                 f"the server returns log-probabilities at temperature 1, the trainer has {sampling.temperature:g}. "
-                "Start the server with --logprobs-mode processed_logprobs, or train at temperature 1"
+                "Start vLLM with --logprobs-mode processed_logprobs, SGLang without SGLANG_RETURN_ORIGINAL_LOGPROB, or "
+                "train at temperature 1"
             )
         self._is_checked = _NEARER * from_warm < from_plain
 
