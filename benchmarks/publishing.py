@@ -1,7 +1,7 @@
 """Versions of an AdaLoRA for a running vLLM, while it prunes and others ask: ``python -m benchmarks.publishing``.
 
 Each step trains on a few sentences and publishes. Two threads ask the server all the time, under the latest version's
-name. Each answer is scored afterwards with the files of its version, and some of each version by the model at its step.
+name. Each answer is scored afterwards with the files of its version, which are compared with the model at its step.
 """
 
 import shutil
@@ -74,7 +74,7 @@ def worst(model: Any, folder: Path, prompt: list[int], answers: list[Answer]) ->
 def main(
     url: Annotated[str, typer.Argument(help="The address of a running vLLM with the model.")],
     folder: Annotated[Path, typer.Argument(help="The model's folder.")],
-    steps: Annotated[int, typer.Option(min=1)] = 100,
+    steps: Annotated[int, typer.Option(min=10)] = 100,
     keep: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Train, publish and ask; print what was found."""

@@ -195,7 +195,7 @@ SETTINGS = {
         environment={
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a further process does not start from warm_python's
         },
     ),
     'packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")': Setting(

@@ -105,6 +105,15 @@ def test_the_oldest_leaves_and_its_files_stay_for_one_more_publish(
     assert versions(tmp_path) == sorted(names[1:])
 
 
+def test_a_version_that_the_engine_loads_again_leaves_again(model: nn.Module, stub: StubVllm, tmp_path: Path) -> None:
+    """SGLang does, for a request that names it."""
+    publish = publishing(model, stub, tmp_path, keep=1)
+    first, second = publish.publish(), is_trained_and_published(publish, model)
+    stub.adapters[first] = stub.adapters[second]
+    third = is_trained_and_published(publish, model)
+    assert set(stub.adapters) == {third}
+
+
 def test_a_version_in_use_stays_and_the_next_idle_one_leaves(model: nn.Module, stub: StubVllm, tmp_path: Path) -> None:
     """Several uses of one version count; more than `keep` stay if all are in use."""
     publish = publishing(model, stub, tmp_path, keep=1)
@@ -459,6 +468,15 @@ def test_a_key_is_sent_and_not_shown(
     found = publisher(model, f"{stub.url}/v1/", folder=tmp_path)
     assert found.publish() in stub.adapters
     assert "secret" not in repr(found)
+
+
+@pytest.mark.parametrize("key", ["two\nlines", "schlüssel"])
+def test_a_key_that_no_header_takes_is_refused_unseen(key: str, model: nn.Module) -> None:
+    """A line's end after it is left out."""
+    with pytest.raises(PublishError, match="expected one line of ASCII") as refused:
+        publisher(model, "http://localhost:8000", key=key)
+    assert key not in str(refused.value)
+    assert VllmServer.at("http://localhost:8000", "secret\n").key == "secret"
 
 
 @pytest.mark.parametrize("url", ["host:8000", "ftp://host", "http://", "http://host:x", ""])

@@ -137,9 +137,9 @@ def test_a_server_that_was_restarted_gets_the_version_again(folder: Path, engine
         hasty(TEXTS, called(model, folder))
     engine.breaks = 7
     draw._calls = 0
-    with pytest.warns(tunerkit.TunerkitWarning, match="Waiting for it, up to 60 s") as warned:
+    with pytest.warns(tunerkit.TunerkitWarning, match="waiting for the server, up to 60 s") as warned:
         assert draw(TEXTS, called(model, folder)) == wanted
-    assert (sum("Waiting" in str(each.message) for each in warned), len(engine.adapters)) == (1, 1)
+    assert (sum("waiting" in str(each.message) for each in warned), len(engine.adapters)) == (1, 1)
 
 
 def test_log_probabilities_at_another_temperature_are_refused(folder: Path, engine: StubVllm, tmp_path: Path) -> None:

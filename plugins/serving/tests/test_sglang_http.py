@@ -1,5 +1,6 @@
 """SGLang's routes and words, as the source of 0.5.23 has them; SGLang itself was not run."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from tunerkit_serving import (
     publisher,
     rollout,
 )
+
+TAKEN = {"max_new_tokens", "stop_token_ids", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
+TAKEN |= {"sampling_seed", "ignore_eos"}
 
 
 class StubSglang(StubVllm):
@@ -53,8 +57,10 @@ class StubSglang(StubVllm):
 
     def _generated(self, body: dict[str, Any]) -> tuple[int, Any]:
         assert body["return_logprob"]
+        assert set(body) <= {"input_ids", "sampling_params", "return_logprob", "lora_path"}
         found = []
         for at, (prompt, given) in enumerate(zip(body["input_ids"], body["sampling_params"], strict=True)):
+            assert set(given) <= TAKEN  # it refuses others
             name = body.get("lora_path", BASE)
             asked = {"model": name, "prompt": prompt, "n": 1, "seed": len(self.asked) * 1000 + at}
             asked |= {each: given[each] for each in ("temperature", "stop_token_ids")}
@@ -114,6 +120,14 @@ def test_answers_have_a_seed_each(model: nn.Module, sglang: StubSglang, tmp_path
     assert all(len(each.tokens) == len(each.logprobs) for each in (first, second))
 
 
+def test_answers_without_a_seed_differ(model: nn.Module, sglang: StubSglang, tmp_path: Path) -> None:
+    """SGLang's own seed is the same for all."""
+    name = publishing(model, sglang, tmp_path).publish()
+    to(sglang).sample(name, [([1, 2], Sampling(max_tokens=4, n=2))])
+    params = json.loads(sglang.asked[-1].split(" ", 2)[2])["sampling_params"]
+    assert params[0]["sampling_seed"] != params[1]["sampling_seed"]
+
+
 def test_a_check_finds_nothing_and_names_a_fault(model: nn.Module, sglang: StubSglang, folder: Path) -> None:
     """Its draws, its chat template and its log-probabilities are read rightly."""
     place, tokenizer = folder.parent / "sglang", AutoTokenizer.from_pretrained(folder)
@@ -133,7 +147,9 @@ def test_an_adapter_that_it_ignores_is_found_without_seeds(model: Any, sglang: S
         publishing(model, sglang, tmp_path).publish()
 
 
-def test_what_it_refuses_is_quoted_with_advice(model: Any, sglang: StubSglang, tmp_path: Path) -> None:
+def test_what_it_refuses_is_quoted_with_advice(
+    model: Any, sglang: StubSglang, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In its own words, wherever they are in its answer."""
     sglang.max_rank = 4
     with pytest.raises(PublishError, match=r"the configured `--max-lora-rank`.*--lora-target-modules all and a larger"):
@@ -143,6 +159,9 @@ def test_what_it_refuses_is_quoted_with_advice(model: Any, sglang: StubSglang, t
     sglang.key = "secret"
     with pytest.raises(PublishError, match="SGLANG_API_KEY"):
         publishing(model, sglang, tmp_path).publish()
+    sglang.max_rank = 8
+    monkeypatch.setenv("SGLANG_API_KEY", "secret")
+    assert publishing(model, sglang, tmp_path).publish() in sglang.adapters
 
 
 def test_vllm_at_the_address_is_named(model: Any, stub: StubVllm, tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_two_adapters_answer_in_one_batch(folder: Path, url: str, tmp_path: Path
 
 
 def test_versions_change_while_others_ask(folder: Path, url: str, tmp_path: Path) -> None:
-    """Each answer has the log-probabilities of the version it was asked of; never more than keep + 1 are loaded."""
+    """Each answer has its version's log-probabilities; what keep allows is loaded, one in use and one more."""
     model, server, over = wrapped(folder), VllmServer(url=url), Event()
     versions = publisher(model, server, keep=2, folder=tmp_path)
     weights = {versions.publish(): {name: each.clone() for name, each in model.state_dict().items()}}
@@ -250,7 +250,7 @@ def test_what_the_engine_refuses_has_advice(folder: Path, url: str, tmp_path: Pa
 
 def test_an_engine_in_this_process_does_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions, answers, the check, and what it refuses."""
-    for name, value in {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
+    for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     from vllm import LLM
 
@@ -270,6 +270,7 @@ def test_an_engine_in_this_process_does_the_same(folder: Path, tmp_path: Path, m
     perturb_(model)
     second = versions.publish()
     assert server.listed().adapters == {second} != {first}
+    assert check_rollout(model, VllmInProcess(llm), folder=tmp_path).cause is None  # versions of another object
     with pytest.raises(PublishError, match=f"vLLM has no '{first}'; it has .*, {second}"):
         server.sample(first, [([5], Sampling(max_tokens=1))])
     with pytest.raises(PublishError, match=r"vLLM did not load .* rank"):

@@ -15,7 +15,6 @@ import attrs
 from tunerkit.errors import cut, shown
 from tunerkit_serving.server import Answer, Draw, Listing, PublishError, ServerGone
 
-_LARGEST: Final = 10_000_000  # bytes of an answer
 _WORDS: Final = 400  # characters of the server's own words in a message
 _MESSAGES: Final = ("message", "error_message", "detail")  # the keys that it may have
 NO_ROUTE: Final = ("Not Found", "Method Not Allowed")  # FastAPI's own words, without a message of the engine
@@ -46,7 +45,7 @@ class HttpServer:
     advice: ClassVar[Sequence[tuple[str, str]]]
 
     url: str
-    key: str | None = attrs.field(default=None, repr=False)
+    key: str | None = attrs.field(default=None, repr=False, converter=lambda key: key and key.strip())
     timeout: float = 60.0
     sampling_timeout: float = 600.0
     waits: tuple[float, ...] = (0.5, 2.0)
@@ -56,6 +55,11 @@ class HttpServer:
     def _check_requests(self, attribute: object, value: int) -> None:
         if not value >= 1:
             raise PublishError(f"requests: expected >= 1, got {shown(value)}")
+
+    @key.validator
+    def _check_key(self, attribute: object, value: str | None) -> None:
+        if value is not None and not (value.isascii() and value.isprintable()):
+            raise PublishError("key: expected one line of ASCII, which HTTP's headers take; it is not shown here")
 
     @classmethod
     def at(cls, url: str, key: str | None = None) -> Self:
@@ -156,7 +160,7 @@ class HttpServer:
         while True:
             try:
                 with _opener().open(request, timeout=within) as answer:
-                    return answer.status, answer.read(_LARGEST).decode("utf-8", "replace")
+                    return answer.status, answer.read().decode("utf-8", "replace")
             except (OSError, HTTPException) as problem:
                 reason = getattr(problem, "reason", problem)  # urllib's own error has the cause in it
                 if isinstance(reason, TimeoutError):

@@ -157,8 +157,8 @@ class Publisher:
         """
         with self._publishing:
             served = self.server.listed()
-            self.versions.remove(name for name in self._leaving if name not in self._loaded)
             self._compare(served.adapters)
+            self.versions.remove(self._leaving)
             name, adds = self.versions.add(self._write, self.server.rules)
             if name not in self._loaded:
                 self._load(name, served.base if adds else None)
@@ -205,7 +205,7 @@ class Publisher:
         if self.probe and base is not None and base not in self._of_base:
             # Once, before versions are in use: beside their requests, a vLLM on a CPU draws the base's answers by an
             # adapter (vllm #48421).
-            self._of_base[base] = self.server.sample(base, _PROBING)
+            self._of_base[base] = self._probed(base)
         try:
             self.server.load(name, self.versions.folder / name)
             if name not in self.server.listed().adapters:
@@ -214,7 +214,7 @@ class Publisher:
                     "Publish to each under its own"
                 )
             if self.probe:
-                found = self.server.sample(name, _PROBING)
+                found = self._probed(name)
                 if base is not None and found == self._of_base[base]:
                     raise PublishError(
                         f"{name} answers exactly as the base {base!r} does, although the adapter adds to it. Likely "
@@ -227,6 +227,10 @@ class Publisher:
             with suppress(PublishError):  # the first error counts
                 self.server.unload(name)
             raise
+
+    def _probed(self, model: str) -> Sequence[Sequence[Answer]]:
+        """One after the other: beside others, an engine rounds differently."""
+        return [answers for draw in _PROBING for answers in self.server.sample(model, [draw])]
 
     def _retire(self) -> None:
         """Unload the oldest versions that nobody uses."""

@@ -166,7 +166,7 @@ class Rollout:
                 if time.monotonic() >= end:
                     raise
                 if not is_gone:
-                    warn(f"{problem}. Waiting for it, up to {self.patience:g} s")
+                    warn(f"waiting for the server, up to {self.patience:g} s: {problem}")
                 is_gone = True
             time.sleep(self._pause)
 

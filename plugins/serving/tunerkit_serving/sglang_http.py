@@ -1,5 +1,6 @@
 """A running SGLang, over its HTTP API."""
 
+import random
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,10 +19,14 @@ _START: Final = "Start it with --enable-lora, --max-lora-rank and --lora-target-
 
 @attrs.frozen(kw_only=True)
 class SglangServer(HttpServer):
-    """A running SGLang, by the source of 0.5.23; it has not been run. See `HttpServer` for the attributes."""
+    """A running SGLang, by the source of 0.5.23; it has not been run. See `HttpServer` for the attributes.
+
+    One that was started with ``--api-key`` and ``--admin-api-key`` loads adapters by the second alone, and answers by
+    the first: leave one of them out.
+    """
 
     engine: ClassVar = "SGLang"
-    key_variable: ClassVar = "SGLANG_API_KEY"
+    key_variable: ClassVar = "SGLANG_API_KEY"  # our name: SGLang reads no variable
     start: ClassVar = _START
     lost: ClassVar = "has never been loaded"
     advice: ClassVar = (
@@ -46,14 +51,15 @@ class SglangServer(HttpServer):
 
     def load(self, name: str, folder: Path) -> None:
         """See `Server`."""
-        status, text = self.ask("POST", "/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        body = {"lora_name": name, "lora_path": str(folder)}
+        status, text = self.ask("POST", "/load_lora_adapter", body, self.sampling_timeout)
         # Names are by content, so what is loaded under the name is this adapter.
         if status != 200 and "already loaded" not in text:
             raise self.refusal(f"load {name} from {folder}", status, text)
 
     def unload(self, name: str) -> None:
-        """See `Server`. It is unloaded when the last of its requests has ended."""
-        status, text = self.ask("POST", "/unload_lora_adapter", {"lora_name": name})
+        """See `Server`. SGLang answers when the last of its requests has ended, and loads nothing until then."""
+        status, text = self.ask("POST", "/unload_lora_adapter", {"lora_name": name}, self.sampling_timeout)
         if status != 200 and not re.search(rf"LoRA with name {re.escape(name)} does not exist", text):
             raise self.refusal(f"unload {name}", status, text)
 
@@ -81,11 +87,9 @@ class SglangServer(HttpServer):
         fields |= {"max_new_tokens": sampling.max_tokens, "stop_token_ids": list(sampling.stop), **sampling.more}
         fields["top_k"] = fields["top_k"] or -1  # all
         body: dict[str, Any] = {"input_ids": [list(prompt)] * sampling.n, "return_logprob": True}
-        # One row for each answer, not n: with n all of them have one seed.
-        body["sampling_params"] = [
-            fields if sampling.seed is None else {**fields, "sampling_seed": sampling.seed + index}
-            for index in range(sampling.n)
-        ]
+        # One row for each answer, not n: with n all of them have one seed, and without a seed all have SGLang's own.
+        seed = random.getrandbits(31) if sampling.seed is None else sampling.seed
+        body["sampling_params"] = [{**fields, "sampling_seed": seed + index} for index in range(sampling.n)]
         body |= {} if adapter is None else {"lora_path": adapter}
         found = self.answer("POST", "/generate", body, model=adapter or "", within=self.sampling_timeout, kind=list)
         try:

@@ -1,8 +1,8 @@
 """A vLLM in this process, without a server."""
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,6 @@ class VllmInProcess:
 
     llm: "LLM"
     _loaded: "dict[str, LoRARequest]" = attrs.field(factory=dict, init=False, repr=False)
-    _numbers: Iterator[int] = attrs.field(factory=lambda: itertools.count(1), init=False, repr=False)
 
     @property
     def rules(self) -> Engine:
@@ -48,7 +47,7 @@ class VllmInProcess:
         """See `Server`."""
         from vllm.lora.request import LoRARequest
 
-        request = self._loaded.get(name) or LoRARequest(name, next(self._numbers), str(folder))
+        request = self._loaded.get(name) or LoRARequest(name, _number(name), str(folder))
         with _refused(f"load {name} from {folder}"):
             self.llm.llm_engine.add_lora(request)
         self._loaded[name] = request
@@ -87,9 +86,10 @@ class VllmInProcess:
 
     def chat_prompt(self, model: str, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
         """See `Server`."""
-        found = self.llm.get_tokenizer().apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+        with _refused("apply its chat template"):
+            found = self.llm.get_tokenizer().apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+            )
         return list(found["input_ids"])
 
 
@@ -97,7 +97,12 @@ def _params(sampling: Sampling) -> Any:
     from vllm import SamplingParams
 
     fields = attrs.asdict(sampling, filter=attrs.filters.exclude("stop", "more"))
-    return SamplingParams(**{**fields, "stop_token_ids": list(sampling.stop), "logprobs": 0, **sampling.more})
+    return SamplingParams(**{**fields, "stop_token_ids": list(sampling.stop), **sampling.more, "logprobs": 0})
+
+
+def _number(name: str) -> int:
+    """What vLLM knows an adapter by: of its name, so that no other one in the engine has it."""
+    return int.from_bytes(sha256(name.encode()).digest()[:4]) >> 1 or 1
 
 
 @contextmanager
