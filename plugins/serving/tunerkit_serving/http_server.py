@@ -20,6 +20,10 @@ _MESSAGES: Final = ("message", "error_message", "detail")  # the keys that it ma
 NO_ROUTE: Final = ("Not Found", "Method Not Allowed")  # FastAPI's own words, without a message of the engine
 
 
+def _stripped(key: str | None) -> str | None:
+    return None if key is None else key.strip()
+
+
 @attrs.frozen(kw_only=True)
 class HttpServer:
     """A running engine that answers over HTTP; one class for each engine has its routes.
@@ -45,7 +49,7 @@ class HttpServer:
     advice: ClassVar[Sequence[tuple[str, str]]]
 
     url: str
-    key: str | None = attrs.field(default=None, repr=False, converter=lambda key: key and key.strip())
+    key: str | None = attrs.field(default=None, repr=False, converter=_stripped)
     timeout: float = 60.0
     sampling_timeout: float = 600.0
     waits: tuple[float, ...] = (0.5, 2.0)
