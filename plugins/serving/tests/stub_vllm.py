@@ -31,6 +31,7 @@ class StubVllm(ThreadingHTTPServer):
         self.says: tuple[int, str] | None = None  # what it says instead of loading
         self.max_rank = 512
         self.ignores = False  # whether adapters are dead
+        self.shift = 0.0  # of another base
         self.forgets = False  # whether another replica answers than the one that loaded
         self.dies_after_load = False
         self.breaks = 0  # how many connections are closed without an answer
@@ -96,7 +97,7 @@ class StubVllm(ThreadingHTTPServer):
         if name not in (BASE, *self.adapters):
             return 404, _error(404, f"The model `{name}` does not exist.")
         change = 0.0 if self.ignores or name == BASE else float(self.adapters[name])
-        scores = [-1.0 - change - 0.01 * prompt[0]] * body["max_tokens"]
+        scores = [-1.0 - self.shift - change - 0.01 * prompt[0]] * body["max_tokens"]
         answer = {"token_ids": [prompt[0]] * len(scores), "logprobs": {"token_logprobs": scores}}
         return 200, {"choices": [{"index": index, **answer} for index in range(body["n"])]}
 

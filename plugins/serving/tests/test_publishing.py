@@ -146,6 +146,16 @@ def test_a_server_that_was_restarted_gets_the_version_again(model: nn.Module, st
     assert old not in stub.adapters
 
 
+def test_a_server_that_was_restarted_is_compared_anew(model: nn.Module, stub: StubVllm, tmp_path: Path) -> None:
+    """With another base, of the same name, that has no use for the adapter."""
+    publish = publishing(model, stub, tmp_path)
+    publish.publish()
+    stub.adapters.clear()
+    stub.shift, stub.ignores = 0.5, True
+    with pytest.raises(PublishError, match="exactly as the base"):
+        is_trained_and_published(publish, model)
+
+
 def test_a_restarted_training_counts_its_earlier_versions(model: nn.Module, stub: StubVllm, tmp_path: Path) -> None:
     """And removes what a killed one left; other folders there are not touched."""
     first = publishing(model, stub, tmp_path)

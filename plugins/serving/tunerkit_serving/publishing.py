@@ -196,6 +196,8 @@ class Publisher:
     def _compare(self, served: frozenset[str]) -> None:
         """Take the server's word for what is loaded: it may have been restarted, and so may we."""
         before = [name for name in self.versions.there() if name not in self._loaded]
+        if any(name not in served for name in self._loaded):
+            self._of_base.clear()  # a restarted server may have another base
         with self._counting:
             self._leaving = [name for name in (*before, *self._loaded) if name not in served]
             self._loaded = [name for name in (*before, *self._loaded) if name in served]

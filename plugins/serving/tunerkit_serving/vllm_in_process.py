@@ -101,7 +101,7 @@ def _params(sampling: Sampling) -> Any:
 
 
 def _number(name: str) -> int:
-    """What vLLM knows an adapter by: of its name, so that no other one in the engine has it."""
+    """Return vLLM's number for an adapter, made of its name: other adapters in the engine have others."""
     return int.from_bytes(sha256(name.encode()).digest()[:4]) >> 1 or 1
 
 

@@ -163,8 +163,8 @@ class Recipe:
     )
     engine: str | None = _key(
         None,
-        "The address of a running vLLM that draws the answers of the task grpo, such as http://localhost:8000. "
-        "Without it: the trainer draws them.",
+        "The address of a running vLLM, or of an SGLang after sglang+, that draws the answers of the task grpo, such "
+        "as http://localhost:8000. Without it: the trainer draws them.",
     )
     metric_rows: int | None = _key(
         None, "How many held-out rows `metric` is measured on. Without it: 100 of a language model's, else all.", ge=1
