@@ -77,14 +77,17 @@ def difference(first: dict[str, Any], second: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("name", [*JOBS, *PERSISTENT])
 def test_two_processes_train_as_one(trained: list[dict[str, Any]], name: str, tmp_path: Path) -> None:
-    """With accumulation and clipping: the same masks and history, weights within 1e-6, and alike in both processes."""
+    """With accumulation and clipping: the same masks and history, and alike in both processes.
+
+    The largest weights are 8, whose last bit is 9.5e-7: seen with other instructions of the processor.
+    """
     job, one = {**JOBS, **PERSISTENT}[name], [found[name] for found in trained]
     expected = alone(job, tmp_path)
     for found in one:
         assert found["steps"] == STEPS
         assert found["ranks"] == expected["ranks"]
         assert found["history"] == expected["history"]
-        assert difference(found["weights"], expected["weights"]) <= 1e-6
+        assert difference(found["weights"], expected["weights"]) <= 5e-6
         assert torch.allclose(found["output"], expected["output"], rtol=0, atol=1e-6)
     assert difference(one[0]["weights"], one[1]["weights"]) == 0
 

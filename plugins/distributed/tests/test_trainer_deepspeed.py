@@ -16,7 +16,7 @@ if importlib.util.find_spec("deepspeed") is None:  # importing it here would sta
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
 from plugins.distributed.tests import trainer_runs, zero_trainer_runs
-from plugins.distributed.tests.zero_trainer_runs import INIT, METHOD, RUNS, Run
+from plugins.distributed.tests.zero_trainer_runs import METHOD, RUNS, Run
 from tests.support import two_processes
 
 
@@ -50,10 +50,13 @@ def difference(first: dict[str, Any], second: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_two_processes_train_as_one(runs: list[dict[Any, Any]], alone: dict[str, Any], run: Run) -> None:
-    """The same masks and history, and alike in both processes. Weights differ least under ZeRO-2."""
+    """The same masks and history, and alike in both processes.
+
+    Sums in another order gave up to 4.2e-6, and a tenth of a percent more learning rate gives 2.1e-4.
+    """
     for found in runs:
         assert len(found[run]["history"]) == 3
-        assert difference(found[run], alone) <= {2: 1e-6, 3: 5e-6, INIT: 5e-6}[run]
+        assert difference(found[run], alone) <= 2e-5
     assert difference(runs[0][run], runs[1][run]) == 0
 
 
