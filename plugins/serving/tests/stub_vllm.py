@@ -40,6 +40,7 @@ class StubVllm(ThreadingHTTPServer):
         self.key: str | None = None
         self.model: nn.Module | None = None  # a base that answers; None for numbers that depend on the adapter alone
         self.nets: dict[str, nn.Module] = {}
+        self.computing = threading.Lock()  # held while a model answers: threads that compute at once slow one another
         self.tokenizer: Any = None  # for chats
         self.processed = False  # whether log-probabilities are at the temperature of the request
 
@@ -106,25 +107,24 @@ class StubVllm(ThreadingHTTPServer):
         if name not in (BASE, *self.adapters):
             return 404, _error(404, f"The model `{name}` does not exist.")
         net = self.nets[BASE if self.ignores else name]
-        choices = []
-        for index in range(body["n"]):
-            generator = torch.Generator().manual_seed((body["seed"] or 0) + index)
-            tokens: list[int] = []
-            logprobs: list[float] = []
-            while len(tokens) < body["max_tokens"] and not (tokens and tokens[-1] in body["stop_token_ids"]):
-                last = _logprobs(net, [*prompt, *tokens])[-1]
-                cold = (last / (body["temperature"] or 1e-6)).log_softmax(-1)
-                tokens.append(int(torch.multinomial(cold.exp(), 1, generator=generator)))
-                is_cold = self.processed and body["temperature"] > 0  # the likeliest token's are at temperature 1
-                logprobs.append(float((cold if is_cold else last)[tokens[-1]]))
-            choices.append({"index": index, "token_ids": tokens, "logprobs": {"token_logprobs": logprobs}})
+        with self.computing, torch.no_grad():
+            choices = [self._choice(net, prompt, body, index) for index in range(body["n"])]
         return 200, {"choices": choices}
 
-
-@torch.no_grad()
-def _logprobs(net: nn.Module, tokens: list[int]) -> torch.Tensor:
-    found: torch.Tensor = net(input_ids=torch.tensor([tokens])).logits[0]
-    return found.float().log_softmax(-1)
+    def _choice(self, net: nn.Module, prompt: list[int], body: dict[str, Any], index: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed((body["seed"] or 0) + index)
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        new, cache = prompt, None
+        while len(tokens) < body["max_tokens"] and not (tokens and tokens[-1] in body["stop_token_ids"]):
+            found = net(input_ids=torch.tensor([new]), past_key_values=cache, use_cache=True)
+            last, cache = found.logits[0, -1].float().log_softmax(-1), found.past_key_values
+            cold = (last / (body["temperature"] or 1e-6)).log_softmax(-1)
+            new = [int(torch.multinomial(cold.exp(), 1, generator=generator))]
+            tokens += new
+            is_cold = self.processed and body["temperature"] > 0  # the likeliest token's are at temperature 1
+            logprobs.append(float((cold if is_cold else last)[new[0]]))
+        return {"index": index, "token_ids": tokens, "logprobs": {"token_logprobs": logprobs}}
 
 
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
