@@ -62,6 +62,11 @@ def test_a_sweep_that_was_interrupted_ends_as_one_that_was_not(given: list[str],
     assert again["sentence"] == whole["sentence"]
     single = tmp_path / "whole" / "02-learning_rate-3e-2" / "seed-1"
     assert "toy-product" in succeeded("show", single).output
+    scores = json.loads((single / sweep.SCORES).read_text(encoding="utf-8"))
+    fewer = {**scores, "judging": scores["judging"][1:]}
+    (single / sweep.SCORES).write_text(json.dumps(fewer), encoding="utf-8")
+    refused = command("sweep", "--out", tmp_path / "whole", "--resume")
+    assert "its runs leave out different rows" in refused.stderr
     with mock.patch.object(sweep, "run", calls):  # all have ended but those of a third seed
         succeeded("sweep", "--out", tmp_path / "stopped", "--resume", "--seeds", "3")
     assert calls.call_count == 6

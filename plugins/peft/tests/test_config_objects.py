@@ -260,7 +260,7 @@ def test_adaloras_schedule_is_kept() -> None:
             r"'targets': \['embed_tokens'\]}, adapter='tokens'\) and .*'targets': \['lm_head'\]}, adapter='tokens1'\)",
         ),
         ({"target_parameters": ["experts.w"]}, "'target_parameters'"),
-        ({"lora_dropout": 2.0}, "'lora_dropout' is 2.0; expected a number from 0 and below 1"),
+        ({"lora_dropout": 1.0}, "'lora_dropout' is 1.0; expected a number from 0 and below 1"),
         ({"r": 0.5}, "'r' is 0.5; expected an integer from 1"),
         ({"target_modules": [1]}, r"'target_modules' is \[1\]; expected a list of names, or a regular expression"),
         ({"exclude_modules": 5}, "'exclude_modules' is 5; expected a list of names"),
